@@ -1,0 +1,1 @@
+"""Closed-loop verified reasoning for image generation, in JAX."""
