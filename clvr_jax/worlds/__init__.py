@@ -1,0 +1,1 @@
+"""Small worlds whose pictures a program can draw, read and check."""

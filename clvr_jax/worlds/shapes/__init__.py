@@ -1,0 +1,85 @@
+"""The shapes world: colored shapes on a 64 x 64 canvas, with prompts, a detector, a checker and an oracle."""
+
+from clvr_jax.worlds.shapes.check import Verdict, check
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
+from clvr_jax.worlds.shapes.grammar import PHRASINGS, phrase, sample_metadata, scene_for, vocabulary
+from clvr_jax.worlds.shapes.layout import PlannedObject, plan
+from clvr_jax.worlds.shapes.metadata import Metadata, canonical_key, has_held_out_pair, parse_metadata
+from clvr_jax.worlds.shapes.oracle import (
+    Diff,
+    Edit,
+    OracleController,
+    apply_edits,
+    compare,
+    edit_text,
+    edited_scene,
+    edits,
+    first_edits,
+    first_reply,
+    next_reply,
+    parse_edits,
+    parse_plan,
+)
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts, train_prompt, write_prompts
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import (
+    BACKGROUND,
+    CANVAS,
+    CELLS,
+    COLORS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    place,
+    reading_order,
+    sample_scene_random,
+)
+
+__all__ = [
+    "BACKGROUND",
+    "CANVAS",
+    "CELLS",
+    "COLORS",
+    "HELD_OUT_PAIRS",
+    "PHRASINGS",
+    "SHAPES",
+    "DetectedObject",
+    "Diff",
+    "Edit",
+    "Metadata",
+    "OracleController",
+    "PlannedObject",
+    "Reading",
+    "Scene",
+    "SceneObject",
+    "Verdict",
+    "apply_edits",
+    "canonical_key",
+    "check",
+    "compare",
+    "detect",
+    "edit_text",
+    "edited_scene",
+    "edits",
+    "evaluation_prompts",
+    "first_edits",
+    "first_reply",
+    "has_held_out_pair",
+    "next_reply",
+    "parse_edits",
+    "parse_metadata",
+    "parse_plan",
+    "phrase",
+    "place",
+    "plan",
+    "read_prompts",
+    "reading_order",
+    "render",
+    "sample_metadata",
+    "sample_scene_random",
+    "scene_for",
+    "train_prompt",
+    "vocabulary",
+    "write_prompts",
+]

@@ -1,0 +1,238 @@
+"""Reads pictures of the shapes world back into objects.
+
+Classical vision: pixels that differ from the background form connected components; each component gets the nearest
+palette color and is compared with all five shapes, whose position and size follow from its mass and centroid. What
+does not match one color and one shape well, and clearly better than any other, is reported as unclear instead of
+guessed.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import ndimage
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.worlds.shapes.render import signed_distance
+from clvr_jax.worlds.shapes.scene import (
+    BACKGROUND,
+    CANVAS,
+    CELL_SIZE,
+    CELLS,
+    COLORS,
+    RADIUS_RANGE,
+    SHAPES,
+    cell_at,
+    cell_center,
+    check_names,
+    reading_order,
+)
+
+# Largest channel difference to the background; half a covered pixel of any palette color differs by about 105.
+_FOREGROUND = 50
+_SPECK = 6
+_MAX_COLOR_DISTANCE = 48.0
+_MIN_COLOR_MARGIN = 18.0
+# Least overlap with the template, in the order of SHAPES: outlines that are short for their area lose less to blur.
+_MIN_MATCH = (0.91, 0.9, 0.86, 0.81, 0.84)
+_MIN_SHAPE_MARGIN = 0.04
+_RADIUS_SLACK = 1.0
+_MAX_OFFSET = 5.5
+_MAX_EXTENT = 24
+# Widths of the templates' edges in pixels: as drawn, and soft as after an autoencoder. The better match counts.
+_EDGES = (1.2, 2.0)
+
+
+@dataclass(frozen=True)
+class DetectedObject:
+    """An object read from a picture; center (x, y) and radius in pixels."""
+
+    color: str
+    shape: str
+    cell: str
+    x: float
+    y: float
+    radius: float
+
+    def __post_init__(self) -> None:
+        check_names(self.color, self.shape, self.cell)
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.shape} {self.cell}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a picture shows: objects in reading order, and cells with something that is no clear object.
+
+    A cell occurs at most once, in one of the two.
+    """
+
+    objects: tuple[DetectedObject, ...] = ()
+    unclear: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        cells = [item.cell for item in self.objects] + list(self.unclear)
+        if len(set(cells)) != len(cells):
+            raise ClvrError(f"reading: a cell occurs twice ({', '.join(cells)})")
+        if reading_order(self.unclear) != list(self.unclear):
+            raise ClvrError(f"reading: unclear cells must be in reading order, got {', '.join(self.unclear)}")
+
+
+def detect(image: np.ndarray) -> Reading:
+    """Finds the objects of a picture.
+
+    Args:
+      image: uint8 (64, 64, 3), RGB.
+    Returns: a Reading; objects that are faded, half drawn, merged, of a mixed color or between two cells are unclear.
+    Raises: ClvrError for other shapes or dtypes.
+    """
+    image = np.asarray(image)
+    if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
+        raise ClvrError(f"detect: needs a uint8 image of shape (64, 64, 3), got {image.dtype} {image.shape}")
+    difference = image.astype(np.float32) - _BACKGROUND
+    labels, number = ndimage.label(np.abs(difference).max(axis=-1) > _FOREGROUND, structure=_EIGHT)
+    objects: dict[str, DetectedObject] = {}
+    unclear: set[str] = set()
+    for label, box in enumerate(ndimage.find_objects(labels, number), start=1):
+        own = labels[box] == label
+        if np.count_nonzero(own) < _SPECK:
+            continue
+        found = _read_component(difference, labels, label, box, own)
+        if found is None:
+            unclear.update(_cells_of(own, box))
+        elif found.cell in objects:
+            unclear.add(found.cell)
+        else:
+            objects[found.cell] = found
+    clear = [cell for cell in reading_order(objects) if cell not in unclear]
+    return Reading(tuple(objects[cell] for cell in clear), tuple(reading_order(unclear)))
+
+
+def _read_component(
+    difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
+) -> DetectedObject | None:
+    """The object that a component shows, None if that is unclear."""
+    rows, columns = box
+    if max(own.shape) > _MAX_EXTENT or min(own.shape) < RADIUS_RANGE[0]:
+        return None
+    color, rgb = _read_color(difference[box][own])
+    if color is None:
+        return None
+    # The smoothed edge continues outside of the component: look two pixels further, but not into other components.
+    rows = slice(max(rows.start - 2, 0), min(rows.stop + 2, CANVAS))
+    columns = slice(max(columns.start - 2, 0), min(columns.stop + 2, CANVAS))
+    near = labels[rows, columns]
+    alpha = (difference[rows, columns] @ rgb) / np.float32(rgb @ rgb)
+    alpha = np.where(_grow(near == label) & ((near == label) | (near == 0)), alpha, np.float32(0))
+    x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
+    y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
+    shape, center_x, center_y, radius = _read_shape(alpha, x, y)
+    if shape is None or not RADIUS_RANGE[0] - _RADIUS_SLACK <= radius <= RADIUS_RANGE[1] + _RADIUS_SLACK:
+        return None
+    cell = cell_at(center_x, center_y)
+    middle = cell_center(cell)
+    if max(abs(center_x - middle[0]), abs(center_y - middle[1])) > _MAX_OFFSET:
+        return None
+    return DetectedObject(color, shape, cell, center_x, center_y, radius)
+
+
+def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
+    """Palette color of a component (None if unclear) and its measured difference to the background."""
+    strength = np.abs(difference_n3).max(axis=-1)
+    core = difference_n3[strength >= 0.8 * np.partition(strength, int(0.8 * len(strength)))[int(0.8 * len(strength))]]
+    rgb = np.median(core, axis=0).astype(np.float32)
+    distances = np.sqrt(((_PALETTE - rgb) ** 2).sum(axis=-1))
+    first, second = np.partition(distances, 1)[:2]
+    if first > _MAX_COLOR_DISTANCE or second - first < _MIN_COLOR_MARGIN:
+        return None, rgb
+    # One object has one color: another palette color may not be closer for a good part of its core.
+    nearest = ((core[:, None] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
+    best = int(distances.argmin())
+    if np.count_nonzero(nearest != best) > 0.2 * len(core):
+        return None, rgb
+    return _COLOR_NAMES[best], rgb
+
+
+def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | None, float, float, float]:
+    """Shape (None if unclear), center and radius from the mass and centroid of `alpha` (h, w) at pixel centers x, y."""
+    table = _templates()
+    columns, rows = alpha.sum(axis=0), alpha.sum(axis=1)
+    mass = max(float(columns.sum()), 1.0)
+    radius = np.sqrt(mass / table.area)
+    center_x = np.full(len(SHAPES), float(columns @ x) / mass)
+    center_y = float(rows @ y) / mass - table.drop * radius
+    inside = -table.distances(x, y, center_x, center_y, radius)
+    match = np.zeros(len(SHAPES))
+    for edge in _EDGES:
+        expected = np.clip(0.5 + inside / np.float32(edge), 0.0, 1.0)
+        # Intersection over union for masks with soft edges; sum |a - b| = either - both, sum a + b = either + both.
+        apart = np.abs(expected - alpha).sum(axis=(1, 2))
+        total = expected.sum(axis=(1, 2)) + mass
+        match = np.maximum(match, (total - apart) / (total + apart))
+    best = int(match.argmax())
+    second = np.partition(match, -2)[-2]
+    clear = match[best] >= _MIN_MATCH[best] and match[best] - second >= _MIN_SHAPE_MARGIN
+    return (SHAPES[best] if clear else None), float(center_x[best]), float(center_y[best]), float(radius[best])
+
+
+class _Templates:
+    """Signed distances of the five shapes at radius 1 on a fine grid, to render candidates by table look-up."""
+
+    half, steps = 1.8, 96
+
+    def __init__(self) -> None:
+        axis = (np.arange(int(2 * self.half * self.steps) + 1, dtype=np.float32) / self.steps) - np.float32(self.half)
+        fine = [signed_distance(shape, axis[None, :], axis[:, None], 1.0) for shape in SHAPES]
+        self.distance = np.stack(fine).astype(np.float32)
+        inside = self.distance < 0
+        mass = inside.sum(axis=(1, 2))
+        self.area = mass / self.steps**2
+        self.drop = (inside.sum(axis=2) @ axis) / mass
+
+    def distances(
+        self, x: np.ndarray, y: np.ndarray, center_x: np.ndarray, center_y: np.ndarray, radius: np.ndarray
+    ) -> np.ndarray:
+        """Signed distance (5, h, w) in pixels to every shape at its own center and radius, each (5,)."""
+        column = self._index(x, center_x, radius)
+        row = self._index(y, center_y, radius)
+        shape = np.arange(len(SHAPES))[:, None, None]
+        return self.distance[shape, row[:, :, None], column[:, None, :]] * radius[:, None, None].astype(np.float32)
+
+    def _index(self, position: np.ndarray, center: np.ndarray, radius: np.ndarray) -> np.ndarray:
+        unit = (position[None, :] - center[:, None]) / radius[:, None]
+        return np.clip((unit + self.half) * self.steps + 0.5, 0, self.distance.shape[-1] - 1).astype(np.intp)
+
+
+@functools.cache
+def _templates() -> _Templates:
+    return _Templates()
+
+
+def _grow(mask: np.ndarray) -> np.ndarray:
+    """The mask (h, w) and its eight neighbors."""
+    tall = mask.copy()
+    tall[1:] |= mask[:-1]
+    tall[:-1] |= mask[1:]
+    wide = tall.copy()
+    wide[:, 1:] |= tall[:, :-1]
+    wide[:, :-1] |= tall[:, 1:]
+    return wide
+
+
+def _cells_of(own: np.ndarray, box: tuple[slice, slice]) -> set[str]:
+    """Cells that hold a good part of a component, at least the one with most of it."""
+    rows, columns = np.nonzero(own)
+    row = ((rows + box[0].start + 0.5) / CELL_SIZE).astype(int)
+    column = ((columns + box[1].start + 0.5) / CELL_SIZE).astype(int)
+    counts = np.bincount(3 * row + column, minlength=len(CELLS))
+    enough = max(min(2 * _SPECK, int(counts.max())), 1)
+    return {CELLS[index] for index in np.flatnonzero(counts >= enough)}
+
+
+_EIGHT = np.ones((3, 3), dtype=int)
+_BACKGROUND = np.array(BACKGROUND, np.float32)
+_COLOR_NAMES = tuple(COLORS)
+_PALETTE = np.array(list(COLORS.values()), np.float32) - _BACKGROUND

@@ -1,0 +1,127 @@
+"""Finds cells for what a metadata asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata
+from clvr_jax.worlds.shapes.scene import CELLS, COLORS, HELD_OUT_PAIRS, check_names
+
+_FREE_ORDER = tuple(
+    CELLS.index(cell)
+    for cell in ("center", "left", "right", "top", "bottom", "top left", "top right", "bottom left", "bottom right")
+)
+_DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below": (1, 0)}
+
+
+@dataclass(frozen=True)
+class PlannedObject:
+    """An object as controllers speak of it: color, shape, cell."""
+
+    color: str
+    shape: str
+    cell: str
+
+    def __post_init__(self) -> None:
+        check_names(self.color, self.shape, self.cell)
+
+    def __str__(self) -> str:
+        return f"{self.color} {self.shape} {self.cell}"
+
+
+def holds(relation: str, cell: str, anchor: str) -> bool:
+    """Whether an object in `cell` stands in the relation to one in `anchor`, for any size and jitter inside the cells.
+
+    Diagonal neighbors count for neither direction: there the jitter decides what a checker says.
+    """
+    return CELLS.index(cell) in _RELATED[relation][CELLS.index(anchor)]
+
+
+def _related(relation: str, anchor: int) -> tuple[int, ...]:
+    """Cells that stand in the relation to the anchor, nearest aligned cell first."""
+    row, column = divmod(anchor, 3)
+    down, across = _DIRECTIONS[relation]
+    found = []
+    for cell in range(len(CELLS)):
+        rows, columns = cell // 3 - row, cell % 3 - column
+        ahead, aside = (rows * down, abs(columns)) if down else (columns * across, abs(rows))
+        if ahead > aside:
+            found.append((aside, ahead, cell))
+    return tuple(cell for _, _, cell in sorted(found))
+
+
+_RELATED = {relation: tuple(_related(relation, anchor) for anchor in range(len(CELLS))) for relation in RELATIONS}
+
+
+def plan(
+    metadata: Metadata, rng: np.random.Generator | None = None, allow_held_out: bool = False
+) -> tuple[PlannedObject, ...]:
+    """Gives every object of a metadata a color and a cell such that the checker accepts.
+
+    Without `rng` the plan is canonical: objects in the order of the include list; a place is taken literally; a
+    relation takes the nearest aligned cell on that side of its anchor, else the next nearest; anything else takes the
+    first free cell of a fixed order that starts at the center; cells named as places stay free for their objects; a
+    dead end is undone step by step. A color nobody asked for is the first of COLORS.
+
+    Args:
+      metadata: as `parse_metadata` returns it.
+      rng: draws a random satisfying plan (colors and cells) instead; the order of the objects stays.
+      allow_held_out: colors nobody asked for may form HELD_OUT_PAIRS (random plans only).
+    Returns: one PlannedObject per object; the items of the include list in order, groups together.
+    Raises: ClvrError if no arrangement satisfies the metadata.
+    """
+    items = [item for item in metadata["include"] for _ in range(item["count"])]
+    owners = [index for index, item in enumerate(metadata["include"]) for _ in range(item["count"])]
+    cells = next(_assignments(metadata, owners, rng), None)
+    if cells is None:
+        raise ClvrError(f"no arrangement of the 3 x 3 cells satisfies the prompt {metadata['prompt']!r}")
+    return tuple(
+        PlannedObject(
+            item["color"] if "color" in item else _free_color(item["class"], rng, allow_held_out),
+            item["class"],
+            CELLS[cell],
+        )
+        for item, cell in zip(items, cells, strict=True)
+    )
+
+
+def _free_color(shape: str, rng: np.random.Generator | None, allow_held_out: bool) -> str:
+    names = [color for color in COLORS if allow_held_out or (color, shape) not in HELD_OUT_PAIRS]
+    return names[0] if rng is None else names[int(rng.integers(len(names)))]
+
+
+def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator | None) -> Iterator[list[int]]:
+    """Depth-first search over cells, one object after the other; yields complete assignments in order of preference."""
+    include = metadata["include"]
+    reserved = {CELLS.index(item["place"]) for item in include if "place" in item}
+    chosen: list[int] = []
+
+    def candidates(owner: int) -> list[int]:
+        item = include[owner]
+        options: tuple[int, ...] = _FREE_ORDER
+        if "position" in item:
+            relation, target = item["position"]
+            anchors = [cell for cell, other in zip(chosen, owners, strict=False) if other == target]
+            options = _RELATED[relation][anchors[0]]
+            for anchor in anchors[1:]:
+                options = tuple(cell for cell in options if cell in _RELATED[relation][anchor])
+        if "place" in item:
+            place = CELLS.index(item["place"])
+            return [place] if place in options and place not in chosen else []
+        free = [cell for cell in options if cell not in chosen and cell not in reserved]
+        return free if rng is None else [free[i] for i in rng.permutation(len(free))]
+
+    def extend() -> Iterator[list[int]]:
+        if len(chosen) == len(owners):
+            yield list(chosen)
+            return
+        for cell in candidates(owners[len(chosen)]):
+            chosen.append(cell)
+            yield from extend()
+            chosen.pop()
+
+    return extend()

@@ -1,0 +1,308 @@
+"""Plans, judges and corrects drawings in the shapes world, in the words that controllers use.
+
+A reply is text and one action token. The first reply holds the plan and draws its first objects; every later one says
+what the last picture shows, what is unmet, and asks for at most two edits, or stops. Edits exist as data (`Edit`) and
+as text.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
+from clvr_jax.worlds.shapes.grammar import article
+from clvr_jax.worlds.shapes.layout import PlannedObject, plan
+from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, SceneObject, cell_index, place
+
+DRAW_TOKEN = "<|image_gen|>"
+STOP_TOKEN = "<|terminate|>"
+MAX_EDITS = 2
+
+Plan = tuple[PlannedObject, ...]
+
+
+@dataclass(frozen=True)
+class Edit:
+    """One change of a canvas.
+
+    kind: draw (on the empty canvas), add, remove, replace or clear. cell: where. target: what stands there before
+    (remove; replace, where None means something unclear). object: what stands there afterwards (draw, add, replace).
+    """
+
+    kind: str
+    cell: str
+    target: PlannedObject | None = None
+    object: PlannedObject | None = None
+
+    def __post_init__(self) -> None:
+        needs_object = {"draw": True, "add": True, "replace": True, "remove": False, "clear": False}
+        if self.kind not in needs_object:
+            raise ClvrError(f"edit: unknown kind {self.kind!r}; known: {', '.join(needs_object)}")
+        if (self.object is not None) != needs_object[self.kind] or (self.kind == "remove" and self.target is None):
+            raise ClvrError(f"edit: {self.kind} with target {self.target} and object {self.object} makes no sense")
+        cell_index(self.cell)
+        if any(item is not None and item.cell != self.cell for item in (self.target, self.object)):
+            raise ClvrError(
+                f"edit: {self.kind} at {self.cell}, but target is {self.target} and object is {self.object}"
+            )
+
+
+@dataclass(frozen=True)
+class Diff:
+    """A reading held against a plan. The order is the plan's, then reading order.
+
+    met: planned objects that are there. missing: their cell is empty. wrong: (planned, seen) where the cell shows
+    something else; seen is None if that is unclear. extra: objects in cells the plan leaves empty. unclear: such cells.
+    """
+
+    met: Plan = ()
+    missing: Plan = ()
+    wrong: tuple[tuple[PlannedObject, PlannedObject | None], ...] = ()
+    extra: Plan = ()
+    unclear: tuple[str, ...] = ()
+    edits: tuple[Edit, ...] = field(default=(), repr=False)
+    unmet: tuple[str, ...] = ()
+
+
+def compare(plan: Sequence[PlannedObject], reading: Reading) -> Diff:
+    """Holds a reading against a plan. `unmet` names what is not met, `edits` (as many) would mend it."""
+    seen = {item.cell: PlannedObject(item.color, item.shape, item.cell) for item in reading.objects}
+    planned = {item.cell: item for item in plan}
+    met, missing, wrong, edits, unmet = [], [], [], [], []
+    for item in plan:
+        found = seen.get(item.cell)
+        if found == item:
+            met.append(item)
+            continue
+        unmet.append(str(item))
+        if found is None and item.cell not in reading.unclear:
+            missing.append(item)
+            edits.append(Edit("add", item.cell, object=item))
+        else:
+            wrong.append((item, found))
+            edits.append(Edit("replace", item.cell, found, item))
+    extra, unclear = [], []
+    for cell in CELLS:
+        if cell in planned:
+            continue
+        if cell in seen:
+            extra.append(seen[cell])
+            unmet.append(f"no {seen[cell]}")
+            edits.append(Edit("remove", cell, target=seen[cell]))
+        elif cell in reading.unclear:
+            unclear.append(cell)
+            unmet.append(f"nothing unclear {cell}")
+            edits.append(Edit("clear", cell))
+    return Diff(tuple(met), tuple(missing), tuple(wrong), tuple(extra), tuple(unclear), tuple(edits), tuple(unmet))
+
+
+def first_edits(plan: Sequence[PlannedObject], limit: int = MAX_EDITS) -> tuple[Edit, ...]:
+    """The first objects of the plan, to be drawn on the empty canvas."""
+    return tuple(Edit("draw", item.cell, object=item) for item in plan[: _checked(limit)])
+
+
+def edits(plan: Sequence[PlannedObject], reading: Reading, limit: int = MAX_EDITS) -> tuple[Edit, ...]:
+    """What to change next, at most `limit` edits: the plan's objects in order, then what should not be there."""
+    return compare(plan, reading).edits[: _checked(limit)]
+
+
+def _checked(limit: int) -> int:
+    if limit < 1:
+        raise ClvrError(f"oracle: at least one edit per step is needed, got a limit of {limit}")
+    return limit
+
+
+# --- edits as text ----------------------------------------------------------------------------------------------------
+
+
+def _thing(item: PlannedObject) -> str:
+    return article(f"{item.color} {item.shape}")
+
+
+def _there(edit: Edit) -> str:
+    return f"at the {edit.cell}"
+
+
+def edit_text(edits: Sequence[Edit], first: bool = False) -> str:
+    """Edits in words: one sentence `Draw ...` for the empty canvas (`first`), else one sentence per edit."""
+    if first:
+        if not edits or any(edit.kind != "draw" for edit in edits):
+            raise ClvrError("edit_text: the first step draws, nothing else")
+        parts = [f"{_thing(edit.object)} {_there(edit)}" for edit in edits if edit.object]
+        return "Draw " + " and ".join([*([", ".join(parts[:-1])] if parts[:-1] else []), parts[-1]]) + "."
+    return " ".join(_sentence(edit) for edit in edits)
+
+
+def _sentence(edit: Edit) -> str:
+    if edit.kind == "clear":
+        return f"Clear the {edit.cell}."
+    if edit.kind == "remove" and edit.target:
+        return f"Remove the {edit.target.color} {edit.target.shape} {_there(edit)}."
+    if edit.kind == "add" and edit.object:
+        return f"Add {_thing(edit.object)} {_there(edit)}."
+    if edit.kind == "replace" and edit.object:
+        old = f"{edit.target.color} {edit.target.shape}" if edit.target else _UNCLEAR
+        return f"Replace the {old} {_there(edit)} with {_thing(edit.object)}."
+    raise ClvrError(f"edit_text: {edit.kind} belongs to the first step")
+
+
+_UNCLEAR = "unclear thing"
+_COLOR, _SHAPE = "|".join(COLORS), "|".join(SHAPES)
+# Longer names first, so that "top left" is not read as "top".
+_CELL = "|".join(sorted(CELLS, key=len, reverse=True))
+_OBJECT = re.compile(rf"({_COLOR}) ({_SHAPE}) ({_CELL})")
+_DRAWN = re.compile(rf"an? ({_COLOR}) ({_SHAPE}) at the ({_CELL})")
+_EDIT = re.compile(
+    rf"(?P<clear>Clear) the (?P<clear_cell>{_CELL})\."
+    rf"|(?P<remove>Remove) the (?P<remove_object>(?:{_COLOR}) (?:{_SHAPE})) at the (?P<remove_cell>{_CELL})\."
+    rf"|(?P<replace>Replace) the (?P<old>(?:{_COLOR}) (?:{_SHAPE})|{_UNCLEAR}) at the (?P<replace_cell>{_CELL})"
+    rf" with an? (?P<new>(?:{_COLOR}) (?:{_SHAPE}))\."
+    rf"|(?P<add>Add) an? (?P<add_object>(?:{_COLOR}) (?:{_SHAPE})) at the (?P<add_cell>{_CELL})\."
+    rf"|(?P<draw>Draw) (?P<drawn>[^.]*)\."
+)
+
+
+def parse_edits(reply: str) -> tuple[Edit, ...]:
+    """The edits that a reply asks for, in its order; sentences that are not edits in our words are passed over."""
+    found: list[Edit] = []
+    for match in _EDIT.finditer(reply):
+        if match["draw"]:
+            drawn = [PlannedObject(*groups) for groups in _DRAWN.findall(match["drawn"])]
+            found += [Edit("draw", item.cell, object=item) for item in drawn]
+        elif match["clear"]:
+            found.append(Edit("clear", match["clear_cell"]))
+        elif match["remove"]:
+            found.append(Edit("remove", match["remove_cell"], _object(match["remove_object"], match["remove_cell"])))
+        elif match["add"]:
+            found.append(Edit("add", match["add_cell"], object=_object(match["add_object"], match["add_cell"])))
+        else:
+            cell, old = match["replace_cell"], match["old"]
+            target = None if old == _UNCLEAR else _object(old, cell)
+            found.append(Edit("replace", cell, target, _object(match["new"], cell)))
+    return tuple(found)
+
+
+def _object(name: str, cell: str) -> PlannedObject:
+    color, shape = name.split()
+    return PlannedObject(color, shape, cell)
+
+
+# --- replies ----------------------------------------------------------------------------------------------------------
+
+
+def first_reply(plan: Sequence[PlannedObject], rng: np.random.Generator | None = None, limit: int = MAX_EDITS) -> str:
+    """The reply to a prompt when there is no picture yet.
+
+    Args:
+      plan: what to draw in all, at least one object.
+      rng: draws how many objects (1..limit) the first step has; None takes `limit`.
+      limit: the most objects in the first step.
+    """
+    if not plan:
+        raise ClvrError("first_reply: the plan is empty; it needs at least one object")
+    if rng is not None:
+        limit = int(rng.integers(1, _checked(limit) + 1))
+    return f"Plan: {_listed(plan)}. {edit_text(first_edits(plan, limit), first=True)}{DRAW_TOKEN}"
+
+
+def next_reply(plan: Sequence[PlannedObject], reading: Reading, limit: int = MAX_EDITS) -> str:
+    """The reply to the last picture: what is there, what is unmet, and at most `limit` edits, or the end."""
+    difference = compare(plan, reading)
+    clear = {item.cell: str(item) for item in reading.objects}
+    seen = [clear.get(cell, f"something unclear {cell}") for cell in CELLS if cell in clear or cell in reading.unclear]
+    text = f"I see {_listed(seen)}. Unmet: {_listed(difference.unmet)}."
+    if not difference.unmet:
+        return text + STOP_TOKEN
+    return f"{text} {edit_text(difference.edits[: _checked(limit)])}{DRAW_TOKEN}"
+
+
+def _listed(items: Iterable[object]) -> str:
+    return "; ".join(map(str, items)) or "nothing"
+
+
+def parse_plan(reply: str) -> Plan:
+    """Recovers the plan from a first reply.
+
+    Raises: ClvrError if there is no `Plan:` sentence, an item is not `color shape cell`, or a cell is used twice.
+    """
+    sentence = re.search(r"Plan: ([^.]*)\.", reply)
+    if not sentence:
+        raise ClvrError(f"no sentence 'Plan: ... .' in the reply {reply[:80]!r}")
+    found = []
+    for item in sentence[1].split("; "):
+        match = _OBJECT.fullmatch(item)
+        if not match:
+            raise ClvrError(f"plan item {item!r} is not '<color> <shape> <cell>'")
+        found.append(PlannedObject(*match.groups()))
+    if len({item.cell for item in found}) < len(found):
+        raise ClvrError(f"plan uses a cell twice: {_listed(found)}")
+    return tuple(found)
+
+
+# --- what edits do ----------------------------------------------------------------------------------------------------
+
+
+def apply_edits(state: Reading | Iterable[PlannedObject | DetectedObject | SceneObject], edits: Iterable[Edit]) -> Plan:
+    """The objects of a canvas after perfect edits, in reading order.
+
+    An edit makes its cell what it says, whatever stood there; unclear cells of a Reading that no edit names are left
+    out.
+    """
+    objects = state.objects if isinstance(state, Reading) else state
+    canvas = {item.cell: PlannedObject(item.color, item.shape, item.cell) for item in objects}
+    for edit in edits:
+        if edit.object is None:
+            canvas.pop(edit.cell, None)
+        else:
+            canvas[edit.cell] = edit.object
+    return tuple(canvas[cell] for cell in CELLS if cell in canvas)
+
+
+def edited_scene(scene: Scene, edits: Iterable[Edit], rng: np.random.Generator) -> Scene:
+    """The scene after perfect edits.
+
+    Objects that no edit names stay as they are to the last bit. An object that replaces another takes over its
+    position and size; one in an empty cell is placed with the jitter that `rng` draws.
+    """
+    canvas = {item.cell: item for item in scene.objects}
+    for edit in edits:
+        old = canvas.get(edit.cell)
+        if edit.object is None:
+            canvas.pop(edit.cell, None)
+        elif old is None:
+            canvas[edit.cell] = place(edit.object.color, edit.object.shape, edit.cell, rng)
+        else:
+            canvas[edit.cell] = SceneObject(edit.object.color, edit.object.shape, edit.cell, old.x, old.y, old.radius)
+    return Scene(tuple(canvas.values()))
+
+
+class OracleController:
+    """A controller that knows what every prompt means and reads pictures exactly."""
+
+    def __init__(self, requests: Mapping[str, Metadata], limit: int = MAX_EDITS) -> None:
+        """requests: prompt -> metadata, all prompts it will see; limit: edits per step."""
+        self._requests = dict(requests)
+        self._limit = _checked(limit)
+
+    def reply(self, prompt: str, replies: Sequence[str], images: Sequence[np.ndarray]) -> str:
+        """The next reply.
+
+        Args:
+          prompt: one of the known prompts.
+          replies: what was replied so far, oldest first; the plan is taken from the first.
+          images: uint8 (64, 64, 3) each, the pictures drawn so far; the last one is judged.
+        Raises: ClvrError for an unknown prompt, replies without pictures, or a first reply without a plan.
+        """
+        if not replies:
+            if prompt not in self._requests:
+                raise ClvrError(f"the oracle has no metadata for the prompt {prompt!r}; give it one of its own")
+            return first_reply(plan(self._requests[prompt]), limit=self._limit)
+        if not images:
+            raise ClvrError("the oracle got replies but no picture to judge; pass the pictures drawn so far")
+        return next_reply(parse_plan(replies[0]), detect(images[-1]), self._limit)
