@@ -1,0 +1,29 @@
+"""The closed loop without models: actions, context, protocols, budget, loop and saved trajectories."""
+
+from clvr_jax.reasoning.actions import IMAGE_GEN, SYSTEM_PROMPT, TERMINATE, ParseError, Reply, parse
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.context import chat_messages, drawing_text
+from clvr_jax.reasoning.loop import run
+from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
+
+__all__ = [
+    "IMAGE_GEN",
+    "SYSTEM_PROMPT",
+    "TERMINATE",
+    "Budget",
+    "Controller",
+    "Conversation",
+    "DrawRequest",
+    "Drawer",
+    "Drawing",
+    "ParseError",
+    "Reply",
+    "Step",
+    "Trajectory",
+    "Verdict",
+    "chat_messages",
+    "drawing_text",
+    "parse",
+    "run",
+]

@@ -1,0 +1,164 @@
+"""The words of the closed loop: what a controller replies and how a reply is read.
+
+A reply is reasoning text followed by exactly one action token: `<|image_gen|>` (draw or edit again) or `<|terminate|>`
+(stop). Once a picture exists the reasoning holds one sentence `Unmet: a; b.` (or `Unmet: nothing.`): the verdict on the
+latest picture. A reply that breaks these rules raises ParseError; it is never taken for an accept.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from clvr_jax.errors import ClvrError
+
+IMAGE_GEN = "<|image_gen|>"
+TERMINATE = "<|terminate|>"
+ACTIONS = (IMAGE_GEN, TERMINATE)
+
+SYSTEM_PROMPT_VERSION = 1
+"""Goes up with every change of SYSTEM_PROMPT and is recorded with each trajectory."""
+
+SYSTEM_PROMPT = """\
+You direct a painter who draws and edits pictures. You see the request and every picture so far; the painter sees the \
+request, everything you wrote and every picture so far. You work in steps until the latest picture meets the request.
+
+Before there is a picture:
+- Write "Plan:" and list every single thing the request asks for - each object with its color, count and place, each \
+relation, each text - as short items with a semicolon between them and a period at the end.
+- Then tell the painter what to draw first. Leave nothing to guess.
+
+When there is a picture, look at the latest one only:
+- Write "I see" and describe what is really there, not what was asked for.
+- Write one sentence "Unmet: ..." that lists each item of the plan the picture does not meet, in the words of the \
+plan, with a semicolon between items and a period at the end. Things that must not be there are items too: "no \
+dog left". If every item is met, write "Unmet: nothing."
+- Judge strictly: an item you cannot see clearly is unmet. Do not invent new wishes.
+- If something is unmet, tell the painter what to change, one or two changes at a time, and say what must stay as it is.
+
+End every reply with exactly one of these tokens and nothing after it:
+<|image_gen|>  the painter draws or edits now
+<|terminate|>  you stop: either nothing is unmet, or you are sure that no further edit would help
+
+Example of a first reply:
+Plan: two red apples; a blue bowl; apples left of the bowl. Draw two red apples side by side on the left half of a \
+wooden table and one blue bowl on the right half.<|image_gen|>
+Example of a later reply:
+I see one red apple left of a blue bowl. Unmet: two red apples. Add a second red apple next to the first one and keep \
+everything else.<|image_gen|>
+Example of a last reply:
+I see two red apples left of a blue bowl. Unmet: nothing.<|terminate|>
+"""
+"""Explains the contract to a general-purpose vision-language model; controllers trained on it need no system prompt."""
+
+_END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
+_BOLD = r"\*{0,2}"
+_SENTENCE_END = r"(?:\.(?=\s|$)|\n|$)"
+_UNMET = re.compile(rf"(?<![\w<]){_BOLD}Unmet{_BOLD}:{_BOLD}[ \t]*(?P<items>.*?){_SENTENCE_END}")
+_PLAN = re.compile(rf"(?<![\w<]){_BOLD}Plan{_BOLD}:{_BOLD}[ \t]*(?P<items>.*?){_SENTENCE_END}")
+_NOTHING = frozenset({"nothing", "none"})
+
+
+class ParseError(ClvrError):
+    """A reply that breaks the contract; the message says how."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """A controller's reply that keeps the contract.
+
+    Attributes:
+      reasoning: the text before the action token, without surrounding white space.
+      action: IMAGE_GEN or TERMINATE.
+      unmet: what the latest picture lacks, () if nothing; None in a reply made before there was a picture.
+    """
+
+    reasoning: str
+    action: str
+    unmet: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ParseError(f"controller reply: action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
+
+    @property
+    def text(self) -> str:
+        """The reply as it stands in a conversation: reasoning and action token."""
+        return self.reasoning + self.action
+
+
+def parse(text: str, has_picture: bool) -> Reply:
+    """Reads a controller's reply.
+
+    Args:
+      text: the raw reply; end-of-turn tokens after the action are ignored.
+      has_picture: whether the controller saw a picture, so that a verdict (`Unmet: ...`) is due.
+    Returns: the reply; `unmet` is None exactly if `has_picture` is false.
+    Raises: ParseError for no action token or more than one, text after it, no reasoning to draw from, and, when a
+      picture exists, for no verdict, two verdicts, an empty one, or one that says "nothing" next to other items.
+    """
+    for token in _END_OF_TURN:
+        text = text.replace(token, "")
+    found = re.findall("|".join(map(re.escape, ACTIONS)), text)
+    if not found:
+        raise ParseError(f"controller reply: no action token at the end of {_short(text)}")
+    if len(found) > 1:
+        raise ParseError(f"controller reply: {len(found)} action tokens instead of one in {_short(text)}")
+    action = found[0]
+    reasoning, _, rest = text.partition(action)
+    reasoning = reasoning.strip()
+    if rest.strip():
+        raise ParseError(f"controller reply: text after {action}: {_short(rest)}")
+    if not has_picture:
+        if action == IMAGE_GEN and not reasoning:
+            raise ParseError(f"controller reply: {action} without a word on what to draw")
+        return Reply(reasoning, action)
+    return Reply(reasoning, action, _unmet(reasoning))
+
+
+def unmet_span(reasoning: str) -> tuple[int, int] | None:
+    """Where the sentence `Unmet: ...` stands in a reasoning text: (start, end), or None."""
+    match = _UNMET.search(reasoning)
+    return match.span() if match else None
+
+
+def plan_items(reasoning: str) -> tuple[str, ...]:
+    """The items of the sentence `Plan: a; b.`, () if there is none: for display, the loop does not depend on it."""
+    match = _PLAN.search(reasoning)
+    return tuple(_split(match["items"])) if match else ()
+
+
+def strip_action(reply: str) -> str:
+    """A reply without its action token and surrounding white space."""
+    for action in ACTIONS:
+        reply = reply.replace(action, "")
+    return reply.strip()
+
+
+def _unmet(reasoning: str) -> tuple[str, ...]:
+    sentences = _UNMET.findall(reasoning)
+    if not sentences:
+        raise ParseError(
+            f"controller reply: a picture exists but there is no sentence `Unmet: ...` in {_short(reasoning)}"
+        )
+    if len(sentences) > 1:
+        raise ParseError(
+            f"controller reply: {len(sentences)} sentences `Unmet: ...` instead of one in {_short(reasoning)}"
+        )
+    items = _split(sentences[0])
+    if not items:
+        raise ParseError(f"controller reply: `Unmet:` lists nothing, not even the word, in {_short(reasoning)}")
+    says_nothing = [item for item in items if item.lower() in _NOTHING]
+    if says_nothing and len(items) > 1:
+        raise ParseError(f"controller reply: `Unmet:` says {says_nothing[0]!r} and other items in {_short(reasoning)}")
+    return () if says_nothing else tuple(items)
+
+
+def _split(items: str) -> list[str]:
+    return [item for item in (part.strip().strip("*").strip() for part in items.split(";")) if item]
+
+
+def _short(text: str, limit: int = 100) -> str:
+    """One line that quotes the end of a text, where the action token should be."""
+    text = " ".join(text.split())
+    return repr(text if len(text) <= limit else "... " + text[-limit:])

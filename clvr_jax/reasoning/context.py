@@ -1,0 +1,59 @@
+"""Trajectory-accumulative conditioning: how a history becomes the text and messages that the models read.
+
+The diffusion model reads the prompt, every reasoning text so far and marks where the earlier images stand; the images
+themselves enter as references in the same order. The controller reads the same history as a chat.
+Source: arXiv 2605.14876, closed-loop inference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import strip_action
+
+Message = dict[str, Any]
+"""{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
+
+
+def image_mark(number: int) -> str:
+    """The mark that stands in the drawing text for the image of step `number`, counted from 1."""
+    return f"<IMG_GEN_{number}>"
+
+
+def drawing_text(prompt: str, replies: Sequence[str]) -> str:
+    """What the diffusion model reads when it draws image t.
+
+    Args:
+      prompt: the user's request.
+      replies: the t replies r_1 .. r_t of the context, with or without action token; images 1 .. t - 1 exist.
+    Returns: "{prompt}\\n{r_1}<IMG_GEN_1>\\n ... \\n{r_t}", replies without action tokens.
+    """
+    if not replies:
+        raise ClvrError("drawing text: no reply yet; the controller says what to draw before anything is drawn")
+    *earlier, last = (strip_action(reply) for reply in replies)
+    marked = [reply + image_mark(number) for number, reply in enumerate(earlier, start=1)]
+    return "\n".join([prompt, *marked, last])
+
+
+def chat_messages(prompt: str, replies: Sequence[str], num_images: int, system: str | None = None) -> list[Message]:
+    """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
+
+    Args:
+      prompt: the user's request.
+      replies: the replies so far, with their action tokens.
+      num_images: how many of them have been drawn: all (the next reply is due), or all but the last (the chat ends with
+        the assistant's reply, as a training target does).
+      system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
+    Returns: messages; image k is the k-th {"type": "image"} part.
+    """
+    if num_images not in (len(replies), len(replies) - 1) or num_images < 0:
+        raise ClvrError(f"chat: {len(replies)} replies go with as many images or one less, got {num_images}")
+    messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
+    messages.append({"role": "user", "content": prompt})
+    for number, reply in enumerate(replies):
+        messages.append({"role": "assistant", "content": reply})
+        if number < num_images:
+            messages.append({"role": "user", "content": [{"type": "image"}]})
+    return messages

@@ -1,0 +1,98 @@
+"""What the loop asks of a controller and of a drawer, always for a batch of prompts at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning import context
+from clvr_jax.reasoning.images import Picture
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A history that waits for the controller's next reply.
+
+    Attributes:
+      prompt: the user's request.
+      replies: the replies that led here, with action tokens, oldest first.
+      images: the picture each of them led to; the last one is to be judged.
+      seed: 31-bit seed of this call; another attempt has another seed.
+      attempt: 0 at first; n if the n replies before could not be parsed. A controller that decodes greedily should
+        sample from attempt 1 on, or it repeats itself.
+    """
+
+    prompt: str
+    replies: tuple[str, ...] = ()
+    images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    seed: int = 0
+    attempt: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.replies):
+            raise ClvrError(
+                f"conversation: {len(self.replies)} replies but {len(self.images)} images; each reply has one"
+            )
+
+    def messages(self, system: str | None = None) -> list[context.Message]:
+        """The chat that the controller continues; see context.chat_messages."""
+        return context.chat_messages(self.prompt, self.replies, len(self.images), system)
+
+
+@dataclass(frozen=True)
+class DrawRequest:
+    """A history that waits for its next picture.
+
+    Attributes:
+      prompt: the user's request.
+      replies: r_1 .. r_t, with action tokens; r_t is what to draw now.
+      images: pictures 1 .. t - 1, the references in order.
+      seed: 31-bit seed of this drawing.
+    """
+
+    prompt: str
+    replies: tuple[str, ...]
+    images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.replies) - 1:
+            raise ClvrError(f"draw request: {len(self.replies)} replies need one image less, got {len(self.images)}")
+
+    @property
+    def text(self) -> str:
+        """What the diffusion model reads; see context.drawing_text."""
+        return context.drawing_text(self.prompt, self.replies)
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice)."""
+
+    image: Picture = field(repr=False, compare=False)
+    nfe: int
+
+    def __post_init__(self) -> None:
+        if self.nfe < 0:
+            raise ClvrError(f"drawing: nfe must be >= 0, got {self.nfe}")
+
+
+class Controller(Protocol):
+    """Plans, judges and decides: usually a vision-language model."""
+
+    def reply(self, conversations: Sequence[Conversation]) -> list[str]:
+        """One raw reply (reasoning and action token) for every conversation, in order.
+
+        The reply must depend on its own conversation and seed only, not on the rest of the batch.
+        """
+        ...
+
+
+class Drawer(Protocol):
+    """Draws and edits: usually a diffusion model. Requests of one batch may differ in their number of references."""
+
+    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+        """One drawing for every request, in order; it depends on its own request and seed only."""
+        ...

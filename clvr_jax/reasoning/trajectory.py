@@ -1,0 +1,312 @@
+"""What happened on the way to a picture: steps with reasoning, pictures and verdicts, and how it ended.
+
+A saved trajectory is a folder: `trajectory.json`, `step_00.png` ... and an `index.html` that shows it without a server.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import platform
+import re
+import shutil
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
+from clvr_jax.reasoning.images import Picture, encode_png, read_png
+
+FORMAT = 1
+ACCEPTED = "accepted"
+GAVE_UP = "gave up"
+STEP_LIMIT = "step limit"
+NFE_LIMIT = "nfe limit"
+TIME_LIMIT = "time limit"
+UNPARSEABLE = "unparseable"
+OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The controller's judgment of one picture: what it lacks, () if nothing, and the text that says so."""
+
+    unmet: tuple[str, ...]
+    reasoning: str = ""
+
+    @property
+    def score(self) -> int:
+        """Number of unmet items; fewer is better."""
+        return len(self.unmet)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One action: a drawing, or the decision to stop (then `image` is None).
+
+    Attributes:
+      reasoning: what the controller wrote before its action.
+      action: actions.IMAGE_GEN or actions.TERMINATE.
+      references: the steps whose pictures the drawer was given, in order.
+      image: the picture drawn.
+      verdict: the judgment of that picture, by the controller's next reply; None if it was never judged.
+      nfe: forwards of the diffusion network.
+      seconds: wall time of the calls that led here, each divided by the number of prompts it served.
+      rolled_back: the picture was worse than an earlier one and the loop went back; it is not part of the history of
+        later steps.
+      attempts: replies asked for until one could be parsed, 1 if the first could.
+      redraw: how many times the same reply had been drawn from the same history before.
+      seed: seed of the drawing, None for a stop.
+    """
+
+    reasoning: str
+    action: str
+    references: tuple[int, ...] = ()
+    image: Picture | None = field(default=None, repr=False, compare=False)
+    verdict: Verdict | None = None
+    nfe: int = 0
+    seconds: float = 0.0
+    rolled_back: bool = False
+    attempts: int = 1
+    redraw: int = 0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.action not in ACTIONS:
+            raise ClvrError(f"step: action must be one of {', '.join(ACTIONS)}, got {self.action!r}")
+        if (self.image is None) != (self.action == TERMINATE):
+            raise ClvrError(f"step: {self.action} {'without' if self.image is None else 'with'} an image")
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The whole way of one prompt.
+
+    Attributes:
+      prompt: the user's request.
+      steps: all steps in the order they happened, rolled-back ones included.
+      outcome: one of OUTCOMES. Only ACCEPTED means that the controller found nothing unmet and stopped.
+      model: what drew it, for the reader.
+      seed: the seed of the run.
+      versions: package versions and the like.
+      seconds: wall time of all calls for this prompt, each divided by the number of prompts it served.
+      error: for UNPARSEABLE, what was wrong with the last reply.
+    """
+
+    prompt: str
+    steps: tuple[Step, ...]
+    outcome: str
+    model: str = ""
+    seed: int = 0
+    versions: Mapping[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+    error: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.outcome not in OUTCOMES:
+            raise ClvrError(f"trajectory: outcome must be one of {', '.join(OUTCOMES)}, got {self.outcome!r}")
+        for number, step in enumerate(self.steps):
+            for reference in step.references:
+                if not 0 <= reference < number or self.steps[reference].image is None:
+                    raise ClvrError(
+                        f"trajectory: step {number} refers to step {reference}, which is no earlier picture"
+                    )
+
+    @property
+    def best(self) -> int | None:
+        """Index of the step whose picture is the result; None if nothing was drawn."""
+        return best_step(self.steps)
+
+    @property
+    def image(self) -> Picture | None:
+        """The result: the picture of step `best`."""
+        return None if self.best is None else self.steps[self.best].image
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """The verdict on the result."""
+        return None if self.best is None else self.steps[self.best].verdict
+
+    @property
+    def nfe(self) -> int:
+        """Network evaluations of all drawings."""
+        return sum(step.nfe for step in self.steps)
+
+    @property
+    def drawings(self) -> tuple[Step, ...]:
+        """The steps that drew a picture."""
+        return tuple(step for step in self.steps if step.image is not None)
+
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Writes the trajectory to a folder, completely or not at all.
+
+        All files are written to a hidden temporary folder first. A new folder then gets its name by one rename. In an
+        existing folder `trajectory.json` goes first and comes last, so that a save that is killed leaves either a whole
+        trajectory or none; files that are not part of a trajectory stay.
+
+        Raises: ClvrError, one line, if the folder cannot be written; nothing is left behind then.
+        """
+        from clvr_jax.reasoning.page import render
+
+        folder = Path(folder)
+        files = {
+            name: encode_png(step.image)
+            for name, step in zip(_image_names(self.steps), self.steps, strict=True)
+            if name is not None and step.image is not None
+        }
+        files["index.html"] = render(self).encode("utf-8", "replace")
+        # A prompt from the command line may hold bytes that are no UTF-8 (lone surrogates); the backslash form is
+        # JSON's own.
+        text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
+        files["trajectory.json"] = text.encode("utf-8", "backslashreplace")
+        _write_folder(folder, files)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Trajectory:
+        """Reads a saved trajectory; pictures are uint8 arrays. ClvrError if something is missing or malformed."""
+        path = Path(folder) / "trajectory.json"
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ClvrError(
+                f"{folder}: no trajectory.json here; not a trajectory, or one whose saving was cut short"
+            ) from None
+        except OSError as error:
+            raise ClvrError(f"{path}: cannot be read ({error.strerror})") from error
+        except ValueError as error:
+            raise ClvrError(f"{path}: not a JSON file ({error})") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ClvrError(f"{path}: not a trajectory of format {FORMAT}")
+        try:
+            steps = tuple(_step_from_dict(entry, path.parent) for entry in data["steps"])
+            return cls(
+                prompt=data["prompt"],
+                steps=steps,
+                outcome=data["outcome"],
+                model=data["model"],
+                seed=data["seed"],
+                versions=data["versions"],
+                seconds=data["seconds"],
+                error=data.get("error"),
+            )
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ClvrError(f"{path}: malformed ({type(error).__name__}: {error})") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of trajectory.json; pictures are file names."""
+        names = _image_names(self.steps)
+        return {
+            "format": FORMAT,
+            "prompt": self.prompt,
+            "outcome": self.outcome,
+            "error": self.error,
+            "image": None if self.best is None else names[self.best],
+            "best": self.best,
+            "nfe": self.nfe,
+            "seconds": round(self.seconds, 4),
+            "model": self.model,
+            "seed": self.seed,
+            "versions": dict(self.versions),
+            "steps": [_step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
+        }
+
+
+def best_step(steps: Sequence[Step]) -> int | None:
+    """The picture with the fewest unmet items, the latest among equals.
+
+    A picture that was never judged is the best only if none was, and then the latest is. None if there is no picture.
+    """
+    judged = [
+        (step.verdict.score, -number) for number, step in enumerate(steps) if step.verdict and step.image is not None
+    ]
+    if judged:
+        return -min(judged)[1]
+    drawn = [number for number, step in enumerate(steps) if step.image is not None]
+    return drawn[-1] if drawn else None
+
+
+def package_versions(*packages: str) -> dict[str, str]:
+    """Versions to record with a result: clvr-jax, Python, numpy, the prompt contract, and the given packages."""
+    versions = {"python": platform.python_version(), "numpy": np.__version__, "contract": str(SYSTEM_PROMPT_VERSION)}
+    for package in ("clvr-jax", *packages):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _image_names(steps: Sequence[Step]) -> list[str | None]:
+    return [None if step.image is None else f"step_{number:02d}.png" for number, step in enumerate(steps)]
+
+
+def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
+    verdict = step.verdict
+    return {
+        "reasoning": step.reasoning,
+        "action": step.action,
+        "references": list(step.references),
+        "image": image_name,
+        "verdict": None if verdict is None else {"unmet": list(verdict.unmet), "reasoning": verdict.reasoning},
+        "nfe": step.nfe,
+        "seconds": round(step.seconds, 4),
+        "rolled_back": step.rolled_back,
+        "attempts": step.attempts,
+        "redraw": step.redraw,
+        "seed": step.seed,
+    }
+
+
+def _step_from_dict(entry: Mapping[str, Any], folder: Path) -> Step:
+    name, verdict = entry["image"], entry["verdict"]
+    if name is not None and not re.fullmatch(r"step_\d+\.png", name):
+        raise ClvrError(f"{folder / 'trajectory.json'}: a step's picture must be named step_<number>.png, got {name!r}")
+    return Step(
+        reasoning=entry["reasoning"],
+        action=entry["action"],
+        references=tuple(entry["references"]),
+        image=None if name is None else read_png(folder / name),
+        verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
+        nfe=entry["nfe"],
+        seconds=entry["seconds"],
+        rolled_back=entry["rolled_back"],
+        attempts=entry["attempts"],
+        redraw=entry["redraw"],
+        seed=entry["seed"],
+    )
+
+
+def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Puts `files` into `folder`; trajectory.json is the last of them and marks the folder as whole."""
+    remains: list[Path] = []
+    try:
+        exists = folder.is_dir()
+        # Inside an existing folder: the same file system for sure, and its parent need not be writable.
+        place, name = folder if exists else folder.parent, f".{folder.name or 'trajectory'}"
+        temporary = place / f"{name}.{uuid.uuid4().hex[:12]}.saving"
+        remains = [temporary, *place.glob(f"{glob.escape(name)}.*.saving")]  # the others are of saves that were killed
+        temporary.mkdir(parents=True)
+        for file, content in files.items():
+            (temporary / file).write_bytes(content)
+        if not exists:
+            temporary.rename(folder)
+            return
+        (folder / "trajectory.json").unlink(missing_ok=True)
+        for stale in folder.glob("step_*.png"):
+            if re.fullmatch(r"step_\d+\.png", stale.name) and stale.name not in files:
+                stale.unlink()
+        for file in files:
+            (temporary / file).replace(folder / file)
+    except OSError as error:
+        raise ClvrError(f"{folder}: cannot save the trajectory ({error.strerror or error})") from error
+    finally:
+        for path in remains:
+            shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,44 @@
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning import Conversation, DrawRequest, chat_messages, drawing_text
+from tests.reasoning.scripted import picture
+
+
+def test_drawing_text_marks_every_earlier_image():
+    text = drawing_text("a cat", ["Plan.<|image_gen|>", "Unmet: b.<|image_gen|>", "Unmet: c. Add c.<|image_gen|>"])
+    assert text == "a cat\nPlan.<IMG_GEN_1>\nUnmet: b.<IMG_GEN_2>\nUnmet: c. Add c."
+
+
+def test_drawing_text_of_first_picture_has_no_mark():
+    assert drawing_text("a cat", ["Plan."]) == "a cat\nPlan."
+    with pytest.raises(ClvrError, match="no reply"):
+        drawing_text("a cat", [])
+
+
+def test_chat_alternates_and_ends_with_the_picture_to_judge():
+    messages = chat_messages("a cat", ["one<|image_gen|>", "two<|image_gen|>"], 2, system="rules")
+    assert [message["role"] for message in messages] == ["system", "user", "assistant", "user", "assistant", "user"]
+    assert messages[2]["content"] == "one<|image_gen|>"
+    assert messages[-1]["content"] == [{"type": "image"}]
+
+
+def test_chat_as_training_sample_ends_with_the_reply():
+    messages = chat_messages("a cat", ["one", "two"], 1)
+    assert [message["role"] for message in messages] == ["user", "assistant", "user", "assistant"]
+    assert chat_messages("a cat", [], 0) == [{"role": "user", "content": "a cat"}]
+
+
+@pytest.mark.parametrize(("replies", "images"), [(2, 0), (1, 2), (0, -1)])
+def test_images_must_go_with_replies(replies, images):
+    with pytest.raises(ClvrError, match="images"):
+        chat_messages("a cat", ["r"] * replies, images)
+
+
+def test_requests_check_their_images():
+    with pytest.raises(ClvrError, match="each reply has one"):
+        Conversation("a", ("r",), ())
+    with pytest.raises(ClvrError, match="one image less"):
+        DrawRequest("a", ("r",), (picture(0),))
+    assert DrawRequest("a", ("r", "s<|image_gen|>"), (picture(0),)).text == "a\nr<IMG_GEN_1>\ns"
+    assert len(Conversation("a", ("r",), (picture(0),)).messages("rules")) == 4

@@ -1,0 +1,260 @@
+import time
+from dataclasses import replace
+
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning import Budget, run
+from clvr_jax.reasoning.events import Drawn, Finished, Replied, RolledBack
+from clvr_jax.reasoning.loop import derive_seed
+from tests.reasoning.scripted import (
+    CountingDrawer,
+    NoisyController,
+    NoisyDrawer,
+    ScriptedController,
+    again,
+    draw,
+    stop,
+    value_of,
+)
+
+
+def run_one(replies, budget=None, seed=0, **options):
+    controller, drawer = ScriptedController({"p": replies}), CountingDrawer()
+    (trajectory,) = run(["p"], controller, drawer, budget, seed, **options)
+    assert not controller.script["p"], "the loop did not ask for every reply"
+    return trajectory, controller, drawer
+
+
+def scores(trajectory):
+    return [step.verdict.score if step.verdict else None for step in trajectory.drawings]
+
+
+def test_accepts_what_has_nothing_unmet():
+    trajectory, controller, drawer = run_one([draw(), again(2), stop()])
+    assert trajectory.outcome == "accepted"
+    assert scores(trajectory) == [2, 0]
+    assert (trajectory.best, value_of(trajectory.image)) == (1, 2)
+    assert [step.references for step in trajectory.drawings] == [(), (0,)]
+    assert trajectory.nfe == 8
+    assert trajectory.steps[-1].image is None
+    assert [len(call[0].images) for call in controller.calls] == [0, 1, 2]
+    assert drawer.requests[1].text == "p\nDraw it.<IMG_GEN_1>\nI see it. Unmet: item 0; item 1. Mend it."
+    assert [value_of(image) for image in drawer.requests[1].images] == [1]
+
+
+def test_stopping_with_something_unmet_is_no_accept():
+    trajectory, _, _ = run_one([draw(), stop(unmet=1)])
+    assert trajectory.outcome == "gave up"
+    assert trajectory.verdict.unmet == ("item 0",)
+    assert value_of(trajectory.image) == 1
+
+
+def test_giving_up_on_a_worse_picture_returns_the_best():
+    trajectory, _, _ = run_one([draw(), again(1), stop(unmet=3)])
+    assert (trajectory.outcome, trajectory.best) == ("gave up", 0)
+
+
+def test_stopping_before_any_picture_gives_none():
+    trajectory, _, drawer = run_one(["I cannot draw this.<|terminate|>"])
+    assert (trajectory.outcome, trajectory.image, trajectory.best, trajectory.nfe) == ("gave up", None, None, 0)
+    assert not drawer.requests
+
+
+def test_last_picture_of_a_spent_budget_is_judged():
+    trajectory, controller, drawer = run_one([draw(), again(2), again(1)], Budget(max_steps=2))
+    assert trajectory.outcome == "step limit"
+    assert scores(trajectory) == [2, 1]
+    assert (trajectory.best, len(drawer.requests), len(controller.calls)) == (1, 2, 3)
+
+
+def test_last_picture_of_a_spent_budget_can_be_accepted():
+    trajectory, _, _ = run_one([draw(), stop()], Budget(max_steps=1))
+    assert trajectory.outcome == "accepted"
+
+
+def test_worse_last_picture_is_not_the_result():
+    trajectory, _, _ = run_one([draw(), again(1), again(2)], Budget(max_steps=2))
+    assert (trajectory.outcome, trajectory.best) == ("step limit", 0)
+    assert trajectory.steps[1].rolled_back
+
+
+def test_nfe_budget_holds():
+    trajectory, _, _ = run_one([draw(), again(2), again(1)], Budget(max_nfe=11))
+    assert (trajectory.outcome, trajectory.nfe) == ("nfe limit", 8)
+
+
+def test_time_budget_stops_drawing():
+    class Slow(CountingDrawer):
+        def draw(self, requests):
+            time.sleep(0.05)
+            return super().draw(requests)
+
+    (trajectory,) = run(["p"], ScriptedController({"p": [draw(), again(1)]}), Slow(), Budget(max_seconds=0.04))
+    assert (trajectory.outcome, len(trajectory.drawings)) == ("time limit", 1)
+    assert trajectory.seconds >= 0.05
+    assert sum(step.seconds for step in trajectory.steps) == pytest.approx(trajectory.seconds)
+
+
+def test_equal_pictures_the_latest_wins_and_nothing_rolls_back():
+    trajectory, _, _ = run_one([draw(), again(1), again(1), stop(1)])
+    assert trajectory.best == 2
+    assert not any(step.rolled_back for step in trajectory.steps)
+
+
+def test_worse_picture_is_rolled_back_and_its_reply_drawn_again():
+    trajectory, controller, drawer = run_one([draw(), again(1, "First try."), again(3, "Unused."), stop()])
+    assert trajectory.outcome == "accepted"
+    assert [step.rolled_back for step in trajectory.drawings] == [False, True, False]
+    assert [step.redraw for step in trajectory.drawings] == [0, 0, 1]
+    assert scores(trajectory) == [1, 3, 0]
+    first, second = drawer.requests[1:]
+    assert first.text == second.text
+    assert "First try." in second.text
+    assert first.seed != second.seed
+    assert [value_of(image) for image in second.images] == [1]
+    # The next reply is asked for without the dropped picture.
+    assert [value_of(image) for image in controller.calls[-1][0].images] == [1, 3]
+    assert trajectory.steps[2].references == (0,)
+
+
+def test_third_worse_picture_at_the_same_place_is_continued_from():
+    replies = [draw(), again(1, "Try."), again(2), again(2), again(3, "Go on."), stop(0)]
+    trajectory, controller, drawer = run_one(replies)
+    assert [step.rolled_back for step in trajectory.drawings] == [False, True, True, False, False]
+    assert [step.references for step in trajectory.drawings] == [(), (0,), (0,), (0,), (0, 3)]
+    assert "Go on." in drawer.requests[-1].text
+    assert (trajectory.outcome, trajectory.best) == ("accepted", 4)
+    assert len(controller.calls[-1][0].images) == 3
+
+
+def test_continued_worse_branch_still_returns_the_best():
+    replies = [draw(), again(1), again(2), again(2), again(2), again(4), stop(5)]
+    trajectory, _, _ = run_one(replies)
+    assert (trajectory.outcome, trajectory.best, trajectory.verdict.score) == ("gave up", 0, 1)
+
+
+def test_roll_back_can_be_switched_off():
+    trajectory, _, _ = run_one([draw(), again(1), again(2), stop(0)], Budget(max_rollbacks=0))
+    assert not any(step.rolled_back for step in trajectory.steps)
+    assert trajectory.steps[2].references == (0, 1)
+
+
+def test_unreadable_reply_is_asked_for_again():
+    trajectory, controller, _ = run_one([draw(), "what?", "Unmet: nothing.", stop()])
+    assert trajectory.outcome == "accepted"
+    assert trajectory.steps[-1].attempts == 3
+    conversations = [call[0] for call in controller.calls[1:]]
+    assert [conversation.attempt for conversation in conversations] == [0, 1, 2]
+    assert len({conversation.seed for conversation in conversations}) == 3
+
+
+def test_unreadable_replies_end_with_the_best_picture():
+    trajectory, _, _ = run_one([draw(), again(1), "?", "?", "I am happy.<|terminate|>"])
+    assert trajectory.outcome == "unparseable"
+    assert trajectory.best == 0  # judged, while the second picture never was
+    assert trajectory.steps[1].verdict is None
+    assert "Unmet" in trajectory.error
+
+
+def test_unreadable_from_the_start_gives_no_picture():
+    trajectory, _, _ = run_one(["?"], Budget(max_parse_retries=0))
+    assert (trajectory.outcome, trajectory.image, trajectory.steps) == ("unparseable", None, ())
+
+
+def test_only_picture_is_returned_although_nobody_judged_it():
+    trajectory, _, _ = run_one([draw(), "?"], Budget(max_parse_retries=0))
+    assert (trajectory.outcome, trajectory.best, trajectory.verdict) == ("unparseable", 0, None)
+
+
+def test_attempts_are_counted_per_reply():
+    trajectory, _, _ = run_one(["?", draw(), "?", again(1), "?", stop()], Budget(max_parse_retries=1))
+    assert [step.attempts for step in trajectory.steps] == [2, 2, 2]
+
+
+def without_times(trajectory):
+    return replace(trajectory, seconds=0.0, steps=tuple(replace(step, seconds=0.0) for step in trajectory.steps))
+
+
+def test_batch_gives_the_same_as_one_by_one():
+    prompts = [f"prompt {number}" for number in range(40)]
+    seeds = list(range(100, 140))
+    budget = Budget(max_steps=6, max_nfe=15)
+    together = run(prompts, NoisyController(), NoisyDrawer(), budget, seeds)
+    assert {trajectory.outcome for trajectory in together} >= {"accepted", "unparseable"}
+    assert any(step.rolled_back for trajectory in together for step in trajectory.steps)
+    for prompt, seed, expected in zip(prompts, seeds, together, strict=True):
+        (alone,) = run([prompt], NoisyController(), NoisyDrawer(), budget, [seed])
+        assert without_times(alone) == without_times(expected)
+        assert [value_of(step.image) for step in alone.drawings] == [value_of(step.image) for step in expected.drawings]
+
+
+def test_results_do_not_depend_on_the_place_in_the_batch():
+    one, two = run(["same", "same"], NoisyController(), NoisyDrawer(), seeds=3)
+    assert without_times(one) == without_times(two)
+
+
+def test_result_is_never_worse_than_any_judged_picture():
+    for trajectory in run([f"p{n}" for n in range(60)], NoisyController(), NoisyDrawer(), seeds=range(60)):
+        judged = [step.verdict.score for step in trajectory.drawings if step.verdict]
+        if judged:
+            assert trajectory.verdict.score == min(judged)
+        assert len(trajectory.drawings) <= 8
+        assert (trajectory.outcome == "accepted") == (
+            trajectory.steps[-1:] != () and trajectory.steps[-1].image is None
+        )
+
+
+def test_one_call_of_each_model_a_round_and_finished_prompts_leave():
+    controller = ScriptedController(
+        {"a": [draw(), stop()], "b": [draw(), again(1), stop()], "c": ["?", draw(), stop()]}
+    )
+    drawer = CountingDrawer()
+    trajectories = run(["a", "b", "c"], controller, drawer)
+    assert [trajectory.prompt for trajectory in trajectories] == ["a", "b", "c"]
+    assert [trajectory.outcome for trajectory in trajectories] == ["accepted"] * 3
+    assert [[item.prompt for item in call] for call in controller.calls] == [
+        ["a", "b", "c"],
+        ["a", "b", "c"],
+        ["b", "c"],
+    ]
+    assert [[item.prompt for item in call] for call in drawer.calls] == [["a", "b"], ["b", "c"]]
+
+
+def test_events_tell_the_story():
+    events = []
+    run_one([draw(), again(1), "?", again(2), stop()], on_event=events.append)
+    kinds = [Replied, Drawn, Replied, Drawn, Replied, Replied, RolledBack, Drawn, Replied, Finished]
+    assert [type(event) for event in events] == kinds
+    assert events[4].error is not None
+    assert (events[6].number, events[6].to) == (1, 0)
+    assert events[-1].trajectory.outcome == "accepted"
+
+
+def test_model_and_versions_are_recorded():
+    trajectory, _, _ = run_one([draw(), stop()], model="toy", versions={"toy": "2"}, seed=7)
+    assert (trajectory.model, trajectory.seed, trajectory.versions["toy"]) == ("toy", 7, "2")
+    assert "numpy" in trajectory.versions
+
+
+def test_wrong_calls_are_named():
+    controller, drawer = ScriptedController({}), CountingDrawer()
+    with pytest.raises(ClvrError, match="list of texts"):
+        run("p", controller, drawer)
+    with pytest.raises(ClvrError, match="2 prompts but 1 seeds"):
+        run(["a", "b"], controller, drawer, seeds=[1])
+    assert run([], controller, drawer) == []
+
+    class Short(NoisyDrawer):
+        def draw(self, requests):
+            return super().draw(requests)[1:]
+
+    with pytest.raises(ClvrError, match="drawer was asked for 1 results and returned 0"):
+        run(["p"], ScriptedController({"p": [draw()]}), Short())
+
+
+def test_derived_seeds_are_fixed_and_distinct():
+    assert derive_seed(0, "draw", 0) == derive_seed(0, "draw", 0) == 39614865
+    seeds = {derive_seed(seed, kind, step) for seed in range(50) for kind in ("draw", "reply") for step in range(10)}
+    assert len(seeds) == 1000
+    assert all(0 <= seed < 2**31 for seed in seeds)
