@@ -1,0 +1,119 @@
+"""Two systems on the same prompts: differences with intervals and paired tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.layout import read_json
+from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
+
+Results = Mapping[str, Any]
+
+
+def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads results.json, given the file or the folder it is in."""
+    path = Path(path)
+    path = path / "results.json" if path.is_dir() else path
+    results = read_json(path)
+    lacking = [key for key in ("benchmark", "judge", "pictures") if key not in results]
+    if lacking:
+        raise ClvrError(f"{path}: not a benchmark result, lacks {', '.join(lacking)}")
+    return results
+
+
+def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
+    """Compares two results; positive differences speak for the second.
+
+    The unit is the prompt: with several pictures per prompt their mean is its score, because they are not independent.
+
+    Args:
+      first, second: contents of two results.json, same benchmark, same judge, same prompts.
+      seed: of the bootstrap.
+    Returns: {"overall": part, "tags": {tag: part}, "tiers": {tier: part}, "mean_of_tags": {"difference", "interval"}}
+      with part = {"prompts", "first", "second", "difference", "interval": [low, high], "first_wins", "second_wins",
+      "p_value"}; 95 % bootstrap interval over prompts, p-value of McNemar's exact test (the sign test if prompts have
+      several pictures).
+      P-values are not corrected for the number of tags and tiers.
+    Raises: ClvrError if benchmark, judge or prompts differ.
+    """
+    for key in ("benchmark", "judge"):
+        if first[key] != second[key]:
+            raise ClvrError(f"compare: {key} differs ({first[key]} and {second[key]}); such scores cannot be compared")
+    rows = _pair(_by_prompt(first), _by_prompt(second))
+    a, b = [row["first"] for row in rows], [row["second"] for row in rows]
+    mean = paired_bootstrap(a, b, [row["tag"] for row in rows], seed)
+    tags = list(dict.fromkeys(row["tag"] for row in rows))
+    tiers = sorted({row["tier"] for row in rows if row["tier"] is not None})
+    return {
+        "overall": _part(rows, seed),
+        "mean_of_tags": {"difference": mean.estimate, "interval": [mean.low, mean.high]},
+        "tags": {tag: _part([row for row in rows if row["tag"] == tag], seed) for tag in tags},
+        "tiers": {str(tier): _part([row for row in rows if row["tier"] == tier], seed) for tier in tiers},
+    }
+
+
+def markdown(comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second") -> str:
+    """A comparison as a Markdown table."""
+    lines = [
+        f"| | {first_name} | {second_name} | difference | 95 % | wins | p |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = [*comparison["tags"].items(), *((f"tier {tier}", part) for tier, part in comparison["tiers"].items())]
+    for name, part in [*rows, ("all prompts", comparison["overall"])]:
+        test = f"{part['first_wins']} : {part['second_wins']} | {part['p_value']:.2g}"
+        lines.append(f"| {name} | {part['first']:.3f} | {part['second']:.3f} | {_difference(part)} | {test} |")
+    lines.append(f"| mean of tags | | | {_difference(comparison['mean_of_tags'])} | | |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(part: Mapping[str, Any]) -> str:
+    low, high = part["interval"]
+    return f"{part['difference']:+.3f} | {low:+.3f} .. {high:+.3f}"
+
+
+def _by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:
+    """(index, prompt) -> tag, tier and mean score of the prompt's pictures."""
+    prompts: dict[tuple[int, str], dict[str, Any]] = {}
+    for entry in results["pictures"]:
+        row = prompts.setdefault(
+            (entry["index"], entry["prompt"]), {"tag": entry["tag"], "tier": entry["tier"], "verdicts": []}
+        )
+        row["verdicts"].append(bool(entry["correct"]))
+    return prompts
+
+
+def _pair(first: Mapping[tuple[int, str], Any], second: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
+    only = [("first", first.keys() - second.keys()), ("second", second.keys() - first.keys())]
+    if any(keys for _, keys in only):
+        example = next(f"{min(keys)} in the {side} only" for side, keys in only if keys)
+        counts = " and ".join(str(len(keys)) for _, keys in only)
+        raise ClvrError(
+            f"compare: {counts} prompts are in one result only ({example}); both must hold the same prompts"
+        )
+    return [
+        {
+            "tag": row["tag"],
+            "tier": row["tier"],
+            "first": sum(row["verdicts"]) / len(row["verdicts"]),
+            "second": sum(second[key]["verdicts"]) / len(second[key]["verdicts"]),
+        }
+        for key, row in sorted(first.items())
+    ]
+
+
+def _part(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
+    a, b = [row["first"] for row in rows], [row["second"] for row in rows]
+    difference = paired_bootstrap(a, b, seed=seed)
+    return {
+        "prompts": len(rows),
+        "first": sum(a) / len(a),
+        "second": sum(b) / len(b),
+        "difference": difference.estimate,
+        "interval": [difference.low, difference.high],
+        **asdict(sign_test(a, b)),
+    }

@@ -1,0 +1,192 @@
+"""A folder of benchmark pictures in GenEval's layout, written so that a run that is killed can go on.
+
+<root>/benchmark.json               what this folder holds: benchmark, settings, seed, samples, the prompts' hash
+<root>/00000/metadata.jsonl         one line, GenEval's metadata
+<root>/00000/samples/0000.png       the pictures, for GenEval's own scorer
+<root>/00000/records/0000.json      prompt, seed and cost; written last: with it the picture is complete
+<root>/00000/trajectories/0000/     how the picture came about (closed loop only)
+<root>/results.json                 the scores
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.images import Picture, encode_png, read_png
+from clvr_jax.reasoning.trajectory import Trajectory
+
+_IDENTITY = "benchmark.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known about one picture besides its pixels.
+
+    Attributes:
+      prompt: as in the metadata.
+      seed: it was drawn with.
+      has_picture: False if the closed loop ended without any picture.
+      nfe, seconds, steps, outcome: see report.PictureScore.
+    """
+
+    prompt: str
+    seed: int
+    has_picture: bool
+    nfe: int | None
+    seconds: float | None
+    steps: int | None
+    outcome: str | None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """The pictures of one benchmark run."""
+
+    root: Path
+
+    def prepare(self, identity: Mapping[str, Any], metadata: Sequence[Mapping[str, Any]]) -> None:
+        """Begins a run or goes on with one.
+
+        Args:
+          identity: JSON values that must be the same for all pictures here: benchmark, settings, seed, samples.
+          metadata: one GenEval metadata per prompt.
+        Raises: ClvrError if the folder holds pictures of another run; it names every difference.
+        """
+        identity = json.loads(json.dumps({**identity, **_fingerprint(metadata)}))
+        path = self.root / _IDENTITY
+        try:
+            exists = path.exists()
+            strangers = not exists and self.root.is_dir() and any(entry.name.isdigit() for entry in self.root.iterdir())
+        except OSError as error:
+            raise ClvrError(f"{self.root}: cannot be read ({error.strerror or error})") from error
+        if strangers:
+            raise ClvrError(
+                f"{self.root}: holds pictures but no {_IDENTITY}, so whose is unknown; choose another folder"
+            )
+        if exists:
+            found = self.identity()
+            differences = _differences(found, identity)
+            if differences:
+                raise ClvrError(f"{self.root}: holds another run ({'; '.join(differences)}); choose another folder")
+        else:
+            write_json(path, identity)
+        for index, entry in enumerate(metadata):
+            line = json.dumps(entry, ensure_ascii=False) + "\n"
+            path = self._prompt(index) / "metadata.jsonl"
+            if not path.exists():
+                write_atomically(path, line.encode())
+
+    def identity(self) -> dict[str, Any]:
+        """The content of benchmark.json; ClvrError if it is missing or malformed."""
+        path = self.root / _IDENTITY
+        content = read_json(path)
+        lacking = [key for key in ("benchmark", "settings", "seed", "samples", "prompts") if key not in content]
+        if lacking:
+            raise ClvrError(f"{path}: malformed, lacks {', '.join(lacking)}")
+        return content
+
+    def metadata(self) -> list[dict[str, Any]]:
+        """The metadata of all prompts, in order."""
+        return [read_json(self._prompt(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
+
+    def add(
+        self, index: int, sample: int, picture: Picture | None, record: Record, trajectory: Trajectory | None
+    ) -> None:
+        """Writes one picture; its record comes last, so that what is cut short is drawn again."""
+        if picture is not None:
+            write_atomically(self._picture(index, sample), encode_png(picture))
+        if trajectory is not None:
+            trajectory.save(self._prompt(index) / "trajectories" / f"{sample:04d}")
+        write_json(self._record(index, sample), asdict(record))
+
+    def is_complete(self, index: int, sample: int, prompt: str, seed: int) -> bool:
+        """Whether this picture is there and was drawn for this prompt with this seed."""
+        if not self._record(index, sample).exists():
+            return False
+        record = self.record(index, sample)
+        return (
+            record.prompt == prompt
+            and record.seed == seed
+            and (not record.has_picture or self._picture(index, sample).exists())
+        )
+
+    def record(self, index: int, sample: int) -> Record:
+        """The record of one picture; ClvrError if it is missing or malformed."""
+        path = self._record(index, sample)
+        content = read_json(path)
+        try:
+            return Record(**content)
+        except TypeError as error:
+            raise ClvrError(f"{path}: malformed ({error})") from error
+
+    def picture(self, index: int, sample: int) -> np.ndarray:
+        """One picture, uint8 (height, width, 3); ClvrError if it is missing."""
+        return read_png(self._picture(index, sample))
+
+    def _prompt(self, index: int) -> Path:
+        return self.root / f"{index:05d}"
+
+    def _picture(self, index: int, sample: int) -> Path:
+        return self._prompt(index) / "samples" / f"{sample:04d}.png"
+
+    def _record(self, index: int, sample: int) -> Path:
+        return self._prompt(index) / "records" / f"{sample:04d}.json"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file completely or not at all and makes its folder; ClvrError, one line, if that fails."""
+    # GenEval's scorer takes every name that begins with digits for a picture; a hidden name is safe.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ClvrError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON atomically."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ClvrError, one line, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ClvrError(f"{path}: not a JSON file ({error})") from error
+    if not isinstance(content, dict):
+        raise ClvrError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _fingerprint(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    text = "\n".join(json.dumps(entry, sort_keys=True) for entry in metadata)
+    return {"prompts": len(metadata), "metadata_sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def _differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Every key in which two nested objects differ, with both sides."""
+    lines = []
+    for key in sorted({*found, *asked}):
+        there, here = found.get(key), asked.get(key)
+        if isinstance(there, Mapping) and isinstance(here, Mapping):
+            lines += _differences(there, here, f"{prefix}{key}.")
+        elif there != here or (key in found) != (key in asked):
+            lines.append(f"{prefix}{key}: {json.dumps(there)} there, {json.dumps(here)} asked for")
+    return lines

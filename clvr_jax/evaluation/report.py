@@ -1,0 +1,162 @@
+"""Scores of single pictures -> tables per tag and tier, for results.json, Markdown and the terminal."""
+
+from __future__ import annotations
+
+import statistics as descriptive
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.statistics import mean_of_proportions, wilson_interval
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+TAG_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "complex")
+
+
+@dataclass(frozen=True)
+class PictureScore:
+    """One scored picture.
+
+    Attributes:
+      index: place of its prompt in the benchmark.
+      sample: which of the prompt's pictures, from 0.
+      prompt, tag: of the metadata; `tier`: its complexity tier, None if it has none.
+      correct: the checker's verdict; `reasons` say why not.
+      nfe: network evaluations, None if not recorded.
+      seconds: wall time of its batch, divided by the size of the batch.
+      steps: pictures drawn on the way; None for one-shot drawing.
+      outcome: how the trajectory ended; None for one-shot drawing.
+    """
+
+    index: int
+    sample: int
+    prompt: str
+    tag: str
+    tier: int | None
+    correct: bool
+    reasons: tuple[str, ...] = ()
+    nfe: int | None = None
+    seconds: float | None = None
+    steps: int | None = None
+    outcome: str | None = None
+
+
+def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
+    """The summary of results.json, ready for JSON.
+
+    Returns: {"tags": {tag: group}, "tiers": {tier: group}, "overall": {"mean_of_tags": .., "interval": [low, high],
+      "over_pictures": group}, "cost": {...}} with group = {"correct", "pictures", "accuracy", "interval"}.
+      `mean_of_tags` is GenEval's overall score, the unweighted mean of the tags' accuracies. Intervals are 95 %.
+    """
+    if not scores:
+        raise ClvrError("report: no scored pictures")
+    tags = {tag: _group(score for score in scores if score.tag == tag) for tag in _tags(scores)}
+    tiers = sorted({score.tier for score in scores if score.tier is not None})
+    mean = mean_of_proportions([(group["correct"], group["pictures"]) for group in tags.values()])
+    return {
+        "tags": tags,
+        "tiers": {str(tier): _group(score for score in scores if score.tier == tier) for tier in tiers},
+        "overall": {
+            "mean_of_tags": mean.estimate,
+            "interval": [mean.low, mean.high],
+            "over_pictures": _group(scores),
+        },
+        "cost": _cost(scores),
+    }
+
+
+def markdown(summary: Mapping[str, Any], title: str = "") -> str:
+    """The summary as a Markdown table with a line on cost."""
+    lines = [f"## {title}", ""] if title else []
+    lines += ["| | accuracy | 95 % | correct |", "|---|---|---|---|"]
+    for section in _sections(summary):
+        lines += [f"| {' | '.join(row)} |" for row in section]
+    return "\n".join([*lines, "", cost_line(summary["cost"])]) + "\n"
+
+
+def rich_table(summary: Mapping[str, Any], title: str = "") -> Table:
+    """The summary as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=title or None, caption=cost_line(summary["cost"]))
+    table.add_column("")
+    for column in ("accuracy", "95 %", "correct"):
+        table.add_column(column, justify="right")
+    for section in _sections(summary):
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    return table
+
+
+def cost_line(cost: Mapping[str, Any]) -> str:
+    """One line on network evaluations, time, steps and outcomes."""
+    parts = []
+    if cost["nfe_per_picture"] is not None:
+        parts.append(f"{cost['nfe_per_picture']:.1f} NFE per picture")
+    if cost["seconds_per_picture"] is not None:
+        parts.append(
+            f"{cost['seconds_per_picture']:.2f} s per picture (median {cost['median_seconds_per_picture']:.2f} s)"
+        )
+    for name in ("steps", "outcomes"):
+        if cost[name]:
+            parts.append(f"{name}: " + ", ".join(f"{key} x {count}" for key, count in cost[name].items()))
+    return "; ".join(parts) or "cost not recorded"
+
+
+def _sections(summary: Mapping[str, Any]) -> list[list[tuple[str, str, str, str]]]:
+    """Rows (name, accuracy, interval, correct of pictures): tags, overall, tiers."""
+    overall = summary["overall"]
+    sections = [
+        [_row(tag, group) for tag, group in summary["tags"].items()],
+        [
+            ("overall, mean of tags", f"{overall['mean_of_tags']:.3f}", _interval(overall["interval"]), ""),
+            _row("overall, over pictures", overall["over_pictures"]),
+        ],
+        [_row(f"tier {tier}", group) for tier, group in summary["tiers"].items()],
+    ]
+    return [section for section in sections if section]
+
+
+def _row(name: str, group: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    counts = f"{group['correct']} / {group['pictures']}"
+    return name, f"{group['accuracy']:.3f}", _interval(group["interval"]), counts
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.3f} .. {bounds[1]:.3f}"
+
+
+def _tags(scores: Iterable[PictureScore]) -> list[str]:
+    """Tags that occur, GenEval's order first."""
+    found = {score.tag for score in scores}
+    return [tag for tag in TAG_ORDER if tag in found] + sorted(found - set(TAG_ORDER))
+
+
+def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
+    verdicts = [score.correct for score in scores]
+    interval = wilson_interval(sum(verdicts), len(verdicts))
+    return {
+        "correct": sum(verdicts),
+        "pictures": len(verdicts),
+        "accuracy": interval.estimate,
+        "interval": [interval.low, interval.high],
+    }
+
+
+def _cost(scores: Sequence[PictureScore]) -> dict[str, Any]:
+    """Price per picture. The median time leaves compilation of the first batch out, the mean does not."""
+    nfe = [score.nfe for score in scores if score.nfe is not None]
+    seconds = [score.seconds for score in scores if score.seconds is not None]
+    steps = [score.steps for score in scores if score.steps is not None]
+    outcomes = sorted({score.outcome for score in scores if score.outcome is not None})
+    return {
+        "nfe_per_picture": descriptive.fmean(nfe) if nfe else None,
+        "seconds_per_picture": descriptive.fmean(seconds) if seconds else None,
+        "median_seconds_per_picture": descriptive.median(seconds) if seconds else None,
+        "steps": {str(count): steps.count(count) for count in sorted(set(steps))},
+        "outcomes": {outcome: sum(score.outcome == outcome for score in scores) for outcome in outcomes},
+    }

@@ -1,0 +1,224 @@
+"""Runs a benchmark whose pictures a program can check: the shapes world with GenEval's tags, layout and score."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.layout import Folder, Record, write_json
+from clvr_jax.evaluation.report import PictureScore, summarize
+from clvr_jax.reasoning.images import Picture
+from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.trajectory import Trajectory, package_versions
+
+Metadata = Mapping[str, Any]
+
+SHAPES_JUDGE_VERSION = "1"
+"""Goes up when the detector or the checker of the shapes world changes a verdict: old scores are of the old judge."""
+
+
+@dataclass(frozen=True)
+class Judgment:
+    """Whether a picture shows what its metadata asks for, and if not, why not."""
+
+    correct: bool
+    reasons: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Who decides. Name and version stand in every result: scores of different judges are never compared.
+
+    Attributes:
+      name, version: of the judge.
+      check: (picture, uint8 (height, width, 3); metadata) -> Judgment.
+    """
+
+    name: str
+    version: str
+    check: Callable[[np.ndarray, Metadata], Judgment]
+
+
+def shapes_judge() -> Judge:
+    """The shapes world's own judge: its detector reads the picture, its checker applies GenEval's rules."""
+    from clvr_jax.worlds.shapes.check import check
+    from clvr_jax.worlds.shapes.detect import detect
+
+    def judge(image: np.ndarray, metadata: Metadata) -> Judgment:
+        verdict = check(detect(image), dict(metadata))
+        return Judgment(verdict.correct, verdict.reasons)
+
+    return Judge("shapes detector", SHAPES_JUDGE_VERSION, judge)
+
+
+DrawAll = Callable[[list[str], list[int]], Sequence[Any]]
+"""(prompts, seeds) -> one result per prompt: a picture, a Trajectory, or an object with `image` and, if it has them,
+`nfe` and `trajectory` (a pipeline's output, a Drawing)."""
+
+
+def run(
+    metadata: Sequence[Metadata],
+    draw_all: DrawAll,
+    out: str | os.PathLike[str],
+    judge: Judge,
+    *,
+    settings: Mapping[str, Any],
+    benchmark: str = "shapes",
+    seed: int = 0,
+    samples: int = 1,
+    batch_size: int = 16,
+    versions: Mapping[str, str] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Draws what is missing in `out`, scores everything and writes results.json.
+
+    Args:
+      metadata: one GenEval metadata per prompt.
+      draw_all: draws a batch; never called for pictures that are there already.
+      out: folder; see layout.py for its content.
+      judge: scores the pictures as they are on disk.
+      settings: JSON values that say how the pictures are made (model, steps, guidance, budget ...). A folder drawn with
+        other settings, prompts, seed or number of samples is an error.
+      benchmark: its name.
+      seed: each picture's seed follows from this, its prompt and its sample number only.
+      samples: pictures per prompt; GenEval's own number is 4.
+      batch_size: prompts per call of `draw_all`; a run that is killed loses at most that many pictures.
+      versions: recorded in results.json next to package_versions().
+      on_progress: called with (pictures done, pictures in all).
+    Returns: the content of results.json.
+    Raises: ClvrError, one line.
+    """
+    if not metadata:
+        raise UsageError(f"{benchmark}: no prompts to draw")
+    if samples < 1 or batch_size < 1:
+        raise UsageError(f"{benchmark}: samples and batch_size must be at least 1, got {samples} and {batch_size}")
+    folder = Folder(Path(out))
+    identity = {"benchmark": benchmark, "settings": dict(settings), "seed": seed, "samples": samples}
+    folder.prepare(identity, metadata)
+    _draw_missing(folder, metadata, draw_all, seed, samples, batch_size, on_progress)
+    return score(out, judge, versions)
+
+
+def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Scores a folder whose pictures are all drawn and writes results.json; also to score it again with another judge.
+
+    Returns: {"benchmark", "judge", "settings", "seed", "samples", "summary", "pictures", "versions"}; "summary" is
+      report.summarize's, "pictures" holds one PictureScore each.
+    Raises: ClvrError if a picture is missing: a score over fewer pictures would be another score.
+    """
+    folder = Folder(Path(out))
+    identity = folder.identity()
+    entries = folder.metadata()
+    wanted = [(index, sample) for index in range(len(entries)) for sample in range(identity["samples"])]
+    missing = [
+        place
+        for place in wanted
+        if not folder.is_complete(*place, entries[place[0]]["prompt"], _seed(identity["seed"], entries, *place))
+    ]
+    if missing:
+        index, sample = missing[0]
+        raise ClvrError(
+            f"{out}: {len(missing)} of {len(wanted)} pictures are missing, first {index:05d}/samples/{sample:04d}.png; "
+            "run the benchmark again to draw them"
+        )
+    scores = [_score_picture(folder, index, sample, entries[index], judge) for index, sample in wanted]
+    results = {
+        "benchmark": identity["benchmark"],
+        "judge": {"name": judge.name, "version": judge.version},
+        "settings": identity["settings"],
+        "seed": identity["seed"],
+        "samples": identity["samples"],
+        "summary": summarize(scores),
+        "pictures": [{**asdict(entry), "reasons": list(entry.reasons)} for entry in scores],
+        "versions": {**package_versions(), **(versions or {})},
+    }
+    write_json(Path(out) / "results.json", results)
+    return results
+
+
+def _draw_missing(
+    folder: Folder,
+    metadata: Sequence[Metadata],
+    draw_all: DrawAll,
+    seed: int,
+    samples: int,
+    batch_size: int,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    wanted = [
+        (index, sample, _seed(seed, metadata, index, sample))
+        for index in range(len(metadata))
+        for sample in range(samples)
+    ]
+    open_places = [
+        place for place in wanted if not folder.is_complete(*place[:2], metadata[place[0]]["prompt"], place[2])
+    ]
+    done = len(wanted) - len(open_places)
+    if on_progress:
+        on_progress(done, len(wanted))
+    for start in range(0, len(open_places), batch_size):
+        batch = open_places[start : start + batch_size]
+        prompts = [metadata[index]["prompt"] for index, _, _ in batch]
+        began = time.monotonic()
+        results = draw_all(prompts, [picture_seed for _, _, picture_seed in batch])
+        seconds = (time.monotonic() - began) / len(batch)
+        if len(results) != len(batch):
+            raise ClvrError(f"benchmark: asked for {len(batch)} pictures and got {len(results)}")
+        for (index, sample, picture_seed), prompt, result in zip(batch, prompts, results, strict=True):
+            picture, nfe, trajectory = _unpack(result)
+            record = Record(
+                prompt=prompt,
+                seed=picture_seed,
+                has_picture=picture is not None,
+                nfe=nfe,
+                seconds=seconds,
+                steps=None if trajectory is None else len(trajectory.drawings),
+                outcome=None if trajectory is None else trajectory.outcome,
+            )
+            folder.add(index, sample, picture, record, trajectory)
+        done += len(batch)
+        if on_progress:
+            on_progress(done, len(wanted))
+
+
+def _score_picture(folder: Folder, index: int, sample: int, metadata: Metadata, judge: Judge) -> PictureScore:
+    record = folder.record(index, sample)
+    if record.has_picture:
+        judgment = judge.check(folder.picture(index, sample), metadata)
+    else:
+        judgment = Judgment(False, (f"no picture was drawn ({record.outcome})",))
+    return PictureScore(
+        index=index,
+        sample=sample,
+        prompt=metadata["prompt"],
+        tag=metadata["tag"],
+        tier=metadata.get("tier"),
+        correct=judgment.correct,
+        reasons=judgment.reasons,
+        nfe=record.nfe,
+        seconds=record.seconds,
+        steps=record.steps,
+        outcome=record.outcome,
+    )
+
+
+def _seed(seed: int, metadata: Sequence[Metadata], index: int, sample: int) -> int:
+    return derive_seed(seed, sample, metadata[index]["prompt"])
+
+
+def _unpack(result: Any) -> tuple[Picture | None, int | None, Trajectory | None]:
+    """Picture, network evaluations and trajectory of whatever `draw_all` returned."""
+    if isinstance(result, Trajectory):
+        return result.image, result.nfe, result
+    trajectory = getattr(result, "trajectory", None)
+    picture = getattr(result, "image", None if trajectory is not None else result)
+    if picture is None and trajectory is None:
+        raise ClvrError("benchmark: a drawing came back without a picture")
+    return picture, getattr(result, "nfe", None), trajectory

@@ -1,0 +1,135 @@
+"""Intervals and paired tests for benchmarks of yes/no scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError
+
+_RESAMPLES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate with its confidence interval."""
+
+    estimate: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class SignTest:
+    """Pairs won by either side, ties left out, and the two-sided p-value of "both win equally often"."""
+
+    first_wins: int
+    second_wins: int
+    p_value: float
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion, without continuity correction.
+
+    Args:
+      successes: 0 .. trials.
+      trials: at least 1.
+      confidence: two-sided, in (0, 1).
+    Source: Wilson 1927; Newcombe 1998, method 3.
+    """
+    if trials < 1 or not 0 <= successes <= trials:
+        raise ClvrError(f"Wilson interval: needs 0 <= successes <= trials and trials >= 1, got {successes} of {trials}")
+    z = _quantile(confidence)
+    share = successes / trials
+    center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
+    # At the ends the formula gives exactly 0 or 1 only up to rounding.
+    low = 0.0 if successes == 0 else center - half
+    high = 1.0 if successes == trials else center + half
+    return Interval(share, low, high)
+
+
+def mean_of_proportions(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
+    """The unweighted mean of independent proportions, e.g. GenEval's mean over tags, with an interval.
+
+    Args:
+      counts: (successes, trials) of every group.
+      confidence: two-sided, in (0, 1).
+    Returns: the mean; the interval combines the groups' Wilson intervals, squared distances added.
+    Source: method of variance estimates recovery (Zou and Donner 2008; Newcombe 1998, method 10).
+    """
+    if not counts:
+        raise ClvrError("mean of proportions: no groups")
+    parts = [wilson_interval(successes, trials, confidence) for successes, trials in counts]
+    mean = sum(part.estimate for part in parts) / len(parts)
+    below = math.sqrt(sum((part.estimate - part.low) ** 2 for part in parts)) / len(parts)
+    above = math.sqrt(sum((part.high - part.estimate) ** 2 for part in parts)) / len(parts)
+    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above))
+
+
+def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:
+    """Exact two-sided sign test of paired scores; for scores of 0 and 1 this is McNemar's exact test.
+
+    Args:
+      first, second: scores of two systems on the same prompts, in the same order.
+    Source: McNemar 1947, with the binomial distribution instead of the chi-squared approximation.
+    """
+    if len(first) != len(second):
+        raise ClvrError(f"sign test: scores must be paired, got {len(first)} and {len(second)}")
+    first_wins = sum(a > b for a, b in zip(first, second, strict=True))
+    second_wins = sum(a < b for a, b in zip(first, second, strict=True))
+    decided = first_wins + second_wins
+    tail = sum(math.comb(decided, wins) for wins in range(min(first_wins, second_wins) + 1))
+    # Integers: exact for any number of pairs, where 0.5**decided would underflow.
+    p_value = 1.0 if 2 * tail >= 2**decided else 2 * tail / 2**decided
+    return SignTest(first_wins, second_wins, p_value)
+
+
+def paired_bootstrap(
+    first: Sequence[float],
+    second: Sequence[float],
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Interval:
+    """Difference of means, second - first, with a percentile bootstrap interval over pairs.
+
+    Args:
+      first, second: scores of two systems on the same prompts, in the same order; at least one pair.
+      groups: the group (tag) of every pair. Then the difference is the unweighted mean of the groups' differences and
+        pairs are resampled within their group; None puts all pairs into one.
+      seed: of the resampling; the same seed gives the same interval.
+      resamples: number of bootstrap samples.
+      confidence: two-sided, in (0, 1).
+    Source: Efron and Tibshirani 1993, percentile interval, stratified.
+    """
+    if len(first) != len(second) or not first:
+        raise ClvrError(f"paired bootstrap: scores must be paired and not empty, got {len(first)} and {len(second)}")
+    if groups is not None and len(groups) != len(first):
+        raise ClvrError(f"paired bootstrap: {len(first)} pairs but {len(groups)} groups")
+    _quantile(confidence)
+    difference = np.asarray(second, dtype=np.float64) - np.asarray(first, dtype=np.float64)
+    labels = np.asarray(groups if groups is not None else ["all"] * len(first))
+    members = [difference[labels == label] for label in sorted(set(labels.tolist()))]
+    rng = np.random.default_rng(seed)
+    samples = np.zeros(resamples)
+    for group in members:
+        for start in range(0, resamples, _RESAMPLES_AT_ONCE):
+            rows = min(_RESAMPLES_AT_ONCE, resamples - start)
+            picks = rng.integers(len(group), size=(rows, len(group)))
+            samples[start : start + rows] += group[picks].mean(axis=1) / len(members)
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(samples, [tail, 1 - tail])
+    return Interval(float(np.mean([group.mean() for group in members])), float(low), float(high))
+
+
+def _quantile(confidence: float) -> float:
+    """The normal quantile of a two-sided confidence level."""
+    if not 0 < confidence < 1:
+        raise ClvrError(f"confidence must lie between 0 and 1, got {confidence}")
+    return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -1,0 +1,70 @@
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation import PictureScore, markdown, rich_table, summarize
+from clvr_jax.evaluation.statistics import wilson_interval
+
+
+def scores():
+    counts = [("zebra", None, 1, 2), ("complex", 3, 1, 1), ("complex", 4, 0, 3), ("counting", None, 3, 4)]
+    rows = []
+    for tag, tier, correct, pictures in counts:
+        for number in range(pictures):
+            rows.append(
+                PictureScore(
+                    len(rows), 0, f"p{len(rows)}", tag, tier, number < correct, (), 8, float(number), 2, "accepted"
+                )
+            )
+    return rows
+
+
+def test_summary_counts_tags_and_tiers():
+    summary = summarize(scores())
+    assert list(summary["tags"]) == ["counting", "complex", "zebra"]
+    assert summary["tags"]["complex"]["correct"] == 1
+    assert summary["tiers"]["4"] == {
+        "correct": 0,
+        "pictures": 3,
+        "accuracy": 0.0,
+        "interval": [0.0, wilson_interval(0, 3).high],
+    }
+    assert json.loads(json.dumps(summary)) == summary
+
+
+def test_overall_is_the_mean_of_tags_and_not_of_pictures():
+    overall = summarize(scores())["overall"]
+    assert overall["mean_of_tags"] == pytest.approx((3 / 4 + 1 / 4 + 1 / 2) / 3)
+    assert overall["over_pictures"]["accuracy"] == 0.5
+    assert overall["interval"][0] < overall["mean_of_tags"] < overall["interval"][1]
+
+
+def test_cost_per_picture():
+    cost = summarize(scores())["cost"]
+    assert (cost["nfe_per_picture"], cost["seconds_per_picture"]) == (8, 1.0)
+    assert cost["median_seconds_per_picture"] == 1.0
+    assert (cost["steps"], cost["outcomes"]) == ({"2": 10}, {"accepted": 10})
+    bare = summarize([PictureScore(0, 0, "p", "colors", None, True)])
+    assert bare["cost"]["nfe_per_picture"] is None
+    assert "cost not recorded" in markdown(bare)
+
+
+def test_tables_show_every_row():
+    summary = summarize(scores())
+    text = markdown(summary, "toy")
+    assert "| counting | 0.750 | 0.301 .. 0.954 | 3 / 4 |" in text
+    assert "| tier 4 | 0.000 | 0.000 .. 0.561 | 0 / 3 |" in text
+    assert "8.0 NFE per picture; 1.00 s per picture" in text
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(rich_table(summary, "toy"))
+    shown = console.export_text()
+    for name in ("counting", "complex", "zebra", "mean of tags", "over pictures", "tier 3", "tier 4"):
+        assert name in shown
+
+
+def test_nothing_to_report_is_an_error():
+    with pytest.raises(ClvrError, match="no scored pictures"):
+        summarize([])
