@@ -1,0 +1,159 @@
+"""Pictures -> what the vision tower of Qwen3-VL reads: resized, normalised, cut into patches. NumPy and PIL only.
+
+Source of the arithmetic: transformers `Qwen2VLImageProcessorPil`, which Qwen3-VL's processor is, bit for bit.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import ClvrError
+
+MAX_ASPECT_RATIO = 200
+
+ImageLike = Image.Image | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLImageProcessor:
+    """Turns pictures of any size into patches; the defaults are those of the released Qwen3-VL models.
+
+    patch_size: pixels along one side of a patch; temporal_patch_size: frames in a patch (a picture is repeated).
+    merge_size: patches along one side of what becomes one token.
+    min_pixels, max_pixels: bounds on height x width after resizing.
+    image_mean, image_std: of each channel, for pixels in [0, 1].
+    """
+
+    patch_size: int = 16
+    temporal_patch_size: int = 2
+    merge_size: int = 2
+    min_pixels: int = 65_536
+    max_pixels: int = 16_777_216
+    image_mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    image_std: tuple[float, ...] = (0.5, 0.5, 0.5)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.min_pixels <= self.max_pixels:
+            raise ClvrError(f"image processor: min_pixels {self.min_pixels} and max_pixels {self.max_pixels}")
+        if len(self.image_mean) != 3 or len(self.image_std) != 3 or min(self.image_std) <= 0:
+            raise ClvrError(f"image processor: image_mean {self.image_mean} and image_std {self.image_std}")
+        if min(self.patch_size, self.temporal_patch_size, self.merge_size) < 1:
+            raise ClvrError("image processor: patch_size, temporal_patch_size and merge_size must be at least 1")
+
+    @property
+    def factor(self) -> int:
+        """Sides after resizing are multiples of this many pixels: one token's side."""
+        return self.patch_size * self.merge_size
+
+    def __call__(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
+        """Resizes (bicubic), normalises and cuts each picture.
+
+        Args:
+          images: PIL pictures of any mode (transparency is laid on white) or uint8 arrays (h, w), (h, w, 1 | 3 | 4).
+        Returns: pixel_values (patches of all pictures, 3 * temporal * patch * patch) float32 and grid_thw, the
+          (1, rows, columns) of patches of each picture.
+        Raises: ClvrError for an empty list, an array of another kind, or a picture longer than 200 times its width.
+        """
+        if not images:
+            raise ClvrError("image processor: no images given")
+        patches, grids = zip(*(self._patches(image) for image in images), strict=True)
+        return np.concatenate(patches), grids
+
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens that a picture of this many pixels takes in the prompt."""
+        rows, columns = self.resized(height, width)
+        return rows * columns // self.factor**2
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Sides, in pixels, that a picture is resized to: multiples of `factor` within the bounds, near its aspect."""
+        if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
+            raise ClvrError(
+                f"image processor: a picture of {width} x {height} pixels is too long, the sides may differ by "
+                f"{MAX_ASPECT_RATIO} times at most"
+            )
+        factor = self.factor
+        sides = [round(side / factor) * factor for side in (height, width)]
+        if sides[0] * sides[1] > self.max_pixels:
+            shrink = math.sqrt(height * width / self.max_pixels)
+            sides = [max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)]
+        elif sides[0] * sides[1] < self.min_pixels:
+            grow = math.sqrt(self.min_pixels / (height * width))
+            sides = [math.ceil(side * grow / factor) * factor for side in (height, width)]
+        return sides[0], sides[1]
+
+    def _patches(self, image: ImageLike) -> tuple[np.ndarray, tuple[int, int, int]]:
+        picture = _rgb(image)
+        height, width = self.resized(picture.height, picture.width)
+        pixels_hwc = np.asarray(picture.resize((width, height), resample=Image.Resampling.BICUBIC))
+        normalised_chw = np.stack([table[pixels_hwc[..., i]] for i, table in enumerate(self._tables())])
+
+        patch, merge = self.patch_size, self.merge_size
+        rows, columns = height // patch, width // patch
+        blocks = normalised_chw.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
+        blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]  # blocks, patches of a block, c, t, h, w
+        frames = (*blocks.shape[:5], self.temporal_patch_size, patch, patch)
+        return np.broadcast_to(blocks, frames).reshape(rows * columns, -1), (1, rows, columns)
+
+    def _tables(self) -> np.ndarray:
+        """(3, 256): a byte's normalised value in each channel, rounded as the reference rounds."""
+        unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
+        mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.image_mean, self.image_std))
+        return (unit - mean) / std
+
+
+def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
+    """`preprocessor_config.json` of transformers -> Qwen3VLImageProcessor.
+
+    Bounds are read from `size` (shortest_edge, longest_edge: numbers of pixels there) or min_pixels and max_pixels.
+    Raises: ClvrError for a processor that does other steps than ours.
+    """
+    for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
+        if given.get(step) is False:
+            raise ClvrError(f"preprocessor_config.json: {step} = false is not supported")
+    for name, only in (("resample", 3), ("rescale_factor", 1 / 255)):
+        if given.get(name) is not None and not math.isclose(given[name], only):
+            raise ClvrError(f"preprocessor_config.json: {name} = {given[name]} is not supported, only {only}")
+    size = given.get("size") or {}
+    values: dict[str, Any] = {
+        "min_pixels": given.get("min_pixels") or size.get("shortest_edge"),
+        "max_pixels": given.get("max_pixels") or size.get("longest_edge"),
+        **{name: given.get(name) for name in ("patch_size", "temporal_patch_size", "merge_size")},
+        **{name: tuple(given[name]) for name in ("image_mean", "image_std") if given.get(name)},
+    }
+    return Qwen3VLImageProcessor(**{name: value for name, value in values.items() if value is not None})
+
+
+def processor_to_dict(processor: Qwen3VLImageProcessor) -> dict[str, Any]:
+    """Qwen3VLImageProcessor -> `preprocessor_config.json` that transformers' processor reads."""
+    return {
+        "image_processor_type": "Qwen2VLImageProcessorFast",
+        "processor_class": "Qwen3VLProcessor",
+        "size": {"shortest_edge": processor.min_pixels, "longest_edge": processor.max_pixels},
+        "patch_size": processor.patch_size,
+        "temporal_patch_size": processor.temporal_patch_size,
+        "merge_size": processor.merge_size,
+        "image_mean": list(processor.image_mean),
+        "image_std": list(processor.image_std),
+        "do_resize": True,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "do_convert_rgb": True,
+        "resample": 3,
+    }
+
+
+def _rgb(image: ImageLike) -> Image.Image:
+    if isinstance(image, np.ndarray):
+        shape = image.shape
+        if image.dtype != np.uint8 or not (image.ndim == 2 or (image.ndim == 3 and shape[-1] in (1, 3, 4))):
+            raise ClvrError(f"image processor: need uint8 (h, w) or (h, w, 1 | 3 | 4), got {image.dtype} {shape}")
+        image = Image.fromarray(image[..., 0] if image.ndim == 3 and shape[-1] == 1 else image)
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (255, 255, 255, 255)), image)
+    return image.convert("RGB")

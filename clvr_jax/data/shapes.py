@@ -1,0 +1,237 @@
+"""Training examples from the shapes world: pictures to draw, pictures to edit, and whole trajectories of the oracle."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
+from clvr_jax.worlds.shapes.layout import PlannedObject, plan
+from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.oracle import (
+    MAX_EDITS,
+    Edit,
+    compare,
+    edit_text,
+    edited_scene,
+    first_edits,
+    first_reply,
+    next_reply,
+)
+from clvr_jax.worlds.shapes.prompts import train_prompt
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import (
+    CELL_SIZE,
+    CELLS,
+    Scene,
+    SceneObject,
+    cell_center,
+    place,
+    reading_order,
+    sample_pair,
+)
+
+Image = np.ndarray
+"""uint8 (64, 64, 3)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+    """One picture to learn: text and references that condition it, and the target."""
+
+    text: str
+    references: tuple[Image, ...]
+    target: Image
+
+
+@dataclasses.dataclass(frozen=True)
+class Canvas:
+    """A picture whose content is known without looking: a scene, and cells that show something unreadable."""
+
+    scene: Scene
+    smudges: tuple[str, ...] = ()
+    seed: int = 0
+
+    def render(self) -> Image:
+        """The picture; the same canvas gives the same pixels."""
+        image = render(self.scene)
+        for cell in self.smudges:
+            image = _smudged(image, cell, np.random.default_rng((self.seed, CELLS.index(cell))))
+        return image
+
+    def reading(self) -> Reading:
+        """What a perfect detector would say."""
+        objects = {item.cell: item for item in self.scene.objects}
+        found = tuple(
+            DetectedObject(item.color, item.shape, cell, item.x, item.y, item.radius)
+            for cell in reading_order(objects)
+            for item in (objects[cell],)
+        )
+        return Reading(found, tuple(reading_order(self.smudges)))
+
+
+@dataclasses.dataclass(frozen=True)
+class SimulatedTrajectory:
+    """A trajectory of the oracle with a drawer that sometimes errs.
+
+    replies: r_1 .. r_n, the last one terminates. canvases: what was drawn after each of the first n - 1 replies.
+    targets: what should have been drawn.
+    """
+
+    prompt: str
+    replies: tuple[str, ...]
+    canvases: tuple[Image, ...]
+    targets: tuple[Image, ...]
+
+    def example(self, step: int) -> Example:
+        """The drawing of step `step` (from 0) under everything that came before it."""
+        text = drawing_text(self.prompt, self.replies[: step + 1])
+        return Example(text, self.canvases[:step], self.targets[step])
+
+
+def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
+    """Paints something no object looks like into a cell: halves of two objects, or a blend of two."""
+    pairs = [sample_pair(rng), sample_pair(rng)]
+    first, second = (render(Scene((place(*pair, cell, rng),))) for pair in pairs)
+    x, y = cell_center(cell)
+    half = CELL_SIZE / 2
+    rows = slice(max(round(y - half), 0), round(y + half))
+    columns = slice(max(round(x - half), 0), round(x + half))
+    kind = rng.random()
+    if kind < 0.5:
+        mixed = first.copy()
+        if rng.random() < 0.5:
+            mixed[round(y) :] = second[round(y) :]
+        else:
+            mixed[:, round(x) :] = second[:, round(x) :]
+    else:
+        share = rng.uniform(0.3, 0.7)
+        mixed = np.round(share * first + (1 - share) * second).astype(np.uint8)
+    image[rows, columns] = mixed[rows, columns]
+    return image
+
+
+def drawing_example(rng: np.random.Generator, weights: dict[str, float] | None = None) -> Example:
+    """Text to image: a training prompt and a random picture that satisfies it."""
+    metadata = train_prompt(rng, weights)
+    return Example(metadata["prompt"], (), render(_scene(plan(metadata, rng), rng)))
+
+
+def planned_example(rng: np.random.Generator) -> Example:
+    """Text to image in the words of a first step: one to three objects, each with its place."""
+    planned = tuple(
+        PlannedObject(*sample_pair(rng), CELLS[cell]) for cell in rng.permutation(len(CELLS))[: rng.integers(1, 4)]
+    )
+    text = edit_text(first_edits(planned, len(planned)), first=True)
+    return Example(text, (), render(_scene(planned, rng)))
+
+
+def editing_example(rng: np.random.Generator) -> Example:
+    """An instruction of one or two edits on a picture; everything else stays as it is."""
+    planned = plan(train_prompt(rng, {"complex": 0.7, "counting": 0.15, "color_attr": 0.15}), rng)
+    while True:
+        start = Canvas(_scene([item for item in planned if rng.random() < 0.6], rng))
+        canvas = _spoiled(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
+        wanted = compare(planned, canvas.reading()).edits
+        if wanted:
+            break
+    chosen = [wanted[i] for i in sorted(rng.permutation(len(wanted))[: int(rng.integers(1, MAX_EDITS + 1))])]
+    return Example(edit_text(chosen), (canvas.render(),), _edited(canvas, chosen, rng).render())
+
+
+def simulate_trajectory(
+    rng: np.random.Generator,
+    metadata: Metadata | None = None,
+    *,
+    error_rate: float = 0.3,
+    random_plan: bool = True,
+    max_steps: int = 8,
+) -> SimulatedTrajectory:
+    """The oracle against a drawer that spoils a step with probability `error_rate`.
+
+    Args:
+      rng: numpy generator.
+      metadata: what to draw; a training prompt if None.
+      error_rate: share of steps whose picture is not what was asked for.
+      random_plan: draw a random plan that satisfies the prompt instead of the canonical one.
+      max_steps: pictures at most; the trajectory then ends without the last reply terminating.
+    """
+    metadata = train_prompt(rng) if metadata is None else metadata
+    planned = plan(metadata, rng if random_plan else None)
+    replies, canvases, targets = [first_reply(planned)], [], []
+    edits = first_edits(planned)
+    canvas = Canvas(Scene())
+    while edits and len(canvases) < max_steps:
+        perfect = canvas = _edited(canvas, edits, rng)
+        if rng.random() < error_rate:
+            touched = tuple(edit.cell for edit in edits) if rng.random() < 0.7 else CELLS
+            canvas = _spoiled(perfect, rng, errors=1 + int(rng.random() < 0.2), cells=touched)
+        targets.append(perfect.render())
+        canvases.append(canvas.render())
+        reading = canvas.reading()
+        replies.append(next_reply(planned, reading))
+        edits = compare(planned, reading).edits[:MAX_EDITS]
+    return SimulatedTrajectory(metadata["prompt"], tuple(replies), tuple(canvases), tuple(targets))
+
+
+def _scene(planned: list[PlannedObject] | tuple[PlannedObject, ...], rng: np.random.Generator) -> Scene:
+    return Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in planned))
+
+
+def _edited(canvas: Canvas, edits: Sequence[Edit], rng: np.random.Generator) -> Canvas:
+    """The canvas after perfect edits. A smudge that no edit names stays: only what was asked for may change."""
+    touched = {edit.cell for edit in edits}
+    smudges = tuple(cell for cell in canvas.smudges if cell not in touched)
+    return Canvas(edited_scene(canvas.scene, edits, rng), smudges, canvas.seed)
+
+
+def _spoiled(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
+    """The canvas with mistakes of the kinds a diffusion model makes, each in one of `cells`."""
+    objects = {item.cell: item for item in canvas.scene.objects}
+    smudges = set(canvas.smudges)
+    for cell in (cells[i] for i in rng.permutation(len(cells))[:errors]):
+        spoil = _SPOILS[int(rng.integers(len(_SPOILS)))]
+        smudges.discard(cell)
+        item = spoil(objects.pop(cell, None), cell, rng)
+        if item is not None:
+            objects[cell] = item
+        elif spoil is _smudge:
+            smudges.add(cell)
+    return Canvas(Scene(tuple(objects.values())), tuple(reading_order(smudges)), int(rng.integers(2**31)))
+
+
+Spoil = Callable[[SceneObject | None, str, np.random.Generator], SceneObject | None]
+
+
+def _drop(item: SceneObject | None, cell: str, rng: np.random.Generator) -> None:
+    return None
+
+
+def _smudge(item: SceneObject | None, cell: str, rng: np.random.Generator) -> None:
+    return None
+
+
+def _other(item: SceneObject | None, cell: str, rng: np.random.Generator) -> SceneObject:
+    return place(*sample_pair(rng), cell, rng)
+
+
+def _recolored(item: SceneObject | None, cell: str, rng: np.random.Generator) -> SceneObject:
+    if item is None:
+        return _other(item, cell, rng)
+    while True:
+        color, shape = sample_pair(rng)
+        if shape == item.shape:
+            return dataclasses.replace(item, color=color)
+
+
+def _reshaped(item: SceneObject | None, cell: str, rng: np.random.Generator) -> SceneObject:
+    if item is None:
+        return _other(item, cell, rng)
+    while True:
+        color, shape = sample_pair(rng)
+        if color == item.color:
+            return dataclasses.replace(item, shape=shape)
+
+
+_SPOILS: tuple[Spoil, ...] = (_drop, _smudge, _other, _recolored, _reshaped)

@@ -1,0 +1,135 @@
+"""Text for the models: chat template, token buckets, and the small tokenizer of the embedded models."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from clvr_jax.errors import ClvrError
+
+MAX_PROMPT_CHARACTERS = 20_000
+
+# Qwen's control tokens in Qwen's order; the loop's own follow.
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>", "<think>", "</think>", "<|image_gen|>", "<|terminate|>",
+    *(f"<IMG_GEN_{number}>" for number in range(1, 9)),
+)  # fmt: skip
+
+# Qwen's own split: contractions, words with their leading space, single digits, runs of punctuation, line ends.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+# The parts of Qwen3's template that are used here: turns, images inside a turn, and the empty thought that switches
+# thinking off.
+CHAT_TEMPLATE = """{%- for message in messages -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}{{- message.content -}}
+{%- else -%}{%- for part in message.content -%}
+{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- else -%}{{- part.text -}}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+{{- '<|im_start|>assistant\\n' -}}
+{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
+{%- endif -%}"""
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
+    """Trains a byte-level BPE with Qwen's special tokens and writes it as a transformers tokenizer folder.
+
+    Args:
+      texts: what it should be good at; every other text still becomes bytes.
+      vocab_size: with the 256 bytes and the special tokens.
+      folder: created; files in it are replaced.
+    """
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "Qwen2Tokenizer",
+        "add_prefix_space": False,
+        "bos_token": None,
+        "eos_token": "<|im_end|>",
+        "pad_token": "<|endoftext|>",
+        "unk_token": None,
+        "padding_side": "right",
+        "model_max_length": 131072,
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The transformers tokenizer in `folder`; ClvrError if it cannot be read."""
+    from transformers import AutoTokenizer  # slow to import, and only pipelines need it
+
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0][:160]
+        raise ClvrError(f"{folder}: no tokenizer that transformers can read ({reason})") from error
+
+
+def check_prompt(prompt: str) -> None:
+    """Raises ClvrError for a prompt that is empty or too long to be meant."""
+    if not prompt.strip():
+        raise ClvrError("the prompt is empty; say what to draw")
+    if len(prompt) > MAX_PROMPT_CHARACTERS:
+        raise ClvrError(
+            f"the prompt has {len(prompt):,} characters, more than the {MAX_PROMPT_CHARACTERS:,} allowed; shorten it"
+        )
+
+
+def bucket_for(length: int, buckets: Sequence[int]) -> int:
+    """The smallest bucket that holds `length`, or the largest bucket if none does (the text is then cut)."""
+    return next((bucket for bucket in sorted(buckets) if bucket >= length), max(buckets))
+
+
+def encode_prompts(
+    tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts as the FLUX.2 text encoder reads them: one user turn, thinking off, padded on the right.
+
+    Args:
+      tokenizer: transformers tokenizer with a chat template.
+      prompts: user texts; the empty text is the unconditional one.
+      buckets: lengths to pad to; all prompts take the smallest that holds the longest of them. FLUX.2 klein has (512,).
+    Returns: ids and mask, each (batch, bucket) int32.
+    """
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for prompt in prompts
+    ]
+    rows = tokenizer(texts, truncation=True, max_length=max(buckets))["input_ids"]
+    length = bucket_for(max(map(len, rows)), buckets)
+    ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
+    mask = np.zeros((len(rows), length), np.int32)
+    for row, tokens in enumerate(rows):
+        ids[row, : len(tokens)] = tokens
+        mask[row, : len(tokens)] = 1
+    return ids, mask

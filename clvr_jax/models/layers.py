@@ -1,0 +1,83 @@
+"""Pieces every architecture shares: attention and stacks of equal blocks run by `jax.lax.scan`."""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+Block = TypeVar("Block", bound=nnx.Module)
+
+
+def attention(
+    query_bqnh: jax.Array,
+    key_bknh: jax.Array,
+    value_bknh: jax.Array,
+    *,
+    mask: jax.Array | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> jax.Array:
+    """Scaled dot-product attention, softmax in float32.
+
+    Args:
+      query_bqnh: (batch, queries, heads, head_dim).
+      key_bknh, value_bknh: (batch, keys, kv_heads, head_dim); kv_heads divides heads (grouped queries).
+      mask: boolean, broadcastable to (batch, heads, queries, keys); True may be attended.
+      is_causal: query i sees keys 0..i only.
+      scale: factor on the logits, 1 / sqrt(head_dim) if None.
+    Returns: (batch, queries, heads, head_dim) in the query's dtype.
+    """
+    return jax.nn.dot_product_attention(query_bqnh, key_bknh, value_bknh, mask=mask, is_causal=is_causal, scale=scale)
+
+
+def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
+    """Builds `depth` blocks as one module whose every parameter has a leading layer axis."""
+
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=depth)
+    def build(block_rngs: nnx.Rngs) -> Block:
+        return make_block(block_rngs)
+
+    return build(rngs)
+
+
+def scan_blocks(
+    blocks: nnx.Module,
+    step: Callable[[Any, Any, Any], tuple[Any, Any]],
+    carry: Any,
+    xs: Any = None,
+    *,
+    remat: bool = False,
+    layers: slice | None = None,
+) -> tuple[Any, Any]:
+    """Runs a stack made by `stack_blocks`: for each layer `carry, out = step(block, carry, x)`.
+
+    Args:
+      blocks: the stacked module.
+      step: pure function of one block, the carry and this layer's slice of `xs`.
+      carry: pytree whose shapes and dtypes the step keeps.
+      xs: pytree with the leading layer axis, or None.
+      remat: recompute each block in the backward pass instead of keeping its activations.
+      layers: run only these layers of the stack.
+    Returns: (final carry, outs stacked over layers).
+    """
+    graphdef, state = nnx.split(blocks)
+    if layers is not None:
+        state = jax.tree.map(lambda leaf: leaf[layers], state)
+
+    def body(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
+        block_state, x = layer
+        return step(nnx.merge(graphdef, block_state), carry, x)
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (state, xs))
+
+
+def sinusoidal_embedding(positions_b: jax.Array, features: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
+    """(b,) positions -> (b, features): cosines, then sines, of geometrically spaced frequencies down to 1/10000."""
+    half = features // 2
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
+    angles = positions_b.astype(jnp.float32)[:, None] * frequencies[None]
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1).astype(dtype)

@@ -1,0 +1,217 @@
+"""Qwen3: the text encoder of FLUX.2 klein, and a causal language model.
+
+FLUX.2 reads the hidden states after layers 9, 18 and 27 of the prompt, padding included; `hidden_states` returns those
+and runs no layer beyond the last one wanted.
+
+Source: Qwen3ForCausalLM (transformers); attribute names are its keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, causal_mask, rotary_tables
+
+
+@dataclass(frozen=True)
+class Qwen3Config:
+    """Shape of a Qwen3 language model; field names are those of the transformers `config.json`."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 12288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    max_position_embeddings: int = 40960
+    attention_bias: bool = False
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        positive = (
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+            "head_dim rms_norm_eps rope_theta max_position_embeddings"
+        )
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ClvrError(f"Qwen3Config.{name} is {getattr(self, name)}; it must be positive")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ClvrError(
+                f"Qwen3Config.num_key_value_heads {self.num_key_value_heads} must divide "
+                f"num_attention_heads {self.num_attention_heads}"
+            )
+        if self.head_dim % 2:
+            raise ClvrError(f"Qwen3Config.head_dim is {self.head_dim}; it must be even (rotary pairs)")
+
+    @classmethod
+    def qwen3_4b(cls) -> "Qwen3Config":
+        """Qwen3-4B, the text encoder of FLUX.2 klein 4B."""
+        return cls(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
+
+    @classmethod
+    def qwen3_8b(cls) -> "Qwen3Config":
+        """Qwen3-8B, the text encoder of FLUX.2 klein 9B."""
+        return cls()
+
+
+class Qwen3Model(nnx.Module):
+    """Embeddings, a stack of decoder layers with a leading layer axis, and the final norm."""
+
+    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+        self.embed_tokens = nnx.Embed(
+            config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+        self.layers = stack_blocks(
+            lambda layer_rngs: DecoderLayer(config, rngs=layer_rngs, dtype=dtype, param_dtype=param_dtype),
+            config.num_hidden_layers,
+            rngs,
+        )
+        self.norm = nnx.RMSNorm(
+            config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+        )
+
+
+class Qwen3(nnx.Module):
+    """Qwen3 language model: token ids to logits, to hidden states, or to logits with a key-value cache.
+
+    Args:
+      config: sizes; see the presets of `Qwen3Config`.
+      rngs: random streams for the initial weights.
+      dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
+      param_dtype: dtype of the weights.
+      remat: recompute layers in the backward pass instead of keeping their activations.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3Config,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ) -> None:
+        self.config = config
+        self.remat = remat
+        self.model = Qwen3Model(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = nnx.Linear(
+                config.hidden_size, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
+
+    def __call__(
+        self,
+        input_ids_bt: jax.Array,
+        attention_mask_bt: jax.Array | None = None,
+        positions_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """Next-token logits for every position.
+
+        Args:
+          input_ids_bt: (b, t) token ids.
+          attention_mask_bt: (b, t), 0 at padding; None if there is none.
+          positions_bt: (b, t) rotary positions; 0, 1, ... if None, whatever the mask, as transformers' forward does.
+        Returns: (b, t, vocab_size) in the compute dtype.
+        """
+        rotary, mask = self._tables(input_ids_bt, attention_mask_bt, positions_bt)
+
+        def step(layer: DecoderLayer, x_btd: jax.Array, _: None) -> tuple[jax.Array, None]:
+            return layer(x_btd, rotary, mask)[0], None
+
+        embedded = self.model.embed_tokens(input_ids_bt)
+        return self._logits(scan_blocks(self.model.layers, step, embedded, remat=self.remat)[0])
+
+    def hidden_states(
+        self,
+        input_ids_bt: jax.Array,
+        attention_mask_bt: jax.Array | None = None,
+        layers: Sequence[int] = (9, 18, 27),
+    ) -> tuple[jax.Array, ...]:
+        """The residual stream at chosen depths, in the order asked for; no layer beyond the deepest is run.
+
+        Args:
+          input_ids_bt: (b, t) token ids.
+          attention_mask_bt: (b, t), 0 at padding; padded positions are computed too, seeing the real tokens only.
+          layers: indices as transformers counts them: 0 is the embeddings, k the output of k layers, and
+            num_hidden_layers the last output after the final norm.
+        Returns: one (b, t, hidden_size) array for each index.
+        Raises: ClvrError for an index the model does not have.
+        """
+        depth = self.config.num_hidden_layers
+        if not layers or any(not 0 <= layer <= depth for layer in layers):
+            raise ClvrError(f"hidden_states: layers {tuple(layers)} must be indices in 0..{depth}, at least one")
+        rotary, mask = self._tables(input_ids_bt, attention_mask_bt, None)
+        graphdef, stacked = nnx.split(self.model.layers)
+        wanted = sorted(set(layers))
+
+        def step(x_btd: jax.Array, index: jax.Array) -> jax.Array:
+            # Indexing the whole stack, where slicing off the layers wanted would copy their weights.
+            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
+            return nnx.merge(graphdef, layer)(x_btd, rotary, mask)[0]
+
+        def keep(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            x_btd, kept_lbtd = carry
+            x_btd = step(x_btd, index)
+            # Slot of the first wanted depth not yet passed: overwritten by every layer until the wanted one.
+            slot = jnp.searchsorted(jnp.asarray(wanted), index + 1)
+            return x_btd, jax.lax.dynamic_update_index_in_dim(kept_lbtd, x_btd, slot, 0)
+
+        embedded = self.model.embed_tokens(input_ids_bt)
+        kept_lbtd = jnp.broadcast_to(embedded, (len(wanted), *embedded.shape))
+        _, kept_lbtd = jax.lax.fori_loop(0, wanted[-1], keep, (embedded, kept_lbtd))
+        states = {index: kept_lbtd[slot] for slot, index in enumerate(wanted)}
+        if depth in states:
+            states[depth] = self.model.norm(states[depth])
+        return tuple(states[index] for index in layers)
+
+    def decode(
+        self, input_ids_bt: jax.Array, cache: KVCache, start: jax.Array | int, keys: int | None = None
+    ) -> tuple[jax.Array, KVCache]:
+        """Logits of t further tokens after those in the cache; a first call with start 0 reads the prompt.
+
+        Prompts of different lengths are padded on the right: their padding is overwritten by the tokens that follow.
+
+        Args:
+          input_ids_bt: (b, t) token ids.
+          cache: from `empty_cache(config, num_hidden_layers, b, max_len)` or an earlier call.
+          start: number of tokens already in the cache, one integer or (b,).
+          keys: how many leading cache entries to attend to, max_len if None; at least start + t.
+        Returns: (b, t, vocab_size) logits and the cache with the new tokens.
+        """
+        t = input_ids_bt.shape[1]
+        positions_bt = jnp.reshape(jnp.asarray(start), (-1, 1)) + jnp.arange(t)
+        rotary = rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta)
+        mask = causal_mask(t, cache.key.shape[2] if keys is None else keys, start)
+
+        def step(layer: DecoderLayer, x_btd: jax.Array, past: KVCache) -> tuple[jax.Array, KVCache | None]:
+            return layer(x_btd, rotary, mask, past, start)
+
+        x_btd, cache = scan_blocks(self.model.layers, step, self.model.embed_tokens(input_ids_bt), cache)
+        return self._logits(x_btd), cache
+
+    def _tables(
+        self, input_ids_bt: jax.Array, attention_mask_bt: jax.Array | None, positions_bt: jax.Array | None
+    ) -> tuple[Rotary, jax.Array | None]:
+        """Rotary tables and attention mask; no mask is plain causal attention."""
+        t = input_ids_bt.shape[1]
+        if attention_mask_bt is not None and attention_mask_bt.shape != input_ids_bt.shape:
+            raise ClvrError(
+                f"attention_mask has shape {attention_mask_bt.shape}, input_ids {input_ids_bt.shape}; they must agree"
+            )
+        if positions_bt is None:
+            positions_bt = jnp.arange(t)[None]
+        mask = None if attention_mask_bt is None else causal_mask(t, t, key_mask_bk=attention_mask_bt)
+        return rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta), mask
+
+    def _logits(self, x_btd: jax.Array) -> jax.Array:
+        normed = self.model.norm(x_btd)
+        return self.model.embed_tokens.attend(normed) if self.config.tie_word_embeddings else self.lm_head(normed)

@@ -1,0 +1,425 @@
+"""Qwen3-VL: a decoder that reads pictures. Here the language side, where the two meet, and the steps of decoding.
+
+Tokens of images replace the embeddings of their placeholders, and the features of three vision blocks are added to the
+first language layers' outputs at those places (DeepStack). Positions have three axes, time, row and column, interleaved
+over the frequencies of the rotary embedding. Attribute names are the PyTorch checkpoint's.
+
+Source of the arithmetic: transformers `Qwen3VLForConditionalGeneration`.
+"""
+
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, causal_mask, inverse_frequencies
+from clvr_jax.models.qwen3_vl_positions import Grids, mrope_axes
+from clvr_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig, VisionFeatures
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLTextConfig:
+    """Field names are those of `text_config` in transformers' config.json; the defaults are the 8B model's.
+
+    mrope_section: frequencies that turn with time, row and column; together head_dim / 2.
+    """
+
+    vocab_size: int = 151_936
+    hidden_size: int = 4096
+    intermediate_size: int = 12_288
+    num_hidden_layers: int = 36
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 8
+    head_dim: int = 128
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 5_000_000.0
+    mrope_section: tuple[int, int, int] = (24, 20, 20)
+    attention_bias: bool = False
+    max_position_embeddings: int = 262_144
+
+    def __post_init__(self) -> None:
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ClvrError(
+                f"Qwen3-VL text: num_attention_heads {self.num_attention_heads} must be a multiple of "
+                f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if len(self.mrope_section) != 3 or 2 * sum(self.mrope_section) != self.head_dim:
+            raise ClvrError(
+                f"Qwen3-VL text: mrope_section {self.mrope_section} must be three numbers that sum to half of "
+                f"head_dim {self.head_dim}"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLConfig:
+    """Both halves of the model and the ids of its image tokens; the defaults are Qwen3-VL-8B's."""
+
+    text: Qwen3VLTextConfig = dataclasses.field(default_factory=Qwen3VLTextConfig)
+    vision: Qwen3VLVisionConfig = dataclasses.field(default_factory=Qwen3VLVisionConfig)
+    tie_word_embeddings: bool = False
+    image_token_id: int = 151_655
+    video_token_id: int = 151_656
+    vision_start_token_id: int = 151_652
+    vision_end_token_id: int = 151_653
+
+    def __post_init__(self) -> None:
+        if self.vision.out_hidden_size != self.text.hidden_size:
+            raise ClvrError(
+                f"Qwen3-VL: vision out_hidden_size {self.vision.out_hidden_size} must equal text hidden_size "
+                f"{self.text.hidden_size}"
+            )
+        if len(self.vision.deepstack_visual_indexes) > self.text.num_hidden_layers:
+            raise ClvrError("Qwen3-VL: more DeepStack features than language layers")
+
+    @classmethod
+    def qwen3_vl_8b(cls) -> "Qwen3VLConfig":
+        """Qwen/Qwen3-VL-8B-Instruct."""
+        return cls()
+
+    @classmethod
+    def qwen3_vl_4b(cls) -> "Qwen3VLConfig":
+        """Qwen/Qwen3-VL-4B-Instruct."""
+        text = Qwen3VLTextConfig(hidden_size=2560, intermediate_size=9728)
+        return cls(text=text, vision=_small_vision(2560), tie_word_embeddings=True)
+
+    @classmethod
+    def qwen3_vl_2b(cls) -> "Qwen3VLConfig":
+        """Qwen/Qwen3-VL-2B-Instruct."""
+        text = Qwen3VLTextConfig(hidden_size=2048, intermediate_size=6144, num_hidden_layers=28, num_attention_heads=16)
+        return cls(text=text, vision=_small_vision(2048), tie_word_embeddings=True)
+
+
+def _small_vision(out_hidden_size: int) -> Qwen3VLVisionConfig:
+    return Qwen3VLVisionConfig(
+        depth=24,
+        hidden_size=1024,
+        intermediate_size=4096,
+        out_hidden_size=out_hidden_size,
+        deepstack_visual_indexes=(5, 11, 17),
+    )
+
+
+class DecodeCache(NamedTuple):
+    """The past of a batch while it is being continued.
+
+    key, value: (layers, b, kv_heads, slots, head_dim), a head's slots side by side because a step reads them all.
+    Every row writes its next token into the same `slot`, however long its prompt was; seen_bs says which slots hold
+    real tokens. position_b: rotary position of each row's next token.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    seen_bs: jax.Array
+    slot: jax.Array
+    position_b: jax.Array
+
+
+class _LanguageModel(nnx.Module):
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+        self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
+        self.layers = stack_blocks(
+            lambda rngs: DecoderLayer(config, rngs=rngs, **dtypes), config.num_hidden_layers, rngs
+        )
+        self.norm = nnx.RMSNorm(config.hidden_size, epsilon=config.rms_norm_eps, rngs=rngs, **dtypes)
+
+
+class _Model(nnx.Module):
+    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, remat: bool, **dtypes: Any):
+        self.visual = Qwen3VLVision(config.vision, rngs=rngs, remat=remat, **dtypes)
+        self.language_model = _LanguageModel(config.text, rngs=rngs, **dtypes)
+
+
+class _Injection(NamedTuple):
+    """DeepStack features and, for each token, which of them is its own."""
+
+    deepstack_kgnd: jax.Array
+    index_bt: jax.Array
+    is_image_bt: jax.Array
+
+
+class Qwen3VL(nnx.Module):
+    """The vision-language model.
+
+    Everything is of static shape. A batch may mix prompts of different lengths (padding on either side, told by
+    attention_mask_bt). Its images come in one of two ways:
+      pixel_values (b, patches, features): every conversation has images of the same grids, `grid_thw`;
+      pixel_values (patches, features): the images of all conversations one after another, `grid_thw` lists them all.
+    In the first way a conversation with fewer images leaves the last ones unused.
+
+    Args:
+      config: sizes.
+      rngs: for the initial weights, drawn as NNX draws them by default.
+      dtype: of computation; param_dtype: of the weights. Logits are float32.
+      remat: recompute layers in the backward pass instead of keeping their activations.
+    Source: transformers `Qwen3VLForConditionalGeneration`.
+    """
+
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ):
+        self.config = config
+        self.remat = remat
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        self.model = _Model(config, rngs=rngs, remat=remat, **dtypes)
+        self.lm_head = (
+            None
+            if config.tie_word_embeddings
+            else nnx.Linear(config.text.hidden_size, config.text.vocab_size, use_bias=False, rngs=rngs, **dtypes)
+        )
+
+    def __call__(
+        self,
+        input_ids_bt: jax.Array,
+        pixel_values: jax.Array | None = None,
+        grid_thw: Grids = (),
+        positions_3bt: jax.Array | None = None,
+        attention_mask_bt: jax.Array | None = None,
+        *,
+        logits_at_bk: jax.Array | None = None,
+    ) -> jax.Array:
+        """Logits of the next token at every position, for training and scoring.
+
+        Args:
+          input_ids_bt: (b, t) token ids, image placeholders expanded to the number of their tokens.
+          pixel_values: patches of the images, see the class; None if there are none.
+          grid_thw: static grids of the images.
+          positions_3bt: from `mrope_positions`; None counts real tokens, which is right only without images.
+          attention_mask_bt: nonzero at real tokens; None: no padding.
+          logits_at_bk: (b, k) positions to give logits at, instead of all t of them.
+        Returns: (b, t, vocab_size), or (b, k, vocab_size), float32. Logits at padding mean nothing.
+        Raises: ClvrError if pixel_values and grid_thw do not go together.
+        """
+        positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
+        x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
+        mask = None if attention_mask_bt is None else _prompt_mask(attention_mask_bt)
+        x_btd, _ = self._layers(x_btd, self._rotary(positions_3bt), mask, injection)
+        if logits_at_bk is not None:
+            x_btd = jnp.take_along_axis(x_btd, logits_at_bk[:, :, None], axis=1)
+        return self._logits(x_btd)
+
+    def hidden_states(
+        self,
+        input_ids_bt: jax.Array,
+        pixel_values: jax.Array | None = None,
+        grid_thw: Grids = (),
+        positions_3bt: jax.Array | None = None,
+        attention_mask_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """What enters each language layer, and what leaves the last one: (layers + 1, b, t, hidden_size).
+
+        Arguments as in `__call__`. Entry 0 is the embeddings with images in place, entry i what leaves layer i - 1 with
+        DeepStack features added; the final norm is not applied.
+        """
+        positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
+        x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
+        mask = None if attention_mask_bt is None else _prompt_mask(attention_mask_bt)
+        _, hidden_lbtd = self._layers(x_btd, self._rotary(positions_3bt), mask, injection, keep="hidden")
+        return jnp.concatenate([x_btd[None], hidden_lbtd])
+
+    def encode_images(self, pixel_values: jax.Array, grid_thw: Grids) -> VisionFeatures:
+        """Runs the vision tower; pixel_values as in the class docstring, packed ones counting as one row."""
+        packed = pixel_values.ndim == 2
+        return self.model.visual(pixel_values[None] if packed else pixel_values, grid_thw)
+
+    def prefill(
+        self,
+        input_ids_bt: jax.Array,
+        pixel_values: jax.Array | None = None,
+        grid_thw: Grids = (),
+        positions_3bt: jax.Array | None = None,
+        attention_mask_bt: jax.Array | None = None,
+        *,
+        cache_length: int,
+    ) -> tuple[jax.Array, DecodeCache]:
+        """Reads the prompts and starts a cache.
+
+        Args: as in `__call__`, and cache_length: static, slots for the prompt (padding included) and what will follow.
+        Returns: logits (b, vocab_size) float32 of the token after each prompt, and the cache for `decode_step`.
+        Raises: ClvrError if the prompt does not fit.
+        """
+        b, t = input_ids_bt.shape
+        if t > cache_length:
+            raise ClvrError(f"Qwen3-VL: a prompt of {t} tokens does not fit a cache of {cache_length}")
+        real_bt = jnp.ones((b, t), bool) if attention_mask_bt is None else attention_mask_bt != 0
+        positions_3bt = _positions(input_ids_bt, positions_3bt, real_bt)
+        x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
+        x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), _prompt_mask(real_bt), injection, keep="past")
+        last_b = t - 1 - jnp.argmax(real_bt[:, ::-1], axis=1)
+        logits_bv = self._logits(jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1))[:, 0]
+
+        def slots(past_lbtkh: jax.Array) -> jax.Array:
+            return jnp.pad(past_lbtkh.swapaxes(2, 3), [(0, 0)] * 3 + [(0, cache_length - t), (0, 0)])
+
+        cache = DecodeCache(
+            key=slots(past.key),
+            value=slots(past.value),
+            seen_bs=jnp.pad(real_bt, ((0, 0), (0, cache_length - t))),
+            slot=jnp.asarray(t, jnp.int32),
+            position_b=jnp.max(jnp.where(real_bt, positions_3bt, -1), axis=(0, 2)).astype(jnp.int32) + 1,
+        )
+        return logits_bv, cache
+
+    def decode_step(self, cache: DecodeCache, token_b: jax.Array) -> tuple[jax.Array, DecodeCache]:
+        """Reads one more token of every row.
+
+        Args:
+          cache: from `prefill` or the step before; it must have a free slot (a traced count cannot be checked).
+          token_b: (b,) token ids.
+        Returns: logits (b, vocab_size) float32 of the token after it, and the cache with it.
+        """
+        rotary = self._rotary(jnp.broadcast_to(cache.position_b[None, :, None], (3, token_b.shape[0], 1)))
+
+        def step(
+            layer: DecoderLayer, x_b1d: jax.Array, past: tuple[jax.Array, jax.Array]
+        ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+            query, key, value = layer.self_attn.project(layer.input_layernorm(x_b1d), rotary)
+            out_b1e = _attend_past(query, key, value, *past, cache.seen_bs)
+            x_b1d = x_b1d + layer.self_attn.o_proj(out_b1e)
+            return x_b1d + layer.mlp(layer.post_attention_layernorm(x_b1d)), (key, value)
+
+        # The layers only read the cache; what they add is written afterwards, all at once and in place.
+        language = self.model.language_model
+        x_b1d = language.embed_tokens(token_b[:, None])
+        x_b1d, new = scan_blocks(language.layers, step, x_b1d, (cache.key, cache.value))
+
+        def write(past_lbksh: jax.Array, new_lb1kh: jax.Array) -> jax.Array:
+            new = new_lb1kh.swapaxes(2, 3).astype(past_lbksh.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(past_lbksh, new, cache.slot, axis=3)
+
+        seen_bs = jax.lax.dynamic_update_slice_in_dim(cache.seen_bs, jnp.ones_like(cache.seen_bs[:, :1]), cache.slot, 1)
+        cache = DecodeCache(
+            write(cache.key, new[0]), write(cache.value, new[1]), seen_bs, cache.slot + 1, cache.position_b + 1
+        )
+        return self._logits(x_b1d)[:, 0], cache
+
+    def _embed(
+        self, input_ids_bt: jax.Array, pixel_values: jax.Array | None, grid_thw: Grids
+    ) -> tuple[jax.Array, _Injection | None]:
+        x_btd = self.model.language_model.embed_tokens(input_ids_bt)
+        if (pixel_values is None) != (not grid_thw):
+            raise ClvrError("Qwen3-VL: pixel_values and grid_thw must be given together")
+        if pixel_values is None:
+            return x_btd, None
+        features = self.encode_images(pixel_values, grid_thw)
+        groups, tokens = features.tokens_bnd.shape[:2]
+        b, t = input_ids_bt.shape
+        if groups not in (1, b):
+            raise ClvrError(f"Qwen3-VL: pixel_values of {groups} conversations for a batch of {b}")
+        # The i-th placeholder of a row (of the whole batch, if images are packed) takes the i-th image token.
+        is_image_bt = input_ids_bt == self.config.image_token_id
+        order_gt = jnp.cumsum(is_image_bt.reshape(groups, -1), axis=1) - 1
+        index_bt = jnp.clip(order_gt, 0, tokens - 1).reshape(b, t)
+        injection = _Injection(features.deepstack_kbnd, index_bt, is_image_bt)
+        return jnp.where(is_image_bt[:, :, None], _take(features.tokens_bnd, index_bt), x_btd), injection
+
+    def _rotary(self, positions_3bt: jax.Array) -> Rotary:
+        """Cosines and sines (b, t, head_dim / 2) float32 of three-axis positions."""
+        config = self.config.text
+        axes = mrope_axes(config.head_dim, config.mrope_section)
+        positions_btf = jnp.moveaxis(positions_3bt[axes], 0, -1).astype(jnp.float32)
+        angles = positions_btf * inverse_frequencies(config.head_dim, config.rope_theta)
+        return jnp.cos(angles), jnp.sin(angles)
+
+    def _layers(
+        self,
+        x_btd: jax.Array,
+        rotary: Rotary,
+        mask: jax.Array | None,
+        injection: _Injection | None,
+        *,
+        keep: Literal["nothing", "hidden", "past"] = "nothing",
+    ) -> tuple[jax.Array, Any]:
+        """Runs whole prompts through the stack.
+
+        Returns: its output before the final norm, and what was kept of every layer: its output, or its KVCache with
+        the keys and values (layers, b, t, kv_heads, head_dim) of the prompt.
+        """
+        config, (b, t, _) = self.config.text, x_btd.shape
+
+        def step(layer: DecoderLayer, x_btd: jax.Array, number: jax.Array) -> tuple[jax.Array, Any]:
+            nothing = jnp.zeros((b, t, config.num_key_value_heads, config.head_dim), x_btd.dtype)
+            x_btd, past = layer(x_btd, rotary, mask, KVCache(nothing, nothing) if keep == "past" else None)
+            if injection is not None:
+                x_btd = _inject(x_btd, number, injection)
+            return x_btd, {"nothing": None, "hidden": x_btd, "past": past}[keep]
+
+        numbers = jnp.arange(config.num_hidden_layers)
+        return scan_blocks(self.model.language_model.layers, step, x_btd, numbers, remat=self.remat)
+
+    def _logits(self, x_btd: jax.Array) -> jax.Array:
+        x_btd = self.model.language_model.norm(x_btd)
+        if self.lm_head is None:
+            matrix_dv = self.model.language_model.embed_tokens.embedding[...].T
+        else:
+            matrix_dv = self.lm_head.kernel[...]
+        return jnp.matmul(x_btd, matrix_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+
+
+def _take(features_gnd: jax.Array, index_bt: jax.Array) -> jax.Array:
+    """The feature of each token: (g, n, d) with g rows or one for all, (b, t) -> (b, t, d)."""
+    groups = features_gnd.shape[0]
+    index_gt = index_bt.reshape(groups, -1)
+    return jnp.take_along_axis(features_gnd, index_gt[:, :, None], axis=1).reshape(*index_bt.shape, -1)
+
+
+def _inject(x_btd: jax.Array, number: jax.Array, injection: _Injection) -> jax.Array:
+    """Adds the DeepStack features of layer `number` at image tokens; there are none beyond the first layers.
+
+    A branch inside the one scan: two scans over a cut stack would copy the weights to cut them.
+    """
+    layers = injection.deepstack_kgnd.shape[0]
+
+    def add(x_btd: jax.Array) -> jax.Array:
+        features_gnd = jax.lax.dynamic_index_in_dim(injection.deepstack_kgnd, number, keepdims=False)
+        own_btd = _take(features_gnd, injection.index_bt)
+        return x_btd + jnp.where(injection.is_image_bt[:, :, None], own_btd, 0)
+
+    return jax.lax.cond(number < layers, add, lambda x_btd: x_btd, x_btd)
+
+
+def _attend_past(
+    query_b1nh: jax.Array,
+    key_b1kh: jax.Array,
+    value_b1kh: jax.Array,
+    past_key_bksh: jax.Array,
+    past_value_bksh: jax.Array,
+    seen_bs: jax.Array,
+) -> jax.Array:
+    """Attention of one new token to the seen slots of a cache and to itself: (b, 1, heads * head_dim)."""
+    b, _, kv_heads, head_dim = key_b1kh.shape
+    query_bkgh = query_b1nh.reshape(b, kv_heads, -1, head_dim)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    past_scores_bkgs = jnp.where(seen_bs[:, None, None], dot("bkgh,bksh->bkgs", query_bkgh, past_key_bksh), -jnp.inf)
+    own_scores_bkg1 = dot("bkgh,bmkh->bkgm", query_bkgh, key_b1kh)
+    scores = jnp.concatenate([past_scores_bkgs, own_scores_bkg1], axis=-1) * head_dim**-0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(query_b1nh.dtype)
+    out_bkgh = dot("bkgs,bksh->bkgh", weights[..., :-1], past_value_bksh)
+    out_bkgh += weights[..., -1:] * value_b1kh[:, 0, :, None]
+    return out_bkgh.astype(query_b1nh.dtype).reshape(b, 1, -1)
+
+
+def _prompt_mask(attention_mask_bt: jax.Array) -> jax.Array:
+    t = attention_mask_bt.shape[1]
+    return causal_mask(t, t, key_mask_bk=attention_mask_bt)
+
+
+def _positions(
+    input_ids_bt: jax.Array, positions_3bt: jax.Array | None, attention_mask_bt: jax.Array | None
+) -> jax.Array:
+    if positions_3bt is not None:
+        return positions_3bt
+    real_bt = jnp.ones(input_ids_bt.shape, bool) if attention_mask_bt is None else attention_mask_bt != 0
+    counted_bt = jnp.maximum(jnp.cumsum(real_bt, axis=1) - 1, 0)
+    return jnp.broadcast_to(counted_bt, (3, *input_ids_bt.shape))

@@ -1,0 +1,294 @@
+"""FLUX.2 klein made usable: prompt and reference images in, picture out.
+
+Four jitted programs - encode text, encode references, denoise, decode - each compiled once for a shape. Shapes are kept
+few: text is padded to a bucket, the batch to a power of two, references are grouped by number and size.
+Source of the order of things: diffusers `Flux2KleinPipeline`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from PIL import Image
+
+from clvr_jax.data.text import check_prompt, encode_prompts
+from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
+from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.pipelines import folder
+from clvr_jax.pipelines.images import prepare_reference, to_pil
+
+MAX_REFERENCE_PIXELS = 1024 * 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Flux2Settings:
+    """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of FLUX.2 klein.
+
+    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that prompts are padded to
+    (padding is attended to, so these belong to the model). sample_size: pixels of a side if none is asked for.
+    is_distilled: guidance is never used. num_inference_steps, guidance_scale: what the model is meant to be run with.
+    """
+
+    text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
+    text_buckets: tuple[int, ...] = (512,)
+    sample_size: int = 1024
+    is_distilled: bool = False
+    num_inference_steps: int = 28
+    guidance_scale: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Flux2Output:
+    """images: PIL images, or float32 (b, h, w, 3) in [0, 1]. nfe: transformer forwards spent on each image."""
+
+    images: Any
+    nfe: int
+
+
+class Flux2Pipeline:
+    """Text to image and editing with references.
+
+    Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`. Replacing
+    `transformer` by one of the same configuration (after a merge, say) does not compile anything again.
+    """
+
+    def __init__(
+        self,
+        transformer: Flux2Transformer,
+        vae: AutoencoderKLFlux2,
+        text_encoder: Qwen3,
+        tokenizer: Any,
+        settings: Flux2Settings,
+    ):
+        if transformer.config.in_channels != vae.config.token_channels:
+            raise ClvrError(
+                f"transformer reads {transformer.config.in_channels} channels a token, the autoencoder makes "
+                f"{vae.config.token_channels}; they do not belong together"
+            )
+        self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
+        self.tokenizer, self.settings = tokenizer, settings
+        # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
+        self._encode_text = jax.jit(_encode_text, static_argnums=(0, 4))
+        self._encode_images = jax.jit(_encode_images, static_argnums=0)
+        self._decode = jax.jit(_decode, static_argnums=0)
+        self._denoise = jax.jit(_denoise, static_argnums=(0, 7, 8), donate_argnums=2)
+
+    @classmethod
+    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", transformer: str | None = None) -> Self:
+        """Loads a pipeline.
+
+        Args:
+          model: a shipped name ("shapes-tiny", "shapes-tiny-base") or a folder in diffusers layout.
+          dtype: of weights and computation.
+          transformer: subfolder to take the transformer from, if not `transformer`.
+        Raises: ClvrError naming what is missing or does not fit.
+        """
+        return cls(*folder.load_flux2(model, jnp.dtype(dtype), transformer, Flux2Settings))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        images: Sequence[Image.Image] = (),
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        latents: np.ndarray | jax.Array | None = None,
+        output_type: Literal["pil", "np"] = "pil",
+    ) -> Flux2Output:
+        """Draws one picture for each prompt.
+
+        Args:
+          prompt: a text or several.
+          images: references in order, shared by all prompts.
+          num_inference_steps, guidance_scale: the model's own if None; guidance 1 and distilled models cost one forward
+            a step, other guidance two.
+          height, width: pixels; the first reference's, else the model's, if None.
+          seed: the same seed gives the same noise; picture i of a batch has noise of its own.
+          latents: noise as diffusers takes it, (b, token_channels, height / 16, width / 16) for FLUX.2.
+          output_type: "pil", or "np" for float32 (b, h, w, 3) in [0, 1].
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if latents is None:
+            noise_keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
+        return self.draw(
+            prompts,
+            [list(images)] * len(prompts),
+            noise=jnp.asarray(latents) if latents is not None else noise_keys,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            height=height,
+            width=width,
+            output_type=output_type,
+        )
+
+    def draw(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        noise: jax.Array,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output_type: Literal["pil", "np"] = "pil",
+    ) -> Flux2Output:
+        """As `__call__`, but every row has references of its own, equal in number and sizes, and noise of its own.
+
+        noise: (b,) random keys, or latents (b, c, h, w).
+        """
+        for text in prompts:
+            check_prompt(text)
+        steps = num_inference_steps or self.settings.num_inference_steps
+        guidance = self.settings.guidance_scale if guidance_scale is None else guidance_scale
+        use_guidance = guidance > 1 and not self.settings.is_distilled
+        token = self.vae.config.token_pixels
+        pixels = [[prepare_reference(image, token, MAX_REFERENCE_PIXELS) for image in row] for row in references]
+        sizes = _common_sizes(pixels)
+        height = height or (sizes[0][0] if sizes else self.settings.sample_size)
+        width = width or (sizes[0][1] if sizes else self.settings.sample_size)
+        if height < token or width < token or height % token or width % token:
+            raise UsageError(f"size {height} x {width}: both sides must be multiples of {token} pixels")
+        grid = (height // token, width // token)
+
+        batch = len(prompts)
+        padded = 1 << (batch - 1).bit_length()
+        rows = [*range(batch), *[batch - 1] * (padded - batch)]
+        if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
+            latents = _noise(noise[jnp.asarray(rows)], (*grid, self.transformer.config.in_channels))
+        else:
+            latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
+        conditions = self._text([prompts[i] for i in rows], use_guidance)
+        tokens = self._references([pixels[i] for i in rows], sizes)
+        final = self._denoise(
+            *nnx.split(self.transformer),
+            latents,
+            conditions,
+            tokens,
+            jnp.asarray(flow_sigmas(steps, grid[0] * grid[1])),
+            jnp.asarray(guidance, jnp.float32),
+            grid,
+            tuple((h // token, w // token) for h, w in sizes),
+        )
+        decoded = self._decode(*nnx.split(self.vae), final.reshape(padded, *grid, -1))[:batch]
+        pictures = np.asarray(decoded, np.float32)
+        nfe = steps * (2 if use_guidance else 1)
+        return Flux2Output([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
+
+    def save_pretrained(self, path: str, dtype: str = "float32") -> None:
+        """Writes a diffusers folder that `Flux2KleinPipeline.from_pretrained` loads too."""
+        folder.save_flux2(path, self, dtype)
+
+    def _text(self, prompts: list[str], use_guidance: bool) -> jax.Array:
+        """(b or 2 b, length, d): conditions, preceded by the unconditional ones if guidance is used."""
+        buckets, layers = self.settings.text_buckets, self.settings.text_encoder_out_layers
+        ids, mask = encode_prompts(self.tokenizer, prompts, buckets)
+        if use_guidance:
+            empty_ids, empty_mask = encode_prompts(self.tokenizer, [""], (ids.shape[1],))
+            ids = np.concatenate([np.repeat(empty_ids, len(prompts), 0), ids])
+            mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
+        return self._encode_text(*nnx.split(self.text_encoder), ids, mask, layers)
+
+    def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> jax.Array:
+        """(b, tokens of all references, channels)."""
+        channels = self.transformer.config.in_channels
+        graphdef, state = nnx.split(self.vae)
+        encoded = [
+            self._encode_images(graphdef, state, np.stack([row[i] for row in pixels])).reshape(len(pixels), -1, channels)
+            for i in range(len(sizes))
+        ]
+        return jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels), self.transformer.dtype)
+
+    def _given_latents(self, latents: jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:
+        expected = (batch, self.transformer.config.in_channels, *grid)
+        if latents.shape != expected:
+            raise UsageError(f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)")
+        return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
+
+
+def _common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
+    sizes = [[image.shape[:2] for image in row] for row in pixels]
+    if any(row != sizes[0] for row in sizes):
+        raise UsageError("rows of one batch must have the same number and sizes of references; draw them apart")
+    return [(int(h), int(w)) for h, w in sizes[0]]
+
+
+@partial(jax.jit, static_argnums=1)
+def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    rows = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+    return rows.reshape(keys.shape[0], shape[0] * shape[1], shape[2])
+
+
+def _encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    return jnp.concatenate(nnx.merge(graphdef, state).hidden_states(ids, mask, layers), axis=-1)
+
+
+def _encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
+    return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
+
+
+def _decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
+    images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
+
+
+def velocity_field(
+    transformer: Flux2Transformer,
+    references_btc: jax.Array,
+    grid: tuple[int, int],
+    reference_sizes: Sequence[tuple[int, int]],
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """The velocity of a picture's tokens beside its references.
+
+    Args:
+      transformer: the model.
+      references_btc: (b, tokens of all references, c), possibly none.
+      grid: (height, width) of the picture in tokens.
+      reference_sizes: the same of each reference.
+    Returns: (latents_btc, timesteps (b,), text_btd) -> (b, t, c). Rows beyond b repeat the references.
+    """
+    image_ids = np.concatenate([latent_ids(*grid), reference_ids(list(reference_sizes))])
+
+    def velocity(latents_btc: jax.Array, timestep_b: jax.Array, text_btd: jax.Array) -> jax.Array:
+        repeats = latents_btc.shape[0] // max(references_btc.shape[0], 1)
+        references = jnp.tile(references_btc, (repeats, 1, 1)).astype(latents_btc.dtype)
+        tokens = jnp.concatenate([latents_btc, references], axis=1).astype(transformer.dtype)
+        out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
+        return out[:, : latents_btc.shape[1]]
+
+    return velocity
+
+
+def _denoise(
+    graphdef: Any,
+    state: Any,
+    latents_btc: jax.Array,
+    text_btd: jax.Array,
+    references_btc: jax.Array,
+    sigmas: jax.Array,
+    guidance: jax.Array,
+    grid: tuple[int, int],
+    reference_sizes: tuple[tuple[int, int], ...],
+) -> jax.Array:
+    field = velocity_field(nnx.merge(graphdef, state), references_btc, grid, reference_sizes)
+
+    def velocity(x: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
+        return field(x, jnp.full(x.shape[0], sigma), text)
+
+    if text_btd.shape[0] == latents_btc.shape[0]:
+        return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
+    unconditional, conditional = jnp.split(text_btd, 2)
+    return euler_solve(guided(velocity, conditional, unconditional, guidance), latents_btc, sigmas)

@@ -1,0 +1,146 @@
+"""Pipeline folders in diffusers layout: model_index.json, one subfolder for each component, and our clvr.json."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer, qwen3
+from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.models import load_model, save_model
+from clvr_jax.convert.tensors import TRANSFORMERS_NAME, read_json, replacing
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.pipelines.registry import resolve
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+
+Settings = TypeVar("Settings")
+
+SCHEDULER = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+    "time_shift_type": "exponential",
+    "use_dynamic_shifting": True,
+}
+_COMPONENTS = {
+    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "Qwen3ForCausalLM"],
+    "tokenizer": ["transformers", "Qwen2Tokenizer"],
+    "transformer": ["diffusers", "Flux2Transformer2DModel"],
+    "vae": ["diffusers", "AutoencoderKLFlux2"],
+}
+
+
+def load_flux2(
+    model: str, dtype: DTypeLike, transformer: str | None, settings_class: type[Settings]
+) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings]:
+    """Components of a FLUX.2 klein pipeline; see `Flux2Pipeline.from_pretrained`."""
+    path, default_transformer = resolve(model)
+    index = read_json(path / "model_index.json")
+    if index.get("_class_name") not in ("Flux2KleinPipeline", "Flux2Pipeline"):
+        raise ClvrError(f"{path}: a {index.get('_class_name')}, not a Flux2KleinPipeline")
+    given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
+    known = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
+    settings = from_known_fields(
+        settings_class,
+        {"is_distilled": bool(index.get("is_distilled", False)), **given.get("flux2", {})},
+        ignored=known,
+    )
+    return (
+        load_transformer(path / (transformer or default_transformer), dtype),
+        load_vae(path / "vae", dtype),
+        load_text_encoder(path / "text_encoder", dtype),
+        load_tokenizer(path / "tokenizer"),
+        settings,
+    )
+
+
+def load_transformer(path: Path, dtype: DTypeLike = jnp.float32) -> Flux2Transformer:
+    """A Flux2Transformer in diffusers layout."""
+
+    def make(config: Mapping[str, Any]) -> Flux2Transformer:
+        made = flux2_transformer.config_from_dict(config)
+        return Flux2Transformer(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    return load_model(path, make, flux2_transformer.TABLE, dtype)
+
+
+def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
+    """An AutoencoderKLFlux2 in diffusers layout."""
+
+    def make(config: Mapping[str, Any]) -> AutoencoderKLFlux2:
+        made = autoencoder_kl_flux2.config_from_dict(config)
+        return AutoencoderKLFlux2(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    return load_model(path, make, autoencoder_kl_flux2.TABLE, dtype)
+
+
+def load_text_encoder(path: Path, dtype: DTypeLike = jnp.float32) -> Qwen3:
+    """A Qwen3 in transformers layout."""
+
+    def make(config: Mapping[str, Any]) -> Qwen3:
+        return Qwen3(qwen3.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
+
+    return load_model(path, make, qwen3.TABLE, dtype)
+
+
+def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
+    """Writes a pipeline folder; it appears only when it is complete."""
+    target = Path(path)
+    settings = dataclasses.asdict(pipeline.settings)
+    index = {
+        "_class_name": "Flux2KleinPipeline",
+        "_diffusers_version": "0.37.0",
+        "is_distilled": settings.pop("is_distilled"),
+        **_COMPONENTS,
+    }
+    with replacing(target) as temporary:
+        save_transformer(temporary / "transformer", pipeline.transformer, dtype)
+        vae = pipeline.vae
+        save_model(
+            temporary / "vae", vae, autoencoder_kl_flux2.TABLE, autoencoder_kl_flux2.config_to_dict(vae.config), dtype=dtype
+        )
+        save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, dtype)
+        pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))
+        (temporary / "scheduler").mkdir()
+        _write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
+        _write_json(temporary / "clvr.json", {"flux2": settings})
+        _write_json(temporary / "model_index.json", index)
+
+
+def save_transformer(path: Path, transformer: Flux2Transformer, dtype: str) -> None:
+    """Writes one FLUX.2 transformer in diffusers layout."""
+    config = flux2_transformer.config_to_dict(transformer.config)
+    save_model(path, transformer, flux2_transformer.TABLE, config, dtype=dtype)
+
+
+def save_text_encoder(path: Path, text_encoder: Qwen3, dtype: str) -> None:
+    """Writes one Qwen3 in transformers layout."""
+    config = qwen3.config_to_dict(text_encoder.config)
+    save_model(path, text_encoder, qwen3.TABLE, config, dtype=dtype, name=TRANSFORMERS_NAME)
+
+
+def copy_component(source: Path, target: Path) -> None:
+    """Copies a component folder; the copy appears only when it is complete."""
+    with replacing(target) as temporary:
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")

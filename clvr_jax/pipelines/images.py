@@ -1,0 +1,37 @@
+"""Pictures between PIL and arrays."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import UsageError
+
+
+def prepare_reference(image: Image.Image, multiple: int, max_pixels: int) -> np.ndarray:
+    """A reference as the autoencoder takes it: shrunk if too large, cropped in the middle to multiples.
+
+    Args:
+      image: any size and mode.
+      multiple: sides of the result are multiples of it.
+      max_pixels: larger pictures are scaled down (Lanczos) to about this area, smaller ones never up.
+    Returns: float32 (h, w, 3) in [-1, 1].
+    Source: Flux2ImageProcessor (diffusers).
+    """
+    image = image.convert("RGB")
+    width, height = image.size
+    if width * height > max_pixels:
+        scale = math.sqrt(max_pixels / (width * height))
+        image = image.resize((int(width * scale), int(height * scale)), Image.Resampling.LANCZOS)
+        width, height = image.size
+    new_width, new_height = width // multiple * multiple, height // multiple * multiple
+    if not new_width or not new_height:
+        raise UsageError(f"reference of {width} x {height} pixels is too small; each side needs at least {multiple}")
+    left, top = (width - new_width) // 2, (height - new_height) // 2
+    image = image.crop((left, top, left + new_width, top + new_height))
+    return np.asarray(image, np.float32) / 255 * 2 - 1
+
+
+def to_pil(image_hwc: np.ndarray) -> Image.Image:
+    """Float32 (h, w, 3) in [0, 1] -> PIL image, rounded to the nearest of 256 levels."""
+    return Image.fromarray(np.round(image_hwc * 255).astype(np.uint8))

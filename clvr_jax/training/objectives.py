@@ -1,0 +1,84 @@
+"""Losses as functions of functions: they take a velocity, an encoder, logits; they know no model.
+
+Convention: x_t = (1 - t) x_0 + t noise, t = 1 is noise, velocity = noise - x_0.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+
+
+def sample_timesteps(key: jax.Array, batch: int, shift: float) -> jax.Array:
+    """(batch,) timesteps in (0, 1): uniform, pushed towards noise by `shift` as the sampler's schedule is.
+
+    t = shift u / (1 + (shift - 1) u); shift 1 leaves them uniform. The draws are stratified over the batch, which keeps
+    their distribution and lowers the variance of the loss.
+    """
+    strata = (jnp.arange(batch) + jax.random.uniform(key, (batch,))) / batch
+    return shift * strata / (1 + (shift - 1) * strata)
+
+
+def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, shift: float) -> jax.Array:
+    """Mean squared error of the velocity at random timesteps (rectified flow).
+
+    Args:
+      velocity: (x_t of (b, t, c), timesteps of (b,)) -> (b, t, c).
+      x0_btc: clean latents.
+      key: for noise and timesteps.
+      shift: see `sample_timesteps`.
+    Returns: scalar, float32.
+    """
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, x0_btc.shape, x0_btc.dtype)
+    t = sample_timesteps(time_key, x0_btc.shape[0], shift)
+    t_b11 = t[:, None, None].astype(x0_btc.dtype)
+    predicted = velocity((1 - t_b11) * x0_btc + t_b11 * noise, t)
+    return jnp.mean(jnp.square((predicted - (noise - x0_btc)).astype(jnp.float32)))
+
+
+def autoencoder_loss(
+    moments: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
+    decode: Callable[[jax.Array], jax.Array],
+    images_bhwc: jax.Array,
+    key: jax.Array,
+    kl_weight: float,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Reconstruction (absolute and squared error) plus a weak pull of the posterior towards a unit normal.
+
+    Args:
+      moments: images -> posterior mean and log-variance.
+      decode: latents -> images.
+      images_bhwc: in [-1, 1].
+      key: for the posterior's noise.
+      kl_weight: weight of the divergence, which is counted in nats a pixel value.
+    Returns: scalar loss and its parts.
+    """
+    mean, log_variance = moments(images_bhwc)
+    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape, mean.dtype)
+    error = decode(latents) - images_bhwc
+    absolute, squared = jnp.mean(jnp.abs(error)), jnp.mean(jnp.square(error))
+    divergence = 0.5 * jnp.sum(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance) / images_bhwc.size
+    parts = {"absolute": absolute, "squared": squared, "divergence": divergence}
+    return absolute + squared + kl_weight * divergence, parts
+
+
+def next_token_loss(
+    logits_btv: jax.Array, tokens_bt: jax.Array, weights_bt: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of each next token, averaged over the tokens that count.
+
+    Args:
+      logits_btv: at position i they predict token i + 1.
+      tokens_bt: int32.
+      weights_bt: 1 at tokens to be learned, 0 elsewhere; the weight of token i is that of predicting it.
+    Returns: scalar loss, and the share of counted tokens whose most likely prediction is right.
+    """
+    logits, targets, weights = logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:], weights_bt[:, 1:]
+    log_probs = jax.nn.log_softmax(logits)
+    picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
+    count = jnp.maximum(weights.sum(), 1)
+    right = (jnp.argmax(logits, axis=-1) == targets) * weights
+    return -(picked * weights).sum() / count, {"token_accuracy": right.sum() / count}

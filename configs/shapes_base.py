@@ -1,0 +1,179 @@
+"""The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together from nothing.
+
+It draws from prompts, from the words of a first step, and edits a picture by instruction. It has never seen a trajectory.
+
+    clvr train configs/shapes_base.py --out runs/shapes_base
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from clvr_jax.configs.shapes_vae import MODEL as VAE
+from clvr_jax.data.shapes import Example, drawing_example, editing_example, planned_example
+from clvr_jax.data.text import encode_prompts, load_tokenizer
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
+from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.training.objectives import flow_matching_loss
+from clvr_jax.training.trainer import Task, TrainConfig
+
+TEXT_ENCODER = Qwen3Config(
+    vocab_size=640,
+    hidden_size=128,
+    intermediate_size=320,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=10_000.0,
+    max_position_embeddings=2048,
+    tie_word_embeddings=True,
+)
+TRANSFORMER = Flux2TransformerConfig(
+    in_channels=VAE.token_channels,
+    num_layers=2,
+    num_single_layers=6,
+    attention_head_dim=32,
+    num_attention_heads=4,
+    joint_attention_dim=3 * TEXT_ENCODER.hidden_size,
+    timestep_guidance_channels=64,
+    axes_dims_rope=(8, 8, 8, 8),
+    guidance_embeds=False,
+)
+SETTINGS = Flux2Settings(
+    text_encoder_out_layers=(2, 3, 4),
+    text_buckets=(28, 40, 64, 96, 128, 192, 256, 384, 512, 768, 1024),
+    sample_size=64,
+    num_inference_steps=28,
+    guidance_scale=2.5,
+)
+GRID = (VAE.sample_size // VAE.token_pixels,) * 2
+
+SIMPLE = {"single_object": 0.08, "two_object": 0.2, "counting": 0.2, "colors": 0.12, "position": 0.2, "color_attr": 0.2}
+COMPLEX = {"complex": 1.0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A kind of batch: how often it is drawn, its size, and what makes one example."""
+
+    share: float
+    batch_size: int
+    example: Callable[[np.random.Generator], Example]
+
+
+KINDS = (
+    Kind(0.30, 64, partial(drawing_example, weights=SIMPLE)),
+    Kind(0.25, 48, partial(drawing_example, weights=COMPLEX)),
+    Kind(0.15, 64, planned_example),
+    Kind(0.30, 48, editing_example),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """vae, tokenizer: folders made by their recipes. dropout: share of texts replaced by the empty one, for guidance.
+    shift: of the training timesteps, see `sample_timesteps`."""
+
+    train: TrainConfig = TrainConfig(steps=4000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998, save_minutes=5)
+    vae: Path = Path("runs/shapes_vae/export/vae")
+    tokenizer: Path = Path("runs/shapes_tokenizer")
+    dropout: float = 0.1
+    shift: float = 2.5
+
+
+CONFIG = Config()
+
+
+def batch(step: int, seed: int, tokenizer: Any, dropout: float, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
+    """The batch of a step: ids and mask (b, t), references (b, r, 64, 64, 3) and target (b, 64, 64, 3) as uint8."""
+    rng = np.random.default_rng((seed, step))
+    shares = np.array([kind.share for kind in kinds])
+    kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
+    return collate([kind.example(rng) for _ in range(kind.batch_size)], tokenizer, rng.random(kind.batch_size) < dropout)
+
+
+def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:
+    """Examples with equally many references -> a batch; the texts that are `dropped` become the empty one."""
+    texts = ["" if drop else example.text for example, drop in zip(examples, dropped, strict=True)]
+    ids, mask = encode_prompts(tokenizer, texts, SETTINGS.text_buckets)
+    references = np.stack([np.reshape(example.references, (-1, 64, 64, 3)) for example in examples]).astype(np.uint8)
+    return {"ids": ids, "mask": mask, "references": references, "target": np.stack([e.target for e in examples])}
+
+
+def encode_pictures(vae: AutoencoderKLFlux2, pictures: jax.Array) -> jax.Array:
+    """uint8 (b, n, 64, 64, 3) -> latent tokens (b, n * 16, 32)."""
+    b, n = pictures.shape[:2]
+    scaled = pictures.reshape(b * n, *pictures.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    return vae.encode_tokens(scaled).reshape(b, n * GRID[0] * GRID[1], VAE.token_channels)
+
+
+def drawing_loss(
+    transformer: Flux2Transformer,
+    text_encoder: Qwen3,
+    vae: AutoencoderKLFlux2,
+    data: dict[str, jax.Array],
+    key: jax.Array,
+    shift: float,
+) -> jax.Array:
+    """Flow matching on the target's latents under text and references."""
+    text = jnp.concatenate(
+        text_encoder.hidden_states(data["ids"], data["mask"], SETTINGS.text_encoder_out_layers), axis=-1
+    )
+    count = data["references"].shape[1]
+    pictures = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
+    tokens = jax.lax.stop_gradient(encode_pictures(vae, pictures))
+    x0, references = jnp.split(tokens, [GRID[0] * GRID[1]], axis=1)
+    field = velocity_field(transformer, references, GRID, [GRID] * count)
+    return flow_matching_loss(lambda x, t: field(x, t, text), x0, key, shift)
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+    tokenizer = load_tokenizer(config.tokenizer)
+    vae = load_vae(config.vae)
+    rngs = nnx.Rngs(config.train.seed)
+    transformer_def, transformer = nnx.split(Flux2Transformer(TRANSFORMER, rngs=rngs))
+    encoder_def, encoder = nnx.split(Qwen3(TEXT_ENCODER, rngs=rngs))
+    vae_def, vae_state = nnx.split(vae)
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value = drawing_loss(
+            nnx.merge(transformer_def, params["transformer"]),
+            nnx.merge(encoder_def, params["text_encoder"]),
+            nnx.merge(vae_def, frozen),
+            data,
+            key,
+            config.shift,
+        )
+        kind = "edit" if data["references"].shape[1] else "draw"
+        return value, {f"loss_{kind}": value}
+
+    def export(ema: Any, folder: Path) -> None:
+        pipeline = Flux2Pipeline(
+            nnx.merge(transformer_def, ema["transformer"]),
+            vae,
+            nnx.merge(encoder_def, ema["text_encoder"]),
+            tokenizer,
+            SETTINGS,
+        )
+        pipeline.save_pretrained(str(folder), dtype="float16")
+
+    return Task(
+        name="shapes base",
+        params={"transformer": transformer, "text_encoder": encoder},
+        frozen=vae_state,
+        loss=loss,
+        batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer, dropout=config.dropout),
+        export=export,
+    )

@@ -1,0 +1,35 @@
+"""The tokenizer of the small models: byte-level BPE over the language of the shapes world, with Qwen's special tokens.
+
+    python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer        a few seconds
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from clvr_jax.data.shapes import simulate_trajectory
+from clvr_jax.data.text import train_tokenizer
+
+VOCABULARY = 640
+"""Room for bytes, special tokens and about 350 merges; the language of the world needs fewer."""
+
+
+def texts(seed: int, count: int) -> Iterator[str]:
+    """Prompts and reasoning of simulated trajectories, and the words of the chat template."""
+    rng = np.random.default_rng(seed)
+    for _ in range(count):
+        trajectory = simulate_trajectory(rng)
+        yield trajectory.prompt
+        yield from trajectory.replies
+        yield "system\nuser\nassistant\n\n\n"
+
+
+def main(folder: Path) -> None:
+    """Trains and writes it."""
+    train_tokenizer(texts(0, 2000), VOCABULARY, folder)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,44 @@
+"""Qwen3 <-> transformers `Qwen3ForCausalLM` (the `text_encoder/` of a FLUX.2 klein folder)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.rules import Table
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.qwen3 import Qwen3Config
+
+TABLE = Table(stacked=("model.layers",))
+
+# What our module is written for: full attention in every layer, plain rotary positions, SiLU, no dropout.
+_FIXED = {"hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0, "rope_scaling": None}
+# Bookkeeping, generation and training settings, and what `use_sliding_window` false makes moot.
+_IGNORED = (
+    *("architectures", "dtype", "model_type", "torch_dtype", "transformers_version"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
+    *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict"),
+    *("id2label", "label2id", "problem_type", "initializer_range", "is_encoder_decoder"),
+    *("max_window_layers", "sliding_window"),
+)
+
+
+def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
+    """`text_encoder/config.json`, in the form of transformers 4 or 5, -> Qwen3Config.
+
+    Raises: ClvrError for an unknown field or a feature of Qwen3 that the module does not have.
+    """
+    fields = dict(config)
+    # transformers 5 keeps theta and the kind of scaling in one object; 4 in `rope_theta` and `rope_scaling`.
+    rope = dict(fields.pop("rope_parameters", None) or {})
+    if rope.pop("rope_type", "default") != "default":
+        raise ClvrError(f"Qwen3Config: rope_parameters {config['rope_parameters']} is not supported, only 'default'")
+    if set(fields.pop("layer_types", None) or ()) - {"full_attention"}:
+        raise ClvrError("Qwen3Config: layer_types other than 'full_attention' are not supported")
+    return from_known_fields(Qwen3Config, {**fields, **rope}, fixed=_FIXED, ignored=_IGNORED)
+
+
+def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
+    """Qwen3Config -> `text_encoder/config.json` as the published Qwen3 models have it; transformers 4 and 5 read it."""
+    return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config), **_FIXED}

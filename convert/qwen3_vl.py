@@ -1,0 +1,111 @@
+"""Qwen3VL <-> transformers `Qwen3VLForConditionalGeneration`: a checkpoint's keys and config.json.
+
+With tied embeddings the checkpoint has no `lm_head.weight`, and neither has our model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.rules import Table
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
+from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
+
+TABLE = Table(
+    stacked=("model.visual.blocks", "model.visual.deepstack_merger_list", "model.language_model.layers"),
+)
+
+_TEXT_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
+_VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
+# Bookkeeping of transformers' configurations that changes nothing about the arithmetic.
+_IGNORED = (
+    "model_type",
+    "initializer_range",
+    "dtype",
+    "torch_dtype",
+    "use_cache",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "tie_word_embeddings",
+    "architectures",
+    "transformers_version",
+    "chunk_size_feed_forward",
+    "id2label",
+    "label2id",
+    "is_encoder_decoder",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+)
+_TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+# What transformers assumes where config.json is silent and our defaults, the 8B model's, are others.
+_TEXT_SILENT = {
+    "intermediate_size": 22_016,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "max_position_embeddings": 128_000,
+    "rope_theta": 500_000.0,
+}
+_VISION_SILENT = {"out_hidden_size": 3584}
+
+
+def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
+    """`config.json` -> Qwen3VLConfig; both ways of writing rotary parameters are understood (rope_parameters, or
+    rope_theta and rope_scaling as the released checkpoints have them).
+
+    Raises: ClvrError for a field that our model does not know, or a value that it does not support.
+    """
+    if config.get("model_type") != "qwen3_vl":
+        raise ClvrError(f"config.json: model_type {config.get('model_type')!r} is not qwen3_vl")
+    missing = [name for name in ("text_config", "vision_config") if name not in config]
+    if missing:
+        raise ClvrError(f"config.json of Qwen3-VL lacks {missing}")
+    text, vision = dict(config["text_config"]), dict(config["vision_config"])
+    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    tokens = {name: config[name] for name in _TOKENS if name in config}
+    known = {"text_config", "vision_config", *_TOKENS, *_IGNORED}
+    unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
+    if unknown:
+        raise ClvrError(f"config.json of Qwen3-VL has unknown fields {unknown}")
+    return Qwen3VLConfig(
+        text=_text_from_dict(text), vision=_vision_from_dict(vision), tie_word_embeddings=bool(tied), **tokens
+    )
+
+
+def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
+    """Qwen3VLConfig -> `config.json` as the released checkpoints write it."""
+    text, vision = dict(vars(config.text)), dict(vars(config.vision))
+    section = list(text.pop("mrope_section"))
+    rotary = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": section}
+    theta = {"rope_theta": vision.pop("rope_theta"), "rope_type": "axial"}
+    vision["deepstack_visual_indexes"] = list(vision["deepstack_visual_indexes"])
+    shared = {"tie_word_embeddings": config.tie_word_embeddings}
+    return {
+        "architectures": ["Qwen3VLForConditionalGeneration"],
+        "model_type": "qwen3_vl",
+        **{name: getattr(config, name) for name in _TOKENS},
+        **shared,
+        "text_config": {"model_type": "qwen3_vl_text", **text, "rope_scaling": rotary, **_TEXT_FIXED, **shared},
+        "vision_config": {"model_type": "qwen3_vl_vision", **vision, "rope_parameters": theta, **_VISION_FIXED},
+    }
+
+
+def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:
+    rotary = {**(given.pop("rope_scaling", None) or {}), **(given.pop("rope_parameters", None) or {})}
+    if rotary.get("rope_type", rotary.get("type", "default")) != "default" or not rotary.get("mrope_interleaved", True):
+        raise ClvrError(f"Qwen3-VL text: rotary parameters {rotary} are not supported, only interleaved default ones")
+    found = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
+    return from_known_fields(Qwen3VLTextConfig, {**_TEXT_SILENT, **given, **found}, fixed=_TEXT_FIXED, ignored=_IGNORED)
+
+
+def _vision_from_dict(given: dict[str, Any]) -> Qwen3VLVisionConfig:
+    rotary = given.pop("rope_parameters", None) or {}
+    if rotary.get("rope_type", "axial") != "axial":
+        raise ClvrError(f"Qwen3-VL vision: rotary parameters {rotary} are not supported, only axial ones")
+    found = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}
+    return from_known_fields(
+        Qwen3VLVisionConfig, {**_VISION_SILENT, **given, **found}, fixed=_VISION_FIXED, ignored=_IGNORED
+    )
