@@ -15,7 +15,8 @@ console = Console(stderr=True, soft_wrap=True, highlight=False)
 class Advance(Protocol):
     """Tells a progress display that `done` units are finished, with a short note such as the loss."""
 
-    def __call__(self, done: int, note: str = "") -> None: ...
+    def __call__(self, done: int, note: str = "") -> None:
+        """Reports that `done` units are finished."""
 
 
 @contextmanager

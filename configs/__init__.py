@@ -1,1 +1,1 @@
-
+"""Recipes: one file per run."""

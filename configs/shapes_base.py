@@ -1,6 +1,6 @@
 """The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together from nothing.
 
-It draws from prompts, from the words of a first step, and edits a picture by instruction. It has never seen a trajectory.
+It draws from prompts, from the words of a first step, and edits a picture by instruction. It has seen no trajectory.
 
     clvr train configs/shapes_base.py --out runs/shapes_base
 """
@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clvr_jax.configs.shapes_vae import MODEL as VAE
 from flax import nnx
 
-from clvr_jax.configs.shapes_vae import MODEL as VAE
 from clvr_jax.data.shapes import Example, drawing_example, editing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
@@ -95,12 +95,16 @@ class Config:
 CONFIG = Config()
 
 
-def batch(step: int, seed: int, tokenizer: Any, dropout: float, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
+def batch(
+    step: int, seed: int, tokenizer: Any, dropout: float, kinds: tuple[Kind, ...] = KINDS
+) -> dict[str, np.ndarray]:
     """The batch of a step: ids and mask (b, t), references (b, r, 64, 64, 3) and target (b, 64, 64, 3) as uint8."""
     rng = np.random.default_rng((seed, step))
     shares = np.array([kind.share for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
-    return collate([kind.example(rng) for _ in range(kind.batch_size)], tokenizer, rng.random(kind.batch_size) < dropout)
+    return collate(
+        [kind.example(rng) for _ in range(kind.batch_size)], tokenizer, rng.random(kind.batch_size) < dropout
+    )
 
 
 def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:

@@ -1,19 +1,20 @@
 """The autoencoder of the shapes world: 64 x 64 pictures <-> 16 tokens of 32 channels.
 
-    clvr train configs/shapes_vae.py --out runs/shapes_vae
+clvr train configs/shapes_vae.py --out runs/shapes_vae
 """
 
 import dataclasses
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-
 from clvr_jax.convert.autoencoder_kl_flux2 import TABLE, config_to_dict
 from clvr_jax.convert.models import save_model
+from flax import nnx
+
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify
 from clvr_jax.training.objectives import autoencoder_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -32,7 +33,7 @@ MODEL = AutoencoderKLFlux2Config(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """batch_size: pictures a step. kl_weight: see `autoencoder_loss`. statistics: pictures the normalisation is taken from."""
+    """batch_size: pictures a step. kl_weight: see `autoencoder_loss`. statistics: pictures behind the normalisation."""
 
     train: TrainConfig = TrainConfig(steps=3000, learning_rate=2e-3, weight_decay=0.0, ema_decay=0.998)
     batch_size: int = 32
@@ -53,13 +54,14 @@ def pictures(seed: int, step: int, count: int) -> np.ndarray:
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     model = AutoencoderKLFlux2(MODEL, rngs=nnx.Rngs(config.train.seed))
-    graphdef, params, statistics = nnx.split(model, nnx.Param, nnx.BatchStat)
+    graphdef, params, *rest = nnx.split(model, nnx.Param, nnx.BatchStat)
+    (statistics,) = rest
 
-    def loss(params, frozen, batch, key):  # type: ignore[no-untyped-def]
+    def loss(params: Any, frozen: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         vae = nnx.merge(graphdef, params, frozen)
         return autoencoder_loss(vae.moments, vae.decode, batch, key, config.kl_weight)
 
-    def export(ema, folder: Path) -> None:  # type: ignore[no-untyped-def]
+    def export(ema: Any, folder: Path) -> None:
         vae = nnx.merge(graphdef, ema, statistics)
         encode = jax.jit(lambda images: patchify(vae.encode(images)))
         chunks = range(0, config.statistics, 64)

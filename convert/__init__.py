@@ -1,1 +1,1 @@
-
+"""PyTorch checkpoints <-> NNX states."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import Rule, Table
+
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 
 TABLE = Table(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))

@@ -8,6 +8,7 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import Table
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig

@@ -8,13 +8,13 @@ Our modules carry the attribute names of the PyTorch modules, so that nearly eve
     scale, embedding            weight            as it is
     bias and all others         same name         as it is
 
-A `Table` says the rest for one architecture: which module attributes are scanned stacks (one NNX leaf with a leading layer
-axis is `depth` PyTorch tensors), and the special leaves.
+A `Table` says the rest for one architecture: which module attributes are scanned stacks (one NNX leaf with a leading
+layer axis is `depth` PyTorch tensors), and the special leaves.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -109,7 +109,8 @@ class Entry:
 def leaves_of(module_or_state: Any) -> dict[Path, Any]:
     """Path -> array or ShapeDtypeStruct for every variable of an NNX module or state."""
     state = nnx.state(module_or_state) if isinstance(module_or_state, nnx.Module) else module_or_state
-    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in nnx.to_flat_state(state)}
+    flat: Iterable[tuple[Any, Any]] = nnx.to_flat_state(state)
+    return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
 def entries(state: Any, table: Table) -> list[Entry]:

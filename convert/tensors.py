@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as _save_file
 
 from clvr_jax.errors import ClvrError
@@ -41,7 +40,9 @@ def tensor_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in shards]
         if (folder / f"{name}.safetensors").exists():
             return [folder / f"{name}.safetensors"]
-    raise ClvrError(f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)")
+    raise ClvrError(
+        f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
+    )
 
 
 def read_tensors(folder: Path) -> dict[str, np.ndarray]:
@@ -88,7 +89,7 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, sh
 
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well and is removed when it does not."""
+    """A temporary folder beside `folder` that takes its place when the block ends well, else is removed."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

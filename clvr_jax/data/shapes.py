@@ -159,7 +159,9 @@ def simulate_trajectory(
     """
     metadata = train_prompt(rng) if metadata is None else metadata
     planned = plan(metadata, rng if random_plan else None)
-    replies, canvases, targets = [first_reply(planned)], [], []
+    replies = [first_reply(planned)]
+    canvases: list[Image] = []
+    targets: list[Image] = []
     edits = first_edits(planned)
     canvas = Canvas(Scene())
     while edits and len(canvases) < max_steps:

@@ -108,9 +108,7 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return next((bucket for bucket in sorted(buckets) if bucket >= length), max(buckets))
 
 
-def encode_prompts(
-    tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as the FLUX.2 text encoder reads them: one user turn, thinking off, padded on the right.
 
     Args:

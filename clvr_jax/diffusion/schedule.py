@@ -1,4 +1,4 @@
-"""Noise levels of the FLUX.2 sampler: evenly spaced, then shifted towards noise by an amount fitted to size and steps."""
+"""Noise levels of the FLUX.2 sampler: evenly spaced, then shifted towards noise as size and steps ask for."""
 
 import math
 
@@ -10,8 +10,8 @@ from clvr_jax.errors import UsageError
 def empirical_mu(image_tokens: int, steps: int) -> float:
     """The exponent of the shift.
 
-    Two straight lines in the number of tokens, fitted by the model's authors at 10 and at 200 steps, and a straight line in
-    the number of steps between them; large pictures use the second alone.
+    Two straight lines in the number of tokens, fitted by the model's authors at 10 and at 200 steps, and a straight
+    line in the number of steps between them; large pictures use the second alone.
 
     Args:
       image_tokens: tokens of the picture being drawn, references not counted.

@@ -5,6 +5,8 @@ PyTorch checkpoint. Source of the arithmetic: diffusers `AutoencoderKLFlux2` and
 """
 
 import dataclasses
+import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,7 +67,7 @@ class AutoencoderKLFlux2Config:
 
 
 class _Resnet(nnx.Module):
-    def __init__(self, features_in: int, features_out: int, groups: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features_in: int, features_out: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.norm1 = nnx.GroupNorm(features_in, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
         self.conv1 = nnx.Conv(features_in, features_out, (3, 3), padding=1, rngs=rngs, **dtypes)
         self.norm2 = nnx.GroupNorm(features_out, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
@@ -83,7 +85,7 @@ class _Resnet(nnx.Module):
 class _Attention(nnx.Module):
     """Single-head attention over all positions, with its own norm and residual."""
 
-    def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.group_norm = nnx.GroupNorm(features, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
         self.to_q = nnx.Linear(features, features, rngs=rngs, **dtypes)
         self.to_k = nnx.Linear(features, features, rngs=rngs, **dtypes)
@@ -98,7 +100,7 @@ class _Attention(nnx.Module):
 
 
 class _MidBlock(nnx.Module):
-    def __init__(self, features: int, groups: int, add_attention: bool, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features: int, groups: int, add_attention: bool, *, rngs: nnx.Rngs, **dtypes: Any):
         self.resnets = nnx.List([_Resnet(features, features, groups, rngs=rngs, **dtypes) for _ in range(2)])
         self.attentions = nnx.List([_Attention(features, groups, rngs=rngs, **dtypes)] if add_attention else [])
 
@@ -110,7 +112,7 @@ class _MidBlock(nnx.Module):
 
 
 class _Downsample(nnx.Module):
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
         # One row and column of padding at the far edges only, as the PyTorch module pads.
         padding = ((0, 1), (0, 1))
         self.conv = nnx.Conv(features, features, (3, 3), strides=2, padding=padding, rngs=rngs, **dtypes)
@@ -120,7 +122,7 @@ class _Downsample(nnx.Module):
 
 
 class _Upsample(nnx.Module):
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.conv = nnx.Conv(features, features, (3, 3), padding=1, rngs=rngs, **dtypes)
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
@@ -132,13 +134,9 @@ class _Upsample(nnx.Module):
 class _Block(nnx.Module):
     """Resnets at one resolution, then a change of resolution or none."""
 
-    def __init__(
-        self, features_in: int, features_out: int, layers: int, groups: int, *, rngs: nnx.Rngs, **dtypes: DTypeLike
-    ):
+    def __init__(self, features_in: int, features_out: int, layers: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
         widths = [features_in] + [features_out] * layers
-        self.resnets = nnx.List(
-            [_Resnet(a, b, groups, rngs=rngs, **dtypes) for a, b in zip(widths[:-1], widths[1:], strict=True)]
-        )
+        self.resnets = nnx.List([_Resnet(a, b, groups, rngs=rngs, **dtypes) for a, b in itertools.pairwise(widths)])
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         for resnet in self.resnets:
@@ -147,7 +145,7 @@ class _Block(nnx.Module):
 
 
 class _DownBlock(_Block):
-    def __init__(self, *args: int, downsample: bool, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, *args: int, downsample: bool, rngs: nnx.Rngs, **dtypes: Any):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.downsamplers = nnx.List([_Downsample(args[1], rngs=rngs, **dtypes)] if downsample else [])
 
@@ -159,7 +157,7 @@ class _DownBlock(_Block):
 
 
 class _UpBlock(_Block):
-    def __init__(self, *args: int, upsample: bool, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, *args: int, upsample: bool, rngs: nnx.Rngs, **dtypes: Any):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.upsamplers = nnx.List([_Upsample(args[1], rngs=rngs, **dtypes)] if upsample else [])
 
@@ -171,15 +169,20 @@ class _UpBlock(_Block):
 
 
 class _Encoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLFlux2Config, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, config: AutoencoderKLFlux2Config, *, rngs: nnx.Rngs, **dtypes: Any):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
         self.down_blocks = nnx.List(
             [
                 _DownBlock(
-                    widths[max(i - 1, 0)], width, config.layers_per_block, groups,
-                    downsample=i < len(widths) - 1, rngs=rngs, **dtypes,
-                )  # fmt: skip
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block,
+                    groups,
+                    downsample=i < len(widths) - 1,
+                    rngs=rngs,
+                    **dtypes,
+                )
                 for i, width in enumerate(widths)
             ]
         )
@@ -195,7 +198,7 @@ class _Encoder(nnx.Module):
 
 
 class _Decoder(nnx.Module):
-    def __init__(self, config: AutoencoderKLFlux2Config, *, rngs: nnx.Rngs, **dtypes: DTypeLike):
+    def __init__(self, config: AutoencoderKLFlux2Config, *, rngs: nnx.Rngs, **dtypes: Any):
         widths = (config.decoder_block_out_channels or config.block_out_channels)[::-1]
         groups = config.norm_num_groups
         self.conv_in = nnx.Conv(config.latent_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
@@ -203,9 +206,14 @@ class _Decoder(nnx.Module):
         self.up_blocks = nnx.List(
             [
                 _UpBlock(
-                    widths[max(i - 1, 0)], width, config.layers_per_block + 1, groups,
-                    upsample=i < len(widths) - 1, rngs=rngs, **dtypes,
-                )  # fmt: skip
+                    widths[max(i - 1, 0)],
+                    width,
+                    config.layers_per_block + 1,
+                    groups,
+                    upsample=i < len(widths) - 1,
+                    rngs=rngs,
+                    **dtypes,
+                )
                 for i, width in enumerate(widths)
             ]
         )
@@ -229,7 +237,7 @@ class RunningStatistics(nnx.Module):
 
 
 def patchify(latents_bhwc: jax.Array, patch: tuple[int, int] = (2, 2)) -> jax.Array:
-    """(b, h, w, c) -> (b, h / ph, w / pw, c * ph * pw); channels in the order (c, ph, pw), as the checkpoint has them."""
+    """(b, h, w, c) -> (b, h / ph, w / pw, c * ph * pw); channels in the checkpoint's order (c, ph, pw)."""
     b, h, w, c = latents_bhwc.shape
     ph, pw = patch
     split = latents_bhwc.reshape(b, h // ph, ph, w // pw, pw, c)
@@ -247,8 +255,8 @@ def unpatchify(latents_bhwp: jax.Array, patch: tuple[int, int] = (2, 2)) -> jax.
 class AutoencoderKLFlux2(nnx.Module):
     """Images in [-1, 1] <-> latents.
 
-    `encode` and `decode` work on raw latents, (b, h / 8, w / 8, 32) for FLUX.2. `encode_tokens` and `decode_tokens` work on
-    what the transformer sees: patchified and normalised by the running statistics, (b, h / 16, w / 16, 128) for FLUX.2.
+    `encode` and `decode` work on raw latents, (b, h / 8, w / 8, 32) for FLUX.2. `encode_tokens` and `decode_tokens`
+    work on what the transformer sees: patchified, normalised by the running statistics, (b, h / 16, w / 16, 128) there.
     """
 
     def __init__(
@@ -296,7 +304,7 @@ class AutoencoderKLFlux2(nnx.Module):
         return (tokens - mean) / scale
 
     def decode_tokens(self, tokens_bhwp: jax.Array) -> jax.Array:
-        """Normalised tokens on their grid -> images; the inverse of `encode_tokens` up to what the autoencoder loses."""
+        """Normalised tokens on their grid -> images; inverts `encode_tokens` up to what the autoencoder loses."""
         mean, scale = self._normalisation(tokens_bhwp.dtype)
         return self.decode(unpatchify(tokens_bhwp * scale + mean, self.config.patch_size))
 

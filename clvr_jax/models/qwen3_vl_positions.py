@@ -164,7 +164,7 @@ def batch_conversations(
     *,
     image_token_id: int,
     merge: int,
-    length_multiple: int = 64,
+    length_multiple: int = 32,
     image_slots: int = 0,
     pad_token: int = 0,
 ) -> dict[str, Any]:

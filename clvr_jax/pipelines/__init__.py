@@ -1,1 +1,1 @@
-
+"""Models, tokenizer and sampler made usable."""

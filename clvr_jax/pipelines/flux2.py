@@ -34,8 +34,8 @@ MAX_REFERENCE_PIXELS = 1024 * 1024
 class Flux2Settings:
     """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of FLUX.2 klein.
 
-    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that prompts are padded to
-    (padding is attended to, so these belong to the model). sample_size: pixels of a side if none is asked for.
+    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that prompts are padded
+    to (padding is attended to, so these belong to the model). sample_size: pixels of a side if none is asked for.
     is_distilled: guidance is never used. num_inference_steps, guidance_scale: what the model is meant to be run with.
     """
 
@@ -207,15 +207,19 @@ class Flux2Pipeline:
         channels = self.transformer.config.in_channels
         graphdef, state = nnx.split(self.vae)
         encoded = [
-            self._encode_images(graphdef, state, np.stack([row[i] for row in pixels])).reshape(len(pixels), -1, channels)
+            self._encode_images(graphdef, state, np.stack([row[i] for row in pixels])).reshape(
+                len(pixels), -1, channels
+            )
             for i in range(len(sizes))
         ]
-        return jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels), self.transformer.dtype)
+        return jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
 
     def _given_latents(self, latents: jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:
         expected = (batch, self.transformer.config.in_channels, *grid)
         if latents.shape != expected:
-            raise UsageError(f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)")
+            raise UsageError(
+                f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
+            )
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
 
 
@@ -265,8 +269,8 @@ def velocity_field(
     def velocity(latents_btc: jax.Array, timestep_b: jax.Array, text_btd: jax.Array) -> jax.Array:
         repeats = latents_btc.shape[0] // max(references_btc.shape[0], 1)
         references = jnp.tile(references_btc, (repeats, 1, 1)).astype(latents_btc.dtype)
-        tokens = jnp.concatenate([latents_btc, references], axis=1).astype(transformer.dtype)
-        out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
+        tokens = jnp.concatenate([latents_btc, references], axis=1)
+        out: Any = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
         return out[:, : latents_btc.shape[1]]
 
     return velocity

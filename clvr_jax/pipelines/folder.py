@@ -114,7 +114,11 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         save_transformer(temporary / "transformer", pipeline.transformer, dtype)
         vae = pipeline.vae
         save_model(
-            temporary / "vae", vae, autoencoder_kl_flux2.TABLE, autoencoder_kl_flux2.config_to_dict(vae.config), dtype=dtype
+            temporary / "vae",
+            vae,
+            autoencoder_kl_flux2.TABLE,
+            autoencoder_kl_flux2.config_to_dict(vae.config),
+            dtype=dtype,
         )
         save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, dtype)
         pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))

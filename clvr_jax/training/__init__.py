@@ -1,1 +1,1 @@
-
+"""The trainer, its losses and checkpoints."""

@@ -24,13 +24,15 @@ class Checkpoints:
     def restore_or(self, state: Any, *, resume: bool) -> Any:
         """The newest checkpoint if there is one and `resume` is set, else `state`.
 
-        Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if a checkpoint is of another model.
+        Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if one is of another model.
         """
         step = self._manager.latest_step()
         if step is None:
             return state
         if not resume:
-            raise UsageError(f"{self._folder} already holds step {step}; add --resume to continue it or choose another --out")
+            raise UsageError(
+                f"{self._folder} already holds step {step}; add --resume to continue it or choose another --out"
+            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))

@@ -9,7 +9,7 @@ from tensorboardX import SummaryWriter
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and TensorBoard events in `folder`; a resumed run drops lines of steps it will redo."""
+    """Appends to `metrics.jsonl` and TensorBoard events in `folder`; a resumed run drops the steps it will redo."""
 
     def __init__(self, folder: Path, start: int):
         folder.mkdir(parents=True, exist_ok=True)

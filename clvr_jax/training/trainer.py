@@ -128,7 +128,9 @@ def make_train_step(
     return train_step
 
 
-def fit(task: Task, config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None) -> TrainState:
+def fit(
+    task: Task, config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None
+) -> TrainState:
     """Trains a task; checkpoints, metrics and the exported weights lie under `out`.
 
     Args:
@@ -147,7 +149,9 @@ def fit(task: Task, config: TrainConfig, out: Path, *, resume: bool = False, sto
         start = int(state.step)
         last = min(config.steps, stop_after or config.steps)
         if start < last:
-            state = _run(task, config, state, start, last, out, checkpoints, make_train_step(task.loss, optimizer, config))
+            state = _run(
+                task, config, state, start, last, out, checkpoints, make_train_step(task.loss, optimizer, config)
+            )
     if last == config.steps:
         task.export(state.ema, out / "export")
     return state
@@ -185,7 +189,7 @@ def _run(
                 log.write(step + 1, means)
                 if not np.isfinite(means["loss"]):
                     raise ClvrError(
-                        f"{task.name}: the loss is {means['loss']} near step {step + 1}; resume from the last checkpoint "
+                        f"{task.name}: the loss is {means['loss']} near step {step + 1}; resume the last checkpoint "
                         f"in {out / 'checkpoints'} with a smaller learning rate"
                     )
                 advance(step + 1, f"loss {means['loss']:.4f}  {means['seconds_per_step']:.2f} s/step")

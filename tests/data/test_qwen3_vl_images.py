@@ -63,7 +63,8 @@ def test_sizes_of_the_released_models() -> None:
     assert processor.tokens(1024, 1024) == 1024
     assert processor.resized(64, 64) == (256, 256)
     height, width = processor.resized(9000, 5000)
-    assert height % 32 == width % 32 == 0 and height * width <= 16_777_216
+    assert height % 32 == width % 32 == 0
+    assert height * width <= 16_777_216
     assert SMALL.tokens(64, 64) == 16
 
 

@@ -4,9 +4,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from flax import nnx
-
 from clvr_jax.convert.rules import Table, state_from_torch
+from flax import nnx
 
 TOLERANCE = 2e-5
 
