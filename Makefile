@@ -1,25 +1,52 @@
+# Everything here works in a fresh clone with Python 3.11 or later, pip and make.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: test test-fast check clean
+PROMPT ?= a red star at the top left, a blue circle at the top right, a green square in the center, a yellow triangle at the bottom left, and a purple cross at the bottom right
+# In the order in which they need each other; each goes on where it was stopped.
+RECIPES := shapes_vae shapes_base
+BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
-$(VENV)/.test: pyproject.toml
+.PHONY: help demo test test-fast check bench reproduce clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
+
+# The core needs neither PyTorch nor TensorFlow; the tests compare with PyTorch.
+$(VENV)/.core: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable .
+	touch $@
+
+# PyTorch by itself first: asked for by exact version, a local CPU build is taken where there is one.
+$(VENV)/.test: $(VENV)/.core
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@
 
+demo: $(VENV)/.core  ## a dense prompt through the closed loop, into out/demo/index.html
+	$(BIN)/clvr generate "$(PROMPT)" --model shapes-tiny --out out/demo
+
 test: $(VENV)/.test  ## the whole suite
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.test  ## without the tests marked slow
-	$(BIN)/python -m pytest -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
 
 check: $(VENV)/.test  ## format, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info
+bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
+	@for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
+
+reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/
+	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer
+	@for recipe in $(RECIPES); do \
+	  $(BIN)/clvr train configs/$$recipe.py --out runs/$$recipe --resume || exit 1; \
+	done
+
+clean:  ## remove the environment and what was built; runs/ and out/ stay
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

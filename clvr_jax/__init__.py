@@ -1,1 +1,26 @@
-"""Closed-loop verified reasoning for image generation, in JAX."""
+"""Closed-loop verified reasoning for image generation, in JAX.
+
+The public names load on first use, so that `import clvr_jax` stays light.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+
+__all__ = ["ClosedLoopPipeline", "Flux2Pipeline", "Qwen3VLPipeline"]
+
+_HOMES = {
+    "ClosedLoopPipeline": "clvr_jax.pipelines.closed_loop",
+    "Flux2Pipeline": "clvr_jax.pipelines.flux2",
+    "Qwen3VLPipeline": "clvr_jax.pipelines.vlm",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

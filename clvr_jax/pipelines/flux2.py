@@ -188,6 +188,45 @@ class Flux2Pipeline:
         nfe = steps * (2 if use_guidance else 1)
         return Flux2Output([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
 
+    def draw_each(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Flux2Output:
+        """Pictures for rows that have nothing in common, each as it would be drawn alone from its seed.
+
+        Rows are drawn together if their texts fall into the same bucket (padding is attended to, so a text among longer
+        ones would be another text) and their references agree in number and sizes.
+        """
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
+            length = encode_prompts(self.tokenizer, [prompt], self.settings.text_buckets)[0].shape[1]
+            groups.setdefault((length, *(image.size for image in images)), []).append(index)
+        pictures: dict[int, Any] = {}
+        nfe = 0
+        for rows in groups.values():
+            output = self.draw(
+                [prompts[index] for index in rows],
+                [references[index] for index in rows],
+                jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in rows]),
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+            )
+            nfe = output.nfe
+            pictures.update(zip(rows, output.images, strict=True))
+        return Flux2Output([pictures[index] for index in range(len(prompts))], nfe)
+
+    def steps_for(self, nfe: int) -> int:
+        """Solver steps that `nfe` network evaluations pay for under the model's own guidance; UsageError if none."""
+        price = 2 if self.settings.guidance_scale > 1 and not self.settings.is_distilled else 1
+        if nfe < price or nfe % price:
+            raise UsageError(f"nfe must be a positive multiple of {price} (guidance costs two a step), got {nfe}")
+        return nfe // price
+
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:
         """Writes a diffusers folder that `Flux2KleinPipeline.from_pretrained` loads too."""
         folder.save_flux2(path, self, dtype)

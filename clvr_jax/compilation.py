@@ -1,0 +1,31 @@
+"""Compiled programs that outlive the process, so that the second run of a command starts at once."""
+
+import os
+from pathlib import Path
+
+import jax
+
+
+def keep_compiled_programs() -> Path | None:
+    """Turns on JAX's persistent compilation cache.
+
+    It lies in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`); `JAX_COMPILATION_CACHE_DIR` overrides that.
+    Returns: the folder, or None if it cannot be written: then every process compiles for itself, which is no error.
+    """
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    try:
+        folder = Path(given) if given else _user_cache() / "clvr-jax" / "xla"
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home folder
+        return None
+    if not os.access(folder, os.W_OK):
+        return None
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    return folder
+
+
+def _user_cache() -> Path:
+    named = os.environ.get("XDG_CACHE_HOME", "")
+    # The standard says that a relative path is to be ignored.
+    return Path(named) if os.path.isabs(named) else Path.home() / ".cache"

@@ -1,0 +1,145 @@
+"""The closed loop over our own models: a Qwen3-VL controller and a FLUX.2 drawer."""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Self
+
+from jax.typing import DTypeLike
+from PIL import Image
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.reasoning import loop
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.events import Event
+from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.trajectory import Trajectory
+
+RETRY_TEMPERATURE = 0.7
+MAX_REPLY_TOKENS = 384
+
+
+class VLMController(Controller):
+    """A vision-language model that plans, judges and decides; greedy at first, sampling when it has to try again.
+
+    system: system prompt, for models that were not trained on the loop's contract (`reasoning.actions.SYSTEM_PROMPT`).
+    """
+
+    def __init__(self, vlm: Qwen3VLPipeline, system: str | None = None, max_new_tokens: int = MAX_REPLY_TOKENS):
+        self._vlm, self._system, self._max_new_tokens = vlm, system, max_new_tokens
+
+    def reply(self, conversations: Sequence[Conversation]) -> list[str]:
+        """See `Controller`. First attempts share one call; every retry samples with a seed of its own."""
+        first = [index for index, each in enumerate(conversations) if each.attempt == 0]
+        replies: dict[int, str] = {}
+        if first:
+            chats = [conversations[index].messages(self._system) for index in first]
+            shown = [[pixels(image) for image in conversations[index].images] for index in first]
+            replies.update(zip(first, self._vlm.chat_all(chats, shown, self._max_new_tokens), strict=True))
+        for index, each in enumerate(conversations):
+            if index not in replies:
+                shown_once = [pixels(image) for image in each.images]
+                replies[index] = self._vlm.chat(
+                    each.messages(self._system), shown_once, self._max_new_tokens, RETRY_TEMPERATURE, each.seed
+                )
+        return [replies[index] for index in range(len(conversations))]
+
+
+class Flux2Drawer(Drawer):
+    """A FLUX.2 pipeline that draws under the whole history.
+
+    steps, guidance: the model's own if None.
+    """
+
+    def __init__(self, pipeline: Flux2Pipeline, steps: int | None = None, guidance: float | None = None):
+        self._pipeline, self._steps, self._guidance = pipeline, steps, guidance
+
+    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+        """See `Drawer`."""
+        output = self._pipeline.draw_each(
+            [request.text for request in requests],
+            [[_pil(image) for image in request.images] for request in requests],
+            [request.seed for request in requests],
+            num_inference_steps=self._steps,
+            guidance_scale=self._guidance,
+        )
+        return [Drawing(image, output.nfe) for image in output.images]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClosedLoopOutput:
+    """image: the best picture (PIL), None if there is none. trajectory: what happened. nfe, seconds: in all."""
+
+    image: Image.Image | None
+    trajectory: Trajectory
+    nfe: int
+    seconds: float
+
+
+class ClosedLoopPipeline:
+    """Prompt in, picture and trajectory out.
+
+    Components are public attributes: `flux` draws; `controller` decides, None for a folder without `controller/`, which
+    then needs one at every call.
+    """
+
+    def __init__(self, flux: Flux2Pipeline, controller: Controller | None, model: str = ""):
+        self.flux, self.controller, self.model = flux, controller, model
+
+    @classmethod
+    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32") -> Self:
+        """Loads a shipped model or a folder in diffusers layout with a `controller/` beside the other components."""
+        path, _ = resolve(model)
+        flux = Flux2Pipeline.from_pretrained(model, dtype)
+        folder = path / "controller"
+        controller = VLMController(Qwen3VLPipeline.from_pretrained(folder, dtype)) if folder.is_dir() else None
+        return cls(flux, controller, model)
+
+    def __call__(
+        self,
+        prompt: str,
+        *,
+        max_steps: int = 8,
+        seed: int = 0,
+        nfe: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> ClosedLoopOutput:
+        """Runs the loop for one prompt.
+
+        Args:
+          prompt: what to draw.
+          max_steps: drawings at most.
+          seed: the same seed gives the same trajectory.
+          nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
+          on_event: called as things happen.
+        """
+        began = time.monotonic()
+        (trajectory,) = self.run([prompt], [seed], Budget(max_steps=max_steps), nfe=nfe, on_event=on_event)
+        image = None if trajectory.image is None else _pil(trajectory.image)
+        return ClosedLoopOutput(image, trajectory, trajectory.nfe, time.monotonic() - began)
+
+    def run(
+        self,
+        prompts: Sequence[str],
+        seeds: int | Sequence[int] = 0,
+        budget: Budget | None = None,
+        *,
+        controller: Controller | None = None,
+        nfe: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> list[Trajectory]:
+        """Runs the loop for several prompts together; `controller` takes the place of the pipeline's own."""
+        chosen = controller or self.controller
+        if chosen is None:
+            raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
+        steps = None if nfe is None else self.flux.steps_for(nfe)
+        drawer = Flux2Drawer(self.flux, steps)
+        return loop.run(prompts, chosen, drawer, budget, seeds, on_event, model=self.model)
+
+
+def _pil(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))

@@ -1,0 +1,135 @@
+"""Qwen3-VL made usable: a chat with pictures in, text out."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from PIL import Image
+
+from clvr_jax.convert import qwen3_vl
+from clvr_jax.convert.models import load_model
+from clvr_jax.convert.tensors import read_json
+from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.decoding import generate
+from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+
+Message = Mapping[str, Any]
+"""{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
+
+IMAGE_PAD = "<|image_pad|>"
+END_OF_TURN = "<|im_end|>"
+
+
+class Qwen3VLPipeline:
+    """A vision-language model with its tokenizer and image preprocessing, all public attributes."""
+
+    def __init__(self, model: Qwen3VL, tokenizer: Any, image_processor: Qwen3VLImageProcessor):
+        self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
+        """Loads a folder in transformers layout: weights, tokenizer and preprocessor_config.json.
+
+        Raises: ClvrError naming what is missing or does not fit.
+        """
+        folder = Path(path).expanduser()
+        if not folder.is_dir():
+            raise ClvrError(f"{path}: no such folder; give a Qwen3-VL checkpoint in transformers layout")
+
+        def make(config: Mapping[str, Any]) -> Qwen3VL:
+            made = qwen3_vl.config_from_dict(config)
+            return Qwen3VL(made, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
+
+        return cls(
+            load_model(folder, make, qwen3_vl.TABLE, jnp.dtype(dtype)),
+            load_tokenizer(folder),
+            processor_from_dict(read_json(folder / "preprocessor_config.json")),
+        )
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image | np.ndarray] = (),
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> str:
+        """The assistant's next message.
+
+        Args:
+          messages: the conversation so far; image k is the k-th {"type": "image"} part.
+          images: PIL pictures or uint8 arrays (h, w, 3).
+          max_new_tokens: most tokens of the answer; a longer one is cut.
+          temperature: 0 takes the likeliest token.
+          seed: of the draws, where temperature is above 0.
+        """
+        return self.chat_all([messages], [images], max_new_tokens, temperature, seed)[0]
+
+    def chat_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Image.Image | np.ndarray]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[str]:
+        """As `chat`, for several conversations in one call; they may differ in length and number of pictures."""
+        if len(conversations) != len(images):
+            raise UsageError(f"chat: {len(conversations)} conversations but pictures for {len(images)}")
+        rows = [self.prepare(messages, shown) for messages, shown in zip(conversations, images, strict=True)]
+        # Another batch size is another program: few sizes, the room filled with copies of the last row.
+        padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
+        vision = self.model.config.vision
+        batch = batch_conversations(
+            padded,
+            image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
+            merge=vision.spatial_merge_size,
+            pad_token=self.tokenizer.pad_token_id,
+        )
+        answer = generate(
+            self.model,
+            batch,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=(self.tokenizer.convert_tokens_to_ids(END_OF_TURN),),
+            pad_token=self.tokenizer.pad_token_id,
+            temperature=temperature,
+            key=jax.random.key(seed),
+        )
+        tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
+        texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
+        return [text.removesuffix(END_OF_TURN) for text in texts]
+
+    def prepare(
+        self,
+        messages: Sequence[Message],
+        images: Sequence[Image.Image | np.ndarray],
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Conversation:
+        """Messages and pictures -> token ids with one placeholder for each visual token, and patches.
+
+        Raises: UsageError if the messages hold another number of image parts than there are pictures.
+        """
+        text = self.tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        )
+        pieces = text.split(IMAGE_PAD)
+        if len(pieces) - 1 != len(images):
+            raise UsageError(
+                f"chat: the messages have {len(pieces) - 1} image parts, {len(images)} pictures were given"
+            )
+        if not images:
+            return Conversation(self.tokenizer(text)["input_ids"])
+        pixel_values, grids = self.image_processor(images)
+        merge = self.image_processor.merge_size
+        tokens = [IMAGE_PAD * (t * h * w // merge**2) for t, h, w in grids]
+        expanded = pieces[0] + "".join(pad + piece for pad, piece in zip(tokens, pieces[1:], strict=True))
+        return Conversation(self.tokenizer(expanded)["input_ids"], pixel_values, grids)

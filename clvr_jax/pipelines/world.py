@@ -1,0 +1,20 @@
+"""The world a model was trained for, and the words it never saw."""
+
+from clvr_jax.convert.tensors import read_json
+from clvr_jax.pipelines.registry import resolve
+from clvr_jax.worlds.shapes.grammar import vocabulary, words
+
+
+def unseen_words(model: str, prompt: str) -> list[str]:
+    """Words of `prompt` that a small model never saw in training, in order; none for models without a world.
+
+    Args:
+      model: shipped name or folder; its clvr.json names the world.
+      prompt: what is to be drawn.
+    """
+    path, _ = resolve(model)
+    settings = path / "clvr.json"
+    if not settings.exists() or read_json(settings).get("world") != "shapes":
+        return []
+    known = vocabulary()
+    return [word for word in dict.fromkeys(words(prompt)) if word not in known]

@@ -1,0 +1,143 @@
+import dataclasses
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from PIL import Image
+
+from clvr_jax.data.text import load_tokenizer, train_tokenizer
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+
+LENGTH = 48
+SETTINGS = Flux2Settings(
+    text_encoder_out_layers=(1, 2, 3), text_buckets=(LENGTH,), sample_size=64, num_inference_steps=8, guidance_scale=3.0
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A pipeline folder with random weights, written by us."""
+    path = tmp_path_factory.mktemp("pipeline")
+    train_tokenizer(["a red circle", "user\n", "assistant\n"], 320, path / "tokenizer")
+    vae = AutoencoderKLFlux2Config(
+        block_out_channels=(16, 24, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8
+    )
+    encoder = Qwen3Config(320, 32, 48, 4, 4, 2, 8, tie_word_embeddings=True)
+    transformer = Flux2TransformerConfig(
+        in_channels=vae.token_channels, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
+        joint_attention_dim=96, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    rngs = nnx.Rngs(3)
+    pipeline = Flux2Pipeline(
+        Flux2Transformer(transformer, rngs=rngs),
+        AutoencoderKLFlux2(vae, rngs=rngs),
+        Qwen3(encoder, rngs=rngs),
+        load_tokenizer(path / "tokenizer"),
+        SETTINGS,
+    )
+    generator = np.random.default_rng(0)
+    pipeline.vae.bn.running_mean[...] = generator.normal(size=16).astype(np.float32)
+    pipeline.vae.bn.running_var[...] = generator.uniform(0.5, 2, 16).astype(np.float32)
+    pipeline.save_pretrained(str(path / "model"))
+    return path / "model"
+
+
+def picture(seed, width, height):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
+@pytest.mark.parametrize("references", [(), ((64, 64),), ((72, 80), (101, 67))])
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_pixels_are_those_of_diffusers(folder, references, guidance):
+    ours = Flux2Pipeline.from_pretrained(str(folder))
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(str(folder))
+    theirs.set_progress_bar_config(disable=True)
+    images = [picture(i, *size) for i, size in enumerate(references)]
+    prompts = ["a red circle", "two blue squares above a green star"]
+    latents = np.random.default_rng(5).normal(size=(2, 16, 6, 9)).astype(np.float32)
+    expected = theirs(
+        prompt=prompts, image=images or None, height=48, width=72, num_inference_steps=8, guidance_scale=guidance,
+        latents=torch.tensor(latents), max_sequence_length=LENGTH, text_encoder_out_layers=(1, 2, 3), output_type="np",
+    ).images  # fmt: skip
+    made = ours(
+        prompts, images, height=48, width=72, num_inference_steps=8, guidance_scale=guidance, latents=latents,
+        output_type="np",
+    )  # fmt: skip
+    assert made.images.shape == expected.shape
+    assert np.abs(made.images - expected).max() < 1 / 255
+    assert made.nfe == (8 if guidance == 1.0 else 16)
+
+
+def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
+    first = Flux2Pipeline.from_pretrained(str(folder))
+    first.save_pretrained(str(tmp_path / "again"))
+    for name in ("transformer", "vae"):
+        file = "diffusion_pytorch_model.safetensors"
+        assert (folder / name / file).read_bytes() == (tmp_path / "again" / name / file).read_bytes()
+    again = Flux2Pipeline.from_pretrained(str(tmp_path / "again"))
+    assert again.settings == first.settings
+
+
+def test_a_row_does_not_depend_on_its_batch(folder):
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    prompts = ["a red circle", "a blue star", "a green cross above it"]
+    together = pipeline.draw_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
+    for index, prompt in enumerate(prompts):
+        images = [picture(0, 64, 64)] if index == 1 else []
+        alone = pipeline.draw_each([prompt], [images], [4 + index], num_inference_steps=2)
+        difference = np.abs(np.asarray(together.images[index], int) - np.asarray(alone.images[0], int))
+        assert difference.max() <= 1
+
+
+def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    pipeline("a red circle", num_inference_steps=2)
+    compiled = pipeline._denoise._cache_size()
+    pipeline("a blue star", num_inference_steps=2, seed=9, guidance_scale=2.0)
+    assert pipeline._denoise._cache_size() == compiled
+
+
+def test_bad_input_is_named(folder, tmp_path):
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    with pytest.raises(ClvrError, match="prompt is empty"):
+        pipeline("  ")
+    with pytest.raises(ClvrError, match="100,000 characters"):
+        pipeline("x" * 100_000)
+    with pytest.raises(UsageError, match="multiples of 8"):
+        pipeline("a red circle", height=50, width=64)
+    with pytest.raises(UsageError, match="latents have shape"):
+        pipeline("a red circle", latents=np.zeros((1, 16, 3, 3), np.float32))
+    with pytest.raises(ClvrError, match="no such model"):
+        Flux2Pipeline.from_pretrained("nowhere")
+    with pytest.raises(ClvrError, match=r"model_index\.json is missing"):
+        Flux2Pipeline.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", ["truncate", "foreign", "shape"])
+def test_damaged_weights_are_named(folder, tmp_path, damage):
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    path = tmp_path / "model"
+    pipeline.save_pretrained(str(path))
+    file = path / "transformer" / "diffusion_pytorch_model.safetensors"
+    if damage == "truncate":
+        file.write_bytes(file.read_bytes()[:5000])
+        message = "not a complete safetensors file"
+    elif damage == "foreign":
+        file.write_bytes((path / "vae" / file.name).read_bytes())
+        message = r"missing: .*surplus: "
+    else:
+        config = dataclasses.replace(pipeline.transformer.config, joint_attention_dim=80)
+        other = Flux2Transformer(config, rngs=nnx.Rngs(0))
+        Flux2Pipeline(other, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, SETTINGS).save_pretrained(
+            str(tmp_path / "other")
+        )
+        file.write_bytes((tmp_path / "other" / "transformer" / file.name).read_bytes())
+        message = r"context_embedder\.weight \(expected \(64, 96\), found \(64, 80\)\)"
+    with pytest.raises(ClvrError, match=message):
+        Flux2Pipeline.from_pretrained(str(path))

@@ -1,0 +1,409 @@
+"""The command line: what it refuses and how, and what its commands leave behind."""
+
+import json
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from clvr_jax.cli import COMMANDS, main
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
+from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
+
+PROMPT = "a red circle left of a blue star"
+RECIPE = '''
+"""Learns a vector. Second sentence."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from clvr_jax.training.trainer import Task, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """target: what to learn."""
+
+    train: TrainConfig = TrainConfig(steps=4, learning_rate=0.1, log_every=1)
+    target: float = 3.0
+
+
+CONFIG = Config()
+
+
+def task(config):
+    def loss(params, frozen, batch, key):
+        return jnp.mean((params["x"] - batch) ** 2), {}
+
+    def export(ema, folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "x.npy", np.asarray(ema["x"]))
+
+    batches = lambda step: np.full(3, config.target, np.float32)
+    return Task("vector", {"x": jnp.zeros(3)}, {}, loss, batches, export)
+'''
+
+
+@pytest.fixture(autouse=True)
+def _own_places(tmp_path, tmp_path_factory, monkeypatch):
+    """Relative paths lie in tmp_path, and the user's cache stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Path:
+    path = tmp_path / "vector.py"
+    path.write_text(RECIPE)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path) -> Path:
+    """A folder that looks like a model of the shapes world, without weights."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
+    (folder / "clvr.json").write_text('{"world": "shapes"}')
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawing_model(tmp_path_factory) -> Path:
+    """A pipeline folder with random weights that draws 64 x 64 pictures."""
+    from flax import nnx
+
+    from clvr_jax.data.text import load_tokenizer, train_tokenizer
+    from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+    from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+    from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+
+    folder = tmp_path_factory.mktemp("drawing")
+    train_tokenizer([PROMPT], 320, folder / "words")
+    rngs = nnx.Rngs(0)
+    vae = AutoencoderKLFlux2Config(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
+    )
+    encoder = Qwen3Config(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        rope_theta=10_000.0,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+    )
+    transformer = Flux2TransformerConfig(
+        in_channels=vae.token_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    Flux2Pipeline(
+        Flux2Transformer(transformer, rngs=rngs),
+        AutoencoderKLFlux2(vae, rngs=rngs),
+        Qwen3(encoder, rngs=rngs),
+        load_tokenizer(folder / "words"),
+        Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128,), sample_size=64, num_inference_steps=2),
+    ).save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+def complaint(capsys) -> str:
+    """The one line on stderr; nothing may stand on stdout."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    assert lines[0].startswith("clvr: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_is_quick_and_has_an_example(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-m", "clvr_jax.cli", *command.split(), "--help"], capture_output=True, text=True, check=True
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # Processor time: a busy machine must not fail the test, an import of JAX must.
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
+    assert f"Example:\n    clvr {command}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "generate, sample, train, eval"),
+        (["paint"], "paint"),
+        (["generate"], "PROMPT"),
+        (["generate", PROMPT, "--sede", "3"], "--sede"),
+        (["generate", PROMPT, "--seed", "many"], "'many'"),
+        (["generate", PROMPT, "--seed", "-1"], "--seed"),
+        (["generate", PROMPT, "--max-steps", "0"], "--max-steps"),
+        (["generate", PROMPT, "--nfe", "0"], "--nfe"),
+        (["sample", PROMPT, "--guidance", "nan"], "--guidance"),
+        (["sample", PROMPT, "--steps", "0"], "--steps"),
+        (["sample", PROMPT, "--out", "picture.jpg"], "PNG"),
+        (["sample", "a \udcff circle"], "UTF-8"),
+        (["train"], "CONFIG"),
+        (["eval", "geneval", "--model", "m", "--out", "o"], "'geneval'"),
+        (["eval", "shapes", "--model", "m"], "--out"),
+        (["eval", "shapes", "--model", "m", "--out", "o", "--split", "train"], "'train'"),
+        (["eval", "shapes", "--model", "m", "--out", "o", "--limit", "0"], "--limit"),
+        (["eval", "shapes", "--model", "m", "--out", "o", "--mode", "closed-loop", "--steps", "4"], "one-shot"),
+    ],
+)
+def test_bad_usage_is_one_line_and_exit_code_2(arguments, said, capsys):
+    assert main(arguments) == 2
+    assert said in complaint(capsys)
+
+
+@pytest.mark.parametrize("command", [["generate", PROMPT], ["sample", PROMPT], ["eval", "shapes", "--out", "o"]])
+def test_unknown_models_and_folders_without_an_index_fail_in_one_line(command, tmp_path, capsys):
+    assert main([*command, "--model", "shapes-huge"]) == 1
+    line = complaint(capsys)
+    assert "shapes-huge" in line
+    assert "shapes-tiny" in line  # what there is
+    (tmp_path / "empty").mkdir()
+    assert main([*command, "--model", "empty"]) == 1
+    assert "model_index.json" in complaint(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["empty"]
+
+
+@pytest.mark.parametrize("command", ["generate", "sample"])
+@pytest.mark.parametrize(("prompt", "said"), [("", "empty"), (" \n ", "empty"), ("circle " * 14_286, "100,002")])
+def test_prompts_that_are_empty_or_endless_fail_in_one_line(command, prompt, said, model, capsys):
+    assert main([command, prompt, "--model", str(model)]) == 1
+    assert said in complaint(capsys)
+
+
+def test_out_is_checked_before_the_model_is_loaded(model, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    eval_shapes = ["eval", "shapes", "--model", str(model)]
+    for command, out in [
+        (["generate", PROMPT, "--model", str(model)], "file/out"),
+        (["generate", PROMPT, "--model", str(model)], "/proc/out"),
+        (["sample", PROMPT, "--model", str(model)], "file/out.png"),
+        (eval_shapes, "file"),
+    ]:
+        # The folder has no weights: had the model been loaded, that would be the complaint.
+        assert main([*command, "--out", out]) == 1
+        assert "cannot be written" in complaint(capsys)
+    (tmp_path / "folder.png").mkdir()
+    assert main(["sample", PROMPT, "--model", str(model), "--out", "folder.png"]) == 1
+    assert "is a folder" in complaint(capsys)
+
+
+def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
+    from clvr_jax.outputs import check_folder
+
+    check_folder(tmp_path / "a" / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "cannot read"),
+        ("", "no prompts"),
+        ('{"tag": "single_object"', "prompts.jsonl:1: not JSON"),
+        ('{"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}', "dog"),
+        ("\udcff", "cannot read"),
+    ],
+)
+def test_malformed_prompt_files_fail_in_one_line(content, said, model, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "prompts.jsonl").write_bytes(content.encode(errors="surrogateescape"))
+    assert main(["eval", "shapes", "--model", str(model), "--out", "o", "--prompts", "prompts.jsonl"]) == 1
+    assert said in complaint(capsys)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such recipe"),
+        ("def task(config): ...", "no CONFIG"),
+        ("CONFIG = 3", "no task"),
+        (RECIPE.replace("CONFIG = Config()", "CONFIG = 3"), "TrainConfig"),
+        (RECIPE.replace("def task", "task = 3\ndef other"), "function"),
+        ("import no_such_thing", "ModuleNotFoundError"),
+        ("def (", "SyntaxError"),
+        (RECIPE.replace("steps=4", "steps=0"), "steps must be at least 1"),
+    ],
+)
+def test_files_that_are_no_recipes_fail_in_one_line(content, said, recipe, capsys):
+    recipe.unlink() if content is None else recipe.write_text(content)
+    assert main(["train", str(recipe)]) == 1
+    line = complaint(capsys)
+    assert said in line
+    assert "vector.py" in line
+
+
+def test_debug_shows_the_traceback_wherever_it_stands(capsys):
+    for arguments in (["--debug", "train", "missing.py"], ["train", "missing.py", "--debug"]):
+        assert main(arguments) == 1
+        assert "Traceback" in capsys.readouterr().err
+
+
+def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
+    def fail(prompt, model):
+        raise ValueError("first\nsecond")
+
+    monkeypatch.setattr("clvr_jax.cli._check_request", fail)
+    assert main(["sample", PROMPT]) == 1
+    assert complaint(capsys) == "clvr: ValueError: first second; --debug shows where"
+
+
+def test_interrupting_exits_with_130(monkeypatch, capsys):
+    def interrupt(prompt, model):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("clvr_jax.cli._check_request", interrupt)
+    assert main(["generate", PROMPT]) == 130
+    assert complaint(capsys) == "clvr: interrupted"
+
+
+def test_train_runs_refuses_to_overwrite_and_resumes(recipe, tmp_path, capsys):
+    assert main(["train", str(recipe), "--json", "--target", "5", "--train.learning-rate", "0.5"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    out = tmp_path / "runs" / "vector"
+    assert result == {"recipe": "vector", "out": "runs/vector", "export": "runs/vector/export", "steps": 4}
+    first = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == pytest.approx(25)  # (0 - target) squared: the override arrived
+    exported = (out / "export" / "x.npy").read_bytes()
+
+    assert main(["train", str(recipe)]) == 2
+    assert "--resume" in complaint(capsys)
+    assert (out / "export" / "x.npy").read_bytes() == exported
+
+    assert main(["--json", "train", str(recipe), "--resume", "--train.steps", "6"]) == 0
+    assert json.loads(capsys.readouterr().out)["steps"] == 6
+    steps = [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_help_of_a_recipe_lists_its_options(recipe, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", str(recipe), "--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "Learns a vector." in shown
+    for option in ("CONFIG", "--target", "--train.steps", "--resume"):
+        assert option in shown
+
+
+def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp_path, capsys):
+    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+
+    script = ["I saw nothing.", draw("Plan: it. Draw it."), again(1), stop()]
+
+    class Scripted(ClosedLoopPipeline):
+        def run(self, prompts, seeds, budget, *, nfe, on_event):
+            from clvr_jax.reasoning import run
+
+            controller = ScriptedController({PROMPT: ["no action token here", *script[1:]]})
+            return run(prompts, controller, CountingDrawer(), budget, seeds, on_event)
+
+    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name: Scripted(None, None))
+    command = ["generate", PROMPT + " and a dragon", "--model", str(model)]
+    assert main([*command[:1], PROMPT, *command[2:], "--out", "first"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == "first/index.html\n"
+    assert (tmp_path / "first" / "index.html").is_file()
+    told = ["not understood", "Plan: it.", "step 0", "Unmet: item 0.", "step 1", "Unmet: nothing.", "accepted"]
+    places = [captured.err.index(words) for words in told]
+    assert places == sorted(places)
+    assert "never saw" not in captured.err
+
+    assert main([*command[:1], PROMPT, *command[2:], "--json"]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
+    assert Path(result["page"]).is_file()
+    assert Path(result["image"]).name == "step_01.png"
+
+
+def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):
+    from clvr_jax.cli import _check_request
+
+    assert _check_request("a red dragon, a RED Circle and a wyvern", str(model)) == ["dragon", "wyvern"]
+    assert "dragon, wyvern" in capsys.readouterr().err
+    (model / "clvr.json").unlink()
+    assert _check_request("a red dragon", str(model)) == []
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+def test_sample_and_one_shot_eval_draw_the_same_picture_from_the_same_seed(drawing_model, tmp_path, capsys):
+    entries = evaluation_prompts("eval")[:2]
+    write_prompts("two.jsonl", entries)
+    evaluate = ["eval", "shapes", "--model", str(drawing_model), "--prompts", "two.jsonl", "--out", "scores", "--json"]
+    assert main(evaluate) == 0
+    results = json.loads(capsys.readouterr().out)
+    assert results["summary"]["overall"]["over_pictures"]["pictures"] == 2
+    assert (results["settings"]["steps"], results["settings"]["guidance"]) == (2, 4.0)
+    assert json.loads((tmp_path / "scores" / "results.json").read_text())["summary"] == results["summary"]
+    record = json.loads((tmp_path / "scores" / "00001" / "records" / "0000.json").read_text())
+
+    sample = ["sample", entries[1]["prompt"], "--model", str(drawing_model), "--seed", str(record["seed"])]
+    assert main([*sample, "--out", "one.png"]) == 0
+    assert capsys.readouterr().out == "one.png\n"
+    drawn = [Image.open(tmp_path / name) for name in ("one.png", "scores/00001/samples/0000.png")]
+    # Two pictures a batch is another program than one: the last bits may differ.
+    assert np.abs(np.subtract(*(np.asarray(image, np.int16) for image in drawn))).max() <= 1
+
+    assert main([*evaluate, "--guidance", "1"]) == 1  # other settings never mix with pictures that are there
+    assert "guidance" in complaint(capsys)
+
+
+@pytest.mark.slow
+def test_a_model_whose_size_does_not_divide_fails_in_one_line(drawing_model, tmp_path, capsys):
+    import shutil
+
+    shutil.copytree(drawing_model, "odd")
+    settings = json.loads(Path("odd/clvr.json").read_text())
+    settings["flux2"]["sample_size"] = 65
+    Path("odd/clvr.json").write_text(json.dumps(settings))
+    assert main(["sample", PROMPT, "--model", "odd"]) == 2
+    assert "multiples of 16" in complaint(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_damaged_weights_fail_in_one_line(drawing_model, capsys):
+    import shutil
+
+    shutil.copytree(drawing_model, "torn")
+    weights = Path("torn/vae/diffusion_pytorch_model.safetensors")
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert main(["sample", PROMPT, "--model", "torn"]) == 1
+    assert "not a complete safetensors file" in complaint(capsys)
+
+
+def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
+    from clvr_jax.compilation import keep_compiled_programs
+
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert keep_compiled_programs() is None
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    assert keep_compiled_programs() == tmp_path / "other" / "clvr-jax" / "xla"
