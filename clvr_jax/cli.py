@@ -410,7 +410,7 @@ def _prepare_jax() -> None:
 
 def _show_event(event: "Event") -> None:
     """Prints what the loop does as it does it."""
-    from clvr_jax.reasoning.actions import strip_action, unmet_span
+    from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
     from clvr_jax.reasoning.events import Drawn, Finished, Replied, RolledBack
 
     if isinstance(event, Replied) and event.error:
@@ -419,7 +419,7 @@ def _show_event(event: "Event") -> None:
         text = Text("  " + strip_action(event.text))
         span = unmet_span(text.plain)
         if span:
-            met = "nothing" in text.plain[slice(*span)]
+            met = parse(event.text, has_picture=True).unmet == ()
             text.stylize("bold green" if met else "bold yellow", *span)
         console.print(text)
     elif isinstance(event, Drawn):

@@ -389,6 +389,18 @@ def test_a_model_whose_size_does_not_divide_fails_in_one_line(drawing_model, tmp
 
 
 @pytest.mark.slow
+def test_the_closed_loop_of_a_folder_without_a_controller_needs_the_oracle(drawing_model, tmp_path, capsys):
+    evaluate = ["eval", "shapes", "--model", str(drawing_model), "--out", "o", "--limit", "1", "--mode", "closed-loop"]
+    assert main(evaluate) == 1
+    assert "controller/" in complaint(capsys)
+    assert not (tmp_path / "o").exists()
+    assert main(["generate", PROMPT, "--model", str(drawing_model)]) == 1
+    assert "controller/" in complaint(capsys)
+    assert main([*evaluate, "--controller", "oracle", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["summary"]["cost"]["outcomes"] == {"step limit": 1}
+
+
+@pytest.mark.slow
 def test_damaged_weights_fail_in_one_line(drawing_model, capsys):
     import shutil
 

@@ -60,7 +60,7 @@ def scan_blocks(
       step: pure function of one block, the carry and this layer's slice of `xs`.
       carry: pytree whose shapes and dtypes the step keeps.
       xs: pytree with the leading layer axis, or None.
-      remat: recompute each block in the backward pass instead of keeping its activations.
+      remat: recompute each whole block in the backward pass; without it the projections are kept.
       layers: run only these layers of the stack.
     Returns: (final carry, outs stacked over layers).
     """
@@ -72,7 +72,9 @@ def scan_blocks(
         block_state, x = layer
         return step(nnx.merge(graphdef, block_state), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (state, xs))
+    # Even without remat only the matrix products are kept: what lies between them is cheaper to compute than to store.
+    keep = None if remat else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    return jax.lax.scan(jax.checkpoint(body, policy=keep, prevent_cse=False), carry, (state, xs))
 
 
 def sinusoidal_embedding(positions_b: jax.Array, features: int, dtype: DTypeLike = jnp.float32) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from clvr_jax.convert.qwen3_vl import TABLE, config_to_dict
@@ -95,3 +97,11 @@ def reference_inputs(
         "mm_token_type_ids": torch.tensor((ids_bt == SMALL.image_token_id).astype(np.int32)),
         "attention_mask": torch.tensor(np.ones_like(ids_bt) if mask_bt is None else mask_bt),
     }
+
+
+def compiled(model: nnx.Module, method: str = "__call__", **arguments: Any) -> Any:
+    """Calls a method as one compiled program, which takes less time than compiling it operation by operation."""
+    graphdef, state = nnx.split(model)
+    traced = {name: jnp.asarray(value) for name, value in arguments.items() if hasattr(value, "dtype")}
+    static = {name: value for name, value in arguments.items() if name not in traced}
+    return jax.jit(lambda state, traced: getattr(nnx.merge(graphdef, state), method)(**traced, **static))(state, traced)

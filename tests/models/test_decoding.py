@@ -16,7 +16,7 @@ from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from tests.models.parity import TOLERANCE, relative_error
-from tests.models.qwen3_vl_reference import SMALL, conversation, make_pair, pad, reference_inputs
+from tests.models.qwen3_vl_reference import SMALL, compiled, conversation, make_pair, pad, reference_inputs
 
 SQUARE = ((1, 8, 8),)
 ODD = ((1, 8, 8), (1, 6, 10), (1, 12, 4), (1, 14, 18))
@@ -90,16 +90,15 @@ def test_steps_with_a_cache_equal_the_whole_sequence(pair):
     model, _ = pair
     (whole,) = make_conversations([ODD], [20])
     batch = batch_conversations([whole], **PLACES, length_multiple=1)
-    logits = model(**batch)
+    logits = compiled(model, **batch)
     prompt = len(whole.input_ids) - 6
     start = {name: batch[name][..., :prompt] for name in ("input_ids_bt", "attention_mask_bt", "positions_3bt")}
     images = {name: batch[name] for name in ("pixel_values", "grid_thw")}
-    step, cache = model.prefill(**start, **images, cache_length=prompt + 8)
+    step, cache = compiled(model, "prefill", **start, **images, cache_length=prompt + 8)
+    read = jax.jit(lambda cache, token_b: model.decode_step(cache, token_b))
     for token in range(prompt, prompt + 6):
         assert relative_error(step, logits[:, token - 1]) < TOLERANCE
-        step, cache = jax.jit(lambda cache, token_b: model.decode_step(cache, token_b))(
-            cache, jnp.asarray(batch["input_ids_bt"][:, token])
-        )
+        step, cache = read(cache, jnp.asarray(batch["input_ids_bt"][:, token]))
     assert relative_error(step, logits[:, -1]) < TOLERANCE
 
 

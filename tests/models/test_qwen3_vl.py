@@ -27,6 +27,7 @@ from tests.models.parity import TOLERANCE, relative_error
 from tests.models.qwen3_vl_reference import (
     SMALL,
     checkpoint_of,
+    compiled,
     conversation,
     make_pair,
     pad,
@@ -71,7 +72,8 @@ def test_vision_tower_block_by_block(pair, grids):
         expected = reference.model.visual(
             torch.tensor(patches), grid_thw=torch.tensor(grids), output_hidden_states=True
         )
-    features = model.model.visual(jnp.asarray(patches)[None], grids, return_hidden=True)
+    arguments = {"pixel_values_bnp": patches[None], "grid_thw": grids, "return_hidden": True}
+    features = compiled(model.model.visual, **arguments)
     for ours, block in zip(features.hidden_lbnd, expected.hidden_states[1:], strict=True):
         assert relative_error(ours[0], block) < TOLERANCE
     for ours, feature in zip(features.deepstack_kbnd, expected.deepstack_features, strict=True):
@@ -85,7 +87,7 @@ def test_deepstack_features_of_blocks_that_are_not_the_first():
     patches = conversation(np.random.default_rng(1), ODD, 1)[1]
     with torch.no_grad():
         expected = reference.model.visual(torch.tensor(patches), grid_thw=torch.tensor(ODD))
-    features = model.encode_images(jnp.asarray(patches), ODD)
+    features = compiled(model, "encode_images", pixel_values=patches, grid_thw=ODD)
     assert features.deepstack_kbnd.shape[0] == 2
     for ours, feature in zip(features.deepstack_kbnd, expected.deepstack_features, strict=True):
         assert relative_error(ours[0], feature) < TOLERANCE
@@ -100,12 +102,12 @@ def test_every_layer_and_the_logits(pair, grids, text):
     assert text < 100 or ids_bt.shape[1] > 600
     hidden, output = inputs_of_layers(reference, **reference_inputs(ids_bt, patches, grids))
     positions_3bt, _ = positions_of(ids_bt, [grids])
-    arguments = (jnp.asarray(ids_bt), jnp.asarray(patches), grids, jnp.asarray(positions_3bt))
-    ours = model.hidden_states(*arguments)
+    arguments = {"input_ids_bt": ids_bt, "pixel_values": patches, "grid_thw": grids, "positions_3bt": positions_3bt}
+    ours = compiled(model, "hidden_states", **arguments)
     assert len(hidden) == ours.shape[0] == SMALL.text.num_hidden_layers + 1
     for layer, expected in zip(ours, hidden, strict=True):
         assert relative_error(layer, expected) < TOLERANCE
-    assert relative_error(model(*arguments), output.logits) < TOLERANCE
+    assert relative_error(compiled(model, **arguments), output.logits) < TOLERANCE
 
 
 def test_an_untied_head_and_text_alone():
@@ -114,7 +116,7 @@ def test_an_untied_head_and_text_alone():
     ids_bt = np.random.default_rng(0).integers(0, 700, (2, 37))
     with torch.no_grad():
         expected = reference(input_ids=torch.tensor(ids_bt)).logits
-    assert relative_error(model(jnp.asarray(ids_bt)), expected) < TOLERANCE
+    assert relative_error(compiled(model, input_ids_bt=ids_bt), expected) < TOLERANCE
 
 
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
@@ -124,7 +126,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
     nnx.update(model, state_from_torch(checkpoint_of(reference), nnx.state(model), TABLE))
     ids, patches = conversation(np.random.default_rng(2), ODD, 11)
     inputs = reference_inputs(np.array([ids]), patches, ODD)
-    ours = model(**batch_conversations([Conversation(ids, patches, ODD)], **MROPE, length_multiple=1))
+    ours = compiled(model, **batch_conversations([Conversation(ids, patches, ODD)], **MROPE, length_multiple=1))
     with torch.no_grad():
         exact = reference(**inputs).logits
         rounded = reference.bfloat16()(**inputs).logits.float()
@@ -162,11 +164,12 @@ def test_a_padded_batch_equals_its_rows(pair, side, grids):
     ids_bt, mask_bt = pad([ids for ids, _ in pairs], side)
     positions_3bt, _ = positions_of(ids_bt, grids, mask_bt)
     packed = np.concatenate([patches for _, patches in pairs])
-    together = model(jnp.asarray(ids_bt), jnp.asarray(packed), sum(grids, ()), positions_3bt, jnp.asarray(mask_bt))
+    prompts = {"input_ids_bt": ids_bt, "positions_3bt": positions_3bt, "attention_mask_bt": mask_bt}
+    together = compiled(model, **prompts, pixel_values=packed, grid_thw=sum(grids, ()))
     for row, (ids, patches) in enumerate(pairs):
         one_bt = np.array([ids])
-        images = (jnp.asarray(patches), grids[row]) if grids[row] else (None, ())
-        alone = model(jnp.asarray(one_bt), *images, positions_of(one_bt, [grids[row]])[0])
+        images = {"pixel_values": patches, "grid_thw": grids[row]} if grids[row] else {}
+        alone = compiled(model, input_ids_bt=one_bt, positions_3bt=positions_of(one_bt, [grids[row]])[0], **images)
         assert relative_error(together[row][mask_bt[row] == 1], alone[0]) < TOLERANCE
 
 
@@ -180,7 +183,7 @@ def test_batched_conversations_equal_the_reference(pair, grids):
     assert batch["input_ids_bt"].shape[1] % 32 == 0
     assert batch["pixel_values"].ndim == (2 if ODD in grids else 3)
     assert ODD in grids or batch["grid_thw"] == ODD[:1] * 4
-    logits = model(**batch)
+    logits = compiled(model, **batch)
     patches = np.concatenate([patches for _, patches in pairs])
     inputs = reference_inputs(batch["input_ids_bt"], patches, sum(grids, ()), batch["attention_mask_bt"])
     with torch.no_grad():
@@ -194,8 +197,8 @@ def test_logits_at_chosen_positions(pair):
     ids, patches = conversation(np.random.default_rng(8), ODD[:2], 6)
     batch = batch_conversations([Conversation(ids, patches, ODD[:2])], **MROPE)
     at = jnp.array([[3, len(ids) - 1]])
-    chosen = model(**batch, logits_at_bk=at)
-    assert relative_error(chosen, model(**batch)[:, at[0]]) < TOLERANCE
+    chosen = compiled(model, **batch, logits_at_bk=at)
+    assert relative_error(chosen, compiled(model, **batch)[:, at[0]]) < TOLERANCE
 
 
 @pytest.mark.parametrize("remat", [False, True])

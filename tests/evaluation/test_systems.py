@@ -1,0 +1,48 @@
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.systems import Oracle, _identity, spread
+from clvr_jax.reasoning import Conversation, parse
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+
+
+def test_a_short_run_still_meets_every_tag_and_tier():
+    assert {entry["tag"] for entry in spread(evaluation_prompts("eval"), 12)} == {
+        entry["tag"] for entry in evaluation_prompts("eval")
+    }
+    assert [entry["tier"] for entry in spread(evaluation_prompts("complex"), 4)] == [3, 4, 5, 6]
+    few = evaluation_prompts("complex")[:3]
+    assert spread(few, 10) == spread(few, None) == few
+
+
+def test_the_oracle_plans_what_each_prompt_asks_for():
+    entries = evaluation_prompts("complex")[:2]
+    replies = Oracle(entries).reply([Conversation(entry["prompt"]) for entry in reversed(entries)])
+    for entry, reply in zip(reversed(entries), replies, strict=True):
+        plan = parse(reply, has_picture=False).reasoning
+        for item in entry["include"]:
+            assert item["color"] + " " + item["class"] in plan
+
+
+def test_the_oracle_refuses_a_prompt_with_two_meanings():
+    first, second = evaluation_prompts("eval")[:2]
+    Oracle([first, dict(first)])
+    with pytest.raises(ClvrError, match="two meanings"):
+        Oracle([first, {**second, "prompt": first["prompt"]}])
+
+
+def test_a_model_that_was_trained_further_is_another_model(tmp_path):
+    weights = {}
+    for part in ("transformer", "controller"):
+        (tmp_path / part).mkdir()
+        weights[part] = tmp_path / part / "diffusion_pytorch_model.safetensors"
+        weights[part].write_bytes(bytes(3 << 20))
+    (tmp_path / "model_index.json").write_text("{}")
+    before = _identity(str(tmp_path))
+    weights["controller"].write_bytes(bytes(3 << 20)[:-1] + b"1")
+    assert _identity(str(tmp_path)) == before  # one shot has no controller
+    weights["transformer"].write_bytes(bytes(3 << 20)[:-1] + b"1")
+    assert _identity(str(tmp_path)) != before
+    after = _identity(str(tmp_path), "controller")
+    weights["controller"].write_bytes(bytes(3 << 20))
+    assert _identity(str(tmp_path), "controller") != after
