@@ -5,31 +5,28 @@ results to stdout. What a command needs is imported when it runs, so that `clvr 
 """
 
 import contextlib
-import io
 import json
 import os
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, Union
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 import tyro
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
+from clvr_jax.arguments import at_least_one, check_guidance, check_seed, read_arguments
 from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.reasoning.events import Event
     from clvr_jax.training.recipes import Recipe
-
-Parsed = TypeVar("Parsed")
 
 
 @dataclass(frozen=True)
@@ -80,9 +77,9 @@ class Generate:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        _at_least_one("--max-steps", self.max_steps)
-        _at_least_one("--nfe", self.nfe)
-        _check_seed(self.seed)
+        at_least_one("--max-steps", self.max_steps)
+        at_least_one("--nfe", self.nfe)
+        check_seed(self.seed)
 
     def run(self) -> Result:
         """Draws and saves the trajectory."""
@@ -142,9 +139,9 @@ class Sample:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        _at_least_one("--steps", self.steps)
-        _check_guidance(self.guidance)
-        _check_seed(self.seed)
+        at_least_one("--steps", self.steps)
+        check_guidance(self.guidance)
+        check_seed(self.seed)
         if self.out is not None and self.out.suffix.lower() != ".png":
             raise UsageError(f"--out {self.out}: pictures are written as PNG; end the name in .png")
 
@@ -234,9 +231,9 @@ class Eval:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        _at_least_one("--limit", self.limit)
-        _at_least_one("--steps", self.steps)
-        _check_guidance(self.guidance)
+        at_least_one("--limit", self.limit)
+        at_least_one("--steps", self.steps)
+        check_guidance(self.guidance)
 
     def run(self) -> Result:
         """Draws, scores, and writes results.json."""
@@ -273,7 +270,6 @@ class Eval:
 Command = Generate | Sample | Train | Eval
 COMMANDS: dict[str, type[Command]] = {"generate": Generate, "sample": Sample, "train": Train, "eval": Eval}
 _DESCRIPTION = "Dense prompts become pictures through a loop of planning, drawing and checking."
-_HELP_OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -313,12 +309,12 @@ def parse(arguments: Sequence[str]) -> Command:
     if not arguments or arguments[0] not in COMMANDS:
         known = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
         commands: Any = Union[known]  # noqa: UP007 - made from a table
-        return _tyro(commands, arguments, "clvr", _DESCRIPTION, Generate.EXAMPLE)
+        return read_arguments(commands, arguments, "clvr", _DESCRIPTION, Generate.EXAMPLE)
     name, rest = arguments[0], arguments[1:]
     if name == "train":
         return _parse_train(rest)
     kind: Any = COMMANDS[name]
-    return _tyro(kind, rest, f"clvr {name}", kind.__doc__, kind.EXAMPLE)
+    return read_arguments(kind, rest, f"clvr {name}", kind.__doc__, kind.EXAMPLE)
 
 
 def _common_flags_last(arguments: Sequence[str]) -> list[str]:
@@ -332,7 +328,7 @@ def _parse_train(arguments: Sequence[str]) -> Train:
     """Reads the recipe first, since it says which options there are."""
     path = next((argument for argument in arguments if not argument.startswith("-")), None)
     if path is None:
-        return _tyro(Train, arguments, "clvr train", Train.__doc__, Train.EXAMPLE)
+        return read_arguments(Train, arguments, "clvr train", Train.__doc__, Train.EXAMPLE)
     recipe = _load_recipe(Path(path))
     options: Any = Annotated[type(recipe.config), tyro.conf.arg(name="")]
 
@@ -344,7 +340,7 @@ def _parse_train(arguments: Sequence[str]) -> Train:
             return self.run_recipe(recipe, self.config_with_overrides)
 
     example = f"clvr train {path} --train.steps 500 --out runs/try"
-    return _tyro(TrainRecipe, arguments, "clvr train", f"{path}: {recipe.description}", example)
+    return read_arguments(TrainRecipe, arguments, "clvr train", f"{path}: {recipe.description}", example)
 
 
 def _load_recipe(path: Path) -> "Recipe":
@@ -352,35 +348,6 @@ def _load_recipe(path: Path) -> "Recipe":
     from clvr_jax.training.recipes import load_recipe
 
     return load_recipe(path)
-
-
-def _tyro(kind: type[Parsed], arguments: Sequence[str], prog: str, description: str | None, example: str) -> Parsed:
-    """tyro.cli, but what it complains about becomes a UsageError of one line."""
-    complaint = io.StringIO()
-    options = list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
-    if "-h" in options or "--help" in options:
-        arguments = ["--help"]  # tyro would leave out what stands before it
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                kind,
-                prog=prog,
-                description=f"{description}\n\nExample:\n    {example}",
-                args=list(arguments),
-                config=_HELP_OPTIONS,
-            )
-    except SystemExit as stop:
-        if not stop.code:
-            raise
-    raise UsageError(f"{_one_line(complaint.getvalue())} (see {prog} --help)")
-
-
-def _one_line(box: str) -> str:
-    """The message in one of tyro's boxes: without the frame, the colors, and what follows the first rule."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
-    rows = [row.strip(" │") for row in plain.splitlines() if not re.match(r"\s*[╭╰]", row)]
-    message = [row for row in rows[: next((i for i, row in enumerate(rows) if row.startswith("──")), None)] if row]
-    return " ".join(message) or " ".join(plain.split())
 
 
 def _check_request(prompt: str, model: str) -> list[str]:
@@ -438,21 +405,6 @@ def _show_event(event: "Event") -> None:
 def _complain(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     print("clvr: " + " ".join(message.split()), file=sys.stderr)
-
-
-def _at_least_one(option: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise UsageError(f"{option} must be at least 1, got {value}")
-
-
-def _check_guidance(value: float | None) -> None:
-    if value is not None and not 0 <= value < 1000:
-        raise UsageError(f"--guidance must be a number from 0 to 1000, got {value}")
-
-
-def _check_seed(value: int) -> None:
-    if not 0 <= value < 2**31:
-        raise UsageError(f"--seed must be from 0 to {2**31 - 1}, got {value}")
 
 
 if __name__ == "__main__":
