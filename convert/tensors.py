@@ -99,8 +99,13 @@ def replacing(folder: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
-        temporary.rename(folder)
+            # The old folder steps aside first: a process killed here leaves it under another name, not half deleted.
+            previous = temporary.with_name(temporary.name + ".previous")
+            folder.rename(previous)
+            temporary.rename(folder)
+            shutil.rmtree(previous)
+        else:
+            temporary.rename(folder)
     except OSError as error:
         raise ClvrError(f"{folder}: cannot be written ({error.strerror or error})") from error
     finally:

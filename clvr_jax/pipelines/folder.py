@@ -53,15 +53,11 @@ def load_flux2(
     """Components of a FLUX.2 klein pipeline; see `Flux2Pipeline.from_pretrained`."""
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
-    if index.get("_class_name") not in ("Flux2KleinPipeline", "Flux2Pipeline"):
+    if index.get("_class_name") != "Flux2KleinPipeline":
         raise ClvrError(f"{path}: a {index.get('_class_name')}, not a Flux2KleinPipeline")
     given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
-    known = {field.name for field in dataclasses.fields(settings_class)}  # type: ignore[arg-type]
-    settings = from_known_fields(
-        settings_class,
-        {"is_distilled": bool(index.get("is_distilled", False)), **given.get("flux2", {})},
-        ignored=known,
-    )
+    distilled = bool(index.get("is_distilled", False))
+    settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {})})
     return (
         load_transformer(path / (transformer or default_transformer), dtype),
         load_vae(path / "vae", dtype),

@@ -1,0 +1,46 @@
+import numpy as np
+
+from clvr_jax.data.shapes import editing_example, simulate_trajectory
+from clvr_jax.worlds.shapes.check import check
+from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.oracle import parse_edits
+from clvr_jax.worlds.shapes.prompts import train_prompt
+
+
+def pairs(reading):
+    return {item.cell: (item.color, item.shape) for item in reading.objects}
+
+
+def test_an_edit_changes_what_the_text_says_and_nothing_else():
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        example = editing_example(rng)
+        before, after = detect(example.references[0]), detect(example.target)
+        edits = parse_edits(example.text)
+        touched = {edit.cell for edit in edits}
+        assert {c: p for c, p in pairs(before).items() if c not in touched} == {
+            c: p for c, p in pairs(after).items() if c not in touched
+        }, example.text
+        for edit in edits:
+            wanted = (edit.object.color, edit.object.shape) if edit.object else None
+            assert pairs(after).get(edit.cell) == wanted, example.text
+
+
+def test_a_trajectory_that_terminates_shows_what_was_asked_for():
+    rng = np.random.default_rng(1)
+    for _ in range(40):
+        metadata = train_prompt(rng)
+        trajectory = simulate_trajectory(rng, metadata)
+        if trajectory.replies[-1].endswith("<|terminate|>"):
+            assert check(detect(trajectory.canvases[-1]), metadata).correct, trajectory
+        assert len(trajectory.replies) == len(trajectory.canvases) + 1
+
+
+def test_an_example_is_conditioned_on_what_came_before_only():
+    rng = np.random.default_rng(2)
+    trajectory = next(t for t in (simulate_trajectory(rng) for _ in range(50)) if len(t.canvases) > 2)
+    example = trajectory.example(2)
+    assert len(example.references) == 2
+    assert example.text.count("<IMG_GEN_") == 2
+    assert example.text.startswith(trajectory.prompt)
+    assert "<|image_gen|>" not in example.text
