@@ -1,6 +1,7 @@
 """The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together from nothing.
 
-It draws from prompts, from the words of a first step, and edits a picture by instruction. It has seen no trajectory.
+It draws from prompts, from the words of a first step, and edits a picture by instruction, also where the instruction
+ends a long conversation: later stages leave the text encoder as it is. It has seen no history of pictures.
 
     clvr train configs/shapes_base.py --out runs/shapes_base
 """
@@ -17,7 +18,7 @@ import numpy as np
 from clvr_jax.configs.shapes_vae import MODEL as VAE
 from flax import nnx
 
-from clvr_jax.data.shapes import Example, drawing_example, editing_example, planned_example
+from clvr_jax.data.shapes import Example, continued_example, drawing_example, editing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
@@ -56,6 +57,7 @@ SETTINGS = Flux2Settings(
     sample_size=64,
     num_inference_steps=28,
     guidance_scale=2.5,
+    world="shapes",
 )
 GRID = (VAE.sample_size // VAE.token_pixels,) * 2
 
@@ -73,10 +75,11 @@ class Kind:
 
 
 KINDS = (
-    Kind(0.30, 64, partial(drawing_example, weights=SIMPLE)),
-    Kind(0.25, 48, partial(drawing_example, weights=COMPLEX)),
+    Kind(0.28, 64, partial(drawing_example, weights=SIMPLE)),
+    Kind(0.22, 48, partial(drawing_example, weights=COMPLEX)),
     Kind(0.15, 64, planned_example),
-    Kind(0.30, 48, editing_example),
+    Kind(0.20, 48, editing_example),
+    Kind(0.15, 32, continued_example),
 )
 
 
@@ -85,7 +88,7 @@ class Config:
     """vae, tokenizer: folders made by their recipes. dropout: share of texts replaced by the empty one, for guidance.
     shift: of the training timesteps, see `sample_timesteps`."""
 
-    train: TrainConfig = TrainConfig(steps=4000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998, save_minutes=5)
+    train: TrainConfig = TrainConfig(steps=3000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998, save_minutes=5)
     vae: Path = Path("runs/shapes_vae/export/vae")
     tokenizer: Path = Path("runs/shapes_tokenizer")
     dropout: float = 0.1

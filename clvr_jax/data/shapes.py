@@ -140,6 +140,15 @@ def editing_example(rng: np.random.Generator) -> Example:
     return Example(edit_text(chosen), (canvas.render(),), _edited(canvas, chosen, rng).render())
 
 
+def continued_example(rng: np.random.Generator) -> Example:
+    """An instruction at the end of a conversation, on its latest picture: a long text that asks for little."""
+    while True:
+        trajectory = simulate_trajectory(rng)
+        if len(trajectory.canvases) > 1:
+            example = trajectory.example(int(rng.integers(1, len(trajectory.canvases))))
+            return dataclasses.replace(example, references=example.references[-1:])
+
+
 def simulate_trajectory(
     rng: np.random.Generator,
     metadata: Metadata | None = None,

@@ -37,6 +37,7 @@ class Flux2Settings:
     text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that prompts are padded
     to (padding is attended to, so these belong to the model). sample_size: pixels of a side if none is asked for.
     is_distilled: guidance is never used. num_inference_steps, guidance_scale: what the model is meant to be run with.
+    world: of the small models, the world whose language is all they know.
     """
 
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
@@ -45,6 +46,7 @@ class Flux2Settings:
     is_distilled: bool = False
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
+    world: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -119,9 +119,9 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, dtype)
         pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "scheduler").mkdir()
-        _write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
-        _write_json(temporary / "clvr.json", {"flux2": settings})
-        _write_json(temporary / "model_index.json", index)
+        write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(temporary / "clvr.json", {"flux2": settings})
+        write_json(temporary / "model_index.json", index)
 
 
 def save_transformer(path: Path, transformer: Flux2Transformer, dtype: str) -> None:
@@ -142,5 +142,6 @@ def copy_component(source: Path, target: Path) -> None:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as indented JSON."""
     path.write_text(json.dumps(value, indent=2) + "\n")

@@ -14,18 +14,13 @@ from PIL import Image
 from clvr_jax.convert import qwen3_vl
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.tensors import read_json
+from clvr_jax.data.conversations import END_OF_TURN, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
-
-Message = Mapping[str, Any]
-"""{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
-
-IMAGE_PAD = "<|image_pad|>"
-END_OF_TURN = "<|im_end|>"
 
 
 class Qwen3VLPipeline:
@@ -88,8 +83,10 @@ class Qwen3VLPipeline:
         # Another batch size is another program: few sizes, the room filled with copies of the last row.
         padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
         vision = self.model.config.vision
+        most = max(len(row.grid_thw) for row in padded)
         batch = batch_conversations(
             padded,
+            image_slots=most + most % 2,  # as a conversation grows, every second picture needs a new program
             image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
@@ -118,18 +115,6 @@ class Qwen3VLPipeline:
 
         Raises: UsageError if the messages hold another number of image parts than there are pictures.
         """
-        text = self.tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
+        return read_conversation(
+            self.tokenizer, self.image_processor, messages, images, add_generation_prompt=add_generation_prompt
         )
-        pieces = text.split(IMAGE_PAD)
-        if len(pieces) - 1 != len(images):
-            raise UsageError(
-                f"chat: the messages have {len(pieces) - 1} image parts, {len(images)} pictures were given"
-            )
-        if not images:
-            return Conversation(self.tokenizer(text)["input_ids"])
-        pixel_values, grids = self.image_processor(images)
-        merge = self.image_processor.merge_size
-        tokens = [IMAGE_PAD * (t * h * w // merge**2) for t, h, w in grids]
-        expanded = pieces[0] + "".join(pad + piece for pad, piece in zip(tokens, pieces[1:], strict=True))
-        return Conversation(self.tokenizer(expanded)["input_ids"], pixel_values, grids)

@@ -14,7 +14,7 @@ def unseen_words(model: str, prompt: str) -> list[str]:
     """
     path, _ = resolve(model)
     settings = path / "clvr.json"
-    if not settings.exists() or read_json(settings).get("world") != "shapes":
+    if not settings.exists() or read_json(settings).get("flux2", {}).get("world") != "shapes":
         return []
     known = vocabulary()
     return [word for word in dict.fromkeys(words(prompt)) if word not in known]

@@ -1,0 +1,47 @@
+"""Trajectories of the oracle with the diffusion model that was really trained: what the controller has to judge.
+
+The prompts are training prompts. Nothing is rolled back, so every trajectory is one line of replies and pictures. A
+folder that is partly filled is completed.
+
+    python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
+"""
+
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+from clvr_jax.console import progress
+from clvr_jax.evaluation.systems import Oracle
+from clvr_jax.pipelines.closed_loop import Flux2Drawer
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.reasoning import loop
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.worlds.shapes.prompts import train_prompt
+
+
+def main(
+    out: Path = Path("runs/shapes_rollouts"),
+    model: str = "runs/shapes_sft/export",
+    count: int = 512,
+    batch: int = 32,
+    seed: int = 1,
+) -> None:
+    """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own."""
+    drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model))
+    with progress("shapes roll-outs", count) as advance:
+        for start in range(0, count, batch):
+            numbers = range(start, min(start + batch, count))
+            folders = [out / f"{number:05d}" for number in numbers]
+            if not all((folder / "trajectory.json").exists() for folder in folders):
+                metadata = [train_prompt(np.random.default_rng((seed, number))) for number in numbers]
+                prompts = [entry["prompt"] for entry in metadata]
+                budget = Budget(max_steps=8, max_rollbacks=0)
+                trajectories = loop.run(prompts, Oracle(metadata), drawer, budget, list(numbers), model=model)
+                for folder, trajectory in zip(folders, trajectories, strict=True):
+                    trajectory.save(folder)
+            advance(numbers.stop)
+
+
+if __name__ == "__main__":
+    tyro.cli(main)

@@ -1,0 +1,94 @@
+"""The drawing model of the shapes world learns trajectories: supervised fine-tuning of the base transformer.
+
+Every example is one drawing of a simulated trajectory of the oracle under everything that came before it: the prompt,
+all earlier replies, and all earlier pictures as references, mistakes included. The target is what the last reply asks
+for. The text encoder stays as the base has it.
+
+    clvr train configs/shapes_sft.py --out runs/shapes_sft
+
+Source: arXiv 2605.14876, trajectory-accumulative conditioning.
+"""
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
+from flax import nnx
+
+from clvr_jax.data.shapes import Example, simulate_trajectory
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
+from clvr_jax.training.trainer import Task, TrainConfig
+
+
+def step_example(rng: np.random.Generator, step: int) -> Example:
+    """Drawing `step`, from 0, of a trajectory that has at least so many: it has `step` references."""
+    while True:
+        trajectory = simulate_trajectory(rng)
+        if len(trajectory.canvases) > step:
+            return trajectory.example(step)
+
+
+# Later drawings are rarer and longer. The plain prompts keep what the base could do in one shot.
+KINDS = (
+    Kind(0.12, 48, drawing_example),
+    Kind(0.20, 48, partial(step_example, step=0)),
+    Kind(0.22, 40, partial(step_example, step=1)),
+    Kind(0.20, 32, partial(step_example, step=2)),
+    Kind(0.12, 24, partial(step_example, step=3)),
+    Kind(0.07, 16, partial(step_example, step=4)),
+    Kind(0.04, 16, partial(step_example, step=5)),
+    Kind(0.03, 12, partial(step_example, step=6)),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """base: pipeline folder to start from. dropout: share of texts replaced by the empty one, for guidance.
+    shift: of the training timesteps, see `sample_timesteps`."""
+
+    train: TrainConfig = TrainConfig(steps=1600, learning_rate=6e-4, b2=0.98, ema_decay=0.995, save_minutes=5)
+    base: Path = Path("runs/shapes_base/export")
+    dropout: float = 0.1
+    shift: float = 2.5
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+    tokenizer = load_tokenizer(config.base / "tokenizer")
+    vae = load_vae(config.base / "vae")
+    encoder = load_text_encoder(config.base / "text_encoder")
+    transformer_def, transformer = nnx.split(load_transformer(config.base / "transformer"))
+    (encoder_def, encoder_state), (vae_def, vae_state) = nnx.split(encoder), nnx.split(vae)
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value = drawing_loss(
+            nnx.merge(transformer_def, params),
+            nnx.merge(encoder_def, frozen["text_encoder"]),
+            nnx.merge(vae_def, frozen["vae"]),
+            data,
+            key,
+            config.shift,
+        )
+        return value, {f"loss_{data['references'].shape[1]}_references": value}
+
+    def export(ema: Any, folder: Path) -> None:
+        pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, SETTINGS)
+        pipeline.save_pretrained(str(folder), dtype="float16")
+
+    return Task(
+        name="shapes SFT",
+        params=transformer,
+        frozen={"text_encoder": encoder_state, "vae": vae_state},
+        loss=loss,
+        batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer, dropout=config.dropout, kinds=KINDS),
+        export=export,
+    )
