@@ -4,8 +4,6 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 PROMPT ?= a red star at the top left, a blue circle at the top right, a green square in the center, a yellow triangle at the bottom left, and a purple cross at the bottom right
-# In the order in which they need each other; each goes on where it was stopped.
-RECIPES := shapes_vae shapes_base
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
 .PHONY: help demo test test-fast check bench reproduce clean
@@ -42,11 +40,15 @@ check: $(VENV)/.test  ## format, lint, types
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
 
+# Each step goes on where it was stopped; each needs what those before it made.
 reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/
 	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer
-	@for recipe in $(RECIPES); do \
-	  $(BIN)/clvr train configs/$$recipe.py --out runs/$$recipe --resume || exit 1; \
-	done
+	$(BIN)/clvr train configs/shapes_vae.py --out runs/shapes_vae --resume
+	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume
+	$(BIN)/clvr train configs/shapes_sft.py --out runs/shapes_sft --resume
+	$(BIN)/python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
+	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
+	$(BIN)/python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 
 clean:  ## remove the environment and what was built; runs/ and out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

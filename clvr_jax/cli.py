@@ -222,6 +222,8 @@ class Eval:
     """one-shot: each prompt is drawn once. closed-loop: plan, draw, look, correct."""
     controller: Literal["vlm", "oracle"] = "vlm"
     """Of the closed loop: the model's own, or the oracle that reads pictures exactly."""
+    max_steps: int = 8
+    """Drawings of the closed loop at most."""
     limit: Count = None
     """Use at most so many prompts, spread over the set."""
     steps: Count = None
@@ -231,6 +233,7 @@ class Eval:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
+        at_least_one("--max-steps", self.max_steps)
         at_least_one("--limit", self.limit)
         at_least_one("--steps", self.steps)
         check_guidance(self.guidance)
@@ -258,6 +261,7 @@ class Eval:
                 prompts=self.prompts,
                 mode=self.mode,
                 controller=self.controller,
+                max_steps=self.max_steps,
                 limit=self.limit,
                 steps=self.steps,
                 guidance=self.guidance,

@@ -73,7 +73,7 @@ def model(tmp_path) -> Path:
     folder = tmp_path / "model"
     folder.mkdir()
     (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
-    (folder / "clvr.json").write_text('{"world": "shapes"}')
+    (folder / "clvr.json").write_text('{"flux2": {"world": "shapes"}}')
     return folder
 
 

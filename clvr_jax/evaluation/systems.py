@@ -39,6 +39,7 @@ def evaluate_shapes(
     prompts: Path | None = None,
     mode: Mode = "one-shot",
     controller: ControllerName = "vlm",
+    max_steps: int = 8,
     limit: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -53,6 +54,7 @@ def evaluate_shapes(
       prompts: JSONL file in GenEval's metadata format.
       mode: "one-shot" draws each prompt once, "closed-loop" plans, looks and corrects.
       controller: of the closed loop; "oracle" reads pictures exactly and is the ceiling.
+      max_steps: drawings of the closed loop at most.
       limit: at most so many prompts, spread evenly over the set.
       steps, guidance: of the sampler in one shot; the model's own if None.
       on_progress: called with (pictures done, pictures in all).
@@ -66,7 +68,10 @@ def evaluate_shapes(
     resolve(model)
     metadata = spread(read_prompts(prompts) if prompts else evaluation_prompts(split), limit)
     check_folder(out)
-    system = one_shot(model, steps, guidance) if mode == "one-shot" else closed_loop(model, controller, metadata)
+    if mode == "one-shot":
+        system = one_shot(model, steps, guidance)
+    else:
+        system = closed_loop(model, controller, metadata, Budget(max_steps=max_steps))
     settings = {**system.settings, "prompts": prompts.name if prompts else split, "limit": limit}
     return run(metadata, system.draw_all, out, shapes_judge(), settings=settings, on_progress=on_progress)
 

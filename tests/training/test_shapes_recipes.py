@@ -1,0 +1,107 @@
+"""The recipes of the shapes world: their batches are functions of the step, and their losses can be learned from."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_sft
+
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.errors import ClvrError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.training.trainer import TrainConfig, fit
+
+PARTS = {"vae": SHIPPED / "shapes-tiny" / "vae", "tokenizer": SHIPPED / "shapes-tiny" / "tokenizer"}
+# One optimiser step is enough to go through everything a recipe does.
+ONE = TrainConfig(steps=1, log_every=1)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The export of a base run of one step."""
+    out = tmp_path_factory.mktemp("base")
+    fit(shapes_base.task(dataclasses.replace(shapes_base.CONFIG, train=ONE, **PARTS)), ONE, out)
+    return out / "export"
+
+
+@pytest.mark.slow
+def test_sft_changes_the_transformer_and_nothing_else(base, tmp_path):
+    fit(shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, train=ONE, base=base)), ONE, tmp_path / "run")
+    before, after = (Flux2Pipeline.from_pretrained(str(folder)) for folder in (base, tmp_path / "run" / "export"))
+    assert after.settings == before.settings == shapes_base.SETTINGS
+    for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
+        file = f"{part}.safetensors"
+        assert (base / file).read_bytes() == (tmp_path / "run" / "export" / file).read_bytes()
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert (base / weights).read_bytes() != (tmp_path / "run" / "export" / weights).read_bytes()
+
+
+@pytest.mark.slow
+def test_the_controller_learns_and_its_folder_chats(tmp_path):
+    train = dataclasses.replace(ONE, steps=8, learning_rate=3e-3)
+    config = dataclasses.replace(shapes_controller.CONFIG, train=train, batch_size=2, vae_share=0.5, **PARTS)
+    task = shapes_controller.task(config)
+    batch = task.batches(0)
+    fit(dataclasses.replace(task, batches=lambda step: batch), train, tmp_path)
+    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in (tmp_path / "metrics.jsonl").open()]
+    assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
+    chat = Qwen3VLPipeline.from_pretrained(tmp_path / "export")
+    reply = chat.chat(chat_messages("a red circle", ["Plan: x.<|image_gen|>"], 1), [np.zeros((64, 64, 3), np.uint8)], 4)
+    assert isinstance(reply, str)
+
+
+def test_a_controller_batch_follows_from_its_step():
+    tokenizer = load_tokenizer(PARTS["tokenizer"])
+    config = dataclasses.replace(shapes_controller.CONFIG, batch_size=3, vae_share=0.0)
+
+    def batches():
+        return shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)
+
+    ahead = batches()
+    _ = ahead(0)
+    first, again, other = batches()(5), ahead(5), ahead(6)
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert not np.array_equal(first["input_ids_bt"][:, :60], other["input_ids_bt"][:, :60])
+
+
+def test_drawings_of_the_model_join_when_it_is_time(tmp_path):
+    tokenizer = load_tokenizer(PARTS["tokenizer"])
+    config = dataclasses.replace(
+        shapes_controller.CONFIG,
+        batch_size=2,
+        vae_share=0.0,
+        rollouts=tmp_path,
+        rollouts_from=shapes_controller.PARTS,
+        rollout_share=1.0,
+    )
+    batches = shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)
+    batches(0)
+    with pytest.raises(ClvrError, match="no trajectories; run python -m"):
+        batches(shapes_controller.PARTS)
+    picture = np.full((64, 64, 3), 250, np.uint8)
+    steps = (
+        Step("Plan: red circle top. Draw a red circle at the top.", "<|image_gen|>", image=picture),
+        Step("I see nothing. Unmet: red circle top. Add a red circle at the top.", "<|image_gen|>", (0,), picture),
+    )
+    Trajectory("a red circle", steps, "step limit", "m", 0, {}, 0.0).save(tmp_path / "00000")
+    batch = batches(shapes_controller.PARTS)
+    said = tokenizer.decode(batch["input_ids_bt"][0][batch["weights_bt"][0] > 0])
+    assert said == "".join(f"{step.reasoning}<|image_gen|><|im_end|>" for step in steps)
+
+
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_a_step_has_all_earlier_pictures_as_references(step):
+    example = shapes_sft.step_example(np.random.default_rng(step), step)
+    assert len(example.references) == step
+    assert [f"<IMG_GEN_{number}>" in example.text for number in range(1, 9)] == [n < step for n in range(8)]
+
+
+def test_assembling_names_what_is_missing(tmp_path):
+    with pytest.raises(ClvrError, match="no such folder; train it first"):
+        shapes_assemble.main(tmp_path / "out", tmp_path / "sft", tmp_path / "base", tmp_path / "controller")
+    assert not (tmp_path / "out").exists()
