@@ -33,6 +33,7 @@ from clvr_jax.pipelines.folder import load_vae, write_json
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -49,6 +50,12 @@ TEXT = Qwen3VLTextConfig(
     mrope_section=(6, 5, 5),
     max_position_embeddings=2048,
 )
+# See configs/shapes_language.py.
+TEXT_START = {
+    "embed_tokens": TEXT.hidden_size**0.5,
+    "o_proj|down_proj": 0.0,
+    "q_norm|k_norm": 2.0,
+}
 VISION = Qwen3VLVisionConfig(
     depth=4,
     hidden_size=128,
@@ -152,7 +159,7 @@ def rollouts(folder: Path) -> list[Told]:
     trajectories = [Trajectory.load(path.parent) for path in sorted(folder.glob("*/trajectory.json"))]
     if not trajectories:
         raise ClvrError(f"{folder}: no trajectories; run python -m clvr_jax.configs.shapes_rollouts {folder}")
-    told = []
+    told: list[Told] = []
     for trajectory in trajectories:
         images = [pixels(step.image) for step in trajectory.drawings if step.image is not None]
         replies = [step.reasoning + step.action for step in trajectory.steps]
@@ -185,13 +192,14 @@ def task(config: Config) -> Task:
     model_config = Qwen3VLConfig(
         text=TEXT,
         vision=VISION,
-        tie_word_embeddings=True,
+        tie_word_embeddings=False,
         image_token_id=tokenizer.convert_tokens_to_ids(IMAGE_PAD),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
         vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     graphdef, params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(config.train.seed)))
+    params = scaled(params, TEXT_START)
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, params)

@@ -1,0 +1,43 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from clvr_jax.configs import shapes_base, shapes_language
+from flax import nnx
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.training.initialization import scaled
+
+TREE = {"block": {"out": jnp.full(3, 2.0), "norm": jnp.ones(2)}, "embed": jnp.full(4, 0.5)}
+
+
+def test_the_first_pattern_that_is_found_counts():
+    made = scaled(TREE, {"out": 0.0, "block": 3.0, "^embed$": 2.0})
+    assert jax.tree.map(lambda leaf: leaf.tolist(), made) == {
+        "block": {"out": [0, 0, 0], "norm": [3, 3]},
+        "embed": [1, 1, 1, 1],
+    }
+
+
+def test_a_pattern_without_a_weight_is_an_error():
+    with pytest.raises(ClvrError, match="no weight matches 'o_proj'"):
+        scaled(TREE, {"embed": 2.0, "o_proj": 0.0})
+
+
+def test_models_begin_with_tokens_as_they_are_and_draw_nothing():
+    """Residual branches are closed: every hidden state is the embedding, of unit size, and the velocity is zero."""
+    encoder = Qwen3(shapes_language.MODEL, rngs=nnx.Rngs(0))
+    nnx.update(encoder, scaled(nnx.state(encoder), shapes_language.START))
+    ids = jnp.asarray(np.random.default_rng(0).integers(0, 640, (2, 9)))
+    first, second, _ = encoder.hidden_states(ids, jnp.ones_like(ids), (0, 2, 4))
+    assert np.array_equal(first, second)
+    assert 0.9 < float(first.std()) < 1.1
+    transformer = Flux2Transformer(shapes_base.TRANSFORMER, rngs=nnx.Rngs(0))
+    nnx.update(transformer, scaled(nnx.state(transformer), shapes_base.TRANSFORMER_START))
+    config = shapes_base.TRANSFORMER
+    tokens = jnp.ones((1, 16, config.in_channels))
+    text = jnp.ones((1, 5, config.joint_attention_dim))
+    out = transformer(tokens, text, jnp.ones(1), np.zeros((16, 4), np.int32), np.zeros((5, 4), np.int32))
+    assert not np.asarray(out).any()
