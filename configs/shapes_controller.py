@@ -50,7 +50,7 @@ TEXT = Qwen3VLTextConfig(
     mrope_section=(6, 5, 5),
     max_position_embeddings=2048,
 )
-# See configs/shapes_language.py.
+# As in configs/shapes_base.py.
 TEXT_START = {
     "embed_tokens": TEXT.hidden_size**0.5,
     "o_proj|down_proj": 0.0,

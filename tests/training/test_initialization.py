@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_base, shapes_language
+from clvr_jax.configs import shapes_base
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
@@ -28,8 +28,8 @@ def test_a_pattern_without_a_weight_is_an_error():
 
 def test_models_begin_with_tokens_as_they_are_and_draw_nothing():
     """Residual branches are closed: every hidden state is the embedding, of unit size, and the velocity is zero."""
-    encoder = Qwen3(shapes_language.MODEL, rngs=nnx.Rngs(0))
-    nnx.update(encoder, scaled(nnx.state(encoder), shapes_language.START))
+    encoder = Qwen3(shapes_base.TEXT_ENCODER, rngs=nnx.Rngs(0))
+    nnx.update(encoder, scaled(nnx.state(encoder), shapes_base.TEXT_START))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 640, (2, 9)))
     first, second, _ = encoder.hidden_states(ids, jnp.ones_like(ids), (0, 2, 4))
     assert np.array_equal(first, second)

@@ -5,7 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_language, shapes_sft
+from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_sft
 
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
@@ -23,12 +23,9 @@ ONE = TrainConfig(steps=1, log_every=1)
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """The export of a base run of one step, after one of the language model."""
-    language, out = tmp_path_factory.mktemp("language"), tmp_path_factory.mktemp("base")
-    tokenizer = {"tokenizer": PARTS["tokenizer"]}
-    fit(shapes_language.task(dataclasses.replace(shapes_language.CONFIG, train=ONE, **tokenizer)), ONE, language)
-    config = dataclasses.replace(shapes_base.CONFIG, train=ONE, language=language / "export" / "text_encoder", **PARTS)
-    fit(shapes_base.task(config), ONE, out)
+    """The export of a base run of one step."""
+    out = tmp_path_factory.mktemp("base")
+    fit(shapes_base.task(dataclasses.replace(shapes_base.CONFIG, train=ONE, **PARTS)), ONE, out)
     return out / "export"
 
 
