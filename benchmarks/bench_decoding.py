@@ -40,7 +40,7 @@ def main() -> None:
     print("greedy decoding: clvr-jax beside transformers")
     for count in (1, 16):
         rows = conversations(pipeline, count)
-        batch = batch_conversations(rows, image_token_id=image_token, merge=2)
+        batch = batch_conversations(rows, image_token_id=image_token, merge=pipeline.image_processor.merge_size)
         length = max(len(row.input_ids) for row in rows)
         ids = np.zeros((count, length), np.int64)
         mask = np.zeros((count, length), np.int64)

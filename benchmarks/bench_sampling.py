@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import diffusers
+import jax
 import numpy as np
 import torch
 from clvr_jax.configs.shapes_vae import MODEL as VAE
@@ -39,7 +40,8 @@ def random_folder(path: Path, tokenizer: Path) -> None:
         guidance_embeds=False,
     )
     model = Flux2Transformer(transformer, rngs=rngs)
-    print(f"random transformer: {sum(leaf.size for leaf in _leaves(model)) / 1e6:.0f} M parameters")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model)))
+    print(f"random transformer: {parameters / 1e6:.0f} M parameters")
     Flux2Pipeline(
         model,
         AutoencoderKLFlux2(VAE, rngs=rngs),
@@ -49,16 +51,10 @@ def random_folder(path: Path, tokenizer: Path) -> None:
     ).save_pretrained(str(path))
 
 
-def _leaves(model: nnx.Module) -> list:
-    import jax
-
-    return jax.tree.leaves(nnx.state(model))
-
-
 def compare(title: str, folder: str, batch: int, references: int, rounds: int, target: float) -> None:
     """One line: `batch` pictures in one call of each pipeline."""
     ours = Flux2Pipeline.from_pretrained(folder)
-    theirs = diffusers.Flux2KleinPipeline.from_pretrained(folder)
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     settings = ours.settings
     tokens = len(
@@ -69,7 +65,9 @@ def compare(title: str, folder: str, batch: int, references: int, rounds: int, t
     side = settings.sample_size
     rng = np.random.default_rng(0)
     images = [Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8)) for _ in range(references)]
-    latents = rng.normal(size=(batch, VAE.token_channels, side // 16, side // 16)).astype(np.float32)
+    latents = rng.normal(size=(batch, VAE.token_channels, side // VAE.token_pixels, side // VAE.token_pixels)).astype(
+        np.float32
+    )
     prompts = [PROMPT] * batch
     draw = partial(
         theirs,

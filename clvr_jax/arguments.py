@@ -3,12 +3,13 @@
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import tyro
 
-from clvr_jax.errors import UsageError
+from clvr_jax.errors import ClvrError, UsageError
 
 Parsed = TypeVar("Parsed")
 
@@ -69,3 +70,15 @@ def check_seed(value: int) -> None:
     """UsageError for a seed that is not a 31-bit number."""
     if not 0 <= value < 2**31:
         raise UsageError(f"--seed must be from 0 to {2**31 - 1}, got {value}")
+
+
+def run_script(main: Callable[..., None]) -> None:
+    """Calls a function with the command line as its arguments; what goes wrong is told in one line.
+
+    Raises: SystemExit with 1 or 2, as `clvr` does.
+    """
+    try:
+        tyro.cli(main)
+    except ClvrError as error:
+        print(f"clvr: {error}", file=sys.stderr)
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from error

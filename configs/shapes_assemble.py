@@ -6,9 +6,9 @@ python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 import shutil
 from pathlib import Path
 
-import tyro
 from clvr_jax.convert.tensors import replacing
 
+from clvr_jax.arguments import run_script
 from clvr_jax.errors import ClvrError
 
 
@@ -29,4 +29,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.qwen3_vl import TABLE, config_to_dict
 from clvr_jax.convert.tensors import TRANSFORMERS_NAME
@@ -40,7 +41,7 @@ from clvr_jax.training.trainer import Task, TrainConfig
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 TEXT = Qwen3VLTextConfig(
     vocab_size=640,
-    hidden_size=128,
+    hidden_size=TEXT_ENCODER.hidden_size,  # TEXT_START is for this width
     intermediate_size=384,
     num_hidden_layers=6,
     num_attention_heads=4,
@@ -50,12 +51,6 @@ TEXT = Qwen3VLTextConfig(
     mrope_section=(6, 5, 5),
     max_position_embeddings=2048,
 )
-# As in configs/shapes_base.py.
-TEXT_START = {
-    "embed_tokens": TEXT.hidden_size**0.5,
-    "o_proj|down_proj": 0.0,
-    "q_norm|k_norm": 2.0,
-}
 VISION = Qwen3VLVisionConfig(
     depth=4,
     hidden_size=128,

@@ -9,10 +9,11 @@ folder that is partly filled is completed.
 from pathlib import Path
 
 import numpy as np
-import tyro
 
+from clvr_jax.arguments import run_script
 from clvr_jax.console import progress
 from clvr_jax.evaluation.systems import Oracle
+from clvr_jax.outputs import check_folder
 from clvr_jax.pipelines.closed_loop import Flux2Drawer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
@@ -28,6 +29,7 @@ def main(
     seed: int = 1,
 ) -> None:
     """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own."""
+    check_folder(out)
     drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model))
     with progress("shapes roll-outs", count) as advance:
         for start in range(0, count, batch):
@@ -44,4 +46,4 @@ def main(
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    run_script(main)

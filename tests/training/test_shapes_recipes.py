@@ -1,6 +1,7 @@
 """The recipes of the shapes world: their batches are functions of the step, and their losses can be learned from."""
 
 import dataclasses
+import json
 
 import jax
 import numpy as np
@@ -48,11 +49,11 @@ def test_the_controller_learns_and_its_folder_chats(tmp_path):
     task = shapes_controller.task(config)
     batch = task.batches(0)
     fit(dataclasses.replace(task, batches=lambda step: batch), train, tmp_path)
-    losses = [float(line.split('"loss": ')[1].split(",")[0]) for line in (tmp_path / "metrics.jsonl").open()]
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
     chat = Qwen3VLPipeline.from_pretrained(tmp_path / "export")
     reply = chat.chat(chat_messages("a red circle", ["Plan: x.<|image_gen|>"], 1), [np.zeros((64, 64, 3), np.uint8)], 4)
-    assert isinstance(reply, str)
+    assert len(chat.tokenizer(reply)["input_ids"]) <= 4
 
 
 def test_a_controller_batch_follows_from_its_step():
