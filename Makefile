@@ -44,6 +44,7 @@ bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/
 	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer
 	$(BIN)/clvr train configs/shapes_vae.py --out runs/shapes_vae --resume
+	$(BIN)/clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder --resume
 	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume
 	$(BIN)/clvr train configs/shapes_sft.py --out runs/shapes_sft --resume
 	$(BIN)/python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts

@@ -1,4 +1,5 @@
-"""The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together from nothing.
+"""The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together: the
+transformer from nothing, the encoder from one that reads what a text asks for (`configs/shapes_text_encoder.py`).
 
 It draws from prompts, from the words of a first step, and edits a picture by instruction, also where the instruction
 ends a long conversation: later stages leave the text encoder as it is. It has seen no history of pictures.
@@ -24,7 +25,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
-from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.folder import load_text_encoder, load_vae
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import flow_matching_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -90,13 +91,14 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """vae, tokenizer: folders made by their recipes.
+    """vae, tokenizer, text_encoder: folders made by their recipes.
     dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
     `sample_timesteps`."""
 
     train: TrainConfig = TrainConfig(steps=3000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998, save_minutes=5)
     vae: Path = Path("runs/shapes_vae/export/vae")
     tokenizer: Path = Path("runs/shapes_tokenizer")
+    text_encoder: Path = Path("runs/shapes_text_encoder/export/text_encoder")
     dropout: float = 0.1
     shift: float = 2.5
 
@@ -109,11 +111,15 @@ def batch(
 ) -> dict[str, np.ndarray]:
     """The batch of a step: ids and mask (b, t), references (b, r, 64, 64, 3) and target (b, 64, 64, 3) as uint8."""
     rng = np.random.default_rng((seed, step))
+    drawn = examples(rng, kinds)
+    return collate(drawn, tokenizer, rng.random(len(drawn)) < dropout)
+
+
+def examples(rng: np.random.Generator, kinds: tuple[Kind, ...]) -> list[Example]:
+    """A batch of one kind."""
     shares = np.array([kind.share for kind in kinds])
     kind = kinds[rng.choice(len(kinds), p=shares / shares.sum())]
-    return collate(
-        [kind.example(rng) for _ in range(kind.batch_size)], tokenizer, rng.random(kind.batch_size) < dropout
-    )
+    return [kind.example(rng) for _ in range(kind.batch_size)]
 
 
 def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:
@@ -157,8 +163,8 @@ def task(config: Config) -> Task:
     vae = load_vae(config.vae)
     rngs = nnx.Rngs(config.train.seed)
     transformer_def, transformer = nnx.split(Flux2Transformer(TRANSFORMER, rngs=rngs))
-    encoder_def, encoder = nnx.split(Qwen3(TEXT_ENCODER, rngs=rngs))
-    transformer, encoder = scaled(transformer, TRANSFORMER_START), scaled(encoder, TEXT_START)
+    transformer = scaled(transformer, TRANSFORMER_START)
+    encoder_def, encoder = nnx.split(load_text_encoder(config.text_encoder))
     vae_def, vae_state = nnx.split(vae)
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:

@@ -6,7 +6,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_sft
+from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_sft, shapes_text_encoder
 
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
@@ -15,7 +15,9 @@ from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.trajectory import Step, Trajectory
-from clvr_jax.training.trainer import TrainConfig, fit
+from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import Scene, place
 
 PARTS = {"vae": SHIPPED / "shapes-tiny" / "vae", "tokenizer": SHIPPED / "shapes-tiny" / "tokenizer"}
 # One optimiser step is enough to go through everything a recipe does.
@@ -25,9 +27,37 @@ ONE = TrainConfig(steps=1, log_every=1)
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     """The export of a base run of one step."""
-    out = tmp_path_factory.mktemp("base")
-    fit(shapes_base.task(dataclasses.replace(shapes_base.CONFIG, train=ONE, **PARTS)), ONE, out)
+    text, out = tmp_path_factory.mktemp("text_encoder"), tmp_path_factory.mktemp("base")
+    config = dataclasses.replace(shapes_text_encoder.CONFIG, train=ONE, tokenizer=PARTS["tokenizer"])
+    fit(shapes_text_encoder.task(config), ONE, text)
+    begun = text / "export" / "text_encoder"
+    config = dataclasses.replace(shapes_base.CONFIG, train=ONE, text_encoder=begun, **PARTS)
+    fit(shapes_base.task(config), ONE, out)
     return out / "export"
+
+
+@pytest.mark.slow
+def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
+    train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1)
+    config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
+    task = shapes_text_encoder.task(config)
+    kinds = (shapes_base.Kind(1.0, 32, shapes_base.planned_example),)
+    optimizer = train.optimizer()
+    state = TrainState.create(task.params, optimizer)
+    train_step = make_train_step(task.loss, optimizer, train)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes_text_encoder, "KINDS", kinds)
+        for step in range(train.steps):
+            state, metrics = train_step(state, task.frozen, task.batches(step))
+    # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
+    assert metrics["object_accuracy"] > 0.6
+
+
+def test_the_contents_of_a_picture_are_those_of_its_scene():
+    scene = Scene((place("red", "star", "top", np.random.default_rng(0)),))
+    expected = np.zeros((9, 2), np.int32)
+    expected[1] = 1, 4  # the first color, the fourth shape
+    assert np.array_equal(shapes_text_encoder.contents(render(scene)), expected)
 
 
 @pytest.mark.slow
