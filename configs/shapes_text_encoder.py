@@ -1,7 +1,7 @@
 """The text encoder of the shapes world begins as a reader: of what a text asks for, cell by cell.
 
-FLUX.2's Qwen3 knows what belongs to what in a sentence before a transformer is trained on it. From nothing, the noise
-of the drawing loss teaches that slowly; named directly, the content of the nine cells teaches it within minutes. The
+FLUX.2's Qwen3 knows what belongs to what in a sentence before a transformer is trained on it. Here the content of the
+nine cells, named directly, teaches it; where a text leaves places free, what its picture shows is only likely. The
 reading head is thrown away, `configs/shapes_base.py` trains the encoder on.
 
     clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder
@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clvr_jax.configs.shapes_base import KINDS, SETTINGS, TEXT_ENCODER, TEXT_START, examples
+from clvr_jax.configs.shapes_base import KINDS, SETTINGS, TEXT_ENCODER, TEXT_START, Kind, examples
 from flax import nnx
 
 from clvr_jax.data.shapes import Image
@@ -75,9 +75,9 @@ def contents(picture: Image) -> np.ndarray:
     return cells
 
 
-def batch(step: int, seed: int, tokenizer: Any) -> dict[str, np.ndarray]:
+def batch(step: int, seed: int, tokenizer: Any, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
     """The texts of a base batch, ids and mask (b, t), and what their pictures show, cells (b, 9, 2)."""
-    drawn = examples(np.random.default_rng((seed, step)), KINDS)
+    drawn = examples(np.random.default_rng((seed, step)), kinds)
     ids, mask = encode_prompts(tokenizer, [example.text for example in drawn], SETTINGS.text_buckets)
     return {"ids": ids, "mask": mask, "cells": np.stack([contents(example.target) for example in drawn])}
 

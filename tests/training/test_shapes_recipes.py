@@ -42,13 +42,13 @@ def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
     config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
     task = shapes_text_encoder.task(config)
     kinds = (shapes_base.Kind(1.0, 32, shapes_base.planned_example),)
+    tokenizer = load_tokenizer(PARTS["tokenizer"])
     optimizer = train.optimizer()
     state = TrainState.create(task.params, optimizer)
     train_step = make_train_step(task.loss, optimizer, train)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shapes_text_encoder, "KINDS", kinds)
-        for step in range(train.steps):
-            state, metrics = train_step(state, task.frozen, task.batches(step))
+    for step in range(train.steps):
+        data = shapes_text_encoder.batch(step, 0, tokenizer, kinds)
+        state, metrics = train_step(state, task.frozen, data)
     # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
     assert metrics["object_accuracy"] > 0.6
 
