@@ -42,7 +42,7 @@ bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 
 # Each step goes on where it was stopped; each needs what those before it made.
 reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/
-	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer
+	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer --out runs/shapes_tokenizer
 	$(BIN)/clvr train configs/shapes_vae.py --out runs/shapes_vae --resume
 	$(BIN)/clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder --resume
 	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume

@@ -154,7 +154,7 @@ class Sample:
         out = check_file(self.out or Path("out") / name)
         with console.status(f"drawing with {self.model}"):
             _prepare_jax()
-            from clvr_jax.evaluation.layout import write_atomically
+            from clvr_jax.files import write_atomically
             from clvr_jax.pipelines.flux2 import Flux2Pipeline
             from clvr_jax.reasoning.images import encode_png
 
@@ -222,8 +222,8 @@ class Eval:
     """one-shot: each prompt is drawn once. closed-loop: plan, draw, look, correct."""
     controller: Literal["vlm", "oracle"] = "vlm"
     """Of the closed loop: the model's own, or the oracle that reads pictures exactly."""
-    max_steps: int = 8
-    """Drawings of the closed loop at most."""
+    max_steps: Count = None
+    """Drawings of the closed loop at most; 8 if not given."""
     limit: Count = None
     """Use at most so many prompts, spread over the set."""
     steps: Count = None

@@ -6,10 +6,9 @@ python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 import shutil
 from pathlib import Path
 
-from clvr_jax.convert.tensors import replacing
-
 from clvr_jax.arguments import run_script
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import replacing
 
 
 def main(

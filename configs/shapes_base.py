@@ -81,11 +81,11 @@ class Kind:
 
 
 KINDS = (
-    Kind(0.28, 64, partial(drawing_example, weights=SIMPLE)),
-    Kind(0.22, 48, partial(drawing_example, weights=COMPLEX)),
-    Kind(0.15, 64, planned_example),
-    Kind(0.20, 48, editing_example),
-    Kind(0.15, 32, continued_example),
+    Kind(0.27, 32, partial(drawing_example, weights=SIMPLE)),
+    Kind(0.17, 24, partial(drawing_example, weights=COMPLEX)),
+    Kind(0.30, 32, planned_example),
+    Kind(0.18, 24, editing_example),
+    Kind(0.08, 16, continued_example),
 )
 
 
@@ -95,7 +95,9 @@ class Config:
     dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
     `sample_timesteps`."""
 
-    train: TrainConfig = TrainConfig(steps=3000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998, save_minutes=5)
+    train: TrainConfig = TrainConfig(
+        steps=6500, learning_rate=3e-3, muon_learning_rate=8e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+    )
     vae: Path = Path("runs/shapes_vae/export/vae")
     tokenizer: Path = Path("runs/shapes_tokenizer")
     text_encoder: Path = Path("runs/shapes_text_encoder/export/text_encoder")

@@ -27,10 +27,11 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_di
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
-from clvr_jax.pipelines.folder import load_vae, write_json
+from clvr_jax.pipelines.folder import load_vae
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.trajectory import Trajectory
@@ -76,13 +77,15 @@ class Config:
     `vae_noise` added to their latents (whose scale is 1).
     """
 
-    train: TrainConfig = TrainConfig(steps=3000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.998)
+    train: TrainConfig = TrainConfig(
+        steps=5000, learning_rate=1.5e-3, muon_learning_rate=6e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+    )
     tokenizer: Path = Path("runs/shapes_tokenizer")
     vae: Path = Path("runs/shapes_vae/export/vae")
     rollouts: Path = Path("runs/shapes_rollouts")
-    rollouts_from: int = 2000
+    rollouts_from: int = 4000
     rollout_share: float = 0.5
-    batch_size: int = 16
+    batch_size: int = 8
     error_rate: float = 0.35
     vae_share: float = 0.3
     vae_noise: float = 0.1

@@ -1,7 +1,7 @@
 """Trajectories of the oracle with the diffusion model that was really trained: what the controller has to judge.
 
 The prompts are training prompts. Nothing is rolled back, so every trajectory is one line of replies and pictures. A
-folder that is partly filled is completed.
+folder that is partly filled is completed, if the same model began it.
 
     python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
 """
@@ -12,7 +12,9 @@ import numpy as np
 
 from clvr_jax.arguments import run_script
 from clvr_jax.console import progress
+from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems import Oracle
+from clvr_jax.files import read_json, write_json
 from clvr_jax.outputs import check_folder
 from clvr_jax.pipelines.closed_loop import Flux2Drawer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -29,7 +31,12 @@ def main(
     seed: int = 1,
 ) -> None:
     """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own."""
-    check_folder(out)
+    identity = {"model": model, "seed": seed}
+    path = check_folder(out) / "rollouts.json"
+    if not path.exists():
+        write_json(path, identity)
+    elif (found := read_json(path)) != identity:
+        raise UsageError(f"{out}: holds trajectories of {found}, not of {identity}; choose another --out")
     drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model))
     with progress("shapes roll-outs", count) as advance:
         for start in range(0, count, batch):

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from clvr_jax.configs.shapes_base import KINDS, SETTINGS, TEXT_ENCODER, TEXT_START, Kind, examples
+from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
 from flax import nnx
 
-from clvr_jax.data.shapes import Image
+from clvr_jax.data.shapes import Image, drawing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.layers import attention
 from clvr_jax.models.qwen3 import Qwen3
@@ -39,6 +39,12 @@ class Config:
 
 
 CONFIG = Config()
+KINDS = (
+    Kind(0.5, 64, planned_example),
+    Kind(0.25, 64, partial(drawing_example, weights=SIMPLE)),
+    Kind(0.25, 48, partial(drawing_example, weights=COMPLEX)),
+)
+"""Texts that say all that is in their picture, half of them also where; an instruction to edit says less."""
 
 
 class CellReader(nnx.Module):

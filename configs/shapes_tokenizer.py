@@ -1,16 +1,17 @@
 """The tokenizer of the small models: byte-level BPE over the language of the shapes world, with Qwen's special tokens.
 
-python -m clvr_jax.configs.shapes_tokenizer runs/shapes_tokenizer        a few seconds
+python -m clvr_jax.configs.shapes_tokenizer --out runs/shapes_tokenizer        a few seconds
 """
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from clvr_jax.arguments import run_script
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.text import train_tokenizer
+from clvr_jax.outputs import check_folder
 
 VOCABULARY = 640
 """Room for bytes, special tokens and about 350 merges; the language of the world needs fewer."""
@@ -26,10 +27,10 @@ def texts(seed: int, count: int) -> Iterator[str]:
         yield "system\nuser\nassistant\n\n\n"
 
 
-def main(folder: Path) -> None:
+def main(out: Path = Path("runs/shapes_tokenizer")) -> None:
     """Trains and writes it."""
-    train_tokenizer(texts(0, 2000), VOCABULARY, folder)
+    train_tokenizer(texts(0, 2000), VOCABULARY, check_folder(out))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    run_script(main)

@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from clvr_jax.convert.rules import Table, state_from_torch, state_to_torch
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, read_json, read_tensors, replacing, write_tensors
+from clvr_jax.convert.tensors import DIFFUSERS_NAME, read_tensors, write_tensors
 from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, replacing
 
 Model = TypeVar("Model", bound=nnx.Module)
 

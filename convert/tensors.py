@@ -1,31 +1,18 @@
 """Tensors in diffusers/transformers folders: one safetensors file, or shards with an index."""
 
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as _save_file
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 TRANSFORMERS_NAME = "model"
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file; ClvrError names the file and what is wrong with it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ClvrError(f"{path}: no such file") from error
-    except (ValueError, OSError) as error:
-        raise ClvrError(f"{path}: cannot be read as JSON ({error})") from error
 
 
 def tensor_files(folder: Path) -> list[Path]:
@@ -85,28 +72,3 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, sh
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     for file, shard in zip(names, shards, strict=True):
         _save_file(shard, folder / file, metadata={"format": "pt"})
-
-
-@contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """A temporary folder beside `folder` that takes its place when the block ends well, else is removed."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    except OSError as error:
-        raise ClvrError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
-    try:
-        yield temporary
-        temporary.chmod(0o755)
-        if folder.exists():
-            # The old folder steps aside first: a process killed here leaves it under another name, not half deleted.
-            previous = temporary.with_name(temporary.name + ".previous")
-            folder.rename(previous)
-            temporary.rename(folder)
-            shutil.rmtree(previous)
-        else:
-            temporary.rename(folder)
-    except OSError as error:
-        raise ClvrError(f"{folder}: cannot be written ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -14,7 +14,8 @@ Message = Mapping[str, Any]
 """{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
 
 IMAGE_PAD = "<|image_pad|>"
-END_OF_TURN = "<|im_end|>"
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+"""What ends a reply, as in Qwen3-VL's generation_config.json: the end of a turn, or of everything."""
 
 _SAID = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.layout import read_json
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
+from clvr_jax.files import read_json
 
 Results = Mapping[str, Any]
 

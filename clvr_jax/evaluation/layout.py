@@ -10,10 +10,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, write_atomically, write_json
 from clvr_jax.reasoning.images import Picture, encode_png, read_png
 from clvr_jax.reasoning.trajectory import Trajectory
 
@@ -141,38 +140,6 @@ class Folder:
 
     def _record(self, index: int, sample: int) -> Path:
         return self._prompt(index) / "records" / f"{sample:04d}.json"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file completely or not at all and makes its folder; ClvrError, one line, if that fails."""
-    # GenEval's scorer takes every name that begins with digits for a picture; a hidden name is safe.
-    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise ClvrError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Writes JSON atomically."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ClvrError, one line, if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise ClvrError(f"{path}: not a JSON file ({error})") from error
-    if not isinstance(content, dict):
-        raise ClvrError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
 
 
 def _fingerprint(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

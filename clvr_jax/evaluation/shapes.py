@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.layout import Folder, Record, write_json
+from clvr_jax.evaluation.layout import Folder, Record
 from clvr_jax.evaluation.report import PictureScore, summarize
+from clvr_jax.files import write_json
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.reasoning.trajectory import Trajectory, package_versions

@@ -39,7 +39,7 @@ def evaluate_shapes(
     prompts: Path | None = None,
     mode: Mode = "one-shot",
     controller: ControllerName = "vlm",
-    max_steps: int = 8,
+    max_steps: int | None = None,
     limit: int | None = None,
     steps: int | None = None,
     guidance: float | None = None,
@@ -54,13 +54,15 @@ def evaluate_shapes(
       prompts: JSONL file in GenEval's metadata format.
       mode: "one-shot" draws each prompt once, "closed-loop" plans, looks and corrects.
       controller: of the closed loop; "oracle" reads pictures exactly and is the ceiling.
-      max_steps: drawings of the closed loop at most.
+      max_steps: drawings of the closed loop at most; 8 if None.
       limit: at most so many prompts, spread evenly over the set.
       steps, guidance: of the sampler in one shot; the model's own if None.
       on_progress: called with (pictures done, pictures in all).
     Returns: the content of results.json, see `shapes.run`.
     Raises: ClvrError, one line, before the model is loaded if model, prompts or folder cannot be used.
     """
+    if mode == "one-shot" and max_steps is not None:
+        raise UsageError("max_steps is for the closed loop; one shot draws each prompt once")
     if mode == "closed-loop" and (steps is not None or guidance is not None):
         raise UsageError("steps and guidance are for one-shot; the closed loop draws as its model was trained to")
     if limit is not None and limit < 1:
@@ -71,7 +73,8 @@ def evaluate_shapes(
     if mode == "one-shot":
         system = one_shot(model, steps, guidance)
     else:
-        system = closed_loop(model, controller, metadata, Budget(max_steps=max_steps))
+        budget = Budget() if max_steps is None else Budget(max_steps=max_steps)
+        system = closed_loop(model, controller, metadata, budget)
     settings = {**system.settings, "prompts": prompts.name if prompts else split, "limit": limit}
     return run(metadata, system.draw_all, out, shapes_judge(), settings=settings, on_progress=on_progress)
 

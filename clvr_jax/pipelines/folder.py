@@ -1,7 +1,6 @@
 """Pipeline folders in diffusers layout: model_index.json, one subfolder for each component, and our clvr.json."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,9 +13,10 @@ from jax.typing import DTypeLike
 from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer, qwen3
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.convert.tensors import TRANSFORMERS_NAME, read_json, replacing
+from clvr_jax.convert.tensors import TRANSFORMERS_NAME
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
@@ -140,8 +140,3 @@ def copy_component(source: Path, target: Path) -> None:
     """Copies a component folder; the copy appears only when it is complete."""
     with replacing(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes a value as indented JSON."""
-    path.write_text(json.dumps(value, indent=2) + "\n")

@@ -13,11 +13,11 @@ from PIL import Image
 
 from clvr_jax.convert import qwen3_vl
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.tensors import read_json
-from clvr_jax.data.conversations import END_OF_TURN, IMAGE_PAD, Message, read_conversation
+from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import read_json
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
@@ -28,6 +28,12 @@ class Qwen3VLPipeline:
 
     def __init__(self, model: Qwen3VL, tokenizer: Any, image_processor: Qwen3VLImageProcessor):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        placeholder, expected = tokenizer.convert_tokens_to_ids(IMAGE_PAD), model.config.image_token_id
+        if placeholder != expected:
+            raise ClvrError(
+                f"the tokenizer's id of {IMAGE_PAD} is {placeholder}, the model's image_token_id {expected}; "
+                "tokenizer and model belong to different checkpoints"
+            )
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
@@ -95,14 +101,14 @@ class Qwen3VLPipeline:
             self.model,
             batch,
             max_new_tokens=max_new_tokens,
-            stop_tokens=(self.tokenizer.convert_tokens_to_ids(END_OF_TURN),),
+            stop_tokens=tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
             pad_token=self.tokenizer.pad_token_id,
             temperature=temperature,
             key=jax.random.key(seed),
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
         texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
-        return [text.removesuffix(END_OF_TURN) for text in texts]
+        return [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
 
     def prepare(
         self,

@@ -1,6 +1,6 @@
 """The world a model was trained for, and the words it never saw."""
 
-from clvr_jax.convert.tensors import read_json
+from clvr_jax.files import read_json
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.worlds.shapes.grammar import vocabulary, words
 

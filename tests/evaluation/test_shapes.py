@@ -158,7 +158,7 @@ def test_missing_pictures_fail_instead_of_shrinking_the_score(tmp_path):
 
 
 def test_folders_that_hold_no_run_cannot_be_scored(tmp_path):
-    with pytest.raises(ClvrError, match=r"benchmark\.json: cannot be read"):
+    with pytest.raises(ClvrError, match=r"benchmark\.json: no such file"):
         score(tmp_path, JUDGE)
     (tmp_path / "benchmark.json").write_text('{"seed": 0}')
     with pytest.raises(ClvrError, match="lacks benchmark, settings, samples, prompts"):

@@ -1,7 +1,7 @@
 import pytest
 
-from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.systems import Oracle, _identity, spread
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.systems import Oracle, _identity, evaluate_shapes, spread
 from clvr_jax.reasoning import Conversation, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
@@ -29,6 +29,12 @@ def test_the_oracle_refuses_a_prompt_with_two_meanings():
     Oracle([first, dict(first)])
     with pytest.raises(ClvrError, match="two meanings"):
         Oracle([first, {**second, "prompt": first["prompt"]}])
+
+
+@pytest.mark.parametrize("given", [{"mode": "one-shot", "max_steps": 4}, {"mode": "closed-loop", "guidance": 2.0}])
+def test_a_setting_of_the_other_mode_is_refused_and_not_ignored(given, tmp_path):
+    with pytest.raises(UsageError, match=r"one shot|one-shot"):
+        evaluate_shapes("shapes-tiny", tmp_path, **given)
 
 
 def test_a_model_that_was_trained_further_is_another_model(tmp_path):

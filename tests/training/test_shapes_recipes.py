@@ -6,10 +6,17 @@ import json
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_assemble, shapes_base, shapes_controller, shapes_sft, shapes_text_encoder
+from clvr_jax.configs import (
+    shapes_assemble,
+    shapes_base,
+    shapes_controller,
+    shapes_rollouts,
+    shapes_sft,
+    shapes_text_encoder,
+)
 
 from clvr_jax.data.text import load_tokenizer
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
@@ -84,6 +91,10 @@ def test_the_controller_learns_and_its_folder_chats(tmp_path):
     chat = Qwen3VLPipeline.from_pretrained(tmp_path / "export")
     reply = chat.chat(chat_messages("a red circle", ["Plan: x.<|image_gen|>"], 1), [np.zeros((64, 64, 3), np.uint8)], 4)
     assert len(chat.tokenizer(reply)["input_ids"]) <= 4
+    config = tmp_path / "export" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "image_token_id": 5}))
+    with pytest.raises(ClvrError, match="belong to different checkpoints"):
+        Qwen3VLPipeline.from_pretrained(tmp_path / "export")
 
 
 def test_a_controller_batch_follows_from_its_step():
@@ -136,3 +147,23 @@ def test_assembling_names_what_is_missing(tmp_path):
     with pytest.raises(ClvrError, match="no such folder; train it first"):
         shapes_assemble.main(tmp_path / "out", tmp_path / "sft", tmp_path / "base", tmp_path / "controller")
     assert not (tmp_path / "out").exists()
+
+
+def test_assembling_copies_the_base_and_the_controller_beside_the_fine_tuned_pipeline(tmp_path):
+    for name in ("sft/transformer/w", "sft/vae/w", "base/transformer/w", "controller/w"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).write_text(name)
+    shapes_assemble.main(tmp_path / "out", tmp_path / "sft", tmp_path / "base", tmp_path / "controller")
+    files = {str(path.relative_to(tmp_path / "out")): path.read_text() for path in (tmp_path / "out").rglob("w")}
+    assert files == {
+        "transformer/w": "sft/transformer/w",
+        "vae/w": "sft/vae/w",
+        "transformer_base/w": "base/transformer/w",
+        "controller/w": "controller/w",
+    }
+
+
+def test_trajectories_of_two_models_do_not_mix(tmp_path):
+    (tmp_path / "rollouts.json").write_text('{"model": "other", "seed": 1}')
+    with pytest.raises(UsageError, match="holds trajectories of"):
+        shapes_rollouts.main(tmp_path, model="runs/shapes_sft/export")

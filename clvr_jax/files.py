@@ -1,0 +1,72 @@
+"""Files and folders that are complete or not there: written to a temporary name, then renamed."""
+
+import contextlib
+import json
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.errors import ClvrError
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; ClvrError, one line, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ClvrError(f"{path}: no such file") from error
+    except OSError as error:
+        raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:
+        raise ClvrError(f"{path}: cannot be read as JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ClvrError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON; see `write_atomically`."""
+    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file completely or not at all and makes its folder; ClvrError, one line, if that fails."""
+    # GenEval's scorer takes every name that begins with digits for a picture; a hidden name is safe.
+    temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(content)
+        temporary.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise ClvrError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+@contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """A temporary folder beside `folder` that takes its place when the block ends well, else is removed."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    except OSError as error:
+        raise ClvrError(f"{folder}: cannot be written ({error.strerror}); choose another place") from error
+    try:
+        yield temporary
+        temporary.chmod(0o755)
+        if folder.exists():
+            # The old folder steps aside first: a process killed here leaves it under another name, not half deleted.
+            previous = temporary.with_name(temporary.name + ".previous")
+            folder.rename(previous)
+            temporary.rename(folder)
+            shutil.rmtree(previous)
+        else:
+            temporary.rename(folder)
+    except OSError as error:
+        raise ClvrError(f"{folder}: cannot be written ({error.strerror or error})") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
