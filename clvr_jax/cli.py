@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Union
 
 import tyro
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
 from rich.text import Text
 
@@ -230,6 +230,8 @@ class Eval:
     """Sampler steps in one shot; the model's own number if not given."""
     guidance: Guidance = None
     """Guidance in one shot; the model's own if not given."""
+    against: Folder = None
+    """Folder of another run on the same prompts, for a paired comparison with this one."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
@@ -241,9 +243,11 @@ class Eval:
     def run(self) -> Result:
         """Draws, scores, and writes results.json."""
         _prepare_jax()
+        from clvr_jax.evaluation.compare import compare, comparison_table, load_results
         from clvr_jax.evaluation.report import rich_table
         from clvr_jax.evaluation.systems import evaluate_shapes
 
+        other = load_results(self.against) if self.against else None  # before minutes are spent
         title = f"{self.benchmark} {self.prompts or self.split}, {self.model}, {self.mode}"
         with contextlib.ExitStack() as stack:
             advance: Callable[[int], None] | None = None
@@ -268,7 +272,12 @@ class Eval:
                 on_progress=on_progress,
             )
         data = {key: value for key, value in results.items() if key != "pictures"}
-        return Result({**data, "out": str(self.out)}, rich_table(results["summary"], title))
+        table = rich_table(results["summary"], title)
+        if other is None:
+            return Result({**data, "out": str(self.out)}, table)
+        comparison = compare(other, results)
+        both = Group(table, comparison_table(comparison, str(self.against), str(self.out)))
+        return Result({**data, "out": str(self.out), "comparison": comparison}, both)
 
 
 Command = Generate | Sample | Train | Eval

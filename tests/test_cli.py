@@ -371,6 +371,12 @@ def test_sample_and_one_shot_eval_draw_the_same_picture_from_the_same_seed(drawi
     # Two pictures a batch is another program than one: the last bits may differ.
     assert np.abs(np.subtract(*(np.asarray(image, np.int16) for image in drawn))).max() <= 1
 
+    unguided = [*evaluate[:-2], "unguided", "--guidance", "1", "--against", "scores"]
+    assert main(unguided) == 0  # without --json: two tables
+    assert "p: McNemar" in capsys.readouterr().out
+    assert main([*unguided, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["comparison"]["overall"]["prompts"] == 2
+
     assert main([*evaluate, "--guidance", "1"]) == 1  # other settings never mix with pictures that are there
     assert "guidance" in complaint(capsys)
 

@@ -113,9 +113,13 @@ def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
 
 
 def drawing_example(rng: np.random.Generator, weights: dict[str, float] | None = None) -> Example:
-    """Text to image: a training prompt and a random picture that satisfies it."""
+    """Text to image: a training prompt and a picture that satisfies it.
+
+    What the prompt leaves free is as the canonical plan has it, a habit: a small transformer that has to choose among
+    nine places and eight colors first draws a little of everything.
+    """
     metadata = train_prompt(rng, weights)
-    return Example(metadata["prompt"], (), render(_scene(plan(metadata, rng), rng)))
+    return Example(metadata["prompt"], (), render(_scene(plan(metadata), rng)))
 
 
 def planned_example(rng: np.random.Generator) -> Example:

@@ -6,11 +6,14 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
 from clvr_jax.files import read_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 Results = Mapping[str, Any]
 
@@ -59,21 +62,39 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
 
 def markdown(comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second") -> str:
     """A comparison as a Markdown table."""
-    lines = [
-        f"| | {first_name} | {second_name} | difference | 95 % | wins | p |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    rows = [*comparison["tags"].items(), *((f"tier {tier}", part) for tier, part in comparison["tiers"].items())]
-    for name, part in [*rows, ("all prompts", comparison["overall"])]:
-        test = f"{part['first_wins']} : {part['second_wins']} | {part['p_value']:.2g}"
-        lines.append(f"| {name} | {part['first']:.3f} | {part['second']:.3f} | {_difference(part)} | {test} |")
-    lines.append(f"| mean of tags | | | {_difference(comparison['mean_of_tags'])} | | |")
-    return "\n".join(lines) + "\n"
+    header = ["", first_name, second_name, *_COLUMNS]
+    rows = [header, ["---"] * len(header), *_rows(comparison)]
+    return "".join(f"| {' | '.join(row)} |\n".replace("  ", " ") for row in rows)
 
 
-def _difference(part: Mapping[str, Any]) -> str:
+def comparison_table(comparison: Mapping[str, Any], first_name: str, second_name: str) -> Table:
+    """A comparison as a table for the terminal."""
+    from rich.table import Table
+
+    table = Table(title=f"{first_name} and {second_name}", caption="p: McNemar's exact test, not corrected")
+    for number, column in enumerate(("", "first", "second", *_COLUMNS)):
+        table.add_column(column, justify="right" if number else "left")
+    for row in _rows(comparison):
+        table.add_row(*row)
+    return table
+
+
+_COLUMNS = ("difference", "95 %", "wins", "p")
+
+
+def _rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    parts = [*comparison["tags"].items(), *((f"tier {tier}", part) for tier, part in comparison["tiers"].items())]
+    rows = []
+    for name, part in [*parts, ("all prompts", comparison["overall"])]:
+        wins = f"{part['first_wins']} : {part['second_wins']}"
+        means = [f"{part[side]:.3f}" for side in ("first", "second")]
+        rows.append([name, *means, *_difference(part), wins, f"{part['p_value']:.2g}"])
+    return [*rows, ["mean of tags", "", "", *_difference(comparison["mean_of_tags"]), "", ""]]
+
+
+def _difference(part: Mapping[str, Any]) -> list[str]:
     low, high = part["interval"]
-    return f"{part['difference']:+.3f} | {low:+.3f} .. {high:+.3f}"
+    return [f"{part['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
 
 
 def _by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:

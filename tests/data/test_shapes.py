@@ -1,14 +1,24 @@
 import numpy as np
 
-from clvr_jax.data.shapes import editing_example, simulate_trajectory
+from clvr_jax.data.shapes import drawing_example, editing_example, simulate_trajectory
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import parse_edits
 from clvr_jax.worlds.shapes.prompts import train_prompt
+from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
 
 
 def pairs(reading):
     return {item.cell: (item.color, item.shape) for item in reading.objects}
+
+
+def test_a_drawing_satisfies_its_prompt_without_a_pair_that_is_held_out():
+    for seed in range(200):
+        example, metadata = drawing_example(np.random.default_rng(seed)), train_prompt(np.random.default_rng(seed))
+        reading = detect(example.target)
+        assert example.text == metadata["prompt"]
+        assert check(reading, metadata).correct, metadata
+        assert not HELD_OUT_PAIRS & set(pairs(reading).values())
 
 
 def test_an_edit_changes_what_the_text_says_and_nothing_else():

@@ -1,14 +1,21 @@
+import diffusers
 import jax
 import numpy as np
 import pytest
+import torch
+import transformers
+from PIL import Image
 
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.text import encode_prompts, load_tokenizer
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_vae
 from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.grammar import vocabulary
 from clvr_jax.worlds.shapes.render import render
-from clvr_jax.worlds.shapes.scene import sample_scene_random
+from clvr_jax.worlds.shapes.scene import Scene, place, sample_scene_random
 
 FOLDER = SHIPPED / "shapes-tiny"
 
@@ -32,6 +39,48 @@ def test_scenes_survive_the_autoencoder():
             exact += wanted == found and not reading.unclear
     print(f"{exact} of 2000 read back exactly")
     assert exact >= 1990
+
+
+@pytest.mark.parametrize("edits", [False, True])
+@pytest.mark.parametrize("transformer", ["transformer", "transformer_base"])
+def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
+    """The folder as it lies there, read by diffusers: 28 steps with guidance, to a picture and from one."""
+    ours = Flux2Pipeline.from_pretrained(str(FOLDER), transformer=transformer)
+    part = diffusers.Flux2Transformer2DModel.from_pretrained(FOLDER / transformer, torch_dtype=torch.float32)
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(FOLDER, transformer=part, torch_dtype=torch.float32)
+    theirs.set_progress_bar_config(disable=True)
+    prompt, images = "a red star at the top left and a blue circle in the center", None
+    if edits:
+        scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
+        prompt, images = "Add a red star at the top left.", [Image.fromarray(render(scene))]
+    latents = np.random.default_rng(7).normal(size=(1, 32, 4, 4)).astype(np.float32)
+    settings = ours.settings
+    length = encode_prompts(ours.tokenizer, [prompt], settings.text_buckets)[0].shape[1]
+    expected = theirs(
+        prompt=[prompt], image=images, height=64, width=64, num_inference_steps=28, guidance_scale=2.0,
+        latents=torch.tensor(latents), max_sequence_length=length, output_type="np",
+        text_encoder_out_layers=settings.text_encoder_out_layers,
+    ).images  # fmt: skip
+    made = ours([prompt], images, num_inference_steps=28, guidance_scale=2.0, latents=latents, output_type="np")
+    assert np.abs(made.images - expected).max() < 1 / 255
+
+
+def test_pytorch_says_the_same_from_the_shipped_controller():
+    """Greedy tokens of transformers on the folder as it lies there, for a conversation with one picture."""
+    scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
+    ours = Qwen3VLPipeline.from_pretrained(FOLDER / "controller")
+    messages = chat_messages("a green square and a red star", ["Plan: x.<|image_gen|>"], 1)
+    row = ours.prepare(messages, [render(scene)])
+    theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(FOLDER / "controller", dtype=torch.float32)
+    tokens = theirs.generate(
+        input_ids=torch.tensor(row.input_ids)[None],
+        pixel_values=torch.tensor(row.pixel_values),
+        image_grid_thw=torch.tensor(row.grid_thw),
+        max_new_tokens=24,
+        do_sample=False,
+    )
+    said = ours.tokenizer.decode(tokens[0, len(row.input_ids) :], skip_special_tokens=False)
+    assert said.removesuffix("<|im_end|>") == ours.chat(messages, [render(scene)], 24)
 
 
 def test_every_word_of_the_world_is_one_token():
