@@ -1,8 +1,9 @@
 """The controller of the shapes world: a small Qwen3-VL that plans, looks and says what to correct, from nothing.
 
-It learns the oracle's replies. Most pictures it sees in training are simulated: the drawing that was asked for, or one
-with the mistakes a diffusion model makes, some of them as the autoencoder shows them. Later a share are drawings that
-the diffusion model really made (`configs/shapes_rollouts.py`).
+It learns the oracle's replies: every other batch holds whole conversations, the rest plans alone, for where to put
+things is what it has to think about longest. Most pictures it sees in training are simulated: the drawing that was
+asked for, or one with the mistakes a diffusion model makes, some of them as the autoencoder shows them. Later a share
+are drawings that the diffusion model really made (`configs/shapes_rollouts.py`).
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 """
@@ -38,6 +39,9 @@ from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
+from clvr_jax.worlds.shapes.layout import plan
+from clvr_jax.worlds.shapes.oracle import first_reply
+from clvr_jax.worlds.shapes.prompts import train_prompt
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 TEXT = Qwen3VLTextConfig(
@@ -62,6 +66,7 @@ VISION = Qwen3VLVisionConfig(
     num_position_embeddings=64,
     deepstack_visual_indexes=(1, 2),
 )
+PLANNED = {"complex": 0.75, "position": 0.15, "counting": 0.1}
 GRID = (1, 64 // PROCESSOR.patch_size, 64 // PROCESSOR.patch_size)
 
 Told = tuple[str, Sequence[str], Sequence[np.ndarray]]
@@ -73,19 +78,21 @@ class Config:
     """tokenizer, vae, rollouts: folders made by their recipes.
 
     rollouts_from: step at which drawings of the diffusion model join, a `rollout_share` of the trajectories from then
-    on. error_rate: of simulated drawings. vae_share: simulated trajectories whose pictures go through the autoencoder,
-    `vae_noise` added to their latents (whose scale is 1).
+    on. batch_size, plan_batch_size: conversations, or plans, in a batch. error_rate: of simulated drawings. vae_share:
+    simulated trajectories whose pictures go through the autoencoder, `vae_noise` added to their latents (whose scale
+    is 1).
     """
 
     train: TrainConfig = TrainConfig(
-        steps=5000, learning_rate=1.5e-3, muon_learning_rate=6e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+        steps=11_000, learning_rate=1.5e-3, muon_learning_rate=6e-3, b2=0.98, ema_decay=0.998, save_minutes=5
     )
     tokenizer: Path = Path("runs/shapes_tokenizer")
     vae: Path = Path("runs/shapes_vae/export/vae")
     rollouts: Path = Path("runs/shapes_rollouts")
-    rollouts_from: int = 4000
+    rollouts_from: int = 10_000
     rollout_share: float = 0.5
     batch_size: int = 8
+    plan_batch_size: int = 32
     error_rate: float = 0.35
     vae_share: float = 0.3
     vae_noise: float = 0.1
@@ -105,11 +112,17 @@ class Conversations:
 
     def __call__(self, step: int) -> dict[str, Any]:
         """The batch of a step: as `collate_conversations` makes it, without the grids, which are all GRID."""
-        number, part = divmod(step, PARTS)
+        turn, plans = divmod(step, 2)
+        if plans:
+            rng = np.random.default_rng((self._config.train.seed, 2, step))
+            return self._collate([self._plan(rng) for _ in range(self._config.plan_batch_size)])
+        number, part = divmod(turn, PARTS)
         # A shuffled order of the parts: otherwise long conversations would come in a rhythm.
         order = np.random.default_rng((self._config.train.seed, number)).permutation(PARTS)
         size = self._config.batch_size
-        examples = self._pool(number)[order[part] * size :][:size]
+        return self._collate(self._pool(number)[order[part] * size :][:size])
+
+    def _collate(self, examples: list[Any]) -> dict[str, Any]:
         most = max(len(conversation.grid_thw) for conversation, _ in examples)
         batch = collate_conversations(
             examples,
@@ -125,7 +138,7 @@ class Conversations:
     def _make_pool(self, number: int) -> list[Any]:
         config = self._config
         rng = np.random.default_rng((config.train.seed, 1, number))
-        real = number * PARTS >= config.rollouts_from
+        real = 2 * number * PARTS >= config.rollouts_from
         told = [
             self._rollout(rng) if real and rng.random() < config.rollout_share else self._simulated(rng)
             for _ in range(PARTS * config.batch_size)
@@ -137,6 +150,11 @@ class Conversations:
             for prompt, replies, images in told
         ]
         return sorted(examples, key=lambda example: len(example[0].input_ids))
+
+    def _plan(self, rng: np.random.Generator) -> Any:
+        metadata = train_prompt(rng, PLANNED)
+        said = chat_messages(metadata["prompt"], [first_reply(plan(metadata))], 0)
+        return supervised_conversation(self._tokenizer, PROCESSOR, said, [])
 
     def _simulated(self, rng: np.random.Generator) -> Told:
         config = self._config
@@ -201,10 +219,11 @@ def task(config: Config) -> Task:
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, params)
-        count = data["pixel_values"].shape[1] // (GRID[1] * GRID[2])
+        pixel_values = data.get("pixel_values")
+        count = 0 if pixel_values is None else pixel_values.shape[1] // (GRID[1] * GRID[2])
         logits = model(
             data["input_ids_bt"],
-            data["pixel_values"],
+            pixel_values,
             (GRID,) * count,
             data["positions_3bt"],
             data["attention_mask_bt"],

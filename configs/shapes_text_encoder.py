@@ -5,6 +5,9 @@ nine cells, named directly, teaches it; where a text leaves places free, what it
 reading head is thrown away, `configs/shapes_base.py` trains the encoder on.
 
     clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder
+
+Measured for the shipped weights: 6 minutes on one core; of the objects of 128 new texts that name their places all are
+read right. (In that run free choices were random.)
 """
 
 import dataclasses
@@ -34,7 +37,7 @@ from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 class Config:
     """tokenizer: folder made by its recipe."""
 
-    train: TrainConfig = TrainConfig(steps=2000, learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5)
+    train: TrainConfig = TrainConfig(steps=1200, learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5)
     tokenizer: Path = Path("runs/shapes_tokenizer")
 
 

@@ -118,20 +118,20 @@ def test_drawings_of_the_model_join_when_it_is_time(tmp_path):
         batch_size=2,
         vae_share=0.0,
         rollouts=tmp_path,
-        rollouts_from=shapes_controller.PARTS,
+        rollouts_from=2 * shapes_controller.PARTS,
         rollout_share=1.0,
     )
     batches = shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)
     batches(0)
     with pytest.raises(ClvrError, match="no trajectories; run python -m"):
-        batches(shapes_controller.PARTS)
+        batches(2 * shapes_controller.PARTS)
     picture = np.full((64, 64, 3), 250, np.uint8)
     steps = (
         Step("Plan: red circle top. Draw a red circle at the top.", "<|image_gen|>", image=picture),
         Step("I see nothing. Unmet: red circle top. Add a red circle at the top.", "<|image_gen|>", (0,), picture),
     )
     Trajectory("a red circle", steps, "step limit", "m", 0, {}, 0.0).save(tmp_path / "00000")
-    batch = batches(shapes_controller.PARTS)
+    batch = batches(2 * shapes_controller.PARTS)
     said = tokenizer.decode(batch["input_ids_bt"][0][batch["weights_bt"][0] > 0])
     assert said == "".join(f"{step.reasoning}<|image_gen|><|im_end|>" for step in steps)
 
