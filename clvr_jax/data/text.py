@@ -123,7 +123,8 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int
         )
         for prompt in prompts
     ]
-    rows = tokenizer(texts, truncation=True, max_length=max(buckets))["input_ids"]
+    # Cut here: a fast tokenizer that is asked to truncate remembers it, and would write it into what it saves.
+    rows = [row[: max(buckets)] for row in tokenizer(texts)["input_ids"]]
     length = bucket_for(max(map(len, rows)), buckets)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)

@@ -49,7 +49,7 @@ def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
     part = diffusers.Flux2Transformer2DModel.from_pretrained(FOLDER / transformer, torch_dtype=torch.float32)
     theirs = diffusers.Flux2KleinPipeline.from_pretrained(FOLDER, transformer=part, torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
-    prompt, images = "a red star at the top left and a blue circle in the center", None
+    prompt, images = "a red star at the top left and a blue circle in the center", []
     if edits:
         scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
         prompt, images = "Add a red star at the top left.", [Image.fromarray(render(scene))]
@@ -57,7 +57,7 @@ def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
     settings = ours.settings
     length = encode_prompts(ours.tokenizer, [prompt], settings.text_buckets)[0].shape[1]
     expected = theirs(
-        prompt=[prompt], image=images, height=64, width=64, num_inference_steps=28, guidance_scale=2.0,
+        prompt=[prompt], image=images or None, height=64, width=64, num_inference_steps=28, guidance_scale=2.0,
         latents=torch.tensor(latents), max_sequence_length=length, output_type="np",
         text_encoder_out_layers=settings.text_encoder_out_layers,
     ).images  # fmt: skip
@@ -72,12 +72,15 @@ def test_pytorch_says_the_same_from_the_shipped_controller():
     messages = chat_messages("a green square and a red star", ["Plan: x.<|image_gen|>"], 1)
     row = ours.prepare(messages, [render(scene)])
     theirs = transformers.Qwen3VLForConditionalGeneration.from_pretrained(FOLDER / "controller", dtype=torch.float32)
+    input_ids = torch.tensor(row.input_ids)[None]
     tokens = theirs.generate(
-        input_ids=torch.tensor(row.input_ids)[None],
+        input_ids=input_ids,
+        mm_token_type_ids=(input_ids == theirs.config.image_token_id).int(),
         pixel_values=torch.tensor(row.pixel_values),
         image_grid_thw=torch.tensor(row.grid_thw),
         max_new_tokens=24,
         do_sample=False,
+        eos_token_id=ours.tokenizer.eos_token_id,
     )
     said = ours.tokenizer.decode(tokens[0, len(row.input_ids) :], skip_special_tokens=False)
     assert said.removesuffix("<|im_end|>") == ours.chat(messages, [render(scene)], 24)
