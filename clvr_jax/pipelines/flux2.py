@@ -202,7 +202,7 @@ class Flux2Pipeline:
         """Pictures for rows that have nothing in common, each as it would be drawn alone from its seed.
 
         Rows are drawn together if their texts fall into the same bucket (padding is attended to, so a text among longer
-        ones would be another text) and their references agree in number and sizes.
+        ones would be another text) and their references agree in number and sizes; six of them as four and two.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
@@ -210,7 +210,7 @@ class Flux2Pipeline:
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
         pictures: dict[int, Any] = {}
         nfe = 0
-        for rows in groups.values():
+        for rows in [part for group in groups.values() for part in _powers_of_two(group)]:
             output = self.draw(
                 [prompts[index] for index in rows],
                 [references[index] for index in rows],
@@ -262,6 +262,19 @@ class Flux2Pipeline:
                 f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
             )
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
+
+
+def _powers_of_two(rows: list[int]) -> list[list[int]]:
+    """Cuts the rows into the fewest parts of 1, 2, 4, ... rows: the sizes that are compiled, none of them padded.
+
+    A few pictures fill any device, so an idle row costs as much as a real one.
+    """
+    parts = []
+    while rows:
+        size = 1 << (len(rows).bit_length() - 1)
+        parts.append(rows[:size])
+        rows = rows[size:]
+    return parts
 
 
 def _common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
