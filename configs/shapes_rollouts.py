@@ -26,7 +26,7 @@ from clvr_jax.worlds.shapes.prompts import train_prompt
 def main(
     out: Path = Path("runs/shapes_rollouts"),
     model: str = "runs/shapes_sft/export",
-    count: int = 512,
+    count: int = 384,
     batch: int = 32,
     seed: int = 1,
 ) -> None:

@@ -6,6 +6,9 @@ for. The text encoder stays as the base has it.
 
     clvr train configs/shapes_sft.py --out runs/shapes_sft
 
+Measured for the shipped weights: with the oracle as controller .98 of the `complex` prompts come out right, where the
+base draws .13 of them in one shot (README).
+
 Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 """
 
