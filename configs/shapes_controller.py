@@ -7,10 +7,8 @@ are drawings that the diffusion model really made (`configs/shapes_rollouts.py`)
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 
-The shipped weights took 11,000 steps of about .9 s on one core. They differ from what this file does from nothing in two
-ways: their first 4,045 steps had no batches of plans, and roll-outs came in for the last 1,000 only. In the README they
-solve .63 of the `complex` prompts, the oracle with the same drawer .98: what is missing are plans that hold together for
-five and six objects.
+The shipped weights took 11,000 steps of about .9 s on one core. They differ from what this file does from nothing in
+two ways: their first 4,045 steps had no batches of plans, and roll-outs came in for the last 1,000 only.
 """
 
 import dataclasses
