@@ -141,3 +141,12 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
         message = r"context_embedder\.weight \(expected \(64, 96\), found \(64, 80\)\)"
     with pytest.raises(ClvrError, match=message):
         Flux2Pipeline.from_pretrained(str(path))
+
+
+def test_a_saved_tokenizer_reads_long_texts_whole(folder, tmp_path):
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    long = "a red circle " * (10 * LENGTH)
+    pipeline("a red circle", num_inference_steps=1)  # padding and cutting are no state of the tokenizer
+    pipeline.save_pretrained(str(tmp_path / "saved"))
+    tokens = load_tokenizer(tmp_path / "saved" / "tokenizer")(long)["input_ids"]
+    assert len(tokens) > 10 * LENGTH
