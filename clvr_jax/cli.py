@@ -280,8 +280,57 @@ class Eval:
         return Result({**data, "out": str(self.out), "comparison": comparison}, both)
 
 
-Command = Generate | Sample | Train | Eval
-COMMANDS: dict[str, type[Command]] = {"generate": Generate, "sample": Sample, "train": Train, "eval": Eval}
+@dataclass(frozen=True)
+class Convert:
+    """Converts a pipeline or model folder from PyTorch to JAX or back, one tensor at a time."""
+
+    EXAMPLE: ClassVar = "clvr convert path/to/FLUX.2-klein-base-4B checkpoints/klein --to jax"
+
+    source: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder in diffusers or transformers layout with safetensors, or one that was converted to jax."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """New folder; it appears only when it is complete."""
+    to: Literal["jax", "torch"]
+    """jax: Orbax. torch: safetensors that diffusers and transformers load."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of floating-point tensors; if not given each keeps its own, bit for bit."""
+    dry_run: bool = False
+    """Print what would be written, and write nothing."""
+    resume: bool = False
+    """Go on with a conversion that was stopped."""
+    common: Flags = field(default_factory=Common)
+
+    def run(self) -> Result:
+        """Plans, and converts unless it is a dry run."""
+        from clvr_jax.convert.conversion import convert, plan
+        from clvr_jax.convert.report import conversion_table, tensor_list
+
+        conversion = plan(self.source, self.to, self.dtype)
+        data = {"source": str(self.source), "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}
+        if self.dry_run:
+            return Result({**data, "plan": tensor_list(conversion)}, conversion_table(conversion))
+        with progress(f"{self.source.name} to {self.to}", conversion.tensors) as advance:
+            count = 0
+
+            def on_tensor(name: str) -> None:
+                nonlocal count
+                count += 1
+                advance(count, name)
+
+            not_finite = convert(conversion, self.destination, resume=self.resume, on_tensor=on_tensor)
+        for name in not_finite:
+            console.print(f"[yellow]warning:[/] {name} holds NaN", highlight=False)
+        return Result({**data, "out": str(self.destination), "nan": not_finite}, str(self.destination))
+
+
+Command = Generate | Sample | Train | Eval | Convert
+COMMANDS: dict[str, type[Command]] = {
+    "generate": Generate,
+    "sample": Sample,
+    "train": Train,
+    "eval": Eval,
+    "convert": Convert,
+}
 _DESCRIPTION = "Dense prompts become pictures through a loop of planning, drawing and checking."
 
 

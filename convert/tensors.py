@@ -1,22 +1,78 @@
-"""Tensors in diffusers/transformers folders: one safetensors file, or shards with an index."""
+"""Tensors in diffusers/transformers folders: one safetensors file, or shards with an index.
+
+Nothing here holds more than one tensor: reading maps a tensor's bytes when they are asked for, writing puts one tensor
+after another at its place in the file.
+
+Format: https://huggingface.co/docs/safetensors (8 bytes length, a JSON header, the tensors' bytes without gaps).
+"""
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file as _save_file
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 TRANSFORMERS_NAME = "model"
+SHARD_BYTES = 5 * 2**30
+
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I16": np.dtype(np.int16),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A tensor to be: its key, shape and dtype."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Size in a file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Stored(Spec):
+    """A tensor in a safetensors file: where its bytes begin."""
+
+    file: Path
+    offset: int
+
+    def open(self) -> np.ndarray:
+        """The tensor, read-only and mapped: no byte is read before it is used, none stays when the array is gone."""
+        if not self.nbytes:
+            return np.zeros(self.shape, self.dtype)
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`, one or all shards of its index."""
+    """The safetensors files that make up the model in `folder`, one or all shards of its index.
+
+    Raises: ClvrError if there are none, or an index names shards that are absent.
+    """
     for name in (DIFFUSERS_NAME, TRANSFORMERS_NAME):
         index = folder / f"{name}.safetensors.index.json"
         if index.exists():
@@ -27,48 +83,134 @@ def tensor_files(folder: Path) -> list[Path]:
             return [folder / shard for shard in shards]
         if (folder / f"{name}.safetensors").exists():
             return [folder / f"{name}.safetensors"]
+    pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        raise ClvrError(
+            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors"
+        )
     raise ClvrError(
         f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
     )
 
 
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the model in `folder`: key -> array in the file's dtype.
+def stored_tensors(folder: Path) -> dict[str, Stored]:
+    """Where each tensor of the model in `folder` lies. Reads the headers only.
 
-    Raises: ClvrError for missing, truncated or foreign files and for a key that two shards hold.
+    Raises: ClvrError for missing, truncated or foreign files, a key that two shards hold, and an index that is wrong.
     """
-    tensors: dict[str, np.ndarray] = {}
+    tensors: dict[str, Stored] = {}
     for path in tensor_files(folder):
-        try:
-            with safe_open(path, framework="numpy") as file:
-                for key in file.keys():  # noqa: SIM118 - not a dict
-                    if key in tensors:
-                        raise ClvrError(f"{path}: {key} is in another shard too")
-                    tensors[key] = file.get_tensor(key)
-        except (SafetensorError, OSError) as error:
-            raise ClvrError(f"{path}: not a complete safetensors file ({error}); fetch or convert it again") from error
+        for stored in read_header(path):
+            if stored.key in tensors:
+                raise ClvrError(f"{path}: {stored.key} is in {tensors[stored.key].file.name} too")
+            tensors[stored.key] = stored
+    for index in folder.glob("*.safetensors.index.json"):
+        wrong = [key for key, file in read_json(index)["weight_map"].items() if _file_name(tensors, key) != file]
+        if wrong:
+            raise ClvrError(f"{index}: says that {wrong[0]} is where it is not ({len(wrong)} such keys)")
     return tensors
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = 5 * 2**30) -> None:
-    """Writes tensors as `name`.safetensors, or as shards of at most `shard_bytes` with an index.
+def read_header(path: Path) -> list[Stored]:
+    """The tensors of one safetensors file, in the order of their bytes.
 
-    `folder` should be a temporary one that is renamed when complete, see `replacing`.
+    Raises: ClvrError for a file that is missing, truncated or none of this kind.
     """
-    shards: list[dict[str, np.ndarray]] = [{}]
+    try:
+        with safe_open(path, framework="numpy"):
+            pass  # the library checks that header and bytes fit together
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ClvrError(f"{path}: not a complete safetensors file ({error}); fetch or convert it again") from error
+    header.pop("__metadata__", None)
+    unknown = sorted({entry["dtype"] for entry in header.values()} - _DTYPES.keys())
+    if unknown:
+        raise ClvrError(f"{path}: tensors of type {', '.join(unknown)} are not supported")
+    tensors = [
+        Stored(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, 8 + length + entry["data_offsets"][0])
+        for key, entry in header.items()
+    ]
+    return sorted(tensors, key=lambda stored: stored.offset)
+
+
+def read_tensors(folder: Path) -> dict[str, np.ndarray]:
+    """All tensors of the model in `folder`: key -> array in the file's dtype. Raises: as `stored_tensors`."""
+    return {key: stored.open() for key, stored in stored_tensors(folder).items()}
+
+
+def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = SHARD_BYTES) -> dict[str, Stored]:
+    """Makes `name`.safetensors, or shards of at most `shard_bytes` with an index, all headers and no bytes yet.
+
+    Files that are there already, laid out in the same way, keep their bytes. `folder` should be a temporary one that is
+    renamed when all tensors are written.
+    Returns: the place of each tensor, for `write_tensor`.
+    """
+    shards: list[list[Spec]] = [[]]
     room = shard_bytes
-    for key, tensor in tensors.items():
-        if tensor.nbytes > room and shards[-1]:
-            shards.append({})
+    for spec in specs:
+        if spec.nbytes > room and shards[-1]:
+            shards.append([])
             room = shard_bytes
-        shards[-1][key] = tensor
-        room -= tensor.nbytes
-    names = [f"{name}.safetensors"]
+        shards[-1].append(spec)
+        room -= spec.nbytes
+    files = [f"{name}.safetensors"]
     if len(shards) > 1:
-        names = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-        weight_map = {key: file for file, shard in zip(names, shards, strict=True) for key in shard}
-        total = sum(tensor.nbytes for tensor in tensors.values())
+        files = [f"{name}-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+        weight_map = {spec.key: file for file, shard in zip(files, shards, strict=True) for spec in shard}
+        total = sum(spec.nbytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    for file, shard in zip(names, shards, strict=True):
-        _save_file(shard, folder / file, metadata={"format": "pt"})
+    return {
+        stored.key: stored
+        for file, shard in zip(files, shards, strict=True)
+        for stored in _lay_out_file(folder / file, shard)
+    }
+
+
+def write_tensor(stored: Stored, tensor: np.ndarray) -> None:
+    """Puts a tensor at its place; its shape and dtype must be those laid out."""
+    if tensor.shape != stored.shape or tensor.dtype != stored.dtype:
+        raise ClvrError(
+            f"{stored.file}: {stored.key} is laid out as {stored.dtype} {stored.shape}, "
+            f"got {tensor.dtype} {tensor.shape}"
+        )
+    with stored.file.open("r+b") as file:
+        file.seek(stored.offset)
+        file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = SHARD_BYTES) -> None:
+    """Writes tensors that are in memory; see `lay_out`."""
+    specs = [Spec(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
+    for key, stored in lay_out(folder, specs, name, shard_bytes).items():
+        write_tensor(stored, tensors[key])
+
+
+def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    places, end = [], 0
+    for spec in sorted(shard, key=lambda spec: -spec.dtype.itemsize):  # wide types first keep all of them aligned
+        header[spec.key] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [end, end + spec.nbytes],
+        }
+        places.append((spec, end))
+        end += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    begin = 8 + len(text)
+    head = len(text).to_bytes(8, "little") + text
+    with path.open("r+b" if path.exists() else "w+b") as file:
+        if file.read(begin) != head:
+            file.seek(0)
+            file.truncate()
+            file.write(head)
+        file.truncate(begin + end)
+    return [Stored(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]
+
+
+def _file_name(tensors: Mapping[str, Stored], key: str) -> str | None:
+    return tensors[key].file.name if key in tensors else None

@@ -1,0 +1,52 @@
+"""What a conversion will write, as a table for people and as data."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from clvr_jax.convert.conversion import Conversion
+from rich.table import Table
+
+
+def conversion_table(conversion: Conversion) -> Table:
+    """One row for each tensor of the destination, a sum for each model."""
+    table = Table(
+        "tensor", "shape", "dtype", "bytes", title=f"{conversion.source} to {conversion.to}: {_size(conversion.nbytes)}"
+    )
+    for component in conversion.components:
+        name = conversion.source.name if component.name == "." else component.name
+        title = f"{name}: {component.family.title}, {len(component.pieces)} tensors"
+        table.add_row(title, "", "", _size(component.nbytes), style="bold")
+        for piece in component.pieces:
+            shape, spec = " x ".join(map(str, piece.spec.shape)), piece.spec
+            table.add_row(spec.key, shape, spec.dtype.name, _size(spec.nbytes))
+        table.add_section()
+    for path in conversion.copied:
+        table.add_row(str(path), "", "file", "copied")
+    return table
+
+
+def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
+    """The same for scripts: model, key, shape, dtype and bytes of each tensor."""
+    return list(_tensors(conversion))
+
+
+def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
+    for component in conversion.components:
+        for piece in component.pieces:
+            spec = piece.spec
+            yield {
+                "model": component.name,
+                "key": spec.key,
+                "shape": list(spec.shape),
+                "dtype": spec.dtype.name,
+                "bytes": spec.nbytes,
+            }
+
+
+def _size(nbytes: int) -> str:
+    size = float(nbytes)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

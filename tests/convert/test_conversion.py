@@ -1,0 +1,222 @@
+import json
+import shutil
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from clvr_jax.convert import conversion as module
+from clvr_jax.convert.conversion import convert, plan
+from clvr_jax.convert.families import family_of
+from clvr_jax.convert.models import load_model
+from clvr_jax.convert.orbax_tree import PARAMS
+from clvr_jax.convert.rules import leaves_of
+from clvr_jax.convert.tensors import stored_tensors, write_tensors
+from flax import nnx
+from safetensors.numpy import load_file
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.registry import SHIPPED
+
+SHAPES = SHIPPED / "shapes-tiny"
+MODELS = ("controller", "text_encoder", "transformer", "transformer_base", "vae")
+
+
+def bits(folder):
+    return {key: (s.dtype, s.shape, s.open().tobytes()) for key, s in stored_tensors(folder).items()}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """The shipped pipeline as a JAX folder."""
+    folder = tmp_path_factory.mktemp("convert") / "jax"
+    assert convert(plan(SHAPES, "jax"), folder) == []
+    return folder
+
+
+def test_every_model_returns_bit_for_bit_with_all_files_beside_it(converted, tmp_path):
+    conversion = plan(converted, "torch")
+    assert [component.name for component in conversion.components] == list(MODELS)
+    seen = []
+    convert(conversion, tmp_path / "torch", on_tensor=seen.append)
+    assert len(seen) == conversion.tensors
+    for name in MODELS:
+        assert bits(tmp_path / "torch" / name) == bits(SHAPES / name), name
+
+    def others(root):
+        files = (path for path in root.rglob("*") if path.is_file() and path.suffix != ".safetensors")
+        return {str(path.relative_to(root)): path.read_bytes() for path in files}
+
+    assert others(tmp_path / "torch") == others(SHAPES)
+
+
+def test_orbax_restores_what_was_written(converted):
+    family = family_of(SHAPES / "transformer")
+    config = json.loads((SHAPES / "transformer" / "config.json").read_text())
+    with ocp.StandardCheckpointer() as checkpointer:
+        restored = checkpointer.restore((converted / "transformer" / PARAMS).absolute())
+    tensors = load_file(SHAPES / "transformer" / "diffusion_pytorch_model.safetensors")
+    for entry in family.entries(config):
+        leaf = restored
+        for name in entry.path:
+            leaf = leaf[str(name)]
+        expected = entry.from_torch([tensors[key] for key in entry.keys])
+        assert leaf.dtype == expected.dtype
+        assert np.array_equal(np.asarray(leaf), expected), entry.path
+
+
+def test_a_pipeline_loads_from_either_format(converted):
+    ours = Flux2Pipeline.from_pretrained(str(converted))
+    theirs = Flux2Pipeline.from_pretrained("shapes-tiny")
+    for part in ("transformer", "vae", "text_encoder"):
+        found, expected = leaves_of(getattr(ours, part)), leaves_of(getattr(theirs, part))
+        assert found.keys() == expected.keys()
+        assert all(np.array_equal(found[path], expected[path]) for path in expected), part
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dtype_that_is_asked_for_is_what_a_cast_gives(tmp_path, dtype):
+    convert(plan(SHAPES / "vae", "jax", dtype), tmp_path / "jax")
+    convert(plan(tmp_path / "jax", "torch"), tmp_path / "torch")
+    source, found = stored_tensors(SHAPES / "vae"), stored_tensors(tmp_path / "torch")
+    for key, stored in source.items():
+        target = np.dtype(module.FLOATS[dtype]) if stored.dtype.kind == "f" else stored.dtype
+        assert found[key].dtype == target
+        assert found[key].open().tobytes() == stored.open().astype(target).tobytes(), key
+
+
+@pytest.mark.parametrize("to", ["jax", "torch"])
+def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, monkeypatch, to):
+    source = (SHAPES if to == "jax" else converted) / "text_encoder"
+    monkeypatch.setattr(module, "_HELD_BYTES", 1 << 16)
+    whole = tmp_path / "whole"
+    convert(plan(source, to), whole)
+    written, real = [], module._laid_out
+
+    def counted(values, piece, to):
+        written.append(piece.spec.key)
+        return real(values, piece, to)
+
+    class Killed(BaseException):
+        pass
+
+    def kill(name):
+        if len(written) == 30:
+            raise Killed
+
+    monkeypatch.setattr(module, "_laid_out", counted)
+    out = tmp_path / "out"
+    with pytest.raises(Killed):
+        convert(plan(source, to), out, on_tensor=kill)
+    assert not out.exists()
+    with pytest.raises(UsageError, match="--resume"):
+        convert(plan(source, to), out)
+    with pytest.raises(ClvrError, match="another conversion"):
+        convert(plan(source, to, "float32"), out, resume=True)
+    before = len(written)
+    convert(plan(source, to), out, resume=True)
+    assert len(written) - before < 25  # of 46: most were not written again
+    if to == "jax":
+        convert(plan(out, "torch"), tmp_path / "a")
+        convert(plan(whole, "torch"), tmp_path / "b")
+        out, whole = tmp_path / "a", tmp_path / "b"
+    assert bits(out) == bits(whole)
+    assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
+
+
+def test_devices_of_a_mesh_read_their_shards_only(tmp_path, monkeypatch):
+    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    family = family_of(SHAPES / "transformer")
+    folder = SHAPES / "transformer"
+    config = json.loads((folder / "config.json").read_text())
+
+    def place(leaf):
+        axis = next((i for i, n in reversed(list(enumerate(leaf.shape))) if n % jax.device_count() == 0), None)
+        spec = [None] * len(leaf.shape)
+        if axis is not None:
+            spec[axis] = "fsdp"
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+
+    shardings = jax.tree.map(place, family.abstract(config))
+    model = load_model(
+        folder, lambda config: family.module(family.config_from_dict(config), rngs=nnx.Rngs(0)), family.table,
+        shardings=shardings,
+    )  # fmt: skip
+    plain = leaves_of(Flux2Pipeline.from_pretrained("shapes-tiny").transformer)
+    for path, leaf in leaves_of(model).items():
+        assert leaf.sharding.spec == leaves_of(shardings)[path].spec
+        assert np.array_equal(leaf, plain[path]), path
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+        (lambda folder: (folder / "model.safetensors").unlink(), "no tensors"),
+        (lambda folder: shorten(folder / "model.safetensors"), "not a complete safetensors file"),
+        (lambda folder: rewrite(folder, lambda t: t.pop("model.norm.weight")), "1 missing: model.norm.weight"),
+        (lambda folder: rewrite(folder, lambda t: t.update(more=np.zeros(2))), "1 surplus: more"),
+        (lambda folder: rewrite(folder, lambda t: t.update({"model.norm.weight": np.zeros(2)})), "expected"),
+        (lambda folder: pickle_only(folder), "pickle"),
+        (lambda folder: change(folder, architectures=["LlamaForCausalLM"]), "holds a LlamaForCausalLM"),
+        (lambda folder: index(folder), "shards that are absent: gone.safetensors"),
+    ],
+)
+def test_what_cannot_be_converted_is_one_clear_error(tmp_path, spoil, message):
+    folder = tmp_path / "model"
+    shutil.copytree(SHAPES / "text_encoder", folder)
+    spoil(folder)
+    with pytest.raises(ClvrError, match=message):
+        plan(folder, "jax")
+
+
+def test_not_a_number_is_reported_and_kept(tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(SHAPES / "text_encoder", folder)
+    rewrite(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(3, np.nan))
+    assert convert(plan(folder, "jax", "bfloat16"), tmp_path / "jax") == ["./model.norm.weight"]
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    conversion = plan(SHAPES / "text_encoder", "jax")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(ClvrError, match="are free"):
+        convert(conversion, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_wrong_direction_and_an_occupied_place_are_refused(converted, tmp_path):
+    with pytest.raises(UsageError, match="already"):
+        plan(converted, "jax")
+    with pytest.raises(UsageError, match="already"):
+        plan(SHAPES, "torch")
+    with pytest.raises(UsageError, match="exists already"):
+        convert(plan(SHAPES, "jax"), tmp_path)
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rewrite(folder, edit):
+    tensors = load_file(folder / "model.safetensors")
+    edit(tensors)
+    write_tensors(folder, tensors, "model")
+
+
+def pickle_only(folder):
+    (folder / "model.safetensors").unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"x")
+
+
+def change(folder, **fields):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def index(folder):
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"model.norm.weight": "gone.safetensors"}})
+    )
