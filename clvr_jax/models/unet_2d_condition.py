@@ -1,0 +1,279 @@
+"""The UNet of SDXL and Stable Diffusion 1.5: predicts what is to be removed from noisy latents, given a text.
+
+Resnets and transformers work at falling and then at rising resolution; every layer on the way up also takes the state
+that the same resolution had on the way down. SDXL adds the pooled text and the sizes of the picture to the timestep;
+models distilled with guidance (LCM) add an embedding of the guidance scale.
+
+Source: diffusers `UNet2DConditionModel`; attribute names are its keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.layers import sinusoidal_embedding
+from clvr_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
+
+_DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
+_UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
+
+
+@dataclass(frozen=True)
+class UNet2DConditionConfig:
+    """Field names and defaults are those of diffusers' `unet/config.json`."""
+
+    sample_size: int | None = None
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[str, ...] = (*("CrossAttnDownBlock2D",) * 3, "DownBlock2D")
+    up_block_types: tuple[str, ...] = ("UpBlock2D", *("CrossAttnUpBlock2D",) * 3)
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    # The number of heads, whatever its name says: diffusers keeps the misnomer for the sake of published files.
+    attention_head_dim: int | tuple[int, ...] = 8
+    use_linear_projection: bool = False
+    addition_embed_type: str | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+    time_cond_proj_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        widths = self.block_out_channels
+        counts = "in_channels out_channels layers_per_block norm_num_groups cross_attention_dim"
+        for name in counts.split():
+            value = getattr(self, name)
+            if not isinstance(value, int) or value <= 0:
+                raise ClvrError(f"UNet2DConditionConfig.{name} is {value!r}; it must be one positive integer")
+        for name, known in (("down_block_types", _DOWN), ("up_block_types", _UP)):
+            kinds = getattr(self, name)
+            if len(kinds) != len(widths) or not set(kinds) <= set(known):
+                raise ClvrError(f"UNet2DConditionConfig.{name} {kinds} must be {len(widths)} of {', '.join(known)}")
+        for name in ("attention_head_dim", "transformer_layers_per_block"):
+            values = self._of_blocks(name)
+            if len(values) != len(widths) or not all(isinstance(value, int) and value > 0 for value in values):
+                raise ClvrError(
+                    f"UNet2DConditionConfig.{name} is {getattr(self, name)!r}; it must be a positive integer or "
+                    f"{len(widths)} of them, one for each block"
+                )
+        divisors = [(width, self.norm_num_groups) for width in widths] + [*zip(widths, self.heads, strict=True)]
+        if not widths or widths[0] % 2 or any(width % divisor for width, divisor in divisors):
+            raise ClvrError(
+                f"UNet2DConditionConfig.block_out_channels {widths} must be multiples of norm_num_groups "
+                f"{self.norm_num_groups} and of the numbers of heads {self.heads} (attention_head_dim); the first even"
+            )
+        additions = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if self.addition_embed_type not in (None, "text_time") or (self.addition_embed_type and not all(additions)):
+            raise ClvrError(
+                f"UNet2DConditionConfig.addition_embed_type is {self.addition_embed_type!r}; it must be None, or "
+                "'text_time' with addition_time_embed_dim and projection_class_embeddings_input_dim"
+            )
+
+    @property
+    def heads(self) -> tuple[int, ...]:
+        """Attention heads of each block, finest first."""
+        return self._of_blocks("attention_head_dim")
+
+    @property
+    def depths(self) -> tuple[int, ...]:
+        """Transformer blocks after each resnet, finest block first."""
+        return self._of_blocks("transformer_layers_per_block")
+
+    @property
+    def attentions(self) -> tuple[str, ...]:
+        """Paths of all transformers in the module, `down_blocks.1.attentions.0` and so on."""
+        layers = self.layers_per_block
+        counts = {f"down_blocks.{i}": layers * _DOWN[kind] for i, kind in enumerate(self.down_block_types)}
+        counts |= {"mid_block": 1}
+        counts |= {f"up_blocks.{i}": (layers + 1) * _UP[kind] for i, kind in enumerate(self.up_block_types)}
+        return tuple(f"{block}.attentions.{i}" for block, count in counts.items() for i in range(count))
+
+    def _of_blocks(self, name: str) -> tuple[int, ...]:
+        value = getattr(self, name)
+        return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
+
+    @classmethod
+    def sdxl(cls) -> "UNet2DConditionConfig":
+        """SDXL's base model: 2.567 B parameters."""
+        return cls(
+            sample_size=128,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            block_out_channels=(320, 640, 1280),
+            cross_attention_dim=2048,
+            transformer_layers_per_block=(1, 2, 10),
+            attention_head_dim=(5, 10, 20),
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        )
+
+    @classmethod
+    def sd15(cls) -> "UNet2DConditionConfig":
+        """Stable Diffusion 1.5: 0.860 B parameters."""
+        return cls(sample_size=64, cross_attention_dim=768)
+
+
+class TimestepEmbedding(nnx.Module):
+    """Two layers with SiLU between them; a condition, where the model has one, is projected and added first."""
+
+    def __init__(
+        self, features_in: int, features: int, condition: int | None = None, *, rngs: nnx.Rngs, **dtypes: Any
+    ) -> None:
+        self.linear_1 = nnx.Linear(features_in, features, rngs=rngs, **dtypes)
+        self.cond_proj = (
+            nnx.Linear(condition, features_in, use_bias=False, rngs=rngs, **dtypes) if condition is not None else None
+        )
+        self.linear_2 = nnx.Linear(features, features, rngs=rngs, **dtypes)
+
+    def __call__(self, x_bc: jax.Array, condition_bd: jax.Array | None = None) -> jax.Array:
+        """(b, features_in) and (b, condition) -> (b, features)."""
+        if self.cond_proj is not None and condition_bd is not None:
+            x_bc += self.cond_proj(condition_bd)
+        return self.linear_2(nnx.silu(self.linear_1(x_bc)))
+
+
+class UNet2DCondition(nnx.Module):
+    """Noise (or velocity, as the checkpoint was trained) of latents at a timestep, given a text.
+
+    Args:
+      config: sizes; see the presets of `UNet2DConditionConfig`.
+      rngs: random streams for the initial weights.
+      dtype: dtype of the computation; norms and softmax are float32 inside.
+      param_dtype: dtype of the weights.
+      remat: recompute each resnet and transformer block in the backward pass instead of keeping its activations.
+    """
+
+    def __init__(
+        self,
+        config: UNet2DConditionConfig,
+        *,
+        rngs: nnx.Rngs,
+        dtype: DTypeLike = jnp.float32,
+        param_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+    ) -> None:
+        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
+        embedding, last = 4 * widths[0], len(widths) - 1
+        self.config = config
+        self.dtype = dtype
+
+        def options(block: int, attends: bool) -> dict[str, Any]:
+            transformer = {
+                "text_features": config.cross_attention_dim,
+                "heads": config.heads[block],
+                "depth": config.depths[block],
+                "linear": config.use_linear_projection,
+            }
+            of_resnets = {"groups": groups, "embedding": embedding, "epsilon": config.norm_eps}
+            return {
+                **of_resnets,
+                "transformer": transformer if attends else None,
+                "remat": remat,
+                "rngs": rngs,
+                **dtypes,
+            }
+
+        self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
+        self.time_embedding = TimestepEmbedding(widths[0], embedding, config.time_cond_proj_dim, rngs=rngs, **dtypes)
+        self.add_embedding = (
+            TimestepEmbedding(config.projection_class_embeddings_input_dim, embedding, rngs=rngs, **dtypes)
+            if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type
+            else None
+        )
+        # `skips` holds the widths of what the way down leaves for the way up.
+        width, skips = widths[0], [widths[0]]
+        down_blocks, up_blocks = [], []
+        for i, kind in enumerate(config.down_block_types):
+            widths_in = [width] + [widths[i]] * (layers - 1)
+            width = widths[i]
+            down_blocks.append(DownBlock(widths_in, width, downsample=i < last, **options(i, _DOWN[kind])))
+            skips += [width] * (layers + (i < last))
+        self.down_blocks = nnx.List(down_blocks)
+        self.mid_block = MidBlock(width, **options(last, True))
+        for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
+            widths_in = [wide + skips.pop() for wide in [width] + [widths[i]] * layers]
+            width = widths[i]
+            up_blocks.append(UpBlock(widths_in, width, upsample=i > 0, **options(i, _UP[kind])))
+        self.up_blocks = nnx.List(up_blocks)
+        self.conv_norm_out = nnx.GroupNorm(width, groups, epsilon=config.norm_eps, rngs=rngs, **dtypes)
+        self.conv_out = nnx.Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs, **dtypes)
+
+    def __call__(
+        self,
+        latents_bhwc: jax.Array,
+        timestep_b: jax.Array,
+        text_bsd: jax.Array,
+        *,
+        text_embeds_bd: jax.Array | None = None,
+        time_ids_b6: jax.Array | None = None,
+        timestep_cond_bd: jax.Array | None = None,
+    ) -> jax.Array:
+        """Predicts the noise of every latent position; any height and width, odd ones too.
+
+        Args:
+          latents_bhwc: (b, h, w, in_channels) noisy latents, channels last.
+          timestep_b: (b,) in [0, 1000), as the scheduler counts.
+          text_bsd: (b, text tokens, cross_attention_dim).
+          text_embeds_bd: (b, d) pooled text; given, with `time_ids_b6`, exactly if the model adds them (SDXL).
+          time_ids_b6: (b, 6) original height and width, top and left of the crop, target height and width, in pixels.
+          timestep_cond_bd: (b, time_cond_proj_dim) embedding of the guidance scale, given exactly if the model has it.
+        Returns: (b, h, w, out_channels) in the compute dtype.
+        Raises: ClvrError if shapes disagree, or a condition is missing or not understood.
+        """
+        self._check(latents_bhwc, text_bsd, text_embeds_bd, time_ids_b6, timestep_cond_bd)
+        sinusoids_bc = sinusoidal_embedding(timestep_b, self.config.block_out_channels[0], self.dtype)
+        embedding_be = self.time_embedding(sinusoids_bc, timestep_cond_bd)
+        if self.add_embedding is not None and text_embeds_bd is not None and time_ids_b6 is not None:
+            sizes = sinusoidal_embedding(time_ids_b6.reshape(-1), self.config.addition_time_embed_dim or 0)
+            added = jnp.concatenate([text_embeds_bd, sizes.reshape(len(text_embeds_bd), -1)], axis=-1)
+            embedding_be += self.add_embedding(added.astype(self.dtype))
+
+        x_bhwc = self.conv_in(latents_bhwc)
+        skips = [x_bhwc]
+        for down in self.down_blocks:
+            skips += down(skips[-1], embedding_be, text_bsd)
+        x_bhwc = self.mid_block(skips[-1], embedding_be, text_bsd)
+        for up in self.up_blocks:
+            x_bhwc = up(x_bhwc, skips, embedding_be, text_bsd)
+        return self.conv_out(nnx.silu(self.conv_norm_out(x_bhwc)))
+
+    def _check(
+        self,
+        latents: jax.Array,
+        text: jax.Array,
+        text_embeds: jax.Array | None,
+        time_ids: jax.Array | None,
+        condition: jax.Array | None,
+    ) -> None:
+        config = self.config
+        if latents.ndim != 4 or latents.shape[-1] != config.in_channels:
+            raise ClvrError(
+                f"latents have shape {latents.shape}; expected (batch, height, width, {config.in_channels})"
+            )
+        if text.ndim != 3 or text.shape[-1] != config.cross_attention_dim:
+            raise ClvrError(f"text has shape {text.shape}; expected (batch, tokens, {config.cross_attention_dim})")
+        for name, given, wanted in (
+            ("text_embeds_bd", text_embeds is not None, self.add_embedding is not None),
+            ("time_ids_b6", time_ids is not None, self.add_embedding is not None),
+            ("timestep_cond_bd", condition is not None, config.time_cond_proj_dim is not None),
+        ):
+            if given != wanted:
+                raise ClvrError(f"this UNet {'needs' if wanted else 'does not take'} {name}")
+        if text_embeds is not None and time_ids is not None:
+            found = text_embeds.shape[-1] + time_ids.shape[-1] * (config.addition_time_embed_dim or 0)
+            if found != config.projection_class_embeddings_input_dim:
+                raise ClvrError(
+                    f"text_embeds {text_embeds.shape} and time_ids {time_ids.shape} embed to {found} features; "
+                    f"this UNet takes {config.projection_class_embeddings_input_dim}"
+                )

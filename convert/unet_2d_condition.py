@@ -1,0 +1,59 @@
+"""UNet2DCondition <-> diffusers `unet/`."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.rules import Table
+
+from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
+
+# Fields of diffusers' config that our UNet does not have, and the only values it is written for.
+_FIXED = {
+    "act_fn": "silu",
+    "attention_type": "default",
+    "center_input_sample": False,
+    "class_embed_type": None,
+    "class_embeddings_concat": False,
+    "conv_in_kernel": 3,
+    "conv_out_kernel": 3,
+    "cross_attention_norm": None,
+    "downsample_padding": 1,
+    "dropout": 0.0,
+    "dual_cross_attention": False,
+    "encoder_hid_dim": None,
+    "encoder_hid_dim_type": None,
+    "flip_sin_to_cos": True,
+    "freq_shift": 0,
+    "mid_block_scale_factor": 1,
+    "mid_block_type": "UNetMidBlock2DCrossAttn",
+    "num_attention_heads": None,
+    "num_class_embeds": None,
+    "only_cross_attention": False,
+    "resnet_out_scale_factor": 1.0,
+    "resnet_skip_time_act": False,
+    "resnet_time_scale_shift": "default",
+    "reverse_transformer_layers_per_block": None,
+    "time_embedding_act_fn": None,
+    "time_embedding_dim": None,
+    "time_embedding_type": "positional",
+    "timestep_post_act": None,
+}
+# Softmax is float32 here in any case; the others belong to kinds of block and embedding that are refused above.
+_IGNORED = ("upcast_attention", "mid_block_only_cross_attention", "addition_embed_type_num_heads")
+
+
+def table(config: UNet2DConditionConfig) -> Table:
+    """The conversion table: each transformer's blocks are one stack."""
+    return Table(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
+
+
+def config_from_dict(config: Mapping[str, Any]) -> UNet2DConditionConfig:
+    """`unet/config.json` -> UNet2DConditionConfig. Raises ClvrError for what our UNet is not written for."""
+    return from_known_fields(UNet2DConditionConfig, config, fixed=_FIXED, ignored=_IGNORED)
+
+
+def config_to_dict(config: UNet2DConditionConfig) -> dict[str, Any]:
+    """UNet2DConditionConfig -> `unet/config.json`."""
+    return {"_class_name": "UNet2DConditionModel", **dataclasses.asdict(config), **_FIXED}
