@@ -1,7 +1,23 @@
-"""Flow matching: schedules, solvers, guidance. Everything takes a velocity function; nothing here knows a model."""
+"""Flow matching and noise prediction: schedules, solvers, guidance.
+
+Everything takes a function that predicts a velocity or noise; nothing here knows a model.
+"""
 
 from clvr_jax.diffusion.guidance import guided
+from clvr_jax.diffusion.noise_schedule import NoiseSchedule
+from clvr_jax.diffusion.noise_solvers import Prediction, ddim_solve, euler_noise_solve, lcm_solve
 from clvr_jax.diffusion.schedule import empirical_mu, flow_sigmas
 from clvr_jax.diffusion.solvers import Velocity, euler_solve
 
-__all__ = ["Velocity", "empirical_mu", "euler_solve", "flow_sigmas", "guided"]
+__all__ = [
+    "NoiseSchedule",
+    "Prediction",
+    "Velocity",
+    "ddim_solve",
+    "empirical_mu",
+    "euler_noise_solve",
+    "euler_solve",
+    "flow_sigmas",
+    "guided",
+    "lcm_solve",
+]

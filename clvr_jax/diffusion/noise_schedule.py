@@ -1,0 +1,136 @@
+"""Noise levels of variance-preserving models (Stable Diffusion 1.5, SDXL): x = sqrt(alpha) x_0 + sqrt(1 - alpha) noise.
+
+alpha is the `alphas_cumprod` of diffusers, one for each training timestep; sigma = sqrt((1 - alpha) / alpha).
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Self
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError, UsageError
+
+_CHOICES = {
+    "beta_schedule": ("scaled_linear", "linear"),
+    "prediction_type": ("epsilon", "v_prediction"),
+    "timestep_spacing": ("leading", "trailing", "linspace"),
+}
+# What the scheduler classes of diffusers take where scheduler_config.json is silent.
+_LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_SILENT: dict[str, dict[str, Any]] = {
+    "EulerDiscreteScheduler": {**_LINEAR, "timestep_spacing": "linspace"},
+    "DDIMScheduler": {**_LINEAR, "clip_sample": True},
+    "PNDMScheduler": {**_LINEAR, "set_alpha_to_one": False},
+    "LCMScheduler": {},
+}
+# What the solvers are written for; null says the same.
+_FIXED = {
+    **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr", "trained_betas"), False),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    **{"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
+}
+_IGNORED = ("skip_prk_steps", "sample_max_value", "clip_sample_range", "dynamic_thresholding_ratio")
+
+
+@dataclasses.dataclass(frozen=True)
+class NoiseSchedule:
+    """The schedule a model was trained with, and how solvers space their steps; diffusers' field names.
+
+    original_inference_steps, timestep_scaling: the solver a latent consistency model was distilled from; LCM alone.
+    """
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    beta_schedule: str = "scaled_linear"
+    prediction_type: str = "epsilon"
+    timestep_spacing: str = "leading"
+    steps_offset: int = 0
+    set_alpha_to_one: bool = True
+    original_inference_steps: int = 50
+    timestep_scaling: float = 10.0
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ClvrError(f"NoiseSchedule.{name} is {getattr(self, name)!r}; it must be one of {choices}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ClvrError(
+                f"NoiseSchedule: beta_start {self.beta_start}, beta_end {self.beta_end} must rise in (0, 1)"
+            )
+        if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
+            raise ClvrError(
+                f"NoiseSchedule.original_inference_steps is {self.original_inference_steps}; it must be in "
+                f"1..num_train_timesteps ({self.num_train_timesteps})"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], scheduler: str | None = None) -> Self:
+        """`scheduler_config.json` -> NoiseSchedule.
+
+        Args:
+          config: the JSON object.
+          scheduler: diffusers' class to read it as, whose defaults hold where it is silent; its `_class_name` if None.
+        Raises: ClvrError for an unknown class or field, or a feature that the solvers do not have.
+        """
+        scheduler = scheduler or config.get("_class_name")
+        if scheduler not in _SILENT:
+            raise ClvrError(f"scheduler_config.json: {scheduler} is not supported, only {', '.join(_SILENT)}")
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {}
+        for key, value in {**_SILENT[scheduler], **config}.items():
+            if key in names:
+                values[key] = value
+            elif key in _FIXED:
+                if value not in (None, _FIXED[key]):
+                    raise ClvrError(f"scheduler_config.json: {key} = {value!r} is not supported, only {_FIXED[key]!r}")
+            elif not key.startswith("_") and key not in _IGNORED:
+                raise ClvrError(f"scheduler_config.json: unknown field {key!r}")
+        return cls(**values)
+
+    @property
+    def alphas(self) -> np.ndarray:
+        """(num_train_timesteps,) float32, decreasing: the share of the picture in the variance at each timestep."""
+        power = 2 if self.beta_schedule == "scaled_linear" else 1
+        ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
+        # Rounded to float32 where PyTorch rounds: a thousand factors rounded otherwise differ in the sixth digit.
+        betas = np.linspace(*ends, self.num_train_timesteps, dtype=np.float32) ** power
+        return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """(num_train_timesteps,) float32, increasing: noise over picture, sqrt((1 - alpha) / alpha)."""
+        return np.sqrt((1 - self.alphas) / self.alphas)
+
+    def euler_timesteps(self, steps: int) -> np.ndarray:
+        """(steps,) float32, decreasing, with fractions if spaced "linspace"; as EulerDiscreteScheduler has them."""
+        return self._spaced(steps).astype(np.float32)
+
+    def ddim_timesteps(self, steps: int) -> np.ndarray:
+        """(steps,) int32, decreasing; as DDIMScheduler has them."""
+        return self._spaced(steps).round().astype(np.int32)
+
+    def lcm_timesteps(self, steps: int) -> np.ndarray:
+        """(steps,) int32, decreasing: some of the timesteps that the model was distilled at, as LCMScheduler does."""
+        original = self.original_inference_steps
+        if not 1 <= steps <= original:
+            raise UsageError(f"steps must be in 1..original_inference_steps ({original}), got {steps}")
+        distilled = np.arange(original, 0, -1) * (self.num_train_timesteps // original) - 1
+        return distilled[np.linspace(0, original, steps, endpoint=False).astype(int)].astype(np.int32)
+
+    def _spaced(self, steps: int) -> np.ndarray:
+        """Table 2 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891)."""
+        n = self.num_train_timesteps
+        if not 1 <= steps <= n:
+            raise UsageError(f"steps must be in 1..num_train_timesteps ({n}), got {steps}")
+        if self.timestep_spacing == "linspace":
+            return np.linspace(0, n - 1, steps)[::-1]
+        if self.timestep_spacing == "trailing":
+            # Rounding makes one timestep too many, -1, at some numbers of steps.
+            return np.arange(n, 0, -n / steps).round()[:steps] - 1
+        timesteps = np.arange(steps)[::-1] * (n // steps) + float(self.steps_offset)
+        if timesteps[0] >= n:
+            begin = f"{steps} steps with steps_offset {self.steps_offset} begin at {timesteps[0]:.0f}"
+            raise UsageError(f"{begin}, after the last timestep {n - 1}")
+        return timesteps
