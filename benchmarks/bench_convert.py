@@ -1,0 +1,89 @@
+"""Conversion of a checkpoint with the names and shapes of FLUX.2 klein 4B (7.2 GiB) beside `cp`, and its memory.
+
+python benchmarks/bench_convert.py --folder /tmp     needs 32 GB of room there
+
+Each command runs in a process of its own, whose peak resident memory the system reports.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from clvr_jax.convert.conversion import FLOATS
+from clvr_jax.convert.families import FAMILIES
+from clvr_jax.convert.flux2_transformer import config_to_dict
+from clvr_jax.convert.tensors import Spec, lay_out, write_tensor
+
+from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
+
+ALLOWED_GIB = 1.5
+TARGET = 0.6
+
+
+def make_checkpoint(folder: Path) -> list[Spec]:
+    """Random weights, finite and none zero, in shards as large as those of published checkpoints."""
+    config = config_to_dict(Flux2TransformerConfig.klein_4b())
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    family = next(family for family in FAMILIES if family.torch_class == config["_class_name"])
+    specs = [Spec(key, entry.torch_shape, FLOATS["bfloat16"]) for entry in family.entries(config) for key in entry.keys]
+    generator = np.random.default_rng(0)
+    for stored in lay_out(folder, specs, family.file_name).values():
+        bits = generator.integers(1, 1 << 16, stored.shape, np.uint16) & 0xBFFF  # exponents below those of NaN
+        write_tensor(stored, bits.view(stored.dtype))
+    return specs
+
+
+def timed(command: list[str]) -> tuple[float, float]:
+    """Seconds and peak resident memory in GiB of a command."""
+    began = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(process.pid, 0)
+    seconds = time.perf_counter() - began
+    if status:
+        raise SystemExit(f"failed: {' '.join(command)}")
+    return seconds, usage.ru_maxrss / 2**20
+
+
+def main() -> None:
+    """Makes the checkpoint, copies it, converts it there and back, compares the bytes, prints three lines."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, default=None, help="where there is room; a temporary one if not given")
+    options = parser.parse_args()
+    root = Path(tempfile.mkdtemp(dir=options.folder))
+    try:
+        source, there, back = root / "source", root / "jax", root / "torch"
+        specs = make_checkpoint(source)
+        size, largest = sum(spec.nbytes for spec in specs) / 2**30, max(spec.nbytes for spec in specs) / 2**30
+        allowed = ALLOWED_GIB + 2 * largest
+        print(f"conversion: {len(specs)} tensors, {size:.1f} GiB, the largest {largest:.2f} GiB")
+        clvr = [sys.executable, "-m", "clvr_jax.cli", "convert"]
+        for name, command, copy in (
+            ("torch to jax", [*clvr, str(source), str(there), "--to", "jax"], source),
+            ("jax to torch", [*clvr, str(there), str(back), "--to", "torch"], there),
+        ):
+            copying, _ = timed(["cp", "-r", str(copy), str(root / "copy")])
+            shutil.rmtree(root / "copy")
+            converting, peak = timed(command)
+            print(
+                f"{name}: {converting:.1f} s, cp {copying:.1f} s, ratio {copying / converting:.2f} (target {TARGET}); "
+                f"peak {peak:.2f} GiB (allowed {allowed:.2f})",
+                flush=True,
+            )
+        shutil.rmtree(there)
+        names = sorted(path.name for path in source.iterdir())
+        same = all(subprocess.run(["cmp", "-s", source / name, back / name]).returncode == 0 for name in names)
+        print(f"the files returned are {'the same, byte for byte' if same else 'NOT THE SAME'}")
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
