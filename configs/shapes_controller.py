@@ -21,9 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
+from clvr_jax.convert.families import QWEN3_VL
 from clvr_jax.convert.models import save_model
-from clvr_jax.convert.qwen3_vl import TABLE, config_to_dict
-from clvr_jax.convert.tensors import TRANSFORMERS_NAME
 from flax import nnx
 
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
@@ -235,7 +234,7 @@ def task(config: Config) -> Task:
 
     def export(ema: Any, folder: Path) -> None:
         model = nnx.merge(graphdef, ema)
-        save_model(folder, model, TABLE, config_to_dict(model_config), dtype="float16", name=TRANSFORMERS_NAME)
+        save_model(folder, model, QWEN3_VL, "float16")
         tokenizer.save_pretrained(str(folder))
         write_json(folder / "preprocessor_config.json", processor_to_dict(PROCESSOR))
 

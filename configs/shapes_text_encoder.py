@@ -20,13 +20,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
+from clvr_jax.convert.families import QWEN3
+from clvr_jax.convert.models import save_model
 from flax import nnx
 
 from clvr_jax.data.shapes import Image, drawing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.layers import attention
 from clvr_jax.models.qwen3 import Qwen3
-from clvr_jax.pipelines.folder import save_text_encoder
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.worlds.shapes.detect import detect
@@ -116,7 +117,7 @@ def task(config: Config) -> Task:
         frozen={},
         loss=loss,
         batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer),
-        export=lambda ema, folder: save_text_encoder(
-            folder / "text_encoder", nnx.merge(encoder_def, ema["text_encoder"]), "float16"
+        export=lambda ema, folder: save_model(
+            folder / "text_encoder", nnx.merge(encoder_def, ema["text_encoder"]), QWEN3, "float16"
         ),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.autoencoder_kl_flux2 import TABLE, config_to_dict
+from clvr_jax.convert.families import FLUX2_VAE
 from clvr_jax.convert.models import save_model
 from flax import nnx
 
@@ -69,7 +69,7 @@ def task(config: Config) -> Task:
         vae.bn.running_mean[...] = tokens.mean((0, 1, 2))
         vae.bn.running_var[...] = tokens.var((0, 1, 2))
         vae.bn.num_batches_tracked[...] = jnp.asarray(len(chunks), jnp.int32)
-        save_model(folder / "vae", vae, TABLE, config_to_dict(MODEL), dtype="float16")
+        save_model(folder / "vae", vae, FLUX2_VAE, "float16")
 
     return Task(
         name="shapes autoencoder",

@@ -1,26 +1,23 @@
 """AutoencoderKL <-> diffusers `vae/` of SDXL and Stable Diffusion 1.5."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Rule, Table
+from clvr_jax.convert.rules import Table
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl import AutoencoderKLConfig
 
+Tensor = TypeVar("Tensor")
+
 TABLE = Table()
 
 # Old checkpoints, Stable Diffusion 1.5 among them, name the projections of attention otherwise; diffusers reads both.
-_OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", r"to_out\.0": "proj_attn"}
-OLD_TABLE = Table(
-    special=tuple(
-        Rule(rf"(.+\.attentions\.0)\.{new}\.{kind}", rf"\1.{old}.{torch_kind}")
-        for new, old in _OLD_NAMES.items()
-        for kind, torch_kind in (("kernel", "weight"), ("bias", "bias"))
-    )
-)
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_OLD_NAME = re.compile(rf"(.+\.attentions\.0)\.({'|'.join(_OLD_NAMES)})\.(weight|bias)")
 
 # Fields of diffusers' config that our autoencoder does not have, and the only values it is written for.
 _FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
@@ -39,3 +36,11 @@ def config_to_dict(config: AutoencoderKLConfig) -> dict[str, Any]:
     """AutoencoderKLConfig -> `vae/config.json`."""
     blocks = {name: [kind] * len(config.block_out_channels) for name, kind in _BLOCKS.items()}
     return {"_class_name": "AutoencoderKL", **dataclasses.asdict(config), **_FIXED, **blocks}
+
+
+def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of any file under the names that `TABLE` writes, those of today's diffusers."""
+    return {
+        _OLD_NAME.sub(lambda old: f"{old[1]}.{_OLD_NAMES[old[2]]}.{old[3]}", key): tensor
+        for key, tensor in tensors.items()
+    }

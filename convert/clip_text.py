@@ -3,14 +3,15 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import Table
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPTextConfig
+
+Tensor = TypeVar("Tensor")
 
 TABLE = Table(stacked=("text_model.encoder.layers",))
 
@@ -75,7 +76,7 @@ def config_to_dict(config: CLIPTextConfig) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": "clip_text_model", **fields, **_FIXED}
 
 
-def published_names(tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of any text encoder's file under the names that `TABLE` writes, those of the published checkpoints.
 
     transformers 5 keeps, and saves, a `CLIPTextModel` without the leading `text_model.`; it reads both. Old files also

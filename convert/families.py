@@ -6,18 +6,33 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer, qwen3, qwen3_vl
+from clvr_jax.convert import (
+    autoencoder_kl,
+    autoencoder_kl_flux2,
+    clip_text,
+    flux2_transformer,
+    qwen3,
+    qwen3_vl,
+    unet_2d_condition,
+)
 from clvr_jax.convert.rules import Entry, Table, entries
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
+from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
+from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.models.unet_2d_condition import UNet2DCondition
+
+
+def _as_they_are(tensors: Tensors, config: Any) -> Tensors:
+    return tensors
 
 
 @dataclass(frozen=True)
@@ -25,53 +40,116 @@ class Family:
     """One architecture.
 
     title: for people. torch_class: the PyTorch class that reads such a folder, `_class_name` (diffusers) or
-    `architectures` (transformers) in config.json. module, config_from_dict: config.json -> the NNX module.
-    file_name: stem of its safetensors files.
+    `architectures` (transformers) in config.json. module: the NNX module. config_from_dict, config_to_dict: config.json
+    <-> the module's configuration. table: configuration -> conversion table. file_name: stem of its safetensors files.
+    published: (tensors of a file, configuration) -> the same under the names of the table, for files that were saved by
+    other versions of the PyTorch class.
     """
 
     title: str
     torch_class: str
     module: Callable[..., nnx.Module]
     config_from_dict: Callable[[Mapping[str, Any]], Any]
-    table: Table
-    file_name: str
+    config_to_dict: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any], Table]
+    file_name: str = DIFFUSERS_NAME
+    published: Callable[[Tensors, Any], Tensors] = _as_they_are
+
+    def make(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
+        """The module of a config.json, its weights drawn from seed 0."""
+        return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
     def abstract(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> nnx.State:
         """Shapes and dtypes of the parameters of a model with this config.json; nothing is allocated."""
-        made = self.config_from_dict(config)
-        return nnx.state(nnx.eval_shape(lambda: self.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)))
+        return nnx.state(nnx.eval_shape(lambda: self.make(config, dtype)))
 
     def entries(self, config: Mapping[str, Any]) -> list[Entry]:
         """The correspondence of every parameter with PyTorch's tensors."""
-        return entries(self.abstract(config), self.table)
+        return entries(self.abstract(config), self.table(self.config_from_dict(config)))
 
 
+FLUX2_TRANSFORMER = Family(
+    "FLUX.2 transformer",
+    "Flux2Transformer2DModel",
+    Flux2Transformer,
+    flux2_transformer.config_from_dict,
+    flux2_transformer.config_to_dict,
+    lambda config: flux2_transformer.TABLE,
+)
+FLUX2_VAE = Family(
+    "FLUX.2 autoencoder",
+    "AutoencoderKLFlux2",
+    AutoencoderKLFlux2,
+    autoencoder_kl_flux2.config_from_dict,
+    autoencoder_kl_flux2.config_to_dict,
+    lambda config: autoencoder_kl_flux2.TABLE,
+)
+QWEN3 = Family(
+    "Qwen3",
+    "Qwen3ForCausalLM",
+    Qwen3,
+    qwen3.config_from_dict,
+    qwen3.config_to_dict,
+    lambda config: qwen3.TABLE,
+    TRANSFORMERS_NAME,
+    qwen3.published_names,
+)
+QWEN3_VL = Family(
+    "Qwen3-VL",
+    "Qwen3VLForConditionalGeneration",
+    Qwen3VL,
+    qwen3_vl.config_from_dict,
+    qwen3_vl.config_to_dict,
+    lambda config: qwen3_vl.TABLE,
+    TRANSFORMERS_NAME,
+    qwen3_vl.published_names,
+)
+UNET = Family(
+    "Stable Diffusion UNet",
+    "UNet2DConditionModel",
+    UNet2DCondition,
+    unet_2d_condition.config_from_dict,
+    unet_2d_condition.config_to_dict,
+    unet_2d_condition.table,
+)
+AUTOENCODER_KL = Family(
+    "Stable Diffusion autoencoder",
+    "AutoencoderKL",
+    AutoencoderKL,
+    autoencoder_kl.config_from_dict,
+    autoencoder_kl.config_to_dict,
+    lambda config: autoencoder_kl.TABLE,
+    published=lambda tensors, config: autoencoder_kl.published_names(tensors),
+)
+CLIP_TEXT = Family(
+    "CLIP text encoder",
+    "CLIPTextModel",
+    CLIPText,
+    clip_text.config_from_dict,
+    clip_text.config_to_dict,
+    lambda config: clip_text.TABLE,
+    TRANSFORMERS_NAME,
+    lambda tensors, config: clip_text.published_names(tensors),
+)
+CLIP_TEXT_PROJECTED = Family(
+    "CLIP text encoder with projection",
+    "CLIPTextModelWithProjection",
+    CLIPText,
+    clip_text.config_from_dict,
+    clip_text.config_to_dict,
+    lambda config: clip_text.TABLE,
+    TRANSFORMERS_NAME,
+    lambda tensors, config: clip_text.published_names(tensors),
+)
 FAMILIES = (
-    Family(
-        "FLUX.2 transformer",
-        "Flux2Transformer2DModel",
-        Flux2Transformer,
-        flux2_transformer.config_from_dict,
-        flux2_transformer.TABLE,
-        DIFFUSERS_NAME,
-    ),
-    Family(
-        "FLUX.2 autoencoder",
-        "AutoencoderKLFlux2",
-        AutoencoderKLFlux2,
-        autoencoder_kl_flux2.config_from_dict,
-        autoencoder_kl_flux2.TABLE,
-        DIFFUSERS_NAME,
-    ),
-    Family("Qwen3", "Qwen3ForCausalLM", Qwen3, qwen3.config_from_dict, qwen3.TABLE, TRANSFORMERS_NAME),
-    Family(
-        "Qwen3-VL",
-        "Qwen3VLForConditionalGeneration",
-        Qwen3VL,
-        qwen3_vl.config_from_dict,
-        qwen3_vl.TABLE,
-        TRANSFORMERS_NAME,
-    ),
+    FLUX2_TRANSFORMER,
+    FLUX2_VAE,
+    QWEN3,
+    QWEN3_VL,
+    UNET,
+    AUTOENCODER_KL,
+    CLIP_TEXT,
+    CLIP_TEXT_PROJECTED,
 )
 
 
@@ -83,15 +161,20 @@ def torch_class(folder: Path) -> str | None:
     return config.get("_class_name") or next(iter(config.get("architectures") or []), None)
 
 
+def find_family(name: str | None) -> Family | None:
+    """The architecture of a PyTorch class, None for one that has no counterpart here."""
+    return next((family for family in FAMILIES if family.torch_class == name), None)
+
+
 def family_of(folder: Path) -> Family:
     """The architecture of the model in a folder.
 
     Raises: ClvrError, listing what can be converted, for anything else.
     """
     found = torch_class(folder)
-    for family in FAMILIES:
-        if family.torch_class == found:
-            return family
-    known = ", ".join(family.torch_class for family in FAMILIES)
-    what = f"holds a {found}" if found else "has no config.json that names its class"
-    raise ClvrError(f"{folder}: {what}; what can be converted is {known}")
+    family = find_family(found)
+    if family is None:
+        known = ", ".join(family.torch_class for family in FAMILIES)
+        what = f"holds a {found}" if found else "has no config.json that names its class"
+        raise ClvrError(f"{folder}: {what}; what can be converted is {known}")
+    return family

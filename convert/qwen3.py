@@ -6,6 +6,7 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import Table
+from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3Config
@@ -42,3 +43,8 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
 def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
     """Qwen3Config -> `text_encoder/config.json` as the published Qwen3 models have it; transformers 4 and 5 read it."""
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config), **_FIXED}
+
+
+def published_names(tensors: Tensors, config: Qwen3Config) -> Tensors:
+    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+    return without_tied_head(tensors, "model.embed_tokens.weight") if config.tie_word_embeddings else tensors

@@ -1,6 +1,6 @@
 """Qwen3VL <-> transformers `Qwen3VLForConditionalGeneration`: a checkpoint's keys and config.json.
 
-With tied embeddings the checkpoint has no `lm_head.weight`, and neither has our model.
+With tied embeddings our model has no `lm_head`, and neither have most checkpoints. UnifiedReward has this layout too.
 """
 
 from collections.abc import Mapping
@@ -8,6 +8,7 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import Table
+from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
@@ -92,6 +93,12 @@ def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
         "text_config": {"model_type": "qwen3_vl_text", **text, "rope_scaling": rotary, **_TEXT_FIXED, **shared},
         "vision_config": {"model_type": "qwen3_vl_vision", **vision, "rope_parameters": theta, **_VISION_FIXED},
     }
+
+
+def published_names(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
+    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+    embeddings = "model.language_model.embed_tokens.weight"
+    return without_tied_head(tensors, embeddings) if config.tie_word_embeddings else tensors
 
 
 def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:

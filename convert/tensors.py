@@ -22,6 +22,10 @@ from clvr_jax.files import read_json
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 TRANSFORMERS_NAME = "model"
 SHARD_BYTES = 5 * 2**30
+PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
+
+FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+"""What floating-point tensors may be converted to."""
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -68,47 +72,86 @@ class Stored(Spec):
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files that make up the model in `folder`, one or all shards of its index.
+Tensors = dict[str, Stored]
+"""The tensors of one model, key -> where it lies."""
 
-    Raises: ClvrError if there are none, or an index names shards that are absent.
+
+def model_file(folder: Path, variant: str | None = None) -> Path:
+    """The file that the model in `folder` is read from: its safetensors, or the index of its shards.
+
+    Args:
+      folder: of one model.
+      variant: which of several sets of files, "fp16" say; a model without that variant is read from its plain files, as
+        diffusers does.
+    Raises: ClvrError if there is none.
     """
-    for name in (DIFFUSERS_NAME, TRANSFORMERS_NAME):
-        index = folder / f"{name}.safetensors.index.json"
-        if index.exists():
-            shards = sorted(set(read_json(index).get("weight_map", {}).values()))
-            absent = [shard for shard in shards if not (folder / shard).exists()]
-            if absent or not shards:
-                raise ClvrError(f"{index}: names shards that are absent: {', '.join(absent) or '(none listed)'}")
-            return [folder / shard for shard in shards]
-        if (folder / f"{name}.safetensors").exists():
-            return [folder / f"{name}.safetensors"]
-    pickles = sorted(path.name for pattern in ("*.bin", "*.ckpt", "*.pt", "*.pth") for path in folder.glob(pattern))
+    plain = ("{name}.safetensors.index.json", "{name}.safetensors")
+    forms = (f"{{name}}.safetensors.index.{variant}.json", f"{{name}}.{variant}.safetensors") if variant else ()
+    names = (DIFFUSERS_NAME, TRANSFORMERS_NAME)
+    candidates = (folder / form.format(name=name) for form in (*forms, *plain) for name in names)
+    found = next((path for path in candidates if path.exists()), None)
+    if found is not None:
+        return found
+    lacks = f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
+    if others := sorted(path.name for path in folder.glob("*.safetensors*")):
+        raise ClvrError(f"{lacks}, but {others[0]}; choose one as in NAME.fp16.safetensors with --variant fp16")
+    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
     if pickles:
         raise ClvrError(
             f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors"
         )
-    raise ClvrError(
-        f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
-    )
+    raise ClvrError(lacks)
 
 
-def stored_tensors(folder: Path) -> dict[str, Stored]:
+def stored_tensors(folder: Path, variant: str | None = None) -> Tensors:
     """Where each tensor of the model in `folder` lies. Reads the headers only.
 
-    Raises: ClvrError for missing, truncated or foreign files, a key that two shards hold, and an index that is wrong.
+    Raises: ClvrError for missing, truncated or foreign files, a key that two shards hold, an index that is wrong or
+      names shards that are absent.
     """
-    tensors: dict[str, Stored] = {}
-    for path in tensor_files(folder):
-        for stored in read_header(path):
+    file = model_file(folder, variant)
+    if file.suffix != ".json":
+        return {stored.key: stored for stored in read_header(file)}
+    listed = read_json(file).get("weight_map", {})
+    shards = [folder / shard for shard in sorted(set(listed.values()))]
+    absent = [shard.name for shard in shards if not shard.exists()]
+    if absent or not shards:
+        raise ClvrError(f"{file}: names shards that are absent: {', '.join(absent) or '(none listed)'}")
+    tensors: Tensors = {}
+    for shard in shards:
+        for stored in read_header(shard):
             if stored.key in tensors:
-                raise ClvrError(f"{path}: {stored.key} is in {tensors[stored.key].file.name} too")
+                raise ClvrError(f"{shard}: {stored.key} is in {tensors[stored.key].file.name} too")
             tensors[stored.key] = stored
-    for index in folder.glob("*.safetensors.index.json"):
-        wrong = [key for key, file in read_json(index)["weight_map"].items() if _file_name(tensors, key) != file]
-        if wrong:
-            raise ClvrError(f"{index}: says that {wrong[0]} is where it is not ({len(wrong)} such keys)")
+    wrong = [key for key, name in listed.items() if key not in tensors or tensors[key].file.name != name]
+    if wrong:
+        raise ClvrError(f"{file}: says that {wrong[0]} is where it is not ({len(wrong)} such keys)")
     return tensors
+
+
+def without_tied_head(tensors: Tensors, embeddings: str, head: str = "lm_head.weight") -> Tensors:
+    """Leaves out the head of a language model that some checkpoints hold beside the embeddings it is tied to.
+
+    Raises: ClvrError if the two differ: then the model is not tied, whatever its config.json says.
+    """
+    if head not in tensors or embeddings not in tensors:
+        return tensors
+    ours, theirs = tensors[embeddings], tensors[head]
+    step = max(1, ours.shape[0] // 64)  # maps a part at a time, so that little of them is resident
+    same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and all(
+        np.array_equal(bits(ours.open()[row : row + step]), bits(theirs.open()[row : row + step]))
+        for row in range(0, ours.shape[0], step)
+    )
+    if not same:
+        raise ClvrError(
+            f"{theirs.file}: {head} differs from {embeddings}, but config.json says tie_word_embeddings; one is wrong"
+        )
+    return {key: tensor for key, tensor in tensors.items() if key != head}
+
+
+def bits(values: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers: exact to compare, and fast to copy where NumPy does not know the type."""
+    return values.view(f"u{values.dtype.itemsize}")
 
 
 def read_header(path: Path) -> list[Stored]:
@@ -133,11 +176,6 @@ def read_header(path: Path) -> list[Stored]:
         for key, entry in header.items()
     ]
     return sorted(tensors, key=lambda stored: stored.offset)
-
-
-def read_tensors(folder: Path) -> dict[str, np.ndarray]:
-    """All tensors of the model in `folder`: key -> array in the file's dtype. Raises: as `stored_tensors`."""
-    return {key: stored.open() for key, stored in stored_tensors(folder).items()}
 
 
 def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = SHARD_BYTES) -> dict[str, Stored]:
@@ -210,7 +248,3 @@ def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
             file.write(head)
         file.truncate(begin + end)
     return [Stored(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]
-
-
-def _file_name(tensors: Mapping[str, Stored], key: str) -> str | None:
-    return tensors[key].file.name if key in tensors else None

@@ -2,18 +2,15 @@
 
 import dataclasses
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax.numpy as jnp
-from flax import nnx
 from jax.typing import DTypeLike
 
-from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer, qwen3
 from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.convert.tensors import TRANSFORMERS_NAME
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, replacing, write_json
@@ -69,31 +66,17 @@ def load_flux2(
 
 def load_transformer(path: Path, dtype: DTypeLike = jnp.float32) -> Flux2Transformer:
     """A Flux2Transformer in diffusers layout."""
-
-    def make(config: Mapping[str, Any]) -> Flux2Transformer:
-        made = flux2_transformer.config_from_dict(config)
-        return Flux2Transformer(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    return load_model(path, make, flux2_transformer.TABLE, dtype)
+    return load_model(path, FLUX2_TRANSFORMER, dtype)
 
 
 def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
     """An AutoencoderKLFlux2 in diffusers layout."""
-
-    def make(config: Mapping[str, Any]) -> AutoencoderKLFlux2:
-        made = autoencoder_kl_flux2.config_from_dict(config)
-        return AutoencoderKLFlux2(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    return load_model(path, make, autoencoder_kl_flux2.TABLE, dtype)
+    return load_model(path, FLUX2_VAE, dtype)
 
 
 def load_text_encoder(path: Path, dtype: DTypeLike = jnp.float32) -> Qwen3:
     """A Qwen3 in transformers layout."""
-
-    def make(config: Mapping[str, Any]) -> Qwen3:
-        return Qwen3(qwen3.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
-
-    return load_model(path, make, qwen3.TABLE, dtype)
+    return load_model(path, QWEN3, dtype)
 
 
 def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
@@ -107,33 +90,14 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         **_COMPONENTS,
     }
     with replacing(target) as temporary:
-        save_transformer(temporary / "transformer", pipeline.transformer, dtype)
-        vae = pipeline.vae
-        save_model(
-            temporary / "vae",
-            vae,
-            autoencoder_kl_flux2.TABLE,
-            autoencoder_kl_flux2.config_to_dict(vae.config),
-            dtype=dtype,
-        )
-        save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, dtype)
+        save_model(temporary / "transformer", pipeline.transformer, FLUX2_TRANSFORMER, dtype)
+        save_model(temporary / "vae", pipeline.vae, FLUX2_VAE, dtype)
+        save_model(temporary / "text_encoder", pipeline.text_encoder, QWEN3, dtype)
         pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))
         (temporary / "scheduler").mkdir()
         write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_json(temporary / "clvr.json", {"flux2": settings})
         write_json(temporary / "model_index.json", index)
-
-
-def save_transformer(path: Path, transformer: Flux2Transformer, dtype: str) -> None:
-    """Writes one FLUX.2 transformer in diffusers layout."""
-    config = flux2_transformer.config_to_dict(transformer.config)
-    save_model(path, transformer, flux2_transformer.TABLE, config, dtype=dtype)
-
-
-def save_text_encoder(path: Path, text_encoder: Qwen3, dtype: str) -> None:
-    """Writes one Qwen3 in transformers layout."""
-    config = qwen3.config_to_dict(text_encoder.config)
-    save_model(path, text_encoder, qwen3.TABLE, config, dtype=dtype, name=TRANSFORMERS_NAME)
 
 
 def copy_component(source: Path, target: Path) -> None:

@@ -1,17 +1,16 @@
 """Qwen3-VL made usable: a chat with pictures in, text out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.convert import qwen3_vl
+from clvr_jax.convert.families import QWEN3_VL
 from clvr_jax.convert.models import load_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
@@ -44,13 +43,8 @@ class Qwen3VLPipeline:
         folder = Path(path).expanduser()
         if not folder.is_dir():
             raise ClvrError(f"{path}: no such folder; give a Qwen3-VL checkpoint in transformers layout")
-
-        def make(config: Mapping[str, Any]) -> Qwen3VL:
-            made = qwen3_vl.config_from_dict(config)
-            return Qwen3VL(made, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), param_dtype=jnp.dtype(dtype))
-
         return cls(
-            load_model(folder, make, qwen3_vl.TABLE, jnp.dtype(dtype)),
+            load_model(folder, QWEN3_VL, jnp.dtype(dtype)),
             load_tokenizer(folder),
             processor_from_dict(read_json(folder / "preprocessor_config.json")),
         )

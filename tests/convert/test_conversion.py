@@ -12,7 +12,6 @@ from clvr_jax.convert.models import load_model
 from clvr_jax.convert.orbax_tree import PARAMS
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import stored_tensors, write_tensors
-from flax import nnx
 from safetensors.numpy import load_file
 
 from clvr_jax.errors import ClvrError, UsageError
@@ -139,10 +138,7 @@ def test_devices_of_a_mesh_read_their_shards_only(tmp_path, monkeypatch):
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
     shardings = jax.tree.map(place, family.abstract(config))
-    model = load_model(
-        folder, lambda config: family.module(family.config_from_dict(config), rngs=nnx.Rngs(0)), family.table,
-        shardings=shardings,
-    )  # fmt: skip
+    model = load_model(folder, family, shardings=shardings)
     plain = leaves_of(Flux2Pipeline.from_pretrained("shapes-tiny").transformer)
     for path, leaf in leaves_of(model).items():
         assert leaf.sharding.spec == leaves_of(shardings)[path].spec

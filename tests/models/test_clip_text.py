@@ -5,9 +5,9 @@ import pytest
 import torch
 import transformers
 from clvr_jax.convert.clip_text import TABLE, config_from_dict, config_to_dict, published_names
+from clvr_jax.convert.families import CLIP_TEXT, CLIP_TEXT_PROJECTED
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import check_keys, entries, state_from_torch, state_to_torch
-from clvr_jax.convert.tensors import TRANSFORMERS_NAME
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
@@ -94,7 +94,7 @@ def test_the_way_back_is_bit_for_bit_and_transformers_loads_the_folder(tmp_path,
     tensors, back = tensors_of(reference), state_to_torch(model, TABLE)
     assert tensors.keys() == back.keys()
     assert all(np.array_equal(tensors[key], back[key]) for key in tensors)
-    save_model(tmp_path / "encoder", model, TABLE, config_to_dict(config), name=TRANSFORMERS_NAME)
+    save_model(tmp_path / "encoder", model, CLIP_TEXT if projection_dim is None else CLIP_TEXT_PROJECTED)
     loaded, report = type(reference).from_pretrained(tmp_path / "encoder", output_loading_info=True)
     assert not any(report.values())
     assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in reference.state_dict().items())
