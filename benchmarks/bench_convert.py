@@ -16,10 +16,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from clvr_jax.convert.conversion import FLOATS
 from clvr_jax.convert.families import FAMILIES
 from clvr_jax.convert.flux2_transformer import config_to_dict
-from clvr_jax.convert.tensors import Spec, lay_out, write_tensor
+from clvr_jax.convert.tensors import FLOATS, Spec, lay_out, write_tensor
 
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 

@@ -1,110 +1,50 @@
-"""Whole folders, PyTorch <-> JAX, of any size: one tensor is in memory at a time.
+"""Whole folders and single files, PyTorch <-> JAX, of any size: a tensor or two are in memory at a time.
 
 A PyTorch folder is a diffusers pipeline, or one model of it or of transformers, with safetensors. Its JAX counterpart
 is the same folder in which `params/`, an Orbax checkpoint of the module's parameters, takes the place of the
-safetensors. Everything else (configurations, tokenizer, scheduler) is copied.
+safetensors. Everything else (configurations, tokenizer, scheduler) is copied. Black Forest Labs' own single files of
+FLUX.2 are read too, and become one model's folder.
 
 The new folder is made under a temporary name beside its place and renamed when it is complete. A journal in it says
 which tensors are written, so that a run that was killed goes on.
 """
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
-import ml_dtypes
 import numpy as np
-from clvr_jax.convert.families import Family, family_of, torch_class
-from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter, check_tree, is_tree, open_tree
-from clvr_jax.convert.rules import Entry, check_keys
-from clvr_jax.convert.tensors import Spec, lay_out, stored_tensors, write_tensor
+from clvr_jax.convert.model_card import add_model_card
+from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
+from clvr_jax.convert.planning import Component, Conversion, Format, Piece
+from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json
-
-Format = Literal["jax", "torch"]
-FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 _JOURNAL = ".journal"
-_STRIP = 32
+_TILE = (1024, 32)
 _HELD_BYTES = 64 * 2**20
 
 
-class Piece(NamedTuple):
-    """One PyTorch tensor: a leaf of the module, or one layer of it (`layer` is None if it is no stack)."""
-
-    entry: Entry
-    layer: int | None
-    spec: Spec
-
-
-@dataclass(frozen=True)
-class Component:
-    """One model of a conversion: where it lies, relative to source and destination, and its tensors in order."""
-
-    name: str
-    family: Family
-    pieces: tuple[Piece, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Conversion:
-    """What a conversion will do; made by `plan`, done by `convert`."""
-
-    source: Path
-    to: Format
-    dtype: str | None
-    components: tuple[Component, ...]
-    copied: tuple[Path, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of all tensors to be written."""
-        return sum(component.nbytes for component in self.components)
-
-    @property
-    def tensors(self) -> int:
-        """Number of tensors to be written, as PyTorch counts them."""
-        return sum(len(component.pieces) for component in self.components)
-
-
-def plan(source: Path, to: Format, dtype: str | None = None) -> Conversion:
-    """Finds the models in a folder and checks that every tensor is there and has its shape. Reads headers only.
-
-    Args:
-      source: pipeline or model folder, in the other format than `to`.
-      to: "jax" or "torch".
-      dtype: of floating-point tensors, "float32", "float16" or "bfloat16"; None keeps each as it is, bit for bit.
-    Raises: ClvrError naming what is missing, surplus, misshapen or of no known family; UsageError for a source that is
-      in the format `to` already.
-    """
-    if not source.is_dir():
-        raise ClvrError(f"{source}: no such folder; give a diffusers or transformers folder, or one converted to jax")
-    models = [folder for folder in (source, *sorted(source.iterdir())) if _holds_model(folder)]
-    if not models:
-        family_of(source)  # says what is wrong with it
-        raise ClvrError(f"{source}: has a config.json but no tensors")
-    for folder in models:
-        if is_tree(folder / PARAMS) == (to == "jax"):
-            raise UsageError(f"{folder}: is in the format of {to} already; nothing to convert")
-    target = FLOATS[dtype] if dtype else None
-    components = tuple(_component(folder, str(folder.relative_to(source)), to, target) for folder in models)
-    copied = tuple(path.relative_to(source) for path in sorted(source.rglob("*")) if _is_copied(path, source, models))
-    return Conversion(source, to, dtype, components, copied)
-
-
 def convert(
-    conversion: Conversion, destination: Path, *, resume: bool = False, on_tensor: Callable[[str], None] | None = None
+    conversion: Conversion,
+    destination: Path,
+    *,
+    card: str | None = None,
+    resume: bool = False,
+    on_tensor: Callable[[str], None] | None = None,
 ) -> list[str]:
     """Does what was planned.
 
     Args:
-      conversion: from `plan`.
+      conversion: from `planning.plan`.
       destination: the new folder; must not exist.
+      card: README.md of the new folder, unless the source brings one.
       resume: go on with a run of the same conversion that was killed.
       on_tensor: called with "component/key" after each tensor, those of an earlier run included.
     Returns: the tensors ("component/key") that hold a NaN; they are written as they are.
@@ -125,6 +65,10 @@ def convert(
         for path in conversion.copied:
             (temporary / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(conversion.source / path, temporary / path)
+        for name, text in conversion.written.items():
+            (temporary / name).write_text(text)
+        if card:
+            add_model_card(temporary, card)
         (temporary / _JOURNAL).unlink()
         temporary.rename(destination)
     except OSError as error:
@@ -135,40 +79,67 @@ def convert(
 
 def _write(conversion: Conversion, folder: Path, done: dict[str, bool], on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
-        read = _reader(conversion.source / component.name, conversion.to)
         write, flush, finish = _writer(component, folder / component.name, conversion.to)
         fresh: dict[str, bool] = {}
         held = 0
-        for piece in component.pieces:
-            name = f"{component.name}/{piece.spec.key}"
-            if name not in done:
-                values = _laid_out(read(piece), piece, conversion.to)
-                write(piece, values)
-                fresh[name] = _has_nan(values)
-                held += values.nbytes
-            if held > _HELD_BYTES or piece is component.pieces[-1]:
+        names = {piece: f"{component.name}/{piece.spec.key}" for piece in component.pieces}
+        wanted = [piece for piece in component.pieces if names[piece] not in done]
+        for name in (name for piece, name in names.items() if name in done):
+            on_tensor(name)
+        for piece, values, bad in _ahead(component, conversion.to, wanted):
+            write(piece, values)
+            fresh[names[piece]] = bad
+            held += values.nbytes
+            if held > _HELD_BYTES or piece is wanted[-1]:
                 flush()
                 with (folder / _JOURNAL).open("a") as journal:
                     journal.writelines(json.dumps(item) + "\n" for item in fresh.items())
                 done |= fresh
                 fresh, held = {}, 0
-            on_tensor(name)
+            on_tensor(names[piece])
         finish()
     return [name for name, bad in done.items() if bad]
 
 
-def _reader(folder: Path, to: Format) -> Callable[[Piece], np.ndarray]:
-    """Gives a piece in the source's own layout."""
-    if to == "jax":
-        stored = stored_tensors(folder)
-        return lambda piece: stored[piece.spec.key].open()
-    arrays = open_tree(folder / PARAMS)
+def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray, bool]]:
+    """Each piece as it is written, and whether it holds a NaN; the next one is made while this one is used.
 
-    def read(piece: Piece) -> np.ndarray:
-        array = arrays[".".join(map(str, piece.entry.path))]
-        return np.asarray((array if piece.layer is None else array[piece.layer]).read().result())
+    An array holds until the next but one is asked for.
+    """
+    memory = _Memory()
 
-    return read
+    def make(number: int, piece: Piece) -> tuple[Piece, np.ndarray, bool]:
+        target = "large" if _is_large(piece) else f"turn {number % 2}"
+        values = _laid_out(component.read(piece, partial(memory, "source")), piece, component.source, to)
+        values = _copied(values, memory(target, values.shape, piece.spec.dtype))
+        return piece, values, _has_nan(values)
+
+    with ThreadPoolExecutor(1) as thread:
+        following: Future[Any] | None = None
+        for number, piece in enumerate(pieces):
+            made = following.result() if following else make(number, piece)
+            ahead = pieces[number + 1] if number + 1 < len(pieces) else None
+            following = thread.submit(make, number + 1, ahead) if ahead and not _is_large(ahead) else None
+            yield made
+
+
+def _is_large(piece: Piece) -> bool:
+    """Too large to have two of them."""
+    return piece.spec.nbytes > 4 * _HELD_BYTES
+
+
+class _Memory:
+    """Memory that is used again and again: fresh pages would cost more than what is done in them."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, np.ndarray] = {}
+
+    def __call__(self, block: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        nbytes = math.prod(shape) * dtype.itemsize
+        if block not in self._blocks or self._blocks[block].size < nbytes:
+            self._blocks.pop(block, None)
+            self._blocks[block] = np.empty(nbytes, np.uint8)
+        return self._blocks[block][:nbytes].view(dtype).reshape(shape)
 
 
 def _writer(
@@ -185,17 +156,29 @@ def _writer(
     return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.flush, tree.finish
 
 
-def _laid_out(values: np.ndarray, piece: Piece, to: Format) -> np.ndarray:
-    """Source layout -> destination layout and dtype, contiguous."""
+def _laid_out(values: np.ndarray, piece: Piece, source: Format, to: Format) -> np.ndarray:
+    """A view of the source's layout in that of the destination."""
     layout = piece.entry.layout
-    view = layout.from_torch(values) if to == "jax" else layout.to_torch(values)
+    return values if source == to else layout.from_torch(values) if to == "jax" else layout.to_torch(values)
+
+
+def _copied(view: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Copies, casting if the types differ, and returns the target."""
+    if view.dtype == target.dtype:
+        # As integers: a bfloat16 is of a type that NumPy does not know, and copied one by one.
+        view, filled = bits(view), bits(target)
+    else:
+        filled = target
     if view.ndim != 2 or view.flags.c_contiguous:
-        return np.asarray(view, piece.spec.dtype, "C")
-    # A large matrix is turned over in strips that fit the cache: ten times as fast as in one go.
-    turned = np.empty(view.shape, piece.spec.dtype)
-    for begin in range(0, view.shape[1], _STRIP):
-        turned[:, begin : begin + _STRIP] = view[:, begin : begin + _STRIP]
-    return turned
+        np.copyto(filled, view, casting="unsafe")
+        return target
+    # A matrix is turned over in tiles that fit the cache: ten times as fast as in one go.
+    rows, columns = _TILE
+    for row in range(0, view.shape[0], rows):
+        for column in range(0, view.shape[1], columns):
+            tile = np.s_[row : row + rows, column : column + columns]
+            np.copyto(filled[tile], view[tile], casting="unsafe")
+    return target
 
 
 def _has_nan(values: np.ndarray) -> bool:
@@ -209,58 +192,10 @@ def _has_nan(values: np.ndarray) -> bool:
     return any(bool(np.isnan(flat[i : i + step]).any()) for i in range(0, flat.size, step))
 
 
-def _component(folder: Path, name: str, to: Format, dtype: np.dtype | None) -> Component:
-    family = family_of(folder)
-    plan = family.entries(read_json(folder / "config.json"))
-    if to == "jax":
-        stored = stored_tensors(folder)
-        check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
-        sources = {key: tensor.dtype for key, tensor in stored.items()}
-    else:
-        sources = check_tree(folder / PARAMS, plan)
-    pieces = tuple(_pieces(plan, sources, to, dtype))
-    for entry in plan:
-        dtypes = {sources[key].name for key in entry.keys}
-        if to == "jax" and dtype is None and len(dtypes) > 1:
-            raise ClvrError(
-                f"{folder}: {entry.keys[0]} and its like in other layers become one array but are "
-                f"{' and '.join(sorted(dtypes))}; give a dtype for all"
-            )
-    return Component(name, family, pieces, sum(piece.spec.nbytes for piece in pieces))
-
-
-def _pieces(plan: list[Entry], sources: dict[str, np.dtype], to: Format, dtype: np.dtype | None) -> Iterator[Piece]:
-    for entry in plan:
-        for number, key in enumerate(entry.keys):
-            found = sources[key]
-            kept = found if found.kind in "iub" or dtype is None else dtype
-            if entry.torch_dtype:  # of counters: 64 bits there, 32 here
-                kept = np.dtype(entry.torch_dtype) if to == "torch" else np.dtype(entry.dtype)
-            yield Piece(entry, number if entry.stacked else None, Spec(key, entry.torch_shape, kept))
-
-
-def _holds_model(folder: Path) -> bool:
-    if not folder.is_dir() or torch_class(folder) is None:
-        return False
-    return is_tree(folder / PARAMS) or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
-
-
-def _is_copied(path: Path, source: Path, models: list[Path]) -> bool:
-    """Everything beside the tensors, hidden files left out."""
-    parts = path.relative_to(source).parts
-    if not path.is_file() or any(part.startswith(".") for part in parts):
-        return False
-    owner = next((folder for folder in reversed(models) if path.is_relative_to(folder)), None)
-    if owner is None:
-        return True
-    own = path.relative_to(owner)
-    return own.parts[0] != PARAMS and not own.name.endswith((".safetensors", ".safetensors.index.json"))
-
-
 def _identity(conversion: Conversion) -> str:
     """What must be the same for a killed run to go on."""
     specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.pieces]
-    return json.dumps([str(conversion.source.absolute()), conversion.to, specs])
+    return json.dumps([str(conversion.source.absolute()), conversion.to, conversion.variant, specs])
 
 
 def _read_journal(path: Path, identity: str) -> dict[str, bool]:

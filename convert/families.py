@@ -152,6 +152,9 @@ FAMILIES = (
     CLIP_TEXT_PROJECTED,
 )
 
+WITHOUT_MODULE = ("Mistral3ForConditionalGeneration", "StableDiffusionSafetyChecker")
+"""Parts of pipelines that have no counterpart here: FLUX.2 dev's text encoder, Stable Diffusion's filter."""
+
 
 def torch_class(folder: Path) -> str | None:
     """The PyTorch class that config.json in `folder` names, None if there is no such file or name."""

@@ -63,7 +63,7 @@ class TreeWriter:
         }
 
     def write(self, path: TreePath, layer: int | None, values: np.ndarray) -> None:
-        """Writes one layer of a stacked leaf, or (`layer` None) a whole leaf."""
+        """Writes one layer of a stacked leaf, or (`layer` None) a whole leaf"""
         array = self._arrays[path].with_transaction(self._transaction)
         (array if layer is None else array[layer]).write(values).result()
 
@@ -120,7 +120,7 @@ def open_tree(folder: Path) -> dict[str, ts.TensorStore]:
     metadata = read_json(folder / "_METADATA")
     if not metadata.get("use_ocdbt", False) or metadata.get("use_zarr3", False):
         raise ClvrError(f"{folder}: an Orbax checkpoint of another layout (only OCDBT with zarr arrays is read)")
-    context = ts.Context()
+    context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # one copy less of every byte
     arrays = {}
     for described in metadata["tree_metadata"].values():
         path = tuple(entry["key"] for entry in described["key_metadata"])
@@ -130,6 +130,12 @@ def open_tree(folder: Path) -> dict[str, ts.TensorStore]:
             reason = str(error).splitlines()[0][:160]
             raise ClvrError(f"{folder}: {'.'.join(path)} cannot be read ({reason})") from error
     return arrays
+
+
+def read_into(values: np.ndarray, array: ts.TensorStore, layer: int | None) -> np.ndarray:
+    """Reads a whole array, or one layer of it, into memory of its shape and dtype, which is returned."""
+    ts.array(values).write(array if layer is None else array[layer]).result()
+    return values
 
 
 def check_tree(folder: Path, plan: list[Entry]) -> dict[str, np.dtype]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from clvr_jax.convert.conversion import Conversion
+from clvr_jax.convert.planning import Conversion
 from rich.table import Table
 
 

@@ -269,7 +269,7 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
     def fail(prompt, model):
         raise ValueError("first\nsecond")
 
-    monkeypatch.setattr("clvr_jax.cli._check_request", fail)
+    monkeypatch.setattr("clvr_jax.commands.drawing._check_request", fail)
     assert main(["sample", PROMPT]) == 1
     assert complaint(capsys) == "clvr: ValueError: first second; --debug shows where"
 
@@ -278,7 +278,7 @@ def test_interrupting_exits_with_130(monkeypatch, capsys):
     def interrupt(prompt, model):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clvr_jax.cli._check_request", interrupt)
+    monkeypatch.setattr("clvr_jax.commands.drawing._check_request", interrupt)
     assert main(["generate", PROMPT]) == 130
     assert complaint(capsys) == "clvr: interrupted"
 
@@ -343,7 +343,7 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
 
 
 def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):
-    from clvr_jax.cli import _check_request
+    from clvr_jax.commands.drawing import _check_request
 
     assert _check_request("a red dragon, a RED Circle and a wyvern", str(model)) == ["dragon", "wyvern"]
     assert "dragon, wyvern" in capsys.readouterr().err

@@ -1,9 +1,15 @@
-"""Names of models that come with the package, and how a name or path becomes a folder."""
+"""Names of models that come with the package, how a name or path becomes a folder, and a folder a pipeline."""
 
 import dataclasses
+import importlib
 from pathlib import Path
+from typing import Any
 
+from jax.typing import DTypeLike
+
+from clvr_jax.convert.hub import local_folder
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
 
@@ -22,19 +28,41 @@ MODELS = {
     "shapes-tiny-base": Shipped("shapes-tiny", transformer="transformer_base"),
 }
 
+PIPELINES = {
+    "Flux2KleinPipeline": "clvr_jax.pipelines.flux2.Flux2Pipeline",
+    "StableDiffusionXLPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
+    "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
+    "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
+}
+"""diffusers' class, as model_index.json names it -> ours that reads its folder and draws."""
+
+
+def load_pipeline(model: str, dtype: DTypeLike = "float32") -> Any:
+    """The pipeline of a shipped name or a folder, of the class that reads it.
+
+    Raises: ClvrError for a folder of a class that is not in `PIPELINES`, and what `from_pretrained` raises.
+    """
+    path, _ = resolve(model)
+    kind = read_json(path / "model_index.json").get("_class_name")
+    if kind not in PIPELINES:
+        raise ClvrError(f"{path}: a {kind}; what can be drawn with is {', '.join(PIPELINES)}")
+    module, _, name = PIPELINES[kind].rpartition(".")
+    return getattr(importlib.import_module(module), name).from_pretrained(model, dtype)
+
 
 def resolve(model: str) -> tuple[Path, str]:
-    """Model name or folder -> (pipeline folder, subfolder of the transformer).
+    """Model name, folder or Hugging Face id -> (pipeline folder, subfolder of the transformer).
 
-    Raises: ClvrError for a name that is neither shipped nor a folder, and for a folder without model_index.json.
+    Raises: ClvrError for what is none of them or cannot be fetched, and for a folder without model_index.json.
     """
     if model in MODELS:
-        shipped = MODELS[model]
-        path, transformer = SHIPPED / shipped.folder, shipped.transformer
+        path, transformer = SHIPPED / MODELS[model].folder, MODELS[model].transformer
+    elif "/" not in model and not Path(model).exists():
+        raise ClvrError(
+            f"{model}: no such model; give a diffusers folder, a Hugging Face id or one of {', '.join(MODELS)}"
+        )
     else:
-        path, transformer = Path(model).expanduser(), "transformer"
-    if not path.is_dir():
-        raise ClvrError(f"{model}: no such model; give a folder in diffusers layout or one of {', '.join(MODELS)}")
+        path, transformer = local_folder(model), "transformer"
     if not (path / "model_index.json").exists():
         raise ClvrError(f"{path}: not a pipeline folder, model_index.json is missing")
     return path, transformer

@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.convert.families import QWEN3_VL
+from clvr_jax.convert.hub import local_folder
 from clvr_jax.convert.models import load_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
@@ -36,13 +37,11 @@ class Qwen3VLPipeline:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
-        """Loads a folder in transformers layout: weights, tokenizer and preprocessor_config.json.
+        """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and preprocessor_config.json.
 
         Raises: ClvrError naming what is missing or does not fit.
         """
-        folder = Path(path).expanduser()
-        if not folder.is_dir():
-            raise ClvrError(f"{path}: no such folder; give a Qwen3-VL checkpoint in transformers layout")
+        folder = local_folder(str(path))
         return cls(
             load_model(folder, QWEN3_VL, jnp.dtype(dtype)),
             load_tokenizer(folder),

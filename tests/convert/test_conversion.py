@@ -6,10 +6,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from clvr_jax.convert import conversion as module
-from clvr_jax.convert.conversion import convert, plan
+from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.families import family_of
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.orbax_tree import PARAMS
+from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import stored_tensors, write_tensors
 from safetensors.numpy import load_file
@@ -93,9 +94,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, mo
     convert(plan(source, to), whole)
     written, real = [], module._laid_out
 
-    def counted(values, piece, to):
+    def counted(values, piece, source, to):
         written.append(piece.spec.key)
-        return real(values, piece, to)
+        return real(values, piece, source, to)
 
     class Killed(BaseException):
         pass

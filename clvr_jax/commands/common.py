@@ -1,0 +1,42 @@
+"""What all commands share: their result, their options, and what must be set before models are imported."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from rich.console import RenderableType
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a command has to say: `data` with --json, else `text`."""
+
+    data: dict[str, Any]
+    text: RenderableType
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every command."""
+
+    json: bool = False
+    """Print the result as JSON on stdout."""
+    debug: bool = False
+    """Show the traceback of an error."""
+
+
+Flags = Annotated[Common, tyro.conf.arg(name="")]
+Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
+Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Guidance = Annotated[float | None, tyro.conf.arg(metavar="G")]
+Prompt = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+
+
+def prepare_jax() -> None:
+    """Settings that must come before models are imported."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises everyone to install PyTorch
+    from clvr_jax.compilation import keep_compiled_programs
+
+    keep_compiled_programs()

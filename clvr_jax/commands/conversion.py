@@ -1,0 +1,104 @@
+"""`clvr convert`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
+from clvr_jax.console import console, progress
+from clvr_jax.errors import ClvrError
+
+if TYPE_CHECKING:
+    from clvr_jax.convert.planning import Conversion
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Converts a pipeline or model folder from PyTorch to JAX or back, one tensor at a time."""
+
+    EXAMPLE: ClassVar = "clvr convert black-forest-labs/FLUX.2-klein-base-4B checkpoints/klein --to jax"
+
+    source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Folder in diffusers or transformers layout with safetensors, one that was converted to jax, a single file of
+    FLUX.2, or a Hugging Face id (org/name or org/name@revision)."""
+    destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """New folder; it appears only when it is complete."""
+    to: Literal["jax", "torch"]
+    """jax: Orbax. torch: safetensors that diffusers and transformers load."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Of floating-point tensors; if not given each keeps its own, bit for bit."""
+    variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Which of several sets of files in the source, such as fp16."""
+    dry_run: bool = False
+    """Print what would be written, and write nothing."""
+    resume: bool = False
+    """Go on with a conversion that was stopped."""
+    verify: bool = False
+    """Then run every model in PyTorch and in JAX and compare; takes 4 bytes of memory a parameter of the largest."""
+    common: Flags = field(default_factory=Common)
+
+    def run(self) -> Result:
+        """Plans, and converts unless it is a dry run."""
+        from clvr_jax.convert.conversion import convert
+        from clvr_jax.convert.hub import local_folder, model_files
+        from clvr_jax.convert.planning import plan
+        from clvr_jax.convert.report import conversion_table, tensor_list
+
+        prepare_jax()
+        if self.verify:
+            from clvr_jax.convert.verify import check_pytorch
+
+            check_pytorch()  # before minutes are spent
+        source = local_folder(self.source, allow_patterns=model_files(self.variant))
+        conversion = plan(source, self.to, self.dtype, self.variant)
+        data = {"source": self.source, "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}
+        if self.dry_run:
+            return Result({**data, "plan": tensor_list(conversion)}, conversion_table(conversion))
+        card = self._card(source, conversion)
+        with progress(f"{self.source} to {self.to}", conversion.tensors) as advance:
+            count = 0
+
+            def on_tensor(name: str) -> None:
+                nonlocal count
+                count += 1
+                advance(count, name)
+
+            not_finite = convert(conversion, self.destination, card=card, resume=self.resume, on_tensor=on_tensor)
+        for name in not_finite:
+            console.print(f"[yellow]warning:[/] {name} holds NaN", highlight=False)
+        for name, kind in conversion.without_module.items():
+            console.print(f"[yellow]note:[/] {name}/ was copied as it is: no module here reads a {kind}")
+        data |= {"out": str(self.destination), "nan": not_finite, "copied": dict(conversion.without_module)}
+        return self._verified(data, source) if self.verify else Result(data, str(self.destination))
+
+    def _card(self, source: Path, conversion: "Conversion") -> str:
+        """The model card; says on the way what may not be done with the model."""
+        from importlib.metadata import version
+
+        from clvr_jax.convert.model_card import Provenance, license_of_all, model_card
+
+        terms = license_of_all(conversion.models)
+        if terms.commercial is False:
+            console.print(f"[yellow]license:[/] {terms.notice}", highlight=False)
+        options = [f"--{name} {value}" for name in ("dtype", "variant") if (value := getattr(self, name))]
+        command = " ".join(["clvr convert", self.source, str(self.destination), f"--to {self.to}", *options])
+        revision = None if Path(self.source).expanduser().exists() else source.name
+        made = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
+        return model_card(self.destination.name, made, conversion.models)
+
+    def _verified(self, data: dict[str, Any], source: Path) -> Result:
+        """Compares the two frameworks on what was written."""
+        from clvr_jax.convert.report import agreement_list, agreement_table
+        from clvr_jax.convert.verify import verify
+
+        torch_folder = self.destination if self.to == "torch" else source
+        jax_folder = self.destination if self.to == "jax" or source.is_file() else source
+        with console.status("running both frameworks") as status:
+            agreements = verify(torch_folder, jax_folder, on_model=lambda name: status.update(f"comparing {name}"))
+        different = [agreement.component for agreement in agreements if not agreement.agrees]
+        if different:
+            console.print(agreement_table(agreements))
+            raise ClvrError(f"{self.destination}: PyTorch and JAX disagree on {', '.join(different)}")
+        return Result({**data, "verified": agreement_list(agreements)}, agreement_table(agreements))

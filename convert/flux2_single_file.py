@@ -1,0 +1,259 @@
+"""FLUX.2 in single files as Black Forest Labs and ComfyUI publish it, seen as diffusers' tensors without a copy.
+
+A transformer (`flux-2-klein-base-4b.safetensors`, `flux2-dev.safetensors`) fuses query, key and value of a double block
+in one matrix and ends in (shift, scale) where diffusers has (scale, shift). An autoencoder (`ae.safetensors`,
+`flux2-vae.safetensors`) counts the decoder's levels from the finest and writes linear layers as 1x1 convolutions.
+
+The names are given in one direction, diffusers' key -> BFL's, so that our own module says what a complete file holds.
+
+Source of the names: diffusers' `loaders/single_file_utils.py`; the autoencoder is named as in latent diffusion.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE
+from clvr_jax.convert.rules import check_keys
+from clvr_jax.convert.tensors import Spec, Stored
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
+
+_TRANSFORMER_MARKS = ("double_blocks.", "single_blocks.")
+_AUTOENCODER_MARKS = ("encoder.down.", "decoder.up.")
+
+# All names below are substitutions, each made in turn. First, one spelling of what publishers spell differently:
+# ComfyUI's prefix and scales of norms, latent diffusion's place of the quantising convolutions.
+_SPELLINGS = (
+    (r"^model\.diffusion_model\.", ""),
+    (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
+    (r"^quant_conv\.", "encoder.quant_conv."),
+    (r"^post_quant_conv\.", "decoder.post_quant_conv."),
+)
+
+# diffusers' key -> BFL's.
+_TRANSFORMER_NAMES = (
+    (r"^x_embedder\.", "img_in."),
+    (r"^context_embedder\.", "txt_in."),
+    (r"^time_guidance_embed\.(time|guidance)(?:step)?_embedder\.", r"\1_in."),
+    (r"_in\.linear_1\.", "_in.in_layer."),
+    (r"_in\.linear_2\.", "_in.out_layer."),
+    (r"^(.+_stream_modulation.*)\.linear\.", r"\1.lin."),
+    (r"^norm_out\.linear\.", "final_layer.adaLN_modulation.1."),
+    (r"^proj_out\.", "final_layer.linear."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_qkv_mlp_proj\.", r"single_blocks.\1.linear1."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.to_out\.", r"single_blocks.\1.linear2."),
+    (r"^single_transformer_blocks\.(\d+)\.attn\.norm_", r"single_blocks.\1.norm_"),
+    (r"^transformer_blocks\.", "double_blocks."),
+    (r"\.attn\.to_[qkv]\.", ".img_attn.qkv."),
+    (r"\.attn\.add_[qkv]_proj\.", ".txt_attn.qkv."),
+    (r"\.attn\.to_out\.0\.", ".img_attn.proj."),
+    (r"\.attn\.to_add_out\.", ".txt_attn.proj."),
+    (r"\.attn\.norm_added_([qk])\.", r".txt_attn.norm_\1."),
+    (r"\.attn\.norm_([qk])\.", r".img_attn.norm_\1."),
+    (r"\.norm_q\.weight$", ".norm.query_norm.scale"),
+    (r"\.norm_k\.weight$", ".norm.key_norm.scale"),
+    (r"\.ff\.linear_in\.", ".img_mlp.0."),
+    (r"\.ff\.linear_out\.", ".img_mlp.2."),
+    (r"\.ff_context\.linear_in\.", ".txt_mlp.0."),
+    (r"\.ff_context\.linear_out\.", ".txt_mlp.2."),
+)
+_AUTOENCODER_NAMES = (
+    (r"\.(down|up)_blocks\.(\d+)\.resnets\.", r".\1.\2.block."),
+    (r"\.(down|up)_blocks\.(\d+)\.(down|up)samplers\.0\.", r".\1.\2.\3sample."),
+    (r"\.mid_block\.resnets\.0\.", ".mid.block_1."),
+    (r"\.mid_block\.resnets\.1\.", ".mid.block_2."),
+    (r"\.mid_block\.attentions\.0\.", ".mid.attn_1."),
+    (r"\.attn_1\.group_norm\.", ".attn_1.norm."),
+    (r"\.attn_1\.to_([qkv])\.", r".attn_1.\1."),
+    (r"\.attn_1\.to_out\.0\.", ".attn_1.proj_out."),
+    (r"\.conv_shortcut\.", ".nin_shortcut."),
+    (r"\.conv_norm_out\.", ".norm_out."),
+    *_SPELLINGS[2:],
+)
+
+_FUSED = re.compile(r"transformer_blocks\.\d+\.attn\.(?:to|add)_([qkv])(?:_proj)?\.weight")
+_SWAPPED = "norm_out.linear.weight"
+_AS_CONVOLUTION = re.compile(r".+\.attentions\.0\.to_.+\.weight")
+_QUANTISED = re.compile(r".+(?:_scale|_scale_2|scaled_fp8|comfy_quant|absmax|quant_map)")
+
+
+@dataclass(frozen=True)
+class Part(Spec):
+    """Rows of a tensor in a file, under diffusers' key; has the surface of `Stored`.
+
+    source: the tensor in the file. rows: which rows of it, one range after the other; () are all.
+    """
+
+    source: Stored
+    rows: tuple[slice, ...] = ()
+
+    def open(self) -> np.ndarray:
+        """The tensor, read-only. One range stays mapped; several are read and put together."""
+        whole = self.source.open()
+        ranges = [whole[rows] for rows in self.rows] or [whole]
+        return (ranges[0] if len(ranges) == 1 else np.concatenate(ranges)).reshape(self.shape)
+
+
+def is_bfl(keys: Iterable[str]) -> bool:
+    """Whether the keys of a file are in BFL's layout rather than in that of a diffusers folder."""
+    return any(_spelled(key).startswith((*_TRANSFORMER_MARKS, *_AUTOENCODER_MARKS)) for key in keys)
+
+
+def bfl_key(key: str) -> str:
+    """diffusers' key of a transformer's tensor -> BFL's; query, key and value of a double block share one."""
+    return _renamed(key, _TRANSFORMER_NAMES)
+
+
+def config_of(stored: Mapping[str, Stored]) -> dict[str, Any]:
+    """The diffusers config.json of a single file: sizes from the shapes, the rest as published.
+
+    Args:
+      stored: key -> tensor of one file; headers are enough.
+    Raises: ClvrError if it is no FLUX.2 transformer or autoencoder, or a tensor that tells a size is missing.
+    """
+    file = _File(stored)
+    if file.has(_TRANSFORMER_MARKS):
+        return FLUX2_TRANSFORMER.config_to_dict(_transformer_config(file))
+    if file.has(_AUTOENCODER_MARKS):
+        return FLUX2_VAE.config_to_dict(_autoencoder_config(file))
+    raise ClvrError(
+        f"{file.where}: neither a FLUX.2 transformer (double_blocks.*) nor its autoencoder (encoder.down.*) in BFL's "
+        f"layout; it has {_some(sorted(stored)) or 'no tensors'}"
+    )
+
+
+def diffusers_tensors(stored: Mapping[str, Stored]) -> dict[str, Part]:
+    """Every tensor of diffusers' layout and where it lies in the file. Reads nothing.
+
+    Args:
+      stored: key -> tensor of one file in BFL's layout.
+    Returns: diffusers' key -> its part of the file, in the order of our module.
+    Raises: ClvrError listing missing, surplus and misshapen tensors; a file of two layouts has some of each.
+    """
+    config = config_of(stored)
+    file = _File(stored)
+    if config["_class_name"] == FLUX2_TRANSFORMER.torch_class:
+        entries = FLUX2_TRANSFORMER.entries(config)
+        names = {key: bfl_key(key) for entry in entries for key in entry.keys}
+    else:
+        entries, levels = FLUX2_VAE.entries(config), len(config["block_out_channels"])
+        names = {key: _autoencoder_key(key, levels) for entry in entries for key in entry.keys}
+    file.check(set(names.values()))
+    parts = {key: _part(key, file.tensors[name]) for key, name in names.items()}
+    check_keys(entries, {key: part.shape for key, part in parts.items()}, file.where)
+    return parts
+
+
+class _File:
+    """The tensors of a file under one spelling of BFL's keys."""
+
+    def __init__(self, stored: Mapping[str, Stored]):
+        self.where = str(next((tensor.file for tensor in stored.values()), "checkpoint"))
+        self.tensors: dict[str, Stored] = {}
+        for key, tensor in stored.items():
+            other = self.tensors.setdefault(_spelled(key), tensor)
+            if other is not tensor:
+                raise ClvrError(f"{self.where}: {other.key} and {key} are the same tensor of the model; remove one")
+
+    def has(self, beginnings: tuple[str, ...]) -> bool:
+        return any(key.startswith(beginnings) for key in self.tensors)
+
+    def shape(self, key: str, axes: int) -> tuple[int, ...]:
+        if key not in self.tensors:
+            raise ClvrError(f"{self.where}: {key} is missing, so this is no complete FLUX.2 file; fetch it again")
+        shape = self.tensors[key].shape
+        if len(shape) != axes:
+            raise ClvrError(
+                f"{self.where}: {key} has {len(shape)} axes, FLUX.2's has {axes}; take the file in bfloat16"
+            )
+        return shape
+
+    def count(self, beginning: str) -> int:
+        """Number of members of a list: one more than the highest index after `beginning`."""
+        matches = (re.match(re.escape(beginning) + r"(\d+)\.", key) for key in self.tensors)
+        return max((int(match[1]) + 1 for match in matches if match), default=0)
+
+    def check(self, expected: set[str]) -> None:
+        missing = sorted(expected - self.tensors.keys())
+        surplus = sorted(self.tensors[key].key for key in self.tensors.keys() - expected)
+        sides = (("missing", missing), ("surplus", surplus))
+        faults = [f"{len(keys)} {title}: {_some(keys)}" for title, keys in sides if keys]
+        if faults:
+            hint = "; it is quantised, take the file in bfloat16" if any(map(_QUANTISED.fullmatch, surplus)) else ""
+            raise ClvrError(f"{self.where}: tensors are not those of FLUX.2 in BFL's layout; {'; '.join(faults)}{hint}")
+
+
+def _transformer_config(file: _File) -> Flux2TransformerConfig:
+    width, in_channels = file.shape("img_in.weight", 2)
+    head_dim = file.shape("single_blocks.0.norm.query_norm.scale", 1)[0]
+    out_channels = file.shape("final_layer.linear.weight", 2)[0]
+    return Flux2TransformerConfig(
+        in_channels=in_channels,
+        out_channels=None if out_channels == in_channels else out_channels,
+        num_layers=file.count("double_blocks."),
+        num_single_layers=file.count("single_blocks."),
+        attention_head_dim=head_dim,
+        num_attention_heads=width // head_dim,
+        joint_attention_dim=file.shape("txt_in.weight", 2)[1],
+        timestep_guidance_channels=file.shape("time_in.in_layer.weight", 2)[1],
+        mlp_ratio=file.shape("double_blocks.0.img_mlp.2.weight", 2)[1] / width,
+        guidance_embeds=file.has(("guidance_in.",)),
+    )
+
+
+def _autoencoder_config(file: _File) -> AutoencoderKLFlux2Config:
+    encoder = _widths(file, "encoder.down.")
+    decoder = _widths(file, "decoder.up.")
+    return AutoencoderKLFlux2Config(
+        in_channels=file.shape("encoder.conv_in.weight", 4)[1],
+        out_channels=file.shape("decoder.conv_out.weight", 4)[0],
+        block_out_channels=encoder,
+        decoder_block_out_channels=None if decoder == encoder else decoder,
+        layers_per_block=file.count("encoder.down.0.block."),
+        latent_channels=file.shape("decoder.conv_in.weight", 4)[1],
+        use_quant_conv=file.has(("encoder.quant_conv.",)),
+        use_post_quant_conv=file.has(("decoder.post_quant_conv.",)),
+        mid_block_add_attention=file.has(("encoder.mid.attn_1.",)),
+    )
+
+
+def _widths(file: _File, levels: str) -> tuple[int, ...]:
+    """Channels of each level, finest first."""
+    return tuple(file.shape(f"{levels}{level}.block.0.conv1.weight", 4)[0] for level in range(file.count(levels)))
+
+
+def _autoencoder_key(key: str, levels: int) -> str:
+    """diffusers' key -> BFL's; the decoder's levels are counted from the coarsest there, from the finest here."""
+    key = re.sub(r"(?<=\.up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
+    return _renamed(key, _AUTOENCODER_NAMES)
+
+
+def _part(key: str, source: Stored) -> Part:
+    """The part of a file's tensor that is diffusers' tensor `key`."""
+    count, *rest = source.shape or (0,)
+    if fused := _FUSED.fullmatch(key):
+        third, number = count // 3, "qkv".index(fused[1])
+        return Part(key, (third, *rest), source.dtype, source, (slice(number * third, (number + 1) * third),))
+    if key == _SWAPPED:
+        return Part(key, source.shape, source.dtype, source, (slice(count // 2, count), slice(count // 2)))
+    shape = source.shape[:2] if _AS_CONVOLUTION.fullmatch(key) and source.shape[2:] == (1, 1) else source.shape
+    return Part(key, shape, source.dtype, source)
+
+
+def _spelled(key: str) -> str:
+    return _renamed(key, _SPELLINGS)
+
+
+def _renamed(key: str, names: Iterable[tuple[str, str]]) -> str:
+    for pattern, replacement in names:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def _some(keys: list[str], most: int = 6) -> str:
+    return ", ".join(keys[:most]) + (f", ... ({len(keys) - most} more)" if len(keys) > most else "")

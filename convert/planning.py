@@ -1,0 +1,209 @@
+"""What a conversion will do: the models of a source, their tensors, and the files beside them. Reads headers only."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from clvr_jax.convert import flux2_single_file
+from clvr_jax.convert.families import WITHOUT_MODULE, Family, family_of, find_family, torch_class
+from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, open_tree, read_into
+from clvr_jax.convert.rules import Entry, check_keys
+from clvr_jax.convert.tensors import FLOATS, PICKLES, Spec, Stored, read_header, stored_tensors
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import read_json
+
+Format = Literal["jax", "torch"]
+
+# Weights in formats that are not read, which published folders hold beside the safetensors.
+_OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml"}
+
+
+class Piece(NamedTuple):
+    """One PyTorch tensor: a leaf of the module, or one layer of it (`layer` is None if it is no stack)."""
+
+    entry: Entry
+    layer: int | None
+    spec: Spec
+
+
+Memory = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""(shape, dtype) -> an array to be filled."""
+
+Reader = Callable[[Piece, Memory], np.ndarray]
+"""Gives a piece in the source's layout: mapped, or read into the memory offered."""
+
+
+@dataclass(frozen=True)
+class Component:
+    """One model of a conversion: its place relative to source and destination, and its tensors in order.
+
+    config: its config.json. source: format that `read` gives.
+    """
+
+    name: str
+    family: Family
+    config: Mapping[str, Any]
+    source: Format
+    pieces: tuple[Piece, ...]
+    read: Reader
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its tensors in the destination."""
+        return sum(piece.spec.nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What a conversion will do; made by `plan`, done by `convert`.
+
+    copied: files, relative to the source, that are taken as they are. written: further files of the destination.
+    without_module: components with weights that are copied because no module of ours reads them, with their class.
+    """
+
+    source: Path
+    to: Format
+    dtype: str | None
+    variant: str | None
+    components: tuple[Component, ...]
+    copied: tuple[Path, ...]
+    written: Mapping[str, str]
+    without_module: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors and files to be written."""
+        copied = sum((self.source / path).stat().st_size for path in self.copied)
+        return copied + sum(component.nbytes for component in self.components)
+
+    @property
+    def tensors(self) -> int:
+        """Number of tensors to be written, as PyTorch counts them."""
+        return sum(len(component.pieces) for component in self.components)
+
+    @property
+    def models(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Component -> (PyTorch's class, config.json)."""
+        return {component.name: (component.family.torch_class, component.config) for component in self.components}
+
+
+def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None = None) -> Conversion:
+    """Finds the models in a folder and checks that every tensor is there and has its shape. Reads headers only.
+
+    Args:
+      source: pipeline or model folder, or a single file of FLUX.2.
+      to: "jax" or "torch".
+      dtype: of floating-point tensors, "float32", "float16" or "bfloat16"; None keeps each as it is, bit for bit.
+      variant: which of several sets of files, "fp16" say, see `model_file`.
+    Raises: ClvrError naming what is missing, surplus, misshapen or of no known family; UsageError for a source that is
+      already what is asked for.
+    """
+    target = FLOATS[dtype] if dtype else None
+    if source.is_file():
+        stored = {tensor.key: tensor for tensor in read_header(source)}
+        config = flux2_single_file.config_of(stored)
+        component = _component(_file_model(source, config, stored), ".", to, target)
+        files: dict[str, str] = {"config.json": json.dumps(config, indent=2) + "\n"}
+        return Conversion(source, to, dtype, variant, (component,), (), files, {})
+    if not source.is_dir():
+        raise ClvrError(f"{source}: no such file or folder; give a diffusers or transformers folder or a FLUX.2 file")
+    found = [folder for folder in (source, *sorted(source.iterdir())) if _holds_model(folder)]
+    strangers = {folder.name: name for folder in found if (name := torch_class(folder)) in WITHOUT_MODULE}
+    models = [folder for folder in found if folder.name not in strangers]
+    if not models:
+        family_of(source)  # says what is wrong with it
+        raise ClvrError(f"{source}: has a config.json but no tensors")
+    if dtype is None and all(is_tree(folder / PARAMS) == (to == "jax") for folder in models):
+        raise UsageError(f"{source}: is in the format of {to} already; nothing to convert (--dtype would change it)")
+    components = tuple(
+        _component(_folder_model(folder, variant), str(folder.relative_to(source)), to, target) for folder in models
+    )
+    copied = tuple(path.relative_to(source) for path in sorted(source.rglob("*")) if _is_copied(path, source, models))
+    return Conversion(source, to, dtype, variant, components, copied, {}, strangers)
+
+
+class _Model(NamedTuple):
+    """A model as it lies there: the correspondence with its tensors, their dtypes, and how one is read."""
+
+    where: Path
+    family: Family
+    config: Mapping[str, Any]
+    format: Format
+    plan: list[Entry]
+    dtypes: dict[str, np.dtype]
+    read: Reader
+
+
+def _folder_model(folder: Path, variant: str | None) -> _Model:
+    family, config = family_of(folder), read_json(folder / "config.json")
+    plan = family.entries(config)
+    if is_tree(folder / PARAMS):
+        dtypes = check_tree(folder / PARAMS, plan)
+        return _Model(folder, family, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS))
+    stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
+    check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
+    dtypes = {key: tensor.dtype for key, tensor in stored.items()}
+    return _Model(folder, family, config, "torch", plan, dtypes, lambda piece, memory: stored[piece.spec.key].open())
+
+
+def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> _Model:
+    family = find_family(config["_class_name"])
+    assert family is not None
+    parts = flux2_single_file.diffusers_tensors(stored)
+    dtypes, plan = {key: part.dtype for key, part in parts.items()}, family.entries(config)
+    return _Model(file, family, config, "torch", plan, dtypes, lambda piece, memory: parts[piece.spec.key].open())
+
+
+def _leaf_reader(folder: Path) -> Reader:
+    arrays = open_tree(folder)
+
+    def read(piece: Piece, memory: Memory) -> np.ndarray:
+        array = arrays[".".join(map(str, piece.entry.path))]
+        values = memory(array.shape if piece.layer is None else array.shape[1:], array.dtype.numpy_dtype)
+        return read_into(values, array, piece.layer)
+
+    return read
+
+
+def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> Component:
+    for entry in model.plan:
+        dtypes = {model.dtypes[key].name for key in entry.keys}
+        if to == "jax" and dtype is None and len(dtypes) > 1:
+            raise ClvrError(
+                f"{model.where}: {entry.keys[0]} and its like in other layers become one array but are "
+                f"{' and '.join(sorted(dtypes))}; give a dtype for all"
+            )
+    pieces = tuple(_pieces(model.plan, model.dtypes, to, dtype))
+    return Component(name, model.family, model.config, model.format, pieces, model.read)
+
+
+def _pieces(plan: list[Entry], sources: dict[str, np.dtype], to: Format, dtype: np.dtype | None) -> Iterator[Piece]:
+    for entry in plan:
+        for number, key in enumerate(entry.keys):
+            found = sources[key]
+            kept = found if found.kind in "iub" or dtype is None else dtype
+            if entry.torch_dtype:  # of counters: 64 bits there, 32 here
+                kept = np.dtype(entry.torch_dtype) if to == "torch" else np.dtype(entry.dtype)
+            yield Piece(entry, number if entry.stacked else None, Spec(key, entry.torch_shape, kept))
+
+
+def _holds_model(folder: Path) -> bool:
+    if not folder.is_dir() or torch_class(folder) is None:
+        return False
+    return is_tree(folder / PARAMS) or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+
+
+def _is_copied(path: Path, source: Path, models: list[Path]) -> bool:
+    """Everything beside the tensors, hidden files left out."""
+    parts = path.relative_to(source).parts
+    if not path.is_file() or any(part.startswith(".") for part in parts):
+        return False
+    owner = next((folder for folder in reversed(models) if path.is_relative_to(folder)), None)
+    if owner is None:
+        return True
+    is_weight = path.suffix in _OTHER_WEIGHTS or ".safetensors.index." in path.name
+    return path.relative_to(owner).parts[0] != PARAMS and not is_weight
