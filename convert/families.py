@@ -1,10 +1,12 @@
 """Which model a folder holds: the architectures that can be converted, told apart by config.json."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from clvr_jax.convert import (
     autoencoder_kl,
@@ -59,13 +61,21 @@ class Family:
         """The module of a config.json, its weights drawn from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    def abstract(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> nnx.State:
-        """Shapes and dtypes of the parameters of a model with this config.json; nothing is allocated."""
-        return nnx.state(nnx.eval_shape(lambda: self.make(config, dtype)))
+    def split(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
+        """Graph and abstract state (shapes and dtypes) of a model with this config.json; nothing is allocated."""
+        graphdef, state = _split(self, self.config_from_dict(config), jnp.dtype(dtype))
+        return graphdef, jax.tree.map(lambda leaf: leaf, state)  # a copy: states are changed in place
 
     def entries(self, config: Mapping[str, Any]) -> list[Entry]:
         """The correspondence of every parameter with PyTorch's tensors."""
-        return entries(self.abstract(config), self.table(self.config_from_dict(config)))
+        made = self.config_from_dict(config)
+        return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.table(made))
+
+
+# Tracing a UNet takes seconds, and a conversion asks several times.
+@functools.lru_cache(maxsize=16)
+def _split(family: Family, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: family.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)))
 
 
 FLUX2_TRANSFORMER = Family(

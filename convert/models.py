@@ -12,7 +12,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from clvr_jax.convert.families import Family
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
-from clvr_jax.convert.rules import Entry, check_keys, entries, leaves_of, state_to_torch
+from clvr_jax.convert.rules import Entry, check_keys, leaves_of, state_to_torch
 from clvr_jax.convert.tensors import FLOATS, Stored, stored_tensors, write_tensors
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
@@ -41,15 +41,14 @@ def load_model(
     if not folder.is_dir():
         raise ClvrError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
-    graphdef, state = nnx.split(nnx.eval_shape(lambda: family.make(config, dtype)))
-    made = family.config_from_dict(config)
-    plan = entries(state, family.table(made))
+    graphdef, state = family.split(config, dtype)
+    plan = family.entries(config)
     device = SingleDeviceSharding(jax.devices()[0])
     placed = leaves_of(shardings) if shardings is not None else dict.fromkeys((entry.path for entry in plan), device)
     if is_tree(folder / PARAMS):
         loaded = _restore(folder / PARAMS, plan, dtype, placed)
     else:
-        stored = family.published(stored_tensors(folder, variant), made)
+        stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
         check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
         loaded = {entry.path: _leaf(entry, stored, dtype, placed[entry.path]) for entry in plan}
     nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.from_flat_state(loaded.items())))
@@ -63,13 +62,26 @@ def _target(entry: Entry, dtype: DTypeLike) -> np.dtype:
 def _leaf(entry: Entry, stored: Mapping[str, Stored], dtype: DTypeLike, sharding: Sharding) -> jax.Array:
     target = _target(entry, dtype)
 
-    def read(index: tuple[slice, ...] | None) -> np.ndarray:
-        index = index or (slice(None),) * len(entry.shape)
-        layers, own = (entry.keys[index[0]], index[1:]) if entry.stacked else (entry.keys, index)
-        parts = [np.array(entry.layout.from_torch(stored[key].open())[own], target, order="C") for key in layers]
-        return np.stack(parts) if entry.stacked else parts[0]
+    @functools.cache  # devices that hold the same part share one reading of it
+    def read(ranges: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
+        return read_part(entry, stored, tuple(slice(*ends) for ends in ranges)).astype(target, order="C", copy=False)
 
-    return jax.make_array_from_callback(entry.shape, sharding, read)
+    return jax.make_array_from_callback(
+        entry.shape, sharding, lambda index: read(tuple((part.start, part.stop) for part in index or ()))
+    )
+
+
+def read_part(entry: Entry, stored: Mapping[str, Stored], index: tuple[slice, ...]) -> np.ndarray:
+    """The part of a leaf that one device holds, in the file's dtype; no other tensors, rows or columns are touched.
+
+    Args:
+      entry: the leaf.
+      stored: where its tensors lie.
+      index: of the leaf, one slice for each leading axis.
+    """
+    layers, own = (entry.keys[index[0]], index[1:]) if entry.stacked and index else (entry.keys, index)
+    parts = [entry.layout.from_torch(stored[key].open())[own] for key in layers]
+    return np.stack(parts) if entry.stacked else np.asarray(parts[0])
 
 
 def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[Any, Sharding]) -> dict[Any, jax.Array]:

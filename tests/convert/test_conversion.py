@@ -6,6 +6,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from clvr_jax.convert import conversion as module
+from clvr_jax.convert import models
 from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.families import family_of
 from clvr_jax.convert.models import load_model
@@ -125,25 +126,38 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, mo
     assert sorted(path.name for path in out.iterdir()) == sorted(path.name for path in whole.iterdir())
 
 
-def test_devices_of_a_mesh_read_their_shards_only(tmp_path, monkeypatch):
-    mesh = jax.make_mesh((jax.device_count(),), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
-    family = family_of(SHAPES / "transformer")
+def test_devices_of_a_mesh_hold_and_read_their_shards_only(monkeypatch):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     folder = SHAPES / "transformer"
-    config = json.loads((folder / "config.json").read_text())
+    family = family_of(folder)
+    _, state = family.split(json.loads((folder / "config.json").read_text()))
 
     def place(leaf):
-        axis = next((i for i, n in reversed(list(enumerate(leaf.shape))) if n % jax.device_count() == 0), None)
-        spec = [None] * len(leaf.shape)
-        if axis is not None:
-            spec[axis] = "fsdp"
-        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
+        widest = max(range(len(leaf.shape)), key=lambda axis: (leaf.shape[axis] % 4 == 0, leaf.shape[axis]))
+        axes = ["fsdp" if axis == widest and leaf.shape[axis] % 4 == 0 else None for axis in range(len(leaf.shape))]
+        return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
 
-    shardings = jax.tree.map(place, family.abstract(config))
+    shardings = jax.tree.map(place, state)
+    read, real = [], models.read_part
+
+    def counted(entry, stored, index):
+        part = real(entry, stored, index)
+        read.append(part.nbytes)
+        return part
+
+    monkeypatch.setattr(models, "read_part", counted)
     model = load_model(folder, family, shardings=shardings)
+    size = sum(stored.nbytes for stored in stored_tensors(folder).values())
+    assert sum(read) == size  # not twice, although two devices hold each part
     plain = leaves_of(Flux2Pipeline.from_pretrained("shapes-tiny").transformer)
+    held = dict.fromkeys(jax.devices(), 0)
     for path, leaf in leaves_of(model).items():
-        assert leaf.sharding.spec == leaves_of(shardings)[path].spec
+        assert leaf.sharding == leaves_of(shardings)[path]
         assert np.array_equal(leaf, plain[path]), path
+        for shard in leaf.addressable_shards:
+            held[shard.device] += shard.data.nbytes
+    whole = sum(leaf.nbytes for leaf in plain.values())
+    assert all(part < 0.251 * whole for part in held.values()), held
 
 
 @pytest.mark.parametrize(
