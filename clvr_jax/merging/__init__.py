@@ -1,0 +1,1 @@
+"""DSWM: differences of parameter trees, scaled and added."""

@@ -1,0 +1,146 @@
+"""Arithmetic of parameter trees: differences, full or low-rank, and their weighted sum on a base (DSWM).
+
+All arithmetic is float32, whatever the trees are stored in, and each leaf is one compiled expression, so that there is
+never a float32 copy of a whole tree, nor of a leaf where the compiler can fuse. Everything also works under `jax.jit`.
+Results have the base's structure, dtypes and shardings. Leaves that are no floating-point numbers (counters) are no
+weights: they stay the base's, and their delta is 0.
+
+Source: delta-space weight merging of CLVR: W = W_base + w_d (W_distill - W_base) + w_a (W_align - W_base).
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
+from clvr_jax.trees import Path, Tree, by_pattern, dotted, leaves_by_path, some
+
+# One weight for all leaves, or regular expressions searched in their paths ("transformer_blocks.attn.to_q.kernel") and
+# the weight where one is the first to match; elsewhere the weight is 1.
+Weight = ArrayLike | Mapping[str, ArrayLike]
+
+
+def dswm(base: Tree, distill: Tree, align: Tree, distill_weight: Weight = 1.0, align_weight: Weight = 1.0) -> Tree:
+    """base + distill_weight (distill - base) + align_weight (align - base).
+
+    Args:
+      base, distill, align: full weights of one architecture; NNX states or any trees with the same paths and shapes.
+      distill_weight, align_weight: a number, or {pattern: number} for the leaves that a pattern is found in.
+    Returns: a tree like `base`.
+    Raises: ClvrError listing leaves that only one side has or whose shapes or kinds differ, and idle patterns.
+    """
+    others = {"distill": leaves_by_path(distill), "align": leaves_by_path(align)}
+    leaves = leaves_by_path(base)
+    for name, other in others.items():
+        _check_same(leaves, other, name)
+    weights = [_weights(weight, leaves) for weight in (distill_weight, align_weight)]
+    return _map(lambda path, leaf: _dswm(leaf, *(o[path] for o in others.values()), *(w[path] for w in weights)), base)
+
+
+def delta(tuned: Tree, base: Tree) -> Tree:
+    """tuned - base, a tree like `base`. Raises: ClvrError as `dswm` does."""
+    leaves = leaves_by_path(tuned)
+    _check_same(leaves_by_path(base), leaves, "tuned")
+    return _map(lambda path, leaf: _difference(leaves[path], leaf), base, counter=jnp.zeros_like)
+
+
+def apply_delta(base: Tree, delta: Tree, weight: Weight = 1.0) -> Tree:
+    """base + weight * delta; with -weight the way back, up to rounding.
+
+    Args:
+      base: full weights.
+      delta: a tree like `base`, as the function `delta` returns it, or a LoRA tree, whose pairs are multiplied out.
+      weight: a number, or {pattern: number} for the leaves of `delta` that a pattern is found in.
+    Returns: a tree like `base`; leaves that a LoRA tree does not adapt are the same arrays.
+    Raises: ClvrError listing leaves that do not match, pairs whose product has not the kernel's shape, idle patterns.
+    """
+    leaves, changes = leaves_by_path(base), leaves_by_path(delta, is_pair)
+    low_rank = any(map(is_pair, changes.values()))
+    _check_same({path: leaves[path] for path in leaves.keys() & changes} if low_rank else leaves, changes, "delta")
+    weights = _weights(weight, changes)
+    return _map(lambda path, leaf: _sum(leaf, changes[path], weights[path]) if path in changes else leaf, base)
+
+
+@jax.jit
+def _dswm(base: jax.Array, distill: jax.Array, align: jax.Array, w_distill: ArrayLike, w_align: ArrayLike) -> jax.Array:
+    # The two small terms are added first, so that the base is rounded once.
+    wide = _wide(base)
+    moved = w_distill * (_wide(distill) - wide) + w_align * (_wide(align) - wide)
+    return (wide + moved).astype(base.dtype)
+
+
+@jax.jit
+def _difference(tuned: jax.Array, base: jax.Array) -> jax.Array:
+    return (_wide(tuned) - _wide(base)).astype(base.dtype)
+
+
+@jax.jit
+def _sum(base: jax.Array, change: jax.Array | LoRAPair, weight: ArrayLike) -> jax.Array:
+    change = change.product() if isinstance(change, LoRAPair) else _wide(change)
+    return (_wide(base) + weight * change).astype(base.dtype)
+
+
+def _wide(leaf: jax.Array) -> jax.Array:
+    return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+
+
+def _map(
+    change: Callable[[Path, Any], jax.Array], base: Tree, counter: Callable[[Any], Any] = lambda leaf: leaf
+) -> Tree:
+    """A tree like `base` of `change(path, leaf)`, and `counter(leaf)` where a leaf is no floating-point number."""
+    results = [
+        _placed(change(path, leaf), leaf) if _kind(leaf) == "floating" else counter(leaf)
+        for path, leaf in leaves_by_path(base).items()
+    ]
+    return jax.tree.unflatten(jax.tree.structure(base), results)
+
+
+def _placed(result: jax.Array, leaf: Any) -> jax.Array:
+    """`result` where `leaf` is. The compiler nearly always leaves it there; under `jax.jit` it alone decides."""
+    if isinstance(result, jax.core.Tracer) or not isinstance(leaf, jax.Array):
+        return result
+    same = result.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)
+    return result if same else jax.device_put(result, leaf.sharding)
+
+
+def _weights(weight: Weight, paths: Iterable[Path]) -> dict[Path, ArrayLike]:
+    return by_pattern(weight, paths, 1.0) if isinstance(weight, Mapping) else dict.fromkeys(paths, weight)
+
+
+def _kind(leaf: Any) -> str:
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
+    return "floating" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
+
+
+def _fits(base: Any, other: Any) -> bool:
+    if not is_pair(other):
+        return (_kind(base), np.shape(base)) == (_kind(other), np.shape(other))
+    one_each = isinstance(other.scale, float | int) or (len(other.scale),) == np.shape(base)[:-2]
+    shapes = np.shape(other.a), np.shape(other.b)
+    return one_each and np.ndim(base) in KERNEL_AXES and shapes == factor_shapes(np.shape(base), shapes[0][-1])
+
+
+def _described(leaf: Any) -> str:
+    if not is_pair(leaf):
+        return f"{_kind(leaf)} {np.shape(leaf)}"
+    return f"LoRA a {np.shape(leaf.a)} b {np.shape(leaf.b)} scale {leaf.scale}"
+
+
+def _check_same(base: Mapping[Path, Any], other: Mapping[Path, Any], name: str) -> None:
+    differing = [
+        f"{dotted(path)} (base {_described(base[path])}, {name} {_described(other[path])})"
+        for path in base
+        if path in other and not _fits(base[path], other[path])
+    ]
+    sides = (
+        ("only in base", [dotted(path) for path in base if path not in other]),
+        (f"only in {name}", [dotted(path) for path in other if path not in base]),
+        ("of another shape or kind", differing),
+    )
+    if faults := [f"{len(names)} {title}: {some(names)}" for title, names in sides if names]:
+        raise ClvrError(f"merging: {name} does not match base; {'; '.join(faults)}")

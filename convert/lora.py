@@ -1,0 +1,114 @@
+"""LoRA files <-> LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from clvr_jax.convert.lora_file import Factors, read_factors, write_factors
+from clvr_jax.convert.lora_names import component
+from clvr_jax.convert.rules import Entry, Table, entries
+from flax.traverse_util import unflatten_dict
+from jax.typing import DTypeLike
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
+from clvr_jax.trees import Tree, dotted, leaves_by_path, some
+
+
+def load_lora(
+    path: Path, table: Table, state: Any, *, ignore_text_encoder: bool = False, dtype: DTypeLike | None = None
+) -> Tree:
+    """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS; which it is, is found out.
+
+    Args:
+      path: the file, or the folder that holds it.
+      table: the model's conversion table.
+      state: NNX module or state of the model; shapes are enough.
+      ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
+      dtype: of the factors; None keeps the file's.
+    Returns: a LoRA tree, see `clvr_jax.models.lora`.
+    Raises: ClvrError, listing both sides, for a file that is damaged, of another kind or of another model.
+    """
+    plan = _adaptable(state, table)
+    factors = read_factors(path, _shapes(plan), ignore_text_encoder)
+    layers = {entry.path: [factors.get(module) for module in _modules(entry)] for entry in plan}
+    return unflatten_dict(
+        {entry.path: _pair(entry, layers[entry.path], dtype) for entry in plan if any(layers[entry.path])}
+    )
+
+
+def save_lora(path: Path, lora: Tree, table: Table, state: Any) -> None:
+    """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
+
+    Ranks at the end in which both factors are zero, and layers in which all are, are padding and not written.
+
+    Args:
+      path: a folder, in which it is called `pytorch_lora_weights.safetensors`, or a name that ends in .safetensors.
+      lora: the LoRA tree, in the dtype it is to have in the file.
+      table, state: as for `load_lora`.
+    Raises: ClvrError for pairs that are not of this model, or if there is nothing to write.
+    """
+    plan = {entry.path: entry for entry in _adaptable(state, table)}
+    pairs = leaves_by_path(lora, is_pair)
+    foreign = [
+        f"{dotted(at)} {pair.a.shape} {pair.b.shape} (the model's kernel: {plan[at].shape if at in plan else None})"
+        for at, pair in pairs.items()
+        if at not in plan or (pair.a.shape, pair.b.shape) != factor_shapes(plan[at].shape, pair.a.shape[-1])
+    ]
+    if foreign:
+        raise ClvrError(f"{path}: the LoRA tree is of another model; {len(foreign)} do not fit: {some(foreign)}")
+    factors = {name: own for at, pair in pairs.items() for name, own in _factors(plan[at], pair).items()}
+    if not factors:
+        raise ClvrError(f"{path}: nothing to write, the LoRA tree has no factor that is not zero")
+    write_factors(path, factors, component(_shapes(plan.values())))
+
+
+def _adaptable(state: Any, table: Table) -> list[Entry]:
+    return [entry for entry in entries(state, table) if entry.path[-1] == "kernel"]
+
+
+def _modules(entry: Entry) -> list[str]:
+    return [key.removesuffix(".weight") for key in entry.keys]
+
+
+def _shapes(plan: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
+    return {module: entry.torch_shape for entry in plan for module in _modules(entry)}
+
+
+def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | None) -> LoRAPair:
+    """The factors of each layer, None where it is not adapted -> one pair."""
+    present = [layer for layer in layers if layer is not None]
+    rank = max(layer.down.shape[0] for layer in present)
+    kind = np.dtype(dtype or jnp.result_type(*(x.dtype for layer in present for x in (layer.down, layer.up))))
+    kernel = entry.shape[1:] if entry.stacked else entry.shape
+    shape_a, shape_b = factor_shapes(kernel, rank)
+    a, b = np.zeros((len(layers), *shape_a), kind), np.zeros((len(layers), *shape_b), kind)
+    for i, layer in enumerate(layers):
+        if layer is not None:
+            # Layers of one stack share one shape. Zeros in the ranks that a layer lacks leave its product the same, and
+            # stay zero in training: the gradient of each factor is a multiple of the other.
+            own = layer.down.shape[0]
+            a[i, ..., :own] = entry.layout.from_torch(layer.down)
+            b[i, ..., :own, :] = entry.layout.from_torch(layer.up)
+    scales = {layer.scale for layer in present}
+    scale = scales.pop() if len(scales) == 1 else tuple(layer.scale if layer else 0.0 for layer in layers)
+    a, b = (a, b) if entry.stacked else (a[0], b[0])
+    return LoRAPair(jnp.asarray(a), jnp.asarray(b), scale)
+
+
+def _factors(entry: Entry, pair: LoRAPair) -> dict[str, Factors]:
+    """The inverse: module -> its factors without padding."""
+    a, b = np.asarray(pair.a), np.asarray(pair.b)
+    if not entry.stacked:
+        a, b = a[None], b[None]
+    scales = pair.scale if isinstance(pair.scale, tuple) else (pair.scale,) * len(a)
+    factors = {}
+    for module, own_a, own_b, scale in zip(_modules(entry), a, b, scales, strict=True):
+        used = own_a.any(axis=tuple(range(own_a.ndim - 1))) | own_b.any(axis=(*range(own_b.ndim - 2), -1))
+        if used.any():
+            rank = int(np.flatnonzero(used)[-1]) + 1
+            down, up = (entry.layout.to_torch(factor) for factor in (own_a[..., :rank], own_b[..., :rank, :]))
+            factors[module] = Factors(down, up, scale)
+    return factors

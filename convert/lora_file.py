@@ -1,0 +1,236 @@
+"""LoRA files: safetensors of diffusers, PEFT, kohya, ai-toolkit and LyCORIS, read as factors of PyTorch modules.
+
+Read strictly: every tensor is used or named in an error. Written as diffusers writes them.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from clvr_jax.convert.lora_names import TEXT_ENCODER, Spelling, component, spellings, without_prefix
+from clvr_jax.convert.tensors import Stored, read_header
+from safetensors import safe_open
+from safetensors.numpy import save
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, write_atomically
+from clvr_jax.trees import some
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+_PEFT_NAME = "adapter_model.safetensors"
+_METADATA = "lora_adapter_metadata"  # diffusers' key in the header
+
+_FACTOR = re.compile(r"(.+?)(?:\.lora_(A|B|down|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.(down|up))\.weight")
+_ALPHA = re.compile(r"(.+)\.alpha")
+_OTHER_KINDS = {
+    "DoRA": re.compile(r".+\.(dora_scale|lora_magnitude_vector)\b.*"),
+    "LoKr": re.compile(r".+\.lokr_.+"),
+    "LoHa": re.compile(r".+\.hada_.+"),
+    "LoCon with a core tensor": re.compile(r".+\.lora_mid\..+"),
+}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The change of one PyTorch weight: scale * up down.
+
+    down: (rank, in) or (rank, in, height, width); up: (out, rank) or (out, rank, 1, 1); scale: alpha / rank.
+    """
+
+    down: np.ndarray
+    up: np.ndarray
+    scale: float
+
+
+def read_factors(
+    path: Path, shapes: Mapping[str, tuple[int, ...]], ignore_text_encoder: bool = False
+) -> dict[str, Factors]:
+    """The factors in a LoRA file, by diffusers' names of the modules.
+
+    Args:
+      path: the file, or a folder that holds it (diffusers' or PEFT's name, or the only one).
+      shapes: module -> shape of its PyTorch weight, for all modules of the model that can be adapted.
+      ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
+    Raises: ClvrError for a file that is missing, damaged, of another kind (DoRA, LoKr, LoHa) or of another model.
+    """
+    file = _file(path)
+    stored = {tensor.key: tensor for tensor in read_header(file)}
+    _refuse_other_kinds(file, stored)
+    text = [key for key in stored if TEXT_ENCODER.fullmatch(key)]
+    if text and not ignore_text_encoder:
+        raise ClvrError(
+            f"{file}: {len(text)} tensors adapt a text encoder ({some(text, 2)}); "
+            f"pass ignore_text_encoder=True to load the {component(shapes)} alone"
+        )
+    names = spellings(shapes)
+    pairs, faults = _paired({key: tensor for key, tensor in stored.items() if key not in text}, names, shapes)
+    if faults:
+        listed = "; ".join(f"{len(keys)} {title}: {some(keys)}" for title, keys in faults.items())
+        raise ClvrError(f"{file}: no LoRA of this {component(shapes)} (it has {some(shapes, 2)}); {listed}")
+    if not pairs:
+        raise ClvrError(f"{file}: holds no LoRA of a {component(shapes)}; it has {some(stored)}")
+    config = _Config.read(file, component(shapes))
+    factors: dict[str, Factors] = {}
+    for name, (down, up, alpha) in pairs.items():
+        scale = config.scale(name, down.shape[0], None if alpha is None else _number(alpha))
+        downs, ups = _cut(names[name], down.open(), up.open())
+        for module, own_down, own_up in zip(names[name].modules, downs, ups, strict=True):
+            if module in factors:
+                raise ClvrError(f"{file}: adapts {module} twice, once as {name}; a file must hold one adapter")
+            factors[module] = Factors(own_down, own_up, scale)
+    return factors
+
+
+def write_factors(path: Path, factors: Mapping[str, Factors], component: str) -> None:
+    """Writes a file that `load_lora_weights` of a diffusers pipeline reads, completely or not at all.
+
+    Args:
+      path: a folder, in which it is called `pytorch_lora_weights.safetensors`, or a name that ends in .safetensors.
+      factors: by diffusers' names of the modules.
+      component: "transformer" or "unet".
+    Raises: ClvrError if it cannot be written.
+    """
+    tensors, ranks, alphas = {}, {}, {}
+    for module, pair in factors.items():
+        tensors[f"{component}.{module}.lora_A.weight"] = np.ascontiguousarray(pair.down)
+        tensors[f"{component}.{module}.lora_B.weight"] = np.ascontiguousarray(pair.up)
+        ranks[module] = pair.down.shape[0]
+        alphas[module] = float(f"{pair.scale * ranks[module]:.12g}")  # alpha / rank * rank can miss alpha by one bit
+    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    config = {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{module}": own for module, own in ranks.items() if own != rank},
+        "alpha_pattern": {f"^{module}": own for module, own in alphas.items() if own != alpha},
+        "target_modules": sorted(factors),
+    }
+    adapter = json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
+    target = path if path.suffix == ".safetensors" else path / FILE_NAME
+    write_atomically(target, save(tensors, metadata={"format": "pt", _METADATA: adapter}))
+
+
+def _file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ClvrError(f"{path}: no such file or folder")
+    found = sorted(path.glob("*.safetensors"))
+    for name in (FILE_NAME, _PEFT_NAME):
+        if path / name in found:
+            return path / name
+    if len(found) != 1:
+        raise ClvrError(f"{path}: holds no {FILE_NAME}, nor one safetensors file; it has {some(f.name for f in found)}")
+    return found[0]
+
+
+def _refuse_other_kinds(file: Path, keys: Mapping[str, Stored]) -> None:
+    for kind, pattern in _OTHER_KINDS.items():
+        if own := [key for key in keys if pattern.fullmatch(key)]:
+            raise ClvrError(
+                f"{file}: is a {kind} ({some(own, 1)}), no plain LoRA; merge it into the weights with its own tool"
+            )
+
+
+def _paired(
+    stored: Mapping[str, Stored], names: Mapping[str, Spelling], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[Stored, Stored, Stored | None]], dict[str, list[str]]]:
+    """Name in the file -> down, up, alpha; and what is wrong, title -> keys."""
+    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
+    faults: dict[str, list[str]] = defaultdict(list)
+    for key, tensor in stored.items():
+        match = _FACTOR.fullmatch(key) or _ALPHA.fullmatch(key)
+        name = without_prefix(match[1]) if match else ""
+        if match is None or name not in names:
+            faults["unknown"].append(key)
+            continue
+        part = "alpha" if match.re is _ALPHA else "down" if (match[2] or match[3]) in ("A", "down") else "up"
+        if part in parts[name]:
+            faults["given twice"].append(key)
+        parts[name][part] = tensor
+    pairs = {}
+    for name, own in parts.items():
+        if not {"down", "up"} <= own.keys():
+            faults["without the other half"] += [tensor.key for tensor in own.values()]
+            continue
+        down, up = own["down"], own["up"]
+        outputs = sum(shapes[module][0] for module in names[name].modules)
+        inputs = shapes[names[name].modules[0]][1:]
+        rank = down.shape[0] if down.shape else 0
+        expected = (rank, *inputs), (outputs, rank, *(1 for _ in inputs[1:]))
+        if rank == 0 or (down.shape, up.shape) != expected:
+            model = f"the model's {expected[0]} and {expected[1]}"
+            faults["of another shape"].append(f"{down.key} {down.shape} and {up.key} {up.shape} ({model})")
+        pairs[name] = down, up, own.get("alpha")
+    return pairs, faults
+
+
+def _cut(spelling: Spelling, down: np.ndarray, up: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """The factors of each module that one pair in the file stands for."""
+    if spelling.swapped:
+        return [down], [np.concatenate(np.split(up, 2)[::-1])]
+    count = len(spelling.modules)
+    ups = np.split(up, count)
+    if count > 1 and len(down) % count == 0:
+        # Where each module has ranks of its own, `up` is block-diagonal: three adapters that were fused for saving.
+        blocks = [np.split(own, count, axis=1) for own in ups]
+        if all(blocks[i][j].any() == (i == j) for i in range(count) for j in range(count)):
+            return np.split(down, count), [blocks[i][i] for i in range(count)]
+    return [down] * count, ups
+
+
+@dataclass(frozen=True)
+class _Config:
+    """What is said about the adapter beside its tensors: PEFT's `LoraConfig`, or nothing."""
+
+    file: Path
+    fields: Mapping[str, Any]
+
+    @classmethod
+    def read(cls, file: Path, component: str) -> "_Config":
+        """From the header (diffusers; a bare alpha), else from PEFT's file beside it."""
+        with safe_open(file, framework="numpy") as opened:
+            metadata = opened.metadata() or {}
+        text = metadata.get(_METADATA) or metadata.get("adapter_config")
+        beside = file.with_name("adapter_config.json")
+        try:
+            if text is not None:
+                fields = json.loads(text)
+            elif "lora_alpha" in metadata:
+                fields = {"lora_alpha": float(metadata["lora_alpha"])}
+            else:
+                fields = read_json(beside) if file.name == _PEFT_NAME and beside.exists() else {}
+        except ValueError as error:
+            raise ClvrError(f"{file}: its metadata cannot be read ({error})") from error
+        prefix = f"{component}."
+        own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+        return cls(file, own or fields)
+
+    def scale(self, name: str, rank: int, stored_alpha: float | None) -> float:
+        """alpha / rank of one module; alpha is the rank where the file says nothing.
+
+        Raises: ClvrError if rank or alpha of the tensors are not those of the metadata.
+        """
+        alpha = self._of("alpha_pattern", name, "lora_alpha")
+        said = {"rank": (rank, self._of("rank_pattern", name, "r")), "alpha": (stored_alpha, alpha)}
+        for what, (of_tensors, of_metadata) in said.items():
+            if None not in (of_tensors, of_metadata) and of_tensors != of_metadata:
+                raise ClvrError(
+                    f"{self.file}: {name} has {what} {of_tensors} by its tensors, {of_metadata} by its metadata"
+                )
+        alpha = next(float(value) for value in (stored_alpha, alpha, rank) if value is not None)
+        return alpha / (rank**0.5 if self.fields.get("use_rslora") else rank)
+
+    def _of(self, patterns: str, name: str, default: str) -> Any:
+        # PEFT matches the end of a name, from a dot on.
+        own = self.fields.get(patterns) or {}
+        matching = (value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(matching, self.fields.get(default))
+
+
+def _number(tensor: Stored) -> float:
+    return float(np.asarray(tensor.open(), np.float64).reshape(-1)[0])

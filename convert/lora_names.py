@@ -1,0 +1,114 @@
+"""What LoRA files call the modules of FLUX.2 and of Stable Diffusion's UNet.
+
+Trainers write the names of diffusers, of the original code (BFL for FLUX.2, latent diffusion for the UNet), or either
+with underscores for dots. All spellings are made from the model's own names, so that none has to be taken apart and
+what is not among them belongs to another model.
+
+Source of the names: diffusers `loaders/lora_conversion_utils.py`, kohya-ss `sd-scripts`, ai-toolkit, LyCORIS.
+"""
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from clvr_jax.convert.flux2_single_file import bfl_key
+
+TEXT_ENCODER = re.compile(r"(text_encoder(_\d)?\.|lora_te\d?_).*")
+_UNDERSCORED = ("lora_unet_", "lycoris_")
+_PREFIX = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.)+")
+
+_QKV = re.compile(r"(?:to|add)_([qkv])(?:_proj)?$")
+_BLOCK = re.compile(r"(down|up)_blocks\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_LATENT_DIFFUSION = (
+    (r"^conv_in$", "input_blocks.0.0"),
+    (r"^conv_out$", "out.2"),
+    (r"^time_embedding\.linear_1$", "time_embed.0"),
+    (r"^time_embedding\.linear_2$", "time_embed.2"),
+    (r"^add_embedding\.linear_1$", "label_emb.0.0"),
+    (r"^add_embedding\.linear_2$", "label_emb.0.2"),
+    (r"^mid_block\.resnets\.0\.", "middle_block.0."),
+    (r"^mid_block\.attentions\.0\.", "middle_block.1."),
+    (r"^mid_block\.resnets\.1\.", "middle_block.2."),
+    (r"\.conv1$", ".in_layers.2"),
+    (r"\.conv2$", ".out_layers.3"),
+    (r"\.time_emb_proj$", ".emb_layers.1"),
+    (r"\.conv_shortcut$", ".skip_connection"),
+)
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """What one name in a file stands for.
+
+    modules: our modules, more than one where the original code fuses them; their rows lie one after the other.
+    swapped: the two halves of the rows change places, (shift, scale) in BFL's code and (scale, shift) in diffusers.
+    """
+
+    modules: tuple[str, ...]
+    swapped: bool = False
+
+
+def spellings(modules: Collection[str]) -> dict[str, Spelling]:
+    """Every name that a file may have, without prefix, for the modules of one model.
+
+    Args:
+      modules: diffusers' names of all modules with a kernel, "transformer_blocks.0.attn.to_q" and so on.
+    """
+    names = {module: Spelling((module,)) for module in modules}
+    others: dict[str, list[str]] = {}
+    layers = sum(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1", module) is not None for module in modules)
+    attending = {module.split(".")[1] for module in modules if module.startswith("up_blocks.") and ".attn1." in module}
+    for module in sorted(modules, key=_place_in_qkv):
+        original = _latent_diffusion(module, layers, attending) if layers else _bfl(module)
+        for other in {original, _attention_processor(module)} - {module}:
+            others.setdefault(other, []).append(module)
+    names |= {name: Spelling(tuple(group), group == ["norm_out.linear"]) for name, group in others.items()}
+    underscored = {
+        prefix + name.replace(".", "_"): spelling for name, spelling in names.items() for prefix in _UNDERSCORED
+    }
+    return names | underscored
+
+
+def without_prefix(name: str) -> str:
+    """A module's name in a file without the name of the model in front."""
+    return _PREFIX.sub("", name)
+
+
+def component(modules: Collection[str]) -> str:
+    """What a diffusers pipeline calls the model: "unet" or "transformer"."""
+    return "unet" if any(module.startswith("mid_block.") for module in modules) else "transformer"
+
+
+def _place_in_qkv(module: str) -> int:
+    match = _QKV.search(module)
+    return "qkv".index(match[1]) if match else 0
+
+
+def _bfl(module: str) -> str:
+    return bfl_key(f"{module}.weight").removesuffix(".weight")
+
+
+def _attention_processor(module: str) -> str:
+    """diffusers before PEFT kept the factors in attention processors, whose output projection has no number."""
+    return re.sub(r"\.(attn[12])\.(to_[qkv]|to_out)(\.0)?$", r".\1.processor.\2", module)
+
+
+def _latent_diffusion(module: str, layers: int, attending: Collection[str]) -> str:
+    """The UNet of latent diffusion counts resnets and changes of resolution in one row, from first to last.
+
+    layers: resnets of a block on the way down. attending: numbers of the blocks on the way up that have transformers.
+    """
+    if match := _BLOCK.fullmatch(module):
+        way, block, part, index, rest = match.groups()
+        # One place more in each block: on the way down for the change of resolution, on the way up for a resnet.
+        # input_blocks.0 is conv_in.
+        first = int(block) * (layers + 1) + (way == "down")
+        if part == "downsamplers":
+            return f"input_blocks.{first + layers}.0.op"
+        if part == "upsamplers":
+            return f"output_blocks.{first + layers}.{2 if block in attending else 1}.conv"
+        side, place = {"down": "input", "up": "output"}[way], int(part == "attentions")
+        module = f"{side}_blocks.{first + int(index)}.{place}.{rest}"
+    for pattern, name in _LATENT_DIFFUSION:
+        module = re.sub(pattern, name, module)
+    return module
