@@ -48,9 +48,9 @@ class Convert:
 
         prepare_jax()
         if self.verify:
-            from clvr_jax.convert.verify import check_pytorch
+            from clvr_jax.convert.verify import check_torch
 
-            check_pytorch()  # before minutes are spent
+            check_torch()  # before minutes are spent
         source = local_folder(self.source, allow_patterns=model_files(self.variant))
         conversion = plan(source, self.to, self.dtype, self.variant)
         data = {"source": self.source, "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}
@@ -96,7 +96,13 @@ class Convert:
         torch_folder = self.destination if self.to == "torch" else source
         jax_folder = self.destination if self.to == "jax" or source.is_file() else source
         with console.status("running both frameworks") as status:
-            agreements = verify(torch_folder, jax_folder, on_model=lambda name: status.update(f"comparing {name}"))
+            agreements = verify(
+                torch_folder,
+                jax_folder,
+                dtype=self.dtype,
+                variant=self.variant,
+                on_model=lambda name: status.update(f"comparing {name}"),
+            )
         different = [agreement.component for agreement in agreements if not agreement.agrees]
         if different:
             console.print(agreement_table(agreements))
