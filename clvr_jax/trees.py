@@ -18,7 +18,15 @@ Value = TypeVar("Value")
 
 def leaves_by_path(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
     """Path -> leaf, in the order of `jax.tree.leaves`."""
-    return {_path(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+    return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
+
+
+def path_of(keys: tuple[Any, ...]) -> Path:
+    """The path of a leaf from JAX's keys to it."""
+    # An NNX variable is a node of its own around its array.
+    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
+        keys = keys[:-1]
+    return tuple(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)) for key in keys)
 
 
 def dotted(path: Path) -> str:
@@ -44,10 +52,3 @@ def some(names: Iterable[str], most: int = 6) -> str:
     """The first few names and how many there are besides, for errors of one line."""
     names = list(names)
     return (", ".join(names[:most]) or "none") + (f", ... ({len(names) - most} more)" if len(names) > most else "")
-
-
-def _path(keys: tuple[Any, ...]) -> Path:
-    # An NNX variable is a node of its own around its array.
-    if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
-        keys = keys[:-1]
-    return tuple(next(getattr(key, name) for name in ("key", "idx", "name") if hasattr(key, name)) for key in keys)

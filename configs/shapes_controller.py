@@ -227,7 +227,7 @@ def task(config: Config) -> Task:
             data["input_ids_bt"],
             pixel_values,
             (GRID,) * count,
-            data["positions_3bt"],
+            data["positions_b3t"].swapaxes(0, 1),
             data["attention_mask_bt"],
         )
         return next_token_loss(logits, data["input_ids_bt"], data["weights_bt"])

@@ -26,7 +26,7 @@ from flax import nnx
 
 from clvr_jax.data.shapes import Image, drawing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
-from clvr_jax.models.layers import attention
+from clvr_jax.models.attention import attention
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.trainer import Task, TrainConfig

@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, replacing
+from clvr_jax.sharding import active_layout
 
 
 def load_model(
@@ -33,7 +34,8 @@ def load_model(
       folder: holds config.json, and safetensors (one file or shards) or `params/`.
       family: the architecture.
       dtype: of the computation; floating-point parameters are cast to it.
-      shardings: NNX state of `jax.sharding.Sharding`, as the model's; None puts all on the default device.
+      shardings: NNX state of `jax.sharding.Sharding`, as the model's; None: as the active layout has it, or all on the
+        default device if there is none.
       variant: see `model_file`.
     Returns: the NNX module.
     Raises: ClvrError for missing or damaged files, keys or shapes that do not match.
@@ -43,6 +45,8 @@ def load_model(
     config = read_json(folder / "config.json")
     graphdef, state = family.split(config, dtype)
     plan = family.entries(config)
+    if shardings is None and (layout := active_layout()) is not None:
+        shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
     placed = leaves_of(shardings) if shardings is not None else dict.fromkeys((entry.path for entry in plan), device)
     if is_tree(folder / PARAMS):

@@ -24,14 +24,17 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.trainer import Task, TrainConfig
+
+ONE_DEVICE = MeshConfig(devices=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
     """target: what to learn."""
 
-    train: TrainConfig = TrainConfig(steps=4, learning_rate=0.1, log_every=1)
+    train: TrainConfig = TrainConfig(steps=4, learning_rate=0.1, log_every=1, mesh=ONE_DEVICE)
     target: float = 3.0
 
 

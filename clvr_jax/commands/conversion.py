@@ -8,7 +8,7 @@ import tyro
 
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.console import console, progress
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.convert.planning import Conversion
@@ -22,7 +22,7 @@ class Convert:
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Folder in diffusers or transformers layout with safetensors, one that was converted to jax, a single file of
-    FLUX.2, or a Hugging Face id (org/name or org/name@revision)."""
+    FLUX.2, a Hugging Face id (org/name or org/name@revision), or the folder of a training run."""
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """New folder; it appears only when it is complete."""
     to: Literal["jax", "torch"]
@@ -45,6 +45,7 @@ class Convert:
         from clvr_jax.convert.hub import local_folder, model_files
         from clvr_jax.convert.planning import plan
         from clvr_jax.convert.report import conversion_table, tensor_list
+        from clvr_jax.training.recipes import is_run
 
         prepare_jax()
         if self.verify:
@@ -52,6 +53,8 @@ class Convert:
 
             check_torch()  # before minutes are spent
         source = local_folder(self.source, allow_patterns=model_files(self.variant))
+        if is_run(source):
+            return self._export(source)
         conversion = plan(source, self.to, self.dtype, self.variant)
         data = {"source": self.source, "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}
         if self.dry_run:
@@ -72,6 +75,21 @@ class Convert:
             console.print(f"[yellow]note:[/] {name}/ was copied as it is: no module here reads a {kind}")
         data |= {"out": str(self.destination), "nan": not_finite, "copied": dict(conversion.without_module)}
         return self._verified(data, source) if self.verify else Result(data, str(self.destination))
+
+    def _export(self, run: Path) -> Result:
+        """Writes what a run has trained so far."""
+        from clvr_jax.training.recipes import export_run
+
+        if self.to != "torch" or self.dry_run or self.dtype or self.verify:
+            raise UsageError(
+                f"{run}: a training run is exported with --to torch and no other option; convert that then"
+            )
+        if self.destination.exists():
+            raise UsageError(f"{self.destination}: exists already; choose another name or remove it")
+        with console.status(f"exporting {run}"):
+            step = export_run(run, self.destination)
+        data = {"source": str(run), "to": self.to, "step": step, "out": str(self.destination)}
+        return Result(data, str(self.destination))
 
     def _card(self, source: Path, conversion: "Conversion") -> str:
         """The model card; says on the way what may not be done with the model."""

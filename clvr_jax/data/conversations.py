@@ -63,7 +63,10 @@ def collate_conversations(
     length_multiple: int = 32,
     image_slots: int = 0,
 ) -> dict[str, Any]:
-    """Supervised conversations as one batch: what `batch_conversations` returns, and weights_bt float32."""
+    """Supervised conversations as one batch, every array with its rows first, as a mesh cuts them.
+
+    Returns: what `batch_conversations` returns, but positions_b3t for positions_3bt; and weights_bt float32.
+    """
     batch = batch_conversations(
         [conversation for conversation, _ in examples],
         image_token_id=image_token_id,
@@ -75,7 +78,8 @@ def collate_conversations(
     weights_bt = np.zeros(batch["input_ids_bt"].shape, np.float32)
     for row, (_, weights) in enumerate(examples):
         weights_bt[row, : len(weights)] = weights
-    return {**batch, "weights_bt": weights_bt}
+    positions_b3t = batch.pop("positions_3bt").swapaxes(0, 1)
+    return {**batch, "positions_b3t": positions_b3t, "weights_bt": weights_bt}
 
 
 def _expanded(

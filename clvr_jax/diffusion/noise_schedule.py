@@ -28,6 +28,7 @@ _SILENT: dict[str, dict[str, Any]] = {
 _FIXED = {
     **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr", "trained_betas"), False),
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+    **dict.fromkeys(("sigma_min", "sigma_max")),
     **{"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
 }
 _IGNORED = ("skip_prk_steps", "sample_max_value", "clip_sample_range", "dynamic_thresholding_ratio")

@@ -15,7 +15,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import attention
+from clvr_jax.models.attention import attention
+from clvr_jax.models.rounding import Linear, silu
 
 NORM_EPS = 1e-6
 
@@ -79,10 +80,10 @@ class Resnet(nnx.Module):
 
     def __call__(self, x_bhwc: jax.Array, shift_bc: jax.Array | None = None) -> jax.Array:
         """(b, h, w, features_in) -> (b, h, w, features_out); `shift_bc` is added between the convolutions."""
-        hidden = self.conv1(nnx.silu(self.norm1(x_bhwc)))
+        hidden = self.conv1(silu(self.norm1(x_bhwc)))
         if shift_bc is not None:
             hidden += shift_bc[:, None, None, :]
-        hidden = self.conv2(nnx.silu(self.norm2(hidden)))
+        hidden = self.conv2(silu(self.norm2(hidden)))
         return hidden + (x_bhwc if self.conv_shortcut is None else self.conv_shortcut(x_bhwc))
 
 
@@ -91,10 +92,10 @@ class Attention(nnx.Module):
 
     def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.group_norm = nnx.GroupNorm(features, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
-        self.to_q = nnx.Linear(features, features, rngs=rngs, **dtypes)
-        self.to_k = nnx.Linear(features, features, rngs=rngs, **dtypes)
-        self.to_v = nnx.Linear(features, features, rngs=rngs, **dtypes)
-        self.to_out = nnx.List([nnx.Linear(features, features, rngs=rngs, **dtypes)])
+        self.to_q = Linear(features, features, rngs=rngs, **dtypes)
+        self.to_k = Linear(features, features, rngs=rngs, **dtypes)
+        self.to_v = Linear(features, features, rngs=rngs, **dtypes)
+        self.to_out = nnx.List([Linear(features, features, rngs=rngs, **dtypes)])
 
     def __call__(self, x_bhwc: jax.Array) -> jax.Array:
         """(b, h, w, features) -> the same."""
@@ -221,7 +222,7 @@ class Encoder(nnx.Module):
         x_bhwc = self.conv_in(x_bhwc)
         for block in self.down_blocks:
             x_bhwc = block(x_bhwc)
-        return self.conv_out(nnx.silu(self.conv_norm_out(self.mid_block(x_bhwc))))
+        return self.conv_out(silu(self.conv_norm_out(self.mid_block(x_bhwc))))
 
 
 class Decoder(nnx.Module):
@@ -253,7 +254,7 @@ class Decoder(nnx.Module):
         x_bhwc = self.mid_block(self.conv_in(x_bhwc))
         for block in self.up_blocks:
             x_bhwc = block(x_bhwc)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x_bhwc)))
+        return self.conv_out(silu(self.conv_norm_out(x_bhwc)))
 
 
 class Autoencoder(nnx.Module):

@@ -17,7 +17,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import attention, scan_blocks, stack_blocks
+from clvr_jax.models.attention import attention
+from clvr_jax.models.layers import scan_blocks, stack_blocks
 
 
 def quick_gelu(x: jax.Array) -> jax.Array:

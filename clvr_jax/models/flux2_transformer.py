@@ -18,8 +18,10 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.attention import attention
 from clvr_jax.models.flux2_ids import host_ids, rotary_tables
-from clvr_jax.models.layers import attention, scan_blocks, sinusoidal_embedding, stack_blocks
+from clvr_jax.models.layers import scan_blocks, sinusoidal_embedding, stack_blocks
+from clvr_jax.sharding import constrain
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -200,7 +202,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, d) -> (b, t, d)."""
-        return self.linear_out(_swiglu(self.linear_in(x_btd)))
+        return self.linear_out(constrain(_swiglu(self.linear_in(x_btd)), "batch", "tokens", "wide"))
 
 
 class JointAttention(nnx.Module):
@@ -217,9 +219,9 @@ class JointAttention(nnx.Module):
         self.to_add_out = _linear(d, d, precision, rngs)
 
     def __call__(
-        self, image_btd: jax.Array, text_btd: jax.Array, rotary: Rotary, mask: jax.Array | None
+        self, image_btd: jax.Array, text_btd: jax.Array, rotary: Rotary, mask_bt: jax.Array | None
     ) -> tuple[jax.Array, jax.Array]:
-        """Image and text (b, t, d) -> what attention adds to each; mask as `attention` takes it."""
+        """Image and text (b, t, d) -> what attention adds to each; mask_bt: key_mask_bk of `attention`."""
 
         def heads(x_btd: jax.Array) -> jax.Array:
             return x_btd.reshape(*x_btd.shape[:2], -1, self.head_dim)
@@ -231,7 +233,7 @@ class JointAttention(nnx.Module):
         value = heads(jnp.concatenate([self.add_v_proj(text_btd), self.to_v(image_btd)], axis=1))
         query = _rotate(jnp.concatenate([text_query, query], axis=1), rotary)
         key = _rotate(jnp.concatenate([text_key, key], axis=1), rotary)
-        out = attention(query, key, value, mask=mask)
+        out = attention(query, key, value, key_mask_bk=mask_bt)
         out = out.reshape(*out.shape[:2], -1)
         text = text_btd.shape[1]
         return self.to_out[0](out[:, text:]), self.to_add_out(out[:, :text])
@@ -253,7 +255,7 @@ class TransformerBlock(nnx.Module):
         image_modulation: jax.Array,
         text_modulation: jax.Array,
         rotary: Rotary,
-        mask: jax.Array | None = None,
+        mask_bt: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Modulations: (b, 1 or t, 6 d), shift, scale, gate of the attention, then of the MLP. Returns image, text."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(image_modulation, 6, axis=-1)
@@ -264,7 +266,7 @@ class TransformerBlock(nnx.Module):
             _modulated_norm(image_btd, shift, scale, self.eps),
             _modulated_norm(text_btd, text_shift, text_scale, self.eps),
             rotary,
-            mask,
+            mask_bt,
         )
         image_btd += gate * image_out
         image_btd += mlp_gate * self.ff(_modulated_norm(image_btd, mlp_shift, mlp_scale, self.eps))
@@ -283,15 +285,15 @@ class ParallelSelfAttention(nnx.Module):
         self.norm_q, self.norm_k = (_head_norm(config, precision, rngs) for _ in range(2))
         self.to_out = _linear(d + config.mlp_dim, d, precision, rngs)
 
-    def __call__(self, x_btd: jax.Array, rotary: Rotary, mask: jax.Array | None) -> jax.Array:
-        """(b, t, d) -> (b, t, d); mask as `attention` takes it."""
+    def __call__(self, x_btd: jax.Array, rotary: Rotary, mask_bt: jax.Array | None) -> jax.Array:
+        """(b, t, d) -> (b, t, d); mask_bt: key_mask_bk of `attention`."""
         b, t, d = x_btd.shape
         projected = self.to_qkv_mlp_proj(x_btd)
         query, key, value, hidden = jnp.split(projected, (d, 2 * d, 3 * d), axis=-1)
         query, key, value = (x.reshape(b, t, -1, self.head_dim) for x in (query, key, value))
         query = _rotate(self.norm_q(query), rotary)
         key = _rotate(self.norm_k(key), rotary)
-        out = attention(query, key, value, mask=mask).reshape(b, t, d)
+        out = attention(query, key, value, key_mask_bk=mask_bt).reshape(b, t, d)
         return self.to_out(jnp.concatenate([out, _swiglu(hidden)], axis=-1))
 
 
@@ -303,11 +305,11 @@ class SingleTransformerBlock(nnx.Module):
         self.attn = ParallelSelfAttention(config, precision, rngs)
 
     def __call__(
-        self, x_btd: jax.Array, modulation: jax.Array, rotary: Rotary, mask: jax.Array | None = None
+        self, x_btd: jax.Array, modulation: jax.Array, rotary: Rotary, mask_bt: jax.Array | None = None
     ) -> jax.Array:
         """Modulation: (b, 1 or t, 3 d) as shift, scale, gate."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-        return x_btd + gate * self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask)
+        return x_btd + gate * self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask_bt)
 
 
 class OutputNorm(nnx.Module):
@@ -342,7 +344,7 @@ class Flux2Transformer(nnx.Module):
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: recompute blocks in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`.
     """
 
     def __init__(
@@ -352,7 +354,7 @@ class Flux2Transformer(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "dots",
     ) -> None:
         precision = Precision(dtype, param_dtype)
         self.config = config
@@ -402,7 +404,6 @@ class Flux2Transformer(nnx.Module):
         self._check(hidden_states_btc, encoder_hidden_states_btd, guidance_b)
         text = encoder_hidden_states_btd.shape[1]
         rotary = self._rotary(hidden_states_btc.shape[1], text, img_ids, txt_ids)
-        mask = None if mask_bt is None else mask_bt[:, None, None, :]
 
         embedding_bd = self.time_guidance_embed(timestep_b, guidance_b)
         image_modulation = self.double_stream_modulation_img(embedding_bd)
@@ -412,11 +413,12 @@ class Flux2Transformer(nnx.Module):
         def double(
             block: TransformerBlock, carry: tuple[jax.Array, jax.Array], _: None
         ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-            carry = block(*carry, image_modulation, text_modulation, rotary, mask)
+            image, text = block(*carry, image_modulation, text_modulation, rotary, mask_bt)
+            carry = constrain(image, "batch", "tokens", None), constrain(text, "batch", "tokens", None)
             return carry, carry if return_hidden_states else None
 
         def single(block: SingleTransformerBlock, x_btd: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
-            x_btd = block(x_btd, modulation, rotary, mask)
+            x_btd = constrain(block(x_btd, modulation, rotary, mask_bt), "batch", "tokens", None)
             return x_btd, x_btd if return_hidden_states else None
 
         streams = self.x_embedder(hidden_states_btc), self.context_embedder(encoder_hidden_states_btd)

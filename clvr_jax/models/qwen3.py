@@ -88,7 +88,7 @@ class Qwen3(nnx.Module):
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Qwen3(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "dots",
     ) -> None:
         self.config = config
         self.remat = remat
@@ -209,8 +209,7 @@ class Qwen3(nnx.Module):
             )
         if positions_bt is None:
             positions_bt = jnp.arange(t)[None]
-        mask = None if attention_mask_bt is None else causal_mask(t, t, key_mask_bk=attention_mask_bt)
-        return rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta), mask
+        return rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta), attention_mask_bt
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:
         normed = self.model.norm(x_btd)

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from numpy.typing import NDArray
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import attention
+from clvr_jax.models.attention import attention
+from clvr_jax.sharding import constrain
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosines and sines, each (b or 1, t, head_dim / 2): channel i of a head turns with channel i + head_dim / 2."""
@@ -174,7 +175,10 @@ class Attention(nnx.Module):
             cache = KVCache(_write(cache.key, key, start), _write(cache.value, value, start))
             # The mask says how much of the cache is in use, so that a prefill does not attend to empty entries.
             key, value = (entries[:, : mask.shape[-1]].astype(query.dtype) for entries in cache)
-        out = attention(query, key, value, mask=mask, is_causal=mask is None)
+        if mask is None or mask.ndim == 2:
+            out = attention(query, key, value, key_mask_bk=mask, is_causal=True)
+        else:
+            out = attention(query, key, value, mask=mask)
         return self.o_proj(out.reshape(b, t, -1)), cache
 
 
@@ -193,7 +197,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, hidden_size) -> (b, t, hidden_size)."""
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd))
+        hidden = jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd)
+        return self.down_proj(constrain(hidden, "batch", "tokens", "wide"))
 
 
 class DecoderLayer(nnx.Module):
@@ -226,7 +231,8 @@ class DecoderLayer(nnx.Module):
         Args:
           x_btd: (b, t, hidden_size).
           rotary: cosines and sines of the tokens' positions.
-          mask: boolean, broadcastable to (b, heads, t, keys), see `causal_mask`; None is plain causal, without a cache.
+          mask: None is plain causal; (b, t), nonzero at real tokens, is causal without padding; boolean, broadcastable
+            to (b, heads, t, keys), see `causal_mask`, says it all, and only that goes with a cache that is in use.
           cache: this layer's past, (b, max_len, kv_heads, head_dim) each. The new keys and values are written into it,
             and attention sees its first mask.shape[-1] entries.
           start: cache index of the first new token, one integer or (b,); start + t must not exceed max_len (a traced
@@ -235,4 +241,5 @@ class DecoderLayer(nnx.Module):
         """
         out, cache = self.self_attn(self.input_layernorm(x_btd), rotary, mask, cache, start)
         x_btd = x_btd + out
-        return x_btd + self.mlp(self.post_attention_layernorm(x_btd)), cache
+        x_btd = x_btd + self.mlp(self.post_attention_layernorm(x_btd))
+        return constrain(x_btd, "batch", "tokens", None), cache

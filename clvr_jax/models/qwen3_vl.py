@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import scan_blocks, stack_blocks
-from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, causal_mask, inverse_frequencies
+from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, inverse_frequencies
 from clvr_jax.models.qwen3_vl_positions import Grids, mrope_axes
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig, VisionFeatures
 
@@ -130,7 +130,7 @@ class _LanguageModel(nnx.Module):
 
 
 class _Model(nnx.Module):
-    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, remat: bool, **dtypes: Any):
+    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, remat: str, **dtypes: Any):
         self.visual = Qwen3VLVision(config.vision, rngs=rngs, remat=remat, **dtypes)
         self.language_model = _LanguageModel(config.text, rngs=rngs, **dtypes)
 
@@ -156,7 +156,7 @@ class Qwen3VL(nnx.Module):
       config: sizes.
       rngs: for the initial weights, drawn as NNX draws them by default.
       dtype: of computation; param_dtype: of the weights. Logits are float32.
-      remat: recompute layers in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`.
     Source: transformers `Qwen3VLForConditionalGeneration`.
     """
 
@@ -167,7 +167,7 @@ class Qwen3VL(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "dots",
     ):
         self.config = config
         self.remat = remat
@@ -203,8 +203,7 @@ class Qwen3VL(nnx.Module):
         """
         positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
-        mask = None if attention_mask_bt is None else _prompt_mask(attention_mask_bt)
-        x_btd, _ = self._layers(x_btd, self._rotary(positions_3bt), mask, injection)
+        x_btd, _ = self._layers(x_btd, self._rotary(positions_3bt), attention_mask_bt, injection)
         if logits_at_bk is not None:
             x_btd = jnp.take_along_axis(x_btd, logits_at_bk[:, :, None], axis=1)
         return self._logits(x_btd)
@@ -224,8 +223,7 @@ class Qwen3VL(nnx.Module):
         """
         positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
-        mask = None if attention_mask_bt is None else _prompt_mask(attention_mask_bt)
-        _, hidden_lbtd = self._layers(x_btd, self._rotary(positions_3bt), mask, injection, keep="hidden")
+        _, hidden_lbtd = self._layers(x_btd, self._rotary(positions_3bt), attention_mask_bt, injection, keep="hidden")
         return jnp.concatenate([x_btd[None], hidden_lbtd])
 
     def encode_images(self, pixel_values: jax.Array, grid_thw: Grids) -> VisionFeatures:
@@ -255,7 +253,7 @@ class Qwen3VL(nnx.Module):
         real_bt = jnp.ones((b, t), bool) if attention_mask_bt is None else attention_mask_bt != 0
         positions_3bt = _positions(input_ids_bt, positions_3bt, real_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
-        x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), _prompt_mask(real_bt), injection, keep="past")
+        x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), real_bt, injection, keep="past")
         last_b = t - 1 - jnp.argmax(real_bt[:, ::-1], axis=1)
         logits_bv = self._logits(jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1))[:, 0]
 
@@ -408,11 +406,6 @@ def _attend_past(
     out_bkgh = dot("bkgs,bksh->bkgh", weights[..., :-1], past_value_bksh)
     out_bkgh += weights[..., -1:] * value_b1kh[:, 0, :, None]
     return out_bkgh.astype(query_b1nh.dtype).reshape(b, 1, -1)
-
-
-def _prompt_mask(attention_mask_bt: jax.Array) -> jax.Array:
-    t = attention_mask_bt.shape[1]
-    return causal_mask(t, t, key_mask_bk=attention_mask_bt)
 
 
 def _positions(

@@ -16,7 +16,8 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import attention, scan_blocks, stack_blocks
+from clvr_jax.models.attention import attention
+from clvr_jax.models.layers import scan_blocks, stack_blocks
 from clvr_jax.models.qwen3_vl_positions import Grids, interpolation_taps, vision_rotary
 
 NORM_EPS = 1e-6
@@ -183,7 +184,7 @@ class Qwen3VLVision(nnx.Module):
       config: sizes.
       rngs: for the initial weights, drawn as NNX draws them by default.
       dtype: of computation; param_dtype: of the weights.
-      remat: recompute blocks in the backward pass instead of keeping their activations.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`.
     Source: transformers `Qwen3VLVisionModel`.
     """
 
@@ -194,7 +195,7 @@ class Qwen3VLVision(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "dots",
     ):
         self.config = config
         self.remat = remat

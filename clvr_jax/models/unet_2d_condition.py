@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import sinusoidal_embedding
+from clvr_jax.models.rounding import Conv, Linear, silu
 from clvr_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -129,17 +130,17 @@ class TimestepEmbedding(nnx.Module):
     def __init__(
         self, features_in: int, features: int, condition: int | None = None, *, rngs: nnx.Rngs, **dtypes: Any
     ) -> None:
-        self.linear_1 = nnx.Linear(features_in, features, rngs=rngs, **dtypes)
+        self.linear_1 = Linear(features_in, features, rngs=rngs, **dtypes)
         self.cond_proj = (
-            nnx.Linear(condition, features_in, use_bias=False, rngs=rngs, **dtypes) if condition is not None else None
+            Linear(condition, features_in, use_bias=False, rngs=rngs, **dtypes) if condition is not None else None
         )
-        self.linear_2 = nnx.Linear(features, features, rngs=rngs, **dtypes)
+        self.linear_2 = Linear(features, features, rngs=rngs, **dtypes)
 
     def __call__(self, x_bc: jax.Array, condition_bd: jax.Array | None = None) -> jax.Array:
         """(b, features_in) and (b, condition) -> (b, features)."""
         if self.cond_proj is not None and condition_bd is not None:
             x_bc += self.cond_proj(condition_bd)
-        return self.linear_2(nnx.silu(self.linear_1(x_bc)))
+        return self.linear_2(silu(self.linear_1(x_bc)))
 
 
 class UNet2DCondition(nnx.Module):
@@ -150,7 +151,7 @@ class UNet2DCondition(nnx.Module):
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: recompute each resnet and transformer block in the backward pass instead of keeping its activations.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`.
     """
 
     def __init__(
@@ -160,7 +161,7 @@ class UNet2DCondition(nnx.Module):
         rngs: nnx.Rngs,
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: str = "dots",
     ) -> None:
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
         widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
@@ -184,7 +185,7 @@ class UNet2DCondition(nnx.Module):
                 **dtypes,
             }
 
-        self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
+        self.conv_in = Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
         self.time_embedding = TimestepEmbedding(widths[0], embedding, config.time_cond_proj_dim, rngs=rngs, **dtypes)
         self.add_embedding = (
             TimestepEmbedding(config.projection_class_embeddings_input_dim, embedding, rngs=rngs, **dtypes)
@@ -207,7 +208,7 @@ class UNet2DCondition(nnx.Module):
             up_blocks.append(UpBlock(widths_in, width, upsample=i > 0, **options(i, _UP[kind])))
         self.up_blocks = nnx.List(up_blocks)
         self.conv_norm_out = nnx.GroupNorm(width, groups, epsilon=config.norm_eps, rngs=rngs, **dtypes)
-        self.conv_out = nnx.Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs, **dtypes)
+        self.conv_out = Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs, **dtypes)
 
     def __call__(
         self,
@@ -246,7 +247,7 @@ class UNet2DCondition(nnx.Module):
         x_bhwc = self.mid_block(skips[-1], embedding_be, text_bsd)
         for up in self.up_blocks:
             x_bhwc = up(x_bhwc, skips, embedding_be, text_bsd)
-        return self.conv_out(nnx.silu(self.conv_norm_out(x_bhwc)))
+        return self.conv_out(silu(self.conv_norm_out(x_bhwc)))
 
     def _check(
         self,

@@ -12,8 +12,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.models import autoencoder_blocks
+from clvr_jax.models.attention import attention
 from clvr_jax.models.autoencoder_blocks import Downsample, Upsample
-from clvr_jax.models.layers import attention, scan_blocks, stack_blocks
+from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.rounding import Linear, gelu, silu
 
 
 class Resnet(autoencoder_blocks.Resnet):
@@ -24,11 +26,11 @@ class Resnet(autoencoder_blocks.Resnet):
     ):
         super().__init__(features_in, features_out, groups, rngs=rngs, **options)
         dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
-        self.time_emb_proj = nnx.Linear(embedding, features_out, rngs=rngs, **dtypes)
+        self.time_emb_proj = Linear(embedding, features_out, rngs=rngs, **dtypes)
 
     def __call__(self, x_bhwc: jax.Array, embedding_be: jax.Array) -> jax.Array:  # type: ignore[override]
         """(b, h, w, features_in) and (b, embedding) -> (b, h, w, features_out)."""
-        return super().__call__(x_bhwc, self.time_emb_proj(nnx.silu(embedding_be)))
+        return super().__call__(x_bhwc, self.time_emb_proj(silu(embedding_be)))
 
 
 class Attention(nnx.Module):
@@ -36,10 +38,10 @@ class Attention(nnx.Module):
 
     def __init__(self, features: int, context_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.heads = heads
-        self.to_q = nnx.Linear(features, features, use_bias=False, rngs=rngs, **dtypes)
-        self.to_k = nnx.Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
-        self.to_v = nnx.Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
-        self.to_out = nnx.List([nnx.Linear(features, features, rngs=rngs, **dtypes)])
+        self.to_q = Linear(features, features, use_bias=False, rngs=rngs, **dtypes)
+        self.to_k = Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
+        self.to_v = Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
+        self.to_out = nnx.List([Linear(features, features, rngs=rngs, **dtypes)])
 
     def __call__(self, x_btd: jax.Array, context_bsd: jax.Array) -> jax.Array:
         """(b, t, features) and (b, s, context_features) -> (b, t, features)."""
@@ -55,12 +57,12 @@ class GEGLU(nnx.Module):
     """Value times GELU of a gate; both come from one projection."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.proj = nnx.Linear(features_in, 2 * features_out, rngs=rngs, **dtypes)
+        self.proj = Linear(features_in, 2 * features_out, rngs=rngs, **dtypes)
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, features_in) -> (b, t, features_out)."""
         value, gate = jnp.split(self.proj(x_btd), 2, axis=-1)
-        return value * nnx.gelu(gate, approximate=False)
+        return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):
@@ -69,7 +71,7 @@ class FeedForward(nnx.Module):
     def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
         # The second place is PyTorch's dropout: it has no weights, but it counts in the keys.
         widen = GEGLU(features, 4 * features, rngs=rngs, **dtypes)
-        self.net = nnx.List([widen, nnx.Dropout(0.0), nnx.Linear(4 * features, features, rngs=rngs, **dtypes)])
+        self.net = nnx.List([widen, nnx.Dropout(0.0), Linear(4 * features, features, rngs=rngs, **dtypes)])
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, features) -> the same."""
@@ -107,14 +109,14 @@ class Transformer(nnx.Module):
         heads: int,
         depth: int,
         linear: bool,
-        remat: bool,
+        remat: str,
         rngs: nnx.Rngs,
         **dtypes: Any,
     ):
-        def projection() -> nnx.Linear | nnx.Conv:
+        def projection() -> Linear | nnx.Conv:
             # On channels-last images a 1 x 1 convolution is a Linear; only its kernel has two axes more.
             if linear:
-                return nnx.Linear(features, features, rngs=rngs, **dtypes)
+                return Linear(features, features, rngs=rngs, **dtypes)
             return nnx.Conv(features, features, (1, 1), rngs=rngs, **dtypes)
 
         self.remat = remat
@@ -145,7 +147,7 @@ class Stage(nnx.Module):
       width: channels that leave each.
       transformer: keyword arguments of `Transformer`, or None for resnets alone.
       transformers: number of transformers, as many as resnets unless said otherwise.
-      remat: recompute each resnet and transformer block in the backward pass.
+      remat: what the backward pass keeps of each block, see `layers.REMAT`; of a resnet nothing unless "dots".
     """
 
     def __init__(
@@ -158,7 +160,7 @@ class Stage(nnx.Module):
         epsilon: float,
         transformer: dict[str, Any] | None,
         transformers: int | None = None,
-        remat: bool,
+        remat: str,
         rngs: nnx.Rngs,
         **dtypes: Any,
     ):
@@ -176,7 +178,7 @@ class Stage(nnx.Module):
 
     def layer(self, i: int, x_bhwc: jax.Array, embedding_be: jax.Array, text_bsd: jax.Array) -> jax.Array:
         """Resnet number `i` and its transformer, if it has one."""
-        resnet = nnx.remat(Resnet.__call__) if self.remat else Resnet.__call__
+        resnet = nnx.remat(Resnet.__call__) if self.remat != "dots" else Resnet.__call__
         x_bhwc = resnet(self.resnets[i], x_bhwc, embedding_be)
         return self.attentions[i](x_bhwc, text_bsd) if i < len(self.attentions) else x_bhwc
 

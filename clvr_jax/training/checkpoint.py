@@ -1,5 +1,6 @@
-"""Checkpoints of a training run: Orbax, the newest two kept, written in the background."""
+"""Checkpoints of a training run: Orbax, the newest kept, written in the background, restored onto any mesh."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -8,41 +9,76 @@ import jax
 import orbax.checkpoint as ocp
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.trees import dotted, leaves_by_path, some
+
+Tree = Any
 
 
 class Checkpoints:
-    """The checkpoint folder of one run."""
+    """The checkpoint folder of one run.
 
-    def __init__(self, folder: Path):
+    Args:
+      folder: made if it does not exist.
+      keep: how many of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int = 2):
         self._folder = folder.absolute()
-        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
             raise ClvrError(f"{folder}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
 
-    def restore_or(self, state: Any, *, resume: bool) -> Any:
-        """The newest checkpoint if there is one and `resume` is set, else `state`.
+    def restore_or(self, state: Tree, *, resume: bool) -> tuple[Tree, Mapping[str, Any]]:
+        """The newest checkpoint if there is one and `resume` is set, else `state`; and the input's position.
 
+        Args:
+          state: as it would be at step 0; what is restored is laid out as it is, whatever mesh it was saved from.
+          resume: whether there may be checkpoints.
         Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if one is of another model.
         """
         step = self._manager.latest_step()
         if step is None:
-            return state
+            return state, {}
         if not resume:
             raise UsageError(
                 f"{self._folder} already holds step {step}; add --resume to continue it or choose another --out"
             )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
+        wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore())
         try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
-        except (ValueError, KeyError) as error:
+            found = self._manager.restore(step, args=wanted)
+        except (ValueError, KeyError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0][:200]
             raise ClvrError(f"{self._folder}/{step}: not a checkpoint of this recipe ({reason})") from error
+        return found["state"], found["input"] or {}
 
-    def save(self, step: int, state: Any) -> None:
-        """Starts saving; returns as soon as the state is copied."""
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+    def save(self, step: int, state: Tree, position: Mapping[str, Any]) -> None:
+        """Starts saving; returns as soon as the state is copied.
+
+        Raises: ClvrError if this or an earlier one could not be written; the last complete one stays.
+        """
+        both = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(position)))
+        try:
+            self._manager.save(step, args=both)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when what was begun is on the disk. Raises: as `save`."""
+        try:
+            self._manager.wait_until_finished()
+        except (OSError, ValueError, RuntimeError) as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> ClvrError:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        kept = self._manager.latest_step()
+        stays = "no checkpoint is there yet" if kept is None else f"the last complete one is step {kept}"
+        return ClvrError(
+            f"{self._folder}: a checkpoint cannot be written ({reason}); {stays}, --resume goes on from it"
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -50,5 +86,38 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._manager.wait_until_finished()
-        self._manager.close()
+        try:
+            self.wait()
+        except ClvrError:
+            if error is None:
+                raise
+        finally:
+            self._manager.close()
+
+
+def restore_part(folder: Path, part: str, abstract: Tree) -> tuple[Tree, int]:
+    """One part of the newest checkpoint of a run, without reading the others: "params" or "ema", say.
+
+    Args:
+      folder: `checkpoints/` of the run.
+      part: a field of the saved state.
+      abstract: its tree of shapes, dtypes and shardings.
+    Returns: the tree, and the step that it is of.
+    Raises: ClvrError if there is no checkpoint, or it is of another model.
+    """
+    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ClvrError(f"{folder}: holds no checkpoint")
+        shardings = ocp.checkpoint_utils.construct_restore_args({part: abstract})
+        wanted = ocp.args.PyTreeRestore({part: abstract}, restore_args=shardings, partial_restore=True)
+        try:
+            found = manager.restore(step, args=ocp.args.Composite(state=wanted))
+        except (ValueError, KeyError, FileNotFoundError) as error:
+            reason = str(error).splitlines()[0][:200]
+            raise ClvrError(f"{folder}/{step}: not a checkpoint of this model ({reason})") from error
+        # Orbax gives back what was asked for where the checkpoint has nothing.
+        leaves = leaves_by_path(found["state"][part])
+        if absent := [dotted(at) for at, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
+            raise ClvrError(f"{folder}/{step}: not a checkpoint of this model (it lacks {some(absent)})")
+        return found["state"][part], step

@@ -1,14 +1,11 @@
 """How a network starts that is trained from nothing: its initial weights, some of them scaled."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 
-from clvr_jax.errors import ClvrError
-
-Tree = Any
+from clvr_jax.trees import Tree, by_pattern, leaves_by_path, path_of
 
 
 def scaled(params: Tree, factors: Mapping[str, float]) -> Tree:
@@ -20,17 +17,10 @@ def scaled(params: Tree, factors: Mapping[str, float]) -> Tree:
     Returns: a tree of the same structure; leaves without a pattern are the same arrays.
     Raises: ClvrError for a pattern that is the first for no leaf: it would be a rule that does nothing.
     """
-    used: set[str] = set()
+    chosen = by_pattern(factors, leaves_by_path(params), None)
 
-    def scale(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = ".".join(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
-        pattern = next((pattern for pattern in factors if re.search(pattern, name)), None)
-        if pattern is None:
-            return leaf
-        used.add(pattern)
-        return leaf * factors[pattern]
+    def scale(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        factor = chosen[path_of(keys)]
+        return leaf if factor is None else leaf * factor
 
-    result = jax.tree_util.tree_map_with_path(scale, params)
-    if idle := [pattern for pattern in factors if pattern not in used]:
-        raise ClvrError(f"initialization: no weight matches {', '.join(map(repr, idle))}")
-    return result
+    return jax.tree_util.tree_map_with_path(scale, params)

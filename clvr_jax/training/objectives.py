@@ -1,12 +1,15 @@
 """Losses as functions of functions: they take a velocity, an encoder, logits; they know no model.
 
-Convention: x_t = (1 - t) x_0 + t noise, t = 1 is noise, velocity = noise - x_0.
+Convention of flow matching: x_t = (1 - t) x_0 + t noise, t = 1 is noise, velocity = noise - x_0. Noise prediction keeps
+that of `NoiseSchedule`.
 """
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+
+from clvr_jax.diffusion.noise_schedule import NoiseSchedule
 
 Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
@@ -37,6 +40,32 @@ def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, sh
     t_b11 = t[:, None, None].astype(x0_btc.dtype)
     predicted = velocity((1 - t_b11) * x0_btc + t_b11 * noise, t)
     return jnp.mean(jnp.square((predicted - (noise - x0_btc)).astype(jnp.float32)))
+
+
+def noise_prediction_loss(
+    predict: Callable[[jax.Array, jax.Array], jax.Array], x0: jax.Array, key: jax.Array, schedule: NoiseSchedule
+) -> jax.Array:
+    """Mean squared error of the noise, or of v = sqrt(alpha) noise - sqrt(1 - alpha) x_0, at random timesteps.
+
+    Args:
+      predict: (noisy latents (b, ...), timesteps (b,) int32) -> what `schedule.prediction_type` says, (b, ...).
+      x0: (b, ...) clean latents of about unit variance.
+      key: for noise and timesteps; these are uniform over the schedule's, stratified over the batch.
+      schedule: noise levels.
+    Returns: scalar, float32.
+    Source: DDPM (arXiv 2006.11239), v as in arXiv 2202.00512.
+    """
+    noise_key, time_key = jax.random.split(key)
+    noise = jax.random.normal(noise_key, x0.shape, x0.dtype)
+    last = schedule.num_train_timesteps - 1
+    # The last stratum ends at 1, which rounding can reach.
+    timesteps = sample_timesteps(time_key, x0.shape[0], shift=1.0) * schedule.num_train_timesteps
+    timesteps = jnp.minimum(timesteps.astype(jnp.int32), last)
+    alpha = jnp.asarray(schedule.alphas, x0.dtype)[timesteps].reshape(-1, *[1] * (x0.ndim - 1))
+    signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+    target = noise if schedule.prediction_type == "epsilon" else signal * noise - sigma * x0
+    predicted = predict(signal * x0 + sigma * noise, timesteps)
+    return jnp.mean(jnp.square((predicted - target).astype(jnp.float32)))
 
 
 def autoencoder_loss(
@@ -74,11 +103,12 @@ def next_token_loss(
       logits_btv: at position i they predict token i + 1.
       tokens_bt: int32.
       weights_bt: 1 at tokens to be learned, 0 elsewhere; the weight of token i is that of predicting it.
-    Returns: scalar loss, and the share of counted tokens whose most likely prediction is right.
+    Returns: scalar loss; the share of counted tokens whose most likely prediction is right, and their number, which is
+      the weight of the loss (see `training.step.Loss`).
     """
     logits, targets, weights = logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:], weights_bt[:, 1:]
     log_probs = jax.nn.log_softmax(logits)
     picked = jnp.take_along_axis(log_probs, targets[..., None], axis=-1)[..., 0]
     count = jnp.maximum(weights.sum(), 1)
     right = (jnp.argmax(logits, axis=-1) == targets) * weights
-    return -(picked * weights).sum() / count, {"token_accuracy": right.sum() / count}
+    return -(picked * weights).sum() / count, {"token_accuracy": right.sum() / count, "weight": count}

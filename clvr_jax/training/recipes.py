@@ -6,15 +6,22 @@ the `Task` for such a config. Both are all the trainer needs, so a recipe may li
 
 import dataclasses
 import importlib.util
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import jax
+
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, write_json
 from clvr_jax.outputs import check_folder
-from clvr_jax.training.trainer import Task, TrainConfig, fit
+from clvr_jax.training.checkpoint import restore_part
+from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
+
+_RECIPE = "recipe.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,13 +29,14 @@ class Recipe:
     """What a recipe file says.
 
     name: of the file, without suffix. config: its CONFIG. task: config -> what to train. description: first line of the
-    file's docstring.
+    file's docstring. path: the file.
     """
 
     name: str
     config: Any
     task: Callable[[Any], Task]
     description: str = ""
+    path: Path = Path()
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -45,7 +53,8 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ClvrError(f"{path}: CONFIG must be a dataclass instance with a field `train` of type TrainConfig")
     if not callable(module.task):
         raise ClvrError(f"{path}: task must be a function (config) -> Task, got {type(module.task).__name__}")
-    return Recipe(Path(path).stem, config, module.task, (module.__doc__ or "").strip().split("\n")[0])
+    description = (module.__doc__ or "").strip().split("\n")[0]
+    return Recipe(Path(path).stem, config, module.task, description, Path(path).absolute())
 
 
 def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> dict[str, Any]:
@@ -59,8 +68,60 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
     Returns: {"recipe", "out", "export", "steps"} for JSON.
     """
     check_folder(out)
-    state = fit(recipe.task(config), config.train, out, resume=resume)
+    with mesh_of(config.train):
+        # What a recipe loads is laid out over the mesh as it is read.
+        task = recipe.task(config)
+        if jax.process_index() == 0:
+            write_json(out / _RECIPE, {"recipe": str(recipe.path), "config": _plain(config)})
+        state = fit(task, config.train, out, resume=resume)
     return {"recipe": recipe.name, "out": str(out), "export": str(out / "export"), "steps": int(state.step)}
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run, which need not be finished."""
+    return (folder / _RECIPE).exists() and (folder / "checkpoints").is_dir()
+
+
+def export_run(run: Path, destination: Path, part: str = "ema") -> int:
+    """Writes the newest checkpoint of a run as its recipe exports it: folders that PyTorch loads.
+
+    Args:
+      run: folder of the run; its recipe must still be where it was.
+      destination: the new folder.
+      part: "ema", the average, or "params".
+    Returns: the step that was exported.
+    Raises: ClvrError if it is no run, holds no checkpoint, or the recipe is gone or another one now.
+    """
+    if not is_run(run):
+        raise ClvrError(f"{run}: not the folder of a run, which holds {_RECIPE} and checkpoints/")
+    made = read_json(run / _RECIPE)
+    recipe = load_recipe(made["recipe"])
+    config = _rebuilt(recipe.config, made["config"])
+    with mesh_of(config.train) as layout:
+        task = recipe.task(config)
+        shardings = layout.parameters(task.params)
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), task.params, shardings
+        )
+        params, step = restore_part(run / "checkpoints", part, wanted)
+        task.export(params, destination)
+    return step
+
+
+def _plain(config: Any) -> Any:
+    """A configuration as JSON can hold it."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def _rebuilt(template: Any, values: Any) -> Any:
+    """The inverse, for a configuration of the template's types."""
+    if dataclasses.is_dataclass(template) and not isinstance(template, type):
+        fields = {field.name: _rebuilt(getattr(template, field.name), values[field.name])
+                  for field in dataclasses.fields(template) if field.name in values}  # fmt: skip
+        return dataclasses.replace(template, **fields)
+    if isinstance(template, Path):
+        return Path(values)
+    return tuple(values) if isinstance(template, tuple) else values
 
 
 def _import(path: Path) -> ModuleType:

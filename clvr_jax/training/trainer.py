@@ -1,108 +1,70 @@
-"""One trainer for every recipe: state, step, checkpoints, metrics. What is trained is a `Task`.
+"""One trainer for every recipe: mesh, state, checkpoints, metrics. What is trained is a `Task`.
 
-The state is a pytree; the data of step n depends on the seed and n alone. So a run that is killed and resumed gives the
-same losses as one that was not.
+The state is a pytree; the data of step n depends on the seed and n alone, or its position is saved with the state. So a
+run that is killed and resumed gives the same losses as one that was not.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
+from jax.experimental import multihost_utils
 
-from clvr_jax.console import progress
+from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.sharding import Layout, MeshConfig, Rules, active_layout
 from clvr_jax.training.checkpoint import Checkpoints
-from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.feed import Batches, Input, feed
+from clvr_jax.training.metrics import MetricLog, Throughput
+from clvr_jax.training.optimizer import OptimizerConfig
+from clvr_jax.training.preemption import agreed, preemption
+from clvr_jax.training.step import Loss, Metrics, StepConfig, TrainState, make_train_step
+
+__all__ = ["Metrics", "Task", "TrainConfig", "TrainState", "fit", "make_train_step"]
 
 Tree = Any
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Optimiser, schedule and bookkeeping of a run.
+class TrainConfig(OptimizerConfig):
+    """Optimiser, step, mesh and bookkeeping of a run.
 
-    steps: optimiser steps. learning_rate: peak of a cosine with linear warm-up over `warmup` of the steps, down to
-    `final_learning_rate` of the peak. muon_learning_rate: if positive, the matrices of the scanned blocks are trained
-    by Muon with this peak, in units of AdamW's (a step moves an entry by 0.2 of it, as AdamW's typically does), and
-    AdamW trains the rest. ema_decay: of the exported average. save_minutes: time between checkpoints.
+    Beside the fields of `OptimizerConfig` and, of the same meaning, of `StepConfig`:
+    mesh: how devices are used. bad_steps: so many steps in a row with gradients that are not finite end the run; fewer
+    are skipped and counted. save_minutes: time between checkpoints. keep: how many stay. wandb: project to log to as
+    well, with Weights & Biases. profile: step from which three are traced into `out`/profile.
     """
 
-    steps: int = 1000
-    learning_rate: float = 1e-3
-    muon_learning_rate: float = 0.0
-    warmup: float = 0.05
-    final_learning_rate: float = 0.02
-    weight_decay: float = 0.01
-    b1: float = 0.9
-    b2: float = 0.99
-    clip_norm: float = 1.0
+    accumulate: int = 1
+    compute_dtype: str = "float32"
     ema_decay: float = 0.995
     seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    bad_steps: int = 8
     log_every: int = 20
     save_minutes: float = 4.0
+    keep: int = 2
+    wandb: str = ""
+    profile: int | None = None
 
     def __post_init__(self) -> None:
-        if self.steps < 1:
-            raise UsageError(f"TrainConfig: steps must be at least 1, got {self.steps}")
-        if not 0 <= self.warmup < 1 or not 0 <= self.ema_decay < 1:
-            raise UsageError("TrainConfig: warmup and ema_decay must lie in [0, 1)")
+        super().__post_init__()
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"TrainConfig: ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if min(self.accumulate, self.bad_steps, self.log_every, self.keep) < 1:
+            raise UsageError("TrainConfig: accumulate, bad_steps, log_every and keep must be at least 1")
+        if self.compute_dtype not in ("float32", "bfloat16"):
+            raise UsageError(f"TrainConfig: compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
 
-    def optimizer(self) -> optax.GradientTransformation:
-        """AdamW, or Muon and AdamW, behind a clip of the global gradient norm."""
-        if self.muon_learning_rate > 0:
-            rule = optax.contrib.muon(
-                self._schedule(self.muon_learning_rate),
-                adam_learning_rate=self._schedule(self.learning_rate),
-                adam_b1=self.b1,
-                adam_b2=self.b2,
-                weight_decay=self.weight_decay,
-                adam_weight_decay=self.weight_decay,
-                weight_decay_mask=_is_matrix,
-                consistent_rms=0.2,
-                muon_weight_dimension_numbers=_block_matrices,
-            )
-        else:
-            rule = optax.adamw(
-                self._schedule(self.learning_rate),
-                b1=self.b1,
-                b2=self.b2,
-                weight_decay=self.weight_decay,
-                mask=_is_matrix,
-            )
-        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
-
-    def _schedule(self, peak: float) -> optax.Schedule:
-        return optax.warmup_cosine_decay_schedule(
-            init_value=0.0,
-            peak_value=peak,
-            warmup_steps=max(1, round(self.warmup * self.steps)),
-            decay_steps=max(2, self.steps),
-            end_value=self.final_learning_rate * peak,
-        )
-
-
-def _is_matrix(params: Tree) -> Tree:
-    """Biases and norm scales are not decayed."""
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
-
-
-def _block_matrices(params: Tree) -> Tree:
-    """Muon's dimension numbers: kernels (layer, in, out) of scanned blocks; None, so AdamW, for everything else."""
-
-    def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
-        is_stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "kernel" for key in path)
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if is_stacked else None
-
-    return jax.tree_util.tree_map_with_path(numbers, params)
+    @property
+    def step(self) -> StepConfig:
+        """The fields that a step needs."""
+        return StepConfig(self.accumulate, self.compute_dtype, self.ema_decay, self.seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,54 +74,21 @@ class Task:
     name: used in progress lines.
     params: trainable pytree, the start of the run.
     frozen: pytree the loss reads and nobody changes.
-    loss: (params, frozen, batch, key) -> (scalar loss, metrics).
-    batches: step -> batch as a pytree of NumPy arrays; a pure function of the step.
+    loss: (params, frozen, batch, key) -> (scalar loss, metrics), see `step.Loss`.
+    batches: step -> the whole batch as a pytree of NumPy arrays, a pure function of the step; or an `Input`.
     export: (ema_params, folder) -> None, called at the end of the run.
+    flops: batch -> model FLOPs of its step (6 for each parameter and token, and attention), for the utilisation.
+    tokens: batch -> tokens in it, for the throughput.
     """
 
     name: str
     params: Tree
     frozen: Tree
-    loss: Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, Metrics]]
-    batches: Callable[[int], Any]
+    loss: Loss
+    batches: Batches
     export: Callable[[Tree, Path], None]
-
-
-@partial(jax.tree_util.register_dataclass, data_fields=["step", "params", "ema", "opt_state"], meta_fields=[])
-@dataclasses.dataclass
-class TrainState:
-    """Everything a run continues from."""
-
-    step: jax.Array
-    params: Tree
-    ema: Tree
-    opt_state: Tree
-
-    @classmethod
-    def create(cls, params: Tree, optimizer: optax.GradientTransformation) -> "TrainState":
-        """Step 0: the average starts at the parameters (as copies, since the step donates its state)."""
-        ema = jax.tree.map(jnp.copy, params)
-        return cls(jnp.zeros((), jnp.int32), jax.tree.map(jnp.copy, params), ema, optimizer.init(params))
-
-
-def make_train_step(
-    loss: Callable[..., tuple[jax.Array, Metrics]], optimizer: optax.GradientTransformation, config: TrainConfig
-) -> Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]:
-    """(state, frozen, batch) -> (state, metrics), jitted; the old state is donated."""
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.params, frozen, batch, key)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # Early on the average forgets the start quickly, later it has its full memory.
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
-        metrics = {**metrics, "loss": value, "grad_norm": optax.global_norm(grads)}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
-
-    return train_step
+    flops: Callable[[Any], float] | None = None
+    tokens: Callable[[Any], int] | None = None
 
 
 def fit(
@@ -173,64 +102,108 @@ def fit(
       out: folder of the run: `checkpoints/`, `metrics.jsonl`, TensorBoard events, `export/`.
       resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
       stop_after: stop (with a checkpoint) once this step is reached; for tests and for sharing a machine.
-    Returns: the final state.
-    Raises: ClvrError if the loss is not finite.
+    Returns: the final state; of a run that was asked to stop (SIGTERM), the state that was saved.
+    Raises: ClvrError if too many steps in a row were not finite; UsageError for a mesh or batch that cannot be cut.
     """
-    optimizer = config.optimizer()
-    state = TrainState.create(task.params, optimizer)
-    with Checkpoints(out / "checkpoints") as checkpoints:
-        state = checkpoints.restore_or(state, resume=resume)
-        start = int(state.step)
-        last = min(config.steps, stop_after or config.steps)
-        if start < last:
-            state = _run(
-                task, config, state, start, last, out, checkpoints, make_train_step(task.loss, optimizer, config)
+    with mesh_of(config) as layout:
+        state = TrainState.create(task.params, config.optimizer(), layout)
+        with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
+            state, position = checkpoints.restore_or(state, resume=resume)
+            if isinstance(task.batches, Input) and position:
+                task.batches.restore(position)
+            last = min(config.steps, stop_after or config.steps)
+            if int(state.step) < last:
+                state = _Run(task, config, layout, out, checkpoints).to(state, last)
+        if int(state.step) == config.steps:
+            _export(task, state.ema, out / "export")
+        return state
+
+
+@contextlib.contextmanager
+def mesh_of(config: TrainConfig, rules: Rules = Rules()) -> Iterator[Layout]:  # noqa: B008 - frozen
+    """The layout of a run, active; one that is active already is taken as it is."""
+    layout = active_layout()
+    if layout is not None:
+        yield layout
+        return
+    with Layout(config.mesh.make(), rules).active() as layout:
+        yield layout
+
+
+@dataclasses.dataclass
+class _Run:
+    """The loop, with what it needs at every step."""
+
+    task: Task
+    config: TrainConfig
+    layout: Layout
+    out: Path
+    checkpoints: Checkpoints
+
+    def to(self, state: TrainState, last: int) -> TrainState:
+        """Trains up to step `last`, or until it is asked to stop."""
+        config, start = self.config, int(state.step)
+        train_step = make_train_step(self.task.loss, config.optimizer(), config.step, self.layout)
+        frozen = _placed(self.task.frozen, self.layout)
+        saved, waiting = time.monotonic(), []
+        throughput = Throughput(self.task.flops, self.task.tokens, self.layout)
+        with (
+            MetricLog(self.out, start, config.wandb, self.task.name, dataclasses.asdict(config)) as log,
+            progress(self.task.name, config.steps, start) as advance,
+            preemption() as asked,
+        ):
+            batches = feed(self.task.batches, self.layout, range(start, last), config.accumulate)
+            for step, (batch, position) in enumerate(batches, start):
+                with _profile(self.out / "profile", step, config.profile):
+                    state, metrics = train_step(state, frozen, batch)
+                waiting.append(metrics)
+                throughput.add(batch)
+                is_last = step + 1 == last or asked.reached(step)
+                if (step + 1) % config.log_every == 0 or is_last:
+                    means = {**_means(jax.device_get(waiting)), **throughput.read()}
+                    waiting = []
+                    log.write(step + 1, means)
+                    self._check(state, step + 1)
+                    advance(step + 1, f"loss {means['loss']:.4f}  {means['seconds_per_step']:.2f} s/step")
+                    is_due = agreed(time.monotonic() - saved > 60 * config.save_minutes)
+                    if is_due or is_last:
+                        self.checkpoints.save(step + 1, state, position)
+                        saved = time.monotonic()
+                if is_last and step + 1 < last:
+                    console.print(f"{self.task.name}: asked to stop; step {step + 1} is saved, --resume goes on")
+                    break
+        return state
+
+    def _check(self, state: TrainState, step: int) -> None:
+        bad = int(state.skipped_in_a_row)
+        if bad >= self.config.bad_steps:
+            raise ClvrError(
+                f"{self.task.name}: loss or gradients of {bad} steps in a row are not finite, up to step {step}; "
+                f"resume the last checkpoint in {self.out / 'checkpoints'} with a smaller learning rate"
             )
-    if last == config.steps:
-        task.export(state.ema, out / "export")
-    return state
 
 
-def _run(
-    task: Task,
-    config: TrainConfig,
-    state: TrainState,
-    start: int,
-    last: int,
-    out: Path,
-    checkpoints: Checkpoints,
-    train_step: Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]],
-) -> TrainState:
-    saved = logged = time.monotonic()
-    waiting: list[Metrics] = []
-    with (
-        MetricLog(out, start) as log,
-        ThreadPoolExecutor(1) as loader,
-        progress(task.name, config.steps, start) as advance,
-    ):
-        following = loader.submit(task.batches, start)
-        for step in range(start, last):
-            batch = following.result()
-            if step + 1 < last:
-                following = loader.submit(task.batches, step + 1)
-            state, metrics = train_step(state, task.frozen, batch)
-            waiting.append(metrics)
-            if (step + 1) % config.log_every == 0 or step + 1 == last:
-                means = _means(jax.device_get(waiting))
-                now = time.monotonic()
-                means["seconds_per_step"] = (now - logged) / len(waiting)
-                logged, waiting = now, []
-                log.write(step + 1, means)
-                if not np.isfinite(means["loss"]):
-                    raise ClvrError(
-                        f"{task.name}: the loss is {means['loss']} near step {step + 1}; resume the last checkpoint "
-                        f"in {out / 'checkpoints'} with a smaller learning rate"
-                    )
-                advance(step + 1, f"loss {means['loss']:.4f}  {means['seconds_per_step']:.2f} s/step")
-            if time.monotonic() - saved > 60 * config.save_minutes or step + 1 == last:
-                checkpoints.save(step + 1, state)
-                saved = time.monotonic()
-    return state
+def _export(task: Task, ema: Tree, folder: Path) -> None:
+    """Process 0 exports; what is spread over several hosts comes together there first."""
+    if jax.process_count() > 1:
+        ema = multihost_utils.process_allgather(ema, tiled=True)
+    if jax.process_index() == 0:
+        task.export(ema, folder)
+
+
+def _placed(frozen: Tree, layout: Layout) -> Tree:
+    """Frozen weights lie as trained ones do; what is no array of numbers stays as it is."""
+    return jax.device_put(frozen, layout.parameters(frozen))
+
+
+@contextlib.contextmanager
+def _profile(folder: Path, step: int, first: int | None) -> Iterator[None]:
+    """Traces three steps."""
+    if first is not None and step == first:
+        jax.profiler.start_trace(str(folder))
+    yield
+    if first is not None and step == first + 2:
+        jax.profiler.stop_trace()
 
 
 def _means(metrics: list[dict[str, Any]]) -> dict[str, float]:

@@ -154,7 +154,7 @@ def test_gradients_are_finite_and_the_same_with_remat():
         graphdef, state = nnx.split(model)
         return jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs.values())).mean()))(state)
 
-    plain, rematerialised = jax.tree.leaves(gradients(False)), jax.tree.leaves(gradients(True))
+    plain, rematerialised = jax.tree.leaves(gradients("dots")), jax.tree.leaves(gradients("full"))
     assert len(plain) == len(entries(Flux2Transformer(SMALL, rngs=nnx.Rngs(0)), TABLE))
     for one, other in zip(plain, rematerialised, strict=True):
         assert np.isfinite(one).all()

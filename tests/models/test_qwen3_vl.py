@@ -201,7 +201,7 @@ def test_logits_at_chosen_positions(pair):
     assert relative_error(chosen, compiled(model, **batch)[:, at[0]]) < TOLERANCE
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
     trained, reference = pair
     model = Qwen3VL(SMALL, rngs=nnx.Rngs(0), remat=remat)

@@ -22,7 +22,7 @@ def test_the_first_pattern_that_is_found_counts():
 
 
 def test_a_pattern_without_a_weight_is_an_error():
-    with pytest.raises(ClvrError, match="no weight matches 'o_proj'"):
+    with pytest.raises(ClvrError, match="no parameter is matched first by 'o_proj'"):
         scaled(TREE, {"embed": 2.0, "o_proj": 0.0})
 
 

@@ -22,13 +22,16 @@ from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place
 
+ONE_DEVICE = MeshConfig(devices=1)
+
 PARTS = {"vae": SHIPPED / "shapes-tiny" / "vae", "tokenizer": SHIPPED / "shapes-tiny" / "tokenizer"}
 # One optimiser step is enough to go through everything a recipe does.
-ONE = TrainConfig(steps=1, log_every=1)
+ONE = TrainConfig(steps=1, log_every=1, mesh=ONE_DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
-    train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1)
+    train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
     config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
     task = shapes_text_encoder.task(config)
     kinds = (shapes_base.Kind(1.0, 32, shapes_base.planned_example),)

@@ -7,9 +7,13 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 
-CONFIG = TrainConfig(steps=12, learning_rate=0.05, log_every=1)
+ONE_DEVICE = MeshConfig(devices=1)
+
+CONFIG = TrainConfig(steps=12, learning_rate=0.05, log_every=1, mesh=ONE_DEVICE)
 
 
 def make_task(scale=1.0):
@@ -32,7 +36,7 @@ def make_task(scale=1.0):
     return Task("line", {"w": jnp.zeros(3)}, jnp.asarray(scale), loss, batches, export)
 
 
-def make_blocks_task():
+def make_blocks_task(rows=6):
     """A stack of two linear blocks under an embedding, as scanned models have them."""
 
     def loss(params, frozen, batch, key):
@@ -47,10 +51,10 @@ def make_blocks_task():
 
     keys = jax.random.split(jax.random.key(0))
     params = {
-        "embedding": jax.random.normal(keys[0], (6, 4)),
+        "embedding": jax.random.normal(keys[0], (rows, 4)),
         "blocks": {"kernel": 0.1 * jax.random.normal(keys[1], (2, 4, 4))},
     }
-    return Task("blocks", params, {}, loss, lambda step: np.arange(6), export)
+    return Task("blocks", params, {}, loss, lambda step: np.arange(rows), export)
 
 
 def losses(folder):
@@ -103,6 +107,73 @@ def test_a_run_is_not_overwritten_by_accident(tmp_path):
         fit(make_task(), CONFIG, tmp_path / "run")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    with pytest.raises(ClvrError, match="the loss is nan near step 1"):
-        fit(make_task(scale=float("nan")), CONFIG, tmp_path / "run")
+def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_end_the_run(tmp_path):
+    task = make_task()
+
+    def bad_at(steps):
+        def batches(step):
+            x, y = task.batches(step)
+            return x, np.where(step in steps, np.nan, y).astype(np.float32)
+
+        return dataclasses.replace(task, batches=batches)
+
+    state = fit(bad_at({3, 4}), CONFIG, tmp_path / "some")
+    assert int(state.skipped) == 2
+    assert np.isfinite(state.params["w"]).all()
+    rows = [json.loads(line) for line in (tmp_path / "some" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["skipped"] for row in rows] == [0, 0, 0, 1, *[2] * 8]
+    config = dataclasses.replace(CONFIG, bad_steps=4)
+    with pytest.raises(ClvrError, match="of 4 steps in a row are not finite, up to step 7"):
+        fit(bad_at(set(range(3, 12))), config, tmp_path / "many")
+
+
+def test_the_position_of_an_input_is_saved_with_the_state(tmp_path):
+    class Rows:
+        """Batches of a dataset, read one after the other."""
+
+        def __init__(self):
+            self.step = 0
+
+        def __next__(self):
+            self.step += 1
+            return make_task().batches(7 * self.step)
+
+        def state(self):
+            return {"step": self.step}
+
+        def restore(self, state):
+            self.step = state["step"]
+
+    def task():
+        return dataclasses.replace(make_task(), batches=Rows())
+
+    fit(task(), CONFIG, tmp_path / "whole")
+    fit(task(), CONFIG, tmp_path / "parts", stop_after=5)
+    fit(task(), CONFIG, tmp_path / "parts", resume=True)
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+
+
+def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
+    def on(devices, **options):
+        config = dataclasses.replace(CONFIG, mesh=MeshConfig(devices=devices))
+        return fit(make_blocks_task(rows=8), config, tmp_path / "run", **options)
+
+    on(8, stop_after=4)
+    on(4, stop_after=8, resume=True)
+    state = on(8, resume=True)
+    alone = fit(make_blocks_task(rows=8), CONFIG, tmp_path / "alone")
+    assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state.params)} == {8}
+    for found, expected in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_average_is_read_back_without_the_optimiser(tmp_path):
+    state = fit(make_task(), CONFIG, tmp_path, stop_after=5)
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.ema)
+    ema, step = restore_part(tmp_path / "checkpoints", "ema", wanted)
+    assert step == 5
+    assert np.array_equal(ema["w"], state.ema["w"])
+    with pytest.raises(ClvrError, match="not a checkpoint of this model"):
+        restore_part(tmp_path / "checkpoints", "ema", {"v": wanted["w"]})
+    with pytest.raises(ClvrError, match="holds no checkpoint"):
+        restore_part(tmp_path / "nothing", "ema", wanted)

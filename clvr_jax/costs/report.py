@@ -1,0 +1,191 @@
+"""One planned program as people and other programs read it: does it fit, what does it cost, what bounds it."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from rich.table import Table
+
+from clvr_jax.costs.hardware import GIB, Topology
+from clvr_jax.costs.hlo import Collective, collectives, merged, sent_by_axis
+from clvr_jax.costs.roofline import Cost, Roofline, fits, interconnect_seconds, roofline, run_cost, total_bytes
+from clvr_jax.errors import ClvrError
+
+_SHOWN_COLLECTIVES = 6
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one chip's memory that a program needs, by what they are for, and what the chip has.
+
+    output: results that no donated argument makes room for.
+    """
+
+    arguments: int
+    temporaries: int
+    output: int
+    total: int
+    available: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """A compiled program on a topology; all numbers are of one step on one chip unless they say otherwise.
+
+    flops: of all chips, without what is computed twice. flops_per_chip: what one chip does, with it.
+    parameters: that one chip keeps. sent: bytes over each mesh axis. steps: of the run that `cost` is for.
+    """
+
+    name: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    parameters: int
+    memory: Memory
+    flops: float
+    flops_per_chip: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    sent: dict[str, float]
+    roofline: Roofline
+    steps: int
+    cost: Cost
+
+    @property
+    def cost_line(self) -> str:
+        """`5,000 steps: 12.3 chip-hours, 14.70 dollars, if all overlaps`."""
+        dollars = "" if self.cost.dollars is None else f", {self.cost.dollars:,.2f} dollars"
+        return f"{self.steps:,} steps: {self.cost.chip_hours:,.1f} chip-hours{dollars}, if all overlaps"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it, with what follows from it, in types that JSON has."""
+        times = self.roofline
+        derived = {"overlapped": times.overlapped, "serial": times.serial, "bound": times.bound, "mfu": times.mfu}
+        found = [{**asdict(collective), "sent": collective.sent} for collective in self.collectives]
+        return {**asdict(self), "collectives": found, "roofline": {**asdict(times), **derived}}
+
+    def table(self) -> Table:
+        """The report for a terminal."""
+        memory, times = self.memory, self.roofline
+        table = Table("one chip, one step", "", title=f"{self.name} on {self.topology}", caption=self.cost_line)
+        verdict = "fits" if memory.fits else "[bold]does not fit[/]"
+        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+        table.add_row("mesh", f"{axes} ({self.chips} chips)")
+        table.add_row("parameters", f"{self.parameters:,}")
+        table.add_row("memory", f"{_gib(memory.total)} of {_gib(memory.available)}: {verdict}")
+        table.add_row("  arguments", _gib(memory.arguments))
+        table.add_row("  temporaries", _gib(memory.temporaries))
+        table.add_row("  results", _gib(memory.output), end_section=True)
+        table.add_row("FLOPs", f"{self.flops_per_chip:.3e} (all chips, nothing twice: {self.flops:.3e})")
+        table.add_row("memory traffic", _gib(self.hbm_bytes))
+        for axis, sent in self.sent.items():
+            table.add_row(f"sent over {axis or 'the interconnect'}", _gib(sent))
+        for one in self.collectives[:_SHOWN_COLLECTIVES]:
+            table.add_row(f"  {one.kind}", f"{one.times} x {one.dtype} {_mib(one.bytes)}, {one.axis or one.devices}")
+        if len(self.collectives) > _SHOWN_COLLECTIVES:
+            table.add_row("  others", _gib(sum(one.sent for one in self.collectives[_SHOWN_COLLECTIVES:])))
+        table.add_section()
+        table.add_row("arithmetic", _seconds(times.compute))
+        table.add_row("memory", _seconds(times.hbm))
+        table.add_row("interconnect", _seconds(times.interconnect))
+        table.add_row(
+            "step", f"{_seconds(times.overlapped)} overlapped, {_seconds(times.serial)} not; {times.bound} bound"
+        )
+        serial = times.utilisation(times.serial)
+        table.add_row("model FLOP utilisation", f"{times.mfu:.0%} overlapped, {serial:.0%} not")
+        return table
+
+
+def measure(
+    compiled: Any,
+    *,
+    name: str,
+    topology: Topology,
+    mesh: Mesh,
+    flops: float,
+    hardware_flops: float | None = None,
+    hbm_bytes: float | None = None,
+    parameters: int = 0,
+    steps: int = 1,
+    dollars_per_chip_hour: float | None = None,
+) -> Report:
+    """Reads a compiled program and makes its report.
+
+    Args:
+      compiled: what `lowered.compile()` returned.
+      name: of the program, for people.
+      topology, mesh: what it was compiled for.
+      flops: of one step on all chips, without what is computed twice; `flops` counts them.
+      hardware_flops: with it; `flops` if None.
+      hbm_bytes: that one chip moves in a step; if None, a lower bound: arguments are read once, results written once,
+        temporaries written and read once.
+      parameters: that one chip keeps, see `elements_per_chip`.
+      steps, dollars_per_chip_hour: of the run, for the cost line.
+    Raises: ClvrError if the mesh is not of the topology's size or a collective cannot be read.
+    """
+    if mesh.size != topology.devices:
+        raise ClvrError(f"mesh {dict(mesh.shape)} has {mesh.size} devices, {topology.name} has {topology.devices}")
+    memory = compiled.memory_analysis()
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    if hbm_bytes is None:
+        touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
+        hbm_bytes = float(touched + 2 * memory.temp_size_in_bytes)
+    found = collectives(compiled.as_text(), mesh.shape)
+    hardware = flops if hardware_flops is None else hardware_flops
+    times = roofline(
+        topology.chip,
+        flops=hardware / topology.devices,
+        hbm_bytes=hbm_bytes,
+        interconnect=interconnect_seconds(found, topology, mesh),
+        model_flops=flops / topology.devices,
+    )
+    return Report(
+        name=name,
+        topology=topology.name,
+        chips=topology.devices,
+        mesh=dict(mesh.shape),
+        parameters=parameters,
+        memory=Memory(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            output=results,
+            total=total_bytes(memory),
+            available=topology.chip.hbm_bytes,
+            fits=fits(memory, topology.chip),
+        ),
+        flops=flops,
+        flops_per_chip=hardware / topology.devices,
+        hbm_bytes=hbm_bytes,
+        collectives=tuple(merged(found)),
+        sent=sent_by_axis(found),
+        roofline=times,
+        steps=steps,
+        cost=run_cost(times.overlapped, steps, topology.devices, dollars_per_chip_hour),
+    )
+
+
+def elements_per_chip(tree: Any) -> int:
+    """Elements of a tree of arrays, or of their shapes, that one device holds under the shardings they carry."""
+
+    def held(leaf: Any) -> int:
+        sharding = getattr(leaf, "sharding", None)
+        shape: Sequence[int] = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        return math.prod(shape)
+
+    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:,.2f} GiB"
+
+
+def _mib(size: float) -> str:
+    return f"{size / 2**20:,.1f} MiB"
+
+
+def _seconds(seconds: float) -> str:
+    return f"{seconds:.3f} s" if seconds >= 1 else f"{seconds * 1e3:.3g} ms"

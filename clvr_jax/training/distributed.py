@@ -1,0 +1,61 @@
+"""Several processes, one program: who coordinates, and what happens when one is lost."""
+
+import os
+from dataclasses import dataclass
+
+import jax
+
+from clvr_jax.errors import ClvrError, UsageError
+
+HEARTBEAT_SECONDS = 30
+"""A process that is silent for so long is lost, and the others end."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Address of process 0 as host:port, number of processes, and which of them this is.
+
+    All None: TPU VMs, GKE, SLURM and Open MPI say it themselves; without any of them this is the only process.
+    """
+
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        given = [value is not None for value in (self.coordinator, self.processes, self.process)]
+        if any(given) and not all(given):
+            raise UsageError("coordinator, processes and process belong together: give all three or none")
+        if self.processes is not None and self.process is not None and not 0 <= self.process < self.processes:
+            raise UsageError(f"process {self.process} of {self.processes}: must be in 0..{self.processes - 1}")
+
+    def initialize(self) -> None:
+        """Joins the processes; must come before JAX touches a device.
+
+        Raises: ClvrError, one line, if they do not come together.
+        """
+        if self.coordinator is None and not _is_managed():
+            return
+        try:
+            jax.distributed.initialize(
+                self.coordinator,
+                self.processes,
+                self.process,
+                heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            )
+        except (RuntimeError, ValueError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            where = self.coordinator or "the cluster's own coordinator"
+            raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
+
+
+def _is_managed() -> bool:
+    """Whether the environment says that there are several processes, in one of the ways that JAX understands."""
+    several = any(int(os.environ.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "NNODES"))
+    hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS", "")
+    return several or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or _is_tpu_vm()
+
+
+def _is_tpu_vm() -> bool:
+    """A TPU VM of a slice with several hosts finds the others through its metadata server."""
+    return "TPU_ACCELERATOR_TYPE" in os.environ or os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")

@@ -1,0 +1,86 @@
+"""Optimisers and schedules of a run."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from clvr_jax.errors import UsageError
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, or Muon and AdamW, behind a clip of the global gradient norm.
+
+    steps: optimiser steps. learning_rate: peak of a cosine with linear warm-up over `warmup` of the steps, down to
+    `final_learning_rate` of the peak. muon_learning_rate: if positive, the matrices of the scanned blocks are trained
+    by Muon with this peak, in units of AdamW's (a step moves an entry by 0.2 of it, as AdamW's typically does), and
+    AdamW trains the rest.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-3
+    muon_learning_rate: float = 0.0
+    warmup: float = 0.05
+    final_learning_rate: float = 0.02
+    weight_decay: float = 0.01
+    b1: float = 0.9
+    b2: float = 0.99
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.steps < 1:
+            raise UsageError(f"{type(self).__name__}: steps must be at least 1, got {self.steps}")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"{type(self).__name__}: warmup must lie in [0, 1), got {self.warmup}")
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """The optax rule."""
+        if self.muon_learning_rate > 0:
+            rule = optax.contrib.muon(
+                self._schedule(self.muon_learning_rate),
+                adam_learning_rate=self._schedule(self.learning_rate),
+                adam_b1=self.b1,
+                adam_b2=self.b2,
+                weight_decay=self.weight_decay,
+                adam_weight_decay=self.weight_decay,
+                weight_decay_mask=_is_matrix,
+                consistent_rms=0.2,
+                muon_weight_dimension_numbers=_block_matrices,
+            )
+        else:
+            rule = optax.adamw(
+                self._schedule(self.learning_rate),
+                b1=self.b1,
+                b2=self.b2,
+                weight_decay=self.weight_decay,
+                mask=_is_matrix,
+            )
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+    def _schedule(self, peak: float) -> optax.Schedule:
+        return optax.warmup_cosine_decay_schedule(
+            init_value=0.0,
+            peak_value=peak,
+            warmup_steps=max(1, round(self.warmup * self.steps)),
+            decay_steps=max(2, self.steps),
+            end_value=self.final_learning_rate * peak,
+        )
+
+
+def _is_matrix(params: Tree) -> Tree:
+    """Biases and norm scales are not decayed."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+def _block_matrices(params: Tree) -> Tree:
+    """Muon's dimension numbers: kernels (layer, in, out) of scanned blocks; None, so AdamW, for everything else."""
+
+    def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+        is_stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "kernel" for key in path)
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if is_stacked else None
+
+    return jax.tree_util.tree_map_with_path(numbers, params)

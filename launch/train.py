@@ -1,0 +1,54 @@
+"""Trains a recipe as one process of several: start this once on every host.
+
+    python launch/train.py configs/shapes_base.py --out gs://bucket/run
+
+On TPU VMs, GKE and under SLURM the processes find each other. Elsewhere say who is who, on each host its own number:
+
+    python launch/train.py --coordinator host0:8476 --processes 2 --process 0 configs/shapes_base.py --out runs/base
+
+Everything after these three options is that of `clvr train`. If another host is lost, this one ends within a minute and
+says so; start all again with --resume.
+"""
+
+import argparse
+import subprocess
+import sys
+
+_WORKER = "--worker"
+# How a process ends that JAX's coordination service takes down: by its own abort.
+_LOST = (-6, 134)
+
+
+def main() -> int:
+    """Runs the training in a process of its own and watches how it ends."""
+    arguments = sys.argv[1:]
+    if arguments[:1] != [_WORKER]:
+        code = subprocess.call([sys.executable, __file__, _WORKER, *arguments])
+        if code in _LOST:
+            print("clvr: another host was lost, so this one ended too; start all again with --resume", file=sys.stderr)
+            return 1
+        return code if code >= 0 else 128 - code
+    return _work(arguments[1:])
+
+
+def _work(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coordinator", help="host:port of process 0")
+    parser.add_argument("--processes", type=int, help="how many there are")
+    parser.add_argument("--process", type=int, help="which one this is, from 0")
+    who, rest = parser.parse_known_args(arguments)
+
+    from clvr_jax.cli import main as clvr
+    from clvr_jax.errors import ClvrError, UsageError
+    from clvr_jax.training.distributed import Cluster
+
+    try:
+        Cluster(who.coordinator, who.processes, who.process).initialize()
+    except ClvrError as error:
+        print(f"clvr: {error}", file=sys.stderr)
+        return 2 if isinstance(error, UsageError) else 1
+    return clvr(["train", *rest])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

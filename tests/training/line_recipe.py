@@ -1,0 +1,45 @@
+"""Fits a line; a recipe that starts in no time, for tests that kill it."""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clvr_jax.training.trainer import Task, TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """pause: seconds that a batch takes. die: process that ends without a word at step 10, if any."""
+
+    train: TrainConfig = TrainConfig(steps=40, learning_rate=0.05, log_every=1, save_minutes=0.0)
+    pause: float = 0.0
+    die: int = -1
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+
+    def loss(params, frozen, batch, key):
+        x, y = batch
+        return jnp.mean((x @ params["w"] - y + 0.1 * jax.random.normal(key, y.shape)) ** 2), {}
+
+    def batches(step):
+        time.sleep(config.pause)
+        if step == 10 and config.die == jax.process_index():
+            import os
+
+            os._exit(9)
+        x = np.random.default_rng(step).normal(size=(8, 8)).astype(np.float32)
+        return x, x @ np.linspace(-1, 1, 8, dtype=np.float32)
+
+    def export(ema, folder):
+        folder.mkdir(parents=True)
+        np.save(folder / "w.npy", np.asarray(ema["w"]))
+
+    return Task("line", {"w": jnp.zeros(8)}, {}, loss, batches, export)

@@ -1,0 +1,120 @@
+"""Runs that are killed, asked to stop, spread over processes or left alone give the same losses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.training.recipes import export_run
+
+ROOT = Path(__file__).parents[2]
+RECIPE = Path(__file__).with_name("line_recipe.py")
+TRAIN = [sys.executable, "-m", "clvr_jax.cli", "train", str(RECIPE)]
+CLUSTER = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "4", str(RECIPE)]
+
+pytestmark = pytest.mark.slow
+
+
+def run(command, out, *options):
+    return subprocess.run([*command, "--out", str(out), *options], capture_output=True, text=True, timeout=300)
+
+
+def start(command, out, *options):
+    """Starts a run and returns when it has come to step 8."""
+    process = subprocess.Popen([*command, "--out", str(out), *options], stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while len(losses(out)) < 8:
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return process
+
+
+def losses(out):
+    path = out / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [(row["step"], row["loss"]) for row in map(json.loads, filter(lambda line: line.endswith("}"), lines))]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    out = tmp_path_factory.mktemp("undisturbed")
+    assert run(TRAIN, out).returncode == 0
+    assert len(losses(out)) == 40
+    return out
+
+
+def test_a_killed_run_goes_on_to_the_same_losses_bit_for_bit(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = start(TRAIN, out, "--pause", "0.1")
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run(TRAIN, out, "--resume").returncode == 0
+    assert losses(out) == losses(undisturbed)
+    assert np.array_equal(np.load(out / "export" / "w.npy"), np.load(undisturbed / "export" / "w.npy"))
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = start(TRAIN, out, "--pause", "0.1", "--train.save-minutes", "1000")
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 0, told
+    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    assert f"step {saved} is saved" in told
+    assert not (out / "export").exists()
+    assert run(TRAIN, out, "--resume").returncode == 0
+    assert losses(out) == losses(undisturbed)
+
+
+def test_a_run_is_exported_as_its_recipe_does_it_before_it_is_finished(tmp_path):
+    out = tmp_path / "run"
+    process = start(TRAIN, out, "--pause", "0.1")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    step = export_run(out, tmp_path / "export")
+    assert 8 <= step < 40
+    assert np.load(tmp_path / "export" / "w.npy").shape == (8,)
+    command = [sys.executable, "-m", "clvr_jax.cli", "convert", str(out), str(tmp_path / "again"), "--to", "torch"]
+    assert subprocess.run(command, timeout=200).returncode == 0
+    assert (tmp_path / "again" / "w.npy").read_bytes() == (tmp_path / "export" / "w.npy").read_bytes()
+    with pytest.raises(ClvrError, match="not the folder of a run"):
+        export_run(tmp_path, tmp_path / "other")
+
+
+def test_two_processes_of_four_devices_are_one_run(undisturbed, tmp_path):
+    done = run(CLUSTER, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    found, expected = losses(tmp_path / "run"), losses(undisturbed)
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
+    exported = np.load(tmp_path / "run" / "export" / "w.npy")
+    np.testing.assert_allclose(exported, np.load(undisturbed / "export" / "w.npy"), rtol=1e-5)
+
+
+def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
+    began = time.monotonic()
+    done = run(CLUSTER, tmp_path / "run", "--die", "1", "--pause", "0.2")
+    assert done.returncode == 1
+    assert "another host was lost" in done.stderr
+    assert "process" in done.stderr.splitlines()[-1]
+    assert time.monotonic() - began < 60 + 90  # a minute, and the time to start
+
+
+def test_processes_of_one_run_end_together_when_asked_and_go_on(undisturbed, tmp_path):
+    process = start(CLUSTER, tmp_path / "run", "--pause", "0.2")
+    os.kill(process.pid, signal.SIGTERM)
+    process.communicate(timeout=150)
+    reached = losses(tmp_path / "run")[-1][0]
+    assert 8 <= reached < 40
+    assert run(CLUSTER, tmp_path / "run", "--resume").returncode == 0
+    np.testing.assert_allclose(
+        [loss for _, loss in losses(tmp_path / "run")], [loss for _, loss in losses(undisturbed)], rtol=1e-5
+    )

@@ -1,0 +1,193 @@
+"""One step, however it is cut: meshes, parts of a batch and the number of devices change nothing but rounding."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.flux2_ids import latent_ids, text_ids
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.sharding import Layout, MeshConfig, Rules, parameter_axes
+from clvr_jax.training.objectives import flow_matching_loss, next_token_loss
+from clvr_jax.training.trainer import Task, TrainConfig, fit
+
+FLUX2 = Flux2TransformerConfig(
+    in_channels=16,
+    num_layers=2,
+    num_single_layers=2,
+    attention_head_dim=16,
+    num_attention_heads=4,
+    joint_attention_dim=24,
+    timestep_guidance_channels=16,
+    axes_dims_rope=(4, 4, 4, 4),
+    guidance_embeds=False,
+)
+QWEN3 = Qwen3Config(
+    vocab_size=64,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=4,
+    head_dim=8,
+    tie_word_embeddings=True,
+)
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(data=2, fsdp=1, tensor=4),
+    "sequence": MeshConfig(fsdp=2, sequence=4),
+    "mixed": MeshConfig(data=2, fsdp=1, sequence=2, tensor=2),
+}
+ONE = MeshConfig(devices=1)
+
+
+def drawing_task():
+    graphdef, params = nnx.split(Flux2Transformer(FLUX2, rngs=nnx.Rngs(0)))
+
+    def loss(params, frozen, batch, key):
+        def velocity(x, t):
+            return nnx.merge(graphdef, params)(x, batch["text"], t, latent_ids(4, 4), text_ids(8))
+
+        return flow_matching_loss(velocity, batch["tokens"], key, 2.0), {}
+
+    def batches(step):
+        rng = np.random.default_rng(step)
+        return {
+            "tokens": rng.normal(size=(16, 16, 16)).astype(np.float32),
+            "text": rng.normal(size=(16, 8, 24)).astype(np.float32),
+        }
+
+    return Task("drawing", params, {}, loss, batches, lambda ema, folder: None)
+
+
+def talking_task():
+    graphdef, params = nnx.split(Qwen3(QWEN3, rngs=nnx.Rngs(0)))
+
+    def loss(params, frozen, batch, key):
+        logits = nnx.merge(graphdef, params)(batch["ids"], batch["mask"])
+        return next_token_loss(logits, batch["ids"], batch["weights"])
+
+    def batches(step):
+        rng = np.random.default_rng(step)
+        lengths = rng.integers(4, 17, 16)
+        mask = (np.arange(16) < lengths[:, None]).astype(np.int32)
+        weights = mask * (np.arange(16) >= rng.integers(1, 4, 16)[:, None])
+        return {"ids": rng.integers(0, 64, (16, 16)), "mask": mask, "weights": weights.astype(np.float32)}
+
+    return Task("talking", params, {}, loss, batches, lambda ema, folder: None)
+
+
+def losses(task, tmp_path, steps=20, **options):
+    """Losses and gradient norms of every step."""
+    import json
+
+    fit(task, TrainConfig(steps=steps, learning_rate=3e-3, log_every=1, **options), tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return np.array([[row["loss"], row["grad_norm"]] for row in rows])
+
+
+@pytest.fixture(scope="module", params=["drawing", "talking"])
+def task(request):
+    return {"drawing": drawing_task, "talking": talking_task}[request.param]()
+
+
+@pytest.fixture(scope="module")
+def alone(task, tmp_path_factory):
+    return losses(task, tmp_path_factory.mktemp("alone"), mesh=ONE)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_twenty_steps_are_the_same_on_every_mesh(task, alone, tmp_path, name):
+    np.testing.assert_allclose(losses(task, tmp_path, mesh=MESHES[name]), alone, rtol=2e-4)
+    assert alone[-1, 0] < 0.98 * alone[0, 0]
+
+
+def test_a_batch_in_parts_adds_up_to_the_whole(tmp_path):
+    task = talking_task()
+    whole = losses(task, tmp_path / "whole", steps=5, mesh=ONE)
+    parts = losses(task, tmp_path / "parts", steps=5, mesh=MeshConfig(devices=2), accumulate=4)
+    np.testing.assert_allclose(parts, whole, rtol=2e-5)
+
+
+def test_every_device_holds_its_part_of_the_state():
+    from clvr_jax.training.step import TrainState
+
+    task = drawing_task()
+    with Layout(MeshConfig(fsdp=8).make()).active() as layout:
+        state = TrainState.create(task.params, TrainConfig().optimizer(), layout)
+    whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+    held = sum(leaf.addressable_shards[3].data.nbytes for leaf in jax.tree.leaves(state))
+    assert held < 0.14 * whole  # an eighth, and the vectors
+
+
+def test_the_program_on_a_mesh_has_the_shardings_of_the_table():
+    layout = Layout(MeshConfig(fsdp=4, tensor=2).make())
+    shardings = layout.parameters(nnx.state(nnx.eval_shape(lambda: Flux2Transformer(FLUX2, rngs=nnx.Rngs(0)))))
+    blocks = shardings["transformer_blocks"]
+    assert blocks["attn"]["to_q"]["kernel"].get_value().spec == jax.P(None, ("fsdp",), ("tensor",))
+    assert blocks["attn"]["to_out"][0]["kernel"].get_value().spec == jax.P(None, ("tensor",), ("fsdp",))
+    assert blocks["ff"]["linear_in"]["kernel"].get_value().spec == jax.P(None, ("fsdp", "tensor"), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "axes"),
+    [
+        ("model.layers.self_attn.q_proj.kernel", (4, 8, 8), (None, "embed", "heads_out")),
+        ("model.embed_tokens.embedding", (100, 8), ("vocab", "embed")),
+        ("down_blocks.0.resnets.0.conv1.kernel", (3, 3, 8, 16), (None, None, None, "embed")),
+        ("x_embedder.kernel", (16, 8), ("embed", None)),
+        ("model.norm.scale", (8,), (None,)),
+    ],
+)
+def test_parameters_are_told_apart_by_their_names(name, shape, axes):
+    assert parameter_axes(name, shape) == axes
+
+
+def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
+    layout = Layout(MeshConfig(fsdp=4, sequence=2).make())
+    assert layout.spec(("embed", None), (12, 3)) == jax.P(("fsdp",), None)
+    assert layout.spec(("embed", None), (7, 3)) == jax.P(None, None)
+    with pytest.raises(ClvrError, match="twice"):
+        layout.spec(("embed", "joined"), (8, 8))
+    with pytest.raises(ClvrError, match="heads"):
+        Rules(heads=("tensor", "tensor"))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ({"fsdp": 3}, "is 3 devices, but there are 8"),
+        ({"data": -1, "fsdp": -1}, "one may be -1"),
+        ({"tensor": 0}, "at least 1"),
+        ({"slices": 2}, "2 slices are copies"),
+        ({"devices": 9}, "9 devices are asked for, there are 8"),
+    ],
+)
+def test_meshes_that_do_not_fit_are_refused(mesh, message):
+    with pytest.raises(UsageError, match=message):
+        MeshConfig(**mesh).make()
+
+
+def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
+    task = dataclasses.replace(talking_task(), batches=lambda step: {"ids": np.zeros((12, 4), int)})
+    with pytest.raises(UsageError, match="12 rows cannot be cut into 8 parts"):
+        fit(task, TrainConfig(steps=1), tmp_path)
+
+
+def test_master_weights_stay_float32_where_the_loss_is_computed_in_bfloat16(tmp_path):
+    seen = []
+    task = talking_task()
+
+    def loss(params, frozen, batch, key):
+        seen.extend(leaf.dtype for leaf in jax.tree.leaves(params))
+        return task.loss(params, frozen, batch, key)
+
+    watched = dataclasses.replace(task, loss=loss)
+    state = fit(watched, TrainConfig(steps=2, compute_dtype="bfloat16", mesh=ONE), tmp_path)
+    assert set(seen) == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(jnp.float32)}

@@ -1,0 +1,67 @@
+"""The small Stable Diffusion of the shapes world, from its first step to a folder that diffusers draws with."""
+
+import dataclasses
+
+import diffusers
+import jax
+import numpy as np
+import pytest
+import torch
+from clvr_jax.configs import shapes_sd
+
+from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
+from clvr_jax.data.shapes import drawing_example
+from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.sdxl import SDXLPipeline
+from clvr_jax.pipelines.world import unseen_words
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.trainer import TrainConfig, fit
+from clvr_jax.worlds.shapes.grammar import vocabulary
+
+ONE_DEVICE = MeshConfig(devices=1)
+
+
+@pytest.mark.slow
+def test_the_export_draws_the_same_here_and_in_diffusers(tmp_path):
+    train = TrainConfig(steps=2, log_every=1, mesh=ONE_DEVICE)
+    config = dataclasses.replace(shapes_sd.CONFIG, train=train, batch_size=8)
+    fit(shapes_sd.task(config), train, tmp_path)
+    folder = str(tmp_path / "export")
+    ours, theirs = SDXLPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    assert ours.settings == shapes_sd.SETTINGS
+    assert unseen_words(folder, "a red zebra") == ["zebra"]
+    options = {"prompt": "a red circle and a blue star", "guidance_scale": 2.0, "num_inference_steps": 3}
+    latents = np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype(np.float32)
+    expected = theirs(**options, latents=torch.tensor(latents), output_type="np").images
+    assert np.abs(ours(**options, latents=latents, output_type="np").images - expected).max() < 1 / 255
+
+
+def test_the_autoencoder_without_batch_norm_is_the_same_with_latents_of_unit_variance():
+    flux = load_vae(shapes_sd.CONFIG.vae)
+    plain = shapes_sd.without_batch_norm(flux)
+    rng = np.random.default_rng(0)
+    pictures = np.stack([drawing_example(rng).target for _ in range(64)]).astype(np.float32) / 127.5 - 1
+    latents = plain.encode_scaled(pictures)
+    assert np.asarray(latents).std() == pytest.approx(1, abs=0.1)
+    assert np.array_equal(plain.encode(pictures), flux.encode(pictures))
+    assert np.abs(plain.decode_scaled(latents) - pictures).mean() < 0.02
+
+
+def test_a_batch_follows_from_its_step():
+    tokenizer = make_clip_tokenizer(vocabulary(), shapes_sd.LENGTH)
+    first, again, other = (shapes_sd.batch(step, shapes_sd.CONFIG, tokenizer) for step in (5, 5, 6))
+    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
+    assert not np.array_equal(first["ids"], other["ids"])
+    # Start and end of text, and what lies between: every prompt fits, and every word is one token.
+    assert (first["ids"][:, -1] == tokenizer.eos_token_id).all()
+    prompt = "There is an orange triangle, and there is a black star!"
+    assert len(tokenizer(prompt)["input_ids"]) == 11 + 2 + 2
+
+
+def test_a_long_text_is_cut_and_still_ends():
+    tokenizer = make_clip_tokenizer(["red"], 5)
+    ids = encode_clip(tokenizer, ["red", "red " * 9, ""], 5)
+    start, red, end = tokenizer.bos_token_id, ids[0, 1], tokenizer.eos_token_id
+    assert ids.tolist() == [[start, red, end, end, end], [start, red, red, red, end], [start, *[end] * 4]]
+    tokenizer.pad_token = "!"
+    assert encode_clip(tokenizer, ["red"], 4)[0, -1] == tokenizer.convert_tokens_to_ids("!")
