@@ -108,8 +108,19 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return next((bucket for bucket in sorted(buckets) if bucket >= length), max(buckets))
 
 
+def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+    """The token ids of each prompt as the FLUX.2 text encoder reads it: one user turn, thinking off."""
+    texts = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
+        )
+        for prompt in prompts
+    ]
+    return tokenizer(texts)["input_ids"]
+
+
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as the FLUX.2 text encoder reads them: one user turn, thinking off, padded on the right.
+    """Prompts as `prompt_tokens`, cut or padded on the right to one length.
 
     Args:
       tokenizer: transformers tokenizer with a chat template.
@@ -117,14 +128,8 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int
       buckets: lengths to pad to; all prompts take the smallest that holds the longest of them. FLUX.2 klein has (512,).
     Returns: ids and mask, each (batch, bucket) int32.
     """
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for prompt in prompts
-    ]
     # Cut here: a fast tokenizer that is asked to truncate remembers it, and would write it into what it saves.
-    rows = [row[: max(buckets)] for row in tokenizer(texts)["input_ids"]]
+    rows = [row[: max(buckets)] for row in prompt_tokens(tokenizer, prompts)]
     length = bucket_for(max(map(len, rows)), buckets)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)

@@ -1,0 +1,226 @@
+"""Trajectories as training examples: drawings for the diffusion model, conversations for the controller.
+
+What was rolled back is part of no example: neither a target nor history.
+Source: arXiv 2605.14876, supervised fine-tuning and trajectory-accumulative conditioning.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from clvr_jax.data.batch_plan import length_bounds
+from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
+from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.text import bucket_for, encode_prompts, prompt_tokens
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.actions import TERMINATE
+from clvr_jax.reasoning.context import chat_messages, drawing_text
+from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.trajectory import Trajectory
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Where an example lies in a dataset, and its shape.
+
+    record: number in the dataset. id: of that record. step: which of its pictures is the target, from 0.
+    shape: what else must be equal in a batch. length: tokens. padded: tokens with padding.
+    """
+
+    record: int
+    id: str
+    step: int
+    shape: tuple[Any, ...]
+    length: int
+    padded: int = 0
+
+    @property
+    def bucket(self) -> tuple[Any, ...]:
+        """Samples of one bucket make batches of one shape."""
+        return (*self.shape, self.padded)
+
+
+class Examples(Protocol):
+    """Samples known by their shapes, and what makes a batch of those that share a bucket."""
+
+    samples: tuple[Sample, ...]
+
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+        """Reads the samples, all of one bucket, each with a generator of its own."""
+
+
+def padding_share(samples: Sequence[Sample]) -> float:
+    """Share of padding among the tokens of all samples, in [0, 1]."""
+    return 1 - sum(min(sample.length, sample.padded) for sample in samples) / sum(sample.padded for sample in samples)
+
+
+class DrawingExamples:
+    """Every drawing of a trajectory under all that came before it: n pictures make n samples.
+
+    The text holds the prompt and all replies so far, earlier pictures as marks; these are the references. The target
+    is the picture that was drawn.
+
+    Args:
+      dataset: the pictures of a trajectory must be of one size.
+      tokenizer: of the text encoder.
+      dropout: share of texts replaced by the empty one, for guidance. The references stay.
+      text_buckets: lengths that texts are padded to, and cut to at the last, as the pipeline does. () chooses the
+        fewest that keep padding under `max_padding`, multiples of 8 where that is possible.
+      max_corrupt: see `TrajectoryDataset.scan`.
+    Raises: UsageError for a dropout outside of [0, 1]; ClvrError if there is no drawing, or pictures differ in size.
+    """
+
+    def __init__(
+        self,
+        dataset: TrajectoryDataset,
+        tokenizer: Any,
+        *,
+        dropout: float = 0.1,
+        text_buckets: Sequence[int] = (),
+        max_padding: float = 0.1,
+        max_corrupt: int = 16,
+    ):
+        if not 0 <= dropout <= 1:
+            raise UsageError(f"drawing examples: dropout must lie in [0, 1], got {dropout}")
+        self._dataset, self._tokenizer, self._dropout = dataset, tokenizer, dropout
+        samples = [
+            Sample(number, record.id, step, (step, *size), length)
+            for number, record in dataset.scan(max_corrupt)
+            for size in [_picture_size(record.id, record.trajectory)]
+            for step, length in enumerate(self._lengths(record.trajectory))
+        ]
+        self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
+
+    def _lengths(self, trajectory: Trajectory) -> list[int]:
+        replies, pictures = _history(trajectory)
+        texts = [drawing_text(trajectory.prompt, replies[: step + 1]) for step in range(len(pictures))]
+        return [len(tokens) for tokens in prompt_tokens(self._tokenizer, texts)] if texts else []
+
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
+        """ids and mask (b, t) int32, references (b, r, h, w, 3) and target (b, h, w, 3) uint8."""
+        texts, pictures = [], []
+        for sample, rng in zip(samples, rngs, strict=True):
+            trajectory = self._dataset[sample.record].trajectory
+            replies, shown = _history(trajectory)
+            text = drawing_text(trajectory.prompt, replies[: sample.step + 1])
+            texts.append("" if rng.random() < self._dropout else text)
+            pictures.append(np.stack(_decoded(sample, shown[: sample.step + 1])))
+        ids, mask = encode_prompts(self._tokenizer, texts, (samples[0].padded,))
+        drawn = np.stack(pictures)
+        return {"ids": ids, "mask": mask, "references": drawn[:, :-1], "target": drawn[:, -1]}
+
+
+class ConversationExamples:
+    """Every trajectory as one conversation; what the assistant says in it is learned, reasoning and actions.
+
+    Args:
+      dataset: trajectories in which nothing was said make no sample. A last picture that nothing was said about is
+        left out.
+      tokenizer, image_processor: of the controller.
+      system: optional system prompt, see `chat_messages`.
+      max_padding, length_multiple: conversations are padded to the fewest lengths that keep padding under this share,
+        multiples of `length_multiple` where that is possible.
+      max_corrupt: see `TrajectoryDataset.scan`.
+    Raises: ClvrError if there is no conversation.
+    """
+
+    def __init__(
+        self,
+        dataset: TrajectoryDataset,
+        tokenizer: Any,
+        image_processor: Qwen3VLImageProcessor,
+        *,
+        system: str | None = None,
+        max_padding: float = 0.1,
+        length_multiple: int = 32,
+        max_corrupt: int = 16,
+    ):
+        self._dataset, self._tokenizer, self._image_processor = dataset, tokenizer, image_processor
+        self._system = system
+        samples = [
+            Sample(number, record.id, 0, (grids,), length)
+            for number, record in dataset.scan(max_corrupt)
+            for grids, length in self._shapes(record.trajectory)
+        ]
+        self.samples = _padded(dataset, samples, (), max_padding, length_multiple)
+
+    def _shapes(self, trajectory: Trajectory) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int]]:
+        """The patch grids and the number of tokens of the conversation, if there is one."""
+        replies, pictures = _conversation(trajectory)
+        if not replies:
+            return
+        processor = self._image_processor
+        sides = [processor.resized(height, width) for height, width in map(_size, pictures)]
+        grids = tuple((1, rows // processor.patch_size, columns // processor.patch_size) for rows, columns in sides)
+        text = self._tokenizer.apply_chat_template(self._messages(trajectory.prompt, replies), tokenize=False)
+        shown = sum(rows * columns // processor.merge_size**2 for _, rows, columns in grids)
+        yield grids, len(self._tokenizer(text)["input_ids"]) - len(pictures) + shown
+
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+        """What `collate_conversations` returns; grid_thw, the same for all rows of a bucket, is no array."""
+        conversations = []
+        for sample in samples:
+            trajectory = self._dataset[sample.record].trajectory
+            replies, pictures = _conversation(trajectory)
+            messages = self._messages(trajectory.prompt, replies)
+            shown = _decoded(sample, pictures)
+            conversations.append(supervised_conversation(self._tokenizer, self._image_processor, messages, shown))
+        return collate_conversations(
+            conversations,
+            image_token_id=self._tokenizer.convert_tokens_to_ids(IMAGE_PAD),
+            merge=self._image_processor.merge_size,
+            pad_token=self._tokenizer.pad_token_id,
+            length_multiple=samples[0].padded,
+        )
+
+    def _messages(self, prompt: str, replies: Sequence[str]) -> list[dict[str, Any]]:
+        return chat_messages(prompt, replies, len(replies) - 1, self._system)
+
+
+def _history(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
+    """Replies that led to a picture, and the pictures, without those that were rolled back."""
+    kept = [(step.reasoning + step.action, step.image) for step in trajectory.drawings if not step.rolled_back]
+    return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
+
+
+def _conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
+    """All replies, the last one terminating or not, and the pictures between them."""
+    replies, pictures = _history(trajectory)
+    if trajectory.steps and trajectory.steps[-1].action == TERMINATE:
+        replies.append(trajectory.steps[-1].reasoning + TERMINATE)
+    return replies, pictures[: max(len(replies) - 1, 0)]
+
+
+def _size(picture: Picture) -> tuple[int, int]:
+    """Height and width, without decoding."""
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+
+
+def _picture_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:
+    sizes = sorted({_size(picture) for picture in _history(trajectory)[1]})
+    if len(sizes) > 1:
+        found = ", ".join(f"{width} x {height}" for height, width in sizes)
+        raise ClvrError(f"trajectory {name}: pictures of {found} pixels; write the dataset with one size a trajectory")
+    return sizes[0] if sizes else ()
+
+
+def _decoded(sample: Sample, pictures: Sequence[Picture]) -> list[np.ndarray]:
+    try:
+        return [pixels(picture) for picture in pictures]
+    except (OSError, SyntaxError) as error:
+        raise ClvrError(f"trajectory {sample.id}, record {sample.record}: broken picture ({error})") from error
+
+
+def _padded(
+    dataset: TrajectoryDataset, samples: Sequence[Sample], bounds: Sequence[int], max_padding: float, multiple: int
+) -> tuple[Sample, ...]:
+    """The samples with their padded lengths: the next of `bounds`, which are chosen if there are none."""
+    if not samples:
+        raise ClvrError(f"{dataset.folder}: nothing to learn from in {len(dataset)} trajectories")
+    bounds = bounds or length_bounds([sample.length for sample in samples], max_padding, multiple)
+    return tuple(
+        Sample(s.record, s.id, s.step, s.shape, s.length, padded=bucket_for(s.length, bounds)) for s in samples
+    )

@@ -1,0 +1,129 @@
+"""The input of supervised fine-tuning: batches by number, and a Grain pipeline over them whose position is one number.
+
+    loader = BatchLoader(DrawingExamples(TrajectoryDataset(folder), tokenizer), batch_size=32)
+    batches = Batches(loader)
+
+`loader(step)` is the batch of a step; `next(batches)` gives one after another, prepared ahead.
+"""
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from typing import Any, Self
+
+import jax
+import numpy as np
+from absl import flags
+
+from clvr_jax.data.batch_plan import BatchPlan
+from clvr_jax.data.sft_examples import Examples
+from clvr_jax.errors import ClvrError, UsageError
+
+_ENDLESS = 2**48
+_ROWS = 2
+"""What the random generators of rows are for, beside those of `BatchPlan`."""
+
+
+class BatchLoader:
+    """(step) -> this process's rows of the global batch of that step, which has one shape on all processes.
+
+    Args:
+      examples: what batches are made of.
+      batch_size: rows of a global batch, a multiple of `process_count`.
+      seed: of order and dropout.
+      process_index, process_count: jax's if None. A run goes on with another number of processes on the same batches.
+    """
+
+    def __init__(
+        self,
+        examples: Examples,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+    ):
+        index = jax.process_index() if process_index is None else process_index
+        count = jax.process_count() if process_count is None else process_count
+        if not 0 <= index < count:
+            raise UsageError(f"batch loader: process_index {index} of {count} processes")
+        if batch_size % count:
+            raise UsageError(f"batch loader: batch_size {batch_size} is no multiple of the {count} processes")
+        self.plan = BatchPlan(tuple(sample.bucket for sample in examples.samples), batch_size, seed)
+        self._examples = examples
+        self._rows = range(batch_size)[index * batch_size // count : (index + 1) * batch_size // count]
+        content = repr((batch_size, seed, examples.samples)).encode(errors="backslashreplace")
+        self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
+        """Equal for loaders of the same global batches: to compare between processes, and with a saved position."""
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        """The rows of step `step`, from 0: a function of the loader's arguments and the step alone."""
+        numbers = self.plan(step)
+        samples = [self._examples.samples[numbers[row]] for row in self._rows]
+        rngs = [np.random.default_rng((self.plan.seed, _ROWS, step, row)) for row in self._rows]
+        return self._examples.batch(samples, rngs)
+
+
+class Batches(Iterator[dict[str, Any]]):
+    """The batches of a loader one after another, prepared ahead by Grain; they never end.
+
+    threads: that prepare batches. prefetch: batches prepared ahead in a process. workers: processes that do it in
+    place of this one, 0 for none. None of them changes what comes.
+    """
+
+    def __init__(self, loader: BatchLoader, *, threads: int = 4, prefetch: int = 8, workers: int = 0):
+        if threads < 1 or prefetch < 1 or workers < 0:
+            raise UsageError(f"batches: {threads} threads, {prefetch} prefetched, {workers} workers")
+        self._loader, self._threads, self._prefetch, self._workers = loader, threads, prefetch, workers
+        self._step = 0
+        self._iterator: Any = None
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> dict[str, Any]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._step += 1
+        return _copied(batch) if self._workers else batch
+
+    def state(self) -> dict[str, Any]:
+        """The position after the latest batch, as JSON has it."""
+        return {"step": self._step, "input": self._loader.fingerprint}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on after the batch that `state` was taken at.
+
+        Raises: ClvrError if it is the position in other data, or in other batches of it.
+        """
+        if state.get("input") != self._loader.fingerprint:
+            raise ClvrError(
+                "batches: the saved position belongs to other batches; restore it with the dataset, tokenizer, batch "
+                "size and seed it was saved with"
+            )
+        self.close()
+        self._step = int(state["step"])
+
+    def close(self) -> None:
+        """Stops what is prepared ahead; the next batch starts it again."""
+        iterator, self._iterator = self._iterator, None
+        if iterator is not None:
+            iterator.close()
+
+    def _start(self) -> Any:
+        import grain  # slow to import
+
+        steps = grain.MapDataset.range(_ENDLESS)[self._step :].map(self._loader)
+        threads = min(self._threads, self._prefetch)
+        batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
+        if self._workers:
+            # Grain reads flags of absl here, which nothing parses in a program without absl.app.
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()
+            batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
+        return iter(batches)
+
+
+def _copied(batch: dict[str, Any]) -> dict[str, Any]:
+    """Arrays of a worker lie in memory it shares, which would outlive a program that ends while it holds them."""
+    return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}

@@ -1,0 +1,216 @@
+"""Trajectories as a TFDS dataset: a folder of array_record shards and TFDS's own description, without TensorFlow.
+
+    python -m clvr_jax.data.trajectory_dataset --source runs/shapes_rollouts --out data/trajectories
+
+`tfds.builder_from_directory(folder).as_data_source("train")` reads the same folder.
+"""
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.arguments import run_script
+from clvr_jax.console import console, progress
+from clvr_jax.data.trajectory_record import (
+    SCHEMA,
+    TrajectoryRecord,
+    record_features,
+    record_from_example,
+    record_to_example,
+)
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, replacing
+from clvr_jax.reasoning.trajectory import Trajectory
+
+NAME = "trajectories"
+SPLIT = "train"
+
+
+def write_dataset(
+    folder: Path, trajectories: Iterable[Trajectory | TrajectoryRecord], *, shard_bytes: int = 2**28
+) -> int:
+    """Writes a dataset completely or not at all, one trajectory at a time.
+
+    Args:
+      folder: must not exist yet, or be empty.
+      trajectories: a bare trajectory is named after its place.
+      shard_bytes: a shard is closed once it holds this many.
+    Returns: number of trajectories written.
+    Raises: ClvrError, one line, if there is nothing to write, `folder` is taken or the disk is full; nothing is left
+      behind then, nor after an error of the iterable.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ClvrError(f"{folder}: already exists; choose another place or remove it")
+    import tensorflow_datasets as tfds  # slow to import
+
+    features = record_features()
+    serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
+    with replacing(folder) as temporary:
+        shards = _Shards(folder, temporary, shard_bytes)
+        for number, given in enumerate(trajectories):
+            record = TrajectoryRecord(f"{number:08d}", given) if isinstance(given, Trajectory) else given
+            shards.write(serializer.serialize_example(features.encode_example(record_to_example(record))))
+        shards.close()
+        if not shards.lengths:
+            raise ClvrError(f"{folder}: there are no trajectories to write")
+        names = tfds.core.ShardedFileTemplate(
+            data_dir=temporary, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
+        )
+        for number in range(len(shards.lengths)):
+            name = names.sharded_filepath(shard_index=number, num_shards=len(shards.lengths))
+            shards.path(number).rename(name)
+        split = tfds.core.SplitInfo(
+            name=SPLIT, shard_lengths=shards.lengths, num_bytes=shards.num_bytes, filename_template=names
+        )
+        tfds.folder_dataset.write_metadata(
+            data_dir=temporary,
+            features=features,
+            split_infos=[split],
+            version=SCHEMA,
+            description="Trajectories of closed-loop verified reasoning, written by clvr-jax.",
+            check_data=False,  # it would read with TensorFlow
+        )
+    return sum(shards.lengths)
+
+
+class _Shards:
+    """Serialised records, one after another, in files of limited size; their final names need their number."""
+
+    def __init__(self, folder: Path, temporary: Path, shard_bytes: int):
+        self._folder, self._temporary, self._shard_bytes = folder, temporary, shard_bytes
+        self._writer: Any = None
+        self._written = 0
+        self.lengths: list[int] = []
+        self.num_bytes = 0
+
+    def path(self, number: int) -> Path:
+        return self._temporary / f"shard-{number}"
+
+    def write(self, record: bytes) -> None:
+        from array_record.python.array_record_module import ArrayRecordWriter
+
+        try:
+            if self._writer is None:
+                # A group of its own for each record: what is read at random must not be unpacked with its neighbors.
+                self._writer = ArrayRecordWriter(str(self.path(len(self.lengths))), "group_size:1")
+                self.lengths.append(0)
+            self._writer.write(record)
+        except RuntimeError as error:
+            raise self._unwritable(error) from error
+        self.lengths[-1] += 1
+        self._written += len(record)
+        self.num_bytes += len(record)
+        if self._written >= self._shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Ends the current shard, if there is one."""
+        writer, self._writer, self._written = self._writer, None, 0
+        try:
+            if writer is not None:
+                writer.close()
+        except RuntimeError as error:
+            raise self._unwritable(error) from error
+
+    def _unwritable(self, error: RuntimeError) -> ClvrError:
+        return ClvrError(f"{self._folder}: cannot be written ({str(error).partition(';')[0]})")
+
+
+class CorruptRecordError(ClvrError):
+    """A record that cannot be read; the message says which and why."""
+
+
+class TrajectoryDataset:
+    """The trajectories of a dataset by number: `len(dataset)` and `dataset[number]`, from several threads or processes.
+
+    folder: of a dataset that `write_dataset` or TFDS wrote with this schema.
+    Raises: ClvrError, one line, if there is no dataset, it holds something else, is of another schema, is empty, or
+      lacks a shard.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        if not (folder / "dataset_info.json").exists():
+            raise ClvrError(
+                f"{folder}: no trajectory dataset here; make one of saved trajectories with "
+                f"python -m clvr_jax.data.trajectory_dataset --source FOLDER --out {folder}"
+            )
+        info = read_json(folder / "dataset_info.json")
+        if info.get("name") != NAME:
+            raise ClvrError(f"{folder}: a dataset of {info.get('name')!r}, not of {NAME!r}")
+        if info.get("version") != SCHEMA:
+            raise ClvrError(
+                f"{folder}: its schema is {info.get('version')}, this clvr-jax reads {SCHEMA}; write the dataset again "
+                "with this version, or read it with the one that wrote it"
+            )
+        lengths = [int(length) for split in info.get("splits", ()) for length in split.get("shardLengths", ())]
+        if not sum(lengths):
+            raise ClvrError(f"{folder}: the dataset is empty")
+        self._source = self._open()
+
+    def _open(self) -> Any:
+        import tensorflow_datasets as tfds  # slow to import
+
+        builder = tfds.builder_from_directory(self.folder)
+        # array_record takes a file that is missing for an empty one.
+        for path in builder.info.splits[SPLIT].filepaths:
+            if not path.exists():
+                raise ClvrError(f"{path}: this shard of the dataset is missing; copy or write the dataset again")
+        return builder.as_data_source(SPLIT)
+
+    def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path]]:
+        return TrajectoryDataset, (self.folder,)
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, number: int) -> TrajectoryRecord:
+        """Record `number`, from 0. Raises: IndexError past the end, CorruptRecordError for what cannot be read."""
+        from google.protobuf.message import DecodeError
+
+        if not 0 <= number < len(self):
+            raise IndexError(f"{self.folder}: record {number} of {len(self)}")
+        try:
+            return record_from_example(self._source[number])
+        except (RuntimeError, DecodeError, ValueError, KeyError, TypeError, OSError, ClvrError) as error:
+            reason = str(error).partition(";")[0].partition("\n")[0]
+            raise CorruptRecordError(f"{self.folder}: record {number} cannot be read ({reason})") from error
+
+    def scan(self, max_corrupt: int = 16) -> Iterator[tuple[int, TrajectoryRecord]]:
+        """All readable records with their numbers, in order; how many were corrupt is said on stderr at the end.
+
+        Raises: ClvrError once more than `max_corrupt` records were corrupt.
+        """
+        corrupt: list[CorruptRecordError] = []
+        with progress("reading trajectories", len(self)) as advance:
+            for number in range(len(self)):
+                try:
+                    yield number, self[number]
+                except CorruptRecordError as error:
+                    corrupt.append(error)
+                    if len(corrupt) > max_corrupt:
+                        raise ClvrError(
+                            f"{self.folder}: {len(corrupt)} of the first {number + 1} records are corrupt, more than "
+                            f"{max_corrupt}; write the dataset again (first: {corrupt[0]})"
+                        ) from error
+                advance(number + 1)
+        if corrupt:
+            console.print(f"{self.folder}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
+
+
+def saved_trajectories(folder: Path) -> Iterator[TrajectoryRecord]:
+    """The trajectories saved in folders inside `folder`, in the order of names; ClvrError if there is none."""
+    paths = sorted(folder.glob("*/trajectory.json"))
+    if not paths:
+        raise ClvrError(f"{folder}: no saved trajectories in the folders inside")
+    for path in paths:
+        yield TrajectoryRecord(path.parent.name, Trajectory.load(path.parent))
+
+
+def main(source: Path, out: Path) -> None:
+    """Packs the saved trajectories inside `source` into the dataset `out`."""
+    print(f"{out}: {write_dataset(out, saved_trajectories(source)):,} trajectories")
+
+
+if __name__ == "__main__":
+    run_script(main)

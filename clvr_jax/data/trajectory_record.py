@@ -1,0 +1,198 @@
+"""A trajectory as one record of a dataset: what is kept, and how it becomes the features of TFDS and comes back.
+
+Source of what is kept: arXiv 2605.14876, trajectory synthesis (checklists) and Proxy Prompt RL (proxies).
+"""
+
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.images import Picture, encode_png
+from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
+
+SCHEMA = "1.0.0"
+"""Version of the features below, and of the TFDS dataset that holds them; goes up with every change."""
+
+
+@dataclass(frozen=True)
+class ProxyPrompts:
+    """What reward models read in place of the long history of a step.
+
+    p_t2i: the whole canvas as it should be after the step. p_i2i: the edit of the step, "" for a first drawing.
+    i_ref: the earlier steps whose pictures are edited, () for a first drawing.
+    """
+
+    p_t2i: str
+    p_i2i: str = ""
+    i_ref: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.p_t2i:
+            raise ClvrError("proxy prompts: p_t2i is empty; leave the proxies of a step out as None")
+        if bool(self.p_i2i) != bool(self.i_ref):
+            raise ClvrError(f"proxy prompts: p_i2i and i_ref go together, got {self.p_i2i!r} and {self.i_ref}")
+
+
+@dataclass(frozen=True)
+class TrajectoryRecord:
+    """A trajectory and what its makers know about it.
+
+    Attributes:
+      id: names the record to people; unique by their care.
+      trajectory: what happened.
+      metadata: of the prompt, as JSON has it, e.g. the world's specification of a right picture.
+      checklists: for each step what its picture was checked on, as JSON has it, or None; () if no step has one.
+      proxies: for each step its proxy prompts, or None; () if no step has them.
+    """
+
+    id: str
+    trajectory: Trajectory
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+    checklists: tuple[Any, ...] = ()
+    proxies: tuple[ProxyPrompts | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        steps = self.trajectory.steps
+        for name, given in (("checklists", self.checklists), ("proxies", self.proxies)):
+            if given and len(given) != len(steps):
+                raise ClvrError(f"trajectory {self.id}: {len(steps)} steps but {len(given)} {name}")
+        for number, proxy in enumerate(self.proxies):
+            for reference in () if proxy is None else proxy.i_ref:
+                if not 0 <= reference < number or steps[reference].image is None:
+                    raise ClvrError(
+                        f"trajectory {self.id}: i_ref of step {number} is {reference}, which is no earlier picture"
+                    )
+
+
+def record_features() -> Any:
+    """The features of a record, as TFDS describes them.
+
+    What has no fixed form is JSON, lists of numbers too: without TensorFlow TFDS writes no lists inside of lists.
+    """
+    import tensorflow_datasets as tfds  # slow to import
+
+    text = tfds.features.Text()
+    return tfds.features.FeaturesDict(
+        {
+            "id": text,
+            "prompt": text,
+            "metadata": text,
+            "outcome": text,
+            "run": text,  # model, seed, versions, seconds, error
+            "steps": tfds.features.Sequence(
+                {
+                    "reasoning": text,
+                    "action": text,
+                    "references": text,
+                    "image": tfds.features.Tensor(shape=(), dtype=np.str_),  # an RGB PNG file, "" for none
+                    "verdict": text,
+                    "checklist": text,
+                    "p_t2i": text,
+                    "p_i2i": text,
+                    "i_ref": text,
+                    "run": text,  # nfe, seconds, rolled_back, attempts, redraw, seed
+                }
+            ),
+        }
+    )
+
+
+def record_to_example(record: TrajectoryRecord) -> dict[str, Any]:
+    """A record -> bytes for each of `record_features`."""
+    trajectory = record.trajectory
+    run = {name: getattr(trajectory, name) for name in ("model", "seed", "seconds", "error")}
+    nothing = (None,) * len(trajectory.steps)
+    return {
+        "id": _text(record.id),
+        "prompt": _text(trajectory.prompt),
+        "metadata": _json(dict(record.metadata)),
+        "outcome": _text(trajectory.outcome),
+        "run": _json({**run, "versions": dict(trajectory.versions)}),
+        "steps": [
+            _step_to_example(*entry)
+            for entry in zip(trajectory.steps, record.checklists or nothing, record.proxies or nothing, strict=True)
+        ],
+    }
+
+
+def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
+    """The inverse of `record_to_example`, for features as TFDS reads them: a sequence of steps is a dict of lists.
+
+    Pictures are PIL images that are decoded when their pixels are first asked for; their sizes are known before.
+    Raises: KeyError, ValueError, TypeError, OSError or ClvrError if the example is none of ours.
+    """
+    columns = example["steps"]
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    checklists = tuple(json.loads(row["checklist"]) for row in rows)
+    proxies = tuple(_proxy_from_example(row) for row in rows)
+    trajectory = Trajectory(
+        prompt=_str(example["prompt"]),
+        steps=tuple(_step_from_example(row) for row in rows),
+        outcome=_str(example["outcome"]),
+        **json.loads(example["run"]),
+    )
+    return TrajectoryRecord(
+        _str(example["id"]),
+        trajectory,
+        json.loads(example["metadata"]),
+        checklists if any(checklist is not None for checklist in checklists) else (),
+        proxies if any(proxies) else (),
+    )
+
+
+def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None) -> dict[str, Any]:
+    verdict = step.verdict
+    run = {name: getattr(step, name) for name in ("nfe", "seconds", "rolled_back", "attempts", "redraw", "seed")}
+    return {
+        "reasoning": _text(step.reasoning),
+        "action": _text(step.action),
+        "references": _json(step.references),
+        "image": b"" if step.image is None else encode_png(step.image),
+        "verdict": _json(None if verdict is None else {"unmet": verdict.unmet, "reasoning": verdict.reasoning}),
+        "checklist": _json(checklist),
+        "p_t2i": _text(proxy.p_t2i if proxy else ""),
+        "p_i2i": _text(proxy.p_i2i if proxy else ""),
+        "i_ref": _json(proxy.i_ref if proxy else ()),
+        "run": _json(run),
+    }
+
+
+def _step_from_example(row: Mapping[str, bytes]) -> Step:
+    verdict = json.loads(row["verdict"])
+    return Step(
+        reasoning=_str(row["reasoning"]),
+        action=_str(row["action"]),
+        references=tuple(json.loads(row["references"])),
+        image=_picture(row["image"]),
+        verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
+        **json.loads(row["run"]),
+    )
+
+
+def _proxy_from_example(row: Mapping[str, bytes]) -> ProxyPrompts | None:
+    if not row["p_t2i"]:
+        return None
+    return ProxyPrompts(_str(row["p_t2i"]), _str(row["p_i2i"]), tuple(json.loads(row["i_ref"])))
+
+
+def _picture(png: bytes) -> Picture | None:
+    return Image.open(io.BytesIO(png), formats=["PNG"]) if png else None
+
+
+def _json(content: Any) -> bytes:
+    return json.dumps(content).encode()
+
+
+# A prompt from the command line may hold lone surrogates: bytes that were no UTF-8.
+def _text(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _str(content: bytes) -> str:
+    return content.decode("utf-8", "surrogatepass")

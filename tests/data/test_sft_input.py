@@ -1,0 +1,247 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.sft_examples import ConversationExamples, DrawingExamples, padding_share
+from clvr_jax.data.sft_input import Batches, BatchLoader
+from clvr_jax.data.text import load_tokenizer, prompt_tokens
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
+from clvr_jax.reasoning.images import encode_png
+from tests.data.simulated import simulated
+
+PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "trajectories"
+    write_dataset(folder, (simulated(seed) for seed in range(300)))
+    return TrajectoryDataset(folder)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data") / "few"
+    write_dataset(folder, (simulated(seed) for seed in range(1000, 1030)))
+    return TrajectoryDataset(folder)
+
+
+@pytest.fixture(scope="module")
+def drawings(few, tokenizer):
+    return DrawingExamples(few, tokenizer, dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def conversations(few, tokenizer):
+    return ConversationExamples(few, tokenizer, PROCESSOR)
+
+
+def small(folder: Path, *trajectories) -> TrajectoryDataset:
+    write_dataset(folder / "set", trajectories)
+    return TrajectoryDataset(folder / "set")
+
+
+def picture(value, side=64):
+    return np.full((side, side, 3), value, np.uint8)
+
+
+def rolled_back_once():
+    return Trajectory(
+        "a cat",
+        (
+            Step("Draw a cat.", IMAGE_GEN, (), picture(0)),
+            Step("Add ears.", IMAGE_GEN, (0,), picture(1), rolled_back=True),
+            Step("Add ears.", IMAGE_GEN, (0,), picture(2), redraw=1),
+            Step("Add a tail.", IMAGE_GEN, (0, 2), picture(3)),
+            Step("Unmet: nothing.", TERMINATE),
+        ),
+        "accepted",
+    )
+
+
+def assert_equal(one, other):
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+
+
+def decode(tokenizer, ids, mask):
+    return tokenizer.decode(ids[mask.astype(bool)])
+
+
+def test_a_drawing_has_all_that_was_kept_before_it(tmp_path, tokenizer):
+    examples = DrawingExamples(small(tmp_path, rolled_back_once()), tokenizer, dropout=0.0)
+    assert [sample.step for sample in examples.samples] == [0, 1, 2]
+    loader = BatchLoader(examples, 2)
+    last = next(batch for batch in map(loader, range(9)) if batch["references"].shape[1] == 2)
+    assert last["references"].dtype == last["target"].dtype == np.uint8
+    assert last["references"][0, :, 0, 0, 0].tolist() == [0, 2]
+    assert last["target"][0, 0, 0].tolist() == [3] * 3
+    text = "a cat\nDraw a cat.<IMG_GEN_1>\nAdd ears.<IMG_GEN_2>\nAdd a tail."
+    said = decode(tokenizer, last["ids"][0], last["mask"][0])
+    assert said == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert last["mask"][0].sum() == examples.samples[2].length
+
+
+def test_a_conversation_teaches_what_was_kept(tmp_path, tokenizer):
+    unheard = Trajectory("a dog", rolled_back_once().steps[:1], "step limit")
+    silent = Trajectory("?", (), "unparseable")
+    examples = ConversationExamples(small(tmp_path, rolled_back_once(), unheard, silent), tokenizer, PROCESSOR)
+    assert [sample.id for sample in examples.samples] == ["00000000", "00000001"]
+    batches = list(map(BatchLoader(examples, 1), range(2)))
+    taught = {tokenizer.decode(batch["input_ids_bt"][batch["weights_bt"] > 0]): batch for batch in batches}
+    replies = ["Draw a cat.", "Add ears.", "Add a tail."]
+    whole = "".join(f"{reply}{IMAGE_GEN}<|im_end|>" for reply in replies) + f"Unmet: nothing.{TERMINATE}<|im_end|>"
+    assert set(taught) == {whole, f"Draw a cat.{IMAGE_GEN}<|im_end|>"}
+    assert taught[whole]["grid_thw"] == ((1, 8, 8),) * 3
+    shown = taught[whole]["pixel_values"].reshape(3, -1).mean(axis=1)
+    np.testing.assert_allclose(shown, np.array([0, 2, 3]) / 127.5 - 1, atol=1e-6)
+
+
+def test_little_of_an_epoch_is_padding(dataset, tokenizer):
+    """Real texts of the shapes world, padded for real to the lengths that the samples promise."""
+    drawings = DrawingExamples(dataset, tokenizer, dropout=0.0)
+    conversations = ConversationExamples(dataset, tokenizer, PROCESSOR)
+    for examples, name in ((drawings, "mask"), (conversations, "attention_mask_bt")):
+        loader = BatchLoader(examples, 8)
+        masks = [loader(step)[name] for step in range(loader.plan.steps(1))]
+        share = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
+        assert share < 0.15
+        assert share == pytest.approx(padding_share(examples.samples), abs=0.02)
+        assert {mask.shape[1] for mask in masks} <= {sample.padded for sample in examples.samples}
+        assert len({sample.bucket for sample in examples.samples}) < 48  # each is a program to compile
+
+
+def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
+    """Counted with one token for a picture, then as the model reads it."""
+    for sample in conversations.samples[:20]:
+        batch = conversations.batch([sample], [])
+        assert batch["attention_mask_bt"].sum() == sample.length
+        assert batch["input_ids_bt"].shape[1] == sample.padded
+        assert batch.get("grid_thw", ()) == sample.shape[0]
+
+
+def test_given_buckets_are_the_pipelines(few, tokenizer):
+    examples = DrawingExamples(few, tokenizer, text_buckets=(64, 128))
+    batches = list(map(BatchLoader(examples, 16), range(12)))
+    assert {batch["ids"].shape[1] for batch in batches} == {64, 128}
+    assert max(sample.length for sample in examples.samples) > 128
+
+
+def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
+    examples = DrawingExamples(few, tokenizer, dropout=0.25)
+    loader, kept = BatchLoader(examples, 16), BatchLoader(DrawingExamples(few, tokenizer, dropout=0.0), 16)
+    empty = len(prompt_tokens(tokenizer, [""])[0])
+    dropped = []
+    for step in range(20):
+        ours, full = loader(step), kept(step)
+        for name in ("references", "target"):
+            np.testing.assert_array_equal(ours[name], full[name])
+        lengths = ours["mask"].sum(axis=1)
+        dropped.append(lengths == empty)
+        np.testing.assert_array_equal(lengths[~dropped[-1]], full["mask"].sum(axis=1)[~dropped[-1]])
+    assert 0.17 < np.mean(dropped) < 0.33
+    assert_equal(loader(3), loader(3))
+    with pytest.raises(UsageError, match="dropout"):
+        DrawingExamples(few, tokenizer, dropout=2)
+
+
+@pytest.mark.parametrize("kind", ["drawings", "conversations"])
+def test_processes_hold_the_rows_of_one_batch(request, kind):
+    examples = request.getfixturevalue(kind)
+    whole = BatchLoader(examples, 8)
+    parts = [BatchLoader(examples, 8, process_index=index, process_count=4) for index in range(4)]
+    assert {part.fingerprint for part in parts} == {whole.fingerprint}
+    for step in range(6):
+        expected, rows = whole(step), [part(step) for part in parts]
+        grids = {row.pop("grid_thw", ()) for row in rows}
+        assert grids == {expected.pop("grid_thw", ())}
+        for name, value in expected.items():
+            np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), value, err_msg=name)
+
+
+def test_processes_that_do_not_divide_a_batch_are_refused(drawings):
+    with pytest.raises(UsageError, match="batch_size 8 is no multiple of the 3 processes"):
+        BatchLoader(drawings, 8, process_index=0, process_count=3)
+    with pytest.raises(UsageError, match="process_index 2 of 2"):
+        BatchLoader(drawings, 8, process_index=2, process_count=2)
+
+
+@pytest.mark.parametrize("kind", ["drawings", "conversations"])
+@pytest.mark.parametrize("stop", [0, 2, 40])
+def test_a_restored_input_goes_on_where_it_was(request, kind, stop):
+    """At the start, in the middle of the first epoch, and beyond it; with other threads and half of the processes."""
+    loader = BatchLoader(request.getfixturevalue(kind), 4, seed=5, process_index=0, process_count=1)
+    half = BatchLoader(request.getfixturevalue(kind), 4, seed=5, process_index=0, process_count=2)
+    assert (loader.plan.epoch(stop) > 0) == (stop == 40)
+    batches = Batches(loader, threads=3, prefetch=5)
+    for _ in range(stop):
+        next(batches)
+    state = json.loads(json.dumps(batches.state()))
+    following = [next(batches) for _ in range(3)]
+    batches.close()
+    for threads, prefetch in ((1, 1), (8, 3)):
+        again = Batches(loader, threads=threads, prefetch=prefetch)
+        next(again)
+        again.restore(state)
+        for expected in following:
+            assert_equal(next(again), expected)
+        assert again.state() == {**state, "step": stop + 3}
+        again.close()
+    split = Batches(half)
+    split.restore(state)
+    np.testing.assert_array_equal(next(split)[next(iter(following[0]))], next(iter(following[0].values()))[:2])
+    split.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [1, 2])
+def test_worker_processes_change_nothing(conversations, workers):
+    loader = BatchLoader(conversations, 8)
+    batches = Batches(loader, threads=2, prefetch=2, workers=workers)
+    for step in (0, 1, 2):
+        assert_equal(next(batches), loader(step))
+    batches.restore({**batches.state(), "step": 7})
+    for step in (7, 8):
+        assert_equal(next(batches), loader(step))
+    batches.close()
+
+
+def test_the_position_in_other_batches_is_refused(drawings):
+    state = Batches(BatchLoader(drawings, 8, seed=1)).state()
+    for other in (BatchLoader(drawings, 8, seed=2), BatchLoader(drawings, 16, seed=1)):
+        with pytest.raises(ClvrError, match="belongs to other batches"):
+            Batches(other).restore(state)
+
+
+def test_what_cannot_be_learned_from_is_named(tmp_path, tokenizer):
+    silent = small(tmp_path / "a", Trajectory("?", (), "unparseable"))
+    with pytest.raises(ClvrError, match="nothing to learn from in 1 trajectories"):
+        DrawingExamples(silent, tokenizer)
+    told = rolled_back_once()
+    mixed = replace(told, steps=(told.steps[0], replace(told.steps[2], image=picture(1, 32)), told.steps[4]))
+    mixed = replace(mixed, steps=(mixed.steps[0], replace(mixed.steps[1], references=(0,)), mixed.steps[2]))
+    with pytest.raises(ClvrError, match="trajectory 00000000: pictures of 32 x 32, 64 x 64 pixels"):
+        DrawingExamples(small(tmp_path / "b", mixed), tokenizer)
+
+
+def test_a_picture_that_breaks_while_it_is_read_stops_the_run_in_one_line(tmp_path, tokenizer, monkeypatch):
+    """Its head is whole, and more is not read when lengths are."""
+    monkeypatch.setattr("clvr_jax.data.trajectory_record.encode_png", lambda picture: encode_png(picture)[:-40])
+    examples = DrawingExamples(small(tmp_path, rolled_back_once()), tokenizer)
+    with pytest.raises(ClvrError) as stopped:
+        next(Batches(BatchLoader(examples, 2)))
+    assert str(stopped.value).startswith("trajectory 00000000, record 0: broken picture (")
+    assert "\n" not in str(stopped.value)
