@@ -10,12 +10,13 @@ https://huggingface.co/docs/hub/model-cards.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET, find_family
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET, find_family, torch_class
 
-from clvr_jax.files import write_atomically
+from clvr_jax.files import read_json, write_atomically
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
@@ -202,6 +203,14 @@ def add_model_card(folder: Path, card: str) -> bool:
         return False
     write_atomically(folder / "README.md", card.encode())
     return True
+
+
+def card_of_pipeline(folder: Path, name: str, saved_by: str, dtype: str) -> None:
+    """Adds the card of a pipeline that was saved from memory, `saved_by` a function; its models are in `folder`."""
+    found = {path.name: torch_class(path) for path in sorted(folder.iterdir()) if path.is_dir()}
+    models = {part: (kind, read_json(folder / part / "config.json")) for part, kind in found.items() if kind}
+    made = Provenance("weights in memory", saved_by, version("clvr-jax"), "torch", dtype=dtype)
+    add_model_card(folder, model_card(name, made, models))
 
 
 def _front_matter(made: Provenance, models: Models, binding: License) -> list[str]:

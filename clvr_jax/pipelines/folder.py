@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
@@ -98,6 +99,7 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
         write_json(temporary / "clvr.json", {"flux2": settings})
         write_json(temporary / "model_index.json", index)
+        card_of_pipeline(temporary, target.name, "Flux2Pipeline.save_pretrained", dtype)
 
 
 def copy_component(source: Path, target: Path) -> None:

@@ -23,6 +23,7 @@ from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 MADE = Provenance("/models/flux", "clvr convert /models/flux out --to jax", "0.1.0", "jax")
@@ -147,3 +148,12 @@ def test_a_readme_of_the_source_is_kept(tmp_path):
     assert (tmp_path / "README.md").read_text() == "ours\n"
     assert not add_model_card(tmp_path, "another\n")
     assert (tmp_path / "README.md").read_text() == "ours\n"
+
+
+def test_a_pipeline_that_is_saved_carries_a_card(tmp_path):
+    Flux2Pipeline.from_pretrained("shapes-tiny").save_pretrained(str(tmp_path / "mine"), dtype="float16")
+    card = (tmp_path / "mine" / "README.md").read_text()
+    assert "# mine" in card
+    assert "`Flux2Pipeline.save_pretrained`" in card
+    for part in ("transformer", "vae", "text_encoder"):
+        assert f"`{part}`" in card
