@@ -7,16 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from clvr_jax.merging.deltas import apply_delta, delta, dswm
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.sdxl import SDXLPipeline
     from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 
-__all__ = ["ClosedLoopPipeline", "Flux2Pipeline", "Qwen3VLPipeline"]
+__all__ = ["ClosedLoopPipeline", "Flux2Pipeline", "Qwen3VLPipeline", "SDXLPipeline", "apply_delta", "delta", "dswm"]
 
 _HOMES = {
     "ClosedLoopPipeline": "clvr_jax.pipelines.closed_loop",
     "Flux2Pipeline": "clvr_jax.pipelines.flux2",
     "Qwen3VLPipeline": "clvr_jax.pipelines.vlm",
+    "SDXLPipeline": "clvr_jax.pipelines.sdxl",
+    "apply_delta": "clvr_jax.merging.deltas",
+    "delta": "clvr_jax.merging.deltas",
+    "dswm": "clvr_jax.merging.deltas",
 }
 
 

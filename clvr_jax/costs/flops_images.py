@@ -59,11 +59,10 @@ def unet_flops(config: UNet2DConditionConfig, batch: int, height: int, width: in
 
     def stage(block: int, widths_in: Sequence[int], transformers: int, pixels: int) -> Flops:
         wide, depth = widths[block], config.depths[block]
-        of_tokens = (
-            pixels * 16 * wide * wide + 2 * text * config.cross_attention_dim * wide
-        )  # 8 of attention, 4 + 8 of MLP
+        # Of a token: 4 matrices of self-attention, 2 of attention to the text, 8 and 4 of the gated MLP.
+        of_block = pixels * 18 * wide * wide + text * 2 * config.cross_attention_dim * wide
         products = _resnets(widths_in, wide, pixels) + len(widths_in) * embedding * wide
-        products += transformers * (2 * pixels * wide * wide + depth * of_tokens)
+        products += transformers * (2 * pixels * wide * wide + depth * of_block)
         attention = attention_flops(pixels, pixels + text, wide)
         return Flops(projections=2.0 * batch * products, attention=batch * transformers * depth * attention)
 

@@ -14,7 +14,8 @@ def unseen_words(model: str, prompt: str) -> list[str]:
     """
     path, _ = resolve(model)
     settings = path / "clvr.json"
-    if not settings.exists() or read_json(settings).get("flux2", {}).get("world") != "shapes":
+    sections = read_json(settings).values() if settings.exists() else ()
+    if not any(isinstance(section, dict) and section.get("world") == "shapes" for section in sections):
         return []
     known = vocabulary()
     return [word for word in dict.fromkeys(words(prompt)) if word not in known]

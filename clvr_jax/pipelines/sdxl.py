@@ -1,0 +1,318 @@
+"""Stable Diffusion XL, 1 and 2 made usable: prompt in, picture out.
+
+Three jitted programs - encode text, denoise, decode - each compiled once for a shape; the batch is padded to a power of
+two. Source of the order of things: diffusers `StableDiffusionXLPipeline` and `StableDiffusionPipeline`.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+
+from clvr_jax.data.clip_tokens import encode_clip
+from clvr_jax.data.text import check_prompt
+from clvr_jax.diffusion import NoiseSchedule, ddim_solve, euler_noise_solve, guided, lcm_solve
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.autoencoder_kl import AutoencoderKL
+from clvr_jax.models.clip_text import CLIPText
+from clvr_jax.models.unet_2d_condition import UNet2DCondition
+from clvr_jax.pipelines import sdxl_folder
+from clvr_jax.pipelines.images import to_pil
+from clvr_jax.pipelines.sdxl_folder import Solver
+
+
+@dataclasses.dataclass(frozen=True)
+class SDXLSettings:
+    """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of SDXL.
+
+    num_inference_steps, guidance_scale: what the model is meant to be run with. force_zeros_for_empty_prompt: without a
+    negative prompt SDXL is guided away from zeros, not from the empty text. world: of the small models, the world whose
+    language is all they know.
+    """
+
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    force_zeros_for_empty_prompt: bool = True
+    world: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class SDXLOutput:
+    """images: as `output_type` says. nfe: UNet forwards spent on each image."""
+
+    images: Any
+    nfe: int
+
+
+class Conditions(NamedTuple):
+    """What the UNet is told beside latents and timestep; its own argument names, None for what it does not take."""
+
+    text_bsd: jax.Array
+    text_embeds_bd: jax.Array | None = None
+    time_ids_b6: jax.Array | None = None
+    timestep_cond_bd: jax.Array | None = None
+
+
+class SDXLPipeline:
+    """Text to image with Stable Diffusion: two text encoders make it SDXL, one makes it Stable Diffusion 1 or 2.
+
+    Components are public attributes: `unet`, `vae`, `text_encoders`, `tokenizers`, `scheduler` (the content of
+    scheduler_config.json), `settings`. Replacing `unet` by one of the same configuration (after a merge, say) does not
+    compile anything again.
+    """
+
+    def __init__(
+        self,
+        unet: UNet2DCondition,
+        vae: AutoencoderKL,
+        text_encoders: Sequence[CLIPText],
+        tokenizers: Sequence[Any],
+        scheduler: Mapping[str, Any],
+        settings: SDXLSettings,
+    ):
+        _check_components(unet, vae, text_encoders, tokenizers)
+        self.unet, self.vae = unet, vae
+        self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
+        self.scheduler, self.settings = dict(scheduler), settings
+        self.schedule, self.solver = sdxl_folder.read_scheduler(scheduler)
+        # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
+        self._encode_text = jax.jit(_encode_text, static_argnums=0)
+        self._denoise = jax.jit(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
+        self._decode = jax.jit(_decode, static_argnums=0)
+
+    @classmethod
+    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32") -> Self:
+        """Loads a pipeline.
+
+        Args:
+          model: a folder in diffusers layout: `StableDiffusionXLPipeline`, `StableDiffusionPipeline` or
+            `LatentConsistencyModelPipeline`. A safety checker in it is not used.
+          dtype: of weights and computation; noise levels and latents stay in float32.
+        Raises: ClvrError naming what is missing, does not fit or is not supported.
+        """
+        return cls(*sdxl_folder.load_sdxl(model, jnp.dtype(dtype), SDXLSettings))
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+        latents: np.ndarray | jax.Array | None = None,
+        solver: Solver | None = None,
+        output_type: Literal["pil", "np", "latent"] = "pil",
+    ) -> SDXLOutput:
+        """Draws one picture for each prompt.
+
+        Args:
+          prompt: a text or several; what is longer than CLIP reads is cut.
+          negative_prompt: what to be guided away from, one text for all prompts or one for each.
+          num_inference_steps, guidance_scale: the model's own if None; guidance above 1 costs two forwards a step,
+            unless the UNet was taught to follow it in one (latent consistency models).
+          height, width: pixels; the model's own if None.
+          seed: the same seed gives the same noise; picture i of a batch has noise of its own.
+          latents: noise of unit variance as diffusers takes it, (b, 4, height / 8, width / 8) for published models.
+          solver: the one that follows the model's scheduler if None.
+          output_type: "pil", "np" for float32 (b, h, w, 3) in [0, 1], or "latent" for float32 latents shaped as noise.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        for text in prompts:
+            check_prompt(text)
+        steps = num_inference_steps or self.settings.num_inference_steps
+        guidance = self.settings.guidance_scale if guidance_scale is None else guidance_scale
+        embedded = self.unet.config.time_cond_proj_dim is not None
+        use_guidance = guidance > 1 and not embedded
+        solver = solver or self.solver
+        height, width = self._size(height, width)
+        grid = (height // self.vae.config.downscale, width // self.vae.config.downscale)
+
+        batch = len(prompts)
+        padded = 1 << (batch - 1).bit_length()
+        rows = [*range(batch), *[batch - 1] * (padded - batch)]
+        negatives = self._negatives(negative_prompt, batch) if use_guidance else None
+        added = self._added((height, width), guidance, padded)
+        conditional = self._text([prompts[i] for i in rows])._replace(**added)
+        unconditional = None
+        if use_guidance and negatives is None:
+            unconditional = jax.tree.map(jnp.zeros_like, conditional)._replace(**added)
+        elif negatives is not None:
+            unconditional = self._text([negatives[i] for i in rows])._replace(**added)
+
+        shape = (*grid, self.unet.config.in_channels)
+        keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(rows))
+        noise = _noise(keys, shape) if latents is None else self._given_noise(latents, batch, grid)[jnp.asarray(rows)]
+        final = self._denoise(
+            *nnx.split(self.unet),
+            noise,
+            conditional,
+            unconditional,
+            jnp.asarray(solver_timesteps(self.schedule, solver, steps)),
+            jnp.asarray(guidance, jnp.float32),
+            step_noise(keys, steps, shape) if solver == "lcm" else None,
+            self.schedule,
+            solver,
+        )
+        nfe = steps * (2 if use_guidance else 1)
+        if output_type == "latent":
+            return SDXLOutput(np.asarray(final[:batch], np.float32).transpose(0, 3, 1, 2), nfe)
+        pictures = np.asarray(self._decode(*nnx.split(self.vae), final)[:batch], np.float32)
+        return SDXLOutput([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
+
+    def save_pretrained(self, path: str, dtype: str = "float32") -> None:
+        """Writes a diffusers folder that `StableDiffusionXLPipeline` or `StableDiffusionPipeline` loads too."""
+        sdxl_folder.save_sdxl(path, self, dtype)
+
+    def _text(self, prompts: list[str]) -> Conditions:
+        """Conditions without what `_added` gives."""
+        ids = tuple(
+            encode_clip(tokenizer, prompts, min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
+            for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
+        )
+        graphdefs, states = zip(*map(nnx.split, self.text_encoders), strict=True)
+        return Conditions(*self._encode_text(graphdefs, states, ids))
+
+    def _negatives(self, negative_prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
+        """The negative prompt of every row, None for zeros."""
+        if negative_prompt is None:
+            zeros = len(self.text_encoders) == 2 and self.settings.force_zeros_for_empty_prompt
+            return None if zeros else [""] * batch
+        negatives = [negative_prompt] * batch if isinstance(negative_prompt, str) else list(negative_prompt)
+        if len(negatives) != batch:
+            raise UsageError(f"{len(negatives)} negative prompts for {batch} prompts; give one, or one for each")
+        return negatives
+
+    def _added(self, size: tuple[int, int], guidance: float, rows: int) -> dict[str, jax.Array]:
+        """Conditions that are no text, the same for all rows."""
+        added = {}
+        if self.unet.add_embedding is not None:  # the picture is as large as it ever was, and nothing was cropped
+            added["time_ids_b6"] = jnp.tile(jnp.asarray([*size, 0, 0, *size], jnp.float32), (rows, 1))
+        if self.unet.config.time_cond_proj_dim is not None:
+            embedding = guidance_embedding(guidance, self.unet.config.time_cond_proj_dim)
+            added["timestep_cond_bd"] = jnp.tile(embedding, (rows, 1))
+        return added
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        scale, own = self.vae.config.downscale, self.unet.config.sample_size
+        if own is None and (height is None or width is None):
+            raise UsageError("this UNet names no sample_size; give height and width")
+        height, width = height or scale * (own or 0), width or scale * (own or 0)
+        if height < scale or width < scale or height % scale or width % scale:
+            raise UsageError(f"size {height} x {width}: both sides must be multiples of {scale} pixels")
+        return height, width
+
+    def _given_noise(self, latents: np.ndarray | jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:
+        expected = (batch, self.unet.config.in_channels, *grid)
+        if latents.shape != expected:
+            raise UsageError(
+                f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
+            )
+        return jnp.asarray(latents, jnp.float32).transpose(0, 2, 3, 1)
+
+
+def solver_timesteps(schedule: NoiseSchedule, solver: Solver, steps: int) -> np.ndarray:
+    """(steps,) decreasing timesteps of a solver."""
+    of = {"euler": schedule.euler_timesteps, "ddim": schedule.ddim_timesteps, "lcm": schedule.lcm_timesteps}
+    if solver not in of:
+        raise UsageError(f"solver {solver!r}: it must be one of {', '.join(of)}")
+    return of[solver](steps)
+
+
+@partial(jax.jit, static_argnums=(1, 2))
+def step_noise(keys: jax.Array, steps: int, shape: tuple[int, int, int]) -> jax.Array:
+    """(steps - 1, b, h, w, c): the fresh noise of LCM, which in every row depends on the row's key alone."""
+    rows = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (steps - 1, *shape)))(keys)
+    return rows.swapaxes(0, 1)
+
+
+def guidance_embedding(guidance: float, features: int) -> np.ndarray:
+    """(features,) float32: sines, then cosines, of 1000 (guidance - 1), at frequencies from 1 down to 1/10000.
+
+    Source: get_guidance_scale_embedding (LatentConsistencyModelPipeline, diffusers).
+    """
+    half = features // 2
+    frequencies = np.exp(np.arange(half, dtype=np.float32) * -(np.log(np.float32(10_000)) / np.float32(half - 1)))
+    angles = np.float32(1000) * np.float32(guidance - 1) * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles), np.zeros(features % 2, np.float32)])
+
+
+def _check_components(
+    unet: UNet2DCondition, vae: AutoencoderKL, text_encoders: Sequence[CLIPText], tokenizers: Sequence[Any]
+) -> None:
+    config = unet.config
+    if not len(tokenizers) == len(text_encoders) == (2 if config.addition_embed_type else 1):
+        raise ClvrError(
+            f"{len(text_encoders)} text encoders and {len(tokenizers)} tokenizers; a UNet that takes the pooled text "
+            "(addition_embed_type, SDXL) needs two of each, another needs one"
+        )
+    width = sum(encoder.config.hidden_size for encoder in text_encoders)
+    pairs = {
+        "channels of latents": ((config.in_channels, config.out_channels), (vae.config.latent_channels,) * 2),
+        "features of the text": (config.cross_attention_dim, width),
+    }
+    if config.addition_embed_type:
+        sizes = 6 * (config.addition_time_embed_dim or 0)
+        pairs["features of the pooled text"] = (
+            (config.projection_class_embeddings_input_dim or 0) - sizes,
+            text_encoders[-1].config.projection_dim,
+        )
+    for what, (wanted, found) in pairs.items():
+        if wanted != found:
+            raise ClvrError(
+                f"the UNet is made for {wanted} {what}, the others make {found}; they do not belong together"
+            )
+
+
+@partial(jax.jit, static_argnums=1)
+def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
+
+
+def _encode_text(graphdefs: Any, states: Any, ids: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
+    outputs = [nnx.merge(*part)(tokens) for *part, tokens in zip(graphdefs, states, ids, strict=True)]
+    if len(outputs) == 1:
+        return outputs[0].last_hidden_state_btd, None
+    # SDXL reads both one layer before their ends.
+    hidden = jnp.concatenate([output.hidden_states_lbtd[-2] for output in outputs], axis=-1)
+    return hidden, outputs[-1].text_embeds_bp
+
+
+def _denoise(
+    graphdef: Any,
+    state: Any,
+    noise_bhwc: jax.Array,
+    conditional: Conditions,
+    unconditional: Conditions | None,
+    timesteps: jax.Array,
+    guidance: jax.Array,
+    fresh_nbhwc: jax.Array | None,
+    schedule: NoiseSchedule,
+    solver: Solver,
+) -> jax.Array:
+    unet = nnx.merge(graphdef, state)
+
+    def predict(x: jax.Array, timestep: jax.Array, conditions: Conditions) -> jax.Array:
+        return unet(x, jnp.full(x.shape[0], timestep), **conditions._asdict())
+
+    def given(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        return predict(x, timestep, conditional)
+
+    model = given if unconditional is None else guided(predict, conditional, unconditional, guidance)
+    if solver == "lcm":
+        return lcm_solve(model, noise_bhwc, schedule, timesteps, step_noise=fresh_nbhwc)
+    solve = {"euler": euler_noise_solve, "ddim": ddim_solve}[solver]
+    return solve(model, noise_bhwc, schedule, timesteps)
+
+
+def _decode(graphdef: Any, state: Any, latents_bhwc: jax.Array) -> jax.Array:
+    images = nnx.merge(graphdef, state).decode_scaled(latents_bhwc)
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -1,0 +1,141 @@
+"""Stable Diffusion folders in diffusers layout: SDXL has two text encoders, Stable Diffusion 1 and 2 have one."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.families import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
+from clvr_jax.convert.model_card import card_of_pipeline
+from clvr_jax.convert.models import load_model, save_model
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.diffusion import NoiseSchedule
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json, replacing, write_json
+from clvr_jax.models.autoencoder_kl import AutoencoderKL
+from clvr_jax.models.clip_text import CLIPText
+from clvr_jax.models.unet_2d_condition import UNet2DCondition
+from clvr_jax.pipelines.registry import resolve
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.sdxl import SDXLPipeline
+
+Settings = TypeVar("Settings")
+Solver = Literal["euler", "ddim", "lcm"]
+
+XL, ONE_ENCODER = "StableDiffusionXLPipeline", "StableDiffusionPipeline"
+# A latent consistency model is a Stable Diffusion whose UNet knows the guidance; diffusers runs it as either.
+CLASSES = (XL, ONE_ENCODER, "LatentConsistencyModelPipeline")
+# Scheduler class -> (class to read its configuration as, solver). PNDM takes DDIM's steps along the same path but
+# extrapolates from the last four predictions; DDIM needs no memory between steps and goes where PNDM goes as steps
+# grow. The ancestral Euler of SDXL-Turbo adds fresh noise between its steps; with the one step that Turbo is made for
+# there is no between.
+_SCHEDULERS: dict[str, tuple[str, Solver]] = {
+    "EulerDiscreteScheduler": ("EulerDiscreteScheduler", "euler"),
+    "EulerAncestralDiscreteScheduler": ("EulerDiscreteScheduler", "euler"),
+    "DDIMScheduler": ("DDIMScheduler", "ddim"),
+    "PNDMScheduler": ("PNDMScheduler", "ddim"),
+    "LCMScheduler": ("LCMScheduler", "lcm"),
+}
+_ENCODERS = {"text_encoder": CLIP_TEXT, "text_encoder_2": CLIP_TEXT_PROJECTED}
+_TOKENIZERS = ("tokenizer", "tokenizer_2")
+# Components of diffusers' pipelines that do not touch the picture; ours are saved without them.
+_ABSENT = {
+    XL: ("feature_extractor", "image_encoder"),
+    ONE_ENCODER: ("feature_extractor", "image_encoder", "safety_checker"),
+}
+
+
+def load_sdxl(
+    model: str, dtype: DTypeLike, settings_class: type[Settings]
+) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Any, ...], dict[str, Any], Settings]:
+    """Components of a Stable Diffusion pipeline; see `SDXLPipeline.from_pretrained`."""
+    path, _ = resolve(model)
+    index = read_json(path / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in CLASSES:
+        raise ClvrError(f"{path}: a {kind}, not a {', '.join(CLASSES[:-1])} or {CLASSES[-1]}")
+    count = 2 if kind == XL else 1
+    encoders, tokenizers = list(_ENCODERS)[:count], _TOKENIZERS[:count]
+    needed = ["unet", "vae", *encoders, *tokenizers, "scheduler"]
+    missing = [name for name in needed if not (index.get(name) or [None])[0] or not (path / name).is_dir()]
+    if missing:
+        raise ClvrError(f"{path}: a {kind} without {', '.join(missing)}; copy them from the model it was made of")
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+    if kind != XL:  # diffusers reads the old files of Stable Diffusion 1 like this
+        scheduler = {**scheduler, "steps_offset": 1, "clip_sample": False}
+    unet = load_model(path / "unet", UNET, dtype)
+    given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
+    fields = {**_defaults(kind, scheduler, unet), **given.get("sdxl", {})}
+    if "force_zeros_for_empty_prompt" in index:
+        fields["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
+    # SDXL's autoencoder overflows in float16.
+    vae_dtype = jnp.float32 if dtype == jnp.float16 else dtype
+    return (
+        unet,
+        load_model(path / "vae", AUTOENCODER_KL, vae_dtype),
+        tuple(load_model(path / name, _ENCODERS[name], dtype) for name in encoders),
+        tuple(load_tokenizer(path / name) for name in tokenizers),
+        scheduler,
+        from_known_fields(settings_class, fields),
+    )
+
+
+def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]:
+    """`scheduler_config.json` -> noise levels and the solver that follows diffusers' class, or comes closest to it.
+
+    Raises: ClvrError for a class or feature that no solver here has.
+    """
+    name = str(scheduler.get("_class_name"))
+    if name not in _SCHEDULERS:
+        known = ", ".join(_SCHEDULERS)
+        raise ClvrError(f"scheduler_config.json: {name} is not supported; put the configuration of one of {known}")
+    read_as, solver = _SCHEDULERS[name]
+    return NoiseSchedule.from_config(scheduler, read_as), solver
+
+
+def save_sdxl(path: str | Path, pipeline: "SDXLPipeline", dtype: str) -> None:
+    """Writes a pipeline folder; it appears only when it is complete."""
+    settings = dataclasses.asdict(pipeline.settings)
+    force_zeros = settings.pop("force_zeros_for_empty_prompt")
+    kind = XL if len(pipeline.text_encoders) == 2 else ONE_ENCODER
+    encoders = dict(zip(_ENCODERS, pipeline.text_encoders, strict=False))
+    tokenizers = dict(zip(_TOKENIZERS, pipeline.tokenizers, strict=False))
+    index = {
+        "_class_name": kind,
+        "_diffusers_version": "0.37.0",
+        **({"force_zeros_for_empty_prompt": force_zeros} if kind == XL else {"requires_safety_checker": False}),
+        **{name: [None, None] for name in _ABSENT[kind]},
+        "scheduler": ["diffusers", pipeline.scheduler["_class_name"]],
+        **{name: ["transformers", _ENCODERS[name].torch_class] for name in encoders},
+        **{name: ["transformers", "CLIPTokenizer"] for name in tokenizers},
+        "unet": ["diffusers", UNET.torch_class],
+        "vae": ["diffusers", AUTOENCODER_KL.torch_class],
+    }
+    with replacing(Path(path)) as temporary:
+        save_model(temporary / "unet", pipeline.unet, UNET, dtype)
+        save_model(temporary / "vae", pipeline.vae, AUTOENCODER_KL, dtype)
+        for name, encoder in encoders.items():
+            save_model(temporary / name, encoder, _ENCODERS[name], dtype)
+        for name, tokenizer in tokenizers.items():
+            tokenizer.save_pretrained(str(temporary / name))
+            # vocab.json and merges.txt, which the CLIPTokenizer of transformers 4 reads.
+            tokenizer.backend_tokenizer.model.save(str(temporary / name))
+        write_json(temporary / "scheduler" / "scheduler_config.json", dict(pipeline.scheduler))
+        write_json(temporary / "clvr.json", {"sdxl": settings})
+        write_json(temporary / "model_index.json", index)
+        card_of_pipeline(temporary, Path(path).name, "SDXLPipeline.save_pretrained", dtype)
+
+
+def _defaults(kind: str, scheduler: Mapping[str, Any], unet: UNet2DCondition) -> dict[str, Any]:
+    """Steps and guidance of diffusers' pipelines, which no folder states."""
+    if scheduler.get("_class_name") == "LCMScheduler":
+        return {
+            "num_inference_steps": 4,
+            "guidance_scale": 8.5 if unet.config.time_cond_proj_dim is not None else 1.0,
+        }
+    return {"num_inference_steps": 50, "guidance_scale": 5.0 if kind == XL else 7.5}
