@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -52,31 +53,41 @@ def timed(command: list[str]) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Makes the checkpoint, copies it, converts it there and back, compares the bytes, prints three lines."""
+    """Makes the checkpoint, then in turns copies it and converts it there and back; compares the bytes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=None, help="where there is room; a temporary one if not given")
+    parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
-        source, there, back = root / "source", root / "jax", root / "torch"
+        source, there, back, copy = (root / name for name in ("source", "jax", "torch", "copy"))
         specs = make_checkpoint(source)
         size, largest = sum(spec.nbytes for spec in specs) / 2**30, max(spec.nbytes for spec in specs) / 2**30
-        allowed = ALLOWED_GIB + 2 * largest
-        print(f"conversion: {len(specs)} tensors, {size:.1f} GiB, the largest {largest:.2f} GiB")
+        print(f"conversion: {len(specs)} tensors, {size:.1f} GiB, the largest {largest:.2f} GiB", flush=True)
         clvr = [sys.executable, "-m", "clvr_jax.cli", "convert"]
-        for name, command, copy in (
-            ("torch to jax", [*clvr, str(source), str(there), "--to", "jax"], source),
-            ("jax to torch", [*clvr, str(there), str(back), "--to", "torch"], there),
-        ):
-            copying, _ = timed(["cp", "-r", str(copy), str(root / "copy")])
-            shutil.rmtree(root / "copy")
-            converting, peak = timed(command)
+        directions = {
+            "torch to jax": ([*clvr, str(source), str(there), "--to", "jax"], source),
+            "jax to torch": ([*clvr, str(there), str(back), "--to", "torch"], there),
+        }
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in directions}
+        peaks = dict.fromkeys(directions, 0.0)
+        for _ in range(options.rounds):
+            for folder in (there, back):
+                shutil.rmtree(folder, ignore_errors=True)
+            for name, (command, copied) in directions.items():
+                copying, _ = timed(["cp", "-r", str(copied), str(copy)])
+                shutil.rmtree(copy)
+                converting, peak = timed(command)
+                times[name].append((converting, copying))
+                peaks[name] = max(peaks[name], peak)
+        for name, rounds in times.items():
+            converting, copying = (statistics.median(column) for column in zip(*rounds, strict=True))
+            ratios = sorted(copy / convert for convert, copy in rounds)
             print(
-                f"{name}: {converting:.1f} s, cp {copying:.1f} s, ratio {copying / converting:.2f} (target {TARGET}); "
-                f"peak {peak:.2f} GiB (allowed {allowed:.2f})",
-                flush=True,
+                f"{name}: {converting:.1f} s, cp {copying:.1f} s, ratio {statistics.median(ratios):.2f} "
+                f"({ratios[0]:.2f} to {ratios[-1]:.2f}), target {TARGET}; "
+                f"peak {peaks[name]:.2f} GiB, allowed {ALLOWED_GIB + 2 * largest:.2f}"
             )
-        shutil.rmtree(there)
         names = sorted(path.name for path in source.iterdir())
         same = all(subprocess.run(["cmp", "-s", source / name, back / name]).returncode == 0 for name in names)
         print(f"the files returned are {'the same, byte for byte' if same else 'NOT THE SAME'}")

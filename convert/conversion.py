@@ -27,8 +27,8 @@ from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 from clvr_jax.errors import ClvrError, UsageError
 
 _JOURNAL = ".journal"
-_TILE = (1024, 32)
-_HELD_BYTES = 64 * 2**20
+_TILE = (32, 1024)
+_LARGE_BYTES = 256 * 2**20
 
 
 def convert(
@@ -79,24 +79,18 @@ def convert(
 
 def _write(conversion: Conversion, folder: Path, done: dict[str, bool], on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
-        write, flush, finish = _writer(component, folder / component.name, conversion.to)
-        fresh: dict[str, bool] = {}
-        held = 0
+        write, finish = _writer(component, folder / component.name, conversion.to)
         names = {piece: f"{component.name}/{piece.spec.key}" for piece in component.pieces}
         wanted = [piece for piece in component.pieces if names[piece] not in done]
-        for name in (name for piece, name in names.items() if name in done):
+        for name in (name for name in names.values() if name in done):
             on_tensor(name)
-        for piece, values, bad in _ahead(component, conversion.to, wanted):
-            write(piece, values)
-            fresh[names[piece]] = bad
-            held += values.nbytes
-            if held > _HELD_BYTES or piece is wanted[-1]:
-                flush()
-                with (folder / _JOURNAL).open("a") as journal:
-                    journal.writelines(json.dumps(item) + "\n" for item in fresh.items())
-                done |= fresh
-                fresh, held = {}, 0
-            on_tensor(names[piece])
+        with (folder / _JOURNAL).open("a") as journal:
+            for piece, values, has_nan in _ahead(component, conversion.to, wanted):
+                write(piece, values)
+                done[names[piece]] = has_nan
+                journal.write(json.dumps([names[piece], has_nan]) + "\n")
+                journal.flush()
+                on_tensor(names[piece])
         finish()
     return [name for name, bad in done.items() if bad]
 
@@ -109,9 +103,11 @@ def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tu
     memory = _Memory()
 
     def make(number: int, piece: Piece) -> tuple[Piece, np.ndarray, bool]:
-        target = "large" if _is_large(piece) else f"turn {number % 2}"
-        values = _laid_out(component.read(piece, partial(memory, "source")), piece, component.source, to)
-        values = _copied(values, memory(target, values.shape, piece.spec.dtype))
+        name = "large" if _is_large(piece) else f"turn {number % 2}"
+        values = memory(name, _shape(piece, to), piece.spec.dtype)
+        filled = _seen_as(component.source, values, piece, to)
+        for rows, block in component.read(piece, partial(memory, "source")):
+            _copy(block, filled[rows] if filled.ndim else filled)
         return piece, values, _has_nan(values)
 
     with ThreadPoolExecutor(1) as thread:
@@ -125,7 +121,7 @@ def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tu
 
 def _is_large(piece: Piece) -> bool:
     """Too large to have two of them."""
-    return piece.spec.nbytes > 4 * _HELD_BYTES
+    return piece.spec.nbytes > _LARGE_BYTES
 
 
 class _Memory:
@@ -144,41 +140,45 @@ class _Memory:
 
 def _writer(
     component: Component, folder: Path, to: Format
-) -> tuple[Callable[[Piece, np.ndarray], None], Callable[[], None], Callable[[], None]]:
-    """Takes pieces in the destination's layout; the others put them on the disk and say that it was all."""
+) -> tuple[Callable[[Piece, np.ndarray], None], Callable[[], None]]:
+    """Takes pieces in the destination's layout; the other says that it was all."""
     folder.mkdir(parents=True, exist_ok=True)
     if to == "torch":
         places = lay_out(folder, [piece.spec for piece in component.pieces], component.family.file_name)
-        return lambda piece, values: write_tensor(places[piece.spec.key], values), lambda: None, lambda: None
+        return lambda piece, values: write_tensor(places[piece.spec.key], values), lambda: None
     leaves = {piece.entry.path: (piece.entry.shape, piece.spec.dtype) for piece in component.pieces}
     stacked = {piece.entry.path for piece in component.pieces if piece.entry.stacked}
     tree = TreeWriter(folder / PARAMS, leaves, stacked)
-    return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.flush, tree.finish
+    return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.finish
 
 
-def _laid_out(values: np.ndarray, piece: Piece, source: Format, to: Format) -> np.ndarray:
-    """A view of the source's layout in that of the destination."""
+def _shape(piece: Piece, to: Format) -> tuple[int, ...]:
+    """Shape of a piece in the destination."""
+    if to == "torch":
+        return piece.spec.shape
+    return piece.entry.shape if piece.layer is None else piece.entry.shape[1:]
+
+
+def _seen_as(source: Format, values: np.ndarray, piece: Piece, to: Format) -> np.ndarray:
+    """A view of the destination's layout in that of the source."""
     layout = piece.entry.layout
-    return values if source == to else layout.from_torch(values) if to == "jax" else layout.to_torch(values)
+    return values if source == to else layout.to_torch(values) if to == "jax" else layout.from_torch(values)
 
 
-def _copied(view: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Copies, casting if the types differ, and returns the target."""
-    if view.dtype == target.dtype:
+def _copy(values: np.ndarray, target: np.ndarray) -> None:
+    """Copies, casting if the types differ."""
+    if values.dtype == target.dtype:
         # As integers: a bfloat16 is of a type that NumPy does not know, and copied one by one.
-        view, filled = bits(view), bits(target)
-    else:
-        filled = target
-    if view.ndim != 2 or view.flags.c_contiguous:
-        np.copyto(filled, view, casting="unsafe")
-        return target
+        values, target = bits(values), bits(target)
+    if values.ndim != 2 or target.flags.c_contiguous:
+        np.copyto(target, values, casting="unsafe")
+        return
     # A matrix is turned over in tiles that fit the cache: ten times as fast as in one go.
     rows, columns = _TILE
-    for row in range(0, view.shape[0], rows):
-        for column in range(0, view.shape[1], columns):
+    for row in range(0, values.shape[0], rows):
+        for column in range(0, values.shape[1], columns):
             tile = np.s_[row : row + rows, column : column + columns]
-            np.copyto(filled[tile], view[tile], casting="unsafe")
-    return target
+            np.copyto(target[tile], values[tile], casting="unsafe")
 
 
 def _has_nan(values: np.ndarray) -> bool:

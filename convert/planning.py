@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from clvr_jax.convert import flux2_single_file
 from clvr_jax.convert.families import WITHOUT_MODULE, Family, family_of, find_family, torch_class
-from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, open_tree, read_into
+from clvr_jax.convert.orbax_tree import PARAMS, Block, Memory, check_tree, is_tree, open_tree
 from clvr_jax.convert.rules import Entry, check_keys
 from clvr_jax.convert.tensors import FLOATS, PICKLES, Spec, Stored, read_header, stored_tensors
 
@@ -30,11 +30,8 @@ class Piece(NamedTuple):
     spec: Spec
 
 
-Memory = Callable[[tuple[int, ...], np.dtype], np.ndarray]
-"""(shape, dtype) -> an array to be filled."""
-
-Reader = Callable[[Piece, Memory], np.ndarray]
-"""Gives a piece in the source's layout: mapped, or read into the memory offered."""
+Reader = Callable[[Piece, Memory], Iterator[Block]]
+"""Gives a piece in the source's layout, in blocks of rows: mapped, or read into the memory offered."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +144,7 @@ def _folder_model(folder: Path, variant: str | None) -> _Model:
     stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
     check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
     dtypes = {key: tensor.dtype for key, tensor in stored.items()}
-    return _Model(folder, family, config, "torch", plan, dtypes, lambda piece, memory: stored[piece.spec.key].open())
+    return _Model(folder, family, config, "torch", plan, dtypes, _tensor_reader(stored))
 
 
 def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> _Model:
@@ -155,18 +152,16 @@ def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stor
     assert family is not None
     parts = flux2_single_file.diffusers_tensors(stored)
     dtypes, plan = {key: part.dtype for key, part in parts.items()}, family.entries(config)
-    return _Model(file, family, config, "torch", plan, dtypes, lambda piece, memory: parts[piece.spec.key].open())
+    return _Model(file, family, config, "torch", plan, dtypes, _tensor_reader(parts))
 
 
 def _leaf_reader(folder: Path) -> Reader:
     arrays = open_tree(folder)
+    return lambda piece, memory: arrays[".".join(map(str, piece.entry.path))].blocks(piece.layer, memory)
 
-    def read(piece: Piece, memory: Memory) -> np.ndarray:
-        array = arrays[".".join(map(str, piece.entry.path))]
-        values = memory(array.shape if piece.layer is None else array.shape[1:], array.dtype.numpy_dtype)
-        return read_into(values, array, piece.layer)
 
-    return read
+def _tensor_reader(tensors: Mapping[str, Stored | flux2_single_file.Part]) -> Reader:
+    return lambda piece, memory: iter([(slice(None), tensors[piece.spec.key].open())])
 
 
 def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> Component:

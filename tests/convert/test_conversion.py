@@ -90,14 +90,13 @@ def test_a_dtype_that_is_asked_for_is_what_a_cast_gives(tmp_path, dtype):
 @pytest.mark.parametrize("to", ["jax", "torch"])
 def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, monkeypatch, to):
     source = (SHAPES if to == "jax" else converted) / "text_encoder"
-    monkeypatch.setattr(module, "_HELD_BYTES", 1 << 16)
     whole = tmp_path / "whole"
     convert(plan(source, to), whole)
-    written, real = [], module._laid_out
+    written, real = [], module._seen_as
 
-    def counted(values, piece, source, to):
+    def counted(source, values, piece, to):
         written.append(piece.spec.key)
-        return real(values, piece, source, to)
+        return real(source, values, piece, to)
 
     class Killed(BaseException):
         pass
@@ -106,7 +105,7 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, mo
         if len(written) == 30:
             raise Killed
 
-    monkeypatch.setattr(module, "_laid_out", counted)
+    monkeypatch.setattr(module, "_seen_as", counted)
     out = tmp_path / "out"
     with pytest.raises(Killed):
         convert(plan(source, to), out, on_tensor=kill)
