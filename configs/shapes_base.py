@@ -30,8 +30,8 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
 from clvr_jax.pipelines.folder import load_text_encoder, load_vae
+from clvr_jax.training import sft
 from clvr_jax.training.initialization import scaled
-from clvr_jax.training.objectives import flow_matching_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
 TEXT_ENCODER = Qwen3Config(
@@ -136,13 +136,6 @@ def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dic
     return {"ids": ids, "mask": mask, "references": references, "target": np.stack([e.target for e in examples])}
 
 
-def encode_pictures(vae: AutoencoderKLFlux2, pictures: jax.Array) -> jax.Array:
-    """uint8 (b, n, 64, 64, 3) -> latent tokens (b, n * 16, 32)."""
-    b, n = pictures.shape[:2]
-    scaled = pictures.reshape(b * n, *pictures.shape[2:]).astype(jnp.float32) / 127.5 - 1
-    return vae.encode_tokens(scaled).reshape(b, n * GRID[0] * GRID[1], VAE.token_channels)
-
-
 def drawing_loss(
     transformer: Flux2Transformer,
     text_encoder: Qwen3,
@@ -152,15 +145,19 @@ def drawing_loss(
     shift: float,
 ) -> jax.Array:
     """Flow matching on the target's latents under text and references."""
-    text = jnp.concatenate(
-        text_encoder.hidden_states(data["ids"], data["mask"], SETTINGS.text_encoder_out_layers), axis=-1
-    )
     count = data["references"].shape[1]
-    pictures = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
-    tokens = jax.lax.stop_gradient(encode_pictures(vae, pictures))
-    x0, references = jnp.split(tokens, [GRID[0] * GRID[1]], axis=1)
-    field = velocity_field(transformer, references, GRID, [GRID] * count)
-    return flow_matching_loss(lambda x, t: field(x, t, text), x0, key, shift)
+
+    def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
+        return jnp.concatenate(text_encoder.hidden_states(ids, mask, SETTINGS.text_encoder_out_layers), axis=-1)
+
+    return sft.drawing_loss(
+        encode_text,
+        lambda pictures: vae.encode_tokens(pictures).reshape(len(pictures), -1, VAE.token_channels),
+        lambda references: velocity_field(transformer, references, GRID, [GRID] * count),
+        data,
+        key,
+        shift,
+    )
 
 
 def task(config: Config) -> Task:

@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clvr_jax.convert.planning import Conversion
 from clvr_jax.convert.verify import TOLERANCE, Agreement
 from rich.table import Table
+
+if TYPE_CHECKING:
+    from clvr_jax.convert.verify import Agreement
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -32,7 +35,7 @@ def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
     return list(_tensors(conversion))
 
 
-def agreement_table(agreements: Sequence[Agreement]) -> Table:
+def agreement_table(agreements: Sequence["Agreement"]) -> Table:
     """One row for each model that was run in both frameworks."""
     caption = f"agree: at most {TOLERANCE:g} of the largest value of an output, in float32"
     table = Table("model", "architecture", title="our outputs and PyTorch's", caption=caption)
@@ -47,7 +50,7 @@ def agreement_table(agreements: Sequence[Agreement]) -> Table:
     return table
 
 
-def agreement_list(agreements: Sequence[Agreement]) -> list[dict[str, Any]]:
+def agreement_list(agreements: Sequence["Agreement"]) -> list[dict[str, Any]]:
     """The same for scripts; null for a difference that is no number, because JSON has no NaN."""
 
     def number(value: float) -> float | None:

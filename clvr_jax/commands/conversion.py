@@ -45,7 +45,6 @@ class Convert:
         from clvr_jax.convert.hub import local_folder, model_files
         from clvr_jax.convert.planning import plan
         from clvr_jax.convert.report import conversion_table, tensor_list
-        from clvr_jax.training.recipes import is_run
 
         prepare_jax()
         if self.verify:
@@ -53,7 +52,7 @@ class Convert:
 
             check_torch()  # before minutes are spent
         source = local_folder(self.source, allow_patterns=model_files(self.variant))
-        if is_run(source):
+        if (source / "checkpoints").is_dir():
             return self._export(source)
         conversion = plan(source, self.to, self.dtype, self.variant)
         data = {"source": self.source, "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}

@@ -29,7 +29,7 @@ class Recipe:
     """What a recipe file says.
 
     name: of the file, without suffix. config: its CONFIG. task: config -> what to train. description: first line of the
-    file's docstring. path: the file.
+    file's docstring. path: the file. abstract_task: as task, with shapes in place of arrays, if the recipe has it.
     """
 
     name: str
@@ -37,6 +37,7 @@ class Recipe:
     task: Callable[[Any], Task]
     description: str = ""
     path: Path = Path()
+    abstract_task: Callable[[Any], Task] | None = None
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -54,7 +55,9 @@ def load_recipe(path: str | Path) -> Recipe:
     if not callable(module.task):
         raise ClvrError(f"{path}: task must be a function (config) -> Task, got {type(module.task).__name__}")
     description = (module.__doc__ or "").strip().split("\n")[0]
-    return Recipe(Path(path).stem, config, module.task, description, Path(path).absolute())
+    return Recipe(
+        Path(path).stem, config, module.task, description, Path(path).absolute(), getattr(module, "abstract_task", None)
+    )
 
 
 def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -1,0 +1,43 @@
+"""Supervised fine-tuning: losses of what a trajectory teaches, as functions of functions; they know no model."""
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+
+from clvr_jax.training.objectives import flow_matching_loss
+
+Field = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(latents (b, t, c), timesteps (b,), text (b, s, d)) -> velocity (b, t, c)."""
+
+
+def drawing_loss(
+    encode_text: Callable[[jax.Array, jax.Array], jax.Array],
+    encode_pictures: Callable[[jax.Array], jax.Array],
+    field: Callable[[jax.Array], Field],
+    data: Mapping[str, jax.Array],
+    key: jax.Array,
+    shift: float,
+) -> jax.Array:
+    """Flow matching on the latents of the next drawing, given everything said and drawn before it.
+
+    Args:
+      encode_text: (ids, mask), each (b, s) -> (b, s, d).
+      encode_pictures: in [-1, 1], (b, h, w, 3) -> latent tokens (b, t, c).
+      field: tokens of all references (b, references * t, c) -> the velocity beside them.
+      data: ids and mask; target (b, h, w, 3) and references (b, n, h, w, 3), uint8, of one size.
+      key: for noise and timesteps. shift: see `sample_timesteps`.
+    Returns: scalar, float32.
+    Source: supervised fine-tuning of CLVR (arXiv 2605.14876): condition c_t, target x_t.
+    """
+    text_bsd = encode_text(data["ids"], data["mask"])
+    pictures = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
+
+    def encode(pictures_bhwc: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(encode_pictures(pictures_bhwc.astype(jnp.float32) / 127.5 - 1))
+
+    # One picture of every row after the other: large ones need more memory in the encoder than all the rest does.
+    tokens_nbtc = jax.lax.map(encode, pictures.swapaxes(0, 1))
+    x0_btc, references_bntc = tokens_nbtc[0], tokens_nbtc[1:].swapaxes(0, 1)
+    velocity = field(references_bntc.reshape(x0_btc.shape[0], -1, x0_btc.shape[-1]))
+    return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift)

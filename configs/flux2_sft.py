@@ -1,0 +1,183 @@
+"""Full-parameter fine-tuning of FLUX.2 klein on verified trajectories, as the paper does it: 1024 x 1024, rate 2e-5.
+
+clvr train configs/flux2_sft.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories
+
+Never run on the real weights: there was no accelerator. The tests run it on `shapes-tiny`, whose models are of the same
+classes, and trace the step of the full sizes. Every 9B variant of FLUX.2 klein is for non-commercial use only.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from flax import nnx
+
+from clvr_jax.costs.flops import flux2_flops, qwen3_flops
+from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.data.sft_examples import DrawingExamples
+from clvr_jax.data.sft_input import Batches, BatchLoader
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.sft import drawing_loss
+from clvr_jax.training.trainer import Task, TrainConfig
+
+_TRANSFORMERS = {"klein-4b": Flux2TransformerConfig.klein_4b(), "klein-9b": Flux2TransformerConfig.klein_9b()}
+_TEXT_ENCODERS = {"klein-4b": Qwen3Config.qwen3_4b(), "klein-9b": Qwen3Config.qwen3_8b()}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """model: pipeline folder or Hugging Face id. dataset: of trajectories, see `data.trajectory_dataset`.
+    batch_size: drawings a step, all devices together. dropout: share of texts replaced by the empty one, for guidance.
+    shift: of the training timesteps. remat: what the backward pass keeps, see `layers.REMAT`.
+    preset, size, references: model and pictures of `abstract_task`: klein 4B or 9B, pixels of a side, number of
+    references."""
+
+    train: TrainConfig = TrainConfig(
+        steps=5000,
+        learning_rate=2e-5,
+        b2=0.999,
+        warmup=0.1,
+        ema_decay=0.999,
+        compute_dtype="bfloat16",
+        mesh=MeshConfig(fsdp=-1),
+        save_minutes=20,
+    )
+    model: str = ""
+    dataset: Path = Path("data/trajectories")
+    batch_size: int = 64
+    dropout: float = 0.1
+    shift: float = 3.0
+    remat: str = "attention"
+    preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    size: int = 1024
+    references: int = 4
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+    if not config.model:
+        raise ClvrError("flux2_sft: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
+    pipe = Flux2Pipeline.from_pretrained(config.model, "bfloat16")
+    # Master weights are float32, whatever the folder holds.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
+    examples = DrawingExamples(
+        TrajectoryDataset(config.dataset),
+        pipe.tokenizer,
+        dropout=config.dropout,
+        text_buckets=pipe.settings.text_buckets,
+    )
+
+    def export(ema: Any, folder: Path) -> None:
+        nnx.update(pipe.transformer, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ema))
+        pipe.save_pretrained(str(folder), dtype="bfloat16")
+
+    return _task(
+        config,
+        pipe.settings,
+        (pipe.transformer.config, params),
+        (pipe.text_encoder.config, *nnx.split(pipe.text_encoder)),
+        (pipe.vae.config, *nnx.split(pipe.vae)),
+        Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed)),
+        export,
+    )
+
+
+def abstract_task(config: Config) -> Task:
+    """The same with shapes in place of arrays, to trace, compile and count its step."""
+    sizes, reader, vae = _TRANSFORMERS[config.preset], _TEXT_ENCODERS[config.preset], AutoencoderKLFlux2Config()
+    settings = Flux2Settings()
+    b, side, text = config.batch_size, config.size, settings.text_buckets[0]
+    batch = {
+        "ids": jax.ShapeDtypeStruct((b, text), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((b, text), jnp.int32),
+        "target": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
+        "references": jax.ShapeDtypeStruct((b, config.references, side, side, 3), jnp.uint8),
+    }
+    return _task(
+        config,
+        settings,
+        (sizes, FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes))[1]),
+        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), jnp.bfloat16)),
+        (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), jnp.bfloat16)),
+        lambda step: batch,
+        lambda ema, folder: None,
+    )
+
+
+def _task(
+    config: Config,
+    settings: Flux2Settings,
+    transformer: tuple[Flux2TransformerConfig, Any],
+    reader: tuple[Qwen3Config, Any, Any],
+    autoencoder: tuple[AutoencoderKLFlux2Config, Any, Any],
+    batches: Any,
+    export: Callable[[Any, Path], None],
+) -> Task:
+    """Models are given as configuration, graph and weights; the transformer's graph is made here."""
+    (sizes, params), (reader_sizes, reader_def, reader_state), (vae_sizes, vae_def, vae_state) = (
+        transformer,
+        reader,
+        autoencoder,
+    )
+    layers, token = settings.text_encoder_out_layers, vae_sizes.token_pixels
+    transformer_def, _ = nnx.split(
+        nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat=config.remat))
+    )
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        grid = tuple(side // token for side in data["target"].shape[1:3])
+        count = data["references"].shape[1]
+        text_encoder, vae = nnx.merge(reader_def, frozen["text_encoder"]), nnx.merge(vae_def, frozen["vae"])
+
+        def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))
+
+        def encode_pictures(pictures: jax.Array) -> jax.Array:
+            tokens = vae.encode_tokens(pictures.astype(jnp.bfloat16))
+            return tokens.reshape(len(pictures), grid[0] * grid[1], -1)
+
+        model = nnx.merge(transformer_def, params)
+        value = drawing_loss(
+            encode_text,
+            encode_pictures,
+            lambda references: velocity_field(model, references, grid, [grid] * count),
+            data,
+            key,
+            config.shift,
+        )
+        return value, {f"loss_{count}_references": value}
+
+    def flops(batch: Any) -> float:
+        rows, side = batch["target"].shape[:2]
+        count, image, text = batch["references"].shape[1], (side // token) ** 2, batch["ids"].shape[1]
+        drawn = flux2_flops(sizes, rows, text=text, image=image, references=count * image)
+        read = qwen3_flops(reader_sizes, rows, text, layers=max(layers), logits=0)
+        return drawn.training + read.forward + encoder_flops(vae_sizes, rows * (count + 1), side, side).forward
+
+    def tokens(batch: Any) -> int:
+        rows, side = batch["target"].shape[:2]
+        return int(rows * (batch["ids"].shape[1] + (1 + batch["references"].shape[1]) * (side // token) ** 2))
+
+    return Task(
+        name=f"FLUX.2 SFT, {sizes.num_layers} + {sizes.num_single_layers} blocks",
+        params=params,
+        frozen={"text_encoder": reader_state, "vae": vae_state},
+        loss=loss,
+        batches=batches,
+        export=export,
+        flops=flops,
+        tokens=tokens,
+    )

@@ -1,0 +1,63 @@
+"""The recipe of klein's fine-tuning, on the small model of the same classes and a dataset of simulated trajectories."""
+
+import dataclasses
+import json
+
+import jax
+import pytest
+from clvr_jax.configs import flux2_sft
+from flax import nnx
+
+from clvr_jax.data.trajectory_dataset import write_dataset
+from clvr_jax.errors import ClvrError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.step import TrainState, make_train_step
+from clvr_jax.training.trainer import fit
+from tests.data.simulated import simulated
+
+TRAIN = dataclasses.replace(flux2_sft.CONFIG.train, steps=3, log_every=1, mesh=MeshConfig(devices=1))
+
+
+@pytest.mark.slow
+def test_a_dataset_is_trained_on_and_the_result_is_a_pipeline(tmp_path):
+    write_dataset(tmp_path / "data", map(simulated, range(12)))
+    config = dataclasses.replace(
+        flux2_sft.CONFIG, model="shapes-tiny", dataset=tmp_path / "data", batch_size=4, train=TRAIN
+    )
+    task = flux2_sft.task(config)
+    before = jax.tree.map(lambda leaf: leaf.copy(), task.params)
+    state = fit(task, TRAIN, tmp_path / "run", stop_after=2)
+    state = fit(flux2_sft.task(config), TRAIN, tmp_path / "run", resume=True)  # the input's position goes on too
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(0 < row["loss"] < 2 and row["tokens_per_second"] > 0 for row in rows)
+    assert any((old != new).any() for old, new in zip(*map(jax.tree.leaves, (before, state.params)), strict=True))
+    drawn = Flux2Pipeline.from_pretrained(str(tmp_path / "run" / "export"))("a red circle", num_inference_steps=2)
+    assert drawn.images[0].size == (64, 64)
+
+
+@pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
+def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
+    config = dataclasses.replace(flux2_sft.CONFIG, preset=preset, batch_size=2, size=128, references=2)
+    task = flux2_sft.abstract_task(config)
+    optimizer = config.train.optimizer()
+    state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.params)
+    step = make_train_step(task.loss, optimizer, config.train.step)
+    following, metrics = jax.eval_shape(step, state, task.frozen, task.batches(0))
+    assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), following) == jax.tree.map(
+        lambda leaf: (leaf.shape, leaf.dtype), state
+    )
+    assert metrics["loss"].shape == ()
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(nnx.to_pure_dict(task.params))} == {"float32"}
+    # 6 FLOPs for each parameter and token; less, since text and image have weights of their own in the first blocks and
+    # modulations see no token; more, by attention and the frozen models.
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    tokens = task.tokens(task.batches(0))
+    assert tokens == 2 * (512 + 3 * 64)
+    assert 0.8 < task.flops(task.batches(0)) / (6 * parameters * tokens) < 1.8
+
+
+def test_what_is_to_be_trained_must_be_named():
+    with pytest.raises(ClvrError, match="--model says what to begin with"):
+        flux2_sft.task(flux2_sft.CONFIG)
