@@ -1,6 +1,6 @@
 """Rehearses a pod on one machine: N processes of M virtual devices each, joined over loopback.
 
-    python launch/local_cluster.py --processes 2 --devices 4 configs/shapes_base.py --out runs/try --train.steps 20
+    python launch/local_cluster.py --processes 2 --devices 4 configs/shapes_vae.py --out runs/try --train.steps 20
 
 runs the same `launch/train.py` that a pod runs. What process 0 prints is shown, what the others print goes to
 logs in a temporary folder, which is named if one fails. Ctrl-C and SIGTERM reach all of them.
@@ -32,7 +32,9 @@ def start(processes: int, devices: int, arguments: list[str], logs: Path) -> lis
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        # Virtual devices of a busy machine may be slow to meet.
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
     }
     coordinator = f"127.0.0.1:{free_port()}"
     started = []

@@ -156,6 +156,9 @@ class _Run:
             for step, (batch, position) in enumerate(batches, start):
                 with _profile(self.out / "profile", step, config.profile):
                     state, metrics = train_step(state, frozen, batch)
+                    if self.layout.platform == "cpu":
+                        # Virtual devices share few threads: steps in flight could wait for one another for ever.
+                        jax.block_until_ready(metrics)
                 waiting.append(metrics)
                 throughput.add(batch)
                 is_last = step + 1 == last or asked.reached(step)
