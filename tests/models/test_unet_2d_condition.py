@@ -139,7 +139,7 @@ def test_gradients_match_pytorch_with_and_without_remat():
         loss = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(**inputs)).mean()))
         return state_to_torch(loss(state), table(SDXL)), reference
 
-    (plain, reference), (rematerialised, _) = gradients(False), gradients(True)
+    (plain, reference), (rematerialised, _) = gradients("dots"), gradients("full")
     run_reference(reference, inputs).square().mean().backward()
     for name, parameter in reference.named_parameters():
         assert relative_error(rematerialised[name], plain[name]) < TOLERANCE, name
