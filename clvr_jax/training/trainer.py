@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.sharding import Layout, MeshConfig, Rules, active_layout
+from clvr_jax.sharding import Layout, MeshConfig, active_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.feed import Batches, Input, feed
 from clvr_jax.training.metrics import MetricLog, Throughput
@@ -120,13 +120,13 @@ def fit(
 
 
 @contextlib.contextmanager
-def mesh_of(config: TrainConfig, rules: Rules = Rules()) -> Iterator[Layout]:  # noqa: B008 - frozen
+def mesh_of(config: TrainConfig) -> Iterator[Layout]:
     """The layout of a run, active; one that is active already is taken as it is."""
     layout = active_layout()
     if layout is not None:
         yield layout
         return
-    with Layout(config.mesh.make(), rules).active() as layout:
+    with Layout(config.mesh.make()).active() as layout:
         yield layout
 
 

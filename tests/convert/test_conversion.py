@@ -67,6 +67,16 @@ def test_orbax_restores_what_was_written(converted):
         assert np.array_equal(np.asarray(leaf), expected), entry.path
 
 
+def test_a_tree_that_orbax_saved_is_converted_too(converted, tmp_path):
+    shutil.copytree(converted / "vae", tmp_path / "vae")
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.restore((converted / "vae" / PARAMS).absolute())
+        shutil.rmtree(tmp_path / "vae" / PARAMS)
+        checkpointer.save(tmp_path / "vae" / PARAMS, tree)
+    convert(plan(tmp_path / "vae", "torch"), tmp_path / "torch")
+    assert bits(tmp_path / "torch") == bits(SHAPES / "vae")
+
+
 def test_a_pipeline_loads_from_either_format(converted):
     ours = Flux2Pipeline.from_pretrained(str(converted))
     theirs = Flux2Pipeline.from_pretrained("shapes-tiny")
