@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.training.distributed import virtual_devices
+
 _TRAIN = Path(__file__).with_name("train.py")
 
 
@@ -29,13 +31,7 @@ def free_port() -> int:
 
 def start(processes: int, devices: int, arguments: list[str], logs: Path) -> list[subprocess.Popen[Any]]:
     """Starts all processes; `logs`/process-K.log takes what process K > 0 prints."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        # Virtual devices of a busy machine may be slow to meet.
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-    }
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", **virtual_devices(devices)}
     coordinator = f"127.0.0.1:{free_port()}"
     started = []
     for number in range(processes):

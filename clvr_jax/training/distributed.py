@@ -49,6 +49,21 @@ class Cluster:
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
 
 
+def virtual_devices(count: int) -> dict[str, str]:
+    """Environment of a process in which the CPU plays `count` devices; must be set before JAX touches a device.
+
+    XLA keeps as many threads as there are devices or cores. Devices that wait for one another in a collective can hold
+    all of them while the last one waits for a free thread to end its matrix product: the program stands still for ever.
+    With NPROC, the number of cores that XLA believes in, there are always threads left. A busy machine may still be
+    slow: XLA's patience of 40 seconds is raised.
+    """
+    return {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} "
+        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
+        "NPROC": str(4 * count),
+    }
+
+
 def _is_managed() -> bool:
     """Whether the environment says that there are several processes, in one of the ways that JAX understands."""
     several = any(int(os.environ.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "NNODES"))
