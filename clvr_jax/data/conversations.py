@@ -46,12 +46,18 @@ def supervised_conversation(
     Raises: as `read_conversation`.
     """
     text, pixel_values, grids = _expanded(tokenizer, image_processor, messages, images, False)
+    ids, weights = supervised_tokens(tokenizer, text)
+    return Conversation(ids, pixel_values, grids), weights
+
+
+def supervised_tokens(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
+    """The tokens of a whole chat as text, and their weights as `supervised_conversation` has them."""
     read = tokenizer(text, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in read["offset_mapping"]])
     weights = np.zeros(len(begins), np.float32)
     for said in _SAID.finditer(text):
         weights[(begins >= said.start(1)) & (begins < said.end(1))] = 1
-    return Conversation(read["input_ids"], pixel_values, grids), weights
+    return read["input_ids"], weights
 
 
 def collate_conversations(

@@ -5,13 +5,14 @@ Source: arXiv 2605.14876, supervised fine-tuning and trajectory-accumulative con
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from clvr_jax.data.batch_plan import length_bounds
-from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
+from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation, supervised_tokens
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.text import bucket_for, encode_prompts, prompt_tokens
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -27,7 +28,8 @@ class Sample:
     """Where an example lies in a dataset, and its shape.
 
     record: number in the dataset. id: of that record. step: which of its pictures is the target, from 0.
-    shape: what else must be equal in a batch. length: tokens. padded: tokens with padding.
+    shape: what else must be equal in a batch. length: tokens. padded: tokens with padding. learned: tokens that are
+    learned to be said, room for the most that a sample of its bucket has.
     """
 
     record: int
@@ -36,11 +38,17 @@ class Sample:
     shape: tuple[Any, ...]
     length: int
     padded: int = 0
+    learned: int = 0
 
     @property
     def bucket(self) -> tuple[Any, ...]:
         """Samples of one bucket make batches of one shape."""
         return (*self.shape, self.padded)
+
+
+@jax.tree_util.register_static
+class StaticGrids(tuple[tuple[int, int, int], ...]):
+    """Image grids as part of a batch's shape: for JAX a node without arrays, so a step is compiled for them."""
 
 
 class Examples(Protocol):
@@ -141,14 +149,20 @@ class ConversationExamples:
         self._dataset, self._tokenizer, self._image_processor = dataset, tokenizer, image_processor
         self._system = system
         samples = [
-            Sample(number, record.id, 0, (grids,), length)
+            Sample(number, record.id, 0, (grids,), length, learned=learned)
             for number, record in dataset.scan(max_corrupt)
-            for grids, length in self._shapes(record.trajectory)
+            for grids, length, learned in self._shapes(record.trajectory)
         ]
-        self.samples = _padded(dataset, samples, (), max_padding, length_multiple)
+        samples = list(_padded(dataset, samples, (), max_padding, length_multiple))
+        most: dict[tuple[Any, ...], int] = {}
+        for sample in samples:
+            most[sample.bucket] = max(sample.learned, most.get(sample.bucket, 0))
+        self.samples = tuple(
+            replace(sample, learned=-(-most[sample.bucket] // length_multiple) * length_multiple) for sample in samples
+        )
 
-    def _shapes(self, trajectory: Trajectory) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int]]:
-        """The patch grids and the number of tokens of the conversation, if there is one."""
+    def _shapes(self, trajectory: Trajectory) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int, int]]:
+        """The patch grids, the number of tokens and of learned ones of the conversation, if there is one."""
         replies, pictures = _conversation(trajectory)
         if not replies:
             return
@@ -157,10 +171,14 @@ class ConversationExamples:
         grids = tuple((1, rows // processor.patch_size, columns // processor.patch_size) for rows, columns in sides)
         text = self._tokenizer.apply_chat_template(self._messages(trajectory.prompt, replies), tokenize=False)
         shown = sum(rows * columns // processor.merge_size**2 for _, rows, columns in grids)
-        yield grids, len(self._tokenizer(text)["input_ids"]) - len(pictures) + shown
+        ids, weights = supervised_tokens(self._tokenizer, text)
+        yield grids, len(ids) - len(pictures) + shown, int(weights.sum())
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
-        """What `collate_conversations` returns; grid_thw, the same for all rows of a bucket, is no array."""
+        """What `collate_conversations` returns, grid_thw, the same for all rows of a bucket, as `StaticGrids`.
+
+        And learned_bk (b, k) int32: which tokens are learned, in order, then 0, which never is.
+        """
         conversations = []
         for sample in samples:
             trajectory = self._dataset[sample.record].trajectory
@@ -168,13 +186,20 @@ class ConversationExamples:
             messages = self._messages(trajectory.prompt, replies)
             shown = _decoded(sample, pictures)
             conversations.append(supervised_conversation(self._tokenizer, self._image_processor, messages, shown))
-        return collate_conversations(
+        batch = collate_conversations(
             conversations,
             image_token_id=self._tokenizer.convert_tokens_to_ids(IMAGE_PAD),
             merge=self._image_processor.merge_size,
             pad_token=self._tokenizer.pad_token_id,
             length_multiple=samples[0].padded,
         )
+        if "grid_thw" in batch:
+            batch["grid_thw"] = StaticGrids(batch["grid_thw"])
+        learned = np.zeros((len(samples), samples[0].learned), np.int32)
+        for row, weights in zip(learned, batch["weights_bt"], strict=True):
+            found = np.flatnonzero(weights)
+            row[: len(found)] = found
+        return {**batch, "learned_bk": learned}
 
     def _messages(self, prompt: str, replies: Sequence[str]) -> list[dict[str, Any]]:
         return chat_messages(prompt, replies, len(replies) - 1, self._system)
@@ -221,6 +246,4 @@ def _padded(
     if not samples:
         raise ClvrError(f"{dataset.folder}: nothing to learn from in {len(dataset)} trajectories")
     bounds = bounds or length_bounds([sample.length for sample in samples], max_padding, multiple)
-    return tuple(
-        Sample(s.record, s.id, s.step, s.shape, s.length, padded=bucket_for(s.length, bounds)) for s in samples
-    )
+    return tuple(replace(sample, padded=bucket_for(sample.length, bounds)) for sample in samples)
