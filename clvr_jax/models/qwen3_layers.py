@@ -6,6 +6,7 @@ layer serves plain and interleaved multi-axis positions), SwiGLU MLP, RMSNorm be
 Source: Qwen3DecoderLayer (transformers); attribute names are its keys.
 """
 
+import functools
 from typing import NamedTuple, Protocol
 
 import jax
@@ -121,6 +122,27 @@ def _write(cache_bknh: jax.Array, new_btnh: jax.Array, start: jax.Array | int) -
     return jax.vmap(lambda row, new, at: jax.lax.dynamic_update_slice_in_dim(row, new, at, axis=0))(
         cache_bknh, new_btnh, jnp.asarray(start)
     )
+
+
+def attend_past(
+    query_b1nh: jax.Array,
+    key_b1kh: jax.Array,
+    value_b1kh: jax.Array,
+    past_key_bksh: jax.Array,
+    past_value_bksh: jax.Array,
+    seen_bs: jax.Array,
+) -> jax.Array:
+    """Attention of one new token to the seen slots of a cache and to itself: (b, 1, heads * head_dim)."""
+    b, _, kv_heads, head_dim = key_b1kh.shape
+    query_bkgh = query_b1nh.reshape(b, kv_heads, -1, head_dim)
+    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    past_scores_bkgs = jnp.where(seen_bs[:, None, None], dot("bkgh,bksh->bkgs", query_bkgh, past_key_bksh), -jnp.inf)
+    own_scores_bkg1 = dot("bkgh,bmkh->bkgm", query_bkgh, key_b1kh)
+    scores = jnp.concatenate([past_scores_bkgs, own_scores_bkg1], axis=-1) * head_dim**-0.5
+    weights = jax.nn.softmax(scores, axis=-1).astype(query_b1nh.dtype)
+    out_bkgh = dot("bkgs,bksh->bkgh", weights[..., :-1], past_value_bksh)
+    out_bkgh += weights[..., -1:] * value_b1kh[:, 0, :, None]
+    return out_bkgh.astype(query_b1nh.dtype).reshape(b, 1, -1)
 
 
 class Attention(nnx.Module):

@@ -8,7 +8,6 @@ Source of the arithmetic: transformers `Qwen3VLForConditionalGeneration`.
 """
 
 import dataclasses
-import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import scan_blocks, stack_blocks
-from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, inverse_frequencies
+from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, attend_past, inverse_frequencies
 from clvr_jax.models.qwen3_vl_positions import Grids, mrope_axes
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig, VisionFeatures
 
@@ -189,7 +188,26 @@ class Qwen3VL(nnx.Module):
         *,
         logits_at_bk: jax.Array | None = None,
     ) -> jax.Array:
-        """Logits of the next token at every position, for training and scoring.
+        """Logits of the next token at every position, for scoring and for training where they fit into memory.
+
+        Args: as in `final_states`, and logits_at_bk: (b, k) positions to give logits at, instead of all t of them.
+        Returns: (b, t, vocab_size), or (b, k, vocab_size), float32. Logits at padding mean nothing.
+        Raises: ClvrError if pixel_values and grid_thw do not go together.
+        """
+        x_btd = self.final_states(input_ids_bt, pixel_values, grid_thw, positions_3bt, attention_mask_bt)
+        if logits_at_bk is not None:
+            x_btd = jnp.take_along_axis(x_btd, logits_at_bk[:, :, None], axis=1)
+        return self._logits(x_btd)
+
+    def final_states(
+        self,
+        input_ids_bt: jax.Array,
+        pixel_values: jax.Array | None = None,
+        grid_thw: Grids = (),
+        positions_3bt: jax.Array | None = None,
+        attention_mask_bt: jax.Array | None = None,
+    ) -> jax.Array:
+        """What logits are made of: the output of the last layer after the final norm, (b, t, hidden_size).
 
         Args:
           input_ids_bt: (b, t) token ids, image placeholders expanded to the number of their tokens.
@@ -197,16 +215,19 @@ class Qwen3VL(nnx.Module):
           grid_thw: static grids of the images.
           positions_3bt: from `mrope_positions`; None counts real tokens, which is right only without images.
           attention_mask_bt: nonzero at real tokens; None: no padding.
-          logits_at_bk: (b, k) positions to give logits at, instead of all t of them.
-        Returns: (b, t, vocab_size), or (b, k, vocab_size), float32. Logits at padding mean nothing.
         Raises: ClvrError if pixel_values and grid_thw do not go together.
         """
         positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
         x_btd, _ = self._layers(x_btd, self._rotary(positions_3bt), attention_mask_bt, injection)
-        if logits_at_bk is not None:
-            x_btd = jnp.take_along_axis(x_btd, logits_at_bk[:, :, None], axis=1)
-        return self._logits(x_btd)
+        return self.model.language_model.norm(x_btd)
+
+    @property
+    def head_dv(self) -> jax.Array:
+        """Final states @ this = logits: (hidden_size, vocab_size), in the dtype of the weights."""
+        if self.lm_head is None:
+            return self.model.language_model.embed_tokens.embedding[...].T
+        return self.lm_head.kernel[...]
 
     def hidden_states(
         self,
@@ -218,8 +239,8 @@ class Qwen3VL(nnx.Module):
     ) -> jax.Array:
         """What enters each language layer, and what leaves the last one: (layers + 1, b, t, hidden_size).
 
-        Arguments as in `__call__`. Entry 0 is the embeddings with images in place, entry i what leaves layer i - 1 with
-        DeepStack features added; the final norm is not applied.
+        Arguments as in `final_states`. Entry 0 is the embeddings with images in place, entry i what leaves layer i - 1
+        with DeepStack features added; the final norm is not applied.
         """
         positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
@@ -243,7 +264,7 @@ class Qwen3VL(nnx.Module):
     ) -> tuple[jax.Array, DecodeCache]:
         """Reads the prompts and starts a cache.
 
-        Args: as in `__call__`, and cache_length: static, slots for the prompt (padding included) and what will follow.
+        Args: as in `final_states`, and cache_length: static, slots for the prompt, padding included, and what follows.
         Returns: logits (b, vocab_size) float32 of the token after each prompt, and the cache for `decode_step`.
         Raises: ClvrError if the prompt does not fit.
         """
@@ -255,7 +276,8 @@ class Qwen3VL(nnx.Module):
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
         x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), real_bt, injection, keep="past")
         last_b = t - 1 - jnp.argmax(real_bt[:, ::-1], axis=1)
-        logits_bv = self._logits(jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1))[:, 0]
+        last_b1d = self.model.language_model.norm(jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1))
+        logits_bv = self._logits(last_b1d)[:, 0]
 
         def slots(past_lbtkh: jax.Array) -> jax.Array:
             return jnp.pad(past_lbtkh.swapaxes(2, 3), [(0, 0)] * 3 + [(0, cache_length - t), (0, 0)])
@@ -283,7 +305,7 @@ class Qwen3VL(nnx.Module):
             layer: DecoderLayer, x_b1d: jax.Array, past: tuple[jax.Array, jax.Array]
         ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
             query, key, value = layer.self_attn.project(layer.input_layernorm(x_b1d), rotary)
-            out_b1e = _attend_past(query, key, value, *past, cache.seen_bs)
+            out_b1e = attend_past(query, key, value, *past, cache.seen_bs)
             x_b1d = x_b1d + layer.self_attn.o_proj(out_b1e)
             return x_b1d + layer.mlp(layer.post_attention_layernorm(x_b1d)), (key, value)
 
@@ -300,7 +322,7 @@ class Qwen3VL(nnx.Module):
         cache = DecodeCache(
             write(cache.key, new[0]), write(cache.value, new[1]), seen_bs, cache.slot + 1, cache.position_b + 1
         )
-        return self._logits(x_b1d)[:, 0], cache
+        return self._logits(language.norm(x_b1d))[:, 0], cache
 
     def _embed(
         self, input_ids_bt: jax.Array, pixel_values: jax.Array | None, grid_thw: Grids
@@ -357,12 +379,7 @@ class Qwen3VL(nnx.Module):
         return scan_blocks(self.model.language_model.layers, step, x_btd, numbers, remat=self.remat)
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:
-        x_btd = self.model.language_model.norm(x_btd)
-        if self.lm_head is None:
-            matrix_dv = self.model.language_model.embed_tokens.embedding[...].T
-        else:
-            matrix_dv = self.lm_head.kernel[...]
-        return jnp.matmul(x_btd, matrix_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+        return jnp.matmul(x_btd, self.head_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
 
 
 def _take(features_gnd: jax.Array, index_bt: jax.Array) -> jax.Array:
@@ -385,27 +402,6 @@ def _inject(x_btd: jax.Array, number: jax.Array, injection: _Injection) -> jax.A
         return x_btd + jnp.where(injection.is_image_bt[:, :, None], own_btd, 0)
 
     return jax.lax.cond(number < layers, add, lambda x_btd: x_btd, x_btd)
-
-
-def _attend_past(
-    query_b1nh: jax.Array,
-    key_b1kh: jax.Array,
-    value_b1kh: jax.Array,
-    past_key_bksh: jax.Array,
-    past_value_bksh: jax.Array,
-    seen_bs: jax.Array,
-) -> jax.Array:
-    """Attention of one new token to the seen slots of a cache and to itself: (b, 1, heads * head_dim)."""
-    b, _, kv_heads, head_dim = key_b1kh.shape
-    query_bkgh = query_b1nh.reshape(b, kv_heads, -1, head_dim)
-    dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
-    past_scores_bkgs = jnp.where(seen_bs[:, None, None], dot("bkgh,bksh->bkgs", query_bkgh, past_key_bksh), -jnp.inf)
-    own_scores_bkg1 = dot("bkgh,bmkh->bkgm", query_bkgh, key_b1kh)
-    scores = jnp.concatenate([past_scores_bkgs, own_scores_bkg1], axis=-1) * head_dim**-0.5
-    weights = jax.nn.softmax(scores, axis=-1).astype(query_b1nh.dtype)
-    out_bkgh = dot("bkgs,bksh->bkgh", weights[..., :-1], past_value_bksh)
-    out_bkgh += weights[..., -1:] * value_b1kh[:, 0, :, None]
-    return out_bkgh.astype(query_b1nh.dtype).reshape(b, 1, -1)
 
 
 def _positions(
