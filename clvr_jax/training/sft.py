@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from clvr_jax.training.objectives import flow_matching_loss
+from clvr_jax.training.token_loss import next_token_loss_in_blocks
 
 Field = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(latents (b, t, c), timesteps (b,), text (b, s, d)) -> velocity (b, t, c)."""
@@ -41,3 +42,27 @@ def drawing_loss(
     x0_btc, references_bntc = tokens_nbtc[0], tokens_nbtc[1:].swapaxes(0, 1)
     velocity = field(references_bntc.reshape(x0_btc.shape[0], -1, x0_btc.shape[-1]))
     return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift)
+
+
+def conversation_loss(
+    states_btd: jax.Array, head_dv: jax.Array, data: Mapping[str, jax.Array], block: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of what the assistant says; no logits are made for what is only read.
+
+    Args:
+      states_btd: final states of the language model; states @ head are logits.
+      head_dv: matrix to the vocabulary.
+      data: input_ids_bt; weights_bt, 1 at tokens to be learned; learned_bk, where those are, filled up with 0.
+      block: see `next_token_loss_in_blocks`.
+    Returns: as `objectives.next_token_loss`.
+    Source: supervised fine-tuning of CLVR (arXiv 2605.14876), the controller's reasoning and actions.
+    """
+    learned_bk = data["learned_bk"]
+    before_bk1 = jnp.maximum(learned_bk - 1, 0)[..., None]
+    return next_token_loss_in_blocks(
+        jnp.take_along_axis(states_btd, before_bk1, axis=1),
+        head_dv,
+        jnp.take_along_axis(data["input_ids_bt"], learned_bk, axis=1),
+        jnp.take_along_axis(data["weights_bt"], learned_bk, axis=1),
+        block,
+    )

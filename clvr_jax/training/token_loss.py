@@ -1,0 +1,78 @@
+"""The loss of a language model without the logits of all its tokens at once.
+
+Logits are the largest array of a step: 8192 tokens with a vocabulary of 151,936 are 5 GB in float32, and their gradient
+as much again. Here each device goes through its own tokens block by block, and the backward pass makes the logits of a
+block anew.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from clvr_jax.sharding import active_layout, constrain
+
+
+def next_token_loss_in_blocks(
+    states_bkd: jax.Array, head_dv: jax.Array, targets_bk: jax.Array, weights_bk: jax.Array, block: int
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Cross entropy of tokens given the final states before them, averaged over the tokens that count.
+
+    Args:
+      states_bkd: final states; states @ head are logits.
+      head_dv: matrix to the vocabulary.
+      targets_bk: int32, the token that follows each state.
+      weights_bk: 1 at tokens to be learned, 0 elsewhere.
+      block: tokens whose logits, float32, each device holds at a time.
+    Returns: as `objectives.next_token_loss`, with which it agrees but for rounding; a prediction that ties with the
+      likeliest counts as right.
+    """
+    rows, columns = _parts(states_bkd.shape[:2])
+    sizes = states_bkd.shape[0] // rows, states_bkd.shape[1] // columns
+    block = min(block, math.prod(sizes))
+
+    def cut(x_bk: jax.Array) -> jax.Array:
+        """(b, k, ...) -> (blocks, rows of devices, columns of devices, block, ...): no token moves."""
+        rest = x_bk.shape[2:]
+        own = x_bk.reshape(rows, sizes[0], columns, sizes[1], *rest).swapaxes(1, 2)
+        own = own.reshape(rows, columns, math.prod(sizes), *rest)
+        filled = jnp.pad(own, [(0, 0), (0, 0), (0, -own.shape[2] % block), *[(0, 0)] * len(rest)])
+        blocks = jnp.moveaxis(filled.reshape(rows, columns, -1, block, *rest), 2, 0)
+        return constrain(blocks, None, "batch", "tokens", *[None] * (1 + len(rest)))
+
+    # A matrix for each device, made here and added up there, in the backward pass: one matrix for all would be gathered
+    # and its gradient be summed over the devices at every block. In float32, since many blocks are added.
+    head_rcdv = jnp.broadcast_to(head_dv.astype(jnp.float32), (rows, columns, *head_dv.shape))
+    head_rcdv = constrain(head_rcdv, "batch", "tokens", None, "vocab")
+
+    def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
+        states_rcnd, targets_rcn, weights_rcn = part
+        logits_rcnv = jnp.einsum(
+            "rcnd,rcdv->rcnv",
+            states_rcnd,
+            head_rcdv.astype(states_rcnd.dtype),
+            preferred_element_type=jnp.float32,
+        )
+        logits_rcnv = constrain(logits_rcnv, "batch", "tokens", None, "vocab")
+        # By comparison and not by index: the vocabulary may be cut over devices.
+        is_target = jnp.arange(logits_rcnv.shape[-1]) == targets_rcn[..., None]
+        picked_rcn = jnp.where(is_target, logits_rcnv, 0).sum(axis=-1)
+        losses_rcn = jax.nn.logsumexp(logits_rcnv, axis=-1) - picked_rcn
+        is_right_rcn = picked_rcn >= jax.lax.stop_gradient(logits_rcnv).max(axis=-1)
+        new = ((counted * weights_rcn).sum(axis=-1) for counted in (losses_rcn, is_right_rcn))
+        return (sums[0] + next(new), sums[1] + next(new)), None
+
+    parts = (cut(states_bkd), cut(targets_bk), cut(weights_bk.astype(jnp.float32)))
+    nothing_rc = jnp.zeros((rows, columns))
+    (loss_rc, right_rc), _ = jax.lax.scan(jax.checkpoint(add, prevent_cse=False), (nothing_rc, nothing_rc), parts)
+    count = jnp.maximum(weights_bk.sum(), 1)
+    return loss_rc.sum() / count, {"token_accuracy": right_rc.sum() / count, "weight": count}
+
+
+def _parts(shape: tuple[int, ...]) -> tuple[int, int]:
+    """Into how many parts devices cut rows and tokens."""
+    layout = active_layout()
+    if layout is None:
+        return 1, 1
+    own = layout.sharding(("batch", "tokens"), shape).shard_shape(shape)
+    return shape[0] // own[0], shape[1] // own[1]
