@@ -12,12 +12,12 @@ from PIL import Image
 
 from clvr_jax.convert.families import QWEN3_VL
 from clvr_jax.convert.hub import local_folder
-from clvr_jax.convert.models import load_model
+from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict
+from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict, processor_to_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json
+from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
@@ -117,3 +117,15 @@ class Qwen3VLPipeline:
         return read_conversation(
             self.tokenizer, self.image_processor, messages, images, add_generation_prompt=add_generation_prompt
         )
+
+    def save_pretrained(self, path: str | Path, dtype: str = "float32") -> None:
+        """Writes a folder in transformers layout that `from_pretrained` and PyTorch's class load.
+
+        Args:
+          path: the folder, replaced if it exists; it appears only when it is complete.
+          dtype: of the weights, "float32", "float16" or "bfloat16".
+        """
+        with replacing(Path(path)) as temporary:
+            save_model(temporary, self.model, QWEN3_VL, dtype)
+            self.tokenizer.save_pretrained(str(temporary))
+            write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
