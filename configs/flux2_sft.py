@@ -27,6 +27,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -70,26 +71,27 @@ def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     if not config.model:
         raise ClvrError("flux2_sft: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
-    pipe = Flux2Pipeline.from_pretrained(config.model, "bfloat16")
+    dtype = config.train.compute_dtype
+    pipe = Flux2Pipeline.from_pretrained(config.model, dtype)
     # Master weights are float32, whatever the folder holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
+    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
+    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    transformer_def, tokenizer, settings = nnx.graphdef(pipe.transformer), pipe.tokenizer, pipe.settings
     examples = DrawingExamples(
-        TrajectoryDataset(config.dataset),
-        pipe.tokenizer,
-        dropout=config.dropout,
-        text_buckets=pipe.settings.text_buckets,
+        TrajectoryDataset(config.dataset), tokenizer, dropout=config.dropout, text_buckets=settings.text_buckets
     )
 
     def export(ema: Any, folder: Path) -> None:
-        nnx.update(pipe.transformer, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), ema))
-        pipe.save_pretrained(str(folder), dtype="bfloat16")
+        trained = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
+        trained.save_pretrained(str(folder), dtype="bfloat16")
 
     return _task(
         config,
-        pipe.settings,
+        settings,
         (pipe.transformer.config, params),
-        (pipe.text_encoder.config, *nnx.split(pipe.text_encoder)),
-        (pipe.vae.config, *nnx.split(pipe.vae)),
+        (pipe.text_encoder.config, reader_def, reader),
+        (pipe.vae.config, vae_def, vae),
         Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed)),
         export,
     )
@@ -98,7 +100,7 @@ def task(config: Config) -> Task:
 def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
     sizes, reader, vae = _TRANSFORMERS[config.preset], _TEXT_ENCODERS[config.preset], AutoencoderKLFlux2Config()
-    settings = Flux2Settings()
+    settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
     b, side, text = config.batch_size, config.size, settings.text_buckets[0]
     batch = {
         "ids": jax.ShapeDtypeStruct((b, text), jnp.int32),
@@ -110,8 +112,8 @@ def abstract_task(config: Config) -> Task:
         config,
         settings,
         (sizes, FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes))[1]),
-        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), jnp.bfloat16)),
-        (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), jnp.bfloat16)),
+        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), dtype)),
+        (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda step: batch,
         lambda ema, folder: None,
     )
@@ -133,8 +135,9 @@ def _task(
         autoencoder,
     )
     layers, token = settings.text_encoder_out_layers, vae_sizes.token_pixels
+    dtype = jnp.dtype(config.train.compute_dtype)
     transformer_def, _ = nnx.split(
-        nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, remat=config.remat))
+        nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat))
     )
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -146,7 +149,7 @@ def _task(
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))
 
         def encode_pictures(pictures: jax.Array) -> jax.Array:
-            tokens = vae.encode_tokens(pictures.astype(jnp.bfloat16))
+            tokens = vae.encode_tokens(pictures.astype(dtype))
             return tokens.reshape(len(pictures), grid[0] * grid[1], -1)
 
         model = nnx.merge(transformer_def, params)

@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from clvr_jax.errors import ClvrError, UsageError
 
@@ -47,6 +49,13 @@ class Cluster:
             reason = (str(error).splitlines() or [""])[0][:200]
             where = self.coordinator or "the cluster's own coordinator"
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
+
+
+def on_every_host(tree: Any) -> Any:
+    """A tree whose arrays every process holds whole: those spread over processes become NumPy's. All must call it."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
+    )
 
 
 def virtual_devices(count: int) -> dict[str, str]:
