@@ -41,9 +41,9 @@ def next_token_loss_in_blocks(
         return constrain(blocks, None, "batch", "tokens", *[None] * (1 + len(rest)))
 
     # A matrix for each device, made here and added up there, in the backward pass: one matrix for all would be gathered
-    # and its gradient be summed over the devices at every block. In float32, since many blocks are added.
-    head_rcdv = jnp.broadcast_to(head_dv.astype(jnp.float32), (rows, columns, *head_dv.shape))
-    head_rcdv = constrain(head_rcdv, "batch", "tokens", None, "vocab")
+    # and its gradient be summed over the devices at every block. Sent as it is; many blocks are added in float32.
+    head_rcdv = jnp.broadcast_to(head_dv.astype(states_bkd.dtype), (rows, columns, *head_dv.shape))
+    head_rcdv = constrain(head_rcdv, "batch", "tokens", None, "vocab").astype(jnp.float32)
 
     def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
         states_rcnd, targets_rcn, weights_rcn = part
