@@ -1,0 +1,197 @@
+"""Full-parameter fine-tuning of the controller, Qwen3-VL, on verified trajectories: it learns what the assistant says.
+
+clvr train configs/qwen3_vl_sft.py --model Qwen/Qwen3-VL-8B-Instruct --dataset data/trajectories
+
+A trajectory is one conversation with all its pictures. The paper does not tell the controller's rate; 1e-5 is what is
+usual for models of this size. The vision tower stays as it is unless `train_vision` is set.
+
+Never run on the real weights: there was no accelerator. The tests run it on the controller of `shapes-tiny`, a model of
+the same class, and trace the step of the full sizes.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from clvr_jax.convert.families import QWEN3_VL
+from clvr_jax.convert.hub import local_folder
+from flax import nnx
+
+from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
+from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
+from clvr_jax.data.sft_input import Batches, BatchLoader
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from clvr_jax.pipelines.registry import MODELS, resolve
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.distributed import on_every_host
+from clvr_jax.training.sft import conversation_loss
+from clvr_jax.training.trainer import Task, TrainConfig
+
+_PRESETS = {
+    "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b(),
+    "qwen3-vl-4b": Qwen3VLConfig.qwen3_vl_4b(),
+    "qwen3-vl-8b": Qwen3VLConfig.qwen3_vl_8b(),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """model: folder or Hugging Face id of a Qwen3-VL, or of a pipeline with a `controller/`. dataset: of trajectories,
+    see `data.trajectory_dataset`. batch_size: conversations a step, all devices together. train_vision: whether the
+    vision tower is trained as well. remat: what the backward pass keeps of each block, see `layers.REMAT`. loss_block:
+    tokens whose logits a device holds at a time.
+    preset, text, learned, images, size: model and conversations of `abstract_task`: tokens of a conversation that are
+    no image's, how many of them are learned, number of its images, pixels of a side."""
+
+    train: TrainConfig = TrainConfig(
+        steps=2000,
+        learning_rate=1e-5,
+        b2=0.999,
+        warmup=0.05,
+        ema_decay=0.99,
+        compute_dtype="bfloat16",
+        mesh=MeshConfig(fsdp=-1),
+        save_minutes=20,
+    )
+    model: str = ""
+    dataset: Path = Path("data/trajectories")
+    batch_size: int = 64
+    train_vision: bool = False
+    remat: str = "attention"
+    loss_block: int = 1024
+    preset: Literal["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"] = "qwen3-vl-8b"
+    text: int = 2048
+    learned: int = 1536
+    images: int = 4
+    size: int = 1024
+
+    def __post_init__(self) -> None:
+        if min(self.batch_size, self.loss_block, self.text, self.learned, self.size) < 1 or self.images < 0:
+            raise UsageError("qwen3_vl_sft: batch_size, loss_block, text, learned and size must be at least 1")
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+    if not config.model:
+        raise ClvrError("qwen3_vl_sft: --model says what to begin with: a folder or a Hugging Face id of Qwen3-VL")
+    pipe = Qwen3VLPipeline.from_pretrained(_folder(config.model), "float32")
+    examples = ConversationExamples(TrajectoryDataset(config.dataset), pipe.tokenizer, pipe.image_processor)
+    params, frozen = _parts(nnx.state(pipe.model), config)
+    unchanged = on_every_host(frozen)
+    sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
+
+    def export(ema: Any, folder: Path) -> None:
+        model = nnx.merge(_graph(sizes, config), ema, *unchanged)
+        Qwen3VLPipeline(model, tokenizer, image_processor).save_pretrained(folder, "bfloat16")
+
+    batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
+    return _task(config, sizes, params, frozen, batches, export)
+
+
+def abstract_task(config: Config) -> Task:
+    """The same with shapes in place of arrays, to trace, compile and count its step."""
+    sizes = _PRESETS[config.preset]
+    vision = sizes.vision
+    side = vision.patch_size * vision.spatial_merge_size
+    if config.size % side:
+        raise UsageError(f"qwen3_vl_sft: size {config.size} must be a multiple of {side} pixels, a token's side")
+    grids = StaticGrids(((1, config.size // vision.patch_size, config.size // vision.patch_size),) * config.images)
+    b, t = config.batch_size, config.text + config.images * (config.size // side) ** 2
+    batch: dict[str, Any] = {
+        "input_ids_bt": jax.ShapeDtypeStruct((b, t), jnp.int32),
+        "attention_mask_bt": jax.ShapeDtypeStruct((b, t), jnp.bool),
+        "positions_b3t": jax.ShapeDtypeStruct((b, 3, t), jnp.int32),
+        "weights_bt": jax.ShapeDtypeStruct((b, t), jnp.float32),
+        "learned_bk": jax.ShapeDtypeStruct((b, config.learned), jnp.int32),
+    }
+    if grids:
+        patches = sum(rows * columns for _, rows, columns in grids)
+        batch |= {
+            "pixel_values": jax.ShapeDtypeStruct((b, patches, vision.patch_features), jnp.float32),
+            "grid_thw": grids,
+        }
+    params, frozen = _parts(QWEN3_VL.split(QWEN3_VL.config_to_dict(sizes))[1], config)
+    return _task(config, sizes, params, frozen, lambda step: batch, lambda ema, folder: None)
+
+
+def _folder(model: str) -> Path:
+    folder = resolve(model)[0] if model in MODELS else local_folder(model)
+    return folder / "controller" if (folder / "controller").is_dir() else folder
+
+
+def _graph(sizes: Qwen3VLConfig, config: Config) -> Any:
+    dtype = jnp.dtype(config.train.compute_dtype)
+    return nnx.split(nnx.eval_shape(lambda: Qwen3VL(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat)))[0]
+
+
+def _is_vision(path: tuple[Any, ...], leaf: Any) -> bool:
+    return path[:2] == ("model", "visual")
+
+
+def _parts(state: nnx.State, config: Config) -> tuple[nnx.State, tuple[nnx.State, ...]]:
+    """What is trained, in float32, and what is not, in the dtype of the computation."""
+    if config.train_vision:
+        return state, ()
+    vision, language = nnx.split_state(state, _is_vision, ...)
+    dtype = config.train.compute_dtype
+    return language, (jax.tree.map(lambda leaf: _cast(leaf, dtype), vision),)
+
+
+def _cast(leaf: Any, dtype: str) -> Any:
+    """An array, or the shape of one, in another dtype."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
+    return leaf.astype(dtype)
+
+
+def _task(
+    config: Config,
+    sizes: Qwen3VLConfig,
+    params: nnx.State,
+    frozen: tuple[nnx.State, ...],
+    batches: Any,
+    export: Callable[[Any, Path], None],
+) -> Task:
+    graphdef = _graph(sizes, config)
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graphdef, params, *frozen)
+        states_btd = model.final_states(
+            data["input_ids_bt"],
+            data.get("pixel_values"),
+            data.get("grid_thw", ()),
+            data["positions_b3t"].swapaxes(0, 1),
+            data["attention_mask_bt"],
+        )
+        return conversation_loss(states_btd, model.head_dv, data, config.loss_block)
+
+    def counted(batch: Any) -> tuple[Flops, Flops, Flops]:
+        """Of the language model's blocks, of the logits, and of the vision tower."""
+        (rows, length), said = batch["input_ids_bt"].shape, batch["learned_bk"].shape[1]
+        head = Flops(outside=2.0 * rows * said * sizes.text.hidden_size * sizes.text.vocab_size)
+        vision = qwen3_vl_vision_flops(sizes.vision, batch.get("grid_thw", ())) * rows
+        return qwen3_vl_flops(sizes, rows, length, logits=0), head, vision
+
+    def flops(batch: Any) -> float:
+        language, head, vision = counted(batch)
+        return (language + head).training + (vision.training if config.train_vision else vision.forward)
+
+    return Task(
+        name=f"Qwen3-VL SFT, {sizes.text.num_hidden_layers} layers",
+        params=params,
+        frozen=frozen,
+        loss=loss,
+        batches=batches,
+        export=export,
+        flops=flops,
+        tokens=lambda batch: int(batch["input_ids_bt"].size),
+    )
