@@ -18,14 +18,15 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
-from clvr_jax.commands.training import Train, parse_train
+from clvr_jax.commands.training import Plan, RecipeCommand, Train, parse_recipe_command
 from clvr_jax.errors import ClvrError, UsageError
 
-Command = Generate | Sample | Train | Eval | Convert
+Command = Generate | Sample | Train | Plan | Eval | Convert
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
     "sample": Sample,
     "train": Train,
+    "plan": Plan,
     "eval": Eval,
     "convert": Convert,
 }
@@ -71,9 +72,9 @@ def parse(arguments: Sequence[str]) -> Command:
         commands: Any = Union[known]  # noqa: UP007 - made from a table
         return read_arguments(commands, arguments, "clvr", _DESCRIPTION, Generate.EXAMPLE)
     name, rest = arguments[0], arguments[1:]
-    if name == "train":
-        return parse_train(rest)
     kind: Any = COMMANDS[name]
+    if issubclass(kind, RecipeCommand):
+        return parse_recipe_command(kind, rest)
     return read_arguments(kind, rest, f"clvr {name}", kind.__doc__, kind.EXAMPLE)
 
 

@@ -210,12 +210,34 @@ def active_layout() -> Layout | None:
     return _ACTIVE.get()
 
 
+@contextlib.contextmanager
+def without_layout() -> Iterator[None]:
+    """While this lasts, programs are traced for this process alone, and wait for nobody."""
+    token = _ACTIVE.set(None)
+    try:
+        with jax.set_mesh(None):
+            yield
+    finally:
+        _ACTIVE.reset(token)
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Lays an activation out by the logical names of its axes, one for each; as it is without an active layout."""
     layout = _ACTIVE.get()
     if layout is None or layout.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, layout.spec(axes, x.shape))
+
+
+def gathered(params: Tree) -> Tree:
+    """Parameters that are whole on every device from here on, however they lie; as they are without a layout.
+
+    For models so small that cutting their products would cost more than a copy of their weights: the autoencoder.
+    """
+    layout = _ACTIVE.get()
+    if layout is None or layout.mesh.size == 1:
+        return params
+    return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, layout.replicated), params)
 
 
 def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:

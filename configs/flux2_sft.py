@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from flax import nnx
 
-from clvr_jax.costs.flops import flux2_flops, qwen3_flops
+from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import encoder_flops
 from clvr_jax.data.sft_examples import DrawingExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
@@ -26,7 +26,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
-from clvr_jax.sharding import MeshConfig
+from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -143,7 +143,8 @@ def _task(
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
-        text_encoder, vae = nnx.merge(reader_def, frozen["text_encoder"]), nnx.merge(vae_def, frozen["vae"])
+        text_encoder = nnx.merge(reader_def, frozen["text_encoder"])
+        vae = nnx.merge(vae_def, gathered(frozen["vae"]))
 
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))
@@ -163,12 +164,21 @@ def _task(
         )
         return value, {f"loss_{count}_references": value}
 
-    def flops(batch: Any) -> float:
+    def counted(batch: Any) -> tuple[Flops, Flops]:
+        """Of the model that is trained, and of those that only read and encode."""
         rows, side = batch["target"].shape[:2]
         count, image, text = batch["references"].shape[1], (side // token) ** 2, batch["ids"].shape[1]
         drawn = flux2_flops(sizes, rows, text=text, image=image, references=count * image)
         read = qwen3_flops(reader_sizes, rows, text, layers=max(layers), logits=0)
-        return drawn.training + read.forward + encoder_flops(vae_sizes, rows * (count + 1), side, side).forward
+        return drawn, read + encoder_flops(vae_sizes, rows * (count + 1), side, side)
+
+    def flops(batch: Any) -> float:
+        drawn, given = counted(batch)
+        return drawn.training + given.forward
+
+    def hardware_flops(batch: Any) -> float:
+        drawn, given = counted(batch)
+        return drawn.hardware(config.remat, flash=True) + given.forward
 
     def tokens(batch: Any) -> int:
         rows, side = batch["target"].shape[:2]
@@ -182,5 +192,6 @@ def _task(
         batches=batches,
         export=export,
         flops=flops,
+        hardware_flops=hardware_flops,
         tokens=tokens,
     )

@@ -11,8 +11,10 @@ says so; start all again with --resume.
 """
 
 import argparse
+import signal
 import subprocess
 import sys
+from typing import Any
 
 _WORKER = "--worker"
 # How a process ends that JAX's coordination service takes down: by its own abort.
@@ -23,10 +25,20 @@ def main() -> int:
     """Runs the training in a process of its own and watches how it ends."""
     arguments = sys.argv[1:]
     if arguments[:1] != [_WORKER]:
-        code = subprocess.call([sys.executable, __file__, _WORKER, *arguments])
+        worker = subprocess.Popen([sys.executable, __file__, _WORKER, *arguments])
+        asked = []
+
+        def hand_on(number: int, frame: Any) -> None:
+            asked.append(number)
+            worker.send_signal(number)
+
+        signal.signal(signal.SIGTERM, hand_on)
+        code = worker.wait()
         if code in _LOST:
             print("clvr: another host was lost, so this one ended too; start all again with --resume", file=sys.stderr)
             return 1
+        if asked and code == 0:
+            return 128 + signal.SIGTERM  # saved, not finished: whoever restarts what fails must not take it for done
         return code if code >= 0 else 128 - code
     return _work(arguments[1:])
 

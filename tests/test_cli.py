@@ -155,7 +155,7 @@ def test_help_is_quick_and_has_an_example(command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "generate, sample, train, eval"),
+        ([], "generate, sample, train, plan, eval"),
         (["paint"], "paint"),
         (["generate"], "PROMPT"),
         (["generate", PROMPT, "--sede", "3"], "--sede"),
@@ -168,6 +168,9 @@ def test_help_is_quick_and_has_an_example(command):
         (["sample", PROMPT, "--out", "picture.jpg"], "PNG"),
         (["sample", "a \udcff circle"], "UTF-8"),
         (["train"], "CONFIG"),
+        (["plan"], "CONFIG"),
+        (["plan", "configs/shapes_vae.py"], "--topology"),
+        (["plan", "configs/shapes_vae.py", "--topology", "v7:4x4"], "v5e:AxB"),
         (["eval", "geneval", "--model", "m", "--out", "o"], "'geneval'"),
         (["eval", "shapes", "--model", "m"], "--out"),
         (["eval", "shapes", "--model", "m", "--out", "o", "--split", "train"], "'train'"),

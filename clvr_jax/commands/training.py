@@ -1,63 +1,144 @@
-"""`clvr train`."""
+"""`clvr train` and `clvr plan`: commands whose options a recipe decides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import tyro
 
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax
+from clvr_jax.console import progress
+from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
+    from clvr_jax.training.plan import Trial
     from clvr_jax.training.recipes import Recipe
 
 
 @dataclass(frozen=True)
-class Train:
-    """Runs a recipe. `clvr train CONFIG --help` lists what the recipe lets you change."""
+class RecipeCommand:
+    """A command on a recipe, which may change what the recipe says."""
 
-    EXAMPLE: ClassVar = "clvr train configs/shapes_vae.py --train.steps 500 --out runs/try"
+    NAME: ClassVar[str]
+    EXAMPLE: ClassVar[str]
+    OVERRIDE: ClassVar[str]
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
     """Recipe: a Python file with CONFIG and task(config); it comes before the options."""
+
+    def run(self) -> Result:
+        """Does it as the recipe says."""
+        recipe = _load_recipe(self.config)
+        return self.run_recipe(recipe, recipe.config)
+
+    def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
+        """Does it with another config than the recipe's own."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Train(RecipeCommand):
+    """Runs a recipe. `clvr train CONFIG --help` lists what the recipe lets you change."""
+
+    NAME: ClassVar = "train"
+    EXAMPLE: ClassVar = "clvr train configs/shapes_vae.py --train.steps 500 --out runs/try"
+    OVERRIDE: ClassVar = "--train.steps 500 --out runs/try"
+
     out: Folder = None
     """Folder for checkpoints, metrics and the exported weights; runs/NAME-OF-RECIPE if not given."""
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     common: Flags = field(default_factory=Common)
 
-    def run(self) -> Result:
-        """Trains as the recipe says."""
-        recipe = _load_recipe(self.config)
-        return self.run_recipe(recipe, recipe.config)
-
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
-        """Trains with another config than the recipe's own."""
+        """Trains."""
         from clvr_jax.training.recipes import train
 
         result = train(recipe, config, self.out or Path("runs") / recipe.name, resume=self.resume)
         return Result(result, result["export"])
 
 
-def parse_train(arguments: Sequence[str]) -> Train:
+@dataclass(frozen=True)
+class Plan(RecipeCommand):
+    """Compiles what a recipe runs for a topology that need not be here: does it fit, what does a step cost?"""
+
+    NAME: ClassVar = "plan"
+    EXAMPLE: ClassVar = "clvr plan configs/flux2_sft.py --preset klein-9b --topology v6e:16x16"
+    OVERRIDE: ClassVar = "--topology v5e:4x4"
+
+    topology: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
+    """Chips: v5e:AxB, v6e:AxB, v5p:AxBxC, Google Cloud's v5e-256, v6e-256, v5p-128, h100:N, or cpu:N."""
+    search: bool = False
+    """Try several meshes, and rank them by model FLOP utilisation; takes minutes for each."""
+    batch_sizes: tuple[int, ...] = ()
+    """With --search: batch sizes to try; the recipe's if not given."""
+    dollars_per_chip_hour: float | None = None
+    """Price, for the cost of the whole run."""
+    out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Write the report there as JSON, too."""
+    common: Flags = field(default_factory=Common)
+
+    def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
+        """Compiles and reports."""
+        from clvr_jax.files import write_json
+        from clvr_jax.training.plan import plan
+
+        if not self.topology:
+            raise UsageError("--topology says which chips: v6e:16x16, v5p-128, cpu:8 ...")
+        if self.search:
+            result = self._search(recipe, config)
+        else:
+            report = plan(recipe, config, self.topology, dollars_per_chip_hour=self.dollars_per_chip_hour)
+            result = Result(report.to_json(), report.table())
+        if self.out:
+            write_json(self.out, result.data)
+        return result
+
+    def _search(self, recipe: "Recipe", config: Any) -> Result:
+        from clvr_jax.costs.hardware import parse_topology
+        from clvr_jax.training.plan import meshes, ranked, search, trials_table
+
+        total = len(meshes(parse_topology(self.topology))) * max(len(self.batch_sizes), 1)
+        trials: list[Trial] = []
+        with progress(f"{recipe.name} on {self.topology}", total) as advance:
+            for trial in search(
+                recipe,
+                config,
+                self.topology,
+                batch_sizes=self.batch_sizes,
+                dollars_per_chip_hour=self.dollars_per_chip_hour,
+            ):
+                trials.append(trial)
+                advance(len(trials), trial.summary)
+        best = ranked(trials)
+        if best[0].report is None:
+            raise ClvrError(f"{recipe.name} on {self.topology}: nothing fits; {best[0].summary}")
+        return Result({"trials": [trial.to_json() for trial in best]}, trials_table(best))
+
+
+Kind = TypeVar("Kind", bound=RecipeCommand)
+
+
+def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
     """Reads the recipe first, since it says which options there are."""
+    prog = f"clvr {kind.NAME}"
     path = next((argument for argument in arguments if not argument.startswith("-")), None)
     if path is None:
-        return read_arguments(Train, arguments, "clvr train", Train.__doc__, Train.EXAMPLE)
+        return read_arguments(kind, arguments, prog, kind.__doc__, kind.EXAMPLE)
     recipe = _load_recipe(Path(path))
     options: Any = Annotated[type(recipe.config), tyro.conf.arg(name="")]
 
     @dataclass(frozen=True)
-    class TrainRecipe(Train):
+    class OnRecipe(kind):  # type: ignore[valid-type, misc]
         config_with_overrides: options = field(default_factory=lambda: recipe.config)
 
         def run(self) -> Result:
             return self.run_recipe(recipe, self.config_with_overrides)
 
-    example = f"clvr train {path} --train.steps 500 --out runs/try"
-    return read_arguments(TrainRecipe, arguments, "clvr train", f"{path}: {recipe.description}", example)
+    description = f"{path}: {recipe.description}"
+    return read_arguments(OnRecipe, arguments, prog, description, f"{prog} {path} {kind.OVERRIDE}")
 
 
 def _load_recipe(path: Path) -> "Recipe":

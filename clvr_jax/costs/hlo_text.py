@@ -163,7 +163,7 @@ def _read_computation(name: str, lines: Iterator[str]) -> Computation:
     instructions: dict[str, Instruction] = {}
     root = None
     for line in lines:
-        if line.startswith("}"):
+        if line.rstrip() == "}":  # a kernel's attributes may end in a line of their own, `}}, metadata=...`
             break
         if match := _INSTRUCTION.match(line):
             instruction = _read_instruction(match[2], match[3])

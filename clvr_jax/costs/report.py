@@ -31,13 +31,19 @@ class Memory:
     available: float
     fits: bool
 
+    @property
+    def headline(self) -> str:
+        """`12.34 GiB of 15.75 GiB: fits`."""
+        return f"{_gib(self.total)} of {_gib(self.available)}: {'fits' if self.fits else 'does not fit'}"
+
 
 @dataclass(frozen=True)
 class Report:
     """A compiled program on a topology; all numbers are of one step on one chip unless they say otherwise.
 
     flops: of all chips, without what is computed twice. flops_per_chip: what one chip does, with it.
-    parameters: that one chip keeps. sent: bytes over each mesh axis. steps: of the run that `cost` is for.
+    parameters: that one chip keeps. instructions: of the compiled program, which the depth of a model does not change.
+    sent: bytes over each mesh axis. steps: of the run that `cost` is for.
     """
 
     name: str
@@ -45,6 +51,7 @@ class Report:
     chips: int
     mesh: dict[str, int]
     parameters: int
+    instructions: int
     memory: Memory
     flops: float
     flops_per_chip: float
@@ -61,6 +68,12 @@ class Report:
         dollars = "" if self.cost.dollars is None else f", {self.cost.dollars:,.2f} dollars"
         return f"{self.steps:,} steps: {self.cost.chip_hours:,.1f} chip-hours{dollars}, if all overlaps"
 
+    @property
+    def headline(self) -> str:
+        """Memory, time and utilisation in one line."""
+        times = self.roofline
+        return f"{self.memory.headline}, {_seconds(times.overlapped)} a step, {times.mfu:.0%} of the peak"
+
     def to_json(self) -> dict[str, Any]:
         """All of it, with what follows from it, in types that JSON has."""
         times = self.roofline
@@ -72,11 +85,10 @@ class Report:
         """The report for a terminal."""
         memory, times = self.memory, self.roofline
         table = Table("one chip, one step", "", title=f"{self.name} on {self.topology}", caption=self.cost_line)
-        verdict = "fits" if memory.fits else "[bold]does not fit[/]"
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         table.add_row("mesh", f"{axes} ({self.chips} chips)")
         table.add_row("parameters", f"{self.parameters:,}")
-        table.add_row("memory", f"{_gib(memory.total)} of {_gib(memory.available)}: {verdict}")
+        table.add_row("memory", memory.headline)
         table.add_row("  arguments", _gib(memory.arguments))
         table.add_row("  temporaries", _gib(memory.temporaries))
         table.add_row("  results", _gib(memory.output), end_section=True)
@@ -134,7 +146,8 @@ def measure(
     if hbm_bytes is None:
         touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
         hbm_bytes = float(touched + 2 * memory.temp_size_in_bytes)
-    found = collectives(compiled.as_text(), mesh.shape)
+    text = compiled.as_text()
+    found = collectives(text, mesh.shape)
     hardware = flops if hardware_flops is None else hardware_flops
     times = roofline(
         topology.chip,
@@ -149,6 +162,7 @@ def measure(
         chips=topology.devices,
         mesh=dict(mesh.shape),
         parameters=parameters,
+        instructions=text.count(" = "),
         memory=Memory(
             arguments=memory.argument_size_in_bytes,
             temporaries=memory.temp_size_in_bytes,

@@ -1,11 +1,11 @@
 """One attention for every model: written out for XLA, or the kernel of the platform that a program is made for."""
 
 import functools
+import math
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.errors import ClvrError
@@ -129,7 +129,8 @@ def _splash(
     specs: dict[str, Any] = {}
     if layout is not None:
         spec = layout.spec(("batch", None, "heads", None), query_bqnh.shape)
-        parts = int(np.prod([layout.mesh.shape[axis] for axis in spec[2] or ()]))
+        of_heads = (spec[2],) if isinstance(spec[2], str) else spec[2] or ()  # JAX unpacks a tuple of one
+        parts = math.prod(layout.mesh.shape[axis] for axis in of_heads)
         specs = {"rows": spec[0], "heads": spec[2]}
     if key_bknh.shape[2] % parts:  # fewer key heads than devices: each device needs those of its queries
         repeats = heads // key_bknh.shape[2]

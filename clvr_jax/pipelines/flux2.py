@@ -80,10 +80,10 @@ class Flux2Pipeline:
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings = tokenizer, settings
         # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
-        self._encode_text = jax.jit(_encode_text, static_argnums=(0, 4))
-        self._encode_images = jax.jit(_encode_images, static_argnums=0)
-        self._decode = jax.jit(_decode, static_argnums=0)
-        self._denoise = jax.jit(_denoise, static_argnums=(0, 7, 8), donate_argnums=2)
+        self._encode_text = jax.jit(encode_text, static_argnums=(0, 4))
+        self._encode_images = jax.jit(encode_images, static_argnums=0)
+        self._decode = jax.jit(decode, static_argnums=0)
+        self._denoise = jax.jit(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
     def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", transformer: str | None = None) -> Self:
@@ -290,15 +290,18 @@ def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return rows.reshape(keys.shape[0], shape[0] * shape[1], shape[2])
 
 
-def _encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+def encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+    """(b, t) ids and mask -> (b, t, layers * d), the hidden states at `layers` side by side."""
     return jnp.concatenate(nnx.merge(graphdef, state).hidden_states(ids, mask, layers), axis=-1)
 
 
-def _encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
+def encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
+    """(b, h, w, 3) in [-1, 1] -> (b, h / 16, w / 16, c) latent tokens."""
     return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
 
 
-def _decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
+def decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
+    """(b, h / 16, w / 16, c) latent tokens -> (b, h, w, 3) in [0, 1], float32."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
@@ -330,7 +333,7 @@ def velocity_field(
     return velocity
 
 
-def _denoise(
+def denoise(
     graphdef: Any,
     state: Any,
     latents_btc: jax.Array,
@@ -341,6 +344,15 @@ def _denoise(
     grid: tuple[int, int],
     reference_sizes: tuple[tuple[int, int], ...],
 ) -> jax.Array:
+    """Solves the flow from noise to pictures.
+
+    Args:
+      graphdef, state: the transformer, split.
+      latents_btc: noise. text_btd: conditions, b of them, or 2 b, unconditional ones first, for guidance.
+      references_btc: tokens of all references. sigmas: (steps + 1,), 1 to 0. guidance: scalar, unused without.
+      grid, reference_sizes: see `velocity_field`.
+    Returns: (b, t, c) clean latents.
+    """
     field = velocity_field(nnx.merge(graphdef, state), references_btc, grid, reference_sizes)
 
     def velocity(x: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:

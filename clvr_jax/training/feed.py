@@ -75,13 +75,7 @@ def feed(batches: Batches, layout: Layout, steps: range, accumulate: int) -> Ite
 def _place(batch: Batch, layout: Layout, accumulate: int, *, is_whole: bool) -> Batch:
     """Puts a batch on the devices; `is_whole`, or the rows of this process."""
     processes = 1 if is_whole else jax.process_count()
-    rows = {leaf.shape[0] * processes for leaf in jax.tree.leaves(batch) if np.ndim(leaf)}
-    for count in rows:
-        if count % (layout.batch_parts * accumulate) and layout.mesh.size > 1:
-            raise UsageError(
-                f"a batch of {count} rows cannot be cut into {layout.batch_parts} parts (mesh axes "
-                f"{' x '.join(layout.rules.batch)}) of {accumulate} pieces (accumulate); change the batch or the mesh"
-            )
+    check_batch(batch, layout, accumulate, processes)
 
     def place(leaf: Any) -> jax.Array:
         leaf = np.asarray(leaf)
@@ -93,3 +87,16 @@ def _place(batch: Batch, layout: Layout, accumulate: int, *, is_whole: bool) -> 
         return jax.make_array_from_callback(leaf.shape, layout.batch(leaf), lambda index: leaf[index])
 
     return jax.tree.map(place, batch)
+
+
+def check_batch(batch: Batch, layout: Layout, accumulate: int, processes: int = 1) -> None:
+    """Whether a batch, of which each of several processes has its rows, can be cut for a mesh.
+
+    Raises: UsageError if not.
+    """
+    for count in {leaf.shape[0] * processes for leaf in jax.tree.leaves(batch) if leaf.ndim}:
+        if count % (layout.batch_parts * accumulate) and layout.mesh.size > 1:
+            raise UsageError(
+                f"a batch of {count} rows cannot be cut into {layout.batch_parts} parts (mesh axes "
+                f"{' x '.join(layout.rules.batch)}) of {accumulate} pieces (accumulate); change the batch or the mesh"
+            )

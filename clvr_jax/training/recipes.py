@@ -1,7 +1,8 @@
 """Recipes: Python files that say what is trained. This loads one and runs it.
 
 A recipe has `CONFIG`, a dataclass instance whose field `train` is a `TrainConfig`, and `task(config)`, which returns
-the `Task` for such a config. Both are all the trainer needs, so a recipe may lie anywhere.
+the `Task` for such a config. Both are all the trainer needs, so a recipe may lie anywhere. One that is only planned,
+such as a sampler, has `program(config)` instead, and a field `mesh`.
 """
 
 import dataclasses
@@ -18,6 +19,7 @@ import jax
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.outputs import check_folder
+from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
 
@@ -30,6 +32,7 @@ class Recipe:
 
     name: of the file, without suffix. config: its CONFIG. task: config -> what to train. description: first line of the
     file's docstring. path: the file. abstract_task: as task, with shapes in place of arrays, if the recipe has it.
+    program: config -> `plan.Program`, of a recipe that is only planned.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Recipe:
     description: str = ""
     path: Path = Path()
     abstract_task: Callable[[Any], Task] | None = None
+    program: Callable[[Any], Any] | None = None
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -46,6 +50,10 @@ def load_recipe(path: str | Path) -> Recipe:
     Raises: ClvrError, one line, if there is no such file, if it cannot be imported, or if it is no recipe.
     """
     module = _import(Path(path))
+    description = (module.__doc__ or "").strip().split("\n")[0]
+    program = getattr(module, "program", None)
+    if program is not None and isinstance(getattr(getattr(module, "CONFIG", None), "mesh", None), MeshConfig):
+        return Recipe(Path(path).stem, module.CONFIG, _only_planned, description, Path(path).absolute(), None, program)
     lacking = [name for name in ("CONFIG", "task") if not hasattr(module, name)]
     if lacking:
         raise ClvrError(f"{path}: not a recipe, it defines no {' and no '.join(lacking)}; see configs/shapes_vae.py")
@@ -54,10 +62,13 @@ def load_recipe(path: str | Path) -> Recipe:
         raise ClvrError(f"{path}: CONFIG must be a dataclass instance with a field `train` of type TrainConfig")
     if not callable(module.task):
         raise ClvrError(f"{path}: task must be a function (config) -> Task, got {type(module.task).__name__}")
-    description = (module.__doc__ or "").strip().split("\n")[0]
     return Recipe(
         Path(path).stem, config, module.task, description, Path(path).absolute(), getattr(module, "abstract_task", None)
     )
+
+
+def _only_planned(config: Any) -> Task:
+    raise ClvrError("this recipe is planned, not trained: clvr plan")
 
 
 def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.sharding import Layout, MeshConfig, active_layout
+from clvr_jax.sharding import Layout, MeshConfig, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.feed import Batches, Input, feed
 from clvr_jax.training.metrics import MetricLog, Throughput
@@ -78,6 +78,7 @@ class Task:
     batches: step -> the whole batch as a pytree of NumPy arrays, a pure function of the step; or an `Input`.
     export: (ema_params, folder) -> None, called at the end of the run.
     flops: batch -> model FLOPs of its step (6 for each parameter and token, and attention), for the utilisation.
+    hardware_flops: with what is computed a second time in the backward pass; as `flops` if None.
     tokens: batch -> tokens in it, for the throughput.
     """
 
@@ -88,6 +89,7 @@ class Task:
     batches: Batches
     export: Callable[[Tree, Path], None]
     flops: Callable[[Any], float] | None = None
+    hardware_flops: Callable[[Any], float] | None = None
     tokens: Callable[[Any], int] | None = None
 
 
@@ -191,7 +193,8 @@ def _export(task: Task, ema: Tree, folder: Path) -> None:
     if jax.process_count() > 1:
         ema = multihost_utils.process_allgather(ema, tiled=True)
     if jax.process_index() == 0:
-        task.export(ema, folder)
+        with without_layout():
+            task.export(ema, folder)
 
 
 def _placed(frozen: Tree, layout: Layout) -> Tree:

@@ -118,3 +118,26 @@ def test_processes_of_one_run_end_together_when_asked_and_go_on(undisturbed, tmp
     np.testing.assert_allclose(
         [loss for _, loss in losses(tmp_path / "run")], [loss for _, loss in losses(undisturbed)], rtol=1e-5
     )
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
+    """Files may not grow beyond 50,000 bytes, as if the disk were full in the middle of the second checkpoint."""
+    out = tmp_path / "run"
+    recipe = str(RECIPE.with_name("drawing_recipe.py"))
+    command = [sys.executable, "-m", "clvr_jax.cli", "train", recipe]
+    assert run(command, out, "--train.steps", "2").returncode == 0
+    script = """if True:
+        import resource, sys
+        from clvr_jax.cli import main
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
+        sys.exit(main(["train", *sys.argv[1:]]))
+    """
+    full = run([sys.executable, "-c", script, recipe], out, "--train.steps", "4", "--resume")
+    assert full.returncode == 1
+    said = [line for line in full.stderr.splitlines() if line.startswith("clvr: ")]  # among what Orbax logs
+    assert len(said) == 1
+    assert "a checkpoint cannot be written" in said[0]
+    assert "the last complete one is step 2" in said[0]
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()] == ["2"]
+    assert run(command, out, "--train.steps", "4", "--resume").returncode == 0
+    assert [step for step, _ in losses(out)][-1] == 4

@@ -9,24 +9,14 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.flux2_ids import latent_ids, text_ids
-from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.sharding import Layout, MeshConfig, Rules, parameter_axes
-from clvr_jax.training.objectives import flow_matching_loss, next_token_loss
+from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig, fit
+from tests.training import drawing_recipe
 
-FLUX2 = Flux2TransformerConfig(
-    in_channels=16,
-    num_layers=2,
-    num_single_layers=2,
-    attention_head_dim=16,
-    num_attention_heads=4,
-    joint_attention_dim=24,
-    timestep_guidance_channels=16,
-    axes_dims_rope=(4, 4, 4, 4),
-    guidance_embeds=False,
-)
+DRAWING = drawing_recipe.CONFIG
 QWEN3 = Qwen3Config(
     vocab_size=64,
     hidden_size=32,
@@ -44,25 +34,6 @@ MESHES = {
     "mixed": MeshConfig(data=2, fsdp=1, sequence=2, tensor=2),
 }
 ONE = MeshConfig(devices=1)
-
-
-def drawing_task():
-    graphdef, params = nnx.split(Flux2Transformer(FLUX2, rngs=nnx.Rngs(0)))
-
-    def loss(params, frozen, batch, key):
-        def velocity(x, t):
-            return nnx.merge(graphdef, params)(x, batch["text"], t, latent_ids(4, 4), text_ids(8))
-
-        return flow_matching_loss(velocity, batch["tokens"], key, 2.0), {}
-
-    def batches(step):
-        rng = np.random.default_rng(step)
-        return {
-            "tokens": rng.normal(size=(16, 16, 16)).astype(np.float32),
-            "text": rng.normal(size=(16, 8, 24)).astype(np.float32),
-        }
-
-    return Task("drawing", params, {}, loss, batches, lambda ema, folder: None)
 
 
 def talking_task():
@@ -93,7 +64,7 @@ def losses(task, tmp_path, steps=20, **options):
 
 @pytest.fixture(scope="module", params=["drawing", "talking"])
 def task(request):
-    return {"drawing": drawing_task, "talking": talking_task}[request.param]()
+    return drawing_recipe.task(DRAWING) if request.param == "drawing" else talking_task()
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +88,7 @@ def test_a_batch_in_parts_adds_up_to_the_whole(tmp_path):
 def test_every_device_holds_its_part_of_the_state():
     from clvr_jax.training.step import TrainState
 
-    task = drawing_task()
+    task = drawing_recipe.task(DRAWING)
     with Layout(MeshConfig(fsdp=8).make()).active() as layout:
         state = TrainState.create(task.params, TrainConfig().optimizer(), layout)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
@@ -127,7 +98,7 @@ def test_every_device_holds_its_part_of_the_state():
 
 def test_the_program_on_a_mesh_has_the_shardings_of_the_table():
     layout = Layout(MeshConfig(fsdp=4, tensor=2).make())
-    shardings = layout.parameters(nnx.state(nnx.eval_shape(lambda: Flux2Transformer(FLUX2, rngs=nnx.Rngs(0)))))
+    shardings = layout.parameters(nnx.state(nnx.eval_shape(lambda: Flux2Transformer(DRAWING.sizes, rngs=nnx.Rngs(0)))))
     blocks = shardings["transformer_blocks"]
     assert blocks["attn"]["to_q"]["kernel"].get_value().spec == jax.P(None, ("fsdp",), ("tensor",))
     assert blocks["attn"]["to_out"][0]["kernel"].get_value().spec == jax.P(None, ("tensor",), ("fsdp",))

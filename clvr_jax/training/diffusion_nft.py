@@ -1,0 +1,226 @@
+"""DiffusionNFT: a diffusion policy learns from rewards by moving towards what was good and away from what was bad.
+
+Three policies meet in the loss: theta, which trains; old, which drew the samples; a reference that theta stays near.
+With x0_theta and x0_old their guesses of the clean sample at x_t, two mixtures are scored against the sample x0 itself:
+
+    x0_plus = beta x0_theta + (1 - beta) x0_old        x0_minus = (1 + beta) x0_old - beta x0_theta
+    loss = c [r |x0_plus - x0|^2 / w_plus + (1 - r) |x0_minus - x0|^2 / w_minus] / beta
+           + kl_weight |theta - reference|^2
+
+where r in [0, 1] says how good the sample was among those of its group, and each w is that mixture's own mean absolute
+error, held constant. Without the w the gradient at theta = old is that of flow matching weighted by 2 r - 1, whatever
+beta is. No likelihoods and no stored chains: only clean samples, noised anew.
+
+Everything is a pure function of predictions, so FLUX.2 (a velocity) and SDXL (noise) train alike.
+
+Source: DiffusionNFT (arXiv 2509.16117).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+
+from clvr_jax.diffusion.noise_schedule import NoiseSchedule
+from clvr_jax.errors import ClvrError
+
+Policy = Callable[[jax.Array, jax.Array], jax.Array]
+"""(x_t of (b, ...), timesteps of (b,)) -> what the network predicts, of x_t's shape."""
+
+_LEAST_STD = 1e-4
+_LEAST_ERROR = 1e-5
+
+
+@dataclass(frozen=True)
+class NFTConfig:
+    """beta: how far theta's change is carried to both sides; 1 is safe, .1 learns faster and less stably.
+    scale: c, the weight of the policy loss. kl_weight: of the distance to the reference. advantage_clip: advantages
+    beyond it count as it."""
+
+    beta: float = 1.0
+    scale: float = 5.0
+    kl_weight: float = 1e-5
+    advantage_clip: float = 5.0
+
+    def __post_init__(self) -> None:
+        if not self.beta > 0 or not self.scale > 0 or self.kl_weight < 0 or not self.advantage_clip > 0:
+            raise ClvrError(f"{self}: beta, scale and advantage_clip must be positive, kl_weight not negative")
+
+
+class Advantages(NamedTuple):
+    """values (n,): of each sample, 0 where it does not count. counts (n,): whether it does.
+    zero_variance: groups whose rewards are all the same, which teach nothing. mean, std (groups,): of each group's
+    rewards, in `np.unique` order."""
+
+    values: np.ndarray
+    counts: np.ndarray
+    zero_variance: int
+    mean: np.ndarray
+    std: np.ndarray
+
+
+def group_advantages(
+    rewards_n: ArrayLike, groups_n: ArrayLike, spread: Literal["group", "epoch"] = "group"
+) -> Advantages:
+    """How much better each sample is than its group, in standard deviations.
+
+    Args:
+      rewards_n: (n,); NaN or infinite where there is no reward. Such a sample leaves its group: it is not a bad one.
+      groups_n: (n,) key of each sample's group, the trajectory step that it was drawn for.
+      spread: deviation to divide by, of the group or of all rewards of the epoch.
+    Raises: ClvrError if the shapes differ or no sample has a reward.
+    """
+    rewards, groups = np.asarray(rewards_n, np.float64), np.asarray(groups_n)
+    if rewards.shape != groups.shape or rewards.ndim != 1:
+        raise ClvrError(f"advantages: rewards have shape {rewards.shape}, groups {groups.shape}; both must be (n,)")
+    counts = np.isfinite(rewards)
+    if not counts.any():
+        raise ClvrError(f"advantages: none of {rewards.size} samples has a reward")
+    _, group = np.unique(groups, return_inverse=True)
+    size = np.bincount(group, counts)
+    known = np.where(counts, rewards, 0.0)
+    mean = np.bincount(group, known) / np.maximum(size, 1)
+    centered = np.where(counts, rewards - mean[group], 0.0)
+    std = np.sqrt(np.bincount(group, centered**2) / np.maximum(size, 1))
+    width = std[group] if spread == "group" else rewards[counts].std()
+    same = (size > 0) & (std <= 1e-12 * (1 + np.abs(mean)))
+    values = np.where(same[group], 0.0, centered / (width + _LEAST_STD))
+    return Advantages(values, counts, int(same.sum()), mean, std)
+
+
+def optimality(advantages: ArrayLike, clip: float) -> jax.Array:
+    """Advantages -> r in [0, 1]: 0.5 is the group's mean, 0 and 1 are `clip` deviations from it or more."""
+    return jnp.clip(jnp.clip(jnp.asarray(advantages), -clip, clip) / (2 * clip) + 0.5, 0, 1)
+
+
+class Noising(Protocol):
+    """How a family of models adds noise, and what its predictions say about the clean sample."""
+
+    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """x_t; t is (b,)."""
+        ...
+
+    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
+        """The sample that a prediction at x_t points to."""
+        ...
+
+
+@dataclass(frozen=True)
+class FlowNoising:
+    """x_t = (1 - t) x0 + t noise; the prediction is the velocity noise - x0 (FLUX.2)."""
+
+    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """See `Noising`."""
+        level = _beside(t, x0)
+        return (1 - level) * x0 + level * noise
+
+    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
+        """See `Noising`."""
+        return x_t - _beside(t, x_t) * predicted
+
+
+@dataclass(frozen=True)
+class ScheduledNoising:
+    """x_t = sqrt(alpha) x0 + sqrt(1 - alpha) noise; the prediction is what the schedule says (SDXL, SD 1.5).
+
+    Timesteps are integers below `schedule.num_train_timesteps`.
+    """
+
+    schedule: NoiseSchedule
+
+    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
+        """See `Noising`."""
+        signal, sigma = self._levels(t, x0)
+        return signal * x0 + sigma * noise
+
+    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
+        """See `Noising`."""
+        signal, sigma = self._levels(t, x_t)
+        if self.schedule.prediction_type == "epsilon":
+            return (x_t - sigma * predicted) / signal
+        return signal * x_t - sigma * predicted
+
+    def _levels(self, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        alpha = _beside(jnp.asarray(self.schedule.alphas, like.dtype)[t], like)
+        return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
+
+
+def nft_loss(
+    theta: Policy,
+    old: Policy,
+    reference: Policy,
+    x0: jax.Array,
+    optimality_b: jax.Array,
+    counts_b: jax.Array,
+    t_b: jax.Array,
+    key: jax.Array,
+    noising: Noising,
+    config: NFTConfig,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of theta on samples that old drew.
+
+    Args:
+      theta, old, reference: the three policies, guided alike if the samples were; only theta gets a gradient.
+      x0: (b, ...) clean latents of the samples.
+      optimality_b: r of each, see `optimality`.
+      counts_b: 1 where a sample counts, 0 where it has no reward.
+      t_b: timesteps of the roll-out to learn at.
+      key: for the noise.
+      noising: of this family of models.
+      config: weights of the loss.
+    Returns: scalar float32, averaged over the samples that count; and metrics: "policy_loss", "kl" (mean squared
+      distance to the reference), "norm_ratio" (mean log |theta| / |reference|: inflated predictions are a sign of
+      reward hacking), and "weight", the samples that count (see `training.step.Loss`).
+    """
+    noise = jax.random.normal(key, x0.shape, x0.dtype)
+    x_t = noising.noisy(x0, noise, t_b)
+    predicted = theta(x_t, t_b)
+    fixed, anchor = (jax.lax.stop_gradient(policy(x_t, t_b)) for policy in (old, reference))
+    target = x0.astype(jnp.float32)
+    new, before = (noising.clean(x_t, out, t_b).astype(jnp.float32) for out in (predicted, fixed))
+
+    def error(mixture: jax.Array) -> jax.Array:
+        """(b,) mean squared error in units of the mean absolute one."""
+        width = jax.lax.stop_gradient(jnp.maximum(_mean_b(jnp.abs(mixture - target)), _LEAST_ERROR))
+        return _mean_b(jnp.square(mixture - target)) / width
+
+    beta = config.beta
+    towards = error(beta * new + (1 - beta) * before)
+    away = error((1 + beta) * before - beta * new)
+    policy_b = config.scale * (optimality_b * towards + (1 - optimality_b) * away) / beta
+    predicted, anchor = predicted.astype(jnp.float32), anchor.astype(jnp.float32)
+    kl_b = _mean_b(jnp.square(predicted - anchor))
+    ratio_b = 0.5 * jnp.log(_mean_b(jnp.square(predicted)) / _mean_b(jnp.square(anchor)))
+    weight = counts_b.astype(jnp.float32).sum()
+
+    def mean(values_b: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(counts_b != 0, values_b, 0.0)) / jnp.maximum(weight, 1)
+
+    loss = mean(policy_b) + config.kl_weight * mean(kl_b)
+    parts = {"policy_loss": mean(policy_b), "kl": mean(kl_b), "norm_ratio": mean(jax.lax.stop_gradient(ratio_b))}
+    return loss, {**parts, "weight": weight}
+
+
+def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") -> jax.Array:
+    """d of old <- d old + (1 - d) theta after an epoch, `step` optimiser steps into the run.
+
+    linear: min(.001 step, .5), the policy that samples follows quickly. delayed: 0 for 75 steps, then slower and
+    slower, up to .999.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    if kind == "linear":
+        return jnp.minimum(0.001 * step, 0.5)
+    return jnp.where(step < 75, 0.0, jnp.minimum(0.0075 * (step - 75), 0.999))
+
+
+def _beside(values_b: jax.Array, like: jax.Array) -> jax.Array:
+    """(b,) with as many axes as `like`, in its dtype."""
+    return values_b.reshape(-1, *[1] * (like.ndim - 1)).astype(like.dtype)
+
+
+def _mean_b(x: jax.Array) -> jax.Array:
+    return x.reshape(x.shape[0], -1).mean(1)

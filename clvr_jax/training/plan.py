@@ -1,0 +1,255 @@
+"""What a program will cost on chips that are not here: compiled for a topology from shapes alone.
+
+A training recipe is planned through its real train step, other programs (a sampler, a roll-out) as a recipe describes
+them. `search` tries several meshes and batch sizes.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from rich.table import Table
+
+from clvr_jax.costs.hardware import Topology, parse_topology, planning_devices
+from clvr_jax.costs.report import Report, elements_per_chip, measure
+from clvr_jax.costs.roofline import training_hbm_bytes
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.sharding import MESH_AXES, Layout, MeshConfig
+from clvr_jax.training.feed import Input, check_batch
+from clvr_jax.training.recipes import Recipe
+from clvr_jax.training.step import TrainState, make_train_step, state_shardings
+from clvr_jax.training.trainer import Task
+
+Tree = Any
+
+
+class DoesNotFitError(ClvrError):
+    """The compiler found no way to run the program in a chip's memory."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """A function with shapes for its arguments.
+
+    name: for people. function: (weights, data) -> anything, not jitted. weights: trees by name, laid out as parameters;
+    data: laid out as a batch. reads: how often a call reads each of `weights`. flops: of a call, all devices together.
+    calls: of a run, for the cost line.
+    """
+
+    name: str
+    function: Callable[[Any, Any], Any]
+    weights: Mapping[str, Tree]
+    data: Tree
+    reads: Mapping[str, int]
+    flops: float
+    calls: int = 1
+
+
+def plan(recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None) -> Report:
+    """Compiles what a recipe runs for chips that need not be here, and says what it costs.
+
+    Args:
+      recipe: of a training run, or with a `program`.
+      config: its configuration; `train.mesh`, or `mesh`, says how the chips are used.
+      topology: see `costs.hardware.parse_topology`.
+      dollars_per_chip_hour: for the cost of the whole run.
+    Raises: UsageError for a mesh or batch that cannot be cut so; DoesNotFitError if the compiler finds no room;
+      ClvrError if there is no compiler for the topology.
+    """
+    chips = parse_topology(topology)
+    if recipe.program is not None:
+        program = recipe.program(config)
+        with Layout(config.mesh.make(planning_devices(chips))).active() as layout:
+            return _plan_program(program, layout, chips, dollars_per_chip_hour)
+    # A task that is not abstract is made of arrays on this machine; only their shapes are used.
+    task = (recipe.abstract_task or recipe.task)(config)
+    with Layout(config.train.mesh.make(planning_devices(chips))).active() as layout:
+        return _plan_step(task, config.train, layout, chips, dollars_per_chip_hour)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One mesh and batch size that was tried: its report, or why there is none."""
+
+    mesh: MeshConfig
+    batch_size: int | None
+    report: Report | None
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        """`fsdp 16 x tensor 4, batch 64`."""
+        return f"{mesh_name(self.mesh)}, batch {self.batch_size}" if self.batch_size else mesh_name(self.mesh)
+
+    @property
+    def summary(self) -> str:
+        """The name and what came of it, for a line of progress."""
+        report = self.report
+        return f"{self.name}: {self.reason or ''}" if report is None else f"{self.name}: {report.headline}"
+
+    def to_json(self) -> dict[str, Any]:
+        """In types that JSON has."""
+        report = self.report.to_json() if self.report else None
+        return {"mesh": dataclasses.asdict(self.mesh), "batch_size": self.batch_size, "report": report,
+                "reason": self.reason}  # fmt: skip
+
+
+def search(
+    recipe: Recipe,
+    config: Any,
+    topology: str,
+    *,
+    batch_sizes: Sequence[int] = (),
+    dollars_per_chip_hour: float | None = None,
+) -> Iterator[Trial]:
+    """Plans a recipe on every mesh worth trying, with every batch size; the best first needs `ranked`.
+
+    Args:
+      recipe, config, topology, dollars_per_chip_hour: see `plan`.
+      batch_sizes: to try; the configuration's own if empty.
+    Yields: a trial as soon as it is done; each takes the compiler up to some minutes.
+    Raises: UsageError if batch sizes are given and the configuration has none.
+    """
+    if batch_sizes and not hasattr(config, "batch_size"):
+        raise UsageError(f"{recipe.name}: its configuration has no batch_size, so there are none to try")
+    chips = parse_topology(topology)
+    for mesh, batch in itertools.product(meshes(chips), batch_sizes or (getattr(config, "batch_size", None),)):
+        changed = _changed(config, mesh, batch)
+        try:
+            yield Trial(mesh, batch, plan(recipe, changed, topology, dollars_per_chip_hour=dollars_per_chip_hour))
+        except (DoesNotFitError, UsageError) as error:
+            yield Trial(mesh, batch, None, str(error))
+
+
+def ranked(trials: Sequence[Trial]) -> list[Trial]:
+    """Those that fit by model FLOP utilisation, best first; then the others."""
+
+    def key(trial: Trial) -> tuple[bool, float]:
+        report = trial.report
+        return (report is None or not report.memory.fits, -report.roofline.mfu if report else 0.0)
+
+    return sorted(trials, key=key)
+
+
+def trials_table(trials: Sequence[Trial]) -> Table:
+    """Trials for a terminal, one line each."""
+    table = Table("mesh", "memory", "step", "bound by", "utilisation", "cost")
+    for trial in trials:
+        report = trial.report
+        if report is None:
+            table.add_row(trial.name, trial.reason)
+            continue
+        times = report.roofline
+        table.add_row(
+            trial.name,
+            report.memory.headline,
+            f"{times.overlapped:.2f} - {times.serial:.2f} s",
+            times.bound,
+            f"{times.mfu:.0%} - {times.utilisation(times.serial):.0%}",
+            report.cost_line,
+        )
+    return table
+
+
+def meshes(chips: Topology) -> list[MeshConfig]:
+    """Meshes worth trying: FSDP alone, with parts of tokens or of heads, and with copies where chips are many."""
+    count = chips.devices
+    inner = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8)]
+    found = [
+        MeshConfig(fsdp=count // (sequence * tensor), sequence=sequence, tensor=tensor)
+        for sequence, tensor in inner
+        if count % (sequence * tensor) == 0
+    ]
+    # Beyond a few dozen chips, gathers over all of them are long; copies of the model add up gradients once a step.
+    return found + [MeshConfig(data=count // inside, fsdp=inside) for inside in (32, 64) if count // inside > 1]
+
+
+def mesh_name(mesh: MeshConfig) -> str:
+    """`fsdp 16 x tensor 4`."""
+    sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
+    return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
+
+
+def _changed(config: Any, mesh: MeshConfig, batch: int | None) -> Any:
+    if hasattr(config, "train"):
+        config = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=mesh))
+    else:
+        config = dataclasses.replace(config, mesh=mesh)
+    return config if batch is None else dataclasses.replace(config, batch_size=batch)
+
+
+def _plan_step(task: Task, train: Any, layout: Layout, chips: Topology, price: float | None) -> Report:
+    optimizer = train.optimizer()
+    state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
+    state = _with(state, state_shardings(state, layout))
+    frozen = _with(_shapes(task.frozen), layout.parameters(task.frozen))
+    batch = _shapes(next(task.batches) if isinstance(task.batches, Input) else task.batches(0))
+    check_batch(batch, layout, train.accumulate)
+    step = make_train_step(task.loss, optimizer, train.step, layout)
+    compiled = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
+    held, read = (elements_per_chip(tree) for tree in (state.params, frozen))
+    # Products that are cut along the heads need only their part of each weight; all others gather it.
+    gathered = sum(leaf.size for leaf in jax.tree.leaves(task.params)) / layout.mesh.shape["tensor"]
+    return measure(
+        compiled,
+        name=task.name,
+        topology=chips,
+        mesh=layout.mesh,
+        flops=task.flops(batch) if task.flops else 0.0,
+        hardware_flops=task.hardware_flops(batch) if task.hardware_flops else None,
+        hbm_bytes=training_hbm_bytes(parameters=held, gathered=gathered) + 2.0 * read,
+        parameters=held,
+        steps=train.steps,
+        dollars_per_chip_hour=price,
+    )
+
+
+def _plan_program(program: Program, layout: Layout, chips: Topology, price: float | None) -> Report:
+    weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
+    data = _shapes(program.data)
+    check_batch(data, layout, 1)
+    compiled = _compiled(jax.jit(program.function), (weights, _with(data, layout.batch(data))), layout)
+    tensor = layout.mesh.shape["tensor"]
+    traffic = sum(
+        program.reads[name] * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / tensor
+        for name, tree in program.weights.items()
+    )
+    return measure(
+        compiled,
+        name=program.name,
+        topology=chips,
+        mesh=layout.mesh,
+        flops=program.flops,
+        hbm_bytes=traffic,
+        parameters=elements_per_chip(weights),
+        steps=program.calls,
+        dollars_per_chip_hour=price,
+    )
+
+
+def _compiled(function: Any, arguments: tuple[Any, ...], layout: Layout) -> Any:
+    lowered = function.trace(*arguments).lower(lowering_platforms=(layout.platform,))
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        # The compiler says it in one of two ways, with what the temporaries alone need or with all of it.
+        found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
+        found = found or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+        needs = f"needs {found[1]}iB of {found[2]}iB" if found else str(error).splitlines()[0][:120]
+        raise DoesNotFitError(f"does not fit a chip's memory: {needs}") from error
+
+
+def _shapes(tree: Tree) -> Tree:
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
+
+
+def _with(tree: Tree, shardings: Tree) -> Tree:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
+    )

@@ -1,0 +1,104 @@
+"""Sampling with FLUX.2 klein: prompts and references in, pictures out, as one program to be planned.
+
+clvr plan configs/flux2_sample.py --preset klein-4b --topology v6e:2x4
+
+Reading the prompts, encoding the references, the solver's steps and decoding, compiled from shapes alone. Every 9B
+variant of FLUX.2 klein is for non-commercial use only.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+
+from clvr_jax.costs.flops import flux2_flops, qwen3_flops
+from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.diffusion.schedule import flow_sigmas
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Settings, decode, denoise, encode_images, encode_text
+from clvr_jax.sharding import MeshConfig, gathered
+from clvr_jax.training.plan import Program
+
+_SIZES = {
+    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
+    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """preset: klein 4B or 9B. batch_size: pictures a call, all devices together. size: pixels of a side.
+    references: pictures given with each prompt, of the same size. steps: of the solver. guided: two network evaluations
+    a step, as the base models need; the distilled ones take one."""
+
+    mesh: MeshConfig = MeshConfig(data=-1, fsdp=1)
+    preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    batch_size: int = 8
+    size: int = 1024
+    references: int = 0
+    steps: int = 4
+    guided: bool = False
+
+
+CONFIG = Config()
+
+
+def program(config: Config) -> Program:
+    """All of a call, from token ids to pixels."""
+    sizes, reader = _SIZES[config.preset]
+    vae, settings = AutoencoderKLFlux2Config(), Flux2Settings()
+    b, side, text, passes = config.batch_size, config.size, settings.text_buckets[0], 1 + config.guided
+    grid = (side // vae.token_pixels, side // vae.token_pixels)
+    image = grid[0] * grid[1]
+    families = {
+        "transformer": (FLUX2_TRANSFORMER, sizes),
+        "text_encoder": (QWEN3, reader),
+        "vae": (FLUX2_VAE, vae),
+    }
+    split = {name: family.split(family.config_to_dict(of), jnp.bfloat16) for name, (family, of) in families.items()}
+    graphs = {name: graphdef for name, (graphdef, _) in split.items()}
+
+    def sample(weights: Any, data: Any) -> jax.Array:
+        vae_weights = gathered(weights["vae"])
+        conditions = encode_text(
+            graphs["text_encoder"], weights["text_encoder"], data["ids"], data["mask"], settings.text_encoder_out_layers
+        )
+        conditions = conditions.reshape(passes * b, text, -1)
+        references = jax.lax.map(
+            lambda pictures: encode_images(graphs["vae"], vae_weights, pictures), data["references"].swapaxes(0, 1)
+        )
+        final = denoise(
+            graphs["transformer"],
+            weights["transformer"],
+            data["noise"],
+            conditions,
+            references.swapaxes(0, 1).reshape(b, config.references * image, vae.token_channels),
+            jnp.asarray(flow_sigmas(config.steps, image)),
+            jnp.float32(settings.guidance_scale),
+            grid,
+            (grid,) * config.references,
+        )
+        return decode(graphs["vae"], vae_weights, final.reshape(b, *grid, -1))
+
+    shape = jax.ShapeDtypeStruct
+    data = {
+        "ids": shape((passes * b, text), jnp.int32),
+        "mask": shape((passes * b, text), jnp.int32),
+        "noise": shape((b, image, sizes.in_channels), jnp.bfloat16),
+        "references": shape((b, config.references, side, side, 3), jnp.bfloat16),
+    }
+    evaluation = flux2_flops(sizes, passes * b, text=text, image=image, references=config.references * image)
+    read = qwen3_flops(reader, passes * b, text, layers=max(settings.text_encoder_out_layers), logits=0)
+    pictures = encoder_flops(vae, b * config.references, side, side) + decoder_flops(vae, b, side, side)
+    return Program(
+        name=f"{config.preset}, {config.steps} steps{' with guidance' * config.guided}, {b} of {side} x {side}",
+        function=sample,
+        weights={name: state for name, (_, state) in split.items()},
+        data=data,
+        reads={"transformer": config.steps, "text_encoder": 1, "vae": 1 + config.references},
+        flops=config.steps * evaluation.forward + read.forward + pictures.forward,
+    )

@@ -1,0 +1,105 @@
+"""Programs for chips that are not here: what fits, what is counted, what is said where it cannot be."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from clvr_jax.cli import main
+from clvr_jax.costs import parse_topology
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.plan import DoesNotFitError, meshes, plan, ranked, search
+from clvr_jax.training.recipes import Recipe, load_recipe
+from clvr_jax.training.trainer import Task
+from tests.training import drawing_recipe
+
+RECIPE = "tests/training/drawing_recipe.py"
+
+
+def changed(config=drawing_recipe.CONFIG, mesh=None, **changes):
+    train = dataclasses.replace(config.train, mesh=mesh or config.train.mesh)
+    return dataclasses.replace(config, train=train, **changes)
+
+
+def test_a_small_recipe_compiles_for_v6e_and_depth_changes_neither_program_nor_messages():
+    """1,024 picture tokens, so that attention is the TPU's kernel, as at full size."""
+    recipe = load_recipe(RECIPE)
+    wide = changed(mesh=MeshConfig(fsdp=2, sequence=2), side=32, head_dim=32, batch_size=4)
+    shallow, deep = (plan(recipe, dataclasses.replace(wide, depth=depth), "v6e:2x2") for depth in (2, 6))
+    assert shallow.memory.fits
+    assert shallow.memory.total < deep.memory.total < 2**30
+    assert abs(deep.instructions / shallow.instructions - 1) < 0.1
+    assert set(shallow.sent) >= {"fsdp", "sequence"}
+    # Blocks send in proportion to their number; what is outside of them sends little.
+    assert 2 < sum(deep.sent.values()) / sum(shallow.sent.values()) <= 3
+    assert "all-to-all" in {one.kind for one in shallow.collectives}  # tokens cut, then heads
+
+
+def test_the_plan_of_a_cpu_counts_what_the_recipe_counts():
+    recipe = load_recipe(RECIPE)
+    report = plan(recipe, changed(mesh=MeshConfig(fsdp=4, tensor=2)), "cpu:8", dollars_per_chip_hour=2.0)
+    task = drawing_recipe.task(drawing_recipe.CONFIG)
+    size = sum(leaf.size for leaf in jax.tree.leaves(task.params))
+    assert report.flops == task.flops(task.batches(0))
+    assert size / 8 < report.parameters < size / 6  # vectors are whole everywhere
+    # Master weights, average and two moments.
+    assert report.memory.arguments > 4 * 4 * report.parameters
+    assert report.cost.chip_hours == pytest.approx(report.roofline.overlapped * 20 * 8 / 3600)
+    assert report.cost.dollars == pytest.approx(2 * report.cost.chip_hours)
+
+
+def test_search_ranks_what_fits_and_says_why_the_others_do_not():
+    trials = ranked(list(search(load_recipe(RECIPE), changed(depth=1), "cpu:8", batch_sizes=(4, 16))))
+    assert len(trials) == 2 * len(meshes(parse_topology("cpu:8")))
+    fitting = [trial for trial in trials if trial.report]
+    rates = [trial.report.roofline.mfu for trial in fitting]
+    assert rates == sorted(rates, reverse=True)
+    assert trials[: len(fitting)] == fitting
+    assert {trial.batch_size for trial in trials[len(fitting) :]} == {4}
+    assert all("cannot be cut into" in trial.reason for trial in trials[len(fitting) :])
+
+
+def test_what_does_not_fit_is_told_with_both_sizes():
+    """16 GiB of weights on a chip that has 15.75 GiB: the TPU's compiler itself says so."""
+
+    def task(config):
+        w = jax.ShapeDtypeStruct((1024, 4 * 2**20), jnp.float32)
+        batch = jax.ShapeDtypeStruct((4, 1024), jnp.float32)
+
+        def loss(params, frozen, x, key):
+            return jnp.mean((x @ params["w"]) ** 2), {}
+
+        return Task("large", {"w": w}, {}, loss, lambda step: batch, lambda ema, folder: None)
+
+    recipe = Recipe("large", drawing_recipe.CONFIG, task, abstract_task=task)
+    with pytest.raises(DoesNotFitError, match=r"needs [\d.]+GiB of 15\.75GiB"):
+        plan(recipe, changed(mesh=MeshConfig(fsdp=1)), "v5e:1x1")
+
+
+def test_meshes_and_batches_that_cannot_be_are_refused():
+    recipe = load_recipe(RECIPE)
+    with pytest.raises(UsageError, match="fsdp 3"):
+        plan(recipe, changed(mesh=MeshConfig(fsdp=3)), "cpu:8")
+    with pytest.raises(UsageError, match="12 rows cannot be cut into 8"):
+        plan(recipe, changed(batch_size=12), "cpu:8")
+    with pytest.raises(ClvrError, match="XLA_FLAGS"):
+        plan(recipe, changed(), "h100:64")
+
+
+def test_the_command_writes_its_report(tmp_path, capsys):
+    out = tmp_path / "report.json"
+    assert (
+        main(["plan", RECIPE, "--topology", "cpu:8", "--out", str(out), "--side", "2", "--depth", "1", "--json"]) == 0
+    )
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(out.read_text())
+    assert printed["chips"] == 8
+    assert printed["memory"]["fits"]
+    assert np.isclose(
+        printed["roofline"]["overlapped"] * printed["roofline"]["peak_flops"],
+        printed["flops"] / 8 / printed["roofline"]["mfu"],
+    )
