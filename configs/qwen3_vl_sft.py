@@ -185,6 +185,12 @@ def _task(
         language, head, vision = counted(batch)
         return (language + head).training + (vision.training if config.train_vision else vision.forward)
 
+    def hardware_flops(batch: Any) -> float:
+        language, head, vision = counted(batch)
+        seen = vision.hardware(config.remat, flash=True) if config.train_vision else vision.forward
+        # The logits are made once more in the backward pass, whatever is kept of the blocks.
+        return language.hardware(config.remat, flash=True) + head.training + head.forward + seen
+
     return Task(
         name=f"Qwen3-VL SFT, {sizes.text.num_hidden_layers} layers",
         params=params,
@@ -193,5 +199,6 @@ def _task(
         batches=batches,
         export=export,
         flops=flops,
+        hardware_flops=hardware_flops,
         tokens=lambda batch: int(batch["input_ids_bt"].size),
     )
