@@ -14,6 +14,8 @@ def check_folder(folder: Path) -> Path:
 
     Raises: ClvrError if it, or the place it would be made in, is no folder or cannot be written.
     """
+    if re.match(r"[a-z]\w+:/", str(folder)):
+        raise ClvrError(f"{folder}: an address, no folder; mount the bucket and give the folder where it is mounted")
     place = folder.absolute()
     try:
         while not os.path.lexists(place):

@@ -19,7 +19,7 @@ import jax
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.outputs import check_folder
-from clvr_jax.sharding import MeshConfig
+from clvr_jax.sharding import Layout, MeshConfig, without_layout
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
 
@@ -111,14 +111,16 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
     made = read_json(run / _RECIPE)
     recipe = load_recipe(made["recipe"])
     config = _rebuilt(recipe.config, made["config"])
-    with mesh_of(config.train) as layout:
+    # On the devices that are here, whatever the run had.
+    with Layout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)
         shardings = layout.parameters(task.params)
         wanted = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), task.params, shardings
         )
         params, step = restore_part(run / "checkpoints", part, wanted)
-        task.export(params, destination)
+        with without_layout():
+            task.export(params, destination)
     return step
 
 

@@ -175,6 +175,7 @@ class _Run:
                         self.checkpoints.save(step + 1, state, position)
                         saved = time.monotonic()
                 if is_last and step + 1 < last:
+                    self.checkpoints.wait()
                     console.print(f"{self.task.name}: asked to stop; step {step + 1} is saved, --resume goes on")
                     break
         return state

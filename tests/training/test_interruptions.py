@@ -76,14 +76,15 @@ def test_a_run_that_is_asked_to_stop_saves_first(undisturbed, tmp_path):
 
 def test_a_run_is_exported_as_its_recipe_does_it_before_it_is_finished(tmp_path):
     out = tmp_path / "run"
-    process = start(TRAIN, out, "--pause", "0.1")
+    process = start(TRAIN, out, "--pause", "0.1", "--train.mesh.fsdp", "4", "--train.mesh.data", "2")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=100)
     step = export_run(out, tmp_path / "export")
     assert 8 <= step < 40
     assert np.load(tmp_path / "export" / "w.npy").shape == (8,)
     command = [sys.executable, "-m", "clvr_jax.cli", "convert", str(out), str(tmp_path / "again"), "--to", "torch"]
-    assert subprocess.run(command, timeout=200).returncode == 0
+    one_device = {**os.environ, "XLA_FLAGS": ""}  # and not the eight of the run
+    assert subprocess.run(command, timeout=200, env=one_device).returncode == 0
     assert (tmp_path / "again" / "w.npy").read_bytes() == (tmp_path / "export" / "w.npy").read_bytes()
     with pytest.raises(ClvrError, match="not the folder of a run"):
         export_run(tmp_path, tmp_path / "other")
@@ -97,6 +98,17 @@ def test_two_processes_of_four_devices_are_one_run(undisturbed, tmp_path):
     np.testing.assert_allclose([loss for _, loss in found], [loss for _, loss in expected], rtol=1e-5)
     exported = np.load(tmp_path / "run" / "export" / "w.npy")
     np.testing.assert_allclose(exported, np.load(undisturbed / "export" / "w.npy"), rtol=1e-5)
+
+
+def test_the_launcher_hands_on_that_it_is_asked_to_stop(tmp_path):
+    """Kubernetes and Docker reach the first process only. 143: saved, but not done."""
+    out = tmp_path / "run"
+    process = start([sys.executable, str(ROOT / "launch" / "train.py"), str(RECIPE)], out, "--pause", "0.1")
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert "is saved, --resume goes on" in said
+    assert [path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
 
 
 def test_when_one_process_dies_the_other_says_so_and_ends(tmp_path):
