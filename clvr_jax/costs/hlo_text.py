@@ -10,6 +10,8 @@ from clvr_jax.errors import ClvrError
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
+# A kernel's attributes may have a line of their own that begins with braces too, `}}, metadata=...`.
+_END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
 _ARRAY = re.compile(r"([a-z]+(\d*)\w*)\[([\d,]*)\]")
 _UNCHANGED = ("copy", "bitcast", "convert", "reshape")
 
@@ -163,7 +165,7 @@ def _read_computation(name: str, lines: Iterator[str]) -> Computation:
     instructions: dict[str, Instruction] = {}
     root = None
     for line in lines:
-        if line.rstrip() == "}":  # a kernel's attributes may end in a line of their own, `}}, metadata=...`
+        if _END.match(line):
             break
         if match := _INSTRUCTION.match(line):
             instruction = _read_instruction(match[2], match[3])

@@ -114,6 +114,7 @@ class Report:
 
 def measure(
     compiled: Any,
+    text: str,
     *,
     name: str,
     topology: Topology,
@@ -129,6 +130,7 @@ def measure(
 
     Args:
       compiled: what `lowered.compile()` returned.
+      text: of the optimised program, `compiled.as_text()`.
       name: of the program, for people.
       topology, mesh: what it was compiled for.
       flops: of one step on all chips, without what is computed twice; `flops` counts them.
@@ -146,7 +148,6 @@ def measure(
     if hbm_bytes is None:
         touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
         hbm_bytes = float(touched + 2 * memory.temp_size_in_bytes)
-    text = compiled.as_text()
     found = collectives(text, mesh.shape)
     hardware = flops if hardware_flops is None else hardware_flops
     times = roofline(

@@ -7,8 +7,10 @@ them. `search` tries several meshes and batch sizes.
 import dataclasses
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -190,12 +192,13 @@ def _plan_step(task: Task, train: Any, layout: Layout, chips: Topology, price: f
     batch = _shapes(next(task.batches) if isinstance(task.batches, Input) else task.batches(0))
     check_batch(batch, layout, train.accumulate)
     step = make_train_step(task.loss, optimizer, train.step, layout)
-    compiled = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
+    compiled, text = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
     held, read = (elements_per_chip(tree) for tree in (state.params, frozen))
     # Products that are cut along the heads need only their part of each weight; all others gather it.
     gathered = sum(leaf.size for leaf in jax.tree.leaves(task.params)) / layout.mesh.shape["tensor"]
     return measure(
         compiled,
+        text,
         name=task.name,
         topology=chips,
         mesh=layout.mesh,
@@ -212,7 +215,7 @@ def _plan_program(program: Program, layout: Layout, chips: Topology, price: floa
     weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
     data = _shapes(program.data)
     check_batch(data, layout, 1)
-    compiled = _compiled(jax.jit(program.function), (weights, _with(data, layout.batch(data))), layout)
+    compiled, text = _compiled(jax.jit(program.function), (weights, _with(data, layout.batch(data))), layout)
     tensor = layout.mesh.shape["tensor"]
     traffic = sum(
         program.reads[name] * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / tensor
@@ -220,6 +223,7 @@ def _plan_program(program: Program, layout: Layout, chips: Topology, price: floa
     )
     return measure(
         compiled,
+        text,
         name=program.name,
         topology=chips,
         mesh=layout.mesh,
@@ -231,18 +235,32 @@ def _plan_program(program: Program, layout: Layout, chips: Topology, price: floa
     )
 
 
-def _compiled(function: Any, arguments: tuple[Any, ...], layout: Layout) -> Any:
+def _compiled(function: Any, arguments: tuple[Any, ...], layout: Layout) -> tuple[Any, str]:
+    """The program, and its text."""
     lowered = function.trace(*arguments).lower(lowering_platforms=(layout.platform,))
-    try:
-        return lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        # The compiler says it in one of two ways, with what the temporaries alone need or with all of it.
-        found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", str(error))
-        found = found or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
-        needs = f"needs {found[1]}iB of {found[2]}iB" if found else str(error).splitlines()[0][:120]
-        raise DoesNotFitError(f"does not fit a chip's memory: {needs}") from error
+    with tempfile.TemporaryDirectory(prefix="clvr-plan-") as folder:
+        # XLA cannot always read back what libtpu made (asynchronous collectives of v6e), so the text is taken where it
+        # is written.
+        is_tpu = layout.platform == "tpu"
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if is_tpu else {}
+        try:
+            compiled = lowered.compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise _does_not_fit(str(error)) from error
+        if not is_tpu:
+            return compiled, compiled.as_text()
+        texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return compiled, texts[-1].read_text()  # beside it small ones, of programs that the compiler runs itself
+
+
+def _does_not_fit(said: str) -> DoesNotFitError:
+    # The compiler says it in one of two ways, with what the temporaries alone need or with all of it.
+    found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", said)
+    found = found or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", said)
+    needs = f"needs {found[1]}iB of {found[2]}iB" if found else said.splitlines()[0][:120]
+    return DoesNotFitError(f"does not fit a chip's memory: {needs}")
 
 
 def _shapes(tree: Tree) -> Tree:

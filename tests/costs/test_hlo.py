@@ -146,6 +146,23 @@ ENTRY %main (x.1: bf16[8,16]) -> bf16[8,16] {
 }
 """
 
+_TPU_KERNEL = """\
+HloModule kernel
+%other (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %x = f32[8]{0} parameter(0)
+  %attention = f32[8]{0} custom-call(%x), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"block_q":512}
+}}, metadata={op_name="attention"}
+  %beside = f32[8]{0} call(%x), to_apply=%other
+  ROOT %sum = f32[8]{0} all-reduce(%attention), replica_groups=[4,2]<=[8], to_apply=%add
+}
+"""
+
 _TPU_FUSIONS = """\
 HloModule fusions
 %begin (p: bf16[2,16]) -> (bf16[8,16], u32[]) {
@@ -279,3 +296,8 @@ def test_training_step_compiled_for_tpu():
     matrix, activation = width * wide * 2 // 2, 2 * 256 * width * 2  # bytes: cut along tensor; two rows of a batch
     assert sent["fsdp"] == pytest.approx(LAYERS * 2 * 3 * matrix / 2, rel=0.01)
     assert sent["tensor"] == pytest.approx(LAYERS * 2 * activation, rel=0.01)
+
+
+def test_attributes_of_a_kernel_and_computations_of_another_core_end_where_they_end():
+    [found] = collectives(_TPU_KERNEL, {"data": 4, "fsdp": 2})
+    assert (found.name, found.axes, found.bytes) == ("sum", ("fsdp",), 32)

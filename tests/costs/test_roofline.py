@@ -83,8 +83,9 @@ def report():
         out_shardings=laid_out("fsdp"),
         donate_argnums=0,
     )
+    compiled = step.lower(weights, x).compile()
     return measure(
-        step.lower(weights, x).compile(), name="one layer", topology=parse_topology("cpu:8"), mesh=mesh,
+        compiled, compiled.as_text(), name="one layer", topology=parse_topology("cpu:8"), mesh=mesh,
         flops=3 * 2 * 64 * 512 * 512, parameters=elements_per_chip(weights), steps=1000, dollars_per_chip_hour=1.0,
     )  # fmt: skip
 
@@ -116,4 +117,4 @@ def test_report_as_json_and_as_table(report):
 def test_mesh_of_another_size():
     mesh = Mesh(np.array(jax.devices("cpu")[:2]), ("data",))
     with pytest.raises(ClvrError, match=r"has 2 devices, v5e:2x4 has 8"):
-        measure(None, name="", topology=V5E, mesh=mesh, flops=1.0)
+        measure(None, "", name="", topology=V5E, mesh=mesh, flops=1.0)
