@@ -1,0 +1,1 @@
+"""Who looks and who draws: two protocols, over endpoints and over our own pipelines."""

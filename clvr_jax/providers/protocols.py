@@ -1,0 +1,120 @@
+"""What the data engine, rewards and judges ask of a vision-language model and of an image tool.
+
+Every call is one question and blocks until it is answered; calls may come from many threads at once. A provider that
+is faster with several at a time gathers them itself (`batching.Gathered`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.context import Message
+from clvr_jax.reasoning.images import Picture
+
+Fault = Literal["down", "limited", "refused", "malformed", "rejected"]
+
+
+class ProviderError(ClvrError):
+    """A provider gave no usable answer, after all retries.
+
+    fault: "down" (no connection, timeout, server error), "limited" (rate or quota), "refused" (its policy), "malformed"
+    (an answer that is none: empty, no picture, wrong size), "rejected" (the request itself: key, model, size).
+    """
+
+    def __init__(self, message: str, fault: Fault):
+        super().__init__(message)
+        self.fault = fault
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What calls cost. dollars: by the provider's price list, 0 where it has none. nfe: of our own image tool."""
+
+    calls: int = 0
+    input_tokens: int = 0
+    output_tokens: int = 0
+    pictures: int = 0
+    nfe: int = 0
+    seconds: float = 0.0
+    dollars: float = 0.0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+
+    def _values(self) -> tuple[float, ...]:
+        return (
+            self.calls, self.input_tokens, self.output_tokens, self.pictures, self.nfe, self.seconds, self.dollars,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Question:
+    """A chat that waits for the model's next turn.
+
+    messages: text and {"type": "image"} parts, see `reasoning.context`. images: one for each of those parts, in order.
+    max_tokens: of the answer. temperature: 0 is greedy. seed: 31-bit; the same question with another seed may be
+    answered otherwise. is_json: the answer must be one JSON object; providers that can, enforce it.
+    """
+
+    messages: Sequence[Message]
+    images: Sequence[Picture] = field(default=(), repr=False)
+    max_tokens: int = 1024
+    temperature: float = 0.0
+    seed: int = 0
+    is_json: bool = False
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model's turn, and what it cost."""
+
+    text: str
+    usage: Usage = Usage()
+
+
+@dataclass(frozen=True)
+class ImageTask:
+    """A picture to be made: from words alone, or by an edit of `references`.
+
+    size: (height, width) in pixels, the tool's own if None.
+    """
+
+    prompt: str
+    references: Sequence[Picture] = field(default=(), repr=False)
+    size: tuple[int, int] | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Made:
+    """A picture, and what it cost."""
+
+    image: Picture = field(repr=False)
+    usage: Usage = Usage()
+
+
+class VisionLanguageModel(Protocol):
+    """Reads pictures and text, answers with text."""
+
+    @property
+    def name(self) -> str:
+        """Model and revision, recorded with what it said."""
+        ...
+
+    def ask(self, question: Question) -> Answer:
+        """One answer. Raises: ProviderError."""
+        ...
+
+
+class ImageTool(Protocol):
+    """Draws and edits pictures."""
+
+    @property
+    def name(self) -> str:
+        """Model and revision, recorded with what it drew."""
+        ...
+
+    def draw(self, task: ImageTask) -> Made:
+        """One picture. Raises: ProviderError."""
+        ...
