@@ -40,12 +40,15 @@ class Usage:
     dollars: float = 0.0
 
     def __add__(self, other: "Usage") -> "Usage":
-        return Usage(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
-
-    def _values(self) -> tuple[float, ...]:
-        return (
-            self.calls, self.input_tokens, self.output_tokens, self.pictures, self.nfe, self.seconds, self.dollars,
-        )  # fmt: skip
+        return Usage(
+            calls=self.calls + other.calls,
+            input_tokens=self.input_tokens + other.input_tokens,
+            output_tokens=self.output_tokens + other.output_tokens,
+            pictures=self.pictures + other.pictures,
+            nfe=self.nfe + other.nfe,
+            seconds=self.seconds + other.seconds,
+            dollars=self.dollars + other.dollars,
+        )
 
 
 @dataclass(frozen=True)
