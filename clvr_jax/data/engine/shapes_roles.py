@@ -1,0 +1,140 @@
+"""The roles of the data engine in the shapes world, played exactly: by its planner, its detector and its grammar.
+
+The director speaks as controllers of this world do, and hands the image tool what the drawing model of the loop reads:
+the prompt and all replies so far, with every picture of the path as a reference.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from clvr_jax.data.engine.actions import ActionName, Turn
+from clvr_jax.data.engine.roles import Check, Crew, History, PromptItem, Validation
+from clvr_jax.data.engine.states import StateName
+from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.worlds.shapes.check import check
+from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.grammar import article
+from clvr_jax.worlds.shapes.layout import PlannedObject, plan
+from clvr_jax.worlds.shapes.metadata import parse_metadata
+from clvr_jax.worlds.shapes.oracle import apply_edits, edit_text, first_reply, next_reply, parse_edits
+from clvr_jax.worlds.shapes.scene import CELLS
+
+
+def shapes_crew(item: PromptItem, *, judges: int = 2) -> Crew:
+    """The exact crew for a prompt of the shapes world.
+
+    Args:
+      item: with the prompt's metadata.
+      judges: how many compare; they read pictures alike, so they never disagree.
+    Raises: ClvrError for metadata that is none of this world.
+    """
+    exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata)
+    return Crew(exact, exact, exact, (exact,) * judges)
+
+
+@dataclass(frozen=True)
+class _Exact:
+    """All roles at once. plan: the objects to be drawn."""
+
+    plan: tuple[PlannedObject, ...]
+    metadata: Mapping[str, Any]
+
+    def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
+        """See `Director`."""
+        reading = _read(history.latest) if history.latest is not None else None
+        asked = self._replies(history)[-1]
+        seen = "an empty canvas" if reading is None else strip_action(asked)
+        if "INITIAL_GENERATION" in allowed:
+            return _turn(seen, "the first objects of the plan", "INITIAL_GENERATION", prompt=self._told(history))
+        validations = [event.validation for event in history.events if event.validation]
+        judged = history.events and history.events[-1].validation is not None
+        if judged and validations[-1] and validations[-1].accepted and "END_TRAJECTORY" in allowed:
+            return _turn(seen, "nothing is unmet", "END_TRAJECTORY")
+        if not parse_edits(asked):
+            return _turn(seen, "nothing seems unmet", "RESULT_VALIDATION")
+        references = {"prompt": self._told(history), "ref_img_list": list(history.path)}
+        return _turn(seen, "something is unmet", "IMAGE_EDIT", **references)
+
+    def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
+        """See `Verifier`: one question for each cell, those that the turn changes first."""
+        expected = {item.cell: item for item in self._expected(history)}
+        changed = [edit.cell for edit in parse_edits(self._replies(history)[-1])]
+        cells = [*changed, *(cell for cell in CELLS if cell not in changed)]
+        return tuple(
+            f"Is there {article(f'{expected[cell].color} {expected[cell].shape}')} at the {cell}?"
+            if cell in expected
+            else f"Is the {cell} empty?"
+            for cell in cells
+        )
+
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+        """See `Verifier`."""
+        reading = _read(picture)
+        seen = {item.cell: article(f"{item.color} {item.shape}") for item in reading.objects}
+        seen |= dict.fromkeys(reading.unclear, "something unclear")
+        checks = []
+        for question in questions:
+            # Longer names first: "top" is a part of "top left".
+            cell = next(cell for cell in sorted(CELLS, key=len, reverse=True) if f" the {cell}" in question)
+            there = seen.get(cell)
+            wanted = None if "empty" in question else question.partition(" there ")[2].partition(" at the ")[0]
+            checks.append(Check(question, there == wanted, f"{there or 'nothing'} at the {cell}"))
+        return tuple(checks)
+
+    def validate(self, history: History) -> Validation:
+        """See `Verifier`: by the request, not by the plan."""
+        if history.latest is None:
+            raise ClvrError("shapes engine: there is no picture to validate")
+        verdict = check(_read(history.latest), parse_metadata(self.metadata))
+        return Validation(verdict.correct, verdict.reasons, "; ".join(verdict.reasons))
+
+    def prefer(self, prompt: str, first: Picture, second: Picture, seed: int) -> Literal["first", "second", "neither"]:
+        """See `Judge`: a right picture before a wrong one, else the one with fewer faults against the request."""
+        faults = [len(check(_read(one), parse_metadata(self.metadata)).reasons) for one in (first, second)]
+        if faults[0] == faults[1]:
+            return "neither"
+        return "first" if faults[0] < faults[1] else "second"
+
+    def replies(self, history: History) -> tuple[str, ...]:
+        """See `Translator`."""
+        return self._replies(history)
+
+    def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
+        """See `Translator`."""
+        canvas: tuple[PlannedObject, ...] = ()
+        found = []
+        for number, reply in enumerate(self._replies(history)[:-1]):
+            edits = parse_edits(reply)
+            canvas = apply_edits(canvas, edits)
+            things = [f"{article(f'{item.color} {item.shape}')} at the {item.cell}" for item in canvas]
+            words = ", ".join(things) or "an empty picture"
+            found.append(ProxyPrompts(words, edit_text(edits), (number - 1,)) if number else ProxyPrompts(words))
+        return tuple(found)
+
+    def _replies(self, history: History) -> tuple[str, ...]:
+        """What was said for each picture of the path, and what is to be said to the latest."""
+        pictures = [_read(history.pictures[number]) for number in history.path]
+        return (first_reply(self.plan), *(next_reply(self.plan, reading) for reading in pictures))
+
+    def _told(self, history: History) -> str:
+        """What the drawing model reads."""
+        return drawing_text(history.item.prompt, self._replies(history))
+
+    def _expected(self, history: History) -> tuple[PlannedObject, ...]:
+        """The canvas after the edits that are asked for now."""
+        before = _read(history.latest) if history.latest is not None else ()
+        return apply_edits(before, parse_edits(self._replies(history)[-1]))
+
+
+def _read(picture: Picture) -> Reading:
+    return detect(pixels(picture))
+
+
+def _turn(perceive: str, reason: str, action: ActionName, **parameters: Any) -> str:
+    return json.dumps({"perceive": perceive, "reason": reason, "action": action, "parameters": parameters})

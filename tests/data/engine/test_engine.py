@@ -1,0 +1,230 @@
+"""From a prompt to a verified trajectory: what is kept, what is discarded and why, with exact roles."""
+
+import json
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, TurnError, read_turn, to_json
+from clvr_jax.data.engine.engine import STAGES, Settings, synthesize
+from clvr_jax.data.engine.roles import Crew, PromptItem, Validation
+from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.worlds.shapes.check import check
+from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.metadata import parse_metadata
+from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
+from clvr_jax.worlds.shapes.prompts import train_prompt
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import COLORS, Scene, place
+
+
+def item(number, tag="complex"):
+    """A training prompt of the tag."""
+    rng = np.random.default_rng(number)
+    while (metadata := train_prompt(rng))["tag"] != tag:
+        pass
+    return PromptItem(f"{tag}-{number}", metadata["prompt"], metadata)
+
+
+class Painter:
+    """Does what the last line of the text asks for, on the last reference; every `wrong`-th object has another color."""
+
+    def __init__(self, wrong=0):
+        self.wrong, self.calls, self.objects = wrong, [], 0
+
+    def __call__(self, prompt, references, seed):
+        self.calls.append((prompt, len(references), seed))
+        before = detect(references[-1]) if references else ()
+        rng, things = np.random.default_rng(seed), []
+        for one in apply_edits(before, parse_edits(prompt.splitlines()[-1])):
+            self.objects += 1
+            is_wrong = self.wrong and self.objects % self.wrong == 0
+            color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
+            things.append(place(color, one.shape, one.cell, rng))
+        return render(Scene(tuple(things)))
+
+
+def test_a_turn_is_read_as_it_was_written():
+    allowed = ("IMAGE_EDIT", "END_TRAJECTORY")
+    turn = read_turn('Sure:\n```json\n{"perceive": "p", "reason": "r", "action": "END_TRAJECTORY"}\n```', allowed, 0)
+    assert turn.action == EndTrajectory()
+    data = {
+        "perceive": "a",
+        "reason": "b",
+        "action": "IMAGE_EDIT",
+        "parameters": {"prompt": "c", "ref_img_list": [2, 0]},
+    }
+    turn = read_turn(json.dumps(data), allowed, 3)
+    assert turn.action == ImageEdit("c", (2, 0))
+    assert to_json(turn) == data
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"action": "INITIAL_GENERATION"}, "one of IMAGE_EDIT"),
+        ({"perceive": " "}, "perceive must be a text"),
+        ({"parameters": {"prompt": "c", "ref_img_list": [3]}}, "0..2"),
+        ({"parameters": {"prompt": "c", "ref_img_list": [1, 1]}}, "different pictures"),
+        ({"parameters": {"prompt": "c", "ref_img_list": [True]}}, "list of picture numbers"),
+        ({"parameters": {"prompt": "c", "ref_img_list": []}}, "not empty"),
+        ({"parameters": {"prompt": "c" * 9000, "ref_img_list": [0]}}, "9000 characters"),
+        ({"parameters": {"prompt": "c", "ref_img_list": [0], "size": 3}}, "got also size"),
+        ({"parameters": "c"}, "must be an object"),
+    ],
+)
+def test_what_is_wrong_with_a_turn_is_said_in_words(changes, said):
+    data = {"perceive": "a", "reason": "b", "action": "IMAGE_EDIT", "parameters": {"prompt": "c", "ref_img_list": [0]}}
+    with pytest.raises(TurnError, match=said):
+        read_turn(json.dumps({**data, **changes}), ("IMAGE_EDIT",), 3)
+
+
+@pytest.mark.parametrize("text", ["", "I would rather paint a cat.", '{"perceive": "a", "reas', "[1, 2]"])
+def test_answers_without_an_object_are_refused(text):
+    with pytest.raises(TurnError, match="JSON object"):
+        read_turn(text, ("IMAGE_EDIT",), 3)
+
+
+def test_the_machine_leads_from_its_start_to_its_end():
+    check_machine(MACHINE)
+    assert (START, END) == ("generate_base_image", "finalize")
+    with pytest.raises(ClvrError, match="no state"):
+        check_machine({START: State(START, {"INITIAL_GENERATION": "inspect"}), END: State(END, {})})
+    alone = {START: State(START, {"INITIAL_GENERATION": START}), END: State(END, {})}
+    with pytest.raises(ClvrError, match="cannot be reached: finalize"):
+        check_machine(alone)
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step(number):
+    one, painter = item(number), Painter()
+    outcome = synthesize(one, shapes_crew(one), painter, seed=5)
+    assert (outcome.stage, outcome.reason) == ("kept", "")
+    record = outcome.record
+    *drawn, last = record.trajectory.steps
+    assert record.id == one.id
+    assert check(detect(last_picture := drawn[-1].image), parse_metadata(one.metadata)).correct
+    assert last.image is None
+    assert last_picture is record.trajectory.image
+    canvas = ()
+    for step, proxy, checklist in zip(drawn, record.proxies, record.checklists, strict=False):
+        edits = parse_edits(step.reasoning)
+        canvas = apply_edits(canvas, edits)
+        seen = {(thing.color, thing.shape, thing.cell) for thing in detect(step.image).objects}
+        assert seen == {(thing.color, thing.shape, thing.cell) for thing in canvas}
+        assert all(f"{thing.color} {thing.shape} at the {thing.cell}" in proxy.p_t2i for thing in canvas)
+        assert len(checklist) == 9
+    assert [proxy.i_ref for proxy in record.proxies[:-1]] == [(), *((number,) for number in range(len(drawn) - 1))]
+    # The drawing model got what it is trained on: the prompt and every reply, and all pictures of the path.
+    text, references, _ = painter.calls[len(drawn) - 1]
+    assert text.startswith(one.prompt)
+    assert text.endswith(strip_action(drawn[-1].reasoning))
+    assert references == len(drawn) - 1
+
+
+def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_is_kept():
+    wrong_without = 0
+    for number in range(8):
+        one = item(number)
+        outcome = synthesize(one, shapes_crew(one), Painter(wrong=5), seed=1)
+        assert (outcome.record, outcome.reason) == (None, "passive verification")
+        assert " at the " in outcome.detail
+        without = synthesize(one, shapes_crew(one, judges=0), Painter(wrong=5), Settings(verify=False), seed=1)
+        if without.record:
+            canvas = ()
+            for step in without.record.trajectory.drawings:
+                canvas = apply_edits(canvas, parse_edits(step.reasoning))
+                seen = {(thing.color, thing.shape, thing.cell) for thing in detect(step.image).objects}
+                wrong_without += seen != {(thing.color, thing.shape, thing.cell) for thing in canvas}
+                canvas = detect(step.image).objects
+    assert wrong_without > 0
+
+
+def test_what_one_shot_draws_as_well_is_no_reason_for_a_trajectory():
+    one = item(0)
+    paint = Painter()
+    done = synthesize(one, shapes_crew(one, judges=0), paint, seed=1)
+    result = done.record.trajectory.image
+    crew = shapes_crew(one)
+    outcome = synthesize(one, crew, lambda p, r, s: result if p == one.prompt else paint(p, r, s), seed=1)
+    assert (outcome.record, outcome.stage, outcome.reason) == (None, "accepted", "consensus")
+    assert STAGES.index("accepted") < STAGES.index("preferred")
+
+
+class Confused:
+    """Says something that is no turn `times` times, then what another director says."""
+
+    def __init__(self, other, times):
+        self.other, self.times, self.complaints = other, times, []
+
+    def turn(self, history, state, allowed, seed):
+        self.complaints += [event.error for event in history.events[-1:] if event.error]
+        self.times -= 1
+        return "Let me think." if self.times >= 0 else self.other.turn(history, state, allowed, seed)
+
+
+def test_a_director_gets_one_more_turn_and_hears_what_was_wrong():
+    one = item(1)
+    crew = shapes_crew(one)
+    once, twice = Confused(crew.director, 1), Confused(crew.director, 2)
+    kept = synthesize(one, Crew(once, crew.verifier, crew.translator), Painter())
+    assert kept.record
+    assert ["no JSON object" in complaint for complaint in once.complaints] == [True]
+    lost = synthesize(one, Crew(twice, crew.verifier, crew.translator), Painter())
+    assert (lost.record, lost.stage, lost.reason) == (None, None, "invalid action")
+
+
+class BackOnce:
+    """Sends the director back to the first picture at its first validation."""
+
+    def __init__(self, other):
+        self.other, self.sent = other, False
+
+    def __getattr__(self, name):
+        return getattr(self.other, name)
+
+    def validate(self, history):
+        if not self.sent:
+            self.sent = True
+            return Validation(False, ("not as it should be",), "begin again", history.path[0])
+        return self.other.validate(history)
+
+
+def test_a_validation_may_lead_back_and_what_was_drawn_in_between_is_not_told():
+    one = item(2)
+    crew = shapes_crew(one)
+    outcome = synthesize(
+        one, Crew(crew.director, BackOnce(crew.verifier), crew.translator), Painter(), Settings(max_pictures=16)
+    )
+    straight = synthesize(one, Crew(crew.director, crew.verifier, crew.translator), Painter())
+    assert len(outcome.history.pictures) > len(outcome.history.path)
+    assert len(outcome.record.trajectory.steps) == len(straight.record.trajectory.steps)
+
+
+def test_budgets_and_providers_that_fail_are_told_apart():
+    one = item(3)
+    crew = shapes_crew(one)
+    assert synthesize(one, crew, Painter(), Settings(max_pictures=1)).reason == "budget"
+    assert synthesize(one, crew, Painter(), Settings(max_turns=2)).reason == "budget"
+
+    def down(prompt, references, seed):
+        raise ClvrError("image tool: 429, tried 5 times")
+
+    outcome = synthesize(one, crew, down)
+    assert (outcome.reason, outcome.detail) == ("provider", "image tool: 429, tried 5 times")
+    with pytest.raises(ClvrError):
+        shapes_crew(PromptItem("x", "a cat", {"tag": "cat"}))
+
+
+def test_a_prompt_gives_the_same_wherever_it_is_worked_on():
+    one, other = item(0), item(1)
+    first, second = Painter(), Painter()
+    synthesize(one, shapes_crew(one), first, seed=3)
+    synthesize(other, shapes_crew(other), second, seed=3)
+    again = Painter()
+    synthesize(one, shapes_crew(one), again, seed=3)
+    assert first.calls == again.calls
+    assert {seed for *_, seed in first.calls}.isdisjoint(seed for *_, seed in second.calls)
