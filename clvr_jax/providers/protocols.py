@@ -20,16 +20,25 @@ class ProviderError(ClvrError):
 
     fault: "down" (no connection, timeout, server error), "limited" (rate or quota), "refused" (its policy), "malformed"
     (an answer that is none: empty, no picture, wrong size), "rejected" (the request itself: key, model, size).
+    usage: what the call cost all the same; a refusal and a useless answer are paid for like any other.
     """
 
-    def __init__(self, message: str, fault: Fault):
+    def __init__(self, message: str, fault: Fault, usage: "Usage | None" = None):
         super().__init__(message)
-        self.fault = fault
+        self.fault, self.usage = fault, usage or Usage()
+
+    def __reduce__(self) -> "tuple[type[ProviderError], tuple[str, Fault, Usage]]":
+        # Workers in other processes send errors back; by default only the message would travel.
+        return type(self), (str(self), self.fault, self.usage)
 
 
 @dataclass(frozen=True)
 class Usage:
-    """What calls cost. dollars: by the provider's price list, 0 where it has none. nfe: of our own image tool."""
+    """What calls cost.
+
+    calls: of `ask` or `draw`. retries: requests made beyond the first of each call. seconds: from question to answer,
+    with all waiting. dollars: by the provider's price list, 0 where it has none. nfe: of our own image tool.
+    """
 
     calls: int = 0
     input_tokens: int = 0
@@ -38,6 +47,7 @@ class Usage:
     nfe: int = 0
     seconds: float = 0.0
     dollars: float = 0.0
+    retries: int = 0
 
     def __add__(self, other: "Usage") -> "Usage":
         return Usage(
@@ -48,6 +58,7 @@ class Usage:
             nfe=self.nfe + other.nfe,
             seconds=self.seconds + other.seconds,
             dollars=self.dollars + other.dollars,
+            retries=self.retries + other.retries,
         )
 
 
