@@ -1,0 +1,411 @@
+import base64
+import io
+import pickle
+import socket
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.providers.endpoint import Endpoint, Prices
+from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+from clvr_jax.providers.protocols import ProviderError, Question, Usage
+from tests.providers.server import KEY, Reply, completion, failure, picture
+
+QUESTION = Question([{"role": "user", "content": "How many circles?"}], temperature=0.7, seed=123, max_tokens=55)
+JSON_QUESTION = Question([{"role": "user", "content": "As JSON."}], is_json=True)
+
+
+def error_of(model, question=QUESTION):
+    with pytest.raises(ProviderError) as caught:
+        model.ask(question)
+    assert "\n" not in str(caught.value)
+    return caught.value
+
+
+def test_an_answer_with_what_it_cost(server, endpoint):
+    server.script = [completion("Two.", (1000, 500))]
+    answer = OpenAIVisionLanguageModel(endpoint(prices=Prices(input_tokens=2.0, output_tokens=8.0))).ask(QUESTION)
+    assert answer.text == "Two."
+    assert (answer.usage.calls, answer.usage.retries) == (1, 0)
+    assert (answer.usage.input_tokens, answer.usage.output_tokens) == (1000, 500)
+    assert answer.usage.dollars == pytest.approx(0.002 + 0.004)
+    assert answer.usage.seconds > 0
+
+
+def test_the_request_says_what_the_question_says(server, endpoint):
+    server.script = [completion("Two.")]
+    OpenAIVisionLanguageModel(endpoint(), extra={"top_k": 5}).ask(QUESTION)
+    (seen,) = server.seen
+    assert seen.path == "/v1/chat/completions"
+    assert seen.headers["authorization"] == f"Bearer {KEY}"
+    assert seen.json == {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "How many circles?"}],
+        "max_tokens": 55,
+        "temperature": 0.7,
+        "seed": 123,
+        "top_k": 5,
+    }
+
+
+def test_what_a_server_does_not_take_is_left_out(server, endpoint):
+    server.script = [completion("Two.")]
+    model = OpenAIVisionLanguageModel(endpoint(), token_limit="max_completion_tokens", omit=("temperature", "seed"))
+    model.ask(QUESTION)
+    assert set(server.seen[0].json) == {"model", "messages", "max_completion_tokens"}
+    with pytest.raises(UsageError, match="top_p"):
+        OpenAIVisionLanguageModel(endpoint(), omit=("top_p",))
+
+
+def test_pictures_arrive_in_order_and_unchanged(server, endpoint):
+    server.script = [completion("Yes.")]
+    images = [picture(5, 9, seed=1), Image.fromarray(picture(12, 4, seed=2))]
+    messages = [
+        {"role": "system", "content": "Look."},
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}]},
+        {"role": "user", "content": [{"type": "image"}]},
+    ]
+    OpenAIVisionLanguageModel(endpoint()).ask(Question(messages, images))
+    sent = server.seen[0].json["messages"]
+    assert sent[1]["content"][1] == {"type": "text", "text": "and"}
+    for part, image in zip([sent[1]["content"][0], sent[2]["content"][0]], images, strict=True):
+        head, data = part["image_url"]["url"].split(",")
+        assert (part["type"], head) == ("image_url", "data:image/png;base64")
+        assert np.array_equal(Image.open(io.BytesIO(base64.b64decode(data))), np.asarray(image))
+
+
+def test_another_number_of_pictures_is_an_error_before_any_request(server, endpoint):
+    question = Question([{"role": "user", "content": [{"type": "image"}]}], [])
+    with pytest.raises(UsageError, match="1 image parts in the messages but 0 images"):
+        OpenAIVisionLanguageModel(endpoint()).ask(question)
+    assert server.seen == []
+
+
+@pytest.mark.parametrize("text", ["赤い円が二つ 🔴🔴 دائرتان", "x" * 50_000, "円" * 50_000])
+def test_other_scripts_and_long_prompts_pass(server, endpoint, text):
+    server.script = [completion(text)]
+    answer = OpenAIVisionLanguageModel(endpoint()).ask(Question([{"role": "user", "content": text}]))
+    assert server.seen[0].json["messages"][0]["content"] == text
+    assert answer.text == text
+
+
+def test_a_broken_half_of_a_character_is_rejected(server, endpoint):
+    error = error_of(OpenAIVisionLanguageModel(endpoint()), Question([{"role": "user", "content": "a \ud83d b"}]))
+    assert error.fault == "rejected"
+    assert "Unicode" in str(error)
+
+
+# --- faults that may pass ---------------------------------------------------------------------------------------------
+
+
+def test_a_closed_port_is_down(monkeypatch):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    endpoint = Endpoint("tiny", f"http://127.0.0.1:{port}/v1", None, max_retries=3, backoff=0.001)
+    error = error_of(OpenAIVisionLanguageModel(endpoint))
+    assert error.fault == "down"
+    assert (error.usage.calls, error.usage.retries) == (1, 3)
+    assert f"tiny (127.0.0.1:{port})" in str(error)
+    assert "after 3 retries" in str(error)
+
+
+def test_a_slow_server_is_down_after_bounded_retries(server, endpoint):
+    server.script = [Reply(completion("late").content, delay=1.5)]
+    began = time.monotonic()
+    error = error_of(OpenAIVisionLanguageModel(endpoint(timeout=0.2, max_retries=1)))
+    assert error.fault == "down"
+    assert "0.2 s" in str(error)
+    assert time.monotonic() - began < 1.5
+    assert len(server.seen) == 2
+
+
+@pytest.mark.parametrize("status", [408, 500, 502, 503])
+def test_a_server_error_passes(server, endpoint, status):
+    server.script = [failure(status), failure(status), completion("Two.", (10, 5))]
+    answer = OpenAIVisionLanguageModel(endpoint(prices=Prices(1e6, 1e6))).ask(QUESTION)
+    assert len(server.seen) == 3
+    assert answer.usage.retries == 2
+    # Counted once, though it was asked three times.
+    assert (answer.usage.calls, answer.usage.input_tokens, answer.usage.dollars) == (1, 10, 15.0)
+
+
+def test_retries_are_bounded(server, endpoint):
+    server.script = [failure(500, "CUDA out of memory")]
+    error = error_of(OpenAIVisionLanguageModel(endpoint(max_retries=4)))
+    assert len(server.seen) == 5
+    assert error.fault == "down"
+    assert "CUDA out of memory" in str(error)
+
+
+def test_no_retry_if_none_is_wanted(server, endpoint):
+    server.script = [failure(500)]
+    error_of(OpenAIVisionLanguageModel(endpoint(max_retries=0)))
+    assert len(server.seen) == 1
+
+
+def test_retry_after_is_honoured(server, endpoint):
+    server.script = [failure(429, headers={"Retry-After": "1"}), completion("Two.")]
+    answer = OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    first, second = server.seen
+    assert 1.0 <= second.time - first.time < 5
+    assert answer.usage.retries == 1
+    assert answer.usage.seconds >= 1
+
+
+def test_one_callers_rate_limit_holds_the_others_back(server, endpoint):
+    server.script = [failure(429, headers={"retry-after-ms": "600"}), completion("Two.")]
+    model = OpenAIVisionLanguageModel(endpoint())
+    with ThreadPoolExecutor(1) as pool:
+        limited = pool.submit(model.ask, QUESTION)
+        while not server.seen:
+            time.sleep(0.01)
+        time.sleep(0.2)
+        model.ask(QUESTION)
+        limited.result()
+    assert len(server.seen) == 3
+    assert min(seen.time for seen in server.seen[1:]) - server.seen[0].time >= 0.6
+
+
+def test_too_long_a_retry_after_gives_up_at_once(server, endpoint):
+    server.script = [failure(429, headers={"Retry-After": "3600"})]
+    error = error_of(OpenAIVisionLanguageModel(endpoint(max_wait=10)))
+    assert error.fault == "limited"
+    assert "3600 s" in str(error)
+    assert len(server.seen) == 1
+
+
+def test_rate_limits_without_end_are_limited(server, endpoint):
+    server.script = [failure(429)]
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+    assert len(server.seen) == 3
+
+
+def test_no_money_left_is_not_retried(server, endpoint):
+    server.script = [failure(429, code="insufficient_quota")]
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"  \n", b'{"choices": [', b"<html>Bad gateway</html>", b"[1, 2]"])
+def test_a_body_that_is_none_is_retried_then_malformed(server, endpoint, content):
+    server.script = [Reply(content)]
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "malformed"
+    assert len(server.seen) == 3
+    server.script = [Reply(content)] * 4 + [completion("Two.")]
+    assert OpenAIVisionLanguageModel(endpoint()).ask(QUESTION).text == "Two."
+
+
+@pytest.mark.parametrize("choices", [None, [], [None], [{}], "no"])
+def test_no_choices_are_retried_then_malformed(server, endpoint, choices):
+    server.script = [Reply({"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": None}})]
+    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    assert error.fault == "malformed"
+    assert len(server.seen) == 3
+    assert error.usage.input_tokens == 27
+
+
+def test_an_error_under_status_200_is_an_error(server, endpoint):
+    server.script = [Reply({"error": {"code": 429, "message": "upstream is busy"}})]
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+
+
+# --- faults that do not pass ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
+def test_rejected_requests_are_not_retried(server, endpoint, status):
+    server.script = [failure(status, "no such model")]
+    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    assert error.fault == "rejected"
+    assert f"HTTP {status}" in str(error)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        completion(None, refusal="I cannot help with that."),
+        completion("par", finish="content_filter"),
+        failure(400, code="content_filter"),
+        failure(400, code="moderation_blocked"),
+    ],
+)
+def test_refusals_are_told_apart(server, endpoint, reply):
+    server.script = [reply]
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "refused"
+    assert len(server.seen) == 1
+
+
+def test_a_refusal_costs_what_it_costs(server, endpoint):
+    server.script = [completion(None, (100, 3), refusal="No.")]
+    error = error_of(OpenAIVisionLanguageModel(endpoint(prices=Prices(1e6, 1e6))))
+    assert (error.usage.calls, error.usage.input_tokens, error.usage.dollars) == (1, 100, 103)
+
+
+def test_an_empty_text_is_malformed_and_says_where_the_tokens_went(server, endpoint):
+    server.script = [completion("", finish="length")]
+    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    assert error.fault == "malformed"
+    assert "max_tokens=55" in str(error)
+    assert len(server.seen) == 1
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ['{"ok": true}', '```json\n{"ok": true}\n```', '\n```\n{"ok": true}```\n'])
+def test_json_is_asked_for_and_taken_out_of_its_fence(server, endpoint, text):
+    server.script = [completion(text)]
+    assert OpenAIVisionLanguageModel(endpoint()).ask(JSON_QUESTION).text == '{"ok": true}'
+    assert server.seen[0].json["response_format"] == {"type": "json_object"}
+
+
+@pytest.mark.parametrize("text", ["Sure! There are two circles.", '{"ok": tr', "[1, 2]", 'Here: {"ok": true}'])
+def test_prose_where_json_is_due_is_malformed(server, endpoint, text):
+    server.script = [completion(text, (10, 5))]
+    error = error_of(OpenAIVisionLanguageModel(endpoint()), JSON_QUESTION)
+    assert error.fault == "malformed"
+    assert error.usage.output_tokens == 5
+    assert len(server.seen) == 1
+
+
+def test_a_server_without_json_mode_is_asked_without_it_from_then_on(server, endpoint):
+    server.script = [failure(400, "response_format is not supported"), completion('{"ok": 1}')]
+    model = OpenAIVisionLanguageModel(endpoint())
+    answer = model.ask(JSON_QUESTION)
+    assert answer.text == '{"ok": 1}'
+    assert (answer.usage.calls, answer.usage.retries, answer.usage.input_tokens) == (1, 1, 11)
+    model.ask(JSON_QUESTION)
+    assert ["response_format" in seen.json for seen in server.seen] == [True, False, False]
+
+
+def test_json_mode_can_be_switched_off(server, endpoint):
+    server.script = [completion('{"ok": 1}')]
+    OpenAIVisionLanguageModel(endpoint(), json_mode=False).ask(JSON_QUESTION)
+    assert "response_format" not in server.seen[0].json
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------
+
+
+def test_at_most_and_at_least_fifty_in_flight(server, endpoint):
+    server.hold_until(50)
+    server.script = [lambda seen: completion(seen.json["messages"][0]["content"], (3, 2))]
+    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=50))
+    texts = [f"question {number}" for number in range(128)]
+    with ThreadPoolExecutor(64) as pool:
+        answers = list(pool.map(lambda text: model.ask(Question([{"role": "user", "content": text}])), texts))
+    assert [answer.text for answer in answers] == texts
+    assert server.peak == 50
+    total = sum((answer.usage for answer in answers), start=Usage())
+    assert (total.calls, total.input_tokens, total.output_tokens) == (128, 384, 256)
+    assert len(server.seen) == 128
+
+
+def test_a_place_is_free_again_after_a_failure(server, endpoint):
+    server.script = [failure(401)] * 3 + [completion("Two.")]
+    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=1))
+    for _ in range(3):
+        error_of(model)
+    assert model.ask(QUESTION).text == "Two."
+
+
+# --- the key ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        failure(401, f"Incorrect API key provided: {KEY}."),
+        failure(400, "x" * 280 + KEY),
+        failure(500, f"{KEY} {KEY}"),
+        Reply(f"<pre>Authorization: Bearer {KEY}</pre>".encode()),
+        completion(KEY, refusal=KEY),
+    ],
+)
+def test_the_key_is_in_no_error(server, endpoint, reply):
+    server.script = [reply]
+    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    shown = "".join(traceback.format_exception(error)) + repr(error)
+    assert KEY[:12] not in shown
+    assert error.__cause__ is None
+    assert error.__context__ is None
+
+
+@pytest.mark.parametrize("value", [None, "", "  "])
+def test_an_absent_key_is_one_clear_line(server, endpoint, monkeypatch, value):
+    if value is None:
+        monkeypatch.delenv("LOOPBACK_KEY")
+    else:
+        monkeypatch.setenv("LOOPBACK_KEY", value)
+    with pytest.raises(ClvrError, match="LOOPBACK_KEY is not set") as caught:
+        OpenAIVisionLanguageModel(endpoint())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_key_that_is_none_is_not_shown(server, endpoint, monkeypatch):
+    monkeypatch.setenv("LOOPBACK_KEY", "sk-a\nsk-b")
+    with pytest.raises(ClvrError, match="LOOPBACK_KEY holds no key") as caught:
+        OpenAIVisionLanguageModel(endpoint())
+    assert "sk-" not in str(caught.value)
+
+
+def test_other_servers_do_not_learn_the_organization(server, endpoint, monkeypatch):
+    monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
+    monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-secret")
+    server.script = [completion("Two.")]
+    OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    assert "secret" not in str(server.seen[0].headers)
+
+
+def test_without_the_openai_package_the_extra_is_named(endpoint, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(ClvrError, match=r"pip install 'clvr-jax\[endpoints\]'"):
+        OpenAIVisionLanguageModel(endpoint())
+
+
+# --- small things -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"base_url": "localhost:8000"},
+        {"base_url": "file:///etc/passwd"},
+        {"base_url": "http://[::1"},
+        {"base_url": "http://localhost:many/v1"},
+        {"max_in_flight": 0},
+        {"timeout": 0},
+        {"max_retries": -1},
+    ],
+)
+def test_an_endpoint_that_makes_no_sense_is_a_usage_error(fields):
+    with pytest.raises(UsageError):
+        Endpoint("tiny", **fields)
+    with pytest.raises(UsageError):
+        Prices(input_tokens=-1)
+
+
+def test_the_name_holds_no_password():
+    assert Endpoint("tiny", "http://me:secret@localhost:8000/v1").name == "tiny (localhost:8000)"
+
+
+def test_an_error_survives_a_trip_between_processes():
+    error = pickle.loads(pickle.dumps(ProviderError("no", "limited", Usage(calls=1, dollars=0.5))))
+    assert (str(error), error.fault, error.usage) == ("no", "limited", Usage(calls=1, dollars=0.5))
+
+
+def test_no_thread_is_left_behind(server, endpoint):
+    server.script = [completion("Two.")]
+    before = {thread for thread in threading.enumerate() if "process_request" not in thread.name}
+    OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    assert {thread for thread in threading.enumerate() if "process_request" not in thread.name} == before
