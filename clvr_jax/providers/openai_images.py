@@ -1,0 +1,153 @@
+"""Image tools behind an OpenAI-compatible images endpoint: GPT-Image, DALL-E, Seedream and compatible servers."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import io
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import UsageError
+from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
+from clvr_jax.providers.openai_chat import png_url
+from clvr_jax.providers.protocols import ImageTask, ImageTool, Made, Usage
+from clvr_jax.reasoning.images import encode_png
+
+
+class OpenAIImageTool(ImageTool):
+    """A model behind `/images/generations` and `/images/edits`; may be asked from many threads at once.
+
+    Args:
+      endpoint: where it is served, and how it may be called.
+      size: (height, width) of pictures whose task names none; the server's own if None.
+      references: how a picture is edited. "edits" uploads the references to `/images/edits` (OpenAI and most servers);
+        "generations" sends them to `/images/generations` as data URLs in the field `image` (Seedream).
+      max_references: more are rejected before anything is sent.
+      max_prompt: characters; a longer prompt is rejected before anything is sent.
+      response_format: what the server is asked to answer with; None for servers that reject the question (GPT-Image).
+      sends_seed: whether the server takes a `seed`; OpenAI's own do not, and their pictures differ from run to run.
+      extra: further fields of the request's body, e.g. {"quality": "high"}.
+    Raises: ClvrError if the key or the openai package is missing.
+    Source: OpenAI API reference, images; Seedream API reference, image generation.
+    """
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        *,
+        size: tuple[int, int] | None = None,
+        references: Literal["edits", "generations"] = "edits",
+        max_references: int = 16,
+        max_prompt: int = 32_000,
+        response_format: Literal["b64_json", "url"] | None = None,
+        sends_seed: bool = False,
+        extra: Mapping[str, Any] | None = None,
+    ):
+        if references not in ("edits", "generations"):
+            raise UsageError(f"references: known ways are edits and generations, got {references!r}")
+        self._connection = Connection(endpoint)
+        self._size, self._references, self._response_format = size, references, response_format
+        self._max_references, self._max_prompt, self._sends_seed = max_references, max_prompt, sends_seed
+        self._extra = dict(extra or {})
+
+    @property
+    def name(self) -> str:
+        """The model and who serves it."""
+        return self._connection.endpoint.name
+
+    def draw(self, task: ImageTask) -> Made:
+        """See `ImageTool`. The picture is (height, width, 3) uint8. Raises: ProviderError."""
+        self._check(task)
+        size = task.size or self._size
+        request: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": task.prompt, "n": 1}
+        if size is not None:
+            request["size"] = f"{size[1]}x{size[0]}"
+        if self._response_format is not None:
+            request["response_format"] = self._response_format
+        extra = dict(self._extra)
+        if self._sends_seed:
+            extra["seed"] = task.seed
+        uploads: list[tuple[str, bytes, str]] = []
+        if task.references and self._references == "generations":
+            extra["image"] = [png_url(image) for image in task.references]
+        elif task.references:
+            uploads = [
+                (f"reference_{number}.png", encode_png(image), "image/png")
+                for number, image in enumerate(task.references, start=1)
+            ]
+
+        def send(client: Any) -> Any:
+            if not uploads:
+                return client.images.with_raw_response.generate(**request, extra_body=extra or None)
+            # A list is sent as image[], which servers with one reference do not know.
+            image = uploads if len(uploads) > 1 else uploads[0]
+            return client.images.with_raw_response.edit(image=image, **request, extra_body=extra or None)
+
+        prices = self._connection.endpoint.prices
+        entry, usage = self._connection.call(send, lambda body: read_picture_entry(body, prices))
+        content, usage = self._content(entry, usage)
+        try:
+            return Made(decode_picture(content, size), usage)
+        except Failure as error:
+            failure = error
+        raise self._connection.error(failure.message, failure.fault, usage)
+
+    def _check(self, task: ImageTask) -> None:
+        if not task.prompt.strip():
+            raise self._connection.error("the prompt is empty; say what to draw", "rejected")
+        if len(task.prompt) > self._max_prompt:
+            raise self._connection.error(
+                f"the prompt has {len(task.prompt)} characters, more than max_prompt={self._max_prompt}", "rejected"
+            )
+        if len(task.references) > self._max_references:
+            raise self._connection.error(
+                f"{len(task.references)} references, more than max_references={self._max_references}", "rejected"
+            )
+
+    def _content(self, entry: Mapping[str, Any], usage: Usage) -> tuple[bytes, Usage]:
+        """The bytes of the picture that an answer holds or points at."""
+        if not entry.get("b64_json"):
+            return self._connection.download(str(entry["url"]), usage)
+        text = str(entry["b64_json"])
+        try:
+            text = text.partition(",")[2] if text.startswith("data:") else text
+            return base64.b64decode("".join(text.split()), validate=True), usage
+        except (binascii.Error, ValueError):
+            pass
+        raise self._connection.error("the picture is no base64", "malformed", usage)
+
+
+def read_picture_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str, Any], Usage]:
+    """The first entry of an images response, and its price. Raises: Failure "malformed" if there is none."""
+    told = body.get("usage")
+    told = told if isinstance(told, dict) else {}
+    tokens = count(told.get("input_tokens")), count(told.get("output_tokens"))
+    data = body.get("data")
+    entry = data[0] if isinstance(data, list) and data else None
+    if not isinstance(entry, dict) or not (entry.get("b64_json") or entry.get("url")):
+        raise Failure("the answer has no picture", "malformed", can_retry=True, usage=prices.usage(*tokens))
+    return entry, prices.usage(*tokens, pictures=1)
+
+
+def decode_picture(content: bytes, size: tuple[int, int] | None) -> np.ndarray:
+    """The bytes of a picture file as (height, width, 3) uint8.
+
+    size: (height, width) that it must have; any if None.
+    Raises: Failure "malformed" if it is no picture or has another size.
+    """
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            picture = np.array(image.convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error) if not isinstance(error, Image.UnidentifiedImageError) else f"{len(content)} bytes"
+        raise Failure(f"what was sent is no picture ({reason})", "malformed") from None
+    if size is not None and picture.shape[:2] != tuple(size):
+        height, width = picture.shape[:2]
+        raise Failure(
+            f"asked for a picture of {size[0]} x {size[1]} (height x width), got {height} x {width}", "malformed"
+        )
+    return picture
