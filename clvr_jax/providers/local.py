@@ -1,0 +1,229 @@
+"""Our own pipelines as providers: calls from many threads become batches.
+
+The pipelines are given, not imported; what is asked of them is written down here.
+"""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.data.text import check_prompt
+from clvr_jax.errors import ClvrError
+from clvr_jax.providers.answers import json_object
+from clvr_jax.providers.batching import Gathered
+from clvr_jax.providers.protocols import (
+    Answer,
+    ImageTask,
+    ImageTool,
+    Made,
+    ProviderError,
+    Question,
+    Usage,
+    VisionLanguageModel,
+)
+from clvr_jax.reasoning.context import Message
+from clvr_jax.reasoning.images import Picture, pixels
+
+
+class ChatPipeline(Protocol):
+    """What is used of `pipelines.vlm.Qwen3VLPipeline`."""
+
+    tokenizer: Any
+
+    def prepare(self, messages: Sequence[Message], images: Sequence[np.ndarray]) -> Any:
+        """Something with `input_ids`. Raises: ClvrError for a chat that cannot be read."""
+        ...
+
+    def chat_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[np.ndarray]],
+        max_new_tokens: int,
+        temperature: float,
+        seed: int,
+    ) -> list[str]:
+        """One answer for each conversation."""
+        ...
+
+
+class DrawPipeline(Protocol):
+    """What is used of `pipelines.flux2.Flux2Pipeline`; outputs have `images` (PIL) and `nfe` (of each of them)."""
+
+    def draw_each(
+        self,
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        seeds: Sequence[int],
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Any:
+        """One picture for each prompt, in the pipeline's own size."""
+        ...
+
+    def __call__(
+        self,
+        prompt: str,
+        images: Sequence[Image.Image] = (),
+        *,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int = 0,
+    ) -> Any:
+        """One picture of the given size."""
+        ...
+
+
+class LocalVisionLanguageModel(VisionLanguageModel):
+    """Our Qwen3-VL. Greedy questions that wait together share a call; every sampled one has its own, and its own seed.
+
+    Args:
+      pipeline: a `Qwen3VLPipeline`.
+      name: model and revision, as it is recorded.
+      max_batch, wait: see `batching.Gathered`.
+    """
+
+    def __init__(self, pipeline: ChatPipeline, name: str, max_batch: int = 8, wait: float = 0.005):
+        self._pipeline, self._name = pipeline, name
+        self._gathered = Gathered(self._answers, max_batch, wait)
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return self._name
+
+    def ask(self, question: Question) -> Answer:
+        """See `VisionLanguageModel`.
+
+        Raises: ProviderError "rejected" for a chat that the pipeline cannot read, "malformed" if JSON is due and the
+          answer is none.
+        """
+        began = time.monotonic()
+        try:
+            shown = [pixels(image) for image in question.images]
+            # Read here and again in the batch: for its length, and so that a bad chat never gets among good ones.
+            input_tokens = len(self._pipeline.prepare(question.messages, shown).input_ids)
+            text = self._gathered(dataclasses.replace(question, images=shown))
+        except ClvrError as error:
+            raise ProviderError(f"{self._name}: {error}", "rejected") from error
+        usage = Usage(
+            calls=1,
+            input_tokens=input_tokens,
+            output_tokens=len(self._pipeline.tokenizer(text)["input_ids"]),
+            seconds=time.monotonic() - began,
+        )
+        if question.is_json:
+            found = json_object(text)
+            if found is None:
+                raise ProviderError(f"{self._name}: the answer is no JSON object ({text[:80]!r})", "malformed", usage)
+            text = found
+        return Answer(text, usage)
+
+    def close(self) -> None:
+        """Answers what waits, then takes no more."""
+        self._gathered.close()
+
+    def _answers(self, questions: Sequence[Question]) -> list[str]:
+        # One call has one temperature and one seed, and draws for its rows in turn: sampled rows must be alone.
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for index, question in enumerate(questions):
+            alone = () if question.temperature == 0 else (index,)
+            groups.setdefault((question.max_tokens, *alone), []).append(index)
+        texts: dict[int, str] = {}
+        for rows in groups.values():
+            first = questions[rows[0]]
+            answers = self._pipeline.chat_all(
+                [questions[row].messages for row in rows],
+                [[pixels(image) for image in questions[row].images] for row in rows],
+                first.max_tokens,
+                first.temperature,
+                first.seed,
+            )
+            texts.update(zip(rows, answers, strict=True))
+        return [texts[index] for index in range(len(questions))]
+
+
+class LocalImageTool(ImageTool):
+    """Our FLUX.2. Tasks that wait together are drawn together where their shapes agree.
+
+    Args:
+      pipeline: a `Flux2Pipeline`.
+      name: model and revision, as it is recorded.
+      steps, guidance: of the sampler; the model's own if None.
+      max_batch, wait: see `batching.Gathered`.
+    """
+
+    def __init__(
+        self,
+        pipeline: DrawPipeline,
+        name: str,
+        steps: int | None = None,
+        guidance: float | None = None,
+        max_batch: int = 8,
+        wait: float = 0.005,
+    ):
+        self._pipeline, self._name = pipeline, name
+        self._sampler: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
+        self._gathered = Gathered(self._draw_all, max_batch, wait)
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return self._name
+
+    def draw(self, task: ImageTask) -> Made:
+        """See `ImageTool`. The picture is (height, width, 3) uint8.
+
+        Raises: ProviderError "rejected" for a prompt, size or reference that the pipeline cannot use.
+        """
+        began = time.monotonic()
+        try:
+            check_prompt(task.prompt)
+            picture, nfe = self._gathered(
+                dataclasses.replace(task, references=[_pil(each) for each in task.references])
+            )
+        except ClvrError as error:
+            raise ProviderError(f"{self._name}: {error}", "rejected") from error
+        return Made(picture, Usage(calls=1, pictures=1, nfe=nfe, seconds=time.monotonic() - began))
+
+    def close(self) -> None:
+        """Draws what waits, then takes no more."""
+        self._gathered.close()
+
+    def _draw_all(self, tasks: Sequence[ImageTask]) -> list[tuple[np.ndarray, int]]:
+        made: dict[int, tuple[np.ndarray, int]] = {}
+        together = []
+        for index, task in enumerate(tasks):
+            if task.size is None:
+                together.append(index)
+                continue
+            height, width = task.size
+            output = self._pipeline(
+                task.prompt,
+                [_pil(image) for image in task.references],
+                height=height,
+                width=width,
+                seed=task.seed,
+                **self._sampler,
+            )
+            made[index] = (pixels(output.images[0]), output.nfe)
+        if together:
+            output = self._pipeline.draw_each(
+                [tasks[index].prompt for index in together],
+                [[_pil(image) for image in tasks[index].references] for index in together],
+                [tasks[index].seed for index in together],
+                **self._sampler,
+            )
+            pictures = [(pixels(image), output.nfe) for image in output.images]
+            made.update(zip(together, pictures, strict=True))
+        return [made[index] for index in range(len(tasks))]
+
+
+def _pil(picture: Picture) -> Image.Image:
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))
