@@ -151,12 +151,12 @@ class Connection:
         self._not_before = 0.0
 
     def call(
-        self, send: Callable[[openai.OpenAI], Any], read: Callable[[dict[str, Any]], tuple[T, Usage]]
+        self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
     ) -> tuple[T, Usage]:
         """One answer.
 
         Args:
-          send: makes one request and returns the raw response; may be called several times.
+          send: makes one request and returns the body of the response; may be called several times.
           read: a response's JSON -> the answer and its price; raises Failure for what is no answer.
         Returns: the answer, and the price of everything that was tried, as one call.
         Raises: ProviderError.
@@ -173,6 +173,10 @@ class Connection:
     def error(self, message: str, fault: Fault, usage: Usage | None = None) -> ProviderError:
         """The error that says so, on one line and without the key."""
         return ProviderError(self._one_line(f"{self.endpoint.name}: {message}"), fault, usage)
+
+    def close(self) -> None:
+        """Closes the connections to the server."""
+        self._client.close()
 
     def _retry(self, once: Callable[[], tuple[T, Usage]], spent: Usage) -> tuple[T, Usage]:
         began = time.monotonic()
@@ -204,13 +208,13 @@ class Connection:
         raise self.error(message, failure.fault, spent + Usage(retries=attempt, seconds=time.monotonic() - began))
 
     def _request(
-        self, send: Callable[[openai.OpenAI], Any], read: Callable[[dict[str, Any]], tuple[T, Usage]]
+        self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
     ) -> tuple[T, Usage]:
         import openai
 
         self._take_turn()
         try:
-            response = send(self._client)
+            text = send(self._client)
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers, time.time())
             raise status_failure(error.status_code, error.body, wait) from None
@@ -225,7 +229,7 @@ class Connection:
             raise Failure(f"the text is no valid Unicode ({error.reason}); clean it", "rejected") from None
         finally:
             self._turns.release()
-        return read(_body(response.http_response.text))
+        return read(_body(text))
 
     def _take_turn(self) -> None:
         while True:

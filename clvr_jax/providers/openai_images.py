@@ -80,12 +80,13 @@ class OpenAIImageTool(ImageTool):
                 for number, image in enumerate(task.references, start=1)
             ]
 
-        def send(client: Any) -> Any:
+        def send(client: Any) -> str:
+            images = client.images.with_raw_response
             if not uploads:
-                return client.images.with_raw_response.generate(**request, extra_body=extra or None)
+                return images.generate(**request, extra_body=extra or None).http_response.text
             # A list is sent as image[], which servers with one reference do not know.
             image = uploads if len(uploads) > 1 else uploads[0]
-            return client.images.with_raw_response.edit(image=image, **request, extra_body=extra or None)
+            return images.edit(image=image, **request, extra_body=extra or None).http_response.text
 
         prices = self._connection.endpoint.prices
         entry, usage = self._connection.call(send, lambda body: read_picture_entry(body, prices))
@@ -95,6 +96,10 @@ class OpenAIImageTool(ImageTool):
         except Failure as error:
             failure = error
         raise self._connection.error(failure.message, failure.fault, usage)
+
+    def close(self) -> None:
+        """Closes the connections to the server."""
+        self._connection.close()
 
     def _check(self, task: ImageTask) -> None:
         if not task.prompt.strip():
