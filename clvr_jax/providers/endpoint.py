@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.providers.protocols import Fault, ProviderError, Usage
+from clvr_jax.reasoning.tools import Fault, ProviderError, Usage
 
 if TYPE_CHECKING:
     import openai

@@ -15,7 +15,9 @@ from clvr_jax.data.text import check_prompt
 from clvr_jax.errors import ClvrError
 from clvr_jax.providers.answers import json_object
 from clvr_jax.providers.batching import Gathered
-from clvr_jax.providers.protocols import (
+from clvr_jax.reasoning.context import Message
+from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.tools import (
     Answer,
     ImageTask,
     ImageTool,
@@ -25,8 +27,6 @@ from clvr_jax.providers.protocols import (
     Usage,
     VisionLanguageModel,
 )
-from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import Picture, pixels
 
 
 class ChatPipeline(Protocol):

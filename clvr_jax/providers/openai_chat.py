@@ -10,9 +10,9 @@ from typing import Any, Literal
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.answers import json_object
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
-from clvr_jax.providers.protocols import Answer, ProviderError, Question, Usage, VisionLanguageModel
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import Picture, encode_png
+from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Usage, VisionLanguageModel
 
 _JSON_MODE_WORDS = ("response_format", "json_object", "json mode")
 

@@ -14,8 +14,8 @@ from PIL import Image
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
 from clvr_jax.providers.openai_chat import png_url
-from clvr_jax.providers.protocols import ImageTask, ImageTool, Made, Usage
 from clvr_jax.reasoning.images import encode_png
+from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, Usage
 
 
 class OpenAIImageTool(ImageTool):

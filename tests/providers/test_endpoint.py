@@ -12,7 +12,7 @@ import pytest
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.endpoint import Endpoint, Prices, retry_after, status_failure
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.providers.protocols import ProviderError, Question, Usage
+from clvr_jax.reasoning.tools import ProviderError, Question, Usage
 from tests.providers.server import KEY, Reply, completion, failure
 
 QUESTION = Question([{"role": "user", "content": "How many circles?"}])

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.local import LocalImageTool, LocalVisionLanguageModel
-from clvr_jax.providers.protocols import ImageTask, ProviderError, Question
+from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
 from tests.providers.server import picture
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Endpoint, Prices
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.providers.protocols import ProviderError, Question
+from clvr_jax.reasoning.tools import ProviderError, Question
 from tests.providers.server import KEY, Reply, completion, failure, picture
 
 QUESTION = Question([{"role": "user", "content": "How many circles?"}], temperature=0.7, seed=123, max_tokens=55)

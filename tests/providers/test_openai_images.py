@@ -9,7 +9,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.providers import endpoint as endpoint_module
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_images import OpenAIImageTool
-from clvr_jax.providers.protocols import ImageTask, ProviderError
+from clvr_jax.reasoning.tools import ImageTask, ProviderError
 from tests.providers.server import KEY, Reply, failure, picture, pictures, png
 
 IMAGE = picture(24, 32)

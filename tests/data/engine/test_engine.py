@@ -30,7 +30,7 @@ def item(number, tag="complex"):
 
 
 class Painter:
-    """Does what the last line of the text asks for, on the last reference; every `wrong`-th object has another color."""
+    """Does what the last line of the text asks for on the last reference; each `wrong`-th object has another color."""
 
     def __init__(self, wrong=0):
         self.wrong, self.calls, self.objects = wrong, [], 0

@@ -1,0 +1,253 @@
+"""The roles of the data engine played by vision-language models, through prompt templates.
+
+The templates are the files beside this one, in `templates/`; their version is recorded with every trajectory. An answer
+that cannot be read is asked for once more, with what was wrong with it.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any, Literal, TypeVar
+
+from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn, TurnError, read_json_object
+from clvr_jax.data.engine.roles import Check, Event, History, Validation
+from clvr_jax.data.engine.states import StateName
+from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.images import Picture
+from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.tools import Question, VisionLanguageModel
+
+TEMPLATES_VERSION = 1
+"""Goes up with every change of a template."""
+
+_MOST_QUESTIONS = 12
+_ACTIONS = {
+    "INITIAL_GENERATION": 'draw the first picture; parameters {"prompt": "what to draw"}',
+    "IMAGE_EDIT": 'draw the next picture; parameters {"prompt": "what to change and what must stay", "ref_img_list": '
+    "[numbers of the pictures to edit]}",
+    "RESULT_VALIDATION": "have the latest picture checked against the request; no parameters",
+    "END_TRAJECTORY": "the latest picture is the result; no parameters",
+}
+Read = TypeVar("Read")
+
+
+@dataclass(frozen=True)
+class PromptedDirector:
+    """Plans and acts. temperature: above 0, so that a turn that failed is not simply said again."""
+
+    model: VisionLanguageModel
+    temperature: float = 0.7
+
+    def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
+        """See `Director`."""
+        error = history.events[-1].error if history.events else ""
+        text = template("director").format(
+            request=history.item.prompt,
+            events=told(history.events) or "Nothing yet.",
+            pictures=_numbered(history.path) or "there is none yet",
+            state=state,
+            actions="\n".join(f"- {name}: {_ACTIONS[name]}" for name in allowed),
+            complaint=f"Your last answer could not be used: {error}\n" if error else "",
+        )
+        shown = [history.pictures[number] for number in history.path]
+        question = Question(_chat(text, len(shown)), shown, 1024, self.temperature, seed, is_json=True)
+        return self.model.ask(question).text
+
+
+@dataclass(frozen=True)
+class PromptedVerifier:
+    """Looks at pictures without having drawn them."""
+
+    model: VisionLanguageModel
+
+    def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
+        """See `Verifier`."""
+        assert isinstance(turn.action, InitialGeneration | ImageEdit)
+        edit = (
+            "It is an edit of the pictures you see." if isinstance(turn.action, ImageEdit) else "It is a first drawing."
+        )
+        text = template("checklist").format(instruction=turn.action.prompt, kind=edit, limit=_MOST_QUESTIONS)
+
+        def read(data: dict[str, Any]) -> tuple[str, ...]:
+            questions = _texts(data, "questions")
+            if not 1 <= len(questions) <= _MOST_QUESTIONS:
+                raise TurnError(f"{len(questions)} questions; there must be 1 to {_MOST_QUESTIONS}")
+            return questions
+
+        return _asked(self.model, text, _references(history, turn), read)
+
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+        """See `Verifier`."""
+        before = _references(history, turn)
+        shown = f"You see {len(before) + 1} pictures; the last one was made from the others." if before else ""
+        numbered = "\n".join(f"{number}. {question}" for number, question in enumerate(questions, start=1))
+        text = template("check").format(shown=shown or "You see one picture.", questions=numbered)
+
+        def read(data: dict[str, Any]) -> tuple[Check, ...]:
+            answers = data.get("answers")
+            if not isinstance(answers, list) or len(answers) != len(questions):
+                found = len(answers) if isinstance(answers, list) else "no"
+                raise TurnError(f"{found} answers to {len(questions)} questions")
+            return tuple(_check(question, answer) for question, answer in zip(questions, answers, strict=True))
+
+        return _asked(self.model, text, [*before, picture], read)
+
+    def validate(self, history: History) -> Validation:
+        """See `Verifier`."""
+        text = template("validate").format(request=history.item.prompt, pictures=_numbered(history.path))
+
+        def read(data: dict[str, Any]) -> Validation:
+            accepted, back, gaps = data.get("accepted"), data.get("roll_back_to"), _texts(data, "gaps")
+            if not isinstance(accepted, bool):
+                raise TurnError(f"accepted must be true or false, got {accepted!r}")
+            if accepted and gaps:
+                raise TurnError(f"accepted, but with gaps: {'; '.join(gaps)}")
+            if back is not None and (type(back) is not int or back not in history.path):
+                raise TurnError(f"roll_back_to is {back!r}; it must be null or one of {_numbered(history.path)}")
+            return Validation(accepted, gaps, str(data.get("feedback", "")), back)
+
+        return _asked(self.model, text, [history.pictures[number] for number in history.path], read)
+
+
+@dataclass(frozen=True)
+class PromptedJudge:
+    """Compares two pictures."""
+
+    model: VisionLanguageModel
+
+    def prefer(self, prompt: str, first: Picture, second: Picture, seed: int) -> Literal["first", "second", "neither"]:
+        """See `Judge`."""
+
+        def read(data: dict[str, Any]) -> Literal["first", "second", "neither"]:
+            better = str(data.get("better", "")).strip().lower()
+            for choice in ("first", "second", "neither"):
+                if better == choice:
+                    return choice
+            raise TurnError(f"better is {better!r}; it must be first, second or neither")
+
+        return _asked(self.model, template("judge").format(request=prompt), [first, second], read, seed)
+
+
+@dataclass(frozen=True)
+class PromptedTranslator:
+    """Tells what was done as the loop's controller would have, and writes the proxy prompts."""
+
+    model: VisionLanguageModel
+
+    def replies(self, history: History) -> tuple[str, ...]:
+        """See `Translator`."""
+        count = len(history.path) + 1
+        text = template("replies").format(
+            request=history.item.prompt,
+            events=told(_on_path(history)),
+            pictures=_numbered(history.path),
+            count=count,
+        )
+
+        def read(data: dict[str, Any]) -> tuple[str, ...]:
+            texts = _texts(data, "texts")
+            if len(texts) != count:
+                raise TurnError(f"{len(texts)} texts; there must be {count}")
+            return (*(each + IMAGE_GEN for each in texts[:-1]), texts[-1] + TERMINATE)
+
+        return _asked(self.model, text, [history.pictures[number] for number in history.path], read, max_tokens=4096)
+
+    def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
+        """See `Translator`; one call for each picture."""
+        return tuple(self._proxy(history, place) for place in range(len(history.path)))
+
+    def _proxy(self, history: History, place: int) -> ProxyPrompts:
+        known = history.path[: place + 1]
+        events = [event for event in _on_path(history) if event.picture is None or event.picture in known]
+        text = template("proxies").format(request=history.item.prompt, events=told(events))
+
+        def read(data: dict[str, Any]) -> ProxyPrompts:
+            p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
+            if not isinstance(p_t2i, str) or not p_t2i.strip() or not isinstance(p_i2i, str):
+                raise TurnError("p_t2i must be a text that is not empty, p_i2i a text")
+            if not isinstance(i_ref, list) or not all(number in known[:-1] for number in i_ref):
+                raise TurnError(
+                    f"i_ref is {i_ref!r}; it must list earlier pictures, of {_numbered(known[:-1]) or 'none'}"
+                )
+            if bool(p_i2i.strip()) != bool(place) or bool(i_ref) != bool(place):
+                raise TurnError("p_i2i and i_ref belong to every picture but the first")
+            return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(history.path.index(number) for number in i_ref))
+
+        return _asked(self.model, text, [history.pictures[number] for number in known], read)
+
+
+def template(name: str) -> str:
+    """The text of a template, with its fields in braces."""
+    return resources.files(__package__).joinpath("templates", f"{name}.md").read_text(encoding="utf-8")
+
+
+def told(events: Sequence[Event]) -> str:
+    """What happened, for models to read: one paragraph for each event."""
+    lines = []
+    for event in events:
+        if event.turn is None:
+            continue
+        action = event.turn.action
+        what = getattr(action, "prompt", "")
+        lines.append(
+            f"{action.name}{f' -> picture {event.picture}' if event.picture is not None else ''}: {what}".strip(" :")
+        )
+        lines.append(f"  because: {event.turn.reason}")
+        lines += [f"  {check.question} {'yes' if check.passed else 'no'} ({check.evidence})" for check in event.checks]
+        if event.validation is not None:
+            gaps = "; ".join(event.validation.gaps) or "none"
+            lines.append(f"  accepted: {event.validation.accepted}; gaps: {gaps}. {event.validation.feedback}".rstrip())
+    return "\n".join(lines)
+
+
+def _asked(
+    model: VisionLanguageModel,
+    text: str,
+    pictures: Sequence[Picture],
+    read: Callable[[dict[str, Any]], Read],
+    seed: int = 0,
+    max_tokens: int = 1024,
+) -> Read:
+    """Asks, reads, and asks once more if it could not be read. Raises: TurnError if it still cannot."""
+    answer = model.ask(Question(_chat(text, len(pictures)), pictures, max_tokens, 0.0, seed, is_json=True)).text
+    try:
+        return read(read_json_object(answer))
+    except TurnError as error:
+        again = f"{text}\nYour last answer could not be used: {error}\n"
+        seed = derive_seed(seed, "again")
+        answer = model.ask(Question(_chat(again, len(pictures)), pictures, max_tokens, 0.7, seed, is_json=True)).text
+        return read(read_json_object(answer))
+
+
+def _chat(text: str, pictures: int) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(pictures)]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
+
+
+def _references(history: History, turn: Turn) -> list[Picture]:
+    numbers = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
+    return [history.pictures[number] for number in numbers]
+
+
+def _on_path(history: History) -> list[Event]:
+    return [event for event in history.events if event.picture is None or event.picture in history.path]
+
+
+def _numbered(path: Sequence[int]) -> str:
+    return ", ".join(map(str, path))
+
+
+def _check(question: str, answer: Any) -> Check:
+    said = str(answer.get("answer", "") if isinstance(answer, dict) else answer).strip().lower()
+    if said not in ("yes", "no"):
+        raise TurnError(f"the answer to {question!r} is {json.dumps(answer)[:80]}; it must be yes or no")
+    return Check(question, said == "yes", str(answer.get("evidence", "")) if isinstance(answer, dict) else "")
+
+
+def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
+    values = data.get(name)
+    if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
+        raise TurnError(f"{name} must be a list of texts that are not empty, got {json.dumps(values)[:80]}")
+    return tuple(value.strip() for value in values)

@@ -1,0 +1,189 @@
+"""Roles played by a language model: what it is asked, what is made of its answers, and what is asked again."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, Turn, TurnError
+from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.prompted_roles import (
+    PromptedDirector,
+    PromptedJudge,
+    PromptedTranslator,
+    PromptedVerifier,
+    template,
+)
+from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
+from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.reasoning.tools import Answer
+from tests.data.engine.test_engine import Painter, item
+
+PICTURES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
+TURN = Turn("empty", "begin", InitialGeneration("a red circle"))
+EDIT = Turn("a circle", "a star lacks", ImageEdit("add a star", (0,)))
+HISTORY = History(
+    PromptItem("one", "a red circle and a star"),
+    PICTURES[:2],
+    (0, 1),
+    (Event("generate_base_image", TURN, 0, (Check("Is there a circle?", True, "red"),)), Event("inspect", EDIT, 1)),
+)
+
+
+class Scripted:
+    """Answers what it was given, one after another, and keeps what it was asked."""
+
+    name = "scripted"
+
+    def __init__(self, *answers):
+        self.answers, self.asked = list(answers), []
+
+    def ask(self, question):
+        self.asked.append(question)
+        answer = self.answers.pop(0)
+        return Answer(answer if isinstance(answer, str) else json.dumps(answer))
+
+    def text(self, number=-1):
+        return self.asked[number].messages[0]["content"][-1]["text"]
+
+
+@pytest.mark.parametrize("name", ["director", "checklist", "check", "validate", "judge", "replies", "proxies"])
+def test_templates_have_fields_and_the_braces_of_their_example(name):
+    fields = set(re.findall(r"(?<!\{)\{(\w+)\}(?!\})", template(name)))
+    filled = template(name).format(**dict.fromkeys(fields, "x"))
+    assert re.search(r"\{\s*\"\w+\":", filled)
+    assert "{{" not in filled
+
+
+def test_the_director_sees_the_path_the_log_and_what_was_wrong():
+    model = Scripted("whatever it says")
+    failed = History(HISTORY.item, HISTORY.pictures, (0, 1), (*HISTORY.events, Event("refine", error="no JSON object")))
+    text = PromptedDirector(model).turn(failed, "refine", ("IMAGE_EDIT", "RESULT_VALIDATION"), seed=7)
+    assert text == "whatever it says"
+    asked = model.asked[0]
+    assert (len(asked.images), asked.seed, asked.is_json) == (2, 7, True)
+    assert asked.temperature > 0
+    for part in ("a red circle and a star", "IMAGE_EDIT -> picture 1: add a star", "no JSON object", "0, 1", "refine"):
+        assert part in model.text()
+    assert "END_TRAJECTORY" not in model.text()
+
+
+def test_a_checklist_is_made_for_the_edit_and_answered_on_the_new_picture():
+    model = Scripted({"questions": ["Is there a star?", "Is the circle red?"]})
+    questions = PromptedVerifier(model).checklist(HISTORY, EDIT)
+    assert "add a star" in model.text()
+    assert len(model.asked[0].images) == 1
+    answers = [{"answer": "Yes", "evidence": "a star"}, {"answer": "no", "evidence": "it is blue"}]
+    model = Scripted({"answers": answers})
+    checks = PromptedVerifier(model).check(HISTORY, EDIT, questions, PICTURES[2])
+    assert checks == (Check("Is there a star?", True, "a star"), Check("Is the circle red?", False, "it is blue"))
+    assert model.asked[0].images[-1] is PICTURES[2]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("It looks fine to me.", "no JSON object"),
+        ({"answers": [{"answer": "yes"}]}, "1 answers to 2 questions"),
+        ({"answers": ["yes", "maybe"]}, "must be yes or no"),
+        ({"answers": "yes"}, "no answers"),
+    ],
+)
+def test_an_answer_that_cannot_be_read_is_asked_for_once_more(wrong, said):
+    questions = ("Is there a star?", "Is the circle red?")
+    model = Scripted(wrong, {"answers": ["yes", "no"]})
+    checks = PromptedVerifier(model).check(HISTORY, TURN, questions, PICTURES[0])
+    assert [check.passed for check in checks] == [True, False]
+    assert said in model.text(1)
+    assert model.asked[0].seed != model.asked[1].seed
+    with pytest.raises(TurnError, match=said):
+        PromptedVerifier(Scripted(wrong, wrong)).check(HISTORY, TURN, questions, PICTURES[0])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"accepted": "true", "gaps": []}, "true or false"),
+        ({"accepted": True, "gaps": ["a star"]}, "accepted, but with gaps"),
+        ({"accepted": False, "gaps": ["a star"], "roll_back_to": 2}, "one of 0, 1"),
+        ({"accepted": False, "gaps": "a star"}, "list of texts"),
+    ],
+)
+def test_a_validation_that_contradicts_itself_is_refused(wrong, said):
+    with pytest.raises(TurnError, match=said):
+        PromptedVerifier(Scripted(wrong, wrong)).validate(HISTORY)
+    right = {"accepted": False, "gaps": ["a star"], "feedback": "add it", "roll_back_to": 0}
+    assert PromptedVerifier(Scripted(wrong, right)).validate(HISTORY).roll_back_to == 0
+
+
+def test_a_judge_says_one_of_three_words():
+    assert PromptedJudge(Scripted({"better": " Second "})).prefer("p", *PICTURES[:2], 0) == "second"
+    with pytest.raises(TurnError, match="first, second or neither"):
+        PromptedJudge(Scripted({"better": "both"}, {"better": "A"})).prefer("p", *PICTURES[:2], 0)
+
+
+def test_proxy_prompts_name_earlier_pictures_of_the_path():
+    first = {"p_t2i": "a red circle", "p_i2i": "", "i_ref": []}
+    second = {"p_t2i": "a red circle and a star", "p_i2i": "add a star", "i_ref": [0]}
+    found = PromptedTranslator(Scripted(first, second)).proxies(HISTORY)
+    assert [proxy.i_ref for proxy in found] == [(), (0,)]
+    for wrong in ({**second, "i_ref": [1]}, {**second, "p_i2i": ""}, {**second, "p_t2i": " "}):
+        with pytest.raises(TurnError):
+            PromptedTranslator(Scripted(first, wrong, wrong)).proxies(HISTORY)
+
+
+class Truthful:
+    """A model that knows the shapes world and answers the templates as its exact roles do."""
+
+    name = "truthful"
+
+    def __init__(self, one):
+        self.crew, self.history = shapes_crew(one), None
+
+    def ask(self, question):
+        text = question.messages[0]["content"][-1]["text"]
+        if text.startswith("You make a picture"):
+            allowed = tuple(re.findall(r"^- (\w+):", text, re.MULTILINE))
+            return Answer(self.crew.director.turn(self.history, "inspect", allowed, 0))
+        if text.startswith("An image tool"):
+            return Answer(json.dumps({"questions": self.crew.verifier.checklist(self.history, None)}))
+        if "Answer each of these questions" in text:
+            questions = tuple(re.findall(r"^\d+\. (.*)$", text, re.MULTILINE))
+            checks = self.crew.verifier.check(self.history, None, questions, question.images[-1])
+            answers = [{"answer": "yes" if check.passed else "no", "evidence": check.evidence} for check in checks]
+            return Answer(json.dumps({"answers": answers}))
+        if "Tell it again" in text:
+            return Answer(json.dumps({"texts": [strip_action(r) for r in self.crew.translator.replies(self.history)]}))
+        if "write two short texts" in text:
+            proxy = self.crew.translator.proxies(self.history)[len(question.images) - 1]
+            return Answer(json.dumps({"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": list(proxy.i_ref)}))
+        found = self.crew.verifier.validate(self.history)
+        return Answer(json.dumps({"accepted": found.accepted, "gaps": list(found.gaps), "feedback": found.feedback}))
+
+
+class Watching:
+    """Hands the history that a role was called with to the model that plays it."""
+
+    def __init__(self, role, model):
+        self.role, self.model = role, model
+
+    def __getattr__(self, name):
+        def call(history, *arguments, **options):
+            self.model.history = history
+            return getattr(self.role, name)(history, *arguments, **options)
+
+        return call
+
+
+def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make():
+    one = item(1)
+    model = Truthful(one)
+    roles = (PromptedDirector(model), PromptedVerifier(model), PromptedTranslator(model))
+    told = synthesize(one, Crew(*(Watching(role, model) for role in roles)), Painter(), seed=2)
+    exact = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=2)
+    assert told.record, told.detail
+    assert told.record.trajectory == exact.record.trajectory
+    assert told.record.proxies == exact.record.proxies
+    assert told.record.checklists == exact.record.checklists
