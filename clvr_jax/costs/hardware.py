@@ -157,13 +157,16 @@ def planning_devices(topology: Topology) -> list[Any]:
         return devices[: topology.devices]
     if importlib.util.find_spec("libtpu") is None:
         raise ClvrError(f"{topology.name}: compiling for TPUs needs libtpu; `pip install libtpu`, no TPU is needed")
-    for name, value in _COMPILER_ONLY.items():
-        os.environ.setdefault(name, value)
+    added = {name: value for name, value in _COMPILER_ONLY.items() if name not in os.environ}
+    os.environ.update(added)
     try:
         return topologies.get_topology_desc(topology.name, "tpu").devices
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ClvrError(f"{topology.name}: libtpu does not compile for it: {reason}") from error
+    finally:
+        for name in added:  # processes that are started from here are no TPU hosts
+            del os.environ[name]
 
 
 @dataclass(frozen=True)

@@ -66,11 +66,10 @@ def virtual_devices(count: int) -> dict[str, str]:
     With NPROC, the number of cores that XLA believes in, there are always threads left. A busy machine may still be
     slow: XLA's patience of 40 seconds is raised.
     """
-    return {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count} "
-        "--xla_cpu_collective_call_terminate_timeout_seconds=600",
-        "NPROC": str(4 * count),
-    }
+    flags = os.environ.get("XLA_FLAGS", "").split()
+    ours = ("--xla_force_host_platform_device_count", "--xla_cpu_collective_call_terminate_timeout_seconds")
+    kept = [flag for flag in flags if not flag.startswith(ours)]
+    return {"XLA_FLAGS": " ".join([*kept, f"{ours[0]}={count}", f"{ours[1]}=600"]), "NPROC": str(4 * count)}
 
 
 def _is_managed() -> bool:
