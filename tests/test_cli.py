@@ -15,7 +15,7 @@ from clvr_jax.cli import COMMANDS, main
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
 
-RECIPE = str(Path(__file__).parent / "training" / "line_recipe.py")
+LINE = str(Path(__file__).parent / "training" / "line_recipe.py")
 PROMPT = "a red circle left of a blue star"
 RECIPE = '''
 """Learns a vector. Second sentence."""
@@ -170,8 +170,8 @@ def test_help_is_quick_and_has_an_example(command):
         (["sample", "a \udcff circle"], "UTF-8"),
         (["train"], "CONFIG"),
         (["plan"], "CONFIG"),
-        (["plan", RECIPE], "--topology"),
-        (["plan", RECIPE, "--topology", "v7:4x4"], "v5e:AxB"),
+        (["plan", LINE], "--topology"),
+        (["plan", LINE, "--topology", "v7:4x4"], "v5e:AxB"),
         (["eval", "geneval", "--model", "m", "--out", "o"], "'geneval'"),
         (["eval", "shapes", "--model", "m"], "--out"),
         (["eval", "shapes", "--model", "m", "--out", "o", "--split", "train"], "'train'"),
