@@ -27,10 +27,10 @@ demo: $(VENV)/.core  ## a dense prompt through the closed loop, into out/demo/in
 	$(BIN)/clvr generate "$(PROMPT)" --model shapes-tiny --out out/demo
 
 test: $(VENV)/.test  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.test  ## without the tests marked slow
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m 'not slow'
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 check: $(VENV)/.test  ## format, lint, types
 	$(BIN)/ruff format --check .

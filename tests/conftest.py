@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 from clvr_jax.training.distributed import virtual_devices
 
 # A program for a TPU may be compiled, but none is here to be looked for.
@@ -10,3 +12,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Most of the time goes into compiling small programs, which run once or twice.
 os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ.update(virtual_devices(8))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no worker is left alone with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
