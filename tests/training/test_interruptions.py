@@ -22,9 +22,8 @@ CLUSTER = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--process
 pytestmark = pytest.mark.slow
 
 
-def run(command, out, *options, env=None):
-    done = [*command, "--out", str(out), *options]
-    return subprocess.run(done, capture_output=True, text=True, timeout=300, env=env)
+def run(command, out, *options):
+    return subprocess.run([*command, "--out", str(out), *options], capture_output=True, text=True, timeout=300)
 
 
 def start(command, out, *options):
