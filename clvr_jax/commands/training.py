@@ -1,5 +1,6 @@
 """`clvr train` and `clvr plan`: commands whose options a recipe decides."""
 
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class RecipeCommand:
+class RecipeCommand(abc.ABC):
     """A command on a recipe, which may change what the recipe says."""
 
     NAME: ClassVar[str]
@@ -33,9 +34,9 @@ class RecipeCommand:
         recipe = _load_recipe(self.config)
         return self.run_recipe(recipe, recipe.config)
 
+    @abc.abstractmethod
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
         """Does it with another config than the recipe's own."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

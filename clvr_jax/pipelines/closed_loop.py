@@ -15,7 +15,7 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.events import Event
-from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
 from clvr_jax.reasoning.trajectory import Trajectory
 
@@ -62,7 +62,7 @@ class Flux2Drawer(Drawer):
         """See `Drawer`."""
         output = self._pipeline.draw_each(
             [request.text for request in requests],
-            [[_pil(image) for image in request.images] for request in requests],
+            [[as_pil(image) for image in request.images] for request in requests],
             [request.seed for request in requests],
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
@@ -119,7 +119,7 @@ class ClosedLoopPipeline:
         """
         began = time.monotonic()
         (trajectory,) = self.run([prompt], [seed], Budget(max_steps=max_steps), nfe=nfe, on_event=on_event)
-        image = None if trajectory.image is None else _pil(trajectory.image)
+        image = None if trajectory.image is None else as_pil(trajectory.image)
         return ClosedLoopOutput(image, trajectory, trajectory.nfe, time.monotonic() - began)
 
     def run(
@@ -139,7 +139,3 @@ class ClosedLoopPipeline:
         steps = None if nfe is None else self.flux.steps_for(nfe)
         drawer = Flux2Drawer(self.flux, steps)
         return loop.run(prompts, chosen, drawer, budget, seeds, on_event, model=self.model)
-
-
-def _pil(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))

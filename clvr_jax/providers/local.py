@@ -16,7 +16,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.providers.answers import json_object
 from clvr_jax.providers.batching import Gathered
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.tools import (
     Answer,
     ImageTask,
@@ -186,7 +186,7 @@ class LocalImageTool(ImageTool):
         try:
             check_prompt(task.prompt)
             picture, nfe = self._gathered(
-                dataclasses.replace(task, references=[_pil(each) for each in task.references])
+                dataclasses.replace(task, references=[as_pil(each) for each in task.references])
             )
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
@@ -206,7 +206,7 @@ class LocalImageTool(ImageTool):
             height, width = task.size
             output = self._pipeline(
                 task.prompt,
-                [_pil(image) for image in task.references],
+                [as_pil(image) for image in task.references],
                 height=height,
                 width=width,
                 seed=task.seed,
@@ -216,14 +216,10 @@ class LocalImageTool(ImageTool):
         if together:
             output = self._pipeline.draw_each(
                 [tasks[index].prompt for index in together],
-                [[_pil(image) for image in tasks[index].references] for index in together],
+                [[as_pil(image) for image in tasks[index].references] for index in together],
                 [tasks[index].seed for index in together],
                 **self._sampler,
             )
             pictures = [(pixels(image), output.nfe) for image in output.images]
             made.update(zip(together, pictures, strict=True))
         return [made[index] for index in range(len(tasks))]
-
-
-def _pil(picture: Picture) -> Image.Image:
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))

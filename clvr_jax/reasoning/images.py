@@ -25,6 +25,11 @@ def pixels(picture: Picture) -> np.ndarray:
     return picture
 
 
+def as_pil(picture: Picture) -> Image.Image:
+    """The picture as a PIL image; one that is none yet is checked as `pixels` does."""
+    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))
+
+
 def encode_png(picture: Picture) -> bytes:
     """The picture as the bytes of an RGB PNG file."""
     buffer = io.BytesIO()

@@ -91,7 +91,7 @@ class Trial:
     def summary(self) -> str:
         """The name and what came of it, for a line of progress."""
         report = self.report
-        return f"{self.name}: {self.reason or ''}" if report is None else f"{self.name}: {report.headline}"
+        return f"{self.name}: {self.reason if report is None else report.headline}"
 
     def to_json(self) -> dict[str, Any]:
         """In types that JSON has."""
