@@ -13,7 +13,6 @@ from PIL import Image
 
 from clvr_jax.data.text import check_prompt
 from clvr_jax.errors import ClvrError
-from clvr_jax.providers.answers import json_object
 from clvr_jax.providers.batching import Gathered
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import as_pil, pixels
@@ -101,8 +100,7 @@ class LocalVisionLanguageModel(VisionLanguageModel):
     def ask(self, question: Question) -> Answer:
         """See `VisionLanguageModel`.
 
-        Raises: ProviderError "rejected" for a chat that the pipeline cannot read, "malformed" if JSON is due and the
-          answer is none.
+        Raises: ProviderError "rejected" for a chat that the pipeline cannot read.
         """
         began = time.monotonic()
         try:
@@ -118,11 +116,6 @@ class LocalVisionLanguageModel(VisionLanguageModel):
             output_tokens=len(self._pipeline.tokenizer(text)["input_ids"]),
             seconds=time.monotonic() - began,
         )
-        if question.is_json:
-            found = json_object(text)
-            if found is None:
-                raise ProviderError(f"{self._name}: the answer is no JSON object ({text[:80]!r})", "malformed", usage)
-            text = found
         return Answer(text, usage)
 
     def close(self) -> None:

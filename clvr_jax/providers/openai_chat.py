@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
-from clvr_jax.providers.answers import json_object
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import Picture, encode_png
@@ -20,8 +19,7 @@ _JSON_MODE_WORDS = ("response_format", "json_object", "json mode")
 class OpenAIVisionLanguageModel(VisionLanguageModel):
     """A model behind `/chat/completions`; may be asked from many threads at once.
 
-    Pictures are sent as base64 PNG, every one with every question. What the server does not enforce itself (JSON) is
-    checked here.
+    Pictures are sent as base64 PNG, every one with every question.
 
     Args:
       endpoint: where it is served, and how it may be called.
@@ -126,8 +124,7 @@ def png_url(picture: Picture) -> str:
 def read_completion(body: Mapping[str, Any], question: Question, prices: Prices) -> tuple[str, Usage]:
     """The text of a chat completion, and its price.
 
-    Raises: Failure "refused" for a refusal or a content filter, "malformed" if there is no text, or no JSON where it is
-      due.
+    Raises: Failure "refused" for a refusal or a content filter, "malformed" if there is no text.
     """
     told = body.get("usage")
     told = told if isinstance(told, dict) else {}
@@ -148,11 +145,6 @@ def read_completion(body: Mapping[str, Any], question: Question, prices: Prices)
     # The same question would be answered the same way, and paid again: no retry, the caller may ask otherwise.
     if not isinstance(content, str) or not content.strip():
         raise Failure(f"the answer is empty{cut}", "malformed", usage=usage)
-    if question.is_json:
-        found = json_object(content)
-        if found is None:
-            raise Failure(f"the answer is no JSON object{cut} ({content[:1000]!r})", "malformed", usage=usage)
-        content = found
     return content, usage
 
 

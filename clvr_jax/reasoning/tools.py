@@ -68,7 +68,8 @@ class Question:
 
     messages: text and {"type": "image"} parts, see `reasoning.context`. images: one for each of those parts, in order.
     max_tokens: of the answer. temperature: 0 is greedy. seed: 31-bit; the same question with another seed may be
-    answered otherwise. is_json: the answer must be one JSON object; providers that can, enforce it.
+    answered otherwise. is_json: one JSON object is asked for; providers that can, enforce it. Who asks reads the answer
+    all the same (`answers.read_json_object`), and may ask again.
     """
 
     messages: Sequence[Message]

@@ -113,23 +113,6 @@ def test_a_chat_that_cannot_be_read_never_gets_into_a_batch():
     model.close()
 
 
-def test_prose_where_json_is_due_is_malformed():
-    model = LocalVisionLanguageModel(EchoChat(), "echo")
-    with pytest.raises(ProviderError) as caught:
-        model.ask(question("prose", is_json=True))
-    assert caught.value.fault == "malformed"
-    assert caught.value.usage.output_tokens == 4
-    model.close()
-
-
-def test_json_passes():
-    chat = EchoChat()
-    chat.chat_all = lambda *_: ['```json\n{"ok": 1}\n```']
-    model = LocalVisionLanguageModel(chat, "echo")
-    assert model.ask(question("json", is_json=True)).text == '{"ok": 1}'
-    model.close()
-
-
 def test_tasks_are_drawn_together_each_from_its_own_seed():
     flux = FlatFlux()
     tool = LocalImageTool(flux, "flat", steps=3, guidance=1.5, max_batch=6, wait=2)

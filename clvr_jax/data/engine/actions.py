@@ -7,21 +7,15 @@ A turn is one JSON object: what it perceives, why it acts, and one action with i
 Source of the toolkit: arXiv 2605.14876, trajectory synthesis.
 """
 
-import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.answers import AnswerError, read_json_object
 
 ActionName = Literal["INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY"]
 ACTIONS: tuple[ActionName, ...] = ("INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY")
 _LONGEST_PROMPT = 8000
-
-
-class TurnError(ClvrError):
-    """A turn that cannot be carried out; the message says why, in words that a model can act on."""
 
 
 @dataclass(frozen=True)
@@ -74,31 +68,17 @@ def read_turn(text: str, allowed: tuple[ActionName, ...], pictures: int) -> Turn
       text: the model's answer; a code fence around the object, or words before and after it, are put up with.
       allowed: actions of the state it is in.
       pictures: how many there are to refer to.
-    Raises: TurnError for no object, another action than those allowed, or parameters that make no sense.
+    Raises: AnswerError for no object, another action than those allowed, or parameters that make no sense.
     """
     data = read_json_object(text)
     perceive, reason = (_text(data, name) for name in ("perceive", "reason"))
     name = data.get("action")
     if name not in allowed:
-        raise TurnError(f"action is {name!r}; now it must be one of {', '.join(allowed)}")
+        raise AnswerError(f"action is {name!r}; now it must be one of {', '.join(allowed)}")
     parameters = data.get("parameters", {})
     if not isinstance(parameters, dict):
-        raise TurnError(f"parameters must be an object, got {type(parameters).__name__}")
+        raise AnswerError(f"parameters must be an object, got {type(parameters).__name__}")
     return Turn(perceive, reason, _action(name, parameters, pictures))
-
-
-def read_json_object(text: str) -> dict[str, Any]:
-    """The one JSON object in a model's answer. Raises: TurnError if there is none, or it is cut off."""
-    fenced = re.search(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL)
-    start = text.find("{")
-    if start < 0:
-        raise TurnError(f"no JSON object in the answer {' '.join(text.split())[:80]!r}")
-    try:
-        # What follows the object is ignored.
-        data, _ = json.JSONDecoder().raw_decode(fenced[1] if fenced else text[start:])
-    except ValueError as error:
-        raise TurnError(f"the JSON object cannot be read ({error})") from error
-    return data
 
 
 def to_json(turn: Turn) -> dict[str, Any]:
@@ -120,27 +100,27 @@ def _action(name: ActionName, parameters: Mapping[str, Any], pictures: int) -> A
     known = {"INITIAL_GENERATION": {"prompt"}, "IMAGE_EDIT": {"prompt", "ref_img_list"}}.get(name, set())
     if surplus := sorted(parameters.keys() - known):
         takes = f"takes {', '.join(sorted(known))}" if known else "takes no parameters"
-        raise TurnError(f"{name} {takes}, got also {', '.join(surplus)}")
+        raise AnswerError(f"{name} {takes}, got also {', '.join(surplus)}")
     if name == "RESULT_VALIDATION":
         return ResultValidation()
     if name == "END_TRAJECTORY":
         return EndTrajectory()
     prompt = _text(parameters, "prompt")
     if len(prompt) > _LONGEST_PROMPT:
-        raise TurnError(f"the prompt has {len(prompt)} characters; at most {_LONGEST_PROMPT}")
+        raise AnswerError(f"the prompt has {len(prompt)} characters; at most {_LONGEST_PROMPT}")
     if name == "INITIAL_GENERATION":
         return InitialGeneration(prompt)
     references = parameters.get("ref_img_list")
     is_list = isinstance(references, list) and all(type(number) is int for number in references)
     if not is_list or not references:
-        raise TurnError(f"ref_img_list must be a list of picture numbers, not empty, got {references!r}")
+        raise AnswerError(f"ref_img_list must be a list of picture numbers, not empty, got {references!r}")
     if len(set(references)) != len(references) or not all(0 <= number < pictures for number in references):
-        raise TurnError(f"ref_img_list is {references}; it must name different pictures of 0..{pictures - 1}")
+        raise AnswerError(f"ref_img_list is {references}; it must name different pictures of 0..{pictures - 1}")
     return ImageEdit(prompt, tuple(references))
 
 
 def _text(data: Mapping[str, Any], name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not value.strip():
-        raise TurnError(f"{name} must be a text that is not empty, got {value!r}")
+        raise AnswerError(f"{name} must be a text that is not empty, got {value!r}")
     return value.strip()

@@ -11,39 +11,37 @@ loop, with proxy prompts for every step.
 Source: arXiv 2605.14876, trajectory synthesis. Seeds, retries and the order of the checks are ours.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, TurnError, read_turn
+from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, read_turn
 from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
 from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse
+from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made
 from clvr_jax.reasoning.trajectory import ACCEPTED, Step, Trajectory, Verdict, package_versions
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]
 STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept")
 """How far a prompt came: a first picture that passed, all pictures passed, the result accepted, preferred, told."""
 
-Draw = Callable[[str, tuple[Picture, ...], int], Picture]
-"""(prompt, references, seed) -> picture."""
-
 
 @dataclass(frozen=True)
 class Settings:
     """max_turns: of the director, failed ones included. max_pictures: drawn at most, so references are fewer.
     verify: whether pictures are checked (passive verification); without it only for measuring what it is worth.
-    model, versions: recorded with every trajectory."""
+    versions: recorded with every trajectory."""
 
     max_turns: int = 24
     max_pictures: int = 8
     verify: bool = True
     machine: Mapping[StateName, State] = field(default_factory=lambda: MACHINE)
-    model: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -66,20 +64,22 @@ class _DiscardedError(Exception):
         self.reason = reason
 
 
-def synthesize(item: PromptItem, crew: Crew, draw: Draw, settings: Settings | None = None, seed: int = 0) -> Outcome:
+def synthesize(
+    item: PromptItem, crew: Crew, image_tool: ImageTool, settings: Settings | None = None, seed: int = 0
+) -> Outcome:
     """Makes the trajectory of one prompt.
 
     Args:
       item: the prompt.
       crew: who plays the roles for it.
-      draw: the image tool.
+      image_tool: what draws.
       settings: budgets.
       seed: of the run; with the prompt's id it decides every other seed, so that a prompt gives the same wherever and
         whenever it is worked on.
     Returns: the outcome; what a role or the image tool raises as ClvrError discards the trajectory and is told there.
     """
     settings = settings or Settings()
-    making = _Making(item, crew, draw, settings, derive_seed(seed, item.id))
+    making = _Making(item, crew, image_tool, settings, derive_seed(seed, item.id))
     try:
         return Outcome(item, making.record(), "kept", history=making.history)
     except _DiscardedError as why:
@@ -91,12 +91,11 @@ def synthesize(item: PromptItem, crew: Crew, draw: Draw, settings: Settings | No
 class _Making:
     """A trajectory while it is made."""
 
-    def __init__(self, item: PromptItem, crew: Crew, draw: Draw, settings: Settings, seed: int):
+    def __init__(self, item: PromptItem, crew: Crew, image_tool: ImageTool, settings: Settings, seed: int):
         self.history = History(item)
         self.stage: Stage | None = None
-        self._crew, self._draw, self._settings, self._seed = crew, draw, settings, seed
-        self._checks: dict[int, tuple[Check, ...]] = {}
-        self._references: dict[int, tuple[int, ...]] = {}
+        self._crew, self._image_tool, self._settings, self._seed = crew, image_tool, settings, seed
+        self._made: list[Made] = []
 
     def record(self) -> TrajectoryRecord:
         """Runs the machine to its end. Raises: _DiscardedError."""
@@ -131,7 +130,7 @@ class _Making:
                 turn.action, ResultValidation | EndTrajectory
             ):
                 raise _DiscardedError("budget", f"more than {self._settings.max_pictures} pictures")
-        except TurnError as error:
+        except AnswerError as error:
             self._note(Event(state, error=str(error)))
             return state, str(error)
         following = self._settings.machine[state].actions[turn.action.name]
@@ -151,8 +150,8 @@ class _Making:
         references = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
         assert not isinstance(turn.action, ResultValidation | EndTrajectory)
         shown = tuple(self.history.pictures[reference] for reference in references)
-        picture = self._draw(turn.action.prompt, shown, derive_seed(self._seed, "draw", number))
-        made = len(self.history.pictures)
+        made = self._draw(turn.action.prompt, shown, derive_seed(self._seed, "draw", number))
+        picture, place = made.image, len(self.history.pictures)
         checks: tuple[Check, ...] = ()
         if self._settings.verify:
             questions = self._crew.verifier.checklist(self.history, turn)
@@ -162,10 +161,10 @@ class _Making:
                     "provider", f"a checklist of {len(questions)} questions got {len(checks)} answers"
                 )
         self.history = replace(
-            self.history, pictures=(*self.history.pictures, picture), path=(*self.history.path, made)
+            self.history, pictures=(*self.history.pictures, picture), path=(*self.history.path, place)
         )
-        self._checks[made], self._references[made] = checks, references
-        self._note(Event(state, turn, made, checks))
+        self._made.append(made)
+        self._note(Event(state, turn, place, checks))
         if failed := [check for check in checks if not check.passed]:
             raise _DiscardedError(
                 "passive verification", "; ".join(f"{one.question}: {one.evidence}" for one in failed)
@@ -190,7 +189,7 @@ class _Making:
             return
         prompt, result = self.history.item.prompt, self.history.latest
         assert result is not None
-        baseline = self._draw(prompt, (), derive_seed(self._seed, "baseline"))
+        baseline = self._draw(prompt, (), derive_seed(self._seed, "baseline")).image
         for number, judge in enumerate(self._crew.judges):
             seed = derive_seed(self._seed, "judge", number)
             said = judge.prefer(prompt, result, baseline, seed), judge.prefer(prompt, baseline, result, seed)
@@ -223,6 +222,8 @@ class _Making:
                 tuple(range(number)),
                 history.pictures[picture],
                 Verdict(following.unmet or (), following.reasoning),
+                nfe=self._made[picture].usage.nfe,
+                seconds=self._made[picture].usage.seconds,
             )
             for number, (one, following, picture) in enumerate(zip(read, read[1:], path, strict=False))
         ]
@@ -230,14 +231,19 @@ class _Making:
             history.item.prompt,
             (*steps, Step(read[-1].reasoning, TERMINATE)),
             ACCEPTED,
-            self._settings.model,
+            self._image_tool.name,
             self._seed,
             {**package_versions(), **self._settings.versions},
+            sum(made.usage.seconds for made in self._made),
         )
-        checklists = [[[check.question, check.evidence] for check in self._checks[picture]] for picture in path]
+        checks = {event.picture: event.checks for event in history.events}
+        checklists = [[[check.question, check.evidence] for check in checks[picture]] for picture in path]
         return TrajectoryRecord(
             history.item.id, trajectory, history.item.metadata, (*checklists, None), (*proxies, None)
         )
+
+    def _draw(self, prompt: str, references: tuple[Picture, ...], seed: int) -> Made:
+        return self._image_tool.draw(ImageTask(prompt, references, seed=seed))
 
     def _note(self, event: Event) -> None:
         self.history = replace(self.history, events=(*self.history.events, event))

@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any, Literal, TypeVar
 
-from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn, TurnError, read_json_object
+from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn
 from clvr_jax.data.engine.roles import Check, Event, History, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.reasoning.tools import Question, VisionLanguageModel
@@ -73,7 +74,7 @@ class PromptedVerifier:
         def read(data: dict[str, Any]) -> tuple[str, ...]:
             questions = _texts(data, "questions")
             if not 1 <= len(questions) <= _MOST_QUESTIONS:
-                raise TurnError(f"{len(questions)} questions; there must be 1 to {_MOST_QUESTIONS}")
+                raise AnswerError(f"{len(questions)} questions; there must be 1 to {_MOST_QUESTIONS}")
             return questions
 
         return _asked(self.model, text, _references(history, turn), read)
@@ -89,7 +90,7 @@ class PromptedVerifier:
             answers = data.get("answers")
             if not isinstance(answers, list) or len(answers) != len(questions):
                 found = len(answers) if isinstance(answers, list) else "no"
-                raise TurnError(f"{found} answers to {len(questions)} questions")
+                raise AnswerError(f"{found} answers to {len(questions)} questions")
             return tuple(_check(question, answer) for question, answer in zip(questions, answers, strict=True))
 
         return _asked(self.model, text, [*before, picture], read)
@@ -101,11 +102,11 @@ class PromptedVerifier:
         def read(data: dict[str, Any]) -> Validation:
             accepted, back, gaps = data.get("accepted"), data.get("roll_back_to"), _texts(data, "gaps")
             if not isinstance(accepted, bool):
-                raise TurnError(f"accepted must be true or false, got {accepted!r}")
+                raise AnswerError(f"accepted must be true or false, got {accepted!r}")
             if accepted and gaps:
-                raise TurnError(f"accepted, but with gaps: {'; '.join(gaps)}")
+                raise AnswerError(f"accepted, but with gaps: {'; '.join(gaps)}")
             if back is not None and (type(back) is not int or back not in history.path):
-                raise TurnError(f"roll_back_to is {back!r}; it must be null or one of {_numbered(history.path)}")
+                raise AnswerError(f"roll_back_to is {back!r}; it must be null or one of {_numbered(history.path)}")
             return Validation(accepted, gaps, str(data.get("feedback", "")), back)
 
         return _asked(self.model, text, [history.pictures[number] for number in history.path], read)
@@ -125,7 +126,7 @@ class PromptedJudge:
             for choice in ("first", "second", "neither"):
                 if better == choice:
                     return choice
-            raise TurnError(f"better is {better!r}; it must be first, second or neither")
+            raise AnswerError(f"better is {better!r}; it must be first, second or neither")
 
         return _asked(self.model, template("judge").format(request=prompt), [first, second], read, seed)
 
@@ -149,7 +150,7 @@ class PromptedTranslator:
         def read(data: dict[str, Any]) -> tuple[str, ...]:
             texts = _texts(data, "texts")
             if len(texts) != count:
-                raise TurnError(f"{len(texts)} texts; there must be {count}")
+                raise AnswerError(f"{len(texts)} texts; there must be {count}")
             return (*(each + IMAGE_GEN for each in texts[:-1]), texts[-1] + TERMINATE)
 
         return _asked(self.model, text, [history.pictures[number] for number in history.path], read, max_tokens=4096)
@@ -166,13 +167,13 @@ class PromptedTranslator:
         def read(data: dict[str, Any]) -> ProxyPrompts:
             p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
             if not isinstance(p_t2i, str) or not p_t2i.strip() or not isinstance(p_i2i, str):
-                raise TurnError("p_t2i must be a text that is not empty, p_i2i a text")
+                raise AnswerError("p_t2i must be a text that is not empty, p_i2i a text")
             if not isinstance(i_ref, list) or not all(number in known[:-1] for number in i_ref):
-                raise TurnError(
+                raise AnswerError(
                     f"i_ref is {i_ref!r}; it must list earlier pictures, of {_numbered(known[:-1]) or 'none'}"
                 )
             if bool(p_i2i.strip()) != bool(place) or bool(i_ref) != bool(place):
-                raise TurnError("p_i2i and i_ref belong to every picture but the first")
+                raise AnswerError("p_i2i and i_ref belong to every picture but the first")
             return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(history.path.index(number) for number in i_ref))
 
         return _asked(self.model, text, [history.pictures[number] for number in known], read)
@@ -210,11 +211,11 @@ def _asked(
     seed: int = 0,
     max_tokens: int = 1024,
 ) -> Read:
-    """Asks, reads, and asks once more if it could not be read. Raises: TurnError if it still cannot."""
+    """Asks, reads, and asks once more if it could not be read. Raises: AnswerError if it still cannot."""
     answer = model.ask(Question(_chat(text, len(pictures)), pictures, max_tokens, 0.0, seed, is_json=True)).text
     try:
         return read(read_json_object(answer))
-    except TurnError as error:
+    except AnswerError as error:
         again = f"{text}\nYour last answer could not be used: {error}\n"
         seed = derive_seed(seed, "again")
         answer = model.ask(Question(_chat(again, len(pictures)), pictures, max_tokens, 0.7, seed, is_json=True)).text
@@ -242,12 +243,12 @@ def _numbered(path: Sequence[int]) -> str:
 def _check(question: str, answer: Any) -> Check:
     said = str(answer.get("answer", "") if isinstance(answer, dict) else answer).strip().lower()
     if said not in ("yes", "no"):
-        raise TurnError(f"the answer to {question!r} is {json.dumps(answer)[:80]}; it must be yes or no")
+        raise AnswerError(f"the answer to {question!r} is {json.dumps(answer)[:80]}; it must be yes or no")
     return Check(question, said == "yes", str(answer.get("evidence", "")) if isinstance(answer, dict) else "")
 
 
 def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
     values = data.get(name)
     if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
-        raise TurnError(f"{name} must be a list of texts that are not empty, got {json.dumps(values)[:80]}")
+        raise AnswerError(f"{name} must be a list of texts that are not empty, got {json.dumps(values)[:80]}")
     return tuple(value.strip() for value in values)

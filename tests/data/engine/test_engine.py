@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, TurnError, read_turn, to_json
+from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, read_turn, to_json
 from clvr_jax.data.engine.engine import STAGES, Settings, synthesize
 from clvr_jax.data.engine.roles import Crew, PromptItem, Validation
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.reasoning.tools import Made, ProviderError, Usage
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.metadata import parse_metadata
@@ -35,16 +37,34 @@ class Painter:
     def __init__(self, wrong=0):
         self.wrong, self.calls, self.objects = wrong, [], 0
 
-    def __call__(self, prompt, references, seed):
-        self.calls.append((prompt, len(references), seed))
-        before = detect(references[-1]) if references else ()
-        rng, things = np.random.default_rng(seed), []
-        for one in apply_edits(before, parse_edits(prompt.splitlines()[-1])):
+    name = "painter"
+
+    def draw(self, task):
+        self.calls.append((task.prompt, len(task.references), task.seed))
+        before = detect(task.references[-1]) if task.references else ()
+        rng, things = np.random.default_rng(task.seed), []
+        for one in apply_edits(before, parse_edits(task.prompt.splitlines()[-1])):
             self.objects += 1
             is_wrong = self.wrong and self.objects % self.wrong == 0
             color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
             things.append(place(color, one.shape, one.cell, rng))
-        return render(Scene(tuple(things)))
+        return Made(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))
+
+
+class OneShot(Painter):
+    """As good in one shot as with many."""
+
+    def __init__(self, prompt, result):
+        super().__init__()
+        self.prompt, self.result = prompt, result
+
+    def draw(self, task):
+        return Made(self.result) if task.prompt == self.prompt else super().draw(task)
+
+
+class Down(Painter):
+    def draw(self, task):
+        raise ProviderError("image tool: 429, tried 5 times", "limited")
 
 
 def test_a_turn_is_read_as_it_was_written():
@@ -78,13 +98,13 @@ def test_a_turn_is_read_as_it_was_written():
 )
 def test_what_is_wrong_with_a_turn_is_said_in_words(changes, said):
     data = {"perceive": "a", "reason": "b", "action": "IMAGE_EDIT", "parameters": {"prompt": "c", "ref_img_list": [0]}}
-    with pytest.raises(TurnError, match=said):
+    with pytest.raises(AnswerError, match=said):
         read_turn(json.dumps({**data, **changes}), ("IMAGE_EDIT",), 3)
 
 
 @pytest.mark.parametrize("text", ["", "I would rather paint a cat.", '{"perceive": "a", "reas', "[1, 2]"])
 def test_answers_without_an_object_are_refused(text):
-    with pytest.raises(TurnError, match="JSON object"):
+    with pytest.raises(AnswerError, match="JSON object"):
         read_turn(text, ("IMAGE_EDIT",), 3)
 
 
@@ -109,6 +129,7 @@ def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step
     assert check(detect(last_picture := drawn[-1].image), parse_metadata(one.metadata)).correct
     assert last.image is None
     assert last_picture is record.trajectory.image
+    assert record.trajectory.nfe == 4 * len(drawn)
     canvas = ()
     for step, proxy, checklist in zip(drawn, record.proxies, record.checklists, strict=False):
         edits = parse_edits(step.reasoning)
@@ -145,11 +166,10 @@ def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_i
 
 def test_what_one_shot_draws_as_well_is_no_reason_for_a_trajectory():
     one = item(0)
-    paint = Painter()
-    done = synthesize(one, shapes_crew(one, judges=0), paint, seed=1)
+    done = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=1)
     result = done.record.trajectory.image
     crew = shapes_crew(one)
-    outcome = synthesize(one, crew, lambda p, r, s: result if p == one.prompt else paint(p, r, s), seed=1)
+    outcome = synthesize(one, crew, OneShot(one.prompt, result), seed=1)
     assert (outcome.record, outcome.stage, outcome.reason) == (None, "accepted", "consensus")
     assert STAGES.index("accepted") < STAGES.index("preferred")
 
@@ -209,11 +229,7 @@ def test_budgets_and_providers_that_fail_are_told_apart():
     crew = shapes_crew(one)
     assert synthesize(one, crew, Painter(), Settings(max_pictures=1)).reason == "budget"
     assert synthesize(one, crew, Painter(), Settings(max_turns=2)).reason == "budget"
-
-    def down(prompt, references, seed):
-        raise ClvrError("image tool: 429, tried 5 times")
-
-    outcome = synthesize(one, crew, down)
+    outcome = synthesize(one, crew, Down())
     assert (outcome.reason, outcome.detail) == ("provider", "image tool: 429, tried 5 times")
     with pytest.raises(ClvrError):
         shapes_crew(PromptItem("x", "a cat", {"tag": "cat"}))

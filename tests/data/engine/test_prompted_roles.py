@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, Turn, TurnError
+from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, Turn
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.prompted_roles import (
     PromptedDirector,
@@ -18,6 +18,7 @@ from clvr_jax.data.engine.prompted_roles import (
 from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.tools import Answer
 from tests.data.engine.test_engine import Painter, item
 
@@ -98,7 +99,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more(wrong, said):
     assert [check.passed for check in checks] == [True, False]
     assert said in model.text(1)
     assert model.asked[0].seed != model.asked[1].seed
-    with pytest.raises(TurnError, match=said):
+    with pytest.raises(AnswerError, match=said):
         PromptedVerifier(Scripted(wrong, wrong)).check(HISTORY, TURN, questions, PICTURES[0])
 
 
@@ -112,7 +113,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more(wrong, said):
     ],
 )
 def test_a_validation_that_contradicts_itself_is_refused(wrong, said):
-    with pytest.raises(TurnError, match=said):
+    with pytest.raises(AnswerError, match=said):
         PromptedVerifier(Scripted(wrong, wrong)).validate(HISTORY)
     right = {"accepted": False, "gaps": ["a star"], "feedback": "add it", "roll_back_to": 0}
     assert PromptedVerifier(Scripted(wrong, right)).validate(HISTORY).roll_back_to == 0
@@ -120,7 +121,7 @@ def test_a_validation_that_contradicts_itself_is_refused(wrong, said):
 
 def test_a_judge_says_one_of_three_words():
     assert PromptedJudge(Scripted({"better": " Second "})).prefer("p", *PICTURES[:2], 0) == "second"
-    with pytest.raises(TurnError, match="first, second or neither"):
+    with pytest.raises(AnswerError, match="first, second or neither"):
         PromptedJudge(Scripted({"better": "both"}, {"better": "A"})).prefer("p", *PICTURES[:2], 0)
 
 
@@ -130,7 +131,7 @@ def test_proxy_prompts_name_earlier_pictures_of_the_path():
     found = PromptedTranslator(Scripted(first, second)).proxies(HISTORY)
     assert [proxy.i_ref for proxy in found] == [(), (0,)]
     for wrong in ({**second, "i_ref": [1]}, {**second, "p_i2i": ""}, {**second, "p_t2i": " "}):
-        with pytest.raises(TurnError):
+        with pytest.raises(AnswerError):
             PromptedTranslator(Scripted(first, wrong, wrong)).proxies(HISTORY)
 
 
