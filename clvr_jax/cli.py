@@ -18,14 +18,17 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
-from clvr_jax.commands.training import Plan, RecipeCommand, Train, parse_recipe_command
+from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.commands.synthesis import Synth
+from clvr_jax.commands.training import Plan, Train
 from clvr_jax.errors import ClvrError, UsageError
 
-Command = Generate | Sample | Train | Plan | Eval | Convert
+Command = Generate | Sample | Train | Synth | Plan | Eval | Convert
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
     "sample": Sample,
     "train": Train,
+    "synth": Synth,
     "plan": Plan,
     "eval": Eval,
     "convert": Convert,

@@ -1,42 +1,19 @@
-"""`clvr train` and `clvr plan`: commands whose options a recipe decides."""
+"""`clvr train` and `clvr plan`."""
 
-import abc
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from clvr_jax.arguments import read_arguments
-from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Flags, Folder, Result
+from clvr_jax.commands.recipe_command import RecipeCommand
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.training.plan import Trial
     from clvr_jax.training.recipes import Recipe
-
-
-@dataclass(frozen=True)
-class RecipeCommand(abc.ABC):
-    """A command on a recipe, which may change what the recipe says."""
-
-    NAME: ClassVar[str]
-    EXAMPLE: ClassVar[str]
-    OVERRIDE: ClassVar[str]
-
-    config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """Recipe: a Python file with CONFIG and task(config); it comes before the options."""
-
-    def run(self) -> Result:
-        """Does it as the recipe says."""
-        recipe = _load_recipe(self.config)
-        return self.run_recipe(recipe, recipe.config)
-
-    @abc.abstractmethod
-    def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
-        """Does it with another config than the recipe's own."""
 
 
 @dataclass(frozen=True)
@@ -117,33 +94,3 @@ class Plan(RecipeCommand):
         if best[0].report is None:
             raise ClvrError(f"{recipe.name} on {self.topology}: nothing fits; {best[0].summary}")
         return Result({"trials": [trial.to_json() for trial in best]}, trials_table(best))
-
-
-Kind = TypeVar("Kind", bound=RecipeCommand)
-
-
-def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
-    """Reads the recipe first, since it says which options there are."""
-    prog = f"clvr {kind.NAME}"
-    path = next((argument for argument in arguments if not argument.startswith("-")), None)
-    if path is None:
-        return read_arguments(kind, arguments, prog, kind.__doc__, kind.EXAMPLE)
-    recipe = _load_recipe(Path(path))
-    options: Any = Annotated[type(recipe.config), tyro.conf.arg(name="")]
-
-    @dataclass(frozen=True)
-    class OnRecipe(kind):  # type: ignore[valid-type, misc]
-        config_with_overrides: options = field(default_factory=lambda: recipe.config)
-
-        def run(self) -> Result:
-            return self.run_recipe(recipe, self.config_with_overrides)
-
-    description = f"{path}: {recipe.description}"
-    return read_arguments(OnRecipe, arguments, prog, description, f"{prog} {path} {kind.OVERRIDE}")
-
-
-def _load_recipe(path: Path) -> "Recipe":
-    prepare_jax()
-    from clvr_jax.training.recipes import load_recipe
-
-    return load_recipe(path)

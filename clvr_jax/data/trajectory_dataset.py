@@ -27,19 +27,24 @@ SPLIT = "train"
 
 
 def write_dataset(
-    folder: Path, trajectories: Iterable[Trajectory | TrajectoryRecord], *, shard_bytes: int = 2**28
+    folder: Path,
+    trajectories: Iterable[Trajectory | TrajectoryRecord],
+    *,
+    shard_bytes: int = 2**28,
+    overwrite: bool = False,
 ) -> int:
     """Writes a dataset completely or not at all, one trajectory at a time.
 
     Args:
-      folder: must not exist yet, or be empty.
+      folder: must not exist yet, or be empty, unless `overwrite` is set; then it is replaced once the new one is
+        complete.
       trajectories: a bare trajectory is named after its place.
       shard_bytes: a shard is closed once it holds this many.
     Returns: number of trajectories written.
     Raises: ClvrError, one line, if there is nothing to write, `folder` is taken or the disk is full; nothing is left
       behind then, nor after an error of the iterable.
     """
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ClvrError(f"{folder}: already exists; choose another place or remove it")
     import tensorflow_datasets as tfds  # slow to import
 

@@ -153,9 +153,14 @@ class Trajectory:
 
         Raises: ClvrError, one line, if the folder cannot be written; nothing is left behind then.
         """
+        folder = Path(folder)
+        _write_folder(folder, self.files())
+        return folder
+
+    def files(self) -> dict[str, bytes]:
+        """The files of a saved trajectory, by name; `trajectory.json` is the last."""
         from clvr_jax.reasoning.page import render
 
-        folder = Path(folder)
         files = {
             name: encode_png(step.image)
             for name, step in zip(_image_names(self.steps), self.steps, strict=True)
@@ -165,9 +170,7 @@ class Trajectory:
         # A prompt from the command line may hold bytes that are no UTF-8 (lone surrogates); the backslash form is
         # JSON's own.
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n"
-        files["trajectory.json"] = text.encode("utf-8", "backslashreplace")
-        _write_folder(folder, files)
-        return folder
+        return {**files, "trajectory.json": text.encode("utf-8", "backslashreplace")}
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str]) -> Trajectory:

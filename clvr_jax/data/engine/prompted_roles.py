@@ -11,7 +11,7 @@ from importlib import resources
 from typing import Any, Literal, TypeVar
 
 from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn
-from clvr_jax.data.engine.roles import Check, Event, History, Validation
+from clvr_jax.data.engine.roles import Check, Crew, Event, History, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
@@ -177,6 +177,18 @@ class PromptedTranslator:
             return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(history.path.index(number) for number in i_ref))
 
         return _asked(self.model, text, [history.pictures[number] for number in known], read)
+
+
+def prompted_crew(
+    director: VisionLanguageModel, verifier: VisionLanguageModel, judges: Sequence[VisionLanguageModel] = ()
+) -> Crew:
+    """All roles by models; the director tells at the end what was done."""
+    return Crew(
+        PromptedDirector(director),
+        PromptedVerifier(verifier),
+        PromptedTranslator(director),
+        tuple(map(PromptedJudge, judges)),
+    )
 
 
 def template(name: str) -> str:

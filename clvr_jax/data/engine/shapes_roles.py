@@ -12,7 +12,7 @@ from typing import Any, Literal
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.roles import Check, Crew, History, PromptItem, Validation
 from clvr_jax.data.engine.states import StateName
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.context import drawing_text
@@ -36,6 +36,19 @@ def shapes_crew(item: PromptItem, *, judges: int = 2) -> Crew:
     """
     exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata)
     return Crew(exact, exact, exact, (exact,) * judges)
+
+
+def right_pictures(record: TrajectoryRecord) -> tuple[bool, ...]:
+    """For each picture that a record keeps whether it is what was asked for, told from the pictures alone."""
+    before: Reading | tuple[()] = ()
+    right = []
+    for step in record.trajectory.drawings:
+        assert step.image is not None
+        wanted = {(one.color, one.shape, one.cell) for one in apply_edits(before, parse_edits(step.reasoning))}
+        before = _read(step.image)
+        seen = {(one.color, one.shape, one.cell) for one in before.objects}
+        right.append(seen == wanted and not before.unclear)
+    return tuple(right)
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.tools import Answer
-from tests.data.engine.test_engine import Painter, item
+from tests.data.engine.painter import Painter, item
 
 PICTURES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
 TURN = Turn("empty", "begin", InitialGeneration("a red circle"))

@@ -1,0 +1,87 @@
+"""`clvr synth`: the data engine."""
+
+import logging
+import webbrowser
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.recipe_command import RecipeCommand
+from clvr_jax.errors import ClvrError, UsageError
+
+
+@dataclass(frozen=True)
+class Synth(RecipeCommand):
+    """Makes verified trajectories of a recipe's prompts. A run that was stopped goes on where it was."""
+
+    NAME: ClassVar = "synth"
+    EXAMPLE: ClassVar = "clvr synth configs/shapes_synth.py --count 200 --out runs/synth"
+    OVERRIDE: ClassVar = "--count 200 --out runs/synth"
+
+    out: Folder = None
+    """Folder for outcomes, dataset, statistics and card; runs/NAME-OF-RECIPE if not given."""
+    inspect: str = ""
+    """Number (from 0, in the order of ids) or id of a finished prompt whose page is opened; nothing is made."""
+    sharegpt: Folder = None
+    """Write what was kept to this folder as ShareGPT records, too."""
+    common: Flags = field(default_factory=Common)
+
+    @staticmethod
+    def load(path: Path) -> Any:
+        """A recipe of the data engine."""
+        prepare_jax()
+        from clvr_jax.data.engine.recipes import load_synth_recipe
+
+        return load_synth_recipe(path)
+
+    def run_recipe(self, recipe: Any, config: Any) -> Result:
+        """Makes them, or shows one."""
+        from clvr_jax.data.engine.card import headline
+        from clvr_jax.data.engine.run import DATASET, PAGE, synthesize_dataset
+        from clvr_jax.data.engine.sharegpt import write_sharegpt
+        from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+
+        out = self.out or Path("runs") / recipe.name
+        if self.inspect:
+            return self._inspect(recipe, config, out)
+        if self.sharegpt is not None and self.sharegpt.exists():
+            raise UsageError(f"--sharegpt {self.sharegpt}: exists already; choose another name or remove it")
+        _load_beam(self.common.debug)
+        found = synthesize_dataset(recipe, config, out)
+        if self.sharegpt is not None:
+            write_sharegpt((record for _, record in TrajectoryDataset(out / DATASET).scan()), self.sharegpt)
+        return Result({**found, "out": str(out)}, f"{headline(found)}\n{out / DATASET}  {out / PAGE}")
+
+    def _inspect(self, recipe: Any, config: Any, out: Path) -> Result:
+        from clvr_jax.data.engine.run import open_run
+
+        store = open_run(recipe, config, out)
+        ids = sorted(store.ids())
+        if self.inspect in ids:
+            id = self.inspect
+        elif self.inspect.isdecimal() and int(self.inspect) < len(ids):
+            id = ids[int(self.inspect)]
+        else:
+            raise UsageError(f"--inspect {self.inspect}: {out} has {len(ids)} finished prompts, and none of that name")
+        finished, trajectory = store.read(id), store.trajectory(id)
+        if trajectory is None:
+            raise ClvrError(f"{id}: discarded before anything was drawn ({finished.reason}: {finished.detail})")
+        page = trajectory.save(out / "inspected" / id) / "index.html"
+        webbrowser.open(page.absolute().as_uri())
+        return Result({**finished.content, "page": str(page)}, str(page))
+
+
+def _load_beam(debug: bool) -> None:
+    """Imports Apache Beam without what it has to say; errors of workers reach us anyhow.
+
+    Raises: ClvrError if it is not installed.
+    """
+    logging.getLogger("apache_beam").setLevel(logging.INFO if debug else logging.CRITICAL)
+    logging.disable(logging.WARNING)  # it complains on the root logger about what it does not find
+    try:
+        import apache_beam  # noqa: F401
+    except ImportError as error:
+        raise ClvrError("clvr synth needs Apache Beam: pip install 'clvr-jax[synth]'") from error
+    finally:
+        logging.disable(logging.NOTSET)

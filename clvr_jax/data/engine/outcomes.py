@@ -1,0 +1,210 @@
+"""Finished prompts on disk: one zip file for each, written whole or not at all, so that a run can be killed anywhere.
+
+    outcomes/3f/shapes-00017.zip:  outcome.json, and trajectory/ as a saved trajectory, index.html included
+
+What was kept and what was discarded lie side by side; a discarded one tells how far it came and why it went no further.
+The folder may be a bucket (gs://...), where the workers of a Beam runner can all reach it.
+"""
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import uuid
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from etils import epath
+
+from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, to_json
+from clvr_jax.data.engine.engine import Outcome
+from clvr_jax.data.engine.roles import Event, History
+from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
+
+_FORMAT = 1
+_JSON, _TRAJECTORY = "outcome.json", "trajectory"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What outcome.json says of a finished prompt.
+
+    stage, reason, detail: see `engine.Outcome`. usage: by role. seconds: from its first call to its last.
+    pictures, steps: drawn in all, and kept. record: whether there is one. content: all of it.
+    """
+
+    id: str
+    stage: str | None
+    reason: str
+    detail: str
+    usage: Mapping[str, Mapping[str, float]]
+    seconds: float
+    pictures: int
+    steps: int
+    turns: int
+    content: Mapping[str, Any]
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether it made a trajectory."""
+        return self.stage == "kept"
+
+
+class OutcomeStore:
+    """The outcomes in a folder, by the ids of their prompts."""
+
+    def __init__(self, folder: str | os.PathLike[str]):
+        self.folder = epath.Path(folder)
+
+    def path(self, id: str) -> epath.Path:
+        """Where an outcome lies; spread over 256 folders, since there may be many."""
+        return self.folder / hashlib.sha256(id.encode()).hexdigest()[:2] / f"{id}.zip"
+
+    def __contains__(self, id: str) -> bool:
+        return self.path(id).exists()
+
+    def write(self, outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float) -> None:
+        """Keeps an outcome. Raises: ClvrError, one line, if it cannot be written; then nothing is left behind."""
+        path = self.path(outcome.item.id)
+        # On one machine a rename is what makes a file appear whole; in a bucket files always do.
+        temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(_packed(outcome, usage, seconds))
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise ClvrError(
+                f"{path}: cannot be written ({error.strerror or error}); finished prompts are kept, run it again"
+            ) from error
+
+    def ids(self) -> set[str]:
+        """All that are finished."""
+        if not self.folder.exists():
+            return set()
+        return {path.stem for shard in self.folder.iterdir() for path in shard.iterdir() if path.suffix == ".zip"}
+
+    def read(self, id: str) -> Finished:
+        """What is said of one. Raises: ClvrError if it is not there or cannot be read."""
+        with self._opened(id) as archive:
+            content = json.loads(archive.read(_JSON))
+        names = ("stage", "reason", "detail", "usage", "seconds", "pictures", "steps", "turns")
+        return Finished(id=id, content=content, **{name: content[name] for name in names})
+
+    def trajectory(self, id: str) -> Trajectory | None:
+        """How it went, for a page: what was kept as it is told, what was discarded as it happened, None if nothing was
+        drawn. Raises: as `read` does."""
+        with self._opened(id) as archive, tempfile.TemporaryDirectory() as folder:
+            names = [name for name in archive.namelist() if name.startswith(f"{_TRAJECTORY}/")]
+            if not names:
+                return None
+            archive.extractall(folder, names)
+            return Trajectory.load(Path(folder) / _TRAJECTORY)
+
+    def record(self, finished: Finished) -> TrajectoryRecord:
+        """The record of one that was kept. Raises: as `read` does."""
+        trajectory = self.trajectory(finished.id)
+        if trajectory is None or not finished.is_kept:
+            raise ClvrError(f"{self.path(finished.id)}: was not kept")
+        content = finished.content
+        proxies = tuple(
+            entry and ProxyPrompts(entry["p_t2i"], entry["p_i2i"], tuple(entry["i_ref"]))
+            for entry in content["proxies"]
+        )
+        return TrajectoryRecord(finished.id, trajectory, content["metadata"], tuple(content["checklists"]), proxies)
+
+    def _opened(self, id: str) -> zipfile.ZipFile:
+        path = self.path(id)
+        try:
+            return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+        except FileNotFoundError:
+            raise ClvrError(f"{path}: no such outcome") from None
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ClvrError(f"{path}: cannot be read ({error}); remove it, and the prompt is done again") from error
+
+
+def finished_outcomes(store: OutcomeStore) -> Iterator[Finished]:
+    """All of them, in the order of ids."""
+    return (store.read(id) for id in sorted(store.ids()))
+
+
+def _packed(outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float) -> bytes:
+    history = outcome.history or History(outcome.item)
+    record = outcome.record
+    trajectory = record.trajectory if record else as_it_happened(outcome)
+    content = {
+        "format": _FORMAT,
+        "id": outcome.item.id,
+        "prompt": outcome.item.prompt,
+        "metadata": dict(outcome.item.metadata),
+        "stage": outcome.stage,
+        "reason": outcome.reason,
+        "detail": outcome.detail,
+        "usage": usage,
+        "seconds": round(seconds, 4),
+        "pictures": len(history.pictures),
+        "steps": len(record.trajectory.drawings) if record else 0,
+        "turns": len(history.events),
+        "events": [_event_to_json(event) for event in history.events],
+        "checklists": record.checklists if record else (),
+        "proxies": [
+            proxy and {"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": proxy.i_ref}
+            for proxy in (record.proxies if record else ())
+        ],
+    }
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(_JSON, json.dumps(content, indent=1))
+        for name, data in trajectory.files().items() if trajectory else ():
+            archive.writestr(f"{_TRAJECTORY}/{name}", data)
+    return buffer.getvalue()
+
+
+def as_it_happened(outcome: Outcome) -> Trajectory | None:
+    """The pictures of a trajectory that was discarded, with what was thought and found; None if there are none."""
+    history = outcome.history
+    if history is None or not history.pictures:
+        return None
+    steps = []
+    for event in history.events:
+        if event.turn is None or event.picture is None:
+            continue
+        action = event.turn.action
+        assert isinstance(action, InitialGeneration | ImageEdit)
+        failed = tuple(f"{check.question} {check.evidence}" for check in event.checks if not check.passed)
+        steps.append(
+            Step(
+                f"{event.turn.perceive}\n{event.turn.reason}\n{action.prompt}",
+                IMAGE_GEN,
+                action.ref_img_list if isinstance(action, ImageEdit) else (),
+                history.pictures[event.picture],
+                Verdict(failed) if event.checks else None,
+                rolled_back=event.picture not in history.path,
+            )
+        )
+    return Trajectory(outcome.item.prompt, tuple(steps), GAVE_UP, error=f"{outcome.reason}: {outcome.detail}")
+
+
+def _event_to_json(event: Event) -> dict[str, Any]:
+    validation = event.validation
+    return {
+        "state": event.state,
+        "turn": to_json(event.turn) if event.turn else None,
+        "picture": event.picture,
+        "checks": [[check.question, check.passed, check.evidence] for check in event.checks],
+        "validation": validation
+        and {
+            "accepted": validation.accepted,
+            "gaps": validation.gaps,
+            "feedback": validation.feedback,
+            "roll_back_to": validation.roll_back_to,
+        },
+        "error": event.error,
+    }

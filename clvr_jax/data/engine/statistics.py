@@ -1,0 +1,108 @@
+"""What a run of the engine came to: how many prompts got how far, why the others did not, how long, at what price."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from clvr_jax.data.engine.engine import STAGES
+from clvr_jax.data.engine.outcomes import Finished
+
+_EXAMPLES = 3
+STAGE_NAMES = {
+    "drawn": "first picture right",
+    "verified": "every picture right",
+    "accepted": "result accepted",
+    "preferred": "preferred to one shot",
+    "kept": "told as a trajectory",
+}
+
+
+class Statistics:
+    """Adds up outcomes, one at a time; what has been added can be asked for at any moment."""
+
+    def __init__(self, refused: Mapping[str, int] | None = None):
+        self._refused = dict(refused or {})
+        self._finished = 0
+        self._reached: Counter[str] = Counter()
+        self._reasons: Counter[str] = Counter()
+        self._examples: dict[str, list[str]] = {}
+        self._lengths: Counter[int] = Counter()
+        self._pictures, self._turns, self._seconds = 0, 0, 0.0
+        self._usage: dict[str, Counter[str]] = {}
+        self._audited, self._wrong = 0, 0
+
+    def add(self, finished: Finished) -> None:
+        """Counts one outcome."""
+        self._finished += 1
+        if finished.stage is not None:
+            for stage in STAGES[: STAGES.index(finished.stage) + 1]:
+                self._reached[stage] += 1
+        if finished.is_kept:
+            self._lengths[finished.steps] += 1
+        else:
+            self._reasons[finished.reason] += 1
+            examples = self._examples.setdefault(finished.reason, [])
+            if len(examples) < _EXAMPLES:
+                examples.append(f"{finished.id}: {finished.detail}")
+        self._pictures += finished.pictures
+        self._turns += finished.turns
+        self._seconds += finished.seconds
+        for role, usage in finished.usage.items():
+            self._usage.setdefault(role, Counter()).update(usage)
+
+    def add_audit(self, right: Sequence[bool]) -> None:
+        """Counts the pictures of one kept trajectory by what a program says of them."""
+        self._audited += len(right)
+        self._wrong += len(right) - sum(right)
+
+    @property
+    def finished(self) -> int:
+        """Prompts that were worked on to their end."""
+        return self._finished
+
+    @property
+    def kept(self) -> int:
+        """Trajectories."""
+        return self._reached["kept"]
+
+    @property
+    def summary(self) -> str:
+        """In a few words, for the line of progress."""
+        if not self._finished:
+            return ""
+        worst = "".join(f", {count} {reason}" for reason, count in self._reasons.most_common(2))
+        return f"{self.kept} kept ({self.kept / self._finished:.1%}){worst}"
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it; shares are of the finished prompts."""
+        total: Counter[str] = Counter()
+        for usage in self._usage.values():
+            total.update(usage)
+        share = 1 / max(self._finished, 1)
+        return {
+            "prompts": self._finished,
+            "refused": self._refused,
+            "stages": {
+                stage: {"prompts": self._reached[stage], "share": self._reached[stage] * share} for stage in STAGES
+            },
+            "discarded": {
+                reason: {"prompts": count, "share": count * share, "examples": self._examples[reason]}
+                for reason, count in self._reasons.most_common()
+            },
+            "steps": {str(length): count for length, count in sorted(self._lengths.items())},
+            "pictures": self._pictures,
+            "turns": self._turns,
+            "usage": {role: dict(usage) for role, usage in sorted(self._usage.items())},
+            "total": dict(total),
+            "prompt_seconds": self._seconds,
+            "model_share": total["seconds"] / self._seconds if self._seconds else 0.0,
+            "audit": {"pictures": self._audited, "wrong": self._wrong} if self._audited else None,
+        }
+
+
+def statistics_of(outcomes: Iterable[Finished], refused: Mapping[str, int] | None = None) -> Statistics:
+    """Those of all outcomes."""
+    found = Statistics(refused)
+    for outcome in outcomes:
+        found.add(outcome)
+    return found

@@ -1,0 +1,112 @@
+"""Verified trajectories of your own prompts, with vision-language models and an image tool of your choice.
+
+Every role is a model behind an OpenAI-compatible endpoint or one of ours on this machine; docs/data-engine.md has the
+options for Gemini with Seedream as in the paper, for vLLM, and for our own Qwen3-VL and FLUX.2.
+
+    clvr synth configs/prompted_synth.py --prompts prompts.txt --out runs/synth
+
+The two judges should be different models: they must agree without knowing of each other.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+from clvr_jax.data.engine.intake import read_prompts
+from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.prompted_roles import prompted_crew
+from clvr_jax.data.engine.recipes import SynthConfig, Workshop
+from clvr_jax.data.engine.roles import Crew, PromptItem
+from clvr_jax.errors import UsageError
+from clvr_jax.providers.endpoint import Endpoint
+from clvr_jax.reasoning.tools import ImageTool, VisionLanguageModel
+
+_GEMINI = "https://generativelanguage.googleapis.com/v1beta/openai"
+_ARK = "https://ark.cn-beijing.volces.com/api/v3"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Which prompts, and who plays which role.
+
+    Attributes:
+      prompts: a prompt in each line, or JSON lines {"prompt", "id"?, "metadata"?}.
+      evaluation: files of the same form; what is in them, or nearly, is not worked on.
+      director: plans, acts, and tells at the end what was done.
+      verifier: makes the checklists and answers them; the first judge, too.
+      second_judge: the other one.
+      images: draws and edits.
+      image_size: height and width of pictures; what the server likes if empty.
+      image_references: how pictures are sent to be edited, see `OpenAIImageTool`.
+      local_vlm: folder or Hugging Face id of a Qwen3-VL that plays all roles here, in place of the endpoints.
+      local_images: folder or id of a FLUX.2 that draws here, in place of the endpoint.
+    """
+
+    synth: SynthConfig = SynthConfig()
+    prompts: Path = Path("prompts.txt")
+    evaluation: tuple[Path, ...] = ()
+    director: Endpoint = Endpoint("gemini-2.5-pro", _GEMINI, "GEMINI_API_KEY", max_in_flight=64)
+    verifier: Endpoint = Endpoint("gemini-2.5-pro", _GEMINI, "GEMINI_API_KEY", max_in_flight=64)
+    second_judge: Endpoint = Endpoint("doubao-seed-1-8", _ARK, "ARK_API_KEY", max_in_flight=64)
+    images: Endpoint = Endpoint("doubao-seedream-4-0", _ARK, "ARK_API_KEY", max_in_flight=64, timeout=300)
+    image_size: tuple[int, ...] = (1024, 1024)
+    image_references: str = "generations"
+    local_vlm: str = ""
+    local_images: str = ""
+
+    def __post_init__(self) -> None:
+        if len(self.image_size) not in (0, 2):
+            raise UsageError(f"image_size: height and width, or nothing; got {self.image_size}")
+
+
+CONFIG = Config()
+
+
+def prompts(config: Config) -> Iterator[PromptItem]:
+    """Those of the file."""
+    return read_prompts(config.prompts)
+
+
+def evaluation_prompts(config: Config) -> Iterator[str]:
+    """Those of all files."""
+    return (item.prompt for path in config.evaluation for item in read_prompts(path))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Models:
+    director: VisionLanguageModel
+    verifier: VisionLanguageModel
+    second_judge: VisionLanguageModel
+    image_tool: ImageTool
+
+    def crew(self, item: PromptItem, meter: Meter) -> Crew:
+        verifier = meter.model("verifier", self.verifier)
+        judges = meter.model("first judge", self.verifier), meter.model("second judge", self.second_judge)
+        return prompted_crew(meter.model("director", self.director), verifier, judges)
+
+
+def workshop(config: Config) -> Workshop:
+    """Connections to the endpoints, and models that are loaded here."""
+    if config.local_vlm:
+        from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+        from clvr_jax.providers.local import LocalVisionLanguageModel
+
+        local = LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(config.local_vlm), config.local_vlm)
+        models: tuple[VisionLanguageModel, ...] = (local, local, local)
+    else:
+        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+
+        models = tuple(map(OpenAIVisionLanguageModel, (config.director, config.verifier, config.second_judge)))
+    return _Models(*models, image_tool=_image_tool(config))
+
+
+def _image_tool(config: Config) -> ImageTool:
+    if config.local_images:
+        from clvr_jax.pipelines.flux2 import Flux2Pipeline
+        from clvr_jax.providers.local import LocalImageTool
+
+        return LocalImageTool(Flux2Pipeline.from_pretrained(config.local_images), config.local_images)
+    from clvr_jax.providers.openai_images import OpenAIImageTool
+
+    size = (config.image_size[0], config.image_size[1]) if config.image_size else None
+    return OpenAIImageTool(config.images, size=size, references=config.image_references)  # type: ignore[arg-type]

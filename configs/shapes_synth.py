@@ -1,0 +1,73 @@
+"""Verified trajectories of the shapes world, with the shipped drawing model as image tool.
+
+The planner of the world directs, its detector checks every picture and compares, its grammar tells what was done: all
+roles but the drawing are exact, so what the engine keeps and what it discards can be checked by a program.
+
+    clvr synth configs/shapes_synth.py --out runs/shapes_synth
+
+`--no-verify` in place of passive verification, and `--count` for fewer prompts.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.recipes import SynthConfig, Workshop
+from clvr_jax.data.engine.roles import Crew, PromptItem
+from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
+from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.providers.local import LocalImageTool
+from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts as shapes_evaluation_prompts
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """count: training prompts. model: shipped name or pipeline folder of the drawing model. steps: of its sampler, the
+    model's own if 0. batch: pictures drawn together at most."""
+
+    synth: SynthConfig = SynthConfig(in_flight=96)
+    count: int = 10_000
+    model: str = "shapes-tiny"
+    steps: int = 0
+    batch: int = 32
+
+
+CONFIG = Config()
+
+
+def prompts(config: Config) -> Iterator[PromptItem]:
+    """The first `count` training prompts of the seed."""
+    for number in range(config.count):
+        metadata = train_prompt(np.random.default_rng((config.synth.seed, number)))
+        yield PromptItem(f"shapes-{number:06d}", metadata["prompt"], metadata)
+
+
+def evaluation_prompts(config: Config) -> Iterator[str]:
+    """Both sets."""
+    for name in EVALUATION_SETS:
+        yield from (metadata["prompt"] for metadata in shapes_evaluation_prompts(name))
+
+
+def audit(record: TrajectoryRecord) -> Sequence[bool]:
+    """Whether each picture is what its step asked for, by the detector."""
+    return right_pictures(record)
+
+
+class _ShapesWorkshop:
+    def __init__(self, config: Config):
+        pipeline = Flux2Pipeline.from_pretrained(config.model)
+        self.image_tool = LocalImageTool(
+            pipeline, config.model, steps=config.steps or None, max_batch=config.batch, wait=0.02
+        )
+
+    def crew(self, item: PromptItem, meter: Meter) -> Crew:
+        return shapes_crew(item)
+
+
+def workshop(config: Config) -> Workshop:
+    """The drawing model, and the exact crew."""
+    return _ShapesWorkshop(config)

@@ -1,0 +1,39 @@
+"""An image tool of the shapes world that is a program, and prompts for it."""
+
+import numpy as np
+
+from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.reasoning.tools import Made, Usage
+from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
+from clvr_jax.worlds.shapes.prompts import train_prompt
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import COLORS, Scene, place
+
+
+def item(number, tag="complex"):
+    """A training prompt of the tag."""
+    rng = np.random.default_rng(number)
+    while (metadata := train_prompt(rng))["tag"] != tag:
+        pass
+    return PromptItem(f"{tag}-{number}", metadata["prompt"], metadata)
+
+
+class Painter:
+    """Does what the last line of the text asks for on the last reference; each `wrong`-th object has another color."""
+
+    def __init__(self, wrong=0):
+        self.wrong, self.calls, self.objects = wrong, [], 0
+
+    name = "painter"
+
+    def draw(self, task):
+        self.calls.append((task.prompt, len(task.references), task.seed))
+        before = detect(task.references[-1]) if task.references else ()
+        rng, things = np.random.default_rng(task.seed), []
+        for one in apply_edits(before, parse_edits(task.prompt.splitlines()[-1])):
+            self.objects += 1
+            is_wrong = self.wrong and self.objects % self.wrong == 0
+            color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
+            things.append(place(color, one.shape, one.cell, rng))
+        return Made(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))

@@ -1,0 +1,145 @@
+"""What is kept of a finished prompt comes back as it was, and what cannot be read or written is told."""
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.engine.card import dataset_card, headline, statistics_page
+from clvr_jax.data.engine.engine import Settings, synthesize
+from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.outcomes import OutcomeStore, finished_outcomes
+from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
+from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
+from clvr_jax.data.engine.statistics import statistics_of
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.images import pixels, read_png
+from clvr_jax.reasoning.tools import ProviderError, Usage
+from tests.data.engine.painter import Painter, item
+
+
+def made(store, number, wrong=0, **options):
+    one, meter = item(number), Meter()
+    outcome = synthesize(one, shapes_crew(one), meter.tool(Painter(wrong)), Settings(**options), seed=5)
+    store.write(outcome, meter.to_json(), 1.5)
+    return outcome
+
+
+def test_a_kept_outcome_gives_its_record_back(tmp_path):
+    store = OutcomeStore(tmp_path / "outcomes")
+    assert store.ids() == set()
+    outcome = made(store, 0)
+    assert outcome.item.id in store
+    assert store.ids() == {outcome.item.id}
+    finished = store.read(outcome.item.id)
+    assert (finished.stage, finished.is_kept, finished.seconds) == ("kept", True, 1.5)
+    assert finished.usage["draw"]["nfe"] == 4 * (finished.pictures + 1)  # and the baseline
+    record = store.record(finished)
+    assert record.proxies == outcome.record.proxies
+    assert list(record.checklists) == list(outcome.record.checklists)
+    assert record.metadata == outcome.record.metadata
+    assert record.trajectory == outcome.record.trajectory
+    for got, wanted in zip(record.trajectory.drawings, outcome.record.trajectory.drawings, strict=True):
+        np.testing.assert_array_equal(got.image, pixels(wanted.image))
+    assert right_pictures(record) == (True,) * finished.steps
+
+
+def test_a_discarded_outcome_shows_how_it_went_and_gives_no_record(tmp_path):
+    store = OutcomeStore(tmp_path)
+    outcome = made(store, 0, wrong=3)
+    finished, trajectory = store.read(outcome.item.id), store.trajectory(outcome.item.id)
+    assert (finished.is_kept, finished.reason) == (False, "passive verification")
+    assert trajectory.drawings[-1].verdict.unmet
+    assert trajectory.error.startswith("passive verification: Is ")
+    assert finished.content["events"][0]["turn"]["action"] == "INITIAL_GENERATION"
+    with pytest.raises(ClvrError, match="was not kept"):
+        store.record(finished)
+
+
+def test_pictures_that_are_not_what_was_asked_for_are_found_in_the_record(tmp_path):
+    store = OutcomeStore(tmp_path)
+    found = [made(store, number, wrong=5, verify=False) for number in range(10)]
+    kept = [outcome.record for outcome in found if outcome.record]
+    assert kept
+    assert not all(right for record in kept for right in right_pictures(record))
+
+
+def test_files_that_are_broken_or_absent_are_named(tmp_path):
+    store = OutcomeStore(tmp_path)
+    outcome = made(store, 1)
+    path = store.path(outcome.item.id)
+    path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(ClvrError, match=r"complex-1\.zip: cannot be read .* done again"):
+        store.read(outcome.item.id)
+    with pytest.raises(ClvrError, match="no such outcome"):
+        store.read("other")
+
+
+def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
+    store = OutcomeStore(tmp_path)
+    path_type = type(store.folder)
+    whole = path_type.write_bytes
+
+    def full(path, data):
+        whole(path, data[:100])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(path_type, "write_bytes", full)
+    with pytest.raises(ClvrError, match="No space left on device"):
+        made(store, 1)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_statistics_count_stages_reasons_and_prices(tmp_path):
+    store = OutcomeStore(tmp_path)
+    outcomes = [made(store, number, wrong=0 if number < 3 else 4) for number in range(6)]
+    statistics = statistics_of(finished_outcomes(store), {"empty": 2})
+    for outcome in outcomes:
+        if outcome.record:
+            statistics.add_audit(right_pictures(outcome.record))
+    found = statistics.to_json()
+    kept = sum(outcome.record is not None for outcome in outcomes)
+    assert 3 <= kept < 6
+    assert found["stages"]["kept"] == {"prompts": kept, "share": kept / 6}
+    assert sum(entry["prompts"] for entry in found["discarded"].values()) == 6 - kept
+    reached = [entry["prompts"] for entry in found["stages"].values()]
+    assert reached == sorted(reached, reverse=True)
+    assert sum(int(steps) * count for steps, count in found["steps"].items()) == found["audit"]["pictures"]
+    assert found["total"]["nfe"] == 4 * found["total"]["pictures"]
+    assert found["audit"]["wrong"] == 0
+    whole = {"recipe": "r<b>", "description": "d", "verified": True, "trajectories": kept, **found}
+    assert f"{kept} trajectories of 6 prompts" in headline(whole)
+    page, card = statistics_page(whole), dataset_card(whole)
+    assert "r&lt;b&gt;" in page
+    assert "r<b>" not in page
+    assert "| refused: empty | 2 |" in card
+    assert "Every picture passed its checklist" in card
+    assert "Every picture passed its checklist" not in dataset_card({**whole, "verified": False})
+
+
+def test_failed_calls_are_on_the_bill():
+    meter = Meter()
+
+    class Refusing(Painter):
+        def draw(self, task):
+            raise ProviderError("refused", "refused", Usage(calls=1, dollars=0.04, seconds=2.0))
+
+    one = item(0)
+    outcome = synthesize(one, shapes_crew(one), meter.tool(Refusing()))
+    assert outcome.reason == "provider"
+    assert meter.total.dollars == 0.04
+    assert meter.to_json() == {"draw": {"calls": 1, "seconds": 2.0, "dollars": 0.04}}
+
+
+def test_sharegpt_records_say_where_each_picture_stands(tmp_path):
+    store = OutcomeStore(tmp_path / "outcomes")
+    outcome = made(store, 2)
+    entry = sharegpt_entry(outcome.record)
+    said = entry["conversations"]
+    assert said[0] == {"from": "human", "value": outcome.item.prompt}
+    assert [turn["from"] for turn in said] == ["human", "gpt"] * (len(said) // 2)
+    assert all(turn["value"].endswith(IMAGE_GEN) for turn in said[1:-1:2])
+    assert said[-1]["value"].endswith(TERMINATE)
+    assert [turn["value"] for turn in said[2::2]] == [f"<IMG_GEN_{n + 1}>" for n in range(len(entry["images"]))]
+    assert write_sharegpt([outcome.record], tmp_path / "share") == 1
+    first = read_png(tmp_path / "share" / entry["images"][0])
+    np.testing.assert_array_equal(first, pixels(outcome.record.trajectory.drawings[0].image))
