@@ -6,50 +6,17 @@ Each command runs in a process of its own, whose peak resident memory the system
 """
 
 import argparse
-import json
-import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
-import numpy as np
-from clvr_jax.convert.families import FAMILIES
-from clvr_jax.convert.flux2_transformer import config_to_dict
-from clvr_jax.convert.tensors import FLOATS, Spec, lay_out, write_tensor
-
-from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
+from checkpoints import klein_4b, make_checkpoint, timed
 
 ALLOWED_GIB = 1.5
 TARGET = 0.6
-
-
-def make_checkpoint(folder: Path) -> list[Spec]:
-    """Random weights, finite and none zero, in shards as large as those of published checkpoints."""
-    config = config_to_dict(Flux2TransformerConfig.klein_4b())
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    family = next(family for family in FAMILIES if family.torch_class == config["_class_name"])
-    specs = [Spec(key, entry.torch_shape, FLOATS["bfloat16"]) for entry in family.entries(config) for key in entry.keys]
-    generator = np.random.default_rng(0)
-    for stored in lay_out(folder, specs, family.file_name).values():
-        bits = generator.integers(1, 1 << 16, stored.shape, np.uint16) & 0xBFFF  # exponents below those of NaN
-        write_tensor(stored, bits.view(stored.dtype))
-    return specs
-
-
-def timed(command: list[str]) -> tuple[float, float]:
-    """Seconds and peak resident memory in GiB of a command."""
-    began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(process.pid, 0)
-    seconds = time.perf_counter() - began
-    if status:
-        raise SystemExit(f"failed: {' '.join(command)}")
-    return seconds, usage.ru_maxrss / 2**20
 
 
 def main() -> None:
@@ -61,7 +28,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp(dir=options.folder))
     try:
         source, there, back, copy = (root / name for name in ("source", "jax", "torch", "copy"))
-        specs = make_checkpoint(source)
+        specs = make_checkpoint(source, klein_4b())
         size, largest = sum(spec.nbytes for spec in specs) / 2**30, max(spec.nbytes for spec in specs) / 2**30
         print(f"conversion: {len(specs)} tensors, {size:.1f} GiB, the largest {largest:.2f} GiB", flush=True)
         clvr = [sys.executable, "-m", "clvr_jax.cli", "convert"]

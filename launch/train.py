@@ -1,6 +1,6 @@
 """Trains a recipe as one process of several: start this once on every host.
 
-    python launch/train.py configs/shapes_base.py --out gs://bucket/run
+    python launch/train.py configs/shapes_base.py --out /bucket/run
 
 On TPU VMs, GKE and under SLURM the processes find each other. Elsewhere say who is who, on each host its own number:
 
