@@ -38,7 +38,7 @@ check: $(VENV)/.test  ## format, lint, types
 	$(BIN)/mypy
 
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
-	@for benchmark in $(BENCHMARKS); do $(BIN)/python $$benchmark || exit 1; done
+	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done
 
 # Each step goes on where it was stopped; each needs what those before it made.
 reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/

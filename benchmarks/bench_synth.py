@@ -1,0 +1,90 @@
+"""What the data engine costs beside the models it calls, and whether it keeps them busy.
+
+PYTHONPATH=. python benchmarks/bench_synth.py
+
+* Many prompts at once against an endpoint on loopback that answers after 200 ms: requests in flight, on average between
+  the first and the last quarter of all requests (the target is 50 of 64).
+* One prompt after another against the same endpoint: the share of the time that is not spent waiting for it (the target
+  is 5 %).
+
+The server is a process of its own.
+"""
+
+import argparse
+import dataclasses
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+from clvr_jax.configs import prompted_synth
+
+from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.outcomes import OutcomeStore
+from clvr_jax.data.engine.recipes import Workshop
+from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.providers.endpoint import Endpoint
+from tests.data.engine.obliging_server import answer
+from tests.providers.server import KEY, LoopbackServer
+
+
+def main() -> None:
+    """Prints both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, default=512)
+    parser.add_argument("--alone", type=int, default=8, help="prompts of the second measurement")
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=0.2, help="seconds before the endpoint answers")
+    options = parser.parse_args()
+    os.environ["LOOPBACK_KEY"] = KEY
+    context = multiprocessing.get_context("spawn")
+    ours, its = context.Pipe()
+    server = context.Process(target=_serve, args=(its, options.delay), daemon=True)
+    server.start()
+    endpoint = Endpoint("tiny", ours.recv() + "/v1", "LOOPBACK_KEY", max_in_flight=options.in_flight)
+    roles = dict.fromkeys(("director", "verifier", "second_judge", "images"), endpoint)
+    workshop = prompted_synth.workshop(dataclasses.replace(prompted_synth.CONFIG, **roles, image_size=(8, 8)))
+    with tempfile.TemporaryDirectory() as folder:
+        store = OutcomeStore(Path(folder))
+        with ThreadPoolExecutor(options.in_flight) as pool:
+            list(pool.map(partial(_one, workshop, store), range(options.prompts)))
+        ours.send("so far")
+        seen, peak = ours.recv()
+        times = np.sort(seen)
+        middle = times[len(times) // 4 : -len(times) // 4]
+        rate = (len(middle) - 1) / (middle[-1] - middle[0])
+        print(
+            f"{options.prompts} prompts, {options.in_flight} at once, {len(times)} requests of {options.delay} s: "
+            f"{rate * options.delay:.1f} in flight on average, {peak} at most"
+        )
+        seconds, of_models = np.sum([_one(workshop, store, -1 - number) for number in range(options.alone)], axis=0)
+    server.terminate()
+    print(f"one by one: {seconds / options.alone:.2f} s a prompt, {1 - of_models / seconds:.1%} of it in the engine")
+
+
+def _serve(pipe: Connection, delay: float) -> None:
+    """A server whose address is sent first, and what it has seen whenever it is asked."""
+    server = LoopbackServer()
+    server.script = [partial(answer, delay=delay)]
+    pipe.send(server.url)
+    while pipe.recv():
+        pipe.send(([seen.time for seen in server.seen], server.peak))
+
+
+def _one(workshop: Workshop, store: OutcomeStore, number: int) -> tuple[float, float]:
+    """Seconds of a prompt, and of them those in calls of models."""
+    item, meter, began = PromptItem(f"p{number}", f"a light color, number {number}"), Meter(), time.monotonic()
+    outcome = synthesize(item, workshop.crew(item, meter), meter.tool(workshop.image_tool))
+    assert outcome.stage == "kept", outcome.detail
+    store.write(outcome, meter.to_json(), time.monotonic() - began)
+    return time.monotonic() - began, meter.total.seconds
+
+
+if __name__ == "__main__":
+    main()

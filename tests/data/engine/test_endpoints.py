@@ -1,0 +1,147 @@
+"""The engine against a real HTTP server: as it should be, and as servers are."""
+
+import dataclasses
+import json
+
+import pytest
+from clvr_jax.configs import prompted_synth
+
+from clvr_jax import cli
+from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.providers.endpoint import Prices
+from tests.data.engine.obliging_server import answer
+from tests.providers.conftest import endpoint, server  # noqa: F401 - fixtures
+from tests.providers.server import Reply, completion, failure, picture, pictures, png
+
+ITEM = PromptItem("one", "a light color")
+
+
+@pytest.fixture
+def made(server, endpoint):  # noqa: F811
+    """(script) -> the outcome of one prompt, and its bill."""
+
+    def make(script, **fields):
+        server.script = script
+        connection = endpoint(**fields)
+        config = dataclasses.replace(
+            prompted_synth.CONFIG,
+            **dict.fromkeys(("director", "verifier", "second_judge", "images"), connection),
+            image_size=(8, 8),
+        )
+        workshop, meter = prompted_synth.workshop(config), Meter()
+        outcome = synthesize(ITEM, workshop.crew(ITEM, meter), meter.tool(workshop.image_tool))
+        return outcome, meter
+
+    return make
+
+
+def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(made, server):  # noqa: F811
+    outcome, meter = made([answer], prices=Prices(input_tokens=1.0, output_tokens=2.0, picture=0.03))
+    assert outcome.stage == "kept", outcome.detail
+    record = outcome.record
+    assert [step.reasoning.partition(".")[0] for step in record.trajectory.steps] == [
+        "Plan: a color; light",
+        "I see it dark",
+        "I see it light",
+    ]
+    assert record.proxies[1].p_i2i == "make it light"
+    assert meter.usage["draw"].pictures == 3  # and the baseline
+    assert meter.usage["first judge"].calls == meter.usage["second judge"].calls == 2
+    assert meter.total.calls == len(server.seen)
+    calls = meter.total.calls - 3
+    assert meter.total.dollars == pytest.approx(3 * 0.03 + calls * (11 * 1.0 + 7 * 2.0) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("reply", "reason", "said"),
+    [
+        (failure(500), "provider", "500"),
+        (failure(429, "slow down"), "provider", "429"),
+        (failure(401, "no such key"), "provider", "no such key"),
+        (completion("I would rather not."), "invalid action", "no JSON object"),
+        (completion(None, refusal="I cannot help with that."), "provider", "cannot help"),
+        (Reply(b""), "provider", "empty"),
+        (completion('{"perceive": "x", "reason": "y", "action": "DANCE"}'), "invalid action", "DANCE"),
+    ],
+)
+def test_a_director_that_is_no_use_discards_the_prompt_and_says_why(made, reply, reason, said):
+    outcome, _ = made([reply])
+    assert (outcome.record, outcome.stage, outcome.reason) == (None, None, reason)
+    assert said in outcome.detail
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [
+        (pictures(png(picture(16, 8))), "asked for a picture of 8 x 8"),
+        (pictures(b"nothing"), "no picture"),
+        (failure(400, "rejected by our safety system", code="content_policy_violation"), "safety system"),
+    ],
+)
+def test_an_image_tool_that_is_no_use_discards_the_prompt_and_says_why(made, reply, said):
+    outcome, _ = made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
+    assert (outcome.record, outcome.reason) == (None, "provider")
+    assert said in outcome.detail
+
+
+def test_prose_once_is_asked_for_again(made):
+    spoiled = []
+
+    def now_and_then(seen):
+        text = "" if "/images/" in seen.path else seen.json["messages"][0]["content"][-1]
+        kind = text["text"][:40] if isinstance(text, dict) else str(text)[:40]
+        if kind and kind not in spoiled and "Your last answer" not in json.dumps(seen.json):
+            spoiled.append(kind)
+            return completion("Certainly! Here is what I think.")
+        return answer(seen)
+
+    outcome, _ = made([now_and_then])
+    assert outcome.stage == "kept", outcome.detail
+    assert len(spoiled) >= 6  # every role had its bad moment
+
+
+def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endpoint, capsys):  # noqa: F811
+    server.script = [answer]
+    server.hold_until(50)  # nobody is answered before fifty wait
+    prompts = tmp_path / "prompts.jsonl"
+    texts = [
+        *(f"a light color, number {number}" for number in range(64)),
+        "",
+        "A light  color, number 3!",
+        "x" * 50_000,
+    ]
+    prompts.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    options = [
+        "--prompts",
+        str(prompts),
+        "--image-size",
+        "8",
+        "8",
+        "--out",
+        str(tmp_path / "run"),
+        "--synth.in-flight",
+        "64",
+    ]
+    for role in ("director", "verifier", "second-judge", "images"):
+        options += [f"--{role}.model", "tiny", f"--{role}.base-url", server.url + "/v1"]
+        options += [f"--{role}.key-variable", "LOOPBACK_KEY", f"--{role}.max-in-flight", "64"]
+    assert cli.main(["synth", "configs/prompted_synth.py", *options, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert server.peak >= 50
+    assert found["refused"] == {"empty": 1, "duplicate": 1, "too long": 1}
+    assert found["stages"]["kept"]["prompts"] == 64
+    assert len(TrajectoryDataset(tmp_path / "run" / "dataset")) == 64
+    assert found["total"]["calls"] == len(server.seen)
+
+
+def test_keys_that_are_absent_are_told_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("GEMINI_API_KEY", raising=False)
+    (tmp_path / "p.txt").write_text("a cat\n")
+    options = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
+    assert cli.main(["synth", "configs/prompted_synth.py", *options]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "GEMINI_API_KEY" in said
+    assert not (tmp_path / "run" / "dataset").exists()
