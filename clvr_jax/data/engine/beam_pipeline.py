@@ -7,6 +7,7 @@ whose outcome is there is not worked on again, so a pipeline that died, or a bun
 """
 
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -32,7 +33,7 @@ def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Worksh
       config: budgets, prompts in flight, and the options of Beam.
     Raises: whatever a worker raised that is no outcome of a prompt, wrapped by Beam.
     """
-    with beam.Pipeline(options=PipelineOptions(list(config.pipeline))) as pipeline:
+    with beam.Pipeline(options=PipelineOptions(shlex.split(config.beam))) as pipeline:
         (
             pipeline
             | "read prompts" >> beam.io.ReadFromText(prompts)

@@ -27,7 +27,7 @@ from clvr_jax.reasoning.tools import ImageTool
 from clvr_jax.recipe_files import import_recipe, plain, rebuilt
 
 _HOW_MANY = ("count", "prompts")
-_HOW_FAST = ("in_flight", "pipeline")
+_HOW_FAST = ("in_flight", "beam")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class SynthConfig:
       max_characters: of a prompt; longer ones are refused.
       near_duplicate: see `intake.EvaluationPrompts`.
       in_flight: prompts at once in each worker process.
-      pipeline: options of Apache Beam, e.g. --runner=DataflowRunner --project=P --region=R --temp_location=gs://B/tmp.
+      beam: options of Apache Beam in one string, e.g. "--runner=DataflowRunner --project=P --region=R".
       outcomes: folder or bucket that all workers reach; OUT/outcomes if empty, which is right on one machine.
     """
 
@@ -52,7 +52,7 @@ class SynthConfig:
     max_characters: int = MAX_CHARACTERS
     near_duplicate: float = 0.8
     in_flight: int = 64
-    pipeline: tuple[str, ...] = ()
+    beam: str = ""
     outcomes: str = ""
 
     def __post_init__(self) -> None:
