@@ -18,12 +18,13 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
+from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.errors import ClvrError, UsageError
 
-Command = Generate | Sample | Train | Synth | Plan | Eval | Convert
+Command = Generate | Sample | Train | Synth | Plan | Eval | Convert | Merge
 COMMANDS: dict[str, type[Command]] = {
     "generate": Generate,
     "sample": Sample,
@@ -32,6 +33,7 @@ COMMANDS: dict[str, type[Command]] = {
     "plan": Plan,
     "eval": Eval,
     "convert": Convert,
+    "merge": Merge,
 }
 _DESCRIPTION = "Dense prompts become pictures through a loop of planning, drawing and checking."
 

@@ -87,17 +87,19 @@ class _Models:
 
 def workshop(config: Config) -> Workshop:
     """Connections to the endpoints, and models that are loaded here."""
+    image_tool = _image_tool(config)
     if config.local_vlm:
         from clvr_jax.pipelines.vlm import Qwen3VLPipeline
         from clvr_jax.providers.local import LocalVisionLanguageModel
 
         local = LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(config.local_vlm), config.local_vlm)
-        models: tuple[VisionLanguageModel, ...] = (local, local, local)
-    else:
-        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        return _Models(local, local, local, image_tool)
+    from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 
-        models = tuple(map(OpenAIVisionLanguageModel, (config.director, config.verifier, config.second_judge)))
-    return _Models(*models, image_tool=_image_tool(config))
+    director, verifier, judge = (
+        OpenAIVisionLanguageModel(endpoint) for endpoint in (config.director, config.verifier, config.second_judge)
+    )
+    return _Models(director, verifier, judge, image_tool)
 
 
 def _image_tool(config: Config) -> ImageTool:

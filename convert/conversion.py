@@ -5,8 +5,7 @@ is the same folder in which `params/`, an Orbax checkpoint of the module's param
 safetensors. Everything else (configurations, tokenizer, scheduler) is copied. Black Forest Labs' own single files of
 FLUX.2 are read too, and become one model's folder.
 
-The new folder is made under a temporary name beside its place and renamed when it is complete. A journal in it says
-which tensors are written, so that a run that was killed goes on.
+The new folder appears when it is complete, and a run that was killed goes on (journal.py).
 """
 
 import json
@@ -19,14 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from clvr_jax.convert.journal import Journal, resumable
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Component, Conversion, Format, Piece
 from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 
-from clvr_jax.errors import ClvrError, UsageError
-
-_JOURNAL = ".journal"
 _TILE, _SPACE = (128, 512), 8
 _LARGE_BYTES = 256 * 2**20
 
@@ -51,48 +48,31 @@ def convert(
     Raises: UsageError if the destination exists or a killed run is there and `resume` is not set; ClvrError if
       something cannot be written. Then nothing is left behind; a run that is killed leaves its temporary folder.
     """
-    if destination.exists():
-        raise UsageError(f"{destination}: exists already; choose another name or remove it")
-    temporary = destination.with_name(f".{destination.name}.converting")
-    identity = _identity(conversion)
-    if temporary.exists() and not resume:
-        raise UsageError(f"{temporary}: a conversion was stopped here; add --resume to go on with it, or remove it")
-    try:
-        temporary.mkdir(parents=True, exist_ok=True)
-        _check_room(conversion, temporary)
-        done = _read_journal(temporary / _JOURNAL, identity)
-        not_finite = _write(conversion, temporary, done, on_tensor or (lambda name: None))
+    with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (folder, journal):
+        not_finite = _write(conversion, folder, journal, on_tensor or (lambda name: None))
         for path in conversion.copied:
-            (temporary / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(conversion.source / path, temporary / path)
+            (folder / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(conversion.source / path, folder / path)
         for name, text in conversion.written.items():
-            (temporary / name).write_text(text)
+            (folder / name).write_text(text)
         if card:
-            add_model_card(temporary, card)
-        (temporary / _JOURNAL).unlink()
-        temporary.rename(destination)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise ClvrError(f"{destination}: cannot be written ({error.strerror or error})") from error
+            add_model_card(folder, card)
     return not_finite
 
 
-def _write(conversion: Conversion, folder: Path, done: dict[str, bool], on_tensor: Callable[[str], None]) -> list[str]:
+def _write(conversion: Conversion, folder: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
-        write, finish = _writer(component, folder / component.name, conversion.to)
+        write, finish = writer(component, folder / component.name, conversion.to)
         names = {piece: f"{component.name}/{piece.spec.key}" for piece in component.pieces}
-        wanted = [piece for piece in component.pieces if names[piece] not in done]
-        for name in (name for name in names.values() if name in done):
+        wanted = [piece for piece in component.pieces if names[piece] not in journal.done]
+        for name in (name for name in names.values() if name in journal.done):
             on_tensor(name)
-        with (folder / _JOURNAL).open("a") as journal:
-            for piece, values, has_nan in _ahead(component, conversion.to, wanted):
-                write(piece, values)
-                done[names[piece]] = has_nan
-                journal.write(json.dumps([names[piece], has_nan]) + "\n")
-                journal.flush()
-                on_tensor(names[piece])
+        for piece, values, has_nan in _ahead(component, conversion.to, wanted):
+            write(piece, values)
+            journal.add(names[piece], has_nan)
+            on_tensor(names[piece])
         finish()
-    return [name for name, bad in done.items() if bad]
+    return [name for name, bad in journal.done.items() if bad]
 
 
 def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray, bool]]:
@@ -100,11 +80,11 @@ def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tu
 
     An array holds until the next but one is asked for.
     """
-    memory = _Memory()
+    memory = Buffers()
 
     def make(number: int, piece: Piece) -> tuple[Piece, np.ndarray, bool]:
         name = "large" if _is_large(piece) else f"turn {number % 2}"
-        values = memory(name, _shape(piece, to), piece.spec.dtype)
+        values = memory(name, shape_in(piece, to), piece.spec.dtype)
         filled = _seen_as(component.source, values, piece, to)
         for rows, block in component.read(piece, partial(memory, "source")):
             _copy(block, filled[rows] if filled.ndim else filled)
@@ -124,13 +104,14 @@ def _is_large(piece: Piece) -> bool:
     return piece.spec.nbytes > _LARGE_BYTES
 
 
-class _Memory:
+class Buffers:
     """Memory that is used again and again: fresh pages would cost more than what is done in them."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, np.ndarray] = {}
 
     def __call__(self, block: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An array to be filled; it holds until its name is used again."""
         nbytes = math.prod(shape) * dtype.itemsize
         if block not in self._blocks or self._blocks[block].size < nbytes:
             self._blocks.pop(block, None)
@@ -138,10 +119,13 @@ class _Memory:
         return self._blocks[block][:nbytes].view(dtype).reshape(shape)
 
 
-def _writer(
+def writer(
     component: Component, folder: Path, to: Format
 ) -> tuple[Callable[[Piece, np.ndarray], None], Callable[[], None]]:
-    """Takes pieces in the destination's layout; the other says that it was all."""
+    """Begins the files of a model in `folder`, or goes on with them.
+
+    Returns: what takes a piece, in the destination's layout; and what says that it was all.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if to == "torch":
         places = lay_out(folder, [piece.spec for piece in component.pieces], component.family.file_name)
@@ -152,9 +136,9 @@ def _writer(
     return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.finish
 
 
-def _shape(piece: Piece, to: Format) -> tuple[int, ...]:
-    """Shape of a piece in the destination."""
-    if to == "torch":
+def shape_in(piece: Piece, layout: Format) -> tuple[int, ...]:
+    """Shape of a piece in the layout of a format."""
+    if layout == "torch":
         return piece.spec.shape
     return piece.entry.shape if piece.layer is None else piece.entry.shape[1:]
 
@@ -200,25 +184,3 @@ def _identity(conversion: Conversion) -> str:
     """What must be the same for a killed run to go on."""
     specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.pieces]
     return json.dumps([str(conversion.source.absolute()), conversion.to, conversion.variant, specs])
-
-
-def _read_journal(path: Path, identity: str) -> dict[str, bool]:
-    """Begins a journal, or reads what an earlier run wrote: tensor -> whether it holds a NaN."""
-    if not path.exists():
-        path.write_text(identity + "\n")
-        return {}
-    first, *lines = path.read_text().split("\n")
-    if first != identity:
-        raise ClvrError(f"{path.parent}: was begun for another conversion; remove it")
-    complete = lines[:-1]  # what follows the last newline was cut off
-    return dict(json.loads(line) for line in complete)
-
-
-def _check_room(conversion: Conversion, folder: Path) -> None:
-    written = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
-    if conversion.nbytes - written > free:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise ClvrError(
-            f"{folder.parent}: {conversion.nbytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free"
-        )

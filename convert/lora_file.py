@@ -22,7 +22,7 @@ from clvr_jax.files import read_json, write_atomically
 from clvr_jax.trees import some
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-_PEFT_NAME = "adapter_model.safetensors"
+PEFT_NAME = "adapter_model.safetensors"
 _METADATA = "lora_adapter_metadata"  # diffusers' key in the header
 
 _FACTOR = re.compile(r"(.+?)(?:\.lora_(A|B|down|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.(down|up))\.weight")
@@ -45,6 +45,18 @@ class Factors:
     down: np.ndarray
     up: np.ndarray
     scale: float
+
+
+def find_lora(path: Path) -> Path | None:
+    """The LoRA file at `path`, which is the file or a folder that holds it; None if a whole model is there.
+
+    Raises: ClvrError for a folder that is no model's and holds no one file, and for a damaged file.
+    """
+    if path.is_dir():
+        is_model = any((path / name).exists() for name in ("config.json", "model_index.json"))
+        return None if is_model else _file(path)
+    kinds = (_FACTOR, *_OTHER_KINDS.values())
+    return path if any(kind.fullmatch(tensor.key) for tensor in read_header(path) for kind in kinds) else None
 
 
 def read_factors(
@@ -120,7 +132,7 @@ def _file(path: Path) -> Path:
     if not path.is_dir():
         raise ClvrError(f"{path}: no such file or folder")
     found = sorted(path.glob("*.safetensors"))
-    for name in (FILE_NAME, _PEFT_NAME):
+    for name in (FILE_NAME, PEFT_NAME):
         if path / name in found:
             return path / name
     if len(found) != 1:
@@ -203,7 +215,7 @@ class _Config:
             elif "lora_alpha" in metadata:
                 fields = {"lora_alpha": float(metadata["lora_alpha"])}
             else:
-                fields = read_json(beside) if file.name == _PEFT_NAME and beside.exists() else {}
+                fields = read_json(beside) if file.name == PEFT_NAME and beside.exists() else {}
         except ValueError as error:
             raise ClvrError(f"{file}: its metadata cannot be read ({error})") from error
         prefix = f"{component}."

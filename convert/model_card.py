@@ -24,6 +24,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 Config = Mapping[str, Any]
+Layout = Literal["jax", "torch"]
 Models = Mapping[str, tuple[str, Config]]
 """Component ("transformer", or "." for the folder itself) -> (PyTorch's class, config.json)."""
 
@@ -111,10 +112,11 @@ _PUBLISHED = (
 )
 _LICENSES = {(family.torch_class, _SIZES[family.torch_class](config)): terms for family, config, terms in _PUBLISHED}
 _PAINTERS = (FLUX2_TRANSFORMER.torch_class, UNET.torch_class)
-_LAYOUTS = {
+LAYOUTS: Mapping[Layout, str] = {
     "jax": "JAX: `params/` beside each config.json is an Orbax checkpoint; clvr-jax reads it",
     "torch": "PyTorch: safetensors as diffusers and transformers read them",
 }
+"""What the layout of a folder is, for people."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,7 @@ class Provenance:
     source: str
     command: str
     version: str
-    layout: Literal["jax", "torch"]
+    layout: Layout
     revision: str | None = None
     dtype: str | None = None
     recipe: str | None = None
@@ -168,33 +170,41 @@ def model_card(name: str, made: Provenance, models: Models) -> str:
       models: what it holds.
     """
     binding = license_of_all(models)
-    titles = {component: _title(torch_class) for component, (torch_class, _) in models.items()}
     origin = [
         ("Source", f"`{made.source}`" + (f", revision `{made.revision}`" if made.revision else "")),
         ("Made by", f"`{made.command}`"),
         ("clvr-jax", made.version),
-        ("Layout", _LAYOUTS[made.layout]),
+        ("Layout", LAYOUTS[made.layout]),
         ("Numbers", made.dtype or "as in the source, bit for bit"),
         *([("Recipe", f"`{made.recipe}`")] if made.recipe else []),
     ]
-    parts = [(f"`{component}`", titles[component], license_of(*model).title) for component, model in models.items()]
-    notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
+    base_models = [made.source.partition("@")[0]] if made.revision else []
     lines = [
-        *_front_matter(made, models, binding),
+        *front_matter(made.layout, models, binding, base_models),
         f"\n# {name}\n",
-        f"{', '.join(dict.fromkeys(titles.values()))}.\n",
-        *_table(("", ""), origin),
-        "\n## Models\n",
-        *_table(("Folder", "Model", "License"), parts),
-        "\n## License\n",
-        notice,
+        f"{', '.join(titles(models))}.\n",
+        *table(("", ""), origin),
+        *models_and_license(models, binding),
     ]
+    return "\n".join(lines) + "\n"
+
+
+def titles(models: Models) -> list[str]:
+    """What the models are, for people, each once."""
+    return list(dict.fromkeys(_title(torch_class) for torch_class, _ in models.values()))
+
+
+def models_and_license(models: Models, binding: License) -> list[str]:
+    """The lines of a card that say what a folder holds and what may be done with it; `binding` holds for all of it."""
+    parts = [(f"`{component}`", _title(model[0]), license_of(*model).title) for component, model in models.items()]
+    notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
+    lines = ["\n## Models\n", *table(("Folder", "Model", "License"), parts), "\n## License\n", notice]
     if binding.link:
         lines.append(f"Its text: {binding.link}\n")
         lines.append(
             "It was recognised by the sizes of the models; where their source says otherwise, the source holds."
         )
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def add_model_card(folder: Path, card: str) -> bool:
@@ -213,10 +223,21 @@ def card_of_pipeline(folder: Path, name: str, saved_by: str, dtype: str) -> None
     add_model_card(folder, model_card(name, made, models))
 
 
-def _front_matter(made: Provenance, models: Models, binding: License) -> list[str]:
+def front_matter(
+    layout: Layout, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
+) -> list[str]:
+    """The lines that the Hub reads at the beginning of a card.
+
+    Args:
+      layout: of the folder.
+      models: what it holds.
+      binding: its license.
+      base_models: Hugging Face ids that it was made from.
+      relation: how, "merge" say, if the Hub would not find out.
+    """
     classes = {torch_class for torch_class, _ in models.values()}
     tags = ["clvr-jax", "text-to-image"] if classes & set(_PAINTERS) else ["clvr-jax"]
-    if made.layout == "jax":
+    if layout == "jax":
         library = "clvr-jax"
         tags.append("jax")
     else:
@@ -225,8 +246,12 @@ def _front_matter(made: Provenance, models: Models, binding: License) -> list[st
     if binding.name:
         fields.append(f"license_name: {binding.name}")
         fields += [f"license_link: {binding.link}"] if binding.link else []
-    if made.revision:
-        fields.append(f"base_model: {made.source.partition('@')[0]}")
+    if len(base_models) == 1:
+        fields.append(f"base_model: {base_models[0]}")
+    elif base_models:
+        fields += ["base_model:", *(f"- {name}" for name in base_models)]
+    if base_models and relation:
+        fields.append(f"base_model_relation: {relation}")
     return ["---", *fields, f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
 
 
@@ -235,6 +260,7 @@ def _title(torch_class: str) -> str:
     return family.title if family else torch_class
 
 
-def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """The lines of a table in Markdown."""
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, ("---",) * len(head), *rows))
     return [f"| {' | '.join(row)} |" for row in cells]

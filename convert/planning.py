@@ -1,7 +1,7 @@
 """What a conversion will do: the models of a source, their tensors, and the files beside them. Reads headers only."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -119,8 +119,24 @@ def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None
     components = tuple(
         _component(_folder_model(folder, variant), str(folder.relative_to(source)), to, target) for folder in models
     )
-    copied = tuple(path.relative_to(source) for path in sorted(source.rglob("*")) if _is_copied(path, source, models))
-    return Conversion(source, to, dtype, variant, components, copied, {}, strangers)
+    return Conversion(source, to, dtype, variant, components, files_beside(source, models), {}, strangers)
+
+
+def model_in(folder: Path, name: str = ".") -> Component:
+    """The model in one folder as it lies there: its pieces have the dtypes that they have in the files.
+
+    Args:
+      folder: of one model, in either format.
+      name: of the component.
+    Raises: ClvrError as `plan` does.
+    """
+    model = _folder_model(folder, None)
+    return _component(model, name, model.format, None)
+
+
+def files_beside(source: Path, models: Sequence[Path]) -> tuple[Path, ...]:
+    """Everything in `source` but the tensors of the models in these folders, relative to it; hidden files left out."""
+    return tuple(path.relative_to(source) for path in sorted(source.rglob("*")) if _is_copied(path, source, models))
 
 
 class _Model(NamedTuple):
@@ -192,8 +208,7 @@ def _holds_model(folder: Path) -> bool:
     return is_tree(folder / PARAMS) or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
 
 
-def _is_copied(path: Path, source: Path, models: list[Path]) -> bool:
-    """Everything beside the tensors, hidden files left out."""
+def _is_copied(path: Path, source: Path, models: Sequence[Path]) -> bool:
     parts = path.relative_to(source).parts
     if not path.is_file() or any(part.startswith(".") for part in parts):
         return False

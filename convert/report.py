@@ -15,15 +15,19 @@ if TYPE_CHECKING:
 def conversion_table(conversion: Conversion) -> Table:
     """One row for each tensor of the destination, a sum for each model."""
     table = Table(
-        "tensor", "shape", "dtype", "bytes", title=f"{conversion.source} to {conversion.to}: {_size(conversion.nbytes)}"
+        "tensor",
+        "shape",
+        "dtype",
+        "bytes",
+        title=f"{conversion.source} to {conversion.to}: {readable_size(conversion.nbytes)}",
     )
     for component in conversion.components:
         name = conversion.source.name if component.name == "." else component.name
         title = f"{name}: {component.family.title}, {len(component.pieces)} tensors"
-        table.add_row(title, "", "", _size(component.nbytes), style="bold")
+        table.add_row(title, "", "", readable_size(component.nbytes), style="bold")
         for piece in component.pieces:
             shape, spec = " x ".join(map(str, piece.spec.shape)), piece.spec
-            table.add_row(spec.key, shape, spec.dtype.name, _size(spec.nbytes))
+            table.add_row(spec.key, shape, spec.dtype.name, readable_size(spec.nbytes))
         table.add_section()
     for path in conversion.copied:
         table.add_row(str(path), "", "file", "copied")
@@ -82,7 +86,8 @@ def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
             }
 
 
-def _size(nbytes: int) -> str:
+def readable_size(nbytes: int) -> str:
+    """Bytes in the unit that suits them."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -156,7 +156,7 @@ def test_help_is_quick_and_has_an_example(command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "generate, sample, train, plan, eval"),
+        ([], "generate, sample, train, synth, plan, eval"),
         (["paint"], "paint"),
         (["generate"], "PROMPT"),
         (["generate", PROMPT, "--sede", "3"], "--sede"),

@@ -66,17 +66,33 @@ def apply_delta(base: Tree, delta: Tree, weight: Weight = 1.0) -> Tree:
     return _map(lambda path, leaf: _sum(leaf, changes[path], weights[path]) if path in changes else leaf, base)
 
 
+def change_of(tuned: jax.Array, base: jax.Array) -> jax.Array:
+    """tuned - base of one leaf, in float32."""
+    return _wide(tuned) - _wide(base)
+
+
+def with_changes(
+    base: jax.Array, distill: jax.Array, align: jax.Array, w_distill: ArrayLike, w_align: ArrayLike
+) -> jax.Array:
+    """base + w_distill * distill + w_align * align of one leaf, in the base's dtype.
+
+    Args:
+      base: of any dtype.
+      distill, align: changes of it in float32, of its shape.
+      w_distill, w_align: scalars.
+    """
+    # The two small terms are added first, so that the base is rounded once.
+    return (_wide(base) + (w_distill * distill + w_align * align)).astype(base.dtype)
+
+
 @jax.jit
 def _dswm(base: jax.Array, distill: jax.Array, align: jax.Array, w_distill: ArrayLike, w_align: ArrayLike) -> jax.Array:
-    # The two small terms are added first, so that the base is rounded once.
-    wide = _wide(base)
-    moved = w_distill * (_wide(distill) - wide) + w_align * (_wide(align) - wide)
-    return (wide + moved).astype(base.dtype)
+    return with_changes(base, change_of(distill, base), change_of(align, base), w_distill, w_align)
 
 
 @jax.jit
 def _difference(tuned: jax.Array, base: jax.Array) -> jax.Array:
-    return (_wide(tuned) - _wide(base)).astype(base.dtype)
+    return change_of(tuned, base).astype(base.dtype)
 
 
 @jax.jit

@@ -127,6 +127,29 @@ def test_an_nnx_state_keeps_structure_and_shardings():
         assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf in jax.tree.leaves(result))
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_sharded_merge_is_the_unsharded_one_bit_for_bit(dtype, compiled):
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    shardings = {
+        "kernel": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", "fsdp")),
+        "stack": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp")),
+        "bias": jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()),
+    }
+    shapes = {"kernel": (24, 36), "stack": (3, 8, 5), "bias": (7,)}
+    random = np.random.default_rng(4)
+    base = {name: jnp.asarray(random.normal(size=shape), dtype) for name, shape in shapes.items()}
+    sides = [
+        jax.tree.map(lambda leaf: (leaf + 0.02 * random.normal(size=leaf.shape)).astype(dtype), base) for _ in range(2)
+    ]
+    merge = jax.jit(clvr.dswm) if compiled else clvr.dswm
+    plain = merge(base, *sides, 0.7, 1.3)
+    sharded = merge(*(jax.device_put(tree, shardings) for tree in (base, *sides)), 0.7, 1.3)
+    for name, leaf in sharded.items():
+        assert leaf.sharding.is_equivalent_to(shardings[name], leaf.ndim)
+        assert np.asarray(leaf).tobytes() == np.asarray(plain[name]).tobytes(), name
+
+
 def test_three_unets_merge_into_one_that_runs():
     kind = KINDS["sd15"]
     base = nnx.state(kind.make_pair()[0])

@@ -1,0 +1,186 @@
+"""`clvr merge`."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from clvr_jax.arguments import check_seed
+from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
+from clvr_jax.console import console, progress
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.merging.norms import Sums
+    from clvr_jax.merging.planning import Merge as Planned
+    from clvr_jax.merging.sources import Origin
+
+_Model = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+_Weight = Annotated[tuple[str, ...], tyro.conf.arg(metavar="W|PATTERN=W")]
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Adds to a base what distillation and what alignment changed in it (DSWM), one tensor at a time."""
+
+    EXAMPLE: ClassVar = "clvr merge --base klein-base --distill klein --align runs/pprl/lora --out klein-clvr"
+
+    base: _Model
+    """Pipeline or model folder, with safetensors or converted to jax, or a Hugging Face id (org/name@revision). Of a
+    pipeline the transformer is merged; everything else is copied from here."""
+    distill: _Model
+    """The same, distilled from the base. A scheduler of its own is taken over."""
+    align: _Model
+    """The same, aligned by training, or its LoRA: a file or folder of diffusers, PEFT, kohya or ai-toolkit."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """New folder; it appears only when it is complete."""
+    distill_weight: _Weight = ("1",)
+    """A number for all tensors, or PATTERN=NUMBER for those in whose key the regular expression is found, the first
+    that is; several may be given, and a number for the rest."""
+    align_weight: _Weight = ("1",)
+    """The same for the change of align."""
+    method: Literal["dswm", "linear", "ties", "dare"] = "dswm"
+    """dswm adds both changes. For comparison: linear (average of the two models), ties (arXiv 2306.01708), dare
+    (arXiv 2311.03099)."""
+    density: Annotated[float | None, tyro.conf.arg(metavar="D")] = None
+    """Part of each change that ties (0.2 if not given) or dare (0.1) keeps."""
+    seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
+    """Of dare's random choice."""
+    report: bool = False
+    """Write report.json, norms of both changes and their cosine by tensor and layer, and plots (with matplotlib)."""
+    force: bool = False
+    """Merge though the inputs seem to be tuned from different bases, or have different settings."""
+    dry_run: bool = False
+    """Print what would be written, and write nothing."""
+    resume: bool = False
+    """Go on with a merge that was stopped."""
+    common: Flags = field(default_factory=Common)
+
+    def run(self) -> Result:
+        """Plans, and merges unless it is a dry run."""
+        weights = (
+            parse_weight("--distill-weight", self.distill_weight),
+            parse_weight("--align-weight", self.align_weight),
+        )
+        check_seed(self.seed)
+        if self.out.exists() and not self.dry_run:
+            raise UsageError(f"{self.out}: exists already; choose another name or remove it")
+        from clvr_jax.convert.lora_file import FILE_NAME, PEFT_NAME
+        from clvr_jax.merging.folders import merge
+        from clvr_jax.merging.methods import Settings
+        from clvr_jax.merging.planning import plan_merge
+        from clvr_jax.merging.report import plan_list, plan_table
+
+        prepare_jax()
+        settings = Settings(self.method, *weights, self.density, self.seed)
+        origins = _origin(self.base), _origin(self.distill, ()), _origin(self.align, (FILE_NAME, PEFT_NAME))
+        plan = plan_merge(*origins, settings, force=self.force)
+        for note in plan.notes:
+            console.print(f"[yellow]note:[/] {note}")
+        tensors = len(plan.base.component.pieces)
+        data: dict[str, Any] = {
+            "method": self.method,
+            "inputs": {"base": self.base, "distill": self.distill, "align": self.align},
+            "tensors": tensors,
+            "bytes": plan.nbytes,
+            "notes": list(plan.notes),
+        }
+        if self.dry_run:
+            return Result({**data, "plan": plan_list(plan), "copied": list(plan.copied)}, plan_table(plan))
+        if self.report:
+            _say_whether_plots()
+        with progress(f"merging into {self.out}", tensors) as advance:
+            count = 0
+
+            def on_tensor(name: str) -> None:
+                nonlocal count
+                count += 1
+                advance(count, name)
+
+            sums = merge(
+                plan,
+                self.out,
+                resume=self.resume,
+                on_tensor=on_tensor,
+                finish=lambda folder, sums: self._finish(plan, folder, sums),
+            )
+        return self._result(data, sums)
+
+    def _finish(self, plan: "Planned", folder: Path, sums: Mapping[str, "Sums"]) -> None:
+        """Writes recipe, card and report; says on the way what may not be done with the model."""
+        from clvr_jax.convert.model_card import license_of_all
+        from clvr_jax.merging.recipe import models_in, write_recipe
+        from clvr_jax.merging.report import write_report
+
+        terms = license_of_all(models_in(folder))
+        if terms.commercial is False:
+            console.print(f"[yellow]license:[/] {terms.notice}", highlight=False)
+        write_recipe(plan, folder, self.out.name, self._command(), sums)
+        if self.report:
+            write_report(folder, sums)
+
+    def _command(self) -> str:
+        defaults = {"distill_weight": ("1",), "align_weight": ("1",), "method": "dswm", "density": None, "seed": 0}
+        words = [f"clvr merge --base {self.base} --distill {self.distill} --align {self.align}"]
+        for name, default in defaults.items():
+            if (value := getattr(self, name)) != default:
+                listed = " ".join(value) if isinstance(value, tuple) else value
+                words.append(f"--{name.replace('_', '-')} {listed}")
+        return " ".join([*words, f"--out {self.out}"])
+
+    def _result(self, data: dict[str, Any], sums: Mapping[str, "Sums"]) -> Result:
+        from clvr_jax.merging.norms import total
+        from clvr_jax.merging.report import report_table
+
+        data |= {"out": str(self.out), "norms": total(sums.values()).described()}
+        return Result(data, report_table(sums) if self.report else str(self.out))
+
+
+def parse_weight(option: str, given: tuple[str, ...]) -> float | dict[str, float]:
+    """("0.5",) is a number for all tensors; ("attn=0.5", "0") is {"attn": 0.5, "": 0}, where "" is found in every key.
+
+    Raises: UsageError for what is neither a number nor PATTERN=NUMBER, or no regular expression, or given twice.
+    """
+    weights: dict[str, float] = {}
+    for word in given:
+        pattern, _, number = word.rpartition("=")
+        try:
+            re.compile(pattern)
+            weight = float(number)
+        except (re.error, ValueError) as error:
+            raise UsageError(f"{option}: {word!r} is neither a number nor PATTERN=NUMBER ({error})") from error
+        if pattern in weights:
+            raise UsageError(
+                f"{option}: {pattern!r} has two weights" if pattern else f"{option}: has two numbers for all"
+            )
+        weights[pattern] = weight
+    if not weights:
+        raise UsageError(f"{option}: give a number, or PATTERN=NUMBER")
+    if "" in weights:
+        weights[""] = weights.pop("")  # for what no pattern is found in
+    return weights[""] if list(weights) == [""] else weights
+
+
+def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
+    """A path, or a Hugging Face id, as a place; with `also`, its transformer, scheduler and those files are enough."""
+    from clvr_jax.convert.hub import local_folder, model_files
+    from clvr_jax.merging.sources import PAINTERS, Origin
+
+    patterns = model_files()
+    if also is not None:
+        own = [pattern.replace("*/", f"{name}/") for pattern in patterns for name in PAINTERS]
+        patterns = (*dict.fromkeys(own), *also)
+    path = local_folder(source, allow_patterns=patterns)
+    return Origin(source, path, None if Path(source).expanduser().exists() else path.name)
+
+
+def _say_whether_plots() -> None:
+    from clvr_jax.merging.report import can_plot
+
+    if not can_plot():
+        console.print(
+            "[yellow]note:[/] no plots, only report.json: matplotlib is not installed (pip install matplotlib)"
+        )

@@ -1,0 +1,121 @@
+"""Do two changes of the weights add up in what the network computes, and at which angle do they act?
+
+Delta-space merging assumes it: near the base the network is nearly linear in its weights, so that the increments of its
+prediction add (P3 of the paper), and those of distillation and of alignment are nearly orthogonal (P4). With
+f(W + s d) - f(W) the increment of a change d scaled by s, all this can be measured on any prompt and noise level.
+
+Give base and changes in float32: rounded to bfloat16, the sums of weights themselves do not add up.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clvr_jax.merging.deltas import apply_delta
+from clvr_jax.trees import Tree
+
+Predict = Callable[[Tree], Any]
+"""Parameters -> prediction, an array or a tree of arrays, by functions of JAX; a velocity of one batch, say."""
+
+
+@dataclass(frozen=True)
+class Interaction:
+    """How the increments of two changes compare, scaled by `scale`.
+
+    additivity_error: |f(W + d + a) - f(W) - df_d - df_a| / |f(W + d + a) - f(W)|; 0 if they add.
+    angle: between df_d and df_a, in degrees; 90 if they do not interact.
+    distill, align: |df_d| / |f(W)| and |df_a| / |f(W)|.
+    NaN where a norm of 0 would divide.
+    """
+
+    scale: float
+    additivity_error: float
+    angle: float
+    distill: float
+    align: float
+
+
+def interaction(predict: Predict, base: Tree, distill: Tree, align: Tree, scale: float = 1.0) -> Interaction:
+    """Measures two changes of one network at one point.
+
+    Args:
+      predict: see `Predict`.
+      base: full weights.
+      distill, align: changes of it, as `delta` gives them, or LoRA trees.
+      scale: of both changes; at 0 it is the limit, in which increments are derivatives: no error, and their angle.
+    """
+    if scale == 0:
+        before, of_distill = _derivative(predict, base, distill)
+        _, of_align = _derivative(predict, base, align)
+        return Interaction(0.0, 0.0, angle(of_distill, of_align), 0.0, 0.0)
+    before = predict(base)
+    with_distill = apply_delta(base, distill, scale)
+    of_distill = _minus(predict(with_distill), before)
+    of_align = _minus(predict(apply_delta(base, align, scale)), before)
+    of_both = _minus(predict(apply_delta(with_distill, align, scale)), before)
+    rest = _minus(_minus(of_both, of_distill), of_align)
+    length = _norm(before)
+    return Interaction(
+        float(scale),
+        _ratio(_norm(rest), _norm(of_both)),
+        angle(of_distill, of_align),
+        _ratio(_norm(of_distill), length),
+        _ratio(_norm(of_align), length),
+    )
+
+
+def over_noise_levels(
+    predict: Callable[[Tree, Any], Any], base: Tree, distill: Tree, align: Tree, sigmas: Iterable[float]
+) -> dict[float, Interaction]:
+    """sigma -> `interaction` at that noise level.
+
+    Args:
+      predict: (parameters, sigma) -> prediction; noise and prompt are the caller's.
+      base, distill, align: as for `interaction`.
+      sigmas: noise levels, from 0 to 1.
+    """
+    compiled = jax.jit(predict)
+
+    def at(sigma: float) -> Predict:
+        return lambda params: compiled(params, sigma)
+
+    return {float(sigma): interaction(at(sigma), base, distill, align) for sigma in sigmas}
+
+
+def over_scales(
+    predict: Predict, base: Tree, distill: Tree, align: Tree, scales: Iterable[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
+) -> dict[float, Interaction]:
+    """Scale -> `interaction` with both changes scaled by it: where the error rises, linearity ends."""
+    compiled = jax.jit(predict)
+    return {float(scale): interaction(compiled, base, distill, align, float(scale)) for scale in scales}
+
+
+def angle(one: Any, other: Any) -> float:
+    """Degrees between two trees of arrays as vectors; NaN if one of them is 0."""
+    # By half the angle: the cosine of a small one, or of one near 180, has no digits left.
+    lengths = _norm(one), _norm(other)
+    if not all(lengths):
+        return math.nan
+    units = [jax.tree.map(lambda leaf, n=n: leaf / n, tree) for tree, n in zip((one, other), lengths, strict=True)]
+    return math.degrees(2 * math.atan2(_norm(_minus(*units)), _norm(jax.tree.map(jnp.add, *units))))
+
+
+def _derivative(predict: Predict, base: Tree, change: Tree) -> tuple[Any, Any]:
+    """The prediction, and its derivative in the direction of a change."""
+    return jax.jvp(lambda scale: predict(apply_delta(base, change, scale)), (jnp.zeros(()),), (jnp.ones(()),))
+
+
+def _minus(one: Any, other: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32), one, other)
+
+
+def _norm(tree: Any) -> float:
+    return math.sqrt(sum(float(jnp.sum(jnp.square(jnp.asarray(leaf, jnp.float32)))) for leaf in jax.tree.leaves(tree)))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole else math.nan

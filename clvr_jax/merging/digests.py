@@ -1,0 +1,78 @@
+"""sha256 of files while they are read for something else: what lies in order costs no second reading."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from clvr_jax.convert.tensors import Stored
+from clvr_jax.errors import ClvrError
+
+_STEP = 4 * 2**20
+_GAP = 64 * 2**20  # a header, or tensors that are left out
+
+
+class FileDigest:
+    """sha256 of one file."""
+
+    def __init__(self, path: Path):
+        self._path, self._hash, self._position = path, hashlib.sha256(), 0
+
+    def follow(self, begin: int, end: int) -> None:
+        """Says that the bytes from `begin` to `end` are needed; reads on to `end` if they come next.
+
+        They are in the system's cache then, so this is a way to read ahead, too.
+        """
+        if begin - _GAP <= self._position < end:
+            self._read(end)
+
+    def finish(self) -> str:
+        """Reads what is left. Returns: the digest of the whole file."""
+        self._read(self._path.stat().st_size)
+        return self._hash.hexdigest()
+
+    def _read(self, end: int) -> None:
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                file.seek(self._position)
+                while self._position < end:
+                    part = file.read(min(_STEP, end - self._position))
+                    if not part:
+                        raise ClvrError(f"{self._path}: became shorter while it was read; fetch it again")
+                    self._hash.update(part)
+                    self._position += len(part)
+        except OSError as error:
+            raise ClvrError(f"{self._path}: cannot be read ({error.strerror or error})") from error
+
+
+class Digests:
+    """sha256 of the files of one model.
+
+    Args:
+      files: name -> file, or a folder of many, which has one digest: that of the lines "sha256 name" of its files.
+    """
+
+    def __init__(self, files: Mapping[str, Path]):
+        self._files = files
+        self._digests = {path: FileDigest(path) for path in files.values() if path.is_file()}
+        self._finished: dict[str, str] | None = None
+
+    def follow(self, tensor: Stored) -> None:
+        """Says that a tensor is needed; see `FileDigest.follow`."""
+        if self._finished is None:
+            self._digests[tensor.file].follow(tensor.offset, tensor.offset + tensor.nbytes)
+
+    def finish(self) -> dict[str, str]:
+        """Name -> digest; what was not followed is read now."""
+        if self._finished is None:
+            self._finished = {
+                name: self._digests[path].finish() if path in self._digests else _of_folder(path)
+                for name, path in self._files.items()
+            }
+        return self._finished
+
+
+def _of_folder(folder: Path) -> str:
+    # Orbax notes in _CHECKPOINT_METADATA when it was; the same weights are to have the same digest.
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA")
+    lines = [f"{FileDigest(path).finish()} {path.relative_to(folder).as_posix()}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()

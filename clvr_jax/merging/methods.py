@@ -1,0 +1,161 @@
+"""How two changes of one base become one model: DSWM, and what it is compared with. Works on blocks of one tensor.
+
+Every method ends in base + w_d c_d + w_a c_a; they differ in what becomes of the changes c = W - W_base before.
+
+    dswm     nothing. Source: CLVR (arXiv 2605.14876).
+    linear   nothing, but the weights are divided by their sum: an average of the two models, without the base.
+    ties     trimmed to the largest, then only what agrees with the elected sign counts, as a weighted mean.
+             Source: TIES-Merging (arXiv 2306.01708), with the trimming done in each tensor instead of over all.
+    dare     entries dropped at random, the others made larger for it. Source: DARE (arXiv 2311.03099).
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clvr_jax.errors import UsageError
+from clvr_jax.merging.deltas import change_of, with_changes
+from clvr_jax.trees import Path, by_pattern, some
+
+Method = Literal["dswm", "linear", "ties", "dare"]
+Weight = float | Mapping[str, float]
+"""One for all tensors, or {regular expression: weight}; the first that is found in a key holds, 1 where none is."""
+
+_DENSITIES = {"ties": 0.2, "dare": 0.1}  # where both papers see no loss of a single model
+_FORMULAS = {
+    "dswm": "W = W_base + w_d (W_distill - W_base) + w_a (W_align - W_base)",
+    "linear": "W = (w_d W_distill + w_a W_align) / (w_d + w_a)",
+    "ties": "W = W_base + the mean, weighted by w_d and w_a, of the trimmed changes that have the elected sign",
+    "dare": "W = W_base + w_d m_d (W_distill - W_base) / density + w_a m_a (W_align - W_base) / density, "
+    "m random with mean density",
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to merge.
+
+    distill_weight, align_weight: see `Weight`. density: part of each change that is kept, of ties and dare; None is
+    0.2 for ties and 0.1 for dare. seed: of dare.
+    """
+
+    method: Method = "dswm"
+    distill_weight: Weight = 1.0
+    align_weight: Weight = 1.0
+    density: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.method not in get_args(Method):
+            raise UsageError(f"method {self.method!r} is none of {', '.join(get_args(Method))}")
+        for name, weight in (("distill", self.distill_weight), ("align", self.align_weight)):
+            numbers = weight.values() if isinstance(weight, Mapping) else (weight,)
+            if not all(map(math.isfinite, numbers)):
+                raise UsageError(f"the weight of {name} must be a number, got {weight}")
+            if self.method in ("linear", "ties") and min(numbers, default=0) < 0:
+                raise UsageError(f"{self.method} averages, so the weight of {name} cannot be negative, got {weight}")
+        if self.density is None:
+            object.__setattr__(self, "density", _DENSITIES.get(self.method))
+        elif self.method not in _DENSITIES:
+            raise UsageError(f"{self.method} keeps the changes whole; density is for {' and '.join(_DENSITIES)}")
+        elif not 0 < self.density <= 1:
+            raise UsageError(f"density must be above 0 and at most 1, got {self.density}")
+
+    @property
+    def formula(self) -> str:
+        """The method in one line."""
+        return _FORMULAS[self.method]
+
+    def weights(self, keys: Iterable[str]) -> dict[str, tuple[float, float]]:
+        """The weights of distill and align for each tensor, as `merge_block` takes them.
+
+        Raises: ClvrError for a pattern that is the first for no key; UsageError if there is nothing to average.
+        """
+        paths: list[Path] = [(key,) for key in keys]
+        sides = [_by_path(weight, paths) for weight in (self.distill_weight, self.align_weight)]
+        pairs = {str(path[0]): (float(sides[0][path]), float(sides[1][path])) for path in paths}
+        if self.method == "linear":
+            if void := [key for key, pair in pairs.items() if not sum(pair)]:
+                raise UsageError(f"linear averages, but both weights are 0 for {some(void)}")
+            pairs = {key: (w_d / (w_d + w_a), w_a / (w_d + w_a)) for key, (w_d, w_a) in pairs.items()}
+        return pairs
+
+
+DSWM = Settings()
+"""The method of the paper, both weights 1."""
+
+
+@functools.partial(jax.jit, static_argnames=("method", "density", "low_rank"))
+def merge_block(
+    base: jax.Array,
+    distill: jax.Array,
+    align: jax.Array,
+    weights: tuple[float, float],
+    extra: jax.Array | tuple[float, float] | None = None,
+    *,
+    method: Method = "dswm",
+    density: float | None = None,
+    low_rank: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """Merges a block of one tensor.
+
+    Args:
+      base, distill, align: (n,) each, of any dtypes; `align` is its change in float32 if `low_rank`.
+      weights: from `Settings.weights`.
+      extra: ties: smallest magnitudes that are kept of the two changes; dare: a random key; else None.
+      method, density: from `Settings`.
+    Returns: (n,) in the base's dtype, and (4,) float32: the sums of the squares of base, of the change of distill and
+      of that of align, and of the product of the two changes, before anything is done to them.
+    """
+    changes = change_of(distill, base), align if low_rank else change_of(align, base)
+    sums = _sums(base.astype(jnp.float32), *changes)
+    if method == "ties":
+        changes = _elected(*changes, weights, extra)
+    elif method == "dare":
+        changes = _dropped(*changes, density, extra)
+    return with_changes(base, *changes, *weights), sums
+
+
+def _sums(base: jax.Array, distill: jax.Array, align: jax.Array) -> jax.Array:
+    dot = functools.partial(jnp.vdot, precision=jax.lax.Precision.HIGHEST)
+    return jnp.stack([dot(base, base), dot(distill, distill), dot(align, align), dot(distill, align)])
+
+
+def _elected(distill: jax.Array, align: jax.Array, weights: Any, least: Any) -> tuple[jax.Array, jax.Array]:
+    """The share of each trimmed change in the mean of those that have the sign of their sum."""
+    w_d, w_a = weights
+    distill, align = (jnp.where(jnp.abs(c) >= low, c, 0) for c, low in zip((distill, align), least, strict=True))
+    sign = jnp.sign(w_d * distill + w_a * align)
+    agree_d, agree_a = ((jnp.sign(c) == sign) & (sign != 0) for c in (distill, align))
+    total = w_d * agree_d + w_a * agree_a
+    total = jnp.where(total == 0, 1, total)
+    return jnp.where(agree_d, distill / total, 0), jnp.where(agree_a, align / total, 0)
+
+
+def _dropped(distill: jax.Array, align: jax.Array, density: Any, key: Any) -> tuple[jax.Array, jax.Array]:
+    """Each entry of a change is kept with probability `density`, and larger by as much as that is less than 1."""
+    kept = [jax.random.bernoulli(own, density, distill.shape) for own in jax.random.split(key)]
+    return jnp.where(kept[0], distill / density, 0), jnp.where(kept[1], align / density, 0)
+
+
+def random_key(seed: int, tensor: str, block: int) -> jax.Array:
+    """The random numbers of a block depend on the seed, on the tensor's key and on its place in it, on nothing else."""
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(tensor.encode())), block)
+
+
+def least_kept(magnitudes: np.ndarray, density: float) -> float:
+    """The smallest magnitude that is kept if the largest `density` of all are; sorts `magnitudes` (n,) partly."""
+    first = magnitudes.size - max(1, round(density * magnitudes.size))
+    magnitudes.partition(first)
+    return float(magnitudes[first])
+
+
+def _by_path(weight: Weight, paths: list[Path]) -> dict[Path, float]:
+    return by_pattern(weight, paths, 1.0) if isinstance(weight, Mapping) else dict.fromkeys(paths, weight)

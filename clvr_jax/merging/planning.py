@@ -1,0 +1,119 @@
+"""What a merge will do: the three models, what is copied, and what a person should know. Reads headers only."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clvr_jax.convert.planning import Piece, files_beside
+from clvr_jax.files import read_json
+from clvr_jax.merging.methods import DSWM, Settings
+from clvr_jax.merging.sources import LowRank, Origin, Weights, is_weight, open_align, open_tuned, open_weights
+
+RECIPE, REPORT = "recipe.json", "report.json"
+PLOTS = ("report_norms.png", "report_cosines.png")
+_OWN_FILES = {"README.md", RECIPE, REPORT, *PLOTS}
+
+
+@dataclass(frozen=True)
+class Merge:
+    """What a merge will do; made by `plan_merge`, done by `merge`.
+
+    weights: key -> weights of distill and align. copied: path in the new folder -> the file that is copied there.
+    scheduler: whose scheduler the new pipeline has, None if it is no pipeline or has none. notes: what a person should
+    know, one line each. force: merge though the bases seem to differ.
+    """
+
+    settings: Settings
+    base: Weights
+    distill: Weights
+    align: Weights | LowRank
+    weights: Mapping[str, tuple[float, float]]
+    copied: Mapping[str, Path]
+    scheduler: str | None
+    notes: tuple[str, ...]
+    force: bool
+
+    @property
+    def inputs(self) -> tuple[Weights | LowRank, ...]:
+        """Base, distill, align."""
+        return self.base, self.distill, self.align
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors and files to be written."""
+        return self.base.component.nbytes + sum(path.stat().st_size for path in self.copied.values())
+
+    @property
+    def pieces(self) -> list[Piece]:
+        """The tensors to be written, in the order in which they lie in the base."""
+        places = {key: (str(tensor.file), tensor.offset) for key, tensor in self.base.stored.items()}
+        return sorted(self.base.component.pieces, key=lambda piece: places.get(piece.spec.key, ("", 0)))
+
+
+def plan_merge(
+    base: Path | Origin,
+    distill: Path | Origin,
+    align: Path | Origin,
+    settings: Settings = DSWM,
+    *,
+    force: bool = False,
+) -> Merge:
+    """Finds the models and checks that they belong together. Reads headers only.
+
+    Args:
+      base, distill: folders of a model, or of a pipeline, of which the transformer (UNet) is meant; all in one layout.
+      align: likewise, or a LoRA file or its folder.
+      settings: how to merge.
+      force: merge though settings differ or the inputs seem to come from different bases.
+    Raises: ClvrError or UsageError, one line, for what cannot be merged, both sides listed.
+    """
+    of_base = open_weights("base", base)
+    of_distill = open_tuned("distill", distill, of_base, force)
+    of_align = open_align(align, of_base, force)
+    weights = settings.weights(piece.spec.key for piece in of_base.component.pieces if is_weight(piece))
+    root = of_base.origin.path
+    copied = {
+        path.as_posix(): root / path for path in files_beside(root, [of_base.folder]) if str(path) not in _OWN_FILES
+    }
+    notes = [*_notes_on_dtypes(of_base, of_distill, of_align)]
+    scheduler = "base" if any(name.startswith("scheduler/") for name in copied) else None
+    if scheduler and (other := _other_scheduler(of_base, of_distill)):
+        kind, scheduler_files = other
+        if kind is None:
+            scheduler = "distill"
+            copied = {
+                name: path for name, path in copied.items() if not name.startswith("scheduler/")
+            } | scheduler_files
+            notes.append("the scheduler is that of distill, which differs from the base's")
+        else:
+            notes.append(f"distill has another kind of scheduler, {kind}; that of the base is kept")
+    if _is_distilled(of_distill) and not _is_distilled(of_base):
+        notes.append("model_index.json is the base's and does not say is_distilled: sample with guidance 1")
+    return Merge(settings, of_base, of_distill, of_align, weights, copied, scheduler, tuple(notes), force)
+
+
+def _notes_on_dtypes(*inputs: Weights | LowRank) -> Iterator[str]:
+    base, *others = inputs
+    for side in others:
+        if side.dtypes != base.dtypes:
+            yield f"{side.role} is in {', '.join(side.dtypes)}, the base in {', '.join(base.dtypes)}, and so the result"
+
+
+def _other_scheduler(base: Weights, distill: Weights) -> tuple[str | None, dict[str, Path]] | None:
+    """If distill's scheduler differs from the base's: its class if that does, else None and its files."""
+    ours, theirs = (side.origin.path / "scheduler" / "scheduler_config.json" for side in (base, distill))
+    if not ours.exists() or not theirs.exists():
+        return None
+    configs = [read_json(path) for path in (ours, theirs)]
+    kinds = [config.get("_class_name") for config in configs]
+    if kinds[0] != kinds[1]:
+        return str(kinds[1]), {}
+    settings = [{name: value for name, value in config.items() if not name.startswith("_")} for config in configs]
+    if settings[0] == settings[1]:
+        return None
+    return None, {f"scheduler/{path.name}": path for path in sorted(theirs.parent.iterdir()) if path.is_file()}
+
+
+def _is_distilled(side: Weights) -> bool:
+    index = side.origin.path / "model_index.json"
+    return index.exists() and bool(read_json(index).get("is_distilled"))

@@ -1,0 +1,143 @@
+"""What a merged folder says of itself: recipe.json for programs, README.md for people.
+
+recipe.json, of which any program may rely on `inputs`:
+
+    {"method": "dswm", "formula": ..., "weights": {"distill": 1.0, "align": 1.0}, "component": "transformer",
+     "inputs": {"base": {"source": ..., "revision": ..., "kind": "weights", "dtypes": [...], "files": {name: sha256}},
+                "distill": ..., "align": ...},
+     "dtypes": [...], "arithmetic": "float32", "scheduler": "base", "norms": {...}, "notes": [...], "versions": {...}}
+
+The digest of `params/`, a folder, is that of the lines "sha256 name" of its files, without _CHECKPOINT_METADATA.
+"""
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.convert.families import torch_class
+from clvr_jax.convert.model_card import LAYOUTS, front_matter, license_of_all, models_and_license, table, titles
+from clvr_jax.files import read_json, write_atomically, write_json
+from clvr_jax.merging.norms import Sums, total
+from clvr_jax.merging.planning import RECIPE, Merge
+from clvr_jax.merging.sources import LowRank, Weights
+
+
+def write_recipe(plan: Merge, folder: Path, name: str, command: str, sums: Mapping[str, Sums]) -> None:
+    """Writes recipe.json and README.md.
+
+    Args:
+      plan: what was done.
+      folder: where; its models are in it.
+      name: the title of the card.
+      command: as it was typed.
+      sums: of each tensor, from `merge`.
+    """
+    made = recipe(plan, sums)
+    write_json(folder / RECIPE, made)
+    write_atomically(folder / "README.md", card(plan, made, models_in(folder), name, command).encode())
+
+
+def recipe(plan: Merge, sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """The content of recipe.json; reads what is left to read for the digests of the inputs."""
+    settings = plan.settings
+    weights = {"distill": settings.distill_weight, "align": settings.align_weight}
+    options = {"density": settings.density, "seed": settings.seed if settings.method == "dare" else None}
+    return {
+        "method": settings.method,
+        "formula": settings.formula,
+        "weights": {side: dict(weight) if isinstance(weight, Mapping) else weight for side, weight in weights.items()},
+        **{option: value for option, value in options.items() if value is not None},
+        "component": plan.base.component.name,
+        "inputs": {side.role: _described(side) for side in plan.inputs},
+        "dtypes": plan.base.dtypes,
+        "arithmetic": "float32",
+        "scheduler": plan.scheduler,
+        "norms": total(sums.values()).described(),
+        "forced": plan.force,
+        "notes": list(plan.notes),
+        "versions": {name: version(name) for name in ("clvr-jax", "jax", "numpy")}
+        | {"python": platform.python_version()},
+    }
+
+
+def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: str, command: str) -> str:
+    """README.md: the three inputs, the formula, the licenses.
+
+    Args:
+      plan, name, command: as for `write_recipe`.
+      made: the recipe.
+      models: component -> (PyTorch's class, config.json).
+    """
+    binding = license_of_all(models)
+    ids = [side.origin.name.partition("@")[0] for side in plan.inputs if side.origin.revision]
+    weights = [{"base": "1"} | {side: json.dumps(weight) for side, weight in made["weights"].items()}]
+    inputs = [
+        (side.role, _named(side), "LoRA" if isinstance(side, LowRank) else "weights", weights[0][side.role],
+         stated_license(side) or "not stated")
+        for side in plan.inputs
+    ]  # fmt: skip
+    norms = made["norms"]
+    rows = [
+        ("Method", f"{made['method']}: `{made['formula']}`, in float32"),
+        *((option, str(made[option])) for option in ("density", "seed") if option in made),
+        ("Made by", f"`{command}`"),
+        ("clvr-jax", made["versions"]["clvr-jax"]),
+        ("Layout", LAYOUTS[plan.base.component.source]),
+        ("Numbers", ", ".join(made["dtypes"])),
+        ("Relative norm of the changes", f"distill {_percent(norms['distill'])}, align {_percent(norms['align'])}"),
+        *([("Scheduler", f"that of {plan.scheduler}")] if plan.scheduler else []),
+        ("Recipe", f"`{RECIPE}`, with the sha256 of every file that was read"),
+    ]
+    merged = "the model" if plan.base.component.name == "." else f"`{plan.base.component.name}`"
+    lines = [
+        *front_matter(plan.base.component.source, models, binding, list(dict.fromkeys(ids)), "merge"),
+        f"\n# {name}\n",
+        f"{', '.join(titles(models))}. Merged is {merged}; everything else is the base's.\n",
+        *table(("Input", "From", "Kind", "Weight", "License as its card states it"), inputs),
+        "",
+        *table(("", ""), rows),
+        *(f"\n{note[0].upper()}{note[1:]}." for note in plan.notes),
+        *models_and_license(models, binding),
+        "\nThe weights derive from all inputs: the license of each holds.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def models_in(folder: Path) -> dict[str, tuple[str, Any]]:
+    """Component -> (PyTorch's class, config.json), as the model card takes them."""
+    places = [folder] if torch_class(folder) else sorted(path for path in folder.iterdir() if path.is_dir())
+    found = {str(place.relative_to(folder)): (torch_class(place), place) for place in places}
+    return {name: (kind, read_json(place / "config.json")) for name, (kind, place) in found.items() if kind}
+
+
+def stated_license(side: Weights | LowRank) -> str | None:
+    """What the front matter of an input's README.md says; None if it says nothing."""
+    readme = (side.file.parent if isinstance(side, LowRank) else side.origin.path) / "README.md"
+    if not readme.is_file():
+        return None
+    front = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    stated = dict(re.findall(r"^(license|license_name): *(\S+) *$", front[1], re.MULTILINE)) if front else {}
+    return stated.get("license_name") or stated.get("license")
+
+
+def _described(side: Weights | LowRank) -> dict[str, Any]:
+    return {
+        "source": side.origin.name,
+        "revision": side.origin.revision,
+        "kind": "lora" if isinstance(side, LowRank) else "weights",
+        "license": stated_license(side),
+        "dtypes": side.dtypes,
+        "files": side.digests.finish(),
+    }
+
+
+def _named(side: Weights | LowRank) -> str:
+    return f"`{side.origin.name}`" + (f", revision `{side.origin.revision}`" if side.origin.revision else "")
+
+
+def _percent(value: float | None) -> str:
+    return "undefined" if value is None else f"{100 * value:.3g} %"

@@ -1,0 +1,115 @@
+"""What a merge found out about the two changes, for people and for scripts: tables, report.json, plots."""
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from clvr_jax.convert.report import readable_size
+from clvr_jax.files import write_json
+from clvr_jax.merging.norms import Sums, by_layer, total
+from clvr_jax.merging.planning import PLOTS, REPORT, Merge
+from clvr_jax.merging.sources import is_weight
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed, which nothing else of the package needs."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
+    """Norm of the base, relative Frobenius norms of the changes of distill and align, and the cosine between them.
+
+    Args:
+      sums: of each tensor, from `folders.merge`.
+    Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null where a norm of 0 would divide.
+    """
+    return {
+        "whole": total(sums.values()).described(),
+        "layers": {name: own.described() for name, own in by_layer(sums).items()},
+        "tensors": {key: own.described() for key, own in sums.items()},
+    }
+
+
+def write_report(folder: Path, sums: Mapping[str, Sums]) -> list[str]:
+    """Writes report.json and, with matplotlib, two plots over the layers. Returns: the names of the files."""
+    found = report(sums)
+    write_json(folder / REPORT, found)
+    if not can_plot():
+        return [REPORT]
+    _plot(folder, found["layers"])
+    return [REPORT, *PLOTS]
+
+
+def _plot(folder: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
+    from matplotlib.figure import Figure  # without pyplot: no window, no state
+
+    norms, cosines = folder / PLOTS[0], folder / PLOTS[1]
+    names, places = list(layers), range(len(layers))
+    for path, label, columns in (
+        (norms, "|change| / |base|", ("distill", "align")),
+        (cosines, "cosine between the changes", ("cosine",)),
+    ):
+        figure = Figure(figsize=(max(6.4, 0.22 * len(names) + 2), 5), layout="constrained")
+        axes = figure.add_subplot()
+        for column in columns:
+            values = [layer[column] for layer in layers.values()]
+            axes.plot(places, [float("nan") if value is None else value for value in values], ".-", label=column)
+        positive = [layer[column] for layer in layers.values() for column in columns if (layer[column] or 0) > 0]
+        if path is norms and positive:
+            axes.set_yscale("log")
+        if path is cosines:
+            axes.axhline(0, color="0.7", linewidth=0.8)
+        axes.set(ylabel=label)
+        axes.set_xticks(places, names, rotation=90, fontsize=7)
+        axes.grid(axis="y", alpha=0.3)
+        axes.legend()
+        figure.savefig(path, dpi=120)
+
+
+def report_table(sums: Mapping[str, Sums]) -> Table:
+    """One row for each layer, and one for all."""
+    table = Table(title="changes of the base")
+    table.add_column("layer", overflow="fold")
+    for column in ("|distill| / |base|", "|align| / |base|", "cosine"):
+        table.add_column(column, justify="right")
+    for name, own in (*by_layer(sums).items(), ("all", total(sums.values()))):
+        numbers = (*own.relative.values(), own.cosine)
+        table.add_row(name, *("" if number is None else f"{number:.3g}" for number in numbers))
+    return table
+
+
+def plan_table(plan: Merge) -> Table:
+    """One row for each tensor of the result, then what is copied."""
+    component = plan.base.component
+    size = readable_size(plan.nbytes)
+    title = f"{plan.settings.method}: {component.family.title}, {len(component.pieces)} tensors, {size}"
+    table = Table(title=title)
+    table.add_column("tensor", overflow="fold")
+    for column in ("shape", "dtype", "weight of distill", "of align"):
+        table.add_column(column)
+    for piece in component.pieces:
+        pair = plan.weights[piece.spec.key] if is_weight(piece) else None
+        weights = tuple(f"{weight:g}" for weight in pair) if pair else ("the base's", "")
+        shape = " x ".join(map(str, piece.spec.shape))
+        table.add_row(piece.spec.key, shape, piece.spec.dtype.name, *weights)
+    table.add_section()
+    for name in plan.copied:
+        whose = plan.scheduler if name.startswith("scheduler/") else "base"
+        table.add_row(name, "", "file", "", f"copied from {whose}")
+    return table
+
+
+def plan_list(plan: Merge) -> list[dict[str, Any]]:
+    """The tensors of the result for scripts: key, shape, dtype, weights (null of a counter, which is the base's)."""
+    return [
+        {
+            "key": piece.spec.key,
+            "shape": list(piece.spec.shape),
+            "dtype": piece.spec.dtype.name,
+            "weights": plan.weights.get(piece.spec.key),
+        }
+        for piece in plan.base.component.pieces
+    ]

@@ -1,0 +1,221 @@
+"""The three inputs of a merge, as they lie there: weights of a model, or a LoRA file. Reads headers only.
+
+Tensors go by PyTorch's keys in either format, and stay in the layout of their format: a merge does not care.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from clvr_jax.convert.conversion import Buffers, shape_in
+from clvr_jax.convert.families import torch_class
+from clvr_jax.convert.lora_file import Factors, find_lora, read_factors
+from clvr_jax.convert.orbax_tree import PARAMS
+from clvr_jax.convert.planning import Component, Piece, model_in
+from clvr_jax.convert.tensors import FLOATS, Stored, bits, stored_tensors
+from clvr_jax.errors import ClvrError
+from clvr_jax.merging.digests import Digests
+from clvr_jax.models.lora import LoRAPair
+from clvr_jax.trees import some
+
+Role = Literal["base", "distill", "align"]
+PAINTERS = ("transformer", "unet")
+"""The model of a pipeline that is merged."""
+
+_LAYOUTS = {"torch": "safetensors", "jax": "an Orbax checkpoint"}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an input is from: what the user wrote, the place on this machine, and the commit of a Hugging Face id."""
+
+    name: str
+    path: Path
+    revision: str | None = None
+
+    @classmethod
+    def of(cls, source: "Path | Origin") -> "Origin":
+        """A path names itself."""
+        return source if isinstance(source, Origin) else cls(str(source), source)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole model. `component.name` is its folder in the pipeline `origin.path`, "." if that is the model itself."""
+
+    role: Role
+    origin: Origin
+    component: Component
+    stored: Mapping[str, Stored] = field(repr=False)
+
+    @property
+    def folder(self) -> Path:
+        """Of the model."""
+        return self.origin.path / self.component.name
+
+    @cached_property
+    def pieces(self) -> dict[str, Piece]:
+        """Its tensors by key."""
+        return {piece.spec.key: piece for piece in self.component.pieces}
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Of its floating-point tensors."""
+        return sorted({piece.spec.dtype.name for piece in self.component.pieces if is_weight(piece)})
+
+    @cached_property
+    def digests(self) -> Digests:
+        """sha256 of its files, under their names in its folder."""
+        if self.component.source == "jax":
+            return Digests({f"{PARAMS}/": self.folder / PARAMS})
+        files = sorted({tensor.file for tensor in self.stored.values()})
+        return Digests({file.name: file for file in files})
+
+    def values(self, key: str, buffers: Buffers) -> np.ndarray:
+        """A tensor in the layout of its format: mapped, or put together in a buffer of the input's own."""
+        piece = self.pieces[key]
+        shape = shape_in(piece, self.component.source)
+        whole: np.ndarray | None = None
+        for rows, block in self.component.read(piece, partial(buffers, f"{self.role}, as read")):
+            if whole is None:
+                if block.shape == shape:
+                    return block
+                whole = buffers(self.role, shape, piece.spec.dtype)
+            bits(whole)[rows] = bits(block)
+        assert whole is not None, key
+        return whole
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A LoRA of the base's model."""
+
+    role: Role
+    origin: Origin
+    base: Weights
+    file: Path
+    factors: Mapping[str, Factors] = field(repr=False)
+
+    @property
+    def dtypes(self) -> list[str]:
+        """Of its factors."""
+        return sorted({factor.dtype.name for pair in self.factors.values() for factor in (pair.down, pair.up)})
+
+    @cached_property
+    def digests(self) -> Digests:
+        """sha256 of its file."""
+        return Digests({self.file.name: self.file})
+
+    def change(self, key: str) -> np.ndarray | None:
+        """scale * up down in float32 and in the base's layout; None for a tensor that it does not adapt."""
+        factors = self.factors.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
+        if factors is None:
+            return None
+        entry, rank = self.base.pieces[key].entry, factors.down.shape[0]
+        pair = LoRAPair(factors.up.reshape(-1, rank), factors.down.reshape(rank, -1), factors.scale)
+        product = np.asarray(pair.product()).reshape(entry.torch_shape)
+        return product if self.base.component.source == "torch" else np.asarray(entry.layout.from_torch(product))
+
+
+def is_weight(piece: Piece) -> bool:
+    """Whether a tensor is merged; counters stay the base's."""
+    return piece.spec.dtype.kind not in "iub"
+
+
+def open_weights(role: Role, source: Path | Origin) -> Weights:
+    """The model in a folder, or the transformer (UNet) of the pipeline in it.
+
+    Raises: ClvrError for a single file, a folder without model, or one whose tensors are not complete.
+    """
+    origin = Origin.of(source)
+    path = origin.path
+    if path.is_file():
+        raise ClvrError(
+            f"{role}: {origin.name} is a single file, and layouts are not mixed; make a folder of it with "
+            f"`clvr convert {origin.name} FOLDER --to torch` and give that"
+        )
+    if not path.is_dir():
+        raise ClvrError(f"{role}: {origin.name}: no such folder")
+    name = "."
+    if torch_class(path) is None:
+        name = next((painter for painter in PAINTERS if (path / painter).is_dir()), ".")
+    component = model_in(path / name, name)
+    if odd := sorted({p.spec.dtype.name for p in component.pieces if is_weight(p)} - FLOATS.keys()):
+        raise ClvrError(
+            f"{role}: {path / name} holds {', '.join(odd)}, which float32 does not do justice to; "
+            f"convert it first with --dtype, to one of {', '.join(FLOATS)}"
+        )
+    stored = stored_tensors(path / name) if component.source == "torch" else {}
+    return Weights(role, origin, component, stored)
+
+
+def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = False) -> Weights:
+    """A model that was tuned from `base`: of the same architecture, layout, tensors and settings.
+
+    Args:
+      force: let settings (config.json) differ that do not change the tensors.
+    Raises: ClvrError listing what differs, both sides.
+    """
+    tuned = open_weights(role, source)
+    kinds = [side.component.family.torch_class for side in (base, tuned)]
+    if kinds[0] != kinds[1]:
+        raise ClvrError(f"{role}: {tuned.folder} is a {kinds[1]}, the base a {kinds[0]}")
+    layouts = [side.component.source for side in (base, tuned)]
+    if layouts[0] != layouts[1]:
+        raise ClvrError(
+            f"{role}: {tuned.folder} holds {_LAYOUTS[layouts[1]]}, the base {_LAYOUTS[layouts[0]]}; layouts are not "
+            f"mixed: `clvr convert {tuned.origin.name} FOLDER --to {layouts[0]}` makes them the same"
+        )
+    _check_same(base, tuned)
+    settings = [_settings(side.component) for side in (base, tuned)]
+    names = sorted(name for name in settings[0] if settings[0][name] != settings[1].get(name))
+    if names and not force:
+        listed = some(f"{name} (base {settings[0][name]}, {role} {settings[1].get(name)})" for name in names)
+        raise ClvrError(
+            f"{role}: {tuned.folder} has other settings than the base: {listed}; --force merges all the same"
+        )
+    return tuned
+
+
+def open_align(source: Path | Origin, base: Weights, force: bool = False) -> Weights | LowRank:
+    """What alignment made of `base`: a model, see `open_tuned`, or a LoRA file or its folder.
+
+    Raises: ClvrError as `open_tuned` does, and for a LoRA that is damaged or of another model.
+    """
+    origin = Origin.of(source)
+    file = find_lora(origin.path) if origin.path.exists() else None
+    if file is None:
+        return open_tuned("align", origin, base, force)
+    kernels = [piece for piece in base.component.pieces if piece.entry.path[-1] == "kernel"]
+    shapes = {piece.spec.key.removesuffix(".weight"): piece.spec.shape for piece in kernels}
+    return LowRank("align", origin, base, file, read_factors(file, shapes))
+
+
+def _settings(component: Component) -> dict[str, object]:
+    config = component.family.config_from_dict(component.config)
+    return dataclasses.asdict(config)
+
+
+def _check_same(base: Weights, tuned: Weights) -> None:
+    ours, theirs = base.pieces, tuned.pieces
+    differing = [
+        f"{key} (base {_described(ours[key])}, {tuned.role} {_described(theirs[key])})"
+        for key in ours
+        if key in theirs and _described(ours[key]) != _described(theirs[key])
+    ]
+    sides = (
+        ("only in base", [key for key in ours if key not in theirs]),
+        (f"only in {tuned.role}", [key for key in theirs if key not in ours]),
+        ("of another shape or kind", differing),
+    )
+    if faults := [f"{len(names)} {title}: {some(names)}" for title, names in sides if names]:
+        raise ClvrError(f"{tuned.role}: {tuned.folder} does not match the base; {'; '.join(faults)}")
+
+
+def _described(piece: Piece) -> str:
+    return f"{'floating' if is_weight(piece) else piece.spec.dtype.name} {piece.spec.shape}"
