@@ -11,11 +11,12 @@ The new folder appears when it is complete, and a run that was killed goes on (j
 import json
 import math
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
 
 import numpy as np
 from clvr_jax.convert.journal import Journal, resumable
@@ -26,6 +27,7 @@ from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 
 _TILE, _SPACE = (128, 512), 8
 _LARGE_BYTES = 256 * 2**20
+_WORKERS = 2
 
 
 def convert(
@@ -67,36 +69,45 @@ def _write(conversion: Conversion, folder: Path, journal: Journal, on_tensor: Ca
         wanted = [piece for piece in component.pieces if names[piece] not in journal.done]
         for name in (name for name in names.values() if name in journal.done):
             on_tensor(name)
-        for piece, values, has_nan in _ahead(component, conversion.to, wanted):
-            write(piece, values)
+        for piece, has_nan in _converted(component, conversion.to, wanted, write):
             journal.add(names[piece], has_nan)
             on_tensor(names[piece])
         finish()
     return [name for name, bad in journal.done.items() if bad]
 
 
-def _ahead(component: Component, to: Format, pieces: list[Piece]) -> Iterator[tuple[Piece, np.ndarray, bool]]:
-    """Each piece as it is written, and whether it holds a NaN; the next one is made while this one is used.
+def _converted(
+    component: Component, to: Format, pieces: list[Piece], write: Callable[[Piece, np.ndarray], None]
+) -> Iterator[tuple[Piece, bool]]:
+    """Writes each piece and says whether it holds a NaN, in order.
 
-    An array holds until the next but one is asked for.
+    Two at a time, each from the first byte to the last by one thread, since reading takes longer than writing with some
+    and shorter with others.
     """
-    memory = Buffers()
+    memory: SimpleQueue[Buffers] = SimpleQueue()
+    for _ in range(_WORKERS):
+        memory.put(Buffers())
 
-    def make(number: int, piece: Piece) -> tuple[Piece, np.ndarray, bool]:
-        name = "large" if _is_large(piece) else f"turn {number % 2}"
-        values = memory(name, shape_in(piece, to), piece.spec.dtype)
+    def convert(piece: Piece) -> tuple[Piece, bool]:
+        buffers = memory.get()
+        values = buffers("values", shape_in(piece, to), piece.spec.dtype)
         filled = _seen_as(component.source, values, piece, to)
-        for rows, block in component.read(piece, partial(memory, "source")):
+        for rows, block in component.read(piece, partial(buffers, "source")):
             _copy(block, filled[rows] if filled.ndim else filled)
-        return piece, values, _has_nan(values)
+        has_nan = _has_nan(values)
+        write(piece, values)
+        memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
+        return piece, has_nan
 
-    with ThreadPoolExecutor(1) as thread:
-        following: Future[Any] | None = None
+    with ThreadPoolExecutor(_WORKERS) as pool:
+        running: deque[Future[tuple[Piece, bool]]] = deque()
         for number, piece in enumerate(pieces):
-            made = following.result() if following else make(number, piece)
-            ahead = pieces[number + 1] if number + 1 < len(pieces) else None
-            following = thread.submit(make, number + 1, ahead) if ahead and not _is_large(ahead) else None
-            yield made
+            alone = _is_large(piece) or (number and _is_large(pieces[number - 1]))
+            while len(running) >= (1 if alone else 2 * _WORKERS):
+                yield running.popleft().result()
+            running.append(pool.submit(convert, piece))
+        while running:
+            yield running.popleft().result()
 
 
 def _is_large(piece: Piece) -> bool:
