@@ -169,14 +169,14 @@ def nft_loss(
       optimality_b: r of each, see `optimality`.
       counts_b: 1 where a sample counts, 0 where it has no reward.
       t_b: timesteps of the roll-out to learn at.
-      key: for the noise.
+      key: for the noise; or (b,) keys, one for each sample, whose noise then does not depend on its place.
       noising: of this family of models.
       config: weights of the loss.
     Returns: scalar float32, averaged over the samples that count; and metrics: "policy_loss", "kl" (mean squared
       distance to the reference), "norm_ratio" (mean log |theta| / |reference|: inflated predictions are a sign of
       reward hacking), and "weight", the samples that count (see `training.step.Loss`).
     """
-    noise = jax.random.normal(key, x0.shape, x0.dtype)
+    noise = normal(key, x0.shape).astype(x0.dtype)
     x_t = noising.noisy(x0, noise, t_b)
     predicted = theta(x_t, t_b)
     fixed, anchor = (jax.lax.stop_gradient(policy(x_t, t_b)) for policy in (old, reference))
@@ -203,6 +203,13 @@ def nft_loss(
     loss = mean(policy_b) + config.kl_weight * mean(kl_b)
     parts = {"policy_loss": mean(policy_b), "kl": mean(kl_b), "norm_ratio": mean(jax.lax.stop_gradient(ratio_b))}
     return loss, {**parts, "weight": weight}
+
+
+def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """(b, ...) standard normal; of one key, or of (b,) keys, one for each row."""
+    if key.ndim == 0:
+        return jax.random.normal(key, shape)
+    return jax.vmap(lambda own: jax.random.normal(own, shape[1:]))(key)
 
 
 def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") -> jax.Array:

@@ -39,7 +39,8 @@ class Program:
 
     name: for people. function: (weights, data) -> anything, not jitted. weights: trees by name, laid out as parameters;
     data: laid out as a batch. reads: how often a call reads each of `weights`. flops: of a call, all devices together.
-    calls: of a run, for the cost line.
+    calls: of a run, for the cost line. rows: of `data`, that the mesh must be able to cut; those of all its leaves if 0,
+    but a leaf with one row for several may be too short.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Program:
     reads: Mapping[str, int]
     flops: float
     calls: int = 1
+    rows: int = 0
 
 
 def plan(recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None) -> Report:
@@ -214,7 +216,7 @@ def _plan_step(task: Task, train: Any, layout: Layout, chips: Topology, price: f
 def _plan_program(program: Program, layout: Layout, chips: Topology, price: float | None) -> Report:
     weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
     data = _shapes(program.data)
-    check_batch(data, layout, 1)
+    check_batch(jax.ShapeDtypeStruct((program.rows,), bool) if program.rows else data, layout, 1)
     compiled, text = _compiled(jax.jit(program.function), (weights, _with(data, layout.batch(data))), layout)
     tensor = layout.mesh.shape["tensor"]
     traffic = sum(

@@ -1,0 +1,161 @@
+"""UnifiedReward and UnifiedReward-Edit over any vision-language model: an endpoint, or our own Qwen3-VL.
+
+One user turn, pictures first, then text, greedy. The questions are in our words around the published fields; answers
+are read strictly: a field that is missing, said twice or out of range makes the picture unmarked, never bad.
+
+Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, the answers that their checkpoints were taught.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+from clvr_jax.errors import UsageError
+from clvr_jax.reasoning.answers import AnswerError, read_json_object
+from clvr_jax.reasoning.images import Picture
+from clvr_jax.reasoning.tools import ProviderError, Question, VisionLanguageModel
+from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge
+
+AXES = ("Alignment", "Coherence", "Style")
+_NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
+# Faults of one answer; of all others the next call will suffer too.
+_OF_ONE_ANSWER = ("malformed", "refused")
+
+_ACS = """You see a generated picture and the caption that it was made for. Rate the picture on three axes from 1 to 5:
+- Alignment Score: does it show what the caption says?
+- Coherence Score: does it hold together, without glitches or distorted objects?
+- Style Score: how pleasing is it, whatever the caption says?
+
+Answer in this form:
+Alignment Score (1-5): X
+Coherence Score (1-5): Y
+Style Score (1-5): Z
+
+Text Caption: [{text}]"""
+_FINAL = """You see a generated picture and the caption that it was made for. Rate it from 1 to 5 by two criteria: how
+well it agrees with the caption (objects, numbers, colors, places, relations), and its quality (clarity, no artifacts).
+
+End your answer with one line in this form:
+Final Score: X
+
+Text Caption: [{text}]"""
+_EDIT = """You see two pictures: the first is the source, the second an edited version of it. Give two scores from 0 to
+25. The first says how well the instruction was carried out: 0 not at all, 25 perfectly. The second says how little else
+was changed: 0 a completely different picture, 25 the least edit that does it.
+
+Answer with one JSON object: {{"reasoning": "...", "score": [success, minimality]}}
+
+Editing instruction: {text}"""
+_QUALITY = """You see a picture that was made by editing another. Give two scores from 0 to 25. The first says how
+natural it looks: 0 wrong light, shadows or distances, 25 as if nothing had been edited. The second says how free of
+artifacts it is: 0 distorted or blurred everywhere, 25 none to be seen.
+
+Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifacts]}"""
+
+
+class UnifiedReward(PictureJudge):
+    """R_T2I in [0, 1].
+
+    Args:
+      model: that answers, from several threads at once.
+      form: "acs" asks for alignment, coherence and style, the value is (mean - 1) / 4; "final" for one score.
+      max_tokens: of an answer.
+    """
+
+    def __init__(self, model: VisionLanguageModel, form: Literal["acs", "final"] = "acs", max_tokens: int = 512):
+        if form not in ("acs", "final"):
+            raise UsageError(f"UnifiedReward: form must be acs or final, got {form!r}")
+        self._model, self._max_tokens = model, max_tokens
+        self._text, self._read = {"acs": (_ACS, read_acs), "final": (_FINAL, read_final)}[form]
+
+    def picture(self, picture: Picture, text: str) -> Marks:
+        """See `PictureJudge`."""
+        return _asked(self._model, self._text.format(text=text), (picture,), self._max_tokens, self._read)
+
+
+class UnifiedRewardEdit(EditJudge):
+    """R_I2I in [0, 1]: (.6 success + .4 minimality) / 25.
+
+    Args:
+      model, max_tokens: see `UnifiedReward`.
+      quality: weight of a second question about the edited picture alone, (naturalness + artifacts) / 50; 0 leaves it
+        out.
+    """
+
+    def __init__(self, model: VisionLanguageModel, quality: float = 0.0, max_tokens: int = 512):
+        if not 0 <= quality <= 1:
+            raise UsageError(f"UnifiedRewardEdit: quality must lie in [0, 1], got {quality}")
+        self._model, self._quality, self._max_tokens = model, quality, max_tokens
+
+    def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
+        """See `EditJudge`."""
+        text = _EDIT.format(text=instruction)
+        made = _asked(self._model, text, (source, edited), self._max_tokens, read_edit, is_json=True)
+        if self._quality == 0:
+            return made
+        looks = _asked(self._model, _QUALITY, (edited,), self._max_tokens, read_quality, is_json=True)
+        value = (1 - self._quality) * made.value + self._quality * looks.value
+        return Marks(value, {**made.parts, **looks.parts})
+
+
+def _asked(
+    model: VisionLanguageModel,
+    text: str,
+    pictures: Sequence[Picture],
+    max_tokens: int,
+    read: Callable[[str], Marks],
+    is_json: bool = False,
+) -> Marks:
+    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
+    question = Question([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
+    try:
+        return read(model.ask(question).text)
+    except ProviderError as error:
+        if error.fault in _OF_ONE_ANSWER:
+            return UNREADABLE
+        raise
+
+
+def read_acs(answer: str) -> Marks:
+    """`Alignment Score (1-5): x` and so on, each once -> (mean - 1) / 4; parts are the scores as given."""
+    scores = {axis.lower(): _field(answer, rf"{axis} Score \(1-5\): *") for axis in AXES}
+    return Marks((sum(scores.values()) / len(scores) - 1) / 4, scores)
+
+
+def read_final(answer: str) -> Marks:
+    """`Final Score: x`, once -> (x - 1) / 4."""
+    score = _field(answer, r"Final Score: *")
+    return Marks((score - 1) / 4, {"final": score})
+
+
+def read_edit(answer: str) -> Marks:
+    """{"score": [success, minimality]} -> (.6 success + .4 minimality) / 25."""
+    success, minimality = _pair(answer)
+    return Marks((0.6 * success + 0.4 * minimality) / 25, {"success": success, "minimality": minimality})
+
+
+def read_quality(answer: str) -> Marks:
+    """{"score": [naturalness, artifacts]} -> their sum / 50."""
+    naturalness, artifacts = _pair(answer)
+    return Marks((naturalness + artifacts) / 50, {"naturalness": naturalness, "artifacts": artifacts})
+
+
+def _field(answer: str, label: str) -> float:
+    """The number in 1..5 behind a label that occurs once, else NaN."""
+    found = re.findall(label + _NUMBER, answer)
+    if len(found) != 1 or len(re.findall(label, answer)) != 1 or not 1 <= float(found[0]) <= 5:
+        return math.nan
+    return float(found[0])
+
+
+def _pair(answer: str) -> tuple[float, float]:
+    """The two numbers in 0..25 under "score" of the JSON object in an answer, else NaN."""
+    try:
+        score: Any = read_json_object(answer).get("score")
+    except AnswerError:
+        return math.nan, math.nan
+    numbers = [one for one in score if type(one) in (int, float)] if isinstance(score, list) else []
+    if len(numbers) != 2 or len(numbers) != len(score) or not all(0 <= one <= 25 for one in numbers):
+        return math.nan, math.nan
+    return float(numbers[0]), float(numbers[1])

@@ -1,0 +1,319 @@
+"""The programs of Proxy Prompt RL as pure functions of trees: a roll-out, what a call teaches, and a step of it.
+
+The policies are three trees of weights on one base: `params`, which trains; `old`, which samples; the base itself, the
+reference. Where they are LoRA trees they are multiplied out inside each program.
+
+Source: DiffusionNFT (arXiv 2509.16117) as PPRL (arXiv 2605.14876) uses it.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from clvr_jax.errors import UsageError
+from clvr_jax.merging.deltas import apply_delta
+from clvr_jax.models.lora import init_lora
+from clvr_jax.sharding import Layout, MeshConfig, constrain
+from clvr_jax.training.diffusion_nft import NFTConfig, Noising, Policy, nft_loss, normal, old_decay
+
+Tree = Any
+
+_NOISE, _TIMES, _UPDATE = range(3)
+"""What random numbers are for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Backbone:
+    """A family of drawing models as PPRL sees it; all functions are traced.
+
+    condition: (frozen, data) -> pytree of what conditions the drawing, one row for each group.
+    policy: (weights, the same repeated for every sample) -> prediction, guided as in the roll-out.
+    solve: (policy, noise (b, ...)) -> clean latents (b, ...), without fresh noise.
+    decode: (frozen, latents) -> pictures (b, h, w, 3) in [0, 1].
+    shape: of one sample's latents. timesteps: (n,) at which `solve` evaluates the policy. noising: of this family.
+    """
+
+    condition: Callable[[Tree, Any], Tree]
+    policy: Callable[[Tree, Tree], Policy]
+    solve: Callable[[Policy, jax.Array], jax.Array]
+    decode: Callable[[Tree, jax.Array], jax.Array]
+    shape: tuple[int, ...]
+    timesteps: np.ndarray
+    noising: Noising
+
+
+@dataclasses.dataclass(frozen=True)
+class PPRLConfig:
+    """A run of PPRL; the defaults are the paper's, and DiffusionNFT's where it is silent.
+
+    epochs: of sampling and learning. groups: trajectory steps an epoch. group: pictures drawn for each.
+    groups_per_call: groups of one shape in each call of a program; all devices need a row of it.
+    updates: optimiser steps an epoch, each on its share of the groups. timesteps: of the roll-out's own, at how many
+    each sample is learned from. spread: what advantages are divided by, see `group_advantages`. nft: the loss.
+    old_decay: how `old` follows, see `diffusion_nft.old_decay`. ema_decay: of the average for evaluation and export.
+    lora_rank: 0 trains all parameters. lora_alpha: the change is alpha / rank * a b. lora_targets: kernels adapted.
+    learning_rate, b1, b2, weight_decay, clip_norm: AdamW, at a constant rate. bad_updates: so many in a row that are
+    not finite end the run; fewer are skipped and counted. grid_every: epochs between grids of samples, 0 for none.
+    seed: of all random numbers. save_minutes, keep: of checkpoints, at the ends of epochs. wandb: project, "" for none.
+    """
+
+    epochs: int = 100
+    groups: int = 32
+    group: int = 16
+    groups_per_call: int = 1
+    updates: int = 1
+    timesteps: int = 4
+    spread: Literal["group", "epoch"] = "group"
+    nft: NFTConfig = NFTConfig()
+    old_decay: Literal["linear", "delayed"] = "linear"
+    ema_decay: float = 0.9
+    lora_rank: int = 128
+    lora_alpha: float = 256.0
+    lora_targets: tuple[str, ...] = ("kernel",)
+    learning_rate: float = 1e-4
+    b1: float = 0.9
+    b2: float = 0.999
+    weight_decay: float = 1e-4
+    clip_norm: float = 1.0
+    bad_updates: int = 8
+    grid_every: int = 10
+    seed: int = 0
+    mesh: MeshConfig = MeshConfig()
+    save_minutes: float = 10.0
+    keep: int = 2
+    wandb: str = ""
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "groups", "groups_per_call", "updates", "timesteps", "bad_updates", "keep")
+        if low := [name for name in counts if getattr(self, name) < 1]:
+            raise UsageError(f"PPRLConfig: {', '.join(low)} must be at least 1")
+        if self.group < 2:
+            raise UsageError(
+                f"PPRLConfig: group is {self.group}; a picture is judged by others of its group, so 2 or more"
+            )
+        if self.lora_rank < 0 or self.grid_every < 0 or self.seed < 0:
+            raise UsageError("PPRLConfig: lora_rank, grid_every and seed must be at least 0")
+        if not 0 <= self.ema_decay < 1:
+            raise UsageError(f"PPRLConfig: ema_decay must lie in [0, 1), got {self.ema_decay}")
+
+    @property
+    def rows(self) -> int:
+        """Samples of one call."""
+        return self.groups_per_call * self.group
+
+    @property
+    def lora(self) -> dict[str, float]:
+        """What a checkpoint must have been made with."""
+        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+
+    def optimizer(self) -> optax.GradientTransformation:
+        """AdamW behind a clip of the global norm."""
+        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+    def start(self, base: Tree) -> Tree:
+        """What trains, as it starts: a LoRA tree that changes nothing, or float32 copies of all parameters.
+
+        base: shapes are enough for a LoRA.
+        """
+        if self.lora_rank:
+            key = jax.random.key(self.seed)
+            return init_lora(base, self.lora_targets, self.lora_rank, self.lora_alpha, key)
+        return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
+
+    def weights(self, base: Tree, trained: Tree) -> Tree:
+        """The weights of a policy, in the base's dtypes."""
+        if self.lora_rank:
+            return apply_delta(base, trained)
+        return jax.tree.map(lambda leaf, like: leaf.astype(like.dtype), trained, base)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["epoch", "step", "params", "old", "ema", "opt_state", "skipped", "skipped_in_a_row"],
+    meta_fields=[],
+)
+@dataclasses.dataclass
+class PPRLState:
+    """Everything a run continues from. epoch: finished ones. step: optimiser steps. skipped: of these, how many changed
+    nothing because something was not finite."""
+
+    epoch: Any
+    step: Any
+    params: Tree
+    old: Tree
+    ema: Tree
+    opt_state: Tree
+    skipped: Any
+    skipped_in_a_row: Any
+
+    @classmethod
+    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: Layout) -> "PPRLState":
+        """Epoch 0, laid out over the mesh: all policies are the same."""
+
+        def start(params: Tree) -> "PPRLState":
+            params, old, ema = (jax.tree.map(jnp.copy, params) for _ in range(3))
+            zero = jnp.int32(0)
+            return PPRLState(zero, zero, params, old, ema, optimizer.init(params), zero, zero)
+
+        params = jax.device_put(params, layout.parameters(params))
+        return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
+
+
+def state_shardings(state: PPRLState, layout: Layout) -> PPRLState:
+    """Where each part of a state (shapes are enough) lies."""
+    whole = layout.replicated
+    params, old, ema = (layout.parameters(tree) for tree in (state.params, state.old, state.ema))
+    opt_state = layout.optimizer_state(state.opt_state, state.params)
+    return PPRLState(whole, whole, params, old, ema, opt_state, whole, whole)
+
+
+class Drawn(NamedTuple):
+    """latents (b, ...) and pictures (b, h, w, 3) uint8 of a call; conditions, one row for each group."""
+
+    latents: jax.Array
+    pictures: jax.Array
+    conditions: Tree
+
+
+class Sums(NamedTuple):
+    """Over samples that count: gradients, metrics, and the number of them."""
+
+    grads: Tree
+    metrics: dict[str, jax.Array]
+    weight: jax.Array
+
+
+def rollout(backbone: Backbone, config: PPRLConfig, base: Tree, old: Tree, frozen: Tree, batch: Any) -> Drawn:
+    """Draws `group` pictures for each group of a call with the old policy.
+
+    batch: data, see `Backbone.condition`; number (g,) of each group's step; epoch, a scalar. A sample's noise depends
+      on seed, epoch, step and its place in the group alone.
+    """
+    conditions = backbone.condition(frozen, batch["data"])
+    policy = backbone.policy(config.weights(base, old), _for_samples(conditions, config.group))
+    noise = normal(_sample_keys(config, batch, _NOISE), (config.rows, *backbone.shape))
+    latents = backbone.solve(policy, _cut(noise))
+    pictures = jnp.round(255 * backbone.decode(frozen, latents)).astype(jnp.uint8)
+    return Drawn(latents, pictures, conditions)
+
+
+def contribution(backbone: Backbone, config: PPRLConfig, params: Tree, base: Tree, old: Tree, batch: Any) -> Sums:
+    """What the samples of a call teach at one of their timesteps.
+
+    batch: number and epoch as for `rollout`; its latents and conditions; optimality and counts (b,), see `nft_loss`;
+      draw, a scalar: the how-manieth of the sample's timesteps, which are a random order of the roll-out's own.
+    """
+    conditions = _for_samples(batch["conditions"], config.group)
+    count = len(backbone.timesteps)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, count))(_sample_keys(config, batch, _TIMES))
+    times = jnp.asarray(backbone.timesteps)[orders[:, batch["draw"]]]
+    keys = _sample_keys(config, batch, _UPDATE, batch["draw"])
+    before = backbone.policy(config.weights(base, old), conditions)
+    reference = backbone.policy(base, conditions)
+
+    def total(params: Tree) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+        policy = backbone.policy(config.weights(base, params), conditions)
+        loss, metrics = nft_loss(
+            policy,
+            before,
+            reference,
+            batch["latents"],
+            batch["optimality"],
+            batch["counts"],
+            times,
+            keys,
+            backbone.noising,
+            config.nft,
+        )
+        weight = metrics.pop("weight")
+        return loss * weight, (weight, {**metrics, "loss": loss})
+
+    grads, (weight, metrics) = jax.grad(total, has_aux=True)(params)
+    return Sums(grads, {name: value * weight for name, value in metrics.items()}, weight)
+
+
+def updated(config: PPRLConfig, state: PPRLState, sums: Sums) -> tuple[PPRLState, dict[str, jax.Array]]:
+    """One optimiser step on the mean over the samples of `sums`; one that is not finite changes only the counters."""
+    grads, metrics = (jax.tree.map(lambda leaf: leaf / sums.weight, tree) for tree in (sums.grads, sums.metrics))
+    norm = optax.global_norm(grads)
+    change, opt_state = config.optimizer().update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, change)
+    decay = jnp.minimum((1 + state.step) / (10 + state.step), config.ema_decay)
+    ema = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.ema, params)
+    is_good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_good, new, old),
+        (params, ema, opt_state),
+        (state.params, state.ema, state.opt_state),
+    )
+    following = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        ema=ema,
+        opt_state=opt_state,
+        skipped=state.skipped + ~is_good,
+        skipped_in_a_row=jnp.where(is_good, 0, state.skipped_in_a_row + 1),
+    )
+    return following, {**metrics, "grad_norm": norm}
+
+
+def followed(config: PPRLConfig, state: PPRLState) -> PPRLState:
+    """The end of an epoch: old <- d old + (1 - d) params."""
+    decay = old_decay(state.step, config.old_decay)
+    old = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.old, state.params)
+    return dataclasses.replace(state, epoch=state.epoch + 1, old=old)
+
+
+class Programs:
+    """The functions above, compiled for a mesh: weights stay laid out as parameters, samples are cut by rows."""
+
+    def __init__(self, backbone: Backbone, config: PPRLConfig, layout: Layout):
+        def added(params: Tree, base: Tree, old: Tree, sums: Sums, batch: Any) -> Sums:
+            total = jax.tree.map(jnp.add, sums, contribution(backbone, config, params, base, old, batch))
+            return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))
+
+        def stepped(state: PPRLState, sums: Sums) -> tuple[PPRLState, dict[str, jax.Array]]:
+            following, metrics = updated(config, state, sums)
+            return jax.lax.with_sharding_constraint(following, state_shardings(following, layout)), metrics
+
+        self.rollout = jax.jit(partial(rollout, backbone, config))
+        self.added = jax.jit(added, donate_argnums=3)
+        self.updated = jax.jit(stepped, donate_argnums=0)
+        self.followed = jax.jit(partial(followed, config), donate_argnums=0)
+        self._zeros = jax.jit(
+            lambda params: jax.lax.with_sharding_constraint(
+                jax.tree.map(jnp.zeros_like, params), layout.parameters(params)
+            )
+        )
+
+    def nothing(self, params: Tree) -> Sums:
+        """Sums over no samples."""
+        zeros = {name: jnp.float32(0) for name in ("policy_loss", "kl", "norm_ratio", "loss")}
+        return Sums(self._zeros(params), zeros, jnp.float32(0))
+
+
+def _for_samples(conditions: Tree, group: int) -> Tree:
+    """The conditions of groups, repeated for their samples."""
+    return jax.tree.map(lambda leaf: _cut(jnp.repeat(leaf, group, axis=0)), conditions)
+
+
+def _cut(x: jax.Array) -> jax.Array:
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
+
+
+def _sample_keys(config: PPRLConfig, batch: Any, *purpose: Any) -> jax.Array:
+    """(rows,) keys that depend on seed, epoch, purpose, the sample's step and its place in the group."""
+    key = jax.random.fold_in(jax.random.key(config.seed), batch["epoch"])
+    for number in purpose:
+        key = jax.random.fold_in(key, number)
+    numbers = jnp.repeat(batch["number"], config.group)
+    places = jnp.tile(jnp.arange(config.group), len(batch["number"]))
+    return jax.vmap(lambda number, place: jax.random.fold_in(jax.random.fold_in(key, number), place))(numbers, places)

@@ -1,0 +1,295 @@
+"""Proxy Prompt RL of FLUX.2 klein as the paper does it: LoRA 128/256, rate 1e-4, groups of 16, 8 steps, 512 x 512.
+
+clvr train configs/pprl_flux2.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories \\
+    --reward-url http://localhost:8000/v1 --out runs/pprl
+clvr plan configs/pprl_flux2.py --preset klein-9b --planned update --topology v6e:16x16
+
+The dataset needs proxy prompts; an OpenAI-compatible server (vLLM, SGLang) judges with UnifiedReward 2.0 and
+UnifiedReward-Edit. Train a base model, not a distilled one, and merge afterwards (`clvr merge`). Never run on the real
+weights: there was no accelerator. The tests run it on `shapes-tiny`, whose models are of the same classes. Every 9B
+variant of FLUX.2 klein is for non-commercial use only.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.lora import save_lora
+from flax import nnx
+
+from clvr_jax.costs.flops import flux2_flops, qwen3_flops
+from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, decode, encode_images, encode_text, velocity_field
+from clvr_jax.providers.endpoint import Endpoint
+from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+from clvr_jax.rewards import LastTextReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.sharding import MeshConfig, gathered
+from clvr_jax.training import pprl
+from clvr_jax.training.diffusion_nft import FlowNoising, Policy
+from clvr_jax.training.distributed import on_every_host
+from clvr_jax.training.plan import Program
+from clvr_jax.training.pprl_step import Backbone, PPRLConfig, contribution, rollout
+
+fit = pprl.fit
+
+LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
+"""All products of the blocks: attention, MLPs, and where both are one."""
+_SIZES = {
+    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
+    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """The roll-out. steps: of Euler's method. guidance: 1 for none; with it a step is two network evaluations.
+    size: pixels of a side."""
+
+    steps: int = 8
+    guidance: float = 4.0
+    size: int = 512
+
+    def __post_init__(self) -> None:
+        if self.steps < 1 or self.guidance < 1 or self.size < 1:
+            raise UsageError(f"{self}: steps, guidance and size must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """model: pipeline folder or Hugging Face id. dataset: of trajectories with proxy prompts. dtype: of the base.
+    simple: the ablation, whose reward reads the latest picture and the last text alone. remat: what the backward pass
+    keeps, see `layers.REMAT`. reward_url, reward_model, edit_reward_model: the server of the judges and its names for
+    them. reward_key: environment variable of its key, "" for none. preset, references, planned: of `program`: klein 4B
+    or 9B, pictures before the one that is drawn, roll-out or update."""
+
+    train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
+    sampler: Sampler = Sampler()
+    model: str = ""
+    dataset: Path = Path("data/trajectories")
+    dtype: str = "bfloat16"
+    simple: bool = False
+    remat: str = "attention"
+    reward_url: str = ""
+    reward_model: str = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
+    edit_reward_model: str = "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b"
+    reward_key: str = ""
+    preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    references: int = 3
+    planned: Literal["rollout", "update"] = "rollout"
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """Of the run, and of what is planned."""
+        return self.train.mesh
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> pprl.PPRLTask:
+    """The run as `fit` takes it."""
+    if not config.model:
+        raise ClvrError("pprl_flux2: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
+    if not config.reward_url:
+        raise ClvrError("pprl_flux2: --reward-url says where UnifiedReward is served, e.g. http://localhost:8000/v1")
+    judges = [
+        OpenAIVisionLanguageModel(Endpoint(name, config.reward_url, config.reward_key or None))
+        for name in (config.reward_model, config.edit_reward_model)
+    ]
+    picture = UnifiedReward(judges[0])
+    reward = LastTextReward(picture) if config.simple else ProxyReward(picture, UnifiedRewardEdit(judges[1]))
+    pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
+    return flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, config.dataset, reward, config.remat)
+
+
+def flux2_task(
+    name: str,
+    pipe: Flux2Pipeline,
+    train: PPRLConfig,
+    sampler: Sampler,
+    dataset: Path,
+    reward: Reward,
+    remat: str = "dots",
+    save_dtype: str = "bfloat16",
+) -> pprl.PPRLTask:
+    """PPRL of any FLUX.2 pipeline on the trajectories of a dataset; exports the pipeline and, in `lora/`, the LoRA."""
+    if pipe.settings.is_distilled:
+        raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
+    steps = ProxySteps(TrajectoryDataset(dataset), sampler.size)
+    transformer_def, base = nnx.split(pipe.transformer)
+    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
+    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    settings, tokenizer, sizes = pipe.settings, pipe.tokenizer, pipe.transformer.config
+
+    def ids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        return encode_prompts(tokenizer, texts, settings.text_buckets)
+
+    def bucket(step: ProxyStep) -> tuple[int, int]:
+        return len(step.history), ids([step.text])[0].shape[1]
+
+    def data(chosen: Sequence[ProxyStep]) -> dict[str, np.ndarray]:
+        given, mask = ids([step.text for step in chosen])
+        empty, empty_mask = encode_prompts(tokenizer, [""] * len(chosen), (given.shape[1],))
+        shape = (len(chosen), len(chosen[0].history), sampler.size, sampler.size, 3)
+        shown = np.array([steps.references(step) for step in chosen], np.uint8).reshape(shape)
+        return {"ids": given, "mask": mask, "empty_ids": empty, "empty_mask": empty_mask, "references": shown}
+
+    def save(weights: Any, trained: Any, folder: Path) -> None:
+        drawer = Flux2Pipeline(nnx.merge(transformer_def, weights), *unchanged, tokenizer, settings)
+        drawer.save_pretrained(str(folder), dtype=save_dtype)
+        if train.lora_rank:
+            # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
+            save_lora(folder / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
+
+    backbone = flux2_backbone((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
+    frozen = {"text_encoder": reader, "vae": vae}
+    return pprl.PPRLTask(name, train, base, frozen, backbone, steps, data, bucket, reward, save)
+
+
+def flux2_backbone(
+    transformer: tuple[Flux2TransformerConfig, str],
+    reader_def: Any,
+    autoencoder: tuple[AutoencoderKLFlux2Config, Any],
+    settings: Flux2Settings,
+    sampler: Sampler,
+    base: Any,
+) -> Backbone:
+    """FLUX.2 as PPRL sees it: the velocity of a picture's tokens beside its references, guided or not.
+
+    Args:
+      transformer: its sizes, and what the backward pass keeps.
+      reader_def: graph of the text encoder. autoencoder: sizes and graph.
+      settings: of the pipeline. sampler: the roll-out. base: weights or their shapes, for their dtype.
+    """
+    (sizes, remat), (vae_sizes, vae_def) = transformer, autoencoder
+    dtype = jax.tree.leaves(base)[0].dtype
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=remat)))
+    if sampler.size % vae_sizes.token_pixels:
+        raise UsageError(f"size {sampler.size}: must be a multiple of {vae_sizes.token_pixels} pixels")
+    side = sampler.size // vae_sizes.token_pixels
+    grid, tokens = (side, side), side * side
+    sigmas = flow_sigmas(sampler.steps, tokens)
+    layers = settings.text_encoder_out_layers
+
+    def condition(frozen: Any, data: Any) -> dict[str, jax.Array]:
+        vae = gathered(frozen["vae"])
+        groups, count = data["references"].shape[:2]
+
+        def encode(pictures_bhwc: jax.Array) -> jax.Array:
+            pictures = (pictures_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype)
+            return encode_images(vae_def, vae, pictures).reshape(groups, tokens, -1)
+
+        def read(ids: jax.Array, mask: jax.Array) -> jax.Array:
+            return encode_text(reader_def, frozen["text_encoder"], ids, mask, layers)
+
+        references = jax.lax.map(encode, data["references"].swapaxes(0, 1)).swapaxes(0, 1)
+        found = {
+            "text": read(data["ids"], data["mask"]),
+            "references": references.reshape(groups, count * tokens, vae_sizes.token_channels),
+        }
+        if sampler.guidance > 1:
+            # The same for all groups, so read once.
+            found["empty"] = jnp.repeat(read(data["empty_ids"][:1], data["empty_mask"][:1]), groups, axis=0)
+        return found
+
+    def policy(weights: Any, conditions: dict[str, jax.Array]) -> Policy:
+        references = conditions["references"]
+        count = references.shape[1] // tokens
+        field = velocity_field(nnx.merge(graphdef, weights), references, grid, [grid] * count)
+        if "empty" not in conditions:
+            return lambda x, t_b: field(x, t_b, conditions["text"])
+
+        def both(x: jax.Array, t_b: jax.Array, text: jax.Array) -> jax.Array:
+            return field(x, jnp.concatenate([t_b, t_b]), text)
+
+        return guided(both, conditions["text"], conditions["empty"], sampler.guidance)
+
+    def solve(policy: Policy, noise: jax.Array) -> jax.Array:
+        return euler_solve(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
+
+    def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
+        return decode(vae_def, gathered(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
+
+    shape = (tokens, sizes.in_channels)
+    return Backbone(condition, policy, solve, pictures, shape, sigmas[:-1], FlowNoising())
+
+
+def program(config: Config) -> Program:
+    """A call of the roll-out, or of the update, of one group of the full sizes."""
+    train, sampler, settings = config.train, config.sampler, Flux2Settings()
+    (sizes, reader), vae = _SIZES[config.preset], AutoencoderKLFlux2Config()
+    dtype = jnp.dtype(config.dtype)
+    _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
+    reader_def, reader_state = QWEN3.split(QWEN3.config_to_dict(reader), dtype)
+    vae_def, vae_state = FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)
+    backbone = flux2_backbone((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
+    trained = jax.eval_shape(train.start, base)
+    groups, rows, text = train.groups_per_call, train.rows, settings.text_buckets[0]
+    shape, passes = jax.ShapeDtypeStruct, 2 if sampler.guidance > 1 else 1
+    tokens = (sampler.size // vae.token_pixels) ** 2
+    whole = {"number": shape((groups,), jnp.int32), "epoch": shape((), jnp.int32)}
+    evaluation = flux2_flops(sizes, passes * rows, text=text, image=tokens, references=config.references * tokens)
+    title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group} of {sampler.size} x {sampler.size}"
+    if config.planned == "update":
+        times = len(backbone.timesteps)
+        conditions = {
+            "text": shape((groups, text, sizes.joint_attention_dim), dtype),
+            "references": shape((groups, config.references * tokens, vae.token_channels), dtype),
+            **({"empty": shape((groups, text, sizes.joint_attention_dim), dtype)} if passes == 2 else {}),
+        }
+        data = {
+            **whole,
+            "latents": shape((rows, *backbone.shape), jnp.float32),
+            "conditions": conditions,
+            "optimality": shape((rows,), jnp.float32),
+            "counts": shape((rows,), jnp.float32),
+            "draw": shape((), jnp.int32),
+        }
+        return Program(
+            name=title,
+            function=lambda weights, data: contribution(
+                backbone, train, weights["params"], weights["base"], weights["old"], data
+            ),
+            weights={"base": base, "params": trained, "old": trained},
+            data=data,
+            reads={"base": 5, "params": 3, "old": 1},  # three policies forward, one of them back
+            # Of theta forward and back; of old and reference forward.
+            flops=evaluation.training + 2 * evaluation.forward,
+            calls=train.epochs * (train.groups // groups) * min(train.timesteps, times),
+            rows=rows,
+        )
+    pictures = (groups, config.references, sampler.size, sampler.size, 3)
+    texts = {name: shape((groups, text), jnp.int32) for name in ("ids", "mask", "empty_ids", "empty_mask")}
+    read = qwen3_flops(reader, passes * groups, text, layers=max(settings.text_encoder_out_layers), logits=0)
+    shown = encoder_flops(vae, groups * config.references, sampler.size, sampler.size)
+    drawn = decoder_flops(vae, rows, sampler.size, sampler.size)
+    return Program(
+        name=title,
+        function=lambda weights, data: rollout(
+            backbone,
+            train,
+            weights["base"],
+            weights["old"],
+            {name: weights[name] for name in ("text_encoder", "vae")},
+            data,
+        ),
+        weights={"base": base, "old": trained, "text_encoder": reader_state, "vae": vae_state},
+        data={**whole, "data": {**texts, "references": shape(pictures, jnp.uint8)}},
+        reads={"base": sampler.steps, "old": 1, "text_encoder": passes, "vae": 1 + config.references},
+        flops=sampler.steps * evaluation.forward + read.forward + shown.forward + drawn.forward,
+        calls=train.epochs * (train.groups // groups),
+        rows=rows,
+    )

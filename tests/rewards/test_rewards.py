@@ -1,0 +1,113 @@
+"""What rewards add up to, what they do with marks that cannot be read, and with judges that cannot be asked."""
+
+import math
+import threading
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.tools import ProviderError
+from clvr_jax.rewards import Case, LastTextReward, Marks, ProxyReward, Scores, WeightedReward
+
+PICTURE = np.zeros((4, 4, 3), np.uint8)
+
+
+def picture(value):
+    return np.full((4, 4, 3), value, np.uint8)
+
+
+class Judge:
+    """Marks a picture by its brightness over 100, an edit by the source's; 255 cannot be read."""
+
+    def __init__(self):
+        self.asked = []
+
+    def picture(self, picture, text):
+        self.asked.append(text)
+        return Marks(math.nan if picture[0, 0, 0] == 255 else picture[0, 0, 0] / 100, {"style": 3.0})
+
+    def edit(self, source, edited, instruction):
+        self.asked.append(instruction)
+        return Marks(math.nan if source[0, 0, 0] == 255 else source[0, 0, 0] / 100, {"success": source[0, 0, 0] / 10})
+
+
+def drawing(value=50, said="said"):
+    return Case(picture(value), ProxyPrompts("whole"), last_text=said)
+
+
+def edit(value, *sources):
+    proxies = ProxyPrompts("whole", "change", tuple(range(len(sources))))
+    return Case(picture(value), proxies, [picture(source) for source in sources])
+
+
+def test_a_first_drawing_is_judged_by_its_text_and_an_edit_half_by_the_mean_over_its_sources():
+    found = ProxyReward(Judge(), Judge()).scores([drawing(50), edit(50, 10, 30), edit(20, 90)])
+    np.testing.assert_allclose(found.values, [0.5, 0.5 * 0.5 + 0.5 * 0.2, 0.5 * 0.2 + 0.5 * 0.9])
+    np.testing.assert_allclose(found.parts["t2i"], [0.5, 0.5, 0.2])
+    np.testing.assert_allclose(found.parts["i2i"], [np.nan, 0.2, 0.9])
+    np.testing.assert_allclose(found.parts["i2i/success"], [np.nan, 2.0, 9.0])
+    np.testing.assert_allclose(found.parts["t2i/style"], [3.0, 3.0, 3.0])
+
+
+def test_what_cannot_be_read_is_never_zero():
+    found = ProxyReward(Judge(), Judge()).scores([drawing(255), edit(50, 10, 255), edit(255, 10), drawing(0)])
+    np.testing.assert_array_equal(np.isnan(found.values), [True, True, True, False])
+    assert found.values[3] == 0
+    weighted = WeightedReward({"one": (2.0, ProxyReward(Judge(), Judge())), "two": (0.0, LastTextReward(Judge()))})
+    found = weighted.scores([drawing(255), drawing(50)])
+    np.testing.assert_array_equal(found.values, [np.nan, 1.0])
+    assert {"one", "two", "one/t2i", "one/t2i/style", "two/t2i"} <= set(found.parts)
+
+
+def test_the_ablation_reads_the_last_text_alone():
+    judge = Judge()
+    found = LastTextReward(judge).scores([drawing(40, "draw a circle"), edit(40, 10)])
+    assert sorted(judge.asked) == ["", "draw a circle"]
+    np.testing.assert_allclose(found.values, [0.4, 0.4])
+
+
+def test_judges_are_asked_at_the_same_time():
+    together = threading.Barrier(6, timeout=20)
+
+    class Waiting(Judge):
+        def picture(self, picture, text):
+            together.wait()
+            return Marks(1.0)
+
+        def edit(self, source, edited, instruction):
+            together.wait()
+            return Marks(0.0)
+
+    found = ProxyReward(Waiting(), Waiting(), in_flight=6).scores([drawing(), edit(1, 2, 3), edit(1, 2)])
+    np.testing.assert_allclose(found.values, [1.0, 0.5, 0.5])
+
+
+def test_where_a_judge_is_down_nobody_else_is_asked():
+    class Down(Judge):
+        def picture(self, picture, text):
+            self.asked.append(text)
+            raise ProviderError("judge (localhost): cannot be reached", "down")
+
+    judge = Down()
+    with pytest.raises(ProviderError, match="cannot be reached"):
+        ProxyReward(judge, judge, in_flight=1).scores([drawing()] * 200)
+    assert len(judge.asked) < 200
+
+
+def test_batches_join_and_parts_that_some_lack_are_unknown():
+    joined = Scores.joined([Scores(np.array([1.0]), {"a": np.array([2.0])}), Scores(np.array([3.0, 4.0]))])
+    np.testing.assert_array_equal(joined.values, [1, 3, 4])
+    np.testing.assert_array_equal(joined.parts["a"], [2, np.nan, np.nan])
+
+
+def test_what_does_not_fit_together_is_refused():
+    with pytest.raises(ClvrError, match="0 references for 1"):
+        Case(PICTURE, ProxyPrompts("whole", "change", (0,)))
+    with pytest.raises(UsageError, match="at least one reward"):
+        WeightedReward({})
+    with pytest.raises(UsageError, match="in_flight"):
+        LastTextReward(Judge(), in_flight=0)
+    with pytest.raises(ClvrError, match=r"must be \(n,\)"):
+        Scores(np.zeros(2), {"a": np.zeros(3)})

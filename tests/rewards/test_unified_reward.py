@@ -1,0 +1,116 @@
+"""Answers of reward models: what counts as one, what it is worth, and whose failure ends the run."""
+
+import math
+
+import numpy as np
+import pytest
+
+from clvr_jax.errors import UsageError
+from clvr_jax.reasoning.tools import Answer, ProviderError
+from clvr_jax.rewards import UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards.unified_reward import read_acs, read_edit, read_final, read_quality
+
+ACS = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 1"
+PICTURE = np.zeros((8, 8, 3), np.uint8)
+
+
+class Model:
+    """Gives its answers in turn, or raises them."""
+
+    name = "model"
+
+    def __init__(self, *answers):
+        self.answers, self.questions = list(answers), []
+
+    def ask(self, question):
+        self.questions.append(question)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return Answer(answer)
+
+
+def test_the_three_forms_are_read():
+    marks = read_acs(f"I see a cat.\n{ACS}\n")
+    assert marks.value == pytest.approx(((4 + 3.5 + 1) / 3 - 1) / 4)
+    assert marks.parts == {"alignment": 4, "coherence": 3.5, "style": 1}
+    assert read_final("Good.\nFinal Score: 5").value == 1
+    assert read_final("Final Score: 2.0.").value == 0.25
+    made = read_edit('```json\n{"reasoning": "done", "score": [20, 25]}\n```')
+    assert made.value == pytest.approx((0.6 * 20 + 0.4 * 25) / 25)
+    assert made.parts == {"success": 20, "minimality": 25}
+    assert read_quality('{"reasoning": "", "score": [10, 20.5]}').value == pytest.approx(30.5 / 50)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "",
+        "a nice picture, 5 of 5",
+        ACS.replace("Style Score (1-5): 1", ""),
+        ACS.replace("3.5", "5.5"),
+        ACS.replace("3.5", "0"),
+        ACS.replace("3.5", "three"),
+        ACS.replace("3.5", "3.5.1"),
+        ACS.replace("3.5", "-3.5"),
+        f"{ACS}\nAlignment Score (1-5): 5",
+        f"Alignment Score (1-5): X\n{ACS}",  # the form, repeated
+    ],
+)
+def test_scores_that_are_not_exactly_there_are_no_scores(answer):
+    assert math.isnan(read_acs(answer).value)
+
+
+@pytest.mark.parametrize("answer", ["Final Score: 6", "Final Score: 3/5 Final Score: 4", "Score: 3", "Final Score: 33"])
+def test_a_final_score_that_is_none(answer):
+    assert math.isnan(read_final(answer).value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "done, 20 and 25",
+        '{"score": [20, 25]',
+        '{"score": [20]}',
+        '{"score": [20, 26]}',
+        '{"score": [-1, 5]}',
+        '{"score": ["20", 5]}',
+        '{"score": [true, 5]}',
+        '{"score": [20, 5, 1]}',
+        '{"score": 20}',
+        '{"score": [NaN, 5]}',
+        '{"scores": [20, 5]}',
+    ],
+)
+def test_edit_scores_that_are_none(answer):
+    assert math.isnan(read_edit(answer).value)
+
+
+def test_questions_are_one_turn_with_the_pictures_first():
+    model = Model(ACS, '{"score": [25, 25]}', '{"score": [0, 0]}')
+    assert UnifiedReward(model).picture(PICTURE, "a {red} circle").value > 0
+    marks = UnifiedRewardEdit(model, quality=0.25).edit(PICTURE, PICTURE, "add a star")
+    assert marks.value == pytest.approx(0.75)
+    assert set(marks.parts) == {"success", "minimality", "naturalness", "artifacts"}
+    shown = [len(question.images) for question in model.questions]
+    assert shown == [1, 2, 1]
+    for question, count in zip(model.questions, shown, strict=True):
+        (turn,) = question.messages
+        assert [part["type"] for part in turn["content"]] == ["image"] * count + ["text"]
+        assert question.temperature == 0
+    assert "Text Caption: [a {red} circle]" in model.questions[0].messages[0]["content"][-1]["text"]
+
+
+def test_a_useless_answer_is_no_mark_and_a_dead_endpoint_ends_it():
+    for fault in ("malformed", "refused"):
+        assert math.isnan(UnifiedReward(Model(ProviderError("no", fault))).picture(PICTURE, "x").value)
+    for fault in ("down", "limited", "rejected"):
+        with pytest.raises(ProviderError):
+            UnifiedRewardEdit(Model(ProviderError("no", fault))).edit(PICTURE, PICTURE, "x")
+
+
+def test_options_that_make_no_sense_are_refused():
+    with pytest.raises(UsageError, match="form"):
+        UnifiedReward(Model(), form="best")
+    with pytest.raises(UsageError, match="quality"):
+        UnifiedRewardEdit(Model(), quality=2)

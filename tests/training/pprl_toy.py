@@ -1,0 +1,113 @@
+"""PPRL of a policy that is one matrix, on real trajectory steps: everything of the loop, at no cost."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.proxy_steps import ProxySteps
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+from clvr_jax.diffusion import euler_solve
+from clvr_jax.rewards import Scores
+from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.diffusion_nft import FlowNoising
+from clvr_jax.training.pprl import PPRLTask
+from clvr_jax.training.pprl_step import Backbone, PPRLConfig
+from tests.data.engine.test_engine import Painter, item
+
+TOKENS, CHANNELS, SIDE = 4, 6, 4
+SIGMAS = np.array([1.0, 0.8, 0.5, 0.2, 0.0], np.float32)
+
+CONFIG = PPRLConfig(
+    epochs=4,
+    groups=6,
+    group=8,
+    updates=2,
+    timesteps=2,
+    learning_rate=3e-3,
+    lora_rank=3,
+    lora_alpha=3.0,
+    grid_every=2,
+    save_minutes=0.0,
+    mesh=MeshConfig(devices=1),
+)
+
+
+def make_dataset(folder, count=12):
+    """Trajectories of the data engine, with proxy prompts."""
+    made = (synthesize(item(n), shapes_crew(item(n), judges=0), Painter(), seed=n).record for n in range(count))
+    write_dataset(folder, made)
+    return folder
+
+
+class Brightness:
+    """Likes bright pictures; some are spoiled by their place among all that were ever judged."""
+
+    def __init__(self, spoil=lambda case, value: value):
+        self.spoil, self.cases = spoil, []
+
+    def scores(self, cases):
+        self.cases += cases
+        values = np.array([self.spoil(case, float(np.mean(case.picture)) / 255) for case in cases])
+        return Scores(values, {"brightness": values})
+
+
+def backbone():
+    """Velocity = tokens @ (kernel of the input and of the step's condition)."""
+
+    def condition(frozen, data):
+        return {"c": data["c"] * frozen["scale"]}
+
+    def policy(weights, conditions):
+        def velocity(x, t_b):
+            at = jnp.tanh(t_b)[:, None, None] + conditions["c"][:, None, :]
+            return x @ weights["inner"]["kernel"] + at @ weights["outer"]["kernel"]
+
+        return velocity
+
+    def solve(policy, noise):
+        return euler_solve(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, jnp.asarray(SIGMAS))
+
+    def decode(frozen, latents):
+        grey = jax.nn.sigmoid(latents.mean(-1)).reshape(-1, 2, 2, 1)
+        return jnp.tile(jnp.repeat(jnp.repeat(grey, 2, 1), 2, 2), (1, 1, 1, 3))
+
+    return Backbone(condition, policy, solve, decode, (TOKENS, CHANNELS), SIGMAS[:-1], FlowNoising())
+
+
+def make_task(dataset, config=CONFIG, reward=None):
+    """The task; its buckets are the numbers of references, as those of a real one."""
+    rng = np.random.default_rng(0)
+    base = {
+        name: {"kernel": jnp.asarray(0.3 * rng.normal(size=(CHANNELS, CHANNELS)), jnp.float32)}
+        for name in ("inner", "outer")
+    }
+
+    def data(steps):
+        return {"c": np.stack([np.random.default_rng(s.number).normal(size=CHANNELS) for s in steps]).astype("f")}
+
+    def save(weights, trained, folder):
+        folder.mkdir(parents=True)
+        np.savez(folder / "weights.npz", **{name: leaf["kernel"] for name, leaf in weights.items()})
+
+    steps = ProxySteps(TrajectoryDataset(dataset), SIDE)
+    return PPRLTask(
+        name="toy",
+        config=config,
+        base=base,
+        frozen={"scale": jnp.float32(0.5)},
+        backbone=backbone(),
+        steps=steps,
+        data=data,
+        bucket=lambda step: len(step.history),
+        reward=reward or Brightness(),
+        save=save,
+    )
+
+
+def changed(**options):
+    """The configuration with changes."""
+    return dataclasses.replace(CONFIG, **options)
