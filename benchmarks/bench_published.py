@@ -69,7 +69,7 @@ def task(config: Config) -> Task:
         model = nnx.merge(graphdef, params)
 
         def velocity(x: jax.Array, t: jax.Array) -> jax.Array:
-            return model(x, data["text"], t, latent_ids(SIDE, SIDE), text_ids(TEXT), guidance=jnp.full(BATCH, 3.5))
+            return model(x, data["text"], t, latent_ids(SIDE, SIDE), text_ids(TEXT), jnp.full(BATCH, 3.5))
 
         return flow_matching_loss(velocity, data["tokens"], key, 2.0), {}
 
