@@ -39,8 +39,8 @@ class Program:
 
     name: for people. function: (weights, data) -> anything, not jitted. weights: trees by name, laid out as parameters;
     data: laid out as a batch. reads: how often a call reads each of `weights`. flops: of a call, all devices together.
-    calls: of a run, for the cost line. rows: of `data`, that the mesh must be able to cut; all leaves have so many if 0,
-    otherwise some may have one for several.
+    calls: of a run, for the cost line. rows: of `data`, that the mesh must be able to cut; if 0, all leaves have so
+    many, otherwise some may have one for several.
     """
 
     name: str
