@@ -53,7 +53,20 @@ def test_the_plan_of_a_cpu_counts_what_the_recipe_counts():
 
 
 def test_search_ranks_what_fits_and_says_why_the_others_do_not():
-    trials = ranked(list(search(load_recipe(RECIPE), changed(depth=1), "cpu:2", batch_sizes=(1, 16))))
+    def task(config):
+        w, x = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((64, 64), (config.batch_size, 64)))
+        flops = 6 * config.batch_size * 64 * 64
+
+        def loss(params, frozen, x, key):
+            return jnp.mean((x @ params["w"]) ** 2), {}
+
+        return Task(
+            "small", {"w": w}, {}, loss, lambda step: x, lambda ema, folder: None, flops=lambda batch: flops,
+            hardware_flops=lambda batch: flops,
+        )  # fmt: skip
+
+    recipe = Recipe("small", drawing_recipe.CONFIG, task, abstract_task=task)
+    trials = ranked(list(search(recipe, changed(), "cpu:2", batch_sizes=(1, 16))))
     assert len(trials) == 2 * len(meshes(parse_topology("cpu:2")))
     fitting = [trial for trial in trials if trial.report]
     rates = [trial.report.roofline.mfu for trial in fitting]

@@ -8,7 +8,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from clvr_jax.configs import pprl_flux2, pprl_shapes
 from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
@@ -166,30 +165,14 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
 
 
 @pytest.mark.slow
-def test_the_unet_of_sdxl_learns_too_on_one_device_and_on_eight(dataset, tmp_path):
-    options = {"groups": 4, "group": 8, "epochs": 2, "lora_targets": (r"attn\d\.to_", r"conv\d"), "updates": 1}
-    for name, mesh in (("one", MeshConfig(devices=1)), ("eight", MeshConfig(fsdp=8))):
-        config = changed(mesh=mesh, **options)
-        pprl.fit(unet_task(dataset, config), config, tmp_path / name)
-    one, eight = metrics(tmp_path / "one"), metrics(tmp_path / "eight")
-    for name in ("reward", "loss", "grad_norm"):
-        np.testing.assert_allclose([row[name] for row in eight], [row[name] for row in one], rtol=2e-3)
-    assert all(np.isfinite(list(row.values())).all() for row in one)
-    assert one[0]["kl"] < 1e-9 < one[1]["kl"]
-    assert one[0]["grad_norm"] > 0
-
-
-@pytest.mark.slow
-def test_flux2_on_eight_devices_is_flux2_on_one(dataset, tmp_path):
-    alone = pprl.fit(shapes_task(dataset), TRAIN, tmp_path / "one")
-    spread = dataclasses.replace(TRAIN, mesh=MeshConfig(fsdp=4, tensor=2))
-    state = pprl.fit(shapes_task(dataset, spread), spread, tmp_path / "eight")
-    one, eight = metrics(tmp_path / "one")[0], metrics(tmp_path / "eight")[0]
-    for name in ("reward", "loss", "grad_norm"):
-        np.testing.assert_allclose(eight[name], one[name], rtol=2e-3)
-    # Gradients, not parameters: the first step of Adam is nearly the sign of each, and small ones are all rounding.
-    first_moments = [optax.tree_utils.tree_get(one.opt_state, "mu") for one in (state, alone)]
-    assert_close(*first_moments, 2e-3)
+def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
+    options = {"groups": 4, "group": 4, "epochs": 2, "lora_targets": (r"attn\d\.to_", r"conv\d"), "updates": 1}
+    config = changed(mesh=MeshConfig(devices=1), **options)
+    pprl.fit(unet_task(dataset, config), config, tmp_path)
+    first, second = metrics(tmp_path)
+    assert np.isfinite([*first.values(), *second.values()]).all()
+    assert first["kl"] < 1e-9 < second["kl"]
+    assert first["grad_norm"] > 0
 
 
 def test_recipes_bring_their_loop_and_say_what_they_lack(tmp_path):

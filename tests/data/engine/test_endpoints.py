@@ -138,6 +138,7 @@ def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endp
 
 
 def test_keys_that_are_absent_are_told_before_anything_is_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ARK_API_KEY", "something")
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     (tmp_path / "p.txt").write_text("a cat\n")
     options = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
