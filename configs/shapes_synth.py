@@ -5,7 +5,7 @@ roles but the drawing are exact, so what the engine keeps and what it discards c
 
     clvr synth configs/shapes_synth.py --out runs/shapes_synth
 
-`--no-verify` in place of passive verification, and `--count` for fewer prompts.
+`--synth.no-verify` leaves passive verification out, to see what it is worth; `--count` is for fewer prompts.
 """
 
 import dataclasses
@@ -26,13 +26,13 @@ from clvr_jax.worlds.shapes.prompts import evaluation_prompts as shapes_evaluati
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """count: training prompts. model: shipped name or pipeline folder of the drawing model. steps: of its sampler, the
-    model's own if 0. batch: pictures drawn together at most."""
+    """count: training prompts. model: shipped name or pipeline folder of the drawing model. steps: of its sampler, half
+    of the model's own: what gets worse by it is thrown away. batch: pictures drawn together at most."""
 
     synth: SynthConfig = SynthConfig(in_flight=96)
     count: int = 10_000
     model: str = "shapes-tiny"
-    steps: int = 0
+    steps: int = 14
     batch: int = 32
 
 
@@ -60,9 +60,7 @@ def audit(record: TrajectoryRecord) -> Sequence[bool]:
 class _ShapesWorkshop:
     def __init__(self, config: Config):
         pipeline = Flux2Pipeline.from_pretrained(config.model)
-        self.image_tool = LocalImageTool(
-            pipeline, config.model, steps=config.steps or None, max_batch=config.batch, wait=0.02
-        )
+        self.image_tool = LocalImageTool(pipeline, config.model, steps=config.steps, max_batch=config.batch, wait=0.02)
 
     def crew(self, item: PromptItem, meter: Meter) -> Crew:
         return shapes_crew(item)

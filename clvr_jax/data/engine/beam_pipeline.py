@@ -21,6 +21,7 @@ from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig, Workshop
 from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.errors import ClvrError
 
 
 def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Workshop], config: SynthConfig) -> None:
@@ -31,15 +32,18 @@ def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Worksh
       outcomes: folder or bucket that all workers can write.
       make_workshop: called once in each worker process; must be picklable for workers elsewhere.
       config: budgets, prompts in flight, and the options of Beam.
-    Raises: whatever a worker raised that is no outcome of a prompt, wrapped by Beam.
+    Raises: whatever a worker raised that is no outcome of a prompt, as far as Beam lets it through.
     """
-    with beam.Pipeline(options=PipelineOptions(shlex.split(config.beam))) as pipeline:
-        (
-            pipeline
-            | "read prompts" >> beam.io.ReadFromText(prompts)
-            | "spread them" >> beam.Reshuffle()
-            | "synthesize" >> beam.ParDo(_Synthesize(make_workshop, outcomes, config))
-        )
+    try:
+        with beam.Pipeline(options=PipelineOptions(shlex.split(config.beam))) as pipeline:
+            (
+                pipeline
+                | "read prompts" >> beam.io.ReadFromText(prompts)
+                | "spread them" >> beam.Reshuffle()
+                | "synthesize" >> beam.ParDo(_Synthesize(make_workshop, outcomes, config))
+            )
+    except ClvrError as error:
+        raise ClvrError(str(error).partition(" [while running")[0]) from error
 
 
 def item_to_json(item: PromptItem) -> str:
