@@ -4,10 +4,13 @@ The director speaks as controllers of this world do, and hands the image tool wh
 the prompt and all replies so far, with every picture of the path as a reference.
 """
 
+import functools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+import numpy as np
 
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.roles import Check, Crew, History, PromptItem, Validation
@@ -146,7 +149,14 @@ class _Exact:
 
 
 def _read(picture: Picture) -> Reading:
-    return detect(pixels(picture))
+    values = pixels(picture)
+    return _reading(values.tobytes(), values.shape)
+
+
+@functools.lru_cache(maxsize=4096)
+def _reading(content: bytes, shape: tuple[int, ...]) -> Reading:
+    """Every role reads every picture of the path at every turn, and reading takes longer than all else they do."""
+    return detect(np.frombuffer(content, np.uint8).reshape(shape))
 
 
 def _turn(perceive: str, reason: str, action: ActionName, **parameters: Any) -> str:
