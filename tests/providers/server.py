@@ -84,6 +84,11 @@ class LoopbackServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
+    @property
+    def in_flight(self) -> int:
+        """Requests that have arrived and are not answered yet."""
+        return self._in_flight
+
     def hold_until(self, crowd: int) -> None:
         """Answers nobody until so many requests wait, and 0.3 s more, in which one too many would show."""
         self._crowd = crowd
