@@ -11,6 +11,7 @@ The two judges should be different models: they must agree without knowing of ea
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from clvr_jax.data.engine.intake import read_prompts
 from clvr_jax.data.engine.metering import Meter
@@ -50,7 +51,7 @@ class Config:
     second_judge: Endpoint = Endpoint("doubao-seed-1-8", _ARK, "ARK_API_KEY", max_in_flight=64)
     images: Endpoint = Endpoint("doubao-seedream-4-0", _ARK, "ARK_API_KEY", max_in_flight=64, timeout=300)
     image_size: tuple[int, ...] = (1024, 1024)
-    image_references: str = "generations"
+    image_references: Literal["edits", "generations"] = "generations"
     local_vlm: str = ""
     local_images: str = ""
 
@@ -111,4 +112,4 @@ def _image_tool(config: Config) -> ImageTool:
     from clvr_jax.providers.openai_images import OpenAIImageTool
 
     size = (config.image_size[0], config.image_size[1]) if config.image_size else None
-    return OpenAIImageTool(config.images, size=size, references=config.image_references)  # type: ignore[arg-type]
+    return OpenAIImageTool(config.images, size=size, references=config.image_references)

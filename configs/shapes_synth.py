@@ -13,7 +13,7 @@ verification and `--count 160`, 156 gave 72, and 26 of their 187 pictures are wr
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -21,7 +21,6 @@ from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.recipes import SynthConfig, Workshop
 from clvr_jax.data.engine.roles import Crew, PromptItem
 from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
-from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.providers.local import LocalImageTool
 from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt
@@ -56,9 +55,7 @@ def evaluation_prompts(config: Config) -> Iterator[str]:
         yield from (metadata["prompt"] for metadata in shapes_evaluation_prompts(name))
 
 
-def audit(record: TrajectoryRecord) -> Sequence[bool]:
-    """Whether each picture is what its step asked for, by the detector."""
-    return right_pictures(record)
+audit = right_pictures
 
 
 class _ShapesWorkshop:

@@ -6,7 +6,6 @@ Every worker keeps many prompts in flight, since most of the time of a prompt is
 whose outcome is there is not worked on again, so a pipeline that died, or a bundle that Beam does twice, costs nothing.
 """
 
-import json
 import shlex
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.utils.shared import Shared
 
 from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.intake import item_from_json
 from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig, Workshop
@@ -28,7 +28,7 @@ def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Worksh
     """Works on every prompt that has no outcome yet; returns when all have one.
 
     Args:
-      prompts: JSON lines as `item_to_json` writes them, where all workers can read them.
+      prompts: JSON lines as `intake.item_to_json` writes them, where all workers can read them.
       outcomes: folder or bucket that all workers can write.
       make_workshop: called once in each worker process; must be picklable for workers elsewhere.
       config: budgets, prompts in flight, and the options of Beam.
@@ -44,11 +44,6 @@ def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Worksh
             )
     except ClvrError as error:
         raise ClvrError(str(error).partition(" [while running")[0]) from error
-
-
-def item_to_json(item: PromptItem) -> str:
-    """One line."""
-    return json.dumps({"id": item.id, "prompt": item.prompt, "metadata": dict(item.metadata)})
 
 
 class _Synthesize(beam.DoFn):
@@ -68,8 +63,7 @@ class _Synthesize(beam.DoFn):
 
     def process(self, line: str) -> Iterator[None]:
         """Begins a prompt, once there is room for it."""
-        entry = json.loads(line)
-        item = PromptItem(entry["id"], entry["prompt"], entry["metadata"])
+        item = item_from_json(line)
         if item.id not in self._store:
             self._collect(at_most=self._config.in_flight - 1)
             self._running.add(self._pool.submit(self._finish, item))

@@ -17,7 +17,7 @@ from typing import Literal
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, read_turn
 from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
-from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName
+from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName, check_machine
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse
@@ -43,6 +43,9 @@ class Settings:
     verify: bool = True
     machine: Mapping[StateName, State] = field(default_factory=lambda: MACHINE)
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_machine(self.machine)
 
 
 @dataclass(frozen=True)

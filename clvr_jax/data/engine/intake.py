@@ -120,6 +120,16 @@ def read_prompts(path: Path) -> Iterator[PromptItem]:
         raise ClvrError(f"{path}: cannot be read ({error.strerror}); give a file with a prompt in each line") from error
 
 
+def item_to_json(item: PromptItem) -> str:
+    """One line of a file of prompts."""
+    return json.dumps({"id": item.id, "prompt": item.prompt, "metadata": dict(item.metadata)})
+
+
+def item_from_json(line: str) -> PromptItem:
+    """The inverse. Raises: ValueError for a line that is none."""
+    return _item(line, is_json=True)
+
+
 def _item(line: str, is_json: bool) -> PromptItem:
     if not is_json:
         return PromptItem(prompt_id(line), line)

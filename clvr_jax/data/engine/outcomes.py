@@ -13,7 +13,7 @@ import os
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,11 +128,6 @@ class OutcomeStore:
             raise ClvrError(f"{path}: no such outcome") from None
         except (OSError, zipfile.BadZipFile) as error:
             raise ClvrError(f"{path}: cannot be read ({error}); remove it, and the prompt is done again") from error
-
-
-def finished_outcomes(store: OutcomeStore) -> Iterator[Finished]:
-    """All of them, in the order of ids."""
-    return (store.read(id) for id in sorted(store.ids()))
 
 
 def _packed(outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float) -> bytes:

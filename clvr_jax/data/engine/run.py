@@ -18,7 +18,7 @@ from typing import Any
 
 from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
-from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, sift
+from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, item_to_json, sift
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeWorkshop, SynthRecipe, identity
 from clvr_jax.data.engine.statistics import Statistics
@@ -46,10 +46,9 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
     """
     store = open_run(recipe, config, out)
     ids, refused = _take_in(recipe, config, out)
-    statistics = Statistics(refused)
     if missing := ids - store.ids():
         console.print(f"{out}: {len(missing):,} of {len(ids):,} prompts to be worked on")
-        with _watched(store, ids, statistics):
+        with _watched(store, ids):
             _run(recipe, config, out, store)
     statistics = Statistics(refused)
     count = write_dataset(out / DATASET, _kept(recipe, store, sorted(ids), statistics), overwrite=True)
@@ -85,8 +84,6 @@ def open_run(recipe: SynthRecipe, config: Any, out: Path) -> OutcomeStore:
 
 def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Counter[str]]:
     """Writes the prompts that are to be worked on; their ids, and how many were refused for what reason."""
-    from clvr_jax.data.engine.beam_pipeline import item_to_json
-
     settings = config.synth
     evaluation = EvaluationPrompts(recipe.evaluation_prompts(config), settings.near_duplicate)
     lines, ids, refused = [], set(), Counter[str]()
@@ -128,9 +125,9 @@ def _kept(
 
 
 @contextmanager
-def _watched(store: OutcomeStore, ids: set[str], statistics: Statistics) -> Iterator[None]:
+def _watched(store: OutcomeStore, ids: set[str]) -> Iterator[None]:
     """Shows progress by the outcomes that appear, whoever makes them and wherever."""
-    over, seen = threading.Event(), set[str]()
+    over, seen, statistics = threading.Event(), set[str](), Statistics()
 
     def look() -> None:
         for id in sorted((store.ids() & ids) - seen):

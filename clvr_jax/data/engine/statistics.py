@@ -1,7 +1,7 @@
 """What a run of the engine came to: how many prompts got how far, why the others did not, how long, at what price."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clvr_jax.data.engine.engine import STAGES
@@ -98,11 +98,3 @@ class Statistics:
             "model_share": total["seconds"] / self._seconds if self._seconds else 0.0,
             "audit": {"pictures": self._audited, "wrong": self._wrong} if self._audited else None,
         }
-
-
-def statistics_of(outcomes: Iterable[Finished], refused: Mapping[str, int] | None = None) -> Statistics:
-    """Those of all outcomes."""
-    found = Statistics(refused)
-    for outcome in outcomes:
-        found.add(outcome)
-    return found

@@ -8,8 +8,7 @@ import numpy as np
 
 from clvr_jax.data.engine.recipes import SynthConfig
 from clvr_jax.data.engine.roles import PromptItem
-from clvr_jax.data.engine.shapes_roles import right_pictures as audit  # noqa: F401
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
 from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.worlds.shapes.prompts import train_prompt
 from tests.data.engine.painter import Painter
@@ -24,6 +23,7 @@ class Config:
 
 
 CONFIG = Config()
+audit = right_pictures
 
 
 def prompts(config):

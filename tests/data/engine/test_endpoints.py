@@ -13,14 +13,13 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.providers.endpoint import Prices
 from tests.data.engine.obliging_server import answer
-from tests.providers.conftest import endpoint, server  # noqa: F401 - fixtures
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
 ITEM = PromptItem("one", "a light color")
 
 
 @pytest.fixture
-def made(server, endpoint):  # noqa: F811
+def made(server, endpoint):
     """(script) -> the outcome of one prompt, and its bill."""
 
     def make(script, **fields):
@@ -38,7 +37,7 @@ def made(server, endpoint):  # noqa: F811
     return make
 
 
-def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(made, server):  # noqa: F811
+def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(made, server):
     outcome, meter = made([answer], prices=Prices(input_tokens=1.0, output_tokens=2.0, picture=0.03))
     assert outcome.stage == "kept", outcome.detail
     record = outcome.record
@@ -103,7 +102,7 @@ def test_prose_once_is_asked_for_again(made):
     assert len(spoiled) >= 6  # every role had its bad moment
 
 
-def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endpoint, capsys):  # noqa: F811
+def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endpoint, capsys):
     server.script = [answer]
     server.hold_until(50)  # nobody is answered before fifty wait
     prompts = tmp_path / "prompts.jsonl"

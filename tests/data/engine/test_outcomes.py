@@ -6,10 +6,10 @@ import pytest
 from clvr_jax.data.engine.card import dataset_card, headline, statistics_page
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import Meter
-from clvr_jax.data.engine.outcomes import OutcomeStore, finished_outcomes
+from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
 from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
-from clvr_jax.data.engine.statistics import statistics_of
+from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
 from clvr_jax.reasoning.images import pixels, read_png
@@ -92,7 +92,9 @@ def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
 def test_statistics_count_stages_reasons_and_prices(tmp_path):
     store = OutcomeStore(tmp_path)
     outcomes = [made(store, number, wrong=0 if number < 3 else 4) for number in range(6)]
-    statistics = statistics_of(finished_outcomes(store), {"empty": 2})
+    statistics = Statistics({"empty": 2})
+    for id in store.ids():
+        statistics.add(store.read(id))
     for outcome in outcomes:
         if outcome.record:
             statistics.add_audit(right_pictures(outcome.record))
