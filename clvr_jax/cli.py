@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Union
 
 import tyro
 from rich.console import Console
 
 from clvr_jax.arguments import read_arguments
+from clvr_jax.commands.common import CommandGroup
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
@@ -24,8 +25,7 @@ from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.errors import ClvrError, UsageError
 
-Command = Generate | Sample | Train | Synth | Plan | Eval | Convert | Merge
-COMMANDS: dict[str, type[Command]] = {
+COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "sample": Sample,
     "train": Train,
@@ -66,21 +66,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
 
 
-def parse(arguments: Sequence[str]) -> Command:
-    """The command of a command line.
+def parse(arguments: Sequence[str]) -> Any:
+    """The command of a command line: a dataclass with `common` and `run()`.
 
     Raises: UsageError, one line, if it makes no sense; SystemExit(0) after --help.
     """
+    return _parse(arguments, COMMANDS, "clvr", _DESCRIPTION, Generate.EXAMPLE)
+
+
+def _parse(
+    arguments: Sequence[str], commands: Mapping[str, type[Any]], prog: str, description: str | None, example: str
+) -> Any:
+    """One of `commands`, whose name comes first."""
     arguments = _common_flags_last(arguments)
-    if not arguments or arguments[0] not in COMMANDS:
-        known = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in COMMANDS.items())
-        commands: Any = Union[known]  # noqa: UP007 - made from a table
-        return read_arguments(commands, arguments, "clvr", _DESCRIPTION, Generate.EXAMPLE)
+    if not arguments or arguments[0] not in commands:
+        known = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
+        union: Any = Union[known]  # noqa: UP007 - made from a table
+        return read_arguments(union, arguments, prog, description, example)
     name, rest = arguments[0], arguments[1:]
-    kind: Any = COMMANDS[name]
+    kind: Any = commands[name]
+    if issubclass(kind, CommandGroup):
+        return _parse(rest, kind.COMMANDS, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
     if issubclass(kind, RecipeCommand):
         return parse_recipe_command(kind, rest)
-    return read_arguments(kind, rest, f"clvr {name}", kind.__doc__, kind.EXAMPLE)
+    return read_arguments(kind, rest, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
 
 
 def _common_flags_last(arguments: Sequence[str]) -> list[str]:

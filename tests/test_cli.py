@@ -2,6 +2,7 @@
 
 import json
 import resource
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax.cli import COMMANDS, main
+from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
 
@@ -153,6 +154,13 @@ def test_help_is_quick_and_has_an_example(command):
     assert f"Example:\n    clvr {command}" in done.stdout
 
 
+@pytest.mark.parametrize("name", COMMANDS["eval"].COMMANDS)
+def test_examples_of_evaluations_are_understood(name):
+    kind = COMMANDS["eval"].COMMANDS[name]
+    assert kind.EXAMPLE.startswith(f"clvr eval {name} ")
+    assert type(parse(shlex.split(kind.EXAMPLE)[1:])) is kind
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -172,7 +180,7 @@ def test_help_is_quick_and_has_an_example(command):
         (["plan"], "CONFIG"),
         (["plan", LINE], "--topology"),
         (["plan", LINE, "--topology", "v7:4x4"], "v5e:AxB"),
-        (["eval", "geneval", "--model", "m", "--out", "o"], "'geneval'"),
+        (["eval", "painting", "--model", "m", "--out", "o"], "painting"),
         (["eval", "shapes", "--model", "m"], "--out"),
         (["eval", "shapes", "--model", "m", "--out", "o", "--split", "train"], "'train'"),
         (["eval", "shapes", "--model", "m", "--out", "o", "--limit", "0"], "--limit"),

@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import tyro
 from rich.console import RenderableType
@@ -25,6 +25,14 @@ class Common:
     """Print the result as JSON on stdout."""
     debug: bool = False
     """Show the traceback of an error."""
+
+
+@dataclass(frozen=True)
+class CommandGroup:
+    """Commands that share a first word, such as `clvr eval shapes`; its docstring is the description in --help."""
+
+    EXAMPLE: ClassVar[str]
+    COMMANDS: ClassVar[dict[str, type[Any]]]
 
 
 Flags = Annotated[Common, tyro.conf.arg(name="")]
