@@ -1,5 +1,6 @@
 """`clvr generate` and `clvr sample`."""
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,6 +11,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from clvr_jax.arguments import at_least_one, check_guidance, check_seed
+from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Common, Count, Flags, Folder, Guidance, Prompt, Result, prepare_jax
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
@@ -30,8 +32,7 @@ class Generate:
     """What to draw."""
     model: str = "shapes-tiny"
     """Shipped model, a folder in diffusers layout or a Hugging Face id."""
-    max_steps: int = 8
-    """Drawings at most."""
+    budget: Limits = field(default_factory=BudgetOptions)
     nfe: Count = None
     """Network evaluations of each drawing; the model's own number if not given."""
     seed: int = 0
@@ -41,7 +42,6 @@ class Generate:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        at_least_one("--max-steps", self.max_steps)
         at_least_one("--nfe", self.nfe)
         check_seed(self.seed)
 
@@ -50,7 +50,7 @@ class Generate:
         from clvr_jax.outputs import check_folder, name_for
 
         unseen = _check_request(self.prompt, self.model)
-        out = self.out or Path("out") / name_for(self.prompt, self.model, self.seed, self.max_steps, self.nfe)
+        out = self.out or Path("out") / name_for(self.prompt, self.model, self.seed, self.budget, self.nfe)
         check_folder(out)
         with console.status(f"loading {self.model}"):
             prepare_jax()
@@ -58,7 +58,8 @@ class Generate:
 
             pipe = ClosedLoopPipeline.from_pretrained(self.model)
         with console.status("thinking and drawing"):
-            made = pipe(self.prompt, max_steps=self.max_steps, seed=self.seed, nfe=self.nfe, on_event=_show_event)
+            limits = dataclasses.asdict(self.budget)
+            made = pipe(self.prompt, **limits, seed=self.seed, nfe=self.nfe, on_event=_show_event)
         trajectory = made.trajectory
         page = trajectory.save(out) / "index.html"
         if trajectory.image is None:
@@ -159,7 +160,7 @@ def _check_request(prompt: str, model: str) -> list[str]:
 def _show_event(event: "Event") -> None:
     """Prints what the loop does as it does it."""
     from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
-    from clvr_jax.reasoning.events import Drawn, Finished, Replied, RolledBack
+    from clvr_jax.reasoning.events import Chosen, Drawn, Finished, Replied, RolledBack
 
     if isinstance(event, Replied) and event.error:
         console.print(f"[yellow]  not understood:[/] {escape(event.error)}")
@@ -173,6 +174,8 @@ def _show_event(event: "Event") -> None:
     elif isinstance(event, Drawn):
         again = f", attempt {event.step.redraw + 1}" if event.step.redraw else ""
         console.print(f"[bold]step {event.number}[/]  {event.step.nfe} NFE  {event.step.seconds:.1f} s{again}")
+    elif isinstance(event, Chosen):
+        console.print(f"  step {event.number} goes on, of {len(event.among)} candidates")
     elif isinstance(event, RolledBack):
         console.print(f"[yellow]  step {event.number} is worse than step {event.to}: back to step {event.to}[/]")
     elif isinstance(event, Finished):

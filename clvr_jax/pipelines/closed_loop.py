@@ -13,7 +13,7 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
 from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
@@ -104,6 +104,10 @@ class ClosedLoopPipeline:
         prompt: str,
         *,
         max_steps: int = 8,
+        max_nfe: int | None = None,
+        max_seconds: float | None = None,
+        stop_when: StopWhen = "controller",
+        candidates: int = 1,
         seed: int = 0,
         nfe: int | None = None,
         on_event: Callable[[Event], None] | None = None,
@@ -112,13 +116,15 @@ class ClosedLoopPipeline:
 
         Args:
           prompt: what to draw.
-          max_steps: drawings at most.
+          max_steps, max_nfe, max_seconds, stop_when, candidates: see `Budget`.
           seed: the same seed gives the same trajectory.
           nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
           on_event: called as things happen.
+        Raises: UsageError for limits that make no sense.
         """
         began = time.monotonic()
-        (trajectory,) = self.run([prompt], [seed], Budget(max_steps=max_steps), nfe=nfe, on_event=on_event)
+        budget = Budget(max_steps, max_nfe, max_seconds, stop_when=stop_when, candidates=candidates)
+        (trajectory,) = self.run([prompt], [seed], budget, nfe=nfe, on_event=on_event)
         image = None if trajectory.image is None else as_pil(trajectory.image)
         return ClosedLoopOutput(image, trajectory, trajectory.nfe, time.monotonic() - began)
 

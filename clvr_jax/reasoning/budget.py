@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from clvr_jax.errors import UsageError
+
+StopWhen = Literal["controller", "verified"]
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class Budget:
     The first drawing is always made: nobody knows its price before.
 
     Attributes:
-      max_steps: drawings, rolled-back ones included.
+      max_steps: drawings, rolled-back ones and other candidates included.
       max_nfe: network evaluations. A drawing is not begun if it would exceed the limit at the price of the dearest
         drawing so far. None: no limit.
       max_seconds: wall-clock seconds since the run began, of the whole batch; no further drawing begins after that.
@@ -22,6 +25,10 @@ class Budget:
       max_parse_retries: how often a reply that cannot be parsed is asked for again, per reply.
       max_rollbacks: how often the loop returns to the same picture after a worse one before it continues from the
         latest; 0 never rolls back.
+      candidates: drawings of each reply, as many of them as the limits allow. Each is judged, the one with the fewest
+        unmet items goes on.
+      stop_when: "controller" stops when the controller says so; "verified" also as soon as it finds nothing unmet,
+        though it would draw on.
     """
 
     max_steps: int = 8
@@ -29,15 +36,19 @@ class Budget:
     max_seconds: float | None = None
     max_parse_retries: int = 2
     max_rollbacks: int = 2
+    candidates: int = 1
+    stop_when: StopWhen = "controller"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("max_parse_retries", 0), ("max_rollbacks", 0)):
+        for name, least in (("max_steps", 1), ("max_parse_retries", 0), ("max_rollbacks", 0), ("candidates", 1)):
             if getattr(self, name) < least:
                 raise UsageError(f"budget: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("max_nfe", "max_seconds"):
             limit = getattr(self, name)
             if limit is not None and not limit > 0:
                 raise UsageError(f"budget: {name} must be positive or None, got {limit}")
+        if self.stop_when not in get_args(StopWhen):
+            raise UsageError(f"budget: stop_when must be {' or '.join(get_args(StopWhen))}, got {self.stop_when!r}")
 
 
 @dataclass
@@ -54,6 +65,16 @@ class Account:
         self.steps += 1
         self.nfe += nfe
         self._dearest = max(self._dearest, nfe)
+
+    def affordable(self, drawings: int) -> int:
+        """How many of so many drawings of one reply may be begun now; the price of the first ever shows what it is."""
+        budget = self.budget
+        drawings = min(drawings, budget.max_steps - self.steps)
+        if budget.max_nfe is None:
+            return drawings
+        if not self.steps:
+            return min(drawings, 1)
+        return min(drawings, max(0, budget.max_nfe - self.nfe) // self._dearest) if self._dearest else drawings
 
     def spent(self, seconds: float) -> str | None:
         """Which limit forbids another drawing: "step limit", "nfe limit", "time limit", or None if none does.

@@ -36,6 +36,15 @@ class RolledBack:
 
 
 @dataclass(frozen=True)
+class Chosen:
+    """Of the pictures `among`, drawn after the same reply, that of step `number` goes on."""
+
+    index: int
+    number: int
+    among: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Finished:
     """A prompt has left the batch."""
 
@@ -43,4 +52,4 @@ class Finished:
     trajectory: Trajectory
 
 
-Event = Replied | Drawn | RolledBack | Finished
+Event = Replied | Drawn | Chosen | RolledBack | Finished

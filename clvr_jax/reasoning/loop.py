@@ -8,8 +8,8 @@
 Every round makes one batched controller call and one batched drawer call for all prompts that are not done. What
 happens to a prompt depends on its own replies, pictures and seed only, so that a batch gives the same as one at a time.
 
-Source: arXiv 2605.14876, closed-loop inference. Budgets and keep-best with roll-back are ours: edits drift, so a
-picture that is worse than an earlier one is dropped and the reply that led to it is drawn again.
+Source: arXiv 2605.14876, closed-loop inference. Budgets, several candidates of a step and keep-best with roll-back are
+ours: edits drift, so a picture that is worse than an earlier one is dropped and the reply that led to it is drawn again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import numpy as np
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse
 from clvr_jax.reasoning.budget import Account, Budget
-from clvr_jax.reasoning.events import Drawn, Event, Finished, Replied, RolledBack
+from clvr_jax.reasoning.events import Chosen, Drawn, Event, Finished, Replied, RolledBack
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
 from clvr_jax.reasoning.trajectory import (
@@ -80,13 +80,16 @@ def run(
     active = list(runs)
     while active:
         called = time.monotonic()
-        texts = controller.reply([state.conversation() for state in active])
-        _check_count("controller", len(texts), len(active))
-        share = (time.monotonic() - called) / len(active)
+        asked = [(state, number, chat) for state in active for number, chat in state.conversations()]
+        texts = controller.reply([chat for _, _, chat in asked])
+        _check_count("controller", len(texts), len(asked))
+        share = (time.monotonic() - called) / len(asked)
+        for (state, number, _), text in zip(asked, texts, strict=True):
+            state.hear(number, text, share)
         elapsed = time.monotonic() - started
-        asked = [(state, state.hear(text, share, elapsed)) for state, text in zip(active, texts, strict=True)]
-        requests = [(state, request) for state, request in asked if request is not None]
-        if requests:
+        for state in active:
+            state.decide(elapsed)
+        while requests := [(state, request) for state in active for request in state.requests()]:
             called = time.monotonic()
             drawings = drawer.draw([request for _, request in requests])
             _check_count("drawer", len(drawings), len(requests))
@@ -108,9 +111,13 @@ def derive_seed(seed: int, *path: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "big") >> 1
 
 
+_FIRST = -1
+"""Stands for the picture that the first reply judges: none."""
+
+
 @dataclass(frozen=True)
 class _Draft:
-    """A step that waits for its picture."""
+    """A reply that waits for its pictures."""
 
     reply: Reply
     attempts: int = 1
@@ -118,7 +125,11 @@ class _Draft:
 
 
 class _Run:
-    """One prompt on its way. `_path` holds the steps that form the current history, oldest first."""
+    """One prompt on its way.
+
+    `_path` holds the steps that form the current history, oldest first; `_table` those drawn after it, from step `_group`
+    on, and the reply that each of them got, None if it waits for one.
+    """
 
     def __init__(self, index: int, prompt: str, seed: int, budget: Budget, notify: Callable[[Event], None]):
         self.index = index
@@ -129,55 +140,82 @@ class _Run:
         self._notify = notify
         self._steps: list[Step] = []
         self._path: list[int] = []
+        self._table: dict[int, _Draft | None] = {_FIRST: None}
+        self._group = 0
+        self._attempts: dict[int, int] = {}
         self._draft: _Draft | None = None
+        self._wanted = 0
         self._rollbacks: dict[int, int] = {}
-        self._attempt = 0
         self._seconds = 0.0
         self._booked_seconds = 0.0
         self._outcome: str | None = None
         self._error: str | None = None
 
-    def conversation(self) -> Conversation:
-        """What the controller is asked next."""
-        replies, images = self._history()
-        seed = derive_seed(self._seed, "reply", len(self._steps), self._attempt)
-        return Conversation(self._prompt, replies, images, seed, self._attempt)
+    def conversations(self) -> list[tuple[int, Conversation]]:
+        """What the controller is asked next: the steps to be judged, and the history that leads to each."""
+        return [(number, self._conversation(number)) for number, draft in self._table.items() if draft is None]
 
-    def hear(self, text: str, seconds: float, elapsed: float) -> DrawRequest | None:
-        """Takes the controller's reply; returns what to draw now, None if nothing (done, or to be asked again)."""
+    def hear(self, number: int, text: str, seconds: float) -> None:
+        """Takes the controller's reply to the picture of step `number`; one that cannot be read is asked for again."""
         self._seconds += seconds
+        attempt = self._attempts.get(number, 0)
         try:
-            reply = parse(text, has_picture=bool(self._path))
+            reply = parse(text, has_picture=number != _FIRST)
         except ParseError as error:
-            self._notify(Replied(self.index, self._attempt, text, str(error)))
-            self._attempt += 1
-            if self._attempt > self._budget.max_parse_retries:
-                self._finish(UNPARSEABLE, str(error))
-            return None
-        self._notify(Replied(self.index, self._attempt, text, None))
-        draft = _Draft(reply, attempts=self._attempt + 1)
-        self._attempt = 0
-        if self._path:
-            tip = self._path[-1]
-            self._steps[tip] = replace(self._steps[tip], verdict=Verdict(reply.unmet or (), reply.reasoning))
-        if reply.action == TERMINATE:
+            self._notify(Replied(self.index, attempt, text, str(error)))
+            self._attempts[number] = attempt + 1
+            if attempt == self._budget.max_parse_retries:
+                self._error = str(error)
+                del self._table[number]
+            return
+        self._notify(Replied(self.index, attempt, text, None))
+        self._table[number] = _Draft(reply, attempts=attempt + 1)
+        if number != _FIRST:
+            verdict = Verdict(reply.unmet or (), reply.reasoning)
+            self._steps[number] = replace(self._steps[number], verdict=verdict)
+
+    def decide(self, elapsed: float) -> None:
+        """Once all pictures on the table are judged: ends, or takes the best one's reply as what to draw next."""
+        drafts = {number: draft for number, draft in self._table.items() if draft is not None}
+        if len(drafts) < len(self._table):
+            return
+        if not drafts:
+            self._finish(UNPARSEABLE)
+            return
+        self._error = None  # of a candidate that is not needed
+        draft = self._choose(drafts)
+        reply = draft.reply
+        if reply.action == TERMINATE or (self._budget.stop_when == "verified" and reply.unmet == ()):
             self._steps.append(Step(reply.reasoning, TERMINATE, seconds=self._take_seconds(), attempts=draft.attempts))
             self._finish(ACCEPTED if self._path and not reply.unmet else GAVE_UP)
-            return None
+            return
         place = self._place_to_return_to()
         if place is not None:
             draft = self._roll_back(place)
         limit = self._account.spent(elapsed)
         if limit is not None:
             self._finish(limit)
-            return None
-        self._draft = draft
-        replies, images = self._history()
-        seed = derive_seed(self._seed, "draw", len(self._steps))
-        return DrawRequest(self._prompt, (*replies, draft.reply.text), images, seed)
+            return
+        self._table, self._attempts, self._group = {}, {}, len(self._steps)
+        self._draft, self._wanted = draft, self._budget.candidates
+
+    def requests(self) -> list[DrawRequest]:
+        """What to draw now: as many candidates of the next step as can be paid for."""
+        if self._draft is None:
+            return []
+        replies, images = self._history(self._path)
+        seeds = [
+            derive_seed(self._seed, "draw", len(self._steps) + extra)
+            for extra in range(self._account.affordable(self._wanted))
+        ]
+        if not seeds:
+            self._draft = None
+        else:
+            replies = (*replies, self._draft.reply.text)
+        return [DrawRequest(self._prompt, replies, images, seed) for seed in seeds]
 
     def receive(self, request: DrawRequest, drawing: Drawing, seconds: float) -> None:
-        """Takes the picture that was asked for."""
+        """Takes a picture that was asked for."""
         assert self._draft is not None
         self._seconds += seconds
         self._account.charge(drawing.nfe)
@@ -189,12 +227,14 @@ class _Run:
             nfe=drawing.nfe,
             seconds=self._take_seconds(),
             attempts=self._draft.attempts,
-            redraw=self._draft.redraw,
+            redraw=self._draft.redraw + len(self._table),
             seed=request.seed,
         )
-        self._path.append(len(self._steps))
+        number = len(self._steps)
+        self._table[number] = None
+        self._wanted -= 1
         self._steps.append(step)
-        self._notify(Drawn(self.index, self._path[-1], step))
+        self._notify(Drawn(self.index, number, step))
 
     def finished(self, model: str, versions: Mapping[str, str]) -> Trajectory | None:
         """The trajectory once the prompt is done, None before."""
@@ -204,12 +244,35 @@ class _Run:
             self._prompt, tuple(self._steps), self._outcome, model, self._seed, versions, self._seconds, self._error
         )
 
-    def _history(self) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
-        """Replies with action tokens and pictures of the current history."""
-        steps = [self._steps[number] for number in self._path]
+    def _conversation(self, number: int) -> Conversation:
+        replies, images = self._history(self._path if number == _FIRST else [*self._path, number])
+        attempt = self._attempts.get(number, 0)
+        return Conversation(
+            self._prompt, replies, images, derive_seed(self._seed, "reply", number + 1, attempt), attempt
+        )
+
+    def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
+        """Replies with action tokens and pictures of some steps."""
+        steps = [self._steps[number] for number in path]
         return tuple(step.reasoning + step.action for step in steps), tuple(
             step.image for step in steps if step.image is not None
         )
+
+    def _choose(self, drafts: Mapping[int, _Draft]) -> _Draft:
+        """Puts the best picture on the table into the history and the others aside; returns what was said to it."""
+        if _FIRST in drafts:
+            return drafts[_FIRST]
+        numbers = range(self._group, len(self._steps))  # with those whose judgment could not be read
+        best = best_step(self._steps[numbers.start :])
+        assert best is not None
+        chosen = numbers[best]
+        for number in numbers:
+            if number != chosen:
+                self._steps[number] = replace(self._steps[number], rolled_back=True)
+        if len(numbers) > 1:
+            self._notify(Chosen(self.index, chosen, tuple(numbers)))
+        self._path.append(chosen)
+        return drafts[chosen]
 
     def _place_to_return_to(self) -> int | None:
         """The best earlier picture if the latest one is worse and the loop may go back there once more."""
@@ -236,15 +299,17 @@ class _Run:
         self._notify(RolledBack(self.index, dropped[-1], place))
         self._path = self._path[:kept]
         self._rollbacks[place] = self._rollbacks.get(place, 0) + 1
-        return _Draft(Reply(again.reasoning, again.action), again.attempts, again.redraw + 1)
+        said = (again.references, again.reasoning)
+        redraws = [step.redraw for step in self._steps if (step.references, step.reasoning) == said]
+        return _Draft(Reply(again.reasoning, again.action), again.attempts, max(redraws) + 1)
 
     def _take_seconds(self) -> float:
         """Time that no step has been charged for yet."""
         seconds, self._booked_seconds = self._seconds - self._booked_seconds, self._seconds
         return seconds
 
-    def _finish(self, outcome: str, error: str | None = None) -> None:
-        self._outcome, self._error = outcome, error
+    def _finish(self, outcome: str) -> None:
+        self._outcome = outcome
         if self._steps:  # the time of a last verdict that led to no step of its own
             last = self._steps[-1]
             self._steps[-1] = replace(last, seconds=last.seconds + self._take_seconds())

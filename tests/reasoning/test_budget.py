@@ -6,7 +6,15 @@ from clvr_jax.reasoning.budget import Account, Budget
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_steps": 0}, {"max_nfe": 0}, {"max_seconds": -1.0}, {"max_seconds": float("nan")}, {"max_parse_retries": -1}],
+    [
+        {"max_steps": 0},
+        {"max_nfe": 0},
+        {"max_seconds": -1.0},
+        {"max_seconds": float("nan")},
+        {"max_parse_retries": -1},
+        {"candidates": 0},
+        {"stop_when": "never"},
+    ],
 )
 def test_limits_are_checked(wrong):
     with pytest.raises(UsageError, match=next(iter(wrong))):

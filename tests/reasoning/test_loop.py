@@ -5,7 +5,7 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Budget, run
-from clvr_jax.reasoning.events import Drawn, Finished, Replied, RolledBack
+from clvr_jax.reasoning.events import Chosen, Drawn, Finished, Replied, RolledBack
 from clvr_jax.reasoning.loop import derive_seed
 from tests.reasoning.scripted import (
     CountingDrawer,
@@ -172,16 +172,79 @@ def test_attempts_are_counted_per_reply():
     assert [step.attempts for step in trajectory.steps] == [2, 2, 2]
 
 
+def test_the_best_of_several_candidates_goes_on():
+    events = []
+    replies = [draw(), again(2, "Two."), again(1, "One."), again(1, "Last."), stop(1), stop(0), again(3)]
+    trajectory, controller, drawer = run_one(replies, Budget(candidates=3), on_event=events.append)
+    assert trajectory.outcome == "accepted"
+    assert scores(trajectory) == [2, 1, 1, 1, 0, 3]
+    assert [step.rolled_back for step in trajectory.drawings] == [True, True, False, True, False, True]
+    assert [step.redraw for step in trajectory.drawings] == [0, 1, 2, 0, 1, 2]
+    assert [step.references for step in trajectory.drawings] == [()] * 3 + [(2,)] * 3
+    assert [len(call) for call in drawer.calls] == [3, 3]
+    assert [[value_of(chat.images[-1]) for chat in call] for call in controller.calls[1:]] == [[1, 2, 3], [4, 5, 6]]
+    assert "Last." in drawer.requests[-1].text
+    assert "One." not in drawer.requests[-1].text
+    assert len({request.seed for request in drawer.requests}) == 6
+    assert (trajectory.best, value_of(trajectory.image)) == (4, 5)
+    assert [(event.number, event.among) for event in events if isinstance(event, Chosen)] == [
+        (2, (0, 1, 2)),
+        (4, (3, 4, 5)),
+    ]
+    assert sum(step.seconds for step in trajectory.steps) == pytest.approx(trajectory.seconds)
+
+
+def test_candidates_stay_within_the_limits():
+    trajectory, _, drawer = run_one([draw(), again(2), again(1), again(1), again(1)], Budget(max_steps=4, candidates=3))
+    assert (trajectory.outcome, [len(call) for call in drawer.calls]) == ("step limit", [3, 1])
+    # The price of a drawing is known after the first.
+    trajectory, _, drawer = run_one([draw(), again(2), again(1)], Budget(max_nfe=11, candidates=3))
+    assert (trajectory.outcome, trajectory.nfe, [len(call) for call in drawer.calls]) == ("nfe limit", 8, [1, 1])
+
+
+def test_a_candidate_whose_judgment_cannot_be_read_is_put_aside():
+    replies = [draw(), "?", again(1, "Go on."), "?", stop(0), again(4)]
+    trajectory, controller, _ = run_one(replies, Budget(max_steps=4, max_parse_retries=1, candidates=2))
+    assert (trajectory.outcome, trajectory.best, trajectory.error) == ("accepted", 2, None)
+    assert [step.rolled_back for step in trajectory.drawings] == [True, False, False, True]
+    assert scores(trajectory) == [None, 1, 0, 4]
+    assert [len(call) for call in controller.calls] == [1, 2, 1, 2]
+
+    trajectory, _, _ = run_one([draw(), "?", "?"], Budget(max_parse_retries=0, candidates=2))
+    assert (trajectory.outcome, trajectory.best) == ("unparseable", 1)
+    assert "no action token" in trajectory.error
+
+
+def test_a_worse_best_candidate_is_rolled_back():
+    replies = [draw(), again(4), again(1), again(2), again(3), stop(0), again(1)]
+    trajectory, _, _ = run_one(replies, Budget(candidates=2))
+    assert trajectory.outcome == "accepted"
+    assert [step.rolled_back for step in trajectory.drawings] == [True, False, True, True, False, True]
+    assert [step.redraw for step in trajectory.drawings] == [0, 1, 0, 1, 2, 3]
+    assert [step.references for step in trajectory.drawings] == [(), ()] + [(1,)] * 4
+
+
+def test_stopping_when_verified_does_not_wait_for_the_controller():
+    replies = [draw(), again(0, "Make it nicer.")]
+    trajectory, _, drawer = run_one(replies, Budget(stop_when="verified"))
+    assert (trajectory.outcome, len(drawer.requests)) == ("accepted", 1)
+    trajectory, _, drawer = run_one([*replies, stop()])
+    assert len(drawer.requests) == 2
+
+
 def without_times(trajectory):
     return replace(trajectory, seconds=0.0, steps=tuple(replace(step, seconds=0.0) for step in trajectory.steps))
 
 
-def test_batch_gives_the_same_as_one_by_one():
+@pytest.mark.parametrize(
+    ("candidates", "outcomes"), [(1, {"accepted", "unparseable"}), (2, {"accepted", "nfe limit", "step limit"})]
+)
+def test_batch_gives_the_same_as_one_by_one(candidates, outcomes):
     prompts = [f"prompt {number}" for number in range(40)]
     seeds = list(range(100, 140))
-    budget = Budget(max_steps=6, max_nfe=15)
+    budget = Budget(max_steps=6, max_nfe=15, candidates=candidates)
     together = run(prompts, NoisyController(), NoisyDrawer(), budget, seeds)
-    assert {trajectory.outcome for trajectory in together} >= {"accepted", "unparseable"}
+    assert {trajectory.outcome for trajectory in together} >= outcomes
     assert any(step.rolled_back for trajectory in together for step in trajectory.steps)
     for prompt, seed, expected in zip(prompts, seeds, together, strict=True):
         (alone,) = run([prompt], NoisyController(), NoisyDrawer(), budget, [seed])

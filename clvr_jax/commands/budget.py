@@ -1,0 +1,51 @@
+"""What a drawing may cost: the options of every command that runs the closed loop."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.common import Count
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.reasoning.budget import Budget
+
+
+@dataclass(frozen=True)
+class BudgetOptions:
+    """Limits for one prompt. When one is reached the last picture is still judged, then the best one is returned."""
+
+    max_steps: int = 8
+    """Drawings at most."""
+    max_nfe: Count = None
+    """Network evaluations at most; the first drawing is always made."""
+    max_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
+    """No further drawing begins after so many seconds; with several prompts at a time, of all of them together."""
+    stop_when: Literal["controller", "verified"] = "controller"
+    """controller: when it says so. verified: also as soon as it finds nothing unmet, though it would draw on."""
+    candidates: int = 1
+    """Drawings of each step, of which the one with the fewest unmet items goes on; all count as drawings."""
+
+    def __post_init__(self) -> None:
+        at_least_one("--max-steps", self.max_steps)
+        at_least_one("--max-nfe", self.max_nfe)
+        at_least_one("--candidates", self.candidates)
+        if self.max_seconds is not None and not self.max_seconds > 0:
+            raise UsageError(f"--max-seconds must be above 0, got {self.max_seconds}")
+
+    def budget(self) -> "Budget":
+        """The same as the loop takes it."""
+        from clvr_jax.reasoning.budget import Budget
+
+        return Budget(
+            max_steps=self.max_steps,
+            max_nfe=self.max_nfe,
+            max_seconds=self.max_seconds,
+            stop_when=self.stop_when,
+            candidates=self.candidates,
+        )
+
+
+Limits = Annotated[BudgetOptions, tyro.conf.arg(name="")]
