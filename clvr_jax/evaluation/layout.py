@@ -15,13 +15,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.drawn import Drawn
 from clvr_jax.files import read_json, write_atomically, write_json
-from clvr_jax.reasoning.images import Picture, encode_png, read_png
+from clvr_jax.reasoning.images import encode_png, read_png
 from clvr_jax.reasoning.trajectory import Trajectory
 
 _IDENTITY = "benchmark.json"
@@ -35,7 +36,7 @@ class Record:
       prompt: as in the metadata.
       seed: it was drawn with.
       has_picture: False if the closed loop ended without any picture.
-      nfe, seconds, steps, outcome: see report.PictureScore.
+      nfe, seconds, steps, outcome, input_tokens, output_tokens, dollars, device: see report.PictureScore.
     """
 
     prompt: str
@@ -45,6 +46,32 @@ class Record:
     seconds: float | None
     steps: int | None
     outcome: str | None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    dollars: float | None = None
+    device: str | None = None
+
+    @classmethod
+    def of(cls, drawn: Drawn, prompt: str, seed: int, seconds: float, device: str | None) -> Self:
+        """What is known about a picture that was just drawn."""
+        trajectory, usage = drawn.trajectory, drawn.usage
+        return cls(
+            prompt=prompt,
+            seed=seed,
+            has_picture=drawn.image is not None,
+            nfe=drawn.nfe,
+            seconds=seconds,
+            steps=None if trajectory is None else len(trajectory.drawings),
+            outcome=None if trajectory is None else trajectory.outcome,
+            input_tokens=None if usage is None else usage.input_tokens,
+            output_tokens=None if usage is None else usage.output_tokens,
+            dollars=None if usage is None else usage.dollars,
+            device=device,
+        )
+
+    def cost(self) -> dict[str, Any]:
+        """What a score also says of the picture, as keywords of PictureScore."""
+        return {name: value for name, value in asdict(self).items() if name not in ("prompt", "seed", "has_picture")}
 
 
 @dataclass(frozen=True)
@@ -98,14 +125,12 @@ class Folder:
         """The metadata of all prompts, in order."""
         return [read_json(self._prompt(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
 
-    def add(
-        self, index: int, sample: int, picture: Picture | None, record: Record, trajectory: Trajectory | None
-    ) -> None:
+    def add(self, index: int, sample: int, drawn: Drawn, record: Record) -> None:
         """Writes one picture; its record comes last, so that what is cut short is drawn again."""
-        if picture is not None:
-            write_atomically(self._picture(index, sample), encode_png(picture))
-        if trajectory is not None:
-            trajectory.save(self._prompt(index) / "trajectories" / f"{sample:04d}")
+        if drawn.image is not None:
+            write_atomically(self._picture(index, sample), encode_png(drawn.image))
+        if drawn.trajectory is not None:
+            drawn.trajectory.save(self._trajectory(index, sample))
         write_json(self._record(index, sample), asdict(record))
 
     def is_complete(self, index: int, sample: int, prompt: str, seed: int) -> bool:
@@ -132,11 +157,19 @@ class Folder:
         """One picture, uint8 (height, width, 3); ClvrError if it is missing."""
         return read_png(self._picture(index, sample))
 
+    def trajectory(self, index: int, sample: int) -> Trajectory | None:
+        """How one picture came about, None if it was drawn without the loop; ClvrError if it is malformed."""
+        path = self._trajectory(index, sample)
+        return Trajectory.load(path) if path.is_dir() else None
+
     def _prompt(self, index: int) -> Path:
         return self.root / f"{index:05d}"
 
     def _picture(self, index: int, sample: int) -> Path:
         return self._prompt(index) / "samples" / f"{sample:04d}.png"
+
+    def _trajectory(self, index: int, sample: int) -> Path:
+        return self._prompt(index) / "trajectories" / f"{sample:04d}"
 
     def _record(self, index: int, sample: int) -> Path:
         return self._prompt(index) / "records" / f"{sample:04d}.json"

@@ -29,6 +29,9 @@ class PictureScore:
       seconds: wall time of its batch, divided by the size of the batch.
       steps: pictures drawn on the way; None for one-shot drawing.
       outcome: how the trajectory ended; None for one-shot drawing.
+      input_tokens, output_tokens: of the language model, None if not recorded; with several prompts at a time, a share.
+      dollars: what endpoints charged, by their price list.
+      device: what drew.
     """
 
     index: int
@@ -42,6 +45,10 @@ class PictureScore:
     seconds: float | None = None
     steps: int | None = None
     outcome: str | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+    dollars: float | None = None
+    device: str | None = None
 
 
 def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
@@ -101,8 +108,13 @@ def cost_line(cost: Mapping[str, Any]) -> str:
         parts.append(
             f"{cost['seconds_per_picture']:.2f} s per picture (median {cost['median_seconds_per_picture']:.2f} s)"
         )
-    for name in ("steps", "outcomes"):
-        if cost[name]:
+    tokens = [cost.get(f"{side}_tokens_per_picture") for side in ("input", "output")]
+    if any(tokens):
+        parts.append("{:.0f} + {:.0f} tokens per picture (read and written)".format(*tokens))
+    if cost.get("dollars"):
+        parts.append(f"${cost['dollars']:.2f} in all")
+    for name in ("steps", "outcomes", "devices"):
+        if cost.get(name):
             parts.append(f"{name}: " + ", ".join(f"{key} x {count}" for key, count in cost[name].items()))
     return "; ".join(parts) or "cost not recorded"
 
@@ -148,15 +160,27 @@ def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
 
 
 def _cost(scores: Sequence[PictureScore]) -> dict[str, Any]:
-    """Price per picture. The median time leaves compilation of the first batch out, the mean does not."""
-    nfe = [score.nfe for score in scores if score.nfe is not None]
-    seconds = [score.seconds for score in scores if score.seconds is not None]
-    steps = [score.steps for score in scores if score.steps is not None]
-    outcomes = sorted({score.outcome for score in scores if score.outcome is not None})
-    return {
-        "nfe_per_picture": descriptive.fmean(nfe) if nfe else None,
-        "seconds_per_picture": descriptive.fmean(seconds) if seconds else None,
-        "median_seconds_per_picture": descriptive.median(seconds) if seconds else None,
-        "steps": {str(count): steps.count(count) for count in sorted(set(steps))},
-        "outcomes": {outcome: sum(score.outcome == outcome for score in scores) for outcome in outcomes},
+    """Price per picture; dollars in all. The median time leaves the first batch's compilation out, the mean does not."""
+    seconds = _recorded(scores, "seconds")
+    means = {
+        f"{name}_per_picture": descriptive.fmean(values) if (values := _recorded(scores, name)) else None
+        for name in ("nfe", "seconds", "input_tokens", "output_tokens")
     }
+    dollars = _recorded(scores, "dollars")
+    return {
+        **means,
+        "median_seconds_per_picture": descriptive.median(seconds) if seconds else None,
+        "dollars": sum(dollars) if dollars else None,
+        "steps": _counts(scores, "steps"),
+        "outcomes": _counts(scores, "outcome"),
+        "devices": _counts(scores, "device"),
+    }
+
+
+def _recorded(scores: Sequence[PictureScore], name: str) -> list[Any]:
+    return [value for score in scores if (value := getattr(score, name)) is not None]
+
+
+def _counts(scores: Sequence[PictureScore], name: str) -> dict[str, int]:
+    values = _recorded(scores, name)
+    return {str(value): values.count(value) for value in sorted(set(values))}

@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.drawn import DrawAll, Drawn, picture_seed
 from clvr_jax.evaluation.layout import Folder, Record
 from clvr_jax.evaluation.report import PictureScore, summarize
 from clvr_jax.files import write_json
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.trajectory import Trajectory, package_versions
+from clvr_jax.reasoning.trajectory import package_versions
 
 Metadata = Mapping[str, Any]
 
@@ -59,11 +58,6 @@ def shapes_judge() -> Judge:
     return Judge("shapes detector", SHAPES_JUDGE_VERSION, judge)
 
 
-DrawAll = Callable[[list[str], list[int]], Sequence[Any]]
-"""(prompts, seeds) -> one result per prompt: a picture, a Trajectory, or an object with `image` and, if it has them,
-`nfe` and `trajectory` (a pipeline's output, a Drawing)."""
-
-
 def run(
     metadata: Sequence[Metadata],
     draw_all: DrawAll,
@@ -76,6 +70,7 @@ def run(
     samples: int = 1,
     batch_size: int = 16,
     versions: Mapping[str, str] | None = None,
+    device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Draws what is missing in `out`, scores everything and writes results.json.
@@ -92,6 +87,7 @@ def run(
       samples: pictures per prompt; GenEval's own number is 4.
       batch_size: prompts per call of `draw_all`; a run that is killed loses at most that many pictures.
       versions: recorded in results.json next to package_versions().
+      device: what draws, recorded with each picture.
       on_progress: called with (pictures done, pictures in all).
     Returns: the content of results.json.
     Raises: ClvrError, one line.
@@ -103,7 +99,7 @@ def run(
     folder = Folder(Path(out))
     identity = {"benchmark": benchmark, "settings": dict(settings), "seed": seed, "samples": samples}
     folder.prepare(identity, metadata)
-    _draw_missing(folder, metadata, draw_all, seed, samples, batch_size, on_progress)
+    _draw_missing(folder, metadata, draw_all, seed, samples, batch_size, device, on_progress)
     return score(out, judge, versions)
 
 
@@ -118,10 +114,11 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     identity = folder.identity()
     entries = folder.metadata()
     wanted = [(index, sample) for index in range(len(entries)) for sample in range(identity["samples"])]
+    prompts = [entry["prompt"] for entry in entries]
     missing = [
-        place
-        for place in wanted
-        if not folder.is_complete(*place, entries[place[0]]["prompt"], _seed(identity["seed"], entries, *place))
+        (index, sample)
+        for index, sample in wanted
+        if not folder.is_complete(index, sample, prompts[index], picture_seed(identity["seed"], prompts[index], sample))
     ]
     if missing:
         index, sample = missing[0]
@@ -151,10 +148,11 @@ def _draw_missing(
     seed: int,
     samples: int,
     batch_size: int,
+    device: str | None,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     wanted = [
-        (index, sample, _seed(seed, metadata, index, sample))
+        (index, sample, picture_seed(seed, metadata[index]["prompt"], sample))
         for index in range(len(metadata))
         for sample in range(samples)
     ]
@@ -168,22 +166,13 @@ def _draw_missing(
         batch = open_places[start : start + batch_size]
         prompts = [metadata[index]["prompt"] for index, _, _ in batch]
         began = time.monotonic()
-        results = draw_all(prompts, [picture_seed for _, _, picture_seed in batch])
+        results = draw_all(prompts, [own_seed for _, _, own_seed in batch])
         seconds = (time.monotonic() - began) / len(batch)
         if len(results) != len(batch):
             raise ClvrError(f"benchmark: asked for {len(batch)} pictures and got {len(results)}")
-        for (index, sample, picture_seed), prompt, result in zip(batch, prompts, results, strict=True):
-            picture, nfe, trajectory = _unpack(result)
-            record = Record(
-                prompt=prompt,
-                seed=picture_seed,
-                has_picture=picture is not None,
-                nfe=nfe,
-                seconds=seconds,
-                steps=None if trajectory is None else len(trajectory.drawings),
-                outcome=None if trajectory is None else trajectory.outcome,
-            )
-            folder.add(index, sample, picture, record, trajectory)
+        for (index, sample, own_seed), prompt, result in zip(batch, prompts, results, strict=True):
+            drawn = Drawn.of(result)
+            folder.add(index, sample, drawn, Record.of(drawn, prompt, own_seed, seconds, device))
         done += len(batch)
         if on_progress:
             on_progress(done, len(wanted))
@@ -203,23 +192,5 @@ def _score_picture(folder: Folder, index: int, sample: int, metadata: Metadata, 
         tier=metadata.get("tier"),
         correct=judgment.correct,
         reasons=judgment.reasons,
-        nfe=record.nfe,
-        seconds=record.seconds,
-        steps=record.steps,
-        outcome=record.outcome,
+        **record.cost(),
     )
-
-
-def _seed(seed: int, metadata: Sequence[Metadata], index: int, sample: int) -> int:
-    return derive_seed(seed, sample, metadata[index]["prompt"])
-
-
-def _unpack(result: Any) -> tuple[Picture | None, int | None, Trajectory | None]:
-    """Picture, network evaluations and trajectory of whatever `draw_all` returned."""
-    if isinstance(result, Trajectory):
-        return result.image, result.nfe, result
-    trajectory = getattr(result, "trajectory", None)
-    picture = getattr(result, "image", None if trajectory is not None else result)
-    if picture is None and trajectory is None:
-        raise ClvrError("benchmark: a drawing came back without a picture")
-    return picture, getattr(result, "nfe", None), trajectory

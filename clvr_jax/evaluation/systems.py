@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.shapes import DrawAll, run, shapes_judge
+from clvr_jax.evaluation.drawn import DrawAll
+from clvr_jax.evaluation.shapes import run, shapes_judge
 from clvr_jax.outputs import check_folder
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.reasoning.budget import Budget

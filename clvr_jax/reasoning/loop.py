@@ -8,8 +8,8 @@
 Every round makes one batched controller call and one batched drawer call for all prompts that are not done. What
 happens to a prompt depends on its own replies, pictures and seed only, so that a batch gives the same as one at a time.
 
-Source: arXiv 2605.14876, closed-loop inference. Budgets, several candidates of a step and keep-best with roll-back are
-ours: edits drift, so a picture that is worse than an earlier one is dropped and the reply that led to it is drawn again.
+Source: arXiv 2605.14876, closed-loop inference. Budgets, several candidates of a step, and keep-best with roll-back are
+ours: edits drift, so a picture worse than an earlier one is dropped and the reply that led to it is drawn again.
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ class _Draft:
 class _Run:
     """One prompt on its way.
 
-    `_path` holds the steps that form the current history, oldest first; `_table` those drawn after it, from step `_group`
-    on, and the reply that each of them got, None if it waits for one.
+    `_path` holds the steps that form the current history, oldest first; `_table` those drawn after it, which are step
+    `_group` and what follows, and the reply that each of them got, None if it waits for one.
     """
 
     def __init__(self, index: int, prompt: str, seed: int, budget: Budget, notify: Callable[[Event], None]):

@@ -47,6 +47,14 @@ def test_cost_per_picture():
     assert (cost["nfe_per_picture"], cost["seconds_per_picture"]) == (8, 1.0)
     assert cost["median_seconds_per_picture"] == 1.0
     assert (cost["steps"], cost["outcomes"]) == ({"2": 10}, {"accepted": 10})
+    assert cost["dollars"] is None
+    told = PictureScore(
+        0, 0, "p", "colors", None, True, input_tokens=90, output_tokens=10, dollars=0.5, device="TPU v6 lite x 8"
+    )
+    line = markdown(summarize([told, told]))
+    assert "90 + 10 tokens per picture" in line
+    assert "$1.00 in all" in line
+    assert "devices: TPU v6 lite x 8 x 2" in line
     bare = summarize([PictureScore(0, 0, "p", "colors", None, True)])
     assert bare["cost"]["nfe_per_picture"] is None
     assert "cost not recorded" in markdown(bare)

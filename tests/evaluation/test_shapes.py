@@ -13,6 +13,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import Judge, Judgment, run, score, shapes_judge
 from clvr_jax.reasoning import Budget, Drawing, Trajectory
 from clvr_jax.reasoning import run as run_loop
+from clvr_jax.reasoning.tools import Made, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, SceneObject, cell_center
@@ -205,6 +206,16 @@ def test_plain_pictures_are_fine_and_wrong_answers_are_not(tmp_path):
         go(tmp_path / "none", lambda prompts, seeds: [None] * len(prompts))
     with pytest.raises(ClvrError, match="expected uint8"):
         go(tmp_path / "float", lambda prompts, seeds: [np.zeros((3, 3, 3))] * len(prompts))
+
+
+def test_what_endpoints_charge_is_written_down(tmp_path):
+    usage = Usage(calls=1, input_tokens=20, pictures=1, dollars=0.04)
+    picture = np.full((3, 3, 3), 255, np.uint8)
+    results = go(tmp_path, lambda prompts, seeds: [Made(picture, usage)] * len(prompts), device="somewhere else")
+    entry, cost = results["pictures"][0], results["summary"]["cost"]
+    assert (entry["input_tokens"], entry["dollars"], entry["device"]) == (20, 0.04, "somewhere else")
+    assert (cost["dollars"], cost["devices"]) == (pytest.approx(0.2), {"somewhere else": 5})
+    assert score(tmp_path, JUDGE)["summary"]["cost"] == cost
 
 
 def test_wrong_arguments_are_named(tmp_path):
