@@ -19,7 +19,7 @@ from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.actions import TERMINATE
 from clvr_jax.reasoning.context import chat_messages, drawing_text
-from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.images import Picture, as_pil, pixels
 from clvr_jax.reasoning.trajectory import Trajectory
 
 
@@ -221,7 +221,7 @@ def _conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
 
 def _size(picture: Picture) -> tuple[int, int]:
     """Height and width, without decoding."""
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else (picture.height, picture.width)
+    return picture.shape[:2] if isinstance(picture, np.ndarray) else (as_pil(picture).height, as_pil(picture).width)
 
 
 def _picture_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A folder of benchmark pictures in GenEval's layout, written so that a run that is killed can go on.
+"""A folder of benchmark pictures in a benchmark's own layout, written so that a run that is killed can go on.
 
 <root>/benchmark.json               what this folder holds: benchmark, settings, seed, samples, the prompts' hash
 <root>/00000/metadata.jsonl         one line, GenEval's metadata
@@ -6,26 +6,71 @@
 <root>/00000/records/0000.json      prompt, seed and cost; written last: with it the picture is complete
 <root>/00000/trajectories/0000/     how the picture came about (closed loop only)
 <root>/results.json                 the scores
+
+Benchmarks with flat layouts have their pictures in <root>/images/, and the rest in <root>/prompts/00000/.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.drawn import Drawn
 from clvr_jax.files import read_json, write_atomically, write_json
-from clvr_jax.reasoning.images import encode_png, read_png
+from clvr_jax.reasoning.images import Picture, as_pil, encode_png, read_png
 from clvr_jax.reasoning.trajectory import Trajectory
 
 _IDENTITY = "benchmark.json"
+_JPEG_QUALITY = 95
+
+
+class Places(Protocol):
+    """Where things lie, as paths below the root of a folder."""
+
+    def home(self, index: int) -> Path:
+        """The folder of what belongs to a prompt."""
+        ...
+
+    def picture(self, index: int, sample: int) -> Path:
+        """The file of a picture, .png or .jpg."""
+        ...
+
+
+@dataclass(frozen=True)
+class GenEvalPlaces(Places):
+    """GenEval's: a folder for each prompt, numbered from 0."""
+
+    def home(self, index: int) -> Path:
+        """See `Places`."""
+        return Path(f"{index:05d}")
+
+    def picture(self, index: int, sample: int) -> Path:
+        """See `Places`."""
+        return self.home(index) / "samples" / f"{sample:04d}.png"
+
+
+@dataclass(frozen=True)
+class FlatPlaces(Places):
+    """Pictures named by the ids of their prompts; the second sample of every prompt lies in images_1, and so on."""
+
+    ids: tuple[str, ...]
+    suffix: str = ".png"
+
+    def home(self, index: int) -> Path:
+        """See `Places`."""
+        return Path("prompts", f"{index:05d}")
+
+    def picture(self, index: int, sample: int) -> Path:
+        """See `Places`."""
+        return Path(f"images_{sample}" if sample else "images", self.ids[index] + self.suffix)
 
 
 @dataclass(frozen=True)
@@ -76,23 +121,24 @@ class Record:
 
 @dataclass(frozen=True)
 class Folder:
-    """The pictures of one benchmark run."""
+    """The pictures of one benchmark run; places: where they lie."""
 
     root: Path
+    places: Places = GenEvalPlaces()
 
     def prepare(self, identity: Mapping[str, Any], metadata: Sequence[Mapping[str, Any]]) -> None:
         """Begins a run or goes on with one.
 
         Args:
           identity: JSON values that must be the same for all pictures here: benchmark, settings, seed, samples.
-          metadata: one GenEval metadata per prompt.
+          metadata: of each prompt, with "prompt" among it; GenEval's own in the shapes world.
         Raises: ClvrError if the folder holds pictures of another run; it names every difference.
         """
         identity = json.loads(json.dumps({**identity, **_fingerprint(metadata)}))
         path = self.root / _IDENTITY
         try:
             exists = path.exists()
-            strangers = not exists and self.root.is_dir() and any(entry.name.isdigit() for entry in self.root.iterdir())
+            strangers = not exists and self.root.is_dir() and any(map(_holds_pictures, self.root.iterdir()))
         except OSError as error:
             raise ClvrError(f"{self.root}: cannot be read ({error.strerror or error})") from error
         if strangers:
@@ -108,7 +154,7 @@ class Folder:
             write_json(path, identity)
         for index, entry in enumerate(metadata):
             line = json.dumps(entry, ensure_ascii=False) + "\n"
-            path = self._prompt(index) / "metadata.jsonl"
+            path = self.home(index) / "metadata.jsonl"
             if not path.exists():
                 write_atomically(path, line.encode())
 
@@ -123,30 +169,31 @@ class Folder:
 
     def metadata(self) -> list[dict[str, Any]]:
         """The metadata of all prompts, in order."""
-        return [read_json(self._prompt(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
+        return [read_json(self.home(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
 
     def add(self, index: int, sample: int, drawn: Drawn, record: Record) -> None:
         """Writes one picture; its record comes last, so that what is cut short is drawn again."""
         if drawn.image is not None:
-            write_atomically(self._picture(index, sample), encode_png(drawn.image))
+            path = self.picture_path(index, sample)
+            write_atomically(path, _encode(drawn.image, path.suffix))
         if drawn.trajectory is not None:
-            drawn.trajectory.save(self._trajectory(index, sample))
-        write_json(self._record(index, sample), asdict(record))
+            drawn.trajectory.save(self._of(index, "trajectories", sample))
+        write_json(self._of(index, "records", sample, ".json"), asdict(record))
 
     def is_complete(self, index: int, sample: int, prompt: str, seed: int) -> bool:
         """Whether this picture is there and was drawn for this prompt with this seed."""
-        if not self._record(index, sample).exists():
+        if not self._of(index, "records", sample, ".json").exists():
             return False
         record = self.record(index, sample)
         return (
             record.prompt == prompt
             and record.seed == seed
-            and (not record.has_picture or self._picture(index, sample).exists())
+            and (not record.has_picture or self.picture_path(index, sample).exists())
         )
 
     def record(self, index: int, sample: int) -> Record:
         """The record of one picture; ClvrError if it is missing or malformed."""
-        path = self._record(index, sample)
+        path = self._of(index, "records", sample, ".json")
         content = read_json(path)
         try:
             return Record(**content)
@@ -155,24 +202,35 @@ class Folder:
 
     def picture(self, index: int, sample: int) -> np.ndarray:
         """One picture, uint8 (height, width, 3); ClvrError if it is missing."""
-        return read_png(self._picture(index, sample))
+        return read_png(self.picture_path(index, sample))
 
     def trajectory(self, index: int, sample: int) -> Trajectory | None:
         """How one picture came about, None if it was drawn without the loop; ClvrError if it is malformed."""
-        path = self._trajectory(index, sample)
+        path = self._of(index, "trajectories", sample)
         return Trajectory.load(path) if path.is_dir() else None
 
-    def _prompt(self, index: int) -> Path:
-        return self.root / f"{index:05d}"
+    def home(self, index: int) -> Path:
+        """The folder of what belongs to a prompt."""
+        return self.root / self.places.home(index)
 
-    def _picture(self, index: int, sample: int) -> Path:
-        return self._prompt(index) / "samples" / f"{sample:04d}.png"
+    def picture_path(self, index: int, sample: int) -> Path:
+        """The file of one picture."""
+        return self.root / self.places.picture(index, sample)
 
-    def _trajectory(self, index: int, sample: int) -> Path:
-        return self._prompt(index) / "trajectories" / f"{sample:04d}"
+    def _of(self, index: int, kind: str, sample: int, suffix: str = "") -> Path:
+        return self.home(index) / kind / f"{sample:04d}{suffix}"
 
-    def _record(self, index: int, sample: int) -> Path:
-        return self._prompt(index) / "records" / f"{sample:04d}.json"
+
+def _holds_pictures(entry: Path) -> bool:
+    return entry.name.isdigit() or entry.name in ("images", "prompts")
+
+
+def _encode(picture: Picture, suffix: str) -> bytes:
+    if suffix == ".png":
+        return encode_png(picture)
+    buffer = io.BytesIO()
+    as_pil(picture).convert("RGB").save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
 
 
 def _fingerprint(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.drawn import DrawAll, Drawn, picture_seed
-from clvr_jax.evaluation.layout import Folder, Record
+from clvr_jax.errors import UsageError
+from clvr_jax.evaluation.drawing import all_drawn, draw_missing
+from clvr_jax.evaluation.drawn import DrawAll
+from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.report import PictureScore, summarize
 from clvr_jax.files import write_json
 from clvr_jax.reasoning.trajectory import package_versions
@@ -99,7 +99,8 @@ def run(
     folder = Folder(Path(out))
     identity = {"benchmark": benchmark, "settings": dict(settings), "seed": seed, "samples": samples}
     folder.prepare(identity, metadata)
-    _draw_missing(folder, metadata, draw_all, seed, samples, batch_size, device, on_progress)
+    prompts = [entry["prompt"] for entry in metadata]
+    draw_missing(folder, prompts, draw_all, seed, samples, batch_size, device, on_progress)
     return score(out, judge, versions)
 
 
@@ -113,20 +114,8 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     folder = Folder(Path(out))
     identity = folder.identity()
     entries = folder.metadata()
-    wanted = [(index, sample) for index in range(len(entries)) for sample in range(identity["samples"])]
-    prompts = [entry["prompt"] for entry in entries]
-    missing = [
-        (index, sample)
-        for index, sample in wanted
-        if not folder.is_complete(index, sample, prompts[index], picture_seed(identity["seed"], prompts[index], sample))
-    ]
-    if missing:
-        index, sample = missing[0]
-        raise ClvrError(
-            f"{out}: {len(missing)} of {len(wanted)} pictures are missing, first {index:05d}/samples/{sample:04d}.png; "
-            "run the benchmark again to draw them"
-        )
-    scores = [_score_picture(folder, index, sample, entries[index], judge) for index, sample in wanted]
+    places = all_drawn(folder, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
+    scores = [_score_picture(folder, index, sample, entries[index], judge) for index, sample in places]
     results = {
         "benchmark": identity["benchmark"],
         "judge": {"name": judge.name, "version": judge.version},
@@ -139,43 +128,6 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     }
     write_json(Path(out) / "results.json", results)
     return results
-
-
-def _draw_missing(
-    folder: Folder,
-    metadata: Sequence[Metadata],
-    draw_all: DrawAll,
-    seed: int,
-    samples: int,
-    batch_size: int,
-    device: str | None,
-    on_progress: Callable[[int, int], None] | None,
-) -> None:
-    wanted = [
-        (index, sample, picture_seed(seed, metadata[index]["prompt"], sample))
-        for index in range(len(metadata))
-        for sample in range(samples)
-    ]
-    open_places = [
-        place for place in wanted if not folder.is_complete(*place[:2], metadata[place[0]]["prompt"], place[2])
-    ]
-    done = len(wanted) - len(open_places)
-    if on_progress:
-        on_progress(done, len(wanted))
-    for start in range(0, len(open_places), batch_size):
-        batch = open_places[start : start + batch_size]
-        prompts = [metadata[index]["prompt"] for index, _, _ in batch]
-        began = time.monotonic()
-        results = draw_all(prompts, [own_seed for _, _, own_seed in batch])
-        seconds = (time.monotonic() - began) / len(batch)
-        if len(results) != len(batch):
-            raise ClvrError(f"benchmark: asked for {len(batch)} pictures and got {len(results)}")
-        for (index, sample, own_seed), prompt, result in zip(batch, prompts, results, strict=True):
-            drawn = Drawn.of(result)
-            folder.add(index, sample, drawn, Record.of(drawn, prompt, own_seed, seconds, device))
-        done += len(batch)
-        if on_progress:
-            on_progress(done, len(wanted))
 
 
 def _score_picture(folder: Folder, index: int, sample: int, metadata: Metadata, judge: Judge) -> PictureScore:

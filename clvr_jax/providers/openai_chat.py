@@ -10,7 +10,7 @@ from typing import Any, Literal
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import Picture, encode_png
+from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
 from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Usage, VisionLanguageModel
 
 _JSON_MODE_WORDS = ("response_format", "json_object", "json mode")
@@ -19,7 +19,7 @@ _JSON_MODE_WORDS = ("response_format", "json_object", "json mode")
 class OpenAIVisionLanguageModel(VisionLanguageModel):
     """A model behind `/chat/completions`; may be asked from many threads at once.
 
-    Pictures are sent as base64 PNG, every one with every question.
+    Pictures are sent as base64, every one with every question.
 
     Args:
       endpoint: where it is served, and how it may be called.
@@ -96,14 +96,14 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
 
 
 def chat_messages(messages: Sequence[Message], images: Sequence[Picture]) -> list[Message]:
-    """Messages in the endpoint's form: the k-th {"type": "image"} part becomes the k-th picture, as a PNG data URL.
+    """Messages in the endpoint's form: the k-th {"type": "image"} part becomes the k-th picture, as a data URL.
 
     Raises: UsageError if there are more or fewer pictures than such parts, or for parts of another kind.
     """
     places = sum(_is_image(part) for message in messages for part in _parts(message))
     if places != len(images):
         raise UsageError(f"question: {places} image parts in the messages but {len(images)} images")
-    urls = iter([png_url(image) for image in images])
+    urls = iter([picture_url(image) for image in images])
     converted = []
     for message in messages:
         content = message["content"]
@@ -116,9 +116,10 @@ def chat_messages(messages: Sequence[Message], images: Sequence[Picture]) -> lis
     return converted
 
 
-def png_url(picture: Picture) -> str:
-    """The picture as a data URL of a PNG file."""
-    return "data:image/png;base64," + base64.b64encode(encode_png(picture)).decode()
+def picture_url(picture: Picture) -> str:
+    """The picture as a data URL: of the file that it is, else of a PNG."""
+    file = picture if isinstance(picture, EncodedPicture) else EncodedPicture(encode_png(picture), "png")
+    return f"data:image/{file.kind};base64,{base64.b64encode(file.content).decode()}"
 
 
 def read_completion(body: Mapping[str, Any], question: Question, prices: Prices) -> tuple[str, Usage]:

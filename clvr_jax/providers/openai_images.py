@@ -13,7 +13,7 @@ from PIL import Image
 
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
-from clvr_jax.providers.openai_chat import png_url
+from clvr_jax.providers.openai_chat import picture_url
 from clvr_jax.reasoning.images import encode_png
 from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, Usage
 
@@ -73,7 +73,7 @@ class OpenAIImageTool(ImageTool):
             extra["seed"] = task.seed
         uploads: list[tuple[str, bytes, str]] = []
         if task.references and self._references == "generations":
-            extra["image"] = [png_url(image) for image in task.references]
+            extra["image"] = [picture_url(image) for image in task.references]
         elif task.references:
             uploads = [
                 (f"reference_{number}.png", encode_png(image), "image/png")

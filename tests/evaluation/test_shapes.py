@@ -153,7 +153,7 @@ def test_folder_of_other_prompts_is_refused(tmp_path):
 def test_missing_pictures_fail_instead_of_shrinking_the_score(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, Draw(fail_after=2))
-    with pytest.raises(ClvrError, match=r"3 of 5 pictures are missing, first 00002/samples/0000\.png"):
+    with pytest.raises(ClvrError, match=r"3 of 5 pictures are missing \(00002/samples/0000\.png, 00003/"):
         score(tmp_path, JUDGE)
     assert not (tmp_path / "results.json").exists()
 
