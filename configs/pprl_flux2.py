@@ -41,7 +41,8 @@ from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import FlowNoising, Policy
 from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.plan import Program
-from clvr_jax.training.pprl_step import Backbone, PPRLConfig, contribution, rollout
+from clvr_jax.training.pprl_methods import Backbone
+from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
 
 fit = pprl.fit
 
@@ -244,7 +245,7 @@ def program(config: Config) -> Program:
     evaluation = flux2_flops(sizes, passes * rows, text=text, image=tokens, references=config.references * tokens)
     title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group} of {sampler.size} x {sampler.size}"
     if config.planned == "update":
-        times = len(backbone.timesteps)
+        learner = train.learner(backbone)
         conditions = {
             "text": shape((groups, text, sizes.joint_attention_dim), dtype),
             "references": shape((groups, config.references * tokens, vae.token_channels), dtype),
@@ -252,9 +253,9 @@ def program(config: Config) -> Program:
         }
         data = {
             **whole,
-            "latents": shape((rows, *backbone.shape), jnp.float32),
+            "kept": shape((rows, *learner.shape), jnp.float32),
             "conditions": conditions,
-            "optimality": shape((rows,), jnp.float32),
+            "merits": shape((rows,), jnp.float32),
             "counts": shape((rows,), jnp.float32),
             "draw": shape((), jnp.int32),
         }
@@ -268,7 +269,7 @@ def program(config: Config) -> Program:
             reads={"base": 5, "params": 3, "old": 1},  # three policies forward, one of them back
             # Of theta forward and back; of old and reference forward.
             flops=evaluation.training + 2 * evaluation.forward,
-            calls=train.epochs * (train.groups // groups) * min(train.timesteps, times),
+            calls=train.epochs * (train.groups // groups) * min(train.timesteps, learner.places),
             rows=rows,
         )
     pictures = (groups, config.references, sampler.size, sampler.size, 3)

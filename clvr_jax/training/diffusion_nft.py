@@ -115,12 +115,12 @@ class FlowNoising:
 
     def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
         """See `Noising`."""
-        level = _beside(t, x0)
+        level = beside(t, x0)
         return (1 - level) * x0 + level * noise
 
     def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
         """See `Noising`."""
-        return x_t - _beside(t, x_t) * predicted
+        return x_t - beside(t, x_t) * predicted
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,7 @@ class ScheduledNoising:
         return signal * x_t - sigma * predicted
 
     def _levels(self, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-        alpha = _beside(jnp.asarray(self.schedule.alphas, like.dtype)[t], like)
+        alpha = beside(jnp.asarray(self.schedule.alphas, like.dtype)[t], like)
         return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
 
 
@@ -185,23 +185,17 @@ def nft_loss(
 
     def error(mixture: jax.Array) -> jax.Array:
         """(b,) mean squared error in units of the mean absolute one."""
-        width = jax.lax.stop_gradient(jnp.maximum(_mean_b(jnp.abs(mixture - target)), _LEAST_ERROR))
-        return _mean_b(jnp.square(mixture - target)) / width
+        width = jax.lax.stop_gradient(jnp.maximum(mean_b(jnp.abs(mixture - target)), _LEAST_ERROR))
+        return mean_b(jnp.square(mixture - target)) / width
 
     beta = config.beta
     towards = error(beta * new + (1 - beta) * before)
     away = error((1 + beta) * before - beta * new)
     policy_b = config.scale * (optimality_b * towards + (1 - optimality_b) * away) / beta
-    predicted, anchor = predicted.astype(jnp.float32), anchor.astype(jnp.float32)
-    kl_b = _mean_b(jnp.square(predicted - anchor))
-    ratio_b = 0.5 * jnp.log(_mean_b(jnp.square(predicted)) / _mean_b(jnp.square(anchor)))
-    weight = counts_b.astype(jnp.float32).sum()
-
-    def mean(values_b: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.where(counts_b != 0, values_b, 0.0)) / jnp.maximum(weight, 1)
-
+    kl_b, ratio_b = distances(predicted, anchor)
+    mean, weight = mean_of_counted(counts_b)
     loss = mean(policy_b) + config.kl_weight * mean(kl_b)
-    parts = {"policy_loss": mean(policy_b), "kl": mean(kl_b), "norm_ratio": mean(jax.lax.stop_gradient(ratio_b))}
+    parts = {"policy_loss": mean(policy_b), "kl": mean(kl_b), "norm_ratio": mean(ratio_b)}
     return loss, {**parts, "weight": weight}
 
 
@@ -224,10 +218,28 @@ def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") ->
     return jnp.where(step < 75, 0.0, jnp.minimum(0.0075 * (step - 75), 0.999))
 
 
-def _beside(values_b: jax.Array, like: jax.Array) -> jax.Array:
+def distances(predicted: jax.Array, anchor: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """(b,) mean squared distance of predictions; and log of their norms' ratio, which gets no gradient."""
+    predicted, anchor = predicted.astype(jnp.float32), anchor.astype(jnp.float32)
+    ratio_b = 0.5 * jnp.log(mean_b(jnp.square(predicted)) / mean_b(jnp.square(anchor)))
+    return mean_b(jnp.square(predicted - anchor)), jax.lax.stop_gradient(ratio_b)
+
+
+def mean_of_counted(counts_b: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+    """The mean over samples that count, as a function of (b,) values; and how many they are."""
+    weight = counts_b.astype(jnp.float32).sum()
+
+    def mean(values_b: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(counts_b != 0, values_b, 0.0)) / jnp.maximum(weight, 1)
+
+    return mean, weight
+
+
+def beside(values_b: jax.Array, like: jax.Array) -> jax.Array:
     """(b,) with as many axes as `like`, in its dtype."""
     return values_b.reshape(-1, *[1] * (like.ndim - 1)).astype(like.dtype)
 
 
-def _mean_b(x: jax.Array) -> jax.Array:
+def mean_b(x: jax.Array) -> jax.Array:
+    """(b, ...) -> (b,) mean over all but the first axis."""
     return x.reshape(x.shape[0], -1).mean(1)

@@ -5,7 +5,7 @@ the proxy prompts. Judges work on the host, or far away, while the devices draw 
 
 All randomness of an epoch follows from seed and epoch, so a run that stopped and went on is the run that did not.
 
-Source: arXiv 2605.14876 (PPRL); arXiv 2509.16117 (DiffusionNFT, its policy optimiser).
+Source: arXiv 2605.14876 (PPRL); arXiv 2509.16117 (DiffusionNFT, its policy optimiser); arXiv 2505.05470 (Flow-GRPO).
 """
 
 import dataclasses
@@ -27,17 +27,18 @@ from clvr_jax.files import read_json, write_json
 from clvr_jax.rewards.reward import Case, Reward, Scores
 from clvr_jax.sharding import Layout, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
-from clvr_jax.training.diffusion_nft import group_advantages, optimality
+from clvr_jax.training.diffusion_nft import group_advantages
 from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.feed import check_batch
 from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_metrics import Stopwatch, means_over_updates, of_rewards, write_grid
-from clvr_jax.training.pprl_step import Backbone, Drawn, PPRLConfig, PPRLState, Programs
+from clvr_jax.training.pprl_step import Drawn, PPRLConfig, PPRLState, Programs
 from clvr_jax.training.preemption import Preemption, agreed, preemption
 
 Tree = Any
 
-_LORA = "lora.json"
+_BEGUN = "begun.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,10 +93,10 @@ def fit(
     with layout.active(), Checkpoints(out / "checkpoints", config.keep) as checkpoints:
         state = PPRLState.create(task.params, config.optimizer(), layout)
         if resume:
-            _check_same_lora(config, out)
+            _check_begun(config, out)
         state, _ = checkpoints.restore_or(state, resume=resume)
         if jax.process_index() == 0:
-            write_json(out / _LORA, config.lora)
+            write_json(out / _BEGUN, config.begun)
         last = min(config.epochs, stop_after or config.epochs)
         if int(state.epoch) < last:
             state = _Run(task, config, layout, out, checkpoints).to(state, last)
@@ -191,9 +192,9 @@ class _Run:
             raise _UnscoredError(str(error)) from error
         if config.grid_every and (epoch + 1) % config.grid_every == 0:
             self._grid(calls, epoch)
-        good = np.asarray(optimality(advantages.values, config.nft.advantage_clip), np.float32)
+        merits = np.asarray(self.programs.learner.merits(advantages.values), np.float32)
         with watch("update"):
-            state, learned = self._learned(state, epoch, calls, good, advantages.counts.astype(np.float32))
+            state, learned = self._learned(state, epoch, calls, merits, advantages.counts.astype(np.float32))
             state = jax.block_until_ready(self.programs.followed(state))
         return state, {**of_rewards(scores, advantages, kinds, keys), **learned, **watch.read()}
 
@@ -256,10 +257,11 @@ class _Run:
         return self.task.reward.scores(cases)
 
     def _learned(
-        self, state: PPRLState, epoch: int, calls: Sequence[_Call], good: np.ndarray, counts: np.ndarray
+        self, state: PPRLState, epoch: int, calls: Sequence[_Call], merits: np.ndarray, counts: np.ndarray
     ) -> tuple[PPRLState, dict[str, float]]:
         """The optimiser steps of an epoch."""
         config, found = self.config, []
+        draws = min(config.timesteps, self.programs.learner.places)
         ends = np.cumsum([call.real * config.group for call in calls])
         order = np.random.default_rng((config.seed, epoch, 1)).permutation(len(calls))
         for part in np.array_split(order, config.updates):
@@ -268,8 +270,8 @@ class _Run:
             for place in sorted(part):
                 call = calls[place]
                 rows = slice(ends[place] - call.real * config.group, ends[place])
-                for draw in range(config.timesteps if counts[rows].any() else 0):
-                    batch = self._batch(call, epoch, draw, good[rows], counts[rows])
+                for draw in range(draws if counts[rows].any() else 0):
+                    batch = self._batch(call, epoch, draw, merits[rows], counts[rows])
                     sums = self.programs.added(state.params, self.base, state.old, sums, batch)
                     self._in_order(sums)
             if float(sums.weight) > 0:
@@ -277,17 +279,17 @@ class _Run:
                 found.append(jax.device_get(metrics))
         return state, {**means_over_updates(found), "skipped": float(state.skipped)}
 
-    def _batch(self, call: _Call, epoch: int, draw: int, good: np.ndarray, counts: np.ndarray) -> Any:
+    def _batch(self, call: _Call, epoch: int, draw: int, merits: np.ndarray, counts: np.ndarray) -> Any:
         assert call.drawn is not None
-        unused = self.config.rows - len(good)
+        unused = self.config.rows - len(merits)
         host = {
-            "optimality": np.pad(good, (0, unused), constant_values=0.5),
+            "merits": np.pad(merits, (0, unused)),
             "counts": np.pad(counts, (0, unused)),
             "number": _numbers(call.steps),
             "epoch": np.int32(epoch),
             "draw": np.int32(draw),
         }
-        return {**self._placed(host), "latents": call.drawn.latents, "conditions": call.drawn.conditions}
+        return {**self._placed(host), "kept": call.drawn.kept, "conditions": call.drawn.conditions}
 
     def _placed(self, rows: Any) -> Any:
         """Puts what every process has whole on the devices, cut by rows."""
@@ -356,10 +358,10 @@ def _numbers(steps: Sequence[ProxyStep]) -> np.ndarray:
     return np.array([step.number for step in steps], np.int32)
 
 
-def _check_same_lora(config: PPRLConfig, out: Path) -> None:
+def _check_begun(config: PPRLConfig, out: Path) -> None:
     """Before arrays are read: their shapes would tell of another rank in many words, and of another alpha in none."""
-    if (out / _LORA).exists() and (found := read_json(out / _LORA)) != config.lora:
-        raise ClvrError(f"{out}: was begun with {found}, this run has {config.lora}; choose another --out")
+    if (out / _BEGUN).exists() and (found := read_json(out / _BEGUN)) != config.begun:
+        raise ClvrError(f"{out}: was begun with {found}, this run has {config.begun}; choose another --out")
 
 
 def _export(task: PPRLTask, state: PPRLState, folder: Path) -> None:

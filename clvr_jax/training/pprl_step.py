@@ -3,49 +3,29 @@
 The policies are three trees of weights on one base: `params`, which trains; `old`, which samples; the base itself, the
 reference. Where they are LoRA trees they are multiplied out inside each program.
 
-Source: DiffusionNFT (arXiv 2509.16117) as PPRL (arXiv 2605.14876) uses it.
+Source: DiffusionNFT (arXiv 2509.16117) as PPRL (arXiv 2605.14876) uses it; Flow-GRPO (arXiv 2505.05470).
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from clvr_jax.errors import UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import init_lora
 from clvr_jax.sharding import Layout, MeshConfig, constrain
-from clvr_jax.training.diffusion_nft import NFTConfig, Noising, Policy, nft_loss, normal, old_decay
+from clvr_jax.training.diffusion_nft import NFTConfig, normal
+from clvr_jax.training.flow_grpo import GRPOConfig
+from clvr_jax.training.pprl_methods import Backbone, DiffusionNFT, FlowGRPO, Method
 
 Tree = Any
 
-_NOISE, _TIMES, _UPDATE = range(3)
+_NOISE, _TIMES, _UPDATE, _PATH = range(4)
 """What random numbers are for."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Backbone:
-    """A family of drawing models as PPRL sees it; all functions are traced.
-
-    condition: (frozen, data) -> pytree of what conditions the drawing, one row for each group.
-    policy: (weights, the same repeated for every sample) -> prediction, guided as in the roll-out.
-    solve: (policy, noise (b, ...)) -> clean latents (b, ...), without fresh noise.
-    decode: (frozen, latents) -> pictures (b, h, w, 3) in [0, 1].
-    shape: of one sample's latents. timesteps: (n,) at which `solve` evaluates the policy. noising: of this family.
-    """
-
-    condition: Callable[[Tree, Any], Tree]
-    policy: Callable[[Tree, Tree], Policy]
-    solve: Callable[[Policy, jax.Array], jax.Array]
-    decode: Callable[[Tree, jax.Array], jax.Array]
-    shape: tuple[int, ...]
-    timesteps: np.ndarray
-    noising: Noising
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,8 +35,10 @@ class PPRLConfig:
     epochs: of sampling and learning. groups: trajectory steps an epoch. group: pictures drawn for each.
     groups_per_call: groups of one shape in each call of a program; all devices need a row of it.
     updates: optimiser steps an epoch, each on its share of the groups. timesteps: of the roll-out's own, at how many
-    each sample is learned from. spread: what advantages are divided by, see `group_advantages`. nft: the loss.
-    old_decay: how `old` follows, see `diffusion_nft.old_decay`. ema_decay: of the average for evaluation and export.
+    each sample is learned from, all of them if there are fewer. spread: what advantages are divided by, see
+    `group_advantages`. method: DiffusionNFT, or Flow-GRPO as a baseline. nft, grpo: their losses. old_decay: how `old`
+    follows, see `diffusion_nft.old_decay`; with Flow-GRPO it is always what trains. ema_decay: of the average for
+    evaluation and export.
     lora_rank: 0 trains all parameters. lora_alpha: the change is alpha / rank * a b. lora_targets: kernels adapted.
     learning_rate, b1, b2, weight_decay, clip_norm: AdamW, at a constant rate. bad_updates: so many in a row that are
     not finite end the run; fewer are skipped and counted. grid_every: epochs between grids of samples, 0 for none.
@@ -70,7 +52,9 @@ class PPRLConfig:
     updates: int = 1
     timesteps: int = 4
     spread: Literal["group", "epoch"] = "group"
+    method: Literal["nft", "grpo"] = "nft"
     nft: NFTConfig = NFTConfig()
+    grpo: GRPOConfig = GRPOConfig()
     old_decay: Literal["linear", "delayed"] = "linear"
     ema_decay: float = 0.9
     lora_rank: int = 128
@@ -108,9 +92,15 @@ class PPRLConfig:
         return self.groups_per_call * self.group
 
     @property
-    def lora(self) -> dict[str, float]:
+    def begun(self) -> dict[str, Any]:
         """What a checkpoint must have been made with."""
-        return {"lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+        return {"method": self.method, "lora_rank": self.lora_rank, "lora_alpha": self.lora_alpha}
+
+    def learner(self, backbone: Backbone) -> Method:
+        """How a family of models is trained."""
+        if self.method == "grpo":
+            return FlowGRPO(backbone, self.grpo)
+        return DiffusionNFT(backbone, self.nft, self.old_decay)
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW behind a clip of the global norm."""
@@ -175,9 +165,10 @@ def state_shardings(state: PPRLState, layout: Layout) -> PPRLState:
 
 
 class Drawn(NamedTuple):
-    """latents (b, ...) and pictures (b, h, w, 3) uint8 of a call; conditions, one row for each group."""
+    """Of a call: kept, (b, ...), what is learned from, see `Method.draw`; pictures (b, h, w, 3) uint8; conditions, one
+    row for each group."""
 
-    latents: jax.Array
+    kept: jax.Array
     pictures: jax.Array
     conditions: Tree
 
@@ -199,39 +190,30 @@ def rollout(backbone: Backbone, config: PPRLConfig, base: Tree, old: Tree, froze
     conditions = backbone.condition(frozen, batch["data"])
     policy = backbone.policy(config.weights(base, old), _for_samples(conditions, config.group))
     noise = normal(_sample_keys(config, batch, _NOISE), (config.rows, *backbone.shape))
-    latents = backbone.solve(policy, _cut(noise))
-    pictures = jnp.round(255 * backbone.decode(frozen, latents)).astype(jnp.uint8)
-    return Drawn(latents, pictures, conditions)
+    learner = config.learner(backbone)
+    kept = learner.draw(policy, _cut(noise), _sample_keys(config, batch, _PATH))
+    pictures = jnp.round(255 * backbone.decode(frozen, learner.clean(kept))).astype(jnp.uint8)
+    return Drawn(kept, pictures, conditions)
 
 
 def contribution(backbone: Backbone, config: PPRLConfig, params: Tree, base: Tree, old: Tree, batch: Any) -> Sums:
     """What the samples of a call teach at one of their timesteps.
 
-    batch: number and epoch as for `rollout`; its latents and conditions; optimality and counts (b,), see `nft_loss`;
-      draw, a scalar: the how-manieth of the sample's timesteps, which are a random order of the roll-out's own.
+    batch: number and epoch as for `rollout`; what it kept, and its conditions; merits and counts (b,), see
+      `Method.loss`; draw, a scalar: the how-manieth of the sample's timesteps, which are a random order of the
+      roll-out's own.
     """
+    learner = config.learner(backbone)
     conditions = _for_samples(batch["conditions"], config.group)
-    count = len(backbone.timesteps)
-    orders = jax.vmap(lambda key: jax.random.permutation(key, count))(_sample_keys(config, batch, _TIMES))
-    times = jnp.asarray(backbone.timesteps)[orders[:, batch["draw"]]]
+    orders = jax.vmap(lambda key: jax.random.permutation(key, learner.places))(_sample_keys(config, batch, _TIMES))
     keys = _sample_keys(config, batch, _UPDATE, batch["draw"])
     before = backbone.policy(config.weights(base, old), conditions)
     reference = backbone.policy(base, conditions)
 
     def total(params: Tree) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-        policy = backbone.policy(config.weights(base, params), conditions)
-        loss, metrics = nft_loss(
-            policy,
-            before,
-            reference,
-            batch["latents"],
-            batch["optimality"],
-            batch["counts"],
-            times,
-            keys,
-            backbone.noising,
-            config.nft,
-        )
+        policies = backbone.policy(config.weights(base, params), conditions), before, reference
+        merits, counts, places = batch["merits"], batch["counts"], orders[:, batch["draw"]]
+        loss, metrics = learner.loss(policies, batch["kept"], merits, counts, places, keys)
         weight = metrics.pop("weight")
         return loss * weight, (weight, {**metrics, "loss": loss})
 
@@ -265,9 +247,9 @@ def updated(config: PPRLConfig, state: PPRLState, sums: Sums) -> tuple[PPRLState
     return following, {**metrics, "grad_norm": norm}
 
 
-def followed(config: PPRLConfig, state: PPRLState) -> PPRLState:
+def followed(learner: Method, state: PPRLState) -> PPRLState:
     """The end of an epoch: old <- d old + (1 - d) params."""
-    decay = old_decay(state.step, config.old_decay)
+    decay = learner.old_decay(state.step)
     old = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.old, state.params)
     return dataclasses.replace(state, epoch=state.epoch + 1, old=old)
 
@@ -284,10 +266,11 @@ class Programs:
             following, metrics = updated(config, state, sums)
             return jax.lax.with_sharding_constraint(following, state_shardings(following, layout)), metrics
 
+        self.learner = config.learner(backbone)
         self.rollout = jax.jit(partial(rollout, backbone, config))
         self.added = jax.jit(added, donate_argnums=3)
         self.updated = jax.jit(stepped, donate_argnums=0)
-        self.followed = jax.jit(partial(followed, config), donate_argnums=0)
+        self.followed = jax.jit(partial(followed, self.learner), donate_argnums=0)
         self._zeros = jax.jit(
             lambda params: jax.lax.with_sharding_constraint(
                 jax.tree.map(jnp.zeros_like, params), layout.parameters(params)
@@ -296,7 +279,7 @@ class Programs:
 
     def nothing(self, params: Tree) -> Sums:
         """Sums over no samples."""
-        zeros = {name: jnp.float32(0) for name in ("policy_loss", "kl", "norm_ratio", "loss")}
+        zeros = {name: jnp.float32(0) for name in (*self.learner.metrics, "loss")}
         return Sums(self._zeros(params), zeros, jnp.float32(0))
 
 

@@ -15,7 +15,8 @@ from clvr_jax.rewards import Scores
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.diffusion_nft import FlowNoising
 from clvr_jax.training.pprl import PPRLTask
-from clvr_jax.training.pprl_step import Backbone, PPRLConfig
+from clvr_jax.training.pprl_methods import Backbone
+from clvr_jax.training.pprl_step import PPRLConfig
 from tests.data.engine.test_engine import Painter, item
 
 TOKENS, CHANNELS, SIDE = 4, 6, 4

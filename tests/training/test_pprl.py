@@ -69,9 +69,9 @@ def call(dataset, config=CONFIG, optimality=None, counts=None):
         learned = {
             "number": batch["number"],
             "epoch": batch["epoch"],
-            "latents": drawn.latents,
+            "kept": drawn.kept,
             "conditions": drawn.conditions,
-            "optimality": jnp.full(config.rows, 0.5) if optimality is None else jnp.asarray(optimality),
+            "merits": jnp.full(config.rows, 0.5) if optimality is None else jnp.asarray(optimality),
             "counts": jnp.ones(config.rows) if counts is None else jnp.asarray(counts),
             "draw": np.int32(0),
         }

@@ -28,7 +28,7 @@ from clvr_jax.sharding import MeshConfig
 from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import ScheduledNoising
 from clvr_jax.training.plan import plan
-from clvr_jax.training.pprl_step import Backbone
+from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path
 from tests.training.pprl_toy import Brightness, changed, make_dataset, make_task
@@ -208,7 +208,7 @@ def test_the_programs_of_the_full_sizes_fit_together(preset):
     update = pprl_flux2.program(dataclasses.replace(config, planned="update"))
     drawn = jax.eval_shape(rollout.function, rollout.weights, rollout.data)
     assert drawn.pictures.shape == (16, 512, 512, 3)
-    assert update.data["latents"].shape == drawn.latents.shape
+    assert update.data["kept"].shape == drawn.kept.shape
     assert shapes(drawn.conditions) == shapes(update.data["conditions"])
     sums = jax.eval_shape(update.function, update.weights, update.data)
     assert shapes(sums.grads) == shapes(update.weights["params"])
