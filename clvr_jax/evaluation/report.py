@@ -160,7 +160,7 @@ def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
 
 
 def _cost(scores: Sequence[PictureScore]) -> dict[str, Any]:
-    """Price per picture; dollars in all. The median time leaves the first batch's compilation out, the mean does not."""
+    """Price per picture, dollars in all. The median time leaves the first compilation out, the mean does not."""
     seconds = _recorded(scores, "seconds")
     means = {
         f"{name}_per_picture": descriptive.fmean(values) if (values := _recorded(scores, name)) else None
