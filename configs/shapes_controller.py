@@ -7,6 +7,8 @@ are drawings that the diffusion model really made (`configs/shapes_rollouts.py`)
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 
+With `--dataset runs/synth/dataset` the conversations are verified ones of `clvr synth`, in which nothing goes wrong.
+
 The shipped weights took 11,000 steps of about .9 s on one core. They differ from what this file does from nothing in
 two ways: their first 4,045 steps had no batches of plans, and roll-outs came in for the last 1,000 only.
 """
@@ -27,7 +29,7 @@ from flax import nnx
 
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
-from clvr_jax.data.shapes import simulate_trajectory
+from clvr_jax.data.shapes import recorded_trajectories, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import write_json
@@ -77,7 +79,8 @@ Told = tuple[str, Sequence[str], Sequence[np.ndarray]]
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """tokenizer, vae, rollouts: folders made by their recipes.
+    """tokenizer, vae, rollouts: folders made by their recipes. dataset: of verified trajectories (`clvr synth`) in the
+    place of simulated ones and of roll-outs.
 
     rollouts_from: step at which drawings of the diffusion model join, a `rollout_share` of the trajectories from then
     on. batch_size, plan_batch_size: conversations, or plans, in a batch. error_rate: of simulated drawings. vae_share:
@@ -91,6 +94,7 @@ class Config:
     tokenizer: Path = Path("runs/shapes_tokenizer")
     vae: Path = Path("runs/shapes_vae/export/vae")
     rollouts: Path = Path("runs/shapes_rollouts")
+    dataset: Path | None = None
     rollouts_from: int = 10_000
     rollout_share: float = 0.5
     batch_size: int = 8
@@ -141,10 +145,7 @@ class Conversations:
         config = self._config
         rng = np.random.default_rng((config.train.seed, 1, number))
         real = 2 * number * PARTS >= config.rollouts_from
-        told = [
-            self._rollout(rng) if real and rng.random() < config.rollout_share else self._simulated(rng)
-            for _ in range(PARTS * config.batch_size)
-        ]
+        told = [self._told(rng, real) for _ in range(PARTS * config.batch_size)]
         examples = [
             supervised_conversation(
                 self._tokenizer, PROCESSOR, chat_messages(prompt, replies, len(replies) - 1), images
@@ -158,6 +159,14 @@ class Conversations:
         said = chat_messages(metadata["prompt"], [first_reply(plan(metadata))], 0)
         return supervised_conversation(self._tokenizer, PROCESSOR, said, [])
 
+    def _told(self, rng: np.random.Generator, real: bool) -> Told:
+        config = self._config
+        if config.dataset is not None:
+            return _any(recorded(config.dataset), rng)
+        if real and rng.random() < config.rollout_share:
+            return _any(rollouts(config.rollouts), rng)
+        return self._simulated(rng)
+
     def _simulated(self, rng: np.random.Generator) -> Told:
         config = self._config
         trajectory = simulate_trajectory(rng, error_rate=config.error_rate, random_plan=False)
@@ -166,9 +175,15 @@ class Conversations:
             images = list(self._reconstruct(np.stack(images), int(rng.integers(2**31))))
         return trajectory.prompt, trajectory.replies, images
 
-    def _rollout(self, rng: np.random.Generator) -> Told:
-        told = rollouts(self._config.rollouts)
-        return told[rng.integers(len(told))]
+
+def _any(told: Sequence[Told], rng: np.random.Generator) -> Told:
+    return told[rng.integers(len(told))]
+
+
+@functools.cache
+def recorded(dataset: Path) -> list[Told]:
+    """The trajectories of a dataset."""
+    return [(each.prompt, each.replies, each.canvases) for each in recorded_trajectories(dataset)]
 
 
 @functools.cache

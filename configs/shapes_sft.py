@@ -6,6 +6,8 @@ for. The text encoder stays as the base has it.
 
     clvr train configs/shapes_sft.py --out runs/shapes_sft
 
+With `--dataset runs/synth/dataset` the trajectories are verified ones of `clvr synth`, in which nothing goes wrong.
+
 Measured for the shipped weights: with the oracle as controller .98 of the `complex` prompts come out right, where the
 base draws .13 of them in one shot (README).
 
@@ -13,6 +15,7 @@ Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,12 @@ import numpy as np
 from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
 from flax import nnx
 
-from clvr_jax.data.shapes import Example, simulate_trajectory
+from clvr_jax.data.shapes import (
+    Example,
+    ShapesTrajectory,
+    recorded_trajectories,
+    simulate_trajectory,
+)
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
@@ -39,29 +47,40 @@ def step_example(rng: np.random.Generator, step: int) -> Example:
             return trajectory.example(step)
 
 
-# Later drawings are rarer and longer. The plain prompts keep what the base could do in one shot.
+# Share and batch size of each drawing: later ones are rarer and longer.
+STEPS = ((0.20, 24), (0.22, 20), (0.20, 16), (0.12, 12), (0.07, 8), (0.04, 8), (0.03, 6), (0.02, 6))
+# The plain prompts keep what the base could do in one shot.
+PLAIN = Kind(0.10, 24, drawing_example)
 KINDS = (
-    Kind(0.10, 24, drawing_example),
-    Kind(0.20, 24, partial(step_example, step=0)),
-    Kind(0.22, 20, partial(step_example, step=1)),
-    Kind(0.20, 16, partial(step_example, step=2)),
-    Kind(0.12, 12, partial(step_example, step=3)),
-    Kind(0.07, 8, partial(step_example, step=4)),
-    Kind(0.04, 8, partial(step_example, step=5)),
-    Kind(0.03, 6, partial(step_example, step=6)),
-    Kind(0.02, 6, partial(step_example, step=7)),
+    PLAIN,
+    *(Kind(share, size, partial(step_example, step=step)) for step, (share, size) in enumerate(STEPS)),
 )
+
+
+def recorded_kinds(trajectories: Sequence[ShapesTrajectory]) -> tuple[Kind, ...]:
+    """As KINDS, with drawings of given trajectories; there are none later than theirs."""
+
+    def example(rng: np.random.Generator, step: int, among: Sequence[ShapesTrajectory]) -> Example:
+        return among[rng.integers(len(among))].example(step)
+
+    kinds = [PLAIN]
+    for step, (share, size) in enumerate(STEPS):
+        if among := [trajectory for trajectory in trajectories if len(trajectory.canvases) > step]:
+            kinds.append(Kind(share, size, partial(example, step=step, among=among)))
+    return tuple(kinds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """base: pipeline folder to start from. dropout: share of texts replaced by the empty one, for guidance.
-    shift: of the training timesteps, see `sample_timesteps`."""
+    """base: pipeline folder to start from. dataset: of verified trajectories (`clvr synth`) in the place of simulated
+    ones. dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
+    `sample_timesteps`."""
 
     train: TrainConfig = TrainConfig(
         steps=1200, learning_rate=1e-3, muon_learning_rate=3e-3, b2=0.98, ema_decay=0.995, save_minutes=5
     )
     base: Path = Path("runs/shapes_base/export")
+    dataset: Path | None = None
     dropout: float = 0.1
     shift: float = 2.5
 
@@ -71,6 +90,7 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
+    kinds = KINDS if config.dataset is None else recorded_kinds(recorded_trajectories(config.dataset))
     tokenizer = load_tokenizer(config.base / "tokenizer")
     vae = load_vae(config.base / "vae")
     encoder = load_text_encoder(config.base / "text_encoder")
@@ -97,6 +117,6 @@ def task(config: Config) -> Task:
         params=transformer,
         frozen={"text_encoder": encoder_state, "vae": vae_state},
         loss=loss,
-        batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer, dropout=config.dropout, kinds=KINDS),
+        batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer, dropout=config.dropout, kinds=kinds),
         export=export,
     )

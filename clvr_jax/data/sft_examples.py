@@ -163,7 +163,7 @@ class ConversationExamples:
 
     def _shapes(self, trajectory: Trajectory) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int, int]]:
         """The patch grids, the number of tokens and of learned ones of the conversation, if there is one."""
-        replies, pictures = _conversation(trajectory)
+        replies, pictures = conversation(trajectory)
         if not replies:
             return
         processor = self._image_processor
@@ -182,7 +182,7 @@ class ConversationExamples:
         conversations = []
         for sample in samples:
             trajectory = self._dataset[sample.record].trajectory
-            replies, pictures = _conversation(trajectory)
+            replies, pictures = conversation(trajectory)
             messages = self._messages(trajectory.prompt, replies)
             shown = _decoded(sample, pictures)
             conversations.append(supervised_conversation(self._tokenizer, self._image_processor, messages, shown))
@@ -211,7 +211,7 @@ def _history(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
     return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
 
 
-def _conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
+def conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
     """All replies, the last one terminating or not, and the pictures between them."""
     replies, pictures = _history(trajectory)
     if trajectory.steps and trajectory.steps[-1].action == TERMINATE:

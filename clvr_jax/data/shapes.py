@@ -2,10 +2,14 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from clvr_jax.data.sft_examples import conversation
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata
@@ -72,8 +76,8 @@ class Canvas:
 
 
 @dataclasses.dataclass(frozen=True)
-class SimulatedTrajectory:
-    """A trajectory of the oracle with a drawer that sometimes errs.
+class ShapesTrajectory:
+    """A trajectory of the oracle, whose drawer may have erred.
 
     replies: r_1 .. r_n, the last one terminates. canvases: what was drawn after each of the first n - 1 replies.
     targets: what should have been drawn.
@@ -160,7 +164,7 @@ def simulate_trajectory(
     error_rate: float = 0.3,
     random_plan: bool = True,
     max_steps: int = 8,
-) -> SimulatedTrajectory:
+) -> ShapesTrajectory:
     """The oracle against a drawer that spoils a step with probability `error_rate`.
 
     Args:
@@ -187,7 +191,20 @@ def simulate_trajectory(
         reading = canvas.reading()
         replies.append(next_reply(planned, reading))
         edits = compare(planned, reading).edits[:MAX_EDITS]
-    return SimulatedTrajectory(metadata["prompt"], tuple(replies), tuple(canvases), tuple(targets))
+    return ShapesTrajectory(metadata["prompt"], tuple(replies), tuple(canvases), tuple(targets))
+
+
+def recorded_trajectories(dataset: Path) -> list[ShapesTrajectory]:
+    """The trajectories of a dataset, as `clvr synth` makes them: each picture is what was asked for, so it is a target.
+
+    Raises: ClvrError if there is no dataset, or too much of it is corrupt.
+    """
+    recorded = []
+    for _, record in TrajectoryDataset(dataset).scan():
+        replies, pictures = conversation(record.trajectory)
+        canvases = tuple(pixels(picture) for picture in pictures)
+        recorded.append(ShapesTrajectory(record.trajectory.prompt, tuple(replies), canvases, canvases))
+    return recorded
 
 
 def _scene(planned: list[PlannedObject] | tuple[PlannedObject, ...], rng: np.random.Generator) -> Scene:

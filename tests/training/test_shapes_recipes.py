@@ -15,12 +15,14 @@ from clvr_jax.configs import (
     shapes_text_encoder,
 )
 
+from clvr_jax.data.shapes import recorded_trajectories
 from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.context import chat_messages, drawing_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
@@ -144,6 +146,43 @@ def test_a_step_has_all_earlier_pictures_as_references(step):
     example = shapes_sft.step_example(np.random.default_rng(step), step)
     assert len(example.references) == step
     assert [f"<IMG_GEN_{number}>" in example.text for number in range(1, 9)] == [n < step for n in range(8)]
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    """Trajectories of one and of two drawings."""
+    pictures = [np.full((64, 64, 3), value, np.uint8) for value in (10, 20)]
+    drawings = [Step(f"Draw {n}. ", "<|image_gen|>", tuple(range(n)), picture) for n, picture in enumerate(pictures)]
+    stop = Step("Unmet: nothing. ", "<|terminate|>")
+    told = [Trajectory(f"prompt {n}", (*drawings[:n], stop), "accepted", "m", 0, {}, 0.0) for n in (1, 2)]
+    folder = tmp_path_factory.mktemp("data") / "dataset"
+    write_dataset(folder, told)
+    return folder
+
+
+def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that_have_it(dataset):
+    first, second = shapes_sft.recorded_kinds(recorded_trajectories(dataset))[1:]
+    rng = np.random.default_rng(0)
+    assert {first.example(rng).text for _ in range(20)} == {
+        drawing_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)
+    }
+    example = second.example(rng)
+    assert example.text == drawing_text("prompt 2", ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>"])
+    assert [int(picture.mean()) for picture in (*example.references, example.target)] == [10, 20]
+    assert [kind.share for kind in (first, second)] == [share for share, _ in shapes_sft.STEPS[:2]]
+
+
+def test_the_controller_learns_the_replies_of_a_dataset(dataset):
+    tokenizer = load_tokenizer(PARTS["tokenizer"])
+    config = dataclasses.replace(shapes_controller.CONFIG, batch_size=4, dataset=dataset)
+    batch = shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)(0)
+    said = {
+        tokenizer.decode(ids[weights > 0])
+        for ids, weights in zip(batch["input_ids_bt"], batch["weights_bt"], strict=True)
+    }
+    replies = ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>", "Unmet: nothing. <|terminate|>"]
+    endings = [f"{reply}<|im_end|>" for reply in replies]
+    assert said <= {"".join((endings[0], endings[2])), "".join(endings)}
 
 
 def test_assembling_names_what_is_missing(tmp_path):
