@@ -12,17 +12,17 @@ The server is a process of its own.
 
 import argparse
 import dataclasses
-import multiprocessing
 import os
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from clvr_jax.configs import prompted_synth
+from endpoint import endpoint
 
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.metering import Meter
@@ -30,8 +30,8 @@ from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import Workshop
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.providers.endpoint import Endpoint
-from tests.data.engine.obliging_server import answer
-from tests.providers.server import KEY, LoopbackServer
+from tests.data.engine.obliging_server import reply_to
+from tests.providers.server import KEY
 
 
 def main() -> None:
@@ -43,41 +43,26 @@ def main() -> None:
     parser.add_argument("--delay", type=float, default=0.2, help="seconds before the endpoint answers")
     options = parser.parse_args()
     os.environ["LOOPBACK_KEY"] = KEY
-    context = multiprocessing.get_context("spawn")
-    ours, its = context.Pipe()
-    server = context.Process(target=_serve, args=(its, options.delay), daemon=True)
-    server.start()
-    endpoint = Endpoint("tiny", ours.recv() + "/v1", "LOOPBACK_KEY", max_in_flight=options.in_flight)
-    roles = dict.fromkeys(("director", "verifier", "second_judge", "images"), endpoint)
-    workshop = prompted_synth.workshop(dataclasses.replace(prompted_synth.CONFIG, **roles, image_size=(8, 8)))
-    with tempfile.TemporaryDirectory() as folder:
+    with endpoint(_answer, options.delay) as server, tempfile.TemporaryDirectory() as folder:
+        model = Endpoint("tiny", server.url, "LOOPBACK_KEY", max_in_flight=options.in_flight)
+        roles = dict.fromkeys(("director", "verifier", "second_judge", "images"), model)
+        workshop = prompted_synth.workshop(dataclasses.replace(prompted_synth.CONFIG, **roles, image_size=(8, 8)))
         store = OutcomeStore(Path(folder))
         with ThreadPoolExecutor(options.in_flight) as pool:
             list(pool.map(partial(_one, workshop, store), range(options.prompts)))
-        ours.send("so far")
-        requests, in_flight = ours.recv()
+        requests, in_flight = server.seen()
         middle = in_flight[len(in_flight) // 4 : -len(in_flight) // 4]
         print(
             f"{options.prompts} prompts, {options.in_flight} at once, {requests} requests of {options.delay} s: "
             f"{np.mean(middle):.1f} in flight on average, {np.percentile(middle, 5):.0f} or more in 95 % of the time"
         )
         seconds, of_models = np.sum([_one(workshop, store, -1 - number) for number in range(options.alone)], axis=0)
-    server.terminate()
     print(f"one by one: {seconds / options.alone:.2f} s a prompt, {1 - of_models / seconds:.1%} of it in the engine")
 
 
-def _serve(pipe: Connection, delay: float) -> None:
-    """A server whose address is sent first, and what it has seen whenever it is asked."""
-    server = LoopbackServer()
-    server.script = [partial(answer, delay=delay)]
-    pipe.send(server.url)
-    looks = []
-    while not pipe.poll(0.05):
-        if server.seen:
-            looks.append(server.in_flight)
-    pipe.recv()
-    pipe.send((len(server.seen), looks))
-    pipe.poll(None)  # serves until it is stopped
+def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = reply_to(path, request).content
+    return content
 
 
 def _one(workshop: Workshop, store: OutcomeStore, number: int) -> tuple[float, float]:

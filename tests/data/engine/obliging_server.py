@@ -7,6 +7,7 @@ import base64
 import io
 import json
 import re
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -16,17 +17,19 @@ from tests.providers.server import Reply, Seen, completion, pictures, png
 DARK, LIGHT = (np.full((8, 8, 3), value, np.uint8) for value in (40, 200))
 
 
-def answer(seen: Seen, delay: float = 0.0) -> Reply:
-    """The reply to a request, with a delay in seconds."""
-    if seen.path.endswith("/images/generations"):
-        picture = LIGHT if seen.json.get("image") else DARK
-        reply = pictures(png(picture))
-    else:
-        parts = seen.json["messages"][0]["content"]
-        text = parts if isinstance(parts, str) else parts[-1]["text"]
-        urls = [] if isinstance(parts, str) else [part["image_url"]["url"] for part in parts[:-1]]
-        reply = completion(json.dumps(said(text, [_is_light(url) for url in urls])))
-    return Reply(reply.content, reply.status, reply.headers, delay)
+def answer(seen: Seen) -> Reply:
+    """The reply to a request as the loopback server has it."""
+    return reply_to(seen.path, seen.json)
+
+
+def reply_to(path: str, request: dict[str, Any]) -> Reply:
+    """The reply to a request: its path and its JSON."""
+    if path.endswith("/images/generations"):
+        return pictures(png(LIGHT if request.get("image") else DARK))
+    parts = request["messages"][0]["content"]
+    text = parts if isinstance(parts, str) else parts[-1]["text"]
+    urls = [] if isinstance(parts, str) else [part["image_url"]["url"] for part in parts[:-1]]
+    return completion(json.dumps(said(text, [_is_light(url) for url in urls])))
 
 
 def said(text: str, lights: list[bool]) -> dict:
