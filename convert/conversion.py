@@ -19,6 +19,7 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+from clvr_jax.convert.disk import empty
 from clvr_jax.convert.journal import Journal, resumable
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
@@ -126,7 +127,7 @@ class Buffers:
         nbytes = math.prod(shape) * dtype.itemsize
         if block not in self._blocks or self._blocks[block].size < nbytes:
             self._blocks.pop(block, None)
-            self._blocks[block] = np.empty(nbytes, np.uint8)
+            self._blocks[block] = empty((nbytes,), np.dtype(np.uint8))
         return self._blocks[block][:nbytes].view(dtype).reshape(shape)
 
 

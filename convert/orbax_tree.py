@@ -7,6 +7,7 @@ the tree is. `ocp.StandardCheckpointer().restore` reads such a folder like its o
 
 import functools
 import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
+from clvr_jax.convert.disk import put
 from clvr_jax.convert.rules import Entry
 
 from clvr_jax.errors import ClvrError
@@ -119,10 +121,8 @@ class _Plain:
     def write(self, values: np.ndarray, layer: int | None) -> None:
         """Writes one layer, or all of it."""
         for rows, file, length in self._files(layer):
-            block = np.ascontiguousarray(values[rows] if values.ndim else values)
-            with file.open("wb") as chunk:
-                chunk.write(block.reshape(-1).view(np.uint8).data)
-                chunk.truncate(length)  # the last chunk is as long as the others
+            put(file, 0, values[rows] if values.ndim else values)
+            os.truncate(file, length)  # the last chunk is as long as the others
 
     def blocks(self, layer: int | None, memory: Memory) -> Iterator[Block]:
         """One layer (None: all of it) in blocks of rows, mapped."""

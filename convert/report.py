@@ -1,15 +1,10 @@
-"""What a conversion will write and whether it computes the same, as tables for people and as data."""
+"""What a conversion will write, as a table for people and as data."""
 
-import math
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from clvr_jax.convert.planning import Conversion
-from clvr_jax.convert.verify import TOLERANCE, Agreement
 from rich.table import Table
-
-if TYPE_CHECKING:
-    from clvr_jax.convert.verify import Agreement
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -37,40 +32,6 @@ def conversion_table(conversion: Conversion) -> Table:
 def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
     """The same for scripts: model, key, shape, dtype and bytes of each tensor."""
     return list(_tensors(conversion))
-
-
-def agreement_table(agreements: Sequence["Agreement"]) -> Table:
-    """One row for each model that was run in both frameworks."""
-    caption = f"agree: at most {TOLERANCE:g} of the largest value of an output, in float32"
-    table = Table("model", "architecture", title="our outputs and PyTorch's", caption=caption)
-    for column in ("largest difference", "relative"):
-        table.add_column(column, justify="right")
-    table.add_column("")
-    for agreement in agreements:
-        apart = ", ".join(agreement.apart)
-        verdict, style = (f"differ: {apart}", "red") if apart else ("agree", None)
-        numbers = f"{agreement.largest:.2g}", f"{agreement.relative:.2g}"
-        table.add_row(agreement.component, agreement.title, *numbers, verdict, style=style)
-    return table
-
-
-def agreement_list(agreements: Sequence["Agreement"]) -> list[dict[str, Any]]:
-    """The same for scripts; null for a difference that is no number, because JSON has no NaN."""
-
-    def number(value: float) -> float | None:
-        return value if math.isfinite(value) else None
-
-    return [
-        {
-            "model": agreement.component,
-            "architecture": agreement.title,
-            "largest": number(agreement.largest),
-            "relative": number(agreement.relative),
-            "outputs": {name: number(relative) for name, relative in agreement.outputs.items()},
-            "agrees": agreement.agrees,
-        }
-        for agreement in agreements
-    ]
 
 
 def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
+from clvr_jax.convert.disk import PAGE, put
 from safetensors import SafetensorError, safe_open
 
 from clvr_jax.errors import ClvrError
@@ -214,9 +215,7 @@ def write_tensor(stored: Stored, tensor: np.ndarray) -> None:
             f"{stored.file}: {stored.key} is laid out as {stored.dtype} {stored.shape}, "
             f"got {tensor.dtype} {tensor.shape}"
         )
-    with stored.file.open("r+b") as file:
-        file.seek(stored.offset)
-        file.write(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data)
+    put(stored.file, stored.offset, tensor)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = SHARD_BYTES) -> None:
@@ -229,7 +228,8 @@ def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, sh
 def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, end = [], 0
-    for spec in sorted(shard, key=lambda spec: -spec.dtype.itemsize):  # wide types first keep all of them aligned
+    # Whole pages first: each of them can be written directly. Then wide types first, which keeps all of them aligned.
+    for spec in sorted(shard, key=lambda spec: (spec.nbytes % PAGE > 0, -spec.dtype.itemsize)):
         header[spec.key] = {
             "dtype": _NAMES[spec.dtype],
             "shape": list(spec.shape),
@@ -238,7 +238,7 @@ def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
         places.append((spec, end))
         end += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % PAGE)
     begin = 8 + len(text)
     head = len(text).to_bytes(8, "little") + text
     with path.open("r+b" if path.exists() else "w+b") as file:

@@ -6,8 +6,9 @@ PyTorch is imported only here, inside functions: nothing else of the package nee
 import gc
 import importlib
 import importlib.util
+import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from clvr_jax.convert.probes import PROBES, Inputs
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, FLOATS, model_file
 from flax import nnx
 from jax.sharding import SingleDeviceSharding
+from rich.table import Table
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import read_json
@@ -174,3 +176,37 @@ def _silent_libraries() -> Iterator[None]:
             logger.set_verbosity(verbosity)
             if has_bar:
                 logger.enable_progress_bar()
+
+
+def agreement_table(agreements: Sequence[Agreement]) -> Table:
+    """One row for each model that was run in both frameworks."""
+    caption = f"agree: at most {TOLERANCE:g} of the largest value of an output, in float32"
+    table = Table("model", "architecture", title="our outputs and PyTorch's", caption=caption)
+    for column in ("largest difference", "relative"):
+        table.add_column(column, justify="right")
+    table.add_column("")
+    for agreement in agreements:
+        apart = ", ".join(agreement.apart)
+        verdict, style = (f"differ: {apart}", "red") if apart else ("agree", None)
+        numbers = f"{agreement.largest:.2g}", f"{agreement.relative:.2g}"
+        table.add_row(agreement.component, agreement.title, *numbers, verdict, style=style)
+    return table
+
+
+def agreement_list(agreements: Sequence[Agreement]) -> list[dict[str, Any]]:
+    """The same for scripts; null for a difference that is no number, because JSON has no NaN."""
+
+    def number(value: float) -> float | None:
+        return value if math.isfinite(value) else None
+
+    return [
+        {
+            "model": agreement.component,
+            "architecture": agreement.title,
+            "largest": number(agreement.largest),
+            "relative": number(agreement.relative),
+            "outputs": {name: number(relative) for name, relative in agreement.outputs.items()},
+            "agrees": agreement.agrees,
+        }
+        for agreement in agreements
+    ]

@@ -107,8 +107,7 @@ class Convert:
 
     def _verified(self, data: dict[str, Any], source: Path) -> Result:
         """Compares the two frameworks on what was written."""
-        from clvr_jax.convert.report import agreement_list, agreement_table
-        from clvr_jax.convert.verify import verify
+        from clvr_jax.convert.verify import agreement_list, agreement_table, verify
 
         torch_folder = self.destination if self.to == "torch" else source
         jax_folder = self.destination if self.to == "jax" or source.is_file() else source

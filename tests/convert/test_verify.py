@@ -27,9 +27,8 @@ from clvr_jax.convert.families import (
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES
-from clvr_jax.convert.report import agreement_list, agreement_table
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, write_tensors
-from clvr_jax.convert.verify import TOLERANCE, Agreement, compare, verify
+from clvr_jax.convert.verify import TOLERANCE, Agreement, agreement_list, agreement_table, compare, verify
 from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load_file

@@ -1,0 +1,55 @@
+"""Blocks of bytes at their places in files, past the system's page cache where they allow it.
+
+What is written is not read again soon, and gigabytes of fresh pages for it cost more than all else in a conversion: on
+a virtual machine twice the time of the disk. So whole pages go to the disk directly; the rest, and whatever the file
+system does not take so, goes the usual way.
+"""
+
+import errno
+import math
+import mmap
+import os
+from pathlib import Path
+
+import numpy as np
+
+PAGE = 4096
+"""What addresses, places and lengths must be multiples of: no disk in use has larger blocks."""
+
+_DIRECT = getattr(os, "O_DIRECT", 0)  # not every system has it
+_LEAST = 1 << 20  # less is not worth a wait for the disk
+
+
+def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An array to be filled whose memory begins with a page, as `put` likes it."""
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = mmap.mmap(-1, max(nbytes, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):  # a matrix that is turned over touches a page for each of its rows
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8, nbytes).view(dtype).reshape(shape)
+
+
+def put(file: Path, offset: int, values: np.ndarray) -> None:
+    """Writes an array's bytes at a place of a file, which is made if it does not exist.
+
+    Raises: OSError.
+    """
+    block = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
+    whole = offset % PAGE == block.ctypes.data % PAGE == block.size % PAGE == 0
+    if _DIRECT and whole and block.size >= _LEAST:
+        try:
+            return _write(file, offset, block, _DIRECT)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # the file system cannot
+                raise
+    _write(file, offset, block, 0)
+
+
+def _write(file: Path, offset: int, block: np.ndarray, flags: int) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | flags, 0o666)
+    try:
+        done = 0
+        while done < block.size:  # one call may write less than all
+            done += os.pwrite(descriptor, block[done:].data, offset + done)
+    finally:
+        os.close(descriptor)
