@@ -43,6 +43,7 @@ from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.plan import Program
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
+from clvr_jax.rewards.teacher import vlm_teacher
 
 fit = pprl.fit
 
@@ -73,8 +74,9 @@ class Config:
     """model: pipeline folder or Hugging Face id. dataset: of trajectories with proxy prompts. dtype: of the base.
     simple: the ablation, whose reward reads the latest picture and the last text alone. remat: what the backward pass
     keeps, see `layers.REMAT`. reward_url, reward_model, edit_reward_model: the server of the judges and its names for
-    them. reward_key: environment variable of its key, "" for none. preset, references, planned: of `program`: klein 4B
-    or 9B, pictures before the one that is drawn, roll-out or update."""
+    them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model, teacher_key: the same of
+    a model that writes the proxy prompts live, for datasets that have none or others; "" takes the dataset's. preset,
+    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn, roll-out or update."""
 
     train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
     sampler: Sampler = Sampler()
@@ -94,6 +96,9 @@ class Config:
     @property
     def mesh(self) -> MeshConfig:
         """Of the run, and of what is planned."""
+    teacher_url: str = ""
+    teacher_model: str = ""
+    teacher_key: str = ""
         return self.train.mesh
 
 
@@ -113,23 +118,30 @@ def task(config: Config) -> pprl.PPRLTask:
     picture = UnifiedReward(judges[0])
     reward = LastTextReward(picture) if config.simple else ProxyReward(picture, UnifiedRewardEdit(judges[1]))
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
-    return flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, config.dataset, reward, config.remat)
+    task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
+    return dataclasses.replace(task, teacher=teacher)
 
 
 def flux2_task(
     name: str,
     pipe: Flux2Pipeline,
+    if bool(config.teacher_url) != bool(config.teacher_model):
+        raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
+    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
+    teacher = None
+    if config.teacher_url:
+        writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
+        teacher = vlm_teacher(OpenAIVisionLanguageModel(writer), steps)
     train: PPRLConfig,
     sampler: Sampler,
-    dataset: Path,
+    steps: ProxySteps,
     reward: Reward,
     remat: str = "dots",
     save_dtype: str = "bfloat16",
 ) -> pprl.PPRLTask:
-    """PPRL of any FLUX.2 pipeline on the trajectories of a dataset; exports the pipeline and, in `lora/`, the LoRA."""
+    """PPRL of any FLUX.2 pipeline on steps of trajectories; exports the pipeline and, in `lora/`, the LoRA."""
     if pipe.settings.is_distilled:
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
-    steps = ProxySteps(TrajectoryDataset(dataset), sampler.size)
     transformer_def, base = nnx.split(pipe.transformer)
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))

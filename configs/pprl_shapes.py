@@ -13,6 +13,8 @@ from pathlib import Path
 
 from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 
+from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
 from clvr_jax.training import pprl
@@ -23,7 +25,8 @@ fit = pprl.fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: shipped name or pipeline folder. dataset: of trajectories with proxy prompts. simple: the ablation."""
+    """model: shipped name or pipeline folder. dataset: of trajectories with proxy prompts. mixture: the kinds of steps
+    that are drawn for, in turns, see `ProxySteps`; the paper's. simple: the ablation."""
 
     train: PPRLConfig = PPRLConfig(
         epochs=100,
@@ -40,6 +43,7 @@ class Config:
     sampler: Sampler = Sampler(steps=8, guidance=1.7, size=64)
     model: str = "shapes-tiny"
     dataset: Path = Path("data/shapes_trajectories")
+    mixture: tuple[int, ...] = PAPER_MIXTURE
     simple: bool = False
 
 
@@ -51,6 +55,7 @@ def task(config: Config) -> pprl.PPRLTask:
     judge = ShapesJudge()
     # The program answers in a moment: threads would only wait for one another.
     reward = LastTextReward(judge, in_flight=1) if config.simple else ProxyReward(judge, judge, in_flight=1)
+    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, config.mixture)
     pipe = Flux2Pipeline.from_pretrained(config.model)
     name = "simple RL in shapes" if config.simple else "PPRL in shapes"
-    return flux2_task(name, pipe, config.train, config.sampler, config.dataset, reward, save_dtype="float32")
+    return flux2_task(name, pipe, config.train, config.sampler, steps, reward, save_dtype="float32")

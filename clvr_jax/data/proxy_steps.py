@@ -1,7 +1,7 @@
-"""The steps of trajectories that Proxy Prompt RL draws for: those with proxy prompts, in the paper's mixture.
+"""The steps of trajectories that Proxy Prompt RL draws for: those with proxy prompts, in a mixture of kinds.
 
-Half of them are first drawings; of the edits, steps 1, 2, 3 and 4 or later come equally often. What was rolled back is
-part of no history.
+In the paper's, half of them are first drawings; of the edits, steps 1, 2, 3 and 4 or later come equally often. What
+was rolled back is part of no history.
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """
 
@@ -20,7 +20,7 @@ from clvr_jax.reasoning.images import Picture, as_pil, pixels
 
 LATE = 4
 """Steps from this one on are one kind."""
-_MIXTURE = (0, 1, 0, 2, 0, 3, 0, LATE)
+PAPER_MIXTURE = (0, 1, 0, 2, 0, 3, 0, LATE)
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class ProxyStep:
 
     number: among all steps of the dataset that have proxies. record: of the dataset. history: earlier steps of the
     trajectory whose pictures condition the drawing, in order. text: that conditions it. last_text: what was said last.
+    proxies: the dataset's, None where it has none.
     """
 
     number: int
@@ -36,7 +37,7 @@ class ProxyStep:
     history: tuple[int, ...]
     text: str
     last_text: str
-    proxies: ProxyPrompts
+    proxies: ProxyPrompts | None
 
     @property
     def kind(self) -> int:
@@ -50,12 +51,23 @@ class ProxySteps:
     Args:
       dataset: of trajectories.
       size: pixels of a side of what is drawn; square pictures of another size are scaled to it.
+      mixture: the kinds of steps, in turns; see `ProxyStep.kind`.
+      is_live: a teacher writes proxy prompts when they are needed, so every step that drew something is taken.
       max_corrupt: see `TrajectoryDataset.scan`.
-    Raises: ClvrError if no step has proxy prompts.
+    Raises: ClvrError if there is no such step; UsageError for kinds that do not exist.
     """
 
-    def __init__(self, dataset: TrajectoryDataset, size: int, max_corrupt: int = 16):
-        self._dataset, self._size = dataset, size
+    def __init__(
+        self,
+        dataset: TrajectoryDataset,
+        size: int,
+        mixture: Sequence[int] = PAPER_MIXTURE,
+        is_live: bool = False,
+        max_corrupt: int = 16,
+    ):
+        if not mixture or not set(mixture) <= set(range(LATE + 1)):
+            raise UsageError(f"mixture {tuple(mixture)}: kinds of steps are 0 (first drawings) to {LATE}, at least one")
+        self._dataset, self._size, self._mixture = dataset, size, tuple(mixture)
         steps: list[ProxyStep] = []
         for number, record in dataset.scan(max_corrupt):
             history: tuple[int, ...] = ()
@@ -65,15 +77,14 @@ class ProxySteps:
                     continue
                 replies.append(step.reasoning)
                 proxies = record.proxies[at] if record.proxies else None
-                if proxies is not None:
+                if proxies is not None or is_live:
                     text = drawing_text(record.trajectory.prompt, replies)
                     steps.append(ProxyStep(len(steps), number, history, text, step.reasoning, proxies))
                 history = (*history, at)
         if not steps:
-            raise ClvrError(
-                f"{dataset.folder}: no step of {len(dataset)} trajectories has proxy prompts, which the rewards read; "
-                "make a dataset that has them with `clvr synth`"
-            )
+            how = "make a dataset that has them with `clvr synth`, or have a teacher write them"
+            lack = "drew anything" if is_live else f"has proxy prompts, which the rewards read; {how}"
+            raise ClvrError(f"{dataset.folder}: no step of {len(dataset)} trajectories {lack}")
         self.steps = tuple(steps)
 
     def chosen(self, epoch: int, count: int, seed: int) -> tuple[ProxyStep, ...]:
@@ -85,16 +96,14 @@ class ProxySteps:
         Raises: UsageError if there are fewer than `count` steps.
         """
         if count > len(self.steps):
-            raise UsageError(
-                f"{self._dataset.folder}: {len(self.steps)} steps have proxy prompts, {count} are asked for"
-            )
+            raise UsageError(f"{self._dataset.folder}: {len(self.steps)} steps can be drawn for, {count} are asked for")
         rng = np.random.default_rng((seed, epoch))
         waiting: dict[int, list[ProxyStep]] = defaultdict(list)
         for place in rng.permutation(len(self.steps)):
             waiting[self.steps[place].kind].append(self.steps[place])
         found = []
         for slot in range(epoch * count, (epoch + 1) * count):
-            kinds = _in_place_of(_MIXTURE[slot % len(_MIXTURE)])
+            kinds = _in_place_of(self._mixture[slot % len(self._mixture)])
             found.append(next(waiting[kind] for kind in kinds if waiting[kind]).pop())
         return tuple(found)
 
@@ -102,9 +111,18 @@ class ProxySteps:
         """The pictures that condition the drawing, (size, size, 3) uint8 each."""
         return self._at(step, step.history)
 
-    def edited(self, step: ProxyStep) -> list[np.ndarray]:
+    def prompt(self, step: ProxyStep) -> str:
+        """What the step's trajectory is for."""
+        return self._dataset[step.record].trajectory.prompt
+
+    def replies(self, step: ProxyStep) -> list[str]:
+        """What was said before each picture of the step's history."""
+        told = self._dataset[step.record].trajectory.steps
+        return [told[place].reasoning for place in step.history]
+
+    def edited(self, step: ProxyStep, proxies: ProxyPrompts) -> list[np.ndarray]:
         """The pictures that the step is to edit, those of I_ref."""
-        return self._at(step, step.proxies.i_ref)
+        return self._at(step, proxies.i_ref)
 
     def _at(self, step: ProxyStep, places: Sequence[int]) -> list[np.ndarray]:
         told = self._dataset[step.record].trajectory.steps

@@ -13,6 +13,7 @@ import numpy as np
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.images import Picture
+from clvr_jax.reasoning.tools import ProviderError
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,21 @@ class Scores:
             for name in names
         }
         return cls(np.concatenate([one.values for one in scores]), parts)
+
+    def among(self, places_n: np.ndarray) -> "Scores":
+        """These at the places where a mask is true; elsewhere there is none."""
+
+        def spread(values: np.ndarray) -> np.ndarray:
+            wide = np.full(len(places_n), math.nan)
+            wide[places_n] = values
+            return wide
+
+        return Scores(spread(self.values), {name: spread(part) for name, part in self.parts.items()})
+
+
+def is_of_one_answer(error: ProviderError) -> bool:
+    """Whether a fault is that of one answer; all others the next call will suffer, too."""
+    return error.fault in ("malformed", "refused")
 
 
 class Reward(Protocol):

@@ -15,12 +15,10 @@ from clvr_jax.errors import UsageError
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import ProviderError, Question, VisionLanguageModel
-from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge
+from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge, is_of_one_answer
 
 AXES = ("Alignment", "Coherence", "Style")
 _NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
-# Faults of one answer; of all others the next call will suffer too.
-_OF_ONE_ANSWER = ("malformed", "refused")
 
 _ACS = """You see a generated picture and the caption that it was made for. Rate the picture on three axes from 1 to 5:
 - Alignment Score: does it show what the caption says?
@@ -112,7 +110,7 @@ def _asked(
     try:
         return read(model.ask(question).text)
     except ProviderError as error:
-        if error.fault in _OF_ONE_ANSWER:
+        if is_of_one_answer(error):
             return UNREADABLE
         raise
 

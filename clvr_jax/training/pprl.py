@@ -25,6 +25,7 @@ from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.rewards.reward import Case, Reward, Scores
+from clvr_jax.rewards.teacher import LiveProxies, Teacher
 from clvr_jax.sharding import Layout, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.diffusion_nft import group_advantages
@@ -49,7 +50,7 @@ class PPRLTask:
     frozen: what else the backbone reads. backbone: how it draws. steps: what is drawn for. data: (steps of one bucket)
     -> what `Backbone.condition` takes, a pytree of NumPy arrays with one row for each. bucket: steps with the same one
     have data of the same shapes. reward: of the pictures. save: (weights, what was trained on top of the base, folder)
-    -> None, writes the trained model.
+    -> None, writes the trained model. teacher: writes proxy prompts while pictures are drawn; None takes the dataset's.
     """
 
     name: str
@@ -62,6 +63,7 @@ class PPRLTask:
     bucket: Callable[[ProxyStep], Hashable]
     reward: Reward
     save: Callable[[Tree, Tree, Path], None]
+    teacher: Teacher | None = None
 
     @property
     def params(self) -> Tree:
@@ -138,6 +140,7 @@ class _Run:
         self.programs = Programs(task.backbone, self.config, layout)
         self.base = jax.device_put(task.base, layout.parameters(task.base))
         self.frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
+        self.live = LiveProxies(task.teacher, self.out / "proxies.jsonl") if task.teacher else None
 
     def to(self, state: PPRLState, last: int) -> PPRLState:
         """Trains up to epoch `last`, or until it is asked to stop."""
@@ -180,7 +183,9 @@ class _Run:
         config, watch = self.config, Stopwatch()
         # In the order of the dataset, so that nothing depends on the order in which they were chosen.
         steps = sorted(self.task.steps.chosen(epoch, config.groups, config.seed), key=lambda step: step.number)
-        with _threads(1) as preparing, _threads(8) as judging:
+        with _threads(1) as preparing, _threads(8) as judging, _threads(16) as teaching:
+            if self.live and jax.process_index() == 0:
+                self.live.begin(steps, teaching)
             calls = self._sampled(state, epoch, steps, asked, watch, preparing, judging)
             with watch("reward"):
                 scores = _on_every_host(lambda: Scores.joined([call.scores.result() for call in calls if call.scores]))
@@ -248,13 +253,16 @@ class _Run:
             call.scores = judging.submit(self._scores, call.steps[: call.real], pictures)
 
     def _scores(self, steps: Sequence[ProxyStep], pictures: np.ndarray) -> Scores:
-        cases = [
-            Case(pictures[place * self.config.group + member], step.proxies, edited, step.last_text)
-            for place, step in enumerate(steps)
-            for edited in [self.task.steps.edited(step)]
-            for member in range(self.config.group)
-        ]
-        return self.task.reward.scores(cases)
+        cases, has_proxies = [], np.zeros(len(steps) * self.config.group, bool)
+        for place, step in enumerate(steps):
+            proxies = self.live.of(step) if self.live else step.proxies
+            if proxies is None:
+                continue
+            members = slice(place * self.config.group, (place + 1) * self.config.group)
+            has_proxies[members] = True
+            edited = self.task.steps.edited(step, proxies)
+            cases += [Case(picture, proxies, edited, step.last_text) for picture in pictures[members]]
+        return self.task.reward.scores(cases).among(has_proxies)
 
     def _learned(
         self, state: PPRLState, epoch: int, calls: Sequence[_Call], merits: np.ndarray, counts: np.ndarray

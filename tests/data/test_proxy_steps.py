@@ -54,7 +54,7 @@ def test_edits_take_the_place_of_edits_that_are_missing(tmp_path):
     assert Counter(step.kind for step in steps.chosen(0, 8, seed=0)) == {0: 4, 1: 4}
     everything = steps.chosen(0, 16, seed=0)
     assert {step.number for step in everything} == set(range(16))
-    with pytest.raises(UsageError, match="16 steps have proxy prompts, 17 are asked for"):
+    with pytest.raises(UsageError, match="16 steps can be drawn for, 17 are asked for"):
         steps.chosen(0, 17, seed=0)
 
 
@@ -65,7 +65,7 @@ def test_what_was_rolled_back_is_neither_drawn_for_nor_history(tmp_path):
     assert last.text == "prompt r\nreply 0<IMG_GEN_1>\nreply 2<IMG_GEN_2>\nreply 3"
     assert last.last_text == "reply 3"
     assert [shown[0, 0, 0] for shown in steps.references(last)] == [0, 20]
-    assert [shown[0, 0, 0] for shown in steps.edited(last)] == [20]
+    assert [shown[0, 0, 0] for shown in steps.edited(last, last.proxies)] == [20]
 
 
 def test_steps_with_equal_texts_are_different_groups(tmp_path):
@@ -79,7 +79,7 @@ def test_pictures_are_scaled_to_what_is_drawn(tmp_path):
     assert steps.references(steps.steps[1])[0].shape == (8, 8, 3)
     wide = steps_of(tmp_path / "wide", [record("r", 2, size=(8, 12))])
     with pytest.raises(ClvrError, match="record 0 has pictures of 12 x 8 pixels"):
-        wide.edited(wide.steps[1])
+        wide.edited(wide.steps[1], wide.steps[1].proxies)
 
 
 def test_a_dataset_without_proxy_prompts_says_how_to_make_them(tmp_path):

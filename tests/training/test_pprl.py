@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
 from clvr_jax.sharding import Layout, MeshConfig
@@ -203,6 +205,32 @@ def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     assert_same(states[0].params, states[2].params)
 
 
+def test_proxies_of_a_teacher_are_those_that_are_rewarded_and_kept(dataset, tmp_path):
+    """One step's cannot be had: its group drops out, the others are as with the dataset's own."""
+    config = changed(epochs=2)
+    task = make_task(dataset, config)
+    lost = task.steps.chosen(0, config.groups, config.seed)[0]
+    asked = []
+
+    def teach(step):
+        asked.append(step.number)
+        if step == lost:
+            raise AnswerError("no JSON object")
+        return ProxyPrompts(f"live {step.number}", step.proxies.p_i2i, step.proxies.i_ref)
+
+    out = tmp_path / "run"
+    live = dataclasses.replace(task, teacher=teach)
+    fit(live, config, out, stop_after=1)
+    fit(dataclasses.replace(live, reward=Brightness()), config, out, resume=True)
+    assert {case.proxies.p_t2i.split()[0] for case in task.reward.cases} == {"live"}
+    assert len(task.reward.cases) == (config.groups - 1) * config.group
+    first, second = rows(out)
+    assert (first["dropped_groups"], first["dropped_samples"]) == (1, config.group)
+    again = [number for number in set(asked) if asked.count(number) > 1]
+    assert again in ([], [lost.number])
+    assert second["reward"] > 0
+
+
 def test_an_epoch_without_any_reward_ends_the_run_with_its_state_kept(dataset, tmp_path):
     task = make_task(dataset, reward=Brightness(lambda case, value: np.nan))
     with pytest.raises(ClvrError, match=r"epoch 1 cannot be scored .*none of 48 samples.*epoch 0 is saved") as caught:
@@ -278,7 +306,7 @@ def test_a_call_that_cannot_be_cut_for_the_mesh_and_too_many_groups_are_refused(
     with pytest.raises(UsageError, match="6 rows cannot be cut into 8 parts"):
         fit(make_task(dataset, config), config, tmp_path / "a")
     config = changed(groups=900)
-    with pytest.raises(UsageError, match="steps have proxy prompts, 900 are asked for"):
+    with pytest.raises(UsageError, match="steps can be drawn for, 900 are asked for"):
         fit(make_task(dataset, config), config, tmp_path / "b")
 
 

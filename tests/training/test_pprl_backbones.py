@@ -16,7 +16,9 @@ from clvr_jax.convert.lora import load_lora
 from flax import nnx
 from PIL import Image
 
+from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.diffusion import NoiseSchedule, ddim_solve, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
@@ -58,7 +60,8 @@ def shapes_task(dataset, train=TRAIN):
     """A model that knows nothing draws nothing that the program likes: brightness tells its pictures apart."""
     proxy = ProxyReward(ShapesJudge(), ShapesJudge())
     reward = WeightedReward({"shapes": (1.0, proxy), "brightness": (1.0, Brightness())})
-    return flux2_task("shapes", tiny_flux2(), train, SAMPLER, dataset, reward)
+    steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
+    return flux2_task("shapes", tiny_flux2(), train, SAMPLER, steps, reward)
 
 
 def unet_task(dataset, config):
@@ -175,7 +178,7 @@ def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
     assert first["grad_norm"] > 0
 
 
-def test_recipes_bring_their_loop_and_say_what_they_lack(tmp_path):
+def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     for name in ("pprl_shapes", "pprl_flux2"):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
         assert recipe.fit is pprl.fit
@@ -188,8 +191,12 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(tmp_path):
         pprl_shapes.task(dataclasses.replace(pprl_shapes.CONFIG, dataset=tmp_path))
     pipe = tiny_flux2()
     pipe.settings = dataclasses.replace(pipe.settings, is_distilled=True)
+    steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
     with pytest.raises(ClvrError, match="the model is distilled"):
-        flux2_task("PPRL", pipe, TRAIN, SAMPLER, tmp_path, ProxyReward(ShapesJudge(), ShapesJudge()))
+        flux2_task("PPRL", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
+    served = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny", reward_url="http://localhost:1/v1")
+    with pytest.raises(ClvrError, match="--teacher-url and --teacher-model go together"):
+        pprl_flux2.task(dataclasses.replace(served, teacher_url="http://localhost:1/v1"))
 
 
 def test_the_paper_s_numbers_are_the_preset_s():

@@ -6,7 +6,7 @@ that cannot be read is asked for once more, with what was wrong with it.
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeVar
 
@@ -162,21 +162,37 @@ class PromptedTranslator:
     def _proxy(self, history: History, place: int) -> ProxyPrompts:
         known = history.path[: place + 1]
         events = [event for event in _on_path(history) if event.picture is None or event.picture in known]
-        text = template("proxies").format(request=history.item.prompt, events=told(events))
+        shown = [history.pictures[number] for number in known]
+        found = distilled(self.model, history.item.prompt, told(events), known[:-1], shown)
+        return replace(found, i_ref=tuple(history.path.index(number) for number in found.i_ref))
 
-        def read(data: dict[str, Any]) -> ProxyPrompts:
-            p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
-            if not isinstance(p_t2i, str) or not p_t2i.strip() or not isinstance(p_i2i, str):
-                raise AnswerError("p_t2i must be a text that is not empty, p_i2i a text")
-            if not isinstance(i_ref, list) or not all(number in known[:-1] for number in i_ref):
-                raise AnswerError(
-                    f"i_ref is {i_ref!r}; it must list earlier pictures, of {_numbered(known[:-1]) or 'none'}"
-                )
-            if bool(p_i2i.strip()) != bool(place) or bool(i_ref) != bool(place):
-                raise AnswerError("p_i2i and i_ref belong to every picture but the first")
-            return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(history.path.index(number) for number in i_ref))
 
-        return _asked(self.model, text, [history.pictures[number] for number in known], read)
+def distilled(
+    model: VisionLanguageModel, request: str, story: str, earlier: Sequence[int], pictures: Sequence[Picture]
+) -> ProxyPrompts:
+    """The proxy prompts of one step of a trajectory.
+
+    Args:
+      model: that writes them.
+      request: what the trajectory is for.
+      story: what was said and done up to the step.
+      earlier: numbers of the pictures before the step, by which the story calls them and `i_ref` may.
+      pictures: that the model sees.
+    Raises: AnswerError if it cannot be read, twice; ProviderError.
+    """
+    text = template("proxies").format(request=request, events=story)
+
+    def read(data: dict[str, Any]) -> ProxyPrompts:
+        p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
+        if not isinstance(p_t2i, str) or not p_t2i.strip() or not isinstance(p_i2i, str):
+            raise AnswerError("p_t2i must be a text that is not empty, p_i2i a text")
+        if not isinstance(i_ref, list) or not all(number in earlier for number in i_ref):
+            raise AnswerError(f"i_ref is {i_ref!r}; it must list earlier pictures, of {_numbered(earlier) or 'none'}")
+        if bool(p_i2i.strip()) != bool(earlier) or bool(i_ref) != bool(earlier):
+            raise AnswerError("p_i2i and i_ref belong to every picture but the first")
+        return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(i_ref))
+
+    return _asked(model, text, pictures, read)
 
 
 def prompted_crew(
