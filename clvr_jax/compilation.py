@@ -14,7 +14,7 @@ def keep_compiled_programs() -> Path | None:
     """
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
-        folder = Path(given) if given else _user_cache() / "clvr-jax" / "xla"
+        folder = Path(given) if given else user_cache() / "clvr-jax" / "xla"
         folder.mkdir(parents=True, exist_ok=True)
     except (OSError, RuntimeError):  # RuntimeError: no home folder
         return None
@@ -25,7 +25,8 @@ def keep_compiled_programs() -> Path | None:
     return folder
 
 
-def _user_cache() -> Path:
+def user_cache() -> Path:
+    """The folder for what can be made again. Raises: RuntimeError if the user has no home folder."""
     named = os.environ.get("XDG_CACHE_HOME", "")
     # The standard says that a relative path is to be ignored.
     return Path(named) if os.path.isabs(named) else Path.home() / ".cache"

@@ -1,0 +1,199 @@
+"""DPG-Bench: 1,065 dense prompts, four pictures each as one 2 x 2 grid, answered question by question.
+
+Questions depend on others: where a parent is answered no, so are its children.
+
+Source: Hu et al. 2024 (arXiv 2403.05135), TencentQQGYLab/ELLA (Apache-2.0), dpg_bench/. The official judge is
+mPLUG-large; a vision-language model is another judge, and so gives another score.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from PIL import Image
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, rubric
+from clvr_jax.evaluation.benchmarks.imaginebench import Rules
+from clvr_jax.evaluation.benchmarks.replies import yes_or_no
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.layout import Folder, Places
+from clvr_jax.files import write_atomically
+from clvr_jax.reasoning.images import EncodedPicture, as_pil, encode_png, read_encoded, read_png
+
+_FILES = {"dpg_bench/dpg_bench.csv": "98457fc9901943f51ff9a30367250fc292533bed"}
+_COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
+_GRID = 2
+
+
+@dataclass(frozen=True)
+class _SamplesByPrompt(Places):
+    """Single pictures beside what else belongs to their prompt; `finish` puts them together."""
+
+    def home(self, index: int) -> Path:
+        """See `Places`."""
+        return Path("prompts", f"{index:05d}")
+
+    def picture(self, index: int, sample: int) -> Path:
+        """See `Places`."""
+        return self.home(index) / "samples" / f"{sample:04d}.png"
+
+
+@dataclass(frozen=True)
+class DPG(JudgedBenchmark):
+    """Share of questions answered yes, mean over pictures, times 100.
+
+    rules: "official" leaves out what the official script leaves out; "fixed" asks every question.
+    """
+
+    rules: Rules = "fixed"
+
+    name: ClassVar = "dpg"
+    title: ClassVar = "DPG-Bench"
+    unit: ClassVar = "0 to 100"
+    samples: ClassVar = _GRID * _GRID
+    source: ClassVar = Source(
+        github("TencentQQGYLab/ELLA", "3c228f1dc6c4d3cad0a47493816151a419f14db3", _FILES), license="Apache-2.0"
+    )
+    rubrics: ClassVar = ("dpg",)
+    prompts_hint: ClassVar = "dpg_bench/dpg_bench.csv of TencentQQGYLab/ELLA"
+
+    @property
+    def scored_as(self) -> str:
+        """See `Benchmark`."""
+        return f"{self.name}-{self.rules}"
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """See `Benchmark`."""
+        if self.rules == "fixed":
+            return ()
+        return (
+            "the first row of the questions is left out, and with it the first prompt if other questions depend on it",
+        )
+
+    def read(self, path: Path) -> list[Item]:
+        """See `Benchmark`. Each record is {"questions": [{"id", "text", "parents", "category"}], "is_first"}."""
+        items: dict[str, Item] = {}
+        for place, row in _rows(path):
+            try:
+                parents = [int(one) for one in row["dependency"].split(",")]
+                question = {
+                    "id": int(row["proposition_id"]),
+                    "text": row["question_natural_language"],
+                    "parents": [one for one in parents if one],
+                    "category": row["tuple"].partition("(")[0].partition("-")[0].strip(),
+                }
+            except ValueError as error:
+                raise ClvrError(f"{place}: proposition_id and dependency must be numbers ({error})") from error
+            id, text = row["item_id"], row["text"].strip()
+            item = items.setdefault(id, Item(id, text, "dense", {"questions": [], "is_first": not items}))
+            if item.prompt != text:
+                raise ClvrError(f"{place}: another text for {id} than before; ids name the pictures")
+            if any(other["id"] == question["id"] for other in item.record["questions"]):
+                raise ClvrError(f"{place}: question {question['id']} of {id} is there twice")
+            item.record["questions"].append(question)
+        for item in items.values():
+            if orphans := _orphans(item.record["questions"]):
+                raise ClvrError(f"{path}: question {orphans[0]} of {item.id} depends on one that is not there")
+        return list(items.values())
+
+    def check_samples(self, samples: int) -> None:
+        """See `Benchmark`."""
+        if samples not in (1, self.samples):
+            raise UsageError(f"{self.title}: a picture is one sample or a grid of {self.samples}, not {samples}")
+
+    def places(self, items: Sequence[Item]) -> Places:
+        """See `Benchmark`."""
+        return _SamplesByPrompt()
+
+    def finish(self, folder: Folder, items: Sequence[Item], samples: int) -> None:
+        """Writes images/<id>.png: the samples of a prompt in a square, row by row."""
+        side = 1 if samples == 1 else _GRID
+        for index, item in enumerate(items):
+            path = folder.root / "images" / f"{item.id}.png"
+            files = [folder.picture_path(index, sample) for sample in range(samples)]
+            if path.exists() or not all(file.exists() for file in files):
+                continue
+            pictures = [Image.fromarray(read_png(file)) for file in files]
+            width, height = pictures[0].size
+            grid = Image.new("RGB", (side * width, side * height))
+            for number, picture in enumerate(pictures):
+                grid.paste(picture, (number % side * width, number // side * height))
+            write_atomically(path, encode_png(grid))
+
+    def shown(self, path: Path, sample: int, samples: int) -> EncodedPicture:
+        """See `JudgedBenchmark`; of a grid, the part that is asked for."""
+        if samples == 1:
+            return read_encoded(path)
+        grid = as_pil(read_encoded(path))
+        width, height = grid.width // _GRID, grid.height // _GRID
+        left, top = sample % _GRID * width, sample // _GRID * height
+        return EncodedPicture(encode_png(grid.crop((left, top, left + width, top + height))), "png")
+
+    def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
+        """See `Benchmark`."""
+        return folder.root / "images" / f"{items[index].id}.png"
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`; one question at a time, as the official judge is asked."""
+        text = rubric("dpg")
+        return [
+            Asked(str(question["id"]), text.format(question=question["text"]), yes_or_no, 16)
+            for question in self._counted(item)
+        ]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`; parts are the shares of yes by category, without the influence of parents."""
+        questions = self._counted(item)
+        said = {question["id"]: bool(answers[str(question["id"])]) for question in questions}
+        counted = dict(said)
+        categories: dict[str, list[bool]] = {}
+        for question in questions:
+            # In the order of the file: a child of a child of a no is a no.
+            counted[question["id"]] &= all(counted[parent] for parent in question["parents"])
+            categories.setdefault(question["category"], []).append(said[question["id"]])
+        return Mark(
+            100 * sum(counted.values()) / len(counted),
+            parts={name: 100 * sum(each) / len(each) for name, each in categories.items()},
+            reasons=tuple(question["text"] for question in questions if not counted[question["id"]]),
+            readable=None not in answers.values(),
+        )
+
+    def _counted(self, item: Item) -> list[dict[str, Any]]:
+        """The questions that the rules let count."""
+        questions: list[dict[str, Any]] = item.record["questions"]
+        if self.rules == "fixed" or not item.record["is_first"]:
+            return questions
+        # The script looks a missing parent up, fails, and goes on without the picture.
+        return [] if _orphans(questions[1:]) else questions[1:]
+
+
+def _orphans(questions: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Questions that depend on one that is not among them."""
+    known = {question["id"] for question in questions}
+    return [question["id"] for question in questions if not known.issuperset(question["parents"])]
+
+
+def _rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ClvrError(f"{path}: cannot read prompts: {error}") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if lacking := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
+        raise ClvrError(f"{path}: lacks the columns {', '.join(lacking)}")
+    rows = []
+    for row in reader:
+        place = f"{path}:{reader.line_num}"
+        if empty := [name for name in _COLUMNS if not row[name]]:
+            raise ClvrError(f"{place}: lacks {', '.join(empty)}")
+        rows.append((place, row))
+    if not rows:
+        raise ClvrError(f"{path}: no prompts in this file")
+    return rows

@@ -1,0 +1,195 @@
+"""GenEval's eyes in PyTorch: Mask2Former (Swin-S, COCO instances) finds objects, CLIP (ViT-L/14) names their colors.
+
+The official scorer needs mmdet 2.x; these are transformers' classes with the same checkpoints, converted by their
+authors, so boxes differ in the last digits, and a score near a threshold may fall on its other side.
+
+Source: Cheng et al. 2022 (arXiv 2112.01527), inference as in mask2former's `instance_inference`; Ghosh et al. 2023,
+appendix, for the color classifier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.geneval import Detector
+from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS, THRESHOLD, Found, kept, to_color
+from clvr_jax.files import read_json
+from clvr_jax.merging.digests import Digests
+from clvr_jax.reasoning.images import EncodedPicture, as_pil
+
+MULTIPLE = 32
+MOST_DETECTIONS = 100
+GREY = "#999"
+"""What is laid over everything but the object before CLIP looks at it."""
+_MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+_SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
+
+
+class TorchDetector(Detector):
+    """Both models on one device.
+
+    Args:
+      detector: folder in transformers layout, e.g. of facebook/mask2former-swin-small-coco-instance; its
+        preprocessor_config.json says to which size pictures are scaled.
+      clip: the same of openai/clip-vit-large-patch14.
+      device: as PyTorch names it; a GPU if there is one.
+    Raises: ClvrError, one line, if PyTorch is missing, or a folder holds another model.
+    """
+
+    def __init__(self, detector: Path, clip: Path, device: str | None = None):
+        try:
+            import torch
+            from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
+        except ImportError as error:
+            raise ClvrError("GenEval's scorer needs PyTorch: pip install 'clvr-jax[torch]'") from error
+        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self._detector = _load(Mask2FormerForUniversalSegmentation, detector, "mask2former").to(self._device)
+        self._clip = _load(CLIPModel, clip, "clip").to(self._device)
+        self._tokenizer = AutoTokenizer.from_pretrained(str(clip))
+        if (classes := self._detector.config.num_labels) != len(OBJECTS):
+            raise ClvrError(
+                f"{detector}: knows {classes} classes, not COCO's {len(OBJECTS)}; take the coco-instance model"
+            )
+        size = read_json(detector / "preprocessor_config.json").get("size", {})
+        self._sides = size.get("shortest_edge", 800), size.get("longest_edge", 1333)
+        self._names = (detector.resolve().name, clip.resolve().name)
+        digests = Digests({"detector": detector, "clip": clip}).finish()
+        self._revision = "-".join(digest[:12] for digest in digests.values())
+        self._classifiers: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """See `Detector`."""
+        return f"{self._names[0]} and {self._names[1]}"
+
+    @property
+    def revision(self) -> str:
+        """See `Detector`."""
+        return self._revision
+
+    def find(self, picture: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Found]]:
+        """See `Detector`."""
+        image = as_pil(picture).convert("RGB")
+        found: dict[str, list[Found]] = {}
+        masks: dict[str, list[np.ndarray]] = {}
+        for label, confidence, mask in self._instances(image):
+            found.setdefault(OBJECTS[label], []).append(Found(mask_box(mask), confidence))
+            masks.setdefault(OBJECTS[label], []).append(mask)
+        for name, count in to_color(kept(found, metadata["tag"]), metadata).items():
+            # The most confident come first in both lists, and kept() cuts both at the same end.
+            colors = self._colors(image, name, found[name][:count], masks[name][:count])
+            found[name][:count] = [
+                Found(one.box, one.confidence, color) for one, color in zip(found[name], colors, strict=False)
+            ]
+        return found
+
+    def _instances(self, image: Image.Image) -> list[tuple[int, float, np.ndarray]]:
+        """(class, confidence, mask (height, width) bool) of what is above GenEval's threshold, most confident first."""
+        import torch
+
+        pixels, (height, width) = _detector_input(image, *self._sides)
+        with torch.inference_mode():
+            output = self._detector(pixel_values=torch.from_numpy(pixels).to(self._device))
+            scores = output.class_queries_logits[0].softmax(-1)[:, :-1].flatten()
+            best, order = scores.topk(min(MOST_DETECTIONS, len(scores)))
+            sure = best > THRESHOLD  # the mask's own score only lowers it
+            labels, queries = order[sure] % len(OBJECTS), order[sure] // len(OBJECTS)
+            logits = output.masks_queries_logits[0][queries][None]
+            if not len(queries):
+                return []
+            logits = torch.nn.functional.interpolate(logits, pixels.shape[2:], mode="bilinear", align_corners=False)
+            logits = torch.nn.functional.interpolate(
+                logits[..., :height, :width], image.size[::-1], mode="bilinear", align_corners=False
+            )[0]
+            masks = logits > 0
+            inside = (logits.sigmoid() * masks).flatten(1).sum(1) / (masks.flatten(1).sum(1) + 1e-6)
+            confidences = (best[sure] * inside).cpu().tolist()
+        rows = zip(labels.cpu().tolist(), confidences, masks.cpu().numpy(), strict=True)
+        return sorted((row for row in rows if row[1] > THRESHOLD and row[2].any()), key=lambda row: -row[1])
+
+    def _colors(
+        self, image: Image.Image, name: str, objects: Sequence[Found], masks: Sequence[np.ndarray]
+    ) -> list[str]:
+        import torch
+
+        crops = np.stack(
+            [_clip_input(masked_crop(image, one.box, mask)) for one, mask in zip(objects, masks, strict=True)]
+        )
+        with torch.inference_mode():
+            features = _unit(_features(self._clip.get_image_features(torch.from_numpy(crops).to(self._device))))
+            return [COLORS[best] for best in (features @ self._classifier(name)).argmax(1).tolist()]
+
+    def _classifier(self, name: str) -> Any:
+        """(features, colors): for each color the mean of its sentences, of length 1."""
+        import torch
+
+        if name not in self._classifiers:
+            columns = []
+            for color in COLORS:
+                sentences = [sentence.format(color=color, name=name) for sentence in _SENTENCES]
+                tokens = self._tokenizer(sentences, padding=True, return_tensors="pt").to(self._device)
+                columns.append(_unit(_unit(_features(self._clip.get_text_features(**tokens))).mean(0)))
+            self._classifiers[name] = torch.stack(columns, dim=1)
+        return self._classifiers[name]
+
+
+def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
+    """The smallest box (x0, y0, x1, y1) around a mask (height, width) of bool; ends excluded."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
+
+
+def masked_crop(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
+    """The object in its box, grey around it."""
+    blank = Image.new("RGB", image.size, GREY)
+    left, top, right, bottom = (round(edge) for edge in box)
+    return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))
+
+
+def _detector_input(image: Image.Image, shortest: int, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
+    """(1, 3, h, w) float32, padded to a multiple of 32 at the right and below; and height and width without that."""
+    scale = min(shortest / min(image.size), longest / max(image.size))
+    width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
+    resized = _normalized(image.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD)
+    below, right = -height % MULTIPLE, -width % MULTIPLE
+    return np.pad(resized, ((0, 0), (0, below), (0, right)))[None], (height, width)
+
+
+def _clip_input(image: Image.Image, side: int = 224) -> np.ndarray:
+    """(3, side, side) float32: the shorter side scaled to `side`, the middle taken."""
+    scale = side / min(image.size)
+    width, height = (max(side, int(edge * scale)) for edge in image.size)
+    left, top = round((width - side) / 2), round((height - side) / 2)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + side, top + side))
+    return _normalized(resized, _CLIP_MEAN, _CLIP_STD)
+
+
+def _normalized(image: Image.Image, mean: Sequence[float], std: Sequence[float]) -> np.ndarray:
+    values = (np.asarray(image, np.float32) / 255 - np.array(mean, np.float32)) / np.array(std, np.float32)
+    return np.ascontiguousarray(values.transpose(2, 0, 1))
+
+
+def _unit(vectors: Any) -> Any:
+    return vectors / vectors.norm(dim=-1, keepdim=True)
+
+
+def _features(output: Any) -> Any:
+    """transformers 5 wraps them."""
+    return getattr(output, "pooler_output", output)
+
+
+def _load(kind: Any, folder: Path, model_type: str) -> Any:
+    found = read_json(folder / "config.json").get("model_type")
+    if found != model_type:
+        raise ClvrError(f"{folder}: holds a {found}, GenEval's scorer needs a {model_type}")
+    try:
+        return kind.from_pretrained(str(folder)).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ClvrError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,74 @@
+"""GenEval++: 280 prompts, seven tags of 40, one picture each, a judge with a checklist made of the metadata.
+
+Source: Ye et al. 2025 (arXiv 2508.09987), yejy53/Echo-4o (Apache-2.0), test_scripts/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, read_entries, rubric
+from clvr_jax.evaluation.benchmarks.replies import json_score
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.reasoning.answers import read_json_object
+
+ECHO_4O = ("yejy53/Echo-4o", "28f36d76558e5f53b9deceda78bf025ef0d0ea24")
+_FILES = {"test_scripts/Geneval++.jsonl": "6e9a53358cb78d21add55fe5b238cbd99828b86e"}
+_WHERE = {"above": "upper", "below": "lower"}
+
+
+class GenEvalPP(JudgedBenchmark):
+    """Right or wrong by one judge; overall the mean of the tags' accuracies. A reply without a verdict is wrong."""
+
+    name: ClassVar = "genevalpp"
+    title: ClassVar = "GenEval++"
+    is_binary: ClassVar = True
+    suffixes: ClassVar = (".jpg",)
+    source: ClassVar = Source(github(*ECHO_4O, _FILES), license="Apache-2.0")
+    rubrics: ClassVar = ("genevalpp",)
+    prompts_hint: ClassVar = "test_scripts/Geneval++.jsonl of yejy53/Echo-4o"
+
+    def read(self, path: Path) -> list[Item]:
+        """See `Benchmark`; pictures are numbered from 1."""
+        items = []
+        for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt")), start=1):
+            try:
+                checklist(entry)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ClvrError(f"{place}: a clause lacks {error}; each needs a class and a count") from error
+            items.append(Item(str(number), entry["prompt"].strip(), entry["tag"], entry))
+        return items
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`."""
+        text = rubric("genevalpp").format(prompt=item.prompt, checklist="\n".join(checklist(item.record)))
+        return [Asked("verdict", text, _verdict, 200, is_json=True)]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`."""
+        if answers["verdict"] is None:
+            return Mark(0.0, False, reasons=("the judge gave no verdict",), readable=False)
+        correct, reason = answers["verdict"]
+        return Mark(float(correct), correct, reasons=() if correct else (reason,))
+
+
+def checklist(metadata: Mapping[str, Any]) -> list[str]:
+    """What the metadata asks for, one line each: classes, counts, colors, sizes, parts of the picture, and limits."""
+    lines = []
+    for clause in metadata["include"]:
+        name, count = clause["class"], int(clause["count"])
+        words = [clause.get("size"), clause.get("color"), name]
+        region = clause.get("region")
+        where = f" in the {_WHERE.get(region, region)} part of the picture" if region else ""
+        lines.append(f"- {count} x {' '.join(word for word in words if word)}{where}")
+    for clause in metadata.get("exclude", []):
+        lines.append(f"- at most {int(clause['count']) - 1} x {clause['class']} in the whole picture")
+    return lines
+
+
+def _verdict(reply: str) -> tuple[bool, str]:
+    correct = json_score(reply, "correct", 0, 1, whole=True) == 1
+    return correct, str(read_json_object(reply).get("reason") or "the judge gave no reason")

@@ -1,0 +1,123 @@
+"""ImagineBench: 270 fantastic variants of known things, three scores from 0 to 10 by a judge.
+
+Source: Ye et al. 2025 (arXiv 2508.09987), yejy53/Echo-4o (Apache-2.0), test_scripts/Eval-gpt-4.1-Imagine.py.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.benchmark import (
+    Asked,
+    Item,
+    JudgedBenchmark,
+    Mark,
+    read_entries,
+    rubric,
+    without_twins,
+)
+from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
+from clvr_jax.evaluation.benchmarks.replies import labelled_scores
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+
+Rules = Literal["official", "fixed"]
+
+AXES = ("Fantasy Fulfillment", "Identity Preservation", "Aesthetic Quality")
+_FILES = {"test_scripts/Imagine.jsonl": "1ce2e29424077821b1820525224ca9d7f98e0331"}
+_GROUPS = {
+    "COLOR": "Attribute shift",
+    "SHAPE": "Attribute shift",
+    "SIZE": "Attribute shift",
+    "MATERIAL": "Hybridization",
+    "COMBINATION": "Hybridization",
+    "TIME": "Spatiotemporal",
+    "ENVIRONMENT": "Spatiotemporal",
+    "Multi-Object": "Multi-Object",
+}
+_WEIGHTS = {"Attribute shift": 3.0, "Hybridization": 2.0, "Spatiotemporal": 2.0, "Multi-Object": 2.0}
+
+
+@dataclass(frozen=True)
+class ImagineBench(JudgedBenchmark):
+    """.8 of the smaller of fantasy and identity, .2 of aesthetics; groups weigh 3 : 2 : 2 : 2.
+
+    rules: "official" reads replies and sums up as the official script does, its faults included; "fixed" reads strictly
+    and counts all groups.
+    """
+
+    rules: Rules = "fixed"
+
+    name: ClassVar = "imaginebench"
+    title: ClassVar = "ImagineBench"
+    unit: ClassVar = "0 to 10"
+    suffixes: ClassVar = (".png", ".jpg", ".jpeg", ".webp")
+    source: ClassVar = Source(github(*ECHO_4O, _FILES), license="Apache-2.0")
+    rubrics: ClassVar = ("imaginebench",)
+    prompts_hint: ClassVar = "test_scripts/Imagine.jsonl of yejy53/Echo-4o"
+
+    @property
+    def scored_as(self) -> str:
+        """See `Benchmark`."""
+        return f"{self.name}-{self.rules}"
+
+    @property
+    def attempts(self) -> int:
+        """The official script takes what it gets."""
+        return 3 if self.rules == "fixed" else 1
+
+    @property
+    def faults(self) -> tuple[str, ...]:
+        """See `Benchmark`."""
+        if self.rules == "fixed":
+            return ()
+        return (
+            "Multi-Object is left out of the overall score (the script weighs it under another name)",
+            "a label in bold, or none, is read as -1",
+            "of several scores for a label the last counts, and what is above 10 counts as 10",
+        )
+
+    def read(self, path: Path) -> list[Item]:
+        """See `Benchmark`."""
+        items = []
+        for place, entry in read_entries(path, ("id", "instruction", "note", "type")):
+            if entry["type"] not in _GROUPS:
+                raise ClvrError(f"{place}: type {entry['type']!r} is none of {', '.join(_GROUPS)}")
+            items.append((place, Item(str(entry["id"]), entry["instruction"], _GROUPS[entry["type"]], entry)))
+        return without_twins(items)
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`."""
+        text = rubric("imaginebench").format(prompt=item.prompt, explanation=item.record["note"])
+        return [Asked("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`."""
+        scores = answers["scores"]
+        if scores is None:
+            return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
+        fantasy, identity, aesthetics = (scores[axis] for axis in AXES)
+        score = 0.8 * min(fantasy, identity) + 0.2 * aesthetics
+        return Mark(round(score, 3) if self.rules == "official" else score, parts=scores)
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """See `Benchmark`."""
+        left_out = {"Multi-Object"} if self.rules == "official" else set()
+        return {group: weight for group, weight in _WEIGHTS.items() if group not in left_out}
+
+
+def fixed_scores(reply: str) -> dict[str, float]:
+    """The three scores, each once and from 0 to 10. Raises: AnswerError."""
+    return labelled_scores(reply, AXES, 0, 10)
+
+
+def official_scores(reply: str) -> dict[str, float]:
+    """The three scores as the official script reads them, -1 for what it does not find."""
+    scores = dict.fromkeys(AXES, -1.0)
+    for axis, value in re.findall(rf"({'|'.join(AXES)})\s*[:\uff1a]?\s*(\d{{1,2}})", reply):
+        scores[axis] = min(float(value), 10.0)
+    return scores

@@ -1,0 +1,87 @@
+"""PRISM-Bench: seven tracks of 100 prompts, alignment and aesthetics from 0 to 10 by a judge, shown times 10.
+
+There is no license, and the captions cannot be fetched by a pinned address, so they must be given.
+
+Source: Fang et al. 2025 (arXiv 2509.09680), official folder layout and evaluation/eval_gpt41.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.benchmark import (
+    Asked,
+    Item,
+    JudgedBenchmark,
+    Mark,
+    files_of,
+    read_entries,
+    rubric,
+)
+from clvr_jax.evaluation.benchmarks.replies import json_score
+
+TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")
+_FOCUS = {
+    "imagination": "Is the impossible or invented idea of the prompt really there, whole, and not made ordinary?",
+    "entity": "Is the named person, place, work or species the right one, recognizable by its own marks?",
+    "text_rendering": "Is every word asked for there, letter for letter, readable, where and as it should be?",
+    "style": "First the content; then, is the style the one that was asked for, in every part of the picture?",
+    "affection": "First the content; then, do light, color and composition carry the mood, without a mere cliche?",
+    "composition": "Are all objects there, in their numbers, each with its own attributes, in the relations asked for?",
+    "long_text": "Go through the text detail by detail: the main things first, then every lesser one.",
+}
+
+
+class Prism(JudgedBenchmark):
+    """Mean of alignment and aesthetics, over all pictures, times 10."""
+
+    name: ClassVar = "prism"
+    title: ClassVar = "PRISM-Bench"
+    unit: ClassVar = "0 to 100"
+    rubrics: ClassVar = ("prism_alignment", "prism_aesthetic")
+    prompts_hint: ClassVar = (
+        "the folder captions/en of the official repository (linked from flux-reason-6m.github.io) with "
+        + ", ".join(f"{track}.jsonl" for track in TRACKS)
+    )
+
+    def read(self, path: Path) -> list[Item]:
+        """See `Benchmark`; a single file has the name of its track. Pictures are numbered from 0 in each track."""
+        items = []
+        for file in files_of(path, [f"{track}.jsonl" for track in TRACKS]):
+            track = _track(file)
+            for number, (_, entry) in enumerate(read_entries(file, ("prompt",))):
+                items.append(Item(f"{track}/{number}", entry["prompt"], track, entry))
+        return items
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`."""
+        alignment = rubric("prism_alignment").format(prompt=item.prompt, focus=_FOCUS[item.tag])
+        aesthetic = rubric("prism_aesthetic").format(prompt=item.prompt)
+        return [
+            Asked("alignment", alignment, _score, 4096, is_json=True),
+            Asked("aesthetic", aesthetic, _score, 4096, is_json=True),
+        ]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`."""
+        unread = [name for name, score in answers.items() if score is None]
+        parts = {name: score or 0.0 for name, score in answers.items()}
+        reasons = tuple(f"the judge gave no score for {name} that can be read" for name in unread)
+        return Mark(10 * sum(parts.values()) / len(parts), parts=parts, reasons=reasons, readable=not unread)
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """Over all pictures, as the official script sums up."""
+        return {tag: float(count) for tag, count in counts.items()}
+
+
+def _score(reply: str) -> float:
+    return json_score(reply, "score", 0, 10)
+
+
+def _track(file: Path) -> str:
+    if file.stem not in TRACKS:
+        raise ClvrError(f"{file}: a file of PRISM's has the name of its track: {', '.join(TRACKS)}")
+    return file.stem

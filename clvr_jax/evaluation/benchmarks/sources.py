@@ -1,0 +1,85 @@
+"""Prompt files that are not in the package: fetched once, at a pinned revision, and kept in the user's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from clvr_jax.compilation import user_cache
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import write_atomically
+
+_TIMEOUT = 10
+_MOST_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file of a repository. url: where it lies, at one commit. blob: git's own id of its content at that commit."""
+
+    url: str
+    blob: str
+
+    @property
+    def name(self) -> str:
+        """Of the file."""
+        return self.url.rpartition("/")[2].replace("%2B", "+")
+
+
+@dataclass(frozen=True)
+class Source:
+    """The prompts of a benchmark. files: all of them. license: what they may be used under."""
+
+    files: tuple[Remote, ...]
+    license: str
+
+    def fetch(self, benchmark: str) -> Path:
+        """The file, or the folder of the files if there are several; what is in the cache is not fetched again.
+
+        Raises: ClvrError, one line, if a file cannot be fetched or is not the one that was pinned.
+        """
+        folder = _cache() / benchmark
+        for remote in self.files:
+            path = folder / remote.name
+            if path.is_file() and blob_id(path.read_bytes()) == remote.blob:
+                continue
+            content = _download(remote.url, benchmark)
+            if (found := blob_id(content)) != remote.blob:
+                raise ClvrError(
+                    f"{benchmark}: {remote.url} holds something else than was pinned (git blob {found}, not "
+                    f"{remote.blob}); give the file with --prompts PATH"
+                )
+            write_atomically(path, content)
+        return folder / self.files[0].name if len(self.files) == 1 else folder
+
+
+def github(repository: str, commit: str, blobs: dict[str, str]) -> tuple[Remote, ...]:
+    """Files of a GitHub repository at a commit. blobs: path in it -> git's id of the content."""
+    return tuple(
+        Remote(f"https://raw.githubusercontent.com/{repository}/{commit}/{path.replace('+', '%2B')}", blob)
+        for path, blob in blobs.items()
+    )
+
+
+def blob_id(content: bytes) -> str:
+    """Git's id of a file: what a commit pins is what can be looked up there, without fetching it first."""
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
+
+
+def _download(url: str, benchmark: str) -> bytes:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            content: bytes = response.read(_MOST_BYTES + 1)
+    except (urllib.error.URLError, OSError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise ClvrError(
+            f"{benchmark}: its prompts cannot be fetched ({reason}); download {url} elsewhere and give --prompts PATH"
+        ) from error
+    return content
+
+
+def _cache() -> Path:
+    return user_cache() / "clvr-jax" / "benchmarks"

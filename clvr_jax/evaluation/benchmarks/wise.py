@@ -1,0 +1,136 @@
+"""WISE: 1,000 prompts that need knowledge of the world. Two benchmarks of one name, whose scores never mix.
+
+Legacy (2025): three scores of 0, 1 or 2 by GPT-4o. Verified (2026): other prompts, one score of 0 or 1 by a Qwen judge.
+There is no license, so prompts are fetched, not shipped, and the rubrics are ours.
+
+Source: Niu et al. 2025 (arXiv 2503.07265), PKU-YuanGroup/WISE.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.benchmark import (
+    Asked,
+    Item,
+    JudgedBenchmark,
+    Mark,
+    files_of,
+    read_entries,
+    rubric,
+    without_twins,
+)
+from clvr_jax.evaluation.benchmarks.replies import labelled_scores
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+
+LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
+_REPOSITORY = ("PKU-YuanGroup/WISE", "eb51174483a5de2e34e8614cf9dfb3319ee7fcd0")
+_LEGACY_FILES = {
+    "WISE_legacy/data/cultural_common_sense.json": "49d1c3d0fb2df4b599725a458241f8b113dfbf53",
+    "WISE_legacy/data/spatio-temporal_reasoning.json": "0a175dc324d60563d83af9da307ed62b48cc8d47",
+    "WISE_legacy/data/natural_science.json": "e2ea67e8fd9b58667dac4587a3103c725e714680",
+}
+_VERIFIED_FILES = {"data_verified/merge.json": "b8506419ab24e836585a74f3359341115e33a5ab"}
+_FIELDS = ("prompt_id", "Prompt", "Explanation")
+
+
+class _Wise(JudgedBenchmark):
+    """What both have in common. last_ids: the last id of every category, in order. shares: their weights."""
+
+    files: ClassVar[tuple[str, ...]]
+    last_ids: ClassVar[Mapping[str, int]]
+    shares: ClassVar[Mapping[str, float]]
+    license_note: ClassVar = "none given; fetched for evaluation, not distributed"
+
+    def read(self, path: Path) -> list[Item]:
+        """See `Benchmark`."""
+        items = []
+        for file in files_of(path, self.files):
+            for place, entry in read_entries(file, _FIELDS):
+                id = entry["prompt_id"]
+                if type(id) is not int or not 1 <= id <= 1000:
+                    raise ClvrError(f"{place}: prompt_id must be a number from 1 to 1000, got {id!r}")
+                category = next(name for name, last in self.last_ids.items() if id <= last)
+                items.append((place, Item(str(id), entry["Prompt"], category, entry)))
+        return without_twins(items)
+
+    def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
+        """See `Benchmark`."""
+        return dict(self.shares)
+
+    def _text(self, item: Item) -> str:
+        return rubric(self.rubrics[0]).format(prompt=item.prompt, explanation=item.record["Explanation"])
+
+
+class WiseLegacy(_Wise):
+    """(.7 consistency + .2 realism + .1 aesthetics) / 2."""
+
+    name: ClassVar = "wise-legacy"
+    title: ClassVar = "WISE (legacy)"
+    source: ClassVar = Source(github(*_REPOSITORY, _LEGACY_FILES), license=_Wise.license_note)
+    prompts_hint: ClassVar = "the folder WISE_legacy/data of PKU-YuanGroup/WISE, or one of its files"
+    rubrics: ClassVar = ("wise_legacy",)
+    files: ClassVar = tuple(path.rpartition("/")[2] for path in _LEGACY_FILES)
+    last_ids: ClassVar = {"CULTURE": 400, "TIME": 567, "SPACE": 700, "BIOLOGY": 800, "PHYSICS": 900, "CHEMISTRY": 1000}
+    shares: ClassVar = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1, "CHEMISTRY": 0.1}
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`."""
+        return [Asked("scores", self._text(item), legacy_scores, 2000)]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`."""
+        scores = answers["scores"]
+        if scores is None:
+            return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
+        consistency, realism, aesthetics = (scores[axis] for axis in LEGACY_AXES)
+        return Mark((0.7 * consistency + 0.2 * realism + 0.1 * aesthetics) / 2, parts=scores)
+
+
+class WiseVerified(_Wise):
+    """Right or wrong."""
+
+    name: ClassVar = "wise-verified"
+    title: ClassVar = "WISE_Verified"
+    is_binary: ClassVar = True
+    source: ClassVar = Source(github(*_REPOSITORY, _VERIFIED_FILES), license=_Wise.license_note)
+    prompts_hint: ClassVar = "data_verified/merge.json of PKU-YuanGroup/WISE"
+    rubrics: ClassVar = ("wise_verified",)
+    files: ClassVar = tuple(path.rpartition("/")[2] for path in _VERIFIED_FILES)
+    last_ids: ClassVar = {"CULTURE": 400, "TIME": 520, "SPACE": 640, "BIOLOGY": 760, "PHYSICS": 880, "CHEMISTRY": 1000}
+    shares: ClassVar = {
+        "CULTURE": 0.4,
+        "TIME": 0.12,
+        "SPACE": 0.12,
+        "BIOLOGY": 0.12,
+        "PHYSICS": 0.12,
+        "CHEMISTRY": 0.12,
+    }
+
+    def questions(self, item: Item) -> list[Asked]:
+        """See `JudgedBenchmark`."""
+        return [Asked("score", self._text(item), verified_score, 2000)]
+
+    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+        """See `JudgedBenchmark`."""
+        score = answers["score"]
+        if score is None:
+            return Mark(0.0, False, reasons=("the judge gave no score that can be read",), readable=False)
+        return Mark(score, score == 1)
+
+
+def legacy_scores(reply: str) -> dict[str, float]:
+    """The three scores of a reply, each 0, 1 or 2; three bare numbers will do. Raises: AnswerError."""
+    bare = reply.split()
+    if len(bare) == len(LEGACY_AXES) and all(one in ("0", "1", "2") for one in bare):
+        return dict(zip(LEGACY_AXES, map(float, bare), strict=True))
+    return labelled_scores(reply, LEGACY_AXES, 0, 2, whole=True)
+
+
+def verified_score(reply: str) -> float:
+    """The score of a reply, 0 or 1; a bare number will do. Raises: AnswerError."""
+    bare = reply.strip()
+    return float(bare) if bare in ("0", "1") else labelled_scores(reply, ("Score",), 0, 1, whole=True)["Score"]
