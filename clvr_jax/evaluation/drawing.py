@@ -9,7 +9,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.drawn import DrawAll, Drawn, picture_seed
 from clvr_jax.evaluation.layout import Folder, Record
 
-_LISTED = 10
+LISTED = 10
 
 
 def draw_missing(
@@ -70,8 +70,8 @@ def all_drawn(folder: Folder, prompts: Sequence[str], seed: int, samples: int) -
 
 def pictures_missing(folder: Folder, missing: Sequence[tuple[int, int]], total: int, advice: str) -> ClvrError:
     """The error that lists them, on one line."""
-    names = ", ".join(folder.places.picture(*place).as_posix() for place in missing[:_LISTED])
-    more = " ..." if len(missing) > _LISTED else ""
+    names = ", ".join(folder.places.picture(*place).as_posix() for place in missing[:LISTED])
+    more = " ..." if len(missing) > LISTED else ""
     return ClvrError(f"{folder.root}: {len(missing)} of {total} pictures are missing ({names}{more}); {advice}")
 
 

@@ -71,7 +71,7 @@ def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
             "interval": [mean.low, mean.high],
             "over_pictures": _group(scores),
         },
-        "cost": _cost(scores),
+        "cost": mean_cost(scores),
     }
 
 
@@ -159,8 +159,11 @@ def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
     }
 
 
-def _cost(scores: Sequence[PictureScore]) -> dict[str, Any]:
-    """Price per picture, dollars in all. The median time leaves the first compilation out, the mean does not."""
+def mean_cost(scores: Sequence[Any]) -> dict[str, Any]:
+    """Price per picture, dollars in all. The median time leaves the first compilation out, the mean does not.
+
+    scores: PictureScores, or what else has their fields of cost.
+    """
     seconds = _recorded(scores, "seconds")
     means = {
         f"{name}_per_picture": descriptive.fmean(values) if (values := _recorded(scores, name)) else None
@@ -177,10 +180,10 @@ def _cost(scores: Sequence[PictureScore]) -> dict[str, Any]:
     }
 
 
-def _recorded(scores: Sequence[PictureScore], name: str) -> list[Any]:
+def _recorded(scores: Sequence[Any], name: str) -> list[Any]:
     return [value for score in scores if (value := getattr(score, name)) is not None]
 
 
-def _counts(scores: Sequence[PictureScore], name: str) -> dict[str, int]:
+def _counts(scores: Sequence[Any], name: str) -> dict[str, int]:
     values = _recorded(scores, name)
     return {str(value): values.count(value) for value in sorted(set(values))}
