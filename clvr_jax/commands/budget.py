@@ -23,8 +23,8 @@ class BudgetOptions:
     """Network evaluations at most; the first drawing is always made."""
     max_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
     """No further drawing begins after so many seconds; with several prompts at a time, of all of them together."""
-    stop_when: Literal["controller", "verified"] = "controller"
-    """controller: when it says so. verified: also as soon as it finds nothing unmet, though it would draw on."""
+    stop_when: Literal["controller", "verified", "drawn"] = "controller"
+    """controller: when it says so. verified: as soon as it finds nothing unmet. drawn: after one picture, unseen."""
     candidates: int = 1
     """Drawings of each step, of which the one with the fewest unmet items goes on; all count as drawings."""
 
@@ -34,6 +34,8 @@ class BudgetOptions:
         at_least_one("--candidates", self.candidates)
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise UsageError(f"--max-seconds must be above 0, got {self.max_seconds}")
+        if self.stop_when == "drawn" and self.candidates > 1:
+            raise UsageError("--stop-when drawn never judges; leave --candidates out")
 
     def budget(self) -> "Budget":
         """The same as the loop takes it."""

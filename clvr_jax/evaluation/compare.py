@@ -47,7 +47,7 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
     for key in ("benchmark", "judge"):
         if first[key] != second[key]:
             raise ClvrError(f"compare: {key} differs ({first[key]} and {second[key]}); such scores cannot be compared")
-    rows = _pair(_by_prompt(first), _by_prompt(second))
+    rows = _pair(by_prompt(first), by_prompt(second))
     a, b = [row["first"] for row in rows], [row["second"] for row in rows]
     mean = paired_bootstrap(a, b, [row["tag"] for row in rows], seed)
     tags = list(dict.fromkeys(row["tag"] for row in rows))
@@ -97,14 +97,19 @@ def _difference(part: Mapping[str, Any]) -> list[str]:
     return [f"{part['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
 
 
-def _by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:
-    """(index, prompt) -> tag, tier and mean score of the prompt's pictures."""
+def score_of(entry: Mapping[str, Any]) -> float:
+    """What a picture scores: in its benchmark's unit, or 1 for right and 0 for wrong."""
+    return float(entry["correct"] if entry.get("score") is None else entry["score"])
+
+
+def by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:
+    """(index, prompt) -> tag, tier and the scores of the prompt's pictures."""
     prompts: dict[tuple[int, str], dict[str, Any]] = {}
     for entry in results["pictures"]:
         row = prompts.setdefault(
-            (entry["index"], entry["prompt"]), {"tag": entry["tag"], "tier": entry["tier"], "verdicts": []}
+            (entry["index"], entry["prompt"]), {"tag": entry["tag"], "tier": entry["tier"], "scores": []}
         )
-        row["verdicts"].append(bool(entry["correct"]))
+        row["scores"].append(score_of(entry))
     return prompts
 
 
@@ -120,8 +125,8 @@ def _pair(first: Mapping[tuple[int, str], Any], second: Mapping[tuple[int, str],
         {
             "tag": row["tag"],
             "tier": row["tier"],
-            "first": sum(row["verdicts"]) / len(row["verdicts"]),
-            "second": sum(second[key]["verdicts"]) / len(second[key]["verdicts"]),
+            "first": sum(row["scores"]) / len(row["scores"]),
+            "second": sum(second[key]["scores"]) / len(second[key]["scores"]),
         }
         for key, row in sorted(first.items())
     ]

@@ -23,7 +23,7 @@ def draw_missing(
     on_progress: Callable[[int, int], None] | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Draws what is not complete, batch by batch, a batch's pictures written before the next begins.
+    """Draws what is not complete, batch by batch. A picture is written as soon as `draw_all` returns or yields it.
 
     Args:
       folder: prepared for these prompts.
@@ -46,12 +46,16 @@ def draw_missing(
         seeds = [picture_seed(seed, prompts[index], sample) for index, sample in batch]
         began = time.monotonic()
         results = draw_all(texts, seeds)
-        seconds = (time.monotonic() - began) / len(batch)
-        if len(results) != len(batch):
-            raise ClvrError(f"benchmark: asked for {len(batch)} pictures and got {len(results)}")
-        for (index, sample), text, own_seed, result in zip(batch, texts, seeds, results, strict=True):
-            drawn = Drawn.of(result)
-            folder.add(index, sample, drawn, Record.of(drawn, text, own_seed, seconds, device))
+        share_of_batch = (time.monotonic() - began) / len(batch)
+        got = 0
+        for got, result in enumerate(results, start=1):
+            if got > len(batch):
+                break
+            drawn, (index, sample) = Drawn.of(result), batch[got - 1]
+            seconds = share_of_batch if drawn.seconds is None else drawn.seconds
+            folder.add(index, sample, drawn, Record.of(drawn, texts[got - 1], seeds[got - 1], seconds, device))
+        if got != len(batch):
+            raise ClvrError(f"benchmark: asked for {len(batch)} pictures and got {got}")
         done += len(batch)
         if on_progress:
             on_progress(done, len(wanted))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,8 +12,9 @@ from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 
-DrawAll = Callable[[list[str], list[int]], Sequence[Any]]
-"""(prompts, seeds) -> one result per prompt: a Drawn, or anything that `Drawn.of` takes."""
+DrawAll = Callable[[list[str], list[int]], Iterable[Any]]
+"""(prompts, seeds) -> one result per prompt, in order: a Drawn, or anything that `Drawn.of` takes. Dear results are
+yielded one by one, so that a run that fails has those before."""
 
 
 @dataclass(frozen=True)
@@ -21,16 +22,20 @@ class Drawn:
     """One result.
 
     Attributes:
-      image: None if a closed loop ended without any picture.
+      image: None if a closed loop ended without any picture, or an endpoint refused to draw.
       nfe: network evaluations of our own models, None if unknown.
       usage: tokens of the language model, and dollars of endpoints; None if unknown.
       trajectory: of a closed loop.
+      outcome: how it ended, where no trajectory tells.
+      seconds: that it took alone; None to share the time of its batch.
     """
 
     image: Picture | None = field(repr=False)
     nfe: int | None = None
     usage: Usage | None = None
     trajectory: Trajectory | None = None
+    outcome: str | None = None
+    seconds: float | None = None
 
     @classmethod
     def of(cls, result: Any) -> Drawn:
@@ -38,6 +43,8 @@ class Drawn:
 
         Raises: ClvrError for None, or an object without image and trajectory.
         """
+        if isinstance(result, Drawn):
+            return result
         if isinstance(result, Trajectory):
             return cls(result.image, result.nfe, trajectory=result)
         trajectory = getattr(result, "trajectory", None)

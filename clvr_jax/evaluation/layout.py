@@ -80,7 +80,7 @@ class Record:
     Attributes:
       prompt: as in the metadata.
       seed: it was drawn with.
-      has_picture: False if the closed loop ended without any picture.
+      has_picture: False if the closed loop ended without any picture, or an endpoint refused to draw.
       nfe, seconds, steps, outcome, input_tokens, output_tokens, dollars, device: see report.PictureScore.
     """
 
@@ -107,7 +107,7 @@ class Record:
             nfe=drawn.nfe,
             seconds=seconds,
             steps=None if trajectory is None else len(trajectory.drawings),
-            outcome=None if trajectory is None else trajectory.outcome,
+            outcome=drawn.outcome if trajectory is None else trajectory.outcome,
             input_tokens=None if usage is None else usage.input_tokens,
             output_tokens=None if usage is None else usage.output_tokens,
             dollars=None if usage is None else usage.dollars,

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 TAG_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "complex")
+COSTS = ("nfe", "seconds", "steps", "outcome", "input_tokens", "output_tokens", "dollars", "device")
+"""The fields of a PictureScore that say what the picture cost."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class PictureScore:
       prompt, tag: of the metadata; `tier`: its complexity tier, None if it has none.
       correct: the checker's verdict; `reasons` say why not.
       nfe: network evaluations, None if not recorded.
-      seconds: wall time of its batch, divided by the size of the batch.
+      seconds: wall time of its batch, divided by the size of the batch; of endpoints, its own from asking to having it.
       steps: pictures drawn on the way; None for one-shot drawing.
       outcome: how the trajectory ended; None for one-shot drawing.
       input_tokens, output_tokens: of the language model, None if not recorded; with several prompts at a time, a share.
@@ -60,7 +62,10 @@ def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
     """
     if not scores:
         raise ClvrError("report: no scored pictures")
-    tags = {tag: _group(score for score in scores if score.tag == tag) for tag in _tags(scores)}
+    tags = {
+        tag: _group(score for score in scores if score.tag == tag)
+        for tag in tags_in_order(score.tag for score in scores)
+    }
     tiers = sorted({score.tier for score in scores if score.tier is not None})
     mean = mean_of_proportions([(group["correct"], group["pictures"]) for group in tags.values()])
     return {
@@ -110,7 +115,7 @@ def cost_line(cost: Mapping[str, Any]) -> str:
         )
     tokens = [cost.get(f"{side}_tokens_per_picture") for side in ("input", "output")]
     if any(tokens):
-        parts.append("{:.0f} + {:.0f} tokens per picture (read and written)".format(*tokens))
+        parts.append(" + ".join(f"{count or 0:.0f}" for count in tokens) + " tokens per picture (read and written)")
     if cost.get("dollars"):
         parts.append(f"${cost['dollars']:.2f} in all")
     for name in ("steps", "outcomes", "devices"):
@@ -142,9 +147,9 @@ def _interval(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.3f} .. {bounds[1]:.3f}"
 
 
-def _tags(scores: Iterable[PictureScore]) -> list[str]:
-    """Tags that occur, GenEval's order first."""
-    found = {score.tag for score in scores}
+def tags_in_order(tags: Iterable[str]) -> list[str]:
+    """The tags that occur, GenEval's order first."""
+    found = set(tags)
     return [tag for tag in TAG_ORDER if tag in found] + sorted(found - set(TAG_ORDER))
 
 
@@ -162,7 +167,7 @@ def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
 def mean_cost(scores: Sequence[Any]) -> dict[str, Any]:
     """Price per picture, dollars in all. The median time leaves the first compilation out, the mean does not.
 
-    scores: PictureScores, or what else has their fields of cost.
+    scores: PictureScores, or what else has the fields of COSTS.
     """
     seconds = _recorded(scores, "seconds")
     means = {

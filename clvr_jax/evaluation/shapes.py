@@ -58,6 +58,23 @@ def shapes_judge() -> Judge:
     return Judge("shapes detector", SHAPES_JUDGE_VERSION, judge)
 
 
+def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+    """The prompts of the shapes world's benchmark.
+
+    Args:
+      split: one of the world's evaluation sets; not used if `path` is given.
+      path: JSONL file in GenEval's metadata format.
+      limit: at most so many, evenly spaced, so that a short run still meets every tag.
+    Raises: ClvrError for a file that is none.
+    """
+    from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
+
+    metadata = read_prompts(path) if path else evaluation_prompts(split)
+    if limit is None or limit >= len(metadata):
+        return metadata
+    return [metadata[index * len(metadata) // limit] for index in range(limit)]
+
+
 def run(
     metadata: Sequence[Metadata],
     draw_all: DrawAll,

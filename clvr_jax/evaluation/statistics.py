@@ -32,12 +32,12 @@ class SignTest:
     p_value: float
 
 
-def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion, without continuity correction.
 
     Args:
       successes: 0 .. trials.
-      trials: at least 1.
+      trials: at least 1; an effective number of trials need not be whole.
       confidence: two-sided, in (0, 1).
     Source: Wilson 1927; Newcombe 1998, method 3.
     """
@@ -51,6 +51,48 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> In
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == trials else center + half
     return Interval(share, low, high)
+
+
+def clustered_interval(scores: Sequence[Sequence[float]], seed: int = 0, confidence: float = 0.95) -> Interval:
+    """The mean over prompts of the mean of their pictures. Pictures of a prompt are not independent, prompts are.
+
+    Scores of 0 and 1 have Wilson's interval of an effective number of pictures: their number divided by how much larger
+    the variance over prompts is than that of independent pictures. That factor is at least 1 and at most the pictures
+    per prompt, which is also taken where no variance is seen. With one picture per prompt this is Wilson's interval
+    itself. Other scores have a percentile bootstrap interval over prompts.
+
+    Args:
+      scores: of the pictures of each prompt; at least one prompt, at least one picture each.
+      seed: of the bootstrap.
+      confidence: two-sided, in (0, 1).
+    Source: Kish 1965 (design effect); Korn and Graubard 1998 (effective sample size in an interval of a proportion).
+    """
+    if not scores or not all(scores):
+        raise ClvrError("interval over prompts: every prompt needs a score, and there must be one")
+    means = np.asarray([np.mean(own) for own in scores], dtype=np.float64)
+    if any(value not in (0, 1) for own in scores for value in own):
+        return paired_bootstrap([0.0] * len(means), means.tolist(), seed=seed, confidence=confidence)
+    pictures = sum(map(len, scores))
+    share, most = float(means.mean()), pictures / len(scores)
+    independent = share * (1 - share) / pictures
+    seen = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
+    effect = min(max(seen / independent, 1.0), most) if independent and seen else most
+    trials = pictures / effect
+    return wilson_interval(share * trials, trials, confidence)
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P-values corrected for their number, so that the chance of any false alarm stays what each says.
+
+    Source: Holm 1979.
+    """
+    order = sorted(range(len(p_values)), key=lambda index: p_values[index])
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(order):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 def mean_of_proportions(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:

@@ -1,94 +1,51 @@
-"""What a benchmark measures: a model in one of its modes, as a function of prompts and seeds."""
+"""What a benchmark measures: a way to draw, as a function of prompts and seeds, that any benchmark can use."""
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.drawn import DrawAll
-from clvr_jax.evaluation.shapes import run, shapes_judge
-from clvr_jax.outputs import check_folder
+from clvr_jax.evaluation.drawn import DrawAll, Drawn
+from clvr_jax.evaluation.open_loop import WholePlan
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawing
+from clvr_jax.reasoning.tools import Usage
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
-from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
 
-Mode = Literal["one-shot", "closed-loop"]
-ControllerName = Literal["vlm", "oracle"]
+Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
+PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
 
 _SAMPLE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class System:
-    """A way to draw. settings: JSON values that identify it: pictures made with other settings are never mixed in."""
+    """A way to draw.
+
+    Attributes:
+      draw_all: (prompts, seeds) -> one result per prompt.
+      settings: JSON values that identify it: pictures made with other settings are never mixed in.
+      device: what draws, recorded with each picture.
+      batch_size: prompts that it likes to draw at a time.
+    """
 
     draw_all: DrawAll
     settings: Mapping[str, Any]
-
-
-def evaluate_shapes(
-    model: str,
-    out: Path,
-    *,
-    split: str = "eval",
-    prompts: Path | None = None,
-    mode: Mode = "one-shot",
-    controller: ControllerName = "vlm",
-    max_steps: int | None = None,
-    limit: int | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> dict[str, Any]:
-    """Draws the prompts of the shapes world with a model and scores the pictures; what is in `out` is not drawn again.
-
-    Args:
-      model: shipped name or folder.
-      out: folder for pictures in GenEval's layout and results.json.
-      split: "eval" (553 prompts) or "complex" (300); not used if `prompts` is given.
-      prompts: JSONL file in GenEval's metadata format.
-      mode: "one-shot" draws each prompt once, "closed-loop" plans, looks and corrects.
-      controller: of the closed loop; "oracle" reads pictures exactly and is the ceiling.
-      max_steps: drawings of the closed loop at most; 8 if None.
-      limit: at most so many prompts, spread evenly over the set.
-      steps, guidance: of the sampler in one shot; the model's own if None.
-      on_progress: called with (pictures done, pictures in all).
-    Returns: the content of results.json, see `shapes.run`.
-    Raises: ClvrError, one line, before the model is loaded if model, prompts or folder cannot be used.
-    """
-    if mode == "one-shot" and max_steps is not None:
-        raise UsageError("max_steps is for the closed loop; one shot draws each prompt once")
-    if mode == "closed-loop" and (steps is not None or guidance is not None):
-        raise UsageError("steps and guidance are for one-shot; the closed loop draws as its model was trained to")
-    if limit is not None and limit < 1:
-        raise UsageError(f"limit must be at least 1, got {limit}")
-    resolve(model)
-    metadata = spread(read_prompts(prompts) if prompts else evaluation_prompts(split), limit)
-    check_folder(out)
-    if mode == "one-shot":
-        system = one_shot(model, steps, guidance)
-    else:
-        budget = Budget() if max_steps is None else Budget(max_steps=max_steps)
-        system = closed_loop(model, controller, metadata, budget)
-    settings = {**system.settings, "prompts": prompts.name if prompts else split, "limit": limit}
-    return run(metadata, system.draw_all, out, shapes_judge(), settings=settings, on_progress=on_progress)
-
-
-def spread(metadata: Sequence[Metadata], limit: int | None) -> list[Metadata]:
-    """At most `limit` of the prompts, evenly spaced, so that a short run still meets every tag."""
-    if limit is None or limit >= len(metadata):
-        return list(metadata)
-    return [metadata[index * len(metadata) // limit] for index in range(limit)]
+    device: str | None = None
+    batch_size: int = 16
 
 
 def one_shot(model: str, steps: int | None = None, guidance: float | None = None) -> System:
-    """A model that draws each prompt once."""
+    """A model that draws each prompt once.
+
+    Args:
+      model: shipped name, folder or Hugging Face id.
+      steps, guidance: of the sampler; the model's own if None.
+    """
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
     pipeline = Flux2Pipeline.from_pretrained(model)
@@ -105,31 +62,99 @@ def one_shot(model: str, steps: int | None = None, guidance: float | None = None
         )
         return [Drawing(image, output.nfe) for image in output.images]
 
-    return System(draw_all, settings)
+    return System(draw_all, settings, _device())
 
 
-def closed_loop(
-    model: str, controller: ControllerName, metadata: Sequence[Metadata], budget: Budget | None = None
+def planned(
+    model: str,
+    mode: PlannedMode = "closed-loop",
+    budget: Budget | None = None,
+    controller: Controller | None = None,
+    controller_name: str = "vlm",
 ) -> System:
-    """A model that plans, looks and corrects; all prompts of a batch advance together."""
+    """A model that draws what a controller plans; all prompts of a batch advance together.
+
+    Args:
+      model: shipped name, folder or Hugging Face id; of one that has a controller/, unless `controller` is given.
+      mode: "closed-loop" plans, draws, looks and corrects. "open-loop" plans the whole picture and draws it once,
+        unseen. "best-of" draws the whole plan `budget.candidates` times, the controller judges each and the one with
+        the fewest unmet items is taken.
+      budget: limits per prompt.
+      controller: plans and judges, the model's own if None.
+      controller_name: identifies it.
+    """
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
     pipeline = ClosedLoopPipeline.from_pretrained(model)
-    judge = Oracle(metadata) if controller == "oracle" else pipeline.controller
-    if judge is None:
-        raise ClvrError(f"{model}: the folder has no controller/; use the oracle as the controller")
-    budget = budget or Budget()
+    chosen = controller or pipeline.controller
+    if chosen is None:
+        raise ClvrError(f"{model}: the folder has no controller/; use the oracle or an endpoint as the controller")
+    limits = limits_of(mode, budget)
+    used = chosen if mode == "closed-loop" else WholePlan(chosen)
+
+    def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawn]:
+        before = _usage(chosen)
+        trajectories = pipeline.run(prompts, seeds, limits, controller=used)
+        shares = _shares(before, _usage(chosen), len(prompts))
+        return [
+            replace(Drawn.of(trajectory), usage=usage) for trajectory, usage in zip(trajectories, shares, strict=True)
+        ]
+
     settings = {
-        "mode": "closed-loop",
-        **_identity(model, *(["controller"] if controller == "vlm" else [])),
-        "controller": controller,
-        "max_steps": budget.max_steps,
+        "mode": mode,
+        **_identity(model, *([] if controller else ["controller"])),
+        "controller": controller_name,
+        **described(limits),
     }
-    return System(lambda prompts, seeds: pipeline.run(prompts, seeds, budget, controller=judge), settings)
+    return System(draw_all, settings, _device())
+
+
+def limits_of(mode: PlannedMode, budget: Budget | None) -> Budget:
+    """The loop's budget in a mode: the open loop draws once and is done, best-of draws nothing but its candidates.
+
+    Raises: UsageError for best-of with less than two candidates.
+    """
+    budget = budget or Budget()
+    if mode == "open-loop":
+        return replace(budget, max_steps=1, candidates=1, stop_when="drawn")
+    if mode == "best-of":
+        if budget.candidates < 2:
+            raise UsageError("best-of chooses among several drawings; give at least 2 candidates")
+        return replace(budget, max_steps=budget.candidates)
+    return budget
+
+
+def described(budget: Budget) -> dict[str, Any]:
+    """A budget for settings: the number of steps, and what is not as usual."""
+    usual = asdict(Budget())
+    return {key: value for key, value in asdict(budget).items() if key == "max_steps" or value != usual[key]}
+
+
+def _usage(controller: Controller) -> Usage:
+    return getattr(controller, "usage", Usage())
+
+
+def _shares(before: Usage, after: Usage, count: int) -> list[Usage]:
+    """What was spent between, divided among the prompts of a batch; whole tokens, and their sum is exact."""
+    spent = {key: value - getattr(before, key) for key, value in asdict(after).items()}
+    return [
+        Usage(
+            input_tokens=spent["input_tokens"] * (index + 1) // count - spent["input_tokens"] * index // count,
+            output_tokens=spent["output_tokens"] * (index + 1) // count - spent["output_tokens"] * index // count,
+            dollars=spent["dollars"] / count,
+        )
+        for index in range(count)
+    ]
+
+
+def _device() -> str:
+    import jax
+
+    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
 
 
 class Oracle(Controller):
-    """The shapes world's oracle as the loop's controller."""
+    """The shapes world's oracle as the loop's controller, for prompts whose metadata it is given."""
 
     def __init__(self, metadata: Sequence[Metadata]):
         requests: dict[str, Metadata] = {}

@@ -1,6 +1,5 @@
 """What a merge found out about the two changes, for people and for scripts: tables, report.json, plots."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,11 +11,7 @@ from clvr_jax.files import write_json
 from clvr_jax.merging.norms import Sums, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight
-
-
-def can_plot() -> bool:
-    """Whether matplotlib is installed, which nothing else of the package needs."""
-    return importlib.util.find_spec("matplotlib") is not None
+from clvr_jax.plots import can_plot, new_figure
 
 
 def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
@@ -44,15 +39,13 @@ def write_report(folder: Path, sums: Mapping[str, Sums]) -> list[str]:
 
 
 def _plot(folder: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
-    from matplotlib.figure import Figure  # without pyplot: no window, no state
-
     norms, cosines = folder / PLOTS[0], folder / PLOTS[1]
     names, places = list(layers), range(len(layers))
     for path, label, columns in (
         (norms, "|change| / |base|", ("distill", "align")),
         (cosines, "cosine between the changes", ("cosine",)),
     ):
-        figure = Figure(figsize=(max(6.4, 0.22 * len(names) + 2), 5), layout="constrained")
+        figure = new_figure(max(6.4, 0.22 * len(names) + 2), 5)
         axes = figure.add_subplot()
         for column in columns:
             values = [layer[column] for layer in layers.values()]

@@ -11,12 +11,13 @@ from PIL import Image
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import resolve
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
 from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 
 RETRY_TEMPERATURE = 0.7
@@ -27,26 +28,37 @@ class VLMController(Controller):
     """A vision-language model that plans, judges and decides; greedy at first, sampling when it has to try again.
 
     system: system prompt, for models that were not trained on the loop's contract (`reasoning.actions.SYSTEM_PROMPT`).
+    usage: what all replies have cost so far.
     """
 
     def __init__(self, vlm: Qwen3VLPipeline, system: str | None = None, max_new_tokens: int = MAX_REPLY_TOKENS):
         self._vlm, self._system, self._max_new_tokens = vlm, system, max_new_tokens
+        self.usage = Usage()
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """See `Controller`. First attempts share one call; every retry samples with a seed of its own."""
         first = [index for index, each in enumerate(conversations) if each.attempt == 0]
-        replies: dict[int, str] = {}
+        answers: dict[int, ChatAnswer] = {}
         if first:
-            chats = [conversations[index].messages(self._system) for index in first]
-            shown = [[pixels(image) for image in conversations[index].images] for index in first]
-            replies.update(zip(first, self._vlm.chat_all(chats, shown, self._max_new_tokens), strict=True))
+            answers.update(zip(first, self._answers([conversations[index] for index in first]), strict=True))
         for index, each in enumerate(conversations):
-            if index not in replies:
-                shown_once = [pixels(image) for image in each.images]
-                replies[index] = self._vlm.chat(
-                    each.messages(self._system), shown_once, self._max_new_tokens, RETRY_TEMPERATURE, each.seed
-                )
-        return [replies[index] for index in range(len(conversations))]
+            if index not in answers:
+                (answers[index],) = self._answers([each], RETRY_TEMPERATURE, each.seed)
+        return [answers[index].text for index in range(len(conversations))]
+
+    def _answers(
+        self, conversations: Sequence[Conversation], temperature: float = 0.0, seed: int = 0
+    ) -> list[ChatAnswer]:
+        answers = self._vlm.answer_all(
+            [each.messages(self._system) for each in conversations],
+            [[pixels(image) for image in each.images] for each in conversations],
+            self._max_new_tokens,
+            temperature,
+            seed,
+        )
+        for answer in answers:
+            self.usage += Usage(calls=1, input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+        return answers
 
 
 class Flux2Drawer(Drawer):

@@ -1,6 +1,7 @@
 """Qwen3-VL made usable: a chat with pictures in, text out."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,15 @@ from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+
+
+@dataclass(frozen=True)
+class ChatAnswer:
+    """The assistant's message, and how many tokens were read (visual ones included) and written for it."""
+
+    text: str
+    input_tokens: int
+    output_tokens: int
 
 
 class Qwen3VLPipeline:
@@ -76,6 +86,18 @@ class Qwen3VLPipeline:
         seed: int = 0,
     ) -> list[str]:
         """As `chat`, for several conversations in one call; they may differ in length and number of pictures."""
+        answers = self.answer_all(conversations, images, max_new_tokens, temperature, seed)
+        return [answer.text for answer in answers]
+
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[Image.Image | np.ndarray]],
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> list[ChatAnswer]:
+        """As `chat_all`, with the numbers of tokens."""
         if len(conversations) != len(images):
             raise UsageError(f"chat: {len(conversations)} conversations but pictures for {len(images)}")
         rows = [self.prepare(messages, shown) for messages, shown in zip(conversations, images, strict=True)]
@@ -101,7 +123,11 @@ class Qwen3VLPipeline:
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
         texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
-        return [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
+        texts = [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
+        return [
+            ChatAnswer(text, len(row.input_ids), int(length))
+            for text, row, length in zip(texts, rows, lengths[: len(rows)], strict=True)
+        ]
 
     def prepare(
         self,

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from clvr_jax.errors import UsageError
 
-StopWhen = Literal["controller", "verified"]
+StopWhen = Literal["controller", "verified", "drawn"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Budget:
       candidates: drawings of each reply, as many of them as the limits allow. Each is judged, the one with the fewest
         unmet items goes on.
       stop_when: "controller" stops when the controller says so; "verified" also as soon as it finds nothing unmet,
-        though it would draw on.
+        though it would draw on; "drawn" after the first picture, which nobody looks at.
     """
 
     max_steps: int = 8
@@ -48,7 +48,11 @@ class Budget:
             if limit is not None and not limit > 0:
                 raise UsageError(f"budget: {name} must be positive or None, got {limit}")
         if self.stop_when not in get_args(StopWhen):
-            raise UsageError(f"budget: stop_when must be {' or '.join(get_args(StopWhen))}, got {self.stop_when!r}")
+            raise UsageError(
+                f"budget: stop_when must be one of {', '.join(get_args(StopWhen))}, got {self.stop_when!r}"
+            )
+        if self.stop_when == "drawn" and self.candidates > 1:
+            raise UsageError(f"budget: stop_when drawn never judges, so {self.candidates} candidates make no sense")
 
 
 @dataclass

@@ -30,6 +30,7 @@ from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawi
 from clvr_jax.reasoning.trajectory import (
     ACCEPTED,
     GAVE_UP,
+    STEP_LIMIT,
     UNPARSEABLE,
     Step,
     Trajectory,
@@ -208,11 +209,12 @@ class _Run:
             derive_seed(self._seed, "draw", len(self._steps) + extra)
             for extra in range(self._account.affordable(self._wanted))
         ]
-        if not seeds:
+        requests = [DrawRequest(self._prompt, (*replies, self._draft.reply.text), images, seed) for seed in seeds]
+        if not requests:
             self._draft = None
-        else:
-            replies = (*replies, self._draft.reply.text)
-        return [DrawRequest(self._prompt, replies, images, seed) for seed in seeds]
+            if self._budget.stop_when == "drawn":
+                self._finish(STEP_LIMIT)
+        return requests
 
     def receive(self, request: DrawRequest, drawing: Drawing, seconds: float) -> None:
         """Takes a picture that was asked for."""

@@ -1,18 +1,18 @@
 import pytest
 
-from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.systems import Oracle, _identity, evaluate_shapes, spread
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.shapes import shapes_prompts
+from clvr_jax.evaluation.systems import Oracle, _identity
 from clvr_jax.reasoning import Conversation, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
 
 def test_a_short_run_still_meets_every_tag_and_tier():
-    assert {entry["tag"] for entry in spread(evaluation_prompts("eval"), 12)} == {
+    assert {entry["tag"] for entry in shapes_prompts("eval", limit=12)} == {
         entry["tag"] for entry in evaluation_prompts("eval")
     }
-    assert [entry["tier"] for entry in spread(evaluation_prompts("complex"), 4)] == [3, 4, 5, 6]
-    few = evaluation_prompts("complex")[:3]
-    assert spread(few, 10) == spread(few, None) == few
+    assert [entry["tier"] for entry in shapes_prompts("complex", limit=4)] == [3, 4, 5, 6]
+    assert shapes_prompts("complex", limit=1000) == shapes_prompts("complex") == evaluation_prompts("complex")
 
 
 def test_the_oracle_plans_what_each_prompt_asks_for():
@@ -29,12 +29,6 @@ def test_the_oracle_refuses_a_prompt_with_two_meanings():
     Oracle([first, dict(first)])
     with pytest.raises(ClvrError, match="two meanings"):
         Oracle([first, {**second, "prompt": first["prompt"]}])
-
-
-@pytest.mark.parametrize("given", [{"mode": "one-shot", "max_steps": 4}, {"mode": "closed-loop", "guidance": 2.0}])
-def test_a_setting_of_the_other_mode_is_refused_and_not_ignored(given, tmp_path):
-    with pytest.raises(UsageError, match=r"one shot|one-shot"):
-        evaluate_shapes("shapes-tiny", tmp_path, **given)
 
 
 def test_a_model_that_was_trained_further_is_another_model(tmp_path):

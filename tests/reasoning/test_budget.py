@@ -14,6 +14,7 @@ from clvr_jax.reasoning.budget import Account, Budget
         {"max_parse_retries": -1},
         {"candidates": 0},
         {"stop_when": "never"},
+        {"stop_when": "drawn", "candidates": 2},
     ],
 )
 def test_limits_are_checked(wrong):

@@ -232,6 +232,14 @@ def test_stopping_when_verified_does_not_wait_for_the_controller():
     assert len(drawer.requests) == 2
 
 
+def test_stopping_when_drawn_never_looks():
+    trajectory, controller, drawer = run_one([draw()], Budget(stop_when="drawn"))
+    assert (trajectory.outcome, trajectory.best, trajectory.verdict) == ("step limit", 0, None)
+    assert (len(controller.calls), len(drawer.requests)) == (1, 1)
+    trajectory, _, _ = run_one(["No.<|terminate|>"], Budget(stop_when="drawn"))
+    assert (trajectory.outcome, trajectory.image) == ("gave up", None)
+
+
 def without_times(trajectory):
     return replace(trajectory, seconds=0.0, steps=tuple(replace(step, seconds=0.0) for step in trajectory.steps))
 

@@ -1,0 +1,172 @@
+"""Which system a benchmark measures: the options of every `clvr eval` that draws."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one, check_guidance, check_seed
+from clvr_jax.commands.budget import BudgetOptions, Limits
+from clvr_jax.commands.common import Count, Folder, Guidance
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.evaluation.systems import System
+    from clvr_jax.reasoning.protocols import Controller
+    from clvr_jax.reasoning.tools import ImageTool, VisionLanguageModel
+
+Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+
+
+@dataclass(frozen=True)
+class SystemOptions:
+    """A model of ours in one of its modes, an endpoint, or a folder of pictures."""
+
+    model: str
+    """Shipped model, diffusers folder or Hugging Face id; the server's name with --endpoint, any with --pictures."""
+    mode: Literal["one-shot", "open-loop", "best-of", "closed-loop"] = "one-shot"
+    """one-shot: draw. open-loop: plan, draw. best-of: plan, draw --candidates, take the best. closed-loop: the loop."""
+    controller: Literal["vlm", "oracle", "endpoint"] = "vlm"
+    """Who plans and judges: the model's own, the oracle of the shapes world, or a model behind an endpoint."""
+    budget: Limits = field(default_factory=BudgetOptions)
+    steps: Count = None
+    """Sampler steps in one shot; the model's own number if not given."""
+    guidance: Guidance = None
+    """Guidance in one shot; the model's own if not given."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    pictures: Folder = None
+    """Pictures made elsewhere: metadata.jsonl with file_name and prompt in each line, or GenEval's folders."""
+    endpoint: Url = None
+    """An OpenAI-compatible images API that draws, up to and including the version, e.g. https://api.openai.com/v1."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key of the endpoint; "" for servers without keys."""
+    in_flight: int = 16
+    """Prompts that are drawn by the endpoint at a time."""
+    picture_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="HEIGHT WIDTH")] = ()
+    """Of the endpoint's pictures; what the server likes if not given."""
+    picture_references: Literal["edits", "generations"] = "edits"
+    """How the endpoint takes pictures to be edited: uploaded to /images/edits, or in the request (Seedream)."""
+    sends_seed: bool = False
+    """The endpoint takes a seed."""
+    picture_price: float = 0.0
+    """Dollars that the endpoint charges for a picture."""
+    controller_endpoint: Url = None
+    """An OpenAI-compatible chat API, for --controller endpoint."""
+    controller_model: Name = None
+    """Its model."""
+    controller_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with its key; "" for servers without keys."""
+    controller_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
+    """Dollars that it charges for a million tokens read, and written."""
+
+    def __post_init__(self) -> None:
+        at_least_one("--steps", self.steps)
+        at_least_one("--in-flight", self.in_flight)
+        check_guidance(self.guidance)
+        check_seed(self.seed)
+        if self.mode == "one-shot" and self.budget != BudgetOptions():
+            raise UsageError("--max-steps, --candidates and the like are for the loop; one-shot draws each prompt once")
+        if self.mode != "one-shot" and (self.steps is not None or self.guidance is not None):
+            raise UsageError("--steps and --guidance are for one-shot; the others draw as their model was trained to")
+        if self.mode == "best-of" and self.budget.candidates < 2:
+            raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
+        if self.endpoint and self.pictures:
+            raise UsageError("--endpoint and --pictures are two systems; give one of them")
+        if self.pictures and self.mode != "one-shot":
+            raise UsageError("--pictures are there already; --mode does not apply")
+        if self.endpoint and (self.steps is not None or self.guidance is not None):
+            raise UsageError("--steps and --guidance are for our own models; endpoints have their own")
+        if self.endpoint and self.mode != "one-shot" and self.controller != "endpoint":
+            raise UsageError(f"--mode {self.mode} with --endpoint needs --controller endpoint, which plans for it")
+        if (self.controller == "endpoint") != bool(self.controller_endpoint and self.controller_model):
+            raise UsageError("--controller endpoint goes with --controller-endpoint URL and --controller-model NAME")
+        if len(self.picture_size) not in (0, 2) or len(self.controller_prices) not in (0, 2):
+            raise UsageError("--picture-size is height and width, --controller-prices two prices")
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return self.model if self.pictures else f"{self.model}, {self.mode}"
+
+    def check(self) -> None:
+        """Raises ClvrError for what can be told before a model is loaded."""
+        from clvr_jax.pipelines.registry import resolve
+
+        if not self.endpoint and not self.pictures:
+            resolve(self.model)
+
+    def build(self, metadata: Sequence[Mapping[str, Any]] = ()) -> "System":
+        """The system, its models loaded.
+
+        metadata: of the prompts, in the shapes world; the oracle needs it.
+        Raises: ClvrError.
+        """
+        if self.pictures:
+            from clvr_jax.evaluation.picture_folder import picture_folder
+
+            return picture_folder(self.pictures, self.model, self.seed)
+        if self.endpoint:
+            from clvr_jax.evaluation.endpoints import endpoint_system
+
+            controller = self._controller_model() if self.mode != "one-shot" else None
+            return endpoint_system(self._tool(), self.mode, self.budget.budget(), controller, self.in_flight)
+        from clvr_jax.evaluation.systems import one_shot, planned
+
+        if self.mode == "one-shot":
+            return one_shot(self.model, self.steps, self.guidance)
+        given, name = self._controller(metadata)
+        return planned(self.model, self.mode, self.budget.budget(), given, name)
+
+    def _controller(self, metadata: Sequence[Mapping[str, Any]]) -> "tuple[Controller | None, str]":
+        if self.controller == "vlm":
+            return None, "vlm"
+        if self.controller == "oracle":
+            from clvr_jax.evaluation.systems import Oracle
+
+            if not metadata:
+                raise UsageError(
+                    "--controller oracle reads pictures of the shapes world only; it is for clvr eval shapes"
+                )
+            return Oracle([dict(entry) for entry in metadata]), "oracle"
+        from clvr_jax.providers.loop_roles import REWRITE_PROMPT, AskedController
+
+        model = self._controller_model()
+        return AskedController(model, None if self.mode == "closed-loop" else REWRITE_PROMPT), model.name
+
+    def _controller_model(self) -> "VisionLanguageModel":
+        from clvr_jax.providers.endpoint import Endpoint, Prices
+        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+
+        return OpenAIVisionLanguageModel(
+            Endpoint(
+                self.controller_model or "",
+                self.controller_endpoint or "",
+                self.controller_key_variable or None,
+                max_in_flight=self.in_flight,
+                prices=Prices(*self.controller_prices),
+            )
+        )
+
+    def _tool(self) -> "ImageTool":
+        from clvr_jax.providers.endpoint import Endpoint, Prices
+        from clvr_jax.providers.openai_images import OpenAIImageTool
+
+        return OpenAIImageTool(
+            Endpoint(
+                self.model,
+                self.endpoint or "",
+                self.key_variable or None,
+                max_in_flight=self.in_flight,
+                timeout=300.0,
+                prices=Prices(picture=self.picture_price),
+            ),
+            size=(self.picture_size[0], self.picture_size[1]) if self.picture_size else None,
+            references=self.picture_references,
+            sends_seed=self.sends_seed,
+        )
+
+
+Systems = Annotated[SystemOptions, tyro.conf.arg(name="")]

@@ -1,0 +1,208 @@
+"""A contest as files and tables: comparison.json, comparison.md, plots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clvr_jax.evaluation.report import cost_line
+from clvr_jax.files import write_atomically, write_json
+from clvr_jax.plots import can_plot, new_figure
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+JSON, MARKDOWN = "comparison.json", "comparison.md"
+PLOTS = {"scores": "scores.png", "cost": "cost.png", "complexity": "complexity.png"}
+_COST_AXES = {"nfe_per_picture": "network evaluations per picture", "seconds_per_picture": "seconds per picture"}
+
+
+def write_contest(contest: Mapping[str, Any], out: Path) -> list[str]:
+    """Writes a contest (see `contest.hold`) into a folder. Returns: the names of the files; plots need matplotlib."""
+    plots = _plot(contest, out) if can_plot() else []
+    write_json(out / JSON, contest)
+    write_atomically(out / MARKDOWN, contest_markdown(contest, plots).encode())
+    return [JSON, MARKDOWN, *plots]
+
+
+def contest_markdown(contest: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
+    """A contest as Markdown; plots: names of files that lie beside it."""
+    first = contest["systems"][0]["name"]
+    lines = [
+        f"# {contest['benchmark']}: {', '.join(system['name'] for system in contest['systems'])}",
+        "",
+        f"{contest['prompts']} prompts; scores {contest['unit']}; judge: "
+        + ", ".join(str(value) for value in contest["judge"].values())
+        + ". Intervals are 95 %: Wilson's for right and wrong, over prompts (bootstrap) for other scores.",
+        "",
+        *_table(_score_rows(contest)),
+        "",
+        f"## Against {first}, prompt by prompt",
+        "",
+        "Difference with a bootstrap interval over prompts; wins of the first : of the other; p of McNemar's exact test"
+        " (the sign test where prompts have several pictures or other scores), and with Holm's correction for the"
+        " number of systems.",
+        "",
+        *_table(_pair_rows(contest)),
+        "",
+        *_tag_sections(contest),
+        "## Cost",
+        "",
+        *[f"- {system['name']}: {cost_line(system['cost'])}" for system in contest["systems"]],
+        "",
+    ]
+    if contest["complexity"]:
+        lines += ["## Complexity", "", *_complexity_lines(contest["complexity"]), ""]
+    lines += [f"![{name}]({name})" for name in plots]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def contest_table(contest: Mapping[str, Any]) -> Table:
+    """Scores and differences for the terminal."""
+    from rich.table import Table
+
+    first = contest["systems"][0]["name"]
+    table = Table(title=f"{contest['benchmark']}, {contest['prompts']} prompts", caption=f"differences: from {first}")
+    for number, column in enumerate(("", "all prompts", "95 %", "difference", "95 %", "p (Holm)")):
+        table.add_column(column, justify="right" if number else "left")
+    pairs = {pair["name"]: pair for pair in contest["against_first"]}
+    for system in contest["systems"]:
+        pair = pairs.get(system["name"])
+        difference = ("", "", "") if pair is None else (*_difference(pair["overall"]), f"{pair['holm']:.2g}")
+        table.add_row(
+            system["name"], f"{system['overall']['score']:.3f}", _interval(system["overall"]["interval"]), *difference
+        )
+    return table
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    header, *rest = rows
+    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rest)]
+
+
+def _score_rows(contest: Mapping[str, Any]) -> list[list[str]]:
+    systems = contest["systems"]
+    rows = [["", *(system["name"] for system in systems)]]
+    for tag in contest["tags"]:
+        groups = [system["tags"][tag] for system in systems]
+        rows.append([f"{tag} ({groups[0]['prompts']})", *map(_scored, groups)])
+    rows.append(["mean of tags", *(f"{system['mean_of_tags']:.3f}" for system in systems)])
+    rows.append(["all prompts", *(_scored(system["overall"]) for system in systems)])
+    if any(system["reported"] is not None for system in systems):
+        rows.append(["the benchmark's own", *(_number(system["reported"]) for system in systems)])
+    return rows
+
+
+def _pair_rows(contest: Mapping[str, Any]) -> list[list[str]]:
+    rows = [["", "difference", "95 %", "mean of tags", "95 %", "wins", "p", "p (Holm)"]]
+    for pair in contest["against_first"]:
+        part = pair["overall"]
+        wins = f"{part['first_wins']} : {part['second_wins']}"
+        values = (*_difference(part), *_difference(pair["mean_of_tags"]), wins, f"{part['p_value']:.2g}")
+        rows.append([pair["name"], *values, f"{pair['holm']:.2g}"])
+    return rows
+
+
+def _tag_sections(contest: Mapping[str, Any]) -> list[str]:
+    """Differences by tag and tier, one table for each system; p-values are not corrected."""
+    lines = []
+    for pair in contest["against_first"]:
+        parts = [*pair["tags"].items(), *((f"tier {tier}", part) for tier, part in pair["tiers"].items())]
+        if len(parts) < 2:
+            continue
+        rows = [["", "first", pair["name"], "difference", "95 %", "p, not corrected"]]
+        for name, part in parts:
+            means = (f"{part['first']:.3f}", f"{part['second']:.3f}")
+            rows.append([name, *means, *_difference(part), f"{part['p_value']:.2g}"])
+        lines += [*_table(rows), ""]
+    return lines
+
+
+def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
+    rows = [["", "area under pass against complexity", "half of the prompts fail at", "odds of failure"]]
+    for name, probe in complexity["systems"].items():
+        law = probe["failure_law"]
+        odds = "" if law is None else f"{law['factor']:.2g} C^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
+        rows.append([name, f"{probe['area']:.1f}", _number(probe["half_fails_at"], 1), odds])
+    law = complexity["law"]
+    if law is None:
+        return _table(rows)
+    fit = f"{law['factor']:.3g} NFE^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
+    return [*_table(rows), "", f"100 - area, over the systems: {fit}"]
+
+
+def _scored(group: Mapping[str, Any]) -> str:
+    return f"{group['score']:.3f} [{_interval(group['interval'])}]"
+
+
+def _interval(bounds: Sequence[float]) -> str:
+    return f"{bounds[0]:.3f} .. {bounds[1]:.3f}"
+
+
+def _difference(part: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = part["interval"]
+    return f"{part['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"
+
+
+def _number(value: float | None, digits: int = 3) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
+    out.mkdir(parents=True, exist_ok=True)
+    systems = contest["systems"]
+    rows = [*contest["tags"], "all prompts"]
+    figure = new_figure(max(6.4, 1.2 * len(rows)), 4.5)
+    axes = figure.add_subplot()
+    for number, system in enumerate(systems):
+        groups = [*(system["tags"][tag] for tag in contest["tags"]), system["overall"]]
+        places = [row + 0.6 * (number + 0.5) / len(systems) - 0.3 for row in range(len(rows))]
+        axes.errorbar(places, [group["score"] for group in groups], yerr=_bars(groups), fmt="o", label=system["name"])
+    axes.set_xticks(range(len(rows)), rows, rotation=20, ha="right")
+    axes.set(ylabel=f"score ({contest['unit']})")
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend()
+    figure.savefig(out / PLOTS["scores"], dpi=120)
+    made = [PLOTS["scores"]]
+
+    shown = {key: label for key, label in _COST_AXES.items() if any(system["cost"][key] for system in systems)}
+    if shown:
+        figure = new_figure(5 * len(shown), 4)
+        for number, (key, label) in enumerate(shown.items(), start=1):
+            axes = figure.add_subplot(1, len(shown), number)
+            for system in systems:
+                if system["cost"][key]:
+                    bars = _bars([system["overall"]])
+                    axes.errorbar(
+                        system["cost"][key], system["overall"]["score"], yerr=bars, fmt="o", label=system["name"]
+                    )
+            axes.set(xlabel=label, ylabel="score, all prompts", xscale="log")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(out / PLOTS["cost"], dpi=120)
+        made.append(PLOTS["cost"])
+
+    if contest["complexity"]:
+        figure = new_figure(6.4, 4.5)
+        axes = figure.add_subplot()
+        for name, probe in contest["complexity"]["systems"].items():
+            tiers = probe["tiers"]
+            x, y = [tier["complexity"] for tier in tiers], [tier["passed"] for tier in tiers]
+            (line,) = axes.plot(x, y, "o-", label=f"{name}: area {probe['area']:.1f}")
+            low, high = [tier["low"] for tier in tiers], [tier["high"] for tier in tiers]
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+        axes.set(xlabel="complexity of the prompt, C", ylabel="share that passes", ylim=(-0.02, 1.02))
+        axes.grid(alpha=0.3)
+        axes.legend()
+        figure.savefig(out / PLOTS["complexity"], dpi=120)
+        made.append(PLOTS["complexity"])
+    return made
+
+
+def _bars(groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+    """Lengths of error bars: below, above."""
+    return [
+        [max(0.0, group["score"] - group["interval"][0]) for group in groups],
+        [max(0.0, group["interval"][1] - group["score"]) for group in groups],
+    ]

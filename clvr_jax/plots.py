@@ -1,0 +1,19 @@
+"""Plots, where matplotlib is installed; the package does without them elsewhere."""
+
+import importlib.util
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def can_plot() -> bool:
+    """Whether matplotlib is installed, which nothing else of the package needs."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """An empty figure, in inches; it has no window and leaves no state behind."""
+    from matplotlib.figure import Figure  # not pyplot, which has both
+
+    return Figure(figsize=(width, height), layout="constrained")

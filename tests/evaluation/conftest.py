@@ -1,0 +1,3 @@
+from tests.providers.conftest import endpoint, server
+
+__all__ = ["endpoint", "server"]

@@ -1,0 +1,115 @@
+"""Systems behind a real HTTP server on loopback."""
+
+import numpy as np
+import pytest
+
+from clvr_jax.errors import UsageError
+from clvr_jax.evaluation import Judge, Judgment, run
+from clvr_jax.evaluation.endpoints import endpoint_system
+from clvr_jax.providers.endpoint import Prices
+from clvr_jax.providers.loop_roles import REWRITE_PROMPT
+from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+from clvr_jax.providers.openai_images import OpenAIImageTool
+from clvr_jax.reasoning import SYSTEM_PROMPT, Budget
+from clvr_jax.reasoning.tools import ProviderError
+from tests.providers.server import completion, failure, pictures, png
+
+METADATA = [{"tag": "colors", "include": [], "prompt": f"p {number}"} for number in range(6)]
+
+
+def flat(value):
+    return np.full((8, 8, 3), value, np.uint8)
+
+
+def judge():
+    return Judge("brightness", "1", lambda image, metadata: Judgment(bool(image.mean() > 100)))
+
+
+def go(system, out):
+    return run(
+        METADATA,
+        system.draw_all,
+        out,
+        judge(),
+        settings=system.settings,
+        device=system.device,
+        batch_size=system.batch_size,
+    )
+
+
+def test_one_shot_with_a_refusal_and_what_it_costs(server, endpoint, tmp_path):
+    def answer(seen):
+        return failure(400, "no", code="content_policy_violation") if "p 3" in seen.json["prompt"] else bright
+
+    bright = pictures(png(flat(255)), usage={"input_tokens": 9, "output_tokens": 100})
+    server.script = [answer]
+    system = endpoint_system(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))), in_flight=3)
+    results = go(system, tmp_path)
+    assert [entry["correct"] for entry in results["pictures"]] == [True, True, True, False, True, True]
+    refused, drawn = results["pictures"][3], results["pictures"][4]
+    assert (refused["outcome"], refused["reasons"]) == ("refused", ["no picture was drawn (refused)"])
+    assert (drawn["dollars"], drawn["output_tokens"], drawn["nfe"]) == (0.04, 100, None)
+    assert drawn["seconds"] > 0
+    assert results["summary"]["cost"]["dollars"] == pytest.approx(0.2)
+    assert results["settings"]["model"] == system.device == f"tiny ({server.url.removeprefix('http://')})"
+    assert server.peak <= 3
+
+
+def test_a_failing_server_ends_the_run_and_nothing_is_paid_twice(server, endpoint, tmp_path):
+    def answer(seen):
+        return failure(401, "no key") if fails and seen.json["prompt"] == "p 4" else pictures(png(flat(255)))
+
+    fails = True
+    server.script = [answer]
+    system = endpoint_system(OpenAIImageTool(endpoint()), in_flight=1)
+    with pytest.raises(ProviderError, match="no key"):
+        go(system, tmp_path)
+    fails = False
+    before = len(server.seen)
+    assert all(entry["correct"] for entry in go(system, tmp_path)["pictures"])
+    assert [seen.json["prompt"] for seen in server.seen[before:]] == ["p 4", "p 5"]
+
+
+class Both:
+    """Chat and pictures behind one address; of what is drawn every third is found good."""
+
+    def __init__(self):
+        self.systems = []
+        self.looks = 0
+
+    def __call__(self, seen):
+        if "images" in seen.path:
+            return pictures(png(flat(0)))
+        messages = seen.json["messages"]
+        self.systems.append(messages[0]["content"])
+        if len(messages) == 2:
+            return completion("Plan: light. Draw light." if self.systems[-1] == REWRITE_PROMPT else "Go.<|image_gen|>")
+        self.looks += 1
+        if self.looks % 3:
+            return completion("Dark. Unmet: light. More.<|image_gen|>")
+        return completion("I see it. Unmet: nothing.<|terminate|>")
+
+
+def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
+    server.script = [both := Both()]
+    tool = OpenAIImageTool(endpoint(prices=Prices(picture=0.01)))
+    vlm = OpenAIVisionLanguageModel(endpoint(prices=Prices(input_tokens=1e4)))
+    with pytest.raises(UsageError, match="controller"):
+        endpoint_system(tool, "closed-loop")
+    loop = endpoint_system(tool, "closed-loop", Budget(max_steps=5), vlm, in_flight=1)
+    (first,) = loop.draw_all(["p"], [1])
+    assert (len(first.trajectory.drawings), first.trajectory.outcome) == (3, "accepted")
+    assert set(both.systems) == {SYSTEM_PROMPT}
+    # Three pictures, and a plan and three looks of 11 tokens read and 7 written each.
+    assert (first.usage.pictures, first.usage.input_tokens, first.usage.output_tokens) == (3, 44, 28)
+    assert first.usage.dollars == pytest.approx(3 * 0.01 + 44 * 0.01)
+
+    both.systems.clear()
+    (once,) = endpoint_system(tool, "open-loop", None, vlm).draw_all(["p"], [1])
+    assert (once.usage.calls, both.systems) == (2, [REWRITE_PROMPT])
+    assert server.seen[-1].json["prompt"] == "p\nPlan: light. Draw light."
+
+    best = endpoint_system(tool, "best-of", Budget(candidates=3), vlm)
+    (chosen,) = best.draw_all(["p"], [1])
+    assert (len(chosen.trajectory.drawings), chosen.trajectory.verdict.score) == (3, 0)
+    assert best.settings["candidates"] == best.settings["max_steps"] == 3

@@ -1,0 +1,65 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation import run
+from clvr_jax.evaluation.picture_folder import picture_folder
+from tests.evaluation.test_shapes import JUDGE, METADATA, Draw, go
+
+
+def write(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((4, 4, 3), value, np.uint8)).save(path)
+
+
+def listed(folder, entries):
+    folder.mkdir(exist_ok=True)
+    (folder / "metadata.jsonl").write_text("\n".join(json.dumps(entry) for entry in entries) + "\n")
+
+
+def score(folder, out, **options):
+    system = picture_folder(folder, "elsewhere", options.get("seed", 0))
+    return run(METADATA, system.draw_all, out, JUDGE, settings=system.settings, batch_size=2, **options)
+
+
+def test_pictures_are_found_by_their_prompts(tmp_path):
+    entries = []
+    for number, entry in enumerate(METADATA[::-1]):
+        for sample in range(2):
+            name = f"some/{number}_{sample}.jpg"
+            write(tmp_path / "made" / name, 200 if sample else 10)
+            entries.append({"file_name": name, "text": entry["prompt"]})
+    listed(tmp_path / "made", entries)
+    for seed in (0, 7):
+        results = score(tmp_path / "made", tmp_path / str(seed), seed=seed, samples=2)
+        assert [entry["correct"] for entry in results["pictures"]] == [False, True] * len(METADATA)
+        assert results["settings"]["model"] == "elsewhere"
+    with pytest.raises(ClvrError, match=r"lacks pictures of 1 prompts, e\.g\. 'p 0'"):
+        score(tmp_path / "made", tmp_path / "more", samples=3)
+
+
+def test_a_folder_in_genevals_layout_is_read_too(tmp_path):
+    drawn = go(tmp_path / "made", Draw(), samples=2)
+    again = score(tmp_path / "made", tmp_path / "again", samples=2)
+    assert [entry["correct"] for entry in again["pictures"]] == [entry["correct"] for entry in drawn["pictures"]]
+
+
+def test_what_is_wrong_with_a_folder_is_said(tmp_path):
+    with pytest.raises(ClvrError, match=r"no pictures; expected is a metadata\.jsonl"):
+        picture_folder(tmp_path, "x")
+    listed(tmp_path, [{"file_name": "a.png"}])
+    with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: lacks file_name or prompt"):
+        picture_folder(tmp_path, "x")
+    listed(tmp_path, [{"file_name": "a.png", "prompt": "p 0"}])
+    with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: no such picture, a\.png"):
+        picture_folder(tmp_path, "x")
+    (tmp_path / "metadata.jsonl").write_text("[]\n")
+    with pytest.raises(ClvrError, match="expected a JSON object"):
+        picture_folder(tmp_path, "x")
+    write(tmp_path / "a.png", 3)
+    listed(tmp_path, [{"file_name": "a.png", "prompt": "another"}])
+    with pytest.raises(ClvrError, match="lacks pictures of 2 prompts"):
+        score(tmp_path, tmp_path / "out")
