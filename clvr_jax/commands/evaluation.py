@@ -4,6 +4,14 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from clvr_jax.commands.common import CommandGroup
+from clvr_jax.commands.evaluation_benchmarks import (
+    EvalDPG,
+    EvalGenEval,
+    EvalGenEvalPP,
+    EvalImagineBench,
+    EvalPrism,
+    EvalWise,
+)
 from clvr_jax.commands.evaluation_shapes import EvalShapes
 
 
@@ -14,4 +22,10 @@ class Eval(CommandGroup):
     EXAMPLE: ClassVar = EvalShapes.EXAMPLE
     COMMANDS: ClassVar[dict[str, type[Any]]] = {
         "shapes": EvalShapes,
+        "geneval": EvalGenEval,
+        "genevalpp": EvalGenEvalPP,
+        "imaginebench": EvalImagineBench,
+        "wise": EvalWise,
+        "prism": EvalPrism,
+        "dpg": EvalDPG,
     }

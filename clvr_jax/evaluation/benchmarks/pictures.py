@@ -57,8 +57,6 @@ def draw(
     settings: Mapping[str, Any],
     seed: int = 0,
     samples: int,
-    batch_size: int = 16,
-    device: str | None = None,
     share: tuple[int, int] = (0, 1),
     on_progress: Callable[[int, int], None] | None = None,
 ) -> None:
@@ -69,7 +67,7 @@ def draw(
       system: that draws.
       out: folder; one that holds pictures of another run is an error.
       settings: JSON values besides the system's own that identify the run.
-      seed, samples, batch_size, device, share, on_progress: see `draw_missing`.
+      seed, samples, share, on_progress: see `draw_missing`.
     Raises: ClvrError, one line.
     """
     folder = Folder(out, benchmark.places(items))
@@ -81,7 +79,7 @@ def draw(
     }
     folder.prepare(identity, [benchmark.metadata(item) for item in items])
     prompts = [item.prompt for item in items]
-    draw_missing(folder, prompts, system.draw_all, seed, samples, batch_size, device, on_progress, share)
+    draw_missing(folder, prompts, system.draw_all, seed, samples, system.batch_size, system.device, on_progress, share)
     benchmark.finish(folder, items, samples)
 
 

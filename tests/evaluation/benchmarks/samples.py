@@ -31,10 +31,11 @@ WISE = [
     {"Prompt": f"Thing {id}", "Explanation": "It shows it.", "Category": "c", "Subcategory": "s", "prompt_id": id}
     for id in (1, 500, 530, 650, 750, 850, 950)
 ]
-DPG = """item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,question_natural_language
+_DPG_COLUMNS = "item_id,text,keywords,proposition_id,dependency,category_broad,category_detailed,tuple,"
+DPG = f"""{_DPG_COLUMNS}question_natural_language
 a,"a dog on a mat",,1,0,entity,whole,entity - whole (dog),Is there a dog?
 a,"a dog on a mat",,2,0,entity,whole,entity - whole (mat),Is there a mat?
-a,"a dog on a mat",,3,"{dependency}",attribute,color,"attribute - color (mat, red)",Is the mat red?
+a,"a dog on a mat",,3,"{{dependency}}",attribute,color,"attribute - color (mat, red)",Is the mat red?
 b,"a cup, blue",,1,0,entity,whole,entity - whole (cup),Is there a cup?
 b,"a cup, blue",,2,1,attribute,color,"attribute - color (cup, blue)",Is the cup blue?
 b,"a cup, blue",,3,2,attribute,texture,"attribute - texture (cup, shiny)",Is the blue cup shiny?

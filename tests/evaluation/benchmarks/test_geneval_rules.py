@@ -1,5 +1,5 @@
-"""GenEval's rules. The expected verdicts and relations were computed by the functions of the official evaluate_images.py
-(djghosh13/geneval at af4902f) on random detections of ours."""
+"""GenEval's rules. The expected verdicts and relations were computed by the functions of the official
+evaluate_images.py (djghosh13/geneval at af4902f) on random detections of ours."""
 
 import json
 from pathlib import Path

@@ -1,0 +1,349 @@
+"""`clvr eval geneval` and its kin: draw in the official layout, then score."""
+
+import abc
+import contextlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.system import SystemOptions
+from clvr_jax.console import progress
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
+    from clvr_jax.evaluation.benchmarks.judging import JudgeModel
+    from clvr_jax.evaluation.benchmarks.pictures import Pictures
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class _Drawer(SystemOptions):
+    """Of a run that need not draw."""
+
+    model: str = ""
+    """Shipped model, diffusers folder or Hugging Face id; the server's name with --endpoint, any with --pictures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalBenchmark(abc.ABC):
+    """What the benchmarks have in common: draws what is missing, and scores if it is told who scores."""
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder for the pictures in the official layout, what is found out about them, and results.json."""
+    system: Annotated[_Drawer, tyro.conf.arg(name="")] = field(default_factory=_Drawer)
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
+    """The official file of prompts, or the folder of such files; fetched if not given and there is a license."""
+    limit: Count = None
+    """Use at most so many prompts, spread over the set."""
+    samples: Count = None
+    """Pictures of each prompt; the official number if not given."""
+    share: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
+    """Draw the K-th of N shares (from 0) and do not score, for N processes with one --out."""
+    score_only: bool = False
+    """Draw nothing; score what is in --out."""
+    images: Folder = None
+    """Draw nothing; score this folder, made elsewhere in the official layout. Results go to --out."""
+    common: Flags = field(default_factory=Common)
+
+    def __post_init__(self) -> None:
+        at_least_one("--limit", self.limit)
+        at_least_one("--samples", self.samples)
+        if self.share and not _is_share(self.share):
+            raise UsageError(f"--share {self.share}: give K/N with K below N, such as 0/4")
+        draws = not (self.score_only or self.images)
+        if draws and not self.system.model:
+            raise UsageError("--model says what draws; or give --score-only or --images DIR")
+        if not draws and self.system != _Drawer():
+            raise UsageError("--score-only and --images draw nothing; leave --model and its options out")
+        if self.score_only and (self.images or self.prompts or self.limit or self.samples or self.share):
+            raise UsageError("--score-only scores all that is in --out; no other choice of pictures goes with it")
+        if not draws and not self.scorer:
+            raise UsageError(f"{self.scorer_option} says who scores")
+
+    scorer_option: ClassVar[str]
+
+    @property
+    @abc.abstractmethod
+    def scorer(self) -> bool:
+        """Whether the command line says who scores."""
+
+    @abc.abstractmethod
+    def benchmark(self) -> "Benchmark":
+        """The benchmark."""
+
+    @abc.abstractmethod
+    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+        """Scores them."""
+
+    def run(self) -> Result:
+        """Draws, scores, and writes results.json."""
+        prepare_jax()
+        from clvr_jax.evaluation.benchmarks.pictures import drawn, made_elsewhere
+        from clvr_jax.evaluation.benchmarks.summary import table
+        from clvr_jax.outputs import check_folder
+
+        benchmark = self.benchmark()
+        check_folder(self.out)
+        if self.images:
+            samples = self.samples or benchmark.samples
+            pictures = made_elsewhere(benchmark, self._items(benchmark), self.images, samples, self.out)
+        elif self.score_only or self._draw(benchmark):
+            pictures = drawn(benchmark, self.out)
+        else:
+            advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
+            return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: drawn, {advice}")
+        with _told(f"{benchmark.title}, scoring") as on_progress:
+            results = self.score(pictures, on_progress)
+        data = {key: value for key, value in results.items() if key != "pictures"}
+        return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
+
+    def _draw(self, benchmark: "Benchmark") -> bool:
+        """Draws what is missing. Returns: whether it is to be scored now."""
+        from clvr_jax.evaluation.benchmarks.pictures import draw
+        from clvr_jax.training.distributed import Cluster
+
+        samples = self.samples or benchmark.samples
+        benchmark.check_samples(samples)
+        self.system.check()
+        items = self._items(benchmark)
+        if self.share:
+            number, _, count = self.share.partition("/")
+            share = int(number), int(count)
+        else:
+            import jax
+
+            Cluster().initialize()
+            share = jax.process_index(), jax.process_count()
+        system = self.system.build()
+        with _told(f"{benchmark.title}, {self.system.title}") as on_progress:
+            draw(
+                benchmark,
+                items,
+                system,
+                self.out,
+                settings={"prompts": self.prompts.name if self.prompts else "official", "limit": self.limit},
+                seed=self.system.seed,
+                samples=samples,
+                share=share,
+                on_progress=on_progress,
+            )
+        return self.scorer and share[1] == 1
+
+    def _items(self, benchmark: "Benchmark") -> "list[Item]":
+        from clvr_jax.evaluation.benchmarks.benchmark import spread
+
+        path = self.prompts
+        if path is None:
+            if benchmark.source is None:
+                raise UsageError(f"{benchmark.title}: --prompts PATH is needed: {benchmark.prompts_hint}")
+            path = benchmark.source.fetch(benchmark.name)
+        return spread(benchmark.read(path), self.limit)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalGenEval(_EvalBenchmark):
+    """GenEval: 553 prompts, six tags, four pictures each; a detector and CLIP, with weights that you have, score."""
+
+    EXAMPLE: ClassVar = (
+        "clvr eval geneval --model DIR --out out/geneval --detector mask2former-swin-small-coco-instance "
+        "--clip clip-vit-large-patch14"
+    )
+
+    detector: Folder = None
+    """Folder of facebook/mask2former-swin-small-coco-instance; needs PyTorch, as --clip does."""
+    clip: Folder = None
+    """Folder of openai/clip-vit-large-patch14."""
+    scorer_option: ClassVar = "--detector DIR --clip DIR"
+
+    def __post_init__(self) -> None:
+        if (self.detector is None) != (self.clip is None):
+            raise UsageError("--detector and --clip score together; give both")
+        super().__post_init__()
+
+    @property
+    def scorer(self) -> bool:
+        """See `_EvalBenchmark`."""
+        return self.detector is not None
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.geneval import GenEval
+
+        return GenEval()
+
+    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
+        from clvr_jax.evaluation.benchmarks.scoring import score_detected
+
+        assert self.detector is not None
+        assert self.clip is not None
+        return score_detected(pictures, TorchDetector(self.detector, self.clip), on_progress)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalJudged(_EvalBenchmark):
+    """A benchmark whose pictures a vision-language model looks at."""
+
+    judge: str = ""
+    """Who scores: the server's name of a model with --judge-url, else a folder with Qwen3-VL or a Hugging Face id."""
+    judge_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """An OpenAI-compatible chat API, up to and including the version, e.g. https://api.openai.com/v1."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with its key; "" for servers without keys."""
+    judge_revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
+    """Of the weights that the server runs; stands in the result."""
+    judge_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
+    """Dollars that the server charges for a million tokens read, and written."""
+    judge_tokens: Count = None
+    """Tokens of a reply at most, for judges that think first; the benchmark's own number if not given."""
+    judge_in_flight: int = 64
+    """Questions to the judge at a time."""
+    scorer_option: ClassVar = "--judge MODEL"
+
+    def __post_init__(self) -> None:
+        at_least_one("--judge-tokens", self.judge_tokens)
+        at_least_one("--judge-in-flight", self.judge_in_flight)
+        if len(self.judge_prices) not in (0, 2):
+            raise UsageError("--judge-prices are two, of tokens read and written")
+        if not self.judge and (self.judge_url or self.judge_revision or self.judge_prices):
+            raise UsageError("--judge says which model of the server scores")
+        super().__post_init__()
+
+    @property
+    def scorer(self) -> bool:
+        """See `_EvalBenchmark`."""
+        return bool(self.judge)
+
+    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
+        from clvr_jax.evaluation.benchmarks.scoring import score_judged
+
+        benchmark = self.benchmark()
+        assert isinstance(benchmark, JudgedBenchmark)
+        return score_judged(benchmark, pictures, self._judge(), on_progress)
+
+    def _judge(self) -> "JudgeModel":
+        from clvr_jax.evaluation.benchmarks.judges import endpoint_judge, local_judge
+        from clvr_jax.providers.endpoint import Prices
+
+        if self.judge_url is None:
+            return local_judge(self.judge, in_flight=self.judge_in_flight, max_tokens=self.judge_tokens)
+        return endpoint_judge(
+            self.judge,
+            self.judge_url,
+            self.judge_key_variable or None,
+            revision=self.judge_revision,
+            in_flight=self.judge_in_flight,
+            max_tokens=self.judge_tokens,
+            prices=Prices(*self.judge_prices),
+        )
+
+
+_JUDGED = "--judge gpt-4.1-2025-04-14 --judge-url https://api.openai.com/v1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalGenEvalPP(_EvalJudged):
+    """GenEval++: 280 prompts, seven tags; a judge with a checklist."""
+
+    EXAMPLE: ClassVar = f"clvr eval genevalpp --model DIR --out out/genevalpp {_JUDGED}"
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+
+        return GenEvalPP()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalImagineBench(_EvalJudged):
+    """ImagineBench: 270 fantastic variants of known things; three scores by a judge."""
+
+    EXAMPLE: ClassVar = f"clvr eval imaginebench --model DIR --out out/imaginebench {_JUDGED}"
+
+    rules: Literal["official", "fixed"] = "fixed"
+    """official: as the official script, which drops a group and fails on bold labels. fixed: without these faults."""
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
+
+        return ImagineBench(self.rules)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalWise(_EvalJudged):
+    """WISE: 1,000 prompts that need knowledge of the world. Its two editions are two benchmarks."""
+
+    EXAMPLE: ClassVar = (
+        "clvr eval wise --edition verified --model DIR --out out/wise --judge Qwen3.5-35B-A3B "
+        '--judge-url http://localhost:8000/v1 --judge-key-variable ""'
+    )
+
+    edition: Literal["legacy", "verified"]
+    """legacy: 2025, GPT-4o, three scores. verified: 2026, other prompts, a Qwen judge, right or wrong."""
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
+
+        return WiseLegacy() if self.edition == "legacy" else WiseVerified()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalPrism(_EvalJudged):
+    """PRISM-Bench: seven tracks of 100 prompts, which you must have; alignment and aesthetics by a judge."""
+
+    EXAMPLE: ClassVar = f"clvr eval prism --prompts captions/en --model DIR --out out/prism {_JUDGED}"
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.prism import Prism
+
+        return Prism()
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDPG(_EvalJudged):
+    """DPG-Bench: 1,065 dense prompts, grids of four pictures, answered question by question."""
+
+    EXAMPLE: ClassVar = f"clvr eval dpg --model DIR --out out/dpg {_JUDGED}"
+
+    rules: Literal["official", "fixed"] = "fixed"
+    """official: as the official script, which skips the first row of questions. fixed: with it."""
+
+    def benchmark(self) -> "Benchmark":
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.dpg import DPG
+
+        return DPG(self.rules)
+
+
+def _is_share(text: str) -> bool:
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    return found is not None and int(found[1]) < int(found[2])
+
+
+@contextlib.contextmanager
+def _told(title: str) -> Iterator[Progress]:
+    """A progress display that begins with the first report."""
+    with contextlib.ExitStack() as stack:
+        advance: Any = None
+
+        def on_progress(done: int, total: int) -> None:
+            nonlocal advance
+            if advance is None:
+                advance = stack.enter_context(progress(title, total, done))
+            advance(done)
+
+        yield on_progress

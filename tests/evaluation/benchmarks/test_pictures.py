@@ -1,0 +1,170 @@
+"""Folders of pictures as the official scorers want them."""
+
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.benchmarks.dpg import DPG
+from clvr_jax.evaluation.benchmarks.geneval import GenEval
+from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
+from clvr_jax.evaluation.benchmarks.pictures import draw, drawn, made_elsewhere
+from clvr_jax.evaluation.benchmarks.prism import Prism
+from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
+from clvr_jax.reasoning.images import as_pil
+from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
+from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, Painter, write_lines
+
+
+@pytest.fixture
+def items(tmp_path):
+    """Name of the benchmark -> its items."""
+    (tmp_path / "w.json").write_text(json.dumps(WISE))
+    (tmp_path / "d.csv").write_text(DPG_CSV.format(dependency="2"))
+    return {
+        "geneval": GenEval().read(write_lines(tmp_path / "g.jsonl", GENEVAL)),
+        "genevalpp": GenEvalPP().read(write_lines(tmp_path / "gpp.jsonl", GENEVALPP)),
+        "imaginebench": ImagineBench().read(write_lines(tmp_path / "i.jsonl", IMAGINE)),
+        "wise-legacy": WiseLegacy().read(tmp_path / "w.json"),
+        "prism": Prism().read(write_lines(tmp_path / "style.jsonl", [{"prompt": "p"}, {"prompt": "q"}])),
+        "dpg": DPG().read(tmp_path / "d.csv"),
+    }
+
+
+def paint(benchmark, items, out, painter=None, **changes):
+    values = {"settings": {"limit": None}, "samples": benchmark.samples, **changes}
+    draw(benchmark, items, (painter or Painter()).system, out, **values)
+
+
+def files(root):
+    return sorted(path.relative_to(root).as_posix() for path in root.rglob("*") if path.suffix in (".png", ".jpg"))
+
+
+def test_geneval_is_what_the_official_scorer_reads(tmp_path, items):
+    paint(GenEval(), items["geneval"], tmp_path / "out")
+    seen = 0
+    # As evaluate_images.py walks through a folder.
+    for subfolder in os.listdir(tmp_path / "out"):
+        folder = tmp_path / "out" / subfolder
+        if not folder.is_dir() or not subfolder.isdigit():
+            continue
+        metadata = json.loads((folder / "metadata.jsonl").read_text())
+        assert metadata == GENEVAL[int(subfolder)]
+        for name in os.listdir(folder / "samples"):
+            assert re.match(r"\d+\.png", name)
+            assert Image.open(folder / "samples" / name).size == (8, 8)
+            seen += 1
+    assert seen == 3 * 4
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "expected"),
+    [
+        (GenEvalPP(), ["1.jpg", "2.jpg"]),
+        (ImagineBench(), ["1.png", "2.png", "3.png", "4.png"]),
+        (WiseLegacy(), ["1.png", "500.png", "530.png", "650.png", "750.png", "850.png", "950.png"]),
+        (Prism(), ["style/0.png", "style/1.png"]),
+        (DPG(), ["a.png", "b.png"]),
+    ],
+)
+def test_flat_layouts_are_the_official_ones(benchmark, expected, tmp_path, items):
+    paint(benchmark, items[benchmark.name], tmp_path)
+    assert files(tmp_path / "images") == expected
+    pictures = drawn(benchmark, tmp_path)
+    assert pictures.items == items[benchmark.name]
+    assert all(path.is_relative_to(tmp_path / "images") for path in pictures.files.values())
+    # What we wrote can be scored as if somebody else had made it.
+    again = made_elsewhere(
+        benchmark, items[benchmark.name], tmp_path / "images", benchmark.samples, tmp_path / "elsewhere"
+    )
+    assert again.files == pictures.files
+
+
+def test_more_samples_are_more_official_folders(tmp_path, items):
+    painter = Painter()
+    paint(ImagineBench(), items["imaginebench"][:1], tmp_path, painter, samples=2)
+    assert files(tmp_path) == ["images/1.png", "images_1/1.png"]
+    assert len({seed for _, seed in painter.asked}) == 2
+
+
+def test_a_grid_has_its_samples_row_by_row(tmp_path, items):
+    benchmark, painter = DPG(), Painter()
+    paint(benchmark, items["dpg"][:1], tmp_path, painter)
+    grid = np.asarray(Image.open(tmp_path / "images" / "a.png"))
+    assert grid.shape == (16, 16, 3)
+    colors = [seed % 256 for _, seed in painter.asked]
+    assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == colors
+    for sample, color in enumerate(colors):
+        shown = np.asarray(as_pil(benchmark.shown(tmp_path / "images" / "a.png", sample, 4)))
+        assert shown.shape == (8, 8, 3)
+        assert set(shown.ravel().tolist()) == {color}
+
+
+def test_a_killed_run_draws_no_picture_twice(tmp_path, items):
+    benchmark, first, second = WiseLegacy(), Painter(fail_after=3), Painter()
+    with pytest.raises(KeyboardInterrupt):
+        paint(benchmark, items[benchmark.name], tmp_path, first)
+    with pytest.raises(ClvrError, match=r"4 of 7 pictures are missing \(images/650\.png, images/750\.png, images/850"):
+        drawn(benchmark, tmp_path)
+    paint(benchmark, items[benchmark.name], tmp_path, second)
+    assert len(first.asked) + len(second.asked) == 7
+    assert drawn(benchmark, tmp_path).records[0, 0].device == "brush"
+
+
+def test_shares_of_several_processes_make_one_whole(tmp_path, items):
+    benchmark, painters = DPG(), [Painter(), Painter(), Painter()]
+    for number, painter in enumerate(painters):
+        paint(benchmark, items["dpg"], tmp_path, painter, share=(number, 3))
+    asked = [each for painter in painters for each in painter.asked]
+    assert len(set(asked)) == len(asked) == 8
+    assert [len(painter.asked) for painter in painters] == [3, 3, 2]
+    assert files(tmp_path / "images") == ["a.png", "b.png"]
+    drawn(benchmark, tmp_path)
+
+
+def test_editions_and_other_settings_never_mix(tmp_path, items):
+    paint(WiseLegacy(), items["wise-legacy"], tmp_path)
+    with pytest.raises(ClvrError, match="holds pictures of wise-legacy, not of wise-verified"):
+        drawn(WiseVerified(), tmp_path)
+    with pytest.raises(ClvrError, match="holds another run"):
+        paint(WiseVerified(), items["wise-legacy"], tmp_path)
+    with pytest.raises(ClvrError, match="seed: 0 there, 1 asked for"):
+        paint(WiseLegacy(), items["wise-legacy"], tmp_path, seed=1)
+    (tmp_path / "other" / "images").mkdir(parents=True)
+    with pytest.raises(ClvrError, match="holds pictures but no benchmark"):
+        paint(WiseLegacy(), items["wise-legacy"], tmp_path / "other")
+
+
+def test_a_wrong_folder_says_which_files_are_expected(tmp_path, items):
+    (tmp_path / "made").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "made" / "1.png")
+    with pytest.raises(ClvrError, match=r"2 of 2 pictures of GenEval\+\+ are missing; expected are 1\.jpg, 2\.jpg"):
+        made_elsewhere(GenEvalPP(), items["genevalpp"], tmp_path / "made", 1, tmp_path / "out")
+    with pytest.raises(ClvrError, match=r"3 of 4 pictures .* expected are 2\.png, 3\.png, 4\.png"):
+        made_elsewhere(ImagineBench(), items["imaginebench"], tmp_path / "made", 1, tmp_path / "out")
+    with pytest.raises(ClvrError, match=r"expected are 00000/samples/0000\.png, 00000/samples/0001"):
+        made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 4, tmp_path / "out")
+    with pytest.raises(UsageError, match="no such folder"):
+        made_elsewhere(GenEval(), items["geneval"], tmp_path / "none", 4, tmp_path / "out")
+
+
+def test_geneval_made_elsewhere_must_be_of_the_same_prompts(tmp_path, items):
+    paint(GenEval(), items["geneval"], tmp_path / "made", samples=1)
+    made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
+    (tmp_path / "made" / "00001" / "metadata.jsonl").write_text('{"prompt": "another"}')
+    with pytest.raises(ClvrError, match="made for the prompt 'another'"):
+        made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
+
+
+def test_a_picture_that_is_none_is_found_before_anyone_is_asked(tmp_path, items):
+    paint(ImagineBench(), items["imaginebench"], tmp_path)
+    (tmp_path / "images" / "2.png").write_bytes(b"<html>")
+    whole = (tmp_path / "images" / "3.png").read_bytes()
+    (tmp_path / "images" / "3.png").write_bytes(whole[:-20])
+    with pytest.raises(ClvrError, match=r"not readable as pictures: .*2\.png \(of no known format\), .*3\.png \("):
+        drawn(ImagineBench(), tmp_path)
