@@ -1,8 +1,10 @@
 """What a merge will do: the three models, what is copied, and what a person should know. Reads headers only."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clvr_jax.convert.planning import Piece, files_beside
 from clvr_jax.files import read_json
@@ -11,6 +13,8 @@ from clvr_jax.merging.sources import LowRank, Origin, Weights, is_weight, open_a
 
 RECIPE, REPORT = "recipe.json", "report.json"
 PLOTS = ("report_norms.png", "report_cosines.png")
+_SAMPLING = {"model_index.json": ("is_distilled",), "clvr.json": ("num_inference_steps", "guidance_scale")}
+"""Files of a pipeline, and what in them says how to sample from its model."""
 _OWN_FILES = {"README.md", RECIPE, REPORT, *PLOTS}
 
 
@@ -87,8 +91,10 @@ def plan_merge(
             notes.append("the scheduler is that of distill, which differs from the base's")
         else:
             notes.append(f"distill has another kind of scheduler, {kind}; that of the base is kept")
-    if _is_distilled(of_distill) and not _is_distilled(of_base):
-        notes.append("model_index.json is the base's and does not say is_distilled: sample with guidance 1")
+    for name, path, note in _sampling(of_base, of_distill):
+        if name in copied:
+            copied[name] = path
+            notes.append(note)
     return Merge(settings, of_base, of_distill, of_align, weights, copied, scheduler, tuple(notes), force)
 
 
@@ -114,6 +120,35 @@ def _other_scheduler(base: Weights, distill: Weights) -> tuple[str | None, dict[
     return None, {f"scheduler/{path.name}": path for path in sorted(theirs.parent.iterdir()) if path.is_file()}
 
 
-def _is_distilled(side: Weights) -> bool:
-    index = side.origin.path / "model_index.json"
-    return index.exists() and bool(read_json(index).get("is_distilled"))
+def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]]:
+    """Files of the pipeline that say how to sample, where distill's say something else: name, the file to take, a note.
+
+    It is distill's that is taken, unless the two differ in more than that: the rest is the base's.
+    """
+    for name, fields in _SAMPLING.items():
+        ours, theirs = (side.origin.path / name for side in (base, distill))
+        if not ours.exists() or not theirs.exists():
+            continue
+        (rest, own), (other_rest, other) = (_parted(read_json(path), fields) for path in (ours, theirs))
+        if own == other:
+            continue
+        said = ", ".join(f"{field} {json.dumps(value)}" for field, value in other.items())
+        if rest == other_rest:
+            yield name, theirs, f"how to sample is as distill has it: {said}"
+        else:
+            yield name, ours, f"{name} is the base's, which differs in more than this; sample as distill: {said}"
+
+
+def _parted(content: Mapping[str, Any], fields: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A JSON object without some fields, those of the objects in it too, and these fields."""
+    rest: dict[str, Any] = {}
+    own: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in fields:
+            own[name] = value
+        elif isinstance(value, Mapping):
+            rest[name], inner = _parted(value, fields)
+            own |= inner
+        elif name != "_diffusers_version":
+            rest[name] = value
+    return rest, own

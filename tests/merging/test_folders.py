@@ -269,7 +269,7 @@ def test_norms_and_cosines_are_those_of_numpy(tmp_path, monkeypatch):
     assert names.index("transformer_blocks.0") < names.index("transformer_blocks.1")
 
 
-def pipeline(folder, tensors, steps=None, distilled=False):
+def pipeline(folder, tensors, steps=None, distilled=False, sampling=None):
     """A pipeline folder around a transformer: what else is in it need not be real."""
     write_model(folder / "transformer", tensors)
     for name in ("scheduler", "vae", "tokenizer"):
@@ -280,6 +280,8 @@ def pipeline(folder, tensors, steps=None, distilled=False):
     (folder / "tokenizer" / "tokenizer.json").write_text(f'"{folder.name}"')
     index = {"_class_name": "Flux2KleinPipeline", "is_distilled": distilled}
     (folder / "model_index.json").write_text(json.dumps(index))
+    if sampling:
+        (folder / "clvr.json").write_text(json.dumps({"flux2": sampling}))
     (folder / "README.md").write_text(f"---\nlicense: mit-of-{folder.name}\n---\n# {folder.name}\n")
     return folder
 
@@ -303,19 +305,43 @@ def test_of_a_pipeline_the_transformer_is_merged_and_all_else_is_the_bases(tmp_p
     assert made.keys() == ours.keys() | {"recipe.json"}
     assert plan.scheduler == ("distill" if shift else "base")
     for name in made.keys() - own:
-        expected = theirs if shift and name.startswith("scheduler/") else ours
+        is_sampling = name == "model_index.json" or (shift and name.startswith("scheduler/"))
+        expected = theirs if is_sampling else ours
         assert made[name] == expected[name], name
     recipe = json.loads(made["recipe.json"])
     assert recipe["scheduler"] == plan.scheduler
-    assert any("guidance 1" in note for note in recipe["notes"])
+    assert "how to sample is as distill has it: is_distilled true" in recipe["notes"]
     assert [recipe["inputs"][role]["license"] for role in ("base", "distill", "align")] == [
         "mit-of-base", "mit-of-distill", None,
     ]  # fmt: skip
     for role, path in (("base", base), ("distill", distill)):
         assert recipe["inputs"][role]["files"] == sha256(path / "transformer")
     card = made["README.md"].decode()
-    for text in (str(base), str(distill), str(align), "mit-of-base", "W_base + w_d", "guidance 1", "`transformer`"):
+    for text in (
+        str(base),
+        str(distill),
+        str(align),
+        "mit-of-base",
+        "W_base + w_d",
+        "is_distilled true",
+        "`transformer`",
+    ):
         assert text in card
+
+
+@pytest.mark.parametrize("sample_size", [64, 128])
+def test_steps_and_guidance_are_those_of_distill_unless_more_differs(tmp_path, sample_size):
+    weights = random_tensors(0)
+    of_base = {"sample_size": 64, "num_inference_steps": 28, "guidance_scale": 1.7}
+    of_distill = {"sample_size": sample_size, "num_inference_steps": 4, "guidance_scale": 1.0}
+    base = pipeline(tmp_path / "base", weights, sampling=of_base)
+    distill = pipeline(tmp_path / "distill", tuned(weights, 1), sampling=of_distill)
+    plan = plan_merge(base, distill, write_model(tmp_path / "align", tuned(weights, 2)))
+    merge(plan, tmp_path / "out")
+    made = json.loads((tmp_path / "out" / "clvr.json").read_text())["flux2"]
+    (note,) = (note for note in plan.notes if "num_inference_steps 4, guidance_scale 1.0" in note)
+    assert made == (of_distill if sample_size == 64 else of_base)
+    assert ("clvr.json is the base's" in note) == (sample_size == 128)
 
 
 def test_a_scheduler_of_another_kind_stays_the_bases(tmp_path):
