@@ -4,9 +4,12 @@ The prompts are training prompts. Nothing is rolled back, so every trajectory is
 folder that is partly filled is completed, if the same model began it.
 
     python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
+
+`python -m clvr_jax.data.shapes_proxies` makes a dataset for Proxy Prompt RL of them.
 """
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,21 +32,29 @@ def main(
     count: int = 384,
     batch: int = 32,
     seed: int = 1,
+    tiers: tuple[int, ...] = (),
+    steps: int | None = None,
 ) -> None:
-    """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own."""
-    identity = {"model": model, "seed": seed}
+    """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own.
+
+    With `tiers` all prompts are complex, of so many objects, up to 9; `steps` are the sampler's, the model's own if not
+    given.
+    """
+    identity = {"model": model, "seed": seed, **({"tiers": list(tiers)} if tiers else {})}
+    identity |= {"steps": steps} if steps else {}
     path = check_folder(out) / "rollouts.json"
     if not path.exists():
         write_json(path, identity)
     elif (found := read_json(path)) != identity:
         raise UsageError(f"{out}: holds trajectories of {found}, not of {identity}; choose another --out")
-    drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model))
+    drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model), steps)
+    chosen: dict[str, Any] = {"weights": {"complex": 1.0}, "tiers": tiers} if tiers else {}
     with progress("shapes roll-outs", count) as advance:
         for start in range(0, count, batch):
             numbers = range(start, min(start + batch, count))
             folders = [out / f"{number:05d}" for number in numbers]
             if not all((folder / "trajectory.json").exists() for folder in folders):
-                metadata = [train_prompt(np.random.default_rng((seed, number))) for number in numbers]
+                metadata = [train_prompt(np.random.default_rng((seed, number)), **chosen) for number in numbers]
                 prompts = [entry["prompt"] for entry in metadata]
                 budget = Budget(max_steps=8, max_rollbacks=0)
                 trajectories = loop.run(prompts, Oracle(metadata), drawer, budget, list(numbers), model=model)

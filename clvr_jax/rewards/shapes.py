@@ -9,11 +9,17 @@ from collections.abc import Iterable, Sequence
 from clvr_jax.reasoning.images import Picture, pixels
 from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge
 from clvr_jax.worlds.shapes.detect import Reading, detect
-from clvr_jax.worlds.shapes.grammar import article
 from clvr_jax.worlds.shapes.layout import PlannedObject
-from clvr_jax.worlds.shapes.oracle import Edit, apply_edits, compare, edit_text, parse_edits
+from clvr_jax.worlds.shapes.oracle import (
+    EMPTY_CANVAS,
+    Edit,
+    apply_edits,
+    canvas_text,
+    compare,
+    edit_text,
+    parse_edits,
+)
 
-EMPTY = "an empty picture"
 SUCCESS_WEIGHT = 0.6
 """Of doing the edit; the rest is of leaving everything else alone, as for UnifiedReward-Edit."""
 
@@ -24,13 +30,15 @@ class ShapesJudge(PictureJudge, EditJudge):
     def picture(self, picture: Picture, text: str) -> Marks:
         """Objects that are right, of those asked for and those nobody asked for.
 
-        A text of edits says nothing about the cells it does not name: of it only the edits are marked.
+        A text of edits says nothing about the cells it does not name: of it only the edits are marked. The part "right"
+        is 1 where nothing is left to be desired, else 0.
         """
         reading, asked = detect(pixels(picture)), parse_edits(text)
-        if asked:
-            return Marks(_success(asked, reading))
-        expected = described(text)
-        return UNREADABLE if expected is None else Marks(_agreement(expected, reading))
+        expected = () if asked else described(text)
+        if expected is None:
+            return UNREADABLE
+        value = _success(asked, reading) if asked else _agreement(expected, reading)
+        return Marks(value, {"right": float(value == 1)})
 
     def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
         """0.6 share of edits that were made + 0.4 agreement of all other cells with the source.
@@ -53,11 +61,10 @@ class ShapesJudge(PictureJudge, EditJudge):
 
 def described(text: str) -> tuple[PlannedObject, ...] | None:
     """The objects of a description, "a red circle at the top, a blue star at the left"; None if it is none."""
-    if text == EMPTY:
+    if text == EMPTY_CANVAS:
         return ()
     found = apply_edits((), parse_edits(f"Draw {text}."))
-    words = sorted(f"{article(f'{item.color} {item.shape}')} at the {item.cell}" for item in found)
-    return found if found and words == sorted(text.split(", ")) else None
+    return found if found and sorted(canvas_text(found).split(", ")) == sorted(text.split(", ")) else None
 
 
 def _agreement(expected: Sequence[PlannedObject], reading: Reading) -> float:

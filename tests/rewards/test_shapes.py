@@ -35,7 +35,9 @@ def drawn(*things):
 )
 def test_a_picture_is_marked_by_what_is_right_of_what_is_asked_for_or_extra(things, mark):
     text = "a red circle at the top, a blue square at the left"
-    assert JUDGE.picture(drawn(*things), text).value == pytest.approx(mark)
+    found = JUDGE.picture(drawn(*things), text)
+    assert found.value == pytest.approx(mark)
+    assert found.parts == {"right": mark == 1}
 
 
 def test_an_empty_picture_may_be_asked_for():

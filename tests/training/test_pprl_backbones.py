@@ -223,10 +223,8 @@ def test_the_programs_of_the_full_sizes_fit_together(preset):
     assert 0.02 < trained / sum(leaf.size for leaf in jax.tree.leaves(update.weights["base"])) < 0.15
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("planned", ["rollout", "update"])
-def test_both_programs_are_planned_with_one_group_on_eight_devices(monkeypatch, planned):
-    """Of small sizes; the full ones take the compiler some minutes."""
+def small_program(monkeypatch, planned, depth=1, steps=2):
+    """`pprl_flux2` with small sizes in place of klein 4B's: the recipe, and its configuration."""
     recipe = load_recipe(ROOT / "configs" / "pprl_flux2.py")
     reader = Qwen3Config(
         vocab_size=64,
@@ -239,18 +237,34 @@ def test_both_programs_are_planned_with_one_group_on_eight_devices(monkeypatch, 
     )
     sizes = dataclasses.replace(
         Flux2TransformerConfig.klein_4b(),
-        num_layers=1,
-        num_single_layers=1,
+        num_layers=depth,
+        num_single_layers=depth,
         num_attention_heads=2,
         joint_attention_dim=3 * reader.hidden_size,
     )
     monkeypatch.setitem(sys.modules["clvr_recipe_pprl_flux2"]._SIZES, "klein-4b", (sizes, reader))
-    config = dataclasses.replace(
-        recipe.config,
-        planned=planned,
-        sampler=Sampler(steps=2, size=32),
-        train=dataclasses.replace(recipe.config.train, lora_rank=4),
-    )
+    train = dataclasses.replace(recipe.config.train, lora_rank=4)
+    sampler = Sampler(steps=steps, size=32)
+    return recipe, dataclasses.replace(recipe.config, planned=planned, sampler=sampler, train=train)
+
+
+@pytest.mark.parametrize("planned", ["rollout", "update"])
+def test_programs_do_not_grow_with_layers_and_steps(monkeypatch, planned):
+    """Both are loops in them, so that compilers have one body to work on."""
+
+    def operations(depth, steps):
+        recipe, config = small_program(monkeypatch, planned, depth, steps)
+        program = recipe.program(config)
+        return jax.jit(program.function).lower(program.weights, program.data).as_text().count("stablehlo.")
+
+    assert operations(1, 2) == operations(3, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("planned", ["rollout", "update"])
+def test_both_programs_are_planned_with_one_group_on_eight_devices(monkeypatch, planned):
+    """Of small sizes; the full ones take the compiler some minutes."""
+    recipe, config = small_program(monkeypatch, planned)
     report = plan(recipe, config, "cpu:8")
     assert planned in report.name
     assert report.memory.fits

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import PHRASINGS, words
+from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, words
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.prompts import (
     EVAL_COUNTS,
+    EVALUATION_SETS,
     TRAIN_WEIGHTS,
     evaluation_prompts,
     read_prompts,
@@ -21,19 +22,20 @@ from clvr_jax.worlds.shapes.prompts import (
 
 
 def test_evaluation_sets_have_genevals_proportions_and_no_duplicates() -> None:
-    evaluation, dense = evaluation_prompts("eval"), evaluation_prompts("complex")
+    evaluation, hard, dense = (evaluation_prompts(name) for name in EVALUATION_SETS)
     assert Counter(metadata["tag"] for metadata in evaluation) == EVAL_COUNTS
     assert len(evaluation) == 553
-    assert Counter(metadata["tier"] for metadata in dense) == dict.fromkeys((3, 4, 5, 6), 75)
-    texts = [metadata["prompt"].lower() for metadata in evaluation + dense]
+    assert Counter(metadata["tier"] for metadata in hard) == dict.fromkeys((3, 4, 5, 6), 75)
+    assert Counter(metadata["tier"] for metadata in dense) == dict.fromkeys((7, 8, 9), 100)
+    texts = [metadata["prompt"].lower() for metadata in evaluation + hard + dense]
     assert len(set(texts)) == len(texts)
-    assert len({canonical_key(metadata) for metadata in dense}) == len(dense)
-    for metadata in evaluation + dense:
+    assert len({canonical_key(metadata) for metadata in hard + dense}) == len(hard + dense)
+    for metadata in evaluation + hard + dense:
         assert parse_metadata(metadata) == metadata
 
 
 def test_a_third_of_the_evaluation_names_held_out_pairs_in_all_phrasings() -> None:
-    for metadata_set in (evaluation_prompts("eval"), evaluation_prompts("complex")):
+    for metadata_set in map(evaluation_prompts, EVALUATION_SETS):
         colored = [metadata for metadata in metadata_set if metadata["tag"] not in ("single_object", "two_object")]
         for tag in {metadata["tag"] for metadata in colored}:
             mine = [metadata for metadata in colored if metadata["tag"] == tag]
@@ -45,10 +47,10 @@ def test_a_third_of_the_evaluation_names_held_out_pairs_in_all_phrasings() -> No
 def test_evaluation_sets_are_the_same_in_another_process() -> None:
     code = (
         "import json; from clvr_jax.worlds.shapes.prompts import evaluation_prompts as e;"
-        "print(json.dumps([e('complex'), e('eval')]))"
+        "print(json.dumps([e('dense'), e('complex'), e('eval')]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(out) == [evaluation_prompts("complex"), evaluation_prompts("eval")]
+    assert json.loads(out) == [evaluation_prompts(name) for name in ("dense", "complex", "eval")]
 
 
 def test_changing_a_returned_set_changes_nothing() -> None:
@@ -76,6 +78,19 @@ def test_training_prompts_never_meet_the_evaluation() -> None:
     assert len(singles) > 50
 
 
+def test_dense_training_prompts_never_meet_the_evaluation_either() -> None:
+    rng = np.random.default_rng(1)
+    keys = {canonical_key(metadata) for metadata in evaluation_prompts("dense")}
+    tiers: Counter[int] = Counter()
+    for _ in range(600):
+        metadata = train_prompt(rng, {"complex": 1.0}, (5, *DENSE_TIERS))
+        tiers[metadata["tier"]] += 1
+        assert canonical_key(metadata) not in keys
+        assert not has_held_out_pair(metadata)
+    assert set(tiers) == {5, 7, 8, 9}
+    assert min(tiers.values()) > 110
+
+
 def test_training_weights_are_obeyed_and_checked() -> None:
     rng = np.random.default_rng(0)
     assert {train_prompt(rng, {"colors": 2.0, "complex": 0})["tag"] for _ in range(20)} == {"colors"}
@@ -88,7 +103,7 @@ def test_training_weights_are_obeyed_and_checked() -> None:
 
 
 def test_unknown_sets_are_refused() -> None:
-    with pytest.raises(ClvrError, match="unknown set 'test'; known: eval, complex"):
+    with pytest.raises(ClvrError, match="unknown set 'test'; known: eval, complex, dense"):
         evaluation_prompts("test")
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.roles import Check, Crew, History, PromptItem, Validation
 from clvr_jax.data.engine.states import StateName
+from clvr_jax.data.shapes_proxies import exact_proxies
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
@@ -25,7 +26,7 @@ from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import article
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import parse_metadata
-from clvr_jax.worlds.shapes.oracle import apply_edits, edit_text, first_reply, next_reply, parse_edits
+from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, parse_edits
 from clvr_jax.worlds.shapes.scene import CELLS
 
 
@@ -128,9 +129,7 @@ class _Exact:
         for number, reply in enumerate(self._replies(history)[:-1]):
             edits = parse_edits(reply)
             canvas = apply_edits(canvas, edits)
-            things = [f"{article(f'{item.color} {item.shape}')} at the {item.cell}" for item in canvas]
-            words = ", ".join(things) or "an empty picture"
-            found.append(ProxyPrompts(words, edit_text(edits), (number - 1,)) if number else ProxyPrompts(words))
+            found.append(exact_proxies(canvas, edits, number - 1 if number else None))
         return tuple(found)
 
     def _replies(self, history: History) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS, Metadata
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, place, sample_pair
 
 TIERS = (3, 4, 5, 6)
+DENSE_TIERS = (7, 8, 9)
+"""Numbers of objects that nearly fill the nine cells; no prompt has them unless they are asked for."""
 _NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 _ENDINGS = ("", " on a plain background", " on an empty canvas", " on a light background")
@@ -123,14 +125,14 @@ def sample_metadata(
     Args:
       rng: numpy generator.
       tag: one of TAGS.
-      tier: number of objects, one of TIERS; only for `complex`, None draws one.
+      tier: number of objects, one of TIERS or DENSE_TIERS; only for `complex`, None draws one of TIERS.
       allow_held_out: may name HELD_OUT_PAIRS; never set it for training data.
       phrasing: index into PHRASINGS[tag]; None draws one.
     """
     if tag not in TAGS:
         raise ClvrError(f"sample_metadata: unknown tag {tag!r}; known: {', '.join(TAGS)}")
-    if tier is not None and (tag != "complex" or tier not in TIERS):
-        raise ClvrError(f"sample_metadata: tier {tier!r} needs the tag complex and one of {TIERS}")
+    if tier is not None and (tag != "complex" or tier not in TIERS + DENSE_TIERS):
+        raise ClvrError(f"sample_metadata: tier {tier!r} needs the tag complex and one of {TIERS + DENSE_TIERS}")
     if tag == "complex":
         metadata = _sample_complex(rng, _pick(rng, TIERS) if tier is None else tier, allow_held_out)
     else:

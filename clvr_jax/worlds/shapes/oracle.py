@@ -23,6 +23,7 @@ from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, SceneObje
 DRAW_TOKEN = "<|image_gen|>"
 STOP_TOKEN = "<|terminate|>"
 MAX_EDITS = 2
+EMPTY_CANVAS = "an empty picture"
 
 Plan = tuple[PlannedObject, ...]
 
@@ -123,6 +124,11 @@ def _checked(limit: int) -> int:
 
 def _thing(item: PlannedObject) -> str:
     return article(f"{item.color} {item.shape}")
+
+
+def canvas_text(objects: Iterable[PlannedObject]) -> str:
+    """A whole canvas in words, which needs no history: "a red circle at the top, a blue star at the left"."""
+    return ", ".join(f"{_thing(item)} at the {item.cell}" for item in objects) or EMPTY_CANVAS
 
 
 def _there(edit: Edit) -> str:

@@ -6,16 +6,16 @@ import copy
 import functools
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import PHRASINGS, TIERS, sample_metadata, words
+from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, TIERS, sample_metadata, words
 from clvr_jax.worlds.shapes.metadata import TAGS, Metadata, canonical_key, has_held_out_pair, parse_metadata
 
-EVALUATION_SETS = ("eval", "complex")
+EVALUATION_SETS = ("eval", "complex", "dense")
 EVAL_COUNTS = {
     "single_object": 80,
     "two_object": 99,
@@ -26,6 +26,7 @@ EVAL_COUNTS = {
 }
 """Prompts per tag in the set "eval", as many as GenEval has."""
 COMPLEX_PER_TIER = 75
+DENSE_PER_TIER = 100
 TRAIN_WEIGHTS: dict[str, float] = {
     "single_object": 0.04,
     "two_object": 0.08,
@@ -36,7 +37,7 @@ TRAIN_WEIGHTS: dict[str, float] = {
     "complex": 0.45,
 }
 # Changing a seed, the grammar or the sampling changes the evaluation sets, and with them the meaning of old scores.
-_SEEDS = {"eval": 553, "complex": 300}
+_SEEDS = {"eval": 553, "complex": 300, "dense": 789}
 _HELD_OUT_EVERY = 3
 
 
@@ -47,9 +48,9 @@ def evaluation_prompts(name: str) -> list[Metadata]:
     turns.
 
     Args:
-      name: "eval" (553 prompts, GenEval's tags in GenEval's proportions) or "complex" (300: 75 for each of 3, 4, 5
-        and 6 objects, with "tier").
-    Returns: a new list, the same in every process; all prompts differ, and in "complex" all requests differ.
+      name: "eval" (553 prompts, GenEval's tags in GenEval's proportions), "complex" (300: 75 for each of 3, 4, 5 and
+        6 objects, with "tier") or "dense" (300: 100 for each of 7, 8 and 9 objects, which fill the canvas).
+    Returns: a new list, the same in every process; all prompts differ, and in "complex" and "dense" all requests.
     """
     if name not in EVALUATION_SETS:
         raise ClvrError(f"evaluation_prompts: unknown set {name!r}; known: {', '.join(EVALUATION_SETS)}")
@@ -63,7 +64,8 @@ def _evaluation_set(name: str) -> list[Metadata]:
     if name == "eval":
         plan = [(tag, None, count) for tag, count in EVAL_COUNTS.items()]
     else:
-        plan = [("complex", tier, COMPLEX_PER_TIER) for tier in TIERS]
+        tiers, count = (TIERS, COMPLEX_PER_TIER) if name == "complex" else (DENSE_TIERS, DENSE_PER_TIER)
+        plan = [("complex", tier, count) for tier in tiers]
     chosen: list[Metadata] = []
     seen: set[str] = set()
     for tag, tier, count in plan:
@@ -93,18 +95,22 @@ def _reserved() -> frozenset[str]:
     return frozenset(texts | {canonical_key(metadata) for metadata in everything if metadata["tag"] == "complex"})
 
 
-def train_prompt(rng: np.random.Generator, weights: Mapping[str, float] | None = None) -> Metadata:
+def train_prompt(
+    rng: np.random.Generator, weights: Mapping[str, float] | None = None, tiers: Sequence[int] = TIERS
+) -> Metadata:
     """Draws a training prompt: never the text of an evaluation prompt (case and punctuation aside), never the request
     of a complex one, never a held-out pair.
 
     Args:
       rng: numpy generator.
       weights: tag -> weight, not negative, need not sum to one; None is TRAIN_WEIGHTS.
+      tiers: numbers of objects of complex prompts, equally often; of TIERS and DENSE_TIERS.
     """
     tags, shares = _shares(tuple((TRAIN_WEIGHTS if weights is None else weights).items()))
     tag = tags[int(np.searchsorted(shares, rng.random(), side="right"))]
     while True:
-        metadata = sample_metadata(rng, tag)
+        tier = tiers[int(rng.integers(len(tiers)))] if tag == "complex" else None
+        metadata = sample_metadata(rng, tag, tier)
         taken = {_text_key(metadata)} | ({canonical_key(metadata)} if tag == "complex" else set())
         if not taken & _reserved():
             return metadata
