@@ -17,6 +17,7 @@ from rich.console import Console
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import CommandGroup
 from clvr_jax.commands.conversion import Convert
+from clvr_jax.commands.curves import Curves
 from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
 from clvr_jax.commands.merging import Merge
@@ -29,6 +30,7 @@ COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "sample": Sample,
     "train": Train,
+    "curves": Curves,
     "synth": Synth,
     "plan": Plan,
     "eval": Eval,

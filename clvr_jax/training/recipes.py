@@ -21,7 +21,8 @@ from clvr_jax.sharding import Layout, MeshConfig, without_layout
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
 
-_RECIPE = "recipe.json"
+RECIPE = "recipe.json"
+"""Of a run: which recipe it is of, and with what configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +92,14 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
         # What a recipe loads is laid out over the mesh as it is read.
         task = recipe.task(config)
         if jax.process_index() == 0:
-            write_json(out / _RECIPE, {"recipe": str(recipe.path), "config": plain(config)})
+            write_json(out / RECIPE, {"recipe": str(recipe.path), "config": plain(config)})
         state = recipe.fit(task, config.train, out, resume=resume)
     return {"recipe": recipe.name, "out": str(out), "export": str(out / "export"), "steps": int(state.step)}
 
 
 def is_run(folder: Path) -> bool:
     """Whether a folder is that of a run, which need not be finished."""
-    return (folder / _RECIPE).exists() and (folder / "checkpoints").is_dir()
+    return (folder / RECIPE).exists() and (folder / "checkpoints").is_dir()
 
 
 def export_run(run: Path, destination: Path, part: str = "ema") -> int:
@@ -112,8 +113,8 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
     Raises: ClvrError if it is no run, holds no checkpoint, or the recipe is gone or another one now.
     """
     if not is_run(run):
-        raise ClvrError(f"{run}: not the folder of a run, which holds {_RECIPE} and checkpoints/")
-    made = read_json(run / _RECIPE)
+        raise ClvrError(f"{run}: not the folder of a run, which holds {RECIPE} and checkpoints/")
+    made = read_json(run / RECIPE)
     recipe = load_recipe(made["recipe"])
     config = rebuilt(recipe.config, made["config"])
     # On the devices that are here, whatever the run had.

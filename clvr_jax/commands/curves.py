@@ -1,0 +1,51 @@
+"""`clvr curves`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, ClassVar
+
+import tyro
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.common import Common, Flags, Result
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Plots metrics of one or several runs. Runs that differ only in their seed become one line with a band."""
+
+    EXAMPLE: ClassVar = "clvr curves runs/pprl-0 runs/pprl-1 runs/simple-0 --metrics reward kl --out out/curves.png"
+
+    runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
+    """Folders of runs, finished or not."""
+    out: Annotated[Path, tyro.conf.arg(metavar="FILE.png")]
+    """The plot; .svg and .pdf as well."""
+    metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
+    """Names as in metrics.jsonl; losses, rewards and guard rails if not given."""
+    smooth: Annotated[int, tyro.conf.arg(metavar="N")] = 1
+    """Mean over so many entries."""
+    common: Flags = field(default_factory=Common)
+
+    def __post_init__(self) -> None:
+        at_least_one("--smooth", self.smooth)
+        at_least_one("the number of runs", len(self.runs))
+
+    def run(self) -> Result:
+        """Reads, plots, and says where the curves end."""
+        from rich.table import Table
+
+        from clvr_jax.training.curves import curves, summary, write_plot
+
+        found = curves(self.runs, self.metrics, self.smooth)
+        write_plot(self.out, found)
+        ends = summary(found)
+        table = Table(title=str(self.out))
+        for number, column in enumerate(("metric", "runs of", "number", "last step", "mean", "range")):
+            table.add_column(column, justify="right" if number > 1 else "left")
+        for metric, lines in ends.items():
+            for name, end in lines.items():
+                low, high = (f"{value:.4g}" for value in end["range"])
+                table.add_row(
+                    metric, name, str(end["runs"]), str(end["step"]), f"{end['mean']:.4g}", f"{low} .. {high}"
+                )
+        return Result({"out": str(self.out), "ends": ends}, table)

@@ -1,0 +1,158 @@
+"""Curves of runs: what their `metrics.jsonl` say, runs that differ in nothing but the seed as one line with a band."""
+
+import io
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import read_json, write_atomically
+from clvr_jax.plots import can_plot, new_figure
+from clvr_jax.training.recipes import RECIPE
+from clvr_jax.trees import some
+
+USUAL = ("loss", "reward", "reward_t2i", "reward_i2i", "parts/t2i/right", "kl", "norm_ratio", "zero_variance_groups")
+"""Shown if nothing else is asked for, as far as a run has them."""
+_WIDTH, _HEIGHT = 4.8, 3.2
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric of runs of one kind.
+
+    name: of the run; of several that of the first, without the number that ends it. steps: (n,) that all of them have
+    the metric at. values: (runs, n).
+    """
+
+    name: str
+    steps: np.ndarray
+    values: np.ndarray
+
+
+def read_metrics(run: Path) -> dict[str, dict[int, float]]:
+    """metric -> step -> value, of a run that may not be finished.
+
+    Raises: ClvrError if the folder holds no metrics.
+    """
+    path = run / "metrics.jsonl"
+    try:
+        lines = path.read_text().splitlines()
+    except OSError as error:
+        raise ClvrError(f"{run}: no run with metrics here ({error.strerror}: {path})") from error
+    found: dict[str, dict[int, float]] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+            step = int(row.pop("step"))
+        except (ValueError, KeyError, TypeError, AttributeError):
+            continue  # the torn last line of a run that is being written, or was killed
+        for name, value in row.items():
+            found.setdefault(name, {})[step] = float(value)
+    if not found:
+        raise ClvrError(f"{path}: holds no metrics yet")
+    return found
+
+
+def curves(runs: Sequence[Path], metrics: Sequence[str] = (), smooth: int = 1) -> dict[str, list[Curve]]:
+    """metric -> a curve for each kind of run that has it.
+
+    Args:
+      runs: folders; those whose recipe and configuration differ in nothing but the seed are of one kind.
+      metrics: names, those of USUAL if none are given.
+      smooth: the mean over so many entries up to each.
+    Raises: ClvrError for a folder without metrics, UsageError for a metric that no run has.
+    """
+    found = {run: read_metrics(run) for run in runs}
+    known = dict.fromkeys(name for own in found.values() for name in own)
+    if absent := [name for name in metrics if name not in known]:
+        raise UsageError(f"no run has the metric {', '.join(absent)}; there are {some(known, 40)}")
+    kinds: dict[str, list[Path]] = {}
+    for run in runs:
+        kinds.setdefault(_kind(run), []).append(run)
+    chosen = metrics or [name for name in USUAL if name in known] or list(known)
+    return {
+        name: [
+            _curve(own, [found[run][name] for run in own], smooth)
+            for kind in kinds.values()
+            if (own := [run for run in kind if name in found[run]])
+        ]
+        for name in chosen
+    }
+
+
+def _kind(run: Path) -> str:
+    """Equal for runs that differ in nothing but the seed."""
+    if not (run / RECIPE).exists():
+        return str(run.absolute())
+    told = read_json(run / RECIPE)
+    config = told.get("config", {})
+    for part in (config, config.get("train", {})):
+        part.pop("seed", None)
+    return json.dumps(told, sort_keys=True)
+
+
+def _curve(runs: Sequence[Path], rows: Sequence[Mapping[int, float]], smooth: int) -> Curve:
+    steps = sorted(set.intersection(*(set(row) for row in rows)))
+    values = np.array([[row[step] for step in steps] for row in rows])
+    sums = np.cumsum(np.pad(values, ((0, 0), (1, 0))), axis=1)
+    ends = np.arange(1, len(steps) + 1)
+    begins = np.maximum(ends - smooth, 0)
+    name = runs[0].name if len(runs) == 1 else re.sub(r"(?<=.)[-_.]?\d+$", "", runs[0].name)
+    return Curve(name, np.array(steps), (sums[:, ends] - sums[:, begins]) / (ends - begins))
+
+
+def write_plot(path: Path, found: Mapping[str, Sequence[Curve]]) -> None:
+    """One panel a metric; of several runs of a kind their mean, and a band from the least to the greatest.
+
+    Raises: ClvrError if matplotlib is not installed, or the file cannot be written as its ending says.
+    """
+    if not can_plot():
+        raise ClvrError("plots need matplotlib: pip install 'clvr-jax[plots]'")
+    columns = min(len(found), 3)
+    rows = -(-len(found) // columns)
+    figure = new_figure(_WIDTH * columns, _HEIGHT * rows)
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for panel, (metric, lines) in zip(panels, found.items(), strict=False):
+        for line in lines:
+            label = line.name if len(line.values) == 1 else f"{line.name} ({len(line.values)} runs)"
+            (drawn,) = panel.plot(line.steps, line.values.mean(0), label=label)
+            if len(line.values) > 1:
+                low, high = line.values.min(0), line.values.max(0)
+                panel.fill_between(line.steps, low, high, color=drawn.get_color(), alpha=0.2, linewidth=0)
+        panel.set(title=metric, xlabel="step")
+        panel.grid(alpha=0.3)
+    for panel in list(panels):
+        panel.remove()
+    figure.axes[0].legend()
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=path.suffix.removeprefix(".") or "png", dpi=120)
+    except ValueError as error:
+        raise UsageError(f"{path}: {str(error).splitlines()[0]}") from error
+    write_atomically(path, content.getvalue())
+
+
+def summary(found: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+    """For each metric and kind: runs, last step, and mean, least and greatest of the runs there."""
+    return {
+        metric: {
+            line.name: {
+                "runs": len(line.values),
+                "step": int(line.steps[-1]),
+                "mean": float(line.values[:, -1].mean()),
+                "range": [float(line.values[:, -1].min()), float(line.values[:, -1].max())],
+            }
+            for line in lines
+            if len(line.steps)
+        }
+        for metric, lines in found.items()
+    }
