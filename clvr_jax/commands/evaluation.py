@@ -12,6 +12,8 @@ from clvr_jax.commands.evaluation_benchmarks import (
     EvalPrism,
     EvalWise,
 )
+from clvr_jax.commands.evaluation_compare import EvalCompare
+from clvr_jax.commands.evaluation_scaling import EvalScaling
 from clvr_jax.commands.evaluation_shapes import EvalShapes
 
 
@@ -28,4 +30,6 @@ class Eval(CommandGroup):
         "wise": EvalWise,
         "prism": EvalPrism,
         "dpg": EvalDPG,
+        "compare": EvalCompare,
+        "scaling": EvalScaling,
     }

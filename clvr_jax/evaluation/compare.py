@@ -29,6 +29,13 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     return results
 
 
+def named(word: str) -> tuple[str, Path]:
+    """NAME=PATH, or a path alone, which is called as its folder: name and path."""
+    name, _, path = ("", "", word) if Path(word).exists() else word.rpartition("=")
+    place = Path(path)
+    return name or (place if place.is_dir() else place.parent).resolve().name, place
+
+
 def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
     """Compares two results; positive differences speak for the second.
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.compare import by_prompt, compare, load_results
+from clvr_jax.evaluation.compare import by_prompt, compare, load_results, named
 from clvr_jax.evaluation.complexity import power_law, probe, task_of
 from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.report import COSTS, mean_cost, tags_in_order
@@ -49,14 +49,14 @@ def gather(words: Sequence[str]) -> list[Contestant]:
     """
     groups: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
     for word in words:
-        name, _, path = ("", "", word) if Path(word).exists() else word.rpartition("=")
+        name, path = named(word)
         results = load_results(path)
-        folder = Path(path) if Path(path).is_dir() else Path(path).parent
+        folder = path if path.is_dir() else path.parent
         key = json.dumps([results["benchmark"], results["judge"], results.get("settings")], sort_keys=True)
         group = groups.setdefault(key, [])
         if any(other.get("seed") == results.get("seed") for _, _, other in group):
             raise UsageError(f"{path}: the same system with the same seed as {group[0][1]}; give each run once")
-        group.append((name or folder.resolve().name, folder, results))
+        group.append((name, folder, results))
     if len(groups) < 2:
         raise UsageError(f"compare: {len(words)} results of {len(groups)} system; give two systems at least")
     contestants = []

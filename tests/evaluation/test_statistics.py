@@ -3,7 +3,14 @@ import pytest
 from scipy import stats
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.statistics import mean_of_proportions, paired_bootstrap, sign_test, wilson_interval
+from clvr_jax.evaluation.statistics import (
+    clustered_interval,
+    holm,
+    mean_of_proportions,
+    paired_bootstrap,
+    sign_test,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 1), (1, 1), (0, 20), (20, 20), (3, 10), (480, 553), (81, 263)])
@@ -95,3 +102,41 @@ def test_unpaired_scores_are_refused():
             function([1.0], [1.0, 0.0])
     with pytest.raises(ClvrError, match="groups"):
         paired_bootstrap([1.0], [0.0], groups=["a", "b"])
+
+
+def test_one_picture_per_prompt_has_wilsons_interval():
+    assert clustered_interval([[1.0]] * 7 + [[0.0]] * 2) == wilson_interval(7, 9)
+    with pytest.raises(ClvrError, match="every prompt needs a score"):
+        clustered_interval([[1.0], []])
+
+
+def test_pictures_of_a_prompt_that_always_agree_count_once():
+    together = clustered_interval([[1.0] * 4] * 30 + [[0.0] * 4] * 10)
+    assert (together.low, together.high) == pytest.approx(
+        tuple(wilson_interval(30, 40).__dict__.values())[1:], abs=0.01
+    )
+    apart = clustered_interval([[1.0, 1.0, 1.0, 0.0]] * 40)  # less than chance would vary: not better than independent
+    assert (apart.low, apart.high) == pytest.approx((wilson_interval(30, 40).low, wilson_interval(30, 40).high))
+
+
+def test_interval_over_prompts_covers_the_truth():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(500):
+        chances = rng.beta(2, 1, 60)  # of the prompts; their mean is 2/3
+        interval = clustered_interval(rng.binomial(1, np.repeat(chances[:, None], 4, 1)).astype(float).tolist())
+        hits += interval.low <= 2 / 3 <= interval.high
+    assert 0.92 <= hits / 500 <= 0.98
+
+
+def test_other_scores_have_a_bootstrap_interval():
+    scores = np.random.default_rng(0).uniform(0, 10, 80)
+    interval = clustered_interval([[score] for score in scores], seed=1)
+    half = 1.96 * scores.std(ddof=1) / np.sqrt(80)
+    assert (interval.low, interval.high) == pytest.approx((scores.mean() - half, scores.mean() + half), abs=0.15)
+
+
+def test_holm_by_hand():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []

@@ -1,0 +1,126 @@
+"""`clvr eval scaling`."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one, check_seed
+from clvr_jax.commands.budget import BudgetOptions
+from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
+from clvr_jax.commands.system import SystemOptions
+from clvr_jax.console import console, progress
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.evaluation.layout import Folder
+
+Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
+
+
+@dataclass(frozen=True)
+class EvalScaling:
+    """What more drawings, evaluations and seconds buy: drawn once under the largest budget, the others are read off."""
+
+    EXAMPLE: ClassVar = (
+        "clvr eval scaling --model shapes-tiny --split complex --limit 60 --max-steps 16 --out out/scaling"
+    )
+
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
+    """Folder for scaling.json, scaling.md, the plot, and a folder of pictures for each system."""
+    results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]DIR")] = ()
+    """Folders of finished runs of clvr eval shapes, whatever drew them, beside or instead of --model."""
+    model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Shipped model, diffusers folder or Hugging Face id, drawn with in each of --modes."""
+    base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Another model for one-shot, such as the one before it learned to follow a conversation."""
+    modes: tuple[Mode, ...] = ("one-shot", "open-loop", "best-of", "closed-loop")
+    """Which systems; best-of and closed-loop may draw --max-steps times."""
+    controller: Literal["vlm", "oracle"] = "vlm"
+    """Who plans and judges: the model's own, or the oracle of the shapes world."""
+    max_steps: int = 8
+    """The largest budget, in drawings."""
+    split: Literal["eval", "complex"] = "complex"
+    """See clvr eval shapes."""
+    prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
+    """Prompts of your own in GenEval's metadata format, instead of a split."""
+    limit: Count = None
+    """Use at most so many prompts, spread over the set."""
+    seed: int = 0
+    """The same seed gives the same pictures."""
+    common: Flags = field(default_factory=Common)
+
+    def __post_init__(self) -> None:
+        at_least_one("--limit", self.limit)
+        check_seed(self.seed)
+        if self.max_steps < 2:
+            raise UsageError(f"--max-steps must be at least 2 to scale anything, got {self.max_steps}")
+        if not self.model and not self.results:
+            raise UsageError("give --model, or folders of finished runs")
+        if len(set(self.modes)) < len(self.modes) or not self.modes:
+            raise UsageError("--modes names each system once, and one at least")
+
+    def run(self) -> Result:
+        """Draws what is missing, reads the curves, and writes the report."""
+        from clvr_jax.evaluation.compare import named
+        from clvr_jax.evaluation.layout import Folder
+        from clvr_jax.evaluation.scaling import read_off
+        from clvr_jax.evaluation.scaling_report import scaling_table, write_scaling
+        from clvr_jax.outputs import check_folder
+        from clvr_jax.plots import can_plot
+
+        given = {name: Folder(path) for name, path in map(named, self.results)}
+        for folder in given.values():
+            folder.identity()
+        check_folder(self.out)
+        folders = {**(self._drawn() if self.model else {}), **given}
+        with progress("scaling, judging what was drawn", len(folders)) as advance:
+            scaling = read_off(folders, advance)
+        files = write_scaling(scaling, self.out)
+        if not can_plot():
+            console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
+        return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling))
+
+    def _drawn(self) -> dict[str, "Folder"]:
+        """A finished folder for each mode."""
+        prepare_jax()
+        from clvr_jax.evaluation.layout import Folder
+        from clvr_jax.evaluation.shapes import run, shapes_judge, shapes_prompts
+
+        metadata = shapes_prompts(self.split, self.prompts, self.limit)
+        systems = {mode: self._system(mode) for mode in self.modes}
+        for system in systems.values():
+            system.check()
+        prompts = self.prompts.name if self.prompts else self.split
+        folders = {}
+        for mode, options in systems.items():
+            system = options.build(metadata)
+            with progress(f"scaling, {options.title}", len(metadata)) as advance:
+                run(
+                    metadata,
+                    system.draw_all,
+                    self.out / mode,
+                    shapes_judge(),
+                    settings={**system.settings, "prompts": prompts, "limit": self.limit},
+                    seed=self.seed,
+                    batch_size=system.batch_size,
+                    device=system.device,
+                    on_progress=lambda done, total, tell=advance: tell(done),
+                )
+            folders[mode] = Folder(self.out / mode)
+        return folders
+
+    def _system(self, mode: Mode) -> SystemOptions:
+        assert self.model is not None
+        budgets: dict[str, BudgetOptions] = {
+            "best-of": BudgetOptions(candidates=self.max_steps),
+            "closed-loop": BudgetOptions(max_steps=self.max_steps),
+        }
+        return SystemOptions(
+            (self.base_model if mode == "one-shot" else None) or self.model,
+            mode,
+            controller="vlm" if mode == "one-shot" else self.controller,
+            budget=budgets.get(mode, BudgetOptions()),
+            seed=self.seed,
+        )

@@ -1,0 +1,106 @@
+"""Scaling curves as files: scaling.json, scaling.md, scaling.png."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clvr_jax.files import write_atomically, write_json
+from clvr_jax.plots import can_plot, new_figure
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+JSON, MARKDOWN, PLOT = "scaling.json", "scaling.md", "scaling.png"
+_AXES = {"drawings": "drawings allowed", "nfe": "network evaluations allowed", "seconds": "seconds allowed"}
+_SHOWN = 8
+
+
+def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
+    """Writes the curves into a folder.
+
+    Args:
+      scaling: see `scaling.read_off`.
+      out: the folder.
+    Returns: the names of the files; the plot needs matplotlib.
+    """
+    files = [JSON, MARKDOWN]
+    if can_plot():
+        _plot(scaling, out)
+        files.append(PLOT)
+    write_json(out / JSON, scaling)
+    write_atomically(out / MARKDOWN, scaling_markdown(scaling, PLOT in files).encode())
+    return files
+
+
+def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str:
+    """The curves as Markdown: for each kind of limit a table of what each system reaches under it."""
+    lines = [
+        f"# {scaling['benchmark']}: success against what is allowed",
+        "",
+        f"{scaling['prompts']} prompts; judge: {', '.join(str(value) for value in scaling['judge'].values())}. Each "
+        "system was drawn once under its largest budget, smaller ones are read off its trajectories. Accuracy with its "
+        "95 % interval over prompts; NFE and seconds are means per picture under the limit.",
+        "",
+    ]
+    for kind, label in _AXES.items():
+        rows = _rows(scaling, kind)
+        if len(rows) > 1:
+            header, *rest = rows
+            lines += [f"## {label.capitalize()}", ""]
+            lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rest)]
+            lines.append("")
+    if with_plot:
+        lines.append(f"![{PLOT}]({PLOT})")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def scaling_table(scaling: Mapping[str, Any]) -> Table:
+    """Success against drawings, for the terminal."""
+    from rich.table import Table
+
+    header, *rows = _rows(scaling, "drawings")
+    table = Table(title=f"{scaling['benchmark']}, {scaling['prompts']} prompts: success against drawings allowed")
+    for number, column in enumerate(header):
+        table.add_column(column, justify="right" if number else "left")
+    for row in rows:
+        table.add_row(*row)
+    return table
+
+
+def _rows(scaling: Mapping[str, Any], kind: str) -> list[list[str]]:
+    """Header and one row for each system and limit, at most 8 limits of a system, the first and the last among them."""
+    rows = [["system", _AXES[kind], "accuracy", "95 %", "NFE", "seconds"]]
+    for system in scaling["systems"]:
+        for point in _some(system["curves"][kind]):
+            limit = f"{point['limit']:.2f}" if kind == "seconds" else f"{point['limit']:g}"
+            interval = f"{point['low']:.3f} .. {point['high']:.3f}"
+            spent = (f"{point['nfe']:.1f}", f"{point['seconds']:.2f}")
+            rows.append([system["name"], limit, f"{point['accuracy']:.3f}", interval, *spent])
+    return rows
+
+
+def _some(points: Sequence[Any]) -> list[Any]:
+    if len(points) <= _SHOWN:
+        return list(points)
+    return [points[round(number * (len(points) - 1) / (_SHOWN - 1))] for number in range(_SHOWN)]
+
+
+def _plot(scaling: Mapping[str, Any], out: Path) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    figure = new_figure(14, 4.2)
+    for number, (kind, label) in enumerate(_AXES.items(), start=1):
+        axes = figure.add_subplot(1, len(_AXES), number)
+        for system in scaling["systems"]:
+            points = system["curves"][kind]
+            x, y = [point["limit"] for point in points], [point["accuracy"] for point in points]
+            (line,) = axes.plot(x, y, "o-", markersize=3, label=system["name"])
+            low, high = [point["low"] for point in points], [point["high"] for point in points]
+            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+        axes.set(xlabel=label, ylabel="share that is correct", ylim=(-0.02, 1.02))
+        if kind != "drawings":
+            axes.set_xscale("log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(out / PLOT, dpi=120)

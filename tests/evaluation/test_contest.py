@@ -1,0 +1,126 @@
+import json
+
+import pytest
+
+from clvr_jax.cli import main
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation import compare, load_results, run
+from clvr_jax.evaluation.contest import Contestant, gather, hold
+from clvr_jax.evaluation.contest_report import contest_markdown
+from clvr_jax.evaluation.shapes import Judge, Judgment
+from clvr_jax.files import read_json, write_json
+from clvr_jax.reasoning.tools import Made, Usage
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+from tests.reasoning.scripted import picture
+
+METADATA = [*evaluation_prompts("complex")[::12], *evaluation_prompts("eval")[::40]]
+
+
+def made(out, skill, seed=0, samples=1, prompts=METADATA, judge="bright"):
+    """A run that is right where the prompt is shorter than `skill` words, and now and then elsewhere."""
+
+    def draw_all(texts, seeds):
+        usage = Usage(input_tokens=10 * skill, dollars=0.01)
+        return [
+            Made(picture(200 if len(text.split()) < skill or own % 7 == 0 else 0), usage)
+            for text, own in zip(texts, seeds, strict=True)
+        ]
+
+    bright = Judge(judge, "1", lambda image, metadata: Judgment(bool(image.mean() > 100)))
+    run(prompts, draw_all, out, bright, settings={"skill": skill}, seed=seed, samples=samples, device="here")
+    return str(out)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("runs")
+    return {
+        "weak": made(root / "weak", 8),
+        "good-0": made(root / "good-0", 16),
+        "good-1": made(root / "good-1", 16, seed=1),
+        "best": made(root / "best", 40),
+    }
+
+
+def test_runs_with_other_seeds_are_one_system(runs):
+    weak, good, best = gather([runs["weak"], f"good={runs['good-0']}", runs["good-1"], runs["best"]])
+    assert [one.name for one in (weak, good, best)] == ["weak", "good (2 seeds)", "best"]
+    contest = hold([weak, good, best])
+    assert [system["seeds"] for system in contest["systems"]] == [[0], [0, 1], [0]]
+    overall = [system["overall"] for system in contest["systems"]]
+    assert [part["pictures"] for part in overall] == [len(METADATA), 2 * len(METADATA), len(METADATA)]
+    assert {part["prompts"] for part in overall} == {contest["prompts"]} == {len(METADATA)}
+    assert overall[0]["score"] < overall[1]["score"] < overall[2]["score"]
+    assert all(part["interval"][0] < part["score"] < part["interval"][1] for part in overall)
+
+    pair = contest["against_first"][1]
+    alone = compare(read_json(weak.folders[0] / "results.json"), read_json(best.folders[0] / "results.json"))
+    assert {key: pair[key] for key in alone} == alone
+    assert pair["holm"] >= pair["overall"]["p_value"]
+    assert contest["systems"][0]["reported"] == pytest.approx(contest["systems"][0]["mean_of_tags"])
+
+
+def test_cost_and_complexity_stand_beside_the_scores(runs):
+    contest = hold(gather([runs["weak"], runs["good-0"], runs["best"]]))
+    cost = contest["systems"][0]["cost"]
+    assert (cost["input_tokens_per_picture"], cost["devices"]) == (80, {"here": len(METADATA)})
+    assert cost["dollars"] == pytest.approx(0.01 * len(METADATA))
+    areas = [contest["complexity"]["systems"][name]["area"] for name in ("weak", "good-0", "best")]
+    assert areas[0] < areas[1] <= areas[2]
+    assert json.loads(json.dumps(contest)) == contest
+    text = contest_markdown(contest)
+    assert f"| complex ({sum(entry['tag'] == 'complex' for entry in METADATA)}) |" in text
+    assert f"${0.01 * len(METADATA):.2f} in all" in text
+    assert "area under pass against complexity" in text
+
+
+def test_the_command_writes_the_report(runs, tmp_path, capsys):
+    out = tmp_path / "report"
+    words = [f"a={runs['weak']}", f"b={runs['best']}/results.json", "--out", str(out)]
+    assert main(["eval", "compare", *words]) == 0
+    assert "p (Holm)" in capsys.readouterr().out
+    names = {"comparison.json", "comparison.md", "scores.png", "cost.png", "complexity.png"}
+    assert {path.name for path in out.iterdir()} == names
+    assert main(["eval", "compare", *words, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert set(told["files"]) == names
+    assert read_json(out / "comparison.json")["against_first"] == told["against_first"]
+
+
+def test_results_without_their_pictures_have_no_complexity(runs, tmp_path):
+    for name in ("weak", "best"):
+        write_json(tmp_path / f"{name}.json", load_results(runs[name]))
+    contest = hold(gather([f"weak={tmp_path / 'weak.json'}", f"best={tmp_path / 'best.json'}"]))
+    assert contest["complexity"] is None
+    assert contest["systems"][0]["overall"] == hold(gather([runs["weak"], runs["best"]]))["systems"][0]["overall"]
+
+
+def test_scores_in_a_unit_of_their_own(runs):
+    first, second = (load_results(runs[name]) for name in ("weak", "best"))
+    for results in (first, second):
+        results["unit"] = "0 to 10"
+        for entry in results["pictures"]:
+            entry.update(score=8.5 if entry["correct"] else 2.5, correct=None)
+    contest = hold([Contestant(name, (), (results,)) for name, results in (("a", first), ("b", second))])
+    right = sum(entry["score"] > 5 for entry in first["pictures"]) / len(METADATA)
+    overall = contest["systems"][0]["overall"]
+    assert overall["score"] == pytest.approx(2.5 + 6 * right)
+    assert 2.5 < overall["interval"][0] < overall["score"] < overall["interval"][1] < 8.5
+    assert (contest["unit"], contest["complexity"]) == ("0 to 10", None)
+
+
+def test_what_makes_no_comparison_is_refused(runs, tmp_path):
+    with pytest.raises(UsageError, match="give two systems at least"):
+        gather([runs["good-0"], runs["good-1"]])
+    with pytest.raises(UsageError, match="the same system with the same seed"):
+        gather([runs["weak"], runs["best"], runs["weak"]])
+    with pytest.raises(UsageError, match="two systems are called x"):
+        gather([f"x={runs['weak']}", f"x={runs['best']}"])
+    with pytest.raises(ClvrError, match="no such file"):
+        gather([runs["weak"], str(tmp_path / "none")])
+    other = made(tmp_path / "other", 8, judge="strict")
+    with pytest.raises(ClvrError, match="judge differs"):
+        hold(gather([runs["weak"], other]))
+    fewer = made(tmp_path / "fewer", 9, prompts=METADATA[:5])
+    with pytest.raises(ClvrError, match="in one result only"):
+        hold(gather([runs["weak"], fewer]))

@@ -1,0 +1,126 @@
+"""Curves that are read off a trajectory say what runs under smaller budgets give."""
+
+import re
+
+import numpy as np
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation import Judge, Judgment, run, shapes_judge
+from clvr_jax.evaluation.layout import Folder
+from clvr_jax.evaluation.open_loop import WholePlan
+from clvr_jax.evaluation.scaling import Way, curves, read_off, way_of
+from clvr_jax.evaluation.scaling_report import scaling_markdown, write_scaling
+from clvr_jax.evaluation.systems import Oracle, limits_of
+from clvr_jax.files import read_json
+from clvr_jax.reasoning import Budget
+from clvr_jax.reasoning import run as run_loop
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+from tests.evaluation.test_closed_loop_in_shapes import ClumsyDrawer
+from tests.reasoning.scripted import NoisyController, NoisyDrawer, value_of
+
+METADATA = evaluation_prompts("complex")[::30]
+
+
+@pytest.mark.parametrize("candidates", [1, 3])
+def test_what_is_read_off_is_what_a_smaller_budget_gives(candidates):
+    odd = Judge("odd", "1", lambda image, metadata: Judgment(value_of(image) % 2 == 1))
+    prompts = [f"prompt {number}" for number in range(25)]
+
+    def go(**limits):
+        budget = Budget(candidates=candidates, **limits)
+        return run_loop(prompts, NoisyController(), NoisyDrawer(), budget, range(25))
+
+    whole = [way_of(number, each, {}, odd) for number, each in enumerate(go(max_steps=9))]
+    assert max(len(way.correct) for way in whole) == 9
+    for steps in (1, 2, 4, 7):
+        for way, smaller in zip(whole, go(max_steps=steps), strict=True):
+            expected = smaller.image is not None and value_of(smaller.image) % 2 == 1
+            assert way.after(steps) == expected
+            if smaller.drawings:
+                assert way.nfe[min(steps, len(way.nfe)) - 1] == smaller.nfe
+
+
+def test_points_of_a_curve_by_hand():
+    ways = [
+        Way(0, (4, 8), (1.0, 3.0), (False, True)),
+        Way(1, (4,), (2.0,), (True,)),
+        Way(2, (), (), ()),  # no picture at all
+    ]
+    found = curves(ways)
+    assert [(point["limit"], point["accuracy"]) for point in found["drawings"]] == [(1, 1 / 3), (2, 2 / 3)]
+    assert [point["nfe"] for point in found["drawings"]] == [8 / 3, 4.0]
+    assert [(point["limit"], point["accuracy"]) for point in found["nfe"]] == [(4, 1 / 3), (8, 2 / 3)]
+    seconds = found["seconds"]
+    assert (seconds[0]["limit"], seconds[0]["accuracy"]) == (pytest.approx(1.0), 0.0)
+    assert (seconds[-1]["limit"], seconds[-1]["accuracy"]) == (pytest.approx(3.0), 2 / 3)
+    at_two = next(point for point in seconds if point["limit"] >= 2)
+    assert at_two["accuracy"] == 1 / 3
+    assert at_two["low"] < 1 / 3 < at_two["high"]
+    with pytest.raises(ClvrError, match="no picture was drawn"):
+        curves(ways[2:])
+
+
+def finished(out, mode, **limits):
+    oracle = Oracle(METADATA)
+    controller = oracle if mode == "closed-loop" else WholePlan(oracle)
+    budget = limits_of(mode, Budget(**limits))
+    run(
+        METADATA,
+        lambda prompts, seeds: run_loop(prompts, controller, ClumsyDrawer(), budget, seeds),
+        out,
+        shapes_judge(),
+        settings={"mode": mode},
+    )
+    return Folder(out)
+
+
+def test_finished_runs_become_a_report(tmp_path):
+    folders = {
+        "loop": finished(tmp_path / "loop", "closed-loop", max_steps=10),
+        "best of 4": finished(tmp_path / "best", "best-of", candidates=4),
+    }
+    scaling = read_off(folders)
+    loop, best = (system["curves"]["drawings"] for system in scaling["systems"])
+    assert [point["limit"] for point in best] == [1, 2, 3, 4]
+    assert loop[-1]["accuracy"] == read_json(tmp_path / "loop" / "results.json")["summary"]["overall"]["mean_of_tags"]
+    assert best[-1]["accuracy"] >= best[0]["accuracy"]
+    assert loop[-1]["accuracy"] > loop[1]["accuracy"]
+    assert np.all(np.diff([point["nfe"] for point in loop]) >= 0)
+
+    assert write_scaling(scaling, tmp_path / "report") == ["scaling.json", "scaling.md", "scaling.png"]
+    assert read_json(tmp_path / "report" / "scaling.json") == scaling
+    assert (tmp_path / "report" / "scaling.png").read_bytes().startswith(b"\x89PNG")
+    text = scaling_markdown(scaling)
+    assert len(re.findall(r"^\| loop \| ", text, re.MULTILINE)) == 3 * 8
+    assert f"| best of 4 | 4 | {best[-1]['accuracy']:.3f} |" in text
+
+
+def test_runs_that_do_not_belong_together_are_refused(tmp_path):
+    folder = finished(tmp_path / "loop", "open-loop")
+    with pytest.raises(ClvrError, match="no such file"):
+        read_off({"x": Folder(tmp_path / "none")})
+    other = tmp_path / "other"
+    run(METADATA[:2], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)] * 2, other, shapes_judge(), settings={})
+    with pytest.raises(ClvrError, match="other prompts than a; give runs on the same"):
+        read_off({"a": folder, "b": Folder(other)})
+    (tmp_path / "loop" / "00001" / "samples" / "0000.png").unlink()
+    with pytest.raises(ClvrError, match="1 of 10 pictures are missing"):
+        read_off({"a": folder})
+    run(METADATA[:1], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)], tmp_path / "named", shapes_judge(),
+        settings={}, benchmark="geneval")  # fmt: skip
+    with pytest.raises(ClvrError, match="a run of geneval"):
+        read_off({"a": Folder(tmp_path / "named")})
+
+
+def test_a_drawing_in_one_go_is_a_curve_of_one_point(tmp_path):
+    run(
+        METADATA[:3],
+        lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)] * 3,
+        tmp_path,
+        shapes_judge(),
+        settings={},
+    )
+    (system,) = read_off({"once": Folder(tmp_path)})["systems"]
+    assert [point["accuracy"] for point in system["curves"]["drawings"]] == [0.0]
+    assert [point["limit"] for point in system["curves"]["nfe"]] == [0]
