@@ -300,6 +300,19 @@ def encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Arra
     return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
 
 
+def encode_references(graphdef: Any, state: Any, pictures_bnhwc: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Pictures as data has them, (b, n, h, w, 3) uint8, -> (b, tokens of all n, c), as `velocity_field` takes them."""
+
+    def encode(pictures_bhwc: jax.Array) -> jax.Array:
+        tokens_bhwc = encode_images(graphdef, state, (pictures_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype))
+        return tokens_bhwc.reshape(len(pictures_bhwc), -1, tokens_bhwc.shape[-1])
+
+    # One picture of every row after the other: large ones need more memory in the encoder than all the rest does.
+    tokens_nbtc = jax.lax.map(encode, pictures_bnhwc.swapaxes(0, 1))
+    number, rows, each, channels = tokens_nbtc.shape
+    return tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
+
+
 def decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
     """(b, h / 16, w / 16, c) latent tokens -> (b, h, w, 3) in [0, 1], float32."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)

@@ -1,0 +1,170 @@
+"""Few-step distillation: a student with exactly the teacher's parameters learns to follow its guided path in few steps.
+
+The student's noise levels cut the way from noise to picture into windows. The teacher's ODE leads from a state at the
+start of a window to its end in small steps; the student learns the one velocity that leads there in a straight line:
+
+    target = (x_end - x_start) / (sigma_end - sigma_start)        x_t = x_start + (t - sigma_start) target
+    loss = mean |student(x_t, t) - target|^2
+
+where t is the window's start half the time, as when sampling, and else anywhere inside. Guidance is part of the
+teacher's path, so that the student needs none. Nothing is added to the network: what distillation changed is a
+difference of weights, which can be merged.
+
+Every row goes through all windows, so that no evaluation of the teacher serves only to come to a state. Half of the
+rows go on from where the teacher came, half from where the student's own step leads: what it meets when it samples.
+
+Source: piecewise rectified flow (PeRFlow, arXiv 2405.07510); the student's own states are ours.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from clvr_jax.diffusion import Velocity, euler_solve, guided
+from clvr_jax.errors import UsageError
+
+Tree = Any
+Field = Callable[[jax.Array, jax.Array, Tree], jax.Array]
+"""(latents (b, t, c), timesteps (b,), condition: a tree of arrays of b rows) -> velocity (b, t, c)."""
+
+_HALF = 0.5
+"""Share of rows that go on from the student's states, and of timesteps at the start of their window."""
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """steps: the student's. substeps: of the teacher in each of them. guidance: the teacher's, two evaluations a
+    substep if above 1."""
+
+    steps: int = 4
+    substeps: int = 8
+    guidance: float = 4.0
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.substeps) < 1 or self.guidance < 1:
+            raise UsageError(f"{self}: steps, substeps and guidance must be at least 1")
+
+    @property
+    def passes(self) -> int:
+        """Evaluations of the teacher a substep."""
+        return 2 if self.guidance > 1 else 1
+
+
+class Windows(NamedTuple):
+    """The states at the starts of all windows, and where the teacher goes from there; both (b, windows, t, c)."""
+
+    starts: jax.Array
+    ends: jax.Array
+
+
+def distillation_loss(
+    network: Callable[[Tree], Field],
+    params: Tree,
+    teacher: Tree,
+    conditional: Tree,
+    unconditional: Tree,
+    noise_btc: jax.Array,
+    sigmas: ArrayLike,
+    config: DistillConfig,
+    key: jax.Array,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss of a student, whose parameters are differentiated, on the paths from some noise.
+
+    Args:
+      network: weights -> field.
+      params, teacher: weights of the student and of the teacher.
+      conditional, unconditional: conditions with a row for each of `noise_btc`; without guidance the latter is unused.
+      noise_btc: where the paths begin.
+      sigmas: (steps + 1,) the student's noise levels, from 1 down to 0.
+      config: see `DistillConfig`.
+      key: for the rows that follow the student, and for timesteps.
+    Returns: scalar, float32; and the part of each window, `loss_window_0` and so on.
+    """
+    row_key, time_key = jax.random.split(key)
+    count = noise_btc.shape[0]
+    # Where the student stands is not differentiated, only what it says there.
+    own = _at_all(network(jax.lax.stop_gradient(params)))
+    guide = _at_all(network(teacher))
+    path = follow_windows(
+        guided(guide, conditional, unconditional, config.guidance)
+        if config.passes == 2
+        else partial(guide, condition=conditional),
+        partial(own, condition=conditional),
+        noise_btc,
+        jax.random.bernoulli(row_key, _HALF, (count,)),
+        sigmas,
+        config.substeps,
+    )
+    field = network(params)
+    repeated = jax.tree.map(lambda leaf: jnp.repeat(leaf, config.steps, axis=0), conditional)
+    return window_loss(lambda x, t: field(x, t, repeated), path, sigmas, time_key)
+
+
+def follow_windows(
+    teacher: Velocity,
+    student: Velocity,
+    noise_btc: jax.Array,
+    follows_student_b: jax.Array,
+    sigmas: ArrayLike,
+    substeps: int,
+) -> Windows:
+    """Goes through all windows.
+
+    Args:
+      teacher: guided. student: as it samples.
+      noise_btc: where the paths begin.
+      follows_student_b: rows whose next window begins where the student's step leads, and not the teacher's.
+      sigmas: (n + 1,) decreasing: the ends of the n windows.
+      substeps: of the teacher in each window, equally long.
+    """
+    ends = jnp.asarray(sigmas, jnp.float32)
+    levels_ns = jnp.linspace(ends[:-1], ends[1:], substeps + 1, axis=1)
+
+    def through(x_btc: jax.Array, levels_s: jax.Array) -> tuple[jax.Array, Windows]:
+        end = euler_solve(teacher, x_btc, levels_s)
+        own = euler_solve(student, x_btc, levels_s[jnp.array([0, -1])])
+        following = jnp.where(follows_student_b[:, None, None], own, end)
+        return following, Windows(x_btc, end)
+
+    _, found = jax.lax.scan(through, noise_btc, levels_ns)
+    # Rows first, so that all windows of a row lie where the row lies.
+    return Windows(*(jax.lax.stop_gradient(states).swapaxes(0, 1) for states in found))
+
+
+def window_loss(
+    student: Callable[[jax.Array, jax.Array], jax.Array], path: Windows, sigmas: ArrayLike, key: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The squared distance of the student to the straight way through each window.
+
+    Args:
+      student: (x_t of (b * n, t, c), timesteps (b * n,)) -> (b * n, t, c); the n windows of a row follow each other.
+      path, sigmas: see `follow_windows`.
+      key: for the timesteps.
+    Returns: see `distillation_loss`.
+    """
+    rows, count = path.starts.shape[:2]
+    levels = jnp.asarray(sigmas, jnp.float32)
+    start_n, length_n = levels[:-1], jnp.diff(levels)
+    start_key, inside_key = jax.random.split(key)
+    at_start = jax.random.bernoulli(start_key, _HALF, (rows, count))
+    passed = jnp.where(at_start, 0.0, length_n * jax.random.uniform(inside_key, (rows, count)))[..., None, None]
+    target = (path.ends - path.starts) / length_n[:, None, None]
+    x_t = path.starts + passed * target
+    t = start_n + passed[..., 0, 0]
+    predicted = student(x_t.reshape(-1, *x_t.shape[2:]), t.reshape(-1)).reshape(target.shape)
+    errors = jnp.mean(jnp.square((predicted - target).astype(jnp.float32)), axis=(0, 2, 3))
+    return errors.mean(), {f"loss_window_{number}": error for number, error in enumerate(errors)}
+
+
+def _at_all(field: Field) -> Callable[[jax.Array, jax.Array, Tree], jax.Array]:
+    """The same at one timestep for all rows, as solvers take it."""
+
+    def velocity(x: jax.Array, sigma: jax.Array, condition: Tree) -> jax.Array:
+        return field(x, jnp.full(x.shape[0], sigma), condition)
+
+    return velocity

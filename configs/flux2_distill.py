@@ -1,0 +1,249 @@
+"""Few-step distillation of FLUX.2 klein base: 4 steps without guidance in place of 28 with it, under whole histories.
+
+clvr train configs/flux2_distill.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories
+clvr plan configs/flux2_distill.py --preset klein-4b --batch-size 64 --topology v6e-256
+
+Only what conditions a drawing is read from the dataset: the teacher draws the pictures. What is trained are all
+parameters and no others, so that `clvr merge` can add the change to an aligned model. Never run on the real weights:
+there was no accelerator. The tests run it on a small model of the same classes, and trace the step of the full sizes.
+Every 9B variant of FLUX.2 klein is for non-commercial use only.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from flax import nnx
+
+from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
+from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.data.sft_examples import DrawingExamples
+from clvr_jax.data.sft_input import Batches, BatchLoader
+from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.diffusion import flow_sigmas
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
+from clvr_jax.sharding import MeshConfig, gathered
+from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
+from clvr_jax.training.distributed import on_every_host
+from clvr_jax.training.trainer import Task, TrainConfig
+
+_SIZES = {
+    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
+    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """model: pipeline folder or Hugging Face id of a base model. dataset: of trajectories, see
+    `data.trajectory_dataset`. batch_size: drawings a step, all devices together; each is learned from in all windows.
+    remat: what the backward pass keeps, see `layers.REMAT`. preset, size, references: model and pictures of
+    `abstract_task`: klein 4B or 9B, pixels of a side, number of references."""
+
+    train: TrainConfig = TrainConfig(
+        steps=3000,
+        learning_rate=1e-5,
+        b2=0.999,
+        warmup=0.05,
+        ema_decay=0.999,
+        compute_dtype="bfloat16",
+        mesh=MeshConfig(fsdp=-1),
+        save_minutes=20,
+    )
+    distill: DistillConfig = DistillConfig()
+    model: str = ""
+    dataset: Path = Path("data/trajectories")
+    batch_size: int = 64
+    remat: str = "attention"
+    preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    size: int = 1024
+    references: int = 4
+
+
+CONFIG = Config()
+
+
+def task(config: Config) -> Task:
+    """The run as the trainer takes it."""
+    if not config.model:
+        raise ClvrError("flux2_distill: --model says what to begin with: a folder or a Hugging Face id of a base model")
+    pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
+    examples = DrawingExamples(
+        TrajectoryDataset(config.dataset), pipe.tokenizer, dropout=0.0, text_buckets=pipe.settings.text_buckets
+    )
+    batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
+    return pipeline_task("distillation of FLUX.2", pipe, config.train, config.distill, batches, config.remat)
+
+
+def pipeline_task(
+    name: str,
+    pipe: Flux2Pipeline,
+    train: TrainConfig,
+    distill: DistillConfig,
+    batches: Any,
+    remat: str = "dots",
+    save_dtype: str = "bfloat16",
+) -> Task:
+    """Distillation of any FLUX.2 pipeline; exports one that draws in few steps without guidance.
+
+    Args:
+      name: for progress lines.
+      pipe: the teacher; the student begins as it.
+      train, distill: how.
+      batches: as the trainer takes them: ids and mask (b, s), references (b, n, h, w, 3) and target (b, h, w, 3), whose
+        size alone is used.
+      remat: what the backward pass keeps. save_dtype: of the exported weights.
+    Raises: ClvrError if the pipeline is a distilled one.
+    """
+    if pipe.settings.is_distilled:
+        raise ClvrError(f"{name}: the model is distilled already; give its base")
+    # Master weights are float32, whatever the folder holds.
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
+    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
+    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    transformer_def, teacher = nnx.split(pipe.transformer)
+    tokenizer = pipe.tokenizer
+    settings = dataclasses.replace(
+        pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
+    )
+
+    def export(ema: Any, folder: Path) -> None:
+        student = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
+        student.save_pretrained(str(folder), dtype=save_dtype)
+
+    return _task(
+        name,
+        (train, distill, remat),
+        settings,
+        (pipe.transformer.config, params, teacher),
+        (pipe.text_encoder.config, reader_def, reader),
+        (pipe.vae.config, vae_def, vae),
+        lambda length: encode_prompts(tokenizer, [""], (length,)),
+        batches,
+        export,
+    )
+
+
+def abstract_task(config: Config) -> Task:
+    """The same with shapes in place of arrays, to trace, compile and count its step."""
+    (sizes, reader), vae = _SIZES[config.preset], AutoencoderKLFlux2Config()
+    settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
+    fields = FLUX2_TRANSFORMER.config_to_dict(sizes)
+    b, side, text = config.batch_size, config.size, settings.text_buckets[0]
+    batch = {
+        "ids": jax.ShapeDtypeStruct((b, text), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((b, text), jnp.int32),
+        "target": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
+        "references": jax.ShapeDtypeStruct((b, config.references, side, side, 3), jnp.uint8),
+    }
+    return _task(
+        f"distillation of {config.preset}",
+        (config.train, config.distill, config.remat),
+        settings,
+        (sizes, FLUX2_TRANSFORMER.split(fields)[1], FLUX2_TRANSFORMER.split(fields, dtype)[1]),
+        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), dtype)),
+        (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
+        lambda length: (np.zeros((1, length), np.int32), np.ones((1, length), np.int32)),
+        lambda step: batch,
+        lambda ema, folder: None,
+    )
+
+
+def _task(
+    name: str,
+    how: tuple[TrainConfig, DistillConfig, str],
+    settings: Flux2Settings,
+    transformer: tuple[Flux2TransformerConfig, Any, Any],
+    reader: tuple[Qwen3Config, Any, Any],
+    autoencoder: tuple[AutoencoderKLFlux2Config, Any, Any],
+    empty: Callable[[int], tuple[np.ndarray, np.ndarray]],
+    batches: Any,
+    export: Callable[[Any, Path], None],
+) -> Task:
+    """Models are given as configuration, graph and weights, the transformer as configuration, student and teacher.
+
+    empty: length -> ids and mask (1, length) of the empty text.
+    """
+    (train, distill, remat), (sizes, params, teacher) = how, transformer
+    (reader_sizes, reader_def, reader_state), (vae_sizes, vae_def, vae_state) = reader, autoencoder
+    layers, token = settings.text_encoder_out_layers, vae_sizes.token_pixels
+    dtype = jnp.dtype(train.compute_dtype)
+    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=remat)))
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
+        count = data["references"].shape[1]
+
+        def read(ids: Any, mask: Any) -> jax.Array:
+            return encode_text(reader_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
+
+        def network(weights: Any) -> Field:
+            model = nnx.merge(graphdef, weights)
+
+            def field(x: jax.Array, t: jax.Array, condition: Any) -> jax.Array:
+                return velocity_field(model, condition["references"], grid, [grid] * count)(x, t, condition["text"])
+
+            return field
+
+        references = encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype)
+        conditional = {"text": read(data["ids"], data["mask"]), "references": references}
+        # Without guidance nobody asks for the empty text, and the compiler leaves it out.
+        nothing = jnp.repeat(read(*empty(data["ids"].shape[1])), rows, axis=0)
+        noise_key, loss_key = jax.random.split(key)
+        return distillation_loss(
+            network,
+            params,
+            frozen["teacher"],
+            conditional,
+            {"text": nothing, "references": references},
+            jax.random.normal(noise_key, (rows, grid[0] * grid[1], sizes.in_channels)),
+            flow_sigmas(distill.steps, grid[0] * grid[1]),
+            distill,
+            loss_key,
+        )
+
+    def counted(batch: Any) -> tuple[Flops, Flops]:
+        """Of one evaluation of the transformer for each row, and of the models that read and encode."""
+        rows, side = batch["target"].shape[:2]
+        count, image, text = batch["references"].shape[1], (side // token) ** 2, batch["ids"].shape[1]
+        drawn = flux2_flops(sizes, rows, text=text, image=image, references=count * image)
+        read = qwen3_flops(reader_sizes, rows, text, layers=max(layers), logits=0)
+        return drawn, read + encoder_flops(vae_sizes, rows * count, side, side)
+
+    def walked(drawn: Flops) -> float:
+        """Of the teacher's and the student's ways through all windows."""
+        return drawn.forward * distill.steps * (distill.substeps * distill.passes + 1)
+
+    def flops(batch: Any) -> float:
+        drawn, given = counted(batch)
+        return distill.steps * drawn.training + walked(drawn) + given.forward
+
+    def hardware_flops(batch: Any) -> float:
+        drawn, given = counted(batch)
+        return distill.steps * drawn.hardware(remat, flash=True) + walked(drawn) + given.forward
+
+    def tokens(batch: Any) -> int:
+        rows, side = batch["target"].shape[:2]
+        return int(rows * (batch["ids"].shape[1] + (1 + batch["references"].shape[1]) * (side // token) ** 2))
+
+    return Task(
+        name=name,
+        params=params,
+        frozen={"teacher": teacher, "text_encoder": reader_state, "vae": vae_state},
+        loss=loss,
+        batches=batches,
+        export=export,
+        flops=flops,
+        hardware_flops=hardware_flops,
+        tokens=tokens,
+    )
