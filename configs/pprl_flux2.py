@@ -32,10 +32,18 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, decode, encode_images, encode_text, velocity_field
+from clvr_jax.pipelines.flux2 import (
+    Flux2Pipeline,
+    Flux2Settings,
+    decode,
+    encode_references,
+    encode_text,
+    velocity_field,
+)
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.rewards import LastTextReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards.teacher import vlm_teacher
 from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import FlowNoising, Policy
@@ -43,7 +51,6 @@ from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.plan import Program
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
-from clvr_jax.rewards.teacher import vlm_teacher
 
 fit = pprl.fit
 
@@ -89,6 +96,9 @@ class Config:
     reward_model: str = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
     edit_reward_model: str = "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b"
     reward_key: str = ""
+    teacher_url: str = ""
+    teacher_model: str = ""
+    teacher_key: str = ""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
     references: int = 3
     planned: Literal["rollout", "update"] = "rollout"
@@ -96,9 +106,6 @@ class Config:
     @property
     def mesh(self) -> MeshConfig:
         """Of the run, and of what is planned."""
-    teacher_url: str = ""
-    teacher_model: str = ""
-    teacher_key: str = ""
         return self.train.mesh
 
 
@@ -117,6 +124,13 @@ def task(config: Config) -> pprl.PPRLTask:
     ]
     picture = UnifiedReward(judges[0])
     reward = LastTextReward(picture) if config.simple else ProxyReward(picture, UnifiedRewardEdit(judges[1]))
+    if bool(config.teacher_url) != bool(config.teacher_model):
+        raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
+    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
+    teacher = None
+    if config.teacher_url:
+        writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
+        teacher = vlm_teacher(OpenAIVisionLanguageModel(writer), steps)
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
     return dataclasses.replace(task, teacher=teacher)
@@ -125,13 +139,6 @@ def task(config: Config) -> pprl.PPRLTask:
 def flux2_task(
     name: str,
     pipe: Flux2Pipeline,
-    if bool(config.teacher_url) != bool(config.teacher_model):
-        raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
-    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
-    teacher = None
-    if config.teacher_url:
-        writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
-        teacher = vlm_teacher(OpenAIVisionLanguageModel(writer), steps)
     train: PPRLConfig,
     sampler: Sampler,
     steps: ProxySteps,
@@ -198,20 +205,14 @@ def flux2_backbone(
     layers = settings.text_encoder_out_layers
 
     def condition(frozen: Any, data: Any) -> dict[str, jax.Array]:
-        vae = gathered(frozen["vae"])
-        groups, count = data["references"].shape[:2]
-
-        def encode(pictures_bhwc: jax.Array) -> jax.Array:
-            pictures = (pictures_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype)
-            return encode_images(vae_def, vae, pictures).reshape(groups, tokens, -1)
+        groups = len(data["ids"])
 
         def read(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return encode_text(reader_def, frozen["text_encoder"], ids, mask, layers)
 
-        references = jax.lax.map(encode, data["references"].swapaxes(0, 1)).swapaxes(0, 1)
         found = {
             "text": read(data["ids"], data["mask"]),
-            "references": references.reshape(groups, count * tokens, vae_sizes.token_channels),
+            "references": encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype),
         }
         if sampler.guidance > 1:
             # The same for all groups, so read once.
