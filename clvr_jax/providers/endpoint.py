@@ -150,6 +150,13 @@ class Connection:
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         self._not_before = 0.0
 
+    @property
+    def headers(self) -> dict[str, str]:
+        """What the server wants to know of every caller: the key, and OpenAI's own servers the organization."""
+        more = {"OpenAI-Organization": self._client.organization, "OpenAI-Project": self._client.project}
+        named = {name: value for name, value in more.items() if value}
+        return named | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
+
     def call(
         self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
     ) -> tuple[T, Usage]:
@@ -233,7 +240,8 @@ class Connection:
 
     def _take_turn(self) -> None:
         while True:
-            time.sleep(max(0.0, self._not_before - time.monotonic()))
+            if (wait := self._not_before - time.monotonic()) > 0:  # even to sleep for no time costs
+                time.sleep(wait)
             self._turns.acquire()
             if time.monotonic() >= self._not_before:
                 return

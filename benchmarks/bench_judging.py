@@ -1,0 +1,70 @@
+"""What judging costs beside the judge: the share of one core that is busy while many questions are in flight.
+
+PYTHONPATH=. python benchmarks/bench_judging.py
+
+Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after 200 ms, 64 questions at a
+time; then once more, with every answer on disk. The target is 30 % of one core. The server is a process of its own.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from endpoint import endpoint
+from PIL import Image
+
+from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+from clvr_jax.evaluation.benchmarks.judges import endpoint_judge
+from clvr_jax.evaluation.benchmarks.pictures import Pictures, made_elsewhere
+from clvr_jax.evaluation.benchmarks.scoring import score_judged
+from tests.providers.server import KEY, completion
+
+
+def main() -> None:
+    """Prints both."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--size", type=int, default=64, help="pixels of a side")
+    parser.add_argument("--in-flight", type=int, default=64)
+    parser.add_argument("--delay", type=float, default=0.2, help="seconds before the endpoint answers")
+    options = parser.parse_args()
+    os.environ["LOOPBACK_KEY"] = KEY
+    with endpoint(_answer, options.delay) as server, tempfile.TemporaryDirectory() as folder:
+        pictures = _pictures(Path(folder), options.pictures, options.size)
+        ideal = options.pictures / options.in_flight * options.delay
+        for name in ("with the judge", "from its answers on disk"):
+            judge = endpoint_judge("tiny", server.url, "LOOPBACK_KEY", in_flight=options.in_flight)
+            began, busy = time.monotonic(), time.process_time()
+            score_judged(GenEvalPP(), pictures, judge)
+            seconds, busy = time.monotonic() - began, time.process_time() - busy
+            print(
+                f"{options.pictures} pictures of {options.size} x {options.size}, {name}: {seconds:.1f} s "
+                f"(the judge alone {ideal:.1f} s), {busy / options.pictures * 1e3:.2f} ms of processor time a picture, "
+                f"{busy / seconds:.0%} of one core"
+            )
+            ideal = 0.0
+
+
+def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
+    content: dict[str, Any] = completion('{"correct": 1, "reason": "all is there"}').content
+    return content
+
+
+def _pictures(folder: Path, count: int, size: int) -> Pictures:
+    """Noise, for the prompts of one tag."""
+    entry = {"tag": "counting", "include": [{"class": "cup", "count": 5}], "prompt": "A photo of five cups"}
+    (folder / "prompts.jsonl").write_text(f"{json.dumps(entry)}\n" * count)
+    rng = np.random.default_rng(0)
+    for number in range(1, count + 1):
+        Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{number}.jpg")
+    benchmark = GenEvalPP()
+    return made_elsewhere(benchmark, benchmark.read(folder / "prompts.jsonl"), folder, 1, folder / "out")
+
+
+if __name__ == "__main__":
+    main()
