@@ -10,7 +10,7 @@ from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.budget import BudgetOptions
 from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
 from clvr_jax.commands.system import SystemOptions
-from clvr_jax.console import console, progress
+from clvr_jax.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ class EvalScaling:
     """Who plans and judges: the model's own, or the oracle of the shapes world."""
     max_steps: int = 8
     """The largest budget, in drawings."""
-    split: Literal["eval", "complex"] = "complex"
+    split: Literal["eval", "complex", "dense"] = "complex"
     """See clvr eval shapes."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Prompts of your own in GenEval's metadata format, instead of a split."""
@@ -86,30 +86,30 @@ class EvalScaling:
         """A finished folder for each mode."""
         prepare_jax()
         from clvr_jax.evaluation.layout import Folder
-        from clvr_jax.evaluation.shapes import run, shapes_judge, shapes_prompts
+        from clvr_jax.evaluation.shapes import measure, shapes_prompts
 
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
-        systems = {mode: self._system(mode) for mode in self.modes}
-        for system in systems.values():
-            system.check()
         prompts = self.prompts.name if self.prompts else self.split
-        folders = {}
-        for mode, options in systems.items():
+        chosen: dict[str, SystemOptions] = {mode: self._system(mode) for mode in self.modes}
+        for options in chosen.values():
+            options.check()
+        for mode, options in chosen.items():
             system = options.build(metadata)
             with progress(f"scaling, {options.title}", len(metadata)) as advance:
-                run(
+
+                def on_progress(done: int, total: int, advance: Advance = advance) -> None:
+                    advance(done)
+
+                measure(
+                    system,
                     metadata,
-                    system.draw_all,
                     self.out / mode,
-                    shapes_judge(),
-                    settings={**system.settings, "prompts": prompts, "limit": self.limit},
+                    prompts=prompts,
+                    limit=self.limit,
                     seed=self.seed,
-                    batch_size=system.batch_size,
-                    device=system.device,
-                    on_progress=lambda done, total, tell=advance: tell(done),
+                    on_progress=on_progress,
                 )
-            folders[mode] = Folder(self.out / mode)
-        return folders
+        return {mode: Folder(self.out / mode) for mode in chosen}
 
     def _system(self, mode: Mode) -> SystemOptions:
         assert self.model is not None

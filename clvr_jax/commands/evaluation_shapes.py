@@ -42,7 +42,7 @@ class EvalShapes:
         prepare_jax()
         from clvr_jax.evaluation.compare import compare, comparison_table, load_results
         from clvr_jax.evaluation.report import rich_table
-        from clvr_jax.evaluation.shapes import run, shapes_judge, shapes_prompts
+        from clvr_jax.evaluation.shapes import measure, shapes_prompts
         from clvr_jax.outputs import check_folder
 
         other = load_results(self.against) if self.against else None  # before minutes are spent
@@ -61,15 +61,13 @@ class EvalShapes:
                     advance = stack.enter_context(progress(title, total, done))
                 advance(done)
 
-            results = run(
+            results = measure(
+                system,
                 metadata,
-                system.draw_all,
                 self.out,
-                shapes_judge(),
-                settings={**system.settings, "prompts": prompts, "limit": self.limit},
+                prompts=prompts,
+                limit=self.limit,
                 seed=self.system.seed,
-                batch_size=system.batch_size,
-                device=system.device,
                 on_progress=on_progress,
             )
         data = {key: value for key, value in results.items() if key != "pictures"}

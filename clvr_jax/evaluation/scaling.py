@@ -133,8 +133,9 @@ def way_of(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], judg
             continue
         best = best_step(trajectory.steps[: number + 1])
         assert best is not None
-        if best not in verdicts:
-            verdicts[best] = judge.check(pixels(trajectory.steps[best].image), metadata).correct
+        picture = trajectory.steps[best].image
+        if best not in verdicts and picture is not None:
+            verdicts[best] = judge.check(pixels(picture), metadata).correct
         nfe.append(spent_nfe)
         seconds.append(spent_seconds)
         correct.append(verdicts[best])
@@ -144,8 +145,8 @@ def way_of(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], judg
 def curves(ways: Sequence[Way]) -> dict[str, list[dict[str, float]]]:
     """Success under each limit: {"drawings", "nfe", "seconds"} -> points, for JSON.
 
-    Limits are: every number of drawings that occurs; every sum of network evaluations that occurs; 16 times, evenly
-    spread in their logarithm, from the first picture to the last.
+    Limits are: every number of drawings that occurs; every sum of network evaluations that occurs, none if they were
+    not counted; 16 times, evenly spread in their logarithm, from the first picture to the last.
     """
     drawn = [way for way in ways if way.correct]
     if not drawn:
@@ -159,7 +160,7 @@ def curves(ways: Sequence[Way]) -> dict[str, list[dict[str, float]]]:
             _point(ways, limit, [way.after(limit) for way in ways], [min(limit, len(way.nfe)) for way in ways])
             for limit in range(1, most + 1)
         ],
-        "nfe": [_under(ways, limit, "nfe") for limit in sums],
+        "nfe": [_under(ways, limit, "nfe") for limit in sums if limit],
         "seconds": [_under(ways, float(limit), "seconds") for limit in times],
     }
 

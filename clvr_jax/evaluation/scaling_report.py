@@ -99,7 +99,7 @@ def _plot(scaling: Mapping[str, Any], out: Path) -> None:
             low, high = [point["low"] for point in points], [point["high"] for point in points]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
         axes.set(xlabel=label, ylabel="share that is correct", ylim=(-0.02, 1.02))
-        if kind != "drawings":
+        if kind != "drawings" and any(system["curves"][kind] for system in scaling["systems"]):
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.legend()

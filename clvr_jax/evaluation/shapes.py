@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,6 +17,9 @@ from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.report import PictureScore, summarize
 from clvr_jax.files import write_json
 from clvr_jax.reasoning.trajectory import package_versions
+
+if TYPE_CHECKING:
+    from clvr_jax.evaluation.systems import System
 
 Metadata = Mapping[str, Any]
 
@@ -119,6 +122,39 @@ def run(
     prompts = [entry["prompt"] for entry in metadata]
     draw_missing(folder, prompts, draw_all, seed, samples, batch_size, device, on_progress)
     return score(out, judge, versions)
+
+
+def measure(
+    system: System,
+    metadata: Sequence[Metadata],
+    out: str | os.PathLike[str],
+    *,
+    prompts: str,
+    limit: int | None = None,
+    seed: int = 0,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> dict[str, Any]:
+    """Runs the shapes world's benchmark with a system.
+
+    Args:
+      system: draws.
+      metadata: what, from `shapes_prompts`.
+      out, seed, on_progress: see `run`.
+      prompts, limit: recorded, what `metadata` is.
+    Returns: the content of results.json.
+    Raises: ClvrError, one line.
+    """
+    return run(
+        metadata,
+        system.draw_all,
+        out,
+        shapes_judge(),
+        settings={**system.settings, "prompts": prompts, "limit": limit},
+        seed=seed,
+        batch_size=system.batch_size,
+        device=system.device,
+        on_progress=on_progress,
+    )
 
 
 def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
