@@ -49,6 +49,8 @@ class SystemOptions:
     """Of the endpoint's pictures; what the server likes if not given."""
     picture_references: Literal["edits", "generations"] = "edits"
     """How the endpoint takes pictures to be edited: uploaded to /images/edits, or in the request (Seedream)."""
+    picture_format: Literal["b64_json", "url"] | None = None
+    """What the endpoint is asked to answer with; it is not asked if not given, which GPT-Image needs."""
     sends_seed: bool = False
     """The endpoint takes a seed."""
     picture_price: float = 0.0
@@ -165,6 +167,7 @@ class SystemOptions:
             ),
             size=(self.picture_size[0], self.picture_size[1]) if self.picture_size else None,
             references=self.picture_references,
+            response_format=self.picture_format,
             sends_seed=self.sends_seed,
         )
 
