@@ -19,6 +19,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, velocity_field
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.distillation import DistillConfig, Windows, distillation_loss, follow_windows, window_loss
+from clvr_jax.training.recipes import load_recipe
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 from clvr_jax.trees import leaves_by_path
@@ -227,8 +228,9 @@ def test_a_model_must_be_named():
 
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
 def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
-    config = dataclasses.replace(flux2_distill.CONFIG, preset=preset, batch_size=2, size=128, references=1)
-    task = flux2_distill.abstract_task(config)
+    recipe = load_recipe("configs/flux2_distill.py")  # as clvr plan does
+    config = dataclasses.replace(recipe.config, preset=preset, batch_size=2, size=128, references=1)
+    task = recipe.abstract_task(config)
     optimizer = config.train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.params)
     following, metrics = jax.eval_shape(
