@@ -1,7 +1,8 @@
 """GenEval's eyes in PyTorch: Mask2Former (Swin-S, COCO instances) finds objects, CLIP (ViT-L/14) names their colors.
 
-The official scorer needs mmdet 2.x; these are transformers' classes with the same checkpoints, converted by their
-authors, so boxes differ in the last digits, and a score near a threshold may fall on its other side.
+The official scorer runs OpenMMLab's training of the same architecture on mmdet 2.x. These are transformers' classes,
+for which the authors' own weights are to be had: another detector, so scores stand beside published ones only with that
+said.
 
 Source: Cheng et al. 2022 (arXiv 2112.01527), inference as in mask2former's `instance_inference`; Ghosh et al. 2023,
 appendix, for the color classifier.

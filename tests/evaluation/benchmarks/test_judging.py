@@ -1,5 +1,6 @@
 """A real HTTP server on loopback as the judge."""
 
+import base64
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
 from clvr_jax.evaluation.benchmarks.pictures import draw, drawn
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
+from clvr_jax.evaluation.compare import compare
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
@@ -65,8 +67,7 @@ def test_a_judge_sees_the_file_and_the_rubric_greedily(server, judge, imagine, t
         assert re.search(r"A photo of \d\.", text)
         assert url.startswith("data:image/png;base64,")
     assert {asked(request)[1] for request in server.seen} == {
-        "data:image/png;base64," + __import__("base64").b64encode(path.read_bytes()).decode()
-        for path in imagine[1].files.values()
+        "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode() for path in imagine[1].files.values()
     }
 
 
@@ -128,6 +129,20 @@ def test_official_rules_take_what_they_get(server, judge, imagine):
     assert results["pictures"][0]["score"] == pytest.approx(round(-0.8 + 0.2 * 7, 3))
     assert results["benchmark"] == "imaginebench-official"
     assert "Multi-Object" in results["faults"][0]
+
+
+def test_graded_results_are_compared_prompt_by_prompt(server, judge, imagine):
+    server.script = [completion(GOOD)]
+    first = score_judged(*imagine, judge())
+    server.script = [completion(GOOD.replace("8", "10"))]
+    other = judge()
+    second = score_judged(*imagine, JudgeModel(other.model, "weights-2"))
+    part = compare(first, {**second, "judge": first["judge"]})["overall"]
+    assert (part["difference"], part["second_wins"]) == (pytest.approx(0.8), 4)
+    with pytest.raises(ClvrError, match="judge differs"):
+        compare(first, second)
+    with pytest.raises(ClvrError, match="benchmark differs"):
+        compare(first, score_judged(ImagineBench("official"), imagine[1], other))
 
 
 def test_rate_limits_are_waited_for(server, judge, imagine):
