@@ -83,7 +83,9 @@ def test_pytorch_says_the_same_from_the_shipped_controller():
         eos_token_id=ours.tokenizer.eos_token_id,
     )
     said = ours.tokenizer.decode(tokens[0, len(row.input_ids) :], skip_special_tokens=False)
-    assert said.removesuffix("<|im_end|>") == ours.chat(messages, [render(scene)], 24)
+    (answer,) = ours.answer_all([messages], [[render(scene)]], 24)
+    assert said.removesuffix("<|im_end|>") == answer.text
+    assert (answer.input_tokens, answer.output_tokens) == (len(row.input_ids), tokens.shape[1] - len(row.input_ids))
 
 
 def test_every_word_of_the_world_is_one_token():
