@@ -1,5 +1,6 @@
 """Which system a benchmark measures: the options of every `clvr eval` that draws."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -73,8 +74,16 @@ class SystemOptions:
             raise UsageError("--max-steps, --candidates and the like are for the loop; one-shot draws each prompt once")
         if self.mode != "one-shot" and (self.steps is not None or self.guidance is not None):
             raise UsageError("--steps and --guidance are for one-shot; the others draw as their model was trained to")
-        if self.mode == "best-of" and self.budget.candidates < 2:
-            raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
+        if self.mode == "open-loop" and self.budget != BudgetOptions():
+            raise UsageError("--max-steps, --candidates and the like are for the loop; open-loop draws each plan once")
+        if self.mode == "best-of":
+            usual = dataclasses.replace(BudgetOptions(), candidates=self.budget.candidates, max_nfe=self.budget.max_nfe)
+            if self.budget != usual:
+                raise UsageError(
+                    "--mode best-of takes --candidates and --max-nfe; the other limits are for closed-loop"
+                )
+            if self.budget.candidates < 2:
+                raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
         if self.endpoint and self.pictures:
             raise UsageError("--endpoint and --pictures are two systems; give one of them")
         if self.pictures and self.mode != "one-shot":

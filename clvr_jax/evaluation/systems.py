@@ -1,6 +1,8 @@
 """What a benchmark measures: a way to draw, as a function of prompts and seeds, that any benchmark can use."""
 
 import hashlib
+import os
+import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -106,7 +108,8 @@ def planned(
         "controller": controller_name,
         **described(limits),
     }
-    return System(draw_all, settings, _device())
+    # All candidates of all prompts are drawn together: as many pictures at a time as without candidates.
+    return System(draw_all, settings, _device(), max(1, System.batch_size // limits.candidates))
 
 
 def limits_of(mode: PlannedMode, budget: Budget | None) -> Budget:
@@ -150,7 +153,10 @@ def _shares(before: Usage, after: Usage, count: int) -> list[Usage]:
 def _device() -> str:
     import jax
 
-    return f"{jax.devices()[0].device_kind} x {jax.device_count()}"
+    device = jax.devices()[0]
+    if device.platform == "cpu":  # JAX tells nothing else of it
+        return f"CPU {platform.machine()}, {os.cpu_count()} cores"
+    return f"{device.device_kind} x {jax.device_count()}"
 
 
 class Oracle(Controller):
