@@ -330,13 +330,13 @@ def test_the_help_of_a_recipe_lists_its_options(recipe, capsys):
 def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp_path, capsys):
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-    script = ["I saw nothing.", draw("Plan: it. Draw it."), again(1), stop()]
+    script = ["no action token here", draw("Plan: it. Draw it."), again(1), stop(), again(2)]
 
     class Scripted(ClosedLoopPipeline):
         def run(self, prompts, seeds, budget, *, nfe, on_event):
             from clvr_jax.reasoning import run
 
-            controller = ScriptedController({PROMPT: ["no action token here", *script[1:]]})
+            controller = ScriptedController({PROMPT: script})
             return run(prompts, controller, CountingDrawer(), budget, seeds, on_event)
 
     monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name: Scripted(None, None))
@@ -355,6 +355,14 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
     assert Path(result["page"]).is_file()
     assert Path(result["image"]).name == "step_01.png"
+
+    limits = ["--candidates", "2", "--stop-when", "verified", "--max-nfe", "12"]
+    script[2:] = [again(2), again(0)]  # of two candidates; the second needs no more, whatever it says
+    assert main([*command[:1], PROMPT, *command[2:], *limits, "--out", "second", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
+    assert "step 1 goes on, of 2 candidates" in captured.err
 
 
 def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):

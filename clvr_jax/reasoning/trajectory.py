@@ -59,8 +59,8 @@ class Step:
       verdict: the judgment of that picture, by the controller's next reply; None if it was never judged.
       nfe: forwards of the diffusion network.
       seconds: wall time of the calls that led here, each divided by the number of prompts it served.
-      rolled_back: the picture was worse than an earlier one and the loop went back; it is not part of the history of
-        later steps.
+      rolled_back: the picture was worse than an earlier one and the loop went back, or another candidate of the same
+        step was preferred; it is not part of the history of later steps.
       attempts: replies asked for until one could be parsed, 1 if the first could.
       redraw: how many times the same reply had been drawn from the same history before.
       seed: seed of the drawing, None for a stop.
