@@ -38,16 +38,15 @@ def with_exact_proxies(record: TrajectoryRecord) -> TrajectoryRecord:
     rolled back have none.
     """
     latest: int | None = None
+    before = Reading()
     found: list[ProxyPrompts | None] = []
-    steps = record.trajectory.steps
-    for number, step in enumerate(steps):
-        edits = parse_edits(step.reasoning)
-        if step.image is None or step.rolled_back or not edits:
+    for number, step in enumerate(record.trajectory.steps):
+        if step.image is None or step.rolled_back:
             found.append(None)
             continue
-        before = Reading() if latest is None else detect(pixels(steps[latest].image))
-        found.append(exact_proxies(apply_edits(before, edits), edits, latest))
-        latest = number
+        edits = parse_edits(step.reasoning)
+        found.append(exact_proxies(apply_edits(before, edits), edits, latest) if edits else None)
+        latest, before = number, detect(pixels(step.image))
     return dataclasses.replace(record, proxies=tuple(found))
 
 

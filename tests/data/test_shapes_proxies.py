@@ -32,7 +32,7 @@ def simulated(seed, error_rate=0.5):
 
 def test_the_right_picture_gets_all_marks_and_another_fewer():
     reward, wrong = ProxyReward(ShapesJudge(), ShapesJudge(), in_flight=1), 0
-    for seed in range(12):
+    for seed in range(8):
         record, targets = simulated(seed)
         steps = record.trajectory.steps
         for at, proxies in enumerate(with_exact_proxies(record).proxies):
@@ -44,7 +44,7 @@ def test_the_right_picture_gets_all_marks_and_another_fewer():
                 assert right == 1.0
                 wrong += drawn < 1.0
                 assert (drawn == 1.0) == np.array_equal(targets[at], steps[at].image)
-    assert wrong > 15
+    assert wrong > 10
 
 
 def test_what_was_rolled_back_has_no_proxies_and_is_edited_by_none():

@@ -1,0 +1,183 @@
+"""What PPRL is worth in the shapes world: against simple RL and the model it starts from, several seeds, paired tests.
+
+    python -m clvr_jax.configs.pprl_shapes_experiment --out runs/pprl_experiment
+
+Roll-outs of the oracle with the model that starts, mistakes and all, become a dataset of steps; every arm trains on it
+with every seed, from the same start with the same number of samples; the oracle then leads each model through the
+evaluation sets in 28 steps a drawing and with the same number of drawings. What is done is not done again, so the whole
+may be stopped anywhere (`timeout 50m ...`) and started again; each part is a command line that is printed before it
+runs. Of every drawing it is also told whether the edits were made, and whether all else was left alone.
+"""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from clvr_jax.configs import shapes_rollouts
+
+from clvr_jax import cli
+from clvr_jax.arguments import run_script
+from clvr_jax.console import console
+from clvr_jax.data import shapes_proxies
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.compare import compare, load_results, markdown
+from clvr_jax.evaluation.layout import Folder
+from clvr_jax.files import write_atomically, write_json
+from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.rewards import ShapesJudge
+from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits
+
+ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.method", "grpo")}
+START = "sft"
+"""The name of the model that starts, in reports."""
+_RECIPE = Path(__file__).with_name("pprl_shapes.py")
+
+
+def main(
+    out: Path = Path("runs/pprl_experiment"),
+    model: str = "shapes-tiny",
+    arms: tuple[Literal["pprl", "simple", "grpo"], ...] = ("pprl", "simple"),
+    seeds: tuple[int, ...] = (0, 1, 2),
+    trajectories: int = 256,
+    tiers: tuple[int, ...] = (5, 6, 7, 8, 9),
+    splits: tuple[str, ...] = ("dense", "complex", "eval"),
+    max_steps: int = 5,
+    limit: int | None = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Makes the dataset, trains all arms, evaluates and reports.
+
+    Args:
+      out: folder of everything; the report is report.md and report.json.
+      model: that starts: shipped name or pipeline folder.
+      arms, seeds: what trains; a picture of seed s is drawn from it, too.
+      trajectories, tiers: of the dataset, and numbers of objects in its prompts.
+      splits, limit: evaluation sets, and at most so many prompts of each.
+      max_steps: drawings for a prompt.
+      options: of the recipe, as one would give them to `clvr train configs/pprl_shapes.py`.
+    """
+    dataset = out / "dataset"
+    if not dataset.exists():
+        shapes_rollouts.main(out / "rollouts", model, trajectories, tiers=tiers)
+        shapes_proxies.main(out / "rollouts", dataset)
+    names = (START, *arms)
+    for seed in seeds:
+        for name in names:
+            run = out / f"{name}-{seed}"
+            if name != START and not (run / "export").exists():
+                _clvr(*training(model, dataset, name, seed, run), *options)
+                if not (run / "export").exists():
+                    raise ClvrError(f"{run}: was stopped; the same command goes on")
+            for split in splits:
+                pictures = _pictures(out, name, split, seed)
+                if not (pictures / "results.json").exists():
+                    drawer = model if name == START else str(run / "export")
+                    few = ("--limit", str(limit)) if limit else ()
+                    _clvr(*evaluation(drawer, split, seed, max_steps, pictures), *few)
+    told, page = report(out, names, splits, seeds)
+    write_json(out / "report.json", told)
+    write_atomically(out / "report.md", page.encode())
+    print(page)
+
+
+def training(model: str, dataset: Path, arm: str, seed: int, out: Path) -> tuple[str, ...]:
+    """The command line that trains an arm, or goes on with it."""
+    start = ("--model", model, "--dataset", str(dataset), "--train.seed", str(seed), *ARMS[arm])
+    return ("train", str(_RECIPE), *start, "--out", str(out), "--resume")
+
+
+def evaluation(model: str, split: str, seed: int, max_steps: int, out: Path) -> tuple[str, ...]:
+    """The command line that evaluates a model with the oracle, or goes on with it."""
+    loop = ("--mode", "closed-loop", "--controller", "oracle", "--max-steps", str(max_steps))
+    return ("eval", "shapes", "--model", model, *loop, "--split", split, "--seed", str(seed), "--out", str(out))
+
+
+def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], str]:
+    """Comparisons of every other system with the first arm, over prompts; and what single drawings were like.
+
+    The score of a prompt is the mean over the seeds, so that seeds are not counted as independent prompts.
+
+    Returns: for JSON, and as Markdown.
+    """
+    told: dict[str, Any] = {}
+    lines = []
+    for split in splits:
+        results = {name: _over_seeds(out, name, split, seeds) for name in names}
+        own: dict[str, Any] = {"steps": {name: _steps(out, name, split, seeds) for name in names}}
+        lines += [f"## {split}", "", "| | right by seed | edits made | all else left alone |", "|---|---|---|---|"]
+        for name, marks in own["steps"].items():
+            shares = ", ".join(f"{share:.3f}" for share in _by_seed(out, name, split, seeds))
+            lines.append(f"| {name} | {shares} | {marks['success']:.4f} | {marks['preservation']:.4f} |")
+        best = names[1]
+        for name in names:
+            if name != best:
+                own[f"{name} and {best}"] = compare(results[name], results[best])
+                lines += ["", markdown(own[f"{name} and {best}"], name, best)]
+        told[split] = own
+        lines.append("")
+    return told, "\n".join(lines)
+
+
+@dataclass(frozen=True)
+class Marks:
+    """Of one drawing: whether all its edits were made, and, of edits, whether all other cells were left alone."""
+
+    success: bool
+    preservation: bool | None
+
+
+def marks(trajectory: Trajectory) -> Iterator[Marks]:
+    """Of each drawing whose reply says what to draw in the words of the world."""
+    judge = ShapesJudge()
+    for step in trajectory.drawings:
+        edits = parse_edits(step.reasoning)
+        assert step.image is not None
+        source = trajectory.steps[step.references[-1]].image if step.references else None
+        if not edits:
+            continue
+        if source is None:
+            yield Marks(judge.picture(step.image, canvas_text(apply_edits((), edits))).value == 1, None)
+        else:
+            parts = judge.edit(source, step.image, edit_text(edits)).parts
+            yield Marks(parts["success"] == 1, parts["preservation"] == 1)
+
+
+def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, float]:
+    """Shares of drawings, and how many they are."""
+    folders = [Folder(_pictures(out, name, split, seed)) for seed in seeds]
+    told = (folder.trajectory(index, 0) for folder in folders for index in range(len(folder.metadata())))
+    found = [each for trajectory in told if trajectory is not None for each in marks(trajectory)]
+    kept = [each.preservation for each in found if each.preservation is not None]
+    return {
+        "drawings": len(found),
+        "success": float(np.mean([each.success for each in found])),
+        "preservation": float(np.mean(kept)),
+    }
+
+
+def _over_seeds(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, Any]:
+    """The results of all seeds as one, with several pictures for each prompt."""
+    found = [load_results(_pictures(out, name, split, seed)) for seed in seeds]
+    return {**found[0], "pictures": [picture for one in found for picture in one["pictures"]]}
+
+
+def _by_seed(out: Path, name: str, split: str, seeds: Sequence[int]) -> list[float]:
+    found = [load_results(_pictures(out, name, split, seed))["pictures"] for seed in seeds]
+    return [float(np.mean([picture["correct"] for picture in pictures])) for pictures in found]
+
+
+def _pictures(out: Path, name: str, split: str, seed: int) -> Path:
+    return out / "eval" / f"{name}-{split}-{seed}"
+
+
+def _clvr(*arguments: str) -> None:
+    console.print(f"clvr {shlex.join(arguments)}", highlight=False, soft_wrap=True)
+    if cli.main(arguments) != 0:
+        raise ClvrError(f"clvr {arguments[0]} failed; the same command goes on")
+
+
+if __name__ == "__main__":
+    run_script(main)
