@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 from clvr_jax.convert.families import FLUX2_TRANSFORMER
-from clvr_jax.convert.tensors import FLOATS, Spec, lay_out, write_tensor
+from clvr_jax.convert.tensors import FLOATS, SHARD_BYTES, Spec, lay_out, write_tensor
 
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
@@ -20,13 +20,16 @@ def klein_4b(blocks: int | None = None) -> Flux2TransformerConfig:
     return config if blocks is None else dataclasses.replace(config, num_layers=blocks, num_single_layers=blocks)
 
 
-def make_checkpoint(folder: Path, config: Flux2TransformerConfig, tuned: int | None = None) -> list[Spec]:
+def make_checkpoint(
+    folder: Path, config: Flux2TransformerConfig, tuned: int | None = None, shard_bytes: int = SHARD_BYTES
+) -> list[Spec]:
     """Random weights, finite and none zero, in shards as large as those of published checkpoints.
 
     Args:
       folder: of the model; made here.
       config: its configuration.
       tuned: None for a base; a seed for weights that differ from the base's by some units of the last place.
+      shard_bytes: size of a file at most.
     """
     fields = FLUX2_TRANSFORMER.config_to_dict(config)
     folder.mkdir()
@@ -34,7 +37,7 @@ def make_checkpoint(folder: Path, config: Flux2TransformerConfig, tuned: int | N
     entries = FLUX2_TRANSFORMER.entries(fields)
     specs = [Spec(key, entry.torch_shape, FLOATS["bfloat16"]) for entry in entries for key in entry.keys]
     generator, change = np.random.default_rng(0), np.random.default_rng(tuned)
-    for stored in lay_out(folder, specs, FLUX2_TRANSFORMER.file_name).values():
+    for stored in lay_out(folder, specs, FLUX2_TRANSFORMER.file_name, shard_bytes).values():
         bits = generator.integers(1, 1 << 16, stored.shape, np.uint16) & 0xBFFF  # exponents below those of NaN
         if tuned is not None:
             bits ^= change.integers(0, 4, stored.shape, np.uint16)
