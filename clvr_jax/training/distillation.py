@@ -18,7 +18,6 @@ Source: piecewise rectified flow (PeRFlow, arXiv 2405.07510); the student's own 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -93,8 +92,8 @@ def distillation_loss(
     path = follow_windows(
         guided(guide, conditional, unconditional, config.guidance)
         if config.passes == 2
-        else partial(guide, condition=conditional),
-        partial(own, condition=conditional),
+        else lambda x, sigma: guide(x, sigma, conditional),
+        lambda x, sigma: own(x, sigma, conditional),
         noise_btc,
         jax.random.bernoulli(row_key, _HALF, (count,)),
         sigmas,
