@@ -46,7 +46,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         if unknown := set(omit) - {"temperature", "seed"}:
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
         self._connection = Connection(endpoint)
-        self._post = PlainPost(endpoint.base_url, self._connection.headers, endpoint.timeout, endpoint.max_in_flight)
+        self._post = PlainPost(endpoint.base_url, self._connection.headers, endpoint.timeout)
         self._prices = endpoint.prices
         self._json_mode, self._token_limit = json_mode, token_limit
         self._omit, self._extra = frozenset(omit), dict(extra or {})

@@ -1,20 +1,25 @@
 """JSON requests at a fraction of the processor time of the openai package, which many questions in flight make dear.
 
-Threads share a pool of connections that stay open. Proxies are those of the environment, as for other programs.
+Connections stay open and are shared by threads. Proxies are those of the environment, as for other programs.
 """
 
 from __future__ import annotations
 
+import base64
+import http.client
 import json
+import ssl
 import time
 import urllib.request
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import SplitResult, unquote, urlsplit, urlunsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
-import urllib3
+import certifi
 
 from clvr_jax.providers.endpoint import Failure, retry_after, status_failure
+
+_GONE = (http.client.RemoteDisconnected, BrokenPipeError, ConnectionResetError)
 
 
 class PlainPost:
@@ -24,59 +29,86 @@ class PlainPost:
       base_url: that paths are added to; a user and password in it become basic authentication.
       headers: of every request.
       timeout: seconds without a byte from the server.
-      connections: that are kept open at most.
     """
 
-    def __init__(self, base_url: str, headers: Mapping[str, str], timeout: float, connections: int):
-        parts = urlsplit(base_url)
-        self._address = urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path.rstrip("/"), "", ""))
+    def __init__(self, base_url: str, headers: Mapping[str, str], timeout: float):
+        self._server = urlsplit(base_url)
+        self._path, self._timeout = self._server.path.rstrip("/"), timeout
         self._headers = {"Content-Type": "application/json", "Accept": "application/json", **headers}
-        if parts.username is not None and "Authorization" not in headers:
-            self._headers |= urllib3.make_headers(basic_auth=_login(parts))
-        self._timeout = timeout
-        self._pool = _pool(parts.scheme, parts.hostname or "", connections)
+        if self._server.username is not None and "Authorization" not in headers:
+            self._headers["Authorization"] = _basic(self._server)
+        self._proxy = _proxy(self._server)
+        if self._proxy is not None and self._server.scheme == "http":
+            self._path = f"http://{self._server.netloc.rpartition('@')[2]}{self._path}"
+            self._headers |= _proxy_headers(self._proxy)
+        self._trusted = ssl.create_default_context()
+        self._trusted.load_verify_locations(certifi.where())
+        self._idle: list[http.client.HTTPConnection] = []
 
     def __call__(self, path: str, body: Mapping[str, Any]) -> str:
         """The body of the response. Raises: Failure; UnicodeEncodeError for text that is no valid Unicode."""
         content = json.dumps(body, ensure_ascii=False).encode()
-        try:
-            response = self._pool.request(
-                "POST",
-                self._address + path,
-                body=content,
-                headers=self._headers,
-                timeout=urllib3.Timeout(self._timeout),
-                retries=False,
-            )
-            text = response.data.decode(errors="replace")
-        except (urllib3.exceptions.HTTPError, OSError) as error:
-            # urllib3 counts a refused connection among those that took too long.
-            waited = isinstance(error, urllib3.exceptions.TimeoutError)
-            if waited and not isinstance(error, urllib3.exceptions.NewConnectionError):
+        while True:
+            is_new = not self._idle
+            try:
+                connection = self._idle.pop()
+            except IndexError:  # another thread was quicker
+                connection, is_new = self._connection(), True
+            try:
+                connection.request("POST", self._path + path, content, self._headers)
+                response = connection.getresponse()
+                data = response.read()
+                break
+            except TimeoutError:
+                connection.close()
                 raise Failure(f"no answer within {self._timeout:g} s", "down", can_retry=True) from None
-            raise Failure(f"cannot be reached ({error})", "down", can_retry=True) from None
+            except (http.client.HTTPException, OSError) as error:
+                connection.close()
+                if is_new or not isinstance(error, _GONE):
+                    raise Failure(f"cannot be reached ({error})", "down", can_retry=True) from None
+                # The server has closed it while nobody used it.
+        if response.will_close:
+            connection.close()
+        else:
+            self._idle.append(connection)
+        text = data.decode(errors="replace")
         if response.status >= 300:
             raise status_failure(response.status, _error(text), retry_after(response.headers, time.time()))
         return text
 
     def close(self) -> None:
         """Closes the connections."""
-        self._pool.clear()
+        while self._idle:
+            self._idle.pop().close()
+
+    def _connection(self) -> http.client.HTTPConnection:
+        host, port = self._server.hostname or "", self._server.port
+        if self._proxy is None:
+            if self._server.scheme == "https":
+                return http.client.HTTPSConnection(host, port, timeout=self._timeout, context=self._trusted)
+            return http.client.HTTPConnection(host, port, timeout=self._timeout)
+        by = self._proxy.hostname or "", self._proxy.port
+        if self._server.scheme == "http":
+            return http.client.HTTPConnection(*by, timeout=self._timeout)
+        tunnel = http.client.HTTPSConnection(*by, timeout=self._timeout, context=self._trusted)
+        tunnel.set_tunnel(host, port, _proxy_headers(self._proxy))
+        return tunnel
 
 
-def _pool(scheme: str, host: str, connections: int) -> urllib3.PoolManager:
-    proxy = urllib.request.getproxies().get(scheme)
-    if not proxy or urllib.request.proxy_bypass(host):
-        return urllib3.PoolManager(maxsize=connections)
-    auth = urlsplit(proxy)
-    headers: dict[str, str] = {}
-    if auth.username is not None:
-        headers = dict(urllib3.make_headers(proxy_basic_auth=_login(auth)))
-    return urllib3.ProxyManager(proxy, maxsize=connections, proxy_headers=headers)
+def _proxy(server: SplitResult) -> SplitResult | None:
+    proxy = urllib.request.getproxies().get(server.scheme)
+    if not proxy or urllib.request.proxy_bypass(server.hostname or ""):
+        return None
+    return urlsplit(proxy if "//" in proxy else f"http://{proxy}")
 
 
-def _login(address: SplitResult) -> str:
-    return f"{unquote(address.username or '')}:{unquote(address.password or '')}"
+def _proxy_headers(proxy: SplitResult) -> dict[str, str]:
+    return {} if proxy.username is None else {"Proxy-Authorization": _basic(proxy)}
+
+
+def _basic(address: SplitResult) -> str:
+    login = f"{unquote(address.username or '')}:{unquote(address.password or '')}"
+    return f"Basic {base64.b64encode(login.encode()).decode()}"
 
 
 def _error(text: str) -> object:

@@ -1,3 +1,5 @@
+import socket
+
 import pytest
 
 from clvr_jax.providers.endpoint import Failure
@@ -6,7 +8,7 @@ from tests.providers.server import Reply, failure
 
 
 def post(url, **headers):
-    return PlainPost(url, headers, 5.0, 2)
+    return PlainPost(url, headers, 5.0)
 
 
 def test_proxies_are_those_of_the_environment(server, monkeypatch):
@@ -29,6 +31,16 @@ def test_a_password_in_the_address_is_sent_unless_there_is_a_key(server):
     assert (server.seen[0].path, server.seen[0].json) == ("/v1/chat", {"text": "\u00e4"})
     post(address, Authorization="Bearer key")("/chat", {})
     assert server.seen[1].headers["authorization"] == "Bearer key"
+
+
+def test_a_connection_that_the_server_has_closed_is_made_again(server):
+    server.script = [Reply({"a": 1})]
+    asked = post(server.url)
+    asked("/a", {})
+    (kept,) = asked._idle
+    kept.sock.shutdown(socket.SHUT_RDWR)
+    assert asked("/a", {}) == '{"a": 1}'
+    assert asked._idle != [kept]
 
 
 def test_connections_stay_open_and_failures_say_what_they_are(server):
