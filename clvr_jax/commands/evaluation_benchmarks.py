@@ -13,7 +13,7 @@ import tyro
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
 from clvr_jax.commands.system import SystemOptions
-from clvr_jax.console import progress
+from clvr_jax.console import console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -80,6 +80,10 @@ class _EvalBenchmark(abc.ABC):
         """The benchmark."""
 
     @abc.abstractmethod
+    def check_scorer(self) -> None:
+        """Raises ClvrError for what can be told before pictures are drawn."""
+
+    @abc.abstractmethod
     def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
         """Scores them."""
 
@@ -92,6 +96,8 @@ class _EvalBenchmark(abc.ABC):
 
         benchmark = self.benchmark()
         check_folder(self.out)
+        if self.scorer:
+            self.check_scorer()
         if self.images:
             samples = self.samples or benchmark.samples
             pictures = made_elsewhere(benchmark, self._items(benchmark), self.images, samples, self.out)
@@ -145,6 +151,7 @@ class _EvalBenchmark(abc.ABC):
             if benchmark.source is None:
                 raise UsageError(f"{benchmark.title}: --prompts PATH is needed: {benchmark.prompts_hint}")
             path = benchmark.source.fetch(benchmark.name)
+            console.print(f"[dim]{benchmark.title}: official prompts, license: {benchmark.source.license}[/]")
         return spread(benchmark.read(path), self.limit)
 
 
@@ -178,6 +185,14 @@ class EvalGenEval(_EvalBenchmark):
         from clvr_jax.evaluation.benchmarks.geneval import GenEval
 
         return GenEval()
+
+    def check_scorer(self) -> None:
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.geneval_detector import check_models
+
+        assert self.detector is not None
+        assert self.clip is not None
+        check_models(self.detector, self.clip)
 
     def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
         """See `_EvalBenchmark`."""
@@ -222,6 +237,15 @@ class _EvalJudged(_EvalBenchmark):
     def scorer(self) -> bool:
         """See `_EvalBenchmark`."""
         return bool(self.judge)
+
+    def check_scorer(self) -> None:
+        """See `_EvalBenchmark`."""
+        from clvr_jax.evaluation.benchmarks.judges import check_local
+
+        if self.judge_url is None:
+            check_local(self.judge)
+        else:
+            self._judge()
 
     def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
         """See `_EvalBenchmark`."""

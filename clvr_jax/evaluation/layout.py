@@ -182,7 +182,7 @@ class Folder:
 
     def is_complete(self, index: int, sample: int, prompt: str, seed: int) -> bool:
         """Whether this picture is there and was drawn for this prompt with this seed."""
-        if not self._of(index, "records", sample, ".json").exists():
+        if not self.has_record(index, sample):
             return False
         record = self.record(index, sample)
         return (
@@ -190,6 +190,10 @@ class Folder:
             and record.seed == seed
             and (not record.has_picture or self.picture_path(index, sample).exists())
         )
+
+    def has_record(self, index: int, sample: int) -> bool:
+        """Whether this picture was drawn, or tried and given up."""
+        return self._of(index, "records", sample, ".json").exists()
 
     def record(self, index: int, sample: int) -> Record:
         """The record of one picture; ClvrError if it is missing or malformed."""

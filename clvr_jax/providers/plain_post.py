@@ -73,7 +73,9 @@ class PlainPost:
             self._idle.append(connection)
         text = data.decode(errors="replace")
         if response.status >= 300:
-            raise status_failure(response.status, _error(text), retry_after(response.headers, time.time()))
+            raise status_failure(
+                response.status, _error(text), retry_after(dict(response.headers.items()), time.time())
+            )
         return text
 
     def close(self) -> None:

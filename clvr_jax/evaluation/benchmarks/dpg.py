@@ -113,17 +113,19 @@ class DPG(JudgedBenchmark):
         return _SamplesByPrompt()
 
     def finish(self, folder: Folder, items: Sequence[Item], samples: int) -> None:
-        """Writes images/<id>.png: the samples of a prompt in a square, row by row."""
+        """Writes images/<id>.png: the samples of a prompt in a square, row by row; black where there is no picture."""
         side = 1 if samples == 1 else _GRID
         for index, item in enumerate(items):
             path = folder.root / "images" / f"{item.id}.png"
-            files = [folder.picture_path(index, sample) for sample in range(samples)]
-            if path.exists() or not all(file.exists() for file in files):
+            if path.exists() or not all(folder.has_record(index, sample) for sample in range(samples)):
                 continue
-            pictures = [Image.fromarray(read_png(file)) for file in files]
-            width, height = pictures[0].size
+            files = [folder.picture_path(index, sample) for sample in range(samples)]
+            pictures = {number: Image.fromarray(read_png(file)) for number, file in enumerate(files) if file.exists()}
+            if not pictures:
+                continue
+            width, height = next(iter(pictures.values())).size
             grid = Image.new("RGB", (side * width, side * height))
-            for number, picture in enumerate(pictures):
+            for number, picture in pictures.items():
                 grid.paste(picture, (number % side * width, number // side * height))
             write_atomically(path, encode_png(grid))
 

@@ -10,6 +10,7 @@ appendix, for the color classifier.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,14 @@ class TorchDetector(Detector):
     """
 
     def __init__(self, detector: Path, clip: Path, device: str | None = None):
-        try:
-            import torch
-            from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
-        except ImportError as error:
-            raise ClvrError("GenEval's scorer needs PyTorch: pip install 'clvr-jax[torch]'") from error
+        check_models(detector, clip)
+        import torch
+        from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
+
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = _load(Mask2FormerForUniversalSegmentation, detector, "mask2former").to(self._device)
-        self._clip = _load(CLIPModel, clip, "clip").to(self._device)
+        self._detector = _load(Mask2FormerForUniversalSegmentation, detector).to(self._device)
+        self._clip = _load(CLIPModel, clip).to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(str(clip))
-        if (classes := self._detector.config.num_labels) != len(OBJECTS):
-            raise ClvrError(
-                f"{detector}: knows {classes} classes, not COCO's {len(OBJECTS)}; take the coco-instance model"
-            )
         size = read_json(detector / "preprocessor_config.json").get("size", {})
         self._sides = size.get("shortest_edge", 800), size.get("longest_edge", 1333)
         self._names = (detector.resolve().name, clip.resolve().name)
@@ -141,6 +137,18 @@ class TorchDetector(Detector):
         return self._classifiers[name]
 
 
+def check_models(detector: Path, clip: Path) -> None:
+    """Raises ClvrError for what can be told before pictures are drawn: PyTorch is missing, the models are others."""
+    if importlib.util.find_spec("torch") is None:
+        raise ClvrError("GenEval's scorer needs PyTorch: pip install 'clvr-jax[torch]'")
+    for folder, kind in ((detector, "mask2former"), (clip, "clip")):
+        config = read_json(folder / "config.json")
+        if (found := config.get("model_type")) != kind:
+            raise ClvrError(f"{folder}: holds a {found}, GenEval's scorer needs a {kind}")
+        if kind == "mask2former" and (classes := len(config.get("id2label", ()))) != len(OBJECTS):
+            raise ClvrError(f"{folder}: knows {classes} classes, not COCO's {len(OBJECTS)}; take a coco-instance model")
+
+
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
     """The smallest box (x0, y0, x1, y1) around a mask (height, width) of bool; ends excluded."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -186,10 +194,7 @@ def _features(output: Any) -> Any:
     return getattr(output, "pooler_output", output)
 
 
-def _load(kind: Any, folder: Path, model_type: str) -> Any:
-    found = read_json(folder / "config.json").get("model_type")
-    if found != model_type:
-        raise ClvrError(f"{folder}: holds a {found}, GenEval's scorer needs a {model_type}")
+def _load(kind: Any, folder: Path) -> Any:
     try:
         return kind.from_pretrained(str(folder)).eval()
     except (OSError, ValueError, RuntimeError) as error:

@@ -25,7 +25,6 @@ _OBJECTS = (
 OBJECTS = tuple(_OBJECTS.split(", "))
 """GenEval's names of COCO's 80 classes, in COCO's order."""
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 RELATIONS = ("left of", "right of", "above", "below")
 
 THRESHOLD = 0.3

@@ -6,7 +6,9 @@ import re
 from pathlib import Path
 
 from clvr_jax.convert.hub import local_folder
+from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
+from clvr_jax.files import read_json
 from clvr_jax.providers.endpoint import Endpoint, Prices
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -36,6 +38,14 @@ def endpoint_judge(
     return JudgeModel(OpenAIVisionLanguageModel(endpoint), revision, in_flight, max_tokens)
 
 
+def check_local(model: str) -> Path:
+    """The folder of a judge of our own. Raises: ClvrError if it is no Qwen3-VL."""
+    folder = local_folder(model)
+    if (found := read_json(folder / "config.json").get("model_type")) != "qwen3_vl":
+        raise ClvrError(f"{folder}: holds a {found}; a judge without --judge-url is a qwen3_vl")
+    return folder
+
+
 def local_judge(model: str, *, in_flight: int = 64, max_tokens: int | None = None) -> JudgeModel:
     """Our Qwen3-VL; its revision is the commit on the Hub, or the digest of the folder.
 
@@ -48,7 +58,7 @@ def local_judge(model: str, *, in_flight: int = 64, max_tokens: int | None = Non
     from clvr_jax.pipelines.vlm import Qwen3VLPipeline
     from clvr_jax.providers.local import LocalVisionLanguageModel
 
-    folder = local_folder(model)
+    folder = check_local(model)
     at = folder.resolve().name
     revision = at if _COMMIT.fullmatch(at) else Digests({"judge": folder}).finish()["judge"][:16]
     name = Path(model).name if Path(model).exists() else model

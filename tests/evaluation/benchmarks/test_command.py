@@ -117,5 +117,23 @@ def test_bad_usage_is_one_line_and_exit_code_2(arguments, said, capsys):
 
 
 def test_what_was_not_drawn_cannot_be_scored(capsys):
-    assert main(["eval", "genevalpp", "--out", "out", "--score-only", "--judge", "j"]) == 1
+    judge = ["--judge", "j", "--judge-url", "http://127.0.0.1:9/v1", "--judge-key-variable", ""]
+    assert main(["eval", "genevalpp", "--out", "out", "--score-only", *judge]) == 1
     assert "benchmark.json: no such file" in complaint(capsys)
+
+
+def test_who_scores_is_checked_before_anything_is_drawn(pictures, monkeypatch, tmp_path, capsys):
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    (tmp_path / "sdxl").mkdir()
+    (tmp_path / "sdxl" / "config.json").write_text('{"model_type": "unet"}')
+    imagine = ["eval", "imaginebench", "--prompts", "imagine.jsonl", "--out", "out", *pictures]
+    geneval = ["eval", "geneval", "--prompts", "geneval.jsonl", "--out", "out", *pictures]
+    for command, said in [
+        ([*imagine, "--judge", "tiny", "--judge-url", "http://127.0.0.1:9/v1"], "OPENAI_API_KEY is not set"),
+        ([*imagine, "--judge", "sdxl"], "holds a unet"),
+        ([*imagine, "--judge", "nowhere"], "no such folder"),
+        ([*geneval, "--detector", "sdxl", "--clip", "sdxl"], "holds a unet, GenEval's scorer needs a mask2former"),
+    ]:
+        assert main(command) == 1
+        assert said in complaint(capsys)
+        assert not os.path.exists("out")

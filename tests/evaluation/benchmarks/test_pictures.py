@@ -16,6 +16,8 @@ from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.benchmarks.pictures import draw, drawn, made_elsewhere
 from clvr_jax.evaluation.benchmarks.prism import Prism
 from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
+from clvr_jax.evaluation.drawn import Drawn
+from clvr_jax.evaluation.systems import System
 from clvr_jax.reasoning.images import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, Painter, write_lines
@@ -103,6 +105,21 @@ def test_a_grid_has_its_samples_row_by_row(tmp_path, items):
         shown = np.asarray(as_pil(benchmark.shown(tmp_path / "images" / "a.png", sample, 4)))
         assert shown.shape == (8, 8, 3)
         assert set(shown.ravel().tolist()) == {color}
+
+
+def test_a_grid_is_black_where_a_loop_ended_without_a_picture(tmp_path, items):
+    outcomes = iter([True, False, True, True])
+
+    def draw_all(prompts, seeds):
+        return [
+            Drawn(np.full((8, 8, 3), 9, np.uint8) if next(outcomes) else None, outcome="unparseable") for _ in seeds
+        ]
+
+    draw(DPG(), items["dpg"][:1], System(draw_all, {}), tmp_path, settings={}, samples=4)
+    grid = np.asarray(Image.open(tmp_path / "images" / "a.png"))
+    assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == [9, 0, 9, 9]
+    pictures = drawn(DPG(), tmp_path)
+    assert [path is None for path in pictures.files.values()] == [False, True, False, False]
 
 
 def test_a_killed_run_draws_no_picture_twice(tmp_path, items):
