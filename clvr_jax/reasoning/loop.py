@@ -5,9 +5,9 @@
     a_t = <|terminate|>  ->  done
     a_t = <|image_gen|>  ->  x_t = drawer(c_{t-1} + r_t),  c_t = c_{t-1} + r_t + x_t
 
-Every round makes one batched controller call and one batched drawer call for all prompts that are not done (a second one
-if several candidates are to be drawn at a price that the first must show). What happens to a prompt depends on its own
-replies, pictures and seed only, so that a batch gives the same as one at a time.
+Every round makes one batched controller call and one batched drawer call for all prompts that are not done (a second
+one if several candidates are to be drawn at a price that the first must show). What happens to a prompt depends on its
+own replies, pictures and seed only, so that a batch gives the same as one at a time.
 
 Source: arXiv 2605.14876, closed-loop inference. Budgets, several candidates of a step, and keep-best with roll-back are
 ours: edits drift, so a picture worse than an earlier one is dropped and the reply that led to it is drawn again.
