@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red star at the top left, a blue circle at the top right, a green square in the center, a yellow triangle at the bottom left, and a purple cross at the bottom right
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help demo test test-fast check bench reproduce clean
+.PHONY: help demo test test-fast check bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -21,6 +21,10 @@ $(VENV)/.core: pyproject.toml
 $(VENV)/.test: $(VENV)/.core
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+$(VENV)/.plots: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[plots]'
 	touch $@
 
 demo: $(VENV)/.core  ## a dense prompt through the closed loop, into out/demo/index.html
@@ -50,6 +54,11 @@ reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into 
 	$(BIN)/python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
 	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
 	$(BIN)/python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
+
+# Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.
+paper: $(VENV)/.plots  ## the paper's tables in miniature, into docs/results.md
+	$(BIN)/clvr train configs/shapes_distill.py --out runs/shapes_distill --resume
+	$(BIN)/python -m clvr_jax.configs.paper $(if $(PPRL),--pprl $(PPRL))
 
 clean:  ## remove the environment and what was built; runs/ and out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

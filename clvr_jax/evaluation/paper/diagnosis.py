@@ -1,0 +1,74 @@
+"""Whether the changes of distillation and alignment add up in the velocity of the drawing model, on real prompts."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from clvr_jax.data.text import encode_prompts
+from clvr_jax.diffusion import flow_sigmas
+from clvr_jax.merging.deltas import delta
+from clvr_jax.merging.diagnostics import over_noise_levels, over_scales
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, encode_references, encode_text, velocity_field
+from clvr_jax.worlds.shapes.grammar import scene_for
+from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.render import render
+
+_LEVELS = (0.95, 0.85, 0.7, 0.5, 0.3, 0.1)
+_SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
+
+
+def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[Metadata]) -> dict[str, Any]:
+    """Measures both changes on pictures that satisfy some prompts, noised.
+
+    Args:
+      base, distilled, aligned: folders of one architecture; text encoder and autoencoder are the base's.
+      metadata: the prompts.
+    Returns: {"levels": {sigma: found}, "scales": {scale: found}, "scales_at": sigma} with the fields of
+      `merging.diagnostics.Interaction`.
+    """
+    pipe = Flux2Pipeline.from_pretrained(str(base))
+    graphdef, weights = nnx.split(pipe.transformer)
+    of_distill, of_align = (
+        delta(nnx.state(Flux2Pipeline.from_pretrained(str(folder)).transformer), weights)
+        for folder in (distilled, aligned)
+    )
+    metadata, ids, mask = _of_one_length(pipe, metadata)
+    rng = np.random.default_rng(0)
+    pictures = np.stack([render(scene_for(dict(entry), rng, allow_held_out=True)) for entry in metadata])
+    layers = pipe.settings.text_encoder_out_layers
+    text = encode_text(*nnx.split(pipe.text_encoder), jnp.asarray(ids), jnp.asarray(mask), layers)
+    x0 = encode_references(*nnx.split(pipe.vae), jnp.asarray(pictures[:, None]), jnp.float32)
+    noise = jax.random.normal(jax.random.key(0), x0.shape)
+    token = pipe.vae.config.token_pixels
+    grid = (pictures.shape[1] // token, pictures.shape[2] // token)
+
+    def predict(params: Any, sigma: Any) -> jax.Array:
+        field = velocity_field(nnx.merge(graphdef, params), x0[:, :0], grid, [])
+        return field((1 - sigma) * x0 + sigma * noise, jnp.full(len(x0), sigma), text)
+
+    # The level at which the distilled model takes its last and longest step.
+    steps = Flux2Pipeline.from_pretrained(str(distilled)).settings.num_inference_steps
+    last = float(flow_sigmas(steps, grid[0] * grid[1])[-2])
+    levels = over_noise_levels(predict, weights, of_distill, of_align, _LEVELS)
+    scales = over_scales(lambda params: predict(params, last), weights, of_distill, of_align, _SCALES)
+    return {
+        "levels": {str(sigma): asdict(found) for sigma, found in levels.items()},
+        "scales": {str(scale): asdict(found) for scale, found in scales.items()},
+        "scales_at": last,
+    }
+
+
+def _of_one_length(pipe: Flux2Pipeline, metadata: Sequence[Metadata]) -> tuple[list[Metadata], np.ndarray, np.ndarray]:
+    """The prompts that the pipeline pads to the same length, of that which most have, with ids and mask."""
+    encoded = [encode_prompts(pipe.tokenizer, [entry["prompt"]], pipe.settings.text_buckets) for entry in metadata]
+    length = Counter(ids.shape[1] for ids, _ in encoded).most_common(1)[0][0]
+    chosen = [number for number, (ids, _) in enumerate(encoded) if ids.shape[1] == length]
+    ids, mask = (np.concatenate([encoded[number][part] for number in chosen]) for part in (0, 1))
+    return [metadata[number] for number in chosen], ids, mask

@@ -1,0 +1,68 @@
+"""What a prompt takes from beginning to end, one at a time, by the number of drawings it needed."""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
+from clvr_jax.reasoning import loop
+from clvr_jax.reasoning.protocols import Drawer, Drawing, DrawRequest
+
+
+class _TimedDrawer(Drawer):
+    """Knows how long it has been drawing."""
+
+    def __init__(self, drawer: Drawer):
+        self._drawer = drawer
+        self.seconds = 0.0
+
+    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+        """See `Drawer`."""
+        began = time.perf_counter()
+        drawings = self._drawer.draw(requests)
+        self.seconds += time.perf_counter() - began
+        return drawings
+
+
+def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs the closed loop for one prompt after the other, twice: the first time compiles, the second is timed.
+
+    Args:
+      model: folder with a controller.
+      prompts: what to draw.
+    Returns: for each prompt {"prompt", "drawings", "nfe", "seconds", "drawing_seconds"}.
+    """
+    pipeline = ClosedLoopPipeline.from_pretrained(str(model))
+    if pipeline.controller is None:
+        raise ClvrError(f"{model}: the folder has no controller/")
+    found = []
+    for is_timed in (False, True):
+        for prompt in prompts:
+            drawer = _TimedDrawer(Flux2Drawer(pipeline.flux))
+            began = time.perf_counter()
+            (trajectory,) = loop.run([prompt], pipeline.controller, drawer, None)
+            seconds = time.perf_counter() - began
+            if is_timed:
+                found.append({"prompt": prompt, "drawings": len(trajectory.drawings), "nfe": trajectory.nfe,
+                              "seconds": seconds, "drawing_seconds": drawer.seconds})  # fmt: skip
+    return found
+
+
+def by_drawings(times: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Number of drawings -> {"prompts", "nfe", "seconds", "drawing_seconds", "per_drawing"}: medians, and seconds of
+    diffusion for each drawing."""
+    groups: dict[int, list[Mapping[str, Any]]] = {}
+    for each in times:
+        if each["drawings"]:
+            groups.setdefault(each["drawings"], []).append(each)
+    return {
+        count: {
+            "prompts": len(group),
+            **{name: statistics.median(each[name] for each in group) for name in ("nfe", "seconds", "drawing_seconds")},
+            "per_drawing": statistics.median(each["drawing_seconds"] / count for each in group),
+        }
+        for count, group in sorted(groups.items())
+    }

@@ -1,0 +1,175 @@
+"""The paper's tables in miniature: the shapes world's models in all modes, compared, into docs/results.md with plots.
+
+    make paper
+    python -m clvr_jax.configs.paper --distilled runs/shapes_distill/export --pprl runs/pprl/export --out runs/paper
+
+What was drawn for the same models and settings is not drawn again: a run that was stopped goes on, and one with
+another model draws what that changes. Without --pprl, fine-tuning alone is the alignment that is merged. `--limit 60`
+is a quick look. Needs matplotlib (`pip install clvr-jax[plots]`).
+"""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.arguments import at_least_one, check_seed, run_script
+from clvr_jax.compilation import keep_compiled_programs
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.layout import Folder
+from clvr_jax.evaluation.paper.diagnosis import interactions
+from clvr_jax.evaluation.paper.models import Sources, model_folders
+from clvr_jax.evaluation.paper.page import Measured, Section, write_page
+from clvr_jax.evaluation.paper.rows import SPLITS, Prompts, Row, results
+from clvr_jax.evaluation.paper.stages import Stages, digest
+from clvr_jax.evaluation.paper.timing import by_drawings, loop_times
+from clvr_jax.evaluation.scaling import read_off
+from clvr_jax.files import read_json, write_json
+from clvr_jax.merging.planning import REPORT
+from clvr_jax.outputs import check_file, check_folder
+from clvr_jax.plots import can_plot
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.worlds.shapes.metadata import Metadata
+
+ROWS = {
+    "base-one-shot": Row("base, one shot", "base", "one-shot"),
+    "distilled-one-shot": Row("distilled, one shot", "distilled", "one-shot"),
+    "base-open-loop": Row("base, plan drawn at once", "base", "open-loop"),
+    "aligned-open-loop": Row("aligned, plan drawn at once", "aligned", "open-loop"),
+    "merged-open-loop": Row("merged, plan drawn at once", "merged", "open-loop"),
+    "base-loop": Row("base, loop", "base"),
+    "sft-loop": Row("SFT, loop", "sft"),
+    "pprl-loop": Row("SFT + PPRL, loop", "pprl"),
+    "distilled-loop": Row("distilled only, loop", "distilled"),
+    "few-loop": Row("aligned in as few steps, loop", "aligned in few steps"),
+    "merged-loop": Row("merged (DSWM), loop", "merged"),
+    "linear-loop": Row("average of the two, loop", "linear"),
+    "ties-loop": Row("TIES, loop", "ties"),
+    "dare-loop": Row("DARE, loop", "dare"),
+    "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=Budget(candidates=8)),
+    "merged-best-of": Row("merged, best of 8", "merged", "best-of", budget=Budget(candidates=8)),
+    "distilled-oracle": Row("distilled only, oracle", "distilled", controller="oracle"),
+    "aligned-oracle": Row("aligned, oracle", "aligned", controller="oracle"),
+    "merged-oracle": Row("merged (DSWM), oracle", "merged", controller="oracle"),
+}
+MERGING = ("distilled-loop", "aligned-loop", "few-loop", "merged-loop", "linear-loop", "ties-loop", "dare-loop")
+
+
+def sections(aligned: str) -> tuple[Section, ...]:
+    """Tables of systems; `aligned` is the name of the row of the model that is merged."""
+    merging = tuple(aligned if name == "aligned-loop" else name for name in MERGING)
+    return (
+        Section(
+            "The method, part by part",
+            "One shot of the base, the loop with a drawer that knows histories, and the loop in few steps.",
+            ("base-one-shot", "base-loop", "sft-loop", "pprl-loop", "merged-loop"),
+            "base-one-shot",
+            "method.png",
+        ),
+        Section(
+            "What merging adds",
+            "Either change alone, both, and other ways to merge the same two models.",
+            merging,
+            "merged-loop",
+            "merging.png",
+        ),
+        Section(
+            "The same with exact eyes",
+            "The oracle plans and reads pictures exactly: what is left are the mistakes of the drawer.",
+            ("distilled-oracle", "aligned-oracle", "merged-oracle"),
+            "merged-oracle",
+        ),
+        Section(
+            "Planning without looking",
+            "The controller plans the whole picture, and the plan is drawn once (open-loop rewriting).",
+            ("base-one-shot", "base-open-loop", "aligned-open-loop", "merged-open-loop", aligned, "merged-loop"),
+            "base-one-shot",
+        ),
+    )
+
+
+def main(
+    out: Path = Path("runs/paper"),
+    page: Path = Path("docs/results.md"),
+    base: str = "shapes-tiny-base",
+    distilled: str = "runs/shapes_distill/export",
+    sft: str = "shapes-tiny",
+    pprl: str | None = None,
+    controller: str = "shapes-tiny",
+    limit: int | None = None,
+    timed: int = 60,
+    seeds: tuple[int, ...] = (0, 1),
+) -> None:
+    """Makes the models, draws and scores, measures times and changes, and writes the page.
+
+    Args:
+      out: folder for models and pictures. page: the Markdown file; its plots lie beside it in a folder of its name.
+      base, distilled, sft, pprl: shipped names or pipeline folders of one architecture; only the transformer differs.
+      controller: shipped name or folder with a controller/.
+      limit: at most so many prompts of each split. timed: complex prompts whose loops are timed.
+      seeds: of the pictures, one of each prompt for every seed.
+    """
+    at_least_one("--limit", limit)
+    at_least_one("--timed", timed)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError(f"--seeds {' '.join(map(str, seeds))}: give different seeds, one at least")
+    for seed in seeds:
+        check_seed(seed)
+    if not can_plot():
+        raise ClvrError("the page has plots, and matplotlib is not installed: pip install 'clvr-jax[plots]'")
+    check_folder(out)
+    check_file(page)
+    keep_compiled_programs()
+    stages = Stages(out)
+    folders = model_folders(Sources(base, distilled, sft, pprl, controller), stages)
+    aligned = "sft-loop" if pprl is None else "pprl-loop"
+    rows = {name: row for name, row in ROWS.items() if row.model in folders}
+    prompts = [Prompts(split, limit, seeds) for split in SPLITS]
+    found = {
+        name: {each.split: results(name, row, folders[row.model], each, stages) for each in prompts}
+        for name, row in rows.items()
+    }
+    some = Prompts("complex", min(timed, limit or timed)).metadata
+    scaled = ("base-one-shot", "aligned-best-of", "merged-best-of", aligned, "merged-loop")
+    measured = Measured(
+        command=" ".join(("python -m clvr_jax.configs.paper", *sys.argv[1:])),
+        rows=rows,
+        found=found,
+        metadata={each.split: each.metadata for each in prompts},
+        aligned=aligned,
+        merged="merged-loop",
+        times={name: _times(name, folders[rows[name].model], some, stages) for name in (aligned, "merged-loop")},
+        interactions=_changes([folders[name] for name in ("base", "distilled", "aligned")], some, stages),
+        norms=read_json(folders["merged"] / REPORT)["whole"],
+        scaling=read_off(
+            {rows[name].label: Folder(found[name]["complex"].folders[0]) for name in scaled if name in rows}
+        ),
+        seconds=stages.seconds,
+    )
+    tiers = ("base-one-shot", "aligned-open-loop", aligned, "merged-loop", "aligned-oracle", "merged-oracle")
+    write_page(page, measured, sections(aligned), tiers)
+
+
+def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, dict[str, float]]:
+    prompts = [entry["prompt"] for entry in metadata]
+
+    def measure(folder: Path) -> None:
+        write_json(folder / "times.json", {"prompts": loop_times(model, prompts)})
+
+    folder = stages.folder(f"times-{name}", {"model": digest(model), "prompts": prompts}, measure)
+    return by_drawings(read_json(folder / "times.json")["prompts"])
+
+
+def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stages) -> dict[str, Any]:
+    base, distilled, aligned = models
+
+    def measure(folder: Path) -> None:
+        write_json(folder / "changes.json", interactions(base, distilled, aligned, metadata))
+
+    prompts = [entry["prompt"] for entry in metadata]
+    inputs = {"models": [digest(model) for model in models], "prompts": prompts}
+    return read_json(stages.folder("changes", inputs, measure) / "changes.json")
+
+
+if __name__ == "__main__":
+    run_script(main)

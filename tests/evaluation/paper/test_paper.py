@@ -1,0 +1,65 @@
+"""The whole command on two prompts: models, merges, results, times, changes, page."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+from clvr_jax.configs import paper
+from clvr_jax.convert.tensors import stored_tensors
+from flax import nnx
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+
+ROWS = ("base-one-shot", "sft-loop", "merged-loop")
+
+
+@pytest.fixture
+def few_steps(tmp_path):
+    """The base, larger by a hundredth, as a model that draws in two steps."""
+    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
+    nnx.update(pipe.transformer, jax.tree.map(lambda leaf: 1.01 * leaf, nnx.state(pipe.transformer)))
+    pipe.settings = dataclasses.replace(pipe.settings, is_distilled=True, num_inference_steps=2, guidance_scale=1.0)
+    pipe.save_pretrained(str(tmp_path / "few"))
+    return str(tmp_path / "few")
+
+
+@pytest.mark.slow
+def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(few_steps, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(paper, "ROWS", {name: paper.ROWS[name] for name in ROWS})
+    monkeypatch.setattr(paper, "SPLITS", ("complex",))
+    options = {"out": tmp_path / "out", "page": tmp_path / "docs" / "results.md", "distilled": few_steps}
+    paper.main(**options, limit=2, timed=1, seeds=(0,))
+    text = options["page"].read_text()
+    assert "| SFT, loop |" in text
+    assert "| merged (DSWM), loop |" in text
+    assert "distillation 1.00%" in text
+    folders = {path.name.rsplit("-", 1)[0]: path for path in options["out"].iterdir() if path.is_dir()}
+    merged, aligned, base = (
+        stored_tensors(folders[f"model-{name}"] / "transformer") for name in ("merged", "sft", "base")
+    )
+    for key, stored in merged.items():
+        np.testing.assert_allclose(stored.open(), aligned[key].open() + 0.01 * base[key].open(), atol=1e-5)
+    settings = json.loads((folders["model-merged"] / "clvr.json").read_text())["flux2"]
+    assert (settings["num_inference_steps"], settings["guidance_scale"]) == (2, 1.0)
+    results = json.loads((folders["merged-loop-complex-0"] / "results.json").read_text())
+    for entry in results["pictures"]:
+        assert entry["nfe"] == 2 * entry["steps"]
+    assert (folders["model-merged"] / "controller" / "model.safetensors").exists()
+    drawn = {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")}
+    monkeypatch.setattr(paper.Row, "system", None)  # nothing can be drawn any more
+    paper.main(**options, limit=2, timed=1, seeds=(0,))
+    assert options["page"].read_text() == text
+    assert {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")} == drawn
+
+
+def test_what_is_missing_is_told_before_anything_is_drawn(tmp_path):
+    with pytest.raises(ClvrError, match="no such model"):
+        paper.main(tmp_path / "out", tmp_path / "results.md", distilled="nothing")
+    with pytest.raises(UsageError, match="different seeds"):
+        paper.main(tmp_path / "out", tmp_path / "results.md", seeds=(0, 0))
+    with pytest.raises(UsageError, match="--limit"):
+        paper.main(tmp_path / "out", tmp_path / "results.md", limit=0)
