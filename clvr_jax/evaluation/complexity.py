@@ -164,14 +164,14 @@ def probe(complexities: Sequence[float], scores: Sequence[Sequence[float]]) -> d
       complexities: of the prompts.
       scores: of the pictures of each prompt, 0 to 1.
     Returns: {"area", "tiers": [Tier], "failure_law": PowerLaw or None, "half_fails_at": the complexity at which by that
-      law half of the prompts fail, or None where the law does not rise}.
+      law half of the prompts fail, None if that is not between the first and the last tier}.
     """
     curve = pass_curve(complexities, scores)
     law = failure_law(curve)
-    half = law.factor ** (-1 / law.exponent) if law and law.exponent > 0 else None
+    half = law.factor ** (-1 / law.exponent) if law and law.exponent > 0 else math.inf
     return {
         "area": area(curve),
         "tiers": [asdict(tier) for tier in curve],
         "failure_law": asdict(law) if law else None,
-        "half_fails_at": half,
+        "half_fails_at": half if curve[0].complexity <= half <= curve[-1].complexity else None,
     }

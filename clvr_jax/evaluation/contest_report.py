@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,7 +90,8 @@ def _score_rows(contest: Mapping[str, Any]) -> list[list[str]]:
         rows.append([f"{tag} ({groups[0]['prompts']})", *map(_scored, groups)])
     rows.append(["mean of tags", *(f"{system['mean_of_tags']:.3f}" for system in systems)])
     rows.append(["all prompts", *(_scored(system["overall"]) for system in systems)])
-    if any(system["reported"] is not None for system in systems):
+    reported = [(system["reported"], system["mean_of_tags"]) for system in systems]
+    if any(own is not None and not math.isclose(own, mean) for own, mean in reported):
         rows.append(["the benchmark's own", *(_number(system["reported"]) for system in systems)])
     return rows
 
@@ -111,7 +113,8 @@ def _tag_sections(contest: Mapping[str, Any]) -> list[str]:
         parts = [*pair["tags"].items(), *((f"tier {tier}", part) for tier, part in pair["tiers"].items())]
         if len(parts) < 2:
             continue
-        rows = [["", "first", pair["name"], "difference", "95 %", "p, not corrected"]]
+        first = contest["systems"][0]["name"]
+        rows = [["", first, pair["name"], "difference", "95 %", "p, not corrected"]]
         for name, part in parts:
             means = (f"{part['first']:.3f}", f"{part['second']:.3f}")
             rows.append([name, *means, *_difference(part), f"{part['p_value']:.2g}"])

@@ -95,9 +95,10 @@ def _plot(scaling: Mapping[str, Any], out: Path) -> None:
         for system in scaling["systems"]:
             points = system["curves"][kind]
             x, y = [point["limit"] for point in points], [point["accuracy"] for point in points]
-            (line,) = axes.plot(x, y, "o-", markersize=3, label=system["name"])
+            # What is reached lasts until the next picture is there.
+            (line,) = axes.plot(x, y, "o-", markersize=3, drawstyle="steps-post", label=system["name"])
             low, high = [point["low"] for point in points], [point["high"] for point in points]
-            axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
+            axes.fill_between(x, low, high, step="post", color=line.get_color(), alpha=0.15)
         axes.set(xlabel=label, ylabel="share that is correct", ylim=(-0.02, 1.02))
         if kind != "drawings" and any(system["curves"][kind] for system in scaling["systems"]):
             axes.set_xscale("log")
