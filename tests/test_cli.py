@@ -164,7 +164,7 @@ def test_examples_of_evaluations_are_understood(name):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "generate, sample, train, synth, plan, eval"),
+        ([], ", ".join(COMMANDS)),
         (["paint"], "paint"),
         (["generate"], "PROMPT"),
         (["generate", PROMPT, "--sede", "3"], "--sede"),
