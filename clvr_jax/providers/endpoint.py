@@ -150,13 +150,6 @@ class Connection:
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         self._not_before = 0.0
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """What the server wants to know of every caller: the key, and OpenAI's own servers the organization."""
-        more = {"OpenAI-Organization": self._client.organization, "OpenAI-Project": self._client.project}
-        named = {name: value for name, value in more.items() if value}
-        return named | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-
     def call(
         self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
     ) -> tuple[T, Usage]:
