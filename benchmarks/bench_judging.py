@@ -3,8 +3,8 @@
 PYTHONPATH=. python benchmarks/bench_judging.py
 
 Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after 200 ms, 64 questions at a
-time; then once more, with every answer on disk. The target is 30 % of one core. The server is a process of its own. What
-a call costs is mostly the openai package's, whatever the delay, so the share falls with it: try --delay 2.
+time; then once more, with every answer on disk. The target is 30 % of one core. The server is a process of its own.
+What a call costs is mostly the openai package's, whatever the delay, so the share falls as that grows: try --delay 2.
 """
 
 import argparse
