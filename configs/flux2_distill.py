@@ -1,7 +1,7 @@
 """Few-step distillation of FLUX.2 klein base: 4 steps without guidance in place of 28 with it, under whole histories.
 
 clvr train configs/flux2_distill.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories
-clvr plan configs/flux2_distill.py --preset klein-4b --batch-size 64 --topology v6e-256
+clvr plan configs/flux2_distill.py --preset klein-4b --batch-size 256 --topology v6e-256
 
 Only what conditions a drawing is read from the dataset: the teacher draws the pictures. What is trained are all
 parameters and no others, so that `clvr merge` can add the change to an aligned model. Never run on the real weights:

@@ -103,7 +103,7 @@ def _head(measured: Measured) -> Lines:
         "batches. There is one set of weights of each kind: the intervals are about prompts, not about training again."
     )
     hours = sum(measured.seconds.values()) / 3600
-    yield f"\nAll stages after training took {hours:.1f} hours.\n"
+    yield f"\nAll stages after training took {hours:.1f} hours, without what was drawn before an interruption.\n"
 
 
 def _section(measured: Measured, section: Section, pictures: Path) -> Lines:

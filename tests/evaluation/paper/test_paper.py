@@ -1,4 +1,4 @@
-"""The whole command on two prompts: models, merges, results, times, changes, page."""
+"""The whole command on one prompt: models, merges, results, times, changes, page."""
 
 import dataclasses
 import json
@@ -32,7 +32,7 @@ def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(few_steps, t
     monkeypatch.setattr(paper, "ROWS", {name: paper.ROWS[name] for name in ROWS})
     monkeypatch.setattr(paper, "SPLITS", ("complex",))
     options = {"out": tmp_path / "out", "page": tmp_path / "docs" / "results.md", "distilled": few_steps}
-    paper.main(**options, limit=2, timed=1, seeds=(0,))
+    paper.main(**options, limit=1, timed=1, seeds=(0,))
     text = options["page"].read_text()
     assert "| SFT, loop |" in text
     assert "| merged (DSWM), loop |" in text
@@ -51,7 +51,7 @@ def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(few_steps, t
     assert (folders["model-merged"] / "controller" / "model.safetensors").exists()
     drawn = {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")}
     monkeypatch.setattr(paper.Row, "system", None)  # nothing can be drawn any more
-    paper.main(**options, limit=2, timed=1, seeds=(0,))
+    paper.main(**options, limit=1, timed=1, seeds=(0,))
     assert options["page"].read_text() == text
     assert {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")} == drawn
 
