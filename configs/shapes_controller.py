@@ -177,7 +177,7 @@ class Conversations:
 
 
 def _any(told: Sequence[Told], rng: np.random.Generator) -> Told:
-    return told[rng.integers(len(told))]
+    return told[int(rng.integers(len(told)))]
 
 
 @functools.cache

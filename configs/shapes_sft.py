@@ -61,7 +61,7 @@ def recorded_kinds(trajectories: Sequence[ShapesTrajectory]) -> tuple[Kind, ...]
     """As KINDS, with drawings of given trajectories; there are none later than theirs."""
 
     def example(rng: np.random.Generator, step: int, among: Sequence[ShapesTrajectory]) -> Example:
-        return among[rng.integers(len(among))].example(step)
+        return among[int(rng.integers(len(among)))].example(step)
 
     kinds = [PLAIN]
     for step, (share, size) in enumerate(STEPS):
