@@ -7,9 +7,9 @@ roles but the drawing are exact, so what the engine keeps and what it discards c
 
 `--synth.no-verify` leaves passive verification out, to see what it is worth; `--count` is for fewer prompts.
 
-Measured, in about two hours on two cores that did other work too: of 10,000 prompts 1,426 are refused (1,354 duplicates,
-72 evaluation prompts), the others give 3,371 trajectories (39.3 %), and none of their 8,089 pictures is wrong. Without
-passive verification and `--count 160`, 156 prompts give 72, and 26 of their 187 pictures are wrong (13.9 %).
+Measured, in about two hours on two cores that did other work too: of 10,000 prompts 1,426 are refused (1,354 duplicates
+and 72 evaluation prompts), the others give 3,371 trajectories (39.3 %), and none of their 8,089 pictures is wrong. With
+`--count 160` and without passive verification 156 prompts give 72, and 26 of their 187 pictures are wrong (13.9 %).
 """
 
 import dataclasses
