@@ -1,6 +1,7 @@
 """A real HTTP server on loopback as the judge."""
 
 import base64
+import dataclasses
 import json
 import os
 import re
@@ -12,10 +13,12 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
+from clvr_jax.evaluation.benchmarks.judges import local_judge
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
 from clvr_jax.evaluation.benchmarks.pictures import draw, drawn
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from clvr_jax.evaluation.compare import compare
+from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
@@ -203,3 +206,15 @@ def test_a_reply_file_of_another_program_is_refused(server, judge, imagine, tmp_
     with pytest.raises(ClvrError, match=r"jsonl:1: not a reply of a judge"):
         score_judged(*imagine, judge())
     assert os.listdir(tmp_path / "out" / "replies") == [path.name]
+
+
+@pytest.mark.slow
+def test_our_own_model_judges_too(imagine, tmp_path):
+    judge = local_judge(str(SHIPPED / "shapes-tiny" / "controller"), max_tokens=4)
+    whole = imagine[1]
+    pictures = dataclasses.replace(whole, files={(0, 0): whole.files[0, 0]})
+    results = score_judged(ImagineBench("official"), pictures, judge)
+    assert results["judge"]["name"] == "controller"
+    assert len(results["judge"]["revision"]) == 16
+    assert results["summary"]["judging"]["output_tokens"] == 4
+    assert results["pictures"][0]["score"] == -1  # it plans pictures of shapes, whatever it is asked
