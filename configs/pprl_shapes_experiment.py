@@ -46,7 +46,7 @@ def main(
     splits: tuple[str, ...] = ("dense", "complex", "eval"),
     max_steps: int = 5,
     limit: int | None = None,
-    options: tuple[str, ...] = (),
+    options: str = "",
 ) -> None:
     """Makes the dataset, trains all arms, evaluates and reports.
 
@@ -57,7 +57,7 @@ def main(
       trajectories, tiers: of the dataset, and numbers of objects in its prompts.
       splits, limit: evaluation sets, and at most so many prompts of each.
       max_steps: drawings for a prompt.
-      options: of the recipe, as one would give them to `clvr train configs/pprl_shapes.py`.
+      options: of the recipe, as one would give them to `clvr train configs/pprl_shapes.py`: "--sampler.steps 4".
     """
     dataset = out / "dataset"
     if not dataset.exists():
@@ -68,7 +68,7 @@ def main(
         for name in names:
             run = out / f"{name}-{seed}"
             if name != START and not (run / "export").exists():
-                _clvr(*training(model, dataset, name, seed, run), *options)
+                _clvr(*training(model, dataset, name, seed, run), *shlex.split(options))
                 if not (run / "export").exists():
                     raise ClvrError(f"{run}: was stopped; the same command goes on")
             for split in splits:
