@@ -38,6 +38,7 @@ def tier_lines(path: Path, labels: Mapping[str, str], found: Found) -> None:
         shares = list(tiers.values())
         means = [each.estimate for each in shares]
         axes.errorbar(list(tiers), means, _bars(shares), marker="o", capsize=3, label=label)
+        axes.set_xticks(list(tiers))
     axes.set(xlabel="objects", ylabel="share of prompts drawn right", ylim=(0, 1.02))
     axes.legend()
     figure.savefig(path, dpi=120)
@@ -51,6 +52,7 @@ def time_lines(path: Path, times: Mapping[str, Mapping[int, Mapping[str, float]]
         (line,) = axes.plot(list(groups), [each["seconds"] for each in groups.values()], "o-", label=f"{label}, all")
         drawing = [each["drawing_seconds"] for each in groups.values()]
         axes.plot(list(groups), drawing, "o--", color=line.get_color(), label=f"{label}, drawing")
+    axes.set_xticks(sorted({count for groups in times.values() for count in groups}))
     axes.set(xlabel="drawings", ylabel="seconds", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
