@@ -6,10 +6,10 @@ It starts from the shipped model, or from any pipeline folder of this world. The
 prompts: of `clvr synth`, or of `clvr_jax.data.shapes_proxies`. `--simple` is the ablation "simple RL", whose reward
 reads the latest picture and the last text alone.
 
-The long run has not been made. In a trial the shipped model drew all 32 pictures of an epoch right (4 steps with 3
-pictures before, prompts of 7 and 8 objects, 8 steps at guidance 1.7). Look at `zero_variance_groups` first, and where
-it is near `--train.groups` make the roll-out harder: `--sampler.steps 4`, `--sampler.guidance 1`, later steps with
-`--mixture`.
+The long run has not been made. In a trial of two epochs 7 of 8 groups had no variance: 48 of 64 pictures were right,
+the others mostly wrong alike (steps with 3 pictures before, 7 and 8 objects, 8 steps at guidance 1.7). Look at
+`zero_variance_groups` first, and where it is near `--train.groups` make the roll-out harder: `--sampler.steps 4`,
+`--sampler.guidance 1`, later steps with `--mixture`.
 
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """
