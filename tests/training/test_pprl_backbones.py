@@ -257,7 +257,8 @@ def test_programs_do_not_grow_with_layers_and_steps(monkeypatch, planned):
         program = recipe.program(config)
         return jax.jit(program.function).lower(program.weights, program.data).as_text().count("stablehlo.")
 
-    assert operations(1, 2) == operations(3, 5)
+    # Of sizes that are not special: one layer needs no slice, and what is random about a few steps is written out.
+    assert operations(2, 8) == operations(4, 12)
 
 
 @pytest.mark.slow
