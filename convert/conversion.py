@@ -1,4 +1,4 @@
-"""Whole folders and single files, PyTorch <-> JAX, of any size: a tensor or two are in memory at a time.
+"""Whole folders and single files, PyTorch <-> JAX, of any size: a few tensors are in memory at a time.
 
 A PyTorch folder is a diffusers pipeline, or one model of it or of transformers, with safetensors. Its JAX counterpart
 is the same folder in which `params/`, an Orbax checkpoint of the module's parameters, takes the place of the
@@ -28,7 +28,7 @@ from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 
 _TILE, _SPACE = (128, 512), 8
 _LARGE_BYTES = 256 * 2**20
-_WORKERS = 2
+_WORKERS = 3
 
 
 def convert(
@@ -82,8 +82,8 @@ def _converted(
 ) -> Iterator[tuple[Piece, bool]]:
     """Writes each piece and says whether it holds a NaN, in order.
 
-    Two at a time, each from the first byte to the last by one thread, since reading takes longer than writing with some
-    and shorter with others.
+    Some at a time, each from the first byte to the last by one thread: while one waits for the disk, others turn theirs
+    over.
     """
     memory: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(_WORKERS):
