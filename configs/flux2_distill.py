@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clvr_jax.configs.flux2_sft import abstract_batch
 from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from flax import nnx
 
@@ -31,16 +32,11 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
 from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.trainer import Task, TrainConfig
-
-_SIZES = {
-    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
-    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +132,10 @@ def pipeline_task(
 
 def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
-    (sizes, reader), vae = _SIZES[config.preset], AutoencoderKLFlux2Config()
+    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
     fields = FLUX2_TRANSFORMER.config_to_dict(sizes)
-    b, side, text = config.batch_size, config.size, settings.text_buckets[0]
-    batch = {
-        "ids": jax.ShapeDtypeStruct((b, text), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((b, text), jnp.int32),
-        "target": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-        "references": jax.ShapeDtypeStruct((b, config.references, side, side, 3), jnp.uint8),
-    }
+    batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
         f"distillation of {config.preset}",
         (config.train, config.distill, config.remat),

@@ -17,16 +17,9 @@ from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Settings, decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings, decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training.plan import Program
-
-_SIZES = {
-    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
-    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +42,7 @@ CONFIG = Config()
 
 def program(config: Config) -> Program:
     """All of a call, from token ids to pixels."""
-    sizes, reader = _SIZES[config.preset]
+    sizes, reader = KLEIN[config.preset]
     vae, settings = AutoencoderKLFlux2Config(), Flux2Settings()
     b, side, text, passes = config.batch_size, config.size, settings.text_buckets[0], 1 + config.guided
     grid = (side // vae.token_pixels, side // vae.token_pixels)

@@ -25,14 +25,11 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, velocity_field
 from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
-
-_TRANSFORMERS = {"klein-4b": Flux2TransformerConfig.klein_4b(), "klein-9b": Flux2TransformerConfig.klein_9b()}
-_TEXT_ENCODERS = {"klein-4b": Qwen3Config.qwen3_4b(), "klein-9b": Qwen3Config.qwen3_8b()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,15 +96,9 @@ def task(config: Config) -> Task:
 
 def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
-    sizes, reader, vae = _TRANSFORMERS[config.preset], _TEXT_ENCODERS[config.preset], AutoencoderKLFlux2Config()
+    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
-    b, side, text = config.batch_size, config.size, settings.text_buckets[0]
-    batch = {
-        "ids": jax.ShapeDtypeStruct((b, text), jnp.int32),
-        "mask": jax.ShapeDtypeStruct((b, text), jnp.int32),
-        "target": jax.ShapeDtypeStruct((b, side, side, 3), jnp.uint8),
-        "references": jax.ShapeDtypeStruct((b, config.references, side, side, 3), jnp.uint8),
-    }
+    batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
         config,
         settings,
@@ -117,6 +108,16 @@ def abstract_task(config: Config) -> Task:
         lambda step: batch,
         lambda ema, folder: None,
     )
+
+
+def abstract_batch(rows: int, side: int, references: int, text: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes of a batch of drawings. side: pixels. references: of each row. text: tokens."""
+    return {
+        "ids": jax.ShapeDtypeStruct((rows, text), jnp.int32),
+        "mask": jax.ShapeDtypeStruct((rows, text), jnp.int32),
+        "target": jax.ShapeDtypeStruct((rows, side, side, 3), jnp.uint8),
+        "references": jax.ShapeDtypeStruct((rows, references, side, side, 3), jnp.uint8),
+    }
 
 
 def _task(

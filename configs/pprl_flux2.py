@@ -31,8 +31,8 @@ from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import (
+    KLEIN,
     Flux2Pipeline,
     Flux2Settings,
     decode,
@@ -56,10 +56,6 @@ fit = pprl.fit
 
 LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
 """All products of the blocks: attention, MLPs, and where both are one."""
-_SIZES = {
-    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
-    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -244,7 +240,7 @@ def flux2_backbone(
 def program(config: Config) -> Program:
     """A call of the roll-out, or of the update, of one group of the full sizes."""
     train, sampler, settings = config.train, config.sampler, Flux2Settings()
-    (sizes, reader), vae = _SIZES[config.preset], AutoencoderKLFlux2Config()
+    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
     _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
     reader_def, reader_state = QWEN3.split(QWEN3.config_to_dict(reader), dtype)

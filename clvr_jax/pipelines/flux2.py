@@ -22,12 +22,19 @@ from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
-from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines import folder
 from clvr_jax.pipelines.images import prepare_reference, to_pil
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
+
+
+KLEIN = {
+    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
+    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
+}
+"""The published models: sizes of transformer and text encoder."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import sys
 from pathlib import Path
 
 import jax
@@ -24,7 +23,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training import pprl
@@ -242,7 +241,7 @@ def small_program(monkeypatch, planned, depth=1, steps=2):
         num_attention_heads=2,
         joint_attention_dim=3 * reader.hidden_size,
     )
-    monkeypatch.setitem(sys.modules["clvr_recipe_pprl_flux2"]._SIZES, "klein-4b", (sizes, reader))
+    monkeypatch.setitem(KLEIN, "klein-4b", (sizes, reader))
     train = dataclasses.replace(recipe.config.train, lora_rank=4)
     sampler = Sampler(steps=steps, size=32)
     return recipe, dataclasses.replace(recipe.config, planned=planned, sampler=sampler, train=train)
