@@ -161,8 +161,9 @@ class Qwen3(nnx.Module):
         def keep(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x_btd, kept_lbtd = carry
             x_btd = step(x_btd, index)
-            # Slot of the first wanted depth not yet passed: overwritten by every layer until the wanted one.
-            slot = jnp.searchsorted(jnp.asarray(wanted), index + 1)
+            # Slot of the first wanted depth not yet passed: overwritten by every layer until the wanted one. Counted: a
+            # search would be a loop inside this one, and XLA's compiler for GPUs fails on where such a loop reads.
+            slot = jnp.sum(jnp.asarray(wanted) <= index)
             return x_btd, jax.lax.dynamic_update_index_in_dim(kept_lbtd, x_btd, slot, 0)
 
         embedded = self.model.embed_tokens(input_ids_bt)
