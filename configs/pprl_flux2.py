@@ -250,7 +250,7 @@ def program(config: Config) -> Program:
     groups, rows, text = train.groups_per_call, train.rows, settings.text_buckets[0]
     shape, passes = jax.ShapeDtypeStruct, 2 if sampler.guidance > 1 else 1
     tokens = (sampler.size // vae.token_pixels) ** 2
-    whole = {"number": shape((groups,), jnp.int32), "epoch": shape((), jnp.int32)}
+    whole = {"number": shape((groups,), jnp.int32), "seed": shape((), jnp.int32), "epoch": shape((), jnp.int32)}
     evaluation = flux2_flops(sizes, passes * rows, text=text, image=tokens, references=config.references * tokens)
     title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group} of {sampler.size} x {sampler.size}"
     if config.planned == "update":

@@ -222,7 +222,7 @@ class _Run:
                 raise _StopError
             call = prepared.result()
             with watch("sampling"):
-                rows = {"data": call.data, "number": _numbers(call.steps), "epoch": np.int32(epoch)}
+                rows = {"data": call.data, "number": _numbers(call.steps), **self._when(epoch)}
                 call.drawn = self.programs.rollout(self.base, state.old, self.frozen, self._placed(rows))
                 self._in_order(call.drawn)
                 calls.append(call)
@@ -294,10 +294,14 @@ class _Run:
             "merits": np.pad(merits, (0, unused)),
             "counts": np.pad(counts, (0, unused)),
             "number": _numbers(call.steps),
-            "epoch": np.int32(epoch),
+            **self._when(epoch),
             "draw": np.int32(draw),
         }
         return {**self._placed(host), "kept": call.drawn.kept, "conditions": call.drawn.conditions}
+
+    def _when(self, epoch: int) -> dict[str, np.int32]:
+        """What random numbers follow from; as data, so that runs of several seeds share their programs."""
+        return {"seed": np.int32(self.config.seed), "epoch": np.int32(epoch)}
 
     def _placed(self, rows: Any) -> Any:
         """Puts what every process has whole on the devices, cut by rows."""

@@ -81,8 +81,8 @@ class PPRLConfig:
             raise UsageError(
                 f"PPRLConfig: group is {self.group}; a picture is judged by others of its group, so 2 or more"
             )
-        if self.lora_rank < 0 or self.grid_every < 0 or self.seed < 0:
-            raise UsageError("PPRLConfig: lora_rank, grid_every and seed must be at least 0")
+        if self.lora_rank < 0 or self.grid_every < 0 or not 0 <= self.seed < 2**31:
+            raise UsageError("PPRLConfig: lora_rank, grid_every and seed must be at least 0, seed below 2^31")
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"PPRLConfig: ema_decay must lie in [0, 1), got {self.ema_decay}")
 
@@ -184,8 +184,8 @@ class Sums(NamedTuple):
 def rollout(backbone: Backbone, config: PPRLConfig, base: Tree, old: Tree, frozen: Tree, batch: Any) -> Drawn:
     """Draws `group` pictures for each group of a call with the old policy.
 
-    batch: data, see `Backbone.condition`; number (g,) of each group's step; epoch, a scalar. A sample's noise depends
-      on seed, epoch, step and its place in the group alone.
+    batch: data, see `Backbone.condition`; number (g,) of each group's step; seed and epoch, scalars. A sample's noise
+      depends on seed, epoch, step and its place in the group alone.
     """
     conditions = backbone.condition(frozen, batch["data"])
     policy = backbone.policy(config.weights(base, old), _for_samples(conditions, config.group))
@@ -199,7 +199,7 @@ def rollout(backbone: Backbone, config: PPRLConfig, base: Tree, old: Tree, froze
 def contribution(backbone: Backbone, config: PPRLConfig, params: Tree, base: Tree, old: Tree, batch: Any) -> Sums:
     """What the samples of a call teach at one of their timesteps.
 
-    batch: number and epoch as for `rollout`; what it kept, and its conditions; merits and counts (b,), see
+    batch: number, seed and epoch as for `rollout`; what it kept, and its conditions; merits and counts (b,), see
       `Method.loss`; draw, a scalar: the how-manieth of the sample's timesteps, which are a random order of the
       roll-out's own.
     """
@@ -294,7 +294,7 @@ def _cut(x: jax.Array) -> jax.Array:
 
 def _sample_keys(config: PPRLConfig, batch: Any, *purpose: Any) -> jax.Array:
     """(rows,) keys that depend on seed, epoch, purpose, the sample's step and its place in the group."""
-    key = jax.random.fold_in(jax.random.key(config.seed), batch["epoch"])
+    key = jax.random.fold_in(jax.random.key(batch["seed"]), batch["epoch"])
     for number in purpose:
         key = jax.random.fold_in(key, number)
     numbers = jnp.repeat(batch["number"], config.group)

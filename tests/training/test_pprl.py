@@ -65,11 +65,13 @@ def call(dataset, config=CONFIG, optimality=None, counts=None):
     task = make_task(dataset, config)
     steps = task.steps.steps[:2]
     params = task.params
-    batch = {"data": task.data(steps), "number": np.array([s.number for s in steps]), "epoch": np.int32(0)}
+    batch = {"data": task.data(steps), "number": np.array([s.number for s in steps])}
+    batch |= {"seed": np.int32(0), "epoch": np.int32(0)}
     with Layout(MeshConfig(devices=1).make()).active():
         drawn = rollout(task.backbone, config, task.base, params, task.frozen, batch)
         learned = {
             "number": batch["number"],
+            "seed": batch["seed"],
             "epoch": batch["epoch"],
             "kept": drawn.kept,
             "conditions": drawn.conditions,
