@@ -27,6 +27,10 @@ $(VENV)/.plots: $(VENV)/.core
 	$(BIN)/pip install --quiet --editable '.[plots]'
 	touch $@
 
+$(VENV)/.synth: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[synth]'
+	touch $@
+
 demo: $(VENV)/.core  ## a dense prompt through the closed loop, into out/demo/index.html
 	$(BIN)/clvr generate "$(PROMPT)" --model shapes-tiny --out out/demo
 
@@ -45,14 +49,18 @@ bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done
 
 # Each step goes on where it was stopped; each needs what those before it made.
-reproduce: $(VENV)/.core  ## train the shipped models again, from nothing, into runs/
+reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into runs/
 	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer --out runs/shapes_tokenizer
 	$(BIN)/clvr train configs/shapes_vae.py --out runs/shapes_vae --resume
 	$(BIN)/clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder --resume
 	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume
 	$(BIN)/clvr train configs/shapes_sft.py --out runs/shapes_sft --resume
-	$(BIN)/python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
-	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
+	$(BIN)/clvr synth configs/shapes_synth.py --model runs/shapes_sft/export --out runs/shapes_synth
+	$(BIN)/clvr train configs/shapes_controller.py --dataset runs/shapes_synth/dataset --train.steps 4000 \
+		--out runs/shapes_controller --resume
+	$(BIN)/clvr train configs/shapes_distill.py --model runs/shapes_base/export --out runs/shapes_distill --resume
+	test -e runs/shapes_merged || $(BIN)/clvr merge --base runs/shapes_base/export --distill runs/shapes_distill/export \
+		--align runs/shapes_sft/export --out runs/shapes_merged
 	$(BIN)/python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 
 # Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.

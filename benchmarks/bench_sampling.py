@@ -21,6 +21,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.registry import resolve
 
 PROMPT = "a red circle at the top, a blue star in the center and a green square at the bottom right"
 
@@ -51,12 +52,18 @@ def random_folder(path: Path, tokenizer: Path) -> None:
     ).save_pretrained(str(path))
 
 
-def compare(title: str, folder: str, batch: int, references: int, rounds: int, target: float) -> None:
+def compare(title: str, model: str, batch: int, references: int, rounds: int, target: float) -> None:
     """One line: `batch` pictures in one call of each pipeline."""
-    ours = Flux2Pipeline.from_pretrained(folder)
-    theirs = diffusers.Flux2KleinPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-    theirs.set_progress_bar_config(disable=True)
+    ours = Flux2Pipeline.from_pretrained(model)
     settings = ours.settings
+    folder, transformer = resolve(model)
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(
+        folder,
+        transformer=diffusers.Flux2Transformer2DModel.from_pretrained(folder / transformer, torch_dtype=torch.float32),
+        is_distilled=settings.is_distilled,
+        torch_dtype=torch.float32,
+    )
+    theirs.set_progress_bar_config(disable=True)
     tokens = len(
         ours.tokenizer.apply_chat_template(
             [{"role": "user", "content": PROMPT}], add_generation_prompt=True, enable_thinking=False
@@ -91,14 +98,13 @@ def compare(title: str, folder: str, batch: int, references: int, rounds: int, t
 
 def main() -> None:
     """The shipped model, and a larger one with random weights, with and without references."""
-    options = arguments(__doc__)
+    options = arguments(__doc__, "shapes-tiny-sft")
     print("sampling: clvr-jax beside diffusers Flux2KleinPipeline")
-    folder = folder_of(options.model)
     for batch, references in ((1, 0), (1, 2), (16, 0), (16, 2)):
-        compare(options.model, str(folder), batch, references, options.rounds, 1.5)
+        compare(options.model, options.model, batch, references, options.rounds, 1.5)
     with tempfile.TemporaryDirectory() as temporary:
         path = Path(temporary) / "random"
-        random_folder(path, folder / "tokenizer")
+        random_folder(path, folder_of(options.model) / "tokenizer")
         for references in (0, 2):
             compare("random 100 M", str(path), 1, references, max(2, options.rounds // 2), 1.0)
 

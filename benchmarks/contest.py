@@ -44,10 +44,10 @@ def show(name: str, result: Result, target: float) -> None:
     )
 
 
-def arguments(description: str | None) -> argparse.Namespace:
-    """Options that every benchmark has."""
+def arguments(description: str | None, model: str = "shapes-tiny") -> argparse.Namespace:
+    """Options that every benchmark has; `model` if none is given."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--model", default="shapes-tiny", help="shipped name or folder")
+    parser.add_argument("--model", default=model, help="shipped name or folder")
     parser.add_argument("--rounds", type=int, default=5)
     return parser.parse_args()
 

@@ -4,14 +4,15 @@
     python -m clvr_jax.configs.paper --distilled runs/shapes_distill/export --pprl runs/pprl/export --out runs/paper
 
 What was drawn for the same models and settings is not drawn again: a run that was stopped goes on, and one with
-another model draws what that changes. Without --pprl, fine-tuning alone is the alignment that is merged. `--limit 60`
-is a quick look. Needs matplotlib (`pip install clvr-jax[plots]`).
+another model draws what that changes. What is merged is what PPRL made, if there is that, else fine-tuning alone;
+`--aligned sft` takes the latter in any case. `--limit 60` is a quick look. Needs matplotlib (`pip install
+clvr-jax[plots]`).
 """
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clvr_jax.arguments import at_least_one, check_seed, run_script
 from clvr_jax.compilation import keep_compiled_programs
@@ -31,6 +32,7 @@ from clvr_jax.plots import can_plot
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.worlds.shapes.metadata import Metadata
 
+BEST_OF = Budget(candidates=8)
 ROWS = {
     "base-one-shot": Row("base, one shot", "base", "one-shot"),
     "distilled-one-shot": Row("distilled, one shot", "distilled", "one-shot"),
@@ -46,8 +48,8 @@ ROWS = {
     "linear-loop": Row("average of the two, loop", "linear"),
     "ties-loop": Row("TIES, loop", "ties"),
     "dare-loop": Row("DARE, loop", "dare"),
-    "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=Budget(candidates=8)),
-    "merged-best-of": Row("merged, best of 8", "merged", "best-of", budget=Budget(candidates=8)),
+    "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=BEST_OF, splits=("complex",)),
+    "merged-best-of": Row("merged, best of 8", "merged", "best-of", budget=BEST_OF, splits=("complex",)),
     "distilled-oracle": Row("distilled only, oracle", "distilled", controller="oracle"),
     "aligned-oracle": Row("aligned, oracle", "aligned", controller="oracle"),
     "merged-oracle": Row("merged (DSWM), oracle", "merged", controller="oracle"),
@@ -93,8 +95,9 @@ def main(
     page: Path = Path("docs/results.md"),
     base: str = "shapes-tiny-base",
     distilled: str = "runs/shapes_distill/export",
-    sft: str = "shapes-tiny",
+    sft: str = "shapes-tiny-sft",
     pprl: str | None = None,
+    aligned: Literal["sft", "pprl"] | None = None,
     controller: str = "shapes-tiny",
     limit: int | None = None,
     timed: int = 60,
@@ -105,6 +108,7 @@ def main(
     Args:
       out: folder for models and pictures. page: the Markdown file; its plots lie beside it in a folder of its name.
       base, distilled, sft, pprl: shipped names or pipeline folders of one architecture; only the transformer differs.
+      aligned: which is merged; the last one that there is if not given.
       controller: shipped name or folder with a controller/.
       limit: at most so many prompts of each split. timed: complex prompts whose loops are timed.
       seeds: of the pictures, one of each prompt for every seed.
@@ -121,24 +125,25 @@ def main(
     check_file(page)
     keep_compiled_programs()
     stages = Stages(out)
-    folders = model_folders(Sources(base, distilled, sft, pprl, controller), stages)
-    aligned = "sft-loop" if pprl is None else "pprl-loop"
+    sources = Sources(base, distilled, sft, pprl, controller, aligned)
+    folders = model_folders(sources, stages)
+    looped = f"{sources.merged}-loop"
     rows = {name: row for name, row in ROWS.items() if row.model in folders}
     prompts = [Prompts(split, limit, seeds) for split in SPLITS]
     found = {
-        name: {each.split: results(name, row, folders[row.model], each, stages) for each in prompts}
+        name: {p.split: results(name, row, folders[row.model], p, stages) for p in prompts if p.split in row.splits}
         for name, row in rows.items()
     }
     some = Prompts("complex", min(timed, limit or timed)).metadata
-    scaled = ("base-one-shot", "aligned-best-of", "merged-best-of", aligned, "merged-loop")
+    scaled = ("base-one-shot", "aligned-best-of", "merged-best-of", looped, "merged-loop")
     measured = Measured(
         command=" ".join(("python -m clvr_jax.configs.paper", *sys.argv[1:])),
         rows=rows,
         found=found,
         metadata={each.split: each.metadata for each in prompts},
-        aligned=aligned,
+        aligned=looped,
         merged="merged-loop",
-        times={name: _times(name, folders[rows[name].model], some, stages) for name in (aligned, "merged-loop")},
+        times={name: _times(name, folders[rows[name].model], some, stages) for name in (looped, "merged-loop")},
         interactions=_changes([folders[name] for name in ("base", "distilled", "aligned")], some, stages),
         norms=read_json(folders["merged"] / REPORT)["whole"],
         scaling=read_off(
@@ -146,8 +151,8 @@ def main(
         ),
         seconds=stages.seconds,
     )
-    tiers = ("base-one-shot", "aligned-open-loop", aligned, "merged-loop", "aligned-oracle", "merged-oracle")
-    write_page(page, measured, sections(aligned), tiers)
+    tiers = ("base-one-shot", "aligned-open-loop", looped, "merged-loop", "aligned-oracle", "merged-oracle")
+    write_page(page, measured, sections(looped), tiers)
 
 
 def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, dict[str, float]]:

@@ -47,7 +47,7 @@ class Config:
         save_minutes=4.0,
     )
     sampler: Sampler = Sampler(steps=8, guidance=1.7, size=64)
-    model: str = "shapes-tiny"
+    model: str = "shapes-tiny-sft"
     dataset: Path = Path("data/shapes_trajectories")
     mixture: tuple[int, ...] = PAPER_MIXTURE
     simple: bool = False

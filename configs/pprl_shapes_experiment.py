@@ -38,7 +38,7 @@ _RECIPE = Path(__file__).with_name("pprl_shapes.py")
 
 def main(
     out: Path = Path("runs/pprl_experiment"),
-    model: str = "shapes-tiny",
+    model: str = "shapes-tiny-sft",
     arms: tuple[Literal["pprl", "simple", "grpo"], ...] = ("pprl", "simple"),
     seeds: tuple[int, ...] = (0, 1, 2),
     trajectories: int = 256,

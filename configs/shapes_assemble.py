@@ -6,25 +6,47 @@ python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 import shutil
 from pathlib import Path
 
+from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.models import load_model, save_model
+
 from clvr_jax.arguments import run_script
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import replacing
+from clvr_jax.files import read_json, replacing, write_json
+
+SAMPLING = ("num_inference_steps", "guidance_scale")
 
 
 def main(
     out: Path = Path("runs/shapes-tiny"),
-    sft: Path = Path("runs/shapes_sft/export"),
+    merged: Path = Path("runs/shapes_merged"),
     base: Path = Path("runs/shapes_base/export"),
+    sft: Path = Path("runs/shapes_sft/export"),
     controller: Path = Path("runs/shapes_controller/export"),
 ) -> None:
-    """The fine-tuned pipeline, the base's transformer as `transformer_base`, and the controller."""
-    parts = {".": sft, "transformer_base": base / "transformer", "controller": controller}
-    for part in parts.values():
-        if not part.is_dir():
-            raise ClvrError(f"{part}: no such folder; train it first, see make reproduce")
+    """The merged pipeline, the transformers of base and fine-tuned model beside its own, and the controller.
+
+    All transformers are stored as float16; `clvr.json` says how those of the others are sampled.
+    """
+    others = {"transformer_base": base, "transformer_sft": sft}
+    for folder in (merged, *others.values(), controller):
+        if not folder.is_dir():
+            raise ClvrError(f"{folder}: no such folder; train it first, see make reproduce")
     with replacing(out) as temporary:
-        for name, part in parts.items():
-            shutil.copytree(part, temporary / name, dirs_exist_ok=True)
+        left_out = shutil.ignore_patterns("transformer", "recipe.json", "report*", "README.md")
+        shutil.copytree(merged, temporary, ignore=left_out, dirs_exist_ok=True)
+        shutil.copytree(controller, temporary / "controller")
+        for name, folder in {"transformer": merged, **others}.items():
+            model = load_model(folder / "transformer", FLUX2_TRANSFORMER)
+            save_model(temporary / name, model, FLUX2_TRANSFORMER, "float16")
+        settings = read_json(temporary / "clvr.json")
+        write_json(temporary / "clvr.json", {**settings, "transformers": dict(map(_sampled, others.items()))})
+
+
+def _sampled(other: tuple[str, Path]) -> tuple[str, dict[str, object]]:
+    name, folder = other
+    settings = read_json(folder / "clvr.json")["flux2"]
+    is_distilled = read_json(folder / "model_index.json")["is_distilled"]
+    return name, {"is_distilled": is_distilled, **{key: settings[key] for key in SAMPLING}}
 
 
 if __name__ == "__main__":

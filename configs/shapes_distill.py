@@ -6,8 +6,9 @@ to a fine-tuned model.
 
     clvr train configs/shapes_distill.py --out runs/shapes_distill
 
-By the processor time of its steps it takes about 80 minutes on two cores, a tenth of it to compile; it has not been run
-to its end yet.
+By the processor time of its steps it takes about 80 minutes on two cores, a tenth of it to compile. The student in the
+shipped model is from 1,230 steps of `--train.steps 1500`, when the time on an H200 was over (270 s beside ten other
+processes, with everything compiled before); its loss was .021 then.
 """
 
 import dataclasses

@@ -34,7 +34,7 @@ class Config:
 
     synth: SynthConfig = SynthConfig(in_flight=96)
     count: int = 10_000
-    model: str = "shapes-tiny"
+    model: str = "shapes-tiny-sft"
     steps: int = 14
     batch: int = 32
 

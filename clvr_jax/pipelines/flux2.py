@@ -97,7 +97,7 @@ class Flux2Pipeline:
         """Loads a pipeline.
 
         Args:
-          model: a shipped name ("shapes-tiny", "shapes-tiny-base") or a folder in diffusers layout.
+          model: a shipped name ("shapes-tiny", "shapes-tiny-base", ...) or a folder in diffusers layout.
           dtype: of weights and computation.
           transformer: subfolder to take the transformer from, if not `transformer`.
         Raises: ClvrError naming what is missing or does not fit.

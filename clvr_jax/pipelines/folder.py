@@ -55,9 +55,12 @@ def load_flux2(
         raise ClvrError(f"{path}: a {index.get('_class_name')}, not a Flux2KleinPipeline")
     given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
     distilled = bool(index.get("is_distilled", False))
-    settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {})})
+    chosen = transformer or default_transformer
+    # A folder may hold several transformers, which are sampled in different ways.
+    own = given.get("transformers", {}).get(chosen, {})
+    settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
     return (
-        load_transformer(path / (transformer or default_transformer), dtype),
+        load_transformer(path / chosen, dtype),
         load_vae(path / "vae", dtype),
         load_text_encoder(path / "text_encoder", dtype),
         load_tokenizer(path / "tokenizer"),

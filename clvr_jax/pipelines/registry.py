@@ -24,8 +24,10 @@ class Shipped:
 
 MODELS = {
     "shapes-tiny": Shipped("shapes-tiny"),
-    # The same pipeline before it learned to follow trajectories; merges start from it.
+    # The same pipeline in more steps: before it learned to follow trajectories, what merges start from; and after, what
+    # reinforcement learning starts from.
     "shapes-tiny-base": Shipped("shapes-tiny", transformer="transformer_base"),
+    "shapes-tiny-sft": Shipped("shapes-tiny", transformer="transformer_sft"),
 }
 
 PIPELINES = {

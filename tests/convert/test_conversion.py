@@ -21,7 +21,7 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 SHAPES = SHIPPED / "shapes-tiny"
-MODELS = ("controller", "text_encoder", "transformer", "transformer_base", "vae")
+MODELS = ("controller", "text_encoder", "transformer", "transformer_base", "transformer_sft", "vae")
 
 
 def bits(folder):

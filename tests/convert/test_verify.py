@@ -118,7 +118,8 @@ def test_the_shipped_pipeline_agrees(tmp_path):
     shapes = SHIPPED / "shapes-tiny"
     convert(plan(shapes, "jax"), tmp_path / "jax")
     agreements = verify(shapes, tmp_path / "jax")
-    assert [a.component for a in agreements] == ["controller", "text_encoder", "transformer", "transformer_base", "vae"]
+    transformers = ["transformer", "transformer_base", "transformer_sft"]
+    assert [a.component for a in agreements] == ["controller", "text_encoder", *transformers, "vae"]
     assert all(agreement.agrees for agreement in agreements)
 
 

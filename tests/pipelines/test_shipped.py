@@ -9,7 +9,7 @@ from PIL import Image
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_vae
-from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.pipelines.registry import MODELS, SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.worlds.shapes.detect import detect
@@ -42,26 +42,28 @@ def test_scenes_survive_the_autoencoder():
 
 
 @pytest.mark.parametrize("edits", [False, True])
-@pytest.mark.parametrize("transformer", ["transformer", "transformer_base"])
+@pytest.mark.parametrize("transformer", ["transformer", "transformer_base", "transformer_sft"])
 def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
-    """The folder as it lies there, read by diffusers: 28 steps with guidance, to a picture and from one."""
+    """The folder as it lies there, read by diffusers, sampled as it says: to a picture and from one."""
     ours = Flux2Pipeline.from_pretrained(str(FOLDER), transformer=transformer)
     part = diffusers.Flux2Transformer2DModel.from_pretrained(FOLDER / transformer, torch_dtype=torch.float32)
-    theirs = diffusers.Flux2KleinPipeline.from_pretrained(FOLDER, transformer=part, torch_dtype=torch.float32)
+    settings = ours.settings
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(
+        FOLDER, transformer=part, is_distilled=settings.is_distilled, torch_dtype=torch.float32
+    )
     theirs.set_progress_bar_config(disable=True)
     prompt, images = "a red star at the top left and a blue circle in the center", []
     if edits:
         scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
         prompt, images = "Add a red star at the top left.", [Image.fromarray(render(scene))]
     latents = np.random.default_rng(7).normal(size=(1, 32, 4, 4)).astype(np.float32)
-    settings = ours.settings
     length = encode_prompts(ours.tokenizer, [prompt], settings.text_buckets)[0].shape[1]
     expected = theirs(
-        prompt=[prompt], image=images or None, height=64, width=64, num_inference_steps=28, guidance_scale=2.0,
-        latents=torch.tensor(latents), max_sequence_length=length, output_type="np",
-        text_encoder_out_layers=settings.text_encoder_out_layers,
+        prompt=[prompt], image=images or None, height=64, width=64, latents=torch.tensor(latents), output_type="np",
+        num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+        max_sequence_length=length, text_encoder_out_layers=settings.text_encoder_out_layers,
     ).images  # fmt: skip
-    made = ours([prompt], images, num_inference_steps=28, guidance_scale=2.0, latents=latents, output_type="np")
+    made = ours([prompt], images, latents=latents, output_type="np")
     assert np.abs(made.images - expected).max() < 1 / 255
 
 
@@ -86,6 +88,18 @@ def test_pytorch_says_the_same_from_the_shipped_controller():
     (answer,) = ours.answer_all([messages], [[render(scene)]], 24)
     assert said.removesuffix("<|im_end|>") == answer.text
     assert (answer.input_tokens, answer.output_tokens) == (len(row.input_ids), tokens.shape[1] - len(row.input_ids))
+
+
+def test_the_default_draws_in_four_steps_and_what_it_was_made_of_in_many():
+    found = {}
+    for name in MODELS:
+        settings = Flux2Pipeline.from_pretrained(name).settings
+        found[name] = settings.is_distilled, settings.num_inference_steps, settings.guidance_scale
+    assert found == {
+        "shapes-tiny": (True, 4, 1.0),
+        "shapes-tiny-base": (False, 28, 1.7),
+        "shapes-tiny-sft": (False, 28, 1.7),
+    }
 
 
 def test_every_word_of_the_world_is_one_token():

@@ -23,7 +23,7 @@ TRAIN = dataclasses.replace(flux2_sft.CONFIG.train, steps=3, log_every=1, mesh=M
 def test_a_dataset_is_trained_on_and_the_result_is_a_pipeline(tmp_path):
     write_dataset(tmp_path / "data", map(simulated, range(12)))
     config = dataclasses.replace(
-        flux2_sft.CONFIG, model="shapes-tiny", dataset=tmp_path / "data", batch_size=4, train=TRAIN
+        flux2_sft.CONFIG, model="shapes-tiny-sft", dataset=tmp_path / "data", batch_size=4, train=TRAIN
     )
     task = flux2_sft.task(config)
     before = jax.tree.map(lambda leaf: leaf.copy(), task.params)

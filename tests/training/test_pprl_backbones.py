@@ -48,7 +48,7 @@ def dataset(tmp_path_factory):
 
 def tiny_flux2():
     """The shipped pipeline with a small transformer that knows nothing."""
-    pipe = Flux2Pipeline.from_pretrained("shapes-tiny")
+    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-sft")
     sizes = dataclasses.replace(pipe.transformer.config, num_layers=1, num_single_layers=1)
     pipe.transformer = Flux2Transformer(sizes, rngs=nnx.Rngs(0))
     pipe.settings = dataclasses.replace(pipe.settings, text_buckets=(256,))
@@ -185,7 +185,7 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     with pytest.raises(ClvrError, match="--model says what to begin with"):
         pprl_flux2.task(pprl_flux2.CONFIG)
     with pytest.raises(ClvrError, match="--reward-url says where"):
-        pprl_flux2.task(dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny"))
+        pprl_flux2.task(dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft"))
     with pytest.raises(ClvrError, match="no trajectory dataset here"):
         pprl_shapes.task(dataclasses.replace(pprl_shapes.CONFIG, dataset=tmp_path))
     pipe = tiny_flux2()
@@ -193,7 +193,7 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
     with pytest.raises(ClvrError, match="the model is distilled"):
         flux2_task("PPRL", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
-    served = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny", reward_url="http://localhost:1/v1")
+    served = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft", reward_url="http://localhost:1/v1")
     with pytest.raises(ClvrError, match="--teacher-url and --teacher-model go together"):
         pprl_flux2.task(dataclasses.replace(served, teacher_url="http://localhost:1/v1"))
 

@@ -41,7 +41,7 @@ def model(request, tmp_path):
 
 
 def small_drawer(folder):
-    pipe = Flux2Pipeline.from_pretrained("shapes-tiny")
+    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-sft")
     config = dataclasses.replace(pipe.transformer.config, num_layers=1, num_single_layers=2)
     transformer = Flux2Transformer(config, rngs=nnx.Rngs(0))
     Flux2Pipeline(transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.settings).save_pretrained(str(folder))

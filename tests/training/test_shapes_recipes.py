@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from clvr_jax.configs import (
@@ -14,6 +15,7 @@ from clvr_jax.configs import (
     shapes_sft,
     shapes_text_encoder,
 )
+from flax import nnx
 
 from clvr_jax.data.shapes import recorded_trajectories
 from clvr_jax.data.text import load_tokenizer
@@ -187,22 +189,33 @@ def test_the_controller_learns_the_replies_of_a_dataset(dataset):
 
 def test_assembling_names_what_is_missing(tmp_path):
     with pytest.raises(ClvrError, match="no such folder; train it first"):
-        shapes_assemble.main(tmp_path / "out", tmp_path / "sft", tmp_path / "base", tmp_path / "controller")
+        shapes_assemble.main(tmp_path / "out", *(tmp_path / name for name in ("merged", "base", "sft", "controller")))
     assert not (tmp_path / "out").exists()
 
 
-def test_assembling_copies_the_base_and_the_controller_beside_the_fine_tuned_pipeline(tmp_path):
-    for name in ("sft/transformer/w", "sft/vae/w", "base/transformer/w", "controller/w"):
-        (tmp_path / name).parent.mkdir(parents=True)
-        (tmp_path / name).write_text(name)
-    shapes_assemble.main(tmp_path / "out", tmp_path / "sft", tmp_path / "base", tmp_path / "controller")
-    files = {str(path.relative_to(tmp_path / "out")): path.read_text() for path in (tmp_path / "out").rglob("w")}
-    assert files == {
-        "transformer/w": "sft/transformer/w",
-        "vae/w": "sft/vae/w",
-        "transformer_base/w": "base/transformer/w",
-        "controller/w": "controller/w",
-    }
+def test_an_assembled_folder_holds_three_transformers_each_sampled_in_its_way(tmp_path):
+    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
+    ways = {"merged": (True, 4, 1.0), "base": (False, 20, 2.0), "sft": (False, 24, 3.0)}
+    weights = jax.tree.map(jnp.copy, nnx.state(pipe.transformer))
+    for number, (name, (is_distilled, steps, guidance)) in enumerate(ways.items()):
+        pipe.settings = dataclasses.replace(
+            pipe.settings, is_distilled=is_distilled, num_inference_steps=steps, guidance_scale=guidance
+        )
+        nnx.update(pipe.transformer, jax.tree.map(lambda leaf, number=number: (1 + number) * leaf, weights))
+        pipe.save_pretrained(str(tmp_path / name))
+    (tmp_path / "controller").mkdir()
+    (tmp_path / "controller" / "w").write_text("seen")
+    shapes_assemble.main(tmp_path / "out", *(tmp_path / name for name in ("merged", "base", "sft", "controller")))
+    assert (tmp_path / "out" / "controller" / "w").read_text() == "seen"
+    found = {}
+    for number, (name, folder) in enumerate(
+        {"merged": "transformer", "base": "transformer_base", "sft": "transformer_sft"}.items()
+    ):
+        made = Flux2Pipeline.from_pretrained(str(tmp_path / "out"), transformer=folder)
+        found[name] = made.settings.is_distilled, made.settings.num_inference_steps, made.settings.guidance_scale
+        for leaf, original in zip(*map(jax.tree.leaves, (nnx.state(made.transformer), weights)), strict=True):
+            np.testing.assert_allclose(leaf, (1 + number) * original, rtol=1e-3, atol=1e-6)
+    assert found == ways
 
 
 def test_trajectories_of_two_models_do_not_mix(tmp_path):

@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.files import read_json
 from clvr_jax.merging.folders import merge
@@ -29,7 +29,8 @@ class Sources:
     """What the comparison begins with, each a shipped name or a pipeline folder.
 
     base: before anything. distilled: draws in few steps. sft: fine-tuned on trajectories. pprl: what RL made of that;
-    None if there is none, and then `sft` is what is merged. controller: a model in whose folder lies a controller/.
+    None if there is none. controller: a model in whose folder lies a controller/. aligned: "sft" or "pprl", which is
+    merged; the last that there is if None.
     """
 
     base: str
@@ -37,6 +38,14 @@ class Sources:
     sft: str
     pprl: str | None
     controller: str
+    aligned: Literal["sft", "pprl"] | None = None
+
+    @property
+    def merged(self) -> Literal["sft", "pprl"]:
+        """Which is merged. Raises: UsageError if it is not there."""
+        if self.aligned == "pprl" and self.pprl is None:
+            raise UsageError("--aligned pprl: give it with --pprl")
+        return self.aligned or ("sft" if self.pprl is None else "pprl")
 
 
 def model_folders(sources: Sources, stages: Stages) -> dict[str, Path]:
@@ -64,7 +73,7 @@ def model_folders(sources: Sources, stages: Stages) -> dict[str, Path]:
                 f"{model}: its {' and '.join(differing)} is not that of {sources.base}; the difference of their "
                 "transformers is then no change of one base, and cannot be merged"
             )
-    aligned = "pprl" if "pprl" in given else "sft"
+    aligned = sources.merged
     settings = Flux2Pipeline.from_pretrained(str(folders["distilled"])).settings
     few = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
     folders["aligned in few steps"] = stages.folder(

@@ -20,13 +20,14 @@ SPLITS = ("eval", "complex")
 @dataclass(frozen=True)
 class Row:
     """A model in one of its modes. label: in tables. model: its name among the folders. controller: who plans and
-    judges, unless it is one shot."""
+    judges, unless it is one shot. splits: evaluation sets that it draws."""
 
     label: str
     model: str
     mode: Mode = "closed-loop"
     controller: Literal["vlm", "oracle"] = "vlm"
     budget: Budget = Budget()
+    splits: tuple[str, ...] = SPLITS
 
     def system(self, model: Path, metadata: list[dict[str, Any]]) -> System:
         """The system, its models loaded."""
