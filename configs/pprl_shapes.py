@@ -2,14 +2,15 @@
 
 clvr train configs/pprl_shapes.py --dataset data/shapes_trajectories --out runs/pprl
 
-It starts from the shipped model, or from any pipeline folder of this world. The dataset holds trajectories with proxy
-prompts: of `clvr synth`, or of `clvr_jax.data.shapes_proxies`. `--simple` is the ablation "simple RL", whose reward
-reads the latest picture and the last text alone.
+It starts from `shapes-tiny-sft`, or from any pipeline folder of this world that is not distilled. The dataset holds
+trajectories with proxy prompts: of `clvr synth`, or of `clvr_jax.data.shapes_proxies`. `--simple` is the ablation
+"simple RL", whose reward reads the latest picture and the last text alone.
 
-The long run has not been made. In a trial of two epochs 7 of 8 groups had no variance: 48 of 64 pictures were right,
-the others mostly wrong alike (steps with 3 pictures before, 7 and 8 objects, 8 steps at guidance 1.7). Look at
-`zero_variance_groups` first, and where it is near `--train.groups` make the roll-out harder: `--sampler.steps 4`,
-`--sampler.guidance 1`, later steps with `--mixture`.
+Measured, 25 epochs of `--train.group 16` for 3 seeds on roll-outs with 6 to 9 objects: the share of pictures drawn in
+training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not follow: `complex` .973 before,
+.966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594. docs/pprl.md has the curves,
+and what to try next. Where `zero_variance_groups` is near `--train.groups`, the roll-out is too easy: `--sampler.steps
+4`, `--sampler.guidance 1`, later steps with `--mixture`.
 
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """
