@@ -126,8 +126,8 @@ def main(
     keep_compiled_programs()
     stages = Stages(out)
     sources = Sources(base, distilled, sft, pprl, controller, aligned)
-    folders = model_folders(sources, stages)
     looped = f"{sources.merged}-loop"
+    folders = model_folders(sources, stages)
     rows = {name: row for name, row in ROWS.items() if row.model in folders}
     prompts = [Prompts(split, limit, seeds) for split in SPLITS]
     found = {
