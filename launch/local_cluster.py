@@ -8,6 +8,7 @@ logs in a temporary folder, which is named if one fails. Ctrl-C and SIGTERM reac
 
 import argparse
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -63,6 +64,8 @@ def main() -> int:
     codes = [process.returncode for process in started]
     if failed := [number for number, code in enumerate(codes) if code]:
         print(f"clvr: process {failed[0]} of {len(codes)} failed; logs are in {logs}", file=sys.stderr)
+    else:
+        shutil.rmtree(logs)
     return next((code if code > 0 else 1 for code in codes if code), 0)
 
 

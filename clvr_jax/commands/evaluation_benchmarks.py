@@ -144,7 +144,7 @@ class _EvalBenchmark(abc.ABC):
         return self.scorer and share[1] == 1
 
     def _items(self, benchmark: "Benchmark") -> "list[Item]":
-        from clvr_jax.evaluation.benchmarks.benchmark import spread
+        from clvr_jax.evaluation.statistics import spread
 
         path = self.prompts
         if path is None:

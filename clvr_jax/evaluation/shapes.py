@@ -15,6 +15,7 @@ from clvr_jax.evaluation.drawing import all_drawn, draw_missing
 from clvr_jax.evaluation.drawn import DrawAll
 from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.report import PictureScore, summarize
+from clvr_jax.evaluation.statistics import spread
 from clvr_jax.files import write_json
 from clvr_jax.reasoning.trajectory import package_versions
 
@@ -72,10 +73,7 @@ def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | N
     """
     from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
 
-    metadata = read_prompts(path) if path else evaluation_prompts(split)
-    if limit is None or limit >= len(metadata):
-        return metadata
-    return [metadata[index * len(metadata) // limit] for index in range(limit)]
+    return spread(read_prompts(path) if path else evaluation_prompts(split), limit)
 
 
 def run(

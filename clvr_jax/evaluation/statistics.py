@@ -1,4 +1,4 @@
-"""Intervals and paired tests for benchmarks of yes/no scores."""
+"""Samples, intervals and paired tests for benchmarks of yes/no scores."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
+from typing import TypeVar
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+
+T = TypeVar("T")
 
 _RESAMPLES_AT_ONCE = 256
 
@@ -30,6 +33,13 @@ class SignTest:
     first_wins: int
     second_wins: int
     p_value: float
+
+
+def spread(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of the items, evenly spaced, so that a short run still meets every tag."""
+    if limit is None or limit >= len(items):
+        return list(items)
+    return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> Interval:

@@ -25,6 +25,7 @@ from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines import folder
+from clvr_jax.pipelines.components import Components
 from clvr_jax.pipelines.images import prepare_reference, to_pil
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
@@ -64,7 +65,7 @@ class Flux2Output:
     nfe: int
 
 
-class Flux2Pipeline:
+class Flux2Pipeline(Components):
     """Text to image and editing with references.
 
     Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`. Replacing
@@ -84,6 +85,7 @@ class Flux2Pipeline:
                 f"transformer reads {transformer.config.in_channels} channels a token, the autoencoder makes "
                 f"{vae.config.token_channels}; they do not belong together"
             )
+        super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings = tokenizer, settings
         # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
@@ -183,7 +185,7 @@ class Flux2Pipeline:
         conditions = self._text([prompts[i] for i in rows], use_guidance)
         tokens = self._references([pixels[i] for i in rows], sizes)
         final = self._denoise(
-            *nnx.split(self.transformer),
+            *self._split("transformer"),
             latents,
             conditions,
             tokens,
@@ -192,7 +194,7 @@ class Flux2Pipeline:
             grid,
             tuple((h // token, w // token) for h, w in sizes),
         )
-        decoded = self._decode(*nnx.split(self.vae), final.reshape(padded, *grid, -1))[:batch]
+        decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
         pictures = np.asarray(decoded, np.float32)
         nfe = steps * (2 if use_guidance else 1)
         return Flux2Output([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
@@ -248,14 +250,13 @@ class Flux2Pipeline:
             empty_ids, empty_mask = encode_prompts(self.tokenizer, [""], (ids.shape[1],))
             ids = np.concatenate([np.repeat(empty_ids, len(prompts), 0), ids])
             mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
-        return self._encode_text(*nnx.split(self.text_encoder), ids, mask, layers)
+        return self._encode_text(*self._split("text_encoder"), ids, mask, layers)
 
     def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> jax.Array:
         """(b, tokens of all references, channels)."""
         channels = self.transformer.config.in_channels
-        graphdef, state = nnx.split(self.vae)
         encoded = [
-            self._encode_images(graphdef, state, np.stack([row[i] for row in pixels])).reshape(
+            self._encode_images(*self._split("vae"), np.stack([row[i] for row in pixels])).reshape(
                 len(pixels), -1, channels
             )
             for i in range(len(sizes))

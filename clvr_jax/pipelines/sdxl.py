@@ -23,6 +23,7 @@ from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from clvr_jax.pipelines import sdxl_folder
+from clvr_jax.pipelines.components import Components
 from clvr_jax.pipelines.images import to_pil
 from clvr_jax.pipelines.sdxl_folder import Solver
 
@@ -59,7 +60,7 @@ class Conditions(NamedTuple):
     timestep_cond_bd: jax.Array | None = None
 
 
-class SDXLPipeline:
+class SDXLPipeline(Components):
     """Text to image with Stable Diffusion: two text encoders make it SDXL, one makes it Stable Diffusion 1 or 2.
 
     Components are public attributes: `unet`, `vae`, `text_encoders`, `tokenizers`, `scheduler` (the content of
@@ -77,6 +78,7 @@ class SDXLPipeline:
         settings: SDXLSettings,
     ):
         _check_components(unet, vae, text_encoders, tokenizers)
+        super().__init__()
         self.unet, self.vae = unet, vae
         self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
         self.scheduler, self.settings = dict(scheduler), settings
@@ -152,7 +154,7 @@ class SDXLPipeline:
         keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(rows))
         noise = _noise(keys, shape) if latents is None else self._given_noise(latents, batch, grid)[jnp.asarray(rows)]
         final = self._denoise(
-            *nnx.split(self.unet),
+            *self._split("unet"),
             noise,
             conditional,
             unconditional,
@@ -165,7 +167,7 @@ class SDXLPipeline:
         nfe = steps * (2 if use_guidance else 1)
         if output_type == "latent":
             return SDXLOutput(np.asarray(final[:batch], np.float32).transpose(0, 3, 1, 2), nfe)
-        pictures = np.asarray(self._decode(*nnx.split(self.vae), final)[:batch], np.float32)
+        pictures = np.asarray(self._decode(*self._split("vae"), final)[:batch], np.float32)
         return SDXLOutput([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
 
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:

@@ -210,13 +210,6 @@ def without_twins(items: Sequence[tuple[str, Item]]) -> list[Item]:
     return [item for _, item in items]
 
 
-def spread(items: Sequence[Item], limit: int | None) -> list[Item]:
-    """At most `limit` of the prompts, evenly spaced, so that a short run still meets every tag."""
-    if limit is None or limit >= len(items):
-        return list(items)
-    return [items[index * len(items) // limit] for index in range(limit)]
-
-
 def files_of(path: Path, names: Sequence[str]) -> list[Path]:
     """The files of a benchmark: `path` itself if it is a file, else those of these names in the folder.
 
