@@ -2,9 +2,10 @@
 
 PYTHONPATH=. python benchmarks/bench_judging.py
 
-Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after 200 ms, 64 questions at a
-time; then once more, with every answer on disk. The target is 30 % of one core. The server is a process of its own.
-What a call costs is mostly the openai package's, whatever the delay, so the share falls as that grows: try --delay 2.
+Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after a second, as soon as a model can
+have looked at a picture and written its verdict, 64 questions at a time; then once more, with every answer on disk. The
+target is 30 % of one core. The server is a process of its own. What a call costs is mostly the openai package's, whatever
+the delay, so the share grows as that falls: try --delay 0.2.
 """
 
 import argparse
@@ -32,7 +33,7 @@ def main() -> None:
     parser.add_argument("--pictures", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--in-flight", type=int, default=64)
-    parser.add_argument("--delay", type=float, default=0.2, help="seconds before the endpoint answers")
+    parser.add_argument("--delay", type=float, default=1.0, help="seconds before the endpoint answers")
     options = parser.parse_args()
     os.environ["LOOPBACK_KEY"] = KEY
     with endpoint(_answer, options.delay) as server, tempfile.TemporaryDirectory() as folder:

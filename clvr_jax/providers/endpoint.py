@@ -12,7 +12,8 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
@@ -134,20 +135,20 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint):
         try:
-            import openai
+            import httpx2
+            import openai  # noqa: F401 - if it is missing, that is said now and not at the first request
         except ImportError:
             raise ClvrError(
                 f"{endpoint.name}: the openai package is not installed; pip install 'clvr-jax[endpoints]'"
             ) from None
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
-        self._client = openai.OpenAI(
-            api_key=self._key or "none", base_url=endpoint.base_url, timeout=endpoint.timeout, max_retries=0
-        )
-        if not (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com"):
-            # The package takes these from the environment; they are nobody else's business.
-            self._client.organization = self._client.project = None
+        self._certificates = httpx2.create_ssl_context()
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
+        # One client for each request in flight, the last used first. One that is shared looks through all of its
+        # connections at every request, under a lock: with 64 of them that takes as long as all else in a call.
+        self._clients: list[openai.OpenAI] = []
+        self._idle: list[openai.OpenAI] = []
         self._not_before = 0.0
 
     def call(
@@ -176,7 +177,24 @@ class Connection:
 
     def close(self) -> None:
         """Closes the connections to the server."""
-        self._client.close()
+        for client in self._clients:
+            client.close()
+
+    def _new_client(self) -> openai.OpenAI:
+        import openai
+
+        endpoint = self.endpoint
+        client = openai.OpenAI(
+            api_key=self._key or "none",
+            base_url=endpoint.base_url,
+            timeout=endpoint.timeout,
+            max_retries=0,
+            http_client=openai.DefaultHttpxClient(verify=self._certificates),
+        )
+        if not (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com"):
+            # The package takes these from the environment; they are nobody else's business.
+            client.organization = client.project = None
+        return client
 
     def _retry(self, once: Callable[[], tuple[T, Usage]], spent: Usage) -> tuple[T, Usage]:
         began = time.monotonic()
@@ -212,9 +230,9 @@ class Connection:
     ) -> tuple[T, Usage]:
         import openai
 
-        self._take_turn()
         try:
-            text = send(self._client)
+            with self._turn() as client:
+                text = send(client)
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers, time.time())
             raise status_failure(error.status_code, error.body, wait) from None
@@ -227,11 +245,26 @@ class Connection:
             raise Failure(f"the openai package says {error}", "rejected") from None
         except UnicodeEncodeError as error:
             raise Failure(f"the text is no valid Unicode ({error.reason}); clean it", "rejected") from None
-        finally:
-            self._turns.release()
         return read(_body(text))
 
-    def _take_turn(self) -> None:
+    @contextmanager
+    def _turn(self) -> Iterator[openai.OpenAI]:
+        """A client that nobody else uses meanwhile."""
+        self._wait_for_turn()
+        try:
+            try:
+                client = self._idle.pop()
+            except IndexError:
+                client = self._new_client()
+                self._clients.append(client)
+            try:
+                yield client
+            finally:
+                self._idle.append(client)
+        finally:
+            self._turns.release()
+
+    def _wait_for_turn(self) -> None:
         while True:
             if (wait := self._not_before - time.monotonic()) > 0:  # even to sleep for no time costs
                 time.sleep(wait)
