@@ -4,8 +4,8 @@ PYTHONPATH=. python benchmarks/bench_judging.py
 
 Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after a second, as soon as a model can
 have looked at a picture and written its verdict, 64 questions at a time; then once more, with every answer on disk. The
-target is 30 % of one core. The server is a process of its own. What a call costs is mostly the openai package's, whatever
-the delay, so the share grows as that falls: try --delay 0.2.
+target is 30 % of one core. The server is a process of its own. What a call costs is mostly the openai package's,
+whatever the delay, so the share grows as that falls: try --delay 0.2.
 """
 
 import argparse

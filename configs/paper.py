@@ -161,7 +161,9 @@ def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages)
     def measure(folder: Path) -> None:
         write_json(folder / "times.json", {"prompts": loop_times(model, prompts)})
 
-    folder = stages.folder(f"times-{name}", {"model": digest(model), "prompts": prompts}, measure)
+    folder = stages.folder(
+        f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "drawing, diffusion"}, measure
+    )
     return by_drawings(read_json(folder / "times.json")["prompts"])
 
 

@@ -1,25 +1,57 @@
-"""The modules that a pipeline is made of, as its jitted programs take them."""
+"""The modules that a pipeline is made of, as its jitted programs take them.
 
+To walk through a module, and to compare it with the one that a program was compiled for, takes as long as a small
+program runs. Here the first is done once for each module, the second once for each graph.
+"""
+
+import functools
+from collections.abc import Callable
 from typing import Any
 
+import jax
 from flax import nnx
+
+
+class Graph:
+    """A module's graph that knows its hash. Equal graphs share a program."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef = graphdef
+        self._hash = hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Graph) and self.graphdef == other.graphdef)
+
+
+def jitted(function: Callable[..., Any], **options: Any) -> Any:
+    """`function(graphdef, state, ...)` under `jax.jit`, with the `options` of that; it takes (Graph, state, ...)."""
+
+    @functools.wraps(function)
+    def of_graph(graph: Graph, *rest: Any) -> Any:
+        return function(graph.graphdef, *rest)
+
+    return jax.jit(of_graph, **options)
 
 
 class Components:
     """Something whose attributes are NNX modules that may be replaced by others."""
 
     def __init__(self) -> None:
-        self._found: dict[str, tuple[nnx.Module, Any]] = {}
+        self._found: dict[str, tuple[nnx.Module, tuple[Graph, Any]]] = {}
 
-    def _split(self, name: str) -> Any:
-        """(graphdef, state) of the module that the attribute `name` holds, as `nnx.split` gives them.
+    def _split(self, name: str) -> tuple[Graph, Any]:
+        """The module that the attribute `name` holds, as `jitted` functions take it.
 
-        Kept for as long as it is the same module: to walk through one takes as long as a small program runs. The state
-        holds the module's own variables, so new values are seen; a module that gets other variables must be assigned.
+        The state holds the module's own variables, so new values are seen; a module that gets other variables must be
+        assigned again.
         """
         module = getattr(self, name)
         found, split = self._found.get(name, (None, None))
-        if found is not module:
-            split = nnx.split(module)
+        if found is not module or split is None:
+            graphdef, state = nnx.split(module)
+            split = Graph(graphdef), state
             self._found[name] = module, split
         return split

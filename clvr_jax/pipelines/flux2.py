@@ -25,7 +25,7 @@ from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines import folder
-from clvr_jax.pipelines.components import Components
+from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.images import prepare_reference, to_pil
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
@@ -88,11 +88,10 @@ class Flux2Pipeline(Components):
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings = tokenizer, settings
-        # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
-        self._encode_text = jax.jit(encode_text, static_argnums=(0, 4))
-        self._encode_images = jax.jit(encode_images, static_argnums=0)
-        self._decode = jax.jit(decode, static_argnums=0)
-        self._denoise = jax.jit(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
+        self._encode_text = jitted(encode_text, static_argnums=(0, 4))
+        self._encode_images = jitted(encode_images, static_argnums=0)
+        self._decode = jitted(decode, static_argnums=0)
+        self._denoise = jitted(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
     def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", transformer: str | None = None) -> Self:

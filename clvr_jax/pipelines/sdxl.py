@@ -23,7 +23,7 @@ from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from clvr_jax.pipelines import sdxl_folder
-from clvr_jax.pipelines.components import Components
+from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.images import to_pil
 from clvr_jax.pipelines.sdxl_folder import Solver
 
@@ -83,10 +83,9 @@ class SDXLPipeline(Components):
         self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
         self.scheduler, self.settings = dict(scheduler), settings
         self.schedule, self.solver = sdxl_folder.read_scheduler(scheduler)
-        # jit sees (graphdef, state): the graph is compared by value, so equal architectures share a program.
         self._encode_text = jax.jit(_encode_text, static_argnums=0)
-        self._denoise = jax.jit(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
-        self._decode = jax.jit(_decode, static_argnums=0)
+        self._denoise = jitted(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
+        self._decode = jitted(_decode, static_argnums=0)
 
     @classmethod
     def from_pretrained(cls, model: str, dtype: DTypeLike = "float32") -> Self:

@@ -1,20 +1,19 @@
 """Components are walked through once, and are still what they are now."""
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clvr_jax.pipelines.components import Components
+from clvr_jax.pipelines.components import Components, jitted
 
 
 class Line(Components):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-        self._program = jax.jit(lambda graphdef, state, x: nnx.merge(graphdef, state)(x), static_argnums=0)
+        self.program = jitted(lambda graphdef, state, x: nnx.merge(graphdef, state)(x), static_argnums=0)
 
     def __call__(self):
-        return self._program(*self._split("layer"), jnp.ones((1, 2))).item()
+        return self.program(*self._split("layer"), jnp.ones((1, 2))).item()
 
 
 def layer(weight):
@@ -39,3 +38,4 @@ def test_new_values_and_new_modules_are_seen():
     assert line() == 8.0
     line.layer = layer(5.0)
     assert line() == 10.0
+    assert line.program._cache_size() == 1  # all of them are of one graph

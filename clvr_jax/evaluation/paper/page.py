@@ -129,20 +129,26 @@ def _tiers(measured: Measured, names: Sequence[str], pictures: Path) -> Lines:
 def _times(measured: Measured, pictures: Path) -> Lines:
     labels = {name: measured.rows[name].label for name in measured.times}
     yield "\n## Seconds and evaluations by number of drawings\n"
-    yield "One prompt at a time, all programs compiled before, medians. Drawing: the diffusion model, text to pixels.\n"
+    yield "One prompt at a time, all programs compiled before, medians. Drawing: text to pixels. Diffusion: the"
+    yield "evaluations of the transformer in it.\n"
     rows = [
         (labels[name], str(count), str(each["prompts"]), f"{each['nfe']:.0f}", f"{each['seconds']:.2f}",
-         f"{each['drawing_seconds']:.2f}", f"{1000 * each['per_drawing']:.0f}")
+         f"{each['drawing_seconds']:.2f}", f"{1000 * each['per_drawing']:.0f}",
+         f"{1000 * each['diffusion']:.0f}")
         for name, groups in measured.times.items()
         for count, each in groups.items()
     ]  # fmt: skip
-    yield from table(("", "drawings", "prompts", "NFE", "seconds", "of it drawing", "ms a drawing"), rows)
+    yield from table(
+        ("", "drawings", "prompts", "NFE", "seconds", "of it drawing", "ms a drawing", "ms diffusion"), rows
+    )
     slow, fast = (measured.times[name] for name in (measured.aligned, measured.merged))
     if shared := sorted(slow.keys() & fast.keys()):
-        ratios = ", ".join(
-            f"{slow[count]['per_drawing'] / fast[count]['per_drawing']:.1f} ({count})" for count in shared
+        drawing, diffusion = (
+            ", ".join(f"{slow[count][part] / fast[count][part]:.1f} ({count})" for count in shared)
+            for part in ("per_drawing", "diffusion")
         )
-        yield f"\nTime of a drawing, aligned over merged (number of drawings): {ratios}.\n"
+        yield f"\nTime of a drawing, aligned over merged (number of drawings): {drawing};"
+        yield f"of its diffusion: {diffusion}.\n"
     plots.time_lines(pictures / "seconds.png", {labels[name]: groups for name, groups in measured.times.items()})
     yield f"\n![Seconds by number of drawings]({pictures.name}/seconds.png)\n"
 

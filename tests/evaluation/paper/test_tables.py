@@ -105,17 +105,26 @@ def test_phrasings_are_compared_apart(found):
 
 def test_times_are_medians_by_number_of_drawings():
     times = [
-        {"drawings": drawings, "nfe": 4 * drawings, "seconds": seconds, "drawing_seconds": seconds / 2}
+        {
+            "drawings": drawings,
+            "nfe": 4 * drawings,
+            "seconds": seconds,
+            "drawing_seconds": seconds / 2,
+            "diffusion_seconds": seconds / 4,
+        }
         for drawings, seconds in ((1, 1.0), (2, 3.0), (2, 5.0), (2, 40.0), (0, 9.0))
     ]
     groups = by_drawings(times)
     assert list(groups) == [1, 2]
-    assert groups[2] == {"prompts": 3, "nfe": 8, "seconds": 5.0, "drawing_seconds": 2.5, "per_drawing": 1.25}
+    expected = {"prompts": 3, "nfe": 8, "seconds": 5.0, "drawing_seconds": 2.5, "per_drawing": 1.25, "diffusion": 0.625}
+    assert groups[2] == expected
 
 
 def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
-    times = {1: {"prompts": 3, "nfe": 56.0, "seconds": 2.0, "drawing_seconds": 1.0, "per_drawing": 1.0}}
-    fast = {1: {**times[1], "nfe": 4.0, "per_drawing": 0.08}}
+    times = {
+        1: {"prompts": 3, "nfe": 56.0, "seconds": 2.0, "drawing_seconds": 1.0, "per_drawing": 1.0, "diffusion": 0.9}
+    }
+    fast = {1: {**times[1], "nfe": 4.0, "per_drawing": 0.08, "diffusion": 0.06}}
     one = {"additivity_error": 0.25, "angle": 80.0}
     point = {"limit": 1, "accuracy": 0.625, "low": 0.4, "high": 0.8, "nfe": 56.0, "seconds": 0.5}
     rows = {
@@ -152,7 +161,7 @@ def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
     text = (tmp_path / "results.md").read_text()
     assert "24 of `eval`, 24 of `complex`; pictures of each: 2" in text
     assert "pprl" not in text
-    assert "(number of drawings): 12.5 (1)" in text
+    assert "(number of drawings): 12.5 (1);\nof its diffusion: 15.0 (1)." in text
     assert "distillation 3.00%, alignment 16.00%" in text
     assert "took 0.5 hours" in text
     assert "| SFT | .625 |" in text
