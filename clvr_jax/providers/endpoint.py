@@ -146,7 +146,7 @@ class Connection:
         self._certificates = httpx2.create_ssl_context()
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         # One client for each request in flight, the last used first. One that is shared looks through all of its
-        # connections at every request, under a lock: with 64 of them that takes as long as all else in a call.
+        # connections at every request, under a lock: with 64 of them that is felt.
         self._clients: list[openai.OpenAI] = []
         self._idle: list[openai.OpenAI] = []
         self._not_before = 0.0
