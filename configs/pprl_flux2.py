@@ -18,6 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clvr_jax.configs import qwen3_vl_judge
 from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
@@ -79,7 +80,8 @@ class Config:
     keeps, see `layers.REMAT`. reward_url, reward_model, edit_reward_model: the server of the judges and its names for
     them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model, teacher_key: the same of
     a model that writes the proxy prompts live, for datasets that have none or others; "" takes the dataset's. preset,
-    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn, roll-out or update."""
+    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn; roll-out, update, or the
+    judging of an edit by a Qwen3-VL 8B on the same mesh."""
 
     train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
     sampler: Sampler = Sampler()
@@ -97,7 +99,7 @@ class Config:
     teacher_key: str = ""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
     references: int = 3
-    planned: Literal["rollout", "update"] = "rollout"
+    planned: Literal["rollout", "reward", "update"] = "rollout"
 
     @property
     def mesh(self) -> MeshConfig:
@@ -238,8 +240,12 @@ def flux2_backbone(
 
 
 def program(config: Config) -> Program:
-    """A call of the roll-out, or of the update, of one group of the full sizes."""
+    """A call of the roll-out, of its judge, or of the update, for groups of the full sizes."""
     train, sampler, settings = config.train, config.sampler, Flux2Settings()
+    if config.planned == "reward":
+        return qwen3_vl_judge.program(
+            qwen3_vl_judge.Config(config.mesh, batch_size=train.rows, images=2, size=sampler.size)
+        )
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
     _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)

@@ -33,7 +33,7 @@ from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
-_PRESETS = {
+PRESETS = {
     "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b(),
     "qwen3-vl-4b": Qwen3VLConfig.qwen3_vl_4b(),
     "qwen3-vl-8b": Qwen3VLConfig.qwen3_vl_8b(),
@@ -99,7 +99,7 @@ def task(config: Config) -> Task:
 
 def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
-    sizes = _PRESETS[config.preset]
+    sizes = PRESETS[config.preset]
     vision = sizes.vision
     side = vision.patch_size * vision.spatial_merge_size
     if config.size % side:
