@@ -80,8 +80,8 @@ class Config:
     keeps, see `layers.REMAT`. reward_url, reward_model, edit_reward_model: the server of the judges and its names for
     them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model, teacher_key: the same of
     a model that writes the proxy prompts live, for datasets that have none or others; "" takes the dataset's. preset,
-    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn; roll-out, update, or the
-    judging of an edit by a Qwen3-VL 8B on the same mesh."""
+    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn; roll-out, update, or,
+    for those who serve the judge from such a mesh, the judging of edits by a Qwen3-VL 8B."""
 
     train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
     sampler: Sampler = Sampler()

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -136,14 +137,15 @@ class Connection:
     def __init__(self, endpoint: Endpoint):
         try:
             import httpx2
-            import openai  # noqa: F401 - if it is missing, that is said now and not at the first request
+            import openai
         except ImportError:
             raise ClvrError(
                 f"{endpoint.name}: the openai package is not installed; pip install 'clvr-jax[endpoints]'"
             ) from None
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
-        self._certificates = httpx2.create_ssl_context()
+        # To read all certificates takes a while, so it is done once.
+        self._new_http_client = partial(openai.DefaultHttpxClient, verify=httpx2.create_ssl_context())
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         # One client for each request in flight, the last used first. One that is shared looks through all of its
         # connections at every request, under a lock: with 64 of them that is felt.
@@ -189,7 +191,7 @@ class Connection:
             base_url=endpoint.base_url,
             timeout=endpoint.timeout,
             max_retries=0,
-            http_client=openai.DefaultHttpxClient(verify=self._certificates),
+            http_client=self._new_http_client(),
         )
         if not (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com"):
             # The package takes these from the environment; they are nobody else's business.
