@@ -21,7 +21,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from clvr_jax.errors import ClvrError, UsageError
@@ -238,6 +238,13 @@ def gathered(params: Tree) -> Tree:
     if layout is None or layout.mesh.size == 1:
         return params
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, layout.replicated), params)
+
+
+def on_every_host(tree: Any) -> Any:
+    """A tree whose arrays every process holds whole: those spread over processes become NumPy's. All must call it."""
+    return jax.tree.map(
+        lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
+    )
 
 
 def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:

@@ -1,13 +1,14 @@
 """Proxy Prompt RL of FLUX.2 klein as the paper does it: LoRA 128/256, rate 1e-4, groups of 16, 8 steps, 512 x 512.
 
 clvr train configs/pprl_flux2.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories \\
-    --reward-url http://localhost:8000/v1 --out runs/pprl
+    --judge CodeGoat24/UnifiedReward-2.0-qwen3vl-8b --edit-judge CodeGoat24/UnifiedReward-Edit-qwen3vl-8b
 clvr plan configs/pprl_flux2.py --preset klein-9b --planned update --topology v6e:16x16
 
-The dataset needs proxy prompts; an OpenAI-compatible server (vLLM, SGLang) judges with UnifiedReward 2.0 and
-UnifiedReward-Edit. Train a base model, not a distilled one, and merge afterwards (`clvr merge`). Never run on the real
-weights: there was no accelerator. The tests run it on `shapes-tiny`, whose models are of the same classes. Every 9B
-variant of FLUX.2 klein is for non-commercial use only.
+The dataset needs proxy prompts. UnifiedReward 2.0 and UnifiedReward-Edit judge on the devices that train, or behind an
+OpenAI-compatible server (`--reward-url`; vLLM, SGLang), while the next pictures are drawn. Train a base model, not a
+distilled one, and merge afterwards (`clvr merge`). Never run on the real weights: there was no accelerator. The tests
+run it on `shapes-tiny`, whose models are of the same classes. Every 9B variant of FLUX.2 klein is for non-commercial
+use only.
 """
 
 import dataclasses
@@ -41,14 +42,15 @@ from clvr_jax.pipelines.flux2 import (
     encode_text,
     velocity_field,
 )
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
+from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.rewards import LastTextReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
-from clvr_jax.sharding import MeshConfig, gathered
+from clvr_jax.sharding import MeshConfig, gathered, on_every_host
 from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import FlowNoising, Policy
-from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.plan import Program
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
@@ -77,11 +79,12 @@ class Sampler:
 class Config:
     """model: pipeline folder or Hugging Face id. dataset: of trajectories with proxy prompts. dtype: of the base.
     simple: the ablation, whose reward reads the latest picture and the last text alone. remat: what the backward pass
-    keeps, see `layers.REMAT`. reward_url, reward_model, edit_reward_model: the server of the judges and its names for
-    them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model, teacher_key: the same of
-    a model that writes the proxy prompts live, for datasets that have none or others; "" takes the dataset's. preset,
-    references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn; roll-out, update, or,
-    for those who serve the judge from such a mesh, the judging of edits by a Qwen3-VL 8B."""
+    keeps, see `layers.REMAT`. judge, edit_judge: folders or Hugging Face ids of UnifiedReward and UnifiedReward-Edit,
+    to be spread over the devices that train; or else reward_url, reward_model, edit_reward_model: the server of the
+    judges and its names for them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model,
+    teacher_key: the same of a model that writes the proxy prompts live, for datasets that have none or others; "" takes
+    the dataset's. preset, references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn;
+    roll-out, update, or the judging of a call's edits by a Qwen3-VL 8B on the same devices."""
 
     train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
     sampler: Sampler = Sampler()
@@ -90,6 +93,8 @@ class Config:
     dtype: str = "bfloat16"
     simple: bool = False
     remat: str = "attention"
+    judge: str = ""
+    edit_judge: str = ""
     reward_url: str = ""
     reward_model: str = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
     edit_reward_model: str = "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b"
@@ -114,14 +119,7 @@ def task(config: Config) -> pprl.PPRLTask:
     """The run as `fit` takes it."""
     if not config.model:
         raise ClvrError("pprl_flux2: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
-    if not config.reward_url:
-        raise ClvrError("pprl_flux2: --reward-url says where UnifiedReward is served, e.g. http://localhost:8000/v1")
-    judges = [
-        OpenAIVisionLanguageModel(Endpoint(name, config.reward_url, config.reward_key or None))
-        for name in (config.reward_model, config.edit_reward_model)
-    ]
-    picture = UnifiedReward(judges[0])
-    reward = LastTextReward(picture) if config.simple else ProxyReward(picture, UnifiedRewardEdit(judges[1]))
+    reward = reward_of(config)
     if bool(config.teacher_url) != bool(config.teacher_model):
         raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
     steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
@@ -132,6 +130,36 @@ def task(config: Config) -> pprl.PPRLTask:
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
     return dataclasses.replace(task, teacher=teacher)
+
+
+def reward_of(config: Config) -> Reward:
+    """UnifiedReward where it lies: on the devices that train (those of the active layout), or behind an endpoint."""
+    if bool(config.judge) == bool(config.reward_url):
+        raise ClvrError(
+            "pprl_flux2: who judges? Either --judge, a folder or Hugging Face id of UnifiedReward for the devices that "
+            "train, or --reward-url, where it is served, e.g. http://localhost:8000/v1"
+        )
+    if not config.judge:
+        served = [
+            OpenAIVisionLanguageModel(Endpoint(name, config.reward_url, config.reward_key or None))
+            for name in (config.reward_model, config.edit_reward_model)
+        ]
+        picture = UnifiedReward(served[0])
+        return LastTextReward(picture) if config.simple else ProxyReward(picture, UnifiedRewardEdit(served[1]))
+    if config.simple:
+        return MeshReward(UnifiedReward(_judge(config, config.judge)))
+    if not config.edit_judge:
+        raise ClvrError(
+            "pprl_flux2: --judge judges pictures; --edit-judge says who judges edits, or --simple leaves them"
+        )
+    judge = _judge(config, config.judge)
+    edit_judge = judge if config.edit_judge == config.judge else _judge(config, config.edit_judge)
+    return MeshReward(UnifiedReward(judge), UnifiedRewardEdit(edit_judge))
+
+
+def _judge(config: Config, model: str) -> MeshVisionLanguageModel:
+    """A Qwen3-VL on the mesh, that answers as many questions at once as there are pictures of a call."""
+    return MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.rows)
 
 
 def flux2_task(

@@ -28,8 +28,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.distributed import on_every_host
+from clvr_jax.sharding import MeshConfig, on_every_host
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 

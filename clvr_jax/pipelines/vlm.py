@@ -22,6 +22,7 @@ from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.sharding import on_every_host
 
 
 @dataclass(frozen=True)
@@ -112,14 +113,16 @@ class Qwen3VLPipeline:
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
         )
-        answer = generate(
-            self.model,
-            batch,
-            max_new_tokens=max_new_tokens,
-            stop_tokens=tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
-            pad_token=self.tokenizer.pad_token_id,
-            temperature=temperature,
-            key=jax.random.key(seed),
+        answer = on_every_host(
+            generate(
+                self.model,
+                batch,
+                max_new_tokens=max_new_tokens,
+                stop_tokens=tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
+                pad_token=self.tokenizer.pad_token_id,
+                temperature=temperature,
+                key=jax.random.key(seed),
+            )
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
         texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.data.text import check_prompt
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.batching import Gathered
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import as_pil, pixels
@@ -46,6 +46,16 @@ class ChatPipeline(Protocol):
         seed: int,
     ) -> list[str]:
         """One answer for each conversation."""
+        ...
+
+
+class ManyChatsPipeline(Protocol):
+    """What more is used of it on a mesh; answers have `text`, `input_tokens` and `output_tokens`."""
+
+    def answer_all(
+        self, conversations: Sequence[Sequence[Message]], images: Sequence[Sequence[np.ndarray]], max_new_tokens: int
+    ) -> Sequence[Any]:
+        """One greedy answer for each conversation."""
         ...
 
 
@@ -140,6 +150,67 @@ class LocalVisionLanguageModel(VisionLanguageModel):
             )
             texts.update(zip(rows, answers, strict=True))
         return [texts[index] for index in range(len(questions))]
+
+
+class MeshVisionLanguageModel(VisionLanguageModel):
+    """Our Qwen3-VL, spread over the active layout; greedy.
+
+    Where there are several processes, all of them ask the same questions in the same order, each in one thread.
+
+    Args:
+      pipeline: a `Qwen3VLPipeline` that was loaded within the layout.
+      name: model and revision, as it is recorded.
+      batch: questions of a call, which the mesh cuts; a call of fewer is filled up, so that there are few programs.
+    """
+
+    def __init__(self, pipeline: ManyChatsPipeline, name: str, batch: int):
+        if batch < 1:
+            raise UsageError(f"{name}: batch must be at least 1, got {batch}")
+        self._pipeline, self._name, self._batch = pipeline, name, batch
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return self._name
+
+    def ask(self, question: Question) -> Answer:
+        """See `VisionLanguageModel`."""
+        return self.ask_all([question])[0]
+
+    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """See `VisionLanguageModel`; those with as many pictures share calls.
+
+        Raises: ProviderError "rejected" for a chat that cannot be read, or one that is to be answered by chance.
+        """
+        alike: dict[tuple[int, int], list[int]] = {}
+        for index, question in enumerate(questions):
+            if question.temperature:
+                raise ProviderError(f"{self._name}: is asked greedily on a mesh, not at a temperature", "rejected")
+            alike.setdefault((len(question.images), question.max_tokens), []).append(index)
+        found: dict[int, Answer] = {}
+        for (_, max_tokens), indices in alike.items():
+            for begin in range(0, len(indices), self._batch):
+                part = indices[begin : begin + self._batch]
+                answers = self._answers([questions[index] for index in part], max_tokens)
+                found.update(zip(part, answers, strict=True))
+        return [found[index] for index in range(len(questions))]
+
+    def _answers(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
+        began = time.monotonic()
+        filled = [*questions, *[questions[-1]] * (self._batch - len(questions))]
+        shown = [[pixels(image) for image in question.images] for question in filled]
+        try:
+            told = self._pipeline.answer_all([question.messages for question in filled], shown, max_tokens)
+        except ClvrError as error:
+            raise ProviderError(f"{self._name}: {error}", "rejected") from error
+        seconds = (time.monotonic() - began) / len(questions)
+        return [
+            Answer(
+                one.text,
+                Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
+            )
+            for one in told[: len(questions)]
+        ]
 
 
 class LocalImageTool(ImageTool):

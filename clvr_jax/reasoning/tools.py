@@ -121,6 +121,10 @@ class VisionLanguageModel(Protocol):
         """One answer. Raises: ProviderError."""
         ...
 
+    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers in order; models that are quicker with many together have their own way. Raises: ProviderError."""
+        return [self.ask(question) for question in questions]
+
 
 class ImageTool(Protocol):
     """Draws and edits pictures."""

@@ -1,5 +1,6 @@
 """Rewards of Proxy Prompt RL: what a picture is worth, by reward models that read short texts, or by a program."""
 
+from clvr_jax.rewards.mesh import MeshReward
 from clvr_jax.rewards.proxy import LastTextReward, ProxyReward
 from clvr_jax.rewards.reward import Case, EditJudge, Marks, PictureJudge, Reward, Scores, WeightedReward
 from clvr_jax.rewards.shapes import ShapesJudge
@@ -10,6 +11,7 @@ __all__ = [
     "EditJudge",
     "LastTextReward",
     "Marks",
+    "MeshReward",
     "PictureJudge",
     "ProxyReward",
     "Reward",

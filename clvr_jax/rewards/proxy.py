@@ -56,13 +56,14 @@ class LastTextReward(Reward):
 def _scores(waiting: Sequence[Sequence[Future[Marks]]]) -> Scores:
     """Of each case the answers that it waits for. Where one cannot be had, none of the others is asked any more."""
     try:
-        return Scores.of([_combined(*(future.result() for future in futures)) for futures in waiting])
+        return Scores.of([combined(*(future.result() for future in futures)) for futures in waiting])
     finally:
         for future in (one for futures in waiting for one in futures):
             future.cancel()
 
 
-def _combined(text: Marks, *edits: Marks) -> Marks:
+def combined(text: Marks, *edits: Marks) -> Marks:
+    """R of one picture from R_T2I and R_I2I of each of its sources, with the parts of all."""
     parts = {"t2i": text.value, **{f"t2i/{name}": value for name, value in text.parts.items()}}
     if not edits:
         return Marks(text.value, parts)

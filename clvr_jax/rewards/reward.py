@@ -6,7 +6,7 @@ What cannot be scored is NaN and stays NaN through every sum: such a sample leav
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -92,6 +92,16 @@ class Scores:
         }
         return cls(np.concatenate([one.values for one in scores]), parts)
 
+    def to_json(self) -> dict[str, Any]:
+        """In types that JSON has; NaN as Python writes it."""
+        return {"values": self.values.tolist(), "parts": {name: part.tolist() for name, part in self.parts.items()}}
+
+    @classmethod
+    def from_json(cls, told: Mapping[str, Any]) -> "Scores":
+        """What `to_json` gave."""
+        parts = {name: np.array(part, np.float64) for name, part in told["parts"].items()}
+        return cls(np.array(told["values"], np.float64), parts)
+
     def among(self, places_n: np.ndarray) -> "Scores":
         """These at the places where a mask is true; elsewhere there is none."""
 
@@ -109,7 +119,13 @@ def is_of_one_answer(error: ProviderError) -> bool:
 
 
 class Reward(Protocol):
-    """What policies are optimised for."""
+    """What policies are optimised for.
+
+    is_on_mesh: it runs programs on the devices that train. Then all processes call it, each in its main thread, with
+    the same cases in the same order, and all get the same scores.
+    """
+
+    is_on_mesh: bool = False
 
     def scores(self, cases: Sequence[Case]) -> Scores:
         """One score a case; batches may be scored at the same time from several threads.
@@ -128,7 +144,9 @@ class WeightedReward(Reward):
     def __init__(self, rewards: Mapping[str, tuple[float, Reward]]):
         if not rewards or not all(math.isfinite(weight) for weight, _ in rewards.values()):
             raise UsageError("WeightedReward: needs at least one reward, and finite weights")
-        self._rewards = dict(rewards)
+        if len(places := {reward.is_on_mesh for _, reward in rewards.values()}) > 1:
+            raise UsageError("WeightedReward: rewards on the mesh are asked by all processes, others by one; not mixed")
+        self._rewards, self.is_on_mesh = dict(rewards), places.pop()
 
     def scores(self, cases: Sequence[Case]) -> Scores:
         """See `Reward`."""

@@ -9,13 +9,14 @@ Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, the answers
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import ProviderError, Question, VisionLanguageModel
-from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge, is_of_one_answer
+from clvr_jax.rewards.reward import EditJudge, Marks, PictureJudge, is_of_one_answer
 
 AXES = ("Alignment", "Coherence", "Style")
 _NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
@@ -52,8 +53,16 @@ artifacts it is: 0 distorted or blurred everywhere, 25 none to be seen.
 Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifacts]}"""
 
 
+@dataclass(frozen=True)
+class Inquiry:
+    """What a judge asks about one picture, and what follows from as many answers; "" is one that cannot be had."""
+
+    questions: Sequence[Question]
+    read: Callable[[Sequence[str]], Marks]
+
+
 class UnifiedReward(PictureJudge):
-    """R_T2I in [0, 1].
+    """R_T2I in [0, 1]; public attribute: `model`.
 
     Args:
       model: that answers, from several threads at once.
@@ -64,16 +73,21 @@ class UnifiedReward(PictureJudge):
     def __init__(self, model: VisionLanguageModel, form: Literal["acs", "final"] = "acs", max_tokens: int = 512):
         if form not in ("acs", "final"):
             raise UsageError(f"UnifiedReward: form must be acs or final, got {form!r}")
-        self._model, self._max_tokens = model, max_tokens
+        self.model, self._max_tokens = model, max_tokens
         self._text, self._read = {"acs": (_ACS, read_acs), "final": (_FINAL, read_final)}[form]
 
     def picture(self, picture: Picture, text: str) -> Marks:
         """See `PictureJudge`."""
-        return _asked(self._model, self._text.format(text=text), (picture,), self._max_tokens, self._read)
+        return _asked(self.model, self.inquiry(picture, text))
+
+    def inquiry(self, picture: Picture, text: str) -> Inquiry:
+        """For `picture`, by those who ask about many together."""
+        question = _question(self._text.format(text=text), (picture,), self._max_tokens)
+        return Inquiry([question], lambda answers: self._read(answers[0]))
 
 
 class UnifiedRewardEdit(EditJudge):
-    """R_I2I in [0, 1]: (.6 success + .4 minimality) / 25.
+    """R_I2I in [0, 1]: (.6 success + .4 minimality) / 25; public attribute: `model`.
 
     Args:
       model, max_tokens: see `UnifiedReward`.
@@ -84,34 +98,41 @@ class UnifiedRewardEdit(EditJudge):
     def __init__(self, model: VisionLanguageModel, quality: float = 0.0, max_tokens: int = 512):
         if not 0 <= quality <= 1:
             raise UsageError(f"UnifiedRewardEdit: quality must lie in [0, 1], got {quality}")
-        self._model, self._quality, self._max_tokens = model, quality, max_tokens
+        self.model, self._quality, self._max_tokens = model, quality, max_tokens
 
     def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
         """See `EditJudge`."""
-        text = _EDIT.format(text=instruction)
-        made = _asked(self._model, text, (source, edited), self._max_tokens, read_edit, is_json=True)
+        return _asked(self.model, self.inquiry(source, edited, instruction))
+
+    def inquiry(self, source: Picture, edited: Picture, instruction: str) -> Inquiry:
+        """For `edit`, by those who ask about many together."""
+        made = _question(_EDIT.format(text=instruction), (source, edited), self._max_tokens, is_json=True)
         if self._quality == 0:
-            return made
-        looks = _asked(self._model, _QUALITY, (edited,), self._max_tokens, read_quality, is_json=True)
+            return Inquiry([made], lambda answers: read_edit(answers[0]))
+        looks = _question(_QUALITY, (edited,), self._max_tokens, is_json=True)
+        return Inquiry([made, looks], self._both)
+
+    def _both(self, answers: Sequence[str]) -> Marks:
+        made, looks = read_edit(answers[0]), read_quality(answers[1])
         value = (1 - self._quality) * made.value + self._quality * looks.value
         return Marks(value, {**made.parts, **looks.parts})
 
 
-def _asked(
-    model: VisionLanguageModel,
-    text: str,
-    pictures: Sequence[Picture],
-    max_tokens: int,
-    read: Callable[[str], Marks],
-    is_json: bool = False,
-) -> Marks:
+def _question(text: str, pictures: Sequence[Picture], max_tokens: int, is_json: bool = False) -> Question:
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    question = Question([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
+    return Question([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
+
+
+def _asked(model: VisionLanguageModel, inquiry: Inquiry) -> Marks:
+    return inquiry.read([_answer(model, question) for question in inquiry.questions])
+
+
+def _answer(model: VisionLanguageModel, question: Question) -> str:
     try:
-        return read(model.ask(question).text)
+        return model.ask(question).text
     except ProviderError as error:
         if is_of_one_answer(error):
-            return UNREADABLE
+            return ""
         raise
 
 

@@ -1,10 +1,13 @@
 """Several processes, one program: who coordinates, and what happens when one is lost."""
 
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from clvr_jax.errors import ClvrError, UsageError
@@ -51,11 +54,25 @@ class Cluster:
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
 
 
-def on_every_host(tree: Any) -> Any:
-    """A tree whose arrays every process holds whole: those spread over processes become NumPy's. All must call it."""
-    return jax.tree.map(
-        lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
-    )
+def from_process_0(make: Callable[[], Any]) -> Any:
+    """What process 0 makes, a JSON value, on every process; all must call it.
+
+    Raises: ClvrError on every process, if it was raised in process 0.
+    """
+    if jax.process_count() == 1:
+        return make()
+    told = b""
+    if jax.process_index() == 0:
+        try:
+            told = json.dumps({"made": make()}).encode()
+        except ClvrError as error:
+            told = json.dumps({"failed": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
+    bytes_n = multihost_utils.broadcast_one_to_all(np.frombuffer(told or bytes(size), np.uint8))
+    found = json.loads(np.asarray(bytes_n).tobytes())
+    if "failed" in found:
+        raise ClvrError(found["failed"])
+    return found["made"]
 
 
 def virtual_devices(count: int) -> dict[str, str]:

@@ -11,27 +11,25 @@ Source: arXiv 2605.14876 (PPRL); arXiv 2509.16117 (DiffusionNFT, its policy opti
 import dataclasses
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from clvr_jax.console import console, progress
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
-from clvr_jax.rewards.reward import Case, Reward, Scores
+from clvr_jax.rewards.reward import Reward
 from clvr_jax.rewards.teacher import LiveProxies, Teacher
-from clvr_jax.sharding import Layout, active_layout, without_layout
+from clvr_jax.sharding import Layout, active_layout, on_every_host, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.diffusion_nft import group_advantages
-from clvr_jax.training.distributed import on_every_host
 from clvr_jax.training.feed import check_batch
 from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.pprl_judging import EpochJudge, Judging, UnscoredError, threads
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_metrics import Stopwatch, means_over_updates, of_rewards, write_grid
 from clvr_jax.training.pprl_step import Drawn, PPRLConfig, PPRLState, Programs
@@ -122,7 +120,6 @@ class _Call:
     real: int
     data: Any
     drawn: Drawn | None = None
-    scores: Future[Scores] | None = None
 
 
 @dataclasses.dataclass
@@ -140,7 +137,8 @@ class _Run:
         self.programs = Programs(task.backbone, self.config, layout)
         self.base = jax.device_put(task.base, layout.parameters(task.base))
         self.frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
-        self.live = LiveProxies(task.teacher, self.out / "proxies.jsonl") if task.teacher else None
+        live = LiveProxies(task.teacher, self.out / "proxies.jsonl") if task.teacher else None
+        self.judging = Judging(task.reward, task.steps, self.config.group, live)
 
     def to(self, state: PPRLState, last: int) -> PPRLState:
         """Trains up to epoch `last`, or until it is asked to stop."""
@@ -166,7 +164,7 @@ class _Run:
                     self.checkpoints.wait()
                     console.print(f"{self.task.name}: asked to stop; epoch {epoch} is saved, --resume goes on")
                     break
-                except _UnscoredError as error:
+                except UnscoredError as error:
                     save(state)
                     raise ClvrError(
                         f"{self.task.name}: epoch {epoch + 1} cannot be scored ({error}); epoch {epoch} is saved, "
@@ -183,18 +181,16 @@ class _Run:
         config, watch = self.config, Stopwatch()
         # In the order of the dataset, so that nothing depends on the order in which they were chosen.
         steps = sorted(self.task.steps.chosen(epoch, config.groups, config.seed), key=lambda step: step.number)
-        with _threads(1) as preparing, _threads(8) as judging, _threads(16) as teaching:
-            if self.live and jax.process_index() == 0:
-                self.live.begin(steps, teaching)
-            calls = self._sampled(state, epoch, steps, asked, watch, preparing, judging)
+        with threads(1) as preparing, self.judging.of(steps) as judge:
+            calls = self._sampled(state, epoch, steps, asked, watch, preparing, judge)
             with watch("reward"):
-                scores = _on_every_host(lambda: Scores.joined([call.scores.result() for call in calls if call.scores]))
+                scores = judge.scores()
         kinds = np.repeat([step.kind for call in calls for step in call.steps[: call.real]], config.group)
         keys = np.repeat([step.number for call in calls for step in call.steps[: call.real]], config.group)
         try:
             advantages = group_advantages(scores.values, keys, config.spread)
         except ClvrError as error:
-            raise _UnscoredError(str(error)) from error
+            raise UnscoredError(str(error)) from error
         if config.grid_every and (epoch + 1) % config.grid_every == 0:
             self._grid(calls, epoch)
         merits = np.asarray(self.programs.learner.merits(advantages.values), np.float32)
@@ -211,7 +207,7 @@ class _Run:
         asked: Preemption,
         watch: Stopwatch,
         preparing: ThreadPoolExecutor,
-        judging: ThreadPoolExecutor,
+        judge: EpochJudge,
     ) -> list[_Call]:
         """Draws for all steps; while the pictures of one call are judged, those of the next are drawn."""
         config = self.config
@@ -225,12 +221,18 @@ class _Run:
                 rows = {"data": call.data, "number": _numbers(call.steps), **self._when(epoch)}
                 call.drawn = self.programs.rollout(self.base, state.old, self.frozen, self._placed(rows))
                 self._in_order(call.drawn)
-                calls.append(call)
-                if number:
-                    self._judge(calls[-2], judging)
-        with watch("sampling"):
-            self._judge(calls[-1], judging)
+            calls.append(call)
+            if number:
+                self._judged(calls[-2], watch, judge)
+        self._judged(calls[-1], watch, judge)
         return calls
+
+    def _judged(self, call: _Call, watch: Stopwatch, judge: EpochJudge) -> None:
+        assert call.drawn is not None
+        with watch("sampling"):
+            pictures = np.asarray(on_every_host(call.drawn.pictures))
+        with watch("reward"):
+            judge.add(call.steps[: call.real], pictures)
 
     def _cut(self, steps: Sequence[ProxyStep]) -> Iterator[Sequence[ProxyStep]]:
         """Parts of one bucket, of as many groups as a call holds, or fewer at the end of a bucket."""
@@ -244,25 +246,6 @@ class _Run:
     def _prepared(self, steps: Sequence[ProxyStep]) -> _Call:
         whole = (*steps, *[steps[-1]] * (self.config.groups_per_call - len(steps)))
         return _Call(whole, len(steps), self.task.data(whole))
-
-    def _judge(self, call: _Call, judging: ThreadPoolExecutor) -> None:
-        """Hands the pictures of a call to the reward; process 0 alone asks for it."""
-        assert call.drawn is not None
-        pictures = np.asarray(on_every_host(call.drawn.pictures))
-        if jax.process_index() == 0:
-            call.scores = judging.submit(self._scores, call.steps[: call.real], pictures)
-
-    def _scores(self, steps: Sequence[ProxyStep], pictures: np.ndarray) -> Scores:
-        cases, has_proxies = [], np.zeros(len(steps) * self.config.group, bool)
-        for place, step in enumerate(steps):
-            proxies = self.live.of(step) if self.live else step.proxies
-            if proxies is None:
-                continue
-            members = slice(place * self.config.group, (place + 1) * self.config.group)
-            has_proxies[members] = True
-            edited = self.task.steps.edited(step, proxies)
-            cases += [Case(picture, proxies, edited, step.last_text) for picture in pictures[members]]
-        return self.task.reward.scores(cases).among(has_proxies)
 
     def _learned(
         self, state: PPRLState, epoch: int, calls: Sequence[_Call], merits: np.ndarray, counts: np.ndarray
@@ -330,40 +313,6 @@ class _Run:
                 f"{int(state.epoch)}; resume the last checkpoint in {self.out / 'checkpoints'} with a smaller learning "
                 "rate"
             )
-
-
-class _UnscoredError(ClvrError):
-    """The pictures of an epoch cannot be scored."""
-
-
-def _on_every_host(scores: Callable[[], Scores]) -> Scores:
-    """The scores that process 0 has, or its failure, on every process; parts stay with process 0, which logs them."""
-    found, failure = Scores(np.zeros(0)), ""
-    if jax.process_index() == 0:
-        try:
-            found = scores()
-        except ClvrError as error:
-            failure = str(error)
-    if jax.process_count() > 1:
-        count, failed = multihost_utils.broadcast_one_to_all(np.array([len(found.values), bool(failure)]))
-        if not failed:
-            values = found.values if len(found.values) else np.zeros(int(count))
-            values = multihost_utils.broadcast_one_to_all(values.astype(np.float32))
-            found = Scores(np.asarray(values, np.float64), found.parts)
-        failure = failure or ("process 0 says why" if failed else "")
-    if failure:
-        raise _UnscoredError(failure)
-    return found
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that on the way out drops what has not begun, and waits for nothing: a judge may take minutes to fail."""
-    pool = ThreadPoolExecutor(count)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _numbers(steps: Sequence[ProxyStep]) -> np.ndarray:

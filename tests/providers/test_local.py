@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.providers.local import LocalImageTool, LocalVisionLanguageModel
+from clvr_jax.providers.local import LocalImageTool, LocalVisionLanguageModel, MeshVisionLanguageModel
 from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
 from tests.providers.server import picture
 
@@ -41,6 +41,12 @@ class EchoChat:
         self.calls.append(texts)
         assert all(isinstance(image, np.ndarray) for row in images for image in row)
         return [f"{text} {max_new_tokens} {temperature} {seed if temperature else '-'}" for text in texts]
+
+    def answer_all(self, conversations: Any, images: Any, max_new_tokens: int) -> list[Any]:
+        texts = self.chat_all(conversations, images, max_new_tokens, 0.0, 0)
+        if any("unreadable" in text for text in texts):
+            raise UsageError("no such chat")
+        return [SimpleNamespace(text=text, input_tokens=len(text), output_tokens=2) for text in texts]
 
 
 @dataclass
@@ -219,3 +225,23 @@ def test_the_shipped_controller_answers_many_threads_as_it_answers_alone():
         model.ask(shown)
     assert caught.value.fault == "rejected"
     model.close()
+
+
+def test_on_a_mesh_questions_with_as_many_pictures_share_calls_of_one_size() -> None:
+    chat, shown = EchoChat(), [picture(4, 4), picture(4, 8)]
+    model = MeshVisionLanguageModel(chat, "judge", batch=2)
+    asked = [question(str(n), images=shown[: n % 2], max_tokens=5) for n in range(5)]
+    assert [answer.text for answer in model.ask_all(asked)] == [f"{n} 5 0.0 -" for n in range(5)]
+    assert chat.calls == [["0", "2"], ["4", "4"], ["1", "3"]]
+    assert model.ask(asked[3]).usage.input_tokens == len("3 5 0.0 -")
+    assert model.ask_all([]) == []
+
+
+def test_on_a_mesh_nothing_is_left_to_chance_and_bad_chats_are_named() -> None:
+    model = MeshVisionLanguageModel(EchoChat(), "judge", batch=2)
+    with pytest.raises(ProviderError, match=r"judge: .*greedily"):
+        model.ask(question("one", temperature=0.5))
+    with pytest.raises(ProviderError, match="judge: no such chat"):
+        model.ask_all([question("one"), question("unreadable")])
+    with pytest.raises(UsageError, match="batch must be at least 1"):
+        MeshVisionLanguageModel(EchoChat(), "judge", batch=0)

@@ -1,5 +1,6 @@
 """What rewards add up to, what they do with marks that cannot be read, and with judges that cannot be asked."""
 
+import json
 import math
 import threading
 
@@ -8,8 +9,19 @@ import pytest
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.tools import ProviderError
-from clvr_jax.rewards import Case, LastTextReward, Marks, ProxyReward, Scores, WeightedReward
+from clvr_jax.reasoning.tools import Answer, ProviderError, VisionLanguageModel
+from clvr_jax.rewards import (
+    Case,
+    LastTextReward,
+    Marks,
+    MeshReward,
+    ProxyReward,
+    Scores,
+    UnifiedReward,
+    UnifiedRewardEdit,
+    WeightedReward,
+)
+from clvr_jax.rewards.unified_reward import AXES
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 
@@ -49,6 +61,64 @@ def test_a_first_drawing_is_judged_by_its_text_and_an_edit_half_by_the_mean_over
     np.testing.assert_allclose(found.parts["i2i"], [np.nan, 0.2, 0.9])
     np.testing.assert_allclose(found.parts["i2i/success"], [np.nan, 2.0, 9.0])
     np.testing.assert_allclose(found.parts["t2i/style"], [3.0, 3.0, 3.0])
+
+
+class Reader(VisionLanguageModel):
+    """Answers as UnifiedReward does, by what it is shown and told; `calls`: texts of each call."""
+
+    name = "reader"
+
+    def __init__(self):
+        self.calls = []
+
+    def ask(self, question):
+        return self._answer(question)
+
+    def ask_all(self, questions):
+        self.calls.append([question.messages[0]["content"][-1]["text"] for question in questions])
+        return [self._answer(question) for question in questions]
+
+    def _answer(self, question):
+        shades = [int(image[0, 0, 0]) for image in question.images]
+        if question.is_json:
+            return Answer(f'{{"score": [{sum(shades) % 26}, {shades[-1] % 20}]}}')
+        text = question.messages[0]["content"][-1]["text"]
+        scores = (shades[0] % 7, 1 + shades[0] % 3, 1 + len(text) % 5)  # of these 1 to 5 can be read
+        return Answer("".join(f"{axis} Score (1-5): {score}\n" for axis, score in zip(AXES, scores, strict=True)))
+
+
+@pytest.mark.parametrize("quality", [0.0, 0.5])
+def test_a_judge_on_the_mesh_says_what_it_says_elsewhere_and_is_asked_once_about_a_batch(quality):
+    cases = [drawing(24), edit(33, 10, 30), edit(4, 90), drawing(70), edit(24, 24)]
+    judges = UnifiedReward(Reader()), UnifiedRewardEdit(Reader(), quality)
+    expected = ProxyReward(*judges).scores(cases)
+    reward = MeshReward(*judges)
+    found = reward.scores(cases)
+    np.testing.assert_array_equal(found.values, expected.values)
+    assert 0 < np.isnan(found.values).sum() < len(cases)
+    assert found.parts.keys() == expected.parts.keys()
+    for name, part in found.parts.items():
+        np.testing.assert_array_equal(part, expected.parts[name])
+    assert [len(call) for call in judges[0].model.calls] == [5]
+    assert [len(call) for call in judges[1].model.calls] == [4 * (1 + bool(quality))]
+    assert len(reward.scores([]).values) == 0
+    simple = MeshReward(judges[0]).scores(cases)
+    np.testing.assert_array_equal(simple.values, LastTextReward(judges[0]).scores(cases).values)
+    assert judges[0].model.calls[-1][0].endswith("Text Caption: [said]")
+
+
+def test_rewards_on_the_mesh_are_not_mixed_with_others():
+    there = MeshReward(UnifiedReward(Reader()))
+    assert WeightedReward({"one": (1.0, there), "two": (0.5, there)}).is_on_mesh
+    with pytest.raises(UsageError, match="not mixed"):
+        WeightedReward({"one": (1.0, there), "two": (1.0, LastTextReward(Judge()))})
+
+
+def test_scores_travel_whole():
+    scores = Scores(np.array([0.1, np.nan, 1 / 3]), {"t2i": np.array([np.inf, np.nan, 2.0])})
+    found = Scores.from_json(json.loads(json.dumps(scores.to_json())))
+    np.testing.assert_array_equal(found.values, scores.values)
+    np.testing.assert_array_equal(found.parts["t2i"], scores.parts["t2i"])
 
 
 def test_what_cannot_be_read_is_never_zero():

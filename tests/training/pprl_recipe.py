@@ -5,17 +5,18 @@ from pathlib import Path
 
 from clvr_jax.training import pprl
 from clvr_jax.training.pprl_step import PPRLConfig
-from tests.training.pprl_toy import changed, make_task
+from tests.training.pprl_toy import changed, judged_on_the_mesh, make_task
 
 fit = pprl.fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """dataset: of trajectories with proxy prompts."""
+    """dataset: of trajectories with proxy prompts. judge: folder of a Qwen3-VL; none if it is empty."""
 
     train: PPRLConfig = dataclasses.field(default_factory=changed)
     dataset: Path = Path()
+    judge: str = ""
 
 
 CONFIG = Config()
@@ -23,4 +24,5 @@ CONFIG = Config()
 
 def task(config):
     """The run as `fit` takes it."""
-    return make_task(config.dataset, config.train)
+    reward = judged_on_the_mesh(config.judge) if config.judge else None
+    return make_task(config.dataset, config.train, reward)

@@ -1,17 +1,24 @@
 """PPRL of a policy that is one matrix, on real trajectory steps: everything of the loop, at no cost."""
 
 import dataclasses
+import zlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.diffusion import euler_solve
-from clvr_jax.rewards import Scores
+from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.providers.local import MeshVisionLanguageModel
+from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards.unified_reward import Inquiry
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.diffusion_nft import FlowNoising
 from clvr_jax.training.pprl import PPRLTask
@@ -44,7 +51,7 @@ def make_dataset(folder, count=12):
     return folder
 
 
-class Brightness:
+class Brightness(Reward):
     """Likes bright pictures; some are spoiled by their place among all that were ever judged."""
 
     def __init__(self, spoil=lambda case, value: value):
@@ -54,6 +61,42 @@ class Brightness:
         self.cases += cases
         values = np.array([self.spoil(case, float(np.mean(case.picture)) / 255) for case in cases])
         return Scores(values, {"brightness": values})
+
+
+def small_qwen3_vl(folder):
+    """The shipped controller with fewer blocks and new weights."""
+    chat = Qwen3VLPipeline.from_pretrained(SHIPPED / "shapes-tiny" / "controller")
+    sizes = chat.model.config
+    text = dataclasses.replace(sizes.text, num_hidden_layers=2)
+    vision = dataclasses.replace(sizes.vision, depth=2, deepstack_visual_indexes=(0,))
+    model = Qwen3VL(dataclasses.replace(sizes, text=text, vision=vision), rngs=nnx.Rngs(0))
+    Qwen3VLPipeline(model, chat.tokenizer, chat.image_processor).save_pretrained(folder)
+    return folder
+
+
+def _weighed(inquiry):
+    """A mark for whatever is said: a model that knows nothing says nothing that UnifiedReward would read."""
+
+    def read(answers):
+        return Marks(sum(zlib.crc32(answer.encode()) for answer in answers) % 1000 / 1000)
+
+    return Inquiry(inquiry.questions, read)
+
+
+class _Pictures(UnifiedReward):
+    def inquiry(self, *given):
+        return _weighed(super().inquiry(*given))
+
+
+class _Edits(UnifiedRewardEdit):
+    def inquiry(self, *given):
+        return _weighed(super().inquiry(*given))
+
+
+def judged_on_the_mesh(folder):
+    """Both judges are a Qwen3-VL of a folder, on the active layout."""
+    model = MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(folder), "judge", batch=8)
+    return MeshReward(_Pictures(model, max_tokens=4), _Edits(model, max_tokens=4))
 
 
 def backbone():

@@ -184,7 +184,7 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
         assert (recipe.program is None) == (name == "pprl_shapes")
     with pytest.raises(ClvrError, match="--model says what to begin with"):
         pprl_flux2.task(pprl_flux2.CONFIG)
-    with pytest.raises(ClvrError, match="--reward-url says where"):
+    with pytest.raises(ClvrError, match="or --reward-url, where it is served"):
         pprl_flux2.task(dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft"))
     with pytest.raises(ClvrError, match="no trajectory dataset here"):
         pprl_shapes.task(dataclasses.replace(pprl_shapes.CONFIG, dataset=tmp_path))

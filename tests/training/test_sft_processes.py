@@ -9,11 +9,9 @@ from flax import nnx
 
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from tests.data.simulated import simulated
+from tests.training.pprl_toy import small_qwen3_vl
 from tests.training.test_interruptions import ROOT, losses, run
 
 ALONE = [sys.executable, "-m", "clvr_jax.cli", "train"]
@@ -49,19 +47,9 @@ def small_drawer(folder):
     return folder
 
 
-def small_controller(folder):
-    chat = Qwen3VLPipeline.from_pretrained(SHIPPED / "shapes-tiny" / "controller")
-    sizes = chat.model.config
-    text = dataclasses.replace(sizes.text, num_hidden_layers=2)
-    vision = dataclasses.replace(sizes.vision, depth=2, deepstack_visual_indexes=(0,))
-    model = Qwen3VL(dataclasses.replace(sizes, text=text, vision=vision), rngs=nnx.Rngs(0))
-    Qwen3VLPipeline(model, chat.tokenizer, chat.image_processor).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("recipe", "model"), [("flux2_sft", small_drawer), ("qwen3_vl_sft", small_controller)], indirect=["model"]
+    ("recipe", "model"), [("flux2_sft", small_drawer), ("qwen3_vl_sft", small_qwen3_vl)], indirect=["model"]
 )
 def test_two_processes_of_two_devices_train_as_one_device_does(dataset, tmp_path, recipe, model):
     options = [str(ROOT / "configs" / f"{recipe}.py"), *OPTIONS, "--model", str(model), "--dataset", str(dataset)]
