@@ -26,7 +26,7 @@ from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Component, Conversion, Format, Piece
 from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
 
-_TILE, _SPACE = (128, 512), 8
+_TILE, _LINE = (512, 8192), 64
 _LARGE_BYTES = 256 * 2**20
 _WORKERS = 3
 
@@ -94,7 +94,7 @@ def _converted(
         values = buffers("values", shape_in(piece, to), piece.spec.dtype)
         filled = _seen_as(component.source, values, piece, to)
         for rows, block in component.read(piece, partial(buffers, "source")):
-            _copy(block, filled[rows] if filled.ndim else filled)
+            _copy(block, filled[rows] if filled.ndim else filled, buffers)
         has_nan = _has_nan(values)
         write(piece, values)
         memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
@@ -161,7 +161,7 @@ def _seen_as(source: Format, values: np.ndarray, piece: Piece, to: Format) -> np
     return values if source == to else layout.to_torch(values) if to == "jax" else layout.from_torch(values)
 
 
-def _copy(values: np.ndarray, target: np.ndarray) -> None:
+def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
     """Copies, casting if the types differ."""
     if values.dtype == target.dtype:
         # As integers: a bfloat16 is of a type that NumPy does not know, and copied one by one.
@@ -169,10 +169,12 @@ def _copy(values: np.ndarray, target: np.ndarray) -> None:
     if values.ndim != 2 or target.flags.c_contiguous:
         np.copyto(target, values, casting="unsafe")
         return
-    # A matrix is turned over in tiles, by way of a small copy whose rows do not fall on the same lines of the cache:
-    # twenty times as fast as in one go.
+    # A matrix is turned over some rows at a time, by way of a copy of them in large pages whose rows are an odd number
+    # of cache lines apart: columns then meet neither the same lines nor many pages. Thirty times as fast as in one go.
     rows, columns = _TILE
-    spaced = np.empty((rows, columns + _SPACE), values.dtype)
+    width = min(columns, values.shape[1]) * values.dtype.itemsize
+    distance = (width // _LINE + 1 | 1) * _LINE // values.dtype.itemsize
+    spaced = buffers("spaced", (min(rows, len(values)), distance), values.dtype)
     for row in range(0, values.shape[0], rows):
         for column in range(0, values.shape[1], columns):
             tile = np.s_[row : row + rows, column : column + columns]
