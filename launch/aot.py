@@ -31,6 +31,16 @@ configs/qwen3_vl_sft.py --batch-size 256 --topology v5e-256
 configs/qwen3_vl_sft.py --batch-size 64 --topology v5p-128
 configs/qwen3_vl_sft.py --batch-size 256 --topology v6e-256
 configs/flux2_sample.py --preset klein-4b --topology v6e-8
+configs/pprl_flux2.py --preset klein-4b --planned rollout --topology v6e-16
+configs/pprl_flux2.py --preset klein-4b --planned rollout --topology v5p-32
+configs/pprl_flux2.py --preset klein-4b --planned update --topology v6e-16
+configs/pprl_flux2.py --preset klein-4b --planned update --topology v5p-32
+configs/pprl_flux2.py --preset klein-9b --planned rollout --topology v6e-16
+configs/pprl_flux2.py --preset klein-9b --planned rollout --topology v5p-32
+configs/pprl_flux2.py --preset klein-9b --planned update --topology v6e-16
+configs/pprl_flux2.py --preset klein-9b --planned update --topology v5p-32
+configs/pprl_flux2.py --planned reward --topology v6e-16
+configs/pprl_flux2.py --planned reward --topology v5p-32
 """
 _HEADER = ("recipe and options", "slice", "mesh", "memory of a chip", "sent by a chip", "step", "utilization", "HLO")
 

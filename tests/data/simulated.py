@@ -6,6 +6,9 @@ from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
 from clvr_jax.reasoning.actions import strip_action
 
+TWO_PICTURES = (10, 23, 31, 52)
+"""Seeds of trajectories with two pictures and texts of like lengths: few programs to compile."""
+
 
 def simulated(seed: int) -> Trajectory:
     """A trajectory of the oracle with a drawer that sometimes errs."""

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from clvr_jax.convert.rules import Table, state_from_torch
@@ -37,7 +39,11 @@ def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
+def load_tensors(model: nnx.Module, tensors: dict[str, np.ndarray], table: Table) -> None:
+    """Fills a module, of which shapes are enough, with PyTorch tensors, through the conversion table."""
+    nnx.update(model, jax.tree.map(jnp.asarray, state_from_torch(tensors, nnx.state(model), table)))
+
+
 def load_state(model: nnx.Module, reference: torch.nn.Module, table: Table) -> None:
-    """Copies the weights of a PyTorch module into ours, through the conversion table."""
-    tensors = {key: tensor.numpy() for key, tensor in reference.state_dict().items()}
-    nnx.update(model, state_from_torch(tensors, nnx.state(model), table))
+    """Copies the weights of a PyTorch module into ours; see `load_tensors`."""
+    load_tensors(model, {key: tensor.numpy() for key, tensor in reference.state_dict().items()}, table)

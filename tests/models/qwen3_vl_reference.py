@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from clvr_jax.convert.qwen3_vl import TABLE, config_to_dict
-from clvr_jax.convert.rules import state_from_torch
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
@@ -15,7 +14,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_positions import Grids, merged_tokens
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
-from tests.models.parity import randomise
+from tests.models.parity import load_tensors, randomise
 
 SMALL = Qwen3VLConfig(
     text=Qwen3VLTextConfig(
@@ -50,8 +49,8 @@ def make_pair(config: Qwen3VLConfig = SMALL, seed: int = 0) -> tuple[Qwen3VL, Qw
     """Ours and transformers' with the same random weights."""
     reference_config = ReferenceConfig(**config_to_dict(config), attn_implementation="eager")
     reference = randomise(Qwen3VLForConditionalGeneration(reference_config), seed)
-    model = Qwen3VL(config, rngs=nnx.Rngs(0))
-    nnx.update(model, state_from_torch(checkpoint_of(reference), nnx.state(model), TABLE))
+    model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
+    load_tensors(model, checkpoint_of(reference), TABLE)
     return model, reference
 
 

@@ -19,7 +19,7 @@ SMALL = AutoencoderKLConfig(block_out_channels=(16, 32, 48), latent_channels=6, 
 
 def make_pair(config):
     reference = randomise(diffusers.AutoencoderKL.from_config(config_to_dict(config)))
-    model = AutoencoderKL(config, rngs=nnx.Rngs(0))
+    model = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
     load_state(model, reference, TABLE)
     return model, reference
 

@@ -7,12 +7,12 @@ import transformers
 from clvr_jax.convert.clip_text import TABLE, config_from_dict, config_to_dict, published_names
 from clvr_jax.convert.families import CLIP_TEXT, CLIP_TEXT_PROJECTED
 from clvr_jax.convert.models import save_model
-from clvr_jax.convert.rules import check_keys, entries, state_from_torch, state_to_torch
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
-from tests.models.parity import TOLERANCE, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_tensors, randomise, relative_error
 
 EOS = 90
 SMALL = CLIPTextConfig(
@@ -43,8 +43,8 @@ def tensors_of(reference):
 
 def make_pair(config):
     reference = randomise(make_reference(config))
-    model = CLIPText(config, rngs=nnx.Rngs(0))
-    nnx.update(model, state_from_torch(tensors_of(reference), nnx.state(model), TABLE))
+    model = nnx.eval_shape(lambda: CLIPText(config, rngs=nnx.Rngs(0)))
+    load_tensors(model, tensors_of(reference), TABLE)
     return model, reference
 
 

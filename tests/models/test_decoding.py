@@ -180,7 +180,7 @@ def test_requests_that_make_no_sense_are_refused():
 
 def test_a_bfloat16_model_decodes(pair):
     trained, _ = pair
-    model = Qwen3VL(trained.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
+    model = nnx.eval_shape(lambda: Qwen3VL(trained.config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
     nnx.update(model, nnx.state(trained))
     prompts = batch_conversations(make_conversations([SQUARE], [8]), **PLACES)
     tokens = generate(model, prompts, max_new_tokens=4).tokens_bn

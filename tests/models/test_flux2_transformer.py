@@ -39,7 +39,7 @@ def make_reference(config):
 
 def make_pair(config, **options):
     reference = make_reference(config)
-    model = Flux2Transformer(config, rngs=nnx.Rngs(0), **options)
+    model = nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0), **options))
     load_state(model, reference, TABLE)
     return model, reference
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 import transformers
 from clvr_jax.convert.qwen3 import TABLE, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, state_from_torch, state_to_torch
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_layers import empty_cache, inverse_frequencies
-from tests.models.parity import TOLERANCE, load_state, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, load_tensors, randomise, relative_error
 
 SMALL = Qwen3Config(
     vocab_size=97,
@@ -45,10 +45,10 @@ def torch_shapes(reference):
 
 def make_pair(config, **options):
     reference = randomise(make_reference(config))
-    model = Qwen3(config, rngs=nnx.Rngs(0), **options)
+    model = nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), **options))
     if config.tie_word_embeddings:
         model_state = {key: tensor for key, tensor in reference.state_dict().items() if key != "lm_head.weight"}
-        nnx.update(model, state_from_torch({k: v.numpy() for k, v in model_state.items()}, nnx.state(model), TABLE))
+        load_tensors(model, {key: tensor.numpy() for key, tensor in model_state.items()}, TABLE)
     else:
         load_state(model, reference, TABLE)
     return model, reference

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from clvr_jax.convert.qwen3_vl import TABLE, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_from_torch, state_to_torch
+from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
@@ -23,7 +23,7 @@ from clvr_jax.models.qwen3_vl_positions import (
     merged_tokens,
     mrope_positions,
 )
-from tests.models.parity import TOLERANCE, relative_error
+from tests.models.parity import TOLERANCE, load_tensors, relative_error
 from tests.models.qwen3_vl_reference import (
     SMALL,
     checkpoint_of,
@@ -122,8 +122,8 @@ def test_an_untied_head_and_text_alone():
 def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
     torch.manual_seed(0)
     reference = Qwen3VLForConditionalGeneration(ReferenceConfig(**config_to_dict(SMALL))).eval()
-    model = Qwen3VL(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16)
-    nnx.update(model, state_from_torch(checkpoint_of(reference), nnx.state(model), TABLE))
+    model = nnx.eval_shape(lambda: Qwen3VL(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
+    load_tensors(model, checkpoint_of(reference), TABLE)
     ids, patches = conversation(np.random.default_rng(2), ODD, 11)
     inputs = reference_inputs(np.array([ids]), patches, ODD)
     ours = compiled(model, **batch_conversations([Conversation(ids, patches, ODD)], **MROPE, length_multiple=1))
@@ -204,7 +204,7 @@ def test_logits_at_chosen_positions(pair):
 @pytest.mark.parametrize("remat", ["dots", "attention", "full"])
 def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
     trained, reference = pair
-    model = Qwen3VL(SMALL, rngs=nnx.Rngs(0), remat=remat)
+    model = nnx.eval_shape(lambda: Qwen3VL(SMALL, rngs=nnx.Rngs(0), remat=remat))
     nnx.update(model, nnx.state(trained))
     ids, patches = conversation(np.random.default_rng(9), ODD[:3], 8)
     batch = batch_conversations([Conversation(ids, patches, ODD[:3])], **MROPE, length_multiple=1)

@@ -16,6 +16,7 @@ from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.grammar import vocabulary
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place, sample_scene_random
+from tests.conftest import OPTIMIZED
 
 FOLDER = SHIPPED / "shapes-tiny"
 
@@ -24,7 +25,7 @@ FOLDER = SHIPPED / "shapes-tiny"
 def test_scenes_survive_the_autoencoder():
     """2,000 scenes, held-out pairs among them, are read back exactly from what the decoder makes of their latents."""
     vae = load_vae(FOLDER / "vae")
-    reconstruct = jax.jit(lambda images: vae.decode_tokens(vae.encode_tokens(images)))
+    reconstruct = jax.jit(lambda images: vae.decode_tokens(vae.encode_tokens(images)), compiler_options=OPTIMIZED)
     rng = np.random.default_rng(2_000)
     exact = 0
     for _ in range(20):

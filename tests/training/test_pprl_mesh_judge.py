@@ -88,10 +88,10 @@ def test_its_proxies_may_be_written_live(dataset, judge, alone, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_judge_together(dataset, judge, alone, tmp_path):
-    cluster = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "2"]
+    cluster = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "1"]
     command = [*cluster, str(Path(__file__).with_name("pprl_recipe.py")), "--out", str(tmp_path / "run")]
     options = ["--dataset", str(dataset), "--judge", str(judge), "--train.epochs", str(EPOCHS)]
-    mesh = ["--train.mesh.devices", "None", "--train.mesh.fsdp", "4"]
+    mesh = ["--train.mesh.devices", "None", "--train.mesh.fsdp", "2"]
     done = subprocess.run(
         [*command, *options, *mesh],
         capture_output=True,

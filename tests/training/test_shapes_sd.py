@@ -23,8 +23,8 @@ ONE_DEVICE = MeshConfig(devices=1)
 
 @pytest.mark.slow
 def test_the_export_draws_the_same_here_and_in_diffusers(tmp_path):
-    train = TrainConfig(steps=2, log_every=1, mesh=ONE_DEVICE)
-    config = dataclasses.replace(shapes_sd.CONFIG, train=train, batch_size=8)
+    train = TrainConfig(steps=1, log_every=1, mesh=ONE_DEVICE)
+    config = dataclasses.replace(shapes_sd.CONFIG, train=train, batch_size=2)
     fit(shapes_sd.task(config), train, tmp_path)
     folder = str(tmp_path / "export")
     ours, theirs = SDXLPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline.from_pretrained(folder)
