@@ -170,7 +170,8 @@ def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
         np.copyto(target, values, casting="unsafe")
         return
     # A matrix is turned over some rows at a time, by way of a copy of them in large pages whose rows are an odd number
-    # of cache lines apart: columns then meet neither the same lines nor many pages. Thirty times as fast as in one go.
+    # of cache lines apart: columns then meet neither the same lines nor many pages. Four to six times as fast as in one
+    # go.
     rows, columns = _TILE
     width = min(columns, values.shape[1]) * values.dtype.itemsize
     distance = (width // _LINE + 1 | 1) * _LINE // values.dtype.itemsize

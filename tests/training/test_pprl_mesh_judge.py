@@ -73,7 +73,7 @@ def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge
     )
 
 
-def test_its_proxies_may_be_written_live(dataset, judge, alone, tmp_path):
+def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
     """Those of the dataset, but for a step of which the teacher says nothing of use."""
     lost = make_task(dataset).steps.chosen(0, changed().groups, changed().seed)[0]
 
