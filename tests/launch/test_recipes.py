@@ -207,9 +207,9 @@ def test_options_named_in_the_guide_exist(capsys, monkeypatch):
     with pytest.raises(SystemExit):
         parse(["train", str(ROOT / "configs" / "flux2_sft.py"), "--help"])
     known = set(re.findall(r"--[a-z0-9.-]+", capsys.readouterr().out)) | WHO
-    # Of sbatch, docker, xpk, sky and tensorboard; and of `clvr plan`.
+    # Of sbatch, docker, xpk, sky and tensorboard; of `clvr plan`; and of `configs/pprl_flux2.py`.
     others = {"--requeue", "--build-arg", "--output-manifest-file", "--env", "--logdir"}
-    plan = {"--search", "--dollars-per-chip-hour"}
+    plan = {"--search", "--dollars-per-chip-hour", "--planned"}
     named = {option for code in code_lines(GUIDE)[1] for option in re.findall(r"--[a-z0-9.-]+", code)}
     assert "--train.save-minutes" in named
     assert named - known == others | plan | {"--train.mesh"}  # the last: all of its options
