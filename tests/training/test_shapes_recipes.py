@@ -53,7 +53,7 @@ def base(tmp_path_factory):
 
 @pytest.mark.slow
 def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
-    train = TrainConfig(steps=80, learning_rate=1.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
+    train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
     config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
     task = shapes_text_encoder.task(config)
     kinds = (shapes_base.Kind(1.0, 32, shapes_base.planned_example),)
@@ -68,7 +68,7 @@ def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
         data = shapes_text_encoder.batch(step, 0, tokenizer, kinds)
         state, metrics = train_step(state, task.frozen, data)
     # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
-    assert metrics["object_accuracy"] > 0.55
+    assert metrics["object_accuracy"] > 0.6
 
 
 def test_the_contents_of_a_picture_are_those_of_its_scene():
