@@ -50,7 +50,7 @@ def prompts(config: Config) -> Iterator[PromptItem]:
 
 
 def evaluation_prompts(config: Config) -> Iterator[str]:
-    """Both sets."""
+    """Yields the prompts of all evaluation sets."""
     for name in EVALUATION_SETS:
         yield from (metadata["prompt"] for metadata in shapes_evaluation_prompts(name))
 

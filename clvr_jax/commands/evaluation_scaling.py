@@ -41,7 +41,7 @@ class EvalScaling:
     """Who plans and judges: the model's own, or the oracle of the shapes world."""
     max_steps: int = 8
     """The largest budget, in drawings."""
-    split: Literal["eval", "complex", "dense"] = "complex"
+    split: Literal["eval", "complex", "dense", "second"] = "complex"
     """See clvr eval shapes."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Prompts of your own in GenEval's metadata format, instead of a split."""

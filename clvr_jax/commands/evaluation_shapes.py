@@ -24,8 +24,9 @@ class EvalShapes:
     system: Systems
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Folder for the pictures in GenEval's layout and results.json."""
-    split: Literal["eval", "complex", "dense"] = "eval"
-    """eval: 553 prompts with GenEval's tags. complex: 300 prompts with 3 to 6 objects. dense: 300 with 7 to 9."""
+    split: Literal["eval", "complex", "dense", "second"] = "eval"
+    """eval: 553 prompts with GenEval's tags. complex: 300 prompts with 3 to 6 objects. dense: 300 with 7 to 9.
+    second: 300 with 3 to 6, worded by a grammar that is not used for training."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
     """Prompts of your own in GenEval's metadata format, instead of a split."""
     limit: Count = None

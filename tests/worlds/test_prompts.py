@@ -19,38 +19,46 @@ from clvr_jax.worlds.shapes.prompts import (
     train_prompt,
     write_prompts,
 )
+from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES
 
 
 def test_evaluation_sets_have_genevals_proportions_and_no_duplicates() -> None:
-    evaluation, hard, dense = (evaluation_prompts(name) for name in EVALUATION_SETS)
+    assert EVALUATION_SETS == ("eval", "complex", "dense", "second")
+    evaluation, hard, dense, second = map(evaluation_prompts, EVALUATION_SETS)
     assert Counter(metadata["tag"] for metadata in evaluation) == EVAL_COUNTS
     assert len(evaluation) == 553
     assert Counter(metadata["tier"] for metadata in hard) == dict.fromkeys((3, 4, 5, 6), 75)
     assert Counter(metadata["tier"] for metadata in dense) == dict.fromkeys((7, 8, 9), 100)
-    texts = [metadata["prompt"].lower() for metadata in evaluation + hard + dense]
+    assert Counter(metadata["tier"] for metadata in second) == dict.fromkeys((3, 4, 5, 6), 75)
+    texts = [metadata["prompt"].lower() for metadata in evaluation + hard + dense + second]
     assert len(set(texts)) == len(texts)
-    assert len({canonical_key(metadata) for metadata in hard + dense}) == len(hard + dense)
-    for metadata in evaluation + hard + dense:
+    requests = [canonical_key(metadata) for metadata in hard + dense + second]
+    assert len(set(requests)) == len(requests)
+    for metadata in evaluation + hard + dense + second:
         assert parse_metadata(metadata) == metadata
 
 
 def test_a_third_of_the_evaluation_names_held_out_pairs_in_all_phrasings() -> None:
-    for metadata_set in map(evaluation_prompts, EVALUATION_SETS):
-        colored = [metadata for metadata in metadata_set if metadata["tag"] not in ("single_object", "two_object")]
+    for name in EVALUATION_SETS:
+        colored = [
+            metadata for metadata in evaluation_prompts(name) if metadata["tag"] not in ("single_object", "two_object")
+        ]
         for tag in {metadata["tag"] for metadata in colored}:
             mine = [metadata for metadata in colored if metadata["tag"] == tag]
             held_out = [metadata for metadata in mine if has_held_out_pair(metadata)]
             assert len(held_out) == pytest.approx(len(mine) / 3, abs=2)
-            assert {metadata["phrasing"] for metadata in held_out} == set(range(len(PHRASINGS[tag])))
+            assert {metadata["phrasing"] for metadata in held_out} == set(
+                range(NUM_STYLES if name == "second" else len(PHRASINGS[tag]))
+            )
 
 
 def test_evaluation_sets_are_the_same_in_another_process() -> None:
     code = (
         "import json; from clvr_jax.worlds.shapes.prompts import evaluation_prompts as e;"
-        "print(json.dumps([e('dense'), e('complex'), e('eval')]))"
+        "print(json.dumps([e('second'), e('dense'), e('complex'), e('eval')]))"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert json.loads(out) == [evaluation_prompts(name) for name in ("dense", "complex", "eval")]
+    assert json.loads(out) == [evaluation_prompts(name) for name in ("second", "dense", "complex", "eval")]
 
 
 def test_changing_a_returned_set_changes_nothing() -> None:
@@ -60,7 +68,7 @@ def test_changing_a_returned_set_changes_nothing() -> None:
 
 def test_training_prompts_never_meet_the_evaluation() -> None:
     rng = np.random.default_rng(0)
-    everything = evaluation_prompts("eval") + evaluation_prompts("complex")
+    everything = evaluation_prompts("eval") + evaluation_prompts("complex") + evaluation_prompts("second")
     texts = {" ".join(words(metadata["prompt"])) for metadata in everything}
     keys = {canonical_key(metadata) for metadata in everything if metadata["tag"] == "complex"}
     tags: Counter[str] = Counter()
@@ -103,7 +111,7 @@ def test_training_weights_are_obeyed_and_checked() -> None:
 
 
 def test_unknown_sets_are_refused() -> None:
-    with pytest.raises(ClvrError, match="unknown set 'test'; known: eval, complex, dense"):
+    with pytest.raises(ClvrError, match="unknown set 'test'; known: eval, complex, dense, second"):
         evaluation_prompts("test")
 
 

@@ -134,7 +134,7 @@ def sample_metadata(
     if tier is not None and (tag != "complex" or tier not in TIERS + DENSE_TIERS):
         raise ClvrError(f"sample_metadata: tier {tier!r} needs the tag complex and one of {TIERS + DENSE_TIERS}")
     if tag == "complex":
-        metadata = _sample_complex(rng, _pick(rng, TIERS) if tier is None else tier, allow_held_out)
+        metadata = sample_complex(rng, _pick(rng, TIERS) if tier is None else tier, allow_held_out)
     else:
         metadata = _sample_simple(rng, tag, allow_held_out)
     metadata["phrasing"] = _phrasing_index(rng, tag, phrasing)
@@ -191,7 +191,7 @@ def _sample_simple(rng: np.random.Generator, tag: str, allow_held_out: bool) -> 
     return metadata
 
 
-def _sample_complex(rng: np.random.Generator, tier: int, allow_held_out: bool) -> Metadata:
+def sample_complex(rng: np.random.Generator, tier: int, allow_held_out: bool) -> Metadata:
     """Draws an arrangement first and then says true things about it, so that the result is satisfiable."""
     while True:
         include = _describe_arrangement(rng, tier, allow_held_out)

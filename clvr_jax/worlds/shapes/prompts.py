@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, TIERS, sample_metadata, words
+from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, TIERS, sample_complex, sample_metadata, words
 from clvr_jax.worlds.shapes.metadata import TAGS, Metadata, canonical_key, has_held_out_pair, parse_metadata
+from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES, second_phrase
 
-EVALUATION_SETS = ("eval", "complex", "dense")
+EVALUATION_SETS = ("eval", "complex", "dense", "second")
 EVAL_COUNTS = {
     "single_object": 80,
     "two_object": 99,
@@ -27,6 +28,7 @@ EVAL_COUNTS = {
 """Prompts per tag in the set "eval", as many as GenEval has."""
 COMPLEX_PER_TIER = 75
 DENSE_PER_TIER = 100
+SECOND_PER_TIER = 75
 TRAIN_WEIGHTS: dict[str, float] = {
     "single_object": 0.04,
     "two_object": 0.08,
@@ -37,7 +39,7 @@ TRAIN_WEIGHTS: dict[str, float] = {
     "complex": 0.45,
 }
 # Changing a seed, the grammar or the sampling changes the evaluation sets, and with them the meaning of old scores.
-_SEEDS = {"eval": 553, "complex": 300, "dense": 789}
+_SEEDS = {"eval": 553, "complex": 300, "dense": 789, "second": 2026}
 _HELD_OUT_EVERY = 3
 
 
@@ -49,8 +51,11 @@ def evaluation_prompts(name: str) -> list[Metadata]:
 
     Args:
       name: "eval" (553 prompts, GenEval's tags in GenEval's proportions), "complex" (300: 75 for each of 3, 4, 5 and
-        6 objects, with "tier") or "dense" (300: 100 for each of 7, 8 and 9 objects, which fill the canvas).
-    Returns: a new list, the same in every process; all prompts differ, and in "complex" and "dense" all requests.
+        6 objects, with "tier"), "dense" (300: 100 for each of 7, 8 and 9 objects, which fill the canvas) or "second"
+        (300: 75 for each of 3, 4, 5 and 6 objects, worded by `second_grammar`, which is not used for training;
+        "phrasing" is the style).
+    Returns: a new list, the same in every process; all prompts differ, and in "complex", "dense" and "second" all
+        requests.
     """
     if name not in EVALUATION_SETS:
         raise ClvrError(f"evaluation_prompts: unknown set {name!r}; known: {', '.join(EVALUATION_SETS)}")
@@ -60,6 +65,8 @@ def evaluation_prompts(name: str) -> list[Metadata]:
 @functools.cache
 def _evaluation_set(name: str) -> list[Metadata]:
     rng = np.random.default_rng(_SEEDS[name])
+    if name == "second":
+        return _second_set(rng)
     plan: list[tuple[str, int | None, int]]
     if name == "eval":
         plan = [(tag, None, count) for tag, count in EVAL_COUNTS.items()]
@@ -75,12 +82,51 @@ def _evaluation_set(name: str) -> list[Metadata]:
             held_out = tag not in ("single_object", "two_object") and index % _HELD_OUT_EVERY == 0
             while True:
                 metadata = sample_metadata(rng, tag, tier, allow_held_out=held_out, phrasing=phrasing)
-                keys = {_text_key(metadata)} | ({canonical_key(metadata)} if tag == "complex" else set())
+                keys = _keys(metadata)
                 if has_held_out_pair(metadata) == held_out and not keys & seen:
                     break
             seen |= keys
             chosen.append(metadata)
     return chosen
+
+
+def _second_set(rng: np.random.Generator) -> list[Metadata]:
+    """Samples the set "second".
+
+    Half of the prompts must repeat a color and a shape, and have three relations or more if they have five or six
+    objects; a quarter must have a group, such as "two red stars". Other prompts may have all of this, too.
+    """
+    chosen: list[Metadata] = []
+    others = [metadata for name in EVALUATION_SETS if name != "second" for metadata in _evaluation_set(name)]
+    seen = {key for metadata in others for key in _keys(metadata)}
+    for tier in TIERS:
+        for index in range(SECOND_PER_TIER):
+            held_out, kind = index % _HELD_OUT_EVERY == 0, int(rng.integers(4))
+            style = len(chosen) % NUM_STYLES
+            while True:
+                metadata = sample_complex(rng, tier, allow_held_out=held_out)
+                if has_held_out_pair(metadata) != held_out or not _is_of_kind(metadata, kind):
+                    continue
+                metadata["prompt"], metadata["phrasing"] = second_phrase(metadata, rng, style)
+                if not _keys(metadata) & seen:
+                    break
+            seen |= _keys(metadata)
+            chosen.append(metadata)
+    return chosen
+
+
+def _is_of_kind(metadata: Metadata, kind: int) -> bool:
+    """0 and 1: repeats a color and a shape, with three relations if five objects or more; 2: has a group; 3: any."""
+    include = metadata["include"]
+    if kind < 2:
+        repeats = all(len({item[key] for item in include}) < len(include) for key in ("color", "class"))
+        return repeats and (metadata["tier"] < 5 or sum("position" in item for item in include) >= 3)
+    return kind > 2 or any(item["count"] > 1 for item in include)
+
+
+def _keys(metadata: Metadata) -> set[str]:
+    """What no other prompt may share: the text, and the request of a complex prompt."""
+    return {_text_key(metadata)} | ({canonical_key(metadata)} if metadata["tag"] == "complex" else set())
 
 
 def _text_key(metadata: Metadata) -> str:
@@ -90,9 +136,7 @@ def _text_key(metadata: Metadata) -> str:
 @functools.cache
 def _reserved() -> frozenset[str]:
     """Texts of all evaluation prompts and canonical requests of the complex ones."""
-    everything = [metadata for name in EVALUATION_SETS for metadata in _evaluation_set(name)]
-    texts = {_text_key(metadata) for metadata in everything}
-    return frozenset(texts | {canonical_key(metadata) for metadata in everything if metadata["tag"] == "complex"})
+    return frozenset(key for name in EVALUATION_SETS for metadata in _evaluation_set(name) for key in _keys(metadata))
 
 
 def train_prompt(
@@ -111,8 +155,7 @@ def train_prompt(
     while True:
         tier = tiers[int(rng.integers(len(tiers)))] if tag == "complex" else None
         metadata = sample_metadata(rng, tag, tier)
-        taken = {_text_key(metadata)} | ({canonical_key(metadata)} if tag == "complex" else set())
-        if not taken & _reserved():
+        if not _keys(metadata) & _reserved():
             return metadata
 
 
