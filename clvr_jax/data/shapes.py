@@ -140,7 +140,7 @@ def editing_example(rng: np.random.Generator) -> Example:
     planned = plan(train_prompt(rng, {"complex": 0.7, "counting": 0.15, "color_attr": 0.15}), rng)
     while True:
         start = Canvas(_scene([item for item in planned if rng.random() < 0.6], rng))
-        canvas = _spoiled(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
+        canvas = spoiled_canvas(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
         wanted = compare(planned, canvas.reading()).edits
         if wanted:
             break
@@ -185,7 +185,7 @@ def simulate_trajectory(
         perfect = canvas = _edited(canvas, edits, rng)
         if rng.random() < error_rate:
             touched = tuple(edit.cell for edit in edits) if rng.random() < 0.7 else CELLS
-            canvas = _spoiled(perfect, rng, errors=1 + int(rng.random() < 0.2), cells=touched)
+            canvas = spoiled_canvas(perfect, rng, errors=1 + int(rng.random() < 0.2), cells=touched)
         targets.append(perfect.render())
         canvases.append(canvas.render())
         reading = canvas.reading()
@@ -218,7 +218,7 @@ def _edited(canvas: Canvas, edits: Sequence[Edit], rng: np.random.Generator) -> 
     return Canvas(edited_scene(canvas.scene, edits, rng), smudges, canvas.seed)
 
 
-def _spoiled(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
+def spoiled_canvas(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
     """The canvas with mistakes of the kinds a diffusion model makes, each in one of `cells`."""
     objects = {item.cell: item for item in canvas.scene.objects}
     smudges = set(canvas.smudges)

@@ -36,12 +36,26 @@ class Generation(NamedTuple):
     """What was decoded.
 
     tokens_bn: (b, max_new_tokens) int32, the pad token after a row's end. length_b: how many of them are the row's,
-    its stop token included. stopped_b: whether a stop token ended the row; if not, max_new_tokens did.
+    its stop token included. stopped_b: whether a stop token ended the row; if not, max_new_tokens did. logprobs: of the
+    tokens, None unless they were asked for.
     """
 
     tokens_bn: jax.Array
     length_b: jax.Array
     stopped_b: jax.Array
+    logprobs: "Logprobs | None" = None
+
+
+class Logprobs(NamedTuple):
+    """Natural logarithms of token probabilities at temperature 1, whatever temperature tokens were drawn at.
+
+    chosen_bn: (b, n) of the tokens themselves. top_bnk: (b, n, k) of the likeliest tokens, top_tokens_bnk, in falling
+    order.
+    """
+
+    chosen_bn: jax.Array
+    top_bnk: jax.Array
+    top_tokens_bnk: jax.Array
 
 
 def generate(
@@ -53,6 +67,7 @@ def generate(
     pad_token: int = 0,
     temperature: float = 0.0,
     key: jax.Array | None = None,
+    top_logprobs: int = 0,
 ) -> Generation:
     """Continues a batch of prompts until each has stopped.
 
@@ -67,6 +82,8 @@ def generate(
       pad_token: fills rows that have ended.
       temperature: 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature).
       key: random key, needed to draw. Row i has its own stream, whatever other rows there are.
+      top_logprobs: how many of the likeliest tokens of every position are returned with their probabilities; 0 returns
+        no probabilities.
     Returns: Generation.
     Raises: ClvrError for a temperature or count that makes no sense, or a missing key.
     """
@@ -88,10 +105,13 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_tokens=tuple(stop_tokens),
         pad_token=pad_token,
+        top_logprobs=top_logprobs,
     )
 
 
-@functools.partial(jax.jit, static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token"))
+@functools.partial(
+    jax.jit, static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs")
+)
 def _generate(
     state: Any,
     traced: dict[str, jax.Array],
@@ -102,6 +122,7 @@ def _generate(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     pad_token: int,
+    top_logprobs: int,
 ) -> Generation:
     model: Decoder = nnx.merge(graphdef, state)
     needed = traced["input_ids_bt"].shape[1] + max_new_tokens
@@ -116,6 +137,7 @@ def _generate(
         max_new_tokens=max_new_tokens,
         stop_tokens=stop_tokens,
         pad_token=pad_token,
+        top_logprobs=top_logprobs,
     )
 
 
@@ -128,6 +150,7 @@ def decode(
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
     pad_token: int,
+    top_logprobs: int = 0,
 ) -> Generation:
     """The loop itself, to be traced: chooses a token, reads it, until all rows have stopped or the room is used up.
 
@@ -136,7 +159,7 @@ def decode(
       logits_bv: of the first new token.
       cache: pytree, handed from step to step; max_new_tokens - 1 tokens must fit.
       choose: (logits_bv, number of the token) -> token_b int32.
-      max_new_tokens, stop_tokens, pad_token: as in `generate`.
+      max_new_tokens, stop_tokens, pad_token, top_logprobs: as in `generate`.
     Returns: Generation.
     """
     b = logits_bv.shape[0]
@@ -146,7 +169,8 @@ def decode(
         token_b = jnp.where(so_far.stopped_b, pad_token, choose(logits_bv, number))
         tokens_bn = jax.lax.dynamic_update_slice_in_dim(so_far.tokens_bn, token_b[:, None], number, axis=1)
         length_b = so_far.length_b + ~so_far.stopped_b
-        return token_b, Generation(tokens_bn, length_b, so_far.stopped_b | jnp.isin(token_b, stops))
+        logprobs = so_far.logprobs and _with_logprobs(so_far.logprobs, logits_bv, token_b, number)
+        return token_b, Generation(tokens_bn, length_b, so_far.stopped_b | jnp.isin(token_b, stops), logprobs)
 
     def unfinished(carry: tuple[jax.Array, jax.Array, Any, Generation]) -> jax.Array:
         number, _, _, so_far = carry
@@ -158,9 +182,27 @@ def decode(
         token_b, so_far = emit(number, logits_bv, so_far)
         return number + 1, token_b, cache, so_far
 
-    empty = Generation(jnp.full((b, max_new_tokens), pad_token, jnp.int32), jnp.zeros(b, jnp.int32), jnp.zeros(b, bool))
+    logprobs = None
+    if top_logprobs:
+        top = (b, max_new_tokens, top_logprobs)
+        logprobs = Logprobs(jnp.zeros((b, max_new_tokens)), jnp.zeros(top), jnp.zeros(top, jnp.int32))
+    tokens_bn = jnp.full((b, max_new_tokens), pad_token, jnp.int32)
+    empty = Generation(tokens_bn, jnp.zeros(b, jnp.int32), jnp.zeros(b, bool), logprobs)
     token_b, first = emit(jnp.int32(0), logits_bv, empty)
     return jax.lax.while_loop(unfinished, body, (jnp.int32(1), token_b, cache, first))[-1]
+
+
+def _with_logprobs(logprobs: Logprobs, logits_bv: jax.Array, token_b: jax.Array, number: jax.Array) -> Logprobs:
+    """The probabilities so far and those of token `number`."""
+    logprobs_bv = jax.nn.log_softmax(logits_bv.astype(jnp.float32))
+    top_bk, top_tokens_bk = jax.lax.top_k(logprobs_bv, logprobs.top_bnk.shape[-1])
+    new = Logprobs(jnp.take_along_axis(logprobs_bv, token_b[:, None], axis=1)[:, 0], top_bk, top_tokens_bk)
+    return Logprobs(
+        *(
+            jax.lax.dynamic_update_slice_in_dim(old, value[:, None].astype(old.dtype), number, axis=1)
+            for old, value in zip(logprobs, new, strict=True)
+        )
+    )
 
 
 def _greedy(logits_bv: jax.Array, number: jax.Array) -> jax.Array:

@@ -19,19 +19,26 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import read_json, replacing, write_json
-from clvr_jax.models.decoding import generate
+from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.reasoning.tools import Token
 from clvr_jax.sharding import on_every_host
 
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """The assistant's message, and how many tokens were read (visual ones included) and written for it."""
+    """The assistant's message, and how many tokens were read (visual ones included) and written for it.
+
+    tokens: of the text, with probabilities, None unless they were asked for. is_complete: whether the message ended by
+    itself; if not, it was cut at the limit of new tokens.
+    """
 
     text: str
     input_tokens: int
     output_tokens: int
+    tokens: tuple[Token, ...] | None = None
+    is_complete: bool = True
 
 
 class Qwen3VLPipeline:
@@ -97,8 +104,9 @@ class Qwen3VLPipeline:
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         seed: int = 0,
+        top_logprobs: int = 0,
     ) -> list[ChatAnswer]:
-        """As `chat_all`, with the numbers of tokens."""
+        """As `chat_all`, with the numbers of tokens and, for `top_logprobs` above 0, the tokens' probabilities."""
         if len(conversations) != len(images):
             raise UsageError(f"chat: {len(conversations)} conversations but pictures for {len(images)}")
         rows = [self.prepare(messages, shown) for messages, shown in zip(conversations, images, strict=True)]
@@ -122,15 +130,38 @@ class Qwen3VLPipeline:
                 pad_token=self.tokenizer.pad_token_id,
                 temperature=temperature,
                 key=jax.random.key(seed),
+                top_logprobs=top_logprobs,
             )
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
         texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
         texts = [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
+        stopped = np.asarray(answer.stopped_b)
         return [
-            ChatAnswer(text, len(row.input_ids), int(length))
-            for text, row, length in zip(texts, rows, lengths[: len(rows)], strict=True)
+            ChatAnswer(
+                texts[row],
+                len(rows[row].input_ids),
+                int(lengths[row]),
+                self._tokens(answer, row, int(lengths[row]) - int(stopped[row])) if top_logprobs else None,
+                bool(stopped[row]),
+            )
+            for row in range(len(rows))
         ]
+
+    def _tokens(self, answer: Generation, row: int, count: int) -> tuple[Token, ...]:
+        """The first `count` tokens of a row, each with the likeliest ones in its place."""
+        assert answer.logprobs is not None
+        ids, chosen = np.asarray(answer.tokens_bn)[row], np.asarray(answer.logprobs.chosen_bn)[row]
+        top_ids = np.asarray(answer.logprobs.top_tokens_bnk)[row]
+        top = np.asarray(answer.logprobs.top_bnk)[row]
+        return tuple(
+            Token(
+                self.tokenizer.decode([ids[n]]),
+                float(chosen[n]),
+                {self.tokenizer.decode([token]): float(p) for token, p in zip(top_ids[n], top[n], strict=True)},
+            )
+            for n in range(count)
+        )
 
     def prepare(
         self,

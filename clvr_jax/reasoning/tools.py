@@ -4,7 +4,7 @@ Every call is one question and blocks until it is answered; calls may come from 
 is faster with several at a time gathers them itself (`batching.Gathered`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
@@ -63,13 +63,27 @@ class Usage:
 
 
 @dataclass(frozen=True)
+class Token:
+    """One token of an answer.
+
+    text: as it stands in the answer. logprob: natural logarithm of its probability. top: text -> logprob of the
+    likeliest tokens at its position, the chosen one among them if it is one of them.
+    """
+
+    text: str
+    logprob: float
+    top: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Question:
     """A chat that waits for the model's next turn.
 
     messages: text and {"type": "image"} parts, see `reasoning.context`. images: one for each of those parts, in order.
     max_tokens: of the answer. temperature: 0 is greedy. seed: 31-bit; the same question with another seed may be
     answered otherwise. is_json: one JSON object is asked for; providers that can, enforce it. Who asks reads the answer
-    all the same (`answers.read_json_object`), and may ask again.
+    all the same (`answers.read_json_object`), and may ask again. top_logprobs: how many of the likeliest tokens the
+    answer's tokens come with, 0 for no tokens; a provider that has no probabilities answers without.
     """
 
     messages: Sequence[Message]
@@ -78,14 +92,16 @@ class Question:
     temperature: float = 0.0
     seed: int = 0
     is_json: bool = False
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
 class Answer:
-    """The model's turn, and what it cost."""
+    """The model's turn, and what it cost. tokens: of the text, None unless they were asked for and exist."""
 
     text: str
     usage: Usage = Usage()
+    tokens: tuple[Token, ...] | None = None
 
 
 @dataclass(frozen=True)

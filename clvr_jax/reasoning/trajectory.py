@@ -23,6 +23,7 @@ import numpy as np
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
 from clvr_jax.reasoning.images import Picture, encode_png, read_png
+from clvr_jax.reasoning.verification import Verification
 
 FORMAT = 1
 ACCEPTED = "accepted"
@@ -31,7 +32,8 @@ STEP_LIMIT = "step limit"
 NFE_LIMIT = "nfe limit"
 TIME_LIMIT = "time limit"
 UNPARSEABLE = "unparseable"
-OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE)
+UNVERIFIED = "unverified"
+OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE, UNVERIFIED)
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class Step:
       action: actions.IMAGE_GEN or actions.TERMINATE.
       references: the steps whose pictures the drawer was given, in order.
       image: the picture drawn.
-      verdict: the judgment of that picture, by the controller's next reply; None if it was never judged.
+      verdict: the controller's own judgment of that image, from its next reply; None if it made none.
+      verification: what the verifier found out about that image, requirement by requirement; None if none looked.
       nfe: forwards of the diffusion network.
       seconds: wall time of the calls that led here, each divided by the number of prompts it served.
       rolled_back: the picture was worse than an earlier one and the loop went back, or another candidate of the same
@@ -71,6 +74,7 @@ class Step:
     references: tuple[int, ...] = ()
     image: Picture | None = field(default=None, repr=False, compare=False)
     verdict: Verdict | None = None
+    verification: Verification | None = None
     nfe: int = 0
     seconds: float = 0.0
     rolled_back: bool = False
@@ -84,6 +88,23 @@ class Step:
         if (self.image is None) != (self.action == TERMINATE):
             raise ClvrError(f"step: {self.action} {'without' if self.image is None else 'with'} an image")
 
+    @property
+    def unmet(self) -> tuple[str, ...] | None:
+        """What the image lacks: by the verification, else by the controller's verdict; None if nobody looked."""
+        if self.verification is not None:
+            return self.verification.unmet
+        return None if self.verdict is None else self.verdict.unmet
+
+    @property
+    def score(self) -> float | None:
+        """How good the image is, more is better; None if nobody looked.
+
+        By the verification it is the expected number of met requirements, else minus the number of unmet items.
+        """
+        if self.verification is not None:
+            return self.verification.score
+        return None if self.verdict is None else -float(self.verdict.score)
+
 
 @dataclass(frozen=True)
 class Trajectory:
@@ -92,7 +113,8 @@ class Trajectory:
     Attributes:
       prompt: the user's request.
       steps: all steps in the order they happened, rolled-back ones included.
-      outcome: one of OUTCOMES. Only ACCEPTED means that the controller found nothing unmet and stopped.
+      outcome: one of OUTCOMES. Only ACCEPTED means that a verification found everything met; UNVERIFIED that the
+        controller stopped and nothing was verified.
       model: what drew it, for the reader.
       seed: the seed of the run.
       versions: package versions and the like.
@@ -133,6 +155,11 @@ class Trajectory:
     def verdict(self) -> Verdict | None:
         """The verdict on the result."""
         return None if self.best is None else self.steps[self.best].verdict
+
+    @property
+    def verification(self) -> Verification | None:
+        """The verification of the result."""
+        return None if self.best is None else self.steps[self.best].verification
 
     @property
     def nfe(self) -> int:
@@ -223,15 +250,16 @@ class Trajectory:
 
 
 def best_step(steps: Sequence[Step]) -> int | None:
-    """The picture with the fewest unmet items, the latest among equals.
+    """The image with the best score, the latest among equals; see `Step.score`.
 
-    A picture that was never judged is the best only if none was, and then the latest is. None if there is no picture.
+    An image that nobody looked at is the best only if nobody looked at any, and then the latest is. None if there is no
+    image.
     """
     judged = [
-        (step.verdict.score, -number) for number, step in enumerate(steps) if step.verdict and step.image is not None
+        (step.score, number) for number, step in enumerate(steps) if step.score is not None and step.image is not None
     ]
     if judged:
-        return -min(judged)[1]
+        return max(judged)[1]
     drawn = [number for number, step in enumerate(steps) if step.image is not None]
     return drawn[-1] if drawn else None
 
@@ -259,6 +287,7 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
         "references": list(step.references),
         "image": image_name,
         "verdict": None if verdict is None else {"unmet": list(verdict.unmet), "reasoning": verdict.reasoning},
+        "verification": None if step.verification is None else step.verification.to_dict(),
         "nfe": step.nfe,
         "seconds": round(step.seconds, 4),
         "rolled_back": step.rolled_back,
@@ -270,6 +299,7 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
 
 def _step_from_dict(entry: Mapping[str, Any], folder: Path) -> Step:
     name, verdict = entry["image"], entry["verdict"]
+    checked = entry.get("verification")  # absent in trajectories of earlier versions
     if name is not None and not re.fullmatch(r"step_\d+\.png", name):
         raise ClvrError(f"{folder / 'trajectory.json'}: a step's picture must be named step_<number>.png, got {name!r}")
     return Step(
@@ -278,6 +308,7 @@ def _step_from_dict(entry: Mapping[str, Any], folder: Path) -> Step:
         references=tuple(entry["references"]),
         image=None if name is None else read_png(folder / name),
         verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
+        verification=None if checked is None else Verification.from_dict(checked),
         nfe=entry["nfe"],
         seconds=entry["seconds"],
         rolled_back=entry["rolled_back"],

@@ -155,8 +155,13 @@ def train_prompt(
     while True:
         tier = tiers[int(rng.integers(len(tiers)))] if tag == "complex" else None
         metadata = sample_metadata(rng, tag, tier)
-        if not _keys(metadata) & _reserved():
+        if not is_reserved(metadata):
             return metadata
+
+
+def is_reserved(metadata: Metadata) -> bool:
+    """Whether the text of a metadata, or the request of a complex one, is kept for evaluation."""
+    return bool(_keys(metadata) & _reserved())
 
 
 @functools.lru_cache(maxsize=16)

@@ -1,0 +1,249 @@
+"""Chats from which the small Qwen3-VL learns its two roles in the shapes world.
+
+As a verifier it derives requirements from a prompt, describes an image it sees alone, and compares a description with
+a requirement. As a controller it plans, and continues a conversation in which images are often wrong. Some pairs of
+color and shape occur in evaluation only; made-up words and corrupted inputs keep the model from completing the pairs
+that it has met, instead of looking and copying.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
+from clvr_jax.reasoning import verification
+from clvr_jax.reasoning.context import Message, chat_messages
+from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
+from clvr_jax.worlds.shapes.layout import plan
+from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata
+from clvr_jax.worlds.shapes.oracle import first_reply
+from clvr_jax.worlds.shapes.prompts import is_reserved, train_prompt
+from clvr_jax.worlds.shapes.requirements import (
+    ShapesRequirement,
+    Thing,
+    check_requirement,
+    describe,
+    requirements,
+)
+from clvr_jax.worlds.shapes.scene import (
+    CELLS,
+    COLORS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    Scene,
+    place,
+    sample_pair,
+    sample_scene_random,
+)
+from clvr_jax.worlds.shapes.training_phrasings import wide_metadata
+
+Image = np.ndarray
+"""uint8 (64, 64, 3)."""
+
+NOTHING_ASKED = (
+    *("", "hello", "a picture", "an empty canvas", "a plain background", "draw", "an image on white", "thanks"),
+    *("a nice picture, please", "show me something", "an image of nothing"),
+)
+"""Prompts without a requirement that an image could be checked for."""
+_NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+    """A conversation to learn from: the assistant's turns are the targets.
+
+    is_corruptible: whether color words in the assistant's turn may be replaced in the model's input.
+    """
+
+    messages: Sequence[Message]
+    images: Sequence[Image] = ()
+    is_corruptible: bool = False
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+def training_metadata(rng: np.random.Generator, wide_share: float = 0.75) -> Metadata:
+    """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
+    if rng.random() > wide_share:
+        return train_prompt(
+            rng, {"complex": 0.5, "position": 0.2, "counting": 0.1, "color_attr": 0.1, "two_object": 0.1}
+        )
+    while True:
+        tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.13, 0.19, 0.27, 0.27, 0.06, 0.04, 0.04)))
+        metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
+        if not is_reserved(metadata):
+            return metadata
+
+
+def plan_chat(rng: np.random.Generator) -> Chat:
+    """The first reply to a prompt: plan and first drawing."""
+    metadata = training_metadata(rng)
+    prompt, reply = _renamed(rng, 0.25, metadata["prompt"], first_reply(plan(metadata)))
+    return Chat(chat_messages(prompt, [reply], 0))
+
+
+def requirements_chat(rng: np.random.Generator) -> Chat:
+    """The requirements of a prompt."""
+    if rng.random() < 0.02:
+        prompt = NOTHING_ASKED[int(rng.integers(len(NOTHING_ASKED)))]
+        return Chat(_said(verification.requirements_messages(prompt), verification.requirements_reply(())))
+    metadata = training_metadata(rng)
+    reply = verification.requirements_reply([str(each) for each in requirements(metadata)])
+    prompt, reply = _renamed(rng, 0.25, metadata["prompt"], reply)
+    return Chat(_said(verification.requirements_messages(prompt), reply))
+
+
+# --- images -----------------------------------------------------------------------------------------------------------
+
+
+def random_canvas(rng: np.random.Generator) -> Canvas:
+    """A scene of 0 to 9 objects, often with blurred or mixed things in it."""
+    number = int(rng.choice(10, p=(0.03, 0.05, 0.08, 0.12, 0.16, 0.18, 0.16, 0.1, 0.07, 0.05)))
+    canvas = Canvas(sample_scene_random(rng, number), seed=int(rng.integers(2**31)))
+    return spoiled_canvas(canvas, rng, int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1))), CELLS)
+
+
+def noisy(image: Image, rng: np.random.Generator) -> Image:
+    """The image with slight noise and brightness errors, as generators make them."""
+    changed = image + rng.normal(0, rng.uniform(0, 6), image.shape) + rng.uniform(-4, 4)
+    return np.clip(np.round(changed), 0, 255).astype(np.uint8)
+
+
+def description_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
+    """What an image shows, seen alone."""
+    return Chat(_said(verification.description_messages(), describe(reading)), (image,), is_corruptible=True)
+
+
+def question_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
+    """One requirement asked of an image, without a description."""
+    requirement = random_requirement(rng, reading)
+    answer = verification.comparison_reply(*check_requirement(requirement, reading))
+    return Chat(_said(verification.question_messages(str(requirement)), answer), (image,), is_corruptible=True)
+
+
+def has_held_out_object(reading: Reading) -> bool:
+    """Whether an image shows one of the pairs kept for evaluation."""
+    return any((item.color, item.shape) in HELD_OUT_PAIRS for item in reading.objects)
+
+
+# --- conversations of the loop ----------------------------------------------------------------------------------------
+
+
+def conversation_chat(
+    rng: np.random.Generator, error_rate: float, show: Callable[[Sequence[Image]], Sequence[Image]]
+) -> Chat:
+    """A conversation of the loop, up to a random reply, with the verifier's report beside the last image.
+
+    Args:
+      rng: numpy generator.
+      error_rate: share of steps whose image is not what was asked for.
+      show: (images) -> the images as the model sees them, through an autoencoder say.
+    """
+    metadata = training_metadata(rng)
+    trajectory = simulate_trajectory(rng, metadata, error_rate=error_rate, random_plan=False, max_steps=6)
+    last = int(rng.integers(1, len(trajectory.replies)))
+    messages = chat_messages(metadata["prompt"], trajectory.replies[: last + 1], last)
+    reading = detect(trajectory.canvases[last - 1])
+    unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
+    report = verification.report(describe(reading), unmet)
+    messages[-2] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": report}]}
+    return Chat(messages, show(trajectory.canvases[:last]))
+
+
+# --- comparisons ------------------------------------------------------------------------------------------------------
+
+
+def comparison_chat(rng: np.random.Generator) -> Chat:
+    """A description, a requirement, and the answer; met and unmet equally often."""
+    wanted = rng.random() < 0.5
+    for _ in range(20):
+        reading, requirement = _comparison(rng)
+        evidence, met = check_requirement(requirement, reading)
+        if met == wanted:
+            break
+    text = describe(reading)
+    if not reading.unclear and reading.objects and rng.random() < 0.3:  # a plan, which is checked before it is drawn
+        order = rng.permutation(len(reading.objects))
+        reading = Reading(tuple(reading.objects[i] for i in order))
+        text = f"Plan: {'; '.join(map(str, reading.objects))}."
+        evidence, met = check_requirement(requirement, reading)
+    answer = verification.comparison_reply(evidence, met)
+    description, requirement_text, answer = _renamed(rng, 0.3, text, str(requirement), answer)
+    return Chat(_said(verification.comparison_messages(description, requirement_text), answer))
+
+
+def _comparison(rng: np.random.Generator) -> tuple[Reading, ShapesRequirement]:
+    if rng.random() < 0.45:
+        reading = random_canvas(rng).reading()
+        return reading, random_requirement(rng, reading)
+    metadata = training_metadata(rng)
+    scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in plan(metadata, rng)))
+    canvas = spoiled_canvas(Canvas(scene, seed=int(rng.integers(2**31))), rng, int(rng.integers(0, 4)), CELLS)
+    options = requirements(metadata)
+    return canvas.reading(), options[int(rng.integers(len(options)))]
+
+
+def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequirement:
+    """A requirement near to what is there: one of its objects, often with another color, shape, place or relation."""
+    kind = rng.random()
+    if kind < 0.15 or not reading.objects:
+        return ShapesRequirement(total=max(1, min(9, len(reading.objects) + int(rng.choice((-1, 0, 0, 0, 1))))))
+    first = reading.objects[int(rng.integers(len(reading.objects)))]
+    thing = _near(rng, first.color, first.shape, reading)
+    if kind < 0.5:
+        cell = first.cell if rng.random() < 0.75 else CELLS[int(rng.integers(len(CELLS)))]
+        return ShapesRequirement(dataclasses.replace(thing, count=1), cell)
+    if kind < 0.62 or len(reading.objects) < 2:
+        return ShapesRequirement(thing)
+    second = reading.objects[int(rng.integers(len(reading.objects)))]
+    anchor = _near(rng, second.color, second.shape, reading, 0.12)
+    if (anchor.color, anchor.shape) == (thing.color, thing.shape):
+        return ShapesRequirement(thing)
+    return ShapesRequirement(thing, None, RELATIONS[int(rng.integers(len(RELATIONS)))], anchor)
+
+
+def _near(rng: np.random.Generator, color: str, shape: str, reading: Reading, change: float = 0.3) -> Thing:
+    if rng.random() < change:
+        pairs = [sample_pair(rng) for _ in range(40)]
+        same = [pair for pair in pairs if (pair[0] == color) != (pair[1] == shape)]
+        color, shape = (same or pairs)[0]
+    there = sum(item.color == color and item.shape == shape for item in reading.objects)
+    count = max(1, there) if rng.random() < 0.85 else int(rng.integers(1, 4))
+    return Thing(count, shape, None if rng.random() < 0.1 else color)
+
+
+# --- words ------------------------------------------------------------------------------------------------------------
+
+_PLURAL = {"cross": "crosses"}
+_NAMES = re.compile(
+    r"\b(?:(an?) )?(" + "|".join([*COLORS, *(_PLURAL.get(shape, shape + "s") for shape in SHAPES), *SHAPES]) + r")\b"
+)
+
+
+def _renamed(rng: np.random.Generator, share: float, *texts: str) -> tuple[str, ...]:
+    """The texts; in a `share` of cases some names of colors and shapes are made-up words, the same in all texts."""
+    if rng.random() >= share:
+        return texts
+    names = {name: _nonce(rng) for name in (*COLORS, *SHAPES) if rng.random() < 0.6}
+
+    def replace(match: re.Match[str]) -> str:
+        article, word = match[1], match[2]
+        singular = next((shape for shape in SHAPES if word == _PLURAL.get(shape, shape + "s")), None)
+        new = names.get(word, word) if singular not in names else names[singular] + "s"
+        return new if article is None else f"{'an' if new[0] in 'aeiou' else 'a'} {new}"
+
+    return tuple(_NAMES.sub(replace, text) for text in texts)
+
+
+def _nonce(rng: np.random.Generator) -> str:
+    return "".join(_NONCE_LETTERS[i] for i in rng.integers(len(_NONCE_LETTERS), size=int(rng.integers(3, 6))))
+
+
+def _said(messages: list[Message], reply: str) -> list[Message]:
+    return [*messages, {"role": "assistant", "content": reply}]

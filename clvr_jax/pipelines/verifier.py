@@ -1,0 +1,134 @@
+"""The verifier of images: a Qwen3-VL of any size behind the questions of `reasoning.verification`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Self
+
+from jax.typing import DTypeLike
+
+from clvr_jax.convert.hub import local_folder
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import read_json
+from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
+from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
+from clvr_jax.reasoning.images import pixels
+from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
+from clvr_jax.reasoning.verification import Mode, ModelVerifier
+
+TRAINED_FOR_LOOP = "loop"
+"""Value of "contract" in the clvr.json of a Qwen3-VL that was trained for the loop and needs no system prompts."""
+MAX_ROWS = 64
+"""Conversations in one call: more of them need more memory and gain no speed."""
+
+
+class PipelineModel(VisionLanguageModel):
+    """A `Qwen3VLPipeline` that answers many questions in few calls; greedy questions of one kind share calls."""
+
+    def __init__(self, pipeline: Qwen3VLPipeline, name: str):
+        self._pipeline, self._name = pipeline, name
+
+    @property
+    def name(self) -> str:
+        """As it was given."""
+        return self._name
+
+    def ask(self, question: Question) -> Answer:
+        """Answers one question."""
+        return self.ask_all([question])[0]
+
+    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """Answers questions in order; a question that samples is answered alone, with its own seed."""
+        groups: dict[tuple[Any, ...], list[int]] = {}
+        for index, question in enumerate(questions):
+            alone = () if question.temperature == 0 else (index,)
+            key = (question.max_tokens, question.top_logprobs, len(question.images), *alone)
+            groups.setdefault(key, []).append(index)
+        answers: dict[int, Answer] = {}
+        for indices in groups.values():
+            for begin in range(0, len(indices), MAX_ROWS):
+                part = indices[begin : begin + MAX_ROWS]
+                answers.update(zip(part, self._answers([questions[index] for index in part]), strict=True))
+        return [answers[index] for index in range(len(questions))]
+
+    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+        first = questions[0]
+        answered = self._pipeline.answer_all(
+            [question.messages for question in questions],
+            [[pixels(image) for image in question.images] for question in questions],
+            first.max_tokens,
+            first.temperature,
+            first.seed,
+            first.top_logprobs,
+        )
+        return [_answer(one) for one in answered]
+
+
+def _answer(one: ChatAnswer) -> Answer:
+    return Answer(one.text, Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens), one.tokens)
+
+
+class Verifier(ModelVerifier):
+    """Checks images against prompts with a Qwen3-VL.
+
+    checked = clvr.Verifier.from_pretrained("shapes-tiny").verify(["a red circle"], [image])
+    checked[0].accepted, [(each.text, each.met, each.probability) for each in checked[0].requirements]
+    """
+
+    @classmethod
+    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", mode: Mode | None = None) -> Self:
+        """Loads a verifier.
+
+        Args:
+          model: a shipped name, a directory with `controller/`, or a Qwen3-VL directory or Hugging Face id.
+          dtype: of weights and computation.
+          mode: "describe" or "ask"; "describe" for models trained for the loop and "ask" for others, if None.
+        Raises: ClvrError for a model without a controller.
+        """
+        path, is_trained = controller_directory(model)
+        pipeline = Qwen3VLPipeline.from_pretrained(path, dtype)
+        return cls.of_pipeline(pipeline, model, is_trained, mode)
+
+    @classmethod
+    def of_pipeline(cls, pipeline: Qwen3VLPipeline, name: str, is_trained: bool, mode: Mode | None = None) -> Self:
+        """Wraps a loaded Qwen3-VL; `is_trained` says whether it was trained for the loop."""
+        chosen: Mode = mode or ("describe" if is_trained else "ask")
+        return cls(
+            PipelineModel(pipeline, name),
+            chosen,
+            is_instructed=not is_trained,
+            max_tokens=96 if is_trained else 512,
+        )
+
+
+def controller_directory(model: str) -> tuple[Path, bool]:
+    """Finds the Qwen3-VL of a model: (its directory, whether it was trained for the loop).
+
+    Args:
+      model: a shipped name, a pipeline directory with `controller/`, or a Qwen3-VL directory or Hugging Face id.
+    Returns: the directory; and what its clvr.json says of "contract", or, without that file, whether it is the
+      `controller/` of a pipeline.
+    Raises: ClvrError if there is none.
+    """
+    if model in MODELS:
+        path = SHIPPED / MODELS[model].folder / "controller"
+    else:
+        found = local_folder(model)
+        if (found / "model_index.json").exists():
+            resolve(model)
+            path = found / "controller"
+            if not path.is_dir():
+                raise ClvrError(f"{found}: the directory has no controller/; name another model as the verifier")
+        else:
+            path = found
+    config = path / "config.json"
+    if not config.exists():
+        raise ClvrError(f"{path}: not a Qwen3-VL directory, config.json is missing")
+    kind = read_json(config).get("model_type")
+    if kind != "qwen3_vl":
+        raise ClvrError(f"{path}: a {kind}, not a qwen3_vl; a controller or verifier must be a Qwen3-VL")
+    settings = path / "clvr.json"
+    if settings.exists():
+        return path, read_json(settings).get("contract") == TRAINED_FOR_LOOP
+    return path, path.name == "controller"
