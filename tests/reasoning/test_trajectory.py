@@ -181,7 +181,7 @@ def test_broken_folders_are_named(tmp_path):
     broken(lambda data: data.pop("prompt"), "malformed")
     broken(lambda data: data.update(outcome="fine"), "outcome must be one of")
     broken(lambda data: data["steps"][0].update(image="../../secret.png"), "step_<number>")
-    broken(lambda data: data["steps"][0].update(image="step_09.png"), "no such picture")
+    broken(lambda data: data["steps"][0].update(image="step_09.png"), "no such image")
     broken(lambda data: data["steps"][0].update(references=[2]), "no earlier picture")
     broken(lambda data: data["steps"][0].update(verdict=3), "malformed")
     path.write_text("{")
@@ -189,7 +189,7 @@ def test_broken_folders_are_named(tmp_path):
         Trajectory.load(folder)
     path.write_text(json.dumps(good))
     (folder / "step_00.png").write_bytes((folder / "step_00.png").read_bytes()[:40])
-    with pytest.raises(ClvrError, match="not a readable picture"):
+    with pytest.raises(ClvrError, match="not a readable image"):
         Trajectory.load(folder)
 
 
