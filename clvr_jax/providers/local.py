@@ -28,34 +28,29 @@ from clvr_jax.reasoning.tools import (
 )
 
 
-class ChatPipeline(Protocol):
-    """What is used of `pipelines.vlm.Qwen3VLPipeline`."""
+class ManyChatsPipeline(Protocol):
+    """What is used of `pipelines.vlm.Qwen3VLPipeline` on a mesh."""
+
+    def answer_all(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        images: Sequence[Sequence[np.ndarray]],
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        top_logprobs: int = 0,
+    ) -> Sequence[Any]:
+        """One answer for each conversation, with `text`, `input_tokens`, `output_tokens` and `tokens`."""
+        ...
+
+
+class ChatPipeline(ManyChatsPipeline, Protocol):
+    """What more is used of it without a mesh."""
 
     tokenizer: Any
 
     def prepare(self, messages: Sequence[Message], images: Sequence[np.ndarray]) -> Any:
         """Something with `input_ids`. Raises: ClvrError for a chat that cannot be read."""
-        ...
-
-    def chat_all(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        images: Sequence[Sequence[np.ndarray]],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-    ) -> list[str]:
-        """One answer for each conversation."""
-        ...
-
-
-class ManyChatsPipeline(Protocol):
-    """What more is used of it on a mesh; answers have `text`, `input_tokens` and `output_tokens`."""
-
-    def answer_all(
-        self, conversations: Sequence[Sequence[Message]], images: Sequence[Sequence[np.ndarray]], max_new_tokens: int
-    ) -> Sequence[Any]:
-        """One greedy answer for each conversation."""
         ...
 
 
@@ -117,39 +112,40 @@ class LocalVisionLanguageModel(VisionLanguageModel):
             shown = [pixels(image) for image in question.images]
             # Read here and again in the batch: for its length, and so that a bad chat never gets among good ones.
             input_tokens = len(self._pipeline.prepare(question.messages, shown).input_ids)
-            text = self._gathered(dataclasses.replace(question, images=shown))
+            answer = self._gathered(dataclasses.replace(question, images=shown))
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
         usage = Usage(
             calls=1,
             input_tokens=input_tokens,
-            output_tokens=len(self._pipeline.tokenizer(text)["input_ids"]),
+            output_tokens=len(self._pipeline.tokenizer(answer.text)["input_ids"]),
             seconds=time.monotonic() - began,
         )
-        return Answer(text, usage)
+        return dataclasses.replace(answer, usage=usage)
 
     def close(self) -> None:
         """Answers what waits, then takes no more."""
         self._gathered.close()
 
-    def _answers(self, questions: Sequence[Question]) -> list[str]:
-        # One call has one temperature and one seed, and draws for its rows in turn: sampled rows must be alone.
+    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+        # One call has one temperature and one seed, and samples its rows in turn: sampled rows must be alone.
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, question in enumerate(questions):
             alone = () if question.temperature == 0 else (index,)
-            groups.setdefault((question.max_tokens, *alone), []).append(index)
-        texts: dict[int, str] = {}
+            groups.setdefault((question.max_tokens, question.top_logprobs, *alone), []).append(index)
+        found: dict[int, Answer] = {}
         for rows in groups.values():
             first = questions[rows[0]]
-            answers = self._pipeline.chat_all(
+            answers = self._pipeline.answer_all(
                 [questions[row].messages for row in rows],
                 [[pixels(image) for image in questions[row].images] for row in rows],
                 first.max_tokens,
                 first.temperature,
                 first.seed,
+                first.top_logprobs,
             )
-            texts.update(zip(rows, answers, strict=True))
-        return [texts[index] for index in range(len(questions))]
+            found.update({row: Answer(one.text, tokens=one.tokens) for row, one in zip(rows, answers, strict=True)})
+        return [found[index] for index in range(len(questions))]
 
 
 class MeshVisionLanguageModel(VisionLanguageModel):
@@ -182,25 +178,30 @@ class MeshVisionLanguageModel(VisionLanguageModel):
 
         Raises: ProviderError "rejected" for a chat that cannot be read, or one that is to be answered by chance.
         """
-        alike: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[int, int, int], list[int]] = {}
         for index, question in enumerate(questions):
             if question.temperature:
                 raise ProviderError(f"{self._name}: is asked greedily on a mesh, not at a temperature", "rejected")
-            alike.setdefault((len(question.images), question.max_tokens), []).append(index)
+            alike.setdefault((len(question.images), question.max_tokens, question.top_logprobs), []).append(index)
         found: dict[int, Answer] = {}
-        for (_, max_tokens), indices in alike.items():
+        for indices in alike.values():
             for begin in range(0, len(indices), self._batch):
                 part = indices[begin : begin + self._batch]
-                answers = self._answers([questions[index] for index in part], max_tokens)
+                answers = self._answers([questions[index] for index in part])
                 found.update(zip(part, answers, strict=True))
         return [found[index] for index in range(len(questions))]
 
-    def _answers(self, questions: Sequence[Question], max_tokens: int) -> list[Answer]:
-        began = time.monotonic()
+    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+        began, first = time.monotonic(), questions[0]
         filled = [*questions, *[questions[-1]] * (self._batch - len(questions))]
         shown = [[pixels(image) for image in question.images] for question in filled]
         try:
-            told = self._pipeline.answer_all([question.messages for question in filled], shown, max_tokens)
+            told = self._pipeline.answer_all(
+                [question.messages for question in filled],
+                shown,
+                first.max_tokens,
+                top_logprobs=first.top_logprobs,
+            )
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
         seconds = (time.monotonic() - began) / len(questions)
@@ -208,6 +209,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
             Answer(
                 one.text,
                 Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
+                one.tokens,
             )
             for one in told[: len(questions)]
         ]

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import base64
+import codecs
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
-from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Usage, VisionLanguageModel
+from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Token, Usage, VisionLanguageModel
 
-_JSON_MODE_WORDS = ("response_format", "json_object", "json mode")
+MAX_TOP_LOGPROBS = 20
+"""Most alternatives to a token that the API may be asked for."""
+_JSON_MODE, _LOGPROBS = "json mode", "logprobs"
+_FEATURE_WORDS = {_JSON_MODE: ("response_format", "json_object", "json mode"), _LOGPROBS: ("logprob",)}
+"""What not every server knows -> words of the error by which it says so."""
+_LOWEST, _ROUNDING = 1e9, 1e-3
+"""Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
 
 class OpenAIVisionLanguageModel(VisionLanguageModel):
     """A model behind `/chat/completions`; may be asked from many threads at once.
 
-    Pictures are sent as base64, every one with every question.
+    Images are sent as base64, every one with every question. Probabilities of tokens are asked for where a question
+    wants them, and no longer once the server rejects that.
 
     Args:
       endpoint: where it is served, and how it may be called.
@@ -46,7 +55,8 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
         self._connection = Connection(endpoint)
         self._prices = endpoint.prices
-        self._json_mode, self._token_limit = json_mode, token_limit
+        self._rejected: frozenset[str] = frozenset() if json_mode else frozenset({_JSON_MODE})
+        self._token_limit = token_limit
         self._omit, self._extra = frozenset(omit), dict(extra or {})
 
     @property
@@ -55,27 +65,49 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         return self._connection.endpoint.name
 
     def ask(self, question: Question) -> Answer:
-        """See `VisionLanguageModel`. Raises: ProviderError; UsageError if image parts and images differ in number."""
+        """Asks one question.
+
+        Raises: ProviderError; UsageError if image parts and images differ in number.
+        """
         messages = chat_messages(question.messages, question.images)
-        use_json_mode = question.is_json and self._json_mode
+        wanted = {_JSON_MODE} if question.is_json else set()
+        if question.top_logprobs > 0:
+            wanted.add(_LOGPROBS)
+        rejected, requests = Usage(), 0
+        while True:
+            sent = wanted - self._rejected
+            try:
+                answer = self._ask(question, messages, sent)
+            except ProviderError as error:
+                said = str(error).lower()
+                refused = {feature for feature in sent if any(word in said for word in _FEATURE_WORDS[feature])}
+                if not refused or error.fault != "rejected":
+                    raise
+                self._rejected |= refused
+                rejected, requests = rejected + error.usage, requests + 1
+                continue
+            if not requests:
+                return answer
+            usage = rejected + answer.usage
+            # Several requests, but one question.
+            usage = dataclasses.replace(usage, calls=1, retries=usage.retries + requests)
+            return dataclasses.replace(answer, usage=usage)
+
+    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+        """Asks questions side by side, at most the endpoint's `max_in_flight` at a time; answers are in order."""
+        if len(questions) < 2:
+            return [self.ask(question) for question in questions]
+        threads = ThreadPoolExecutor(min(len(questions), self._connection.endpoint.max_in_flight))
         try:
-            return self._ask(question, messages, use_json_mode)
-        except ProviderError as error:
-            said = str(error).lower()
-            if not use_json_mode or error.fault != "rejected" or not any(word in said for word in _JSON_MODE_WORDS):
-                raise
-            rejected = error.usage
-        self._json_mode = False
-        answer = self._ask(question, messages, False)
-        usage = rejected + answer.usage
-        # Two requests, but one question.
-        return dataclasses.replace(answer, usage=dataclasses.replace(usage, calls=1, retries=usage.retries + 1))
+            return list(threads.map(self.ask, questions))
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     def close(self) -> None:
         """Closes the connections to the server."""
         self._connection.close()
 
-    def _ask(self, question: Question, messages: list[Message], use_json_mode: bool) -> Answer:
+    def _ask(self, question: Question, messages: list[Message], features: Set[str]) -> Answer:
         request: dict[str, Any] = {
             "model": self._connection.endpoint.model,
             "messages": messages,
@@ -83,16 +115,19 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             "temperature": question.temperature,
             "seed": question.seed,
         }
-        request = {key: value for key, value in request.items() if key not in self._omit} | self._extra
-        if use_json_mode:
+        request = {key: value for key, value in request.items() if key not in self._omit}
+        if _LOGPROBS in features:
+            request |= {"logprobs": True, "top_logprobs": min(question.top_logprobs, MAX_TOP_LOGPROBS)}
+        request |= self._extra
+        if _JSON_MODE in features:
             request["response_format"] = {"type": "json_object"}
         # Not client.chat.completions.create: its typed requests and answers cost as much again as the rest of a call,
         # and with 64 threads that is what limits the number of calls in flight.
-        text, usage = self._connection.call(
+        answer, usage = self._connection.call(
             lambda client: client.post("/chat/completions", cast_to=str, body=request),
             lambda body: read_completion(body, question, self._prices),
         )
-        return Answer(text, usage)
+        return dataclasses.replace(answer, usage=usage)
 
 
 def chat_messages(messages: Sequence[Message], images: Sequence[Picture]) -> list[Message]:
@@ -122,9 +157,10 @@ def picture_url(picture: Picture) -> str:
     return f"data:image/{file.kind};base64,{base64.b64encode(file.content).decode()}"
 
 
-def read_completion(body: Mapping[str, Any], question: Question, prices: Prices) -> tuple[str, Usage]:
-    """The text of a chat completion, and its price.
+def read_completion(body: Mapping[str, Any], question: Question, prices: Prices) -> tuple[Answer, Usage]:
+    """Reads a chat completion: its text with the probabilities of its tokens, and its price.
 
+    `tokens` is None if the question did not ask for them, or if the server sent none that fit the text.
     Raises: Failure "refused" for a refusal or a content filter, "malformed" if there is no text.
     """
     told = body.get("usage")
@@ -146,7 +182,63 @@ def read_completion(body: Mapping[str, Any], question: Question, prices: Prices)
     # The same question would be answered the same way, and paid again: no retry, the caller may ask otherwise.
     if not isinstance(content, str) or not content.strip():
         raise Failure(f"the answer is empty{cut}", "malformed", usage=usage)
-    return content, usage
+    tokens = read_tokens(choice.get("logprobs"), content) if question.top_logprobs > 0 else None
+    return Answer(content, tokens=tokens), usage
+
+
+def read_tokens(logprobs: object, text: str) -> tuple[Token, ...] | None:
+    """Reads the tokens of a text with their probabilities, as servers send them.
+
+    Tokens before and after the text (a model's thinking, the end of the turn) are left out, so that the tokens' texts
+    put together are the text.
+
+    Args:
+      logprobs: `choices[0].logprobs` of a chat completion.
+      text: `choices[0].message.content` of the same one.
+    Returns: the tokens; None if they are absent or malformed, or do not hold the text.
+    """
+    entries = logprobs.get("content") if isinstance(logprobs, dict) else None
+    if not isinstance(entries, list) or not entries:
+        return None
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    texts, values, tops = [], [], []
+    for entry in entries:
+        found = _token(entry)
+        alternatives = entry.get("top_logprobs") if found else None
+        read = [_token(each) for each in alternatives] if isinstance(alternatives, list) else []
+        if found is None or None in read or not (alternatives is None or isinstance(alternatives, list)):
+            return None
+        content = entry.get("bytes")
+        # A character may be spread over several tokens: their bytes tell, it counts as text of the last of them.
+        texts.append(decoder.decode(bytes(content)) if _is_bytes(content) else found[0])
+        values.append(found[1])
+        tops.append(dict(each for each in read if each is not None))
+    start = "".join(texts).rfind(text)
+    if start < 0:
+        return None
+    tokens, begin, stop = [], 0, start + len(text)
+    for token, value, top in zip(texts, values, tops, strict=True):
+        end = begin + len(token)
+        if end > start and begin < stop:
+            tokens.append(Token(token[max(0, start - begin) : stop - begin], value, top))
+        begin = end
+    return tuple(tokens)
+
+
+def _token(entry: object) -> tuple[str, float] | None:
+    """The text and the logarithm of the probability of one entry; None if it is malformed."""
+    if not isinstance(entry, dict):
+        return None
+    text, value = entry.get("token"), entry.get("logprob")
+    if not isinstance(text, str) or isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    if not -_LOWEST <= value <= _ROUNDING:
+        return None
+    return text, min(float(value), 0.0)
+
+
+def _is_bytes(value: object) -> bool:
+    return isinstance(value, list) and all(type(each) is int and 0 <= each < 256 for each in value)
 
 
 def _parts(message: Message) -> list[Any]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.local import LocalImageTool, LocalVisionLanguageModel, MeshVisionLanguageModel
-from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
+from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question, Token
 from tests.providers.server import picture
 
 
@@ -34,19 +34,29 @@ class EchoChat:
             raise UsageError("no such chat")
         return SimpleNamespace(input_ids=self.tokenizer(messages[-1]["content"])["input_ids"])
 
-    def chat_all(
-        self, conversations: Any, images: Any, max_new_tokens: int, temperature: float, seed: int
-    ) -> list[str]:
+    def answer_all(
+        self,
+        conversations: Any,
+        images: Any,
+        max_new_tokens: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        top_logprobs: int = 0,
+    ) -> list[Any]:
         texts = [messages[-1]["content"] for messages in conversations]
         self.calls.append(texts)
         assert all(isinstance(image, np.ndarray) for row in images for image in row)
-        return [f"{text} {max_new_tokens} {temperature} {seed if temperature else '-'}" for text in texts]
-
-    def answer_all(self, conversations: Any, images: Any, max_new_tokens: int) -> list[Any]:
-        texts = self.chat_all(conversations, images, max_new_tokens, 0.0, 0)
         if any("unreadable" in text for text in texts):
             raise UsageError("no such chat")
-        return [SimpleNamespace(text=text, input_tokens=len(text), output_tokens=2) for text in texts]
+        return [
+            SimpleNamespace(
+                text=f"{text} {max_new_tokens} {temperature} {seed if temperature else '-'}",
+                input_tokens=len(text),
+                output_tokens=2,
+                tokens=(Token(text, -0.5),) * top_logprobs if top_logprobs else None,
+            )
+            for text in texts
+        ]
 
 
 @dataclass
@@ -104,6 +114,16 @@ def test_tokens_are_counted():
     assert (usage.calls, usage.input_tokens, usage.output_tokens, usage.dollars) == (1, 3, 6, 0)
     assert usage.seconds > 0
     model.close()
+
+
+def test_probabilities_of_tokens_are_passed_on_where_they_are_asked_for():
+    for model in (
+        LocalVisionLanguageModel(EchoChat(), "echo", max_batch=2, wait=2),
+        MeshVisionLanguageModel(EchoChat(), "echo", batch=2),
+    ):
+        plain, sure = at_once(model.ask, [question("a"), question("b", top_logprobs=3)])
+        assert plain.tokens is None
+        assert sure.tokens == (Token("b", -0.5),) * 3
 
 
 def test_a_chat_that_cannot_be_read_never_gets_into_a_batch():
@@ -233,7 +253,7 @@ def test_on_a_mesh_questions_with_as_many_pictures_share_calls_of_one_size() -> 
     asked = [question(str(n), images=shown[: n % 2], max_tokens=5) for n in range(5)]
     assert [answer.text for answer in model.ask_all(asked)] == [f"{n} 5 0.0 -" for n in range(5)]
     assert chat.calls == [["0", "2"], ["4", "4"], ["1", "3"]]
-    assert model.ask(asked[3]).usage.input_tokens == len("3 5 0.0 -")
+    assert model.ask(asked[3]).usage.input_tokens == len("3")
     assert model.ask_all([]) == []
 
 

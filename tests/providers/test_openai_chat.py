@@ -10,12 +10,13 @@ from PIL import Image
 
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Endpoint, Prices
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.reasoning.tools import ProviderError, Question
+from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel, read_tokens
+from clvr_jax.reasoning.tools import ProviderError, Question, Token
 from tests.providers.server import KEY, Reply, completion, failure, picture
 
 QUESTION = Question([{"role": "user", "content": "How many circles?"}], temperature=0.7, seed=123, max_tokens=55)
 JSON_QUESTION = Question([{"role": "user", "content": "As JSON."}], is_json=True)
+SURE_QUESTION = Question([{"role": "user", "content": "Is it red?"}], top_logprobs=5)
 
 
 def error_of(model, question=QUESTION):
@@ -279,3 +280,143 @@ def test_json_mode_can_be_switched_off(server, endpoint):
     server.script = [completion('{"ok": 1}')]
     OpenAIVisionLanguageModel(endpoint(), json_mode=False).ask(JSON_QUESTION)
     assert "response_format" not in server.seen[0].json
+
+
+# --- probabilities of tokens ------------------------------------------------------------------------------------------
+
+
+def entry(token, logprob=-0.5, top=(), **more):
+    alternatives = [{"token": text, "logprob": value} for text, value in top]
+    return {"token": token, "logprob": logprob, "top_logprobs": alternatives, **more}
+
+
+def with_logprobs(text, entries, finish="stop"):
+    reply = completion(text, finish=finish)
+    reply.content["choices"][0]["logprobs"] = {"content": entries}
+    return reply
+
+
+RED = [entry("It"), entry(" is red", -0.25), entry(".", -0.125), entry(" yes", -0.1, [(" yes", -0.1), (" no", -2.5)])]
+
+
+def test_probabilities_of_tokens_are_asked_for_and_read(server, endpoint):
+    server.script = [with_logprobs("It is red. yes", RED)]
+    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    assert (server.seen[0].json["logprobs"], server.seen[0].json["top_logprobs"]) == (True, 5)
+    assert answer.text == "It is red. yes"
+    assert answer.tokens == (
+        Token("It", -0.5),
+        Token(" is red", -0.25),
+        Token(".", -0.125),
+        Token(" yes", -0.1, {" yes": -0.1, " no": -2.5}),
+    )
+    assert answer.usage.calls == 1
+
+
+def test_a_cut_answer_keeps_its_text_and_tokens(server, endpoint):
+    server.script = [with_logprobs("It is red.", RED[:3], finish="length")]
+    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    assert (answer.text, len(answer.tokens)) == ("It is red.", 3)
+
+
+def test_no_more_alternatives_are_asked_for_than_the_api_allows_and_none_without_need(server, endpoint):
+    server.script = [with_logprobs("It is red. yes", RED)]
+    model = OpenAIVisionLanguageModel(endpoint())
+    model.ask(Question([{"role": "user", "content": "Is it red?"}], top_logprobs=500))
+    assert server.seen[0].json["top_logprobs"] == 20
+    assert model.ask(QUESTION).tokens is None
+    assert not {"logprobs", "top_logprobs"} & set(server.seen[1].json)
+
+
+def test_a_server_that_rejects_probabilities_is_asked_without_them_from_then_on(server, endpoint):
+    server.script = [failure(400, "Unrecognized request argument supplied: top_logprobs"), completion("It is red. yes")]
+    model = OpenAIVisionLanguageModel(endpoint())
+    answer = model.ask(SURE_QUESTION)
+    assert (answer.text, answer.tokens) == ("It is red. yes", None)
+    assert (answer.usage.calls, answer.usage.retries, answer.usage.input_tokens) == (1, 1, 11)
+    model.ask(SURE_QUESTION)
+    assert ["logprobs" in seen.json for seen in server.seen] == [True, False, False]
+
+
+def test_json_mode_and_probabilities_can_be_rejected_one_after_the_other(server, endpoint):
+    server.script = [failure(400, "no response_format"), failure(422, "no logprobs here"), completion("{}")]
+    model = OpenAIVisionLanguageModel(endpoint())
+    answer = model.ask(Question(JSON_QUESTION.messages, is_json=True, top_logprobs=5))
+    assert (answer.text, answer.usage.calls, answer.usage.retries) == ("{}", 1, 2)
+    sent = [("response_format" in seen.json, "logprobs" in seen.json) for seen in server.seen]
+    assert sent == [(True, True), (False, True), (False, False)]
+
+
+def test_other_rejections_are_not_taken_for_that(server, endpoint):
+    passing = with_logprobs("It is red. yes", RED)
+    server.script = [failure(400, "no such model"), failure(500, "logprobs failed"), passing]
+    assert error_of(OpenAIVisionLanguageModel(endpoint()), SURE_QUESTION).fault == "rejected"
+    assert OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION).tokens is not None
+    assert len(server.seen) == 3
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        None,
+        "no",
+        [],
+        ["It"],
+        [{"token": "It is red. yes"}],
+        [entry("It is red. yes", "-0.5")],
+        [entry("It is red. yes", True)],
+        [entry("It is red. yes", 0.5)],
+        [entry("It is red. yes", float("nan"))],
+        [entry("It is red. yes", float("-inf"))],
+        [entry("It is red. yes", -(10**400))],
+        [entry(None)],
+        [entry("It is red. yes", top=[("no", 3.0)])],
+        [entry("It is red. yes", top=[(7, -3.0)])],
+        [{**entry("It is red. yes"), "top_logprobs": {"yes": -1}}],
+        [entry("It is blue. yes")],  # another text
+    ],
+)
+def test_malformed_probabilities_are_none(entries, server, endpoint):
+    server.script = [with_logprobs("It is red. yes", entries)]
+    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    assert (answer.text, answer.tokens) == ("It is red. yes", None)
+    assert len(server.seen) == 1
+
+
+@pytest.mark.parametrize("logprobs", [None, {}, [], "no", {"content": None}, {"tokens": ["a"], "token_logprobs": [-1]}])
+def test_absent_probabilities_are_none(logprobs):
+    assert read_tokens(logprobs, "yes") is None
+
+
+def test_tokens_before_and_after_the_text_are_left_out():
+    entries = [entry("<think>yes"), entry("</think>\n\n"), entry(" yes", -0.25), entry("<|im_end|>")]
+    assert read_tokens({"content": entries}, "yes") == (Token("yes", -0.25),)
+
+
+def test_characters_that_are_spread_over_tokens():
+    content = [list("円".encode()[:2]), list("円".encode()[2:]), list(b". no")]
+    entries = [entry("\\xe5\\x86", -0.5, bytes=part) for part in content]
+    tokens = read_tokens({"content": entries}, "円. no")
+    assert "".join(token.text for token in tokens) == "円. no"
+    assert tokens[-1].text == ". no"
+
+
+def test_probabilities_a_little_above_one_are_one():
+    assert read_tokens({"content": [entry("yes", 1e-6)]}, "yes") == (Token("yes", 0.0),)
+
+
+def test_many_questions_are_asked_side_by_side_and_answered_in_order(server, endpoint):
+    server.script = [lambda seen: completion(seen.json["messages"][0]["content"])]
+    server.hold_until(4)
+    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=4))
+    answers = model.ask_all([Question([{"role": "user", "content": str(number)}]) for number in range(12)])
+    assert [answer.text for answer in answers] == [str(number) for number in range(12)]
+    assert server.peak == 4
+    assert model.ask_all([]) == []
+
+
+def test_one_failure_among_many_questions_is_raised(server, endpoint):
+    server.script = [lambda seen: failure(400, "no") if "3" in seen.body.decode() else completion("yes")]
+    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=2))
+    with pytest.raises(ProviderError):
+        model.ask_all([Question([{"role": "user", "content": str(number)}], seed=1) for number in range(12)])
