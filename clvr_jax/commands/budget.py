@@ -18,15 +18,16 @@ class BudgetOptions:
     """Limits for one prompt. When one is reached the last picture is still judged, then the best one is returned."""
 
     max_steps: int = 8
-    """Drawings at most."""
+    """Most images that are generated, rolled-back ones and candidates included."""
     max_nfe: Count = None
-    """Network evaluations at most; the first drawing is always made."""
+    """Most network evaluations (NFE); the first image is always generated."""
     max_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
-    """No further drawing begins after so many seconds; with several prompts at a time, of all of them together."""
+    """No further image is begun after so many seconds; with several prompts at a time, of all of them together."""
     stop_when: Literal["controller", "verified", "drawn"] = "controller"
-    """controller: when it says so. verified: as soon as it finds nothing unmet. drawn: after one picture, unseen."""
+    """controller: when the controller stops. verified: also as soon as it finds nothing unmet, with --verification
+    controller. drawn: after one image, which nobody looks at. A separate verifier that accepts always stops the run."""
     candidates: int = 1
-    """Drawings of each step, of which the one with the fewest unmet items goes on; all count as drawings."""
+    """Images generated at each step, of which the best verified one is kept; all of them count as steps."""
 
     def __post_init__(self) -> None:
         at_least_one("--max-steps", self.max_steps)

@@ -4,7 +4,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 from rich.markup import escape
@@ -18,6 +18,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.reasoning.events import Event
+    from clvr_jax.reasoning.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,12 @@ class Generate:
     """What to draw."""
     model: str = "shapes-tiny"
     """Shipped model, a folder in diffusers layout or a Hugging Face id."""
+    verification: Literal["separate", "controller", "none"] = "separate"
+    """Who accepts an image: a verifier that sees it alone, the controller in its conversation, or nobody (the
+    ablation)."""
+    verifier: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Model that verifies with --verification separate: a shipped model or a Qwen3-VL directory or id; the model's own
+    controller in fresh conversations if not given."""
     budget: Limits = field(default_factory=BudgetOptions)
     nfe: Count = None
     """Network evaluations of each drawing; the model's own number if not given."""
@@ -44,22 +51,33 @@ class Generate:
     def __post_init__(self) -> None:
         at_least_one("--nfe", self.nfe)
         check_seed(self.seed)
+        if self.verifier and self.verification != "separate":
+            raise UsageError(f"--verifier is not asked with --verification {self.verification}; leave one of them out")
 
     def run(self) -> Result:
         """Draws and saves the trajectory."""
         from clvr_jax.outputs import check_folder, name_for
 
         unseen = _check_request(self.prompt, self.model)
-        out = self.out or Path("out") / name_for(self.prompt, self.model, self.seed, self.budget, self.nfe)
+        out = self.out or Path("out") / name_for(
+            self.prompt, self.model, self.seed, self.budget, self.nfe, self.verification, self.verifier
+        )
         check_folder(out)
         with console.status(f"loading {self.model}"):
             prepare_jax()
             from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-            pipe = ClosedLoopPipeline.from_pretrained(self.model)
+            pipe = ClosedLoopPipeline.from_pretrained(self.model, verifier=self.verifier)
         with console.status("thinking and drawing"):
             limits = dataclasses.asdict(self.budget)
-            made = pipe(self.prompt, **limits, seed=self.seed, nfe=self.nfe, on_event=_show_event)
+            made = pipe(
+                self.prompt,
+                **limits,
+                seed=self.seed,
+                nfe=self.nfe,
+                verification=self.verification,
+                on_event=_show_event,
+            )
         trajectory = made.trajectory
         page = trajectory.save(out) / "index.html"
         if trajectory.image is None:
@@ -71,7 +89,8 @@ class Generate:
             "model": self.model,
             "seed": self.seed,
             "outcome": trajectory.outcome,
-            "unmet": list(trajectory.verdict.unmet) if trajectory.verdict else None,
+            "unmet": None if trajectory.unmet is None else list(trajectory.unmet),
+            "verification": None if trajectory.verification is None else trajectory.verification.to_dict(),
             "drawings": len(trajectory.drawings),
             "nfe": made.nfe,
             "seconds": round(made.seconds, 3),
@@ -160,7 +179,7 @@ def _check_request(prompt: str, model: str) -> list[str]:
 def _show_event(event: "Event") -> None:
     """Prints what the loop does as it does it."""
     from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
-    from clvr_jax.reasoning.events import Chosen, Drawn, Finished, Replied, RolledBack
+    from clvr_jax.reasoning.events import Chosen, Drawn, Finished, PlanVerified, Replied, RolledBack, Verified
 
     if isinstance(event, Replied) and event.error:
         console.print(f"[yellow]  not understood:[/] {escape(event.error)}")
@@ -174,6 +193,10 @@ def _show_event(event: "Event") -> None:
     elif isinstance(event, Drawn):
         again = f", attempt {event.step.redraw + 1}" if event.step.redraw else ""
         console.print(f"[bold]step {event.number}[/]  {event.step.nfe} NFE  {event.step.seconds:.1f} s{again}")
+    elif isinstance(event, Verified):
+        console.print(_verification_text(event.verification))
+    elif isinstance(event, PlanVerified) and event.verification.unmet:
+        console.print(f"[yellow]  the plan misses:[/] {escape('; '.join(event.verification.unmet))}")
     elif isinstance(event, Chosen):
         console.print(f"  step {event.number} goes on, of {len(event.among)} candidates")
     elif isinstance(event, RolledBack):
@@ -184,3 +207,16 @@ def _show_event(event: "Event") -> None:
             f"{len(event.trajectory.drawings)} drawings, {event.trajectory.nfe} NFE, {event.trajectory.seconds:.1f} s"
         )
         console.print(f"[bold {color}]{event.trajectory.outcome}[/]  {spent}")
+
+
+def _verification_text(verification: "Verification") -> Text:
+    """One line for each requirement: whether it is met, how sure the verifier is, and on what evidence."""
+    text = Text(f"  {verification.description}" if verification.description else "")
+    for each in verification.requirements:
+        mark, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "red")}[each.met]
+        sure = "" if each.probability is None else f" {each.probability:.2f}"
+        text.append(f"\n    {mark:>5}{sure}  ", style)
+        text.append(each.text, "bold")
+        if each.evidence:
+            text.append(f"  ({each.evidence})", "dim")
+    return text

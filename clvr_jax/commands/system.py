@@ -31,6 +31,14 @@ class SystemOptions:
     """one-shot: draw. open-loop: plan, draw. best-of: plan, draw --candidates, take the best. closed-loop: the loop."""
     controller: Literal["vlm", "oracle", "endpoint"] = "vlm"
     """Who plans and judges: the model's own, the oracle of the shapes world, or a model behind an endpoint."""
+    verification: Literal["separate", "controller", "none"] | None = None
+    """Who accepts an image: a verifier that sees it alone, the controller in its conversation, or nobody. A verifier
+    if not given, or the controller where --controller names another one."""
+    verifier: Name = None
+    """Model that verifies with --verification separate: a shipped model or a Qwen3-VL directory or id; the model's own
+    controller in fresh conversations if not given."""
+    blind: bool = False
+    """Ablation: controller and verifier see a blank canvas in place of every image."""
     budget: Limits = field(default_factory=BudgetOptions)
     steps: Count = None
     """Sampler steps in one shot; the model's own number if not given."""
@@ -74,6 +82,13 @@ class SystemOptions:
             raise UsageError("--max-steps, --candidates and the like are for the loop; one-shot draws each prompt once")
         if self.mode != "one-shot" and (self.steps is not None or self.guidance is not None):
             raise UsageError("--steps and --guidance are for one-shot; the others draw as their model was trained to")
+        looks = self.verification is not None or self.verifier is not None or self.blind
+        if looks and (self.mode not in ("closed-loop", "best-of") or self.endpoint or self.pictures):
+            raise UsageError("--verification, --verifier and --blind are for our own models in the loop or best-of")
+        if self.verifier and self.verification not in (None, "separate"):
+            raise UsageError(f"--verifier is not asked with --verification {self.verification}; leave one of them out")
+        if self.verification == "none" and self.mode == "best-of":
+            raise UsageError("--mode best-of cannot choose with --verification none")
         if self.mode == "open-loop" and self.budget != BudgetOptions():
             raise UsageError("--max-steps, --candidates and the like are for the loop; open-loop draws each plan once")
         if self.mode == "best-of":
@@ -129,7 +144,16 @@ class SystemOptions:
         if self.mode == "one-shot":
             return one_shot(self.model, self.steps, self.guidance)
         given, name = self._controller(metadata)
-        return planned(self.model, self.mode, self.budget.budget(), given, name)
+        return planned(
+            self.model,
+            self.mode,
+            self.budget.budget(),
+            given,
+            name,
+            verification=self.verification,
+            verifier=self.verifier,
+            is_blind=self.blind,
+        )
 
     def _controller(self, metadata: Sequence[Mapping[str, Any]]) -> "tuple[Controller | None, str]":
         if self.controller == "vlm":

@@ -3,18 +3,22 @@
 import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.blind import BlindController, BlindVerifier
 from clvr_jax.evaluation.drawn import DrawAll, Drawn
 from clvr_jax.evaluation.open_loop import WholePlan
 from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawing
 from clvr_jax.reasoning.tools import Usage
+from clvr_jax.reasoning.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
 
@@ -73,30 +77,43 @@ def planned(
     budget: Budget | None = None,
     controller: Controller | None = None,
     controller_name: str = "vlm",
+    *,
+    verification: VerificationMode | None = None,
+    verifier: str | None = None,
+    is_blind: bool = False,
 ) -> System:
     """A model that draws what a controller plans; all prompts of a batch advance together.
 
     Args:
       model: shipped name, folder or Hugging Face id; of one that has a controller/, unless `controller` is given.
-      mode: "closed-loop" plans, draws, looks and corrects. "open-loop" plans the whole picture and draws it once,
-        unseen. "best-of" draws the whole plan `budget.candidates` times, the controller judges each and the one with
-        the fewest unmet items is taken.
+      mode: "closed-loop" plans, generates, verifies and corrects. "open-loop" plans the whole image and generates it
+        once; nobody looks at it. "best-of" generates the whole plan `budget.candidates` times and takes the best image.
       budget: limits per prompt.
       controller: plans and judges, the model's own if None.
       controller_name: identifies it.
+      verification: who accepts an image, see `reasoning.loop.run`; if None, the controller if it is given, else a
+        separate verifier.
+      verifier: the model that verifies; the model's own controller in fresh conversations if None.
+      is_blind: the ablation: controller and verifier see a blank canvas in place of every image.
     """
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-    pipeline = ClosedLoopPipeline.from_pretrained(model)
+    pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier)
+    accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
+    if mode == "open-loop":
+        accepts = "none"
     chosen = controller or pipeline.controller
     if chosen is None:
         raise ClvrError(f"{model}: the folder has no controller/; use the oracle or an endpoint as the controller")
     limits = limits_of(mode, budget)
     used = chosen if mode == "closed-loop" else WholePlan(chosen)
+    checks = pipeline.verifier if accepts == "separate" else None
+    if is_blind:
+        used, checks = BlindController(used), None if checks is None else BlindVerifier(checks)
 
     def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawn]:
         before = _usage(chosen)
-        trajectories = pipeline.run(prompts, seeds, limits, controller=used)
+        trajectories = pipeline.run(prompts, seeds, limits, controller=used, verifier=checks, verification=accepts)
         shares = _shares(before, _usage(chosen), len(prompts))
         return [
             replace(Drawn.of(trajectory), usage=usage) for trajectory, usage in zip(trajectories, shares, strict=True)
@@ -106,6 +123,9 @@ def planned(
         "mode": mode,
         **_identity(model, *([] if controller else ["controller"])),
         "controller": controller_name,
+        **({} if mode == "open-loop" else {"verification": accepts}),
+        **({} if verifier is None else {"verifier": _identity_of_verifier(verifier)}),
+        **({"blind": True} if is_blind else {}),
         **described(limits),
     }
     # All candidates of all prompts are drawn together: as many pictures at a time as without candidates.
@@ -179,7 +199,17 @@ class Oracle(Controller):
 def _identity(model: str, *more_parts: str) -> dict[str, str]:
     """Name and fingerprint of what draws (and of `more_parts`): a folder that was trained further is another model."""
     path, transformer = resolve(model)
-    parts = {transformer, "vae", "text_encoder", "tokenizer", *more_parts}
+    return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
+
+
+def _identity_of_verifier(model: str) -> dict[str, str]:
+    """Name and fingerprint of a model that verifies."""
+    path, _ = controller_directory(model)
+    return {"model": model, "weights": _digest(path, set())}
+
+
+def _digest(path: Path, parts: Set[str]) -> str:
+    """A fingerprint of the weights and settings in a directory and in those subdirectories."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(path.rglob("*")):
         place = file.relative_to(path)
@@ -191,4 +221,4 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
             digest.update(stream.read(_SAMPLE_BYTES))
             stream.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(stream.read(_SAMPLE_BYTES))
-    return {"model": model, "weights": digest.hexdigest()}
+    return digest.hexdigest()

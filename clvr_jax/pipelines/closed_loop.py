@@ -1,4 +1,4 @@
-"""The closed loop over our own models: a Qwen3-VL controller and a FLUX.2 drawer."""
+"""The closed loop over our own models: a FLUX.2 image generator, and a Qwen3-VL as controller and as verifier."""
 
 import dataclasses
 import time
@@ -11,14 +11,18 @@ from PIL import Image
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.verifier import Verifier as LoadedVerifier
+from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning import loop
+from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
 from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
 from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.verification import VerificationMode, Verifier
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 384
@@ -93,23 +97,48 @@ class ClosedLoopOutput:
 
 
 class ClosedLoopPipeline:
-    """Prompt in, picture and trajectory out.
+    """Prompt in, image and trajectory out.
 
-    Components are public attributes: `flux` draws; `controller` decides, None for a folder without `controller/`, which
-    then needs one at every call.
+    Components are public attributes: `flux` generates images; `controller` plans and decides, None for a directory
+    without `controller/`, which then needs one at every call; `verifier` checks images, None where nobody can.
     """
 
-    def __init__(self, flux: Flux2Pipeline, controller: Controller | None, model: str = ""):
-        self.flux, self.controller, self.model = flux, controller, model
+    def __init__(
+        self, flux: Flux2Pipeline, controller: Controller | None, model: str = "", verifier: Verifier | None = None
+    ):
+        self.flux, self.controller, self.model, self.verifier = flux, controller, model, verifier
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32") -> Self:
-        """Loads a shipped model or a folder in diffusers layout with a `controller/` beside the other components."""
+    def from_pretrained(
+        cls,
+        model: str,
+        dtype: DTypeLike = "float32",
+        *,
+        controller: str | None = None,
+        verifier: str | None = None,
+    ) -> Self:
+        """Loads the models of a loop.
+
+        Args:
+          model: a shipped name or a directory in diffusers layout, with a `controller/` beside the other components
+            unless `controller` is given.
+          dtype: of weights and computation.
+          controller: the Qwen3-VL that plans, see `pipelines.verifier.controller_directory`; the model's own if None.
+          verifier: the model that verifies, in the same way; the controller's weights in fresh conversations if None.
+        """
         path, _ = resolve(model)
         flux = Flux2Pipeline.from_pretrained(model, dtype)
-        folder = path / "controller"
-        controller = VLMController(Qwen3VLPipeline.from_pretrained(folder, dtype)) if folder.is_dir() else None
-        return cls(flux, controller, model)
+        name = controller or (model if (path / "controller").is_dir() else None)
+        if name is None:
+            checks = None if verifier is None else LoadedVerifier.from_pretrained(verifier, dtype)
+            return cls(flux, None, model, checks)
+        directory, is_trained = controller_directory(name)
+        vlm = Qwen3VLPipeline.from_pretrained(directory, dtype)
+        if verifier is None or verifier == name:
+            checks = LoadedVerifier.of_pipeline(vlm, name, is_trained)
+        else:
+            checks = LoadedVerifier.from_pretrained(verifier, dtype)
+        return cls(flux, VLMController(vlm, None if is_trained else SYSTEM_PROMPT), model, checks)
 
     def __call__(
         self,
@@ -122,6 +151,7 @@ class ClosedLoopPipeline:
         candidates: int = 1,
         seed: int = 0,
         nfe: int | None = None,
+        verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
     ) -> ClosedLoopOutput:
         """Runs the loop for one prompt.
@@ -131,12 +161,13 @@ class ClosedLoopPipeline:
           max_steps, max_nfe, max_seconds, stop_when, candidates: see `Budget`.
           seed: the same seed gives the same trajectory.
           nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
+          verification: who accepts an image, see `reasoning.loop.run`.
           on_event: called as things happen.
         Raises: UsageError for limits that make no sense.
         """
         began = time.monotonic()
         budget = Budget(max_steps, max_nfe, max_seconds, stop_when=stop_when, candidates=candidates)
-        (trajectory,) = self.run([prompt], [seed], budget, nfe=nfe, on_event=on_event)
+        (trajectory,) = self.run([prompt], [seed], budget, nfe=nfe, verification=verification, on_event=on_event)
         image = None if trajectory.image is None else as_pil(trajectory.image)
         return ClosedLoopOutput(image, trajectory, trajectory.nfe, time.monotonic() - began)
 
@@ -147,13 +178,35 @@ class ClosedLoopPipeline:
         budget: Budget | None = None,
         *,
         controller: Controller | None = None,
+        verifier: Verifier | None = None,
         nfe: int | None = None,
+        verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
     ) -> list[Trajectory]:
-        """Runs the loop for several prompts together; `controller` takes the place of the pipeline's own."""
+        """Runs the loop for several prompts together.
+
+        Args: as in `__call__`, and
+          controller, verifier: take the place of the pipeline's own.
+        Raises: ClvrError without a controller, or without a verifier where `verification` needs one.
+        """
         chosen = controller or self.controller
         if chosen is None:
             raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
         steps = None if nfe is None else self.flux.steps_for(nfe)
         drawer = Flux2Drawer(self.flux, steps)
-        return loop.run(prompts, chosen, drawer, budget, seeds, on_event, model=self.model)
+        checks = (verifier or self.verifier) if verification == "separate" else None
+        if verification == "separate" and checks is None:
+            raise ClvrError(
+                f"{self.model or 'pipeline'}: there is no verifier; give one or choose verification controller or none"
+            )
+        return loop.run(
+            prompts,
+            chosen,
+            drawer,
+            budget,
+            seeds,
+            on_event,
+            verification=verification,
+            verifier=checks,
+            model=self.model,
+        )

@@ -25,8 +25,10 @@ class Budget:
       max_parse_retries: how often a reply that cannot be parsed is asked for again, per reply.
       max_rollbacks: how often the loop returns to the same picture after a worse one before it continues from the
         latest; 0 never rolls back.
-      candidates: drawings of each reply, as many of them as the limits allow. Each is judged, the one with the fewest
-        unmet items goes on.
+      max_plan_retries: how often a plan that the verifier finds to miss a requirement is made again before the best of
+        the plans is carried out; 0 takes every plan as it is. Without effect where no verifier checks plans.
+      candidates: images generated for each reply, as many of them as the limits allow. Each is verified, the best one
+        goes on.
       stop_when: "controller" stops when the controller says so; "verified" also as soon as it finds nothing unmet,
         though it would draw on; "drawn" after the first picture, which nobody looks at.
     """
@@ -36,11 +38,18 @@ class Budget:
     max_seconds: float | None = None
     max_parse_retries: int = 2
     max_rollbacks: int = 2
+    max_plan_retries: int = 4
     candidates: int = 1
     stop_when: StopWhen = "controller"
 
     def __post_init__(self) -> None:
-        for name, least in (("max_steps", 1), ("max_parse_retries", 0), ("max_rollbacks", 0), ("candidates", 1)):
+        for name, least in (
+            ("max_steps", 1),
+            ("max_parse_retries", 0),
+            ("max_rollbacks", 0),
+            ("max_plan_retries", 0),
+            ("candidates", 1),
+        ):
             if getattr(self, name) < least:
                 raise UsageError(f"budget: {name} must be at least {least}, got {getattr(self, name)}")
         for name in ("max_nfe", "max_seconds"):

@@ -37,7 +37,9 @@ def drawing_text(prompt: str, replies: Sequence[str]) -> str:
     return "\n".join([prompt, *marked, last])
 
 
-def chat_messages(prompt: str, replies: Sequence[str], num_images: int, system: str | None = None) -> list[Message]:
+def chat_messages(
+    prompt: str, replies: Sequence[str], num_images: int, system: str | None = None, report: str = ""
+) -> list[Message]:
     """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
 
     Args:
@@ -46,6 +48,7 @@ def chat_messages(prompt: str, replies: Sequence[str], num_images: int, system: 
       num_images: how many of them have been drawn: all (the next reply is due), or all but the last (the chat ends with
         the assistant's reply, as a training target does).
       system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
+      report: the verifier's report on the latest image, which stands beside it; "" if there is none.
     Returns: messages; image k is the k-th {"type": "image"} part.
     """
     if num_images not in (len(replies), len(replies) - 1) or num_images < 0:
@@ -56,4 +59,6 @@ def chat_messages(prompt: str, replies: Sequence[str], num_images: int, system: 
         messages.append({"role": "assistant", "content": reply})
         if number < num_images:
             messages.append({"role": "user", "content": [{"type": "image"}]})
+    if report and num_images == len(replies) > 0:
+        messages[-1]["content"].append({"type": "text", "text": report})
     return messages

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.reasoning.verification import Verification
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,24 @@ class Chosen:
 
 
 @dataclass(frozen=True)
+class Verified:
+    """The image of step `number` was verified."""
+
+    index: int
+    number: int
+    verification: Verification
+
+
+@dataclass(frozen=True)
+class PlanVerified:
+    """The plan of reply `attempt` was verified; one that meets all requirements, or the best one, is carried out."""
+
+    index: int
+    attempt: int
+    verification: Verification
+
+
+@dataclass(frozen=True)
 class Finished:
     """A prompt has left the batch."""
 
@@ -52,4 +71,4 @@ class Finished:
     trajectory: Trajectory
 
 
-Event = Replied | Drawn | Chosen | RolledBack | Finished
+Event = Replied | Drawn | Verified | PlanVerified | Chosen | RolledBack | Finished

@@ -1,16 +1,18 @@
-"""The closed loop: plan, draw, look, correct, for many prompts together.
+"""The closed loop: plan, generate, verify, correct, for many prompts together.
 
     c_0 = prompt
-    (r_t, a_t) = controller(c_{t-1})        r_t also holds the verdict on picture t - 1
+    (r_t, a_t) = controller(c_{t-1})
     a_t = <|terminate|>  ->  done
-    a_t = <|image_gen|>  ->  x_t = drawer(c_{t-1} + r_t),  c_t = c_{t-1} + r_t + x_t
+    a_t = <|image_gen|>  ->  x_t = generator(c_{t-1} + r_t),  c_t = c_{t-1} + r_t + x_t
+    verifier(x_t) finds every requirement met  ->  accepted; else its report stands beside x_t in c_t
 
-Every round makes one batched controller call and one batched drawer call for all prompts that are not done (a second
-one if several candidates are to be drawn at a price that the first must show). What happens to a prompt depends on its
-own replies, pictures and seed only, so that a batch gives the same as one at a time.
+Every round makes one batched call of the controller, the generator and the verifier for all prompts that are not done
+(a second one of the generator if several candidates are to be generated at a price that the first must show). What
+happens to a prompt depends on its own replies, images and seed only, so that a batch gives the same as one at a time.
 
-Source: arXiv 2605.14876, closed-loop inference. Budgets, several candidates of a step, and keep-best with roll-back are
-ours: edits drift, so a picture worse than an earlier one is dropped and the reply that led to it is drawn again.
+Source: arXiv 2605.14876, closed-loop inference. The verifier beside the controller, budgets, several candidates of a
+step, and keep-best with roll-back are ours: edits drift, so an image worse than an earlier one is dropped and the reply
+that led to it is carried out again.
 """
 
 from __future__ import annotations
@@ -22,10 +24,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
-from clvr_jax.reasoning.events import Chosen, Drawn, Event, Finished, Replied, RolledBack
+from clvr_jax.reasoning.events import Chosen, Drawn, Event, Finished, PlanVerified, Replied, RolledBack, Verified
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
 from clvr_jax.reasoning.trajectory import (
@@ -33,12 +35,18 @@ from clvr_jax.reasoning.trajectory import (
     GAVE_UP,
     STEP_LIMIT,
     UNPARSEABLE,
+    UNVERIFIED,
     Step,
     Trajectory,
     Verdict,
     best_step,
     package_versions,
 )
+from clvr_jax.reasoning.verification import Verification, VerificationMode, Verifier, plan_text
+
+ROLLBACK_MARGIN = 0.5
+"""How much lower the score of an image must be than that of an earlier one before the loop goes back, so that small
+differences of probabilities send nobody back. Verdicts count whole items."""
 
 
 def run(
@@ -49,6 +57,8 @@ def run(
     seeds: int | Sequence[int] = 0,
     on_event: Callable[[Event], None] | None = None,
     *,
+    verification: VerificationMode = "controller",
+    verifier: Verifier | None = None,
     model: str = "",
     versions: Mapping[str, str] | None = None,
 ) -> list[Trajectory]:
@@ -61,6 +71,9 @@ def run(
       budget: limits per prompt; default Budget().
       seeds: one per prompt, or one for all. The place of a prompt in the batch does not enter its random numbers.
       on_event: called with every event as it happens.
+      verification: who accepts an image. "separate": `verifier`, which sees each image alone. "controller": the
+        controller, by the verdict in its next reply. "none": nobody; the controller's stop ends the run unverified.
+      verifier: checks images and plans; needed for, and only for, "separate".
       model: recorded in the trajectories.
       versions: recorded in the trajectories next to package_versions().
     Returns: one trajectory per prompt, in order.
@@ -73,9 +86,17 @@ def run(
         raise ClvrError(
             f"closed loop: {len(prompts)} prompts but {len(all_seeds)} seeds; give one per prompt or one for all"
         )
+    if (verifier is not None) != (verification == "separate"):
+        raise ClvrError(f"closed loop: verification {verification!r} with{'' if verifier else 'out'} a verifier")
     notify = on_event or (lambda event: None)
     budget = budget or Budget()
-    runs = [_Run(index, prompt, all_seeds[index], budget, notify) for index, prompt in enumerate(prompts)]
+    if verification == "none" and budget.candidates > 1:
+        raise UsageError(f"closed loop: verification none cannot choose among {budget.candidates} candidates")
+    required: Sequence[tuple[str, ...]] = verifier.derive(prompts) if verifier and prompts else [()] * len(prompts)
+    runs = [
+        _Run(index, prompt, all_seeds[index], budget, notify, verification, required[index])
+        for index, prompt in enumerate(prompts)
+    ]
     recorded = {**package_versions(), **(versions or {})}
     results: dict[int, Trajectory] = {}
     started = time.monotonic()
@@ -83,11 +104,14 @@ def run(
     while active:
         called = time.monotonic()
         asked = [(state, number, chat) for state in active for number, chat in state.conversations()]
-        texts = controller.reply([chat for _, _, chat in asked])
-        _check_count("controller", len(texts), len(asked))
-        share = (time.monotonic() - called) / len(asked)
-        for (state, number, _), text in zip(asked, texts, strict=True):
-            state.hear(number, text, share)
+        if asked:
+            texts = controller.reply([chat for _, _, chat in asked])
+            _check_count("controller", len(texts), len(asked))
+            share = (time.monotonic() - called) / len(asked)
+            for (state, number, _), text in zip(asked, texts, strict=True):
+                state.hear(number, text, share)
+        if verifier is not None:
+            _verify_plans(active, verifier)
         elapsed = time.monotonic() - started
         for state in active:
             state.decide(elapsed)
@@ -98,6 +122,8 @@ def run(
             share = (time.monotonic() - called) / len(requests)
             for (state, request), drawing in zip(requests, drawings, strict=True):
                 state.receive(request, drawing, share)
+        if verifier is not None:
+            _verify_images(active, verifier, started)
         for state in active:
             trajectory = state.finished(model, recorded)
             if trajectory is not None:
@@ -105,6 +131,32 @@ def run(
                 notify(Finished(state.index, trajectory))
         active = [state for state in active if state.index not in results]
     return [results[index] for index in range(len(runs))]
+
+
+def _verify_plans(active: Sequence[_Run], verifier: Verifier) -> None:
+    """Checks the plans that were made in this round."""
+    planned = [(state, plan) for state in active if (plan := state.unverified_plan()) is not None]
+    if planned:
+        called = time.monotonic()
+        found = verifier.check_plans([state.required for state, _ in planned], [plan for _, plan in planned])
+        _check_count("verifier", len(found), len(planned))
+        share = (time.monotonic() - called) / len(planned)
+        for (state, _), verification in zip(planned, found, strict=True):
+            state.take_plan(verification, share)
+
+
+def _verify_images(active: Sequence[_Run], verifier: Verifier, started: float) -> None:
+    """Checks the images that were generated in this round."""
+    made = [(state, number) for state in active for number in state.unverified_images()]
+    if made:
+        called = time.monotonic()
+        found = verifier.check([state.required for state, _ in made], [state.image(number) for state, number in made])
+        _check_count("verifier", len(found), len(made))
+        share = (time.monotonic() - called) / len(made)
+        for (state, number), verification in zip(made, found, strict=True):
+            state.take_verification(number, verification, share)
+    for state in dict.fromkeys(state for state, _ in made):
+        state.select(time.monotonic() - started)
 
 
 def derive_seed(seed: int, *path: int | str) -> int:
@@ -133,8 +185,20 @@ class _Run:
     `_group` and what follows, and the reply that each of them got, None if it waits for one.
     """
 
-    def __init__(self, index: int, prompt: str, seed: int, budget: Budget, notify: Callable[[Event], None]):
+    def __init__(
+        self,
+        index: int,
+        prompt: str,
+        seed: int,
+        budget: Budget,
+        notify: Callable[[Event], None],
+        mode: VerificationMode,
+        required: tuple[str, ...],
+    ):
         self.index = index
+        self.required = required
+        self._mode = mode
+        self._plans: list[tuple[float, int, _Draft]] = []
         self._prompt = prompt
         self._seed = seed
         self._budget = budget
@@ -154,7 +218,9 @@ class _Run:
         self._error: str | None = None
 
     def conversations(self) -> list[tuple[int, Conversation]]:
-        """What the controller is asked next: the steps to be judged, and the history that leads to each."""
+        """What the controller is asked next: the steps to reply to, and the history that leads to each."""
+        if self._draft is not None:  # a reply that is carried out again
+            return []
         return [(number, self._conversation(number)) for number, draft in self._table.items() if draft is None]
 
     def hear(self, number: int, text: str, seconds: float) -> None:
@@ -172,12 +238,70 @@ class _Run:
             return
         self._notify(Replied(self.index, attempt, text, None))
         self._table[number] = _Draft(reply, attempts=attempt + 1)
-        if number != _FIRST:
+        if number != _FIRST and self._mode == "controller":
             verdict = Verdict(reply.unmet or (), reply.reasoning)
             self._steps[number] = replace(self._steps[number], verdict=verdict)
 
+    def unverified_plan(self) -> str | None:
+        """The plan of the first reply, if the verifier has to check it."""
+        draft = self._table.get(_FIRST)
+        if draft is None or not self.required or draft.reply.action == TERMINATE:
+            return None
+        return plan_text(plan_items(draft.reply.reasoning))
+
+    def take_plan(self, verification: Verification, seconds: float) -> None:
+        """Keeps the best plan so far; one that misses a requirement is made again while retries are left."""
+        self._seconds += seconds
+        draft, attempt = self._table[_FIRST], self._attempts.get(_FIRST, 0)
+        assert draft is not None
+        self._notify(PlanVerified(self.index, attempt, verification))
+        # The earliest among equals: later ones are sampled.
+        self._plans.append((verification.score, -len(self._plans), draft))
+        if verification.accepted or len(self._plans) > self._budget.max_plan_retries:
+            self._table[_FIRST] = max(self._plans, key=lambda plan: plan[:2])[2]
+        else:
+            self._table[_FIRST] = None
+            self._attempts[_FIRST] = attempt + 1
+
+    def unverified_images(self) -> list[int]:
+        """The images on the table that the verifier has not seen; none if nobody is to look."""
+        if self._outcome is not None:
+            return []
+        return [number for number in self._table if number != _FIRST and self._steps[number].verification is None]
+
+    def image(self, number: int) -> Picture:
+        """The image of a step."""
+        image = self._steps[number].image
+        assert image is not None
+        return image
+
+    def take_verification(self, number: int, verification: Verification, seconds: float) -> None:
+        """Takes what the verifier found out about an image."""
+        self._seconds += seconds
+        self._steps[number] = replace(self._steps[number], verification=verification)
+        self._notify(Verified(self.index, number, verification))
+
+    def select(self, elapsed: float) -> None:
+        """Once all images on the table are verified: accepts, goes back, or leaves the best one to the controller."""
+        chosen = self._choose()
+        self._table = {chosen: None}
+        verification = self._steps[chosen].verification
+        assert verification is not None
+        if verification.accepted:
+            self._finish(ACCEPTED)
+            return
+        limit = self._account.spent(elapsed)
+        if limit is not None:
+            self._finish(limit)
+            return
+        place = self._place_to_return_to()
+        if place is not None:
+            self._begin(self._roll_back(place))
+
     def decide(self, elapsed: float) -> None:
         """Once all pictures on the table are judged: ends, or takes the best one's reply as what to draw next."""
+        if self._draft is not None or self._outcome is not None:
+            return
         drafts = {number: draft for number, draft in self._table.items() if draft is not None}
         if len(drafts) < len(self._table):
             return
@@ -185,21 +309,25 @@ class _Run:
             self._finish(UNPARSEABLE)
             return
         self._error = None  # of a candidate that is not needed
-        draft = self._choose(drafts)
+        if _FIRST in drafts:
+            draft = drafts[_FIRST]
+        else:  # a separate verifier has chosen already
+            draft = drafts[self._path[-1] if self._mode == "separate" else self._choose()]
         reply = draft.reply
-        if reply.action == TERMINATE or (self._budget.stop_when == "verified" and reply.unmet == ()):
+        verified = self._mode == "controller" and self._budget.stop_when == "verified" and reply.unmet == ()
+        if reply.action == TERMINATE or verified:
             self._steps.append(Step(reply.reasoning, TERMINATE, seconds=self._take_seconds(), attempts=draft.attempts))
-            self._finish(ACCEPTED if self._path and not reply.unmet else GAVE_UP)
+            self._finish(self._outcome_of_stop(reply))
             return
-        place = self._place_to_return_to()
-        if place is not None:
-            draft = self._roll_back(place)
+        if self._mode == "controller":
+            place = self._place_to_return_to()
+            if place is not None:
+                draft = self._roll_back(place)
         limit = self._account.spent(elapsed)
         if limit is not None:
             self._finish(limit)
             return
-        self._table, self._attempts, self._group = {}, {}, len(self._steps)
-        self._draft, self._wanted = draft, self._budget.candidates
+        self._begin(draft)
 
     def requests(self) -> list[DrawRequest]:
         """What to draw now: as many candidates of the next step as can be paid for."""
@@ -250,9 +378,10 @@ class _Run:
     def _conversation(self, number: int) -> Conversation:
         replies, images = self._history(self._path if number == _FIRST else [*self._path, number])
         attempt = self._attempts.get(number, 0)
-        return Conversation(
-            self._prompt, replies, images, derive_seed(self._seed, "reply", number + 1, attempt), attempt
-        )
+        seed = derive_seed(self._seed, "reply", number + 1, attempt)
+        verification = None if number == _FIRST else self._steps[number].verification
+        report = "" if verification is None else verification.report
+        return Conversation(self._prompt, replies, images, seed, attempt, report)
 
     def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
         """Replies with action tokens and pictures of some steps."""
@@ -261,10 +390,22 @@ class _Run:
             step.image for step in steps if step.image is not None
         )
 
-    def _choose(self, drafts: Mapping[int, _Draft]) -> _Draft:
-        """Puts the best picture on the table into the history and the others aside; returns what was said to it."""
-        if _FIRST in drafts:
-            return drafts[_FIRST]
+    def _begin(self, draft: _Draft) -> None:
+        """Makes a reply the one that is carried out next."""
+        self._table, self._attempts, self._group = {}, {}, len(self._steps)
+        self._draft, self._wanted = draft, self._budget.candidates
+
+    def _outcome_of_stop(self, reply: Reply) -> str:
+        """How a run ends that the controller stops."""
+        if not self._path:
+            return GAVE_UP
+        if self._mode == "controller":
+            return GAVE_UP if reply.unmet else ACCEPTED
+        # A verification that had something to check has not accepted the image, or the run would have ended before.
+        return GAVE_UP if self.required else UNVERIFIED
+
+    def _choose(self) -> int:
+        """Puts the best image on the table into the history and the others aside; returns its number."""
         numbers = range(self._group, len(self._steps))  # with those whose judgment could not be read
         best = best_step(self._steps[numbers.start :])
         assert best is not None
@@ -275,18 +416,18 @@ class _Run:
         if len(numbers) > 1:
             self._notify(Chosen(self.index, chosen, tuple(numbers)))
         self._path.append(chosen)
-        return drafts[chosen]
+        return chosen
 
     def _place_to_return_to(self) -> int | None:
         """The best earlier picture if the latest one is worse and the loop may go back there once more."""
         if not self._path:
             return None
         tip = self._path[-1]
-        best, latest = best_step(self._steps[:tip]), self._steps[tip].verdict
+        best, latest = best_step(self._steps[:tip]), self._steps[tip].score
         if best is None or latest is None:
             return None
-        best_verdict = self._steps[best].verdict
-        if best_verdict is None or latest.score <= best_verdict.score:
+        best_score = self._steps[best].score
+        if best_score is None or latest > best_score - ROLLBACK_MARGIN:
             return None
         return best if self._rollbacks.get(best, 0) < self._budget.max_rollbacks else None
 

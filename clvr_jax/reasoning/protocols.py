@@ -20,6 +20,7 @@ class Conversation:
       replies: the replies that led here, with action tokens, oldest first.
       images: the picture each of them led to; the last one is to be judged.
       seed: 31-bit seed of this call; another attempt has another seed.
+      report: the verifier's report on the last image, "" if there is none.
       attempt: 0 at first; n if the n replies before could not be parsed. A controller that decodes greedily should
         sample from attempt 1 on, or it repeats itself.
     """
@@ -29,6 +30,7 @@ class Conversation:
     images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
     seed: int = 0
     attempt: int = 0
+    report: str = ""
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.replies):
@@ -38,7 +40,7 @@ class Conversation:
 
     def messages(self, system: str | None = None) -> list[context.Message]:
         """The chat that the controller continues; see context.chat_messages."""
-        return context.chat_messages(self.prompt, self.replies, len(self.images), system)
+        return context.chat_messages(self.prompt, self.replies, len(self.images), system, self.report)
 
 
 @dataclass(frozen=True)

@@ -59,7 +59,6 @@ class Step:
       references: the steps whose pictures the drawer was given, in order.
       image: the picture drawn.
       verdict: the controller's own judgment of that image, from its next reply; None if it made none.
-      verification: what the verifier found out about that image, requirement by requirement; None if none looked.
       nfe: forwards of the diffusion network.
       seconds: wall time of the calls that led here, each divided by the number of prompts it served.
       rolled_back: the picture was worse than an earlier one and the loop went back, or another candidate of the same
@@ -67,6 +66,7 @@ class Step:
       attempts: replies asked for until one could be parsed, 1 if the first could.
       redraw: how many times the same reply had been drawn from the same history before.
       seed: seed of the drawing, None for a stop.
+      verification: what the verifier found out about that image, requirement by requirement; None if none looked.
     """
 
     reasoning: str
@@ -74,13 +74,13 @@ class Step:
     references: tuple[int, ...] = ()
     image: Picture | None = field(default=None, repr=False, compare=False)
     verdict: Verdict | None = None
-    verification: Verification | None = None
     nfe: int = 0
     seconds: float = 0.0
     rolled_back: bool = False
     attempts: int = 1
     redraw: int = 0
     seed: int | None = None
+    verification: Verification | None = None
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -160,6 +160,11 @@ class Trajectory:
     def verification(self) -> Verification | None:
         """The verification of the result."""
         return None if self.best is None else self.steps[self.best].verification
+
+    @property
+    def unmet(self) -> tuple[str, ...] | None:
+        """What the result lacks; None if nobody looked."""
+        return None if self.best is None else self.steps[self.best].unmet
 
     @property
     def nfe(self) -> int:

@@ -26,6 +26,8 @@ from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
 
 Mode = Literal["describe", "ask"]
+VerificationMode = Literal["separate", "controller", "none"]
+"""Who accepts an image in the loop: a verifier that sees it alone, the controller in its conversation, or nobody."""
 
 REQUIREMENTS_PROMPT = """\
 You prepare the inspection of an image that was made for a request. List every single thing that the request asks for \
@@ -92,6 +94,11 @@ def comparison_reply(evidence: str, met: bool) -> str:
 def report(description: str, unmet: Sequence[str]) -> str:
     """What the controller reads beside an image: the description, and what is unmet."""
     return f"{description} Unmet: {'; '.join(unmet) or 'nothing'}.".lstrip()
+
+
+def plan_text(items: Sequence[str]) -> str | None:
+    """A plan as the verifier compares it with requirements; None if it has no items."""
+    return f"Plan: {'; '.join(items)}." if items else None
 
 
 def _chat(content: object, system: str | None) -> list[Message]:
@@ -405,7 +412,7 @@ def answer_probability(answer: Answer) -> float | None:
     begin = 0
     for token in answer.tokens:
         end = begin + len(token.text)
-        if begin <= match.start() < end or (begin <= match.start() and not token.text[match.start() - begin :].strip()):
+        if begin <= match.start() < end:
             top = {**token.top, token.text: token.logprob}
             yes, no = (sum(math.exp(top[text]) for text in top if _begins(word, text)) for word in ("yes", "no"))
             return yes / (yes + no) if yes + no > 0 else None
@@ -420,7 +427,7 @@ def evidence_probability(description: Answer, evidence: str) -> float:
     """
     if not description.tokens:
         return 1.0
-    quoted = {clause for clause in _clauses(evidence)}
+    quoted = {clause for clause, _, _ in _clause_spans(evidence)}
     spans = _clause_spans(description.text)
     known = {clause for clause, _, _ in spans}
     relevant = [span for span in spans if span[0] in quoted] if quoted and quoted <= known else spans
@@ -436,10 +443,6 @@ def evidence_probability(description: Answer, evidence: str) -> float:
 def _begins(word: str, token: str) -> bool:
     text = token.strip().lower()
     return bool(text) and word.startswith(text)
-
-
-def _clauses(text: str) -> list[str]:
-    return [clause for clause, _, _ in _clause_spans(text)]
 
 
 def _clause_spans(text: str) -> list[tuple[str, int, int]]:

@@ -1,0 +1,178 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.tools import Answer, Token
+from clvr_jax.reasoning.verification import (
+    ModelVerifier,
+    Requirement,
+    Verification,
+    answer_probability,
+    evidence_probability,
+    read_requirements,
+)
+
+IMAGE = np.zeros((4, 4, 3), np.uint8)
+
+
+def answer(*parts: tuple[str, float], **top: float) -> Answer:
+    """An answer of tokens with probabilities; `top` are the likeliest tokens at the last one."""
+    tokens = [Token(text, math.log(p)) for text, p in parts]
+    last = tokens[-1]
+    tokens[-1] = Token(last.text, last.logprob, {**{f" {word}": math.log(p) for word, p in top.items()}})
+    return Answer("".join(text for text, _ in parts), tokens=tuple(tokens))
+
+
+class ScriptedModel:
+    """Answers questions by a function of the last user turn and keeps them."""
+
+    name = "scripted"
+
+    def __init__(self, reply):
+        self.reply, self.questions = reply, []
+
+    def ask_all(self, questions):
+        self.questions += questions
+        found = [self.reply(question) for question in questions]
+        return [each if isinstance(each, Answer) else Answer(each) for each in found]
+
+
+def text_of(question) -> str:
+    content = question.messages[-1]["content"]
+    return content if isinstance(content, str) else " ".join(part.get("text", "[image]") for part in content)
+
+
+def test_an_image_is_described_before_any_requirement_is_seen():
+    def reply(question):
+        text = text_of(question)
+        if text == "[image]":
+            return "I see red circle top."
+        return "red circle top. yes" if "red circle" in text.split("Required:")[1] else "no blue star. no"
+
+    model = ScriptedModel(reply)
+    (found,) = ModelVerifier(model, is_instructed=False).check([("red circle", "blue star")], [IMAGE])
+    assert [(each.met, each.evidence) for each in found.requirements] == [
+        (True, "red circle top"),
+        (False, "no blue star"),
+    ]
+    assert found.accepted is False
+    assert found.unmet == ("blue star",)
+    assert found.report == "I see red circle top. Unmet: blue star."
+    described, *compared = model.questions
+    assert (len(described.images), text_of(described), len(described.messages)) == (1, "[image]", 1)
+    assert all(not question.images and len(question.messages) == 1 for question in compared)
+
+
+def test_the_mode_ask_shows_the_image_with_every_requirement():
+    model = ScriptedModel(lambda question: "A red circle. Yes.")
+    (found,) = ModelVerifier(model, "ask").check([("red circle", "a dog")], [IMAGE])
+    assert found.accepted is True
+    assert [len(question.images) for question in model.questions] == [1, 1]
+    assert all(question.messages[0]["role"] == "system" for question in model.questions)
+
+
+@pytest.mark.parametrize("said", ["maybe", "", "yes and no, it depends", "I cannot tell. Yes or no?!x"])
+def test_neither_yes_nor_no_is_never_met(said):
+    (found,) = ModelVerifier(ScriptedModel(lambda question: said), "ask").check([("a dog",)], [IMAGE])
+    assert found.requirements[0].met is None
+    assert (found.accepted, found.unmet, found.probability) == (False, ("a dog",), None)
+
+
+def test_without_token_probabilities_the_answer_counts_and_no_probability_is_made_up():
+    (found,) = ModelVerifier(ScriptedModel(lambda question: "Here it is. yes"), "ask").check([("a dog",)], [IMAGE])
+    assert (found.accepted, found.probability, found.score) == (True, None, 1.0)
+
+
+def test_the_probability_is_that_of_yes_against_no():
+    said = answer(("A dog", 0.9), (".", 0.9), (" yes", 0.6), yes=0.6, no=0.2)
+    assert answer_probability(said) == pytest.approx(0.75)
+    in_pieces = answer(("A dog.", 0.9), (" y", 0.6), y=0.6, n=0.3)
+    assert answer_probability(Answer(in_pieces.text + "es", tokens=(*in_pieces.tokens, Token("es", 0.0)))) == (
+        pytest.approx(0.6 / 0.9)
+    )
+
+
+def test_evidence_is_as_certain_as_the_clauses_it_quotes():
+    described = answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.5), (".", 1.0))
+    assert evidence_probability(described, "red star top") == pytest.approx(0.9)
+    assert evidence_probability(described, "blue cross left; red star top") == pytest.approx(0.45)
+    assert evidence_probability(described, "no green circle") == pytest.approx(0.45)
+    assert evidence_probability(Answer("I see red star top."), "red star top") == 1.0
+
+
+def test_an_uncertain_description_makes_a_yes_uncertain():
+    def reply(question):
+        if question.images:
+            return answer(("I see", 1.0), (" red star top", 0.3), (".", 1.0))
+        return answer(("red star top.", 1.0), (" yes", 1.0), yes=1.0)
+
+    (found,) = ModelVerifier(ScriptedModel(reply)).check([("red star",)], [IMAGE])
+    assert found.requirements[0].probability == pytest.approx(0.3)
+    assert found.accepted is False
+
+
+@pytest.mark.parametrize(
+    ("reply", "found"),
+    [
+        ("Required: a red star; a dog left of it.", ("a red star", "a dog left of it")),
+        ("Certainly.\nRequired: one thing", ("one thing",)),
+        ("Required: nothing.", ()),
+        ("Required: none", ()),
+        ("I cannot.", None),
+        ("Required: .", None),
+    ],
+)
+def test_requirements_are_read(reply, found):
+    assert read_requirements(reply) == found
+
+
+def test_requirements_are_asked_for_again_and_then_refused():
+    model = ScriptedModel(lambda question: "Required: a dog." if question.seed else "hm")
+    assert ModelVerifier(model).derive(["a dog"]) == [("a dog",)]
+    assert [question.temperature > 0 for question in model.questions] == [False, True]
+    with pytest.raises(ClvrError, match=r"scripted lists no requirements of the prompt 'a dog' but says 'hm'"):
+        ModelVerifier(ScriptedModel(lambda question: "hm")).derive(["a dog"])
+
+
+def test_a_prompt_without_requirements_has_nothing_to_accept():
+    model = ScriptedModel(lambda question: "Required: nothing." if not question.images else "I see it.")
+    (found,) = ModelVerifier(model).verify(["hello"], [IMAGE])
+    assert (found.accepted, found.requirements, found.probability) == (None, (), None)
+
+
+def test_requirements_of_a_prompt_are_derived_once():
+    model = ScriptedModel(lambda question: "Required: a dog." if "Required of" in text_of(question) else "A dog. yes")
+    found = ModelVerifier(model, "ask").verify(["a dog", "a dog"], [IMAGE, IMAGE])
+    assert [each.accepted for each in found] == [True, True]
+    assert sum("Required of" in text_of(question) for question in model.questions) == 1
+
+
+def test_numbers_must_agree():
+    with pytest.raises(UsageError, match="2 prompts but 1 images"):
+        ModelVerifier(ScriptedModel(str)).verify(["a", "b"], [IMAGE])
+    with pytest.raises(UsageError, match="mode must be one of describe, ask"):
+        ModelVerifier(ScriptedModel(str), "look")
+
+
+def test_a_verification_survives_json():
+    found = Verification((Requirement("a", True, 0.9, "a top"), Requirement("b", None)), "I see a.", "describe", "m")
+    assert Verification.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"requirements": [{"text": "a", "met": "yes"}]},
+        {"requirements": [{"text": "a", "met": True, "probability": 1.5}]},
+        {"requirements": [{"text": 3, "met": True}]},
+        {"requirements": [{"text": "a", "met": True, "more": 1}]},
+        {"description": 4},
+        {"more": 1},
+    ],
+)
+def test_a_malformed_verification_is_refused(change):
+    with pytest.raises(ClvrError, match="verification: malformed"):
+        Verification.from_dict({"requirements": [], **change})
