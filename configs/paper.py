@@ -45,6 +45,10 @@ ROWS = {
     "distilled-loop": Row("distilled only, loop", "distilled"),
     "few-loop": Row("aligned in as few steps, loop", "aligned in few steps"),
     "merged-loop": Row("merged (DSWM), loop", "merged"),
+    "merged-blind": Row("merged (DSWM), blind loop", "merged", is_blind=True),
+    "merged-controller": Row("merged (DSWM), controller accepts", "merged", verification="controller"),
+    "merged-unverified": Row("merged (DSWM), no verification", "merged", verification="none"),
+    "distilled-blind": Row("distilled only, blind loop", "distilled", is_blind=True),
     "linear-loop": Row("average of the two, loop", "linear"),
     "ties-loop": Row("TIES, loop", "ties"),
     "dare-loop": Row("DARE, loop", "dare"),
@@ -63,10 +67,24 @@ def sections(aligned: str) -> tuple[Section, ...]:
     return (
         Section(
             "The method, part by part",
-            "One shot of the base, the loop with a drawer that knows histories, and the loop in few steps.",
+            "One shot of the base, the loop with a generator that knows histories, and the loop in few steps.",
             ("base-one-shot", "base-loop", "sft-loop", "pprl-loop", "merged-loop"),
             "base-one-shot",
             "method.png",
+        ),
+        Section(
+            "What looking adds",
+            "The same models, with blank canvases in place of images (blind); with the controller as the one who "
+            "accepts, in its conversation; and with nobody who looks.",
+            (
+                "merged-blind",
+                "merged-unverified",
+                "merged-controller",
+                "merged-loop",
+                "distilled-blind",
+                "distilled-loop",
+            ),
+            "merged-blind",
         ),
         Section(
             "What merging adds",
@@ -77,13 +95,13 @@ def sections(aligned: str) -> tuple[Section, ...]:
         ),
         Section(
             "The same with exact eyes",
-            "The oracle plans and reads pictures exactly: what is left are the mistakes of the drawer.",
+            "The oracle plans and reads images exactly: what is left are the mistakes of the generator.",
             ("distilled-oracle", "aligned-oracle", "merged-oracle"),
             "merged-oracle",
         ),
         Section(
             "Planning without looking",
-            "The controller plans the whole picture, and the plan is drawn once (open-loop rewriting).",
+            "The controller plans the whole image, and the plan is generated once (open-loop rewriting).",
             ("base-one-shot", "base-open-loop", "aligned-open-loop", "merged-open-loop", aligned, "merged-loop"),
             "base-one-shot",
         ),

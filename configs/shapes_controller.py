@@ -43,6 +43,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.verifier import TRAINED_FOR_LOOP
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -289,6 +290,7 @@ def task(config: Config) -> Task:
         save_model(directory, model, QWEN3_VL, "float16")
         tokenizer.save_pretrained(str(directory))
         write_json(directory / "preprocessor_config.json", processor_to_dict(PROCESSOR))
+        write_json(directory / "clvr.json", {"contract": TRAINED_FOR_LOOP})
 
     return Task(
         name="shapes controller",

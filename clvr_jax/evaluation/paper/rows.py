@@ -13,20 +13,27 @@ from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.shapes import SHAPES_JUDGE_VERSION, run, shapes_judge, shapes_prompts
 from clvr_jax.evaluation.systems import Mode, Oracle, System, one_shot, planned
 from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.verification import VerificationMode
 
 SPLITS = ("eval", "complex")
 
 
 @dataclass(frozen=True)
 class Row:
-    """A model in one of its modes. label: in tables. model: its name among the folders. controller: who plans and
-    judges, unless it is one shot. splits: evaluation sets that it draws."""
+    """A model in one of its modes.
+
+    label: in tables. model: its name among the directories. controller: who plans, unless it is one shot. verification:
+    who accepts an image in the loop, see `reasoning.loop.run`; the oracle accepts its own images if None. is_blind: the
+    ablation that shows blank canvases to controller and verifier. splits: evaluation sets.
+    """
 
     label: str
     model: str
     mode: Mode = "closed-loop"
     controller: Literal["vlm", "oracle"] = "vlm"
     budget: Budget = Budget()
+    verification: VerificationMode | None = None
+    is_blind: bool = False
     splits: tuple[str, ...] = SPLITS
 
     def system(self, model: Path, metadata: list[dict[str, Any]]) -> System:
@@ -34,7 +41,15 @@ class Row:
         if self.mode == "one-shot":
             return one_shot(str(model))
         oracle = Oracle(metadata) if self.controller == "oracle" else None
-        return planned(str(model), self.mode, self.budget, oracle, self.controller)
+        return planned(
+            str(model),
+            self.mode,
+            self.budget,
+            oracle,
+            self.controller,
+            verification=self.verification,
+            is_blind=self.is_blind,
+        )
 
 
 @dataclass(frozen=True)
@@ -65,6 +80,8 @@ def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) 
         "mode": row.mode,
         "controller": row.controller,
         "budget": asdict(row.budget),
+        "verification": row.verification,
+        "blind": row.is_blind,
         "judge": SHAPES_JUDGE_VERSION,
         "split": prompts.split,
         "limit": prompts.limit,
