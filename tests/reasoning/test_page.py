@@ -10,6 +10,7 @@ from PIL import Image
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 from clvr_jax.reasoning.page import render
 from clvr_jax.reasoning.trajectory import OUTCOMES
+from clvr_jax.reasoning.verification import Requirement, Verification
 
 
 class Page(HTMLParser):
@@ -124,3 +125,120 @@ def test_light_and_dark_small_screens_and_print():
     html = render(make())
     for feature in ("prefers-color-scheme: dark", "max-width: 46rem", "@media print", "image-rendering: pixelated"):
         assert feature in html
+
+
+# --- trajectories with a verification ---------------------------------------------------------------------------------
+
+
+def verification(*requirements, description="I see a red dot."):
+    return Verification(tuple(requirements), description, "describe", "toy, describe")
+
+
+def verified(**changes):
+    first = verification(
+        Requirement("red dot", True, 0.9996, "the dot is red"),
+        Requirement("blue dot", False, 0.25, "no second dot"),
+        Requirement("green dot", None, None, "no answer in 'maybe'"),
+    )
+    second = verification(
+        Requirement("red dot", True, 0.9, "still red"),
+        Requirement("blue dot", True, 0.75, "a blue dot below"),
+        Requirement("green dot", True, None, "a green dot"),
+        description="I see all dots.",
+    )
+    steps = (
+        # The controller's own verdict says otherwise; the verification counts.
+        Step("Plan: one; two.", IMAGE_GEN, (), image(64), Verdict(()), 4, 1.0, verification=first),
+        Step("Unmet: blue dot. Add it.", IMAGE_GEN, (0,), image(64, 90), Verdict(("x",)), 4, 1.0, verification=second),
+    )
+    return make(**{"prompt": "three dots", "steps": steps, **changes})
+
+
+def board_of(text):
+    return text[text.index("Requirements") : text.index("How it came about")].strip()
+
+
+def test_the_board_shows_requirements_with_their_probabilities():
+    page = Page(render(verified()))
+    assert not page.open
+    assert board_of(page.text) == (
+        "Requirements Picture 1 2 red dot ✓ >0.99 ✓ 0.90 blue dot ○ 0.25 ✓ 0.75 green dot ? ✓ unmet 2 0 met, expected "
+        "1.25 2.65"
+    )
+    widths = [each["style"] for each in page.all("span") if "style" in each]
+    assert widths[:4] == ["width:100%", "width:90%", "width:25%", "width:75%"]
+    tips = [each["title"] for each in page.all("span") if "title" in each]
+    assert "unmet; probability of being met 0.25; no second dot" in tips
+    assert "no answer; no probability; no answer in 'maybe'" in tips
+    assert "Checklist" not in page.text
+
+
+def test_a_step_shows_requirement_by_requirement_who_checked_and_on_what_evidence():
+    text = Page(render(verified())).text
+    steps = text[text.index("How it came about") :]
+    for part in (
+        "2 unmet",
+        "✓ met red dot the dot is red >0.99",
+        "○ unmet blue dot no second dot 0.25",
+        "? no answer green dot no answer in 'maybe' no probability",
+        "Description I see a red dot. Verified by toy, describe",
+        "nothing unmet",
+        "✓ met blue dot a blue dot below 0.75",
+        "Description I see all dots.",
+    ):
+        assert part in steps, part
+    assert "Picture 2 of 2, nothing unmet" in text
+
+
+def test_what_a_step_has_gained_is_marked():
+    rows = [each["class"] for each in Page(render(verified())).all("tr") if "class" in each]
+    assert rows == ["met just", "unmet", "unmet", "met", "met just", "met just"]
+
+
+def test_the_note_says_who_accepted():
+    assert "The verification found every requirement met." in Page(render(verified())).text
+    alone = Page(render(make())).text
+    assert "The controller looked at the last picture and found nothing unmet." in alone
+    assert "verification" not in alone
+    unverified = Page(render(Trajectory("p", (Step("Unmet: nothing.", TERMINATE),), "unverified"))).text
+    assert "The controller stopped; nothing was verified." in unverified
+
+
+def test_a_prompt_without_requirements_has_nothing_to_check():
+    step = Step("Draw.", IMAGE_GEN, (), image(64), verification=verification())
+    page = Page(render(make(steps=(step,), outcome="unverified")))
+    assert not page.open
+    assert "nothing to check" in page.text
+    assert "The prompt asks for nothing that can be checked." in page.text
+    assert [each["class"] for each in page.all("span") if each.get("class", "").startswith("badge ")] == [
+        "badge open",  # the outcome
+        "badge open",
+    ]
+
+
+def test_an_image_that_was_not_verified_among_others_that_were():
+    steps = (*verified().steps, Step("Add it.", IMAGE_GEN, (1,), image(64), Verdict(("a",)), rolled_back=True))
+    board = board_of(Page(render(verified(steps=steps, outcome="step limit"))).text)
+    assert "red dot ✓ >0.99 ✓ 0.90 ·" in board
+    assert "unmet 2 0 1 met, expected 1.25 2.65 ?" in board
+
+
+def test_everything_in_a_verification_is_escaped():
+    nasty = "<script>alert('x')</script> & \" onmouseover=\"x ${steps}"
+    checked = Verification((Requirement(nasty, False, 0.2, nasty), Requirement(nasty, None)), nasty, nasty, nasty)
+    step = Step("Draw.", IMAGE_GEN, (), image(8), verification=checked)
+    page = Page(render(make(steps=(step,), outcome="step limit")))
+    assert not page.open
+    assert not page.all("script")
+    assert not any("onmouseover" in each for _, each in page.elements)
+    assert page.text.count(nasty) >= 6
+
+
+@pytest.mark.parametrize(
+    ("probability", "shown"), [(0.0, "0.00"), (0.001, "<0.01"), (0.5, "0.50"), (0.9999, ">0.99"), (1.0, "1.00")]
+)
+def test_what_is_not_quite_certain_is_not_shown_as_certain(probability, shown):
+    checked = verification(Requirement("red dot", probability > 0.4, probability))
+    step = Step("Draw.", IMAGE_GEN, (), image(8), verification=checked)
+    text = Page(render(make(steps=(step,), outcome="step limit"))).text
+    assert re.search(rf"red dot [○✓] {shown} ", text)
