@@ -15,6 +15,7 @@ from clvr_jax.commands.evaluation_benchmarks import (
 from clvr_jax.commands.evaluation_compare import EvalCompare
 from clvr_jax.commands.evaluation_scaling import EvalScaling
 from clvr_jax.commands.evaluation_shapes import EvalShapes
+from clvr_jax.commands.evaluation_verifier import EvalVerifier
 
 
 @dataclass(frozen=True)
@@ -32,4 +33,5 @@ class Eval(CommandGroup):
         "dpg": EvalDPG,
         "compare": EvalCompare,
         "scaling": EvalScaling,
+        "verifier": EvalVerifier,
     }
