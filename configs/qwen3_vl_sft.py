@@ -2,8 +2,10 @@
 
 clvr train configs/qwen3_vl_sft.py --model Qwen/Qwen3-VL-8B-Instruct --dataset data/trajectories
 
-A trajectory is one conversation with all its pictures. The paper does not tell the controller's rate; 1e-5 is what is
-usual for models of this size. The vision tower stays as it is unless `train_vision` is set.
+A trajectory is one conversation with all its images; the verdicts on wrong images and the corrections are learned,
+too. If the dataset has verification examples (`clvr synth` makes them), the verdict of each is learned as well.
+The paper does not tell the controller's rate; 1e-5 is what is usual for models of this size. The vision tower stays as
+it is unless `train_vision` is set.
 
 Never run on the real weights: there was no accelerator. The tests run it on the controller of `shapes-tiny`, a model of
 the same class, and trace the step of the full sizes.
@@ -23,7 +25,7 @@ from flax import nnx
 from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
 from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
@@ -42,7 +44,8 @@ PRESETS = {
 @dataclasses.dataclass(frozen=True)
 class Config:
     """model: folder or Hugging Face id of a Qwen3-VL, or of a pipeline with a `controller/`. dataset: of trajectories,
-    see `data.trajectory_dataset`. batch_size: conversations a step, all devices together. train_vision: whether the
+    see `data.trajectory_dataset`. verification: whether the verification examples of the dataset are learned as well,
+    if there are any. batch_size: conversations a step, all devices together. train_vision: whether the
     vision tower is trained as well. remat: what the backward pass keeps of each block, see `layers.REMAT`. loss_block:
     tokens whose logits a device holds at a time.
     preset, text, learned, images, size: model and conversations of `abstract_task`: tokens of a conversation that are
@@ -60,6 +63,7 @@ class Config:
     )
     model: str = ""
     dataset: Path = Path("data/trajectories")
+    verification: bool = True
     batch_size: int = 64
     train_vision: bool = False
     remat: str = "attention"
@@ -83,7 +87,10 @@ def task(config: Config) -> Task:
     if not config.model:
         raise ClvrError("qwen3_vl_sft: --model says what to begin with: a folder or a Hugging Face id of Qwen3-VL")
     pipe = Qwen3VLPipeline.from_pretrained(_folder(config.model), "float32")
-    examples = ConversationExamples(TrajectoryDataset(config.dataset), pipe.tokenizer, pipe.image_processor)
+    dataset = TrajectoryDataset(config.dataset)
+    has_verification = config.verification and dataset.has_verification
+    verification = TrajectoryDataset(config.dataset, VERIFICATION) if has_verification else None
+    examples = ConversationExamples(dataset, pipe.tokenizer, pipe.image_processor, verification=verification)
     params, frozen = _parts(nnx.state(pipe.model), config)
     unchanged = on_every_host(frozen)
     sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor

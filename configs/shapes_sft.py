@@ -6,7 +6,8 @@ for. The text encoder stays as the base has it.
 
     clvr train configs/shapes_sft.py --out runs/shapes_sft
 
-With `--dataset runs/synth/dataset` the trajectories are verified ones of `clvr synth`, in which nothing goes wrong.
+With `--dataset runs/synth/dataset` the trajectories are verified ones of `clvr synth`. Their wrong images, which were
+corrected, are references of later steps, never targets.
 
 Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts come out right,
 where the base draws .13 of them in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
@@ -25,15 +26,14 @@ import numpy as np
 from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
 from flax import nnx
 
-from clvr_jax.data.shapes import (
-    Example,
-    ShapesTrajectory,
-    recorded_trajectories,
-    simulate_trajectory,
-)
+from clvr_jax.data.sft_examples import conversation, target_places
+from clvr_jax.data.shapes import Example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
+from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.images import pixels
 from clvr_jax.training.trainer import Task, TrainConfig
 
 
@@ -57,22 +57,39 @@ KINDS = (
 )
 
 
-def recorded_kinds(trajectories: Sequence[ShapesTrajectory]) -> tuple[Kind, ...]:
-    """As KINDS, with drawings of given trajectories; there are none later than theirs."""
+def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
+    """As KINDS, with given examples by their number of references."""
 
-    def example(rng: np.random.Generator, step: int, among: Sequence[ShapesTrajectory]) -> Example:
-        return among[int(rng.integers(len(among)))].example(step)
+    def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
+        return among[int(rng.integers(len(among)))]
 
     kinds = [PLAIN]
     for step, (share, size) in enumerate(STEPS):
-        if among := [trajectory for trajectory in trajectories if len(trajectory.canvases) > step]:
-            kinds.append(Kind(share, size, partial(example, step=step, among=among)))
+        if among := [example for example in examples if len(example.references) == step]:
+            kinds.append(Kind(share, size, partial(one_of, among=among)))
     return tuple(kinds)
+
+
+def recorded_examples(dataset: Path) -> list[Example]:
+    """The right images of a dataset that `clvr synth` made, each under everything that came before it.
+
+    Raises: ClvrError if there is no dataset, or too much of it is corrupt.
+    """
+    examples = []
+    for _, record in TrajectoryDataset(dataset).scan():
+        replies, images = conversation(record.trajectory)
+        shown = tuple(pixels(image) for image in images)
+        examples += [
+            Example(drawing_text(record.trajectory.prompt, replies[: place + 1]), shown[:place], shown[place])
+            for place in target_places(record)
+            if place < len(shown)
+        ]
+    return examples
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """base: pipeline folder to start from. dataset: of verified trajectories (`clvr synth`) in the place of simulated
+    """base: pipeline folder to start from. dataset: of verified trajectories (`clvr synth`) instead of simulated
     ones. dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
     `sample_timesteps`."""
 
@@ -90,7 +107,7 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
-    kinds = KINDS if config.dataset is None else recorded_kinds(recorded_trajectories(config.dataset))
+    kinds = KINDS if config.dataset is None else recorded_kinds(recorded_examples(config.dataset))
     tokenizer = load_tokenizer(config.base / "tokenizer")
     vae = load_vae(config.base / "vae")
     encoder = load_text_encoder(config.base / "text_encoder")

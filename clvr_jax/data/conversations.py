@@ -37,25 +37,31 @@ def read_conversation(
 
 
 def supervised_conversation(
-    tokenizer: Any, image_processor: Qwen3VLImageProcessor, messages: Sequence[Message], images: Sequence[ImageLike]
+    tokenizer: Any,
+    image_processor: Qwen3VLImageProcessor,
+    messages: Sequence[Message],
+    images: Sequence[ImageLike],
+    *,
+    last_only: bool = False,
 ) -> tuple[Conversation, np.ndarray]:
     """A whole conversation to learn from, and a weight for each of its tokens.
 
     Returns: the conversation, and (tokens,) float32: 1 at what the assistant says and at the end of its turns, 0 at
-      everything it only reads.
+      everything it only reads. With `last_only` the weight is 1 in the assistant's last turn only.
     Raises: as `read_conversation`.
     """
     text, pixel_values, grids = _expanded(tokenizer, image_processor, messages, images, False)
-    ids, weights = supervised_tokens(tokenizer, text)
+    ids, weights = supervised_tokens(tokenizer, text, last_only=last_only)
     return Conversation(ids, pixel_values, grids), weights
 
 
-def supervised_tokens(tokenizer: Any, text: str) -> tuple[list[int], np.ndarray]:
+def supervised_tokens(tokenizer: Any, text: str, *, last_only: bool = False) -> tuple[list[int], np.ndarray]:
     """The tokens of a whole chat as text, and their weights as `supervised_conversation` has them."""
     read = tokenizer(text, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in read["offset_mapping"]])
     weights = np.zeros(len(begins), np.float32)
-    for said in _SAID.finditer(text):
+    turns = list(_SAID.finditer(text))
+    for said in turns[-1:] if last_only else turns:
         weights[(begins >= said.start(1)) & (begins < said.end(1))] = 1
     return read["input_ids"], weights
 

@@ -1,7 +1,8 @@
 """The steps of trajectories that Proxy Prompt RL draws for: those with proxy prompts, in a mixture of kinds.
 
 In the paper's, half of them are first drawings; of the edits, steps 1, 2, 3 and 4 or later come equally often. What
-was rolled back is part of no history.
+was rolled back is part of no history. The recorded image of a step itself is never used, so a wrong one is no target;
+it is history of the steps that correct it.
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """
 

@@ -1,6 +1,7 @@
 """Trajectories as training examples: drawings for the diffusion model, conversations for the controller.
 
-What was rolled back is part of no example: neither a target nor history.
+What was rolled back is part of no example: neither a target nor history. A wrong image is history, never a target of
+the diffusion model; the verdict on it and the correction are targets of the controller.
 Source: arXiv 2605.14876, supervised fine-tuning and trajectory-accumulative conditioning.
 """
 
@@ -16,11 +17,12 @@ from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, superv
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.text import bucket_for, encode_prompts, prompt_tokens
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.actions import TERMINATE
+from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
 from clvr_jax.reasoning.context import chat_messages, drawing_text
 from clvr_jax.reasoning.images import Picture, as_pil, pixels
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectory import Trajectory, Verdict
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def padding_share(samples: Sequence[Sample]) -> float:
 
 
 class DrawingExamples:
-    """Every drawing of a trajectory under all that came before it: n pictures make n samples.
+    """Every right drawing of a trajectory under all that came before it: n right pictures make n samples.
 
     The text holds the prompt and all replies so far, earlier pictures as marks; these are the references. The target
     is the picture that was drawn.
@@ -98,13 +100,13 @@ class DrawingExamples:
             Sample(number, record.id, step, (step, *size), length)
             for number, record in dataset.scan(max_corrupt)
             for size in [_picture_size(record.id, record.trajectory)]
-            for step, length in enumerate(self._lengths(record.trajectory))
+            for step, length in zip(target_places(record), self._lengths(record), strict=True)
         ]
         self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
 
-    def _lengths(self, trajectory: Trajectory) -> list[int]:
-        replies, pictures = _history(trajectory)
-        texts = [drawing_text(trajectory.prompt, replies[: step + 1]) for step in range(len(pictures))]
+    def _lengths(self, record: TrajectoryRecord) -> list[int]:
+        prompt, (replies, _) = record.trajectory.prompt, _history(record.trajectory)
+        texts = [drawing_text(prompt, replies[: step + 1]) for step in target_places(record)]
         return [len(tokens) for tokens in prompt_tokens(self._tokenizer, texts)] if texts else []
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
@@ -124,10 +126,14 @@ class DrawingExamples:
 class ConversationExamples:
     """Every trajectory as one conversation; what the assistant says in it is learned, reasoning and actions.
 
+    Verdicts on wrong images and corrections are learned as everything else. Of a verification example only the last
+    turn is learned, the verdict on its latest image.
+
     Args:
       dataset: trajectories in which nothing was said make no sample. A last picture that nothing was said about is
         left out.
       tokenizer, image_processor: of the controller.
+      verification: the split of verification examples, to be learned as well; None for none.
       system: optional system prompt, see `chat_messages`.
       max_padding, length_multiple: conversations are padded to the fewest lengths that keep padding under this share,
         multiples of `length_multiple` where that is possible.
@@ -141,17 +147,20 @@ class ConversationExamples:
         tokenizer: Any,
         image_processor: Qwen3VLImageProcessor,
         *,
+        verification: TrajectoryDataset | None = None,
         system: str | None = None,
         max_padding: float = 0.1,
         length_multiple: int = 32,
         max_corrupt: int = 16,
     ):
-        self._dataset, self._tokenizer, self._image_processor = dataset, tokenizer, image_processor
-        self._system = system
+        self._dataset, self._verification = dataset, verification
+        self._tokenizer, self._image_processor, self._system = tokenizer, image_processor, system
         samples = [
-            Sample(number, record.id, 0, (grids,), length, learned=learned)
-            for number, record in dataset.scan(max_corrupt)
-            for grids, length, learned in self._shapes(record.trajectory)
+            Sample(first + number, record.id, 0, (grids,), length, learned=learned)
+            for first, split in ((0, dataset), (len(dataset), verification))
+            if split is not None
+            for number, record in split.scan(max_corrupt)
+            for grids, length, learned in self._shapes(record)
         ]
         samples = list(_padded(dataset, samples, (), max_padding, length_multiple))
         most: dict[tuple[Any, ...], int] = {}
@@ -161,17 +170,24 @@ class ConversationExamples:
             replace(sample, learned=-(-most[sample.bucket] // length_multiple) * length_multiple) for sample in samples
         )
 
-    def _shapes(self, trajectory: Trajectory) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int, int]]:
+    def _record(self, number: int) -> TrajectoryRecord:
+        """Record `number`; verification examples are counted after the trajectories."""
+        if self._verification is not None and number >= len(self._dataset):
+            return self._verification[number - len(self._dataset)]
+        return self._dataset[number]
+
+    def _shapes(self, record: TrajectoryRecord) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int, int]]:
         """The patch grids, the number of tokens and of learned ones of the conversation, if there is one."""
-        replies, pictures = conversation(trajectory)
+        replies, pictures = record_conversation(record)
         if not replies:
             return
         processor = self._image_processor
         sides = [processor.resized(height, width) for height, width in map(_size, pictures)]
         grids = tuple((1, rows // processor.patch_size, columns // processor.patch_size) for rows, columns in sides)
-        text = self._tokenizer.apply_chat_template(self._messages(trajectory.prompt, replies), tokenize=False)
+        messages = self._messages(record.trajectory.prompt, replies)
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         shown = sum(rows * columns // processor.merge_size**2 for _, rows, columns in grids)
-        ids, weights = supervised_tokens(self._tokenizer, text)
+        ids, weights = supervised_tokens(self._tokenizer, text, last_only=record.is_verification)
         yield grids, len(ids) - len(pictures) + shown, int(weights.sum())
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
@@ -181,11 +197,15 @@ class ConversationExamples:
         """
         conversations = []
         for sample in samples:
-            trajectory = self._dataset[sample.record].trajectory
-            replies, pictures = conversation(trajectory)
-            messages = self._messages(trajectory.prompt, replies)
+            record = self._record(sample.record)
+            replies, pictures = record_conversation(record)
+            messages = self._messages(record.trajectory.prompt, replies)
             shown = _decoded(sample, pictures)
-            conversations.append(supervised_conversation(self._tokenizer, self._image_processor, messages, shown))
+            conversations.append(
+                supervised_conversation(
+                    self._tokenizer, self._image_processor, messages, shown, last_only=record.is_verification
+                )
+            )
         batch = collate_conversations(
             conversations,
             image_token_id=self._tokenizer.convert_tokens_to_ids(IMAGE_PAD),
@@ -209,6 +229,29 @@ def _history(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
     """Replies that led to a picture, and the pictures, without those that were rolled back."""
     kept = [(step.reasoning + step.action, step.image) for step in trajectory.drawings if not step.rolled_back]
     return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
+
+
+def target_places(record: TrajectoryRecord) -> list[int]:
+    """Places, among the pictures that were not rolled back, of those that the diffusion model may learn."""
+    kept = [
+        number for number, step in enumerate(record.trajectory.steps) if step.image is not None and not step.rolled_back
+    ]
+    return [place for place, number in enumerate(kept) if number in record.generator_targets]
+
+
+def record_conversation(record: TrajectoryRecord) -> tuple[list[str], list[Picture]]:
+    """Returns the replies of a record and the pictures between them; a verification example ends with its verdict."""
+    if not record.is_verification:
+        return conversation(record.trajectory)
+    replies, pictures = _history(record.trajectory)
+    verdict = record.trajectory.steps[-1].verdict
+    assert verdict is not None
+    return [*replies, verdict_reply(verdict)], pictures
+
+
+def verdict_reply(verdict: Verdict) -> str:
+    """Returns the reply that gives a verdict: it asks for a correction if something is unmet, else it stops."""
+    return verdict.reasoning + (IMAGE_GEN if verdict.unmet else TERMINATE)
 
 
 def conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:

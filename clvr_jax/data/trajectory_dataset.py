@@ -2,7 +2,8 @@
 
     python -m clvr_jax.data.trajectory_dataset --source runs/shapes_rollouts --out data/trajectories
 
-`tfds.builder_from_directory(folder).as_data_source("train")` reads the same folder.
+`tfds.builder_from_directory(folder).as_data_source("train")` reads the same folder. The split "train" holds
+trajectories, the split "verification", if there is one, histories with a verdict on their latest image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from typing import Any
 from clvr_jax.arguments import run_script
 from clvr_jax.console import console, progress
 from clvr_jax.data.trajectory_record import (
+    READABLE_SCHEMAS,
     SCHEMA,
     TrajectoryRecord,
     record_features,
@@ -23,7 +25,7 @@ from clvr_jax.files import read_json, replacing
 from clvr_jax.reasoning.trajectory import Trajectory
 
 NAME = "trajectories"
-SPLIT = "train"
+SPLIT, VERIFICATION = "train", "verification"
 
 
 def write_dataset(
@@ -38,9 +40,10 @@ def write_dataset(
     Args:
       folder: must not exist yet, or be empty, unless `overwrite` is set; then it is replaced once the new one is
         complete.
-      trajectories: a bare trajectory is named after its place.
+      trajectories: a bare trajectory is named after its place. Records that are verification examples make a split of
+        their own.
       shard_bytes: a shard is closed once it holds this many.
-    Returns: number of trajectories written.
+    Returns: number of trajectories written, without verification examples.
     Raises: ClvrError, one line, if there is nothing to write, `folder` is taken or the disk is full; nothing is left
       behind then, nor after an error of the iterable.
     """
@@ -51,45 +54,39 @@ def write_dataset(
     features = record_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
     with replacing(folder) as temporary:
-        shards = _Shards(folder, temporary, shard_bytes)
+        splits = {split: _Shards(folder, temporary, split, shard_bytes) for split in (SPLIT, VERIFICATION)}
         for number, given in enumerate(trajectories):
             record = TrajectoryRecord(f"{number:08d}", given) if isinstance(given, Trajectory) else given
+            shards = splits[VERIFICATION if record.is_verification else SPLIT]
             shards.write(serializer.serialize_example(features.encode_example(record_to_example(record))))
-        shards.close()
-        if not shards.lengths:
+        for shards in splits.values():
+            shards.close()
+        if not splits[SPLIT].lengths:
             raise ClvrError(f"{folder}: there are no trajectories to write")
-        names = tfds.core.ShardedFileTemplate(
-            data_dir=temporary, dataset_name=NAME, split=SPLIT, filetype_suffix="array_record"
-        )
-        for number in range(len(shards.lengths)):
-            name = names.sharded_filepath(shard_index=number, num_shards=len(shards.lengths))
-            shards.path(number).rename(name)
-        split = tfds.core.SplitInfo(
-            name=SPLIT, shard_lengths=shards.lengths, num_bytes=shards.num_bytes, filename_template=names
-        )
         tfds.folder_dataset.write_metadata(
             data_dir=temporary,
             features=features,
-            split_infos=[split],
+            split_infos=[shards.named() for shards in splits.values() if shards.lengths],
             version=SCHEMA,
             description="Trajectories of closed-loop verified reasoning, written by clvr-jax.",
             check_data=False,  # it would read with TensorFlow
         )
-    return sum(shards.lengths)
+    return sum(splits[SPLIT].lengths)
 
 
 class _Shards:
-    """Serialised records, one after another, in files of limited size; their final names need their number."""
+    """The serialized records of a split, one after another, in files of limited size; their final names need their
+    number."""
 
-    def __init__(self, folder: Path, temporary: Path, shard_bytes: int):
-        self._folder, self._temporary, self._shard_bytes = folder, temporary, shard_bytes
+    def __init__(self, folder: Path, temporary: Path, split: str, shard_bytes: int):
+        self._folder, self._temporary, self._split, self._shard_bytes = folder, temporary, split, shard_bytes
         self._writer: Any = None
         self._written = 0
         self.lengths: list[int] = []
         self.num_bytes = 0
 
     def path(self, number: int) -> Path:
-        return self._temporary / f"shard-{number}"
+        return self._temporary / f"shard-{self._split}-{number}"
 
     def write(self, record: bytes) -> None:
         from array_record.python.array_record_module import ArrayRecordWriter
@@ -117,6 +114,20 @@ class _Shards:
         except RuntimeError as error:
             raise self._unwritable(error) from error
 
+    def named(self) -> Any:
+        """Gives the closed shards their final names; returns the description of the split for TFDS."""
+        import tensorflow_datasets as tfds  # slow to import
+
+        names = tfds.core.ShardedFileTemplate(
+            data_dir=self._temporary, dataset_name=NAME, split=self._split, filetype_suffix="array_record"
+        )
+        for number in range(len(self.lengths)):
+            name = names.sharded_filepath(shard_index=number, num_shards=len(self.lengths))
+            self.path(number).rename(name)
+        return tfds.core.SplitInfo(
+            name=self._split, shard_lengths=self.lengths, num_bytes=self.num_bytes, filename_template=names
+        )
+
     def _unwritable(self, error: RuntimeError) -> ClvrError:
         return ClvrError(f"{self._folder}: cannot be written ({str(error).partition(';')[0]})")
 
@@ -128,13 +139,14 @@ class CorruptRecordError(ClvrError):
 class TrajectoryDataset:
     """The trajectories of a dataset by number: `len(dataset)` and `dataset[number]`, from several threads or processes.
 
-    folder: of a dataset that `write_dataset` or TFDS wrote with this schema.
+    folder: of a dataset that `write_dataset` or TFDS wrote with a schema that can be read.
+    split: "train" or "verification".
     Raises: ClvrError, one line, if there is no dataset, it holds something else, is of another schema, is empty, or
       lacks a shard.
     """
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, split: str = SPLIT):
+        self.folder, self.split = folder, split
         if not (folder / "dataset_info.json").exists():
             raise ClvrError(
                 f"{folder}: no trajectory dataset here; make one of saved trajectories with "
@@ -143,14 +155,17 @@ class TrajectoryDataset:
         info = read_json(folder / "dataset_info.json")
         if info.get("name") != NAME:
             raise ClvrError(f"{folder}: a dataset of {info.get('name')!r}, not of {NAME!r}")
-        if info.get("version") != SCHEMA:
+        if info.get("version") not in READABLE_SCHEMAS:
             raise ClvrError(
-                f"{folder}: its schema is {info.get('version')}, this clvr-jax reads {SCHEMA}; write the dataset again "
-                "with this version, or read it with the one that wrote it"
+                f"{folder}: its schema is {info.get('version')}, this clvr-jax reads {' and '.join(READABLE_SCHEMAS)}; "
+                "write the dataset again with this version, or read it with the one that wrote it"
             )
-        lengths = [int(length) for split in info.get("splits", ()) for length in split.get("shardLengths", ())]
-        if not sum(lengths):
-            raise ClvrError(f"{folder}: the dataset is empty")
+        lengths = {entry.get("name"): sum(map(int, entry.get("shardLengths", ()))) for entry in info.get("splits", ())}
+        if not lengths.get(split):
+            raise ClvrError(
+                f"{folder}: the dataset is empty" + ("" if split == SPLIT else f", it has no split {split}")
+            )
+        self.has_verification = lengths.get(VERIFICATION, 0) > 0
         self._source = self._open()
 
     def _open(self) -> Any:
@@ -158,13 +173,13 @@ class TrajectoryDataset:
 
         builder = tfds.builder_from_directory(self.folder)
         # array_record takes a file that is missing for an empty one.
-        for path in builder.info.splits[SPLIT].filepaths:
+        for path in builder.info.splits[self.split].filepaths:
             if not path.exists():
                 raise ClvrError(f"{path}: this shard of the dataset is missing; copy or write the dataset again")
-        return builder.as_data_source(SPLIT)
+        return builder.as_data_source(self.split)
 
-    def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path]]:
-        return TrajectoryDataset, (self.folder,)
+    def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path, str]]:
+        return TrajectoryDataset, (self.folder, self.split)
 
     def __len__(self) -> int:
         return len(self._source)

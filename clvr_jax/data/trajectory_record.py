@@ -16,8 +16,11 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.images import Picture, encode_png
 from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
 
-SCHEMA = "1.0.0"
+SCHEMA = "1.1.0"
 """Version of the features below, and of the TFDS dataset that holds them; goes up with every change."""
+
+READABLE_SCHEMAS = ("1.0.0", SCHEMA)
+"""Versions that this module reads. In 1.0.0 nothing is marked: every image is right and may be a target."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,13 @@ class TrajectoryRecord:
       id: names the record to people; unique by their care.
       trajectory: what happened.
       metadata: of the prompt, as JSON has it, e.g. the world's specification of a right picture.
-      checklists: for each step what its picture was checked on, as JSON has it, or None; () if no step has one.
+      checklists: for each step what its picture was checked on, as JSON has it, or None; () if no step has one. The
+        data engine writes [question, evidence, whether it passed] for each question; a pair without the last means
+        that it passed.
       proxies: for each step its proxy prompts, or None; () if no step has them.
+      mistakes: numbers of the steps whose image is wrong: context of later steps, never a target of an image generator.
+      is_verification: the record is an example of verification: a history, its latest image, and the verdict on that
+        image, which alone is a target. No image of it is one.
     """
 
     id: str
@@ -56,6 +64,8 @@ class TrajectoryRecord:
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checklists: tuple[Any, ...] = ()
     proxies: tuple[ProxyPrompts | None, ...] = ()
+    mistakes: tuple[int, ...] = ()
+    is_verification: bool = False
 
     def __post_init__(self) -> None:
         steps = self.trajectory.steps
@@ -68,6 +78,26 @@ class TrajectoryRecord:
                     raise ClvrError(
                         f"trajectory {self.id}: i_ref of step {number} is {reference}, which is no earlier picture"
                     )
+        for number in self.mistakes:
+            if not 0 <= number < len(steps) or steps[number].image is None:
+                raise ClvrError(f"trajectory {self.id}: mistakes has step {number}, which has no image")
+        if self.is_verification and not (steps and steps[-1].image is not None and steps[-1].verdict):
+            raise ClvrError(f"trajectory {self.id}: a verification example ends with an image and the verdict on it")
+
+    @property
+    def generator_targets(self) -> tuple[int, ...]:
+        """Numbers of the steps whose image an image generator may learn: right ones that were not rolled back.
+
+        Everything that trains an image generator on recorded images takes its targets from here.
+        """
+        if self.is_verification:
+            return ()
+        steps = enumerate(self.trajectory.steps)
+        return tuple(
+            number
+            for number, step in steps
+            if step.image is not None and not step.rolled_back and number not in self.mistakes
+        )
 
 
 def record_features() -> Any:
@@ -84,7 +114,7 @@ def record_features() -> Any:
             "prompt": text,
             "metadata": text,
             "outcome": text,
-            "run": text,  # model, seed, versions, seconds, error
+            "run": text,  # model, seed, versions, seconds, error, is_verification
             "steps": tfds.features.Sequence(
                 {
                     "reasoning": text,
@@ -96,7 +126,7 @@ def record_features() -> Any:
                     "p_t2i": text,
                     "p_i2i": text,
                     "i_ref": text,
-                    "run": text,  # nfe, seconds, rolled_back, attempts, redraw, seed
+                    "run": text,  # nfe, seconds, rolled_back, attempts, redraw, seed, is_mistake
                 }
             ),
         }
@@ -113,10 +143,12 @@ def record_to_example(record: TrajectoryRecord) -> dict[str, Any]:
         "prompt": _text(trajectory.prompt),
         "metadata": _json(dict(record.metadata)),
         "outcome": _text(trajectory.outcome),
-        "run": _json({**run, "versions": dict(trajectory.versions)}),
+        "run": _json({**run, "versions": dict(trajectory.versions), "is_verification": record.is_verification}),
         "steps": [
-            _step_to_example(*entry)
-            for entry in zip(trajectory.steps, record.checklists or nothing, record.proxies or nothing, strict=True)
+            _step_to_example(*entry, is_mistake=number in record.mistakes)
+            for number, entry in enumerate(
+                zip(trajectory.steps, record.checklists or nothing, record.proxies or nothing, strict=True)
+            )
         ],
     }
 
@@ -131,11 +163,15 @@ def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     checklists = tuple(json.loads(row["checklist"]) for row in rows)
     proxies = tuple(_proxy_from_example(row) for row in rows)
+    run, step_runs = json.loads(example["run"]), [json.loads(row["run"]) for row in rows]
+    # Datasets of schema 1.0.0 have neither.
+    is_verification = run.pop("is_verification", False)
+    mistakes = tuple(number for number, step in enumerate(step_runs) if step.pop("is_mistake", False))
     trajectory = Trajectory(
         prompt=_str(example["prompt"]),
-        steps=tuple(_step_from_example(row) for row in rows),
+        steps=tuple(map(_step_from_example, rows, step_runs)),
         outcome=_str(example["outcome"]),
-        **json.loads(example["run"]),
+        **run,
     )
     return TrajectoryRecord(
         _str(example["id"]),
@@ -143,12 +179,15 @@ def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
         json.loads(example["metadata"]),
         checklists if any(checklist is not None for checklist in checklists) else (),
         proxies if any(proxies) else (),
+        mistakes,
+        is_verification,
     )
 
 
-def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None) -> dict[str, Any]:
+def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None, is_mistake: bool) -> dict[str, Any]:
     verdict = step.verdict
     run = {name: getattr(step, name) for name in ("nfe", "seconds", "rolled_back", "attempts", "redraw", "seed")}
+    run["is_mistake"] = is_mistake
     return {
         "reasoning": _text(step.reasoning),
         "action": _text(step.action),
@@ -163,7 +202,7 @@ def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None) -> 
     }
 
 
-def _step_from_example(row: Mapping[str, bytes]) -> Step:
+def _step_from_example(row: Mapping[str, bytes], run: Mapping[str, Any]) -> Step:
     verdict = json.loads(row["verdict"])
     return Step(
         reasoning=_str(row["reasoning"]),
@@ -171,7 +210,7 @@ def _step_from_example(row: Mapping[str, bytes]) -> Step:
         references=tuple(json.loads(row["references"])),
         image=_picture(row["image"]),
         verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
-        **json.loads(row["run"]),
+        **run,
     )
 
 

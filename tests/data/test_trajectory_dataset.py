@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.trajectory_dataset import (
+    VERIFICATION,
     CorruptRecordError,
     TrajectoryDataset,
     main,
     saved_trajectories,
     write_dataset,
 )
-from clvr_jax.data.trajectory_record import SCHEMA, ProxyPrompts, TrajectoryRecord
+from clvr_jax.data.trajectory_record import SCHEMA, ProxyPrompts, TrajectoryRecord, record_to_example
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 from clvr_jax.reasoning.images import pixels
@@ -106,7 +107,7 @@ def test_tfds_reads_the_folder_and_nothing_imports_tensorflow(tmp_path):
         write_dataset(folder, [full_record(), trajectory(5)])
         import tensorflow_datasets as tfds
         builder = tfds.builder_from_directory(folder)
-        assert str(builder.info.full_name) == "trajectories/1.0.0", builder.info.full_name
+        assert str(builder.info.full_name) == "trajectories/1.1.0", builder.info.full_name
         assert builder.info.splits["train"].num_examples == 2
         example = builder.as_data_source("train")[0]
         assert example["prompt"].startswith(b"a cat")
@@ -115,6 +116,36 @@ def test_tfds_reads_the_folder_and_nothing_imports_tensorflow(tmp_path):
         assert "tensorflow" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "set")], check=True)
+
+
+def test_a_dataset_of_the_first_schema_holds_no_mistakes(tmp_path, monkeypatch):
+    module = "clvr_jax.data.trajectory_dataset"
+
+    def example_of_old(record):
+        """As schema 1.0.0 wrote it."""
+        example = record_to_example(record)
+        for part, name in ((example, "is_verification"), *((step, "is_mistake") for step in example["steps"])):
+            run = json.loads(part["run"])
+            del run[name]
+            part["run"] = json.dumps(run).encode()
+        return example
+
+    monkeypatch.setattr(f"{module}.record_to_example", example_of_old)
+    monkeypatch.setattr(f"{module}.SCHEMA", "1.0.0")
+    write_dataset(tmp_path / "set", [full_record()])
+    dataset = TrajectoryDataset(tmp_path / "set")
+    assert_same(full_record(), dataset[0])
+    assert (dataset[0].mistakes, dataset[0].is_verification, dataset.has_verification) == ((), False, False)
+    assert dataset[0].generator_targets == (0,)  # the second image was rolled back
+    with pytest.raises(ClvrError, match="no split verification"):
+        TrajectoryDataset(tmp_path / "set", VERIFICATION)
+
+
+def test_marks_that_fit_no_image_are_refused():
+    with pytest.raises(ClvrError, match="mistakes has step 2, which has no image"):
+        replace(full_record(), mistakes=(2,))
+    with pytest.raises(ClvrError, match="ends with an image and the verdict on it"):
+        replace(full_record(), is_verification=True)
 
 
 def test_shards_are_written_while_trajectories_come(tmp_path):

@@ -17,7 +17,6 @@ from clvr_jax.configs import (
 )
 from flax import nnx
 
-from clvr_jax.data.shapes import recorded_trajectories
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
@@ -167,7 +166,7 @@ def dataset(tmp_path_factory):
 
 
 def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that_have_it(dataset):
-    first, second = shapes_sft.recorded_kinds(recorded_trajectories(dataset))[1:]
+    first, second = shapes_sft.recorded_kinds(shapes_sft.recorded_examples(dataset))[1:]
     rng = np.random.default_rng(0)
     assert {first.example(rng).text for _ in range(20)} == {
         drawing_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)
