@@ -37,7 +37,8 @@ class Synth(RecipeCommand):
 
     def run_recipe(self, recipe: Any, config: Any) -> Result:
         """Makes them, or shows one."""
-        from clvr_jax.data.engine.card import headline
+        from clvr_jax.console import console
+        from clvr_jax.data.engine.card import headline, warning
         from clvr_jax.data.engine.run import DATASET, PAGE, synthesize_dataset
         from clvr_jax.data.engine.sharegpt import write_sharegpt
         from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -51,6 +52,8 @@ class Synth(RecipeCommand):
         found = synthesize_dataset(recipe, config, out)
         if self.sharegpt is not None:
             write_sharegpt((record for _, record in TrajectoryDataset(out / DATASET).scan()), self.sharegpt)
+        if caution := warning(found):
+            console.print(caution, style="yellow")
         return Result({**found, "out": str(out)}, f"{headline(found)}\n{out / DATASET}  {out / PAGE}")
 
     def _inspect(self, recipe: Any, config: Any, out: Path) -> Result:

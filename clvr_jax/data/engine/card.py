@@ -10,13 +10,16 @@ from clvr_jax.data.engine.statistics import STAGE_NAMES
 from clvr_jax.data.trajectory_record import SCHEMA
 
 Row = tuple[str, ...]
+_VERDICTS = (("latest image right", "right"), ("latest image wrong", "wrong"))
 _USAGE = ("calls", "retries", "input_tokens", "output_tokens", "pictures", "nfe", "seconds", "dollars")
 
 
 def statistics_page(found: Mapping[str, Any]) -> str:
     """statistics.json as an HTML page; everything that comes from models or users is escaped."""
     template = Template(resources.files(__package__).joinpath("statistics.html").read_text(encoding="utf-8"))
-    prompts = found["prompts"]
+    prompts, verification = found["prompts"], found["verification"]
+    corrections = [(f"{number} corrections", count) for number, count in found["corrections"]["by_number"].items()]
+    verdicts = [(name, verification[key]) for name, key in _VERDICTS]
     lengths = [(f"{steps} pictures", count) for steps, count in found["steps"].items()]
     reasons = [(reason, entry["prompts"]) for reason, entry in found["discarded"].items()]
     stages = [("prompts", prompts), *((STAGE_NAMES[name], entry["prompts"]) for name, entry in found["stages"].items())]
@@ -28,6 +31,10 @@ def statistics_page(found: Mapping[str, Any]) -> str:
         stages=_bars(stages, prompts),
         reasons=_bars([*reasons, *((f"refused: {why}", count) for why, count in found["refused"].items())], prompts),
         lengths=_bars(lengths, found["trajectories"]),
+        corrections=escape(corrections_sentence(found)),
+        by_number=_bars(corrections, found["trajectories"]),
+        pairs=escape(pairs_sentence(found)),
+        verification=_bars(verdicts, verification["right"] + verification["wrong"]),
         usage=_html_table(usage_rows(found)),
         examples=_html_table([("reason", "example"), *examples]),
     )
@@ -43,7 +50,9 @@ def dataset_card(found: Mapping[str, Any]) -> str:
     ]
     refused = [(f"refused: {reason}", f"{count:,}", "") for reason, count in found["refused"].items()]
     lengths = [(steps, f"{count:,}") for steps, count in found["steps"].items()]
-    checked = "Every picture passed its checklist; the" if found["verified"] else "Pictures were not checked; the"
+    corrections = [(number, f"{count:,}") for number, count in found["corrections"]["by_number"].items()]
+    verdicts = [(name, f"{found['verification'][key]:,}") for name, key in _VERDICTS]
+    checked = "Every picture was checked on it; the" if found["verified"] else "Pictures were not checked; the"
     sections = [
         "---\ntags: [text-to-image, image-editing, reasoning, clvr-jax]\n---",
         f"# {found['recipe']}: verified trajectories",
@@ -52,13 +61,23 @@ def dataset_card(found: Mapping[str, Any]) -> str:
         "A record is a prompt, the steps that led to its picture (reasoning, action, picture, verdict, the checklist "
         "that the picture was checked on, proxy prompts for reward models), and how it ended. "
         f"{checked} result was accepted once more and preferred to a picture drawn in one shot.",
+        "Wrong images are in it as context: the field `run` of their step has `is_mistake` true. Never train an image "
+        "generator to make one. The reply after it, a verdict and a correction, is for the controller to learn.",
+        "The split `verification` holds examples for the controller only: a history, its latest image, and the verdict "
+        "on that image. A pair is one history with a wrong and with a right image; its ids end in `-wrong` and "
+        "`-right`. No image of this split is a target of an image generator.",
         "## Reading it\n\n```python\nimport tensorflow_datasets as tfds\n\n"
-        'source = tfds.builder_from_directory("dataset").as_data_source("train")\n'
+        'builder = tfds.builder_from_directory("dataset")\n'
+        'trajectories = builder.as_data_source("train")\n'
+        'examples = builder.as_data_source("verification")  # if there are any\n'
         "```\n\nor `clvr_jax.data.trajectory_dataset.TrajectoryDataset`. "
         f"Schema {SCHEMA}; pictures are PNG files. `clvr train` takes the folder as it is.",
         "## How far the prompts came\n\n" + _table([("", "prompts", "share"), *stages]),
         "## Why the others did not\n\n" + _table([("", "prompts", "share"), *discarded, *refused]),
         "## Pictures in a trajectory\n\n" + _table([("pictures", "trajectories"), *lengths]),
+        f"## Corrections\n\n{corrections_sentence(found)}\n\n"
+        + _table([("corrections", "trajectories"), *corrections]),
+        f"## Verification examples\n\n{pairs_sentence(found)}\n\n" + _table([("latest image", "examples"), *verdicts]),
         "## What it cost\n\n" + _table(usage_rows(found)),
         "## Limits\n\nThe models that made it may have biases and licences of their own, which pass on to what is "
         "trained on it. Prompts that are, or nearly are, evaluation prompts known to the recipe were left out.",
@@ -74,6 +93,32 @@ def headline(found: Mapping[str, Any]) -> str:
         wrong, pictures = audit["wrong"], audit["pictures"]
         text += f" Read by a program, {wrong:,} of their {pictures:,} pictures are wrong ({wrong / pictures:.2%})."
     return text
+
+
+def corrections_sentence(found: Mapping[str, Any]) -> str:
+    """The wrong images in what was kept, in a sentence."""
+    corrections = found["corrections"]
+    return (
+        f"{corrections['total']:,} wrong images were corrected, {corrections['per_trajectory']:.2f} in a trajectory; "
+        f"{corrections['share']:.1%} of the trajectories hold at least one correction."
+    )
+
+
+def pairs_sentence(found: Mapping[str, Any]) -> str:
+    """The verification examples in a sentence."""
+    verification = found["verification"]
+    count = verification["right"] + verification["wrong"]
+    return f"{count:,} examples, among them {verification['pairs']:,} counterfactual pairs."
+
+
+def warning(found: Mapping[str, Any]) -> str | None:
+    """What a user must know before training a controller on the dataset, None if there is nothing."""
+    if found["corrections"]["total"]:
+        return None
+    return (
+        "warning: the dataset holds no correction. A controller trained on it does not learn to look at images, since "
+        "its verdicts follow from the text; make more trajectories, or keep mistakes (--synth.keep-mistakes)"
+    )
 
 
 def usage_rows(found: Mapping[str, Any]) -> list[Row]:

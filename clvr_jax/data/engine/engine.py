@@ -2,13 +2,18 @@
 
     generate_base_image -> inspect -> refine -> validate -> finalize
 
-Every picture is checked on a list of questions made for it (passive verification): one no discards the trajectory, for
-a wrong step must never become something to learn from. The director may ask whether it is done (active verification);
-the answer names gaps, and may send it back to an earlier picture. At the end the result must be accepted once more, and
-be preferred to a picture drawn in one shot, by every judge and in both orders. What is left is told in the words of the
-loop, with proxy prompts for every step.
+Every image is checked on a list of questions made for it (passive verification), for a wrong image must never become a
+target of an image generator. By default a wrong image stays in the history as context, and the director corrects it:
+the controller learns from the verdict on it and from the correction. The step is also generated again from the same
+history; a right image beside the wrong one makes a counterfactual pair of verification examples. Too many failures in a
+row, or a wrong image at the end, discard the trajectory; a wrong final image still makes a verification example.
 
-Source: arXiv 2605.14876, trajectory synthesis. Seeds, retries and the order of the checks are ours.
+The director may ask whether it is done (active verification); the answer names gaps, and may send it back to an earlier
+image. At the end the result must be accepted once more, and be preferred to an image generated in one shot, by every
+judge and in both orders. What is left is told in the words of the loop, with proxy prompts for every step.
+
+Source: arXiv 2605.14876, trajectory synthesis, where one wrong image discards the trajectory. Corrected mistakes,
+seeds, retries and the order of the checks are ours.
 """
 
 from collections.abc import Mapping
@@ -16,31 +21,33 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, read_turn
+from clvr_jax.data.engine.records import RecordWriter, Retry, TranslationError, failed, wrong_images
 from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
 from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName, check_machine
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse
+from clvr_jax.reasoning.actions import ParseError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made
-from clvr_jax.reasoning.trajectory import ACCEPTED, Step, Trajectory, Verdict, package_versions
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]
 STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept")
-"""How far a prompt came: a first picture that passed, all pictures passed, the result accepted, preferred, told."""
+"""How far a prompt came: a picture that passed, all passed or were corrected, the result accepted, preferred, told."""
 
 
 @dataclass(frozen=True)
 class Settings:
     """max_turns: of the director, failed ones included. max_pictures: drawn at most, so references are fewer.
     verify: whether pictures are checked (passive verification); without it only for measuring what it is worth.
+    keep_mistakes: whether a wrong picture stays as context, to be corrected; else one discards the trajectory.
     versions: recorded with every trajectory."""
 
     max_turns: int = 24
     max_pictures: int = 8
     verify: bool = True
+    keep_mistakes: bool = True
     machine: Mapping[StateName, State] = field(default_factory=lambda: MACHINE)
     versions: Mapping[str, str] = field(default_factory=dict)
 
@@ -51,7 +58,8 @@ class Settings:
 @dataclass(frozen=True)
 class Outcome:
     """What came of a prompt. record: the trajectory, None if it was discarded. stage: the last one it reached, None
-    before the first. reason: why it was discarded, of few kinds, for counting. detail: in words. history: all of it."""
+    before the first. reason: why it was discarded, of few kinds, for counting. detail: in words. history: all of it.
+    verification: examples of verification, of discarded trajectories too."""
 
     item: PromptItem
     record: TrajectoryRecord | None
@@ -59,6 +67,7 @@ class Outcome:
     reason: str = ""
     detail: str = ""
     history: History | None = None
+    verification: tuple[TrajectoryRecord, ...] = ()
 
 
 class _DiscardedError(Exception):
@@ -84,9 +93,11 @@ def synthesize(
     settings = settings or Settings()
     making = _Making(item, crew, image_tool, settings, derive_seed(seed, item.id))
     try:
-        return Outcome(item, making.record(), "kept", history=making.history)
+        record = making.record()
+        return Outcome(item, record, "kept", history=making.history, verification=making.verification)
     except _DiscardedError as why:
-        return Outcome(item, None, making.stage, why.reason, str(why), making.history)
+        making.verify_rejected(why.reason)
+        return Outcome(item, None, making.stage, why.reason, str(why), making.history, making.verification)
     except ClvrError as error:
         return Outcome(item, None, making.stage, "provider", str(error), making.history)
 
@@ -97,8 +108,11 @@ class _Making:
     def __init__(self, item: PromptItem, crew: Crew, image_tool: ImageTool, settings: Settings, seed: int):
         self.history = History(item)
         self.stage: Stage | None = None
+        self.verification: tuple[TrajectoryRecord, ...] = ()
         self._crew, self._image_tool, self._settings, self._seed = crew, image_tool, settings, seed
+        self._writer = RecordWriter(crew.translator, image_tool.name, seed, settings.versions)
         self._made: list[Made] = []
+        self._retries: list[Retry] = []
 
     def record(self) -> TrajectoryRecord:
         """Runs the machine to its end. Raises: _DiscardedError."""
@@ -106,13 +120,15 @@ class _Making:
         for number in range(self._settings.max_turns):
             if state == END:
                 break
-            following, error = self._turn(state, number)
-            failures = failures + 1 if error else 0
-            if failures > self._settings.machine[state].retries:
-                raise _DiscardedError("invalid action", error)
+            following, failure = self._turn(state, number)
+            failures = failures + 1 if failure else 0
+            if failure and failures > self._settings.machine[state].retries:
+                raise failure
             state = following
         if state != END:
             raise _DiscardedError("budget", f"not done after {self._settings.max_turns} turns")
+        if self._is_last_wrong:
+            raise _DiscardedError("passive verification", "the last picture is wrong, and none corrects it")
         self.stage = "verified"
         final = self._crew.verifier.validate(self.history)
         if not final.accepted:
@@ -122,7 +138,23 @@ class _Making:
         self.stage = "preferred"
         return self._told()
 
-    def _turn(self, state: StateName, number: int) -> tuple[StateName, str]:
+    def verify_rejected(self, reason: str) -> None:
+        """Makes the verification examples of a trajectory that was discarded for `reason`, if it has any."""
+        is_last_wrong = self._is_last_wrong or reason in ("final acceptance", "gave up")
+        is_accepted = self.stage == "accepted"
+        if not self._settings.keep_mistakes or not (is_last_wrong or (is_accepted and self._retries)):
+            return
+        try:
+            replies = self._writer.replies(self.history, is_accepted)
+            self.verification = tuple(self._writer.verification(self.history, replies, self._retries, is_last_wrong))
+        except ClvrError:
+            return  # The trajectory is lost already; so are its examples.
+
+    @property
+    def _is_last_wrong(self) -> bool:
+        return bool(self.history.path) and self.history.path[-1] in wrong_images(self.history)
+
+    def _turn(self, state: StateName, number: int) -> tuple[StateName, "_DiscardedError | None"]:
         """One turn: the state it leads to, and what was wrong with it."""
         allowed = self._settings.machine[state].allowed
         seed = derive_seed(self._seed, "turn", number)
@@ -135,7 +167,7 @@ class _Making:
                 raise _DiscardedError("budget", f"more than {self._settings.max_pictures} pictures")
         except AnswerError as error:
             self._note(Event(state, error=str(error)))
-            return state, str(error)
+            return state, _DiscardedError("invalid action", str(error))
         following = self._settings.machine[state].actions[turn.action.name]
         if isinstance(turn.action, EndTrajectory):
             validation = next(event.validation for event in reversed(self.history.events) if event.validation)
@@ -145,34 +177,59 @@ class _Making:
         elif isinstance(turn.action, ResultValidation):
             self._validate(state, turn)
         else:
-            self._picture(state, turn, number)
-        return following, ""
+            return following, self._picture(state, turn, number)
+        return following, None
 
-    def _picture(self, state: StateName, turn: Turn, number: int) -> None:
-        """Draws and checks."""
+    def _picture(self, state: StateName, turn: Turn, number: int) -> "_DiscardedError | None":
+        """Draws and checks; what is wrong with the picture."""
         references = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
         assert not isinstance(turn.action, ResultValidation | EndTrajectory)
         shown = tuple(self.history.pictures[reference] for reference in references)
         made = self._draw(turn.action.prompt, shown, derive_seed(self._seed, "draw", number))
         picture, place = made.image, len(self.history.pictures)
-        checks: tuple[Check, ...] = ()
-        if self._settings.verify:
-            questions = self._crew.verifier.checklist(self.history, turn)
-            checks = self._crew.verifier.check(self.history, turn, questions, picture)
-            if not checks or len(checks) != len(questions):
-                raise _DiscardedError(
-                    "provider", f"a checklist of {len(questions)} questions got {len(checks)} answers"
-                )
+        questions = self._crew.verifier.checklist(self.history, turn) if self._settings.verify else ()
+        checks = self._checked(turn, questions, picture)
+        if failed(checks) and self._settings.keep_mistakes:
+            self._retry(state, turn, shown, questions, number)
         self.history = replace(
             self.history, pictures=(*self.history.pictures, picture), path=(*self.history.path, place)
         )
         self._made.append(made)
         self._note(Event(state, turn, place, checks))
-        if failed := [check for check in checks if not check.passed]:
-            raise _DiscardedError(
-                "passive verification", "; ".join(f"{one.question}: {one.evidence}" for one in failed)
-            )
-        self.stage = "drawn"
+        if not failed(checks):
+            self.stage = "drawn"
+            return None
+        faults = "; ".join(f"{one.question}: {one.evidence}" for one in failed(checks))
+        failure = _DiscardedError("passive verification", faults)
+        if not self._settings.keep_mistakes:
+            raise failure
+        return failure
+
+    def _checked(self, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+        if not self._settings.verify:
+            return ()
+        checks = self._crew.verifier.check(self.history, turn, questions, picture)
+        if not checks or len(checks) != len(questions):
+            raise _DiscardedError("provider", f"a checklist of {len(questions)} questions got {len(checks)} answers")
+        return checks
+
+    def _retry(
+        self, state: StateName, turn: Turn, shown: tuple[Picture, ...], questions: tuple[str, ...], number: int
+    ) -> None:
+        """Generates a picture that came out wrong again, with other seeds, until one is right or the budget is spent.
+
+        It is kept beside the history, which no role sees, for a pair of verification examples.
+        """
+        assert not isinstance(turn.action, ResultValidation | EndTrajectory)
+        for attempt in range(self._settings.machine[state].retries):
+            try:
+                made = self._draw(turn.action.prompt, shown, derive_seed(self._seed, "retry", number, attempt))
+                checks = self._checked(turn, questions, made.image)
+            except (ClvrError, _DiscardedError):
+                return  # The trajectory does not depend on it.
+            if not failed(checks):
+                self._retries.append(Retry(len(self.history.pictures), made.image, Event(state, turn, checks=checks)))
+                return
 
     def _validate(self, state: StateName, turn: Turn) -> None:
         """Active verification, and the way back to an earlier picture."""
@@ -202,48 +259,14 @@ class _Making:
                 )
 
     def _told(self) -> TrajectoryRecord:
-        """The record: the path as the loop would have gone it."""
-        history, path = self.history, self.history.path
-        replies, proxies = self._crew.translator.replies(history), self._crew.translator.proxies(history)
-        if len(replies) != len(path) + 1 or len(proxies) != len(path):
-            raise _DiscardedError(
-                "translation", f"{len(path)} pictures got {len(replies)} replies and {len(proxies)} proxy prompts"
-            )
+        """The record, and the verification examples."""
         try:
-            read = [parse(reply, has_picture=number > 0) for number, reply in enumerate(replies)]
-        except ParseError as error:
+            replies = self._writer.replies(self.history, accepted=True)
+            record = self._writer.trajectory(self.history, replies, self._made)
+        except (ParseError, TranslationError) as error:
             raise _DiscardedError("translation", str(error)) from error
-        wrong = [one.action for one in read[:-1] if one.action != IMAGE_GEN]
-        if wrong or read[-1].action != TERMINATE or read[-1].unmet:
-            raise _DiscardedError(
-                "translation", "the replies do not draw each picture and then stop with nothing unmet"
-            )
-        steps = [
-            Step(
-                one.reasoning,
-                IMAGE_GEN,
-                tuple(range(number)),
-                history.pictures[picture],
-                Verdict(following.unmet or (), following.reasoning),
-                nfe=self._made[picture].usage.nfe,
-                seconds=self._made[picture].usage.seconds,
-            )
-            for number, (one, following, picture) in enumerate(zip(read, read[1:], path, strict=False))
-        ]
-        trajectory = Trajectory(
-            history.item.prompt,
-            (*steps, Step(read[-1].reasoning, TERMINATE)),
-            ACCEPTED,
-            self._image_tool.name,
-            self._seed,
-            {**package_versions(), **self._settings.versions},
-            sum(made.usage.seconds for made in self._made),
-        )
-        checks = {event.picture: event.checks for event in history.events}
-        checklists = [[[check.question, check.evidence] for check in checks[picture]] for picture in path]
-        return TrajectoryRecord(
-            history.item.id, trajectory, history.item.metadata, (*checklists, None), (*proxies, None)
-        )
+        self.verification = tuple(self._writer.verification(self.history, replies, self._retries, False))
+        return record
 
     def _draw(self, prompt: str, references: tuple[Picture, ...], seed: int) -> Made:
         return self._image_tool.draw(ImageTask(prompt, references, seed=seed))

@@ -1,6 +1,7 @@
 """Finished prompts on disk: one zip file for each, written whole or not at all, so that a run can be killed anywhere.
 
-    outcomes/3f/shapes-00017.zip:  outcome.json, and trajectory/ as a saved trajectory, index.html included
+    outcomes/3f/shapes-00017.zip:  outcome.json, and trajectory/ as a saved trajectory, index.html included;
+                                   verification/0/ and so on, the verification examples, in the same form
 
 What was kept and what was discarded lie side by side; a discarded one tells how far it came and why it went no further.
 The folder may be a bucket (gs://...), where the workers of a Beam runner can all reach it.
@@ -13,7 +14,7 @@ import os
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
 _FORMAT = 1
-_JSON, _TRAJECTORY = "outcome.json", "trajectory"
+_JSON, _TRAJECTORY, _VERIFICATION = "outcome.json", "trajectory", "verification"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class Finished:
     """What outcome.json says of a finished prompt.
 
     stage, reason, detail: see `engine.Outcome`. usage: by role. seconds: from its first call to its last.
-    pictures, steps: drawn in all, and kept. record: whether there is one. content: all of it.
+    pictures, steps: drawn in all, and kept. content: all of it.
     """
 
     id: str
@@ -55,6 +56,17 @@ class Finished:
     def is_kept(self) -> bool:
         """Whether it made a trajectory."""
         return self.stage == "kept"
+
+    @property
+    def corrections(self) -> int:
+        """The number of wrong images in the trajectory that was kept; each was corrected."""
+        return len(self.content["mistakes"])
+
+    @property
+    def verdicts(self) -> tuple[bool, ...]:
+        """For each verification example whether its latest image is right."""
+        examples = self.content["verification"]
+        return tuple(len(entry["checklists"]) - 1 not in entry["mistakes"] for entry in examples)
 
 
 class OutcomeStore:
@@ -101,12 +113,15 @@ class OutcomeStore:
     def trajectory(self, id: str) -> Trajectory | None:
         """How it went, for a page: what was kept as it is told, what was discarded as it happened, None if nothing was
         drawn. Raises: as `read` does."""
+        return self._load(id, _TRAJECTORY)
+
+    def _load(self, id: str, place: str) -> Trajectory | None:
         with self._opened(id) as archive, tempfile.TemporaryDirectory() as folder:
-            names = [name for name in archive.namelist() if name.startswith(f"{_TRAJECTORY}/")]
+            names = [name for name in archive.namelist() if name.startswith(f"{place}/")]
             if not names:
                 return None
             archive.extractall(folder, names)
-            return Trajectory.load(Path(folder) / _TRAJECTORY)
+            return Trajectory.load(Path(folder) / place)
 
     def record(self, finished: Finished) -> TrajectoryRecord:
         """The record of one that was kept. Raises: as `read` does."""
@@ -118,7 +133,29 @@ class OutcomeStore:
             entry and ProxyPrompts(entry["p_t2i"], entry["p_i2i"], tuple(entry["i_ref"]))
             for entry in content["proxies"]
         )
-        return TrajectoryRecord(finished.id, trajectory, content["metadata"], tuple(content["checklists"]), proxies)
+        return TrajectoryRecord(
+            finished.id,
+            trajectory,
+            content["metadata"],
+            tuple(content["checklists"]),
+            proxies,
+            tuple(content["mistakes"]),
+        )
+
+    def verification(self, finished: Finished) -> Iterator[TrajectoryRecord]:
+        """Yields the verification examples of one, kept or not. Raises: as `read` does."""
+        for number, entry in enumerate(finished.content["verification"]):
+            trajectory = self._load(finished.id, f"{_VERIFICATION}/{number}")
+            if trajectory is None:
+                raise ClvrError(f"{self.path(finished.id)}: verification example {number} is missing")
+            yield TrajectoryRecord(
+                entry["id"],
+                trajectory,
+                finished.content["metadata"],
+                tuple(entry["checklists"]),
+                mistakes=tuple(entry["mistakes"]),
+                is_verification=True,
+            )
 
     def _opened(self, id: str) -> zipfile.ZipFile:
         path = self.path(id)
@@ -153,12 +190,20 @@ def _packed(outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds:
             proxy and {"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": proxy.i_ref}
             for proxy in (record.proxies if record else ())
         ],
+        "mistakes": record.mistakes if record else (),
+        "verification": [
+            {"id": example.id, "checklists": example.checklists, "mistakes": example.mistakes}
+            for example in outcome.verification
+        ],
     }
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(_JSON, json.dumps(content, indent=1))
         for name, data in trajectory.files().items() if trajectory else ():
             archive.writestr(f"{_TRAJECTORY}/{name}", data)
+        for number, example in enumerate(outcome.verification):
+            for name, data in example.trajectory.files().items():
+                archive.writestr(f"{_VERIFICATION}/{number}/{name}", data)
     return buffer.getvalue()
 
 

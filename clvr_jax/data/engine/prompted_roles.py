@@ -14,13 +14,13 @@ from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneratio
 from clvr_jax.data.engine.roles import Check, Crew, Event, History, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
 from clvr_jax.reasoning.tools import Question, VisionLanguageModel
 
-TEMPLATES_VERSION = 1
+TEMPLATES_VERSION = 2
 """Goes up with every change of a template."""
 
 _MOST_QUESTIONS = 12
@@ -30,6 +30,11 @@ _ACTIONS = {
     "[numbers of the pictures to edit]}",
     "RESULT_VALIDATION": "have the latest picture checked against the request; no parameters",
     "END_TRAJECTORY": "the latest picture is the result; no parameters",
+}
+_LAST_TEXT = {
+    True: 'says what the final image shows, and "Unmet: nothing."',
+    False: "is about the final image, which was rejected: like every later text, it says what is unmet, and what to "
+    "change now.",
 }
 Read = TypeVar("Read")
 
@@ -137,7 +142,7 @@ class PromptedTranslator:
 
     model: VisionLanguageModel
 
-    def replies(self, history: History) -> tuple[str, ...]:
+    def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
         """See `Translator`."""
         count = len(history.path) + 1
         text = template("replies").format(
@@ -145,15 +150,35 @@ class PromptedTranslator:
             events=told(_on_path(history)),
             pictures=_numbered(history.path),
             count=count,
+            last=_LAST_TEXT[accepted],
         )
 
         def read(data: dict[str, Any]) -> tuple[str, ...]:
             texts = _texts(data, "texts")
             if len(texts) != count:
                 raise AnswerError(f"{len(texts)} texts; there must be {count}")
-            return (*(each + IMAGE_GEN for each in texts[:-1]), texts[-1] + TERMINATE)
+            return (*(each + IMAGE_GEN for each in texts[:-1]), texts[-1] + (TERMINATE if accepted else IMAGE_GEN))
 
         return _asked(self.model, text, [history.pictures[number] for number in history.path], read, max_tokens=4096)
+
+    def verdict(self, history: History, replies: tuple[str, ...]) -> str:
+        """See `Translator`."""
+        text = template("verdict").format(
+            request=history.item.prompt,
+            events=told(_on_path(history)),
+            replies="\n".join(map(strip_action, replies)),
+            pictures=_numbered(history.path),
+        )
+
+        def read(data: dict[str, Any]) -> str:
+            (said,) = _texts({"text": [data.get("text")]}, "text")
+            try:
+                unmet = parse(said + IMAGE_GEN, has_picture=True).unmet
+            except ParseError as error:
+                raise AnswerError(str(error)) from error
+            return said + (IMAGE_GEN if unmet else TERMINATE)
+
+        return _asked(self.model, text, [history.pictures[number] for number in history.path], read)
 
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
         """See `Translator`; one call for each picture."""

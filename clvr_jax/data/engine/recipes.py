@@ -5,7 +5,8 @@ A recipe has `CONFIG`, a dataclass instance with a field `synth` of type `SynthC
     prompts(config) -> the prompts, as `PromptItem`
     workshop(config) -> what makes trajectories of them, a `Workshop`; called once in each worker process
     evaluation_prompts(config) -> texts that must not be learned from; may be left out
-    audit(record) -> for each picture of a record whether it is right, where a program can tell; may be left out
+    audit(record) -> for each picture of a record that is a target whether it is right, where a program can tell; may be
+        left out
 """
 
 import dataclasses
@@ -38,6 +39,8 @@ class SynthConfig:
       seed: of the run; with a prompt's id it decides every other seed.
       max_turns, max_pictures: budget of a prompt, see `engine.Settings`.
       verify: passive verification; without it only for measuring what it is worth.
+      keep_mistakes: a wrong image stays in the history as context, never as a target of the image generator, and is
+        corrected; without it one wrong image discards the trajectory, as in the paper.
       max_characters: of a prompt; longer ones are refused.
       near_duplicate: see `intake.EvaluationPrompts`.
       in_flight: prompts at once in each worker process.
@@ -49,6 +52,7 @@ class SynthConfig:
     max_turns: int = 24
     max_pictures: int = 8
     verify: bool = True
+    keep_mistakes: bool = True
     max_characters: int = MAX_CHARACTERS
     near_duplicate: float = 0.8
     in_flight: int = 64
@@ -68,7 +72,7 @@ class SynthConfig:
     def settings(self) -> Settings:
         """As the engine takes them."""
         versions = {"templates": str(TEMPLATES_VERSION)}
-        return Settings(self.max_turns, self.max_pictures, self.verify, versions=versions)
+        return Settings(self.max_turns, self.max_pictures, self.verify, self.keep_mistakes, versions=versions)
 
 
 class Workshop(Protocol):

@@ -116,8 +116,16 @@ class Judge(Protocol):
 class Translator(Protocol):
     """Turns what was done into what the loop's controller would have said."""
 
-    def replies(self, history: History) -> tuple[str, ...]:
-        """One reply in the words of `reasoning.actions` for each picture of the path, and one that ends it."""
+    def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
+        """One reply in the words of `reasoning.actions` for each picture of the path, and one on the final picture.
+
+        The reply after a wrong picture names what is wrong as unmet and asks for the correction. If the final picture
+        is `accepted`, the last reply ends the trajectory; else it says what is unmet.
+        """
+        ...
+
+    def verdict(self, history: History, replies: tuple[str, ...]) -> str:
+        """The reply to the latest picture of the path, after `replies`, one for each picture of the path."""
         ...
 
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:

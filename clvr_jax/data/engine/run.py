@@ -2,7 +2,7 @@
 
     OUT/prompts.jsonl      the prompts that are worked on; the others are counted in refused.json
     OUT/outcomes/          one file for each finished prompt, kept or not
-    OUT/dataset/           what was kept, as a TFDS dataset of trajectories
+    OUT/dataset/           what was kept, as a TFDS dataset of trajectories; and verification examples, a split of it
     OUT/statistics.json    how many got how far, and at what price; statistics.html shows it
     OUT/dataset_card.md    what the dataset is, for those who find it
 
@@ -111,7 +111,7 @@ def _run(recipe: SynthRecipe, config: Any, out: Path, store: OutcomeStore) -> No
 def _kept(
     recipe: SynthRecipe, store: OutcomeStore, ids: list[str], statistics: Statistics
 ) -> Iterator[TrajectoryRecord]:
-    """The records in the order of ids; all outcomes are counted on the way."""
+    """The records in the order of ids, verification examples too; all outcomes are counted on the way."""
     with progress("writing the dataset", len(ids)) as advance:
         for number, id in enumerate(ids, start=1):
             finished = store.read(id)
@@ -121,6 +121,7 @@ def _kept(
                 if recipe.audit is not None:
                     statistics.add_audit(recipe.audit(record))
                 yield record
+            yield from store.verification(finished)
             advance(number)
 
 

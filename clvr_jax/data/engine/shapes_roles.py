@@ -43,15 +43,17 @@ def shapes_crew(item: PromptItem, *, judges: int = 2) -> Crew:
 
 
 def right_pictures(record: TrajectoryRecord) -> tuple[bool, ...]:
-    """For each picture that a record keeps whether it is what was asked for, told from the pictures alone."""
+    """For each picture that is a target whether it is what was asked for, told from the pictures alone."""
     before: Reading | tuple[()] = ()
     right = []
-    for step in record.trajectory.drawings:
-        assert step.image is not None
+    for number, step in enumerate(record.trajectory.steps):
+        if step.image is None or step.rolled_back:
+            continue
         wanted = {(one.color, one.shape, one.cell) for one in apply_edits(before, parse_edits(step.reasoning))}
         before = _read(step.image)
         seen = {(one.color, one.shape, one.cell) for one in before.objects}
-        right.append(seen == wanted and not before.unclear)
+        if number in record.generator_targets:
+            right.append(seen == wanted and not before.unclear)
     return tuple(right)
 
 
@@ -118,18 +120,22 @@ class _Exact:
             return "neither"
         return "first" if faults[0] < faults[1] else "second"
 
-    def replies(self, history: History) -> tuple[str, ...]:
+    def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
         """See `Translator`."""
         return self._replies(history)
 
+    def verdict(self, history: History, replies: tuple[str, ...]) -> str:
+        """See `Translator`."""
+        return self._replies(history)[-1]
+
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
         """See `Translator`."""
-        canvas: tuple[PlannedObject, ...] = ()
+        # What there should be after a step depends on what there is before it, mistakes included.
+        canvases = [Reading(), *(_read(history.pictures[number]) for number in history.path)]
         found = []
-        for number, reply in enumerate(self._replies(history)[:-1]):
+        for number, (reply, before) in enumerate(zip(self._replies(history)[:-1], canvases, strict=False)):
             edits = parse_edits(reply)
-            canvas = apply_edits(canvas, edits)
-            found.append(exact_proxies(canvas, edits, number - 1 if number else None))
+            found.append(exact_proxies(apply_edits(before, edits), edits, number - 1 if number else None))
         return tuple(found)
 
     def _replies(self, history: History) -> tuple[str, ...]:

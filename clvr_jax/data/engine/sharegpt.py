@@ -4,9 +4,10 @@
                                   {"from": "gpt", "value": "Plan: ...<|image_gen|>"},
                                   {"from": "human", "value": "<IMG_GEN_1>"},
                                   {"from": "gpt", "value": "I see ... Unmet: nothing.<|terminate|>"}],
-     "images": ["images/ID_1.png"]}
+     "images": ["images/ID_1.png"], "wrong_images": []}
 
-`<IMG_GEN_n>` stands for the n-th image.
+`<IMG_GEN_n>` stands for the n-th image. Wrong images are context: an image generator must not be trained on those that
+`wrong_images` names. What "gpt" says of them is for a controller to learn.
 """
 
 import json
@@ -26,14 +27,17 @@ def sharegpt_entry(record: TrajectoryRecord) -> dict[str, Any]:
     """A record without its pictures, which are named as `write_sharegpt` names them; rolled-back steps are left out."""
     said = [{"from": "human", "value": record.trajectory.prompt}]
     images: list[str] = []
-    for step in record.trajectory.steps:
+    wrong: list[str] = []
+    for number, step in enumerate(record.trajectory.steps):
         if step.rolled_back:
             continue
         said.append({"from": "gpt", "value": step.reasoning + step.action})
         if step.image is not None:
             images.append(f"{IMAGES}/{record.id}_{len(images) + 1}.png")
             said.append({"from": "human", "value": image_mark(len(images))})
-    return {"id": record.id, "conversations": said, "images": images}
+            if number not in record.generator_targets:
+                wrong.append(images[-1])
+    return {"id": record.id, "conversations": said, "images": images, "wrong_images": wrong}
 
 
 def write_sharegpt(records: Iterable[TrajectoryRecord], folder: Path) -> int:

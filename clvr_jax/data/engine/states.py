@@ -3,7 +3,7 @@
     generate_base_image -> inspect -> refine -> validate -> finalize
 
 A state says which actions the controller may take in it, where each of them leads, and how often it may go wrong there:
-a turn that cannot be read, an action that is not allowed, a picture that its checklist does not accept, all count.
+a turn that cannot be read, an action that is not allowed, an image that its checklist does not accept, all count.
 The machine can be drawn, changed and tested without running anything.
 
 Source: arXiv 2605.14876, trajectory synthesis; which action leads where is ours.
@@ -24,8 +24,8 @@ END: StateName = "finalize"
 
 @dataclass(frozen=True)
 class State:
-    """One state. actions: where each action that is allowed leads. retries: turns that may fail, each time it is
-    entered."""
+    """One state. actions: where each action that is allowed leads. retries: turns in a row that may fail before the one
+    that discards the trajectory; also how often a wrong image is generated again, for a right one beside it."""
 
     name: StateName
     actions: Mapping[ActionName, StateName]

@@ -9,8 +9,8 @@ from clvr_jax.data.engine.outcomes import Finished
 
 _EXAMPLES = 3
 STAGE_NAMES = {
-    "drawn": "first picture right",
-    "verified": "every picture right",
+    "drawn": "an image right",
+    "verified": "images right or corrected",
     "accepted": "result accepted",
     "preferred": "preferred to one shot",
     "kept": "told as a trajectory",
@@ -27,6 +27,8 @@ class Statistics:
         self._reasons: Counter[str] = Counter()
         self._examples: dict[str, list[str]] = {}
         self._lengths: Counter[int] = Counter()
+        self._corrections: Counter[int] = Counter()
+        self._verdicts: Counter[bool] = Counter()
         self._pictures, self._turns, self._seconds = 0, 0, 0.0
         self._usage: dict[str, Counter[str]] = {}
         self._audited, self._wrong = 0, 0
@@ -39,11 +41,13 @@ class Statistics:
                 self._reached[stage] += 1
         if finished.is_kept:
             self._lengths[finished.steps] += 1
+            self._corrections[finished.corrections] += 1
         else:
             self._reasons[finished.reason] += 1
             examples = self._examples.setdefault(finished.reason, [])
             if len(examples) < _EXAMPLES:
                 examples.append(f"{finished.id}: {finished.detail}")
+        self._verdicts.update(finished.verdicts)
         self._pictures += finished.pictures
         self._turns += finished.turns
         self._seconds += finished.seconds
@@ -79,6 +83,8 @@ class Statistics:
         for usage in self._usage.values():
             total.update(usage)
         share = 1 / max(self._finished, 1)
+        corrections = sum(count * trajectories for count, trajectories in self._corrections.items())
+        corrected = self.kept - self._corrections[0]
         return {
             "prompts": self._finished,
             "refused": self._refused,
@@ -90,6 +96,19 @@ class Statistics:
                 for reason, count in self._reasons.most_common()
             },
             "steps": {str(length): count for length, count in sorted(self._lengths.items())},
+            "corrections": {
+                "total": corrections,
+                "per_trajectory": corrections / max(self.kept, 1),
+                "trajectories": corrected,
+                "share": corrected / max(self.kept, 1),
+                "by_number": {str(count): times for count, times in sorted(self._corrections.items())},
+            },
+            # A right image is in an example only if it has a wrong counterpart.
+            "verification": {
+                "right": self._verdicts[True],
+                "wrong": self._verdicts[False],
+                "pairs": self._verdicts[True],
+            },
             "pictures": self._pictures,
             "turns": self._turns,
             "usage": {role: dict(usage) for role, usage in sorted(self._usage.items())},

@@ -34,7 +34,7 @@ def reply_to(path: str, request: dict[str, Any]) -> Reply:
 
 def said(text: str, lights: list[bool]) -> dict:
     """The answer to a template that was filled in; lights: for each picture shown whether it is a light one."""
-    if text.startswith("You make a picture"):
+    if text.startswith("You make an image"):
         return _turn(text, lights)
     if text.startswith("An image tool"):
         return {"questions": ["Is there anything?"]}

@@ -37,3 +37,16 @@ class Painter:
             color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
             things.append(place(color, one.shape, one.cell, rng))
         return Made(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))
+
+
+class ErrsAt(Painter):
+    """Makes the last object of the canvas wrong in the calls of these numbers, from 0."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.numbers = numbers
+
+    def draw(self, task):
+        is_wrong = len(self.calls) in self.numbers
+        made = super().draw(task)
+        return Painter(wrong=len(detect(made.image).objects)).draw(task) if is_wrong else made

@@ -119,7 +119,7 @@ def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_i
     wrong_without = 0
     for number in range(8):
         one = item(number)
-        outcome = synthesize(one, shapes_crew(one), Painter(wrong=5), seed=1)
+        outcome = synthesize(one, shapes_crew(one), Painter(wrong=5), Settings(keep_mistakes=False), seed=1)
         assert (outcome.record, outcome.reason) == (None, "passive verification")
         assert " at the " in outcome.detail
         without = synthesize(one, shapes_crew(one, judges=0), Painter(wrong=5), Settings(verify=False), seed=1)

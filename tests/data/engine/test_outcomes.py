@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clvr_jax.data.engine.card import dataset_card, headline, statistics_page
+from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, warning
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.outcomes import OutcomeStore
@@ -92,6 +92,8 @@ def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
 def test_statistics_count_stages_reasons_and_prices(tmp_path):
     store = OutcomeStore(tmp_path)
     outcomes = [made(store, number, wrong=0 if number < 3 else 4) for number in range(6)]
+    corrections = [len(outcome.record.mistakes) for outcome in outcomes if outcome.record]
+    examples = [example for outcome in outcomes for example in outcome.verification]
     statistics = Statistics({"empty": 2})
     for id in store.ids():
         statistics.add(store.read(id))
@@ -100,12 +102,17 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
             statistics.add_audit(right_pictures(outcome.record))
     found = statistics.to_json()
     kept = sum(outcome.record is not None for outcome in outcomes)
-    assert 3 <= kept < 6
+    assert 3 <= kept <= 6
     assert found["stages"]["kept"] == {"prompts": kept, "share": kept / 6}
     assert sum(entry["prompts"] for entry in found["discarded"].values()) == 6 - kept
     reached = [entry["prompts"] for entry in found["stages"].values()]
     assert reached == sorted(reached, reverse=True)
-    assert sum(int(steps) * count for steps, count in found["steps"].items()) == found["audit"]["pictures"]
+    steps = sum(int(steps) * count for steps, count in found["steps"].items())
+    assert steps - sum(corrections) == found["audit"]["pictures"]
+    assert found["corrections"]["total"] == sum(corrections) > 0
+    assert found["corrections"]["share"] == np.mean([count > 0 for count in corrections])
+    assert found["corrections"]["per_trajectory"] == np.mean(corrections)
+    assert found["verification"]["wrong"] + found["verification"]["right"] == len(examples) > 0
     assert found["total"]["nfe"] == 4 * found["total"]["pictures"]
     assert found["audit"]["wrong"] == 0
     whole = {"recipe": "r<b>", "description": "d", "verified": True, "trajectories": kept, **found}
@@ -114,8 +121,15 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
     assert "r&lt;b&gt;" in page
     assert "r<b>" not in page
     assert "| refused: empty | 2 |" in card
-    assert "Every picture passed its checklist" in card
-    assert "Every picture passed its checklist" not in dataset_card({**whole, "verified": False})
+    assert "Every picture was checked" in card
+    assert "Every picture was checked" not in dataset_card({**whole, "verified": False})
+    for text in (page, card):
+        assert f"{sum(corrections)} wrong images were corrected" in text
+        assert f"{len(examples)} examples, among them" in text
+        assert "latest image wrong" in text
+    assert warning(whole) is None
+    none = {**whole, "corrections": {**found["corrections"], "total": 0}}
+    assert "does not learn to look at images" in warning(none)
 
 
 def test_failed_calls_are_on_the_bill():

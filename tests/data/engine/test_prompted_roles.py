@@ -20,7 +20,7 @@ from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.tools import Answer
-from tests.data.engine.painter import Painter, item
+from tests.data.engine.painter import ErrsAt, item
 
 PICTURES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
 TURN = Turn("empty", "begin", InitialGeneration("a red circle"))
@@ -50,7 +50,9 @@ class Scripted:
         return self.asked[number].messages[0]["content"][-1]["text"]
 
 
-@pytest.mark.parametrize("name", ["director", "checklist", "check", "validate", "judge", "replies", "proxies"])
+@pytest.mark.parametrize(
+    "name", ["director", "checklist", "check", "validate", "judge", "replies", "verdict", "proxies"]
+)
 def test_templates_have_fields_and_the_braces_of_their_example(name):
     fields = set(re.findall(r"(?<!\{)\{(\w+)\}(?!\})", template(name)))
     filled = template(name).format(**dict.fromkeys(fields, "x"))
@@ -145,7 +147,7 @@ class Truthful:
 
     def ask(self, question):
         text = question.messages[0]["content"][-1]["text"]
-        if text.startswith("You make a picture"):
+        if text.startswith("You make an image"):
             allowed = tuple(re.findall(r"^- (\w+):", text, re.MULTILINE))
             return Answer(self.crew.director.turn(self.history, "inspect", allowed, 0))
         if text.startswith("An image tool"):
@@ -156,7 +158,10 @@ class Truthful:
             answers = [{"answer": "yes" if check.passed else "no", "evidence": check.evidence} for check in checks]
             return Answer(json.dumps({"answers": answers}))
         if "Tell it again" in text:
-            return Answer(json.dumps({"texts": [strip_action(r) for r in self.crew.translator.replies(self.history)]}))
+            replies = self.crew.translator.replies(self.history, True)
+            return Answer(json.dumps({"texts": [strip_action(reply) for reply in replies]}))
+        if "Write the next text" in text:
+            return Answer(json.dumps({"text": strip_action(self.crew.translator.verdict(self.history, ()))}))
         if "write two short texts" in text:
             proxy = self.crew.translator.proxies(self.history)[len(question.images) - 1]
             return Answer(json.dumps({"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": list(proxy.i_ref)}))
@@ -178,13 +183,20 @@ class Watching:
         return call
 
 
-def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make():
+@pytest.mark.parametrize("wrong", [(), (1,), (1, 3, *range(4, 100))])
+def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make(wrong):
+    """Without a mistake, with one that is corrected, and with mistakes until the trajectory is rejected."""
     one = item(1)
     model = Truthful(one)
     roles = (PromptedDirector(model), PromptedVerifier(model), PromptedTranslator(model))
-    told = synthesize(one, Crew(*(Watching(role, model) for role in roles)), Painter(), seed=2)
-    exact = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=2)
-    assert told.record, told.detail
+    told = synthesize(one, Crew(*(Watching(role, model) for role in roles)), ErrsAt(*wrong), seed=2)
+    exact = synthesize(one, shapes_crew(one, judges=0), ErrsAt(*wrong), seed=2)
+    assert (told.reason, told.detail) == (exact.reason, exact.detail)
+    assert told.verification == exact.verification
+    assert bool(told.verification) == bool(wrong)
+    assert (told.record is None) == (exact.record is None) == (len(wrong) > 1)
+    if told.record is None:
+        return
     assert told.record.trajectory == exact.record.trajectory
     assert told.record.proxies == exact.record.proxies
     assert told.record.checklists == exact.record.checklists

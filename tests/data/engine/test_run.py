@@ -11,7 +11,7 @@ import pytest
 
 from clvr_jax import cli
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
 
 ROOT = Path(__file__).parents[3]
 RECIPE = "tests/data/engine/painter_recipe.py"
@@ -57,6 +57,23 @@ def test_a_killed_run_goes_on_and_makes_nothing_twice(tmp_path):
     assert sorted(log.read_text().split()) == [f"p-{number:03d}" for number in range(14)]
 
 
+def test_mistakes_are_kept_to_be_corrected_and_a_dataset_without_any_is_warned_of(tmp_path, capsys):
+    out, options = tmp_path / "run", ["synth", RECIPE, "--out", str(tmp_path / "run")]
+    assert cli.main(options) == 0
+    assert "warning" not in capsys.readouterr().err
+    found = json.loads((out / "statistics.json").read_text())
+    assert found["corrections"]["total"] > 0
+    assert found["audit"]["wrong"] == 0  # of the targets
+    dataset, examples = TrajectoryDataset(out / "dataset"), TrajectoryDataset(out / "dataset", VERIFICATION)
+    assert sum(len(dataset[number].mistakes) for number in range(len(dataset))) == found["corrections"]["total"]
+    assert len(examples) == found["verification"]["right"] + found["verification"]["wrong"]
+    assert cli.main([*options, "--synth.no-keep-mistakes"]) == 2  # the option is part of the run's identity
+    assert "synth.keep_mistakes" in capsys.readouterr().err
+    assert cli.main(["synth", RECIPE, "--out", str(tmp_path / "none"), "--synth.no-keep-mistakes"]) == 0
+    assert "does not learn to look at images" in capsys.readouterr().err
+    assert not TrajectoryDataset(tmp_path / "none" / "dataset").has_verification
+
+
 def test_the_dataset_its_page_and_its_card_say_the_same(tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
@@ -66,7 +83,6 @@ def test_the_dataset_its_page_and_its_card_say_the_same(tmp_path, capsys, monkey
     found = json.loads((out / "statistics.json").read_text())
     assert told["trajectories"] == found["trajectories"] == len(TrajectoryDataset(out / "dataset"))
     assert 0 < found["trajectories"] < 12
-    assert found["discarded"]["passive verification"]["prompts"] > 0
     assert found["audit"]["wrong"] == 0
     headline = f"{found['trajectories']} trajectories of 12 prompts"
     assert headline in (out / "statistics.html").read_text()

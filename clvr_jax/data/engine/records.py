@@ -1,0 +1,195 @@
+"""Histories of the data engine as records: the trajectory that is kept, and verification examples.
+
+A verification example is a history, its latest image, and the verdict on that image. Two kinds are made:
+
+* counterfactual pairs: a wrong image of a trajectory, and a right one that was generated again from the same
+  instruction and history; both examples share the history, and their ids are equal but for the last word;
+* the final image of a trajectory that was rejected because that image is wrong.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from clvr_jax.data.engine.roles import Check, Event, History, Translator
+from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, Reply, parse
+from clvr_jax.reasoning.images import Picture
+from clvr_jax.reasoning.tools import Made
+from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
+
+
+class TranslationError(ClvrError):
+    """Replies that do not fit what was done; the message says how."""
+
+
+@dataclass(frozen=True)
+class Retry:
+    """A right image of a step whose image in the history is wrong: the same instruction and history, another seed.
+
+    wrong: number of the wrong image. event: as it would be in the history, with the checks of the right image.
+    """
+
+    wrong: int
+    image: Picture
+    event: Event
+
+
+@dataclass(frozen=True)
+class RecordWriter:
+    """Writes the records of one prompt. model: name of the image tool. seed, versions: recorded with a trajectory."""
+
+    translator: Translator
+    model: str
+    seed: int
+    versions: Mapping[str, str]
+
+    def replies(self, history: History, accepted: bool) -> list[Reply]:
+        """Returns the replies for each image of the path, and the last one on the final image.
+
+        Args:
+          accepted: whether the final image meets the request, so that the last reply ends the trajectory.
+        Raises: TranslationError or ParseError if they do not fit the images or their verdicts.
+        """
+        texts, wrong = self.translator.replies(history, accepted), wrong_images(history)
+        if len(texts) != len(history.path) + 1:
+            raise TranslationError(f"{len(history.path)} images got {len(texts)} replies")
+        read = [parse(text, has_picture=number > 0) for number, text in enumerate(texts)]
+        if any(reply.action != IMAGE_GEN for reply in read[:-1]) or (read[-1].action == TERMINATE) != accepted:
+            raise TranslationError("the replies do not draw each image and then stop exactly if it is accepted")
+        if bool(read[-1].unmet) == accepted:
+            raise TranslationError("the last reply has something unmet exactly if the final image is accepted")
+        for image, verdict in zip(history.path, read[1:], strict=True):
+            if image in wrong and not verdict.unmet:
+                raise TranslationError(f"image {image} failed its checklist, but the reply to it has nothing unmet")
+        return read
+
+    def trajectory(self, history: History, replies: Sequence[Reply], made: Sequence[Made]) -> TrajectoryRecord:
+        """Returns the path as the loop would have gone it. Raises: TranslationError, or what the translator raises."""
+        proxies = self.translator.proxies(history)
+        if len(proxies) != len(history.path):
+            raise TranslationError(f"{len(history.path)} images got {len(proxies)} proxy prompts")
+        steps = [
+            Step(
+                *_told(number, reply),
+                history.pictures[image],
+                Verdict(following.unmet or (), following.reasoning),
+                nfe=made[image].usage.nfe,
+                seconds=made[image].usage.seconds,
+            )
+            for number, (reply, following, image) in enumerate(zip(replies, replies[1:], history.path, strict=False))
+        ]
+        trajectory = Trajectory(
+            history.item.prompt,
+            (*steps, Step(replies[-1].reasoning, TERMINATE)),
+            ACCEPTED,
+            self.model,
+            self.seed,
+            {**package_versions(), **self.versions},
+            sum(one.usage.seconds for one in made),
+        )
+        return TrajectoryRecord(
+            history.item.id,
+            trajectory,
+            history.item.metadata,
+            (*_checklists(history), None),
+            (*proxies, None),
+            _mistakes(history),
+        )
+
+    def verification(
+        self, history: History, replies: Sequence[Reply], retries: Sequence[Retry], is_last_wrong: bool
+    ) -> Iterator[TrajectoryRecord]:
+        """Yields the verification examples of a path, see the top of this file.
+
+        A pair for which the translator gives no usable verdict is left out.
+
+        Args:
+          replies: of the whole path, as `replies` returns them.
+          retries: right images of steps whose image is wrong; those of steps that were rolled back are left out.
+          is_last_wrong: whether the final image is wrong, and the trajectory is rejected for it.
+        """
+        paired = set()
+        for retry in retries:
+            if retry.wrong not in history.path:
+                continue
+            place = history.path.index(retry.wrong)
+            before = _cut(history, place)
+            try:
+                right = _with_image(before, retry)
+                told = tuple(reply.text for reply in replies[: place + 1])
+                verdict = parse(self.translator.verdict(right, told), has_picture=True)
+                example = self._example(right, replies[: place + 1], verdict, is_wrong=False)
+            except ClvrError:
+                continue
+            paired.add(place)
+            yield self._example(_cut(history, place + 1), replies[: place + 1], replies[place + 1], is_wrong=True)
+            yield example
+        last = len(history.path) - 1
+        if is_last_wrong and last not in paired:
+            yield self._example(history, replies[:-1], replies[-1], is_wrong=True)
+
+    def _example(self, history: History, replies: Sequence[Reply], verdict: Reply, is_wrong: bool) -> TrajectoryRecord:
+        if (verdict.action == TERMINATE) != (not verdict.unmet):
+            raise TranslationError("a verdict stops exactly if nothing is unmet")
+        verdicts = [Verdict(reply.unmet or (), reply.reasoning) for reply in (*replies[1:], verdict)]
+        steps = tuple(
+            Step(*_told(number, reply), history.pictures[image], found)
+            for number, (reply, image, found) in enumerate(zip(replies, history.path, verdicts, strict=True))
+        )
+        last = len(steps) - 1
+        return TrajectoryRecord(
+            f"{history.item.id}-{last}-{'wrong' if is_wrong else 'right'}",
+            Trajectory(
+                history.item.prompt,
+                steps,
+                GAVE_UP if verdict.unmet else ACCEPTED,
+                self.model,
+                self.seed,
+                {**package_versions(), **self.versions},
+            ),
+            history.item.metadata,
+            _checklists(history),
+            mistakes=tuple(sorted({*_mistakes(history), *([last] if is_wrong else [])})),
+            is_verification=True,
+        )
+
+
+def wrong_images(history: History) -> frozenset[int]:
+    """Returns the numbers of the images that failed their checklist."""
+    return frozenset(event.picture for event in history.events if event.picture is not None and failed(event.checks))
+
+
+def failed(checks: Sequence[Check]) -> list[Check]:
+    """Returns the checks that were answered with no."""
+    return [check for check in checks if not check.passed]
+
+
+def _told(number: int, reply: Reply) -> tuple[str, str, tuple[int, ...]]:
+    """What step `number` of a path said and did, and its references: all images before it."""
+    return reply.reasoning, IMAGE_GEN, tuple(range(number))
+
+
+def _checklists(history: History) -> tuple[Any, ...]:
+    checks = {event.picture: event.checks for event in history.events}
+    return tuple([[check.question, check.evidence, check.passed] for check in checks[image]] for image in history.path)
+
+
+def _mistakes(history: History) -> tuple[int, ...]:
+    wrong = wrong_images(history)
+    return tuple(place for place, image in enumerate(history.path) if image in wrong)
+
+
+def _cut(history: History, length: int) -> History:
+    """The history when its path had `length` images: without what happened after the last of them was made."""
+    path = history.path[:length]
+    ends = [number for number, event in enumerate(history.events, start=1) if event.picture in path]
+    return History(history.item, history.pictures, path, history.events[: max(ends, default=0)])
+
+
+def _with_image(history: History, retry: Retry) -> History:
+    """The history after the right image of a retry."""
+    number = len(history.pictures)
+    event = Event(retry.event.state, retry.event.turn, number, retry.event.checks)
+    return History(history.item, (*history.pictures, retry.image), (*history.path, number), (*history.events, event))
