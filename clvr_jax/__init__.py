@@ -11,15 +11,26 @@ if TYPE_CHECKING:
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
     from clvr_jax.pipelines.sdxl import SDXLPipeline
+    from clvr_jax.pipelines.verifier import Verifier
     from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 
-__all__ = ["ClosedLoopPipeline", "Flux2Pipeline", "Qwen3VLPipeline", "SDXLPipeline", "apply_delta", "delta", "dswm"]
+__all__ = [
+    "ClosedLoopPipeline",
+    "Flux2Pipeline",
+    "Qwen3VLPipeline",
+    "SDXLPipeline",
+    "Verifier",
+    "apply_delta",
+    "delta",
+    "dswm",
+]
 
 _HOMES = {
     "ClosedLoopPipeline": "clvr_jax.pipelines.closed_loop",
     "Flux2Pipeline": "clvr_jax.pipelines.flux2",
     "Qwen3VLPipeline": "clvr_jax.pipelines.vlm",
     "SDXLPipeline": "clvr_jax.pipelines.sdxl",
+    "Verifier": "clvr_jax.pipelines.verifier",
     "apply_delta": "clvr_jax.merging.deltas",
     "delta": "clvr_jax.merging.deltas",
     "dswm": "clvr_jax.merging.deltas",

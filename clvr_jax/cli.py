@@ -24,11 +24,13 @@ from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
+from clvr_jax.commands.verifying import Verify
 from clvr_jax.errors import ClvrError, UsageError
 
 COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "sample": Sample,
+    "verify": Verify,
     "train": Train,
     "curves": Curves,
     "synth": Synth,

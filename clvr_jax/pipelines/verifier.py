@@ -113,6 +113,8 @@ def controller_directory(model: str) -> tuple[Path, bool]:
     """
     if model in MODELS:
         path = SHIPPED / MODELS[model].folder / "controller"
+    elif "/" not in model and not Path(model).exists():
+        raise ClvrError(f"{model}: no such model; give a directory, a Hugging Face id or one of {', '.join(MODELS)}")
     else:
         found = local_folder(model)
         if (found / "model_index.json").exists():

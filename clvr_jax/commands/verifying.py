@@ -1,0 +1,249 @@
+"""`clvr verify`: is what the prompt asks for in the images, requirement by requirement?"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.common import Common, Count, Flags, Prompt, Result, prepare_jax
+from clvr_jax.console import console
+from clvr_jax.errors import ClvrError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clvr_jax.reasoning.verification import ModelVerifier, Requirement, Verification
+
+_DEFAULT_MODEL = "shapes-tiny"
+_NOTHING_TO_CHECK = "The prompt asks for nothing that can be checked in an image."
+
+
+@dataclass(frozen=True)
+class EndpointOptions:
+    """A vision-language model behind an OpenAI-compatible chat API."""
+
+    url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """OpenAI-compatible chat API that verifies in place of --model, up to and including the version, such as
+    http://localhost:8000/v1."""
+    endpoint_model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
+    """Model of --url, as the server names it."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key of --url; "" for servers without keys."""
+    in_flight: int = 16
+    """Requests to --url at a time."""
+    max_tokens: Count = None
+    """Most tokens of a reply of --url, for models that think first; 512 if not given."""
+    prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
+    """Dollars that the server charges for a million tokens read, and written; nothing if not given."""
+
+    def __post_init__(self) -> None:
+        at_least_one("--in-flight", self.in_flight)
+        at_least_one("--max-tokens", self.max_tokens)
+        if bool(self.url) != bool(self.endpoint_model):
+            raise UsageError("--url URL and --endpoint-model NAME go together")
+        if not self.url and (self.max_tokens or self.prices):
+            raise UsageError("--max-tokens and --prices are for --url")
+        if len(self.prices) not in (0, 2):
+            raise UsageError("--prices are two, of tokens read and written")
+
+    def verifier(self, mode: Literal["describe", "ask"]) -> "ModelVerifier":
+        """Connects to the server. Raises: ClvrError if the key or the openai package is missing."""
+        from clvr_jax.providers.endpoint import Endpoint, Prices
+        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        from clvr_jax.reasoning.verification import ModelVerifier
+
+        endpoint = Endpoint(
+            self.endpoint_model or "",
+            self.url or "",
+            self.key_variable or None,
+            max_in_flight=self.in_flight,
+            prices=Prices(*self.prices),
+        )
+        return ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.max_tokens or 512)
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Checks images against a prompt, requirement by requirement: met or unmet, how probable, and on what evidence."""
+
+    EXAMPLE: ClassVar = 'clvr verify "a red circle left of a blue star" first.png second.png --model shapes-tiny'
+
+    prompt: Prompt
+    """Prompt that the images are checked against."""
+    images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
+    """Image files to check: PNG, JPEG or WebP."""
+    model: str = _DEFAULT_MODEL
+    """Model that verifies: a shipped model, a directory with controller/, or a Qwen3-VL (directory or Hugging Face
+    id)."""
+    mode: Literal["describe", "ask"] | None = None
+    """describe: describe the image before a requirement is seen, then compare. ask: ask each requirement of the image.
+    If not given, describe for models that were trained for the loop and ask for others."""
+    requirement: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
+    """Requirements to check, each in quotes; the model derives them from the prompt if none is given."""
+    endpoint: Annotated[EndpointOptions, tyro.conf.arg(name="")] = field(default_factory=EndpointOptions)
+    common: Flags = field(default_factory=Common)
+
+    def __post_init__(self) -> None:
+        if not self.images:
+            raise UsageError("give at least one IMAGE after the prompt")
+        if any(not _requirement_text(text) for text in self.requirement):
+            raise UsageError("--requirement is empty; write what the image must show")
+        for name, text in (("the prompt", self.prompt), *(("--requirement", text) for text in self.requirement)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(f"{name} is not valid UTF-8 text") from error
+        if self.endpoint.url and self.model != _DEFAULT_MODEL:
+            raise UsageError("--model and --url name two verifiers; give one of them")
+
+    def run(self) -> Result:
+        """Reads the images, has them checked, and reports requirement by requirement."""
+        from clvr_jax.data.text import check_prompt
+        from clvr_jax.reasoning.images import read_image
+
+        check_prompt(self.prompt)
+        images = [read_image(path) for path in self.images]
+        verifier = self._verifier(images)
+        given = tuple(_requirement_text(text) for text in self.requirement)
+        began = time.monotonic()
+        with console.status(f"verifying {len(images)} image{'s' if len(images) > 1 else ''}"):
+            found = verifier.verify([self.prompt] * len(images), images, [given] * len(images) if given else None)
+        usage = {**asdict(verifier.usage), "seconds": round(time.monotonic() - began, 3)}
+        data = {
+            "prompt": self.prompt,
+            "verifier": verifier.name,
+            "requirements": "given" if given else "derived",
+            "images": [
+                _image_data(path, image, verification)
+                for path, image, verification in zip(self.images, images, found, strict=True)
+            ],
+            "usage": usage,
+        }
+        return Result(data, _text(self.images, found, verifier.name))
+
+    def _verifier(self, images: "Sequence[np.ndarray]") -> "ModelVerifier":
+        """Loads the verifier once everything that can be checked without it is checked."""
+        if self.endpoint.url:
+            return self.endpoint.verifier(self.mode or "ask")
+        from clvr_jax.pipelines.verifier import Verifier, controller_directory
+
+        directory, _ = controller_directory(self.model)
+        _check_sizes(self.model, directory, self.images, images)
+        if not self.requirement:
+            _warn_of_unseen_words(self.model, directory, self.prompt)
+        with console.status(f"loading {self.model}"):
+            prepare_jax()
+            return Verifier.from_pretrained(self.model, mode=self.mode)
+
+
+def _requirement_text(text: str) -> str:
+    """A requirement as the verifier takes it: on one line and without the period that ends its question."""
+    return " ".join(text.split()).rstrip(". ")
+
+
+def _check_sizes(model: str, directory: Path, paths: Sequence[Path], images: "Sequence[np.ndarray]") -> None:
+    """Raises ClvrError for an image that the model cannot read, and warns where it was trained for one size only."""
+    from math import isqrt
+
+    from clvr_jax.data.qwen3_vl_images import processor_from_dict
+    from clvr_jax.files import read_json
+
+    processor = processor_from_dict(read_json(directory / "preprocessor_config.json"))
+    has_one_size = processor.min_pixels == processor.max_pixels
+    side = isqrt(processor.max_pixels)
+    resized: dict[tuple[int, int], list[Path]] = {}
+    for path, image in zip(paths, images, strict=True):
+        height, width = image.shape[:2]
+        try:
+            target = processor.resized(height, width)
+        except ClvrError as error:
+            raise ClvrError(f"{path}: {error}") from error
+        if has_one_size and target != (height, width):
+            resized.setdefault((height, width), []).append(path)
+    for (height, width), same in resized.items():
+        rows, columns = processor.resized(height, width)
+        more = f" and {len(same) - 1} more" if len(same) > 1 else ""
+        note = f"{same[0]}{more}: {width} x {height} pixels, resized to {columns} x {rows} for {model}"
+        if rows != columns:
+            note += f", which knows images of {side} x {side} only; do not rely on the result"
+        _warn(note)
+
+
+def _warn_of_unseen_words(model: str, directory: Path, prompt: str) -> None:
+    from clvr_jax.pipelines.world import unseen_words
+
+    if (directory.parent / "model_index.json").exists():
+        unseen = unseen_words(str(directory.parent), prompt)
+        if unseen:
+            _warn(f"{model} never saw: {', '.join(unseen[:8])}{' ...' if len(unseen) > 8 else ''}")
+
+
+def _warn(message: str) -> None:
+    console.print(f"[yellow]warning:[/] {escape(_printable(message))}")
+
+
+def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -> dict[str, Any]:
+    return {
+        "image": str(path),
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "accepted": verification.accepted,
+        "note": None if verification.requirements else _NOTHING_TO_CHECK,
+        "probability": verification.probability,
+        "unmet": list(verification.unmet),
+        "description": verification.description,
+        "mode": verification.mode,
+        "requirements": [asdict(each) for each in verification.requirements],
+    }
+
+
+def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str) -> RenderableType:
+    """The result for people: a block for each image."""
+    parts: list[RenderableType] = []
+    for path, verification in zip(paths, found, strict=True):
+        parts.append(_heading(path, verification))
+        if verification.requirements:
+            table = Table.grid(padding=(0, 2, 0, 0))
+            for each in verification.requirements:
+                table.add_row("", *_cells(each))
+            parts.append(table)
+        if verification.description:
+            parts.append(Text(f"  description: {_printable(verification.description)}", overflow="fold"))
+        parts.append(Text(""))
+    checked = [each for verification in found for each in verification.requirements if each.met is not None]
+    if checked and all(each.probability is None for each in checked):
+        parts.append(Text("No probabilities: the model gives no probabilities of its tokens.", "dim"))
+    parts.append(Text(f"verified by {_printable(name)}", "dim", overflow="fold"))
+    return Group(*parts)
+
+
+def _heading(path: Path, verification: "Verification") -> Text:
+    said, style = {True: ("yes", "bold green"), False: ("no", "bold yellow"), None: ("nothing to check", "bold")}[
+        verification.accepted
+    ]
+    heading = Text.assemble(f"{_printable(str(path))}  accepted: ", (said, style), overflow="fold")
+    if verification.accepted is None:
+        heading.append(f". {_NOTHING_TO_CHECK}")
+    elif not verification.accepted:
+        heading.append(f", {len(verification.unmet)} of {len(verification.requirements)} requirements unmet")
+    return heading
+
+
+def _cells(requirement: "Requirement") -> list[Text]:
+    state, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "yellow")}[requirement.met]
+    probability = "no probability" if requirement.probability is None else f"{requirement.probability:.3f}"
+    texts = Text(_printable(requirement.text)), Text(_printable(requirement.evidence), "dim")
+    return [Text(state, style), Text(probability), *texts]
+
+
+def _printable(text: str) -> str:
+    """Text of a model or a user on one line, without characters that would control a terminal."""
+    return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(text.split()))
