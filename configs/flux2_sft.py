@@ -2,8 +2,9 @@
 
 clvr train configs/flux2_sft.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories
 
-Never run on the real weights: there was no accelerator. The tests run it on `shapes-tiny`, whose models are of the same
-classes, and trace the step of the full sizes. Every 9B variant of FLUX.2 klein is for non-commercial use only.
+Wrong images of a trajectory, which a later step corrects, are references of later steps, never targets. Never run on
+the real weights: there was no accelerator. The tests run it on `shapes-tiny`, whose models are of the same classes, and
+trace the step of the full sizes. Every 9B variant of FLUX.2 klein is for non-commercial use only.
 """
 
 import dataclasses

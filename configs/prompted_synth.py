@@ -5,6 +5,9 @@ options for Gemini with Seedream as in the paper, for vLLM, and for our own Qwen
 
     clvr synth configs/prompted_synth.py --prompts prompts.txt --out runs/synth
 
+A wrong image stays in its trajectory as context and is corrected; the image generator never learns it, the controller
+learns the verdict on it. `--synth.no-keep-mistakes` discards the trajectory instead.
+
 The two judges should be different models: they must agree without knowing of each other.
 """
 
