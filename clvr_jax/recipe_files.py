@@ -6,7 +6,7 @@ import json
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
 
@@ -16,13 +16,23 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def rebuilt(template: Any, values: Any) -> Any:
-    """The inverse of `plain`, for a configuration of the template's types."""
+def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
+    """The inverse of `plain`, for a configuration of the template's types.
+
+    Args:
+      template: a configuration, or the value of one of its fields.
+      values: what `plain` made of another of the same types.
+      declared: the declared type of the field, which decides where the template holds None.
+    """
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
-        fields = {field.name: rebuilt(getattr(template, field.name), values[field.name])
-                  for field in dataclasses.fields(template) if field.name in values}  # fmt: skip
+        hints = get_type_hints(type(template))
+        fields = {
+            field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name])
+            for field in dataclasses.fields(template)
+            if field.name in values
+        }
         return dataclasses.replace(template, **fields)
-    if isinstance(template, Path):
+    if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
         return Path(values)
     return tuple(values) if isinstance(template, tuple) else values
 

@@ -96,7 +96,7 @@ class Config:
     start: Path | None = None
     image_batch: int = 48
     comparison_batch: int = 40
-    prompt_batch: int = 24
+    prompt_batch: int = 32
     conversation_batch: int = 8
     generated_share: float = 0.5
     vae_share: float = 0.4
@@ -105,8 +105,11 @@ class Config:
 
 
 CONFIG = Config()
-KINDS = ("image", "comparison", "image", "prompt", "conversation", "image", "prompt", "comparison", "prompt", "image")
-"""The kinds of batches in turn."""
+KINDS = (
+    *("prompt", "comparison", "prompt", "image", "prompt", "comparison"),
+    *("prompt", "conversation", "prompt", "comparison", "prompt", "comparison"),
+)
+"""The kinds of batches in turn. To read images is learned soonest, to read prompts last."""
 PARTS = 4
 """Batches that are cut from one pool of texts sorted by length, so that little of a batch is padding."""
 ROWS_DECODED = 8

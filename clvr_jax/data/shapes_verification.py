@@ -84,7 +84,7 @@ def training_metadata(rng: np.random.Generator, wide_share: float = 0.75) -> Met
 def plan_chat(rng: np.random.Generator) -> Chat:
     """The first reply to a prompt: plan and first drawing."""
     metadata = training_metadata(rng)
-    prompt, reply = _renamed(rng, 0.25, metadata["prompt"], first_reply(plan(metadata)))
+    prompt, reply = _renamed(rng, 0.1, metadata["prompt"], first_reply(plan(metadata)))
     return Chat(chat_messages(prompt, [reply], 0))
 
 
@@ -95,7 +95,7 @@ def requirements_chat(rng: np.random.Generator) -> Chat:
         return Chat(_said(verification.requirements_messages(prompt), verification.requirements_reply(())))
     metadata = training_metadata(rng)
     reply = verification.requirements_reply([str(each) for each in requirements(metadata)])
-    prompt, reply = _renamed(rng, 0.25, metadata["prompt"], reply)
+    prompt, reply = _renamed(rng, 0.1, metadata["prompt"], reply)
     return Chat(_said(verification.requirements_messages(prompt), reply))
 
 
@@ -174,7 +174,7 @@ def comparison_chat(rng: np.random.Generator) -> Chat:
         text = f"Plan: {'; '.join(map(str, reading.objects))}."
         evidence, met = check_requirement(requirement, reading)
     answer = verification.comparison_reply(evidence, met)
-    description, requirement_text, answer = _renamed(rng, 0.3, text, str(requirement), answer)
+    description, requirement_text, answer = _renamed(rng, 0.15, text, str(requirement), answer)
     return Chat(_said(verification.comparison_messages(description, requirement_text), answer))
 
 
