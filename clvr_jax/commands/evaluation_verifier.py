@@ -28,6 +28,9 @@ class _VerifierOptions:
     mode: Literal["describe", "ask"] | None = None
     """describe: describe the image before a requirement is seen, then compare. ask: ask each requirement of the image.
     If not given, describe for models that were trained for the loop and ask for others."""
+    requirements: Literal["derived", "exact"] = "derived"
+    """derived: the verifier derives the requirements from each prompt. exact: it is given those of the shapes world, so
+    that only what it sees is measured."""
     generators: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Generators whose images are verified too: shipped models such as shapes-tiny shapes-tiny-sft shapes-tiny-base, or
     directories; each generates one image for each prompt. None if not given."""
@@ -81,7 +84,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
 
         from clvr_jax.evaluation.verifier.generated import load_generator
         from clvr_jax.evaluation.verifier.image_directory import labeled_images
-        from clvr_jax.evaluation.verifier.report import rich_table
+        from clvr_jax.evaluation.verifier.report import rich_results
         from clvr_jax.evaluation.verifier.run import check_out, evaluate
         from clvr_jax.outputs import check_folder
         from clvr_jax.pipelines.registry import resolve
@@ -101,9 +104,10 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             images=images,
             settings=settings,
             batch_size=self.batch_size,
+            exact_requirements=self.requirements == "exact",
         )
         data = {key: value for key, value in results.items() if key != "cases"}
-        return Result({**data, "out": str(self.out)}, rich_table(results))
+        return Result({**data, "out": str(self.out)}, rich_results(results))
 
     def _verifier(self) -> "tuple[ModelVerifier, dict[str, Any]]":
         """The verifier, and what identifies it."""

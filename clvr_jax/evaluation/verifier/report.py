@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import Group
 
-COLUMNS = ("", "wrong images", "false accept", "95 %", "right images", "false reject", "95 %", "read exactly")
+COLUMNS = ("", "false accept", "false reject", "read")
 _KIND_GROUPS = ("renderings", CONTROLS_GROUP, "images")
 _HELD_OUT = {"held_out": "held-out pairs", "others": "other pairs"}
 
@@ -19,48 +19,53 @@ def markdown(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
     lines = [f"# Verifier benchmark: {results['verifier']}", "", f"Seed {results['seed']}. {explanation()}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    for section in sections(results["summary"]):
-        lines += [f"| {' | '.join(row)} |" for row in section]
+    for (group, total), *parts in sections(results["summary"]):
+        lines += [f"| **{group}** | {' | '.join(total)} |"]
+        lines += [f"| {group}: {name} | {' | '.join(cells)} |" for name, cells in parts]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results["summary"]))]) + "\n"
 
 
-def rich_table(results: Mapping[str, Any]) -> Table:
-    """The results as a table for the terminal."""
+def rich_results(results: Mapping[str, Any]) -> Group:
+    """The results for the terminal: a table, and sentences below it."""
+    from rich.console import Group
     from rich.table import Table
 
     title = f"Verifier benchmark: {results['verifier']}"
-    table = Table(title=title, caption="\n".join(notes(results["summary"])), caption_justify="left")
-    table.add_column("")
+    table = Table(title=title)
+    table.add_column("", min_width=14)
     for column in COLUMNS[1:]:
-        table.add_column(column, justify="right")
-    for section in sections(results["summary"]):
-        for row in section:
-            table.add_row(*row)
+        table.add_column(column, justify="right", no_wrap=True)
+    for (group, total), *parts in sections(results["summary"]):
+        table.add_row(group, *total, style="bold")
+        for name, cells in parts:
+            table.add_row(f"  {name}", *cells)
         table.add_section()
-    return table
+    return Group(table, *notes(results["summary"]))
 
 
 def explanation() -> str:
     """Says what the rates are."""
     return (
         "False accept: share of wrong images that are accepted. False reject: share of right images that are not "
-        "accepted, those without a verdict included. Intervals: 95 %, Wilson, the images of one prompt taken together. "
-        "Read exactly: share of images whose description says what each cell shows, and nothing else."
+        "accepted, those without a verdict included. In brackets 95 % intervals (Wilson, the images of one prompt "
+        "taken together), then the number of images. Read: share of images whose description says what each cell "
+        "shows, and nothing else."
     )
 
 
-def sections(summary: Mapping[str, Any]) -> Iterator[list[tuple[str, ...]]]:
-    """Rows of COLUMNS: for each group its kinds, all of it, and by number of objects and held-out pairs."""
-    for name, group in summary["groups"].items():
-        kinds = group["kinds"] if name in _KIND_GROUPS else {}
-        rows = [_row(f"{name}: {kind}", metrics) for kind, metrics in kinds.items()] if len(kinds) > 1 else []
-        yield [*rows, _row(f"{name}, all" if rows else name, group)]
-        if name == CONTROLS_GROUP:
-            continue
-        split = [_row(f"{name}: {number} objects", metrics) for number, metrics in group["objects"].items()]
-        split += [_row(f"{name}: {_HELD_OUT[key]}", metrics) for key, metrics in group["held_out"].items()]
-        if split:
-            yield split
+Row = tuple[str, tuple[str, str, str]]
+"""A name, and the cells of the other columns."""
+
+
+def sections(summary: Mapping[str, Any]) -> Iterator[list[Row]]:
+    """Rows for each group: all of it, its kinds, and its numbers of objects and held-out pairs."""
+    for group, metrics in summary["groups"].items():
+        kinds = metrics["kinds"] if group in _KIND_GROUPS else {}
+        parts = list(kinds.items()) if len(kinds) > 1 else []
+        if group != CONTROLS_GROUP:
+            parts += [(f"{number} objects", part) for number, part in metrics["objects"].items()]
+            parts += [(_HELD_OUT[key], part) for key, part in metrics["held_out"].items()]
+        yield [(group, _cells(metrics)), *((name, _cells(part)) for name, part in parts)]
 
 
 def notes(summary: Mapping[str, Any]) -> list[str]:
@@ -91,22 +96,27 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _row(name: str, metrics: Mapping[str, Any]) -> tuple[str, ...]:
+def _cells(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
     read = metrics["read_exactly"]
     return (
-        name,
-        *_cells(metrics["false_accept"]),
-        *_cells(metrics["false_reject"]),
-        "" if read is None else f"{read['rate']:.3f}",
+        _rate(metrics["false_accept"]),
+        _rate(metrics["false_reject"]),
+        "" if read is None else _short(read["rate"]),
     )
 
 
-def _cells(rate: Mapping[str, Any] | None) -> tuple[str, str, str]:
-    """Number of images, rate and interval."""
+def _rate(rate: Mapping[str, Any] | None) -> str:
+    """Rate, interval and number of images, ".560 [.417, .693] of 84"; "" without images."""
     if rate is None:
-        return "", "", ""
+        return ""
     low, high = rate["interval"]
-    return str(rate["of"]), f"{rate['rate']:.3f}", f"{low:.3f} .. {high:.3f}"
+    return f"{_short(rate['rate'])} [{_short(low)}, {_short(high)}] of {rate['of']}"
+
+
+def _short(value: float) -> str:
+    """Three digits without the zero before the point, as a whole table of them is read more easily."""
+    text = f"{value:.3f}"
+    return text.removeprefix("0") if value < 1 else text
 
 
 def _share(rate: Mapping[str, Any]) -> str:

@@ -42,6 +42,7 @@ def evaluate(
     images: Sequence[Case] = (),
     settings: Mapping[str, Any] | None = None,
     batch_size: int = BATCH_SIZE,
+    exact_requirements: bool = False,
 ) -> dict[str, Any]:
     """Runs the benchmark and writes its results; a run that fails writes none.
 
@@ -54,6 +55,7 @@ def evaluate(
       images: labeled images, see `image_directory.labeled_images`.
       settings: JSON values to record, such as the model.
       batch_size: images that are checked together.
+      exact_requirements: give the verifier the exact requirements where they are known; it derives them otherwise.
     Returns: the content of results.json, see `metrics.summarize`.
     Raises: ClvrError, one line.
     """
@@ -62,12 +64,18 @@ def evaluate(
     cases = [*_shapes_cases(count, seed, generators or {}), *images]
     if not cases:
         raise ClvrError("verifier benchmark: nothing to check; give a count above 0, or labeled images")
-    checked, derived = check_cases(verifier, cases, batch_size)
+    checked, derived = check_cases(verifier, cases, batch_size, exact_requirements)
     summary = summarize(checked, derived)
     results = {
         "benchmark": BENCHMARK,
         "verifier": verifier.name,
-        "settings": {**(settings or {}), "count": count, "generators": list(generators or {}), "images": len(images)},
+        "settings": {
+            **(settings or {}),
+            "requirements": "exact" if exact_requirements else "derived",
+            "count": count,
+            "generators": list(generators or {}),
+            "images": len(images),
+        },
         "seed": seed,
         "summary": summary,
         "usage": {**asdict(getattr(verifier, "usage", Usage())), "seconds": time.monotonic() - began},
@@ -98,22 +106,25 @@ def _shapes_cases(count: int, seed: int, generators: Mapping[str, Callable[[], D
 
 
 def check_cases(
-    verifier: Verifier, cases: Sequence[Case], batch_size: int = BATCH_SIZE
+    verifier: Verifier, cases: Sequence[Case], batch_size: int = BATCH_SIZE, exact_requirements: bool = False
 ) -> tuple[list[CheckedCase], list[tuple[Case, tuple[str, ...] | None]]]:
     """Derives the requirements of each prompt once, and checks each image against those of its prompt.
 
-    Returns: the checked cases, in order; and, for each prompt with exact requirements, a case with the prompt and the
-      derived requirements, None if the verifier derives none.
+    Args: as for `evaluate`.
+    Returns: the checked cases, in order; and, for each prompt whose exact requirements are known and which was derived,
+      a case with the prompt and the derived requirements, None if the verifier derives none.
     Raises: ClvrError if none of the first prompts yields requirements; ProviderError.
     """
-    derived = _derive(verifier, list(dict.fromkeys(case.prompt for case in cases)), batch_size)
+    known = {case.prompt: case for case in cases if case.requirements is not None}
+    given: Derived = {prompt: (case.requirements, "") for prompt, case in known.items()} if exact_requirements else {}
+    asked = [prompt for prompt in dict.fromkeys(case.prompt for case in cases) if prompt not in given]
+    derived = given | _derive(verifier, asked, batch_size)
     checked: list[CheckedCase] = []
     with progress("verifier benchmark, checking images", len(cases)) as advance:
         for begin in range(0, len(cases), batch_size):
             checked += _check(verifier, cases[begin : begin + batch_size], derived)
             advance(len(checked))
-    prompts = {case.prompt: case for case in cases if case.requirements is not None}
-    return checked, [(case, derived[prompt][0]) for prompt, case in prompts.items()]
+    return checked, [(case, derived[prompt][0]) for prompt, case in known.items() if prompt not in given]
 
 
 Derived = dict[str, tuple[tuple[str, ...] | None, str]]
@@ -122,6 +133,8 @@ Derived = dict[str, tuple[tuple[str, ...] | None, str]]
 
 def _derive(verifier: Verifier, prompts: Sequence[str], batch_size: int) -> Derived:
     found: Derived = {}
+    if not prompts:
+        return found
     with progress("verifier benchmark, deriving requirements", len(prompts)) as advance:
         for begin in range(0, len(prompts), batch_size):
             batch = prompts[begin : begin + batch_size]
