@@ -10,6 +10,10 @@ import pytest
 from clvr_jax.configs import qwen3_vl_sft
 from flax import nnx
 
+from clvr_jax.data.engine.engine import synthesize
+from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.sft_examples import record_conversation
+from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
@@ -19,6 +23,7 @@ from clvr_jax.training.feed import feed
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
+from tests.data.engine.painter import ErrsAt, item
 from tests.data.simulated import simulated
 
 ONE = MeshConfig(devices=1)
@@ -39,9 +44,8 @@ def dataset(tmp_path_factory):
 
 def tiny(dataset, **changes):
     train = dataclasses.replace(TRAIN, **changes.pop("train", {}))
-    return dataclasses.replace(
-        qwen3_vl_sft.CONFIG, model="shapes-tiny", dataset=dataset, batch_size=4, loss_block=64, train=train, **changes
-    )
+    changes = {"batch_size": 4, "loss_block": 64, **changes}
+    return dataclasses.replace(qwen3_vl_sft.CONFIG, model="shapes-tiny", dataset=dataset, train=train, **changes)
 
 
 @pytest.mark.slow
@@ -97,6 +101,23 @@ def test_the_loss_is_that_of_all_logits_and_a_frozen_tower_is_no_parameter(datas
     assert any(path[:2] == VISION for path, _ in nnx.to_flat_state(task.params)) == train_vision
     assert (len(task.frozen) == 0) == train_vision
     task.batches.close()
+
+
+def test_the_verification_examples_of_a_dataset_are_learned_unless_they_are_left_out(tmp_path):
+    one = item(0)
+    outcome = synthesize(one, shapes_crew(one), ErrsAt(0), seed=5)
+    write_dataset(tmp_path / "data", [outcome.record, *outcome.verification])
+    last_turns = {record_conversation(example)[0][-1] + "<|im_end|>" for example in outcome.verification}
+    for verification, found in ((True, last_turns), (False, set())):
+        task = qwen3_vl_sft.task(tiny(tmp_path / "data", batch_size=1, verification=verification))
+        tokenizer = load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
+        taught = set()
+        for _ in range(3):
+            batch = next(task.batches)
+            taught.add(tokenizer.decode(batch["input_ids_bt"][batch["weights_bt"] > 0]))
+        task.batches.close()
+        assert len(taught) == 1 + len(found)
+        assert found <= taught
 
 
 def test_grids_are_part_of_the_shape_of_a_batch(dataset):
