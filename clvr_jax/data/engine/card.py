@@ -91,7 +91,7 @@ def headline(found: Mapping[str, Any]) -> str:
     text = f"{found['trajectories']:,} trajectories of {found['prompts']:,} prompts ({share:.1%})."
     if audit := found["audit"]:
         wrong, pictures = audit["wrong"], audit["pictures"]
-        text += f" Read by a program, {wrong:,} of their {pictures:,} pictures are wrong ({wrong / pictures:.2%})."
+        text += f" Read by a program, {wrong:,} of their {pictures:,} target images are wrong ({wrong / pictures:.2%})."
     return text
 
 
