@@ -117,7 +117,7 @@ def warning(found: Mapping[str, Any]) -> str | None:
         return None
     return (
         "warning: the dataset holds no correction. A controller trained on it does not learn to look at images, since "
-        "its verdicts follow from the text; make more trajectories, or keep mistakes (--synth.keep-mistakes)"
+        "its verdicts follow from the text; make more trajectories, and do not give --synth.no-keep-mistakes"
     )
 
 
