@@ -99,8 +99,10 @@ def corrections_sentence(found: Mapping[str, Any]) -> str:
     """The wrong images in what was kept, in a sentence."""
     corrections = found["corrections"]
     return (
-        f"{corrections['total']:,} wrong images were corrected, {corrections['per_trajectory']:.2f} in a trajectory; "
-        f"{corrections['share']:.1%} of the trajectories hold at least one correction."
+        f"{corrections['wrong_images']:,} wrong images are part of the trajectories. {corrections['total']:,} of them "
+        "had to be corrected; others, if any, show more of the request than their step asked for. That is "
+        f"{corrections['per_trajectory']:.2f} corrections in a trajectory, and {corrections['share']:.1%} of the "
+        "trajectories hold at least one."
     )
 
 

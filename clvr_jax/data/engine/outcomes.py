@@ -58,11 +58,6 @@ class Finished:
         return self.stage == "kept"
 
     @property
-    def corrections(self) -> int:
-        """The number of wrong images in the trajectory that was kept; each was corrected."""
-        return len(self.content["mistakes"])
-
-    @property
     def verdicts(self) -> tuple[bool, ...]:
         """For each verification example whether its latest image is right."""
         examples = self.content["verification"]

@@ -7,6 +7,8 @@ A recipe has `CONFIG`, a dataclass instance with a field `synth` of type `SynthC
     evaluation_prompts(config) -> texts that must not be learned from; may be left out
     audit(record) -> for each picture of a record that is a target whether it is right, where a program can tell; may be
         left out
+    corrections(record) -> how many wrong images of a record had to be corrected, where a program can tell; if it is
+        left out, all of them count
 """
 
 import dataclasses
@@ -99,6 +101,7 @@ class SynthRecipe:
     prompts: Callable[[Any], Iterable[PromptItem]]
     evaluation_prompts: Callable[[Any], Iterable[str]]
     audit: Callable[[TrajectoryRecord], Sequence[bool]] | None
+    corrections: Callable[[TrajectoryRecord], int] | None
 
 
 def load_synth_recipe(path: Path) -> SynthRecipe:
@@ -120,6 +123,7 @@ def load_synth_recipe(path: Path) -> SynthRecipe:
         module.prompts,
         getattr(module, "evaluation_prompts", lambda config: ()),
         getattr(module, "audit", None),
+        getattr(module, "corrections", None),
     )
 
 

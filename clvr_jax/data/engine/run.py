@@ -118,6 +118,8 @@ def _kept(
             statistics.add(finished)
             if finished.is_kept:
                 record = store.record(finished)
+                corrected = len(record.mistakes) if recipe.corrections is None else recipe.corrections(record)
+                statistics.add_corrections(len(record.mistakes), corrected)
                 if recipe.audit is not None:
                     statistics.add_audit(recipe.audit(record))
                 yield record

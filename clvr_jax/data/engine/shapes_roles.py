@@ -26,7 +26,7 @@ from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import article
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import parse_metadata
-from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, parse_edits
+from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.scene import CELLS
 
 
@@ -55,6 +55,25 @@ def right_pictures(record: TrajectoryRecord) -> tuple[bool, ...]:
         if number in record.generator_targets:
             right.append(seen == wanted and not before.unclear)
     return tuple(right)
+
+
+def needed_corrections(record: TrajectoryRecord) -> int:
+    """The number of wrong images in a record that had to be corrected.
+
+    The others show all that their step asked for, and besides only objects that the plan has for later steps.
+    """
+    before: Reading | tuple[()] = ()
+    count = 0
+    for number, step in enumerate(record.trajectory.steps):
+        if step.image is None or step.rolled_back:
+            continue
+        wanted = {(one.color, one.shape, one.cell) for one in apply_edits(before, parse_edits(step.reasoning))}
+        before = _read(step.image)
+        if number in record.mistakes:
+            planned = {(one.color, one.shape, one.cell) for one in parse_plan(record.trajectory.steps[0].reasoning)}
+            seen = {(one.color, one.shape, one.cell) for one in before.objects}
+            count += bool(before.unclear) or not wanted <= seen <= wanted | planned
+    return count
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ class Statistics:
         self._examples: dict[str, list[str]] = {}
         self._lengths: Counter[int] = Counter()
         self._corrections: Counter[int] = Counter()
+        self._wrong_images = 0
         self._verdicts: Counter[bool] = Counter()
         self._pictures, self._turns, self._seconds = 0, 0, 0.0
         self._usage: dict[str, Counter[str]] = {}
@@ -41,7 +42,6 @@ class Statistics:
                 self._reached[stage] += 1
         if finished.is_kept:
             self._lengths[finished.steps] += 1
-            self._corrections[finished.corrections] += 1
         else:
             self._reasons[finished.reason] += 1
             examples = self._examples.setdefault(finished.reason, [])
@@ -53,6 +53,11 @@ class Statistics:
         self._seconds += finished.seconds
         for role, usage in finished.usage.items():
             self._usage.setdefault(role, Counter()).update(usage)
+
+    def add_corrections(self, wrong_images: int, corrected: int) -> None:
+        """Counts the wrong images of one kept trajectory, and those of them that had to be corrected."""
+        self._wrong_images += wrong_images
+        self._corrections[corrected] += 1
 
     def add_audit(self, right: Sequence[bool]) -> None:
         """Counts the pictures of one kept trajectory by what a program says of them."""
@@ -83,8 +88,9 @@ class Statistics:
         for usage in self._usage.values():
             total.update(usage)
         share = 1 / max(self._finished, 1)
-        corrections = sum(count * trajectories for count, trajectories in self._corrections.items())
-        corrected = self.kept - self._corrections[0]
+        corrections = sum(count * times for count, times in self._corrections.items())
+        trajectories = max(self._corrections.total(), 1)
+        corrected = sum(times for count, times in self._corrections.items() if count)
         return {
             "prompts": self._finished,
             "refused": self._refused,
@@ -97,10 +103,11 @@ class Statistics:
             },
             "steps": {str(length): count for length, count in sorted(self._lengths.items())},
             "corrections": {
+                "wrong_images": self._wrong_images,
                 "total": corrections,
-                "per_trajectory": corrections / max(self.kept, 1),
+                "per_trajectory": corrections / trajectories,
                 "trajectories": corrected,
-                "share": corrected / max(self.kept, 1),
+                "share": corrected / trajectories,
                 "by_number": {str(count): times for count, times in sorted(self._corrections.items())},
             },
             # A right image is in an example only if it has a wrong counterpart.

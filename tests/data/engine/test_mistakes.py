@@ -6,7 +6,7 @@ from clvr_jax.configs import shapes_sft
 
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
 from clvr_jax.data.engine.sharegpt import sharegpt_entry
 from clvr_jax.data.engine.states import MACHINE
 from clvr_jax.data.proxy_steps import ProxySteps
@@ -18,9 +18,13 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, parse
 from clvr_jax.reasoning.images import pixels
+from clvr_jax.reasoning.tools import Made
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import parse_metadata
+from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.scene import Scene, place
 from tests.data.engine.painter import ErrsAt, item
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
@@ -68,6 +72,7 @@ def test_a_mistake_stays_in_the_history_and_is_corrected(number, wrong, mistakes
     outcome = made(number, *wrong)
     record, metadata = outcome.record, parse_metadata(outcome.item.metadata)
     assert record.mistakes == mistakes
+    assert needed_corrections(record) == 1
     steps = record.trajectory.steps
     (at,) = mistakes
     assert any(not passed for _, _, passed in record.checklists[at])
@@ -164,6 +169,24 @@ def test_the_controller_learns_verdicts_on_mistakes_and_of_examples_the_last_alo
             assert taught[example.id] == record_conversation(example)[0][-1] + "<|im_end|>"
 
 
+def test_an_image_that_shows_what_a_later_step_would_add_is_no_target_and_no_correction():
+    one = item(0)
+
+    class Hasty(ErrsAt):
+        """Makes the whole plan in its first call."""
+
+        def draw(self, task):
+            is_first = not self.calls
+            done = super().draw(task)
+            return Made(render(Scene(tuple(place(*each, rng) for each in planned)))) if is_first else done
+
+    rng = np.random.default_rng(0)
+    planned = [(each.color, each.shape, each.cell) for each in plan(parse_metadata(one.metadata))][:3]
+    outcome = synthesize(one, shapes_crew(one), Hasty(), seed=5)
+    assert outcome.record.mistakes == (0,)
+    assert needed_corrections(outcome.record) == 0
+
+
 def test_what_is_stored_comes_back(folder, outcomes, tmp_path):
     store = OutcomeStore(tmp_path)
     for outcome in outcomes:
@@ -173,7 +196,6 @@ def test_what_is_stored_comes_back(folder, outcomes, tmp_path):
         assert finished.verdicts == tuple(one.id.endswith("-right") for one in outcome.verification)
         if outcome.record:
             assert store.record(finished) == outcome.record
-            assert finished.corrections == len(outcome.record.mistakes)
     dataset, examples = TrajectoryDataset(folder), TrajectoryDataset(folder, VERIFICATION)
     assert dataset.has_verification
     assert [dataset[number].mistakes for number in range(4)] == [(0,), (1,), (0,), ()]

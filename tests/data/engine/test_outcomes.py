@@ -7,7 +7,7 @@ from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, w
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
 from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.errors import ClvrError
@@ -99,6 +99,7 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
         statistics.add(store.read(id))
     for outcome in outcomes:
         if outcome.record:
+            statistics.add_corrections(len(outcome.record.mistakes), needed_corrections(outcome.record))
             statistics.add_audit(right_pictures(outcome.record))
     found = statistics.to_json()
     kept = sum(outcome.record is not None for outcome in outcomes)
@@ -124,7 +125,7 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
     assert "Every picture was checked" in card
     assert "Every picture was checked" not in dataset_card({**whole, "verified": False})
     for text in (page, card):
-        assert f"{sum(corrections)} wrong images were corrected" in text
+        assert f"{sum(corrections)} wrong images are part of the trajectories. {sum(corrections)} of them had" in text
         assert f"{len(examples)} examples, among them" in text
         assert "latest image wrong" in text
     assert warning(whole) is None

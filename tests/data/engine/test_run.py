@@ -65,7 +65,7 @@ def test_mistakes_are_kept_to_be_corrected_and_a_dataset_without_any_is_warned_o
     assert found["corrections"]["total"] > 0
     assert found["audit"]["wrong"] == 0  # of the targets
     dataset, examples = TrajectoryDataset(out / "dataset"), TrajectoryDataset(out / "dataset", VERIFICATION)
-    assert sum(len(dataset[number].mistakes) for number in range(len(dataset))) == found["corrections"]["total"]
+    assert sum(len(dataset[number].mistakes) for number in range(len(dataset))) == found["corrections"]["wrong_images"]
     assert len(examples) == found["verification"]["right"] + found["verification"]["wrong"]
     assert cli.main([*options, "--synth.no-keep-mistakes"]) == 2  # the option is part of the run's identity
     assert "synth.keep_mistakes" in capsys.readouterr().err
