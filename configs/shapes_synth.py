@@ -8,8 +8,8 @@ roles but the drawing are exact, so what the engine keeps and what it discards c
 `--synth.no-verify` leaves passive verification out, to see what it is worth; `--synth.no-keep-mistakes` discards a
 trajectory at its first wrong image instead of having it corrected; `--count` is for fewer prompts.
 
-Measured with `--count 160`: 156 prompts give 69 trajectories, 12 of them with a wrong image and 4 with a correction, and
-21 verification examples; none of the 156 target images is wrong. With `--synth.no-keep-mistakes` they give 57.
+Measured with `--count 160`: 156 prompts give 69 trajectories, 12 of them with a wrong image and 4 with a correction,
+and 21 verification examples; none of the 156 target images is wrong. With `--synth.no-keep-mistakes` they give 57.
 
 Measured before mistakes were kept, in about two hours on two cores that did other work too: of 10,000 prompts 1,426 are
 refused (1,354 duplicates and 72 evaluation prompts), the others give 3,371 trajectories (39.3 %), and none of their
