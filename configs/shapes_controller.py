@@ -26,6 +26,7 @@ from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, superv
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
 from clvr_jax.data.shapes_verification import (
     Chat,
+    blurred,
     comparison_chat,
     conversation_chat,
     description_chat,
@@ -83,7 +84,8 @@ class Config:
     tokenizer, vae: directories made by their recipes. images: file of `configs/shapes_images.py`. start: a controller
     to continue from, new weights if None. image_batch, comparison_batch, prompt_batch, conversation_batch: rows of
     each kind of batches. generated_share: descriptions of generated images; vae_share: simulated images that pass
-    through the autoencoder, `vae_noise` added to their latents (whose scale is 1). error_rate: of the steps of
+    through the autoencoder, `vae_noise` added to their latents (whose scale is 1); blur_share: simulated images with
+    something out of focus, labeled by the detector. error_rate: of the steps of
     conversations.
     """
 
@@ -100,6 +102,7 @@ class Config:
     conversation_batch: int = 8
     generated_share: float = 0.5
     vae_share: float = 0.4
+    blur_share: float = 0.3
     vae_noise: float = 0.15
     error_rate: float = 0.5
 
@@ -175,6 +178,9 @@ class Batches:
             else:
                 canvas = random_canvas(rng)
                 pairs.append((canvas.render(), canvas.reading()))
+                if rng.random() < config.blur_share:
+                    image = blurred(pairs[-1][0], rng)
+                    pairs[-1] = (image, detect(image))
         decoded = [row for row in range(count) if rng.random() < config.vae_share * (1 - config.generated_share)]
         for begin in range(0, len(decoded), ROWS_DECODED):
             rows = decoded[begin : begin + ROWS_DECODED]

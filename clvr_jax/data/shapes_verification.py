@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from scipy import ndimage
 
 from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
 from clvr_jax.reasoning import verification
@@ -31,11 +32,13 @@ from clvr_jax.worlds.shapes.requirements import (
     requirements,
 )
 from clvr_jax.worlds.shapes.scene import (
+    CELL_SIZE,
     CELLS,
     COLORS,
     HELD_OUT_PAIRS,
     SHAPES,
     Scene,
+    cell_center,
     place,
     sample_pair,
     sample_scene_random,
@@ -113,6 +116,18 @@ def noisy(image: Image, rng: np.random.Generator) -> Image:
     """The image with slight noise and brightness errors, as generators make them."""
     changed = image + rng.normal(0, rng.uniform(0, 6), image.shape) + rng.uniform(-4, 4)
     return np.clip(np.round(changed), 0, 255).astype(np.uint8)
+
+
+def blurred(image: Image, rng: np.random.Generator) -> Image:
+    """The image with one or two cells out of focus, as generators leave objects unfinished."""
+    changed = image.copy()
+    for cell in rng.permutation(len(CELLS))[: int(rng.integers(1, 3))]:
+        x, y = cell_center(CELLS[cell])
+        half = CELL_SIZE / 2
+        rows, columns = (slice(max(round(value - half), 0), round(value + half)) for value in (y, x))
+        sigma = rng.uniform(1.0, 4.0)
+        changed[rows, columns] = ndimage.gaussian_filter(image[rows, columns], (sigma, sigma, 0), mode="nearest")
+    return changed
 
 
 def description_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
