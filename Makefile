@@ -55,12 +55,12 @@ reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into
 	$(BIN)/clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder --resume
 	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume
 	$(BIN)/clvr train configs/shapes_sft.py --out runs/shapes_sft --resume
-	$(BIN)/clvr synth configs/shapes_synth.py --model runs/shapes_sft/export --out runs/shapes_synth
-	$(BIN)/clvr train configs/shapes_controller.py --dataset runs/shapes_synth/dataset --train.steps 4000 \
-		--out runs/shapes_controller --resume
 	$(BIN)/clvr train configs/shapes_distill.py --model runs/shapes_base/export --out runs/shapes_distill --resume
 	test -e runs/shapes_merged || $(BIN)/clvr merge --base runs/shapes_base/export --distill runs/shapes_distill/export \
 		--align runs/shapes_sft/export --out runs/shapes_merged
+	$(BIN)/python -m clvr_jax.configs.shapes_images --merged runs/shapes_merged --distilled runs/shapes_distill/export \
+		--sft runs/shapes_sft/export --base runs/shapes_base/export --out runs/shapes_images.npz
+	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
 	$(BIN)/python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 
 # Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.

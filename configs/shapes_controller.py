@@ -35,6 +35,8 @@ from clvr_jax.data.shapes_verification import (
     plan_chat,
     question_chat,
     random_canvas,
+    recorded_conversations,
+    reported_chat,
     requirements_chat,
 )
 from clvr_jax.data.text import load_tokenizer
@@ -79,32 +81,39 @@ GRID = (1, 64 // PROCESSOR.patch_size, 64 // PROCESSOR.patch_size)
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Configures the run.
-
-    tokenizer, vae: directories made by their recipes. images: file of `configs/shapes_images.py`. start: a controller
-    to continue from, new weights if None. image_batch, comparison_batch, prompt_batch, conversation_batch: rows of
-    each kind of batches. generated_share: descriptions of generated images; vae_share: simulated images that pass
-    through the autoencoder, `vae_noise` added to their latents (whose scale is 1); blur_share: simulated images with
-    something out of focus, labeled by the detector. error_rate: of the steps of
-    conversations.
-    """
+    """Configures the run."""
 
     train: TrainConfig = TrainConfig(
         steps=6_000, learning_rate=1e-3, muon_learning_rate=4e-3, b2=0.98, ema_decay=0.998, save_minutes=5
     )
     tokenizer: Path = Path("runs/shapes_tokenizer")
+    """Directory that `configs/shapes_tokenizer.py` wrote."""
     vae: Path = Path("runs/shapes_vae/export/vae")
+    """Autoencoder, from `configs/shapes_vae.py`."""
     images: Path = Path("runs/shapes_images.npz")
+    """Images of the generators, from `configs/shapes_images.py`."""
     start: Path | None = None
+    """A controller to continue from; new weights if not given."""
+    dataset: Path | None = None
+    """Conversations of `clvr synth`, in place of simulated ones."""
     image_batch: int = 48
+    """Descriptions of images in a batch."""
     comparison_batch: int = 40
+    """Comparisons in a batch."""
     prompt_batch: int = 32
+    """Plans and lists of requirements in a batch."""
     conversation_batch: int = 8
+    """Conversations in a batch."""
     generated_share: float = 0.5
+    """Share of described images that a generator made; the others are simulated."""
     vae_share: float = 0.4
-    blur_share: float = 0.3
+    """Share of simulated images that pass through the autoencoder."""
     vae_noise: float = 0.15
+    """Noise added to their latents, whose scale is 1."""
+    blur_share: float = 0.3
+    """Share of simulated images with something out of focus, labeled by the detector."""
     error_rate: float = 0.5
+    """Share of the steps of simulated conversations whose image is wrong."""
 
 
 CONFIG = Config()
@@ -206,7 +215,11 @@ class Batches:
                 return list(self._reconstruct(np.stack(images), int(rng.integers(2**31))))
             return images
 
-        return [conversation_chat(rng, self._config.error_rate, show) for _ in range(count)]
+        if self._config.dataset is None:
+            return [conversation_chat(rng, self._config.error_rate, show) for _ in range(count)]
+        told = recorded(self._config.dataset)
+        chosen = [told[int(rng.integers(len(told)))] for _ in range(count)]
+        return [reported_chat(rng, *each, lambda images: images) for each in chosen]
 
     def _collate(self, rows: list[Any], kind: str, rng: np.random.Generator) -> dict[str, Any]:
         shape = self._shapes[kind]
@@ -225,6 +238,9 @@ class Batches:
         wrong = rows_read & np.isin(ids, self._colors) & (batch["weights_bt"] > 0) & (rng.random(ids.shape) < 0.3)
         read = np.where(wrong, rng.choice(self._colors, ids.shape), ids).astype(ids.dtype)
         return {**batch, "input_ids_bt": read, "target_ids_bt": ids}
+
+
+recorded = functools.cache(recorded_conversations)
 
 
 @functools.cache

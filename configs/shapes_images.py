@@ -27,6 +27,7 @@ from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
+from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import first_reply
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
@@ -112,13 +113,13 @@ def _in_the_loop(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: i
     return images
 
 
-def _metadata(rng: np.random.Generator) -> dict[str, object]:
+def _metadata(rng: np.random.Generator) -> Metadata:
     return train_prompt(rng, {"complex": 0.8, "counting": 0.12, "two_object": 0.08}, TIERS + DENSE_TIERS)
 
 
 def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(out, buffer.getvalue())
 
 

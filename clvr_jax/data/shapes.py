@@ -2,14 +2,10 @@
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 
-from clvr_jax.data.sft_examples import conversation
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.reasoning.context import drawing_text
-from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata
@@ -192,19 +188,6 @@ def simulate_trajectory(
         replies.append(next_reply(planned, reading))
         edits = compare(planned, reading).edits[:MAX_EDITS]
     return ShapesTrajectory(metadata["prompt"], tuple(replies), tuple(canvases), tuple(targets))
-
-
-def recorded_trajectories(dataset: Path) -> list[ShapesTrajectory]:
-    """The trajectories of a dataset, as `clvr synth` makes them: each picture is what was asked for, so it is a target.
-
-    Raises: ClvrError if there is no dataset, or too much of it is corrupt.
-    """
-    recorded = []
-    for _, record in TrajectoryDataset(dataset).scan():
-        replies, pictures = conversation(record.trajectory)
-        canvases = tuple(pixels(picture) for picture in pictures)
-        recorded.append(ShapesTrajectory(record.trajectory.prompt, tuple(replies), canvases, canvases))
-    return recorded
 
 
 def _scene(planned: list[PlannedObject] | tuple[PlannedObject, ...], rng: np.random.Generator) -> Scene:

@@ -11,17 +11,21 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.reasoning import verification
 from clvr_jax.reasoning.context import Message, chat_messages
+from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
-from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata
+from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata, parse_metadata
 from clvr_jax.worlds.shapes.oracle import first_reply
 from clvr_jax.worlds.shapes.prompts import is_reserved, train_prompt
 from clvr_jax.worlds.shapes.requirements import (
@@ -162,13 +166,44 @@ def conversation_chat(
     """
     metadata = training_metadata(rng)
     trajectory = simulate_trajectory(rng, metadata, error_rate=error_rate, random_plan=False, max_steps=6)
-    last = int(rng.integers(1, len(trajectory.replies)))
-    messages = chat_messages(metadata["prompt"], trajectory.replies[: last + 1], last)
-    reading = detect(trajectory.canvases[last - 1])
+    return reported_chat(rng, metadata, trajectory.replies, trajectory.canvases, show)
+
+
+def reported_chat(
+    rng: np.random.Generator,
+    metadata: Metadata,
+    replies: Sequence[str],
+    canvases: Sequence[Image],
+    show: Callable[[Sequence[Image]], Sequence[Image]],
+) -> Chat:
+    """A trajectory up to a random reply, with an exact report beside the last image.
+
+    Args:
+      rng: numpy generator.
+      metadata: of the prompt.
+      replies, canvases: the trajectory; an image follows every reply but the last.
+      show: see `conversation_chat`.
+    """
+    last = int(rng.integers(1, len(replies)))
+    messages = chat_messages(metadata["prompt"], replies[: last + 1], last)
+    reading = detect(canvases[last - 1])
     unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
     report = verification.report(describe(reading), unmet)
     messages[-2] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": report}]}
-    return Chat(messages, show(trajectory.canvases[:last]))
+    return Chat(messages, show(canvases[:last]))
+
+
+def recorded_conversations(dataset: Path) -> list[tuple[Metadata, list[str], list[Image]]]:
+    """Metadata, replies and images of the trajectories of a dataset that `clvr synth` made of the shapes world.
+
+    Raises: ClvrError if there is no dataset, too much of it is corrupt, or it has no metadata of the shapes world.
+    """
+    recorded = []
+    for _, record in TrajectoryDataset(dataset).scan():
+        replies, images = conversation(record.trajectory)
+        if len(replies) > 1:
+            recorded.append((parse_metadata(record.metadata), list(replies), [pixels(image) for image in images]))
+    return recorded
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------

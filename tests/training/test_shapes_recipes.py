@@ -17,8 +17,10 @@ from clvr_jax.configs import (
 )
 from flax import nnx
 
+from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
+from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
@@ -27,8 +29,11 @@ from clvr_jax.reasoning.context import chat_messages, drawing_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
+from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.prompts import train_prompt
 from clvr_jax.worlds.shapes.render import render
-from clvr_jax.worlds.shapes.scene import Scene, place
+from clvr_jax.worlds.shapes.requirements import describe
+from clvr_jax.worlds.shapes.scene import COLORS, Scene, place
 from tests.conftest import OPTIMIZED
 
 ONE_DEVICE = MeshConfig(devices=1)
@@ -89,15 +94,29 @@ def test_sft_changes_the_transformer_and_nothing_else(base, tmp_path):
     assert (base / weights).read_bytes() != (tmp_path / "run" / "export" / weights).read_bytes()
 
 
+@pytest.fixture(scope="module")
+def generated_images(tmp_path_factory):
+    """A file of images as `shapes_images` writes it: right ones, and one with a pair that training must not see."""
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    rng = np.random.default_rng(0)
+    scenes = [Scene((place(color, "star", "top", rng),)) for color in ("red", "blue", "purple")]
+    np.savez_compressed(path, one_shot=np.stack([render(scene) for scene in scenes]))
+    return path
+
+
+SMALL = {"image_batch": 2, "comparison_batch": 2, "prompt_batch": 2, "conversation_batch": 2}
+
+
 @pytest.mark.slow
-def test_the_controller_learns_and_its_folder_chats(tmp_path):
+def test_the_controller_learns_and_its_folder_chats(tmp_path, generated_images):
     train = dataclasses.replace(ONE, steps=8, learning_rate=3e-3)
-    config = dataclasses.replace(shapes_controller.CONFIG, train=train, batch_size=2, vae_share=0.5, **PARTS)
+    config = dataclasses.replace(shapes_controller.CONFIG, train=train, images=generated_images, **SMALL, **PARTS)
     task = shapes_controller.task(config)
-    batch = task.batches(0)
+    batch = task.batches(shapes_controller.KINDS.index("conversation"))
     fit(dataclasses.replace(task, batches=lambda step: batch), train, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
+    assert json.loads((tmp_path / "export" / "clvr.json").read_text()) == {"contract": "loop"}
     chat = Qwen3VLPipeline.from_pretrained(tmp_path / "export")
     reply = chat.chat(chat_messages("a red circle", ["Plan: x.<|image_gen|>"], 1), [np.zeros((64, 64, 3), np.uint8)], 4)
     assert len(chat.tokenizer(reply)["input_ids"]) <= 4
@@ -107,43 +126,43 @@ def test_the_controller_learns_and_its_folder_chats(tmp_path):
         Qwen3VLPipeline.from_pretrained(tmp_path / "export")
 
 
-def test_a_controller_batch_follows_from_its_step():
+def controller_batches(**changes):
+    config = dataclasses.replace(shapes_controller.CONFIG, vae_share=0.0, **{**SMALL, **changes})
     tokenizer = load_tokenizer(PARTS["tokenizer"])
-    config = dataclasses.replace(shapes_controller.CONFIG, batch_size=3, vae_share=0.0)
+    return shapes_controller.Batches(config, tokenizer, lambda images, seed: images), tokenizer
 
-    def batches():
-        return shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)
 
-    ahead = batches()
+def test_a_controller_batch_follows_from_its_step(generated_images):
+    ahead, _ = controller_batches(images=generated_images)
     _ = ahead(0)
-    first, again, other = batches()(5), ahead(5), ahead(6)
-    assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
-    assert not np.array_equal(first["input_ids_bt"][:, :60], other["input_ids_bt"][:, :60])
+    for step, kind in enumerate(shapes_controller.KINDS):
+        batches, _ = controller_batches(images=generated_images)
+        first, again, other = batches(step), ahead(step), ahead(step + len(shapes_controller.KINDS))
+        assert jax.tree.all(jax.tree.map(np.array_equal, first, again)), kind
+        width = min(first["input_ids_bt"].shape[1], other["input_ids_bt"].shape[1])
+        assert not np.array_equal(first["input_ids_bt"][:, :width], other["input_ids_bt"][:, :width]), kind
 
 
-def test_drawings_of_the_model_join_when_it_is_time(tmp_path):
-    tokenizer = load_tokenizer(PARTS["tokenizer"])
-    config = dataclasses.replace(
-        shapes_controller.CONFIG,
-        batch_size=2,
-        vae_share=0.0,
-        rollouts=tmp_path,
-        rollouts_from=2 * shapes_controller.PARTS,
-        rollout_share=1.0,
-    )
-    batches = shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)
-    batches(0)
-    with pytest.raises(ClvrError, match="no trajectories; run python -m"):
-        batches(2 * shapes_controller.PARTS)
-    picture = np.full((64, 64, 3), 250, np.uint8)
-    steps = (
-        Step("Plan: red circle top. Draw a red circle at the top.", "<|image_gen|>", image=picture),
-        Step("I see nothing. Unmet: red circle top. Add a red circle at the top.", "<|image_gen|>", (0,), picture),
-    )
-    Trajectory("a red circle", steps, "step limit", "m", 0, {}, 0.0).save(tmp_path / "00000")
-    batch = batches(2 * shapes_controller.PARTS)
-    said = tokenizer.decode(batch["input_ids_bt"][0][batch["weights_bt"][0] > 0])
-    assert said == "".join(f"{step.reasoning}<|image_gen|><|im_end|>" for step in steps)
+def test_only_color_words_of_descriptions_are_corrupted_and_never_the_targets(generated_images):
+    batches, tokenizer = controller_batches(images=generated_images, image_batch=64)
+    colors = {tokenizer.encode(f" {color}")[0] for color in COLORS}
+    changed = 0
+    for step, kind in enumerate(shapes_controller.KINDS):
+        batch = batches(step)
+        differs = batch["input_ids_bt"] != batch["target_ids_bt"]
+        assert kind == "image" or not differs.any()
+        assert set(batch["target_ids_bt"][differs]) <= colors
+        assert (batch["weights_bt"][differs] == 1).all()
+        changed += differs.sum()
+    assert changed
+
+
+def test_images_of_held_out_pairs_are_never_learned(generated_images):
+    images, readings = shapes_controller.labeled_images(generated_images)
+    assert len(images) == 2
+    assert {item.color for reading in readings for item in reading.objects} == {"red", "blue"}
+    with pytest.raises(ClvrError, match=r"no generated images .*; run python -m clvr_jax.configs.shapes_images"):
+        shapes_controller.labeled_images(generated_images.parent / "none.npz")
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
@@ -177,17 +196,22 @@ def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that
     assert [kind.share for kind in (first, second)] == [share for share, _ in shapes_sft.STEPS[:2]]
 
 
-def test_the_controller_learns_the_replies_of_a_dataset(dataset):
-    tokenizer = load_tokenizer(PARTS["tokenizer"])
-    config = dataclasses.replace(shapes_controller.CONFIG, batch_size=4, dataset=dataset)
-    batch = shapes_controller.Conversations(config, tokenizer, lambda images, seed: images)(0)
-    said = {
-        tokenizer.decode(ids[weights > 0])
-        for ids, weights in zip(batch["input_ids_bt"], batch["weights_bt"], strict=True)
-    }
-    replies = ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>", "Unmet: nothing. <|terminate|>"]
-    endings = [f"{reply}<|im_end|>" for reply in replies]
-    assert said <= {"".join((endings[0], endings[2])), "".join(endings)}
+def test_the_controller_learns_the_conversations_of_a_dataset(tmp_path):
+    rng = np.random.default_rng(0)
+    metadata = train_prompt(rng, {"complex": 1.0})
+    told = simulate_trajectory(rng, metadata, error_rate=1.0, max_steps=2)
+    steps = [
+        Step(reply.removesuffix("<|image_gen|>"), "<|image_gen|>", tuple(range(number)), image)
+        for number, (reply, image) in enumerate(zip(told.replies, told.canvases, strict=False))
+    ]
+    trajectory = Trajectory(metadata["prompt"], tuple(steps), "step limit", "m", 0, {}, 0.0)
+    write_dataset(tmp_path / "dataset", [TrajectoryRecord("a", trajectory, metadata)])
+    batches, tokenizer = controller_batches(dataset=tmp_path / "dataset")
+    batch = batches(shapes_controller.KINDS.index("conversation"))
+    said = tokenizer.decode(batch["target_ids_bt"][0][batch["weights_bt"][0] > 0])
+    assert said == "".join(f"{reply}<|im_end|>" for reply in told.replies[:2])
+    read = tokenizer.decode(batch["target_ids_bt"][0])
+    assert describe(detect(told.canvases[0])) + " Unmet: " in read
 
 
 def test_assembling_names_what_is_missing(tmp_path):
