@@ -13,11 +13,13 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """pause: seconds that a batch takes. die: process that ends without a word at step 10, if any."""
+    """pause: seconds that a batch takes. die: process that ends without a word at step 10, if any. ballast: random
+    numbers among the parameters that do nothing but make checkpoints large."""
 
     train: TrainConfig = TrainConfig(steps=40, learning_rate=0.05, log_every=1, save_minutes=0.0)
     pause: float = 0.0
     die: int = -1
+    ballast: int = 0
 
 
 CONFIG = Config()
@@ -45,4 +47,7 @@ def task(config: Config) -> Task:
         w = jax.jit(lambda w: constrain(w, "batch"))(ema["w"])
         np.save(folder / "w.npy", np.asarray(w))
 
-    return Task("line", {"w": jnp.zeros(8)}, {}, loss, batches, export)
+    params = {"w": jnp.zeros(8)}
+    if config.ballast:
+        params["ballast"] = jax.random.normal(jax.random.key(0), (config.ballast,))
+    return Task("line", params, {}, loss, batches, export)

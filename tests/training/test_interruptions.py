@@ -135,7 +135,7 @@ def test_processes_of_one_run_end_together_when_asked_and_go_on(undisturbed, tmp
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """Files may not grow beyond 50,000 bytes, as if the disk were full in the middle of the second checkpoint."""
     out = tmp_path / "run"
-    recipe = [str(RECIPE.with_name("drawing_recipe.py")), "--depth", "1", "--train.mesh.devices", "1"]
+    recipe = [str(RECIPE), "--ballast", "100000", "--train.save-minutes", "9", "--train.mesh.devices", "1"]
     command = [sys.executable, "-m", "clvr_jax.cli", "train", *recipe]
     assert run(command, out, "--train.steps", "2").returncode == 0
     script = """if True:
