@@ -42,7 +42,7 @@ def task(config: Config) -> Task:
         return x, x @ np.linspace(-1, 1, 8, dtype=np.float32)
 
     def export(ema, folder):
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         # One process computes alone, with what would be a message to the others in a step.
         w = jax.jit(lambda w: constrain(w, "batch"))(ema["w"])
         np.save(folder / "w.npy", np.asarray(w))
