@@ -15,6 +15,7 @@ from PIL import Image
 from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
+from tests.reasoning.test_verified_loop import ScriptedVerifier
 
 LINE = str(Path(__file__).parent / "training" / "line_recipe.py")
 PROMPT = "a red circle left of a blue star"
@@ -333,14 +334,18 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     script = ["no action token here", draw("Plan: it. Draw it."), again(1), stop(), again(2)]
 
     class Scripted(ClosedLoopPipeline):
-        def run(self, prompts, seeds, budget, *, nfe, on_event):
+        def run(self, prompts, seeds, budget, *, nfe, verification, on_event):
             from clvr_jax.reasoning import run
 
             controller = ScriptedController({PROMPT: script})
-            return run(prompts, controller, CountingDrawer(), budget, seeds, on_event)
+            looks = {"verifier": ScriptedVerifier(images)} if verification == "separate" else {}
+            return run(
+                prompts, controller, CountingDrawer(), budget, seeds, on_event, verification=verification, **looks
+            )
 
-    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name: Scripted(None, None))
-    command = ["generate", PROMPT + " and a dragon", "--model", str(model)]
+    images = []
+    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name, verifier=None: Scripted(None, None))
+    command = ["generate", PROMPT + " and a dragon", "--model", str(model), "--verification", "controller"]
     assert main([*command[:1], PROMPT, *command[2:], "--out", "first"]) == 0
     captured = capsys.readouterr()
     assert captured.out == "first/index.html\n"
@@ -363,6 +368,17 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     result = json.loads(captured.out)
     assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
     assert "step 1 goes on, of 2 candidates" in captured.err
+
+    script[:] = [draw("Plan: it. Draw it."), again(1)]
+    images[:] = [(1, 1, 0.25), (1, 1, 0.75)]
+    assert main(["generate", PROMPT, "--model", str(model), "--out", "third", "--json"]) == 0
+    captured = capsys.readouterr()
+    result = json.loads(captured.out)
+    assert (result["outcome"], result["unmet"]) == ("accepted", [])
+    assert [each["probability"] for each in result["verification"]["requirements"]] == [1, 1, 0.75]
+    told = ["unmet 0.25  three  (seen)", "Mend it.", "met 0.75  three  (seen)", "accepted"]
+    places = [captured.err.index(words) for words in told]
+    assert places == sorted(places)
 
 
 def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):

@@ -49,14 +49,16 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     Returns: for each prompt {"prompt", "drawings", "nfe", "seconds", "drawing_seconds", "diffusion_seconds"}.
     """
     pipeline = ClosedLoopPipeline.from_pretrained(str(model))
-    if pipeline.controller is None:
-        raise ClvrError(f"{model}: the folder has no controller/")
+    if pipeline.controller is None or pipeline.verifier is None:
+        raise ClvrError(f"{model}: the directory has no controller/, which plans and verifies")
     found = []
     for is_timed in (False, True):
         for prompt in prompts:
             drawer = _TimedDrawer(pipeline.flux)
             began = time.perf_counter()
-            (trajectory,) = loop.run([prompt], pipeline.controller, drawer, None)
+            (trajectory,) = loop.run(
+                [prompt], pipeline.controller, drawer, verification="separate", verifier=pipeline.verifier
+            )
             seconds = time.perf_counter() - began
             if is_timed:
                 found.append({"prompt": prompt, "drawings": len(trajectory.drawings), "nfe": trajectory.nfe,
