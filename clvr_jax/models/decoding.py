@@ -81,7 +81,8 @@ def generate(
       stop_tokens: a row ends with the first of these.
       pad_token: fills rows that have ended.
       temperature: 0 takes the likeliest token, otherwise tokens are drawn from softmax(logits / temperature).
-      key: random key, needed to draw. Row i has its own stream, whatever other rows there are.
+      key: random key, needed to sample: one for all rows, of which row i has its own stream, or (b,) keys, one for each
+        row. A row's tokens depend on its own stream only, whatever other rows there are.
       top_logprobs: how many of the likeliest tokens of every position are returned with their probabilities; 0 returns
         no probabilities.
     Returns: Generation.
@@ -210,7 +211,7 @@ def _greedy(logits_bv: jax.Array, number: jax.Array) -> jax.Array:
 
 
 def _sampler(temperature: jax.Array, key: jax.Array, batch: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
-    row_keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
+    row_keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
 
     def draw(row_key: jax.Array, logits_v: jax.Array, number: jax.Array) -> jax.Array:
         return jax.random.categorical(jax.random.fold_in(row_key, number), logits_v / temperature)

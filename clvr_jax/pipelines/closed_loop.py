@@ -40,25 +40,22 @@ class VLMController(Controller):
         self.usage = Usage()
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """See `Controller`. First attempts share one call; every retry samples with a seed of its own."""
-        first = [index for index, each in enumerate(conversations) if each.attempt == 0]
+        """Replies to all conversations: first attempts greedily in one call, retries sampled in another."""
         answers: dict[int, ChatAnswer] = {}
-        if first:
-            answers.update(zip(first, self._answers([conversations[index] for index in first]), strict=True))
-        for index, each in enumerate(conversations):
-            if index not in answers:
-                (answers[index],) = self._answers([each], RETRY_TEMPERATURE, each.seed)
+        for is_retry in (False, True):
+            rows = [index for index, each in enumerate(conversations) if bool(each.attempt) == is_retry]
+            if rows:
+                temperature = RETRY_TEMPERATURE if is_retry else 0.0
+                answers.update(zip(rows, self._answers([conversations[i] for i in rows], temperature), strict=True))
         return [answers[index].text for index in range(len(conversations))]
 
-    def _answers(
-        self, conversations: Sequence[Conversation], temperature: float = 0.0, seed: int = 0
-    ) -> list[ChatAnswer]:
+    def _answers(self, conversations: Sequence[Conversation], temperature: float) -> list[ChatAnswer]:
         answers = self._vlm.answer_all(
             [each.messages(self._system) for each in conversations],
             [[pixels(image) for image in each.images] for each in conversations],
             self._max_new_tokens,
             temperature,
-            seed,
+            [each.seed for each in conversations],
         )
         for answer in answers:
             self.usage += Usage(calls=1, input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)

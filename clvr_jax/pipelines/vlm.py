@@ -103,10 +103,13 @@ class Qwen3VLPipeline:
         images: Sequence[Sequence[Image.Image | np.ndarray]],
         max_new_tokens: int = 256,
         temperature: float = 0.0,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         top_logprobs: int = 0,
     ) -> list[ChatAnswer]:
-        """As `chat_all`, with the numbers of tokens and, for `top_logprobs` above 0, the tokens' probabilities."""
+        """As `chat_all`, with the numbers of tokens and, for `top_logprobs` above 0, the tokens' probabilities.
+
+        seed: one for all conversations, or one for each; then an answer is the one that its conversation gets alone.
+        """
         if len(conversations) != len(images):
             raise UsageError(f"chat: {len(conversations)} conversations but pictures for {len(images)}")
         rows = [self.prepare(messages, shown) for messages, shown in zip(conversations, images, strict=True)]
@@ -129,7 +132,7 @@ class Qwen3VLPipeline:
                 stop_tokens=tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
                 pad_token=self.tokenizer.pad_token_id,
                 temperature=temperature,
-                key=jax.random.key(seed),
+                key=jax.random.key(seed) if isinstance(seed, int) else _row_keys(seed, len(padded)),
                 top_logprobs=top_logprobs,
             )
         )
@@ -189,3 +192,9 @@ class Qwen3VLPipeline:
             save_model(temporary, self.model, QWEN3_VL, dtype)
             self.tokenizer.save_pretrained(str(temporary))
             write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
+
+
+def _row_keys(seeds: Sequence[int], rows: int) -> jax.Array:
+    """(rows,) keys, each the stream that the first row has for its seed; the last one again for rows without a seed."""
+    filled = [*seeds, *[seeds[-1]] * (rows - len(seeds))]
+    return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in filled])

@@ -158,6 +158,34 @@ def test_a_row_s_draws_depend_on_the_key_and_not_on_other_rows():
     assert (few != drawn(2, 1)).any()
 
 
+def test_rows_with_keys_of_their_own_sample_as_if_alone():
+    coin = Coin(np.zeros(50))
+
+    def sampled(*seeds):
+        prompts = {"input_ids_bt": np.zeros((len(seeds), 3), np.int32)}
+        keys = jnp.stack([jax.random.key(seed) for seed in seeds])
+        return np.asarray(generate(coin, prompts, max_new_tokens=30, temperature=1.0, key=keys).tokens_bn)
+
+    together = sampled(7, 8, 9)
+    for row, seed in enumerate((7, 8, 9)):
+        np.testing.assert_array_equal(together[row], sampled(seed)[0])
+    assert (together[0] != together[1]).any()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_token_probabilities_are_those_of_the_untempered_softmax(temperature):
+    logits = np.array([0.5, 3.0, -1.0, 2.0, 0.0])
+    prompts = {"input_ids_bt": np.zeros((2, 3), np.int32)}
+    found = generate(
+        Coin(logits), prompts, max_new_tokens=4, temperature=temperature, key=jax.random.key(0), top_logprobs=3
+    )
+    expected = jax.nn.log_softmax(logits)
+    np.testing.assert_allclose(found.logprobs.chosen_bn, expected[found.tokens_bn], rtol=1e-6)
+    assert (found.logprobs.top_tokens_bnk == np.array([1, 3, 0])).all()
+    np.testing.assert_allclose(found.logprobs.top_bnk, np.broadcast_to(expected[[1, 3, 0]], (2, 4, 3)), rtol=1e-6)
+    assert generate(Coin(logits), prompts, max_new_tokens=1).logprobs is None
+
+
 def test_temperature_key_and_weights_need_no_new_program():
     prompts = {"input_ids_bt": np.zeros((2, 3), np.int32)}
     before = decoding._generate._cache_size()
