@@ -118,10 +118,10 @@ class Config:
 
 CONFIG = Config()
 KINDS = (
-    *("prompt", "comparison", "prompt", "image", "prompt", "comparison"),
-    *("prompt", "conversation", "prompt", "comparison", "prompt", "comparison"),
+    *("prompt", "comparison", "image", "comparison", "prompt", "comparison"),
+    *("image", "conversation", "comparison", "prompt", "image", "comparison"),
 )
-"""The kinds of batches in turn. To read images is learned soonest, to read prompts last."""
+"""The kinds of batches in turn."""
 PARTS = 4
 """Batches that are cut from one pool of texts sorted by length, so that little of a batch is padding."""
 ROWS_DECODED = 8

@@ -224,12 +224,12 @@ def comparison_chat(rng: np.random.Generator) -> Chat:
         text = f"Plan: {'; '.join(map(str, reading.objects))}."
         evidence, met = check_requirement(requirement, reading)
     answer = verification.comparison_reply(evidence, met)
-    description, requirement_text, answer = _renamed(rng, 0.15, text, str(requirement), answer)
+    description, requirement_text, answer = _renamed(rng, 0.3, text, str(requirement), answer)
     return Chat(_said(verification.comparison_messages(description, requirement_text), answer))
 
 
 def _comparison(rng: np.random.Generator) -> tuple[Reading, ShapesRequirement]:
-    if rng.random() < 0.45:
+    if rng.random() < 0.6:
         reading = random_canvas(rng).reading()
         return reading, random_requirement(rng, reading)
     metadata = training_metadata(rng)
@@ -258,11 +258,13 @@ def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequ
     return ShapesRequirement(thing, None, RELATIONS[int(rng.integers(len(RELATIONS)))], anchor)
 
 
-def _near(rng: np.random.Generator, color: str, shape: str, reading: Reading, change: float = 0.3) -> Thing:
+def _near(rng: np.random.Generator, color: str, shape: str, reading: Reading, change: float = 0.4) -> Thing:
     if rng.random() < change:
+        # Mostly the same color and another shape, which is the mistake that is accepted most easily.
         pairs = [sample_pair(rng) for _ in range(40)]
-        same = [pair for pair in pairs if (pair[0] == color) != (pair[1] == shape)]
-        color, shape = (same or pairs)[0]
+        of_color, of_shape = ([pair for pair in pairs if pair[i] == (color, shape)[i]] for i in (0, 1))
+        options = of_color if rng.random() < 0.65 else of_shape
+        color, shape = next((pair for pair in options if pair != (color, shape)), pairs[0])
     there = sum(item.color == color and item.shape == shape for item in reading.objects)
     count = max(1, there) if rng.random() < 0.85 else int(rng.integers(1, 4))
     return Thing(count, shape, None if rng.random() < 0.1 else color)
