@@ -75,7 +75,7 @@ class Chat:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def training_metadata(rng: np.random.Generator, wide_share: float = 0.75) -> Metadata:
+def training_metadata(rng: np.random.Generator, wide_share: float = 0.65) -> Metadata:
     """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
     if rng.random() > wide_share:
         return train_prompt(
