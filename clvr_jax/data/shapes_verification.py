@@ -57,6 +57,11 @@ NOTHING_ASKED = (
     *("a nice picture, please", "show me something", "an image of nothing"),
 )
 """Prompts without a requirement that an image could be checked for."""
+SIMPLE_WEIGHTS = {
+    **{"single_object": 0.08, "colors": 0.12, "two_object": 0.1, "counting": 0.12, "position": 0.15, "color_attr": 0.1},
+    "complex": 0.33,
+}
+"""Shares of the tags among prompts of the first grammar."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -78,9 +83,7 @@ class Chat:
 def training_metadata(rng: np.random.Generator, wide_share: float = 0.65) -> Metadata:
     """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
     if rng.random() > wide_share:
-        return train_prompt(
-            rng, {"complex": 0.5, "position": 0.2, "counting": 0.1, "color_attr": 0.1, "two_object": 0.1}
-        )
+        return train_prompt(rng, SIMPLE_WEIGHTS)
     while True:
         tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.13, 0.19, 0.27, 0.27, 0.06, 0.04, 0.04)))
         metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
