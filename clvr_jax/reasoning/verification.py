@@ -53,6 +53,7 @@ strictly: what cannot be seen clearly is not there.
 
 _RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
+_COUNTED = re.compile(r"\w+ objects?")
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
 _ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
@@ -367,7 +368,11 @@ class ModelVerifier(Verifier):
         probability = answer_probability(answer)
         if probability is None:
             return Requirement(requirement, is_yes, None, evidence)
-        certainty = 1.0 if description is None else evidence_probability(description, evidence)
+        certainty = 1.0
+        if description is not None:
+            # A model that was trained to quote and quotes what the description does not say has invented its evidence.
+            is_invented = is_yes and not self._is_instructed and invents(description.text, evidence)
+            certainty = 0.0 if is_invented else evidence_probability(description, evidence)
         # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
         probability = certainty * probability + (1 - certainty) * (1 - probability) / 2
         return Requirement(requirement, probability >= self._threshold, probability, evidence)
@@ -438,6 +443,13 @@ def evidence_probability(description: Answer, evidence: str) -> float:
             logprob += token.logprob
         begin = end
     return math.exp(logprob)
+
+
+def invents(description: str, evidence: str) -> bool:
+    """Whether evidence holds a clause that the description does not, apart from numbers of objects."""
+    known = {clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)}
+    quoted = [clause for clause, _, _ in _clause_spans(evidence) if not _COUNTED.fullmatch(clause)]
+    return not set(quoted) <= known
 
 
 def _begins(word: str, token: str) -> bool:

@@ -12,6 +12,7 @@ from clvr_jax.reasoning.verification import (
     Verification,
     answer_probability,
     evidence_probability,
+    invents,
     read_requirements,
 )
 
@@ -101,6 +102,20 @@ def test_evidence_is_as_certain_as_the_clauses_it_quotes():
     assert evidence_probability(described, "blue cross left; red star top") == pytest.approx(0.45)
     assert evidence_probability(described, "no green circle") == pytest.approx(0.45)
     assert evidence_probability(Answer("I see red star top."), "red star top") == 1.0
+
+
+def test_evidence_that_a_trained_model_invents_is_no_evidence():
+    def reply(question):
+        if question.images:
+            return answer(("I see", 1.0), (" red star top", 1.0), (".", 1.0))
+        return answer(("red circle top.", 1.0), (" yes", 1.0), yes=1.0)
+
+    (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([("red circle",)], [IMAGE])
+    assert (found.requirements[0].met, found.requirements[0].probability) == (False, 0.0)
+    (found,) = ModelVerifier(ScriptedModel(reply)).check([("red circle",)], [IMAGE])
+    assert found.requirements[0].met is True, "large models may say it in other words"
+    assert not invents("I see red star top; blue cross left.", "blue cross left; two objects")
+    assert not invents("Plan: red star top; blue cross left.", "red star top")
 
 
 def test_an_uncertain_description_makes_a_yes_uncertain():
