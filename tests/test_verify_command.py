@@ -51,8 +51,9 @@ class ScriptedModel:
         is_met = required.rstrip(".") in description
         end = " yes" if is_met else " no"
         other = " no" if is_met else " yes"
-        tokens = (Token("Look.", 0.0), Token(end, math.log(0.9), {end: math.log(0.9), other: math.log(0.1)}))
-        return Answer("Look." + end, Usage(calls=1), tokens if self._with_probabilities else None)
+        evidence = description.removeprefix("I see ").rstrip(".") + "."
+        tokens = (Token(evidence, 0.0), Token(end, math.log(0.9), {end: math.log(0.9), other: math.log(0.1)}))
+        return Answer(evidence + end, Usage(calls=1), tokens if self._with_probabilities else None)
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +130,8 @@ def test_requirement_by_requirement_for_people(scripted, capsys):
     assert (code, err) == (0, "")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "red.png accepted: no, 1 of 2 requirements unmet" in lines
-    assert "met 0.900 red circle Look" in lines
-    assert "unmet 0.100 blue star Look" in lines
+    assert "met 0.900 red circle red circle" in lines
+    assert "unmet 0.100 blue star red circle" in lines
     assert "description: I see red circle." in lines
     assert "black.png accepted: no, 2 of 2 requirements unmet" in lines
     assert lines[-1] == "verified by scripted, describe"
@@ -146,8 +147,8 @@ def test_the_same_as_json(scripted, capsys):
     assert (image["accepted"], image["unmet"], image["note"]) == (False, ["blue star"], None)
     assert (image["description"], image["mode"]) == ("I see red circle.", "describe")
     assert image["requirements"] == [
-        {"text": "red circle", "met": True, "probability": pytest.approx(0.9), "evidence": "Look"},
-        {"text": "blue star", "met": False, "probability": pytest.approx(0.1), "evidence": "Look"},
+        {"text": "red circle", "met": True, "probability": pytest.approx(0.9), "evidence": "red circle"},
+        {"text": "blue star", "met": False, "probability": pytest.approx(0.1), "evidence": "red circle"},
     ]
     assert image["probability"] == pytest.approx(0.1)
     assert data["usage"]["calls"] == 4

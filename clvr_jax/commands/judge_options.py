@@ -21,7 +21,7 @@ class JudgeOptions:
     judge_key_variable: str = "OPENAI_API_KEY"
     """Environment variable with its key; "" for servers without keys."""
     judge_revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """Of the weights that the server runs; stands in the result."""
+    """Revision of the weights that the server runs; recorded in the result."""
     judge_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
     """Dollars that the server charges for a million tokens read, and written."""
     judge_tokens: Count = None

@@ -24,7 +24,7 @@ MAX_ROWS = 64
 
 
 class PipelineModel(VisionLanguageModel):
-    """A `Qwen3VLPipeline` that answers many questions in few calls; greedy questions of one kind share calls."""
+    """A `Qwen3VLPipeline` that answers many questions in few calls; questions of one kind share calls."""
 
     def __init__(self, pipeline: Qwen3VLPipeline, name: str):
         self._pipeline, self._name = pipeline, name
@@ -39,11 +39,10 @@ class PipelineModel(VisionLanguageModel):
         return self.ask_all([question])[0]
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """Answers questions in order; a question that samples is answered alone, with its own seed."""
+        """Answers questions in order; each samples with its own seed, whatever other questions there are."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, question in enumerate(questions):
-            alone = () if question.temperature == 0 else (index,)
-            key = (question.max_tokens, question.top_logprobs, len(question.images), *alone)
+            key = (question.max_tokens, question.top_logprobs, len(question.images), question.temperature)
             groups.setdefault(key, []).append(index)
         answers: dict[int, Answer] = {}
         for indices in groups.values():
@@ -59,7 +58,7 @@ class PipelineModel(VisionLanguageModel):
             [[pixels(image) for image in question.images] for question in questions],
             first.max_tokens,
             first.temperature,
-            first.seed,
+            [question.seed for question in questions],
             first.top_logprobs,
         )
         return [_answer(one) for one in answered]
@@ -132,5 +131,10 @@ def controller_directory(model: str) -> tuple[Path, bool]:
         raise ClvrError(f"{path}: a {kind}, not a qwen3_vl; a controller or verifier must be a Qwen3-VL")
     settings = path / "clvr.json"
     if settings.exists():
-        return path, read_json(settings).get("contract") == TRAINED_FOR_LOOP
+        given = read_json(settings)
+        if given != {"contract": TRAINED_FOR_LOOP}:
+            raise ClvrError(
+                f'{settings}: holds {str(given)[:80]}; all it may say is {{"contract": "{TRAINED_FOR_LOOP}"}}'
+            )
+        return path, True
     return path, path.name == "controller"

@@ -199,6 +199,7 @@ class _Run:
         self.required = required
         self._mode = mode
         self._plans: list[tuple[float, int, _Draft]] = []
+        self._is_plan_settled = False
         self._prompt = prompt
         self._seed = seed
         self._budget = budget
@@ -232,9 +233,13 @@ class _Run:
         except ParseError as error:
             self._notify(Replied(self.index, attempt, text, str(error)))
             self._attempts[number] = attempt + 1
-            if attempt == self._budget.max_parse_retries:
-                self._error = str(error)
-                del self._table[number]
+            if attempt < self._budget.max_parse_retries:
+                return
+            if number == _FIRST and self._plans:  # a plan that misses a requirement is better than none
+                self._settle_plan()
+                return
+            self._error = str(error)
+            del self._table[number]
             return
         self._notify(Replied(self.index, attempt, text, None))
         self._table[number] = _Draft(reply, attempts=attempt + 1)
@@ -245,7 +250,7 @@ class _Run:
     def unverified_plan(self) -> str | None:
         """The plan of the first reply, if the verifier has to check it."""
         draft = self._table.get(_FIRST)
-        if draft is None or not self.required or draft.reply.action == TERMINATE:
+        if draft is None or not self.required or draft.reply.action == TERMINATE or self._is_plan_settled:
             return None
         return plan_text(plan_items(draft.reply.reasoning))
 
@@ -258,10 +263,15 @@ class _Run:
         # The earliest among equals: later ones are sampled.
         self._plans.append((verification.score, -len(self._plans), draft))
         if verification.accepted or len(self._plans) > self._budget.max_plan_retries:
-            self._table[_FIRST] = max(self._plans, key=lambda plan: plan[:2])[2]
+            self._settle_plan()
         else:
             self._table[_FIRST] = None
             self._attempts[_FIRST] = attempt + 1
+
+    def _settle_plan(self) -> None:
+        """Takes the best plan, however good it is."""
+        self._table[_FIRST] = max(self._plans, key=lambda plan: plan[:2])[2]
+        self._is_plan_settled = True
 
     def unverified_images(self) -> list[int]:
         """The images on the table that the verifier has not seen; none if nobody is to look."""

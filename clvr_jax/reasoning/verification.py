@@ -365,13 +365,14 @@ class ModelVerifier(Verifier):
             return Requirement(requirement, None, None, f"no answer in {text[:120]!r}")
         is_yes = match[1].lower() == "yes"
         evidence = text[: match.start()].strip().rstrip(".")
+        # A model that was trained to quote and quotes what the description does not say has invented its evidence.
+        is_quoting = description is not None and not self._is_instructed
+        is_invented = is_yes and is_quoting and invents(description.text if description else "", evidence)
         probability = answer_probability(answer)
         if probability is None:
-            return Requirement(requirement, is_yes, None, evidence)
+            return Requirement(requirement, is_yes and not is_invented, None, evidence)
         certainty = 1.0
         if description is not None:
-            # A model that was trained to quote and quotes what the description does not say has invented its evidence.
-            is_invented = is_yes and not self._is_instructed and invents(description.text, evidence)
             certainty = 0.0 if is_invented else evidence_probability(description, evidence)
         # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
         probability = certainty * probability + (1 - certainty) * (1 - probability) / 2

@@ -112,6 +112,9 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
 
     (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([("red circle",)], [IMAGE])
     assert (found.requirements[0].met, found.requirements[0].probability) == (False, 0.0)
+    without = ScriptedModel(lambda question: reply(question).text)
+    (found,) = ModelVerifier(without, is_instructed=False).check([("red circle",)], [IMAGE])
+    assert (found.requirements[0].met, found.requirements[0].probability) == (False, None)
     (found,) = ModelVerifier(ScriptedModel(reply)).check([("red circle",)], [IMAGE])
     assert found.requirements[0].met is True, "large models may say it in other words"
     assert not invents("I see red star top; blue cross left.", "blue cross left; two objects")

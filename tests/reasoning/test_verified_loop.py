@@ -114,6 +114,16 @@ def test_the_best_plan_is_carried_out_when_none_meets_all():
     assert trajectory.steps[0].reasoning == "Plan: y."
 
 
+@pytest.mark.parametrize("plan_retries", [1, 4])
+def test_replies_that_cannot_be_read_after_a_plan_end_in_the_best_plan(plan_retries):
+    """Not in a run without end, and not in a run without an image."""
+    failures = 2 if plan_retries == 1 else 1
+    plans = [draw("Plan: x."), *([draw("Plan: y.")] if plan_retries == 4 else []), *["hm"] * failures]
+    budget = Budget(max_plan_retries=plan_retries)
+    trajectory, *_ = run_one(plans, [(1, 1, 1)], budget, plans=[(1, 1, 0), (1, 0, 0)])
+    assert (trajectory.outcome, trajectory.steps[0].reasoning) == ("accepted", "Plan: x.")
+
+
 def test_a_prompt_without_requirements_is_never_accepted():
     trajectory, *_ = run_one([draw(), stop()], [()], required=())
     assert trajectory.outcome == "unverified"

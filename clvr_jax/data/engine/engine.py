@@ -41,7 +41,7 @@ STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept
 class Settings:
     """max_turns: of the director, failed ones included. max_pictures: drawn at most, so references are fewer.
     verify: whether pictures are checked (passive verification); without it only for measuring what it is worth.
-    keep_mistakes: whether a wrong picture stays as context, to be corrected; else one discards the trajectory.
+    keep_mistakes: whether a wrong image stays as context, to be corrected; else one discards the trajectory.
     versions: recorded with every trajectory."""
 
     max_turns: int = 24
@@ -181,7 +181,7 @@ class _Making:
         return following, None
 
     def _picture(self, state: StateName, turn: Turn, number: int) -> "_DiscardedError | None":
-        """Draws and checks; what is wrong with the picture."""
+        """Generates and checks an image; returns what is wrong with it."""
         references = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
         assert not isinstance(turn.action, ResultValidation | EndTrajectory)
         shown = tuple(self.history.pictures[reference] for reference in references)
@@ -216,7 +216,7 @@ class _Making:
     def _retry(
         self, state: StateName, turn: Turn, shown: tuple[Picture, ...], questions: tuple[str, ...], number: int
     ) -> None:
-        """Generates a picture that came out wrong again, with other seeds, until one is right or the budget is spent.
+        """Generates an image that came out wrong again, with other seeds, until one is right or the budget is spent.
 
         It is kept beside the history, which no role sees, for a pair of verification examples.
         """
