@@ -27,7 +27,7 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_di
 from clvr_jax.data.shapes_verification import (
     Chat,
     blurred,
-    comparison_chat,
+    comparisons_chat,
     conversation_chat,
     description_chat,
     has_held_out_object,
@@ -98,19 +98,23 @@ class Config:
     """Conversations of `clvr synth`, in place of simulated ones."""
     image_batch: int = 48
     """Descriptions of images in a batch."""
-    comparison_batch: int = 40
-    """Comparisons in a batch."""
+    comparison_batch: int = 24
+    """Descriptions that requirements are compared with in a batch."""
+    comparisons: int = 5
+    """Requirements that are compared with each description."""
+    answer_weight: float = 4.0
+    """Weight of the words yes and no in the loss; the other words have weight 1."""
     prompt_batch: int = 32
     """Plans and lists of requirements in a batch."""
     conversation_batch: int = 8
     """Conversations in a batch."""
-    generated_share: float = 0.5
+    generated_share: float = 0.4
     """Share of described images that a generator made; the others are simulated."""
     vae_share: float = 0.4
     """Share of simulated images that pass through the autoencoder."""
     vae_noise: float = 0.15
     """Noise added to their latents, whose scale is 1."""
-    blur_share: float = 0.3
+    blur_share: float = 0.05
     """Share of simulated images with something out of focus, labeled by the detector."""
     error_rate: float = 0.5
     """Share of the steps of simulated conversations whose image is wrong."""
@@ -118,8 +122,8 @@ class Config:
 
 CONFIG = Config()
 KINDS = (
-    *("prompt", "comparison", "image", "comparison", "prompt", "comparison"),
-    *("image", "conversation", "comparison", "prompt", "image", "comparison"),
+    *("prompt", "comparison", "image", "prompt", "prompt", "comparison"),
+    *("image", "conversation", "prompt", "comparison", "image", "prompt"),
 )
 """The kinds of batches in turn."""
 PARTS = 4
@@ -143,10 +147,12 @@ class Batches:
     def __init__(self, config: Config, tokenizer: Any, reconstruct: Callable[[np.ndarray, int], np.ndarray]):
         self._config, self._tokenizer, self._reconstruct = config, tokenizer, reconstruct
         self._colors = np.array([tokenizer.encode(f" {color}")[0] for color in COLORS])
+        self._answers = np.array([tokenizer.encode(f" {word}")[0] for word in ("yes", "no")])
+        self._period = tokenizer.encode(".")[0]
         self._shapes = {
             "image": Shape(config.image_batch, 16, 96, image_slots=1),
-            "comparison": Shape(config.comparison_batch, 32, 160),
-            "prompt": Shape(config.prompt_batch, 32, 224),
+            "comparison": Shape(config.comparison_batch, 64, 384),
+            "prompt": Shape(config.prompt_batch, 32, 192),
             "conversation": Shape(config.conversation_batch, 96, 576, image_slots=6),
         }
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
@@ -172,9 +178,17 @@ class Batches:
         while len(examples) < PARTS * shape.rows:
             for chat in make(rng, PARTS * shape.rows - len(examples)):
                 example = supervised_conversation(self._tokenizer, PROCESSOR, chat.messages, chat.images)
+                if kind == "comparison":
+                    self._weigh_answers(*example)
                 if len(example[0].input_ids) <= shape.longest:  # longer ones are rare; others take their places
                     examples.append((*example, chat.is_corruptible))
         return examples if kind == "image" else sorted(examples, key=lambda example: len(example[0].input_ids))
+
+    def _weigh_answers(self, conversation: Any, weights: np.ndarray) -> None:
+        """Weighs up the first token of yes and no, which stands after the period of the evidence."""
+        ids = np.asarray(conversation.input_ids)
+        is_answer = (ids[:-1] == self._period) & np.isin(ids[1:], self._answers) & (weights[1:] > 0)
+        weights[1:][is_answer] *= self._config.answer_weight
 
     def _images(self, rng: np.random.Generator, count: int) -> list[Chat]:
         config = self._config
@@ -204,10 +218,10 @@ class Batches:
         ]
 
     def _comparisons(self, rng: np.random.Generator, count: int) -> list[Chat]:
-        return [comparison_chat(rng) for _ in range(count)]
+        return [comparisons_chat(rng, self._config.comparisons) for _ in range(count)]
 
     def _prompts(self, rng: np.random.Generator, count: int) -> list[Chat]:
-        return [(plan_chat if row % 2 else requirements_chat)(rng) for row in range(count)]
+        return [(plan_chat if row % 5 < 2 else requirements_chat)(rng) for row in range(count)]
 
     def _conversations(self, rng: np.random.Generator, count: int) -> list[Chat]:
         def show(images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:

@@ -20,7 +20,7 @@ from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.reasoning import verification
-from clvr_jax.reasoning.context import Message, chat_messages
+from clvr_jax.reasoning.context import Message, chat_messages, prompt_with_requirements
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
@@ -62,6 +62,8 @@ SIMPLE_WEIGHTS = {
     "complex": 0.33,
 }
 """Shares of the tags among prompts of the first grammar."""
+CHECKLIST_MISSING = 0.15
+"""Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -80,22 +82,23 @@ class Chat:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def training_metadata(rng: np.random.Generator, wide_share: float = 0.65) -> Metadata:
+def training_metadata(rng: np.random.Generator, wide_share: float = 0.7) -> Metadata:
     """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
     if rng.random() > wide_share:
         return train_prompt(rng, SIMPLE_WEIGHTS)
     while True:
-        tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.13, 0.19, 0.27, 0.27, 0.06, 0.04, 0.04)))
+        tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.14, 0.2, 0.29, 0.31, 0.03, 0.02, 0.01)))
         metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
         if not is_reserved(metadata):
             return metadata
 
 
 def plan_chat(rng: np.random.Generator) -> Chat:
-    """The first reply to a prompt: plan and first drawing."""
+    """Draws the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view."""
     metadata = training_metadata(rng)
-    prompt, reply = _renamed(rng, 0.1, metadata["prompt"], first_reply(plan(metadata)))
-    return Chat(chat_messages(prompt, [reply], 0))
+    asked = prompt_with_requirements(metadata["prompt"], _checklist(rng, metadata))
+    asked, reply = _renamed(rng, 0.1, asked, first_reply(plan(metadata)))
+    return Chat(chat_messages(asked, [reply], 0))
 
 
 def requirements_chat(rng: np.random.Generator) -> Chat:
@@ -107,6 +110,11 @@ def requirements_chat(rng: np.random.Generator) -> Chat:
     reply = verification.requirements_reply([str(each) for each in requirements(metadata)])
     prompt, reply = _renamed(rng, 0.1, metadata["prompt"], reply)
     return Chat(_said(verification.requirements_messages(prompt), reply))
+
+
+def _checklist(rng: np.random.Generator, metadata: Metadata) -> tuple[str, ...]:
+    """Returns the requirements that the controller reads below its prompt; () as in loops without a verifier."""
+    return () if rng.random() < CHECKLIST_MISSING else tuple(map(str, requirements(metadata)))
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -188,7 +196,9 @@ def reported_chat(
       show: see `conversation_chat`.
     """
     last = int(rng.integers(1, len(replies)))
-    messages = chat_messages(metadata["prompt"], replies[: last + 1], last)
+    messages = chat_messages(
+        metadata["prompt"], replies[: last + 1], last, requirements=_checklist(rng, metadata)
+    )
     reading = detect(canvases[last - 1])
     unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
     report = verification.report(describe(reading), unmet)
@@ -212,34 +222,55 @@ def recorded_conversations(dataset: Path) -> list[tuple[Metadata, list[str], lis
 # --- comparisons ------------------------------------------------------------------------------------------------------
 
 
-def comparison_chat(rng: np.random.Generator) -> Chat:
-    """A description, a requirement, and the answer; met and unmet equally often."""
-    wanted = rng.random() < 0.5
-    for _ in range(20):
-        reading, requirement = _comparison(rng)
-        evidence, met = check_requirement(requirement, reading)
-        if met == wanted:
-            break
-    text = describe(reading)
-    if not reading.unclear and reading.objects and rng.random() < 0.3:  # a plan, which is checked before it is drawn
-        order = rng.permutation(len(reading.objects))
-        reading = Reading(tuple(reading.objects[i] for i in order))
-        text = f"Plan: {'; '.join(map(str, reading.objects))}."
-        evidence, met = check_requirement(requirement, reading)
-    answer = verification.comparison_reply(evidence, met)
-    description, requirement_text, answer = _renamed(rng, 0.3, text, str(requirement), answer)
-    return Chat(_said(verification.comparison_messages(description, requirement_text), answer))
+def comparisons_chat(rng: np.random.Generator, count: int) -> Chat:
+    """Draws a description and requirements that are compared with it one after the other; half of them are met.
+
+    A verifier compares each requirement in a conversation of its own. In training they share the description, which
+    is most of the text, so that a batch holds several times as many comparisons.
+
+    Args:
+      rng: numpy generator.
+      count: number of distinct requirements at most.
+    """
+    reading, text, options = _described(rng)
+    answers: dict[str, str] = {}
+    wanted = [bool(met) for met in rng.random(count) < 0.5]
+    for met_wanted in wanted:
+        for _ in range(12):
+            requirement = options[int(rng.integers(len(options)))] if options and rng.random() < 0.3 else None
+            requirement = requirement or random_requirement(rng, reading)
+            evidence, met = check_requirement(requirement, reading)
+            if str(requirement) not in answers and met == met_wanted:
+                answers[str(requirement)] = verification.comparison_reply(evidence, met)
+                break
+    texts = _renamed(rng, 0.15, text, *(part for pair in answers.items() for part in pair))
+    text, asked, replies = texts[0], texts[1::2], texts[2::2]
+    messages: list[Message] = []
+    for requirement_text, reply in zip(asked, replies, strict=True):
+        question = verification.comparison_messages(text, requirement_text)
+        if messages:
+            question = [{"role": "user", "content": f"Required: {requirement_text}."}]
+        messages += _said(question, reply)
+    return Chat(messages)
 
 
-def _comparison(rng: np.random.Generator) -> tuple[Reading, ShapesRequirement]:
-    if rng.random() < 0.6:
+def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequirement, ...]]:
+    """Draws an image as read, the text that describes it or plans it, and the requirements of a prompt it is for."""
+    options: tuple[ShapesRequirement, ...] = ()
+    if rng.random() < 0.4:
         reading = random_canvas(rng).reading()
-        return reading, random_requirement(rng, reading)
-    metadata = training_metadata(rng)
-    scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in plan(metadata, rng)))
-    canvas = spoiled_canvas(Canvas(scene, seed=int(rng.integers(2**31))), rng, int(rng.integers(0, 4)), CELLS)
-    options = requirements(metadata)
-    return canvas.reading(), options[int(rng.integers(len(options)))]
+    else:
+        metadata = training_metadata(rng)
+        options = requirements(metadata)
+        objects = plan(metadata, rng if rng.random() < 0.5 else None)
+        scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in objects))
+        canvas = Canvas(scene, seed=int(rng.integers(2**31)))
+        reading = spoiled_canvas(canvas, rng, int(rng.integers(0, 4)), CELLS).reading()
+    if reading.unclear or not reading.objects or rng.random() < 0.6:
+        return reading, describe(reading), options
+    order = rng.permutation(len(reading.objects))  # a plan, which is checked before an image is generated
+    reading = Reading(tuple(reading.objects[i] for i in order))
+    return reading, f"Plan: {'; '.join(map(str, reading.objects))}.", options
 
 
 def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequirement:

@@ -37,8 +37,18 @@ def drawing_text(prompt: str, replies: Sequence[str]) -> str:
     return "\n".join([prompt, *marked, last])
 
 
+def prompt_with_requirements(prompt: str, requirements: Sequence[str]) -> str:
+    """Returns the prompt with its checklist in the line below, or the prompt alone if the checklist is empty."""
+    return f"{prompt}\nRequired: {'; '.join(requirements)}." if requirements else prompt
+
+
 def chat_messages(
-    prompt: str, replies: Sequence[str], num_images: int, system: str | None = None, report: str = ""
+    prompt: str,
+    replies: Sequence[str],
+    num_images: int,
+    system: str | None = None,
+    report: str = "",
+    requirements: Sequence[str] = (),
 ) -> list[Message]:
     """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
 
@@ -49,12 +59,13 @@ def chat_messages(
         the assistant's reply, as a training target does).
       system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
       report: the verifier's report on the latest image, which stands beside it; "" if there is none.
+      requirements: what the verifier will check, listed below the prompt; () if nobody derived them.
     Returns: messages; image k is the k-th {"type": "image"} part.
     """
     if num_images not in (len(replies), len(replies) - 1) or num_images < 0:
         raise ClvrError(f"chat: {len(replies)} replies go with as many images or one less, got {num_images}")
     messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt})
+    messages.append({"role": "user", "content": prompt_with_requirements(prompt, requirements)})
     for number, reply in enumerate(replies):
         messages.append({"role": "assistant", "content": reply})
         if number < num_images:

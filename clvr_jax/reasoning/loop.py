@@ -391,7 +391,7 @@ class _Run:
         seed = derive_seed(self._seed, "reply", number + 1, attempt)
         verification = None if number == _FIRST else self._steps[number].verification
         report = "" if verification is None else verification.report
-        return Conversation(self._prompt, replies, images, seed, attempt, report)
+        return Conversation(self._prompt, replies, images, seed, attempt, report, self.required)
 
     def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
         """Replies with action tokens and pictures of some steps."""

@@ -21,6 +21,7 @@ class Conversation:
       images: the picture each of them led to; the last one is to be judged.
       seed: 31-bit seed of this call; another attempt has another seed.
       report: the verifier's report on the last image, "" if there is none.
+      requirements: what the verifier checks, () if nobody derived requirements.
       attempt: 0 at first; n if the n replies before could not be parsed. A controller that decodes greedily should
         sample from attempt 1 on, or it repeats itself.
     """
@@ -31,6 +32,7 @@ class Conversation:
     seed: int = 0
     attempt: int = 0
     report: str = ""
+    requirements: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.images) != len(self.replies):
@@ -40,7 +42,7 @@ class Conversation:
 
     def messages(self, system: str | None = None) -> list[context.Message]:
         """The chat that the controller continues; see context.chat_messages."""
-        return context.chat_messages(self.prompt, self.replies, len(self.images), system, self.report)
+        return context.chat_messages(self.prompt, self.replies, len(self.images), system, self.report, self.requirements)
 
 
 @dataclass(frozen=True)

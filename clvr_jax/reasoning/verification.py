@@ -411,16 +411,33 @@ def read_requirements(reply: str) -> tuple[str, ...] | None:
 
 
 def answer_probability(answer: Answer) -> float | None:
-    """The probability of yes against no where the answer says one of them; None without token probabilities."""
+    """Returns the probability of yes against no where the answer says one of them; None without token probabilities.
+
+    A word may be written with several tokens, and the space before it may be a token of its own. Such a space does not
+    lead to a word whose token holds the space: each word has one spelling.
+    """
     match = _ANSWER.search(answer.text)
     if match is None or not answer.tokens:
         return None
-    begin = 0
+    word = match[1].lower()
+    other = "no" if word == "yes" else "yes"
+    first = len(answer.text[: match.start()].rstrip())
+    reached, of_word, of_other, begin = 1.0, 0.0, 0.0, 0
     for token in answer.tokens:
         end = begin + len(token.text)
-        if begin <= match.start() < end:
-            top = {**token.top, token.text: token.logprob}
-            yes, no = (sum(math.exp(top[text]) for text in top if _begins(word, text)) for word in ("yes", "no"))
+        if begin >= first or end > match.start():
+            for text, logprob in token.top.items():
+                mass = reached * math.exp(logprob)
+                if text == token.text:
+                    continue
+                if _begins(word, text):
+                    of_word += mass
+                elif _begins(other, text) or (text and not text.strip()):
+                    of_other += mass
+            reached *= math.exp(token.logprob)
+        if end > match.start():
+            of_word += reached
+            yes, no = (of_word, of_other) if word == "yes" else (of_other, of_word)
             return yes / (yes + no) if yes + no > 0 else None
         begin = end
     return None
