@@ -1,5 +1,7 @@
 """Checkpoints of a training run: Orbax, the newest kept, written in the background, restored onto any mesh."""
 
+import logging
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,8 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2):
         self._folder = folder.absolute()
+        for name in ("absl", "asyncio"):
+            logging.getLogger(name).addFilter(_is_not_from_writing)
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -93,6 +97,12 @@ class Checkpoints:
                 raise
         finally:
             self._manager.close()
+
+
+def _is_not_from_writing(record: logging.LogRecord) -> bool:
+    """Drops the tracebacks that the threads of Orbax log: `Checkpoints` raises each failure as one line."""
+    trace = record.exc_info[2] if record.exc_info else None
+    return not any("/orbax/" in Path(frame.filename).as_posix() for frame in traceback.extract_tb(trace))
 
 
 def restore_part(folder: Path, part: str, abstract: Tree) -> tuple[Tree, int]:
