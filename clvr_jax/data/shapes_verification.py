@@ -232,17 +232,17 @@ def comparisons_chat(rng: np.random.Generator, count: int) -> Chat:
       rng: numpy generator.
       count: number of distinct requirements at most.
     """
-    reading, text, options = _described(rng)
     answers: dict[str, str] = {}
-    wanted = [bool(met) for met in rng.random(count) < 0.5]
-    for met_wanted in wanted:
-        for _ in range(12):
-            requirement = options[int(rng.integers(len(options)))] if options and rng.random() < 0.3 else None
-            requirement = requirement or random_requirement(rng, reading)
-            evidence, met = check_requirement(requirement, reading)
-            if str(requirement) not in answers and met == met_wanted:
-                answers[str(requirement)] = verification.comparison_reply(evidence, met)
-                break
+    while not answers:  # of an empty image, nothing but a false requirement can be drawn
+        reading, text, options = _described(rng)
+        for met_wanted in rng.random(count) < 0.5:
+            for _ in range(12):
+                requirement = options[int(rng.integers(len(options)))] if options and rng.random() < 0.3 else None
+                requirement = requirement or random_requirement(rng, reading)
+                evidence, met = check_requirement(requirement, reading)
+                if str(requirement) not in answers and met == met_wanted:
+                    answers[str(requirement)] = verification.comparison_reply(evidence, met)
+                    break
     texts = _renamed(rng, 0.15, text, *(part for pair in answers.items() for part in pair))
     text, asked, replies = texts[0], texts[1::2], texts[2::2]
     messages: list[Message] = []
