@@ -32,17 +32,22 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left.
-
-    slices: of TPU pods, joined by the data centre's network. devices: how many to use, the first ones; all if None.
-    """
+    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left."""
 
     data: int = 1
+    """Shard the batch over this many copies of the parameters; -1 takes the devices that are left."""
     fsdp: int = -1
+    """Shard the batch, the parameters and the optimizer state over this many devices; -1 takes the devices that are
+    left."""
     sequence: int = 1
+    """Shard the tokens over this many devices, and the heads inside attention; -1 takes the devices that are left."""
     tensor: int = 1
+    """Shard the heads and the hidden axis of every MLP over this many devices; -1 takes the devices that are left."""
     slices: int = 1
+    """Number of TPU slices that the data center's network connects; the size of the data axis must be a multiple of it.
+    """
     devices: int | None = None
+    """Use only the first so many devices; all devices are used if this is not given."""
 
     def __post_init__(self) -> None:
         sizes = [getattr(self, axis) for axis in MESH_AXES]

@@ -40,10 +40,7 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: pipeline folder or Hugging Face id of a base model. dataset: of trajectories, see
-    `data.trajectory_dataset`. batch_size: drawings a step, all devices together; each is learned from in all windows.
-    remat: what the backward pass keeps, see `layers.REMAT`. preset, size, references: model and pictures of
-    `abstract_task`: klein 4B or 9B, pixels of a side, number of references."""
+    """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: TrainConfig = TrainConfig(
         steps=3000,
@@ -55,14 +52,24 @@ class Config:
         mesh=MeshConfig(fsdp=-1),
         save_minutes=20,
     )
+    """Configuration of the training."""
     distill: DistillConfig = DistillConfig()
+    """Configuration of the distillation."""
     model: str = ""
+    """Start from this base model: a pipeline directory or a Hugging Face id; it must be given to train."""
     dataset: Path = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
     batch_size: int = 64
+    """Number of target images in a step, over all devices; each is learned from in all steps of the student."""
     remat: str = "attention"
+    """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
+    of attention, and "full" nothing, which takes the least memory and the most time."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     size: int = 1024
+    """With `clvr plan` only: plan for images with sides of this many pixels."""
     references: int = 4
+    """With `clvr plan` only: plan for this many reference images."""
 
 
 CONFIG = Config()

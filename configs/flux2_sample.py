@@ -24,17 +24,23 @@ from clvr_jax.training.plan import Program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """preset: klein 4B or 9B. batch_size: pictures a call, all devices together. size: pixels of a side.
-    references: pictures given with each prompt, of the same size. steps: of the solver. guided: two network evaluations
-    a step, as the base models need; the distilled ones take one."""
+    """Configuration of the program that `clvr plan` compiles."""
 
     mesh: MeshConfig = MeshConfig(data=-1, fsdp=1)
+    """Configuration of the device mesh."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    """Plan for this size of FLUX.2 klein."""
     batch_size: int = 8
+    """Number of images generated in a call, over all devices."""
     size: int = 1024
+    """Generate images with sides of this many pixels."""
     references: int = 0
+    """Number of reference images given with each prompt, of the same size as the generated image."""
     steps: int = 4
+    """Number of sampler steps."""
     guided: bool = False
+    """Use classifier-free guidance: two network evaluations in each step, which base models need and distilled models
+    do not."""
 
 
 CONFIG = Config()

@@ -34,11 +34,7 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: pipeline folder or Hugging Face id. dataset: of trajectories, see `data.trajectory_dataset`.
-    batch_size: drawings a step, all devices together. dropout: share of texts replaced by the empty one, for guidance.
-    shift: of the training timesteps. remat: what the backward pass keeps, see `layers.REMAT`.
-    preset, size, references: model and pictures of `abstract_task`: klein 4B or 9B, pixels of a side, number of
-    references."""
+    """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: TrainConfig = TrainConfig(
         steps=5000,
@@ -50,15 +46,28 @@ class Config:
         mesh=MeshConfig(fsdp=-1),
         save_minutes=20,
     )
+    """Configuration of the training."""
     model: str = ""
+    """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
     dataset: Path = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
     batch_size: int = 64
+    """Number of target images in a step, over all devices."""
     dropout: float = 0.1
+    """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
+    guidance."""
     shift: float = 3.0
+    """Shift the training timesteps towards noise by this factor, as the sampler's schedule is shifted; 1 leaves them
+    uniform."""
     remat: str = "attention"
+    """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
+    of attention, and "full" nothing, which takes the least memory and the most time."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     size: int = 1024
+    """With `clvr plan` only: plan for images with sides of this many pixels."""
     references: int = 4
+    """With `clvr plan` only: plan for this many reference images."""
 
 
 CONFIG = Config()

@@ -63,12 +63,15 @@ LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
 
 @dataclasses.dataclass(frozen=True)
 class Sampler:
-    """The roll-out. steps: of Euler's method. guidance: 1 for none; with it a step is two network evaluations.
-    size: pixels of a side."""
+    """Configuration of the rollout."""
 
     steps: int = 8
+    """Number of steps of Euler's method in the rollout."""
     guidance: float = 4.0
+    """Classifier-free guidance in the rollout; 1 is without guidance, and above 1 each step takes two network
+    evaluations."""
     size: int = 512
+    """Sample images with sides of this many pixels."""
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.guidance < 1 or self.size < 1:
@@ -77,34 +80,52 @@ class Sampler:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: pipeline folder or Hugging Face id. dataset: of trajectories with proxy prompts. dtype: of the base.
-    simple: the ablation, whose reward reads the latest picture and the last text alone. remat: what the backward pass
-    keeps, see `layers.REMAT`. judge, edit_judge: folders or Hugging Face ids of UnifiedReward and UnifiedReward-Edit,
-    to be spread over the devices that train; or else reward_url, reward_model, edit_reward_model: the server of the
-    judges and its names for them. reward_key: environment variable of its key, "" for none. teacher_url, teacher_model,
-    teacher_key: the same of a model that writes the proxy prompts live, for datasets that have none or others; "" takes
-    the dataset's. preset, references, planned: of `program`: klein 4B or 9B, pictures before the one that is drawn;
-    roll-out, update, or the judging of a call's edits by a Qwen3-VL 8B on the same devices."""
+    """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
+    """Configuration of the training."""
     sampler: Sampler = Sampler()
+    """Configuration of the rollout."""
     model: str = ""
+    """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
     dataset: Path = Path("data/trajectories")
+    """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` wrote."""
     dtype: str = "bfloat16"
+    """Load the frozen weights in this dtype."""
     simple: bool = False
+    """Train the ablation "simple RL", whose reward reads only the latest image and the last text."""
     remat: str = "attention"
+    """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
+    of attention, and "full" nothing, which takes the least memory and the most time."""
     judge: str = ""
+    """Judge images with this UnifiedReward, a directory or Hugging Face id, on the devices that train; give either this
+    or --reward-url."""
     edit_judge: str = ""
+    """Judge edits with this UnifiedReward-Edit, a directory or Hugging Face id, on the devices that train; it goes with
+    --judge."""
     reward_url: str = ""
+    """Judge behind this OpenAI-compatible chat API, up to and including the version, such as http://localhost:8000/v1;
+    give either this or --judge."""
     reward_model: str = "CodeGoat24/UnifiedReward-2.0-qwen3vl-8b"
+    """With --reward-url: the server's name for the model that judges images."""
     edit_reward_model: str = "CodeGoat24/UnifiedReward-Edit-qwen3vl-8b"
+    """With --reward-url: the server's name for the model that judges edits."""
     reward_key: str = ""
+    """Environment variable with the key of --reward-url; empty for a server without keys."""
     teacher_url: str = ""
+    """Let a model behind this OpenAI-compatible chat API write the proxy prompts during training; the dataset's own are
+    used if it is empty."""
     teacher_model: str = ""
+    """The server's name for the model of --teacher-url."""
     teacher_key: str = ""
+    """Environment variable with the key of --teacher-url; empty for a server without keys."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
+    """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     references: int = 3
+    """With `clvr plan` only: plan for this many images before the one that is generated."""
     planned: Literal["rollout", "reward", "update"] = "rollout"
+    """With `clvr plan` only: plan the rollout, the optimizer step (update), or a Qwen3-VL 8B that judges the edits of a
+    call on the same devices (reward)."""
 
     @property
     def mesh(self) -> MeshConfig:

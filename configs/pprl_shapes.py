@@ -32,8 +32,7 @@ fit = pprl.fit
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: shipped name or pipeline folder. dataset: of trajectories with proxy prompts. mixture: the kinds of steps
-    that are drawn for, in turns, see `ProxySteps`; the paper's. simple: the ablation."""
+    """Configuration of the run."""
 
     train: PPRLConfig = PPRLConfig(
         epochs=40,
@@ -47,11 +46,19 @@ class Config:
         learning_rate=3e-4,
         save_minutes=4.0,
     )
+    """Configuration of the training."""
     sampler: Sampler = Sampler(steps=8, guidance=1.7, size=64)
+    """Configuration of the rollout."""
     model: str = "shapes-tiny-sft"
+    """Start from this model: a shipped name or a pipeline directory; it must not be distilled."""
     dataset: Path = Path("data/shapes_trajectories")
+    """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` or `python -m
+    clvr_jax.data.shapes_proxies` wrote."""
     mixture: tuple[int, ...] = PAPER_MIXTURE
+    """Sample the kinds of trajectory steps in this order, again and again: 0 is a first image, 1 to 3 the first to
+    third edit, and 4 a later edit. The default is the paper's mixture."""
     simple: bool = False
+    """Train the ablation "simple RL", whose reward reads only the latest image and the last text."""
 
 
 CONFIG = Config()

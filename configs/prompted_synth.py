@@ -31,32 +31,34 @@ _ARK = "https://ark.cn-beijing.volces.com/api/v3"
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Which prompts, and who plays which role.
-
-    Attributes:
-      prompts: a prompt in each line, or JSON lines {"prompt", "id"?, "metadata"?}.
-      evaluation: files of the same form; what is in them, or nearly, is not worked on.
-      director: plans, acts, and tells at the end what was done.
-      verifier: makes the checklists and answers them; the first judge, too.
-      second_judge: the other one.
-      images: draws and edits.
-      image_size: height and width of pictures; what the server likes if empty.
-      image_references: how pictures are sent to be edited, see `OpenAIImageTool`.
-      local_vlm: folder or Hugging Face id of a Qwen3-VL that plays all roles here, in place of the endpoints.
-      local_images: folder or id of a FLUX.2 that draws here, in place of the endpoint.
-    """
+    """Configuration of the prompts, and of the model that plays each role."""
 
     synth: SynthConfig = SynthConfig()
+    """Configuration of the data engine."""
     prompts: Path = Path("prompts.txt")
+    """Read the prompts from this file: one in each line, or JSON lines with "prompt" and, optionally, "id" and
+    "metadata"."""
     evaluation: tuple[Path, ...] = ()
+    """Leave out the prompts of these files and near duplicates of them; none are left out by default."""
     director: Endpoint = Endpoint("gemini-2.5-pro", _GEMINI, "GEMINI_API_KEY", max_in_flight=64)
+    """Endpoint of the model that plans, acts, and describes at the end what was done."""
     verifier: Endpoint = Endpoint("gemini-2.5-pro", _GEMINI, "GEMINI_API_KEY", max_in_flight=64)
+    """Endpoint of the model that makes the checklists and answers them; it is also the first judge."""
     second_judge: Endpoint = Endpoint("doubao-seed-1-8", _ARK, "ARK_API_KEY", max_in_flight=64)
+    """Endpoint of the second judge, which should be a different model."""
     images: Endpoint = Endpoint("doubao-seedream-4-0", _ARK, "ARK_API_KEY", max_in_flight=64, timeout=300)
+    """Endpoint of the image tool, which generates and edits."""
     image_size: tuple[int, ...] = (1024, 1024)
+    """Ask the image endpoint for images of this height and width; the server chooses if it is empty."""
     image_references: Literal["edits", "generations"] = "generations"
+    """Send images to be edited as uploads to /images/edits (edits), or inside the request to /images/generations
+    (generations), as Seedream expects."""
     local_vlm: str = ""
+    """Play all roles with this Qwen3-VL on this machine, a directory or Hugging Face id, in place of the endpoints; the
+    endpoints are used if it is empty."""
     local_images: str = ""
+    """Generate images with this FLUX.2 on this machine, a directory or Hugging Face id, in place of the endpoint; the
+    endpoint is used if it is empty."""
 
     def __post_init__(self) -> None:
         if len(self.image_size) not in (0, 2):

@@ -23,17 +23,22 @@ from clvr_jax.training.plan import Program
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """preset: Qwen3-VL 2B, 4B or 8B; UnifiedReward 2.0 is the last. batch_size: questions a call, all devices together.
-    images: pictures of a question, two if an edit is judged. size: pixels of a side. text: tokens of the question,
-    without its pictures. answer: tokens of the verdict."""
+    """Configuration of the program that `clvr plan` compiles."""
 
     mesh: MeshConfig = MeshConfig(fsdp=-1)
+    """Configuration of the device mesh."""
     preset: Literal["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"] = "qwen3-vl-8b"
+    """Plan for this size of Qwen3-VL; UnifiedReward 2.0 is an 8B."""
     batch_size: int = 16
+    """Number of questions answered in a call, over all devices."""
     images: int = 2
+    """Number of images in a question; judging an edit takes two."""
     size: int = 512
+    """Plan for images with sides of this many pixels."""
     text: int = 256
+    """Number of tokens of a question, without its images."""
     answer: int = 128
+    """Number of tokens of an answer."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.images, self.size, self.text, self.answer) < 1:

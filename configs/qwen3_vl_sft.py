@@ -43,13 +43,7 @@ PRESETS = {
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: folder or Hugging Face id of a Qwen3-VL, or of a pipeline with a `controller/`. dataset: of trajectories,
-    see `data.trajectory_dataset`. verification: whether the verification examples of the dataset are learned as well,
-    if there are any. batch_size: conversations a step, all devices together. train_vision: whether the
-    vision tower is trained as well. remat: what the backward pass keeps of each block, see `layers.REMAT`. loss_block:
-    tokens whose logits a device holds at a time.
-    preset, text, learned, images, size: model and conversations of `abstract_task`: tokens of a conversation that are
-    no image's, how many of them are learned, number of its images, pixels of a side."""
+    """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: TrainConfig = TrainConfig(
         steps=2000,
@@ -61,18 +55,34 @@ class Config:
         mesh=MeshConfig(fsdp=-1),
         save_minutes=20,
     )
+    """Configuration of the training."""
     model: str = ""
+    """Start from this Qwen3-VL: a directory or Hugging Face id of the model, or of a pipeline with a `controller/`; it
+    must be given to train."""
     dataset: Path = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
     verification: bool = True
+    """Train on the verification examples of the dataset as well, if it has any."""
     batch_size: int = 64
+    """Number of conversations in a step, over all devices."""
     train_vision: bool = False
+    """Train the vision tower as well; it stays frozen by default."""
     remat: str = "attention"
+    """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
+    of attention, and "full" nothing, which takes the least memory and the most time."""
     loss_block: int = 1024
+    """Compute the logits of this many tokens at a time on each device (chunked cross entropy), which bounds their
+    memory."""
     preset: Literal["qwen3-vl-2b", "qwen3-vl-4b", "qwen3-vl-8b"] = "qwen3-vl-8b"
+    """With `clvr plan` only: plan for this size of Qwen3-VL."""
     text: int = 2048
+    """With `clvr plan` only: plan for conversations with this many text tokens."""
     learned: int = 1536
+    """With `clvr plan` only: this many of the text tokens are in the loss."""
     images: int = 4
+    """With `clvr plan` only: plan for conversations with this many images."""
     size: int = 1024
+    """With `clvr plan` only: plan for images with sides of this many pixels."""
 
     def __post_init__(self) -> None:
         if min(self.batch_size, self.loss_block, self.text, self.learned, self.size) < 1 or self.images < 0:

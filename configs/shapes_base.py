@@ -95,18 +95,24 @@ KINDS = (
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """vae, tokenizer, text_encoder: folders made by their recipes.
-    dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
-    `sample_timesteps`."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
         steps=6500, learning_rate=3e-3, muon_learning_rate=8e-3, b2=0.98, ema_decay=0.998, save_minutes=5
     )
+    """Configuration of the training."""
     vae: Path = Path("runs/shapes_vae/export/vae")
+    """Use this autoencoder, a directory that `configs/shapes_vae.py` exported."""
     tokenizer: Path = Path("runs/shapes_tokenizer")
+    """Use this tokenizer, a directory that `configs/shapes_tokenizer.py` wrote."""
     text_encoder: Path = Path("runs/shapes_text_encoder/export/text_encoder")
+    """Start the text encoder from this one, a directory that `configs/shapes_text_encoder.py` exported."""
     dropout: float = 0.1
+    """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
+    guidance."""
     shift: float = 2.5
+    """Shift the training timesteps towards noise by this factor, as the sampler's schedule is shifted; 1 leaves them
+    uniform."""
 
 
 CONFIG = Config()

@@ -37,14 +37,17 @@ KINDS = (*_kinds(shapes_base.KINDS, 0.7), *_kinds(shapes_sft.KINDS[:5], 0.3))
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """model: shipped name or pipeline folder to distill."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
         steps=900, learning_rate=5e-4, muon_learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5
     )
+    """Configuration of the training."""
     # 16 steps of the teacher in all: it draws no better in 28.
     distill: DistillConfig = DistillConfig(substeps=4, guidance=shapes_base.SETTINGS.guidance_scale)
+    """Configuration of the distillation."""
     model: str = "shapes-tiny-base"
+    """Distill this model: a shipped name or a pipeline directory."""
 
 
 CONFIG = Config()

@@ -58,14 +58,19 @@ PROMPTS = {"single_object": 0.2, "two_object": 0.25, "colors": 0.25, "color_attr
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """vae: folder of an AutoencoderKLFlux2. dropout: share of texts replaced by the empty one, for guidance."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
         steps=2000, learning_rate=2e-3, muon_learning_rate=4e-3, b2=0.98, ema_decay=0.998, save_minutes=5
     )
+    """Configuration of the training."""
     vae: Path = SHIPPED / "shapes-tiny" / "vae"
+    """Use this autoencoder, a directory with an AutoencoderKLFlux2; the default is the shipped one."""
     batch_size: int = 32
+    """Number of images in a step, over all devices."""
     dropout: float = 0.1
+    """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
+    guidance."""
 
 
 CONFIG = Config()

@@ -89,17 +89,23 @@ def recorded_examples(dataset: Path) -> list[Example]:
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """base: pipeline folder to start from. dataset: of verified trajectories (`clvr synth`) instead of simulated
-    ones. dropout: share of texts replaced by the empty one, for guidance. shift: of the training timesteps, see
-    `sample_timesteps`."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
         steps=1200, learning_rate=1e-3, muon_learning_rate=3e-3, b2=0.98, ema_decay=0.995, save_minutes=5
     )
+    """Configuration of the training."""
     base: Path = Path("runs/shapes_base/export")
+    """Start from this pipeline directory."""
     dataset: Path | None = None
+    """Train on this dataset of verified trajectories, a directory that `clvr synth` wrote; trajectories are simulated
+    if it is not given."""
     dropout: float = 0.1
+    """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
+    guidance."""
     shift: float = 2.5
+    """Shift the training timesteps towards noise by this factor, as the sampler's schedule is shifted; 1 leaves them
+    uniform."""
 
 
 CONFIG = Config()

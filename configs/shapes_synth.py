@@ -34,14 +34,19 @@ from clvr_jax.worlds.shapes.prompts import evaluation_prompts as shapes_evaluati
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """count: training prompts. model: shipped name or pipeline folder of the drawing model. steps: of its sampler, half
-    of the model's own: what gets worse by it is thrown away. batch: pictures drawn together at most."""
+    """Configuration of the prompts and of the image generator."""
 
     synth: SynthConfig = SynthConfig(in_flight=96)
+    """Configuration of the data engine."""
     count: int = 10_000
+    """Make trajectories for this many training prompts."""
     model: str = "shapes-tiny-sft"
+    """Generate images with this model: a shipped name or a pipeline directory."""
     steps: int = 14
+    """Number of sampler steps; the default is half of the model's own, because the engine discards what this makes
+    worse."""
     batch: int = 32
+    """Generate at most this many images together."""
 
 
 CONFIG = Config()

@@ -36,10 +36,12 @@ from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """tokenizer: folder made by its recipe."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(steps=1200, learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5)
+    """Configuration of the training."""
     tokenizer: Path = Path("runs/shapes_tokenizer")
+    """Use this tokenizer, a directory that `configs/shapes_tokenizer.py` wrote."""
 
 
 CONFIG = Config()

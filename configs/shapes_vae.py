@@ -33,12 +33,16 @@ MODEL = AutoencoderKLFlux2Config(
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """batch_size: pictures a step. kl_weight: see `autoencoder_loss`. statistics: pictures behind the normalisation."""
+    """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(steps=3000, learning_rate=2e-3, weight_decay=0.0, ema_decay=0.998)
+    """Configuration of the training."""
     batch_size: int = 32
+    """Number of images in a step, over all devices."""
     kl_weight: float = 3e-3
+    """Weight of the KL divergence of the posterior from a unit normal, in nats for each pixel value."""
     statistics: int = 4096
+    """Compute the statistics that normalize the latents over this many images."""
 
 
 CONFIG = Config()

@@ -37,14 +37,17 @@ _LEAST_ERROR = 1e-5
 
 @dataclass(frozen=True)
 class NFTConfig:
-    """beta: how far theta's change is carried to both sides; 1 is safe, .1 learns faster and less stably.
-    scale: c, the weight of the policy loss. kl_weight: of the distance to the reference. advantage_clip: advantages
-    beyond it count as it."""
+    """Configuration of the loss of DiffusionNFT."""
 
     beta: float = 1.0
+    """How far the implicit positive and negative policies are from the old one, in units of the current policy's
+    change; 1 is safe, and 0.1 learns faster and less stably."""
     scale: float = 5.0
+    """Weight of the policy loss."""
     kl_weight: float = 1e-5
+    """Weight of the distance to the reference policy; 0 switches it off."""
     advantage_clip: float = 5.0
+    """Clip advantages to this absolute value."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0 or not self.scale > 0 or self.kl_weight < 0 or not self.advantage_clip > 0:

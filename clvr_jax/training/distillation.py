@@ -37,12 +37,15 @@ _HALF = 0.5
 
 @dataclass(frozen=True)
 class DistillConfig:
-    """steps: the student's. substeps: of the teacher in each of them. guidance: the teacher's, two evaluations a
-    substep if above 1."""
+    """Configuration of few-step distillation."""
 
     steps: int = 4
+    """Number of sampler steps of the student."""
     substeps: int = 8
+    """Number of teacher steps inside each step of the student."""
     guidance: float = 4.0
+    """Classifier-free guidance of the teacher; 1 is without guidance, and above 1 each teacher step takes two network
+    evaluations."""
 
     def __post_init__(self) -> None:
         if min(self.steps, self.substeps) < 1 or self.guidance < 1:

@@ -26,13 +26,17 @@ from clvr_jax.training.diffusion_nft import Policy, beside, distances, mean_b, m
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    """eta: how random the roll-out is. clip: c, of the ratio, which is close to 1 as it goes by the mean log-density.
-    kl_weight: of the distance to the reference. advantage_clip: advantages beyond it count as it."""
+    """Configuration of the sampler and the loss of Flow-GRPO."""
 
     eta: float = 0.7
+    """Noise level of the stochastic sampler; it must be positive."""
     clip: float = 1e-4
+    """Clip the probability ratio to 1 - clip and 1 + clip; the ratio is close to 1, because it uses the mean
+    log-density over the latents."""
     kl_weight: float = 0.04
+    """Weight of the KL divergence from the reference policy; 0 switches it off."""
     advantage_clip: float = 5.0
+    """Clip advantages to this absolute value."""
 
     def __post_init__(self) -> None:
         if not self.eta > 0 or not self.clip > 0 or self.kl_weight < 0 or not self.advantage_clip > 0:

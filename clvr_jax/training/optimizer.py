@@ -13,23 +13,27 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW, or Muon and AdamW, behind a clip of the global gradient norm.
-
-    steps: optimiser steps. learning_rate: peak of a cosine with linear warm-up over `warmup` of the steps, down to
-    `final_learning_rate` of the peak. muon_learning_rate: if positive, the matrices of the scanned blocks are trained
-    by Muon with this peak, in units of AdamW's (a step moves an entry by 0.2 of it, as AdamW's typically does), and
-    AdamW trains the rest.
-    """
+    """AdamW, or Muon and AdamW, behind a clip of the global gradient norm."""
 
     steps: int = 1000
+    """Train for this many optimizer steps."""
     learning_rate: float = 1e-3
+    """Peak learning rate of AdamW, reached by linear warmup and followed by cosine decay."""
     muon_learning_rate: float = 0.0
+    """Train the matrices of the scanned blocks by Muon with this peak learning rate, and the rest by AdamW; 0 trains
+    everything by AdamW. It is in units of AdamW's: a step moves an entry by 0.2 of it, as AdamW's typically does."""
     warmup: float = 0.05
+    """Warm up over this fraction of the steps; it must be in [0, 1)."""
     final_learning_rate: float = 0.02
+    """End the cosine decay at this fraction of the peak learning rate."""
     weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW and Muon; 0 switches it off."""
     b1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     b2: float = 0.99
+    """Decay rate of AdamW's second moment."""
     clip_norm: float = 1.0
+    """Rescale gradients whose global norm is above this value."""
 
     def __post_init__(self) -> None:
         if self.steps < 1:

@@ -30,48 +30,66 @@ _NOISE, _TIMES, _UPDATE, _PATH = range(4)
 
 @dataclasses.dataclass(frozen=True)
 class PPRLConfig:
-    """A run of PPRL; the defaults are the paper's, and DiffusionNFT's where it is silent.
-
-    epochs: of sampling and learning. groups: trajectory steps an epoch. group: pictures drawn for each.
-    groups_per_call: groups of one shape in each call of a program; all devices need a row of it.
-    updates: optimiser steps an epoch, each on its share of the groups. timesteps: of the roll-out's own, at how many
-    each sample is learned from, all of them if there are fewer. spread: what advantages are divided by, see
-    `group_advantages`. method: DiffusionNFT, or Flow-GRPO as a baseline. nft, grpo: their losses. old_decay: how `old`
-    follows, see `diffusion_nft.old_decay`; with Flow-GRPO it is always what trains. ema_decay: of the average for
-    evaluation and export.
-    lora_rank: 0 trains all parameters. lora_alpha: the change is alpha / rank * a b. lora_targets: kernels adapted.
-    learning_rate, b1, b2, weight_decay, clip_norm: AdamW, at a constant rate. bad_updates: so many in a row that are
-    not finite end the run; fewer are skipped and counted. grid_every: epochs between grids of samples, 0 for none.
-    seed: of all random numbers. save_minutes, keep: of checkpoints, at the ends of epochs. wandb: project, "" for none.
-    """
+    """Configuration of a run of PPRL; the defaults are the paper's, and DiffusionNFT's where the paper gives no value."""
 
     epochs: int = 100
+    """Train for this many epochs of sampling and learning."""
     groups: int = 32
+    """Sample images for this many trajectory steps in each epoch, one group of images for each."""
     group: int = 16
+    """Number of images sampled for each trajectory step, which are compared with each other."""
     groups_per_call: int = 1
+    """Number of groups of one shape that are computed in one call; every device needs at least one of their images."""
     updates: int = 1
+    """Number of optimizer steps in each epoch; each takes an equal share of the groups."""
     timesteps: int = 4
+    """Number of timesteps of the sampler at which each image is learned from; all of them are used if there are fewer.
+    """
     spread: Literal["group", "epoch"] = "group"
+    """Divide advantages by the standard deviation of the rewards in the group, or of all rewards in the epoch."""
     method: Literal["nft", "grpo"] = "nft"
+    """RL algorithm: nft is DiffusionNFT, and grpo is Flow-GRPO, a baseline."""
     nft: NFTConfig = NFTConfig()
+    """Configuration of DiffusionNFT, used with method nft."""
     grpo: GRPOConfig = GRPOConfig()
+    """Configuration of Flow-GRPO, used with method grpo."""
     old_decay: Literal["linear", "delayed"] = "linear"
+    """How the old policy, which samples, follows the trained one. linear: its decay grows by 0.001 a step up to 0.5.
+    delayed: it is a copy for 75 steps, then its decay grows up to 0.999. Flow-GRPO always samples from the trained
+    policy."""
     ema_decay: float = 0.9
+    """Decay of the exponential moving average (EMA) of the parameters, which is what is evaluated and exported."""
     lora_rank: int = 128
+    """Rank of the LoRA that is trained; 0 trains all parameters."""
     lora_alpha: float = 256.0
+    """Scale of the LoRA: the weights change by alpha / rank times the product of its two matrices."""
     lora_targets: tuple[str, ...] = ("kernel",)
+    """Adapt the kernels in whose path one of these regular expressions is found."""
     learning_rate: float = 1e-4
+    """Learning rate of AdamW, which is constant."""
     b1: float = 0.9
+    """Decay rate of AdamW's first moment."""
     b2: float = 0.999
+    """Decay rate of AdamW's second moment."""
     weight_decay: float = 1e-4
+    """Decoupled weight decay of AdamW; 0 switches it off."""
     clip_norm: float = 1.0
+    """Rescale gradients whose global norm is above this value."""
     bad_updates: int = 8
+    """End the run after this many optimizer steps in a row whose loss or gradients are not finite; fewer are skipped
+    and counted."""
     grid_every: int = 10
+    """Write a grid of sampled images every so many epochs; 0 writes none."""
     seed: int = 0
+    """Seed of all random numbers; the same seed on the same number of devices gives the same run."""
     mesh: MeshConfig = MeshConfig()
+    """Configuration of the device mesh."""
     save_minutes: float = 10.0
+    """Save a checkpoint at the end of an epoch if so many minutes have passed since the last one."""
     keep: int = 2
+    """Keep this many of the newest checkpoints."""
     wandb: str = ""
+    """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
 
     def __post_init__(self) -> None:
         counts = ("epochs", "groups", "groups_per_call", "updates", "timesteps", "bad_updates", "keep")

@@ -70,17 +70,16 @@ def state_shardings(state: TrainState, layout: Layout) -> TrainState:
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """How a step is computed.
-
-    accumulate: parts that a batch is cut into, one after the other, for batches whose activations do not fit.
-    compute_dtype: parameters are cast to it for the loss; they, the average and the optimiser stay as they are.
-    ema_decay: of the average, less in the first steps. seed: of all random numbers.
-    """
+    """The part of a run's configuration that one training step depends on."""
 
     accumulate: int = 1
+    """Number of microbatches that a batch is split into, for batches whose activations do not fit."""
     compute_dtype: str = "float32"
+    """Parameters are cast to this dtype for the loss; parameters, EMA and optimizer state keep theirs."""
     ema_decay: float = 0.995
+    """Decay of the exponential moving average (EMA) of the parameters; it is smaller in the first steps."""
     seed: int = 0
+    """Seed of all random numbers."""
 
 
 def make_train_step(

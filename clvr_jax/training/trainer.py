@@ -32,25 +32,34 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(OptimizerConfig):
-    """Optimiser, step, mesh and bookkeeping of a run.
-
-    Beside the fields of `OptimizerConfig` and, of the same meaning, of `StepConfig`:
-    mesh: how devices are used. bad_steps: so many steps in a row with gradients that are not finite end the run; fewer
-    are skipped and counted. save_minutes: time between checkpoints. keep: how many stay. wandb: project to log to as
-    well, with Weights & Biases. profile: step from which three are traced into `out`/profile.
-    """
+    """Configuration of a training run: the optimizer, the step, the mesh, and what is saved and logged."""
 
     accumulate: int = 1
+    """Split each batch into this many microbatches and accumulate their gradients, for batches whose activations do not
+    fit; 1 computes the batch at once."""
     compute_dtype: str = "float32"
+    """Compute the loss in this dtype, float32 or bfloat16; parameters, EMA and optimizer state stay in float32."""
     ema_decay: float = 0.995
+    """Decay of the exponential moving average (EMA) of the parameters, which is what is exported; it is smaller in the
+    first steps, and 0 exports the last parameters."""
     seed: int = 0
+    """Seed of all random numbers; the same seed on the same number of devices gives the same run."""
     mesh: MeshConfig = MeshConfig()
+    """Configuration of the device mesh."""
     bad_steps: int = 8
+    """End the run after this many steps in a row whose loss or gradients are not finite; fewer are skipped and counted.
+    """
     log_every: int = 20
+    """Write the metrics every so many steps."""
     save_minutes: float = 4.0
+    """Save a checkpoint every so many minutes, and at the end of the run."""
     keep: int = 2
+    """Keep this many of the newest checkpoints."""
     wandb: str = ""
+    """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
     profile: int | None = None
+    """Write a profile of three steps, beginning with this one, to OUT/profile; nothing is profiled if it is not given.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
