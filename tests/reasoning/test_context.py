@@ -29,6 +29,12 @@ def test_chat_as_training_sample_ends_with_the_reply():
     assert chat_messages("a cat", [], 0) == [{"role": "user", "content": "a cat"}]
 
 
+def test_requirements_are_listed_below_the_prompt():
+    messages = chat_messages("a cat", ["one"], 1, requirements=("cat", "one object"))
+    assert messages[0]["content"] == "a cat\nRequired: cat; one object."
+    assert messages[1:] == chat_messages("a cat", ["one"], 1)[1:]
+
+
 @pytest.mark.parametrize(("replies", "images"), [(2, 0), (1, 2), (0, -1)])
 def test_images_must_go_with_replies(replies, images):
     with pytest.raises(ClvrError, match="images"):

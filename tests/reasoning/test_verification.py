@@ -96,6 +96,15 @@ def test_the_probability_is_that_of_yes_against_no():
     )
 
 
+def test_a_space_that_is_a_token_of_its_own_leads_to_the_word_that_is_spelled_so():
+    """The tokenizer of shapes-tiny writes " yes" as three tokens and " no" as one."""
+    space = Token(" ", math.log(0.6), {" ": math.log(0.6), " no": math.log(0.4)})
+    yes = Answer("A dog. yes", tokens=(Token("A dog.", 0.0), space, Token("y", 0.0, {"y": 0.0}), Token("es", 0.0)))
+    assert answer_probability(yes) == pytest.approx(0.6)
+    no = Token(" no", math.log(0.7), {" no": math.log(0.7), " ": math.log(0.3)})
+    assert answer_probability(Answer("A dog. no", tokens=(Token("A dog.", 0.0), no))) == pytest.approx(0.3)
+
+
 def test_evidence_is_as_certain_as_the_clauses_it_quotes():
     described = answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.5), (".", 1.0))
     assert evidence_probability(described, "red star top") == pytest.approx(0.9)

@@ -73,6 +73,12 @@ def test_the_report_stands_beside_the_latest_image_only():
     assert third.messages()[2]["content"] == [{"type": "image"}]
 
 
+def test_the_controller_reads_what_will_be_verified():
+    _, controller, *_ = run_one([draw(), again(1)], [(1, 0, 0), (1, 1, 1)])
+    assert [call[0].requirements for call in controller.calls] == [REQUIRED, REQUIRED]
+    assert controller.calls[1][0].messages()[0]["content"] == "p\nRequired: one; two; three."
+
+
 def test_a_clearly_worse_image_is_rolled_back_without_asking_the_controller():
     trajectory, controller, drawer, _, events = run_one([draw(), again(1)], [(1, 1, 0), (0, 0, 0), (1, 1, 1)])
     assert (trajectory.outcome, len(controller.calls)) == ("accepted", 2)

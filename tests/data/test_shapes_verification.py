@@ -1,0 +1,78 @@
+"""What the small verifier learns from is exact, balanced, and without held-out pairs."""
+
+import numpy as np
+import pytest
+
+from clvr_jax.data.shapes_verification import (
+    CHECKLIST_MISSING,
+    comparisons_chat,
+    conversation_chat,
+    has_held_out_object,
+    plan_chat,
+    random_canvas,
+    requirements_chat,
+    training_metadata,
+)
+from clvr_jax.reasoning.verification import read_requirements
+from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.prompts import has_held_out_pair
+
+SEED = 3
+
+
+def texts(messages, role):
+    return [message["content"] for message in messages if message["role"] == role]
+
+
+def test_comparisons_share_one_description_and_are_met_about_half_of_the_time():
+    rng = np.random.default_rng(SEED)
+    chats = [comparisons_chat(rng, 5) for _ in range(300)]
+    answers = [text.rsplit(" ", 1)[1] for chat in chats for text in texts(chat.messages, "assistant")]
+    assert set(answers) == {"yes", "no"}
+    share = answers.count("yes") / len(answers)
+    assert share == pytest.approx(0.5, abs=4 * 0.5 / len(answers) ** 0.5)  # four standard errors, seed 3
+    for chat in chats:
+        first, *others = texts(chat.messages, "user")
+        assert first.startswith(("I see", "Plan: "))
+        assert all(text.startswith("Required: ") for text in [first.split("\n", 1)[1], *others])
+        asked = [text.split("Required: ", 1)[1] for text in (first, *others)]
+        assert len(set(asked)) == len(asked)
+
+
+def test_the_controller_mostly_reads_the_requirements_of_its_prompt():
+    rng = np.random.default_rng(SEED)
+    asked = [texts(plan_chat(rng).messages, "user")[0] for _ in range(400)]
+    without = [text for text in asked if "\nRequired: " not in text]
+    error = (CHECKLIST_MISSING * (1 - CHECKLIST_MISSING) / 400) ** 0.5
+    assert len(without) / 400 == pytest.approx(CHECKLIST_MISSING, abs=4 * error)  # four standard errors, seed 3
+    assert all(read_requirements(text.split("\n")[-1]) for text in asked if text not in without)
+
+
+def test_requirements_can_be_read():
+    rng = np.random.default_rng(SEED)
+    for _ in range(200):
+        chat = requirements_chat(rng)
+        assert read_requirements(texts(chat.messages, "assistant")[0]) is not None
+
+
+def test_no_training_prompt_and_no_training_image_holds_a_held_out_pair():
+    rng = np.random.default_rng(SEED)
+    prompts: list[Metadata] = [training_metadata(rng) for _ in range(400)]
+    assert not any(has_held_out_pair(metadata) for metadata in prompts)
+    assert not any(has_held_out_object(random_canvas(rng).reading()) for _ in range(400))
+
+
+def test_a_conversation_ends_with_a_reply_to_a_report():
+    rng = np.random.default_rng(SEED)
+    for _ in range(20):
+        chat = conversation_chat(rng, 0.5, lambda images: images)
+        image, report = chat.messages[-2]["content"]
+        assert image == {"type": "image"}
+        assert report["text"].startswith("I see ")
+        assert chat.messages[-1]["role"] == "assistant"
+        assert len(chat.images) == sum(
+            part == {"type": "image"}
+            for message in chat.messages
+            if isinstance(message["content"], list)
+            for part in message["content"]
+        )
