@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 Parsed = TypeVar("Parsed")
 
-_OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
+OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 
 
 def read_arguments(
@@ -38,7 +38,7 @@ def read_arguments(
                 prog=prog,
                 description=f"{description}\n\nExample:\n    {example}",
                 args=list(arguments),
-                config=_OPTIONS,
+                config=OPTIONS,
             )
     except SystemExit as stop:
         if not stop.code:

@@ -1,4 +1,4 @@
-"""Recipes as files: a Python module that lies anywhere, and its configuration as JSON and back."""
+"""Recipes as files: how they are found by name and imported, and their configuration as JSON and back."""
 
 import dataclasses
 import importlib.util
@@ -12,16 +12,16 @@ from clvr_jax.errors import ClvrError
 
 
 def plain(config: Any) -> Any:
-    """A configuration as JSON can hold it."""
+    """Returns a configuration as plain values that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
 def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
-    """The inverse of `plain`, for a configuration of the template's types.
+    """Returns a configuration of the template's types from plain values; the inverse of `plain`.
 
     Args:
       template: a configuration, or the value of one of its fields.
-      values: what `plain` made of another of the same types.
+      values: what `plain` returned for a configuration of the same types.
       declared: the declared type of the field, which decides where the template holds None.
     """
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
@@ -37,10 +37,29 @@ def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
     return tuple(values) if isinstance(template, tuple) else values
 
 
+def find_recipe(name: str | Path) -> Path:
+    """Returns the file of a recipe.
+
+    Args:
+      name: a Python file, or the name of a recipe that is installed with the package, such as `pprl_shapes`.
+    Raises: ClvrError, one line with the names that exist, for the name of no recipe.
+    """
+    path = Path(name)
+    if path.is_file() or path.suffix or len(path.parts) != 1:
+        return path
+    spec = importlib.util.find_spec("clvr_jax.configs")
+    directories = map(Path, (spec and spec.submodule_search_locations) or ())
+    installed = {file.stem: file for directory in directories for file in sorted(directory.glob("*.py"))}
+    if path.name in installed:
+        return installed[path.name]
+    names = ", ".join(stem for stem, file in installed.items() if "\nCONFIG = " in file.read_text(encoding="utf-8"))
+    raise ClvrError(f"{name}: no such recipe; give a Python file, or one of {names}")
+
+
 def import_recipe(path: Path) -> ModuleType:
-    """The module of a recipe file, wherever it lies. Raises: ClvrError, one line, if it cannot be imported."""
+    """Imports a recipe file, wherever it is stored. Raises: ClvrError, one line, if it cannot be imported."""
     if not path.is_file():
-        raise ClvrError(f"{path}: no such recipe; give a Python file such as configs/shapes_vae.py")
+        raise ClvrError(f"{path}: no such recipe; give a Python file, or the name of a recipe such as shapes_vae")
     name = f"clvr_recipe_{path.stem}"
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:

@@ -121,15 +121,20 @@ def main(
     timed: int = 60,
     seeds: tuple[int, ...] = (0, 1),
 ) -> None:
-    """Makes the models, draws and scores, measures times and changes, and writes the page.
+    """Merges the models, generates and scores images, measures times and deltas, and writes the page.
 
     Args:
-      out: folder for models and pictures. page: the Markdown file; its plots lie beside it in a folder of its name.
-      base, distilled, sft, pprl: shipped names or pipeline folders of one architecture; only the transformer differs.
-      aligned: which is merged; the last one that there is if not given.
-      controller: shipped name or folder with a controller/.
-      limit: at most so many prompts of each split. timed: complex prompts whose loops are timed.
-      seeds: of the pictures, one of each prompt for every seed.
+      out: Write models and images to this directory.
+      page: Write the tables to this Markdown file, and its plots to a directory of the same name beside it.
+      base: Base model, a shipped name or a pipeline directory; the four models differ in their transformer only.
+      distilled: Distilled model, a shipped name or a pipeline directory.
+      sft: Fine-tuned model, a shipped name or a pipeline directory.
+      pprl: Model trained by PPRL, a shipped name or a pipeline directory; its rows are left out if it is not given.
+      aligned: Merge this model with the distilled one; the model trained by PPRL if there is one, else the fine-tuned.
+      controller: Controller, a shipped name or a directory with a controller/.
+      limit: Use at most this many prompts of each split; all of them if it is not given.
+      timed: Measure the time of the loop on this many complex prompts.
+      seeds: Generate one image of each prompt for each of these seeds.
     """
     at_least_one("--limit", limit)
     at_least_one("--timed", timed)

@@ -48,16 +48,19 @@ def main(
     limit: int | None = None,
     options: str = "",
 ) -> None:
-    """Makes the dataset, trains all arms, evaluates and reports.
+    """Makes the dataset, trains all arms, evaluates them, and writes the report.
 
     Args:
-      out: folder of everything; the report is report.md and report.json.
-      model: that starts: shipped name or pipeline folder.
-      arms, seeds: what trains; a picture of seed s is drawn from it, too.
-      trajectories, tiers: of the dataset, and numbers of objects in its prompts.
-      splits, limit: evaluation sets, and at most so many prompts of each.
-      max_steps: drawings for a prompt.
-      options: of the recipe, as one would give them to `clvr train configs/pprl_shapes.py`: "--sampler.steps 4".
+      out: Write everything to this directory; the report is report.md and report.json.
+      model: Start from this model: a shipped name or a pipeline directory.
+      arms: Train these arms: PPRL, simple RL, or Flow-GRPO.
+      seeds: Train each arm once with each of these seeds, and generate the evaluation images with the same seed.
+      trajectories: Number of trajectories in the dataset.
+      tiers: Numbers of objects in the prompts of the dataset.
+      splits: Evaluate on these sets of prompts.
+      max_steps: Generate at most this many images for a prompt of the evaluation.
+      limit: Use at most this many prompts of each set; all of them if it is not given.
+      options: Pass these options to `clvr train configs/pprl_shapes.py`, in one string such as "--sampler.steps 4".
     """
     dataset = out / "dataset"
     if not dataset.exists():
@@ -70,7 +73,7 @@ def main(
             if name != START and not (run / "export").exists():
                 _clvr(*training(model, dataset, name, seed, run), *shlex.split(options))
                 if not (run / "export").exists():
-                    raise ClvrError(f"{run}: was stopped; the same command goes on")
+                    raise ClvrError(f"{run}: the training was interrupted; the same command resumes it")
             for split in splits:
                 pictures = _pictures(out, name, split, seed)
                 if not (pictures / "results.json").exists():
@@ -176,7 +179,7 @@ def _pictures(out: Path, name: str, split: str, seed: int) -> Path:
 def _clvr(*arguments: str) -> None:
     console.print(f"clvr {shlex.join(arguments)}", highlight=False, soft_wrap=True)
     if cli.main(arguments) != 0:
-        raise ClvrError(f"clvr {arguments[0]} failed; the same command goes on")
+        raise ClvrError(f"clvr {arguments[0]} failed; the same command resumes the experiment")
 
 
 if __name__ == "__main__":

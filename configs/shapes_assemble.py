@@ -23,14 +23,21 @@ def main(
     sft: Path = Path("runs/shapes_sft/export"),
     controller: Path = Path("runs/shapes_controller/export"),
 ) -> None:
-    """The merged pipeline, the transformers of base and fine-tuned model beside its own, and the controller.
+    """Assembles the shipped model: the merged pipeline, the other two transformers and the controller.
 
-    All transformers are stored as float16; `clvr.json` says how those of the others are sampled.
+    All transformers are stored as float16; `clvr.json` holds the sampler settings of the other two.
+
+    Args:
+      out: Write the model to this directory.
+      merged: Merged pipeline directory, from which everything but the other models is copied.
+      base: Pipeline directory of the base model.
+      sft: Pipeline directory of the fine-tuned model.
+      controller: Directory of the controller.
     """
     others = {"transformer_base": base, "transformer_sft": sft}
     for folder in (merged, *others.values(), controller):
         if not folder.is_dir():
-            raise ClvrError(f"{folder}: no such folder; train it first, see make reproduce")
+            raise ClvrError(f"{folder}: no such directory; train it first, see make reproduce")
     with replacing(out) as temporary:
         left_out = shutil.ignore_patterns("transformer", "recipe.json", "report*", "README.md")
         shutil.copytree(merged, temporary, ignore=left_out, dirs_exist_ok=True)

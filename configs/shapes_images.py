@@ -53,12 +53,15 @@ def main(
     """Generates the images and writes them as arrays (n, 64, 64, 3) uint8, one for each generator and mode.
 
     Args:
-      out: the file.
-      merged, distilled, sft, base: shipped names or pipeline directories.
-      count: one-shot images of the distilled model, which errs most; the others get fewer.
-      steps: of the samplers that are not distilled, fewer than they are meant to have: their mistakes are of the same
-        kinds.
-      seed: of prompts and noise.
+      out: Write the arrays to this file.
+      merged: Merged model, a shipped name or a pipeline directory.
+      distilled: Distilled model, a shipped name or a pipeline directory.
+      sft: Fine-tuned model, a shipped name or a pipeline directory.
+      base: Base model, a shipped name or a pipeline directory.
+      count: Generate this many images with the distilled model, which errs most; the others generate fewer.
+      steps: Number of sampler steps of the models that are not distilled. They are trained for more; the mistakes are
+        of the same kinds.
+      seed: The same seed gives the same prompts and noise.
     """
     check_file(out)
     keep_compiled_programs()

@@ -35,10 +35,16 @@ def main(
     tiers: tuple[int, ...] = (),
     steps: int | None = None,
 ) -> None:
-    """Draws `count` trajectories with `model`, `batch` at a time, and writes each to a folder of its own.
+    """Generates trajectories with the oracle as controller, and writes each to a directory of its own.
 
-    With `tiers` all prompts are complex, of so many objects, up to 9; `steps` are the sampler's, the model's own if not
-    given.
+    Args:
+      out: Write the trajectories to this directory.
+      model: Image generator, a shipped name or a pipeline directory.
+      count: Number of trajectories.
+      batch: Generate this many trajectories together.
+      seed: The same seed gives the same prompts and noise.
+      tiers: Use only complex prompts with these numbers of objects, up to 9; all kinds of prompts if none is given.
+      steps: Number of sampler steps; the model's own if it is not given.
     """
     identity = {"model": model, "seed": seed, **({"tiers": list(tiers)} if tiers else {})}
     identity |= {"steps": steps} if steps else {}

@@ -28,7 +28,11 @@ def texts(seed: int, count: int) -> Iterator[str]:
 
 
 def main(out: Path = Path("runs/shapes_tokenizer")) -> None:
-    """Trains and writes it."""
+    """Trains the tokenizer.
+
+    Args:
+      out: Write the tokenizer to this directory.
+    """
     train_tokenizer(texts(0, 2000), VOCABULARY, check_folder(out))
 
 

@@ -48,8 +48,13 @@ _HEADER = ("recipe and options", "slice", "mesh", "memory of a chip", "sent by a
 def main() -> int:
     """Plans every run, then prints the table; 1 if one of them could not be planned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder of the reports")
-    parser.add_argument("--runs", type=Path, help="file with the arguments of one `clvr plan` in each line")
+    parser.add_argument("--out", type=Path, required=True, help="Write the reports to this directory.")
+    parser.add_argument(
+        "--runs",
+        type=Path,
+        help="Plan the runs of this file, with the arguments of one `clvr plan` in each line; the runs of the table in "
+        "docs/training-on-tpu-pods.md if it is not given.",
+    )
     options = parser.parse_args()
     text = options.runs.read_text(encoding="utf-8") if options.runs else RUNS
     options.out.mkdir(parents=True, exist_ok=True)

@@ -46,8 +46,8 @@ def start(processes: int, devices: int, arguments: list[str], logs: Path) -> lis
 def main() -> int:
     """Starts the processes and waits; the first that fails decides the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--devices", type=int, default=4, help="virtual devices of each process")
+    parser.add_argument("--processes", type=int, default=2, help="Start this many processes; the default is 2.")
+    parser.add_argument("--devices", type=int, default=4, help="Virtual devices of each process; the default is 4.")
     options, rest = parser.parse_known_args()
     logs = Path(tempfile.mkdtemp(prefix="clvr-cluster-"))
     started = start(options.processes, options.devices, rest, logs)

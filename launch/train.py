@@ -45,9 +45,9 @@ def main() -> int:
 
 def _work(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--coordinator", help="host:port of process 0")
-    parser.add_argument("--processes", type=int, help="how many there are")
-    parser.add_argument("--process", type=int, help="which one this is, from 0")
+    parser.add_argument("--coordinator", help="Address (host:port) of process 0; found automatically on TPU and SLURM.")
+    parser.add_argument("--processes", type=int, help="Number of processes in all.")
+    parser.add_argument("--process", type=int, help="Number of this process, from 0.")
     who, rest = parser.parse_known_args(arguments)
 
     from clvr_jax.cli import main as clvr

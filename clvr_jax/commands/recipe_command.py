@@ -1,8 +1,9 @@
-"""Commands on a recipe, whose options the recipe decides."""
+"""Commands on a recipe, whose fields become options of the command."""
 
 import abc
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
 
@@ -10,28 +11,34 @@ import tyro
 
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import Result, prepare_jax
+from clvr_jax.recipe_files import find_recipe
 
 
 @dataclass(frozen=True)
 class RecipeCommand(abc.ABC):
-    """A command on a recipe, which may change what the recipe says."""
+    """A command on a recipe, whose fields can be overridden on the command line."""
 
     NAME: ClassVar[str]
     EXAMPLE: ClassVar[str]
     OVERRIDE: ClassVar[str]
+    """Options of the command for the example of a recipe in --help."""
+    RECIPE_OVERRIDES: ClassVar[Mapping[str, str]] = {}
+    """Options of recipes for this example: field of the config -> value; those that a recipe lacks are left out."""
 
     config: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CONFIG")]
-    """Recipe: a Python file with CONFIG, such as configs/shapes_vae.py; it comes before the options."""
+    """Run this recipe: a name such as shapes_vae, or a Python file that defines CONFIG. Give it before the options."""
 
     def run(self) -> Result:
-        """Does it as the recipe says."""
-        recipe = self.load(self.config)
+        """Runs the command with the config of the recipe."""
+        recipe = self.load(find_recipe(self.config))
         return self.run_recipe(recipe, recipe.config)
 
     @staticmethod
     def load(path: Path) -> Any:
-        """Reads a recipe; what comes has `config` and `description`. Recipes are those of training, unless a command
-        has its own."""
+        """Reads a recipe file; returns an object with `config` and `description`.
+
+        The recipes are those of training; a command with recipes of its own overrides this.
+        """
         prepare_jax()
         from clvr_jax.training.recipes import load_recipe
 
@@ -39,19 +46,19 @@ class RecipeCommand(abc.ABC):
 
     @abc.abstractmethod
     def run_recipe(self, recipe: Any, config: Any) -> Result:
-        """Does it with another config than the recipe's own."""
+        """Runs the command with a config, which need not be the recipe's own."""
 
 
 Kind = TypeVar("Kind", bound=RecipeCommand)
 
 
 def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
-    """Reads the recipe first, since it says which options there are."""
+    """Parses a command line; the recipe is loaded first, because its fields are the options."""
     prog = f"clvr {kind.NAME}"
     path = next((argument for argument in arguments if not argument.startswith("-")), None)
     if path is None:
         return read_arguments(kind, arguments, prog, kind.__doc__, kind.EXAMPLE)
-    recipe = kind.load(Path(path))
+    recipe = kind.load(find_recipe(path))
     options: Any = Annotated[type(recipe.config), tyro.conf.arg(name="")]
 
     @dataclass(frozen=True)
@@ -62,4 +69,17 @@ def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
             return self.run_recipe(recipe, self.config_with_overrides)
 
     description = f"{path}: {recipe.description}"
-    return read_arguments(OnRecipe, arguments, prog, description, f"{prog} {path} {kind.OVERRIDE}")
+    example = f"{prog} {path} {_example_options(kind, recipe.config)}"
+    return read_arguments(OnRecipe, arguments, prog, description, example)
+
+
+def _example_options(kind: type[RecipeCommand], config: Any) -> str:
+    """Returns options that a recipe accepts, for the example in --help."""
+    options = []
+    for name, value in kind.RECIPE_OVERRIDES.items():
+        try:
+            attrgetter(name)(config)
+        except AttributeError:
+            continue
+        options.append(f"--{name.replace('_', '-')} {value}")
+    return " ".join([*options, kind.OVERRIDE])

@@ -16,8 +16,9 @@ class Synth(RecipeCommand):
     """Makes verified trajectories of a recipe's prompts. A run that was stopped goes on where it was."""
 
     NAME: ClassVar = "synth"
-    EXAMPLE: ClassVar = "clvr synth configs/shapes_synth.py --count 200 --out runs/synth"
-    OVERRIDE: ClassVar = "--count 200 --out runs/synth"
+    EXAMPLE: ClassVar = "clvr synth shapes_synth --count 200 --out runs/synth"
+    OVERRIDE: ClassVar = "--out runs/synth"
+    RECIPE_OVERRIDES: ClassVar = {"count": "200"}
 
     out: Folder = None
     """Folder for outcomes, dataset, statistics and card; runs/NAME-OF-RECIPE if not given."""

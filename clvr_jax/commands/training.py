@@ -21,8 +21,9 @@ class Train(RecipeCommand):
     """Runs a recipe. `clvr train CONFIG --help` lists what the recipe lets you change."""
 
     NAME: ClassVar = "train"
-    EXAMPLE: ClassVar = "clvr train configs/shapes_vae.py --train.steps 500 --out runs/try"
-    OVERRIDE: ClassVar = "--train.steps 500 --out runs/try"
+    EXAMPLE: ClassVar = "clvr train shapes_vae --train.steps 500 --out runs/try"
+    OVERRIDE: ClassVar = "--out runs/try"
+    RECIPE_OVERRIDES: ClassVar = {"train.steps": "500", "train.epochs": "2"}
 
     out: Folder = None
     """Folder for checkpoints, metrics and the exported weights; runs/NAME-OF-RECIPE if not given."""
@@ -43,7 +44,7 @@ class Plan(RecipeCommand):
     """Compiles what a recipe runs for a topology that need not be here: does it fit, what does a step cost?"""
 
     NAME: ClassVar = "plan"
-    EXAMPLE: ClassVar = "clvr plan configs/flux2_sft.py --preset klein-9b --topology v6e:16x16"
+    EXAMPLE: ClassVar = "clvr plan flux2_sft --preset klein-9b --topology v6e:16x16"
     OVERRIDE: ClassVar = "--topology v5e:4x4"
 
     topology: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""

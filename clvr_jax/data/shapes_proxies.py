@@ -51,7 +51,12 @@ def with_exact_proxies(record: TrajectoryRecord) -> TrajectoryRecord:
 
 
 def main(source: Path, out: Path) -> None:
-    """Packs the trajectories inside `source`, with proxies, into the dataset `out`."""
+    """Packs saved trajectories of the shapes world into a dataset, with exact proxy prompts.
+
+    Args:
+      source: Directory that contains the saved trajectories.
+      out: Write the dataset to this directory.
+    """
     print(f"{out}: {write_dataset(out, map(with_exact_proxies, saved_trajectories(source))):,} trajectories")
 
 

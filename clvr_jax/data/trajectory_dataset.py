@@ -228,7 +228,12 @@ def saved_trajectories(folder: Path) -> Iterator[TrajectoryRecord]:
 
 
 def main(source: Path, out: Path) -> None:
-    """Packs the saved trajectories inside `source` into the dataset `out`."""
+    """Packs saved trajectories into a dataset.
+
+    Args:
+      source: Directory that contains the saved trajectories.
+      out: Write the dataset to this directory.
+    """
     print(f"{out}: {write_dataset(out, saved_trajectories(source)):,} trajectories")
 
 
