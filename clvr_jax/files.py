@@ -28,6 +28,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
+@contextmanager
+def located(where: Path | str) -> Iterator[None]:
+    """Puts the place in front of a ClvrError that does not name it."""
+    try:
+        yield
+    except ClvrError as error:
+        if str(where) in str(error):
+            raise
+        raise type(error)(f"{where}: {error}") from error
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON; see `write_atomically`."""
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

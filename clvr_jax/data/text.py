@@ -19,6 +19,12 @@ SPECIAL_TOKENS = (
     *(f"<IMG_GEN_{number}>" for number in range(1, 9)),
 )  # fmt: skip
 
+# Files that hold a vocabulary: one of the fast tokenizers, or the two of transformers 4.
+_VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
+"""Begin and end of a turn in Qwen's chat template."""
+
 # Qwen's own split: contractions, words with their leading space, single digits, runs of punctuation, line ends.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -83,14 +89,50 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer in `folder`; ClvrError if it cannot be read."""
+    """Returns the transformers tokenizer in `folder`, which holds tokenizer.json, or vocab.json and merges.txt.
+
+    Raises: ClvrError, one line, if these are missing or cannot be read, or if the tokenizer knows no text.
+    """
+    # transformers makes up an empty tokenizer where the vocabulary is missing: every prompt would become no tokens.
+    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+        raise ClvrError(
+            f"{folder}: no tokenizer, it holds neither tokenizer.json nor vocab.json and merges.txt; "
+            "copy them from the model that it belongs to"
+        )
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:
-        return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0][:160]
+        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        knows_text = bool(tokenizer.tokenize("a"))
+    # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it.
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ClvrError(f"{folder}: no tokenizer that transformers can read ({reason})") from error
+    if not knows_text:
+        raise ClvrError(f"{folder}: the tokenizer has no token for any text; its vocabulary is damaged, copy it again")
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: Any, embeddings: int, tokens: Iterable[str] = ()) -> None:
+    """Checks that a tokenizer belongs to a text model.
+
+    Args:
+      tokenizer: a transformers tokenizer.
+      embeddings: number of tokens that the model has an embedding for.
+      tokens: special tokens that it must have.
+    Raises: ClvrError if a token has no embedding, or a special token is missing.
+    """
+    vocabulary = tokenizer.get_vocab()
+    largest = max(vocabulary.values())
+    if largest >= embeddings:
+        raise ClvrError(
+            f"the tokenizer's largest token id is {largest}, the text model has embeddings for ids below {embeddings}; "
+            "tokenizer and model belong to different checkpoints"
+        )
+    if tokenizer.pad_token_id is None:
+        raise ClvrError("the tokenizer names no pad_token, to pad prompts with; add it to tokenizer_config.json")
+    if lacking := [token for token in tokens if token not in vocabulary]:
+        raise ClvrError(f"the tokenizer has no token {', '.join(lacking)}; it belongs to another model")
 
 
 def check_prompt(prompt: str) -> None:

@@ -6,10 +6,12 @@ Everything takes a function that predicts a velocity or noise; nothing here know
 from clvr_jax.diffusion.guidance import guided
 from clvr_jax.diffusion.noise_schedule import NoiseSchedule
 from clvr_jax.diffusion.noise_solvers import Prediction, ddim_solve, euler_noise_solve, lcm_solve
-from clvr_jax.diffusion.schedule import empirical_mu, flow_sigmas
+from clvr_jax.diffusion.schedule import KLEIN_SCHEDULE, FlowSchedule, empirical_mu, flow_sigmas
 from clvr_jax.diffusion.solvers import Velocity, euler_solve
 
 __all__ = [
+    "KLEIN_SCHEDULE",
+    "FlowSchedule",
     "NoiseSchedule",
     "Prediction",
     "Velocity",

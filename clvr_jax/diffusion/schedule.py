@@ -1,10 +1,23 @@
 """Noise levels of the FLUX.2 sampler: evenly spaced, then shifted towards noise as size and steps ask for."""
 
+import dataclasses
 import math
+from collections.abc import Mapping
+from typing import Any, Self
 
 import numpy as np
 
-from clvr_jax.errors import UsageError
+from clvr_jax.errors import ClvrError, UsageError
+
+SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
+# Fields of diffusers' class that the solver is written for one value of.
+_FIXED = {
+    "num_train_timesteps": 1000,  # the pipeline divides the timestep by 1000
+    **dict.fromkeys(("invert_sigmas", "stochastic_sampling", "use_flow_sigmas"), False),
+    **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
+}
+# mu comes from `empirical_mu`: Flux2KleinPipeline does not read these either.
+_UNREAD = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def empirical_mu(image_tokens: int, steps: int) -> float:
@@ -26,14 +39,98 @@ def empirical_mu(image_tokens: int, steps: int) -> float:
     return slope * steps + (at_200 - 200.0 * slope)
 
 
+@dataclasses.dataclass(frozen=True)
+class FlowSchedule:
+    """How the noise levels of a flow are spaced: diffusers' field names, and its defaults where a file is silent.
+
+    shift: factor of the static shift. use_dynamic_shifting: shift by `empirical_mu` instead. time_shift_type: formula
+    of the dynamic shift, "exponential" or "linear". shift_terminal: the last noise level before 0, None for as it is.
+    """
+
+    shift: float = 1.0
+    use_dynamic_shifting: bool = False
+    time_shift_type: str = "exponential"
+    shift_terminal: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.time_shift_type not in ("exponential", "linear"):
+            raise ClvrError(f"time_shift_type is {self.time_shift_type!r}; it must be exponential or linear")
+        if not 0 < self.shift < 1e6:
+            raise ClvrError(f"shift is {self.shift!r}; it must be a number above 0")
+        if not 0 <= (self.shift_terminal or 0) < 1:
+            raise ClvrError(f"shift_terminal is {self.shift_terminal!r}; it must be null or a number in [0, 1)")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Reads `scheduler_config.json`.
+
+        Raises: ClvrError, by name, for another class, an unknown field, or a value that the solver does not have.
+        """
+        if (found := config.get("_class_name")) != SCHEDULER_CLASS:
+            raise ClvrError(f"a {found}, which is not supported, only {SCHEDULER_CLASS}")
+        kinds = {"shift": (int, float), "use_dynamic_shifting": bool, "time_shift_type": str}
+        values: dict[str, Any] = {}
+        for name, value in config.items():
+            if name == "shift_terminal" and value is None:
+                continue
+            if name in kinds or name == "shift_terminal":
+                kind = kinds.get(name, (int, float))
+                if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                    raise ClvrError(f"{name} is {value!r}, of another type than diffusers reads; correct it")
+                values[name] = value
+            elif name in _FIXED:
+                if value not in (None, _FIXED[name]):
+                    raise ClvrError(f"{name} = {value!r} is not supported, only {_FIXED[name]!r}")
+            elif not name.startswith("_") and name not in _UNREAD:
+                raise ClvrError(f"unknown field {name!r}; a {SCHEDULER_CLASS} has none of this name")
+        return cls(**values)
+
+    def to_config(self) -> dict[str, Any]:
+        """Writes what `from_config` and diffusers read, with the fields of the published FLUX.2 klein."""
+        terminal = {} if self.shift_terminal is None else {"shift_terminal": self.shift_terminal}
+        return {
+            "_class_name": SCHEDULER_CLASS,
+            "base_image_seq_len": 256,
+            "base_shift": 0.5,
+            "max_image_seq_len": 4096,
+            "max_shift": 1.15,
+            "num_train_timesteps": 1000,
+            "shift": self.shift,
+            **terminal,
+            "time_shift_type": self.time_shift_type,
+            "use_dynamic_shifting": self.use_dynamic_shifting,
+        }
+
+    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
+        """Returns the solver's noise levels: (steps + 1,) float32, from 1 down to 0.
+
+        Source: FlowMatchEulerDiscreteScheduler.set_timesteps, as Flux2KleinPipeline calls it.
+        """
+        if steps < 1:
+            raise UsageError(f"steps must be at least 1, got {steps}")
+        sigmas = np.linspace(1.0, 1.0 / steps, steps)
+        if not self.use_dynamic_shifting:
+            sigmas = self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+        else:
+            mu = empirical_mu(image_tokens, steps)
+            factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
+            sigmas = factor / (factor + 1.0 / sigmas - 1.0)
+        if self.shift_terminal:
+            if steps == 1:  # diffusers divides 0 by 0 here, and its image is NaN
+                raise UsageError(f"one step cannot end at shift_terminal {self.shift_terminal}; give more steps")
+            rest = 1.0 - sigmas
+            sigmas = 1.0 - rest * (1.0 - self.shift_terminal) / rest[-1]
+        return np.append(sigmas, 0.0).astype(np.float32)
+
+
+KLEIN_SCHEDULE = FlowSchedule(shift=3.0, use_dynamic_shifting=True)
+"""The schedule of the published FLUX.2 klein models."""
+
+
 def flow_sigmas(steps: int, image_tokens: int) -> np.ndarray:
-    """The solver's noise levels: (steps + 1,) float32, from 1 down to 0.
+    """Returns the noise levels of the published FLUX.2 klein: (steps + 1,) float32, from 1 down to 0.
 
     sigma' = e^mu / (e^mu + 1 / sigma - 1) over sigma = 1, 1 - 1/n, ..., 1/n, then 0.
     Source: FlowMatchEulerDiscreteScheduler with dynamic exponential shifting, as Flux2KleinPipeline calls it.
     """
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, got {steps}")
-    sigmas = np.linspace(1.0, 1.0 / steps, steps)
-    shift = math.exp(empirical_mu(image_tokens, steps))
-    return np.append(shift / (shift + 1.0 / sigmas - 1.0), 0.0).astype(np.float32)
+    return KLEIN_SCHEDULE.sigmas(steps, image_tokens)

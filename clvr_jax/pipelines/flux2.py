@@ -18,13 +18,15 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.data.text import check_prompt, encode_prompts
-from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
-from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule, euler_solve, guided
+from clvr_jax.errors import UsageError
+from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines import folder
+from clvr_jax.pipelines.agreement import check_flux2
 from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.images import prepare_reference, to_pil
 
@@ -68,7 +70,8 @@ class Flux2Output:
 class Flux2Pipeline(Components):
     """Text to image and editing with references.
 
-    Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`. Replacing
+    Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`,
+    `schedule` (noise levels of the solver). Replacing
     `transformer` by one of the same configuration (after a merge, say) does not compile anything again.
     """
 
@@ -79,15 +82,12 @@ class Flux2Pipeline(Components):
         text_encoder: Qwen3,
         tokenizer: Any,
         settings: Flux2Settings,
+        schedule: FlowSchedule = KLEIN_SCHEDULE,
     ):
-        if transformer.config.in_channels != vae.config.token_channels:
-            raise ClvrError(
-                f"transformer reads {transformer.config.in_channels} channels a token, the autoencoder makes "
-                f"{vae.config.token_channels}; they do not belong together"
-            )
+        check_flux2(transformer.config, vae.config, text_encoder.config, tokenizer, settings.text_encoder_out_layers)
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
-        self.tokenizer, self.settings = tokenizer, settings
+        self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
         self._encode_text = jitted(encode_text, static_argnums=(0, 4))
         self._encode_images = jitted(encode_images, static_argnums=0)
         self._decode = jitted(decode, static_argnums=0)
@@ -103,7 +103,8 @@ class Flux2Pipeline(Components):
           transformer: subfolder to take the transformer from, if not `transformer`.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        return cls(*folder.load_flux2(model, jnp.dtype(dtype), transformer, Flux2Settings))
+        with located(model):
+            return cls(*folder.load_flux2(model, jnp.dtype(dtype), transformer, Flux2Settings))
 
     def __call__(
         self,
@@ -188,7 +189,7 @@ class Flux2Pipeline(Components):
             latents,
             conditions,
             tokens,
-            jnp.asarray(flow_sigmas(steps, grid[0] * grid[1])),
+            jnp.asarray(self.schedule.sigmas(steps, grid[0] * grid[1])),
             jnp.asarray(guidance, jnp.float32),
             grid,
             tuple((h // token, w // token) for h, w in sizes),

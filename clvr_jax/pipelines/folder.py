@@ -13,8 +13,9 @@ from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
+from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, replacing, write_json
+from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
@@ -25,17 +26,6 @@ if TYPE_CHECKING:
 
 Settings = TypeVar("Settings")
 
-SCHEDULER = {
-    "_class_name": "FlowMatchEulerDiscreteScheduler",
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-    "num_train_timesteps": 1000,
-    "shift": 3.0,
-    "time_shift_type": "exponential",
-    "use_dynamic_shifting": True,
-}
 _COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
     "text_encoder": ["transformers", "Qwen3ForCausalLM"],
@@ -47,12 +37,13 @@ _COMPONENTS = {
 
 def load_flux2(
     model: str, dtype: DTypeLike, transformer: str | None, settings_class: type[Settings]
-) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings]:
+) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule]:
     """Components of a FLUX.2 klein pipeline; see `Flux2Pipeline.from_pretrained`."""
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
     if index.get("_class_name") != "Flux2KleinPipeline":
         raise ClvrError(f"{path}: a {index.get('_class_name')}, not a Flux2KleinPipeline")
+    schedule = load_schedule(path / "scheduler")
     given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
     distilled = bool(index.get("is_distilled", False))
     chosen = transformer or default_transformer
@@ -65,7 +56,15 @@ def load_flux2(
         load_text_encoder(path / "text_encoder", dtype),
         load_tokenizer(path / "tokenizer"),
         settings,
+        schedule,
     )
+
+
+def load_schedule(path: Path) -> FlowSchedule:
+    """Returns the schedule of a FLUX.2 pipeline's `scheduler/`. Raises: ClvrError, by name, for what it cannot obey."""
+    file = path / "scheduler_config.json"
+    with located(file):
+        return FlowSchedule.from_config(read_json(file))
 
 
 def load_transformer(path: Path, dtype: DTypeLike = jnp.float32) -> Flux2Transformer:
@@ -98,8 +97,7 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         save_model(temporary / "vae", pipeline.vae, FLUX2_VAE, dtype)
         save_model(temporary / "text_encoder", pipeline.text_encoder, QWEN3, dtype)
         pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))
-        (temporary / "scheduler").mkdir()
-        write_json(temporary / "scheduler" / "scheduler_config.json", SCHEDULER)
+        write_json(temporary / "scheduler" / "scheduler_config.json", pipeline.schedule.to_config())
         write_json(temporary / "clvr.json", {"flux2": settings})
         write_json(temporary / "model_index.json", index)
         card_of_pipeline(temporary, target.name, "Flux2Pipeline.save_pretrained", dtype)

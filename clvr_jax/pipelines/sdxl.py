@@ -19,10 +19,12 @@ from clvr_jax.data.clip_tokens import encode_clip
 from clvr_jax.data.text import check_prompt
 from clvr_jax.diffusion import NoiseSchedule, ddim_solve, euler_noise_solve, guided, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from clvr_jax.pipelines import sdxl_folder
+from clvr_jax.pipelines.agreement import check_clip
 from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.images import to_pil
 from clvr_jax.pipelines.sdxl_folder import Solver
@@ -97,7 +99,8 @@ class SDXLPipeline(Components):
           dtype: of weights and computation; noise levels and latents stay in float32.
         Raises: ClvrError naming what is missing, does not fit or is not supported.
         """
-        return cls(*sdxl_folder.load_sdxl(model, jnp.dtype(dtype), SDXLSettings))
+        with located(model):
+            return cls(*sdxl_folder.load_sdxl(model, jnp.dtype(dtype), SDXLSettings))
 
     def __call__(
         self,
@@ -255,6 +258,8 @@ def _check_components(
             f"{len(text_encoders)} text encoders and {len(tokenizers)} tokenizers; a UNet that takes the pooled text "
             "(addition_embed_type, SDXL) needs two of each, another needs one"
         )
+    for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
+        check_clip(tokenizer, encoder.config)
     width = sum(encoder.config.hidden_size for encoder in text_encoders)
     pairs = {
         "channels of latents": ((config.in_channels, config.out_channels), (vae.config.latent_channels,) * 2),

@@ -1,9 +1,13 @@
 import dataclasses
+import json
+import shutil
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.models import save_model
 from flax import nnx
 from PIL import Image
 
@@ -74,6 +78,28 @@ def test_pixels_are_those_of_diffusers(folder, references, guidance):
     assert made.nfe == (8 if guidance == 1.0 else 16)
 
 
+def test_a_static_shift_in_the_scheduler_is_obeyed_as_in_diffusers(folder, tmp_path):
+    path = tmp_path / "model"
+    shutil.copytree(folder, path)
+    file = path / "scheduler" / "scheduler_config.json"
+    fields = {**json.loads(file.read_text()), "use_dynamic_shifting": False, "shift": 7.0}
+    file.write_text(json.dumps(fields))
+    ours, theirs = Flux2Pipeline.from_pretrained(str(path)), diffusers.Flux2KleinPipeline.from_pretrained(str(path))
+    theirs.set_progress_bar_config(disable=True)
+    latents = np.random.default_rng(1).normal(size=(1, 16, 8, 8)).astype(np.float32)
+    options = {"num_inference_steps": 3, "guidance_scale": 1.0, "height": 64, "width": 64}
+    found = ours("a red circle", latents=latents, output_type="np", **options).images
+    expected = theirs(
+        prompt="a red circle", latents=torch.tensor(latents), output_type="np", max_sequence_length=LENGTH,
+        text_encoder_out_layers=(1, 2, 3), **options,
+    ).images  # fmt: skip
+    assert np.abs(found - expected).max() < 1e-3
+    published = Flux2Pipeline.from_pretrained(str(folder))("a red circle", latents=latents, output_type="np", **options)
+    assert np.abs(published.images - expected).max() > 1e-2
+    ours.save_pretrained(str(tmp_path / "saved"))
+    assert json.loads((tmp_path / "saved" / "scheduler" / file.name).read_text())["shift"] == 7.0
+
+
 def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     first = Flux2Pipeline.from_pretrained(str(folder))
     first.save_pretrained(str(tmp_path / "again"))
@@ -134,10 +160,8 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
     else:
         config = dataclasses.replace(pipeline.transformer.config, joint_attention_dim=80)
         other = Flux2Transformer(config, rngs=nnx.Rngs(0))
-        Flux2Pipeline(other, pipeline.vae, pipeline.text_encoder, pipeline.tokenizer, SETTINGS).save_pretrained(
-            str(tmp_path / "other")
-        )
-        file.write_bytes((tmp_path / "other" / "transformer" / file.name).read_bytes())
+        save_model(tmp_path / "other", other, FLUX2_TRANSFORMER)
+        file.write_bytes((tmp_path / "other" / file.name).read_bytes())
         message = r"context_embedder\.weight \(expected \(64, 96\), found \(64, 80\)\)"
     with pytest.raises(ClvrError, match=message):
         Flux2Pipeline.from_pretrained(str(path))
