@@ -10,12 +10,13 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.drawn import Drawn, picture_seed
 from clvr_jax.evaluation.systems import System
-from clvr_jax.reasoning.images import read_png
+from clvr_jax.file_names import listed_file
+from clvr_jax.json_input import parse_object, read_lines, read_object
+from clvr_jax.reasoning.images import read_image
 
 _PROMPT_KEYS = ("prompt", "text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
@@ -44,7 +45,7 @@ def picture_folder(folder: Path, name: str, seed: int = 0) -> System:
         if missing:
             named = "; ".join(repr(prompt) for prompt in missing[:_LISTED])
             raise ClvrError(f"{folder}: lacks pictures of {len(missing)} prompts, e.g. {named}")
-        return [Drawn(read_png(path)) for path in found if path is not None]
+        return [Drawn(read_image(path)) for path in found if path is not None]
 
     sizes = {str(path.relative_to(folder)): path.stat().st_size for paths in files.values() for path in paths}
     digest = hashlib.blake2b(json.dumps(sizes, sort_keys=True).encode(), digest_size=8).hexdigest()
@@ -60,41 +61,23 @@ def _file(files: dict[str, list[Path]], prompt: str, own_seed: int, seed: int) -
 
 
 def _listed(folder: Path) -> dict[str, list[Path]]:
-    path = folder / "metadata.jsonl"
     files: dict[str, list[Path]] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
-        if not line.strip():
-            continue
-        entry = _object(line, f"{path}:{number}")
-        prompt = next((entry[key] for key in _PROMPT_KEYS if isinstance(entry.get(key), str)), None)
-        if prompt is None or not isinstance(entry.get("file_name"), str):
-            raise ClvrError(f"{path}:{number}: lacks file_name or prompt")
-        picture = folder / entry["file_name"]
-        if not picture.is_file():
-            raise ClvrError(f"{path}:{number}: no such picture, {entry['file_name']}")
-        files.setdefault(prompt, []).append(picture)
+    for where, line in read_lines(folder / "metadata.jsonl"):
+        entry = parse_object(line, where)
+        prompt = next((entry.text(key) for key in _PROMPT_KEYS if isinstance(entry.content.get(key), str)), None)
+        if prompt is None or not isinstance(entry.content.get("file_name"), str):
+            raise ClvrError(f"{where}: lacks file_name or prompt")
+        files.setdefault(prompt, []).append(listed_file(folder, entry.text("file_name"), where))
     return files
 
 
 def _geneval(folder: Path) -> dict[str, list[Path]]:
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.glob("[0-9]*/metadata.jsonl")):
-        prompt = _object(path.read_text(encoding="utf-8"), str(path)).get("prompt")
-        if not isinstance(prompt, str):
-            raise ClvrError(f"{path}: lacks prompt")
+        prompt = read_object(path).text("prompt")
         files.setdefault(prompt, []).extend(_pictures(path.parent / "samples"))
     return {prompt: pictures for prompt, pictures in files.items() if pictures}
 
 
 def _pictures(folder: Path) -> Sequence[Path]:
     return sorted(path for path in folder.glob("[0-9]*") if path.suffix.lower() in _SUFFIXES)
-
-
-def _object(text: str, place: str) -> dict[str, Any]:
-    try:
-        entry = json.loads(text)
-    except ValueError as error:
-        raise ClvrError(f"{place}: not JSON ({error})") from error
-    if not isinstance(entry, dict):
-        raise ClvrError(f"{place}: expected a JSON object")
-    return entry

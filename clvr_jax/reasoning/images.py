@@ -1,9 +1,14 @@
-"""Pictures as the loop passes them: uint8 arrays, PIL images, or files that nobody has decoded yet; RGB."""
+"""Images as the loop passes them: uint8 arrays, PIL images, or files that nobody has decoded yet; RGB.
+
+This is the one reader of image files and of encoded images from servers and datasets: which decoders run, how large an
+image may be, and how transparency, orientation and other modes become RGB is decided here and nowhere else.
+"""
 
 from __future__ import annotations
 
 import io
 import os
+import stat
 import struct
 import warnings
 import zlib
@@ -20,6 +25,8 @@ from clvr_jax.errors import ClvrError
 
 MAX_PIXELS = 2**26
 """Most pixels of an image file that is read: 8192 x 8192."""
+MAX_FILE_BYTES = 256 << 20
+"""Most bytes of an image file that is read."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _LISTED_FORMATS = "PNG, JPEG or WebP"
 _DECODER_ERRORS = (
@@ -41,9 +48,14 @@ Picture = np.ndarray | Image.Image | EncodedPicture
 
 
 def pixels(picture: Picture) -> np.ndarray:
-    """The picture as (height, width, 3) uint8; ClvrError for arrays of another shape or dtype."""
-    if isinstance(picture, Image.Image | EncodedPicture):
-        return np.asarray(as_pil(picture).convert("RGB"))
+    """The image as (height, width, 3) uint8; transparent parts of a PIL image or a file become white.
+
+    Raises: ClvrError for arrays of another shape or dtype, and for a damaged file.
+    """
+    if isinstance(picture, EncodedPicture):
+        return decode_image(picture.content)
+    if isinstance(picture, Image.Image):
+        return _array(picture, "image")
     if not isinstance(picture, np.ndarray):
         raise ClvrError(f"picture: expected a numpy array or a PIL image, got {type(picture).__name__}")
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
@@ -52,9 +64,7 @@ def pixels(picture: Picture) -> np.ndarray:
 
 
 def as_pil(picture: Picture) -> Image.Image:
-    """The picture as a PIL image; one that is none yet is checked as `pixels` does."""
-    if isinstance(picture, EncodedPicture):
-        return Image.open(io.BytesIO(picture.content))
+    """The image as a PIL image: a PIL image as it is, so that FLUX.2 reads references as diffusers does; else RGB."""
     return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))
 
 
@@ -76,14 +86,42 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
     Returns: (height, width, 3) uint8.
     Raises: ClvrError, one line, if the file is missing, is not such an image, is damaged, or has more than `MAX_PIXELS`
-      pixels.
+      pixels or `MAX_FILE_BYTES` bytes.
     """
-    with _opened(path) as image:
+    with _opened_file(path) as image:
+        return _upright_array(image, _named(path))
+
+
+def decode_image(content: bytes, where: str = "image") -> np.ndarray:
+    """Decodes an image that a server or a dataset gave; as `read_image`, with `where` in messages."""
+    with _opened(io.BytesIO(content), where) as image:
+        return _upright_array(image, where)
+
+
+def lazy_image(content: bytes, where: str = "image") -> Image.Image:
+    """Reads the header of an encoded image; its pixels are decoded when they are first asked for.
+
+    Raises: ClvrError as `read_image`; damage in the pixels is found by `pixels`.
+    """
+    return _checked(io.BytesIO(content), where)
+
+
+def check_image(path: str | os.PathLike[str]) -> None:
+    """Checks format, size and, as far as the format has checksums, the content of an image file.
+
+    Raises: ClvrError as `read_image`.
+    """
+    with _opened_file(path) as image:
         try:
-            upright = _upright(image)
-            return np.array(_rgb(upright))
+            image.verify()
         except _DECODER_ERRORS as error:
-            raise ClvrError(f"{path}: not a readable image ({_reason(error)})") from error
+            raise ClvrError(f"{_named(path)}: not a readable image ({_reason(error)})") from error
+
+
+def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """(height, width) of an image file as it is stored; nothing is decoded. Raises: ClvrError as `read_image`."""
+    with _opened_file(path) as image:
+        return image.height, image.width
 
 
 read_png = read_image
@@ -96,7 +134,7 @@ def read_encoded(path: Path) -> EncodedPicture:
     Returns: the file as it is for an upright 8-bit RGB PNG or JPEG without transparency, else `read_image` as PNG.
     Raises: ClvrError as `read_image`; damage in the pixels of a file that is passed on as it is stays unnoticed.
     """
-    with _opened(path) as image:
+    with _opened_file(path) as image:
         kind = {"PNG": "png", "JPEG": "jpeg"}.get(image.format or "")
         is_rgb = image.mode == "RGB" and "transparency" not in image.info
         # Pillow would decode a PNG without EXIF in its head to look for EXIF behind the pixels.
@@ -110,29 +148,67 @@ def read_encoded(path: Path) -> EncodedPicture:
 
 
 @contextmanager
-def _opened(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
+def _opened_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """Opens an image file whose format and size are fine; its pixels are not decoded yet."""
-    if not os.path.exists(path):
-        raise ClvrError(f"{path}: no such image")
-    if not os.path.isfile(path):  # a pipe would block, a directory cannot be read
-        raise ClvrError(f"{path}: not a file; give an image in {_LISTED_FORMATS}")
+    where = _named(path)
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        raise ClvrError(f"{where}: no such image") from error
+    if not stat.S_ISREG(status.st_mode):  # a pipe would block, a directory cannot be read
+        raise ClvrError(f"{where}: not a file; give an image in {_LISTED_FORMATS}")
+    if status.st_size > MAX_FILE_BYTES:
+        raise ClvrError(f"{where}: has {status.st_size >> 20} MiB; at most {MAX_FILE_BYTES >> 20} are allowed")
+    with _opened(path, where) as image:
+        yield image
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str] | io.BytesIO, where: str) -> Iterator[Image.Image]:
+    with _checked(source, where) as image:
+        yield image
+
+
+def _checked(source: str | os.PathLike[str] | io.BytesIO, where: str) -> Image.Image:
+    """An image whose header is read and checked; the only place that lets Pillow look at outside bytes."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
-            image = Image.open(path, formats=_FORMATS)
+            # Without `formats` a PostScript file would make Pillow run Ghostscript.
+            image = Image.open(source, formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise ClvrError(f"{path}: not a readable image; expected is {_LISTED_FORMATS}") from error
+        raise ClvrError(f"{where}: not a readable image; expected is {_LISTED_FORMATS}") from error
     except Image.DecompressionBombError as error:
-        raise ClvrError(f"{path}: has more than {MAX_PIXELS:,} pixels; make it smaller") from error
+        raise ClvrError(f"{where}: has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except _DECODER_ERRORS as error:
-        raise ClvrError(f"{path}: not a readable image ({_reason(error)})") from error
-    with image:
-        if image.width * image.height > MAX_PIXELS:
-            raise ClvrError(
-                f"{path}: has {image.width:,} x {image.height:,} pixels, more than the {MAX_PIXELS:,} allowed; make it "
-                "smaller"
-            )
-        yield image
+        raise ClvrError(f"{where}: not a readable image ({_reason(error)})") from error
+    if image.width * image.height > MAX_PIXELS:
+        image.close()
+        raise ClvrError(
+            f"{where}: has {image.width:,} x {image.height:,} pixels, more than the {MAX_PIXELS:,} allowed; make it "
+            "smaller"
+        )
+    return image
+
+
+def _upright_array(image: Image.Image, where: str) -> np.ndarray:
+    try:
+        return _array(_upright(image), where)
+    except _DECODER_ERRORS as error:
+        raise ClvrError(f"{where}: not a readable image ({_reason(error)})") from error
+
+
+def _array(image: Image.Image, where: str) -> np.ndarray:
+    try:
+        return np.array(_rgb(image))
+    except _DECODER_ERRORS as error:
+        raise ClvrError(f"{where}: not a readable image ({_reason(error)})") from error
+
+
+def _named(path: str | os.PathLike[str]) -> str:
+    """A path as messages name it: on one line, and not longer than a line."""
+    text = os.fspath(path)
+    return text if len(text) <= 400 and text.isprintable() else f"{text:.400}".encode("unicode_escape").decode()
 
 
 def _orientation(image: Image.Image) -> int:
@@ -162,12 +238,14 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
     turned = image.transpose(step)
     turned.info.update(image.info)  # a transparent color, if there is one
+    turned.format = image.format
     return turned
 
 
 def _rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as 8-bit RGB; transparent parts become white."""
-    if image.mode.startswith("I"):  # 16-bit grayscale, which Pillow's own conversion would clip at 255
+    # 16-bit grayscale, which Pillow's own conversion would clip at 255. "I" has 32 bits; only PNG fills 16 of them.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.int64)
         gray = ((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)
         transparent = image.info.get("transparency")

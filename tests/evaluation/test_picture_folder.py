@@ -54,7 +54,7 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: lacks file_name or prompt"):
         picture_folder(tmp_path, "x")
     listed(tmp_path, [{"file_name": "a.png", "prompt": "p 0"}])
-    with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: no such picture, a\.png"):
+    with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: no such image, 'a\.png'"):
         picture_folder(tmp_path, "x")
     (tmp_path / "metadata.jsonl").write_text("[]\n")
     with pytest.raises(ClvrError, match="expected a JSON object"):

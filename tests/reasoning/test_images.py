@@ -1,5 +1,6 @@
 import contextlib
 import io
+import os
 import struct
 import zlib
 
@@ -9,7 +10,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import images
-from clvr_jax.reasoning.images import read_encoded, read_image
+from clvr_jax.reasoning.images import as_pil, pixels, read_encoded, read_image
 
 RED, WHITE = (250, 10, 10), (255, 255, 255)
 
@@ -160,3 +161,87 @@ def test_a_file_that_need_not_be_decoded_is_passed_on_as_it_is(tmp_path):
     assert np.array_equal(np.asarray(Image.open(io.BytesIO(encoded.content))), noise())
     with pytest.raises(ClvrError, match="no such image"):
         read_encoded(tmp_path / "missing")
+
+
+def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
+    def never(*_, **__):
+        raise AssertionError("Ghostscript is called")
+
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", never)
+    page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    (tmp_path / "a.png").write_bytes(page)
+    for read in (read_image, read_encoded, images.check_image, images.image_size):
+        with pytest.raises(ClvrError, match="not a readable image; expected is PNG, JPEG or WebP"):
+            read(tmp_path / "a.png")
+    for decode in (images.decode_image, images.lazy_image):
+        with pytest.raises(ClvrError, match=r"server: not a readable image; expected is PNG, JPEG or WebP"):
+            decode(page, "server")
+    with pytest.raises(ClvrError, match="expected is PNG, JPEG or WebP"):
+        pixels(images.EncodedPicture(page, "png"))
+
+
+def _encoded(image, kind="PNG", **options):
+    buffer = io.BytesIO()
+    image.save(buffer, format=kind, **options)
+    return buffer.getvalue()
+
+
+def test_encoded_images_are_read_as_files_are(tmp_path):
+    rgba = Image.fromarray(np.array([[[*RED, 255], [*RED, 0]]], np.uint8), "RGBA")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    sixteen = Image.fromarray(np.array([[0, 128 * 257, 65535]], np.uint16))
+    for content in (
+        _encoded(rgba), _encoded(rgba, exif=exif), _encoded(sixteen), _encoded(sixteen, exif=exif),
+        _encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), _encoded(rgba, "WEBP", lossless=True),
+    ):  # fmt: skip
+        (tmp_path / "a").write_bytes(content)
+        assert np.array_equal(images.decode_image(content), read_image(tmp_path / "a"))
+    assert images.decode_image(_encoded(rgba)).tolist() == [[list(RED), list(WHITE)]]
+    assert images.decode_image(_encoded(rgba, exif=exif)).shape == (2, 1, 3)
+    assert images.decode_image(_encoded(sixteen, exif=exif))[:, 0, 0].tolist() == [0, 128, 255]
+    assert f"{images.MAX_PIXELS:,}" in _complaint_of(images.decode_image, _png_head(9000, 9000))
+    assert f"{images.MAX_PIXELS:,}" in _complaint_of(images.lazy_image, _png_head(9000, 9000))
+
+
+def _complaint_of(function, *arguments):
+    with pytest.raises(ClvrError) as caught:
+        function(*arguments)
+    assert len(str(caught.value).splitlines()) == 1
+    return str(caught.value)
+
+
+def test_pixels_of_a_pil_image_are_on_white():
+    rgba = Image.fromarray(np.array([[[*RED, 255], [*RED, 0], [0, 0, 0, 128]]], np.uint8), "RGBA")
+    assert pixels(rgba).tolist() == [[list(RED), list(WHITE), [127, 127, 127]]]
+    assert pixels(Image.fromarray(np.array([[[9, 0]]], np.uint8), "LA")).tolist() == [[[255] * 3]]
+    palette = Image.fromarray(np.array([[0, 1]], np.uint8), "P")
+    palette.putpalette([*RED, 0, 0, 0])
+    palette.info["transparency"] = 1
+    assert pixels(palette).tolist() == [[list(RED), list(WHITE)]]
+    assert pixels(Image.fromarray(np.array([[0, 65535]], np.uint16)))[0, :, 0].tolist() == [0, 255]
+    assert pixels(Image.fromarray(np.array([[0, 200]], np.int32)))[0, :, 0].tolist() == [0, 200]  # not of 16 bits
+
+
+def test_references_stay_as_diffusers_has_them():
+    # diffusers converts a transparent reference with convert("RGB"), which keeps the colors below the transparency.
+    rgba = Image.fromarray(np.array([[[*RED, 0]]], np.uint8), "RGBA")
+    assert as_pil(rgba) is rgba
+    assert as_pil(rgba).convert("RGB").getpixel((0, 0)) == RED
+
+
+def test_damage_behind_a_good_header_is_one_line(tmp_path):
+    content = _encoded(Image.fromarray(noise(64, 64)))
+    cut = images.lazy_image(content[: len(content) // 2])
+    assert cut.size == (64, 64)
+    assert "not a readable image" in _complaint_of(pixels, cut)
+    assert "not a readable image" in _complaint_of(as_pil, images.EncodedPicture(content[: len(content) // 2], "png"))
+
+
+def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    assert "not a file" in message(tmp_path / "pipe")  # and does not wait for a writer
+    assert "no such image" in _complaint_of(read_image, tmp_path / "a\0b.png")
+    Image.fromarray(noise()).save(tmp_path / "a.png")
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    assert "MiB; at most" in message(tmp_path / "a.png")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import resources
@@ -13,6 +12,8 @@ from typing import Any, ClassVar
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
 from clvr_jax.evaluation.layout import FlatPlaces, Folder, Places
+from clvr_jax.file_names import file_name
+from clvr_jax.json_input import parse_json, read_text
 from clvr_jax.reasoning.images import EncodedPicture, read_encoded
 
 
@@ -105,7 +106,11 @@ class Benchmark(abc.ABC):
 
     def places(self, items: Sequence[Item]) -> Places:
         """Where pictures that we draw lie."""
-        return FlatPlaces(tuple(item.id for item in items), self.suffixes[0])
+        return FlatPlaces(tuple(self.image_name(item) for item in items), self.suffixes[0])
+
+    def image_name(self, item: Item) -> str:
+        """The file name of an item's image without suffix; ids are outside data, so it is never the id as a path."""
+        return file_name(item.id)
 
     def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
         """The file in which a picture that we drew is scored."""
@@ -113,7 +118,7 @@ class Benchmark(abc.ABC):
 
     def made_elsewhere(self, root: Path, item: Item, sample: int) -> list[Path]:
         """Where a picture may lie in a folder in the official layout; the first of these that exists is taken."""
-        return [root / f"{item.id}{suffix}" for suffix in self.suffixes]
+        return [root / f"{self.image_name(item)}{suffix}" for suffix in self.suffixes]
 
     def check_elsewhere(self, root: Path, items: Sequence[Item]) -> None:
         """Raises ClvrError for a folder made elsewhere that says it was made for other prompts."""
@@ -168,35 +173,30 @@ def rubric(name: str) -> str:
     return resources.files(__package__).joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
 
 
+_TEXTS = ("prompt", "Prompt", "instruction", "tag", "note", "Explanation", "type")
+"""Fields that the official formats have as texts; they become prompts, groups, and what a judge is asked."""
+
+
 def read_entries(path: Path, fields: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """The entries of a JSON array or of JSON lines, each with its place for messages ("file:3").
 
     fields: that every entry must have. Raises: ClvrError, one line.
     """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClvrError(f"{path}: cannot read prompts: {error}") from error
-    entries: list[tuple[str, Any]] = []
-    try:
-        if text.lstrip().startswith("["):
-            entries = [(f"{path}: entry {number}", entry) for number, entry in enumerate(json.loads(text), start=1)]
-        else:
-            for number, line in enumerate(text.split("\n"), start=1):
-                place = f"{path}:{number}"
-                if line.strip():
-                    entries.append((place, json.loads(line)))
-    except json.JSONDecodeError as error:
-        where = path if text.lstrip().startswith("[") else place
-        raise ClvrError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+    text = read_text(path)
+    if text.lstrip().startswith("["):
+        entries = [(f"{path}: entry {number}", entry) for number, entry in enumerate(parse_json(text, str(path)), 1)]
+    else:
+        lines = enumerate(text.split("\n"), start=1)
+        places = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+        entries = [(place, parse_json(line, place)) for place, line in places]
     if not entries:
         raise ClvrError(f"{path}: no prompts in this file")
     for place, entry in entries:
         lacking = [name for name in fields if not isinstance(entry, dict) or entry.get(name) in (None, "")]
         if lacking:
             raise ClvrError(f"{place}: lacks {', '.join(lacking)}")
-        if not isinstance(entry.get("prompt", ""), str):
-            raise ClvrError(f"{place}: prompt must be a text")
+        if wrong := [name for name in _TEXTS if not isinstance(entry.get(name, ""), str)]:
+            raise ClvrError(f"{place}: {' and '.join(wrong)} must be a text")
     return entries
 
 

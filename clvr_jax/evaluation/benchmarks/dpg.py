@@ -23,8 +23,10 @@ from clvr_jax.evaluation.benchmarks.imaginebench import Rules
 from clvr_jax.evaluation.benchmarks.replies import yes_or_no
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.layout import Folder, Places
+from clvr_jax.file_names import file_name
 from clvr_jax.files import write_atomically
-from clvr_jax.reasoning.images import EncodedPicture, as_pil, encode_png, read_encoded, read_png
+from clvr_jax.json_input import read_text
+from clvr_jax.reasoning.images import EncodedPicture, as_pil, encode_png, read_encoded, read_image
 
 _FILES = {"dpg_bench/dpg_bench.csv": "98457fc9901943f51ff9a30367250fc292533bed"}
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -116,11 +118,11 @@ class DPG(JudgedBenchmark):
         """Writes images/<id>.png: the samples of a prompt in a square, row by row; black where there is no picture."""
         side = 1 if samples == 1 else _GRID
         for index, item in enumerate(items):
-            path = folder.root / "images" / f"{item.id}.png"
+            path = _grid_path(folder, item)
             if path.exists() or not all(folder.has_record(index, sample) for sample in range(samples)):
                 continue
             files = [folder.picture_path(index, sample) for sample in range(samples)]
-            pictures = {number: Image.fromarray(read_png(file)) for number, file in enumerate(files) if file.exists()}
+            pictures = {number: Image.fromarray(read_image(file)) for number, file in enumerate(files) if file.exists()}
             if not pictures:
                 continue
             width, height = next(iter(pictures.values())).size
@@ -140,7 +142,7 @@ class DPG(JudgedBenchmark):
 
     def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
         """See `Benchmark`."""
-        return folder.root / "images" / f"{items[index].id}.png"
+        return _grid_path(folder, items[index])
 
     def questions(self, item: Item) -> list[Asked]:
         """See `JudgedBenchmark`; one question at a time, as the official judge is asked."""
@@ -182,12 +184,19 @@ def _orphans(questions: Sequence[Mapping[str, Any]]) -> list[int]:
     return [question["id"] for question in questions if not known.issuperset(question["parents"])]
 
 
+def _grid_path(folder: Folder, item: Item) -> Path:
+    return folder.root / "images" / f"{file_name(item.id)}.png"
+
+
 def _rows(path: Path) -> list[tuple[str, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(read_text(path), newline=""))
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClvrError(f"{path}: cannot read prompts: {error}") from error
-    reader = csv.DictReader(io.StringIO(text, newline=""))
+        return _checked_rows(path, reader)
+    except csv.Error as error:  # a field of over 128 KiB, or a NUL character
+        raise ClvrError(f"{path}:{reader.line_num}: not CSV ({error})") from error
+
+
+def _checked_rows(path: Path, reader: csv.DictReader[str]) -> list[tuple[str, dict[str, str]]]:
     if lacking := [name for name in _COLUMNS if name not in (reader.fieldnames or ())]:
         raise ClvrError(f"{path}: lacks the columns {', '.join(lacking)}")
     rows = []

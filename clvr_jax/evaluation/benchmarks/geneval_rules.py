@@ -130,9 +130,12 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
     tag, include = metadata.get("tag"), metadata.get("include")
     if not isinstance(tag, str) or not tag or not isinstance(include, list) or not include:
         raise ClvrError("needs a tag and a list of include clauses")
-    for clause in [*include, *metadata.get("exclude", [])]:
+    exclude = metadata.get("exclude", [])
+    if not isinstance(exclude, list):
+        raise ClvrError("exclude must be a list of clauses")
+    for clause in [*include, *exclude]:
         name, count = (clause.get("class"), clause.get("count")) if isinstance(clause, dict) else (None, None)
-        if name not in OBJECTS:
+        if not isinstance(name, str) or name not in OBJECTS:
             raise ClvrError(
                 f"class {name!r} is none of COCO's 80; GenEval says 'computer mouse', 'tv remote' and so on"
             )

@@ -37,8 +37,10 @@ class GenEvalPP(JudgedBenchmark):
         for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt")), start=1):
             try:
                 checklist(entry)
-            except (KeyError, TypeError, AttributeError) as error:
+            except KeyError as error:
                 raise ClvrError(f"{place}: a clause lacks {error}; each needs a class and a count") from error
+            except (TypeError, AttributeError, ValueError) as error:
+                raise ClvrError(f"{place}: include and exclude must be lists of clauses ({error})") from error
             items.append(Item(str(number), entry["prompt"].strip(), entry["tag"], entry))
         return items
 

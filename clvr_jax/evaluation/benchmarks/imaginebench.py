@@ -24,6 +24,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
 from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
 from clvr_jax.evaluation.benchmarks.replies import labelled_scores
 from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.json_input import shown
 
 Rules = Literal["official", "fixed"]
 
@@ -87,6 +88,8 @@ class ImagineBench(JudgedBenchmark):
         for place, entry in read_entries(path, ("id", "instruction", "note", "type")):
             if entry["type"] not in _GROUPS:
                 raise ClvrError(f"{place}: type {entry['type']!r} is none of {', '.join(_GROUPS)}")
+            if not isinstance(entry["id"], str | int):
+                raise ClvrError(f"{place}: id must be a text or an integer, got {shown(entry['id'])}")
             items.append((place, Item(str(entry["id"]), entry["instruction"], _GROUPS[entry["type"]], entry)))
         return without_twins(items)
 

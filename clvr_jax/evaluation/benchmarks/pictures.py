@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
 from clvr_jax.evaluation.drawing import LISTED, all_drawn, draw_missing
 from clvr_jax.evaluation.layout import Folder, Record
 from clvr_jax.evaluation.systems import System
+from clvr_jax.reasoning.images import check_image
 
 Place = tuple[int, int]
 """Number of the prompt and of the sample, both from 0."""
@@ -137,10 +136,7 @@ def made_elsewhere(benchmark: Benchmark, items: Sequence[Item], images: Path, sa
 def _fault(path: Path) -> str | None:
     """Why a file is no picture; None if it is one, as far as its structure tells."""
     try:
-        with Image.open(path) as image:
-            image.verify()
-    except UnidentifiedImageError:
-        return "of no known format"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        return str(error)
+        check_image(path)
+    except ClvrError as error:
+        return str(error).removeprefix(f"{path}: ")
     return None

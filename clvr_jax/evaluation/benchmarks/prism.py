@@ -22,6 +22,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     rubric,
 )
 from clvr_jax.evaluation.benchmarks.replies import json_score
+from clvr_jax.file_names import file_name
 
 TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")
 _FOCUS = {
@@ -55,6 +56,11 @@ class Prism(JudgedBenchmark):
             for number, (_, entry) in enumerate(read_entries(file, ("prompt",))):
                 items.append(Item(f"{track}/{number}", entry["prompt"], track, entry))
         return items
+
+    def image_name(self, item: Item) -> str:
+        """The official layout: a directory for each track."""
+        track, _, number = item.id.partition("/")
+        return f"{file_name(track)}/{file_name(number)}"
 
     def questions(self, item: Item) -> list[Asked]:
         """See `JudgedBenchmark`."""

@@ -183,5 +183,40 @@ def test_a_picture_that_is_none_is_found_before_anyone_is_asked(tmp_path, items)
     (tmp_path / "images" / "2.png").write_bytes(b"<html>")
     whole = (tmp_path / "images" / "3.png").read_bytes()
     (tmp_path / "images" / "3.png").write_bytes(whole[:-20])
-    with pytest.raises(ClvrError, match=r"not readable as pictures: .*2\.png \(of no known format\), .*3\.png \("):
+    reason = r"not a readable image; expected is PNG, JPEG or WebP"
+    with pytest.raises(ClvrError, match=rf"not readable as pictures: .*2\.png \({reason}\), .*3\.png \("):
+        drawn(ImagineBench(), tmp_path)
+
+
+@pytest.mark.parametrize("identifier", ["../../../evil", "/tmp/evil", "sub/evil", "..", "e" * 300, "a\0b"])
+def test_ids_never_write_outside_the_directory(identifier, tmp_path):
+    out = tmp_path / "deep" / "in" / "out"
+    entries = [{**IMAGINE[0], "id": identifier}, {**IMAGINE[1], "id": "good"}]
+    found = ImagineBench().read(write_lines(tmp_path / "prompts.jsonl", entries))
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)}
+    paint(ImagineBench(), found, out)
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} - {
+        out.parent,
+        out.parent.parent,
+    } == before
+    names = files(out / "images")
+    assert len(names) == 2
+    assert "good.png" in names
+    assert all(path.is_file() for path in drawn(ImagineBench(), out).files.values())
+
+
+def test_grids_of_hostile_ids_stay_in_their_directory(tmp_path):
+    prompts = tmp_path / "prompts.csv"
+    prompts.write_text(DPG_CSV.format(dependency="1").replace("\na,", "\n../../../evil,"))
+    found = DPG().read(prompts)
+    paint(DPG(), found, tmp_path / "deep" / "out", samples=4)
+    assert len(files(tmp_path / "deep" / "out" / "images")) == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "prompts.csv"]
+
+
+def test_postscript_among_the_pictures_is_refused_and_not_run(tmp_path, items, monkeypatch):
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # a call would be a TypeError
+    paint(ImagineBench(), items["imaginebench"], tmp_path)
+    (tmp_path / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
+    with pytest.raises(ClvrError, match=r"2\.png \(not a readable image; expected is PNG, JPEG or WebP\)"):
         drawn(ImagineBench(), tmp_path)

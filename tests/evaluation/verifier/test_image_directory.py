@@ -7,8 +7,8 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.verifier import image_directory
 from clvr_jax.evaluation.verifier.image_directory import labeled_images, load_image
+from clvr_jax.reasoning import images
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def test_transparent_images_are_on_white_and_rotated_ones_upright(directory):
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ("[1]", "expected a JSON object, got list"),
+        ("[1]", "expected a JSON object, got a list of 1"),
         ({**GOOD, "prompt": 3}, "prompt must be a text"),
         ({**GOOD, "prompt": " "}, "prompt must be a text that is not empty"),
         ({**GOOD, "prompt": "dog " * 6000}, "24,000 characters"),
@@ -85,8 +85,8 @@ def test_transparent_images_are_on_white_and_rotated_ones_upright(directory):
         ({**GOOD, "image": "/etc/hostname"}, "outside the directory"),
         ({**GOOD, "image": "missing.png"}, "no such image, 'missing.png'"),
         ({**GOOD, "image": "sub"}, "no such image"),
-        ({**GOOD, "image": "a\0.png"}, "not a readable image"),
-        ({**GOOD, "image": "text.png"}, "'text.png' is not a readable image"),
+        ({**GOOD, "image": "a\0.png"}, "no such image"),
+        ({**GOOD, "image": "text.png"}, "text.png: not a readable image"),
         ({**GOOD, "image": "empty.png"}, "not a readable image"),
     ],
 )
@@ -100,17 +100,17 @@ def test_bad_lines_are_one_line_with_their_number(directory, line, said):
 
 
 def test_images_that_are_too_large_are_refused_by_their_header(directory, monkeypatch):
-    Image.new("1", (10_000, 6_000)).save(directory / "huge.png")
+    Image.new("1", (10_000, 8_000)).save(directory / "huge.png")
     write(directory, {**GOOD, "image": "huge.png"})
-    with pytest.raises(ClvrError, match=r"labels.jsonl:1: image 'huge.png' has 10000 x 6000 pixels"):
+    with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*huge.png: has 10,000 x 8,000 pixels"):
         labeled_images(directory)
     Image.new("1", (20_000, 10_000)).save(directory / "bomb.png")
     write(directory, {**GOOD, "image": "bomb.png"})
     with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*bomb.png"):
         labeled_images(directory)
-    monkeypatch.setattr(image_directory, "_MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
     write(directory, GOOD)
-    with pytest.raises(ClvrError, match=r"labels.jsonl:1: image 'a.png' has .* MiB"):
+    with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*a.png: has .* MiB"):
         labeled_images(directory)
 
 
@@ -121,7 +121,7 @@ def test_a_damaged_image_is_named_when_it_is_decoded(directory):
     (directory / "cut.png").write_bytes(content[: len(content) // 2])
     write(directory, {**GOOD, "image": "cut.png"})
     (case,) = labeled_images(directory)
-    with pytest.raises(ClvrError, match=r"labels.jsonl:1: cut.png cannot be decoded"):
+    with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*cut.png: not a readable image"):
         load_image(case)
 
 
