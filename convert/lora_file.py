@@ -9,21 +9,18 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from clvr_jax.convert.lora_config import METADATA, PEFT_NAME, AdapterConfig
 from clvr_jax.convert.lora_names import TEXT_ENCODER, Spelling, component, spellings, without_prefix
 from clvr_jax.convert.tensors import Stored, read_header
-from safetensors import safe_open
 from safetensors.numpy import save
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, write_atomically
+from clvr_jax.files import write_atomically
 from clvr_jax.trees import some
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
-PEFT_NAME = "adapter_model.safetensors"
-_METADATA = "lora_adapter_metadata"  # diffusers' key in the header
 
 _FACTOR = re.compile(r"(.+?)(?:\.lora_(A|B|down|up)(?:\.\w+)?|[._]lora(?:_linear_layer)?\.(down|up))\.weight")
 _ALPHA = re.compile(r"(.+)\.alpha")
@@ -86,7 +83,7 @@ def read_factors(
         raise ClvrError(f"{file}: no LoRA of this {component(shapes)} (it has {some(shapes, 2)}); {listed}")
     if not pairs:
         raise ClvrError(f"{file}: holds no LoRA of a {component(shapes)}; it has {some(stored)}")
-    config = _Config.read(file, component(shapes))
+    config = AdapterConfig.read(file, component(shapes))
     factors: dict[str, Factors] = {}
     for name, (down, up, alpha) in pairs.items():
         scale = config.scale(name, down.shape[0], None if alpha is None else _number(alpha))
@@ -123,7 +120,7 @@ def write_factors(path: Path, factors: Mapping[str, Factors], component: str) ->
     }
     adapter = json.dumps({f"{component}.{key}": value for key, value in config.items()}, indent=2, sort_keys=True)
     target = path if path.suffix == ".safetensors" else path / FILE_NAME
-    write_atomically(target, save(tensors, metadata={"format": "pt", _METADATA: adapter}))
+    write_atomically(target, save(tensors, metadata={"format": "pt", METADATA: adapter}))
 
 
 def _file(path: Path) -> Path:
@@ -193,55 +190,6 @@ def _cut(spelling: Spelling, down: np.ndarray, up: np.ndarray) -> tuple[list[np.
         if all(blocks[i][j].any() == (i == j) for i in range(count) for j in range(count)):
             return np.split(down, count), [blocks[i][i] for i in range(count)]
     return [down] * count, ups
-
-
-@dataclass(frozen=True)
-class _Config:
-    """What is said about the adapter beside its tensors: PEFT's `LoraConfig`, or nothing."""
-
-    file: Path
-    fields: Mapping[str, Any]
-
-    @classmethod
-    def read(cls, file: Path, component: str) -> "_Config":
-        """From the header (diffusers; a bare alpha), else from PEFT's file beside it."""
-        with safe_open(file, framework="numpy") as opened:
-            metadata = opened.metadata() or {}
-        text = metadata.get(_METADATA) or metadata.get("adapter_config")
-        beside = file.with_name("adapter_config.json")
-        try:
-            if text is not None:
-                fields = json.loads(text)
-            elif "lora_alpha" in metadata:
-                fields = {"lora_alpha": float(metadata["lora_alpha"])}
-            else:
-                fields = read_json(beside) if file.name == PEFT_NAME and beside.exists() else {}
-        except ValueError as error:
-            raise ClvrError(f"{file}: its metadata cannot be read ({error})") from error
-        prefix = f"{component}."
-        own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
-        return cls(file, own or fields)
-
-    def scale(self, name: str, rank: int, stored_alpha: float | None) -> float:
-        """alpha / rank of one module; alpha is the rank where the file says nothing.
-
-        Raises: ClvrError if rank or alpha of the tensors are not those of the metadata.
-        """
-        alpha = self._of("alpha_pattern", name, "lora_alpha")
-        said = {"rank": (rank, self._of("rank_pattern", name, "r")), "alpha": (stored_alpha, alpha)}
-        for what, (of_tensors, of_metadata) in said.items():
-            if None not in (of_tensors, of_metadata) and of_tensors != of_metadata:
-                raise ClvrError(
-                    f"{self.file}: {name} has {what} {of_tensors} by its tensors, {of_metadata} by its metadata"
-                )
-        alpha = next(float(value) for value in (stored_alpha, alpha, rank) if value is not None)
-        return alpha / (rank**0.5 if self.fields.get("use_rslora") else rank)
-
-    def _of(self, patterns: str, name: str, default: str) -> Any:
-        # PEFT matches the end of a name, from a dot on.
-        own = self.fields.get(patterns) or {}
-        matching = (value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", name))
-        return next(matching, self.fields.get(default))
 
 
 def _number(tensor: Stored) -> float:

@@ -4,7 +4,8 @@ Trainers write the names of diffusers, of the original code (BFL for FLUX.2, lat
 with underscores for dots. All spellings are made from the model's own names, so that none has to be taken apart and
 what is not among them belongs to another model.
 
-Source of the names: diffusers `loaders/lora_conversion_utils.py`, kohya-ss `sd-scripts`, ai-toolkit, LyCORIS.
+Source of the names: diffusers `loaders/lora_conversion_utils.py`, kohya-ss `sd-scripts`, ai-toolkit, OneTrainer,
+LyCORIS.
 """
 
 import re
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from clvr_jax.convert.flux2_single_file import bfl_key
 
 TEXT_ENCODER = re.compile(r"(text_encoder(_\d)?\.|lora_te\d?_).*")
-_UNDERSCORED = ("lora_unet_", "lycoris_")
+_UNDERSCORED = ("lora_unet_", "lora_transformer_", "lycoris_")  # kohya and musubi, OneTrainer, LyCORIS
 _PREFIX = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|transformer\.|unet\.)+")
 
 _QKV = re.compile(r"(?:to|add)_([qkv])(?:_proj)?$")

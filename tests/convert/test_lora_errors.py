@@ -39,6 +39,13 @@ def load(tensors, model, folder, header=None, **options):
         ({"lora_adapter_metadata": json.dumps({"text_encoder.lora_alpha": 3})}, 1.0),
         ({"adapter_config": json.dumps({"lora_alpha": 12})}, 3.0),
         ({"lora_alpha": "8"}, 2.0),
+        ({"transformer.lora_alpha": "16"}, 4.0),
+        ({"network_alpha": "16"}, 4.0),
+        ({"transformer.network_alpha": "16", "network_alpha": "16.0"}, 4.0),
+        ({"alpha": "1"}, 0.25),
+        ({"ss_network_alpha": "2"}, 0.5),
+        ({"ss_network_alpha": "None"}, 1.0),
+        ({"adapter_config": json.dumps({"lora_alpha": 12, "init_lora_weights": "gaussian"})}, 3.0),
     ],
 )
 def test_alpha_is_found_where_files_keep_it(flux2_file, tmp_path, header, scale):
@@ -102,6 +109,69 @@ def test_metadata_that_contradicts_the_tensors_is_refused(flux2_file, tmp_path):
         load({**tensors, FIRST + ".alpha": torch.tensor(2.0)}, model, tmp_path, {"adapter_config": '{"lora_alpha": 8}'})
     with pytest.raises(ClvrError, match="its metadata cannot be read"):
         load(tensors, model, tmp_path, {"adapter_config": "{"})
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights 'pissa_niter_4'"),
+        ({"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights 'loftq'"),
+        ({"init_lora_weights": "of tomorrow"}, "init_lora_weights 'of tomorrow'"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights a list of 1"),
+        ({"use_dora": True}, "use_dora True is not supported"),
+        ({"transformer.use_dora": True, "transformer.r": 4}, "use_dora True is not supported"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
+        ({"bias": "all"}, "bias 'all'"),
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA'"),
+        ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow 3"),
+        ({"lora_alpha": "x"}, "lora_alpha must be a number"),
+        ({"alpha_pattern": {"(": 3}}, "which is no pattern"),
+        ({"alpha_pattern": [3]}, "alpha_pattern must be an object"),
+        ({"use_rslora": "yes"}, "use_rslora must be true or false"),
+    ],
+)
+@pytest.mark.parametrize("beside", [False, True])
+def test_an_adapter_that_peft_merges_in_another_way_is_refused_by_name(flux2_file, tmp_path, fields, message, beside):
+    tensors, model = flux2_file
+    header = None if beside else {"lora_adapter_metadata": json.dumps(fields)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors", metadata=header)
+    if beside:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+    with pytest.raises(ClvrError, match=message) as caught:
+        load_lora(tmp_path, KINDS["flux2"].table, model)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_strengths_of_a_header_that_differ_are_refused(flux2_file, tmp_path):
+    with pytest.raises(ClvrError, match="several strengths"):
+        load(*flux2_file, tmp_path, {"network_alpha": "4", "transformer.lora_alpha": "8"})
+    with pytest.raises(ClvrError, match="network_alpha is 'x'"):
+        load(*flux2_file, tmp_path, {"network_alpha": "x"})
+    with pytest.raises(ClvrError, match="network_alpha is 'nan'"):
+        load(*flux2_file, tmp_path, {"network_alpha": "nan"})
+
+
+def test_what_peft_writes_by_default_is_read(flux2_file, tmp_path):
+    from peft import LoraConfig
+
+    written = {**LoraConfig(r=4, lora_alpha=8, target_modules=["to_q"]).to_dict(), "target_modules": ["to_q"]}
+    lora = load(*flux2_file, tmp_path, {"lora_adapter_metadata": json.dumps(written)})
+    assert lora["transformer_blocks"]["attn"]["to_q"]["kernel"].scale == 2.0
+
+
+def test_onetrainers_names_are_read(flux2_file, tmp_path):
+    tensors, model = flux2_file
+    expected = load(tensors, model, tmp_path)
+    names = {A: ".lora_down.weight", B: ".lora_up.weight"}
+    renamed = {}
+    for key, tensor in tensors.items():
+        end = A if key.endswith(A) else B
+        module = key.removesuffix(end).removeprefix("transformer.").replace(".", "_")
+        renamed[f"lora_transformer_{module}{names[end]}"] = tensor
+    assert same(load(renamed, model, tmp_path), expected)
 
 
 def test_tensors_of_a_text_encoder_are_left_out_when_that_is_asked_for(flux2_file, tmp_path):

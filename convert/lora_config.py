@@ -1,0 +1,161 @@
+"""The strength of a LoRA: PEFT's configuration and alpha, wherever files keep them, and what they may not say.
+
+PEFT's own merge is the reference. An adapter that it merges in another way than as scale * up down is refused by the
+name of the field that says so.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import parse_object, read_object, shown
+
+PEFT_NAME = "adapter_model.safetensors"
+PEFT_CONFIG = "adapter_config.json"
+METADATA = "lora_adapter_metadata"
+"""Key in the header of a file that diffusers writes, for PEFT's configuration as JSON."""
+
+_ALPHAS = ("lora_alpha", "network_alpha", "alpha")
+_KOHYA_ALPHA = "ss_network_alpha"  # of the whole training; the tensors have alphas of their own
+# Values of init_lora_weights after which the base's weights are what they were.
+_PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Fields of PEFT's LoraConfig that do not change what is added to a weight, or that are checked by name.
+_HARMLESS = {
+    *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "peft_type", "bias"),
+    *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type"),
+    *("base_model_name_or_path", "revision", "auto_mapping", "inference_mode", "peft_version", "runtime_config"),
+    *("loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "megatron_core"),
+    *("ensure_weight_tying", "base_model_class", "parent_library", "model_type", "network_alpha", "alpha"),
+}
+_ADVICE = "merge it into the weights with PEFT (merge_and_unload) and use the result"
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What is said about an adapter beside its tensors: the fields of PEFT's `LoraConfig`, or nothing.
+
+    fallback_alpha: alpha of the whole training, which holds where neither tensor nor field says another.
+    """
+
+    file: Path
+    fields: Mapping[str, Any]
+    fallback_alpha: float | None = None
+
+    @classmethod
+    def read(cls, file: Path, component: str) -> "AdapterConfig":
+        """Reads it from the header (diffusers; a bare alpha), else from PEFT's file beside the tensors.
+
+        Args:
+          file: the safetensors file.
+          component: "transformer" or "unet", by which fields of a pipeline's adapters are told apart.
+        Raises: ClvrError if it cannot be read, or says that the adapter is no plain LoRA.
+        """
+        with safe_open(file, framework="numpy") as opened:
+            header = opened.metadata() or {}
+        text = header.get(METADATA) or header.get("adapter_config")
+        beside = file.with_name(PEFT_CONFIG)
+        prefix = f"{component}."
+        where = f"{file}: its metadata cannot be read"
+        if text is not None:
+            fields: Mapping[str, Any] = parse_object(text, where).content
+        elif file.name == PEFT_NAME and beside.exists():
+            where = str(beside)
+            fields = read_object(beside).content
+        else:
+            fields = {}
+        own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+        fields = own or {key: value for key, value in fields.items() if not re.match(r"text_encoder(_\d)?\.", key)}
+        alphas = _alphas(header, prefix, file)
+        if "lora_alpha" not in fields and alphas:
+            fields = {**fields, "lora_alpha": alphas.popitem()[1]}
+        _check(fields, where)
+        kohya = header.get(_KOHYA_ALPHA, "None")
+        return cls(file, fields, None if kohya == "None" else _header_number(file, _KOHYA_ALPHA, kohya))
+
+    def scale(self, name: str, rank: int, stored_alpha: float | None) -> float:
+        """Returns alpha / rank of one module; alpha is the rank where the file says nothing.
+
+        Args:
+          name: of the module in the file.
+          rank: of its tensors.
+          stored_alpha: its alpha tensor.
+        Raises: ClvrError if rank or alpha of the tensors are not those of the metadata.
+        """
+        alpha = self._of("alpha_pattern", name, "lora_alpha")
+        said = {"rank": (rank, self._of("rank_pattern", name, "r")), "alpha": (stored_alpha, alpha)}
+        for what, (of_tensors, of_metadata) in said.items():
+            if None not in (of_tensors, of_metadata) and of_tensors != of_metadata:
+                raise ClvrError(
+                    f"{self.file}: {name} has {what} {of_tensors} by its tensors, {of_metadata} by its metadata"
+                )
+        alpha = next(float(value) for value in (stored_alpha, alpha, self.fallback_alpha, rank) if value is not None)
+        if not math.isfinite(alpha):
+            raise ClvrError(f"{self.file}: {name} has alpha {alpha}; the file is damaged")
+        return alpha / (rank**0.5 if self.fields.get("use_rslora") else rank)
+
+    def _of(self, patterns: str, name: str, default: str) -> Any:
+        # PEFT matches the end of a name, from a dot on.
+        own = self.fields.get(patterns) or {}
+        matching = (value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        return next(matching, self.fields.get(default))
+
+
+def _alphas(header: Mapping[str, str], prefix: str, file: Path) -> dict[str, float]:
+    """Key in the header -> alpha of the whole adapter. Raises: ClvrError if two differ."""
+    keys = [f"{before}{name}" for before in ("", prefix) for name in _ALPHAS if f"{before}{name}" in header]
+    alphas = {key: _header_number(file, key, header[key]) for key in keys}
+    if len(set(alphas.values())) > 1:
+        listed = ", ".join(f"{key} {value:g}" for key, value in alphas.items())
+        raise ClvrError(f"{file}: its header names several strengths ({listed}); keep the one it was trained with")
+    return alphas
+
+
+def _header_number(file: Path, key: str, text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ClvrError(f"{file}: its metadata cannot be read, {key} is {text[:40]!r} and no number")
+    return value
+
+
+def _check(fields: Mapping[str, Any], where: str) -> None:
+    """Raises: ClvrError, by the name of the field, for what PEFT would not merge as scale * up down."""
+    if (kind := fields.get("peft_type")) not in (None, "LORA"):
+        raise ClvrError(f"{where}: peft_type {shown(kind)} is no plain LoRA; {_ADVICE}")
+    start = fields.get("init_lora_weights")
+    if not (start is None or isinstance(start, bool | str)) or start not in _PLAIN_STARTS:
+        raise ClvrError(
+            f"{where}: init_lora_weights {shown(start)}: this start changes the base's weights, so it does not fit "
+            "the published ones; save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT"
+        )
+    if fields.get("bias") not in (None, "none"):
+        raise ClvrError(f"{where}: bias {shown(fields['bias'])} is not supported, only 'none'; {_ADVICE}")
+    for name, value in fields.items():
+        if name not in _HARMLESS and value not in (None, False, "", [], {}):
+            raise ClvrError(f"{where}: {name} {shown(value)} is not supported; {_ADVICE}")
+    _check_numbers(fields, where)
+
+
+def _check_numbers(fields: Mapping[str, Any], where: str) -> None:
+    if not isinstance(fields.get("use_rslora", False), bool | None):
+        raise ClvrError(f"{where}: use_rslora must be true or false, got {shown(fields['use_rslora'])}")
+    for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        own = fields.get(patterns) or {}
+        if not isinstance(own, Mapping):
+            raise ClvrError(f"{where}: {patterns} must be an object, got {shown(own)}")
+        for key, value in {name: fields.get(name), **own}.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+                raise ClvrError(f"{where}: {key} must be a number, got {shown(value)}")
+        for pattern in own:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ClvrError(f"{where}: {patterns} has {pattern[:60]!r}, which is no pattern ({error})") from error
