@@ -39,7 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "convert": Convert,
     "merge": Merge,
 }
-_DESCRIPTION = "Dense prompts become pictures through a loop of planning, drawing and checking."
+_DESCRIPTION = "Generates images from dense prompts by a loop of planning, generating, verifying and correcting."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BudgetOptions:
-    """Limits for one prompt. When one is reached the last picture is still judged, then the best one is returned."""
+    """Limits for one prompt. When one is reached, the last image is still verified, and the best image is returned."""
 
     max_steps: int = 8
-    """Most images that are generated, rolled-back ones and candidates included."""
+    """Generate at most this many images, including candidates and images that are rolled back."""
     max_nfe: Count = None
-    """Most network evaluations (NFE); the first image is always generated."""
+    """Spend at most this many network evaluations (NFE); unlimited if not given. The first image is always generated.
+    """
     max_seconds: Annotated[float | None, tyro.conf.arg(metavar="S")] = None
-    """No further image is begun after so many seconds; with several prompts at a time, of all of them together."""
+    """Start no further image after this many seconds; unlimited if not given. Several prompts in a batch share the
+    limit."""
     stop_when: Literal["controller", "verified", "drawn"] = "controller"
-    """controller: when the controller stops. verified: also as soon as it finds nothing unmet, with --verification
-    controller. drawn: after one image, which nobody looks at. A separate verifier that accepts always stops the run."""
+    """When the loop stops. controller: when the controller stops. verified: also as soon as the controller finds
+    nothing unmet, with --verification controller. drawn: after one image, without verification. A separate verifier
+    that accepts the image always stops the loop."""
     candidates: int = 1
-    """Images generated at each step, of which the best verified one is kept; all of them count as steps."""
+    """Generate this many images at each step and keep the best verified one; each of them counts as a step."""
 
     def __post_init__(self) -> None:
         at_least_one("--max-steps", self.max_steps)

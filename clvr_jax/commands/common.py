@@ -24,7 +24,7 @@ class Common:
     json: bool = False
     """Print the result as JSON on stdout."""
     debug: bool = False
-    """Show the traceback of an error."""
+    """Print the traceback of an error."""
 
 
 @dataclass(frozen=True)

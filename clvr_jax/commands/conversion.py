@@ -16,27 +16,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Convert:
-    """Converts a pipeline or model folder from PyTorch to JAX or back, one tensor at a time."""
+    """Converts a pipeline or model directory from PyTorch to JAX or back, one tensor at a time."""
 
     EXAMPLE: ClassVar = "clvr convert black-forest-labs/FLUX.2-klein-base-4B checkpoints/klein --to jax"
 
     source: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
-    """Folder in diffusers or transformers layout with safetensors, one that was converted to jax, a single file of
-    FLUX.2, a Hugging Face id (org/name or org/name@revision), or the folder of a training run."""
+    """Convert this source: a directory in diffusers or transformers layout with safetensors, one that was converted to
+    JAX, a single file of FLUX.2, a Hugging Face id (org/name or org/name@revision), or the directory of a training run.
+    """
     destination: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
-    """New folder; it appears only when it is complete."""
+    """Write to this new directory, which appears only when it is complete."""
     to: Literal["jax", "torch"]
-    """jax: Orbax. torch: safetensors that diffusers and transformers load."""
+    """Format to write. jax: Orbax. torch: safetensors that diffusers and transformers load."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Of floating-point tensors; if not given each keeps its own, bit for bit."""
+    """Convert floating-point tensors to this dtype; each keeps its own, bit for bit, if not given."""
     variant: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Which of several sets of files in the source, such as fp16."""
+    """Read this variant of the files in the source, such as fp16; the files without a variant if not given."""
     dry_run: bool = False
     """Print what would be written, and write nothing."""
     resume: bool = False
-    """Go on with a conversion that was stopped."""
+    """Resume an interrupted conversion."""
     verify: bool = False
-    """Then run every model in PyTorch and in JAX and compare; takes 4 bytes of memory a parameter of the largest."""
+    """After the conversion, run every model in PyTorch and in JAX and compare the outputs; it takes 4 bytes of memory
+    for each parameter of the largest model."""
     common: Flags = field(default_factory=Common)
 
     def run(self) -> Result:

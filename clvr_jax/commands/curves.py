@@ -12,18 +12,18 @@ from clvr_jax.commands.common import Common, Flags, Result
 
 @dataclass(frozen=True)
 class Curves:
-    """Plots metrics of one or several runs. Runs that differ only in their seed become one line with a band."""
+    """Plots metrics of one or more runs. Runs that differ only in their seed become one line with a band."""
 
     EXAMPLE: ClassVar = "clvr curves runs/pprl-0 runs/pprl-1 runs/simple-0 --metrics reward kl --out out/curves.png"
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="RUN...")]
-    """Folders of runs, finished or not."""
+    """Plot these run directories, finished or not."""
     out: Annotated[Path, tyro.conf.arg(metavar="FILE.png")]
-    """The plot; .svg and .pdf as well."""
+    """Write the plot to this file; the suffix may also be .svg or .pdf."""
     metrics: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME...")] = ()
-    """Names as in metrics.jsonl; losses, rewards and guard rails if not given."""
+    """Plot these metrics, named as in metrics.jsonl; the usual losses, rewards and distances if not given."""
     smooth: Annotated[int, tyro.conf.arg(metavar="N")] = 1
-    """Mean over so many entries."""
+    """Plot the mean over this many entries; 1 plots the entries themselves."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:

@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Generate:
-    """Draws a picture through the closed loop: plan, draw, look, correct."""
+    """Generates an image in the closed loop: plan, generate, verify, correct."""
 
     EXAMPLE: ClassVar = (
         'clvr generate "a red circle left of a blue star and a green square at the bottom" --out out/first'
     )
 
     prompt: Prompt
-    """What to draw."""
+    """Describe the image to generate."""
     model: str = "shapes-tiny"
-    """Shipped model, a folder in diffusers layout or a Hugging Face id."""
+    """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id."""
     verification: Literal["separate", "controller", "none"] = "separate"
-    """Who accepts an image: a verifier that sees it alone, the controller in its conversation, or nobody (the
-    ablation)."""
+    """Who accepts an image. separate: a verifier that sees the image without the conversation. controller: the
+    controller, in its conversation. none: nobody, which is the ablation."""
     verifier: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Model that verifies with --verification separate: a shipped model or a Qwen3-VL directory or id; the model's own
-    controller in fresh conversations if not given."""
+    """With --verification separate: verify with this model, a shipped name or a directory or Hugging Face id of a
+    Qwen3-VL. If not given, the model's own controller verifies, in a new conversation for each image."""
     budget: Limits = field(default_factory=BudgetOptions)
     nfe: Count = None
-    """Network evaluations of each drawing; the model's own number if not given."""
+    """Number of network evaluations (NFE) for each image; the model's own number if not given."""
     seed: int = 0
-    """The same seed gives the same picture."""
+    """The same seed gives the same image."""
     out: Folder = None
-    """Folder for trajectory.json, the pictures and index.html; below out/ if not given."""
+    """Write trajectory.json, the images and index.html to this directory; a new one below out/ if not given."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
@@ -104,22 +104,22 @@ class Generate:
 
 @dataclass(frozen=True)
 class Sample:
-    """Draws a picture in one shot, without the loop."""
+    """Generates an image in one shot, without the loop."""
 
     EXAMPLE: ClassVar = 'clvr sample "a yellow triangle" --seed 3 --out triangle.png'
 
     prompt: Prompt
-    """What to draw."""
+    """Describe the image to generate."""
     model: str = "shapes-tiny"
-    """Shipped model, a folder in diffusers layout or a Hugging Face id."""
+    """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id."""
     steps: Count = None
-    """Sampler steps; the model's own number if not given."""
+    """Number of sampler steps; the model's own number if not given."""
     guidance: Guidance = None
-    """Classifier-free guidance, 1 switches it off; the model's own if not given."""
+    """Scale of classifier-free guidance; 1 switches it off, and the model's own scale is used if not given."""
     seed: int = 0
-    """The same seed gives the same picture."""
+    """The same seed gives the same image."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE.png")] = None
-    """The picture; below out/ if not given."""
+    """Write the image to this file; a new one below out/ if not given."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:

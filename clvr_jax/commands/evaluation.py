@@ -20,7 +20,7 @@ from clvr_jax.commands.evaluation_verifier import EvalVerifier
 
 @dataclass(frozen=True)
 class Eval(CommandGroup):
-    """Draws the prompts of a benchmark and scores the pictures, or compares what was scored."""
+    """Generates and scores the images of a benchmark, or compares systems that were scored."""
 
     EXAMPLE: ClassVar = EvalShapes.EXAMPLE
     COMMANDS: ClassVar[dict[str, type[Any]]] = {

@@ -30,28 +30,32 @@ class _Drawer(SystemOptions):
     """Of a run that need not draw."""
 
     model: str = ""
-    """Shipped model, diffusers folder or Hugging Face id; the server's name with --endpoint, any with --pictures."""
+    """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id. With --endpoint
+    it is the server's name for the model, and with --pictures any name. It is needed unless nothing is generated."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _EvalBenchmark(abc.ABC):
-    """What the benchmarks have in common: draws what is missing, and scores if it is told who scores."""
+    """What the benchmarks have in common: generates the images that are missing, and scores them with a scorer."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder for the pictures in the official layout, what is found out about them, and results.json."""
+    """Write the images in the official layout, their scores and results.json to this directory."""
     system: Annotated[_Drawer, tyro.conf.arg(name="")] = field(default_factory=_Drawer)
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
-    """The official file of prompts, or the folder of such files; fetched if not given and there is a license."""
+    """Read the prompts from this official file, or from a directory of such files; downloaded if not given and if its
+    license allows."""
     limit: Count = None
-    """Use at most so many prompts, spread over the set."""
+    """Use at most this many prompts, spread evenly over the set; all of them if not given."""
     samples: Count = None
-    """Pictures of each prompt; the official number if not given."""
+    """Generate this many images for each prompt; the official number if not given."""
     share: Annotated[str, tyro.conf.arg(metavar="K/N")] = ""
-    """Draw the K-th of N shares (from 0) and do not score, for N processes with one --out."""
+    """Generate share K (from 0) of N shares and do not score, for N processes with one --out; all in one process if not
+    given."""
     score_only: bool = False
-    """Draw nothing; score what is in --out."""
+    """Generate nothing, and score the images in --out."""
     images: Folder = None
-    """Draw nothing; score this folder, made elsewhere in the official layout. Results go to --out."""
+    """Generate nothing, and score external images: a directory in the official layout. The results are written to
+    --out."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
@@ -158,7 +162,7 @@ class _EvalBenchmark(abc.ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalGenEval(_EvalBenchmark):
-    """GenEval: 553 prompts, six tags, four pictures each; a detector and CLIP, with weights that you have, score."""
+    """GenEval: 553 prompts, six tags, four images each; scored by a detector and CLIP, whose weights you provide."""
 
     EXAMPLE: ClassVar = (
         "clvr eval geneval --model DIR --out out/geneval --detector mask2former-swin-small-coco-instance "
@@ -166,9 +170,10 @@ class EvalGenEval(_EvalBenchmark):
     )
 
     detector: Folder = None
-    """Folder of facebook/mask2former-swin-small-coco-instance; needs PyTorch, as --clip does."""
+    """Directory of facebook/mask2former-swin-small-coco-instance; nothing is scored if not given. It needs PyTorch, as
+    --clip does."""
     clip: Folder = None
-    """Folder of openai/clip-vit-large-patch14."""
+    """Directory of openai/clip-vit-large-patch14, which goes with --detector."""
     scorer_option: ClassVar = "--detector DIR --clip DIR"
 
     def __post_init__(self) -> None:
@@ -207,7 +212,7 @@ class EvalGenEval(_EvalBenchmark):
 
 @dataclass(frozen=True, kw_only=True)
 class _EvalJudged(JudgeOptions, _EvalBenchmark):
-    """A benchmark whose pictures a vision-language model looks at."""
+    """A benchmark whose images a vision-language model scores."""
 
     scorer_option: ClassVar = "--judge MODEL"
 
@@ -260,7 +265,7 @@ _JUDGED = "--judge gpt-4.1-2025-04-14 --judge-url https://api.openai.com/v1"
 
 @dataclass(frozen=True, kw_only=True)
 class EvalGenEvalPP(_EvalJudged):
-    """GenEval++: 280 prompts, seven tags; a judge with a checklist."""
+    """GenEval++: 280 prompts, seven tags; a judge answers a checklist."""
 
     EXAMPLE: ClassVar = f"clvr eval genevalpp --model DIR --out out/genevalpp {_JUDGED}"
 
@@ -273,12 +278,13 @@ class EvalGenEvalPP(_EvalJudged):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalImagineBench(_EvalJudged):
-    """ImagineBench: 270 fantastic variants of known things; three scores by a judge."""
+    """ImagineBench: 270 fantastic variants of known things; a judge gives three scores."""
 
     EXAMPLE: ClassVar = f"clvr eval imaginebench --model DIR --out out/imaginebench {_JUDGED}"
 
     rules: Literal["official", "fixed"] = "fixed"
-    """official: as the official script, which drops a group and fails on bold labels. fixed: without these faults."""
+    """official: score as the official script does, which drops a group and fails on bold labels. fixed: score without
+    these faults."""
 
     def benchmark(self) -> "Benchmark":
         """See `_EvalBenchmark`."""
@@ -289,7 +295,7 @@ class EvalImagineBench(_EvalJudged):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalWise(_EvalJudged):
-    """WISE: 1,000 prompts that need knowledge of the world. Its two editions are two benchmarks."""
+    """WISE: 1,000 prompts that require world knowledge. Its two editions are two benchmarks."""
 
     EXAMPLE: ClassVar = (
         "clvr eval wise --edition verified --model DIR --out out/wise --judge Qwen3.5-35B-A3B "
@@ -297,7 +303,8 @@ class EvalWise(_EvalJudged):
     )
 
     edition: Literal["legacy", "verified"]
-    """legacy: 2025, GPT-4o, three scores. verified: 2026, other prompts, a Qwen judge, right or wrong."""
+    """legacy: the edition of 2025, with GPT-4o as judge and three scores. verified: the edition of 2026, with other
+    prompts, a Qwen judge, and a score that is right or wrong."""
 
     def benchmark(self) -> "Benchmark":
         """See `_EvalBenchmark`."""
@@ -308,7 +315,7 @@ class EvalWise(_EvalJudged):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalPrism(_EvalJudged):
-    """PRISM-Bench: seven tracks of 100 prompts, which you must have; alignment and aesthetics by a judge."""
+    """PRISM-Bench: seven tracks of 100 prompts, which you provide; a judge scores alignment and aesthetics."""
 
     EXAMPLE: ClassVar = f"clvr eval prism --prompts captions/en --model DIR --out out/prism {_JUDGED}"
 
@@ -321,12 +328,12 @@ class EvalPrism(_EvalJudged):
 
 @dataclass(frozen=True, kw_only=True)
 class EvalDPG(_EvalJudged):
-    """DPG-Bench: 1,065 dense prompts, grids of four pictures, answered question by question."""
+    """DPG-Bench: 1,065 dense prompts, grids of four images; a judge answers one question at a time."""
 
     EXAMPLE: ClassVar = f"clvr eval dpg --model DIR --out out/dpg {_JUDGED}"
 
     rules: Literal["official", "fixed"] = "fixed"
-    """official: as the official script, which skips the first row of questions. fixed: with it."""
+    """official: score as the official script does, which skips the first row of questions. fixed: score with it."""
 
     def benchmark(self) -> "Benchmark":
         """See `_EvalBenchmark`."""

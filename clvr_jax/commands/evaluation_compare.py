@@ -12,14 +12,15 @@ from clvr_jax.console import console
 
 @dataclass(frozen=True)
 class EvalCompare:
-    """Compares two or more results on the same prompts: tables, tests in pairs, cost, complexity, plots."""
+    """Compares two or more results on the same prompts: tables, paired tests, cost, complexity, plots."""
 
     EXAMPLE: ClassVar = "clvr eval compare base=out/one-shot loop=out/loop-0 loop=out/loop-1 --out out/report"
 
     results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]DIR")]
-    """Folders with results.json, each held against the first; runs of one system with other seeds are pooled."""
+    """Compare these directories with results.json, each with the first one; runs of one name that differ in their seed
+    are pooled."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder for comparison.json, comparison.md and plots (which need matplotlib)."""
+    """Write comparison.json, comparison.md and, if matplotlib is installed, plots to this directory."""
     common: Flags = field(default_factory=Common)
 
     def run(self) -> Result:

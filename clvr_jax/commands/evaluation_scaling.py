@@ -21,34 +21,37 @@ Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 
 @dataclass(frozen=True)
 class EvalScaling:
-    """What more drawings, evaluations and seconds buy: drawn once under the largest budget, the others are read off."""
+    """Measures how scores grow with images, network evaluations and seconds. Images are generated once, under the
+    largest budget; the results of smaller budgets are computed from them."""
 
     EXAMPLE: ClassVar = (
         "clvr eval scaling --model shapes-tiny --split complex --limit 60 --max-steps 16 --out out/scaling"
     )
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder for scaling.json, scaling.md, the plot, and a folder of pictures for each system."""
+    """Write scaling.json, scaling.md, the plot, and the images of each system to this directory."""
     results: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="[NAME=]DIR")] = ()
-    """Folders of finished runs of clvr eval shapes, whatever drew them, beside or instead of --model."""
+    """Include these directories of finished `clvr eval shapes` runs, beside or in place of --model."""
     model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Shipped model, diffusers folder or Hugging Face id, drawn with in each of --modes."""
+    """Generate with this model in each of --modes: a shipped name, a directory in diffusers layout, or a Hugging Face
+    id. Only --results are measured if not given."""
     base_model: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
-    """Another model for one-shot, such as the one before it learned to follow a conversation."""
+    """Generate one-shot images with this model, such as the one before training on trajectories; --model if not given.
+    """
     modes: tuple[Mode, ...] = ("one-shot", "open-loop", "best-of", "closed-loop")
-    """Which systems; best-of and closed-loop may draw --max-steps times."""
+    """Measure these modes; best-of and closed-loop may generate --max-steps images for each prompt."""
     controller: Literal["vlm", "oracle"] = "vlm"
-    """Who plans and judges: the model's own, or the oracle of the shapes world."""
+    """Who plans and corrects. vlm: the controller of the model. oracle: the oracle of the shapes world."""
     max_steps: int = 8
-    """The largest budget, in drawings."""
+    """Largest budget, in images for each prompt."""
     split: Literal["eval", "complex", "dense", "second"] = "complex"
-    """See clvr eval shapes."""
+    """Set of prompts, as in `clvr eval shapes`."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Prompts of your own in GenEval's metadata format, instead of a split."""
+    """Use the prompts of this file, in the format of GenEval's metadata, in place of --split."""
     limit: Count = None
-    """Use at most so many prompts, spread over the set."""
+    """Use at most this many prompts, spread evenly over the set; all of them if not given."""
     seed: int = 0
-    """The same seed gives the same pictures."""
+    """The same seed gives the same images."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:

@@ -17,22 +17,23 @@ from clvr_jax.console import progress
 
 @dataclass(frozen=True)
 class EvalShapes:
-    """Draws the prompts of the shapes world, whose pictures a program checks. A run that was stopped goes on."""
+    """Generates images for prompts of the shapes world, where a program verifies them. The same command resumes an
+    interrupted run."""
 
     EXAMPLE: ClassVar = "clvr eval shapes --split complex --limit 60 --model shapes-tiny --out out/complex"
 
     system: Systems
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Folder for the pictures in GenEval's layout and results.json."""
+    """Write the images in the layout of GenEval and results.json to this directory."""
     split: Literal["eval", "complex", "dense", "second"] = "eval"
-    """eval: 553 prompts with GenEval's tags. complex: 300 prompts with 3 to 6 objects. dense: 300 with 7 to 9.
-    second: 300 with 3 to 6, worded by a grammar that is not used for training."""
+    """Set of prompts. eval: 553 prompts with GenEval's tags. complex: 300 prompts with 3 to 6 objects. dense: 300 with
+    7 to 9. second: 300 with 3 to 6, worded by a grammar that is not used in training."""
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="FILE.jsonl")] = None
-    """Prompts of your own in GenEval's metadata format, instead of a split."""
+    """Use the prompts of this file, in the format of GenEval's metadata, in place of --split."""
     limit: Count = None
-    """Use at most so many prompts, spread over the set."""
+    """Use at most this many prompts, spread evenly over the set; all of them if not given."""
     against: Folder = None
-    """Folder of another run on the same prompts, for a paired comparison with this one."""
+    """Compare with the run in this directory, on the same prompts and in pairs; no comparison if not given."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:

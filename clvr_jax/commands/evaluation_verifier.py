@@ -19,29 +19,32 @@ _DEFAULT_MODEL = "shapes-tiny"
 
 @dataclass(frozen=True, kw_only=True)
 class _VerifierOptions:
-    """What is verified, and by which model of ours."""
+    """Options for what is verified, and for the model that verifies."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Directory for results.json and verifier.md; they are written at the end of a complete run."""
+    """Write results.json and verifier.md to this directory, at the end of a complete run."""
     model: str = _DEFAULT_MODEL
-    """Model that verifies: a shipped model, a directory with controller/, or a Qwen3-VL (directory or hub id)."""
+    """Verify with this model: a shipped name, a directory with controller/, or a directory or Hugging Face id of a
+    Qwen3-VL."""
     mode: Literal["describe", "ask"] | None = None
-    """describe: describe the image before a requirement is seen, then compare. ask: ask each requirement of the image.
-    If not given, describe for models that were trained for the loop and ask for others."""
+    """How the model verifies. describe: it describes the image before it sees a requirement, then compares. ask: it
+    answers whether the image meets each requirement. If not given, describe for models that were trained for the loop,
+    and ask for others."""
     requirements: Literal["derived", "exact"] = "derived"
-    """derived: the verifier derives the requirements from each prompt. exact: it is given those of the shapes world, so
-    that only what it sees is measured."""
+    """Where the requirements come from. derived: the verifier derives them from each prompt. exact: it receives those
+    of the shapes world, so that only its perception is measured."""
     generators: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
-    """Generators whose images are verified too: shipped models such as shapes-tiny shapes-tiny-sft shapes-tiny-base, or
-    directories; each generates one image for each prompt. None if not given."""
+    """Verify images of these generators as well: shipped names such as shapes-tiny shapes-tiny-sft shapes-tiny-base, or
+    directories. Each generates one image for each prompt. None if not given."""
     images: Folder = None
-    """Directory of labeled images to verify too, with a line {"image", "prompt", "label"} for each in labels.jsonl."""
+    """Verify the labeled images of this directory as well, with a line {"image", "prompt", "label"} for each in
+    labels.jsonl. None if not given."""
     count: int = 300
-    """Number of prompts of the shapes world, and so of images of each kind; 0 verifies those of --images only."""
+    """Number of prompts of the shapes world, and of images of each kind; 0 verifies only the images of --images."""
     seed: int = 0
     """The same seed gives the same prompts, renderings and generated images."""
     batch_size: int = 64
-    """Images that are verified together; it changes speed and memory only."""
+    """Verify this many images together; it changes only speed and memory."""
     common: Flags = field(default_factory=Common)
 
 
@@ -60,7 +63,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
     )
 
     judge: str = ""
-    """Model behind --judge-url that verifies, in place of --model."""
+    """Verify with this model behind --judge-url, in place of --model."""
 
     def __post_init__(self) -> None:
         self.check_judge()

@@ -12,22 +12,25 @@ from clvr_jax.errors import UsageError
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeOptions:
-    """Which model judges, and how it is reached."""
+    """Options for the model that judges images, and for how it is reached."""
 
     judge: str = ""
-    """Who scores: the server's name of a model with --judge-url, else a folder with Qwen3-VL or a Hugging Face id."""
+    """Score with this model: with --judge-url the server's name for it, else a directory or Hugging Face id of a
+    Qwen3-VL. Nothing is scored if not given."""
     judge_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """An OpenAI-compatible chat API, up to and including the version, e.g. https://api.openai.com/v1."""
+    """Reach the judge behind this OpenAI-compatible chat API. Give the URL up to and including the version, such as
+    https://api.openai.com/v1; the judge runs on this machine if not given."""
     judge_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with its key; "" for servers without keys."""
+    """Environment variable with the key of --judge-url; "" for a server without keys."""
     judge_revision: Annotated[str | None, tyro.conf.arg(metavar="TEXT")] = None
-    """Revision of the weights that the server runs; recorded in the result."""
+    """Revision of the weights that the server runs, which is recorded in the result."""
     judge_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
-    """Dollars that the server charges for a million tokens read, and written."""
+    """Dollars that the server charges for a million input tokens and for a million output tokens; the cost is not
+    counted if not given."""
     judge_tokens: Count = None
-    """Tokens of a reply at most, for judges that think first; the benchmark's own number if not given."""
+    """Allow this many tokens in a reply; the benchmark's own number if not given. Judges that think first need more."""
     judge_in_flight: int = 64
-    """Questions to the judge at a time."""
+    """Send at most this many questions to the judge at a time."""
 
     def check_judge(self) -> None:
         """Raises UsageError for options that make no sense together."""

@@ -24,39 +24,43 @@ _Weight = Annotated[tuple[str, ...], tyro.conf.arg(metavar="W|PATTERN=W")]
 
 @dataclass(frozen=True)
 class Merge:
-    """Adds to a base what distillation and what alignment changed in it (DSWM), one tensor at a time."""
+    """Adds to a base the weight deltas of distillation and of alignment (DSWM), one tensor at a time."""
 
     EXAMPLE: ClassVar = "clvr merge --base klein-base --distill klein --align runs/pprl/lora --out klein-clvr"
 
     base: _Model
-    """Pipeline or model folder, with safetensors or converted to jax, or a Hugging Face id (org/name@revision). Of a
-    pipeline the transformer is merged; everything else is copied from here."""
+    """Base model: a pipeline or model directory with safetensors or converted to JAX, or a Hugging Face id
+    (org/name@revision). In a pipeline the transformer is merged, and everything else is copied from here."""
     distill: _Model
-    """The same, distilled from the base. A scheduler of its own is taken over."""
+    """Model that was distilled from the base, in the same forms. If it has a scheduler of its own, the merged model
+    gets it."""
     align: _Model
-    """The same, aligned by training, or its LoRA: a file or folder of diffusers, PEFT, kohya or ai-toolkit."""
+    """Model that was aligned from the base, in the same forms, or its LoRA: a file or directory in the format of
+    diffusers, PEFT, kohya or ai-toolkit."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """New folder; it appears only when it is complete."""
+    """Write to this new directory, which appears only when it is complete."""
     distill_weight: _Weight = ("1",)
-    """A number for all tensors, or PATTERN=NUMBER for those in whose key the regular expression is found, the first
-    that is; several may be given, and a number for the rest."""
+    """Weight of the distillation delta: a number for all tensors, or PATTERN=NUMBER for the tensors whose key contains
+    a match of the regular expression. Several may be given; the first match counts, and a plain number is for the rest.
+    """
     align_weight: _Weight = ("1",)
-    """The same for the change of align."""
+    """Weight of the alignment delta, in the same forms."""
     method: Literal["dswm", "linear", "ties", "dare"] = "dswm"
-    """dswm adds both changes. For comparison: linear (average of the two models), ties (arXiv 2306.01708), dare
-    (arXiv 2311.03099)."""
+    """How the deltas are combined. dswm adds both. For comparison: linear averages the two models, ties is arXiv
+    2306.01708, and dare is arXiv 2311.03099."""
     density: Annotated[float | None, tyro.conf.arg(metavar="D")] = None
-    """Part of each change that ties (0.2 if not given) or dare (0.1) keeps."""
+    """Fraction of each delta that ties (0.2 if not given) or dare (0.1 if not given) keeps."""
     seed: Annotated[int, tyro.conf.arg(metavar="N")] = 0
-    """Of dare's random choice."""
+    """Seed of the random choice of dare."""
     report: bool = False
-    """Write report.json, norms of both changes and their cosine by tensor and layer, and plots (with matplotlib)."""
+    """Write report.json as well, with the norms of both deltas and their cosine for each tensor and layer, and plots if
+    matplotlib is installed."""
     force: bool = False
-    """Merge though the inputs seem to be tuned from different bases, or have different settings."""
+    """Merge even if the inputs seem to be tuned from different bases, or have different settings."""
     dry_run: bool = False
     """Print what would be written, and write nothing."""
     resume: bool = False
-    """Go on with a merge that was stopped."""
+    """Resume an interrupted merge."""
     common: Flags = field(default_factory=Common)
 
     def run(self) -> Result:

@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 @dataclass(frozen=True)
 class Synth(RecipeCommand):
-    """Makes verified trajectories of a recipe's prompts. A run that was stopped goes on where it was."""
+    """Makes verified trajectories for the prompts of a recipe. The same command resumes an interrupted run."""
 
     NAME: ClassVar = "synth"
     EXAMPLE: ClassVar = "clvr synth shapes_synth --count 200 --out runs/synth"
@@ -21,11 +21,12 @@ class Synth(RecipeCommand):
     RECIPE_OVERRIDES: ClassVar = {"count": "200"}
 
     out: Folder = None
-    """Folder for outcomes, dataset, statistics and card; runs/NAME-OF-RECIPE if not given."""
+    """Write outcomes, dataset, statistics and dataset card to this directory; runs/NAME-OF-RECIPE if not given."""
     inspect: str = ""
-    """Number (from 0, in the order of ids) or id of a finished prompt whose page is opened; nothing is made."""
+    """Open the page of this finished prompt, given by its id or by its number (from 0, in the order of ids), and make
+    nothing."""
     sharegpt: Folder = None
-    """Write what was kept to this folder as ShareGPT records, too."""
+    """Write the accepted trajectories to this directory as ShareGPT records as well; not written if not given."""
     common: Flags = field(default_factory=Common)
 
     @staticmethod

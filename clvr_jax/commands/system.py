@@ -23,55 +23,65 @@ Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 
 @dataclass(frozen=True)
 class SystemOptions:
-    """A model of ours in one of its modes, an endpoint, or a folder of pictures."""
+    """Options for the system that generates: one of our models in one of its modes, an endpoint, or a directory of
+    images."""
 
     model: str
-    """Shipped model, diffusers folder or Hugging Face id; the server's name with --endpoint, any with --pictures."""
+    """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id. With --endpoint
+    it is the server's name for the model, and with --pictures any name."""
     mode: Literal["one-shot", "open-loop", "best-of", "closed-loop"] = "one-shot"
-    """one-shot: draw. open-loop: plan, draw. best-of: plan, draw --candidates, take the best. closed-loop: the loop."""
+    """How images are generated. one-shot: from the prompt. open-loop: from a plan. best-of: several from a plan, of
+    which the best verified one is kept (--candidates). closed-loop: in the closed loop."""
     controller: Literal["vlm", "oracle", "endpoint"] = "vlm"
-    """Who plans and judges: the model's own, the oracle of the shapes world, or a model behind an endpoint."""
+    """Who plans and corrects. vlm: the controller of the model. oracle: the oracle of the shapes world. endpoint: a
+    model behind --controller-endpoint."""
     verification: Literal["separate", "controller", "none"] | None = None
-    """Who accepts an image: a verifier that sees it alone, the controller in its conversation, or nobody. A verifier
-    if not given, or the controller where --controller names another one."""
+    """Who accepts an image. separate: a verifier that sees the image without the conversation. controller: the
+    controller, in its conversation. none: nobody. If not given, separate with the model's own controller, and
+    controller with another one."""
     verifier: Name = None
-    """Model that verifies with --verification separate: a shipped model or a Qwen3-VL directory or id; the model's own
-    controller in fresh conversations if not given."""
+    """With --verification separate: verify with this model, a shipped name or a directory or Hugging Face id of a
+    Qwen3-VL. If not given, the model's own controller verifies, in a new conversation for each image."""
     blind: bool = False
-    """Ablation: controller and verifier see a blank canvas in place of every image."""
+    """Ablation: give controller and verifier a blank canvas in place of every image."""
     budget: Limits = field(default_factory=BudgetOptions)
     steps: Count = None
-    """Sampler steps in one shot; the model's own number if not given."""
+    """With --mode one-shot: number of sampler steps; the model's own number if not given."""
     guidance: Guidance = None
-    """Guidance in one shot; the model's own if not given."""
+    """With --mode one-shot: scale of classifier-free guidance; the model's own if not given."""
     seed: int = 0
-    """The same seed gives the same pictures."""
+    """The same seed gives the same images."""
     pictures: Folder = None
-    """Pictures made elsewhere: metadata.jsonl with file_name and prompt in each line, or GenEval's folders."""
+    """Score the images of this directory in place of generating: either metadata.jsonl with file_name and prompt in
+    each line, or the directories of GenEval."""
     endpoint: Url = None
-    """An OpenAI-compatible images API that draws, up to and including the version, e.g. https://api.openai.com/v1."""
+    """Generate with a model behind this OpenAI-compatible images API. Give the URL up to and including the version,
+    such as https://api.openai.com/v1."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key of the endpoint; "" for servers without keys."""
+    """Environment variable with the key of --endpoint; "" for a server without keys."""
     in_flight: int = 16
-    """Prompts that are drawn by the endpoint at a time."""
+    """Send at most this many prompts to --endpoint at a time."""
     picture_size: Annotated[tuple[int, ...], tyro.conf.arg(metavar="HEIGHT WIDTH")] = ()
-    """Of the endpoint's pictures; what the server likes if not given."""
+    """Ask --endpoint for images of this height and width; the server chooses if not given."""
     picture_references: Literal["edits", "generations"] = "edits"
-    """How the endpoint takes pictures to be edited: uploaded to /images/edits, or in the request (Seedream)."""
+    """How images to be edited are sent to --endpoint. edits: as uploads to /images/edits. generations: inside the
+    request, as Seedream expects."""
     picture_format: Literal["b64_json", "url"] | None = None
-    """What the endpoint is asked to answer with; it is not asked if not given, which GPT-Image needs."""
+    """Ask --endpoint to return images in this form; the request does not name one if not given, as GPT-Image requires.
+    """
     sends_seed: bool = False
-    """The endpoint takes a seed."""
+    """Send a seed with each request to --endpoint, which not every server accepts."""
     picture_price: float = 0.0
-    """Dollars that the endpoint charges for a picture."""
+    """Dollars that --endpoint charges for an image; 0 counts no cost."""
     controller_endpoint: Url = None
-    """An OpenAI-compatible chat API, for --controller endpoint."""
+    """With --controller endpoint: OpenAI-compatible chat API of the controller, up to and including the version."""
     controller_model: Name = None
-    """Its model."""
+    """The server's name for the model behind --controller-endpoint."""
     controller_key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with its key; "" for servers without keys."""
+    """Environment variable with the key of --controller-endpoint; "" for a server without keys."""
     controller_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
-    """Dollars that it charges for a million tokens read, and written."""
+    """Dollars that --controller-endpoint charges for a million input tokens and for a million output tokens; the cost
+    is not counted if not given."""
 
     def __post_init__(self) -> None:
         at_least_one("--steps", self.steps)

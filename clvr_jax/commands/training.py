@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Train(RecipeCommand):
-    """Runs a recipe. `clvr train CONFIG --help` lists what the recipe lets you change."""
+    """Trains a recipe. `clvr train CONFIG --help` lists the options of the recipe."""
 
     NAME: ClassVar = "train"
     EXAMPLE: ClassVar = "clvr train shapes_vae --train.steps 500 --out runs/try"
@@ -26,9 +26,9 @@ class Train(RecipeCommand):
     RECIPE_OVERRIDES: ClassVar = {"train.steps": "500", "train.epochs": "2"}
 
     out: Folder = None
-    """Folder for checkpoints, metrics and the exported weights; runs/NAME-OF-RECIPE if not given."""
+    """Write checkpoints, metrics and the exported weights to this directory; runs/NAME-OF-RECIPE if not given."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out."""
+    """Resume from the newest checkpoint in --out; without it a run starts at step 0."""
     common: Flags = field(default_factory=Common)
 
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
@@ -41,22 +41,23 @@ class Train(RecipeCommand):
 
 @dataclass(frozen=True)
 class Plan(RecipeCommand):
-    """Compiles what a recipe runs for a topology that need not be here: does it fit, what does a step cost?"""
+    """Compiles a recipe for a topology without its devices: does it fit in memory, and what does a step cost?"""
 
     NAME: ClassVar = "plan"
     EXAMPLE: ClassVar = "clvr plan flux2_sft --preset klein-9b --topology v6e:16x16"
     OVERRIDE: ClassVar = "--topology v5e:4x4"
 
     topology: Annotated[str, tyro.conf.arg(metavar="NAME")] = ""
-    """Chips: v5e:AxB, v6e:AxB, v5p:AxBxC, Google Cloud's v5e-256, v6e-256, v5p-128, h100:N, or cpu:N."""
+    """Plan for these chips: v5e:AxB, v6e:AxB, v5p:AxBxC, the names of Google Cloud (v5e-256, v6e-256, v5p-128), h100:N,
+    or cpu:N. It must be given."""
     search: bool = False
-    """Try several meshes, and rank them by model FLOP utilisation; takes minutes for each."""
+    """Try several meshes and rank them by model FLOPs utilization; each takes minutes to compile."""
     batch_sizes: tuple[int, ...] = ()
-    """With --search: batch sizes to try; the recipe's if not given."""
+    """With --search: try these batch sizes; only the recipe's own if not given."""
     dollars_per_chip_hour: float | None = None
-    """Price, for the cost of the whole run."""
+    """Price of a chip for an hour, in dollars, from which the cost of the run is computed; no cost if not given."""
     out: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
-    """Write the report there as JSON, too."""
+    """Write the report to this file as JSON as well; it is only printed if not given."""
     common: Flags = field(default_factory=Common)
 
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:

@@ -31,18 +31,19 @@ class EndpointOptions:
     """A vision-language model behind an OpenAI-compatible chat API."""
 
     url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
-    """OpenAI-compatible chat API that verifies in place of --model, up to and including the version, such as
-    http://localhost:8000/v1."""
+    """Verify with a model behind this OpenAI-compatible chat API in place of --model. Give the URL up to and including
+    the version, such as http://localhost:8000/v1."""
     endpoint_model: Annotated[str | None, tyro.conf.arg(metavar="NAME")] = None
-    """Model of --url, as the server names it."""
+    """The server's name for the model behind --url."""
     key_variable: str = "OPENAI_API_KEY"
-    """Environment variable with the key of --url; "" for servers without keys."""
+    """Environment variable with the key of --url; "" for a server without keys."""
     in_flight: int = 16
-    """Requests to --url at a time."""
+    """Send at most this many requests to --url at a time."""
     max_tokens: Count = None
-    """Most tokens of a reply of --url, for models that think first; 512 if not given."""
+    """Allow this many tokens in a reply of --url; 512 if not given. Models that think first need more."""
     prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
-    """Dollars that the server charges for a million tokens read, and written; nothing if not given."""
+    """Dollars that the server charges for a million input tokens and for a million output tokens; the cost is not
+    counted if not given."""
 
     def __post_init__(self) -> None:
         at_least_one("--in-flight", self.in_flight)
@@ -77,17 +78,18 @@ class Verify:
     EXAMPLE: ClassVar = 'clvr verify "a red circle left of a blue star" first.png second.png --model shapes-tiny'
 
     prompt: Prompt
-    """Prompt that the images are checked against."""
+    """Verify the images against this prompt."""
     images: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="IMAGE ...")]
-    """Image files to check: PNG, JPEG or WebP."""
+    """Verify these image files: PNG, JPEG or WebP."""
     model: str = _DEFAULT_MODEL
-    """Model that verifies: a shipped model, a directory with controller/, or a Qwen3-VL (directory or Hugging Face
-    id)."""
+    """Verify with this model: a shipped name, a directory with controller/, or a directory or Hugging Face id of a
+    Qwen3-VL."""
     mode: Literal["describe", "ask"] | None = None
-    """describe: describe the image before a requirement is seen, then compare. ask: ask each requirement of the image.
-    If not given, describe for models that were trained for the loop and ask for others."""
+    """How the model verifies. describe: it describes the image before it sees a requirement, then compares. ask: it
+    answers whether the image meets each requirement. If not given, describe for models that were trained for the loop,
+    and ask for others."""
     requirement: Annotated[tuple[str, ...], tyro.conf.arg(metavar="TEXT ...")] = ()
-    """Requirements to check, each in quotes; the model derives them from the prompt if none is given."""
+    """Check these requirements, each in quotes; the model derives them from the prompt if none is given."""
     endpoint: Annotated[EndpointOptions, tyro.conf.arg(name="")] = field(default_factory=EndpointOptions)
     common: Flags = field(default_factory=Common)
 
