@@ -4,6 +4,8 @@ import dataclasses
 import importlib.util
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
@@ -56,6 +58,26 @@ def find_recipe(name: str | Path) -> Path:
     raise ClvrError(f"{name}: no such recipe; give a Python file, or one of {names}")
 
 
+@contextmanager
+def exits_refused(path: Path) -> Iterator[None]:
+    """Turns an exit that the code of a recipe asks for into a ClvrError: the command would end without a result.
+
+    Args:
+      path: of the recipe.
+    """
+    try:
+        yield
+    except SystemExit as error:
+        raise exited(path, error) from error
+
+
+def exited(path: Path, error: SystemExit) -> ClvrError:
+    """Returns the error that stands for the exit of a recipe."""
+    return ClvrError(
+        f"{path}: the recipe calls sys.exit({error.code!r}) and ends without a result; raise an exception instead"
+    )
+
+
 def import_recipe(path: Path) -> ModuleType:
     """Imports a recipe file, wherever it is stored. Raises: ClvrError, one line, if it cannot be imported."""
     if not path.is_file():
@@ -68,6 +90,8 @@ def import_recipe(path: Path) -> ModuleType:
     sys.modules[name] = module  # dataclasses look their module up there
     try:
         spec.loader.exec_module(module)
+    except SystemExit as error:
+        raise exited(path, error) from error
     except ClvrError as error:
         raise ClvrError(f"{path}: {error}") from error
     except Exception as error:

@@ -1,6 +1,7 @@
 """Checkpoints of a training run: Orbax, the newest kept, written in the background, restored onto any mesh."""
 
 import logging
+import shutil
 import traceback
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,12 +44,11 @@ class Checkpoints:
         Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if one is of another model.
         """
         step = self._manager.latest_step()
+        if step is not None and not resume:
+            raise _occupied(self._folder, step)
+        self._remove_torn()
         if step is None:
             return state, {}
-        if not resume:
-            raise UsageError(
-                f"{self._folder} already holds step {step}; add --resume to continue it or choose another --out"
-            )
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore())
         try:
@@ -57,6 +57,12 @@ class Checkpoints:
             reason = str(error).splitlines()[0][:200]
             raise ClvrError(f"{self._folder}/{step}: not a checkpoint of this recipe ({reason})") from error
         return found["state"], found["input"] or {}
+
+    def _remove_torn(self) -> None:
+        """Removes checkpoints that a killed run left half written; nothing else would ever do it."""
+        if jax.process_index() == 0:
+            for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     def save(self, step: int, state: Tree, position: Mapping[str, Any]) -> None:
         """Starts saving; returns as soon as the state is copied.
@@ -103,6 +109,23 @@ def _is_not_from_writing(record: logging.LogRecord) -> bool:
     """Drops the tracebacks that the threads of Orbax log: `Checkpoints` raises each failure as one line."""
     trace = record.exc_info[2] if record.exc_info else None
     return not any("/orbax/" in Path(frame.filename).as_posix() for frame in traceback.extract_tb(trace))
+
+
+def refuse_occupied(folder: Path, *, resume: bool) -> None:
+    """Checks, before anything is built or written, that a run may begin where it is asked to.
+
+    Args:
+      folder: `checkpoints/` of the run.
+      resume: whether there may be checkpoints.
+    Raises: UsageError if there are checkpoints and `resume` is not set.
+    """
+    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
+    if steps and not resume:
+        raise _occupied(folder.absolute(), max(steps))
+
+
+def _occupied(folder: Path, step: int) -> UsageError:
+    return UsageError(f"{folder} already holds step {step}; add --resume to continue it or choose another --out")
 
 
 def restore_part(folder: Path, part: str, abstract: Tree) -> tuple[Tree, int]:

@@ -74,7 +74,13 @@ class PPRLTask:
 
 
 def fit(
-    task: PPRLTask, config: PPRLConfig, out: Path, *, resume: bool = False, stop_after: int | None = None
+    task: PPRLTask,
+    config: PPRLConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    on_begin: Callable[[], None] | None = None,
 ) -> PPRLState:
     """Trains; checkpoints, metrics, grids of samples and the exported model lie under `out`.
 
@@ -84,6 +90,7 @@ def fit(
       out: folder of the run: `checkpoints/`, `metrics.jsonl`, `samples/`, `export/`.
       resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
       stop_after: stop (with a checkpoint) once this many epochs are done.
+      on_begin: called once nothing refuses the run any more, before its first epoch.
     Returns: the final state; of a run that was asked to stop (SIGTERM), the state that was saved.
     Raises: ClvrError, with the state saved, if pictures cannot be judged any more or too many updates in a row are not
       finite; UsageError for a mesh or numbers that do not fit together.
@@ -95,6 +102,8 @@ def fit(
         if resume:
             _check_begun(config, out)
         state, _ = checkpoints.restore_or(state, resume=resume)
+        if on_begin is not None:
+            on_begin()
         if jax.process_index() == 0:
             write_json(out / _BEGUN, config.begun)
         last = min(config.epochs, stop_after or config.epochs)

@@ -6,8 +6,10 @@ names it as `fit`, called as the trainer's; `task` and `train` are then what thi
 `program(config)` instead of a train step has that and `CONFIG.mesh`; without `task` it is only planned.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,12 @@ import jax
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
+from clvr_jax.locks import locked
 from clvr_jax.outputs import check_folder
-from clvr_jax.recipe_files import import_recipe, plain, rebuilt
+from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
 from clvr_jax.sharding import Layout, MeshConfig, without_layout
-from clvr_jax.training.checkpoint import restore_part
+from clvr_jax.training.checkpoint import refuse_occupied, restore_part
+from clvr_jax.training.distributed import from_process_0
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
 
 RECIPE = "recipe.json"
@@ -88,13 +92,50 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
     Returns: {"recipe", "out", "export", "steps"} for JSON.
     """
     check_folder(out)
-    with mesh_of(config.train):
-        # What a recipe loads is laid out over the mesh as it is read.
-        task = recipe.task(config)
+
+    def on_begin() -> None:
         if jax.process_index() == 0:
             write_json(out / RECIPE, {"recipe": str(recipe.path), "config": plain(config)})
-        state = recipe.fit(task, config.train, out, resume=resume)
+
+    with run_lock(out):
+        refuse_occupied(out / "checkpoints", resume=resume)
+        with mesh_of(config.train), exits_refused(recipe.path):
+            # What a recipe loads is laid out over the mesh as it is read.
+            task = recipe.task(config)
+            # The recipe of a finished run must stay until nothing refuses this one.
+            if "on_begin" in inspect.signature(recipe.fit).parameters:
+                state = recipe.fit(task, config.train, out, resume=resume, on_begin=on_begin)
+            else:
+                on_begin()
+                state = recipe.fit(task, config.train, out, resume=resume)
     return {"recipe": recipe.name, "out": str(out), "export": str(out / "export"), "steps": int(state.step)}
+
+
+@contextlib.contextmanager
+def run_lock(out: Path) -> Iterator[None]:
+    """Holds the lock of a run's directory, for all its processes in process 0; an empty directory is not left behind.
+
+    Raises: ClvrError, on every process, if another run writes there.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def hold() -> None:
+            try:
+                was_there = out.is_dir()
+                out.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ClvrError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+            if not was_there:
+                stack.callback(_remove_if_empty, out)
+            stack.enter_context(locked(out))
+
+        from_process_0(hold)
+        yield
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
 
 
 def is_run(folder: Path) -> bool:

@@ -103,7 +103,13 @@ class Task:
 
 
 def fit(
-    task: Task, config: TrainConfig, out: Path, *, resume: bool = False, stop_after: int | None = None
+    task: Task,
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    on_begin: Callable[[], None] | None = None,
 ) -> TrainState:
     """Trains a task; checkpoints, metrics and the exported weights lie under `out`.
 
@@ -113,6 +119,7 @@ def fit(
       out: folder of the run: `checkpoints/`, `metrics.jsonl`, TensorBoard events, `export/`.
       resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
       stop_after: stop (with a checkpoint) once this step is reached; for tests and for sharing a machine.
+      on_begin: called once nothing refuses the run any more, before its first step.
     Returns: the final state; of a run that was asked to stop (SIGTERM), the state that was saved.
     Raises: ClvrError if too many steps in a row were not finite; UsageError for a mesh or batch that cannot be cut.
     """
@@ -120,6 +127,8 @@ def fit(
         state = TrainState.create(task.params, config.optimizer(), layout)
         with Checkpoints(out / "checkpoints", config.keep) as checkpoints:
             state, position = checkpoints.restore_or(state, resume=resume)
+            if on_begin is not None:
+                on_begin()
             if isinstance(task.batches, Input) and position:
                 task.batches.restore(position)
             last = min(config.steps, stop_after or config.steps)

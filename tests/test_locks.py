@@ -1,0 +1,67 @@
+"""The lock on an output directory: who holds it, and what becomes of it when its process dies."""
+
+import json
+import multiprocessing
+import os
+import socket
+
+import pytest
+
+from clvr_jax import locks
+from clvr_jax.errors import ClvrError
+from clvr_jax.locks import LOCK, locked
+
+
+def hold(folder, begun, end):
+    with locked(folder):
+        begun.set()
+        end.wait(60)
+
+
+def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    begun, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, begun, end))
+    process.start()
+    assert begun.wait(60)
+    with (
+        pytest.raises(ClvrError, match=f"process {process.pid} .* wait for it, or choose another --out"),
+        locked(tmp_path),
+    ):
+        pass
+    process.kill()
+    process.join()
+    assert (tmp_path / LOCK).exists()  # nobody removed it
+    with locked(tmp_path):
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_of_another_host_holds_until_it_is_removed(tmp_path):
+    (tmp_path / LOCK).write_text(json.dumps({"process": 7, "host": "elsewhere", "command": "clvr train"}))
+    with pytest.raises(ClvrError, match=r"process 7 \(clvr train\) on elsewhere .* remove .*\.lock"), locked(tmp_path):
+        pass
+    (tmp_path / LOCK).unlink()
+    with locked(tmp_path):
+        pass
+
+
+def test_without_locks_of_the_system_the_process_decides(tmp_path, monkeypatch):
+    def unsupported(*arguments):
+        raise OSError(95, "not supported")
+
+    monkeypatch.setattr(locks.fcntl, "flock", unsupported)
+    running = {"process": os.getppid(), "host": socket.gethostname()}
+    (tmp_path / LOCK).write_text(json.dumps(running))
+    with pytest.raises(ClvrError, match=f"process {os.getppid()}"), locked(tmp_path):
+        pass
+    (tmp_path / LOCK).write_text(json.dumps({**running, "process": 2**22 + 1}))  # no process has so high a number
+    with locked(tmp_path):
+        pass
+
+
+def test_a_damaged_lock_file_is_no_obstacle(tmp_path):
+    for content in ("{", "[" * 4000, "3", "\0"):
+        (tmp_path / LOCK).write_text(content)
+        with locked(tmp_path):
+            pass
