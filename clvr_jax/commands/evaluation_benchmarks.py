@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
+from typing_extensions import override
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
@@ -182,26 +183,26 @@ class EvalGenEval(_EvalBenchmark):
         super().__post_init__()
 
     @property
+    @override
     def scorer(self) -> bool:
-        """See `_EvalBenchmark`."""
         return self.detector is not None
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.geneval import GenEval
 
         return GenEval()
 
+    @override
     def check_scorer(self) -> None:
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.geneval_detector import check_models
 
         assert self.detector is not None
         assert self.clip is not None
         check_models(self.detector, self.clip)
 
+    @override
     def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
         from clvr_jax.evaluation.benchmarks.scoring import score_detected
 
@@ -221,12 +222,12 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
         super().__post_init__()
 
     @property
+    @override
     def scorer(self) -> bool:
-        """See `_EvalBenchmark`."""
         return bool(self.judge)
 
+    @override
     def check_scorer(self) -> None:
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.judges import check_local
 
         if self.judge_url is None:
@@ -234,8 +235,8 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
         else:
             self._judge()
 
+    @override
     def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
         from clvr_jax.evaluation.benchmarks.scoring import score_judged
 
@@ -269,8 +270,8 @@ class EvalGenEvalPP(_EvalJudged):
 
     EXAMPLE: ClassVar = f"clvr eval genevalpp --model DIR --out out/genevalpp {_JUDGED}"
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
 
         return GenEvalPP()
@@ -286,8 +287,8 @@ class EvalImagineBench(_EvalJudged):
     """official: score as the official script does, which drops a group and fails on bold labels. fixed: score without
     these faults."""
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 
         return ImagineBench(self.rules)
@@ -306,8 +307,8 @@ class EvalWise(_EvalJudged):
     """legacy: the edition of 2025, with GPT-4o as judge and three scores. verified: the edition of 2026, with other
     prompts, a Qwen judge, and a score that is right or wrong."""
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
 
         return WiseLegacy() if self.edition == "legacy" else WiseVerified()
@@ -319,8 +320,8 @@ class EvalPrism(_EvalJudged):
 
     EXAMPLE: ClassVar = f"clvr eval prism --prompts captions/en --model DIR --out out/prism {_JUDGED}"
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.prism import Prism
 
         return Prism()
@@ -335,8 +336,8 @@ class EvalDPG(_EvalJudged):
     rules: Literal["official", "fixed"] = "fixed"
     """official: score as the official script does, which skips the first row of questions. fixed: score with it."""
 
+    @override
     def benchmark(self) -> "Benchmark":
-        """See `_EvalBenchmark`."""
         from clvr_jax.evaluation.benchmarks.dpg import DPG
 
         return DPG(self.rules)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.drawn import Drawn
@@ -48,12 +49,12 @@ class Places(Protocol):
 class GenEvalPlaces(Places):
     """GenEval's: a folder for each prompt, numbered from 0."""
 
+    @override
     def home(self, index: int) -> Path:
-        """See `Places`."""
         return Path(f"{index:05d}")
 
+    @override
     def picture(self, index: int, sample: int) -> Path:
-        """See `Places`."""
         return self.home(index) / "samples" / f"{sample:04d}.png"
 
 
@@ -64,12 +65,12 @@ class FlatPlaces(Places):
     ids: tuple[str, ...]
     suffix: str = ".png"
 
+    @override
     def home(self, index: int) -> Path:
-        """See `Places`."""
         return Path("prompts", f"{index:05d}")
 
+    @override
     def picture(self, index: int, sample: int) -> Path:
-        """See `Places`."""
         return Path(f"images_{sample}" if sample else "images", self.ids[index] + self.suffix)
 
 

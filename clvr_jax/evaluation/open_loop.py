@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.protocols import Controller, Conversation
 from clvr_jax.worlds.shapes.oracle import DRAW_TOKEN, first_reply, parse_plan
@@ -19,8 +21,8 @@ class WholePlan(Controller):
     def __init__(self, controller: Controller):
         self._controller = controller
 
+    @override
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """See `Controller`."""
         replies = self._controller.reply(conversations)
         return [
             reply if each.replies else whole_plan(reply) for each, reply in zip(conversations, replies, strict=True)

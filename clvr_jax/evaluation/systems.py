@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier
 from clvr_jax.evaluation.drawn import DrawAll, Drawn
@@ -189,8 +191,8 @@ class Oracle(Controller):
                 raise ClvrError(f"the oracle knows two meanings of the prompt {entry['prompt']!r}; keep one of them")
         self._oracle = OracleController(requests)
 
+    @override
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """See `Controller`."""
         return [
             self._oracle.reply(each.prompt, each.replies, [pixels(i) for i in each.images]) for each in conversations
         ]

@@ -117,12 +117,12 @@ class FlowNoising:
     """x_t = (1 - t) x0 + t noise; the prediction is the velocity noise - x0 (FLUX.2)."""
 
     def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """See `Noising`."""
+        """Returns x_t; t is (b,), in [0, 1]."""
         level = beside(t, x0)
         return (1 - level) * x0 + level * noise
 
     def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
-        """See `Noising`."""
+        """Returns x0 as a velocity at x_t predicts it."""
         return x_t - beside(t, x_t) * predicted
 
 
@@ -136,12 +136,12 @@ class ScheduledNoising:
     schedule: NoiseSchedule
 
     def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """See `Noising`."""
+        """Returns x_t; t is (b,), integers below num_train_timesteps."""
         signal, sigma = self._levels(t, x0)
         return signal * x0 + sigma * noise
 
     def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
-        """See `Noising`."""
+        """Returns x0 as a prediction at x_t implies it."""
         signal, sigma = self._levels(t, x_t)
         if self.schedule.prediction_type == "epsilon":
             return (x_t - sigma * predicted) / signal

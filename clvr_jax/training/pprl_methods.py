@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from typing_extensions import override
 
 from clvr_jax.errors import UsageError
 from clvr_jax.training.diffusion_nft import FlowNoising, NFTConfig, Noising, Policy, nft_loss, old_decay, optimality
@@ -72,7 +73,10 @@ class Method(Protocol):
         place_b: jax.Array,
         key_b: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `nft_loss`; policies are theta, old and reference, place_b numbers in range(places)."""
+        """Returns loss and metrics as `nft_loss` does.
+
+        policies are theta, old and reference; place_b is in range(places).
+        """
         ...
 
     def old_decay(self, step: ArrayLike) -> ArrayLike:
@@ -89,18 +93,19 @@ class DiffusionNFT(Method):
         self._backbone, self._config, self._decay = backbone, config, decay
         self.shape, self.places = backbone.shape, len(backbone.timesteps)
 
+    @override
     def draw(self, policy: Policy, noise: jax.Array, key_b: jax.Array) -> jax.Array:
-        """See `Method`."""
         return self._backbone.solve(policy, noise)
 
+    @override
     def clean(self, kept: jax.Array) -> jax.Array:
-        """See `Method`."""
         return kept
 
+    @override
     def merits(self, advantages: ArrayLike) -> jax.Array:
-        """See `Method`."""
         return optimality(advantages, self._config.advantage_clip)
 
+    @override
     def loss(
         self,
         policies: tuple[Policy, Policy, Policy],
@@ -110,12 +115,11 @@ class DiffusionNFT(Method):
         place_b: jax.Array,
         key_b: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Method`."""
         t_b = jnp.asarray(self._backbone.timesteps)[place_b]
         return nft_loss(*policies, kept, merits_b, counts_b, t_b, key_b, self._backbone.noising, self._config)
 
+    @override
     def old_decay(self, step: ArrayLike) -> ArrayLike:
-        """See `Method`."""
         return old_decay(step, self._decay)
 
 
@@ -132,19 +136,20 @@ class FlowGRPO(Method):
         self._config, self._sigmas = config, np.append(backbone.timesteps, 0).astype(np.float32)
         self.shape, self.places = (len(self._sigmas), *backbone.shape), len(backbone.timesteps) - 1
 
+    @override
     def draw(self, policy: Policy, noise: jax.Array, key_b: jax.Array) -> jax.Array:
-        """See `Method`."""
         sigmas = jnp.asarray(self._sigmas)
         return sde_path(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, sigmas, self._config.eta, key_b)
 
+    @override
     def clean(self, kept: jax.Array) -> jax.Array:
-        """See `Method`."""
         return kept[:, -1]
 
+    @override
     def merits(self, advantages: ArrayLike) -> jax.Array:
-        """See `Method`."""
         return jnp.clip(jnp.asarray(advantages), -self._config.advantage_clip, self._config.advantage_clip)
 
+    @override
     def loss(
         self,
         policies: tuple[Policy, Policy, Policy],
@@ -154,12 +159,12 @@ class FlowGRPO(Method):
         place_b: jax.Array,
         key_b: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Method`."""
         rows, sigmas = jnp.arange(len(kept)), jnp.asarray(self._sigmas)
         x_t, x_next = kept[rows, place_b], kept[rows, place_b + 1]
         levels = sigmas[place_b], sigmas[place_b + 1]
         return grpo_loss(*policies, x_t, x_next, merits_b, counts_b, *levels, self._config)
 
+    @override
     def old_decay(self, step: ArrayLike) -> ArrayLike:
-        """See `Method`; the policy that samples is the one that trains."""
+        """Returns 0: the policy that samples is the one that is trained."""
         return 0.0

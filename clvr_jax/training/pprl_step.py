@@ -30,7 +30,7 @@ _NOISE, _TIMES, _UPDATE, _PATH = range(4)
 
 @dataclasses.dataclass(frozen=True)
 class PPRLConfig:
-    """Configuration of a run of PPRL; the defaults are the paper's, and DiffusionNFT's where the paper gives no value."""
+    """Configuration of a PPRL run; the defaults are the paper's, and DiffusionNFT's where the paper gives none."""
 
     epochs: int = 100
     """Train for this many epochs of sampling and learning."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from PIL import Image
+from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, rubric
@@ -37,12 +38,12 @@ _GRID = 2
 class _SamplesByPrompt(Places):
     """Single pictures beside what else belongs to their prompt; `finish` puts them together."""
 
+    @override
     def home(self, index: int) -> Path:
-        """See `Places`."""
         return Path("prompts", f"{index:05d}")
 
+    @override
     def picture(self, index: int, sample: int) -> Path:
-        """See `Places`."""
         return self.home(index) / "samples" / f"{sample:04d}.png"
 
 
@@ -66,21 +67,22 @@ class DPG(JudgedBenchmark):
     prompts_hint: ClassVar = "dpg_bench/dpg_bench.csv of TencentQQGYLab/ELLA"
 
     @property
+    @override
     def scored_as(self) -> str:
-        """See `Benchmark`."""
         return f"{self.name}-{self.rules}"
 
     @property
+    @override
     def faults(self) -> tuple[str, ...]:
-        """See `Benchmark`."""
         if self.rules == "fixed":
             return ()
         return (
             "the first row of the questions is left out, and with it the first prompt if other questions depend on it",
         )
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`. Each record is {"questions": [{"id", "text", "parents", "category"}], "is_first"}."""
+        """Reads the official CSV; each record is {"questions": [{"id", "text", "parents", "category"}], "is_first"}."""
         items: dict[str, Item] = {}
         for place, row in _rows(path):
             try:
@@ -105,13 +107,13 @@ class DPG(JudgedBenchmark):
                 raise ClvrError(f"{path}: question {orphans[0]} of {item.id} depends on one that is not there")
         return list(items.values())
 
+    @override
     def check_samples(self, samples: int) -> None:
-        """See `Benchmark`."""
         if samples not in (1, self.samples):
             raise UsageError(f"{self.title}: a picture is one sample or a grid of {self.samples}, not {samples}")
 
+    @override
     def places(self, items: Sequence[Item]) -> Places:
-        """See `Benchmark`."""
         return _SamplesByPrompt()
 
     def finish(self, folder: Folder, items: Sequence[Item], samples: int) -> None:
@@ -131,8 +133,9 @@ class DPG(JudgedBenchmark):
                 grid.paste(picture, (number % side * width, number // side * height))
             write_atomically(path, encode_png(grid))
 
+    @override
     def shown(self, path: Path, sample: int, samples: int) -> EncodedPicture:
-        """See `JudgedBenchmark`; of a grid, the part that is asked for."""
+        """Returns the part of the grid that the question is about."""
         if samples == 1:
             return read_encoded(path)
         grid = as_pil(read_encoded(path))
@@ -140,20 +143,22 @@ class DPG(JudgedBenchmark):
         left, top = sample % _GRID * width, sample // _GRID * height
         return EncodedPicture(encode_png(grid.crop((left, top, left + width, top + height))), "png")
 
+    @override
     def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
-        """See `Benchmark`."""
         return _grid_path(folder, items[index])
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`; one question at a time, as the official judge is asked."""
+        """Returns one question at a time, as the official judge is asked."""
         text = rubric("dpg")
         return [
             Asked(str(question["id"]), text.format(question=question["text"]), yes_or_no, 16)
             for question in self._counted(item)
         ]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`; parts are the shares of yes by category, without the influence of parents."""
+        """Returns the score of an image; its parts are shares of yes by category, without the influence of parents."""
         questions = self._counted(item)
         said = {question["id"]: bool(answers[str(question["id"])]) for question in questions}
         counted = dict(said)

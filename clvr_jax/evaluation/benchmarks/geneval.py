@@ -11,6 +11,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item, Mark, read_entries
 from clvr_jax.evaluation.benchmarks.geneval_rules import Found, check, check_metadata, kept
@@ -34,8 +36,8 @@ class GenEval(Benchmark):
     )
     prompts_hint: ClassVar = "evaluation_metadata.jsonl of djghosh13/geneval"
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`."""
         items = []
         for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt"))):
             try:
@@ -45,27 +47,29 @@ class GenEval(Benchmark):
             items.append(self.item(entry, number))
         return items
 
+    @override
     def places(self, items: Sequence[Item]) -> Places:
-        """See `Benchmark`."""
         return GenEvalPlaces()
 
+    @override
     def made_elsewhere(self, root: Path, item: Item, sample: int) -> list[Path]:
-        """See `Benchmark`."""
         return [root / item.id / "samples" / f"{sample:04d}.png"]
 
+    @override
     def check_elsewhere(self, root: Path, items: Sequence[Item]) -> None:
-        """See `Benchmark`; the official scorer believes metadata.jsonl."""
+        """Refuses metadata.jsonl of another prompt, because the official scorer relies on it."""
         for item in items:
             path = root / item.id / "metadata.jsonl"
             if (said := read_json(path).get("prompt")) != item.prompt:
                 raise ClvrError(f"{path}: made for the prompt {said!r}, prompt {item.id} is {item.prompt!r}")
 
+    @override
     def metadata(self, item: Item) -> dict[str, Any]:
-        """See `Benchmark`; the official scorer reads it, too."""
+        """Returns the record that the official scorer reads."""
         return dict(item.record)
 
+    @override
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
-        """See `Benchmark`."""
         return Item(f"{index:05d}", metadata["prompt"], metadata["tag"], metadata)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval import Detector
@@ -62,17 +63,17 @@ class TorchDetector(Detector):
         self._classifiers: dict[str, Any] = {}
 
     @property
+    @override
     def name(self) -> str:
-        """See `Detector`."""
         return f"{self._names[0]} and {self._names[1]}"
 
     @property
+    @override
     def revision(self) -> str:
-        """See `Detector`."""
         return self._revision
 
+    @override
     def find(self, picture: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Found]]:
-        """See `Detector`."""
         image = as_pil(picture).convert("RGB")
         found: dict[str, list[Found]] = {}
         masks: dict[str, list[np.ndarray]] = {}

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, read_entries, rubric
 from clvr_jax.evaluation.benchmarks.replies import json_score
@@ -31,8 +33,9 @@ class GenEvalPP(JudgedBenchmark):
     rubrics: ClassVar = ("genevalpp",)
     prompts_hint: ClassVar = "test_scripts/Geneval++.jsonl of yejy53/Echo-4o"
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`; pictures are numbered from 1."""
+        """Reads the prompts; images are numbered from 1."""
         items = []
         for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt")), start=1):
             try:
@@ -44,13 +47,13 @@ class GenEvalPP(JudgedBenchmark):
             items.append(Item(str(number), entry["prompt"].strip(), entry["tag"], entry))
         return items
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`."""
         text = rubric("genevalpp").format(prompt=item.prompt, checklist="\n".join(checklist(item.record)))
         return [Asked("verdict", text, _verdict, 200, is_json=True)]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`."""
         if answers["verdict"] is None:
             return Mark(0.0, False, reasons=("the judge gave no verdict",), readable=False)
         correct, reason = answers["verdict"]

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
@@ -62,8 +64,8 @@ class ImagineBench(JudgedBenchmark):
     prompts_hint: ClassVar = "test_scripts/Imagine.jsonl of yejy53/Echo-4o"
 
     @property
+    @override
     def scored_as(self) -> str:
-        """See `Benchmark`."""
         return f"{self.name}-{self.rules}"
 
     @property
@@ -72,8 +74,8 @@ class ImagineBench(JudgedBenchmark):
         return 3 if self.rules == "fixed" else 1
 
     @property
+    @override
     def faults(self) -> tuple[str, ...]:
-        """See `Benchmark`."""
         if self.rules == "fixed":
             return ()
         return (
@@ -82,8 +84,8 @@ class ImagineBench(JudgedBenchmark):
             "of several scores for a label the last counts, and what is above 10 counts as 10",
         )
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`."""
         items = []
         for place, entry in read_entries(path, ("id", "instruction", "note", "type")):
             if entry["type"] not in _GROUPS:
@@ -93,13 +95,13 @@ class ImagineBench(JudgedBenchmark):
             items.append((place, Item(str(entry["id"]), entry["instruction"], _GROUPS[entry["type"]], entry)))
         return without_twins(items)
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`."""
         text = rubric("imaginebench").format(prompt=item.prompt, explanation=item.record["note"])
         return [Asked("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`."""
         scores = answers["scores"]
         if scores is None:
             return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
@@ -107,8 +109,8 @@ class ImagineBench(JudgedBenchmark):
         score = 0.8 * min(fantasy, identity) + 0.2 * aesthetics
         return Mark(round(score, 3) if self.rules == "official" else score, parts=scores)
 
+    @override
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """See `Benchmark`."""
         left_out = {"Multi-Object"} if self.rules == "official" else set()
         return {group: weight for group, weight in _WEIGHTS.items() if group not in left_out}
 

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
@@ -48,8 +50,9 @@ class Prism(JudgedBenchmark):
         + ", ".join(f"{track}.jsonl" for track in TRACKS)
     )
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`; a single file has the name of its track. Pictures are numbered from 0 in each track."""
+        """Reads the prompts; a single file is named after its track, and images are numbered from 0 in each track."""
         items = []
         for file in files_of(path, [f"{track}.jsonl" for track in TRACKS]):
             track = _track(file)
@@ -62,8 +65,8 @@ class Prism(JudgedBenchmark):
         track, _, number = item.id.partition("/")
         return f"{file_name(track)}/{file_name(number)}"
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`."""
         alignment = rubric("prism_alignment").format(prompt=item.prompt, focus=_FOCUS[item.tag])
         aesthetic = rubric("prism_aesthetic").format(prompt=item.prompt)
         return [
@@ -71,8 +74,8 @@ class Prism(JudgedBenchmark):
             Asked("aesthetic", aesthetic, _score, 4096, is_json=True),
         ]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`."""
         unread = [name for name, score in answers.items() if score is None]
         parts = {name: score or 0.0 for name, score in answers.items()}
         reasons = tuple(f"the judge gave no score for {name} that can be read" for name in unread)

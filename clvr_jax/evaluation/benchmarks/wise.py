@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
+from typing_extensions import override
+
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
@@ -45,8 +47,8 @@ class _Wise(JudgedBenchmark):
     shares: ClassVar[Mapping[str, float]]
     license_note: ClassVar = "none given; fetched for evaluation, not distributed"
 
+    @override
     def read(self, path: Path) -> list[Item]:
-        """See `Benchmark`."""
         items = []
         for file in files_of(path, self.files):
             for place, entry in read_entries(file, _FIELDS):
@@ -57,8 +59,8 @@ class _Wise(JudgedBenchmark):
                 items.append((place, Item(str(id), entry["Prompt"], category, entry)))
         return without_twins(items)
 
+    @override
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """See `Benchmark`."""
         return dict(self.shares)
 
     def _text(self, item: Item) -> str:
@@ -77,12 +79,12 @@ class WiseLegacy(_Wise):
     last_ids: ClassVar = {"CULTURE": 400, "TIME": 567, "SPACE": 700, "BIOLOGY": 800, "PHYSICS": 900, "CHEMISTRY": 1000}
     shares: ClassVar = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1, "CHEMISTRY": 0.1}
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`."""
         return [Asked("scores", self._text(item), legacy_scores, 2000)]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`."""
         scores = answers["scores"]
         if scores is None:
             return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
@@ -110,12 +112,12 @@ class WiseVerified(_Wise):
         "CHEMISTRY": 0.12,
     }
 
+    @override
     def questions(self, item: Item) -> list[Asked]:
-        """See `JudgedBenchmark`."""
         return [Asked("score", self._text(item), verified_score, 2000)]
 
+    @override
     def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """See `JudgedBenchmark`."""
         score = answers["score"]
         if score is None:
             return Mark(0.0, False, reasons=("the judge gave no score that can be read",), readable=False)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
@@ -25,8 +26,8 @@ class _TimedDrawer(Drawer):
         self._drawer = Flux2Drawer(pipeline)
         self.seconds = self.diffusion_seconds = 0.0
 
+    @override
     def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
-        """See `Drawer`."""
         began = time.perf_counter()
         drawings = self._drawer.draw(requests)
         self.seconds += time.perf_counter() - began
