@@ -3,7 +3,7 @@
 A mesh has four axes, any of which may be 1:
 
     data      copies of the model, each with its own part of the batch; the only axis that crosses slices
-    fsdp      parameters and optimiser state are cut along it, and so is the batch
+    fsdp      parameters and optimizer state are cut along it, and so is the batch
     sequence  tokens are cut along it; in attention, heads are instead (DeepSpeed-Ulysses, arXiv 2309.14509)
     tensor    heads and the wide middle of each MLP are cut along it (Megatron, arXiv 1909.08053)
 
@@ -67,7 +67,7 @@ class MeshConfig:
         return tuple(sizes)
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh over `devices`, all of them if None; neighbours on the torus become neighbours on the mesh."""
+        """The mesh over `devices`, all of them if None; neighbors on the torus become neighbors on the mesh."""
         devices = list(jax.devices() if devices is None else devices)
         if self.devices is not None and not 1 <= self.devices <= len(devices):
             raise UsageError(f"mesh: {self.devices} devices are asked for, there are {len(devices)}")
@@ -177,7 +177,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(place, params)
 
     def optimizer_state(self, opt_state: Tree, params: Tree) -> Tree:
-        """Shardings of an optimiser's state: what has a parameter's name and shape lies where the parameter does."""
+        """Shardings of an optimizer's state: what has a parameter's name and shape lies where the parameter does."""
         known = {
             path: (leaf.shape, self.sharding(parameter_axes(dotted(path), leaf.shape), leaf.shape))
             for path, leaf in leaves_by_path(params).items()

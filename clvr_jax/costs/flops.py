@@ -1,7 +1,7 @@
 """FLOPs of the transformers, counted from their configurations: products with weights and the products of attention.
 
 A product of (m, k) and (k, n) is 2 m k n FLOPs. Norms, softmax, rotations and other elementwise work are left out, as
-they are in published utilisations; at the published widths they are one or two per cent of what the compiler counts.
+they are in published utilizations; at the published widths they are one or two per cent of what the compiler counts.
 Attention is counted in full, masked or not: that is what the models compute without a kernel that skips blocks.
 Source of the convention: PaLM (Chowdhery et al., 2022), appendix B, model and hardware FLOPs.
 """
@@ -44,7 +44,7 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Model FLOPs of a training step, what utilisation is measured by: the backward pass is two forward passes."""
+        """Model FLOPs of a training step, what utilization is measured by: the backward pass is two forward passes."""
         return 3 * self.forward
 
     def hardware(self, remat: str, *, flash: bool = False) -> float:

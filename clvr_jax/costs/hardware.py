@@ -27,7 +27,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 GIB = 2**30
 
-# libtpu looks for a TPU, its host and its neighbours, and locks it, unless it is told that there is nothing to find.
+# libtpu looks for a TPU, its host and its neighbors, and locks it, unless it is told that there is nothing to find.
 _COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

@@ -7,7 +7,7 @@ runs beside other work is started in one fusion (`AsyncCollectiveStart`) and wri
 on, often inside another loop, where it must not count. An `all-reduce-scatter` fusion holds an all-reduce of which each
 device uses a part; it sends what a reduce-scatter does.
 
-Source: the optimised HLO of jaxlib 0.10.2 for CPU, and of libtpu 0.0.52 for v5e.
+Source: the optimized HLO of jaxlib 0.10.2 for CPU, and of libtpu 0.0.52 for v5e.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The text of an optimised XLA program, taken apart: computations, their instructions, how often a loop runs."""
+"""The text of an optimized XLA program, taken apart: computations, their instructions, how often a loop runs."""
 
 import math
 import re

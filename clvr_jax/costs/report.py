@@ -70,7 +70,7 @@ class Report:
 
     @property
     def headline(self) -> str:
-        """Memory, time and utilisation in one line."""
+        """Memory, time and utilization in one line."""
         times = self.roofline
         return f"{self.memory.headline}, {_seconds(times.overlapped)} a step, {times.mfu:.0%} of the peak"
 
@@ -107,8 +107,8 @@ class Report:
         table.add_row(
             "step", f"{_seconds(times.overlapped)} overlapped, {_seconds(times.serial)} not; {times.bound} bound"
         )
-        serial = times.utilisation(times.serial)
-        table.add_row("model FLOP utilisation", f"{times.mfu:.0%} overlapped, {serial:.0%} not")
+        serial = times.utilization(times.serial)
+        table.add_row("model FLOP utilization", f"{times.mfu:.0%} overlapped, {serial:.0%} not")
         return table
 
 
@@ -130,7 +130,7 @@ def measure(
 
     Args:
       compiled: what `lowered.compile()` returned.
-      text: of the optimised program, `compiled.as_text()`.
+      text: of the optimized program, `compiled.as_text()`.
       name: of the program, for people.
       topology, mesh: what it was compiled for.
       flops: of one step on all chips, without what is computed twice; `flops` counts them.

@@ -49,11 +49,11 @@ class Roofline:
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilisation if all overlaps: the share of the peak that is neither waiting nor repetition."""
-        return self.utilisation(self.overlapped)
+        """Model FLOP utilization if all overlaps: the share of the peak that is neither waiting nor repetition."""
+        return self.utilization(self.overlapped)
 
-    def utilisation(self, seconds: float) -> float:
-        """Model FLOP utilisation of a step of this many seconds, a measured one for example; 0 for no time."""
+    def utilization(self, seconds: float) -> float:
+        """Model FLOP utilization of a step of this many seconds, a measured one for example; 0 for no time."""
         return self.model_flops / (seconds * self.peak_flops) if seconds else 0.0
 
 
@@ -119,10 +119,10 @@ def training_hbm_bytes(
     activations: float = 0.0,
     remat: str = "full",
 ) -> float:
-    """Bytes that one chip moves in a training step, counted: weights, gradients, optimiser, activations.
+    """Bytes that one chip moves in a training step, counted: weights, gradients, optimizer, activations.
 
     Args:
-      parameters: that this chip keeps. param_bytes, optimizer_bytes: of each, master weight and optimiser state (Adam's
+      parameters: that this chip keeps. param_bytes, optimizer_bytes: of each, master weight and optimizer state (Adam's
         two moments in float32); both are read and written, and so is a gradient of the master's size.
       compute_bytes: of a weight or an activation as the products take it.
       gathered: weights that this chip multiplies with, all of them under FSDP; `parameters` if None. They are written

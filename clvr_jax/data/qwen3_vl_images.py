@@ -1,4 +1,4 @@
-"""Pictures -> what the vision tower of Qwen3-VL reads: resized, normalised, cut into patches. NumPy and PIL only.
+"""Pictures -> what the vision tower of Qwen3-VL reads: resized, normalized, cut into patches. NumPy and PIL only.
 
 Source of the arithmetic: transformers `Qwen2VLImageProcessorPil`, which Qwen3-VL's processor is, bit for bit.
 """
@@ -50,7 +50,7 @@ class Qwen3VLImageProcessor:
         return self.patch_size * self.merge_size
 
     def __call__(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
-        """Resizes (bicubic), normalises and cuts each picture.
+        """Resizes (bicubic), normalizes and cuts each picture.
 
         Args:
           images: PIL pictures of any mode (transparency is laid on white) or uint8 arrays (h, w), (h, w, 1 | 3 | 4).
@@ -89,17 +89,17 @@ class Qwen3VLImageProcessor:
         picture = _rgb(image)
         height, width = self.resized(picture.height, picture.width)
         pixels_hwc = np.asarray(picture.resize((width, height), resample=Image.Resampling.BICUBIC))
-        normalised_chw = np.stack([table[pixels_hwc[..., i]] for i, table in enumerate(self._tables())])
+        normalized_chw = np.stack([table[pixels_hwc[..., i]] for i, table in enumerate(self._tables())])
 
         patch, merge = self.patch_size, self.merge_size
         rows, columns = height // patch, width // patch
-        blocks = normalised_chw.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
+        blocks = normalized_chw.reshape(3, rows // merge, merge, patch, columns // merge, merge, patch)
         blocks = blocks.transpose(1, 4, 2, 5, 0, 3, 6)[:, :, :, :, :, None]  # blocks, patches of a block, c, t, h, w
         frames = (*blocks.shape[:5], self.temporal_patch_size, patch, patch)
         return np.broadcast_to(blocks, frames).reshape(rows * columns, -1), (1, rows, columns)
 
     def _tables(self) -> np.ndarray:
-        """(3, 256): a byte's normalised value in each channel, rounded as the reference rounds."""
+        """(3, 256): a byte's normalized value in each channel, rounded as the reference rounds."""
         unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.image_mean, self.image_std))
         return (unit - mean) / std

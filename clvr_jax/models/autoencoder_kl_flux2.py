@@ -1,4 +1,4 @@
-"""AutoencoderKLFlux2: the convolutional autoencoder of FLUX.2 and the normalised latents its transformer works on.
+"""AutoencoderKLFlux2: the convolutional autoencoder of FLUX.2 and the normalized latents its transformer works on.
 
 Images and latents are channels-last here, (batch, height, width, channels); the names of the modules are those of the
 PyTorch checkpoint. Source of the arithmetic: diffusers `AutoencoderKLFlux2` and its use in `Flux2KleinPipeline`.
@@ -72,7 +72,7 @@ class AutoencoderKLFlux2(Autoencoder):
     """Images in [-1, 1] <-> latents.
 
     `encode` and `decode` work on raw latents, (b, h / 8, w / 8, 32) for FLUX.2. `encode_tokens` and `decode_tokens`
-    work on what the transformer sees: patchified, normalised by the running statistics, (b, h / 16, w / 16, 128) there.
+    work on what the transformer sees: patchified, normalized by the running statistics, (b, h / 16, w / 16, 128) there.
     """
 
     def __init__(
@@ -88,13 +88,13 @@ class AutoencoderKLFlux2(Autoencoder):
         self.bn = RunningStatistics(config.token_channels)
 
     def encode_tokens(self, images_bhwc: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> normalised tokens on their grid, (b, h / 16, w / 16, token_channels)."""
+        """Images in [-1, 1] -> normalized tokens on their grid, (b, h / 16, w / 16, token_channels)."""
         tokens = patchify(self.encode(images_bhwc), self.config.patch_size)
         mean, scale = self._normalisation(tokens.dtype)
         return (tokens - mean) / scale
 
     def decode_tokens(self, tokens_bhwp: jax.Array) -> jax.Array:
-        """Normalised tokens on their grid -> images; inverts `encode_tokens` up to what the autoencoder loses."""
+        """Normalized tokens on their grid -> images; inverts `encode_tokens` up to what the autoencoder loses."""
         mean, scale = self._normalisation(tokens_bhwp.dtype)
         return self.decode(unpatchify(tokens_bhwp * scale + mean, self.config.patch_size))
 

@@ -142,7 +142,7 @@ def _swiglu(x: jax.Array) -> jax.Array:
 
 
 def _rotate(x_bsnh: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns neighbouring channels (2 i, 2 i + 1) of each head by their angle; float32 inside."""
+    """Turns neighboring channels (2 i, 2 i + 1) of each head by their angle; float32 inside."""
     cos, sin = (table[None, :, None, :] for table in rotary)
     pairs = x_bsnh.astype(jnp.float32).reshape(*x_bsnh.shape[:-1], -1, 2)
     real, imag = pairs[..., 0], pairs[..., 1]

@@ -214,7 +214,7 @@ class Qwen3VLVision(nnx.Module):
         """Encodes the images of b rows that share their grids.
 
         Args:
-          pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalised, the images of a
+          pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalized, the images of a
             row one after another, each in merge-block order (`clvr_jax.data.qwen3_vl_images` makes it).
           grid_thw: static (frames, rows, columns) of patches for each image of a row.
           return_hidden: also return the output of every block.

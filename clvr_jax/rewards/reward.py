@@ -119,7 +119,7 @@ def is_of_one_answer(error: ProviderError) -> bool:
 
 
 class Reward(Protocol):
-    """What policies are optimised for.
+    """What policies are optimized for.
 
     is_on_mesh: it runs programs on the devices that train. Then all processes call it, each in its main thread, with
     the same cases in the same order, and all get the same scores.

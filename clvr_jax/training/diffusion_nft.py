@@ -210,7 +210,7 @@ def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 
 def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") -> jax.Array:
-    """d of old <- d old + (1 - d) theta after an epoch, `step` optimiser steps into the run.
+    """d of old <- d old + (1 - d) theta after an epoch, `step` optimizer steps into the run.
 
     linear: min(.001 step, .5), the policy that samples follows quickly. delayed: 0 for 75 steps, then slower and
     slower, up to .999.

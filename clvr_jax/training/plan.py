@@ -130,7 +130,7 @@ def search(
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that fit by model FLOP utilisation, best first; then the others."""
+    """Those that fit by model FLOP utilization, best first; then the others."""
 
     def key(trial: Trial) -> tuple[bool, float]:
         report = trial.report
@@ -141,7 +141,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 def trials_table(trials: Sequence[Trial]) -> Table:
     """Trials for a terminal, one line each."""
-    table = Table("mesh", "memory", "step", "bound by", "utilisation", "cost")
+    table = Table("mesh", "memory", "step", "bound by", "utilization", "cost")
     for trial in trials:
         report = trial.report
         if report is None:
@@ -153,7 +153,7 @@ def trials_table(trials: Sequence[Trial]) -> Table:
             report.memory.headline,
             f"{times.overlapped:.2f} - {times.serial:.2f} s",
             times.bound,
-            f"{times.mfu:.0%} - {times.utilisation(times.serial):.0%}",
+            f"{times.mfu:.0%} - {times.utilization(times.serial):.0%}",
             report.cost_line,
         )
     return table

@@ -5,7 +5,7 @@ the proxy prompts. Judges work on the host, or far away, while the devices draw 
 
 All randomness of an epoch follows from seed and epoch, so a run that stopped and went on is the run that did not.
 
-Source: arXiv 2605.14876 (PPRL); arXiv 2509.16117 (DiffusionNFT, its policy optimiser); arXiv 2505.05470 (Flow-GRPO).
+Source: arXiv 2605.14876 (PPRL); arXiv 2509.16117 (DiffusionNFT, its policy optimizer); arXiv 2505.05470 (Flow-GRPO).
 """
 
 import dataclasses
@@ -259,7 +259,7 @@ class _Run:
     def _learned(
         self, state: PPRLState, epoch: int, calls: Sequence[_Call], merits: np.ndarray, counts: np.ndarray
     ) -> tuple[PPRLState, dict[str, float]]:
-        """The optimiser steps of an epoch."""
+        """The optimizer steps of an epoch."""
         config, found = self.config, []
         draws = min(config.timesteps, self.programs.learner.places)
         ends = np.cumsum([call.real * config.group for call in calls])

@@ -80,7 +80,7 @@ class Method(Protocol):
         ...
 
     def old_decay(self, step: ArrayLike) -> ArrayLike:
-        """d of old <- d old + (1 - d) theta after an epoch, `step` optimiser steps into the run."""
+        """d of old <- d old + (1 - d) theta after an epoch, `step` optimizer steps into the run."""
         ...
 
 

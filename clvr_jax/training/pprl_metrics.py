@@ -45,7 +45,7 @@ def of_rewards(scores: Scores, advantages: Advantages, kinds_n: np.ndarray, grou
 
 
 def means_over_updates(found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """The mean of each metric over the optimiser steps of an epoch."""
+    """The mean of each metric over the optimizer steps of an epoch."""
     return {name: float(np.mean([metrics[name] for metrics in found])) for name in (found[0] if found else ())}
 
 

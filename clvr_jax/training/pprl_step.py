@@ -149,7 +149,7 @@ class PPRLConfig:
 )
 @dataclasses.dataclass
 class PPRLState:
-    """Everything a run continues from. epoch: finished ones. step: optimiser steps. skipped: of these, how many changed
+    """Everything a run continues from. epoch: finished ones. step: optimizer steps. skipped: of these, how many changed
     nothing because something was not finite."""
 
     epoch: Any
@@ -240,7 +240,7 @@ def contribution(backbone: Backbone, config: PPRLConfig, params: Tree, base: Tre
 
 
 def updated(config: PPRLConfig, state: PPRLState, sums: Sums) -> tuple[PPRLState, dict[str, jax.Array]]:
-    """One optimiser step on the mean over the samples of `sums`; one that is not finite changes only the counters."""
+    """One optimizer step on the mean over the samples of `sums`; one that is not finite changes only the counters."""
     grads, metrics = (jax.tree.map(lambda leaf: leaf / sums.weight, tree) for tree in (sums.grads, sums.metrics))
     norm = optax.global_norm(grads)
     change, opt_state = config.optimizer().update(grads, state.opt_state, state.params)

@@ -1,4 +1,4 @@
-"""One optimiser step as a pure function of state, frozen weights and batch, laid out over a mesh."""
+"""One optimizer step as a pure function of state, frozen weights and batch, laid out over a mesh."""
 
 import dataclasses
 from collections.abc import Callable

@@ -86,7 +86,7 @@ class Task:
     loss: (params, frozen, batch, key) -> (scalar loss, metrics), see `step.Loss`.
     batches: step -> the whole batch as a pytree of NumPy arrays, a pure function of the step; or an `Input`.
     export: (ema_params, folder) -> None, called at the end of the run.
-    flops: batch -> model FLOPs of its step (6 for each parameter and token, and attention), for the utilisation.
+    flops: batch -> model FLOPs of its step (6 for each parameter and token, and attention), for the utilization.
     hardware_flops: with what is computed a second time in the backward pass; as `flops` if None.
     tokens: batch -> tokens in it, for the throughput.
     """

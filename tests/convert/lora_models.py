@@ -22,7 +22,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from tests.models import test_flux2_transformer as flux2
 from tests.models import test_unet_2d_condition as unet
-from tests.models.parity import load_state, randomise
+from tests.models.parity import load_state, randomize
 
 A, B = ".lora_A.weight", ".lora_B.weight"
 
@@ -68,7 +68,7 @@ def _models(kind: Kind) -> Any:
 def _unet_kind(config: Any, pipeline: Any, **empty: None) -> Kind:
     return Kind(
         model=lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)),
-        reference=lambda: randomise(
+        reference=lambda: randomize(
             diffusers.UNet2DConditionModel.from_config(unet_2d_condition.config_to_dict(config))
         ),
         table=unet_2d_condition.table(config),

@@ -26,7 +26,7 @@ from tests.models import test_clip_text as clip
 from tests.models import test_flux2_transformer as flux2
 from tests.models import test_qwen3 as language
 from tests.models import test_unet_2d_condition as unet
-from tests.models.parity import randomise
+from tests.models.parity import randomize
 from tests.models.qwen3_vl_reference import SMALL as QWEN3_VL
 
 TIED_VL = dataclasses.replace(QWEN3_VL, tie_word_embeddings=True)
@@ -65,7 +65,7 @@ def saved(tmp_path_factory):
     """Folders as PyTorch writes them."""
     root = tmp_path_factory.mktemp("families")
     for name, make in MODELS.items():
-        randomise(make()).to(torch.bfloat16).save_pretrained(root / name, max_shard_size="40KB")
+        randomize(make()).to(torch.bfloat16).save_pretrained(root / name, max_shard_size="40KB")
     return root
 
 

@@ -147,7 +147,7 @@ def unwritten(shapes):
 
 
 def loaded(module, config, stored, table):
-    """Our module with the weights of a file; nothing is initialised."""
+    """Our module with the weights of a file; nothing is initialized."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
     tensors = {key: part.open() for key, part in diffusers_tensors(stored).items()}
     return nnx.merge(graphdef, state_from_torch(tensors, state, table))

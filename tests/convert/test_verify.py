@@ -43,7 +43,7 @@ from tests.models import (
     test_qwen3,
     test_unet_2d_condition,
 )
-from tests.models.parity import randomise
+from tests.models.parity import randomize
 from tests.models.qwen3_vl_reference import SMALL as SMALL_QWEN3_VL
 
 SDXL_UNET = dataclasses.replace(
@@ -70,9 +70,9 @@ MODELS = {
 def make(family, config, seed=0):
     fields = family.config_to_dict(config)
     if family.file_name == DIFFUSERS_NAME:
-        return randomise(getattr(diffusers, family.torch_class).from_config(fields), seed)
+        return randomize(getattr(diffusers, family.torch_class).from_config(fields), seed)
     kind = getattr(transformers, family.torch_class)
-    return randomise(kind(kind.config_class(**fields)), seed)
+    return randomize(kind(kind.config_class(**fields)), seed)
 
 
 @pytest.fixture(scope="module")

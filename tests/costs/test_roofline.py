@@ -25,7 +25,7 @@ def test_what_bounds_a_step():
     assert (times.compute, times.hbm, times.interconnect) == (1, 0.5, 2)
     assert (times.overlapped, times.serial, times.bound) == (2, 3.5, "interconnect")
     assert times.mfu == pytest.approx(0.25)
-    assert times.utilisation(4.0) == pytest.approx(0.125)
+    assert times.utilization(4.0) == pytest.approx(0.125)
     alone = roofline(V5E.chip, flops=197e12, hbm_bytes=1, interconnect={})
     assert (alone.bound, alone.mfu) == ("compute", 1)
 

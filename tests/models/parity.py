@@ -21,7 +21,7 @@ def relative_error(ours: Any, reference: Any) -> float:
     return float(np.abs(ours - reference).max() / np.abs(reference).max())
 
 
-def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     """Gives every parameter and statistic values that make a mistake visible: no zeros, no ones, no two alike."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -14,7 +14,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_positions import Grids, merged_tokens
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
-from tests.models.parity import load_tensors, randomise
+from tests.models.parity import load_tensors, randomize
 
 SMALL = Qwen3VLConfig(
     text=Qwen3VLTextConfig(
@@ -48,7 +48,7 @@ SMALL = Qwen3VLConfig(
 def make_pair(config: Qwen3VLConfig = SMALL, seed: int = 0) -> tuple[Qwen3VL, Qwen3VLForConditionalGeneration]:
     """Ours and transformers' with the same random weights."""
     reference_config = ReferenceConfig(**config_to_dict(config), attn_implementation="eager")
-    reference = randomise(Qwen3VLForConditionalGeneration(reference_config), seed)
+    reference = randomize(Qwen3VLForConditionalGeneration(reference_config), seed)
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
     load_tensors(model, checkpoint_of(reference), TABLE)
     return model, reference

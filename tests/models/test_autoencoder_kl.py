@@ -12,13 +12,13 @@ from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from tests.models.parity import TOLERANCE, load_state, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = AutoencoderKLConfig(block_out_channels=(16, 32, 48), latent_channels=6, norm_num_groups=8)
 
 
 def make_pair(config):
-    reference = randomise(diffusers.AutoencoderKL.from_config(config_to_dict(config)))
+    reference = randomize(diffusers.AutoencoderKL.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
     load_state(model, reference, TABLE)
     return model, reference

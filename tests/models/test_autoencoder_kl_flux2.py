@@ -10,7 +10,7 @@ from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify, unpatchify
-from tests.models.parity import TOLERANCE, load_state, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = AutoencoderKLFlux2Config(
     block_out_channels=(16, 32, 48), layers_per_block=1, latent_channels=6, norm_num_groups=8, sample_size=64
@@ -18,7 +18,7 @@ SMALL = AutoencoderKLFlux2Config(
 
 
 def make_pair(config):
-    reference = randomise(diffusers.AutoencoderKLFlux2.from_config(config_to_dict(config)))
+    reference = randomize(diffusers.AutoencoderKLFlux2.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: AutoencoderKLFlux2(config, rngs=nnx.Rngs(0)))
     load_state(model, reference, TABLE)
     return model, reference

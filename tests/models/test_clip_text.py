@@ -12,7 +12,7 @@ from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
-from tests.models.parity import TOLERANCE, load_tensors, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_tensors, randomize, relative_error
 
 EOS = 90
 SMALL = CLIPTextConfig(
@@ -42,7 +42,7 @@ def tensors_of(reference):
 
 
 def make_pair(config):
-    reference = randomise(make_reference(config))
+    reference = randomize(make_reference(config))
     model = nnx.eval_shape(lambda: CLIPText(config, rngs=nnx.Rngs(0)))
     load_tensors(model, tensors_of(reference), TABLE)
     return model, reference

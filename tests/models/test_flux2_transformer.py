@@ -11,7 +11,7 @@ from flax import nnx
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from tests.models.parity import TOLERANCE, load_state, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = Flux2TransformerConfig(
     in_channels=12,
@@ -34,7 +34,7 @@ def change(config, **fields):
 
 
 def make_reference(config):
-    return randomise(diffusers.Flux2Transformer2DModel.from_config(config_to_dict(config)))
+    return randomize(diffusers.Flux2Transformer2DModel.from_config(config_to_dict(config)))
 
 
 def make_pair(config, **options):

@@ -13,7 +13,7 @@ from flax import nnx
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_layers import empty_cache, inverse_frequencies
-from tests.models.parity import TOLERANCE, load_state, load_tensors, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, load_tensors, randomize, relative_error
 
 SMALL = Qwen3Config(
     vocab_size=97,
@@ -44,7 +44,7 @@ def torch_shapes(reference):
 
 
 def make_pair(config, **options):
-    reference = randomise(make_reference(config))
+    reference = randomize(make_reference(config))
     model = nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), **options))
     if config.tie_word_embeddings:
         model_state = {key: tensor for key, tensor in reference.state_dict().items() if key != "lm_head.weight"}
@@ -150,7 +150,7 @@ def test_rotary_steps_are_those_of_transformers(theta):
 
 def test_bfloat16_matches_transformers_in_bfloat16():
     config = change(SMALL, num_hidden_layers=2)
-    exact = randomise(make_reference(config))
+    exact = randomize(make_reference(config))
     # As in a trained model, the residual stream is larger than what one layer adds to it. Otherwise a norm blows the
     # rounding of each layer up, and PyTorch itself is 2 % away from its float32 result; 1 % is about one last digit.
     with torch.no_grad():

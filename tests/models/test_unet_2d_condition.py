@@ -14,7 +14,7 @@ from flax import nnx
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
-from tests.models.parity import TOLERANCE, load_state, randomise, relative_error
+from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SDXL = dataclasses.replace(
     UNet2DConditionConfig.sdxl(),
@@ -39,7 +39,7 @@ SD15 = dataclasses.replace(
 
 
 def make_pair(config, **options):
-    reference = randomise(diffusers.UNet2DConditionModel.from_config(config_to_dict(config)))
+    reference = randomize(diffusers.UNet2DConditionModel.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), **options))
     load_state(model, reference, table(config))
     return model, reference

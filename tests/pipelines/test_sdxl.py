@@ -21,7 +21,7 @@ from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import load_pipeline
 from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings, guidance_embedding, step_noise
-from tests.models.parity import TOLERANCE, randomise, relative_error
+from tests.models.parity import TOLERANCE, randomize, relative_error
 
 LENGTH = 12
 # The last has more tokens than CLIP reads, the first has padding.
@@ -46,7 +46,7 @@ def text_encoder(seed, **fields):
         num_attention_heads=2, max_position_embeddings=LENGTH, eos_token_id=tokenizer().eos_token_id,
     )  # fmt: skip
     fields = clip_dict(config)
-    return randomise(getattr(transformers, fields["architectures"][0])(transformers.CLIPTextConfig(**fields)), seed)
+    return randomize(getattr(transformers, fields["architectures"][0])(transformers.CLIPTextConfig(**fields)), seed)
 
 
 def components(xl, scheduler, embeds_guidance):
@@ -72,8 +72,8 @@ def components(xl, scheduler, embeds_guidance):
         up_block_types=("UpDecoderBlock2D",) * 4, scaling_factor=0.3,
     )  # fmt: skip
     parts = {
-        "unet": randomise(diffusers.UNet2DConditionModel.from_config(unet_dict(config)), 1),
-        "vae": randomise(vae, 2),
+        "unet": randomize(diffusers.UNet2DConditionModel.from_config(unet_dict(config)), 1),
+        "vae": randomize(vae, 2),
         "text_encoder": text_encoder(3),
         "tokenizer": tokenizer(),
         "scheduler": SCHEDULERS[scheduler](),

@@ -39,7 +39,7 @@ from tests.conftest import OPTIMIZED
 ONE_DEVICE = MeshConfig(devices=1)
 
 PARTS = {"vae": SHIPPED / "shapes-tiny" / "vae", "tokenizer": SHIPPED / "shapes-tiny" / "tokenizer"}
-# One optimiser step is enough to go through everything a recipe does.
+# One optimizer step is enough to go through everything a recipe does.
 ONE = TrainConfig(steps=1, log_every=1, mesh=ONE_DEVICE)
 
 

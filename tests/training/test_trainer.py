@@ -167,7 +167,7 @@ def test_a_run_goes_on_with_another_number_of_devices(tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_average_is_read_back_without_the_optimiser(tmp_path):
+def test_the_average_is_read_back_without_the_optimizer(tmp_path):
     state = fit(make_task(), CONFIG, tmp_path, stop_after=5)
     wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state.ema)
     ema, step = restore_part(tmp_path / "checkpoints", "ema", wanted)
