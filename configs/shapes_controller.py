@@ -102,7 +102,7 @@ class Config:
     """Descriptions that requirements are compared with in a batch."""
     comparisons: int = 5
     """Requirements that are compared with each description."""
-    answer_weight: float = 4.0
+    answer_weight: float = 12.0
     """Weight of the words yes and no in the loss; the other words have weight 1."""
     prompt_batch: int = 32
     """Plans and lists of requirements in a batch."""
@@ -122,8 +122,8 @@ class Config:
 
 CONFIG = Config()
 KINDS = (
-    *("prompt", "comparison", "image", "prompt", "prompt", "comparison"),
-    *("image", "conversation", "prompt", "comparison", "image", "prompt"),
+    *("prompt", "comparison", "image", "prompt", "comparison", "image"),
+    *("comparison", "conversation", "prompt", "comparison", "image", "prompt"),
 )
 """The kinds of batches in turn."""
 PARTS = 4

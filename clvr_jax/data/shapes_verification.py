@@ -276,14 +276,14 @@ def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequ
 def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequirement:
     """A requirement near to what is there: one of its objects, often with another color, shape, place or relation."""
     kind = rng.random()
-    if kind < 0.15 or not reading.objects:
+    if kind < 0.12 or not reading.objects:
         return ShapesRequirement(total=max(1, min(9, len(reading.objects) + int(rng.choice((-1, 0, 0, 0, 1))))))
     first = reading.objects[int(rng.integers(len(reading.objects)))]
     thing = _near(rng, first.color, first.shape, reading)
-    if kind < 0.5:
+    if kind < 0.4:
         cell = first.cell if rng.random() < 0.75 else CELLS[int(rng.integers(len(CELLS)))]
         return ShapesRequirement(dataclasses.replace(thing, count=1), cell)
-    if kind < 0.62 or len(reading.objects) < 2:
+    if kind < 0.5 or len(reading.objects) < 2:
         return ShapesRequirement(thing)
     second = reading.objects[int(rng.integers(len(reading.objects)))]
     anchor = _near(rng, second.color, second.shape, reading, 0.12)
