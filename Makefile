@@ -40,10 +40,12 @@ test: $(VENV)/.test  ## the whole suite
 test-fast: $(VENV)/.test  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-check: $(VENV)/.test  ## format, lint, types
+check: $(VENV)/.test  ## format, lint, types, spelling, terms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/codespell
+	$(BIN)/python scripts/check_terms.py
 
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done

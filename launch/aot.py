@@ -7,7 +7,7 @@ is the table of docs/training-on-tpu-pods.md; each line of a file given with --r
     python launch/aot.py --out runs/plans --runs my_runs.txt
 
 Each program is compiled by a process of its own, some minutes each on two cores and up to 8 GB of memory. Reports that
-are there already are not made again, so a table that was stopped goes on.
+exist are not made again, so the same command resumes an interrupted table.
 """
 
 import argparse
@@ -68,10 +68,10 @@ def main() -> int:
     return int(failed > 0)
 
 
-def _planned(arguments: list[str], folder: Path) -> dict[str, Any] | None:
+def _planned(arguments: list[str], directory: Path) -> dict[str, Any] | None:
     """The report of one run, made now if it is not there; None if that fails, which `clvr plan` has then explained."""
     name = re.sub(r"\W+", "_", " ".join(arguments)).strip("_")
-    path = folder / f"{name}.json"
+    path = directory / f"{name}.json"
     if not path.exists():
         print(f"clvr plan {shlex.join(arguments)}", file=sys.stderr, flush=True)
         command = [sys.executable, "-m", "clvr_jax.cli", "plan", *arguments, "--out", str(path)]

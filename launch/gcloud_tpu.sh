@@ -4,8 +4,8 @@
 #     BUCKET=my-bucket launch/gcloud_tpu.sh up configs/flux2_sft.py --model /bucket/klein
 #
 # asks for the slice, waits for it, installs the commit that is checked out on all workers and starts the run on them.
-# The bucket is the folder /bucket there, and the run lies in /bucket/$RUN. After a preemption the same command gets a
-# new slice and goes on from the newest checkpoint. `logs` follows worker 0, `stop` saves and ends the run, `down` gives
+# The bucket is the directory /bucket there, and the run is in /bucket/$RUN. After a preemption the same command gets a
+# new slice and resumes from the newest checkpoint. `logs` follows worker 0, `stop` saves and ends the run, `down` gives
 # the slice back: without it the slice costs money. PROJECT and ZONE are gcloud's own if not given.
 set -euo pipefail
 
@@ -15,7 +15,7 @@ PROJECT=${PROJECT:-$(gcloud config get-value project 2>/dev/null || true)}
 ACCELERATOR=${ACCELERATOR:-v6e-16}
 RUNTIME=${RUNTIME:-v2-alpha-tpuv6e} # v5e and v5p: v2-alpha-tpuv5-lite, v2-alpha-tpuv5
 SPOT=${SPOT:-1}                     # 0: on demand
-RUN=${RUN:-clvr-run}                # folder of the run in the bucket
+RUN=${RUN:-clvr-run}                # directory of the run in the bucket
 EXPORTS=${EXPORTS:-}                # names of variables to hand on, such as "HF_TOKEN WANDB_API_KEY"
 
 usage() {

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Trains on GPU nodes under SLURM, one process on each. From the top of the repository, with .venv made and a folder
+# Trains on GPU nodes under SLURM, one process on each. From the top of the repository, with .venv made and a directory
 # that all nodes share:
 #
 #     sbatch --nodes 4 launch/slurm.sh configs/flux2_sft.py --model /shared/klein --out /shared/runs/klein
 #
 # The processes find each other through SLURM. A job that is preempted or comes to its time limit is asked to save two
-# minutes before; a requeued one goes on from the newest checkpoint.
+# minutes before; a requeued one resumes from the newest checkpoint.
 #SBATCH --job-name=clvr
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=1
@@ -25,7 +25,7 @@ if [[ $# -lt 1 ]]; then
   exit 2
 fi
 
-# JAX gives a process under SLURM one GPU, the one of its number on the node, unless it is told which.
+# JAX gives a process under SLURM one GPU, the one of its number on the node, unless one is named.
 JAX_LOCAL_DEVICE_IDS=$(seq -s , 0 $((GPUS - 1)))
 export JAX_LOCAL_DEVICE_IDS
 srun --kill-on-bad-exit=1 "$PYTHON" launch/train.py "$@" --resume

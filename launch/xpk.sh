@@ -4,8 +4,8 @@
 #     PROJECT=my-project BUCKET=my-bucket launch/xpk.sh train configs/flux2_sft.py --model /bucket/klein
 #
 # after, once, with the same variables: `launch/xpk.sh cluster` (makes it and joins the bucket to it) and
-# `launch/xpk.sh image` (builds and pushes the Dockerfile). Inside a run the bucket is the folder /bucket, and the run
-# lies in /bucket/$RUN. `launch/xpk.sh stop` ends it; after that the same command goes on from its newest checkpoint.
+# `launch/xpk.sh image` (builds and pushes the Dockerfile). Inside a run the bucket is the directory /bucket, and the run
+# is in /bucket/$RUN. `launch/xpk.sh stop` ends it; after that the same command resumes from its newest checkpoint.
 set -euo pipefail
 
 ZONE=${ZONE:-us-east5-b}
@@ -13,7 +13,7 @@ CLUSTER=${CLUSTER:-clvr}
 TPU_TYPE=${TPU_TYPE:-v6e-256}
 NUM_SLICES=${NUM_SLICES:-1}
 CAPACITY=${CAPACITY:---spot} # or --on-demand, --flex, --reservation=NAME
-RUN=${RUN:-clvr-run}         # name of the workload and of its folder in the bucket
+RUN=${RUN:-clvr-run}         # name of the workload and of its directory in the bucket
 MAX_RESTARTS=${MAX_RESTARTS:-10}
 EXPORTS=${EXPORTS:-} # names of variables to hand on, such as "HF_TOKEN WANDB_API_KEY"
 

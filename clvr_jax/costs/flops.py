@@ -1,7 +1,7 @@
 """FLOPs of the transformers, counted from their configurations: products with weights and the products of attention.
 
 A product of (m, k) and (k, n) is 2 m k n FLOPs. Norms, softmax, rotations and other elementwise work are left out, as
-they are in published utilizations; at the published widths they are one or two per cent of what the compiler counts.
+they are in published utilizations; at the published widths they are 1 to 2 % of what the compiler counts.
 Attention is counted in full, masked or not: that is what the models compute without a kernel that skips blocks.
 Source of the convention: PaLM (Chowdhery et al., 2022), appendix B, model and hardware FLOPs.
 """
@@ -76,15 +76,15 @@ def flux2_flops(config: Flux2TransformerConfig, batch: int, *, text: int, image:
 
     Args:
       config: sizes of the transformer.
-      batch: pictures; guidance by two passes doubles it.
-      text, image, references: tokens of one picture; 1024 x 1024 pixels are 4096 of them.
+      batch: number of images; classifier-free guidance doubles it.
+      text, image, references: number of tokens for one image; 1024 x 1024 pixels are 4096 tokens.
     """
     d, mlp = config.inner_dim, config.mlp_dim
-    pictures = image + references
-    tokens = text + pictures
+    image_tokens = image + references
+    tokens = text + image_tokens
     embedder = (1 + config.guidance_embeds) * (config.timestep_guidance_channels * d + d * d)
     modulations = (2 * 6 + 3 + 2) * d * d  # two double-stream, one single-stream, the last norm
-    ends = pictures * d * (config.in_channels + config.token_channels) + text * d * config.joint_attention_dim
+    ends = image_tokens * d * (config.in_channels + config.token_channels) + text * d * config.joint_attention_dim
     double = 4 * d * d + 3 * d * mlp
     single = d * (3 * d + 2 * mlp) + (d + mlp) * d
     depth = config.num_layers + config.num_single_layers

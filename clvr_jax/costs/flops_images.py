@@ -2,7 +2,7 @@
 
 As in `flops`: twice the multiplications of products with weights and of attention; elementwise work is left out. A
 convolution is counted at every place of its window; the compiler leaves out what falls into the padding, which shows on
-small pictures only.
+small images only.
 """
 
 import itertools
@@ -17,7 +17,7 @@ WINDOW = 9
 
 
 def encoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int) -> Flops:
-    """Pictures of height x width pixels -> latents."""
+    """Counts the FLOPs of encoding images of height x width pixels."""
     widths, pixels = config.block_out_channels, height * width
     products = pixels * WINDOW * config.in_channels * widths[0]
     for i, (wide_in, wide) in enumerate(itertools.pairwise((widths[0], *widths))):
@@ -31,7 +31,7 @@ def encoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int
 
 
 def decoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int) -> Flops:
-    """Latents -> pictures of height x width pixels."""
+    """Counts the FLOPs of decoding images of height x width pixels."""
     widths, latents = config.decoder_widths[::-1], config.latent_channels
     pixels = height * width // config.downscale**2
     products = pixels * (config.use_post_quant_conv * latents * latents + WINDOW * latents * widths[0])

@@ -27,7 +27,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 GIB = 2**30
 
-# libtpu looks for a TPU, its host and its neighbors, and locks it, unless it is told that there is nothing to find.
+# libtpu looks for a TPU, its host and its neighbors, and locks it, unless these variables say that there is none.
 _COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -174,7 +174,7 @@ class Links:
     """What joins the chips of one group.
 
     bandwidth: bytes/s that one chip sends while it receives as many. hops: links that a byte passes on its way to a
-    chip of the group on average, which is what an all-to-all pays for.
+    chip of the group in the mean, which is what an all-to-all pays for.
     """
 
     bandwidth: float

@@ -63,7 +63,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
 
     Args:
       text: `compiled.as_text()`, of one device's program.
-      mesh: sizes of the mesh axes, outermost first, `mesh.shape`; tells the axis of each collective.
+      mesh: sizes of the mesh axes, outermost first, `mesh.shape`; they identify the axis of each collective.
     Returns: those that join more than one device, in program order.
     Raises: ClvrError if one is in a loop whose trip count depends on data, or does not fit the mesh.
     """
@@ -211,6 +211,6 @@ def _axes(groups: np.ndarray, mesh: dict[str, int], name: str) -> tuple[str, ...
 
 
 def _braces(attribute: str, text: str) -> str:
-    """What stands in the braces of an attribute, `{{0,1},{1,0}}`; empty if it has no such attribute."""
+    """Returns the text in the braces of an attribute, such as `{{0,1},{1,0}}`; empty if the attribute is absent."""
     match = re.search(attribute + r"=(\{(?:[^{}]|\{[^{}]*\})*\})", text)
     return match[1] if match else ""

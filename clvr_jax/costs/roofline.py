@@ -1,6 +1,6 @@
 """How long a step takes at best: its arithmetic, its memory traffic and its messages, each at the chip's peak rate.
 
-The largest of the three is the time if all of them overlap, their sum if none do; a real step lies between the two, or
+The largest of the three is the time if all of them overlap, their sum if none do; a real step is between the two, or
 above, since no kernel runs at peak. Source of the model: Williams, Waterman, Patterson, Roofline (CACM 2009); of the
 times of collectives on a torus: Austin et al., How to Scale Your Model (2025).
 """

@@ -1,0 +1,53 @@
+"""Checks that the project uses the terms of the field: prints every banned word and fails if there is one.
+
+    python scripts/check_terms.py
+
+Only the directories of `CLEAN` are checked, comments, docstrings and messages included; add a directory when its
+language has been revised. `EXCEPTIONS` holds the only places where a banned word is right.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+BANNED = {
+    r"pictures?": "image",
+    r"folders?": "directory",
+    r"drawings?": "generated image, generation",
+    r"drawers?|painters?": "image generator",
+    r"roll-outs?": "rollout",
+    r"merits": "sample weights",
+    r"goes on|go on": "resumes",
+    r"made elsewhere": "external",
+    r"turned over": "transposed",
+    r"told": "say what happens",
+    r"stands|lies": "is stored, is located",
+    r"how-many(th)?": "index, number",
+}
+CLEAN = ("clvr_jax/costs", "launch", "scripts")
+EXCEPTIONS = {
+    "scripts/check_terms.py": None,  # the table itself
+}
+"""File -> the banned words that are right there, such as names in a file format; None for all."""
+
+
+def main() -> int:
+    """Prints FILE:LINE, the word and the term to use; returns 1 if any word was found."""
+    root, found = Path(__file__).parents[1], 0
+    pattern = re.compile("|".join(rf"(?P<g{i}>\b(?:{word})\b)" for i, word in enumerate(BANNED)), re.IGNORECASE)
+    terms = list(BANNED.values())
+    for path in sorted(file for name in CLEAN for file in (root / name, *(root / name).rglob("*"))):
+        name = path.relative_to(root).as_posix()
+        if path.suffix not in (".py", ".md", ".sh", ".yaml") or EXCEPTIONS.get(name, ()) is None:
+            continue
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for match in pattern.finditer(line):
+                if match[0].lower() not in EXCEPTIONS.get(name, ()):
+                    term = next(terms[int(group[1:])] for group, text in match.groupdict().items() if text)
+                    print(f"{name}:{number}: {match[0]!r}; use: {term}")
+                    found += 1
+    return int(found > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
