@@ -1,5 +1,6 @@
-"""Qwen3-VL made usable: a chat with pictures in, text out."""
+"""A chat with Qwen3-VL: messages and images in, text out."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,31 +141,34 @@ class Qwen3VLPipeline:
         texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
         texts = [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
         stopped = np.asarray(answer.stopped_b)
+        counts = lengths[: len(rows)] - stopped[: len(rows)]
+        tokens_of: Sequence[tuple[Token, ...] | None] = [None] * len(rows)
+        if top_logprobs:
+            tokens_of = self._tokens(answer, counts.tolist())
         return [
-            ChatAnswer(
-                texts[row],
-                len(rows[row].input_ids),
-                int(lengths[row]),
-                self._tokens(answer, row, int(lengths[row]) - int(stopped[row])) if top_logprobs else None,
-                bool(stopped[row]),
-            )
+            ChatAnswer(texts[row], len(rows[row].input_ids), int(lengths[row]), tokens_of[row], bool(stopped[row]))
             for row in range(len(rows))
         ]
 
-    def _tokens(self, answer: Generation, row: int, count: int) -> tuple[Token, ...]:
-        """The first `count` tokens of a row, each with the likeliest ones in its place."""
+    def _tokens(self, answer: Generation, counts: Sequence[int]) -> list[tuple[Token, ...]]:
+        """Returns the first `counts[row]` tokens of every row, each with the likeliest tokens at its position."""
         assert answer.logprobs is not None
-        ids, chosen = np.asarray(answer.tokens_bn)[row], np.asarray(answer.logprobs.chosen_bn)[row]
-        top_ids = np.asarray(answer.logprobs.top_tokens_bnk)[row]
-        top = np.asarray(answer.logprobs.top_bnk)[row]
-        return tuple(
-            Token(
-                self.tokenizer.decode([ids[n]]),
-                float(chosen[n]),
-                {self.tokenizer.decode([token]): float(p) for token, p in zip(top_ids[n], top[n], strict=True)},
+        ids, chosen = np.asarray(answer.tokens_bn).tolist(), np.asarray(answer.logprobs.chosen_bn).tolist()
+        top_ids = np.asarray(answer.logprobs.top_tokens_bnk).tolist()
+        top = np.asarray(answer.logprobs.top_bnk).tolist()
+        # A call meets few distinct tokens many times, and decoding one takes longer than a step of a small model.
+        text = functools.cache(lambda token: self.tokenizer.decode([token]))
+        return [
+            tuple(
+                Token(
+                    text(ids[row][n]),
+                    chosen[row][n],
+                    {text(token): logprob for token, logprob in zip(top_ids[row][n], top[row][n], strict=True)},
+                )
+                for n in range(count)
             )
-            for n in range(count)
-        )
+            for row, count in enumerate(counts)
+        ]
 
     def prepare(
         self,

@@ -42,7 +42,9 @@ class Conversation:
 
     def messages(self, system: str | None = None) -> list[context.Message]:
         """The chat that the controller continues; see context.chat_messages."""
-        return context.chat_messages(self.prompt, self.replies, len(self.images), system, self.report, self.requirements)
+        return context.chat_messages(
+            self.prompt, self.replies, len(self.images), system, self.report, self.requirements
+        )
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,13 @@ _TOP_LOGPROBS = 5
 _COUNTED = re.compile(r"\w+ objects?")
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
+_WORD = re.compile(r"[^\W_]+")
+_RELATION = re.compile(
+    r"\b(?:left of|right of|in front of|next to|above|below|under|over|behind|beside|between|near)\b"
+)
+_FUNCTION_WORDS = frozenset(
+    "a an the of to in on at and with object objects one two three four five six seven eight nine ten".split()
+)
 _ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
 
 
@@ -365,15 +372,16 @@ class ModelVerifier(Verifier):
             return Requirement(requirement, None, None, f"no answer in {text[:120]!r}")
         is_yes = match[1].lower() == "yes"
         evidence = text[: match.start()].strip().rstrip(".")
-        # A model that was trained to quote and quotes what the description does not say has invented its evidence.
-        is_quoting = description is not None and not self._is_instructed
-        is_invented = is_yes and is_quoting and invents(description.text if description else "", evidence)
+        # A model that was trained to quote supports its yes by a quotation that names what is required.
+        is_unsupported = False
+        if is_yes and description is not None and not self._is_instructed:
+            is_unsupported = invents(description.text, evidence) or not names(requirement, evidence)
         probability = answer_probability(answer)
         if probability is None:
-            return Requirement(requirement, is_yes and not is_invented, None, evidence)
+            return Requirement(requirement, is_yes and not is_unsupported, None, evidence)
         certainty = 1.0
         if description is not None:
-            certainty = 0.0 if is_invented else evidence_probability(description, evidence)
+            certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
         # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
         probability = certainty * probability + (1 - certainty) * (1 - probability) / 2
         return Requirement(requirement, probability >= self._threshold, probability, evidence)
@@ -468,6 +476,17 @@ def invents(description: str, evidence: str) -> bool:
     known = {clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)}
     quoted = [clause for clause, _, _ in _clause_spans(evidence) if not _COUNTED.fullmatch(clause)]
     return not set(quoted) <= known
+
+
+def names(requirement: str, evidence: str) -> bool:
+    """Whether evidence holds every word of a requirement, apart from numbers, relations and other function words."""
+    quoted = {form for word in _WORD.findall(evidence.lower()) for form in _singular_forms(word)}
+    required = set(_WORD.findall(_RELATION.sub(" ", requirement.lower()))) - _FUNCTION_WORDS
+    return all(quoted & _singular_forms(word) for word in required)
+
+
+def _singular_forms(word: str) -> set[str]:
+    return {word, word.removesuffix("s"), word.removesuffix("es")}
 
 
 def _begins(word: str, token: str) -> bool:

@@ -13,6 +13,7 @@ from clvr_jax.reasoning.verification import (
     answer_probability,
     evidence_probability,
     invents,
+    names,
     read_requirements,
 )
 
@@ -128,6 +129,26 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
     assert found.requirements[0].met is True, "large models may say it in other words"
     assert not invents("I see red star top; blue cross left.", "blue cross left; two objects")
     assert not invents("Plan: red star top; blue cross left.", "red star top")
+
+
+@pytest.mark.parametrize(
+    ("requirement", "evidence", "expected"),
+    [
+        ("purple triangle bottom left", "purple circle bottom left", False),
+        ("purple triangle bottom left", "purple triangle bottom left", True),
+        ("red star left", "red star right", False),
+        ("red star left of blue cross", "red star right; blue cross top", True),  # the relation is the model's to judge
+        ("two crosses above red star", "blue cross top; red cross left; red star bottom", True),
+        ("two blue crosses", "blue star top; blue star left", False),
+        ("four objects", "four objects", True),
+    ],
+)
+def test_a_yes_must_name_what_is_required(requirement, evidence, expected):
+    assert names(requirement, evidence) is expected
+    description = f"I see {evidence}."
+    model = ScriptedModel(lambda question: description if question.images else f"{evidence}. yes")
+    (found,) = ModelVerifier(model, is_instructed=False).check([(requirement,)], [IMAGE])
+    assert found.requirements[0].met is expected
 
 
 def test_an_uncertain_description_makes_a_yes_uncertain():
