@@ -14,7 +14,6 @@ Source: arXiv 2605.14876, verification by checklists; the two modes and the prob
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.context import Message
+from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, invents, names
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
 
@@ -53,17 +53,8 @@ strictly: what cannot be seen clearly is not there.
 
 _RETRY_TEMPERATURE = 0.7
 _TOP_LOGPROBS = 5
-_COUNTED = re.compile(r"\w+ objects?")
 _NOTHING = frozenset({"nothing", "none"})
 _REQUIRED = re.compile(r"Required:\s*(?P<items>.*?)\.?\s*$", re.DOTALL)
-_WORD = re.compile(r"[^\W_]+")
-_RELATION = re.compile(
-    r"\b(?:left of|right of|in front of|next to|above|below|under|over|behind|beside|between|near)\b"
-)
-_FUNCTION_WORDS = frozenset(
-    "a an the of to in on at and with object objects one two three four five six seven eight nine ten".split()
-)
-_ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
 
 
 # --- what is asked, and how it is answered ----------------------------------------------------------------------------
@@ -367,7 +358,7 @@ class ModelVerifier(Verifier):
 
     def _checked(self, requirement: str, answer: Answer, description: Answer | None = None) -> Requirement:
         text = answer.text.strip()
-        match = _ANSWER.search(text)
+        match = ANSWER.search(text)
         if match is None:
             return Requirement(requirement, None, None, f"no answer in {text[:120]!r}")
         is_yes = match[1].lower() == "yes"
@@ -416,93 +407,6 @@ def read_requirements(reply: str) -> tuple[str, ...] | None:
     if not items:
         return None
     return () if len(items) == 1 and items[0].lower() in _NOTHING else tuple(items)
-
-
-def answer_probability(answer: Answer) -> float | None:
-    """Returns the probability of yes against no where the answer says one of them; None without token probabilities.
-
-    A word may be written with several tokens, and the space before it may be a token of its own. Such a space does not
-    lead to a word whose token holds the space: each word has one spelling.
-    """
-    match = _ANSWER.search(answer.text)
-    if match is None or not answer.tokens:
-        return None
-    word = match[1].lower()
-    other = "no" if word == "yes" else "yes"
-    first = len(answer.text[: match.start()].rstrip())
-    reached, of_word, of_other, begin = 1.0, 0.0, 0.0, 0
-    for token in answer.tokens:
-        end = begin + len(token.text)
-        if begin >= first or end > match.start():
-            for text, logprob in token.top.items():
-                mass = reached * math.exp(logprob)
-                if text == token.text:
-                    continue
-                if _begins(word, text):
-                    of_word += mass
-                elif _begins(other, text) or (text and not text.strip()):
-                    of_other += mass
-            reached *= math.exp(token.logprob)
-        if end > match.start():
-            of_word += reached
-            yes, no = (of_word, of_other) if word == "yes" else (of_other, of_word)
-            return yes / (yes + no) if yes + no > 0 else None
-        begin = end
-    return None
-
-
-def evidence_probability(description: Answer, evidence: str) -> float:
-    """The probability of the clauses of a description that the evidence quotes, of all if it quotes none or others too.
-
-    Returns: the product of the probabilities of their tokens; 1 if the description has no token probabilities.
-    """
-    if not description.tokens:
-        return 1.0
-    quoted = {clause for clause, _, _ in _clause_spans(evidence)}
-    spans = _clause_spans(description.text)
-    known = {clause for clause, _, _ in spans}
-    relevant = [span for span in spans if span[0] in quoted] if quoted and quoted <= known else spans
-    logprob, begin = 0.0, 0
-    for token in description.tokens:
-        end = begin + len(token.text)
-        if any(begin < last and end > first for _, first, last in relevant):
-            logprob += token.logprob
-        begin = end
-    return math.exp(logprob)
-
-
-def invents(description: str, evidence: str) -> bool:
-    """Whether evidence holds a clause that the description does not, apart from numbers of objects."""
-    known = {clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)}
-    quoted = [clause for clause, _, _ in _clause_spans(evidence) if not _COUNTED.fullmatch(clause)]
-    return not set(quoted) <= known
-
-
-def names(requirement: str, evidence: str) -> bool:
-    """Whether evidence holds every word of a requirement, apart from numbers, relations and other function words."""
-    quoted = {form for word in _WORD.findall(evidence.lower()) for form in _singular_forms(word)}
-    required = set(_WORD.findall(_RELATION.sub(" ", requirement.lower()))) - _FUNCTION_WORDS
-    return all(quoted & _singular_forms(word) for word in required)
-
-
-def _singular_forms(word: str) -> set[str]:
-    return {word, word.removesuffix("s"), word.removesuffix("es")}
-
-
-def _begins(word: str, token: str) -> bool:
-    text = token.strip().lower()
-    return bool(text) and word.startswith(text)
-
-
-def _clause_spans(text: str) -> list[tuple[str, int, int]]:
-    """Clauses between semicolons, periods and line ends, without "I see": (clause, start, end)."""
-    spans = []
-    for match in re.finditer(r"[^;.\n]+", text):
-        clause = match[0].strip()
-        clause = clause.removeprefix("I see ").strip()
-        if clause:
-            spans.append((clause, match.start(), match.end()))
-    return spans
 
 
 def _is_probability(value: object) -> bool:

@@ -5,17 +5,9 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names
 from clvr_jax.reasoning.tools import Answer, Token
-from clvr_jax.reasoning.verification import (
-    ModelVerifier,
-    Requirement,
-    Verification,
-    answer_probability,
-    evidence_probability,
-    invents,
-    names,
-    read_requirements,
-)
+from clvr_jax.reasoning.verification import ModelVerifier, Requirement, Verification, read_requirements
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
