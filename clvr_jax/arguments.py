@@ -1,4 +1,4 @@
-"""Command lines read with tyro; what is wrong with them is told in one line."""
+"""Command lines, parsed with tyro; an invalid one is reported in one line."""
 
 import contextlib
 import io
@@ -19,18 +19,18 @@ OPTIONS = (tyro.conf.FlagCreatePairsOff, tyro.conf.HelptextFromCommentsOff)
 def read_arguments(
     kind: type[Parsed], arguments: Sequence[str], prog: str, description: str | None, example: str
 ) -> Parsed:
-    """An instance of the dataclass (or union of them) `kind`.
+    """Parses a command line into an instance of the dataclass (or union of dataclasses) `kind`.
 
     Args:
       kind: its fields are the arguments.
       arguments: the command line, without the program's name.
-      prog, description, example: for --help.
-    Raises: UsageError, one line, where tyro complains; SystemExit(0) after --help.
+      prog, description, example: shown by --help.
+    Raises: UsageError, one line, for an invalid command line; SystemExit(0) after --help.
     """
     complaint = io.StringIO()
     options = list(arguments[: arguments.index("--")]) if "--" in arguments else list(arguments)
     if "-h" in options or "--help" in options:
-        arguments = ["--help"]  # tyro would leave out what stands before it
+        arguments = ["--help"]  # tyro ignores the arguments before it
     try:
         with contextlib.redirect_stderr(complaint):
             return tyro.cli(
@@ -47,7 +47,7 @@ def read_arguments(
 
 
 def _one_line(box: str) -> str:
-    """The message in one of tyro's boxes: without the frame, the colors, and what follows the first rule."""
+    """Returns the message in one of tyro's boxes, without the frame, the colors, and the text after the first rule."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", box)
     rows = [row.strip(" │") for row in plain.splitlines() if not re.match(r"\s*[╭╰]", row)]
     message = [row for row in rows[: next((i for i, row in enumerate(rows) if row.startswith("──")), None)] if row]
@@ -55,25 +55,25 @@ def _one_line(box: str) -> str:
 
 
 def at_least_one(option: str, value: int | None) -> None:
-    """UsageError for a count below 1; None is not given."""
+    """Raises UsageError for a count below 1; None means that the option is not given."""
     if value is not None and value < 1:
         raise UsageError(f"{option} must be at least 1, got {value}")
 
 
 def check_guidance(value: float | None) -> None:
-    """UsageError for a guidance that is no ordinary number."""
+    """Raises UsageError for a guidance scale outside [0, 1000)."""
     if value is not None and not 0 <= value < 1000:
         raise UsageError(f"--guidance must be a number from 0 to 1000, got {value}")
 
 
 def check_seed(value: int) -> None:
-    """UsageError for a seed that is not a 31-bit number."""
+    """Raises UsageError for a seed that is not a 31-bit number."""
     if not 0 <= value < 2**31:
         raise UsageError(f"--seed must be from 0 to {2**31 - 1}, got {value}")
 
 
 def run_script(main: Callable[..., None]) -> None:
-    """Calls a function with the command line as its arguments; what goes wrong is told in one line.
+    """Calls a function with the command line as its arguments; an error is reported in one line.
 
     Raises: SystemExit with 1 or 2, as `clvr` does.
     """
