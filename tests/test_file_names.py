@@ -9,7 +9,7 @@ from clvr_jax.file_names import file_name, is_regular_file, listed_file
 
 HOSTILE = [
     "", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:x", "~/x", ".hidden", "-rf", "x" * 300,
-    "é" * 90, "a\0b", "a\nb", "a\x1b[2Jb", "\ud800", "name.", " name", "name ", "NUL:", "a?b", "a*b", 
+    "é" * 90, "a\0b", "a\nb", "a\x1b[2Jb", "\ud800", "name.", " name", "name ", "NUL:", "a?b", "a*b",
     "x~0123456789abcdef",
 ]  # fmt: skip
 

@@ -3,18 +3,17 @@
 Source of what is kept: arXiv 2605.14876, trajectory synthesis (checklists) and Proxy Prompt RL (proxies).
 """
 
-import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.images import Picture, encode_png
-from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
+from clvr_jax.json_input import JsonObject, parse_json, parse_object
+from clvr_jax.reasoning.images import Picture, encode_png, lazy_image
+from clvr_jax.reasoning.trajectory import Step, Trajectory, run_from_json, step_run_from_json, verdict_from_json
 
 SCHEMA = "1.1.0"
 """Version of the features below, and of the TFDS dataset that holds them; goes up with every change."""
@@ -161,22 +160,23 @@ def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
     """
     columns = example["steps"]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    checklists = tuple(json.loads(row["checklist"]) for row in rows)
+    checklists = tuple(parse_json(row["checklist"], "checklist") for row in rows)
     proxies = tuple(_proxy_from_example(row) for row in rows)
-    run, step_runs = json.loads(example["run"]), [json.loads(row["run"]) for row in rows]
+    run = parse_object(example["run"], "run")
+    step_runs = [parse_object(row["run"], f"run of step {number}") for number, row in enumerate(rows)]
     # Datasets of schema 1.0.0 have neither.
-    is_verification = run.pop("is_verification", False)
-    mistakes = tuple(number for number, step in enumerate(step_runs) if step.pop("is_mistake", False))
+    is_verification = run.boolean("is_verification", False)
+    mistakes = tuple(number for number, step in enumerate(step_runs) if step.boolean("is_mistake", False))
     trajectory = Trajectory(
         prompt=_str(example["prompt"]),
         steps=tuple(map(_step_from_example, rows, step_runs)),
         outcome=_str(example["outcome"]),
-        **run,
+        **run_from_json(run),
     )
     return TrajectoryRecord(
         _str(example["id"]),
         trajectory,
-        json.loads(example["metadata"]),
+        parse_object(example["metadata"], "metadata").content,
         checklists if any(checklist is not None for checklist in checklists) else (),
         proxies if any(proxies) else (),
         mistakes,
@@ -202,26 +202,31 @@ def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None, is_
     }
 
 
-def _step_from_example(row: Mapping[str, bytes], run: Mapping[str, Any]) -> Step:
-    verdict = json.loads(row["verdict"])
+def _step_from_example(row: Mapping[str, bytes], run: JsonObject) -> Step:
+    verdict = JsonObject({"verdict": parse_json(row["verdict"], run.where)}, run.where)
+    found = verdict.optional("verdict", verdict.nested)
     return Step(
         reasoning=_str(row["reasoning"]),
         action=_str(row["action"]),
-        references=tuple(json.loads(row["references"])),
+        references=_integers(row["references"], run.where),
         image=_picture(row["image"]),
-        verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
-        **run,
+        verdict=None if found is None else verdict_from_json(found),
+        **step_run_from_json(run),
     )
 
 
 def _proxy_from_example(row: Mapping[str, bytes]) -> ProxyPrompts | None:
     if not row["p_t2i"]:
         return None
-    return ProxyPrompts(_str(row["p_t2i"]), _str(row["p_i2i"]), tuple(json.loads(row["i_ref"])))
+    return ProxyPrompts(_str(row["p_t2i"]), _str(row["p_i2i"]), _integers(row["i_ref"], "i_ref"))
 
 
 def _picture(png: bytes) -> Picture | None:
-    return Image.open(io.BytesIO(png), formats=["PNG"]) if png else None
+    return lazy_image(png) if png else None
+
+
+def _integers(text: bytes, where: str) -> tuple[int, ...]:
+    return JsonObject({"references": parse_json(text, where)}, where).integers("references")
 
 
 def _json(content: Any) -> bytes:

@@ -1,14 +1,15 @@
-"""A trajectory as one self-contained HTML page: inline style, embedded pictures, no script, no network."""
+"""A trajectory as one self-contained HTML page: inline style, embedded pictures, no script, no network.
+
+This module says what the page shows, as plain values; page.html says how, and escapes every value.
+"""
 
 from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from html import escape
-from importlib import resources
-from string import Template
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from clvr_jax.html_pages import render_page
 from clvr_jax.reasoning.actions import plan_items, unmet_span
 from clvr_jax.reasoning.images import Picture, encode_png, pixels
 
@@ -33,30 +34,32 @@ _LONG_PROMPT = 140
 
 
 def render(trajectory: Trajectory) -> str:
-    """The page as HTML text. Everything that comes from models or users is escaped."""
-    template = Template(resources.files("clvr_jax.reasoning").joinpath("page.html").read_text(encoding="utf-8"))
+    """The page as HTML text. Everything that comes from models, users or files is escaped."""
     steps = trajectory.steps
     items = _items(steps)
+    return render_page(
+        "clvr_jax.reasoning",
+        "page.html",
+        title=_shorten(trajectory.prompt, 70),
+        outcome=trajectory.outcome,
+        outcome_class="good" if trajectory.outcome == "accepted" else "open",
+        outcome_note=_note(trajectory),
+        prompt=trajectory.prompt,
+        is_long=len(trajectory.prompt) > _LONG_PROMPT,
+        facts=_facts(trajectory),
+        result=_result(trajectory),
+        board=_board(trajectory, items),
+        steps=[_step(trajectory, number, items) for number in range(len(steps))],
+        footer=", ".join(f"{name} {version}" for name, version in trajectory.versions.items()),
+    )
+
+
+def _note(trajectory: Trajectory) -> str:
+    """What the outcome means, and what was wrong with the last reply."""
     note = _OUTCOME_NOTES[trajectory.outcome]
     if trajectory.outcome == "accepted" and trajectory.verification is None:
         note = _ACCEPTED_BY_CONTROLLER
-    if trajectory.error:
-        note += f" {trajectory.error}"
-    rows = [_step(trajectory, number, items) for number in range(len(steps))]
-    versions = ", ".join(f"{name} {version}" for name, version in trajectory.versions.items())
-    return template.substitute(
-        title=escape(_shorten(trajectory.prompt, 70)),
-        outcome=escape(trajectory.outcome),
-        outcome_class="good" if trajectory.outcome == "accepted" else "open",
-        outcome_note=escape(note),
-        prompt=escape(trajectory.prompt),
-        headline_class=' class="long"' if len(trajectory.prompt) > _LONG_PROMPT else "",
-        facts=_facts(trajectory),
-        picture=_result(trajectory),
-        board=_board(trajectory, items),
-        steps="\n".join(rows),
-        footer=escape(versions),
-    )
+    return f"{note} {trajectory.error}" if trajectory.error else note
 
 
 def _items(steps: Sequence[Step]) -> dict[str, int]:
@@ -82,66 +85,53 @@ def _is_verified(steps: Sequence[Step]) -> bool:
     return any(step.verification is not None for step in steps)
 
 
-def _facts(trajectory: Trajectory) -> str:
+def _facts(trajectory: Trajectory) -> dict[str, str]:
     dropped = sum(step.rolled_back for step in trajectory.drawings)
     pictures = str(len(trajectory.drawings)) + (f" ({dropped} rolled back)" if dropped else "")
-    facts = {
+    return {
         "Model": trajectory.model or "not recorded",
         "Pictures": pictures,
         "Network evaluations": str(trajectory.nfe),
         "Time": _seconds(trajectory.seconds),
         "Seed": str(trajectory.seed),
     }
-    return "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts.items())
 
 
-def _result(trajectory: Trajectory) -> str:
+def _result(trajectory: Trajectory) -> dict[str, Any] | None:
+    """The result as an embedded image with its caption; None if nothing was drawn."""
     if trajectory.best is None or trajectory.image is None:
-        return '<p class="blank">No picture was drawn.</p>'
+        return None
     caption = f"Picture {trajectory.best + 1} of {len(trajectory.drawings)}"
     if (count := _unmet_count(trajectory.steps[trajectory.best])) is not None:
         caption += f", {count}"
-    return (
-        f'<div class="mat">{_img(trajectory.image, _RESULT_WIDTH, f"The result: {caption}")}</div>'
-        f"<figcaption>{escape(caption)}</figcaption>"
-    )
+    return {**_embedded(trajectory.image, _RESULT_WIDTH, f"The result: {caption}"), "caption": caption}
 
 
-def _board(trajectory: Trajectory, items: dict[str, int]) -> str:
+def _board(trajectory: Trajectory, items: dict[str, int]) -> dict[str, Any] | None:
     """The requirements or the checklist over all images as a table: one row an item, one column an image."""
     columns = [(number, step) for number, step in enumerate(trajectory.steps) if step.image is not None]
     if not items or not columns:
-        return ""
+        return None
     is_verified = _is_verified(trajectory.steps)
-    styles = {
-        number: " ".join(
-            name for name, holds in (("dropped", step.rolled_back), ("final", number == trajectory.best)) if holds
-        )
-        for number, step in columns
-    }
-    head = "".join(f'<th scope="col" class="{styles[number]}">{number + 1}</th>' for number, _ in columns)
     mark = _requirement_mark if is_verified else _mark
-    body = "".join(
-        f'<tr><th scope="row">{escape(item)}</th>'
-        + "".join(f'<td class="{styles[number]}">{mark(step, item, number < first)}</td>' for number, step in columns)
-        + "</tr>"
-        for item, first in items.items()
-    )
     feet = {"unmet": _unmet_number}
     if is_verified:
         feet["met, expected"] = _expected_number
-    foot = "".join(
-        f'<tr><th scope="row">{name}</th>'
-        + "".join(f'<td class="{styles[number]}">{value(step)}</td>' for number, step in columns)
-        + "</tr>"
-        for name, value in feet.items()
-    )
-    title, style = ("Requirements", "board verified") if is_verified else ("Checklist", "board")
-    return (
-        f'<h2>{title}</h2><div class="{style}"><table>'
-        f'<thead><tr><th scope="col">Picture</th>{head}</tr></thead><tbody>{body}</tbody>'
-        f"<tfoot>{foot}</tfoot></table></div>"
-    )
+    return {
+        "title": "Requirements" if is_verified else "Checklist",
+        "style": "board verified" if is_verified else "board",
+        "columns": [{"number": number + 1, "style": _column_style(trajectory, number)} for number, _ in columns],
+        "rows": [
+            {"text": item, "marks": [mark(step, item, number < first) for number, step in columns]}
+            for item, first in items.items()
+        ],
+        "feet": [{"text": name, "cells": [value(step) for _, step in columns]} for name, value in feet.items()],
+    }
+
+
+def _column_style(trajectory: Trajectory, number: int) -> str:
+    dropped, final = trajectory.steps[number].rolled_back, number == trajectory.best
+    return " ".join(name for name, holds in (("dropped", dropped), ("final", final)) if holds)
 
 
 def _unmet_number(step: Step) -> str:
@@ -153,23 +143,22 @@ def _expected_number(step: Step) -> str:
     return "?" if step.verification is None or step.score is None else f"{step.score:.2f}"
 
 
-def _mark(step: Step, item: str, before_known: bool) -> str:
+def _mark(step: Step, item: str, before_known: bool) -> dict[str, Any]:
     if step.unmet is None or before_known:
-        return '<span class="none" title="not judged">·</span>'
-    if item in step.unmet:
-        return '<span class="unmet" title="unmet">○</span>'
-    return '<span class="met" title="met">✓</span>'
+        return {"style": "none", "title": "not judged", "sign": "·", "probability": None}
+    style, sign = ("unmet", "○") if item in step.unmet else ("met", "✓")
+    return {"style": style, "title": style, "sign": sign, "probability": None}
 
 
-def _requirement_mark(step: Step, item: str, _: bool) -> str:
+def _requirement_mark(step: Step, item: str, _: bool) -> dict[str, Any]:
     """Met or unmet, the probability as a number and a bar, and the evidence as a tooltip."""
     found = [each for each in step.verification.requirements if each.text == item] if step.verification else []
     if not found:
-        return '<span class="none" title="not verified">·</span>'
+        return {"style": "none", "title": "not verified", "sign": "·", "probability": None}
     (state, sign), requirement = _state(found[0]), found[0]
     tip = f"{state}; {_probability(requirement)}" + (f"; {requirement.evidence}" if requirement.evidence else "")
     style = "met" if requirement.met else "unmet"
-    return f'<span class="{style}" title="{escape(tip)}">{sign}{_bar(requirement)}</span>'
+    return {"style": style, "title": tip, "sign": sign, "probability": _bar(requirement)}
 
 
 def _state(requirement: Requirement) -> tuple[str, str]:
@@ -192,75 +181,72 @@ def _number(probability: float) -> str:
     return ">0.99" if text == "1.00" and probability < 1 else text
 
 
-def _bar(requirement: Requirement) -> str:
-    """The probability as a number above a bar; nothing if there is none."""
+def _bar(requirement: Requirement) -> dict[str, str] | None:
+    """The probability as a number above a bar; None if there is none."""
     value = requirement.probability
-    if value is None:
-        return ""
-    return (
-        f" <span>{escape(_number(value))}</span>"
-        f'<span class="bar" aria-hidden="true"><span style="width:{100 * value:.0f}%"></span></span>'
-    )
+    return None if value is None else {"number": _number(value), "percent": f"{100 * value:.0f}"}
 
 
-def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> str:
+def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[str, Any]:
+    """One step: its number, image, badges, reasoning, what was found out about the image, and its price."""
     step = trajectory.steps[number]
-    says = f'<p class="says">{_reasoning(step.reasoning)}</p>'
+    aside, reasoning = _reasoning(step.reasoning)
+    shown = {"aside": aside, "reasoning": reasoning, "price": _price(step), "image": None}
     if step.image is None:
         accepted = trajectory.outcome == "accepted"
-        return (
-            f'<li class="stop{" accepted" if accepted else ""}"><span class="number">{"✓" if accepted else "■"}</span>'
-            f'<div class="head"><strong>{"Accepted" if accepted else "Stopped"}</strong>{_attempts(step)}</div>'
-            f"{says}{_price(step)}</li>"
-        )
+        end, sign, style = ("Accepted", "✓", "stop accepted") if accepted else ("Stopped", "■", "stop")
+        return {**shown, "end": end, "sign": sign, "style": style, "badges": _attempts(step)}
+    count = _unmet_count(step)
+    alt = f"Picture {number + 1}" + (f", {count}" if count is not None else "")
+    is_verified = _is_verified(trajectory.steps)
+    return {
+        **shown,
+        "image": _embedded(step.image, _STEP_WIDTH, alt),
+        "sign": str(number + 1),
+        "style": "rolled" if step.rolled_back else "kept",
+        "badges": _badges(step, number == trajectory.best),
+        "verification": step.verification and _verification(trajectory.steps, number, step.verification),
+        "checklist": [] if is_verified else _checklist(trajectory.steps, number, items),
+    }
+
+
+def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
     badges = _attempts(step)
-    if number == trajectory.best:
-        badges += '<span class="badge">result</span>'
     count = _unmet_count(step)
     if count is not None:
         is_open = step.unmet or (step.verification is not None and not step.verification.accepted)
-        badges = f'<span class="badge {"open" if is_open else "good"}">{count}</span>{badges}'
+        badges.insert(0, {"style": "open" if is_open else "good", "text": count})
+    if is_result:
+        badges.append({"style": "", "text": "result"})
     if step.redraw:
-        badges += f'<span class="badge">drawn again ({step.redraw})</span>'
+        badges.append({"style": "", "text": f"drawn again ({step.redraw})"})
     if step.rolled_back:
-        badges += '<span class="badge">rolled back</span>'
-    alt = f"Picture {number + 1}" + (f", {count}" if count is not None else "")
-    if step.verification is not None:
-        checks = _verification(trajectory.steps, number, step.verification)
-    else:
-        checks = "" if _is_verified(trajectory.steps) else _checklist(trajectory.steps, number, items)
-    return (
-        f'<li class="{"rolled" if step.rolled_back else "kept"}"><span class="number">{number + 1}</span>'
-        f'<div class="step"><div class="mat">{_img(step.image, _STEP_WIDTH, alt)}</div><div>'
-        f'<div class="head">{badges}</div>{says}{checks}{_price(step)}'
-        "</div></div></li>"
-    )
+        badges.append({"style": "", "text": "rolled back"})
+    return badges
 
 
-def _reasoning(text: str) -> str:
-    """Reasoning with its verdict sentence and what comes before set back: what remains is what to draw."""
+def _reasoning(text: str) -> tuple[str, str]:
+    """Reasoning in two parts: its verdict sentence with what comes before, which is set back, and what to draw."""
     span = unmet_span(text)
-    if span is None:
-        return escape(text)
-    return f'<span class="aside">{escape(text[: span[1]])}</span>{escape(text[span[1] :])}'
+    return ("", text) if span is None else (text[: span[1]], text[span[1] :])
 
 
-def _checklist(steps: Sequence[Step], number: int, items: dict[str, int]) -> str:
+def _checklist(steps: Sequence[Step], number: int, items: dict[str, int]) -> list[dict[str, str]]:
     """What this picture lacks, and what it has gained over the picture it was made from."""
     step = steps[number]
     if step.unmet is None or not items:
-        return ""
+        return []
     source = steps[step.references[-1]].unmet if step.references else None
-    entries = [f'<li class="unmet">○ {escape(item)}</li>' for item in dict.fromkeys(step.unmet)]
+    entries = [{"style": "unmet", "sign": "○", "text": item} for item in dict.fromkeys(step.unmet)]
     for item, first in items.items():
         if item in step.unmet or first > number:
             continue
-        gained = " just" if source is None or item in source else ""
-        entries.append(f'<li class="met{gained}">✓ {escape(item)}</li>')
-    return f'<ul class="list" aria-label="Checklist">{"".join(entries)}</ul>'
+        style = "met just" if source is None or item in source else "met"
+        entries.append({"style": style, "sign": "✓", "text": item})
+    return entries
 
 
-def _verification(steps: Sequence[Step], number: int, verification: Verification) -> str:
+def _verification(steps: Sequence[Step], number: int, verification: Verification) -> dict[str, Any]:
     """The verification of one image: requirement by requirement, on what description, and by whom."""
     references = steps[number].references
     before = steps[references[-1]].verification if references else None
@@ -269,31 +255,18 @@ def _verification(steps: Sequence[Step], number: int, verification: Verification
     for requirement in verification.requirements:
         state, sign = _state(requirement)
         gained = requirement.met and (unmet_before is None or requirement.text in unmet_before)
-        evidence = f'<p class="evidence">{escape(requirement.evidence)}</p>' if requirement.evidence else ""
-        bar = _bar(requirement) or '<span class="none">no probability</span>'
-        rows.append(
-            f'<tr class="{"met" if requirement.met else "unmet"}{" just" if gained else ""}">'
-            f'<td class="state">{sign} {state}</td>'
-            f'<th scope="row">{escape(requirement.text)}{evidence}</th><td class="probability">{bar}</td></tr>'
-        )
-    if rows:
-        table = f"<table><tbody>{''.join(rows)}</tbody></table>"
-    else:
-        table = "<p>The prompt asks for nothing that can be checked.</p>"
-    description = (
-        f'<p class="description"><b>Description</b> {escape(verification.description)}</p>'
-        if verification.description
-        else ""
-    )
-    verifier = f'<p class="verifier"><b>Verified by</b> {escape(verification.verifier or "not recorded")}</p>'
-    return f'<div class="checks" role="group" aria-label="Verification">{table}{description}{verifier}</div>'
+        style = ("met" if requirement.met else "unmet") + (" just" if gained else "")
+        found = {"text": requirement.text, "evidence": requirement.evidence, "probability": _bar(requirement)}
+        rows.append({"style": style, "state": state, "sign": sign, **found})
+    verifier = verification.verifier or "not recorded"
+    return {"rows": rows, "description": verification.description, "verifier": verifier}
 
 
-def _attempts(step: Step) -> str:
-    return "" if step.attempts == 1 else f'<span class="badge">readable at attempt {step.attempts}</span>'
+def _attempts(step: Step) -> list[dict[str, str]]:
+    return [] if step.attempts == 1 else [{"style": "", "text": f"readable at attempt {step.attempts}"}]
 
 
-def _price(step: Step) -> str:
+def _price(step: Step) -> list[str]:
     parts = [_seconds(step.seconds)]
     if step.image is not None:
         parts.insert(0, f"{step.nfe} NFE")
@@ -301,19 +274,16 @@ def _price(step: Step) -> str:
             parts.append("made from " + ", ".join(str(reference + 1) for reference in step.references))
         if step.seed is not None:
             parts.append(f"seed {step.seed}")
-    return f'<p class="price">{"".join(f"<span>{part}</span>" for part in parts)}</p>'
+    return parts
 
 
-def _img(picture: Picture, width: int, alt: str) -> str:
+def _embedded(picture: Picture, width: int, alt: str) -> dict[str, Any]:
     """The picture as an embedded PNG: a small one enlarged by a whole factor to about `width` pixels, others as is."""
     height_px, width_px = pixels(picture).shape[:2]
     small = max(height_px, width_px) <= _SMALL
     factor = max(1, round(width / width_px)) if small else 1
-    data = base64.b64encode(encode_png(picture)).decode()
-    return (
-        f'<img{" class=crisp" if small else ""} width="{width_px * factor}" height="{height_px * factor}" '
-        f'alt="{escape(alt)}" src="data:image/png;base64,{data}">'
-    )
+    png = base64.b64encode(encode_png(picture)).decode()
+    return {"is_small": small, "width": width_px * factor, "height": height_px * factor, "alt": alt, "png": png}
 
 
 def _unmet_count(step: Step) -> str | None:

@@ -21,8 +21,10 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import is_regular_file
+from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
-from clvr_jax.reasoning.images import Picture, encode_png, read_png
+from clvr_jax.reasoning.images import Picture, encode_png, read_image
 from clvr_jax.reasoning.verification import Verification
 
 FORMAT = 1
@@ -208,32 +210,16 @@ class Trajectory:
     def load(cls, folder: str | os.PathLike[str]) -> Trajectory:
         """Reads a saved trajectory; pictures are uint8 arrays. ClvrError if something is missing or malformed."""
         path = Path(folder) / "trajectory.json"
-        try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ClvrError(
-                f"{folder}: no trajectory.json here; not a trajectory, or one whose saving was cut short"
-            ) from None
-        except OSError as error:
-            raise ClvrError(f"{path}: cannot be read ({error.strerror})") from error
-        except ValueError as error:
-            raise ClvrError(f"{path}: not a JSON file ({error})") from error
-        if not isinstance(data, dict) or data.get("format") != FORMAT:
+        if not is_regular_file(path):
+            raise ClvrError(f"{folder}: no trajectory.json here; not a trajectory, or one whose saving was cut short")
+        entry = read_object(path)
+        if entry.content.get("format") != FORMAT:
             raise ClvrError(f"{path}: not a trajectory of format {FORMAT}")
+        steps = tuple(_step_from_json(step, path.parent) for step in entry.objects("steps"))
         try:
-            steps = tuple(_step_from_dict(entry, path.parent) for entry in data["steps"])
-            return cls(
-                prompt=data["prompt"],
-                steps=steps,
-                outcome=data["outcome"],
-                model=data["model"],
-                seed=data["seed"],
-                versions=data["versions"],
-                seconds=data["seconds"],
-                error=data.get("error"),
-            )
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ClvrError(f"{path}: malformed ({type(error).__name__}: {error})") from error
+            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry))
+        except ClvrError as error:
+            raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """The content of trajectory.json; pictures are file names."""
@@ -302,25 +288,54 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
     }
 
 
-def _step_from_dict(entry: Mapping[str, Any], folder: Path) -> Step:
-    name, verdict = entry["image"], entry["verdict"]
-    checked = entry.get("verification")  # absent in trajectories of earlier versions
-    if name is not None and not re.fullmatch(r"step_\d+\.png", name):
-        raise ClvrError(f"{folder / 'trajectory.json'}: a step's picture must be named step_<number>.png, got {name!r}")
-    return Step(
-        reasoning=entry["reasoning"],
-        action=entry["action"],
-        references=tuple(entry["references"]),
-        image=None if name is None else read_png(folder / name),
-        verdict=None if verdict is None else Verdict(tuple(verdict["unmet"]), verdict["reasoning"]),
-        verification=None if checked is None else Verification.from_dict(checked),
-        nfe=entry["nfe"],
-        seconds=entry["seconds"],
-        rolled_back=entry["rolled_back"],
-        attempts=entry["attempts"],
-        redraw=entry["redraw"],
-        seed=entry["seed"],
-    )
+def run_from_json(entry: JsonObject) -> dict[str, Any]:
+    """The fields of a Trajectory that say how it was made, checked. Raises: ClvrError for another type or range."""
+    versions = entry.nested("versions")
+    return {
+        "model": entry.text("model"),
+        "seed": entry.integer("seed"),
+        "versions": {name: versions.text(name) for name in versions.content},
+        "seconds": entry.number("seconds", low=0),
+        "error": entry.optional("error", entry.text) if "error" in entry.content else None,
+    }
+
+
+def step_run_from_json(entry: JsonObject) -> dict[str, Any]:
+    """The fields of a Step that say how it was made, checked. Raises: ClvrError for another type or range."""
+    return {
+        "nfe": entry.integer("nfe", low=0),
+        "seconds": entry.number("seconds", low=0),
+        "rolled_back": entry.boolean("rolled_back"),
+        "attempts": entry.integer("attempts", low=0),
+        "redraw": entry.integer("redraw", low=0),
+        "seed": entry.optional("seed", entry.integer),
+    }
+
+
+def verdict_from_json(entry: JsonObject) -> Verdict:
+    """A verdict, checked. Raises: ClvrError for another type."""
+    return Verdict(entry.texts("unmet"), entry.text("reasoning"))
+
+
+def _step_from_json(entry: JsonObject, folder: Path) -> Step:
+    name = entry.optional("image", entry.text)
+    if name is not None and not re.fullmatch(r"step_\d{1,9}\.png", name):
+        raise ClvrError(f"{entry.where}: an image must be named step_<number>.png, got {name!r:.80}")
+    verdict = entry.optional("verdict", entry.nested)
+    # Trajectories of earlier versions have no "verification".
+    checked = entry.optional("verification", entry.nested) if "verification" in entry.content else None
+    try:
+        return Step(
+            reasoning=entry.text("reasoning"),
+            action=entry.text("action"),
+            references=entry.integers("references"),
+            image=None if name is None else read_image(folder / name),
+            verdict=None if verdict is None else verdict_from_json(verdict),
+            verification=None if checked is None else Verification.from_dict(checked.content),
+            **step_run_from_json(entry),
+        )
+    except ClvrError as error:
+        raise error if str(error).startswith(str(folder)) else ClvrError(f"{entry.where}: {error}") from error
 
 
 def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
+from clvr_jax.reasoning.page import render
 from clvr_jax.reasoning.trajectory import best_step, package_versions
 from tests.reasoning.scripted import picture
 
@@ -178,14 +179,14 @@ def test_broken_folders_are_named(tmp_path):
             Trajectory.load(folder)
 
     broken(lambda data: data.update(format=99), "format 1")
-    broken(lambda data: data.pop("prompt"), "malformed")
+    broken(lambda data: data.pop("prompt"), "lacks prompt")
     broken(lambda data: data.update(outcome="fine"), "outcome must be one of")
     broken(lambda data: data["steps"][0].update(image="../../secret.png"), "step_<number>")
     broken(lambda data: data["steps"][0].update(image="step_09.png"), "no such image")
     broken(lambda data: data["steps"][0].update(references=[2]), "no earlier picture")
-    broken(lambda data: data["steps"][0].update(verdict=3), "malformed")
+    broken(lambda data: data["steps"][0].update(verdict=3), r"steps\[0\]: verdict must be a JSON object, got 3")
     path.write_text("{")
-    with pytest.raises(ClvrError, match="not a JSON"):
+    with pytest.raises(ClvrError, match="not JSON"):
         Trajectory.load(folder)
     path.write_text(json.dumps(good))
     (folder / "step_00.png").write_bytes((folder / "step_00.png").read_bytes()[:40])
@@ -222,3 +223,39 @@ def test_versions_name_packages_that_are_not_installed():
     versions = package_versions("no-such-package")
     assert versions["no-such-package"] == "not installed"
     assert versions["numpy"] == np.__version__
+
+
+SCRIPT = "<script>alert(1)</script>"
+
+
+@pytest.mark.parametrize(
+    "field", ["attempts", "redraw", "seed", "nfe", "seconds", "rolled_back", "references", "reasoning"]
+)
+@pytest.mark.parametrize("value", [SCRIPT, [SCRIPT], {"x": SCRIPT}, -1.5, float("nan"), 10**400])
+def test_fields_of_a_loaded_step_have_their_types(field, value, tmp_path):
+    if field == "reasoning" and value == SCRIPT:
+        return  # a text, which the page escapes
+    folder = make().save(tmp_path / "out")
+    data = json.loads((folder / "trajectory.json").read_text())
+    data["steps"][0][field] = value
+    (folder / "trajectory.json").write_text(json.dumps(data))
+    with pytest.raises(ClvrError, match=rf"trajectory\.json: steps\[0\]: {field} must be ") as caught:
+        Trajectory.load(folder)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("field", ["seed", "seconds", "versions", "model", "prompt", "outcome", "steps"])
+@pytest.mark.parametrize("value", [None, True, [SCRIPT], float("inf")])
+def test_fields_of_a_loaded_trajectory_have_their_types(field, value, tmp_path):
+    folder = make().save(tmp_path / "out")
+    data = json.loads((folder / "trajectory.json").read_text())
+    (folder / "trajectory.json").write_text(json.dumps({**data, field: value}))
+    with pytest.raises(ClvrError, match=rf"trajectory\.json: {field}"):
+        Trajectory.load(folder)
+
+
+def test_a_page_escapes_what_no_type_check_has_seen():
+    step = replace(make().steps[0], attempts=SCRIPT, redraw=SCRIPT, seed=SCRIPT)
+    page = render(Trajectory("p", (step,), "step limit", seed=SCRIPT))
+    assert SCRIPT not in page
+    assert page.count("&lt;script&gt;") >= 3
