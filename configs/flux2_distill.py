@@ -3,10 +3,10 @@
 clvr train configs/flux2_distill.py --model black-forest-labs/FLUX.2-klein-base-4B --dataset data/trajectories
 clvr plan configs/flux2_distill.py --preset klein-4b --batch-size 256 --topology v6e-256
 
-Only what conditions a drawing is read from the dataset: the teacher draws the pictures. What is trained are all
-parameters and no others, so that `clvr merge` can add the change to an aligned model. Never run on the real weights:
-there was no accelerator. The tests run it on a small model of the same classes, and trace the step of the full sizes.
-Every 9B variant of FLUX.2 klein is for non-commercial use only.
+The dataset gives only the conditions: prompts, histories and reference images. The teacher generates the targets. All
+parameters are trained and none is added, so that `clvr merge` can add the delta to an aligned model. Never run on the
+real weights: there was no accelerator. The tests run it on a small model of the same classes, and trace the step of the
+full sizes. Every 9B variant of FLUX.2 klein is for non-commercial use only.
 """
 
 import dataclasses
@@ -78,7 +78,7 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     if not config.model:
-        raise ClvrError("flux2_distill: --model says what to begin with: a folder or a Hugging Face id of a base model")
+        raise ClvrError("flux2_distill: --model is missing; give a directory or a Hugging Face id of a base model")
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
     examples = DrawingExamples(
         TrajectoryDataset(config.dataset), pipe.tokenizer, dropout=0.0, text_buckets=pipe.settings.text_buckets
@@ -96,7 +96,7 @@ def pipeline_task(
     remat: str = "dots",
     save_dtype: str = "bfloat16",
 ) -> Task:
-    """Distillation of any FLUX.2 pipeline; exports one that draws in few steps without guidance.
+    """Distillation of any FLUX.2 pipeline; exports one that samples in few steps without guidance.
 
     Args:
       name: for progress lines.
@@ -109,7 +109,7 @@ def pipeline_task(
     """
     if pipe.settings.is_distilled:
         raise ClvrError(f"{name}: the model is distilled already; give its base")
-    # Master weights are float32, whatever the folder holds.
+    # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
@@ -119,9 +119,9 @@ def pipeline_task(
         pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
     )
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         student = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
-        student.save_pretrained(str(folder), dtype=save_dtype)
+        student.save_pretrained(str(directory), dtype=save_dtype)
 
     return _task(
         name,
@@ -151,7 +151,7 @@ def abstract_task(config: Config) -> Task:
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda length: (np.zeros((1, length), np.int32), np.ones((1, length), np.int32)),
         lambda step: batch,
-        lambda ema, folder: None,
+        lambda ema, directory: None,
     )
 
 

@@ -1,9 +1,9 @@
-"""Sampling with FLUX.2 klein: prompts and references in, pictures out, as one program to be planned.
+"""Sampling with FLUX.2 klein: prompts and reference images to images, as one program to be planned.
 
 clvr plan configs/flux2_sample.py --preset klein-4b --topology v6e:2x4
 
-Reading the prompts, encoding the references, the solver's steps and decoding, compiled from shapes alone. Every 9B
-variant of FLUX.2 klein is for non-commercial use only.
+The program encodes prompts and references, runs the solver's steps and decodes; it is compiled from shapes alone. Every
+9B variant of FLUX.2 klein is for non-commercial use only.
 """
 
 import dataclasses

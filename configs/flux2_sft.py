@@ -76,10 +76,10 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     if not config.model:
-        raise ClvrError("flux2_sft: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
+        raise ClvrError("flux2_sft: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
     dtype = config.train.compute_dtype
     pipe = Flux2Pipeline.from_pretrained(config.model, dtype)
-    # Master weights are float32, whatever the folder holds.
+    # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
@@ -88,9 +88,9 @@ def task(config: Config) -> Task:
         TrajectoryDataset(config.dataset), tokenizer, dropout=config.dropout, text_buckets=settings.text_buckets
     )
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         trained = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
-        trained.save_pretrained(str(folder), dtype="bfloat16")
+        trained.save_pretrained(str(directory), dtype="bfloat16")
 
     return _task(
         config,
@@ -115,12 +115,12 @@ def abstract_task(config: Config) -> Task:
         (reader, *QWEN3.split(QWEN3.config_to_dict(reader), dtype)),
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda step: batch,
-        lambda ema, folder: None,
+        lambda ema, directory: None,
     )
 
 
 def abstract_batch(rows: int, side: int, references: int, text: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes of a batch of drawings. side: pixels. references: of each row. text: tokens."""
+    """Returns the shapes of a batch. side: pixels. references: of each row. text: tokens."""
     return {
         "ids": jax.ShapeDtypeStruct((rows, text), jnp.int32),
         "mask": jax.ShapeDtypeStruct((rows, text), jnp.int32),

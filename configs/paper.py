@@ -3,10 +3,9 @@
     make paper
     python -m clvr_jax.configs.paper --distilled runs/shapes_distill/export --pprl runs/pprl/export --out runs/paper
 
-What was drawn for the same models and settings is not drawn again: a run that was stopped goes on, and one with
-another model draws what that changes. What is merged is what PPRL made, if there is that, else fine-tuning alone;
-`--aligned sft` takes the latter in any case. `--limit 60` is a quick look. Needs matplotlib (`pip install
-clvr-jax[plots]`).
+The same command resumes an interrupted run; with another model it generates only the images that this changes. The
+model trained by PPRL is merged if there is one, else the fine-tuned model; `--aligned sft` always merges the latter.
+`--limit 60` gives a quick estimate. It needs matplotlib (`pip install clvr-jax[plots]`).
 """
 
 import sys

@@ -5,8 +5,8 @@ clvr train configs/pprl_flux2.py --model black-forest-labs/FLUX.2-klein-base-4B 
 clvr plan configs/pprl_flux2.py --preset klein-9b --planned update --topology v6e:16x16
 
 The dataset needs proxy prompts. UnifiedReward 2.0 and UnifiedReward-Edit judge on the devices that train, or behind an
-OpenAI-compatible server (`--reward-url`; vLLM, SGLang), while the next pictures are drawn. Train a base model, not a
-distilled one, and merge afterwards (`clvr merge`). Never run on the real weights: there was no accelerator. The tests
+OpenAI-compatible server (`--reward-url`; vLLM, SGLang), while the next images are generated. Train a base model, not
+a distilled one, and merge afterwards (`clvr merge`). Never run on the real weights: there was no accelerator. The tests
 run it on `shapes-tiny`, whose models are of the same classes. Every 9B variant of FLUX.2 klein is for non-commercial
 use only.
 """
@@ -139,7 +139,7 @@ CONFIG = Config()
 def task(config: Config) -> pprl.PPRLTask:
     """The run as `fit` takes it."""
     if not config.model:
-        raise ClvrError("pprl_flux2: --model says what to begin with: a folder or a Hugging Face id of FLUX.2 klein")
+        raise ClvrError("pprl_flux2: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
     reward = reward_of(config)
     if bool(config.teacher_url) != bool(config.teacher_model):
         raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
@@ -154,11 +154,11 @@ def task(config: Config) -> pprl.PPRLTask:
 
 
 def reward_of(config: Config) -> Reward:
-    """UnifiedReward where it lies: on the devices that train (those of the active layout), or behind an endpoint."""
+    """Returns UnifiedReward on the devices that train (those of the active layout), or behind an endpoint."""
     if bool(config.judge) == bool(config.reward_url):
         raise ClvrError(
-            "pprl_flux2: who judges? Either --judge, a folder or Hugging Face id of UnifiedReward for the devices that "
-            "train, or --reward-url, where it is served, e.g. http://localhost:8000/v1"
+            "pprl_flux2: the judge is missing; give either --judge, a directory or Hugging Face id of UnifiedReward "
+            "for the devices that train, or --reward-url, where it is served, e.g. http://localhost:8000/v1"
         )
     if not config.judge:
         served = [
@@ -171,7 +171,7 @@ def reward_of(config: Config) -> Reward:
         return MeshReward(UnifiedReward(_judge(config, config.judge)))
     if not config.edit_judge:
         raise ClvrError(
-            "pprl_flux2: --judge judges pictures; --edit-judge says who judges edits, or --simple leaves them"
+            "pprl_flux2: --judge judges images; give --edit-judge for a judge of edits, or --simple to leave edits out"
         )
     judge = _judge(config, config.judge)
     edit_judge = judge if config.edit_judge == config.judge else _judge(config, config.edit_judge)
@@ -179,7 +179,7 @@ def reward_of(config: Config) -> Reward:
 
 
 def _judge(config: Config, model: str) -> MeshVisionLanguageModel:
-    """A Qwen3-VL on the mesh, that answers as many questions at once as there are pictures of a call."""
+    """Loads a Qwen3-VL on the mesh that answers as many questions at once as a call has images."""
     return MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.rows)
 
 
@@ -214,12 +214,12 @@ def flux2_task(
         shown = np.array([steps.references(step) for step in chosen], np.uint8).reshape(shape)
         return {"ids": given, "mask": mask, "empty_ids": empty, "empty_mask": empty_mask, "references": shown}
 
-    def save(weights: Any, trained: Any, folder: Path) -> None:
+    def save(weights: Any, trained: Any, directory: Path) -> None:
         drawer = Flux2Pipeline(nnx.merge(transformer_def, weights), *unchanged, tokenizer, settings)
-        drawer.save_pretrained(str(folder), dtype=save_dtype)
+        drawer.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora_rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
-            save_lora(folder / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
+            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
 
     backbone = flux2_backbone((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
     frozen = {"text_encoder": reader, "vae": vae}
@@ -234,12 +234,12 @@ def flux2_backbone(
     sampler: Sampler,
     base: Any,
 ) -> Backbone:
-    """FLUX.2 as PPRL sees it: the velocity of a picture's tokens beside its references, guided or not.
+    """Returns FLUX.2 as a policy: the velocity of an image's tokens beside its references, guided or not.
 
     Args:
       transformer: its sizes, and what the backward pass keeps.
       reader_def: graph of the text encoder. autoencoder: sizes and graph.
-      settings: of the pipeline. sampler: the roll-out. base: weights or their shapes, for their dtype.
+      settings: of the pipeline. sampler: the rollout. base: weights or their shapes, for their dtype.
     """
     (sizes, remat), (vae_sizes, vae_def) = transformer, autoencoder
     dtype = jax.tree.leaves(base)[0].dtype
@@ -289,7 +289,7 @@ def flux2_backbone(
 
 
 def program(config: Config) -> Program:
-    """A call of the roll-out, of its judge, or of the update, for groups of the full sizes."""
+    """Returns a call of the rollout, of its judge, or of the update, for groups of the full sizes."""
     train, sampler, settings = config.train, config.sampler, Flux2Settings()
     if config.planned == "reward":
         return qwen3_vl_judge.program(

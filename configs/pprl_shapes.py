@@ -1,16 +1,16 @@
-"""Proxy Prompt RL in the shapes world: the drawing model learns from a program that reads its pictures.
+"""Proxy Prompt RL in the shapes world: the image generator learns from a program that reads its images.
 
 clvr train configs/pprl_shapes.py --dataset data/shapes_trajectories --out runs/pprl
 
-It starts from `shapes-tiny-sft`, or from any pipeline folder of this world that is not distilled. The dataset holds
+It starts from `shapes-tiny-sft`, or from any pipeline directory of this world that is not distilled. The dataset holds
 trajectories with proxy prompts: of `clvr synth`, or of `clvr_jax.data.shapes_proxies`. `--simple` is the ablation
-"simple RL", whose reward reads the latest picture and the last text alone.
+"simple RL", whose reward reads only the latest image and the last text.
 
-Measured, 25 epochs of `--train.group 16` for 3 seeds on roll-outs with 6 to 9 objects: the share of pictures drawn in
-training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not follow: `complex` .973 before,
-.966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594. docs/pprl.md has the curves,
-and what to try next. Where `zero_variance_groups` is near `--train.groups`, the roll-out is too easy: `--sampler.steps
-4`, `--sampler.guidance 1`, later steps with `--mixture`.
+Measured, 25 epochs of `--train.group 16` for 3 seeds on rollouts with 6 to 9 objects: the share of images sampled in
+training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not improve: `complex` .973
+before, .966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594. docs/pprl.md has the
+curves, and what to try next. Where `zero_variance_groups` is near `--train.groups`, the rollout is too easy:
+`--sampler.steps 4`, `--sampler.guidance 1`, later steps with `--mixture`.
 
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """

@@ -1,12 +1,12 @@
-"""What PPRL is worth in the shapes world: against simple RL and the model it starts from, several seeds, paired tests.
+"""Measures PPRL in the shapes world against simple RL and the initial model, with several seeds and paired tests.
 
     python -m clvr_jax.configs.pprl_shapes_experiment --out runs/pprl_experiment
 
-Roll-outs of the oracle with the model that starts, mistakes and all, become a dataset of steps; every arm trains on it
-with every seed, from the same start with the same number of samples; the oracle then leads each model through the
-evaluation sets in 28 steps a drawing and with the same number of drawings. What is done is not done again, so the whole
-may be stopped anywhere (`timeout 50m ...`) and started again; each part is a command line that is printed before it
-runs. Of every drawing it is also told whether the edits were made, and whether all else was left alone.
+Rollouts of the oracle with the initial model, mistakes included, become a dataset of steps. Every arm trains on it with
+every seed, from the same initial model with the same number of samples. Each model then generates the evaluation sets
+in the closed loop with the oracle as controller, in 28 steps an image and with the same number of images. The same
+command resumes an interrupted experiment (`timeout 50m ...`); each part is a command line that is printed before it
+runs. For every image the report also says whether its edits were made, and whether everything else was left unchanged.
 """
 
 import shlex
@@ -32,7 +32,7 @@ from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, p
 
 ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.method", "grpo")}
 START = "sft"
-"""The name of the model that starts, in reports."""
+"""The name of the initial model in reports."""
 _RECIPE = Path(__file__).with_name("pprl_shapes.py")
 
 
@@ -87,19 +87,19 @@ def main(
 
 
 def training(model: str, dataset: Path, arm: str, seed: int, out: Path) -> tuple[str, ...]:
-    """The command line that trains an arm, or goes on with it."""
+    """Returns the command line that trains an arm, or resumes it."""
     start = ("--model", model, "--dataset", str(dataset), "--train.seed", str(seed), *ARMS[arm])
     return ("train", str(_RECIPE), *start, "--out", str(out), "--resume")
 
 
 def evaluation(model: str, split: str, seed: int, max_steps: int, out: Path) -> tuple[str, ...]:
-    """The command line that evaluates a model with the oracle, or goes on with it."""
+    """Returns the command line that evaluates a model with the oracle, or resumes it."""
     loop = ("--mode", "closed-loop", "--controller", "oracle", "--max-steps", str(max_steps))
     return ("eval", "shapes", "--model", model, *loop, "--split", split, "--seed", str(seed), "--out", str(out))
 
 
 def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], str]:
-    """Comparisons of every other system with the first arm, over prompts; and what single drawings were like.
+    """Compares every other system with the first arm, over prompts, and measures single generation steps.
 
     The score of a prompt is the mean over the seeds, so that seeds are not counted as independent prompts.
 
@@ -126,14 +126,14 @@ def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequen
 
 @dataclass(frozen=True)
 class Marks:
-    """Of one drawing: whether all its edits were made, and, of edits, whether all other cells were left alone."""
+    """Scores of one image: whether all its edits were made, and, of edits, whether all other cells are unchanged."""
 
     success: bool
     preservation: bool | None
 
 
 def marks(trajectory: Trajectory) -> Iterator[Marks]:
-    """Of each drawing whose reply says what to draw in the words of the world."""
+    """Yields the scores of each image whose reply requests edits in the language of the world."""
     judge = ShapesJudge()
     for step in trajectory.drawings:
         edits = parse_edits(step.reasoning)
@@ -149,9 +149,9 @@ def marks(trajectory: Trajectory) -> Iterator[Marks]:
 
 
 def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, float]:
-    """Shares of drawings, and how many they are."""
-    folders = [Folder(_pictures(out, name, split, seed)) for seed in seeds]
-    told = (folder.trajectory(index, 0) for folder in folders for index in range(len(folder.metadata())))
+    """Returns the number of images, and the shares of those with right edits and unchanged other cells."""
+    directories = [Folder(_pictures(out, name, split, seed)) for seed in seeds]
+    told = (directory.trajectory(index, 0) for directory in directories for index in range(len(directory.metadata())))
     found = [each for trajectory in told if trajectory is not None for each in marks(trajectory)]
     kept = [each.preservation for each in found if each.preservation is not None]
     return {
@@ -162,7 +162,7 @@ def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, 
 
 
 def _over_seeds(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, Any]:
-    """The results of all seeds as one, with several pictures for each prompt."""
+    """Merges the results of all seeds into one, with several images for each prompt."""
     found = [load_results(_pictures(out, name, split, seed)) for seed in seeds]
     return {**found[0], "pictures": [picture for one in found for picture in one["pictures"]]}
 

@@ -1,9 +1,9 @@
-"""Judging with a Qwen3-VL (UnifiedReward is one): pictures and a question in, a verdict out, to be planned.
+"""Judging with a Qwen3-VL (UnifiedReward is one): images and a question to a verdict, as a program to be planned.
 
 clvr plan configs/qwen3_vl_judge.py --preset qwen3-vl-8b --topology v6e:2x4
 
-Reading the conversations and writing the answers, compiled from shapes alone. Every answer is as long as it may be, so
-what is said of time is the most that a call takes: in use it ends with its longest answer.
+The program reads the conversations and writes the answers; it is compiled from shapes alone. Every answer has its
+maximum length, so the planned time is an upper bound: in use a call ends with its longest answer.
 """
 
 import dataclasses

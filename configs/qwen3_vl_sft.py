@@ -1,11 +1,12 @@
-"""Full-parameter fine-tuning of the controller, Qwen3-VL, on verified trajectories: it learns what the assistant says.
+"""Full-parameter fine-tuning of the controller, Qwen3-VL, on verified trajectories: it learns the replies of the
+assistant.
 
 clvr train configs/qwen3_vl_sft.py --model Qwen/Qwen3-VL-8B-Instruct --dataset data/trajectories
 
-A trajectory is one conversation with all its images; the verdicts on wrong images and the corrections are learned,
-too. If the dataset has verification examples (`clvr synth` makes them), the verdict of each is learned as well.
-The paper does not tell the controller's rate; 1e-5 is what is usual for models of this size. The vision tower stays as
-it is unless `train_vision` is set.
+A trajectory is one conversation with all its images; the verdicts on wrong images and the corrections are learned, too.
+If the dataset has verification examples (`clvr synth` makes them), the verdict of each is learned as well. The paper
+does not give the controller's learning rate; 1e-5 is usual for models of this size. The vision tower is frozen unless
+`train_vision` is set.
 
 Never run on the real weights: there was no accelerator. The tests run it on the controller of `shapes-tiny`, a model of
 the same class, and trace the step of the full sizes.
@@ -95,7 +96,7 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     if not config.model:
-        raise ClvrError("qwen3_vl_sft: --model says what to begin with: a folder or a Hugging Face id of Qwen3-VL")
+        raise ClvrError("qwen3_vl_sft: --model is missing; give a directory or a Hugging Face id of Qwen3-VL")
     pipe = Qwen3VLPipeline.from_pretrained(_folder(config.model), "float32")
     dataset = TrajectoryDataset(config.dataset)
     has_verification = config.verification and dataset.has_verification
@@ -105,9 +106,9 @@ def task(config: Config) -> Task:
     unchanged = on_every_host(frozen)
     sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         model = nnx.merge(_graph(sizes, config), ema, *unchanged)
-        Qwen3VLPipeline(model, tokenizer, image_processor).save_pretrained(folder, "bfloat16")
+        Qwen3VLPipeline(model, tokenizer, image_processor).save_pretrained(directory, "bfloat16")
 
     batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
     return _task(config, sizes, params, frozen, batches, export)
@@ -136,12 +137,12 @@ def abstract_task(config: Config) -> Task:
             "grid_thw": grids,
         }
     params, frozen = _parts(QWEN3_VL.split(QWEN3_VL.config_to_dict(sizes))[1], config)
-    return _task(config, sizes, params, frozen, lambda step: batch, lambda ema, folder: None)
+    return _task(config, sizes, params, frozen, lambda step: batch, lambda ema, directory: None)
 
 
 def _folder(model: str) -> Path:
-    folder = resolve(model)[0] if model in MODELS else local_folder(model)
-    return folder / "controller" if (folder / "controller").is_dir() else folder
+    directory = resolve(model)[0] if model in MODELS else local_folder(model)
+    return directory / "controller" if (directory / "controller").is_dir() else directory
 
 
 def _graph(sizes: Qwen3VLConfig, config: Config) -> Any:

@@ -1,4 +1,4 @@
-"""Puts the trained parts of the shapes world together: the folder that ships with the package.
+"""Assembles the trained models of the shapes world into the directory that ships with the package.
 
 python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 """
@@ -35,24 +35,24 @@ def main(
       controller: Directory of the controller.
     """
     others = {"transformer_base": base, "transformer_sft": sft}
-    for folder in (merged, *others.values(), controller):
-        if not folder.is_dir():
-            raise ClvrError(f"{folder}: no such directory; train it first, see make reproduce")
+    for directory in (merged, *others.values(), controller):
+        if not directory.is_dir():
+            raise ClvrError(f"{directory}: no such directory; train it first, see make reproduce")
     with replacing(out) as temporary:
         left_out = shutil.ignore_patterns("transformer", "recipe.json", "report*", "README.md")
         shutil.copytree(merged, temporary, ignore=left_out, dirs_exist_ok=True)
         shutil.copytree(controller, temporary / "controller")
-        for name, folder in {"transformer": merged, **others}.items():
-            model = load_model(folder / "transformer", FLUX2_TRANSFORMER)
+        for name, directory in {"transformer": merged, **others}.items():
+            model = load_model(directory / "transformer", FLUX2_TRANSFORMER)
             save_model(temporary / name, model, FLUX2_TRANSFORMER, "float16")
         settings = read_json(temporary / "clvr.json")
         write_json(temporary / "clvr.json", {**settings, "transformers": dict(map(_sampled, others.items()))})
 
 
 def _sampled(other: tuple[str, Path]) -> tuple[str, dict[str, object]]:
-    name, folder = other
-    settings = read_json(folder / "clvr.json")["flux2"]
-    is_distilled = read_json(folder / "model_index.json")["is_distilled"]
+    name, directory = other
+    settings = read_json(directory / "clvr.json")["flux2"]
+    is_distilled = read_json(directory / "model_index.json")["is_distilled"]
     return name, {"is_distilled": is_distilled, **{key: settings[key] for key in SAMPLING}}
 
 

@@ -1,8 +1,8 @@
 """The base model of the shapes world: a FLUX.2 transformer and its Qwen3 text encoder, trained together: the
-transformer from nothing, the encoder from one that reads what a text asks for (`configs/shapes_text_encoder.py`).
+transformer from random weights, the encoder from a pretrained one (`configs/shapes_text_encoder.py`).
 
-It draws from prompts, from the words of a first step, and edits a picture by instruction, also where the instruction
-ends a long conversation: later stages leave the text encoder as it is. It has seen no history of pictures.
+It generates images from prompts and from the reply of a first step, and edits an image by instruction, also where the
+instruction ends a long conversation: later stages freeze the text encoder. It is not trained on histories of images.
 
     clvr train configs/shapes_base.py --out runs/shapes_base
 
@@ -77,7 +77,7 @@ COMPLEX = {"complex": 1.0}
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A kind of batch: how often it is drawn, its size, and what makes one example."""
+    """A kind of batch: how often it is sampled, its size, and the function that makes one example."""
 
     share: float
     batch_size: int
@@ -188,7 +188,7 @@ def task(config: Config) -> Task:
         kind = "edit" if data["references"].shape[1] else "draw"
         return value, {f"loss_{kind}": value}
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         pipeline = Flux2Pipeline(
             nnx.merge(transformer_def, ema["transformer"]),
             vae,
@@ -196,7 +196,7 @@ def task(config: Config) -> Task:
             tokenizer,
             SETTINGS,
         )
-        pipeline.save_pretrained(str(folder), dtype="float16")
+        pipeline.save_pretrained(str(directory), dtype="float16")
 
     return Task(
         name="shapes base",

@@ -1,8 +1,8 @@
-"""The base model of the shapes world learns to draw in 4 steps without guidance, where it needs 28 with it.
+"""The base model of the shapes world learns to sample in 4 steps without guidance instead of 28 with it.
 
-The conditions are those that it and its fine-tuned successor are trained on: prompts, instructions on a picture, and
-whole histories of up to three pictures. It has exactly the parameters of its base, so `clvr merge` can add what changed
-to a fine-tuned model.
+The conditions are those that it and its fine-tuned successor are trained on: prompts, instructions on an image, and
+whole histories of up to three images. It has exactly the parameters of its base, so `clvr merge` can add its delta to a
+fine-tuned model.
 
     clvr train configs/shapes_distill.py --out runs/shapes_distill
 
@@ -24,14 +24,14 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 
 def _kinds(kinds: tuple[Kind, ...], share: float) -> tuple[Kind, ...]:
-    """Kinds that come to a share of all batches. Half their size: each drawing is learned from in four windows."""
+    """Scales kinds to a share of all batches, at half their batch size: each image is learned from in four windows."""
     total = sum(kind.share for kind in kinds)
     return tuple(
         dataclasses.replace(kind, share=share * kind.share / total, batch_size=kind.batch_size // 2) for kind in kinds
     )
 
 
-# Later drawings are rare, and each number of pictures is a program to compile.
+# Later images are rare, and each number of images is a program to compile.
 KINDS = (*_kinds(shapes_base.KINDS, 0.7), *_kinds(shapes_sft.KINDS[:5], 0.3))
 
 
@@ -43,7 +43,7 @@ class Config:
         steps=900, learning_rate=5e-4, muon_learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5
     )
     """Configuration of the training."""
-    # 16 steps of the teacher in all: it draws no better in 28.
+    # 16 steps of the teacher in all: its images are no better in 28.
     distill: DistillConfig = DistillConfig(substeps=4, guidance=shapes_base.SETTINGS.guidance_scale)
     """Configuration of the distillation."""
     model: str = "shapes-tiny-base"

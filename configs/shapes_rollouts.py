@@ -1,7 +1,7 @@
-"""Trajectories of the oracle with the diffusion model that was really trained: what the controller has to judge.
+"""Trajectories of the oracle with the trained image generator, whose mistakes a controller has to verify.
 
-The prompts are training prompts. Nothing is rolled back, so every trajectory is one line of replies and pictures. A
-folder that is partly filled is completed, if the same model began it.
+The prompts are training prompts. Nothing is rolled back, so every trajectory is one sequence of replies and images. The
+same command with the same model resumes an interrupted run.
 
     python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
 
@@ -55,17 +55,17 @@ def main(
         raise UsageError(f"{out}: holds trajectories of {found}, not of {identity}; choose another --out")
     drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model), steps)
     chosen: dict[str, Any] = {"weights": {"complex": 1.0}, "tiers": tiers} if tiers else {}
-    with progress("shapes roll-outs", count) as advance:
+    with progress("shapes rollouts", count) as advance:
         for start in range(0, count, batch):
             numbers = range(start, min(start + batch, count))
-            folders = [out / f"{number:05d}" for number in numbers]
-            if not all((folder / "trajectory.json").exists() for folder in folders):
+            directories = [out / f"{number:05d}" for number in numbers]
+            if not all((directory / "trajectory.json").exists() for directory in directories):
                 metadata = [train_prompt(np.random.default_rng((seed, number)), **chosen) for number in numbers]
                 prompts = [entry["prompt"] for entry in metadata]
                 budget = Budget(max_steps=8, max_rollbacks=0)
                 trajectories = loop.run(prompts, Oracle(metadata), drawer, budget, list(numbers), model=model)
-                for folder, trajectory in zip(folders, trajectories, strict=True):
-                    trajectory.save(folder)
+                for directory, trajectory in zip(directories, trajectories, strict=True):
+                    trajectory.save(directory)
             advance(numbers.stop)
 
 

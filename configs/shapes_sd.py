@@ -1,7 +1,7 @@
-"""A small Stable Diffusion of the shapes world: a UNet and its CLIP text encoder, trained together from nothing.
+"""A small Stable Diffusion of the shapes world: a UNet and its CLIP text encoder, trained together from random weights.
 
-It draws one or two objects, on the latents of the autoencoder that ships with the package, and is exported as a
-`StableDiffusionPipeline` folder.
+It generates one or two objects, on the latents of the autoencoder that ships with the package, and is exported as a
+`StableDiffusionPipeline` directory.
 
     clvr train configs/shapes_sd.py --out runs/shapes_sd
     clvr sample "a red circle and a blue star" --model runs/shapes_sd/export
@@ -123,7 +123,7 @@ def models(config: Config) -> tuple[UNet2DCondition, CLIPText, Any]:
 
 
 def batch(step: int, config: Config, tokenizer: Any) -> dict[str, np.ndarray]:
-    """The batch of a step: ids (b, LENGTH) and pictures (b, 64, 64, 3) as uint8."""
+    """Returns the batch of a step: ids (b, LENGTH) and "pictures" (b, 64, 64, 3) as uint8."""
     rng = np.random.default_rng((config.train.seed, step))
     drawn = [drawing_example(rng, PROMPTS) for _ in range(config.batch_size)]
     texts = ["" if rng.random() < config.dropout else example.text for example in drawn]
@@ -145,9 +145,9 @@ def task(config: Config) -> Task:
         latents = jax.lax.stop_gradient(nnx.merge(vae_def, frozen).encode_scaled(pictures))
         return noise_prediction_loss(lambda x, t: unet(x, t, text), latents, key, SCHEDULE), {}
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         trained = nnx.merge(unet_def, ema["unet"]), vae, [nnx.merge(encoder_def, ema["text_encoder"])]
-        SDXLPipeline(*trained, [tokenizer], SCHEDULER, SETTINGS).save_pretrained(str(folder))
+        SDXLPipeline(*trained, [tokenizer], SCHEDULER, SETTINGS).save_pretrained(str(directory))
 
     return Task(
         name="shapes Stable Diffusion",

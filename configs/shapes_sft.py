@@ -1,16 +1,16 @@
-"""The drawing model of the shapes world learns trajectories: supervised fine-tuning of the base transformer.
+"""The image generator of the shapes world learns trajectories: supervised fine-tuning of the base transformer.
 
-Every example is one drawing of a simulated trajectory of the oracle under everything that came before it: the prompt,
-all earlier replies, and all earlier pictures as references, mistakes included. The target is what the last reply asks
-for. The text encoder stays as the base has it.
+Every example is one image of a simulated trajectory of the oracle, conditioned on everything before it: the prompt, all
+earlier replies, and all earlier images as references, mistakes included. The target shows what the last reply requests.
+The text encoder is frozen.
 
     clvr train configs/shapes_sft.py --out runs/shapes_sft
 
 With `--dataset runs/synth/dataset` the trajectories are verified ones of `clvr synth`. Their wrong images, which were
 corrected, are references of later steps, never targets.
 
-Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts come out right,
-where the base draws .13 of them in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
+Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts are right,
+and .13 of the base in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
 
 Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 """
@@ -38,7 +38,7 @@ from clvr_jax.training.trainer import Task, TrainConfig
 
 
 def step_example(rng: np.random.Generator, step: int) -> Example:
-    """Drawing `step`, from 0, of a trajectory that has at least so many: it has `step` references."""
+    """Returns image `step`, from 0, of a trajectory with at least so many images: it has `step` references."""
     # Few trajectories become long, unless much goes wrong in them.
     error_rate = 0.3 if step < 4 else 0.65
     while True:
@@ -47,7 +47,7 @@ def step_example(rng: np.random.Generator, step: int) -> Example:
             return trajectory.example(step)
 
 
-# Share and batch size of each drawing: later ones are rarer and longer.
+# Share and batch size of each step: later ones are rarer and longer.
 STEPS = ((0.20, 24), (0.22, 20), (0.20, 16), (0.12, 12), (0.07, 8), (0.04, 8), (0.03, 6), (0.02, 6))
 # The plain prompts keep what the base could do in one shot.
 PLAIN = Kind(0.10, 24, drawing_example)
@@ -131,9 +131,9 @@ def task(config: Config) -> Task:
         )
         return value, {f"loss_{data['references'].shape[1]}_references": value}
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, SETTINGS)
-        pipeline.save_pretrained(str(folder), dtype="float16")
+        pipeline.save_pretrained(str(directory), dtype="float16")
 
     return Task(
         name="shapes SFT",

@@ -1,11 +1,11 @@
-"""Verified trajectories of the shapes world, with the shipped drawing model as image tool.
+"""Verified trajectories of the shapes world, with the shipped image generator as image tool.
 
-The planner of the world directs, its detector checks every picture and compares, its grammar tells what was done: all
-roles but the drawing are exact, so what the engine keeps and what it discards can be checked by a program.
+The planner of the world directs, its detector verifies and compares every image, and its grammar describes the steps:
+all roles but the image generator are exact, so a program can check what the engine keeps and discards.
 
     clvr synth configs/shapes_synth.py --out runs/shapes_synth
 
-`--synth.no-verify` leaves passive verification out, to see what it is worth; `--synth.no-keep-mistakes` discards a
+`--synth.no-verify` leaves passive verification out, to measure its effect; `--synth.no-keep-mistakes` discards a
 trajectory at its first wrong image instead of having it corrected; `--count` is for fewer prompts.
 
 Measured with `--count 160`: 156 prompts give 69 trajectories, 12 of them with a wrong image and 4 with a correction,
@@ -13,8 +13,8 @@ and 21 verification examples; none of the 156 target images is wrong. With `--sy
 
 Measured before mistakes were kept, in about two hours on two cores that did other work too: of 10,000 prompts 1,426 are
 refused (1,354 duplicates and 72 evaluation prompts), the others give 3,371 trajectories (39.3 %), and none of their
-8,089 pictures is wrong. With `--count 160` and without passive verification 156 prompts give 72, and 26 of their 187
-pictures are wrong (13.9 %).
+8,089 images is wrong. With `--count 160` and without passive verification 156 prompts give 72, and 26 of their 187
+images are wrong (13.9 %).
 """
 
 import dataclasses
@@ -79,5 +79,5 @@ class _ShapesWorkshop:
 
 
 def workshop(config: Config) -> Workshop:
-    """The drawing model, and the exact crew."""
+    """The image generator, and exact roles."""
     return _ShapesWorkshop(config)

@@ -1,8 +1,8 @@
-"""The text encoder of the shapes world begins as a reader: of what a text asks for, cell by cell.
+"""Pretraining of the text encoder of the shapes world: it predicts what a text describes, cell by cell.
 
-FLUX.2's Qwen3 knows what belongs to what in a sentence before a transformer is trained on it. Here the content of the
-nine cells, named directly, teaches it; where a text leaves places free, what its picture shows is only likely. The
-reading head is thrown away, `configs/shapes_base.py` trains the encoder on.
+FLUX.2's Qwen3 understands sentences before a transformer is trained on it. Here the encoder learns to predict the
+content of the nine cells; where a text leaves places free, its image shows only a likely one. The prediction head is
+discarded, and `configs/shapes_base.py` continues to train the encoder.
 
     clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder
 
@@ -50,7 +50,7 @@ KINDS = (
     Kind(0.25, 64, partial(drawing_example, weights=SIMPLE)),
     Kind(0.25, 48, partial(drawing_example, weights=COMPLEX)),
 )
-"""Texts that say all that is in their picture, half of them also where; an instruction to edit says less."""
+"""Texts that name all objects of their image, half of them with places; an instruction to edit names fewer."""
 
 
 class CellReader(nnx.Module):
@@ -79,16 +79,16 @@ class CellReader(nnx.Module):
         return self.color(read), self.shape(read)
 
 
-def contents(picture: Image) -> np.ndarray:
-    """(9, 2) int32: 1 + color and 1 + shape of every cell of a picture, 0 where nothing readable is."""
+def contents(image: Image) -> np.ndarray:
+    """Returns (9, 2) int32: 1 + color and 1 + shape of every cell of an image, 0 for an empty cell."""
     cells = np.zeros((len(CELLS), 2), np.int32)
-    for item in detect(picture).objects:
+    for item in detect(image).objects:
         cells[CELLS.index(item.cell)] = 1 + list(COLORS).index(item.color), 1 + SHAPES.index(item.shape)
     return cells
 
 
 def batch(step: int, seed: int, tokenizer: Any, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
-    """The texts of a base batch, ids and mask (b, t), and what their pictures show, cells (b, 9, 2)."""
+    """Returns the texts of a base batch, ids and mask (b, t), and the contents of their images, cells (b, 9, 2)."""
     drawn = examples(np.random.default_rng((seed, step)), kinds)
     ids, mask = encode_prompts(tokenizer, [example.text for example in drawn], SETTINGS.text_buckets)
     return {"ids": ids, "mask": mask, "cells": np.stack([contents(example.target) for example in drawn])}
@@ -119,7 +119,7 @@ def task(config: Config) -> Task:
         frozen={},
         loss=loss,
         batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer),
-        export=lambda ema, folder: save_model(
-            folder / "text_encoder", nnx.merge(encoder_def, ema["text_encoder"]), QWEN3, "float16"
+        export=lambda ema, directory: save_model(
+            directory / "text_encoder", nnx.merge(encoder_def, ema["text_encoder"]), QWEN3, "float16"
         ),
     )

@@ -1,4 +1,4 @@
-"""The autoencoder of the shapes world: 64 x 64 pictures <-> 16 tokens of 32 channels.
+"""The autoencoder of the shapes world: 64 x 64 images <-> 16 tokens of 32 channels.
 
 clvr train configs/shapes_vae.py --out runs/shapes_vae
 """
@@ -21,7 +21,7 @@ from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import sample_scene_random
 
-# 32 pixels to a transformer's 32 latent channels would be FLUX.2's own ratio; a picture here needs far less.
+# 32 pixels to a transformer's 32 latent channels would be FLUX.2's own ratio; an image here needs far fewer.
 MODEL = AutoencoderKLFlux2Config(
     block_out_channels=(16, 16, 32, 64),
     layers_per_block=1,
@@ -65,7 +65,7 @@ def task(config: Config) -> Task:
         vae = nnx.merge(graphdef, params, frozen)
         return autoencoder_loss(vae.moments, vae.decode, batch, key, config.kl_weight)
 
-    def export(ema: Any, folder: Path) -> None:
+    def export(ema: Any, directory: Path) -> None:
         vae = nnx.merge(graphdef, ema, statistics)
         encode = jax.jit(lambda images: patchify(vae.encode(images)))
         chunks = range(0, config.statistics, 64)
@@ -73,7 +73,7 @@ def task(config: Config) -> Task:
         vae.bn.running_mean[...] = tokens.mean((0, 1, 2))
         vae.bn.running_var[...] = tokens.var((0, 1, 2))
         vae.bn.num_batches_tracked[...] = jnp.asarray(len(chunks), jnp.int32)
-        save_model(folder / "vae", vae, FLUX2_VAE, "float16")
+        save_model(directory / "vae", vae, FLUX2_VAE, "float16")
 
     return Task(
         name="shapes autoencoder",

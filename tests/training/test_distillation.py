@@ -222,7 +222,7 @@ def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_
 
 
 def test_a_model_must_be_named():
-    with pytest.raises(ClvrError, match="--model says what to begin with"):
+    with pytest.raises(ClvrError, match="--model is missing"):
         flux2_distill.task(flux2_distill.CONFIG)
 
 

@@ -59,5 +59,5 @@ def test_the_step_of_the_real_model_has_the_shapes_of_its_state(preset):
 
 
 def test_what_is_to_be_trained_must_be_named():
-    with pytest.raises(ClvrError, match="--model says what to begin with"):
+    with pytest.raises(ClvrError, match="--model is missing"):
         flux2_sft.task(flux2_sft.CONFIG)

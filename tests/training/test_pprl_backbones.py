@@ -182,7 +182,7 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
         assert recipe.fit is pprl.fit
         assert (recipe.program is None) == (name == "pprl_shapes")
-    with pytest.raises(ClvrError, match="--model says what to begin with"):
+    with pytest.raises(ClvrError, match="--model is missing"):
         pprl_flux2.task(pprl_flux2.CONFIG)
     with pytest.raises(ClvrError, match="or --reward-url, where it is served"):
         pprl_flux2.task(dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft"))

@@ -181,7 +181,7 @@ def test_an_abstract_batch_is_like_a_real_one(dataset):
 
 
 def test_what_does_not_fit_is_named():
-    with pytest.raises(ClvrError, match="--model says what to begin with"):
+    with pytest.raises(ClvrError, match="--model is missing"):
         qwen3_vl_sft.task(qwen3_vl_sft.CONFIG)
     with pytest.raises(UsageError, match="size 100 must be a multiple of 32 pixels"):
         qwen3_vl_sft.abstract_task(dataclasses.replace(qwen3_vl_sft.CONFIG, size=100))

@@ -215,7 +215,7 @@ def test_the_controller_learns_the_conversations_of_a_dataset(tmp_path):
 
 
 def test_assembling_names_what_is_missing(tmp_path):
-    with pytest.raises(ClvrError, match="no such folder; train it first"):
+    with pytest.raises(ClvrError, match="no such directory; train it first"):
         shapes_assemble.main(tmp_path / "out", *(tmp_path / name for name in ("merged", "base", "sft", "controller")))
     assert not (tmp_path / "out").exists()
 
