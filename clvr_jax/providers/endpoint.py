@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import email.utils
-import http.client
-import json
 import math
 import os
 import random
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -20,19 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.providers.bounded import count, read_object
+from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
 from clvr_jax.reasoning.tools import Fault, ProviderError, Usage
+from clvr_jax.redaction import Secrets, redact_url
 
 if TYPE_CHECKING:
     import openai
 
+__all__ = ["Connection", "Endpoint", "Failure", "Prices", "count", "retry_after", "status_failure"]
+
 T = TypeVar("T")
 
-MAX_DOWNLOAD_BYTES = 64 * 2**20
 _MAX_IN_FLIGHT = 1000  # connections that the openai package opens at most
-_SHOWN = 300  # characters of a failure's words in an error
-_KEPT = 2000  # and as many before the key is taken out: cut first, a piece of it could stay
-_POLICY = ("content_filter", "content_policy", "moderation", "policyviolation", "sensitivecontent", "safety")
-_OUT_OF_MONEY = ("insufficient_quota", "billing")
 
 
 @dataclass(frozen=True)
@@ -68,6 +63,10 @@ class Endpoint:
       key_variable: environment variable that holds the key; None for servers without keys.
       max_in_flight: requests at once; further callers wait for their turn.
       timeout: seconds without a byte from the server.
+      max_seconds: for a whole response, however it is spread over time.
+      max_bytes: of a whole response, decompressed.
+      image_hosts: hosts besides that of base_url that images may be fetched from although they are in the own network,
+        and that addresses of images may redirect to.
       max_retries: requests after the first, for faults that may pass: no connection, timeouts, server errors, rate
         limits, empty or broken bodies.
       backoff: seconds before the first retry, doubled for each further one and cut at random to a half at most.
@@ -80,6 +79,9 @@ class Endpoint:
     key_variable: str | None = "OPENAI_API_KEY"
     max_in_flight: int = 16
     timeout: float = 120.0
+    max_seconds: float = 1200.0
+    max_bytes: int = 128 * 2**20
+    image_hosts: tuple[str, ...] = ()
     max_retries: int = 5
     backoff: float = 0.5
     max_wait: float = 60.0
@@ -89,9 +91,15 @@ class Endpoint:
         if not self.model:
             raise UsageError("endpoint: model is empty; give the name that the server knows the model by")
         if not _is_address(self.base_url):
-            raise UsageError(f"endpoint: base_url must be an http:// or https:// address, got {self.base_url!r}")
+            raise UsageError(
+                f"endpoint: base_url must be an http:// or https:// address, got {redact_url(self.base_url)!r}"
+            )
         if not 1 <= self.max_in_flight <= _MAX_IN_FLIGHT:
             raise UsageError(f"endpoint: max_in_flight must be in 1 .. {_MAX_IN_FLIGHT}, got {self.max_in_flight}")
+        if self.max_seconds <= 0 or self.max_bytes < 1:
+            raise UsageError(
+                f"endpoint: max_seconds and max_bytes must be above 0, got {self.max_seconds} and {self.max_bytes}"
+            )
         if self.timeout <= 0 or self.max_retries < 0 or self.backoff < 0 or self.max_wait < 0:
             raise UsageError(
                 "endpoint: timeout must be above 0, and max_retries, backoff and max_wait at least 0; got "
@@ -109,25 +117,6 @@ class Endpoint:
         return f"{self.model} ({self.host})"
 
 
-class Failure(Exception):  # noqa: N818 - becomes a ProviderError when no retry is left
-    """One request that came to nothing.
-
-    can_retry: the same request may succeed later. wait: seconds the server asks for. usage: what it cost.
-    """
-
-    def __init__(
-        self,
-        message: str,
-        fault: Fault,
-        can_retry: bool = False,
-        wait: float | None = None,
-        usage: Usage | None = None,
-    ):
-        super().__init__(message)
-        self.message, self.fault, self.can_retry, self.wait = message, fault, can_retry, wait
-        self.usage = usage or Usage()
-
-
 class Connection:
     """Calls one endpoint from many threads: takes turns, retries, counts, and says what went wrong.
 
@@ -137,15 +126,20 @@ class Connection:
     def __init__(self, endpoint: Endpoint):
         try:
             import httpx2
-            import openai
+            import openai  # noqa: F401
+
+            from clvr_jax.providers.http_client import BoundedClient
         except ImportError:
             raise ClvrError(
                 f"{endpoint.name}: the openai package is not installed; pip install 'clvr-jax[endpoints]'"
             ) from None
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
+        self._secrets = Secrets(self._key, endpoint.base_url)
         # To read all certificates takes a while, so it is done once.
-        self._new_http_client = partial(openai.DefaultHttpxClient, verify=httpx2.create_ssl_context())
+        self._new_http_client = partial(
+            BoundedClient, seconds=endpoint.max_seconds, verify=httpx2.create_ssl_context(), timeout=endpoint.timeout
+        )
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         # One client for each request in flight, the last used first. One that is shared looks through all of its
         # connections at every request, under a lock: with 64 of them that is felt.
@@ -171,11 +165,15 @@ class Connection:
 
         The key is not sent, nor is the URL shown: it may be a password to what it points at.
         """
-        return self._retry(lambda: (_download(url, self.endpoint.timeout), Usage()), spent)
+        from clvr_jax.providers.download import download
 
-    def error(self, message: str, fault: Fault, usage: Usage | None = None) -> ProviderError:
+        hosts = {urlsplit(self.endpoint.base_url).hostname or "", *self.endpoint.image_hosts}
+        return self._retry(lambda: (download(url, hosts, self._new_http_client), Usage()), spent)
+
+    def error(self, message: str, fault: Fault, usage: Usage | None = None, is_no_reply: bool = False) -> ProviderError:
         """The error that says so, on one line and without the key."""
-        return ProviderError(self._one_line(f"{self.endpoint.name}: {message}"), fault, usage)
+        kind = NoReplyError if is_no_reply else ProviderError
+        return kind(self._one_line(f"{self.endpoint.name}: {message}"), fault, usage)
 
     def close(self) -> None:
         """Closes the connections to the server."""
@@ -191,7 +189,7 @@ class Connection:
             base_url=endpoint.base_url,
             timeout=endpoint.timeout,
             max_retries=0,
-            http_client=self._new_http_client(),
+            http_client=self._new_http_client(endpoint.max_bytes),
         )
         if not (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com"):
             # The package takes these from the environment; they are nobody else's business.
@@ -220,12 +218,13 @@ class Connection:
             attempt += 1
         # Raised here, not above: the causes, which a traceback would show, may hold the request and with it the key.
         message = self._one_line(failure.message)
-        message = message if len(message) <= _SHOWN else message[:_SHOWN] + " ..."
+        message = message if len(message) <= SHOWN else message[:SHOWN] + " ..."
         if failure.can_retry and wait > self.endpoint.max_wait:
             message += f"; it asks to wait {wait:.0f} s, more than max_wait={self.endpoint.max_wait:g}"
         elif attempt:
             message += f" (after {attempt} {'retries' if attempt > 1 else 'retry'})"
-        raise self.error(message, failure.fault, spent + Usage(retries=attempt, seconds=time.monotonic() - began))
+        spent += Usage(retries=attempt, seconds=time.monotonic() - began)
+        raise self.error(message, failure.fault, spent, failure.is_no_reply)
 
     def _request(
         self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
@@ -241,13 +240,15 @@ class Connection:
         except openai.APITimeoutError:
             raise Failure(f"no answer within {self.endpoint.timeout:g} s", "down", can_retry=True) from None
         except openai.APIConnectionError as error:
+            if isinstance(error.__cause__, Failure):
+                raise error.__cause__ from None
             reason = str(error.__cause__ or error)
             raise Failure(f"cannot be reached ({reason})", "down", can_retry=True) from None
         except openai.OpenAIError as error:
             raise Failure(f"the openai package says {error}", "rejected") from None
         except UnicodeEncodeError as error:
             raise Failure(f"the text is no valid Unicode ({error.reason}); clean it", "rejected") from None
-        return read(_body(text))
+        return read(read_object(self._secrets.redact_reply(text)))
 
     @contextmanager
     def _turn(self) -> Iterator[openai.OpenAI]:
@@ -262,7 +263,10 @@ class Connection:
             try:
                 yield client
             finally:
-                self._idle.append(client)
+                if getattr(client._client, "is_usable", True):
+                    self._idle.append(client)
+                else:
+                    self._clients.remove(client)
         finally:
             self._turns.release()
 
@@ -276,78 +280,7 @@ class Connection:
             self._turns.release()
 
     def _one_line(self, text: str) -> str:
-        text = " ".join(text.split())
-        return text.replace(self._key, "***") if self._key else text
-
-
-def count(value: Any) -> int:
-    """A number of tokens as servers report it; 0 for what is none."""
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
-
-
-def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds that a response asks to wait, in any of the three ways that are in use; None if it does not.
-
-    Args:
-      headers: of the response.
-      now: seconds since 1970, for answers that name a date.
-    Source: RFC 9110, 10.2.3; retry-after-ms is OpenAI's.
-    """
-    lower = {name.lower(): value for name, value in headers.items()}
-    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
-        text = lower.get(name)
-        if text is None:
-            continue
-        try:
-            seconds = float(text) * unit
-        except ValueError:
-            try:
-                seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
-            except ValueError:
-                continue
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
-    return None
-
-
-def status_failure(status: int, body: object, wait: float | None = None) -> Failure:
-    """What an HTTP status and an error's body mean.
-
-    Args:
-      status: 400 .. 599.
-      body: the error object, or the body as text.
-      wait: seconds that the server asks for.
-    """
-    if isinstance(body, list) and body:  # Gemini's
-        body = body[0].get("error", body[0]) if isinstance(body[0], dict) else body[0]
-    details: Mapping[str, Any] = body if isinstance(body, dict) else {}
-    inner = details.get("innererror")
-    code = " ".join(str(part or "") for part in (details.get("code"), details.get("type"), inner)).lower()
-    message = f"HTTP {status}: {str(details.get('message') or body or 'no reason given')[:_KEPT]}"
-    if status < 500 and any(mark in code for mark in _POLICY):
-        return Failure(message, "refused")
-    if status == 429:
-        return Failure(message, "limited", can_retry=not any(mark in code for mark in _OUT_OF_MONEY), wait=wait)
-    if status >= 500 or status in (408, 409, 425):
-        return Failure(message, "down", can_retry=True, wait=wait)
-    return Failure(message, "rejected")
-
-
-def _body(text: str) -> dict[str, Any]:
-    """A successful response's JSON object; Failure for anything else, and for errors under a status of 200."""
-    if not text.strip():
-        raise Failure("the body is empty", "malformed", can_retry=True)
-    try:
-        body = json.loads(text)
-    except (ValueError, RecursionError):
-        raise Failure(f"the body is no JSON ({text[:_KEPT]!r})", "malformed", can_retry=True) from None
-    if not isinstance(body, dict):
-        raise Failure(f"the body is no JSON object ({text[:_KEPT]!r})", "malformed", can_retry=True)
-    error = body.get("error")
-    if error and not body.get("choices") and not body.get("data"):
-        code = error.get("code") if isinstance(error, dict) else None
-        raise status_failure(code if isinstance(code, int) and 400 <= code < 600 else 500, error)
-    return body
+        return self._secrets.redact(" ".join(text.split()))
 
 
 def _is_address(url: str) -> bool:
@@ -368,28 +301,3 @@ def _read_key(endpoint: Endpoint) -> str | None:
     if not (key.isascii() and key.isprintable()) or " " in key:
         raise ClvrError(f"{endpoint.name}: the environment variable {variable} holds no key (spaces or odd characters)")
     return key
-
-
-def _download(url: str, timeout: float) -> bytes:
-    try:
-        host = urlsplit(url).hostname or "a data URL"
-    except ValueError:
-        raise Failure("the picture's address makes no sense", "malformed") from None
-    if not url.startswith(("http://", "https://", "data:")):  # urllib would open files of this machine too
-        raise Failure("the picture's address is neither http(s) nor data", "malformed")
-    try:
-        with urllib.request.urlopen(url, timeout=timeout) as response:
-            content: bytes = response.read(MAX_DOWNLOAD_BYTES + 1)
-    except urllib.error.HTTPError as error:
-        wait = retry_after(dict(error.headers.items()), time.time())
-        message = f"the picture at {host} cannot be fetched (HTTP {error.code})"
-        if error.code == 429 or error.code >= 500:
-            raise Failure(message, "down", can_retry=True, wait=wait) from None
-        raise Failure(message, "malformed") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise Failure(f"the picture at {host} cannot be fetched ({error})", "down", can_retry=True) from None
-    except ValueError:
-        raise Failure("the picture's address makes no sense", "malformed") from None
-    if len(content) > MAX_DOWNLOAD_BYTES:
-        raise Failure(f"the picture at {host} has more than {MAX_DOWNLOAD_BYTES} bytes", "malformed")
-    return content

@@ -14,6 +14,8 @@ from PIL import Image
 from clvr_jax.data.text import check_prompt
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.batching import Gathered
+from clvr_jax.providers.failures import NoReplyError
+from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.tools import (
@@ -105,7 +107,8 @@ class LocalVisionLanguageModel(VisionLanguageModel):
     def ask(self, question: Question) -> Answer:
         """See `VisionLanguageModel`.
 
-        Raises: ProviderError "rejected" for a chat that the pipeline cannot read.
+        Raises: ProviderError "rejected" for a chat that the pipeline cannot read; NoReplyError for a thought without a
+          reply.
         """
         began = time.monotonic()
         try:
@@ -121,7 +124,11 @@ class LocalVisionLanguageModel(VisionLanguageModel):
             output_tokens=len(self._pipeline.tokenizer(answer.text)["input_ids"]),
             seconds=time.monotonic() - began,
         )
-        return dataclasses.replace(answer, usage=usage)
+        reply = dataclasses.replace(without_thought(answer), usage=usage)
+        if answer.text.strip() and not reply.text.strip():
+            advice = "allow more tokens, or have the model think less"
+            raise NoReplyError(f"{self._name}: the answer is a thought without a reply; {advice}", "down", usage)
+        return reply
 
     def close(self) -> None:
         """Answers what waits, then takes no more."""
@@ -174,7 +181,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
         return self.ask_all([question])[0]
 
     def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """See `VisionLanguageModel`; those with as many pictures share calls.
+        """See `VisionLanguageModel`; those with as many pictures share calls. A thought without a reply is "".
 
         Raises: ProviderError "rejected" for a chat that cannot be read, or one that is to be answered by chance.
         """
@@ -206,13 +213,27 @@ class MeshVisionLanguageModel(VisionLanguageModel):
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
         seconds = (time.monotonic() - began) / len(questions)
         return [
-            Answer(
-                one.text,
-                Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
-                one.tokens,
+            without_thought(
+                Answer(
+                    one.text,
+                    Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
+                    one.tokens,
+                )
             )
             for one in told[: len(questions)]
         ]
+
+
+def without_thought(answer: Answer) -> Answer:
+    """Returns the reply behind a model's thought, with its tokens; "" for a thought without a reply."""
+    text = strip_thoughts(answer.text) or ""
+    if text == answer.text:
+        return answer
+    tokens = list(answer.tokens or ())
+    while tokens and len("".join(token.text for token in tokens)) > len(text):
+        tokens.pop(0)
+    is_whole = "".join(token.text for token in tokens) == text
+    return dataclasses.replace(answer, text=text, tokens=tuple(tokens) if answer.tokens and is_whole else None)
 
 
 class LocalImageTool(ImageTool):

@@ -5,21 +5,28 @@ from __future__ import annotations
 import base64
 import codecs
 import dataclasses
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
-from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
+from clvr_jax.providers.adaptation import Adaptation, OptionalFields
+from clvr_jax.providers.bounded import count
+from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
+from clvr_jax.providers.failures import Failure
+from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
 from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Token, Usage, VisionLanguageModel
 
 MAX_TOP_LOGPROBS = 20
 """Most alternatives to a token that the API may be asked for."""
-_JSON_MODE, _LOGPROBS = "json mode", "logprobs"
-_FEATURE_WORDS = {_JSON_MODE: ("response_format", "json_object", "json mode"), _LOGPROBS: ("logprob",)}
-"""What not every server knows -> words of the error by which it says so."""
+_OPTIONAL = (
+    OptionalFields(("response_format",), ("response_format", "json_object", "json mode"), is_any_mention=True),
+    OptionalFields(("logprobs", "top_logprobs"), ("logprob",), is_any_mention=True),
+    OptionalFields(("temperature",), consequence="greedy replies are not sure, and may differ from run to run"),
+    OptionalFields(("seed",), consequence="replies may differ from run to run"),
+)
 _LOWEST, _ROUNDING = 1e9, 1e-3
 """Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
@@ -28,15 +35,14 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
     """A model behind `/chat/completions`; may be asked from many threads at once.
 
     Images are sent as base64, every one with every question. Probabilities of tokens are asked for where a question
-    wants them, and no longer once the server rejects that.
+    wants them. A field that the server refuses by name (`response_format`, `logprobs`, `temperature`, `seed`) is left
+    out from then on, and `max_tokens` is sent as `max_completion_tokens` or the other way round; `adapted` says so.
 
     Args:
       endpoint: where it is served, and how it may be called.
-      json_mode: whether JSON is asked for with `response_format`; given up for good when the server rejects that.
-      token_limit: what the server calls the most tokens of an answer; OpenAI's own newer models want
-        "max_completion_tokens".
-      omit: of "temperature" and "seed", what is not sent, since the server rejects it. Answers may then differ from
-        run to run.
+      json_mode: whether JSON is asked for with `response_format`.
+      token_limit: what the server calls the most tokens of an answer.
+      omit: of "temperature" and "seed", what is not sent from the beginning. Answers may then differ from run to run.
       extra: further fields of the request's body, e.g. {"reasoning_effort": "low"}.
     Raises: ClvrError if the key or the openai package is missing.
     Source: OpenAI API reference, chat completions.
@@ -55,35 +61,34 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
         self._connection = Connection(endpoint)
         self._prices = endpoint.prices
-        self._rejected: frozenset[str] = frozenset() if json_mode else frozenset({_JSON_MODE})
-        self._token_limit = token_limit
-        self._omit, self._extra = frozenset(omit), dict(extra or {})
+        without = [*omit, *([] if json_mode else ["response_format"])]
+        self._adaptation = Adaptation(endpoint.name, _OPTIONAL, without)
+        self._token_limit, self._extra = token_limit, dict(extra or {})
 
     @property
     def name(self) -> str:
         """The model and who serves it."""
         return self._connection.endpoint.name
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Says which fields are not sent as they were asked for, since the server refused them."""
+        return self._adaptation.notes
+
     def ask(self, question: Question) -> Answer:
         """Asks one question.
 
         Raises: ProviderError; UsageError if image parts and images differ in number.
         """
-        messages = chat_messages(question.messages, question.images)
-        wanted = {_JSON_MODE} if question.is_json else set()
-        if question.top_logprobs > 0:
-            wanted.add(_LOGPROBS)
+        wanted = self._request(question)
         rejected, requests = Usage(), 0
         while True:
-            sent = wanted - self._rejected
+            sent = self._adaptation.adapted(wanted)
             try:
-                answer = self._ask(question, messages, sent)
+                answer = self._ask(question, sent)
             except ProviderError as error:
-                said = str(error).lower()
-                refused = {feature for feature in sent if any(word in said for word in _FEATURE_WORDS[feature])}
-                if not refused or error.fault != "rejected":
+                if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
                     raise
-                self._rejected |= refused
                 rejected, requests = rejected + error.usage, requests + 1
                 continue
             if not requests:
@@ -107,20 +112,23 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         """Closes the connections to the server."""
         self._connection.close()
 
-    def _ask(self, question: Question, messages: list[Message], features: Set[str]) -> Answer:
+    def _request(self, question: Question) -> dict[str, Any]:
+        """The request's body with every field that is wanted."""
         request: dict[str, Any] = {
             "model": self._connection.endpoint.model,
-            "messages": messages,
+            "messages": chat_messages(question.messages, question.images),
             self._token_limit: question.max_tokens,
             "temperature": question.temperature,
             "seed": question.seed,
         }
-        request = {key: value for key, value in request.items() if key not in self._omit}
-        if _LOGPROBS in features:
+        if question.top_logprobs > 0:
             request |= {"logprobs": True, "top_logprobs": min(question.top_logprobs, MAX_TOP_LOGPROBS)}
-        request |= self._extra
-        if _JSON_MODE in features:
+        if question.is_json:
             request["response_format"] = {"type": "json_object"}
+        return request
+
+    def _ask(self, question: Question, sent: Mapping[str, Any]) -> Answer:
+        request = {**sent, **self._extra}
         # Not client.chat.completions.create: its typed requests and answers cost as much again as the rest of a call,
         # and with 64 threads that is what limits the number of calls in flight.
         answer, usage = self._connection.call(
@@ -161,7 +169,8 @@ def read_completion(body: Mapping[str, Any], question: Question, prices: Prices)
     """Reads a chat completion: its text with the probabilities of its tokens, and its price.
 
     `tokens` is None if the question did not ask for them, or if the server sent none that fit the text.
-    Raises: Failure "refused" for a refusal or a content filter, "malformed" if there is no text.
+    Raises: Failure "refused" for a refusal or a content filter, "down" if there is no reply: no text, a text that was
+      cut, a thought without an end.
     """
     told = body.get("usage")
     told = told if isinstance(told, dict) else {}
@@ -170,18 +179,22 @@ def read_completion(body: Mapping[str, Any], question: Question, prices: Prices)
     choice = choices[0] if isinstance(choices, list) and choices else None
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(choice, dict) or not isinstance(message, dict):
-        raise Failure("the answer has no choices", "malformed", can_retry=True, usage=usage)
+        raise Failure("the answer has no choices", "down", can_retry=True, usage=usage)
     reason = choice.get("finish_reason")
     if message.get("refusal") or reason == "content_filter":
         said = message.get("refusal") or "content filter"
         raise Failure(f"refused: {str(said)[:1000]}", "refused", usage=usage)
-    content = message.get("content")
-    if isinstance(content, list):
-        content = "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
-    cut = f", cut at max_tokens={question.max_tokens}" if reason == "length" else ""
-    # The same question would be answered the same way, and paid again: no retry, the caller may ask otherwise.
-    if not isinstance(content, str) or not content.strip():
-        raise Failure(f"the answer is empty{cut}", "malformed", usage=usage)
+    content = _text_of(message.get("content"))
+    if reason == "length":
+        # The same question would be cut in the same place, and paid again: no retry, the caller may ask otherwise.
+        what = "the answer is cut" if content.strip() else "the answer is empty, cut"
+        advice = f"{what} at max_tokens={question.max_tokens}; allow more tokens, or have the model think less"
+        raise Failure(advice, "down", usage=usage, is_no_reply=True)
+    reply = strip_thoughts(content)
+    if reply is None or not reply.strip():
+        what = "the answer is empty" if not content.strip() else "the answer is a thought without a reply"
+        raise Failure(what, "down", can_retry=True, usage=usage, is_no_reply=True)
+    content = reply
     tokens = read_tokens(choice.get("logprobs"), content) if question.top_logprobs > 0 else None
     return Answer(content, tokens=tokens), usage
 
@@ -239,6 +252,13 @@ def _token(entry: object) -> tuple[str, float] | None:
 
 def _is_bytes(value: object) -> bool:
     return isinstance(value, list) and all(type(each) is int and 0 <= each < 256 for each in value)
+
+
+def _text_of(content: object) -> str:
+    """The text of a message, which may come in parts; "" if there is none."""
+    if isinstance(content, list):
+        return "".join(str(part.get("text") or "") for part in content if isinstance(part, dict))
+    return content if isinstance(content, str) else ""
 
 
 def _parts(message: Message) -> list[Any]:

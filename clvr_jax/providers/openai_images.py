@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import io
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
 
-from clvr_jax.errors import UsageError
-from clvr_jax.providers.endpoint import Connection, Endpoint, Failure, Prices, count
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.providers.adaptation import Adaptation, OptionalFields
+from clvr_jax.providers.base64_text import decode_base64
+from clvr_jax.providers.bounded import count
+from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
+from clvr_jax.providers.failures import Failure
 from clvr_jax.providers.openai_chat import picture_url
-from clvr_jax.reasoning.images import encode_png
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, Usage
+from clvr_jax.reasoning.images import decode_image, encode_png
+from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, ProviderError, Usage
+
+_OPTIONAL = (
+    OptionalFields(("response_format",)),
+    OptionalFields(("seed",), consequence="images may differ from run to run"),
+)
 
 
 class OpenAIImageTool(ImageTool):
@@ -28,7 +34,8 @@ class OpenAIImageTool(ImageTool):
         "generations" sends them to `/images/generations` as data URLs in the field `image` (Seedream).
       max_references: more are rejected before anything is sent.
       max_prompt: characters; a longer prompt is rejected before anything is sent.
-      response_format: what the server is asked to answer with; None for servers that reject the question (GPT-Image).
+      response_format: what the server is asked to answer with; not asked if None. Servers that answer with a path on
+        their disk (Xinference, SGLang) need "b64_json".
       sends_seed: whether the server takes a `seed`; OpenAI's own do not, and their pictures differ from run to run.
       extra: further fields of the request's body, e.g. {"quality": "high"}.
     Raises: ClvrError if the key or the openai package is missing.
@@ -53,24 +60,58 @@ class OpenAIImageTool(ImageTool):
         self._size, self._references, self._response_format = size, references, response_format
         self._max_references, self._max_prompt, self._sends_seed = max_references, max_prompt, sends_seed
         self._extra = dict(extra or {})
+        self._adaptation = Adaptation(endpoint.name, _OPTIONAL)
 
     @property
     def name(self) -> str:
         """The model and who serves it."""
         return self._connection.endpoint.name
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """Says which fields are not sent as they were asked for, since the server refused them."""
+        return self._adaptation.notes
+
     def draw(self, task: ImageTask) -> Made:
         """See `ImageTool`. The picture is (height, width, 3) uint8. Raises: ProviderError."""
         self._check(task)
         size = task.size or self._size
-        request: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": task.prompt, "n": 1}
+        entry, usage = self._entry(task, size)
+        content, usage = self._content(entry, usage)
+        try:
+            return Made(decode_picture(content, size), usage)
+        except Failure as error:
+            failure = error
+        raise self._connection.error(failure.message, failure.fault, usage)
+
+    def _entry(self, task: ImageTask, size: tuple[int, int] | None) -> tuple[dict[str, Any], Usage]:
+        """What the server answers, and what it cost; fields that it refuses by name are left out from then on."""
+        wanted: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": task.prompt, "n": 1}
         if size is not None:
-            request["size"] = f"{size[1]}x{size[0]}"
+            wanted["size"] = f"{size[1]}x{size[0]}"
         if self._response_format is not None:
-            request["response_format"] = self._response_format
-        extra = dict(self._extra)
+            wanted["response_format"] = self._response_format
         if self._sends_seed:
-            extra["seed"] = task.seed
+            wanted["seed"] = task.seed
+        prices = self._connection.endpoint.prices
+        rejected = Usage()
+        while True:
+            sent = self._adaptation.adapted(wanted)
+            try:
+                entry, usage = self._connection.call(
+                    self._sender(task, sent), lambda body: read_picture_entry(body, prices)
+                )
+            except ProviderError as error:
+                if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
+                    raise
+                rejected += dataclasses.replace(error.usage, calls=0, retries=error.usage.retries + 1)
+                continue
+            return entry, rejected + usage
+
+    def _sender(self, task: ImageTask, fields: Mapping[str, Any]) -> Callable[[Any], str]:
+        """What sends one request: it may be called several times."""
+        request = {**fields}
+        extra = {**self._extra, **({"seed": request.pop("seed")} if "seed" in request else {})}
         uploads: list[tuple[str, bytes, str]] = []
         if task.references and self._references == "generations":
             extra["image"] = [picture_url(image) for image in task.references]
@@ -88,14 +129,7 @@ class OpenAIImageTool(ImageTool):
             image = uploads if len(uploads) > 1 else uploads[0]
             return images.edit(image=image, **request, extra_body=extra or None).http_response.text
 
-        prices = self._connection.endpoint.prices
-        entry, usage = self._connection.call(send, lambda body: read_picture_entry(body, prices))
-        content, usage = self._content(entry, usage)
-        try:
-            return Made(decode_picture(content, size), usage)
-        except Failure as error:
-            failure = error
-        raise self._connection.error(failure.message, failure.fault, usage)
+        return send
 
     def close(self) -> None:
         """Closes the connections to the server."""
@@ -117,24 +151,22 @@ class OpenAIImageTool(ImageTool):
         """The bytes of the picture that an answer holds or points at."""
         if not entry.get("b64_json"):
             return self._connection.download(str(entry["url"]), usage)
-        text = str(entry["b64_json"])
         try:
-            text = text.partition(",")[2] if text.startswith("data:") else text
-            return base64.b64decode("".join(text.split()), validate=True), usage
-        except (binascii.Error, ValueError):
-            pass
-        raise self._connection.error("the picture is no base64", "malformed", usage)
+            return decode_base64(str(entry["b64_json"])), usage
+        except Failure as error:
+            failure = error
+        raise self._connection.error(failure.message, failure.fault, usage)
 
 
 def read_picture_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str, Any], Usage]:
-    """The first entry of an images response, and its price. Raises: Failure "malformed" if there is none."""
+    """The first entry of an images response, and its price. Raises: Failure "down" if there is none."""
     told = body.get("usage")
     told = told if isinstance(told, dict) else {}
     tokens = count(told.get("input_tokens")), count(told.get("output_tokens"))
     data = body.get("data")
     entry = data[0] if isinstance(data, list) and data else None
     if not isinstance(entry, dict) or not (entry.get("b64_json") or entry.get("url")):
-        raise Failure("the answer has no picture", "malformed", can_retry=True, usage=prices.usage(*tokens))
+        raise Failure("the answer has no picture", "down", can_retry=True, usage=prices.usage(*tokens))
     return entry, prices.usage(*tokens, pictures=1)
 
 
@@ -145,11 +177,9 @@ def decode_picture(content: bytes, size: tuple[int, int] | None) -> np.ndarray:
     Raises: Failure "malformed" if it is no picture or has another size.
     """
     try:
-        with Image.open(io.BytesIO(content)) as image:
-            picture = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error) if not isinstance(error, Image.UnidentifiedImageError) else f"{len(content)} bytes"
-        raise Failure(f"what was sent is no picture ({reason})", "malformed") from None
+        picture = decode_image(content, "what was sent")
+    except ClvrError as error:
+        raise Failure(f"what was sent is no picture ({len(content)} bytes; {error})", "malformed") from None
     if size is not None and picture.shape[:2] != tuple(size):
         height, width = picture.shape[:2]
         raise Failure(

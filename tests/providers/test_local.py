@@ -11,8 +11,13 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.providers.local import LocalImageTool, LocalVisionLanguageModel, MeshVisionLanguageModel
-from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question, Token
+from clvr_jax.providers.local import (
+    LocalImageTool,
+    LocalVisionLanguageModel,
+    MeshVisionLanguageModel,
+    without_thought,
+)
+from clvr_jax.reasoning.tools import Answer, ImageTask, ProviderError, Question, Token
 from tests.providers.server import picture
 
 
@@ -124,6 +129,14 @@ def test_probabilities_of_tokens_are_passed_on_where_they_are_asked_for():
         plain, sure = at_once(model.ask, [question("a"), question("b", top_logprobs=3)])
         assert plain.tokens is None
         assert sure.tokens == (Token("b", -0.5),) * 3
+
+
+def test_our_own_models_reply_behind_their_thoughts_too():
+    tokens = tuple(Token(text, -0.5) for text in ("<think>", "no", "</think>", "\n\n", "yes", "."))
+    thought = Answer("<think>no</think>\n\nyes.", tokens=tokens)
+    assert without_thought(thought) == Answer("yes.", tokens=tokens[-2:])
+    assert without_thought(Answer("<think>no")).text == ""
+    assert without_thought(Answer("yes", tokens=tokens[4:5])) == Answer("yes", tokens=tokens[4:5])
 
 
 def test_a_chat_that_cannot_be_read_never_gets_into_a_batch():

@@ -10,6 +10,7 @@ from PIL import Image
 
 from clvr_jax.errors import UsageError
 from clvr_jax.providers.endpoint import Endpoint, Prices
+from clvr_jax.providers.failures import NoReplyError
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel, read_tokens
 from clvr_jax.reasoning.tools import ProviderError, Question, Token
 from tests.providers.server import KEY, Reply, completion, failure, picture
@@ -193,19 +194,19 @@ def test_no_money_left_is_not_retried(server, endpoint):
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n", b'{"choices": [', b"<html>Bad gateway</html>", b"[1, 2]"])
-def test_a_body_that_is_none_is_retried_then_malformed(server, endpoint, content):
+def test_a_body_that_is_none_is_retried_and_is_no_reply(server, endpoint, content):
     server.script = [Reply(content)]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "malformed"
+    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "down"
     assert len(server.seen) == 3
     server.script = [Reply(content)] * 4 + [completion("Two.")]
     assert OpenAIVisionLanguageModel(endpoint()).ask(QUESTION).text == "Two."
 
 
 @pytest.mark.parametrize("choices", [None, [], [None], [{}], "no"])
-def test_no_choices_are_retried_then_malformed(server, endpoint, choices):
+def test_no_choices_are_retried_and_are_no_reply(server, endpoint, choices):
     server.script = [Reply({"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": None}})]
     error = error_of(OpenAIVisionLanguageModel(endpoint()))
-    assert error.fault == "malformed"
+    assert error.fault == "down"
     assert len(server.seen) == 3
     assert error.usage.input_tokens == 27
 
@@ -248,10 +249,12 @@ def test_a_refusal_costs_what_it_costs(server, endpoint):
     assert (error.usage.calls, error.usage.input_tokens, error.usage.dollars) == (1, 100, 103)
 
 
-def test_an_empty_text_is_malformed_and_says_where_the_tokens_went(server, endpoint):
-    server.script = [completion("", finish="length")]
+@pytest.mark.parametrize("text", ["", "Final Score: 3"])
+def test_a_reply_that_is_cut_is_none_and_says_where_the_tokens_went(server, endpoint, text):
+    server.script = [completion(text, finish="length")]
     error = error_of(OpenAIVisionLanguageModel(endpoint()))
-    assert error.fault == "malformed"
+    assert isinstance(error, NoReplyError)
+    assert error.fault == "down"
     assert "max_tokens=55" in str(error)
     assert len(server.seen) == 1
 
@@ -313,10 +316,12 @@ def test_probabilities_of_tokens_are_asked_for_and_read(server, endpoint):
     assert answer.usage.calls == 1
 
 
-def test_a_cut_answer_keeps_its_text_and_tokens(server, endpoint):
-    server.script = [with_logprobs("It is red.", RED[:3], finish="length")]
+def test_probabilities_of_a_thought_are_left_out(server, endpoint):
+    thought = [entry("<think>"), entry("no"), entry("</think>"), entry("\n\n")]
+    server.script = [with_logprobs("<think>no</think>\n\nIt is red. yes", [*thought, *RED])]
     answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
-    assert (answer.text, len(answer.tokens)) == ("It is red.", 3)
+    assert answer.text == "It is red. yes"
+    assert "".join(token.text for token in answer.tokens) == answer.text
 
 
 def test_no_more_alternatives_are_asked_for_than_the_api_allows_and_none_without_need(server, endpoint):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import UsageError
-from clvr_jax.providers import endpoint as endpoint_module
+from clvr_jax.providers import download as download_module
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_images import OpenAIImageTool
 from clvr_jax.reasoning.tools import ImageTask, ProviderError
@@ -141,7 +141,7 @@ def test_no_other_address_is_opened(server, endpoint, url):
 
 
 def test_a_download_without_end_is_cut(server, endpoint, monkeypatch):
-    monkeypatch.setattr(endpoint_module, "MAX_DOWNLOAD_BYTES", 100)
+    monkeypatch.setattr(download_module, "MAX_BYTES", 100)
     server.script = [pictures(server.url + "/1.png"), Reply(png(IMAGE))]
     assert "more than 100 bytes" in str(error_of(OpenAIImageTool(endpoint())))
 
@@ -174,10 +174,10 @@ def test_broken_base64_is_malformed(server, endpoint):
 
 
 @pytest.mark.parametrize("body", [{}, {"data": []}, {"data": None}, {"data": [{"revised_prompt": "a"}]}])
-def test_an_answer_without_a_picture_is_retried_then_malformed(server, endpoint, body):
+def test_an_answer_without_a_picture_is_retried_and_is_none(server, endpoint, body):
     server.script = [Reply(body)]
     error = error_of(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))))
-    assert error.fault == "malformed"
+    assert error.fault == "down"
     assert error.usage.dollars == 0
     assert len(server.seen) == 3
 

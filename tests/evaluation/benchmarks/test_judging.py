@@ -23,7 +23,7 @@ from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVALPP, IMAGINE, Painter, write_lines
-from tests.providers.server import completion, failure
+from tests.providers.server import Reply, completion, failure
 
 GOOD = "Fantasy Fulfillment: 8\nIdentity Preservation: 9\nAesthetic Quality: 7"
 
@@ -116,7 +116,30 @@ def test_replies_that_cannot_be_read_are_asked_again_with_the_reason(server, jud
     assert results["summary"]["unreadable"] == []
 
 
-@pytest.mark.parametrize("reply", [completion("prose only"), completion(""), completion(None, refusal="I will not.")])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        completion(""),
+        completion(None),
+        completion("<think>Fantasy Fulfillment: 1"),
+        completion(GOOD, finish="length"),
+        Reply(b""),
+        Reply(b"<html>log in</html>"),
+        Reply({"choices": []}),
+    ],
+)
+def test_no_reply_is_no_score_and_is_asked_for_again(reply, server, judge, imagine, tmp_path):
+    server.script = [completion(GOOD), reply]
+    with pytest.raises(ClvrError, match="1 of 4 pictures are judged and kept, run again"):
+        score_judged(*imagine, judge(in_flight=1))
+    assert not (tmp_path / "out" / "results.json").exists()
+    server.script = [completion(f"<think>{GOOD.replace('8', '1')}</think>{GOOD}")]
+    results = score_judged(*imagine, judge())
+    assert results["summary"]["unreadable"] == []
+    assert [entry["score"] for entry in results["pictures"]] == pytest.approx([7.8] * 4)
+
+
+@pytest.mark.parametrize("reply", [completion("prose only"), completion(None, refusal="I will not.")])
 def test_a_picture_without_scores_counts_as_failed_and_is_listed(reply, server, judge, imagine):
     server.script = [reply] * 3 + [completion(GOOD)]
     results = score_judged(*imagine, judge(in_flight=1))

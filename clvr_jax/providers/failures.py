@@ -1,0 +1,122 @@
+"""What went wrong with one request: faults, what a server's error means, and how long it asks to wait."""
+
+from __future__ import annotations
+
+import email.utils
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.reasoning.tools import Fault, ProviderError, Usage
+
+SHOWN = 300
+"""Characters of a failure's words in an error."""
+KEPT = 2000
+"""Characters that are kept before secrets are taken out: cut first, a piece of a secret could stay."""
+MAX_SECONDS = 1e9
+"""Longest time that a server can ask to wait; longer ones are read as this."""
+
+_POLICY = ("content_filter", "content_policy", "moderation", "policyviolation", "sensitivecontent", "safety")
+_OUT_OF_MONEY = ("insufficient_quota", "billing")
+_DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)s")
+
+
+class Failure(Exception):  # noqa: N818 - becomes a ProviderError when no retry is left
+    """One request that came to nothing.
+
+    Attributes:
+      can_retry: whether the same request may succeed later.
+      wait: seconds that the server asks to wait, if it does.
+      usage: what the request cost.
+      is_no_reply: whether the server was reached and its model said nothing that counts as a reply.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        fault: Fault,
+        can_retry: bool = False,
+        wait: float | None = None,
+        usage: Usage | None = None,
+        is_no_reply: bool = False,
+    ):
+        super().__init__(message)
+        self.message, self.fault, self.can_retry, self.wait = message, fault, can_retry, wait
+        self.usage, self.is_no_reply = usage or Usage(), is_no_reply
+
+
+class NoReplyError(ProviderError, AnswerError):
+    """A model's reply that is none: empty, cut at max_tokens, or a thought without an end.
+
+    It is an `AnswerError` since the model may be asked again, and a `ProviderError` of fault "down" since nothing
+    follows from it: not that an image is bad, nor that a reply cannot be read.
+    """
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Returns the seconds that a response's headers ask to wait, in any of three ways; None if they do not.
+
+    Args:
+      headers: of the response.
+      now: seconds since 1970, for headers that name a date.
+    Source: RFC 9110, 10.2.3; retry-after-ms is OpenAI's.
+    """
+    lower = {name.lower(): value for name, value in headers.items()}
+    for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
+        text = lower.get(name, "").strip()
+        try:
+            seconds = float(text) * unit
+        except ValueError:
+            try:
+                seconds = email.utils.parsedate_to_datetime(text).timestamp() - now
+            except (ValueError, TypeError, OverflowError, OSError):  # no date, or one far beyond the calendar
+                continue
+        if math.isfinite(seconds):
+            return min(max(0.0, seconds), MAX_SECONDS)
+    return None
+
+
+def retry_delay(details: object) -> float | None:
+    """Returns the seconds that the details of a Google error ask to wait; None if they do not.
+
+    Source: google.rpc.RetryInfo in its JSON form, a duration such as "34.07s".
+    """
+    for entry in details if isinstance(details, list) else []:
+        if not isinstance(entry, dict) or not str(entry.get("@type", "")).endswith("google.rpc.RetryInfo"):
+            continue
+        found = _DURATION.fullmatch(str(entry.get("retryDelay", ""))[:40])
+        if found:
+            return min(float(found[1]), MAX_SECONDS)
+    return None
+
+
+def status_failure(status: int, body: object, wait: float | None = None) -> Failure:
+    """Returns what an HTTP status and the body of an error mean.
+
+    Args:
+      status: 400 .. 599.
+      body: the error object, or the body as text.
+      wait: seconds that the headers ask to wait; those that the body names count as well.
+    """
+    if isinstance(body, list) and body:  # Gemini's
+        body = body[0].get("error", body[0]) if isinstance(body[0], dict) else body[0]
+    details: Mapping[str, Any] = body if isinstance(body, dict) else {}
+    inner = details.get("innererror")
+    code = " ".join(str(part or "")[:KEPT] for part in (details.get("code"), details.get("type"), inner)).lower()
+    message = f"HTTP {status}: {str(details.get('message') or body or 'no reason given')[:KEPT]}"
+    field = details.get("param")
+    if isinstance(field, str) and field and field not in message:
+        message += f" (field {field[:40]})"
+    waits = [each for each in (wait, retry_delay(details.get("details"))) if each is not None]
+    wait = max(waits, default=None)
+    if status < 500 and any(mark in code for mark in _POLICY):
+        return Failure(message, "refused")
+    if status == 402 or (status in (403, 429) and any(mark in code for mark in _OUT_OF_MONEY)):
+        return Failure(message, "limited")
+    if status == 429:
+        return Failure(message, "limited", can_retry=True, wait=wait)
+    if status >= 500 or status in (408, 409, 425):
+        return Failure(message, "down", can_retry=True, wait=wait)
+    return Failure(message, "rejected")
