@@ -6,9 +6,9 @@ The same sums as those of `proxy`; what differs is who asks, and when: all proce
 from collections.abc import Sequence
 
 from clvr_jax.reasoning.tools import Question, VisionLanguageModel
-from clvr_jax.rewards.proxy import combined
+from clvr_jax.rewards.proxy import check_replies, combined
 from clvr_jax.rewards.reward import Case, Marks, Reward, Scores
-from clvr_jax.rewards.unified_reward import Inquiry, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards.unified_reward import Inquiry, UnifiedReward, UnifiedRewardEdit, read_marks
 
 
 class MeshReward(Reward):
@@ -44,4 +44,6 @@ class MeshReward(Reward):
 def _marked(model: VisionLanguageModel, inquiries: Sequence[Inquiry]) -> list[Marks]:
     questions: list[Question] = [question for inquiry in inquiries for question in inquiry.questions]
     answers = iter(model.ask_all(questions))
-    return [inquiry.read([next(answers).text for _ in inquiry.questions]) for inquiry in inquiries]
+    marks = [read_marks(inquiry, [next(answers).text for _ in inquiry.questions]) for inquiry in inquiries]
+    check_replies(marks, model.name)
+    return marks

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from clvr_jax.errors import UsageError
+from clvr_jax.reasoning.tools import ProviderError
 from clvr_jax.rewards.reward import Case, EditJudge, Marks, PictureJudge, Reward, Scores
 
 
@@ -56,7 +57,9 @@ class LastTextReward(Reward):
 def _scores(waiting: Sequence[Sequence[Future[Marks]]]) -> Scores:
     """Of each case the answers that it waits for. Where one cannot be had, none of the others is asked any more."""
     try:
-        return Scores.of([combined(*(future.result() for future in futures)) for futures in waiting])
+        marks = [[future.result() for future in futures] for futures in waiting]
+        check_replies([one for of_case in marks for one in of_case], "the judge")
+        return Scores.of([combined(*of_case) for of_case in marks])
     finally:
         for future in (one for futures in waiting for one in futures):
             future.cancel()
@@ -65,12 +68,23 @@ def _scores(waiting: Sequence[Sequence[Future[Marks]]]) -> Scores:
 def combined(text: Marks, *edits: Marks) -> Marks:
     """R of one picture from R_T2I and R_I2I of each of its sources, with the parts of all."""
     parts = {"t2i": text.value, **{f"t2i/{name}": value for name, value in text.parts.items()}}
+    problem = next((one.problem for one in (text, *edits) if one.problem is not None), None)
     if not edits:
-        return Marks(text.value, parts)
+        return Marks(text.value, parts, problem)
     names = Counter(name for edit in edits for name in edit.parts)
     means = {f"i2i/{name}": _mean([edit.parts.get(name, math.nan) for edit in edits]) for name in names}
     i2i = _mean([edit.value for edit in edits])
-    return Marks(0.5 * text.value + 0.5 * i2i, {**parts, "i2i": i2i, **means})
+    return Marks(0.5 * text.value + 0.5 * i2i, {**parts, "i2i": i2i, **means}, problem)
+
+
+def check_replies(marks: Sequence[Marks], name: str) -> None:
+    """Raises ProviderError if not one of the marks of a batch got a reply: that is no property of the images."""
+    if marks and all(one.problem == "no_reply" for one in marks):
+        raise ProviderError(
+            f"reward: {name} gave no reply to any of {len(marks)} questions (empty or cut), so nothing is "
+            "scored; allow more tokens or look after the server, then resume",
+            "down",
+        )
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -6,12 +6,13 @@ What cannot be scored is NaN and stays NaN through every sum: such a sample leav
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import ProviderError
 
@@ -35,12 +36,20 @@ class Case:
             raise ClvrError(f"reward: {len(self.references)} references for {len(self.proxies.i_ref)} names in i_ref")
 
 
+Problem = Literal["no_reply", "refused", "unreadable"]
+
+
 @dataclass(frozen=True)
 class Marks:
-    """A judge's mark of one picture, NaN if it could not be read; and what it is made of, by name."""
+    """A judge's mark of one picture, NaN if there is none; and what it is made of, by name.
+
+    problem: why there is none: the judge gave no reply, refused, or gave a reply that cannot be read. None of these is
+    a bad mark.
+    """
 
     value: float
     parts: Mapping[str, float] = field(default_factory=dict)
+    problem: Problem | None = None
 
 
 UNREADABLE = Marks(math.nan)
@@ -77,9 +86,15 @@ class Scores:
 
     @classmethod
     def of(cls, marks: Sequence[Marks]) -> "Scores":
-        """Marks as arrays; a part that only some have is NaN elsewhere."""
+        """Marks as arrays; a part that only some have is NaN elsewhere.
+
+        Where marks are missing, the parts "no_reply", "refused" and "unreadable" are 1 for the cases they hold
+        for, else 0: their means in the metrics are shares.
+        """
         names = {name: None for one in marks for name in one.parts}
         parts = {name: np.array([one.parts.get(name, math.nan) for one in marks]) for name in names}
+        for problem in dict.fromkeys(one.problem for one in marks if one.problem is not None):
+            parts[problem] = np.array([float(one.problem == problem) for one in marks])
         return cls(np.array([one.value for one in marks], np.float64), parts)
 
     @classmethod
@@ -115,7 +130,12 @@ class Scores:
 
 def is_of_one_answer(error: ProviderError) -> bool:
     """Whether a fault is that of one answer; all others the next call will suffer, too."""
-    return error.fault in ("malformed", "refused")
+    return isinstance(error, AnswerError) or error.fault in ("malformed", "refused")
+
+
+def problem_of(error: ProviderError) -> Problem:
+    """Why there is no mark after a fault of one answer."""
+    return "refused" if error.fault == "refused" else "no_reply"
 
 
 class Reward(Protocol):

@@ -9,14 +9,14 @@ Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, the answers
 import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import ProviderError, Question, VisionLanguageModel
-from clvr_jax.rewards.reward import EditJudge, Marks, PictureJudge, is_of_one_answer
+from clvr_jax.rewards.reward import EditJudge, Marks, PictureJudge, is_of_one_answer, problem_of
 
 AXES = ("Alignment", "Coherence", "Style")
 _NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
@@ -55,7 +55,7 @@ Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifac
 
 @dataclass(frozen=True)
 class Inquiry:
-    """What a judge asks about one picture, and what follows from as many answers; "" is one that cannot be had."""
+    """What a judge asks about one picture, and what follows from as many answers; "" is one that is none."""
 
     questions: Sequence[Question]
     read: Callable[[Sequence[str]], Marks]
@@ -124,16 +124,21 @@ def _question(text: str, pictures: Sequence[Picture], max_tokens: int, is_json: 
 
 
 def _asked(model: VisionLanguageModel, inquiry: Inquiry) -> Marks:
-    return inquiry.read([_answer(model, question) for question in inquiry.questions])
-
-
-def _answer(model: VisionLanguageModel, question: Question) -> str:
     try:
-        return model.ask(question).text
+        answers = [model.ask(question).text for question in inquiry.questions]
     except ProviderError as error:
         if is_of_one_answer(error):
-            return ""
+            return Marks(math.nan, problem=problem_of(error))
         raise
+    return read_marks(inquiry, answers)
+
+
+def read_marks(inquiry: Inquiry, answers: Sequence[str]) -> Marks:
+    """Reads the answers to an inquiry; marks that are not a number say whether there was no reply or no mark in it."""
+    marks = inquiry.read(answers)
+    if not math.isnan(marks.value):
+        return marks
+    return replace(marks, problem="unreadable" if all(answer.strip() for answer in answers) else "no_reply")
 
 
 def read_acs(answer: str) -> Marks:

@@ -5,9 +5,13 @@ import math
 import numpy as np
 import pytest
 
+from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import UsageError
+from clvr_jax.providers.failures import NoReplyError
 from clvr_jax.reasoning.tools import Answer, ProviderError
 from clvr_jax.rewards import UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards.proxy import LastTextReward
+from clvr_jax.rewards.reward import Case, Scores
 from clvr_jax.rewards.unified_reward import read_acs, read_edit, read_final, read_quality
 
 ACS = "Alignment Score (1-5): 4\nCoherence Score (1-5): 3.5\nStyle Score (1-5): 1"
@@ -107,6 +111,30 @@ def test_a_useless_answer_is_no_mark_and_a_dead_endpoint_ends_it():
     for fault in ("down", "limited", "rejected"):
         with pytest.raises(ProviderError):
             UnifiedRewardEdit(Model(ProviderError("no", fault))).edit(PICTURE, PICTURE, "x")
+
+
+def test_no_reply_a_refusal_an_unreadable_reply_and_a_bad_mark_are_four_things():
+    no_reply = NoReplyError("model: the answer is cut at max_tokens=512", "down")
+    found = [
+        UnifiedReward(Model(answer), form="final").picture(PICTURE, "x")
+        for answer in (no_reply, ProviderError("no", "refused"), "a nice picture", "Final Score: 1")
+    ]
+    assert [marks.problem for marks in found] == ["no_reply", "refused", "unreadable", None]
+    assert [marks.value for marks in found[:3]] == pytest.approx([math.nan] * 3, nan_ok=True)
+    assert found[3].value == 0
+    scores = Scores.of(found)
+    assert scores.parts["no_reply"].tolist() == [1, 0, 0, 0]
+    assert scores.parts["unreadable"].tolist() == [0, 0, 1, 0]
+
+
+def test_a_judge_that_never_replies_ends_the_run():
+    cases = [Case(PICTURE, ProxyPrompts("a circle"), last_text="x") for _ in range(3)]
+    no_reply = NoReplyError("model: the answer is empty", "down")
+    reward = LastTextReward(UnifiedReward(Model(no_reply, no_reply, no_reply)), in_flight=1)
+    with pytest.raises(ProviderError, match="no reply to any of 3 questions"):
+        reward.scores(cases)
+    some = LastTextReward(UnifiedReward(Model(no_reply, ACS, no_reply)), in_flight=1).scores(cases)
+    assert np.isnan(some.values).tolist() == [True, False, True]
 
 
 def test_options_that_make_no_sense_are_refused():
