@@ -51,6 +51,8 @@ class Config:
     image_size: tuple[int, ...] = (1024, 1024)
     """Ask the image endpoint for images of this height and width; the server chooses if it is empty."""
     image_references: Literal["edits", "generations"] = "generations"
+    image_format: Literal["", "b64_json", "url"] = ""
+    image_sends_seed: bool = False
     """Send images to be edited as uploads to /images/edits (edits), or inside the request to /images/generations
     (generations), as Seedream expects."""
     local_vlm: str = ""
@@ -117,4 +119,10 @@ def _image_tool(config: Config) -> ImageTool:
     from clvr_jax.providers.openai_images import OpenAIImageTool
 
     size = (config.image_size[0], config.image_size[1]) if config.image_size else None
-    return OpenAIImageTool(config.images, size=size, references=config.image_references)
+    return OpenAIImageTool(
+        config.images,
+        size=size,
+        references=config.image_references,
+        response_format=config.image_format or None,
+        sends_seed=config.image_sends_seed,
+    )

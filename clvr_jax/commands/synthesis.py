@@ -56,6 +56,8 @@ class Synth(RecipeCommand):
             write_sharegpt((record for _, record in TrajectoryDataset(out / DATASET).scan()), self.sharegpt)
         if caution := warning(found):
             console.print(caution, style="yellow")
+        if unfinished := found["unfinished"]["sentence"]:
+            raise ClvrError(f"{unfinished}; {out / DATASET} has the others")
         return Result({**found, "out": str(out)}, f"{headline(found)}\n{out / DATASET}  {out / PAGE}")
 
     def _inspect(self, recipe: Any, config: Any, out: Path) -> Result:

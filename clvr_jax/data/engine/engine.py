@@ -30,11 +30,16 @@ from clvr_jax.reasoning.actions import ParseError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made
+from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, ProviderError
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]
 STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept")
 """How far a prompt came: a picture that passed, all passed or were corrected, the result accepted, preferred, told."""
+
+
+UNREADABLE = ("invalid action", "unreadable reply")
+"""Reasons that are about replies, not about images: a prompt's own fault only if other prompts get replies that can be
+read."""
 
 
 @dataclass(frozen=True)
@@ -88,18 +93,25 @@ def synthesize(
       settings: budgets.
       seed: of the run; with the prompt's id it decides every other seed, so that a prompt gives the same wherever and
         whenever it is worked on.
-    Returns: the outcome; what a role or the image tool raises as ClvrError discards the trajectory and is told there.
+    Returns: the outcome; a refusal of a provider, and what a role raises as ClvrError, discards the trajectory and is
+      told there.
+    Raises: ProviderError if a provider is down, limits the rate, rejects requests or gives no reply. That is no outcome
+      of the prompt, and says nothing about it.
     """
     settings = settings or Settings()
     making = _Making(item, crew, image_tool, settings, derive_seed(seed, item.id))
     try:
-        record = making.record()
-        return Outcome(item, record, "kept", history=making.history, verification=making.verification)
-    except _DiscardedError as why:
-        making.verify_rejected(why.reason)
-        return Outcome(item, None, making.stage, why.reason, str(why), making.history, making.verification)
+        return making.outcome()
     except ClvrError as error:
-        return Outcome(item, None, making.stage, "provider", str(error), making.history)
+        if is_transport_fault(error):
+            raise
+        reason = "refused" if isinstance(error, ProviderError) else "unreadable reply"
+        return Outcome(item, None, making.stage, reason, str(error), making.history)
+
+
+def is_transport_fault(error: Exception) -> bool:
+    """Whether an error says nothing about the prompt that it came up with: any fault of a provider but a refusal."""
+    return isinstance(error, ProviderError) and error.fault != "refused"
 
 
 class _Making:
@@ -113,6 +125,15 @@ class _Making:
         self._writer = RecordWriter(crew.translator, image_tool.name, seed, settings.versions)
         self._made: list[Made] = []
         self._retries: list[Retry] = []
+
+    def outcome(self) -> Outcome:
+        """What comes of the prompt. Raises: ClvrError if a role or the image tool fails."""
+        try:
+            record = self.record()
+        except _DiscardedError as why:
+            self.verify_rejected(why.reason)
+            return Outcome(self.history.item, None, self.stage, why.reason, str(why), self.history, self.verification)
+        return Outcome(self.history.item, record, "kept", history=self.history, verification=self.verification)
 
     def record(self) -> TrajectoryRecord:
         """Runs the machine to its end. Raises: _DiscardedError."""
@@ -147,14 +168,16 @@ class _Making:
         try:
             replies = self._writer.replies(self.history, is_accepted)
             self.verification = tuple(self._writer.verification(self.history, replies, self._retries, is_last_wrong))
-        except ClvrError:
+        except ClvrError as error:
+            if is_transport_fault(error):
+                raise
             return  # The trajectory is lost already; so are its examples.
 
     @property
     def _is_last_wrong(self) -> bool:
         return bool(self.history.path) and self.history.path[-1] in wrong_images(self.history)
 
-    def _turn(self, state: StateName, number: int) -> tuple[StateName, "_DiscardedError | None"]:
+    def _turn(self, state: StateName, number: int) -> tuple[StateName, Exception | None]:
         """One turn: the state it leads to, and what was wrong with it."""
         allowed = self._settings.machine[state].allowed
         seed = derive_seed(self._seed, "turn", number)
@@ -167,7 +190,8 @@ class _Making:
                 raise _DiscardedError("budget", f"more than {self._settings.max_pictures} pictures")
         except AnswerError as error:
             self._note(Event(state, error=str(error)))
-            return state, _DiscardedError("invalid action", str(error))
+            # No reply at all is no invalid one, and in the end no outcome.
+            return state, error if is_transport_fault(error) else _DiscardedError("invalid action", str(error))
         following = self._settings.machine[state].actions[turn.action.name]
         if isinstance(turn.action, EndTrajectory):
             validation = next(event.validation for event in reversed(self.history.events) if event.validation)
@@ -210,7 +234,9 @@ class _Making:
             return ()
         checks = self._crew.verifier.check(self.history, turn, questions, picture)
         if not checks or len(checks) != len(questions):
-            raise _DiscardedError("provider", f"a checklist of {len(questions)} questions got {len(checks)} answers")
+            raise _DiscardedError(
+                "unreadable reply", f"a checklist of {len(questions)} questions got {len(checks)} answers"
+            )
         return checks
 
     def _retry(
@@ -225,7 +251,9 @@ class _Making:
             try:
                 made = self._draw(turn.action.prompt, shown, derive_seed(self._seed, "retry", number, attempt))
                 checks = self._checked(turn, questions, made.image)
-            except (ClvrError, _DiscardedError):
+            except (ClvrError, _DiscardedError) as error:
+                if is_transport_fault(error):
+                    raise
                 return  # The trajectory does not depend on it.
             if not failed(checks):
                 self._retries.append(Retry(len(self.history.pictures), made.image, Event(state, turn, checks=checks)))
@@ -238,7 +266,7 @@ class _Making:
         if found.roll_back_to is not None and not found.accepted:
             if found.roll_back_to not in self.history.path:
                 raise _DiscardedError(
-                    "provider", f"a validation goes back to picture {found.roll_back_to}, which is not there"
+                    "unreadable reply", f"a validation goes back to picture {found.roll_back_to}, which is not there"
                 )
             kept = self.history.path.index(found.roll_back_to) + 1
             self.history = replace(self.history, path=self.history.path[:kept])

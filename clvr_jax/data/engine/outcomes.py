@@ -1,5 +1,6 @@
 """Finished prompts on disk: one zip file for each, written whole or not at all, so that a run can be killed anywhere.
 
+    outcomes/3f/shapes-00018.failed.json: why a prompt has no outcome yet, and what its tries cost
     outcomes/3f/shapes-00017.zip:  outcome.json, and trajectory/ as a saved trajectory, index.html included;
                                    verification/0/ and so on, the verification examples, in the same form
 
@@ -14,7 +15,7 @@ import os
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from clvr_jax.data.engine.roles import Event, History
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.reasoning.tools import Fault
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
 _FORMAT = 1
@@ -64,6 +66,19 @@ class Finished:
         return tuple(len(entry["checklists"]) - 1 not in entry["mistakes"] for entry in examples)
 
 
+@dataclass(frozen=True)
+class Failed:
+    """Why a prompt has no outcome yet.
+
+    fault: of the provider, see `ProviderError`. detail: in words. usage: by role, of all tries.
+    """
+
+    id: str
+    fault: str
+    detail: str
+    usage: Mapping[str, Mapping[str, float]]
+
+
 class OutcomeStore:
     """The outcomes in a folder, by the ids of their prompts."""
 
@@ -77,14 +92,58 @@ class OutcomeStore:
     def __contains__(self, id: str) -> bool:
         return self.path(id).exists()
 
-    def write(self, outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float) -> None:
-        """Keeps an outcome. Raises: ClvrError, one line, if it cannot be written; then nothing is left behind."""
-        path = self.path(outcome.item.id)
+    def write(
+        self,
+        outcome: Outcome,
+        usage: Mapping[str, Mapping[str, float]],
+        seconds: float,
+        adapted: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """Keeps an outcome; what failed tries of the prompt cost is part of its usage.
+
+        Args:
+          outcome: of a prompt.
+          usage: by role.
+          seconds: that it took.
+          adapted: for each server the fields of requests that it refused.
+        Raises: ClvrError, one line, if it cannot be written; then nothing is left behind.
+        """
+        id = outcome.item.id
+        if (failed := self.failed(id)) is not None:
+            usage = _added(failed.usage, usage)
+        self._put(self.path(id), _packed(outcome, usage, seconds, adapted or {}))
+        if failed is not None:
+            self._failed_path(id).unlink(missing_ok=True)
+
+    def write_failed(self, id: str, fault: Fault, detail: str, usage: Mapping[str, Mapping[str, float]]) -> None:
+        """Keeps why a prompt has no outcome, and what that cost. Raises: as `write` does."""
+        if (before := self.failed(id)) is not None:
+            usage = _added(before.usage, usage)
+        content = {"id": id, "fault": fault, "detail": detail, "usage": usage}
+        self._put(self._failed_path(id), json.dumps(content, indent=1).encode())
+
+    def failed(self, id: str) -> Failed | None:
+        """Why a prompt has no outcome yet; None if nobody tried, or the note is damaged."""
+        try:
+            content = json.loads(self._failed_path(id).read_bytes())
+            return Failed(id, str(content["fault"]), str(content["detail"]), content["usage"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def remove(self, id: str) -> None:
+        """Forgets an outcome, so that the prompt is worked on again."""
+        self.path(id).unlink(missing_ok=True)
+
+    def _failed_path(self, id: str) -> epath.Path:
+        path = self.path(id)
+        return path.parent / f"{id}.failed.json"
+
+    def _put(self, path: epath.Path, content: bytes) -> None:
         # On one machine a rename is what makes a file appear whole; in a bucket files always do.
         temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_bytes(_packed(outcome, usage, seconds))
+            temporary.write_bytes(content)
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -162,7 +221,20 @@ class OutcomeStore:
             raise ClvrError(f"{path}: cannot be read ({error}); remove it, and the prompt is done again") from error
 
 
-def _packed(outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float) -> bytes:
+def _added(*bills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Bills by role, added up."""
+    total: dict[str, dict[str, float]] = {}
+    for bill in bills:
+        for role, usage in bill.items():
+            own = total.setdefault(role, {})
+            for name, value in usage.items():
+                own[name] = own.get(name, 0) + value
+    return dict(sorted(total.items()))
+
+
+def _packed(
+    outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float, adapted: Mapping[str, Sequence[str]]
+) -> bytes:
     history = outcome.history or History(outcome.item)
     record = outcome.record
     trajectory = record.trajectory if record else as_it_happened(outcome)
@@ -176,6 +248,7 @@ def _packed(outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds:
         "detail": outcome.detail,
         "usage": usage,
         "seconds": round(seconds, 4),
+        "adapted": {server: list(notes) for server, notes in sorted(adapted.items())},
         "pictures": len(history.pictures),
         "steps": len(record.trajectory.drawings) if record else 0,
         "turns": len(history.events),

@@ -264,15 +264,21 @@ def _asked(
     seed: int = 0,
     max_tokens: int = 1024,
 ) -> Read:
-    """Asks, reads, and asks once more if it could not be read. Raises: AnswerError if it still cannot."""
-    answer = model.ask(Question(_chat(text, len(pictures)), pictures, max_tokens, 0.0, seed, is_json=True)).text
-    try:
+    """Asks, reads, and asks once more if there was no reply or it could not be read.
+
+    Raises: AnswerError if it still cannot be read; ProviderError.
+    """
+
+    def once(text: str, temperature: float, seed: int) -> Read:
+        chat = _chat(text, len(pictures))
+        answer = model.ask(Question(chat, pictures, max_tokens, temperature, seed, is_json=True)).text
         return read(read_json_object(answer))
+
+    try:
+        return once(text, 0.0, seed)
     except AnswerError as error:
         again = f"{text}\nYour last answer could not be used: {error}\n"
-        seed = derive_seed(seed, "again")
-        answer = model.ask(Question(_chat(again, len(pictures)), pictures, max_tokens, 0.7, seed, is_json=True)).text
-        return read(read_json_object(answer))
+        return once(again, 0.7, derive_seed(seed, "again"))
 
 
 def _chat(text: str, pictures: int) -> list[dict[str, Any]]:

@@ -28,9 +28,11 @@ from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.tools import ImageTool
 from clvr_jax.recipe_files import import_recipe, plain, rebuilt
+from clvr_jax.redaction import redact_urls
 
 _HOW_MANY = ("count", "prompts")
-_HOW_FAST = ("in_flight", "beam")
+_HOW_FAST = ("in_flight", "beam", "max_failures")
+_ENDPOINT = {"model", "base_url", "key_variable"}
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,8 @@ class SynthConfig:
       near_duplicate: see `intake.EvaluationPrompts`.
       in_flight: prompts at once in each worker process.
       beam: options of Apache Beam in one string, e.g. "--runner=DataflowRunner --project=P --region=R".
+      max_failures: prompts that may fail one after the other, with no outcome between them, before the run stops; a
+        provider that is down would else be asked about every prompt.
       outcomes: folder or bucket that all workers reach; OUT/outcomes if empty, which is right on one machine.
     """
 
@@ -59,14 +63,13 @@ class SynthConfig:
     near_duplicate: float = 0.8
     in_flight: int = 64
     beam: str = ""
+    max_failures: int = 16
     outcomes: str = ""
 
     def __post_init__(self) -> None:
-        if min(self.in_flight, self.max_turns, self.max_pictures, self.max_characters) < 1:
-            raise UsageError(
-                "synth: in_flight, max_turns, max_pictures and max_characters must be at least 1, got "
-                f"{self.in_flight}, {self.max_turns}, {self.max_pictures} and {self.max_characters}"
-            )
+        for name in ("in_flight", "max_turns", "max_pictures", "max_characters", "max_failures"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"synth: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.near_duplicate <= 1:
             raise UsageError(f"synth: near_duplicate must lie in (0, 1], got {self.near_duplicate}")
 
@@ -150,7 +153,19 @@ class RecipeWorkshop:
 
 
 def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
-    """What must be the same when a run goes on: everything but how many prompts there are and how fast it goes."""
+    """What must be the same when a run goes on.
+
+    It is everything but how many prompts there are, how fast it goes, and how endpoints are called: a key, a time limit
+    or a price may be corrected. Logins in addresses are left out, for this is written down.
+    """
     values = {name: value for name, value in plain(config).items() if name not in _HOW_MANY}
     values["synth"] = {name: value for name, value in values["synth"].items() if name not in _HOW_FAST}
-    return {"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION}
+    return comparable({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
+
+
+def comparable(value: Any) -> Any:
+    """An identity, also one of an earlier version, with the model and the redacted address of each endpoint only."""
+    if not isinstance(value, dict):
+        return redact_urls(value)
+    names = ("model", "base_url") if value.keys() >= _ENDPOINT else value.keys()
+    return {name: comparable(value[name]) for name in names}

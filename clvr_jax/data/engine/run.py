@@ -1,12 +1,13 @@
 """A run of the engine, from prompts to a dataset.
 
     OUT/prompts.jsonl      the prompts that are worked on; the others are counted in refused.json
-    OUT/outcomes/          one file for each finished prompt, kept or not
+    OUT/outcomes/          one file for each finished prompt, kept or not; and a note for each that a provider failed
     OUT/dataset/           what was kept, as a TFDS dataset of trajectories; and verification examples, a split of it
     OUT/statistics.json    how many got how far, and at what price; statistics.html shows it
     OUT/dataset_card.md    what the dataset is, for those who find it
 
-A run that was stopped anywhere goes on; more prompts may be added. What is already finished is not made again.
+A run that was stopped anywhere goes on; more prompts may be added. What is already finished is not made again. A
+prompt that a provider failed (no connection, rate limit, no money, no reply) is not finished.
 """
 
 import threading
@@ -20,7 +21,7 @@ from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, item_to_json, sift
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.recipes import RecipeWorkshop, SynthRecipe, identity
+from clvr_jax.data.engine.recipes import RecipeWorkshop, SynthRecipe, comparable, identity
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
@@ -41,17 +42,29 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
       config: the recipe's config, with overrides.
       out: folder of the run.
     Returns: the statistics, as they stand in statistics.json.
-    Raises: UsageError if another run is in `out`; ClvrError, one line, if there is no prompt or no trajectory, Apache
-      Beam is not installed, or something cannot be written.
+      `unfinished` there counts the prompts that providers failed; the dataset lacks them until the next run.
+    Raises: UsageError if another run is in `out`; ClvrError, one line, if there is no prompt or no trajectory, too many
+      prompts fail in a row, Apache Beam is not installed, or something cannot be written.
     """
     store = open_run(recipe, config, out)
     ids, refused = _take_in(recipe, config, out)
+    _forget_failures(store, ids)
     if missing := ids - store.ids():
+        if not _has_outcomes(out):
+            write_json(out / _RUN, identity(recipe, config))
         console.print(f"{out}: {len(missing):,} of {len(ids):,} prompts to be worked on")
         with _watched(store, ids):
             _run(recipe, config, out, store)
+    finished = ids & store.ids()
     statistics = Statistics(refused)
-    count = write_dataset(out / DATASET, _kept(recipe, store, sorted(ids), statistics), overwrite=True)
+    for id in sorted(ids - finished):
+        statistics.add_failed(id, store.failed(id))
+    try:
+        count = write_dataset(out / DATASET, _kept(recipe, store, sorted(finished), statistics), overwrite=True)
+    except ClvrError as error:
+        if (unfinished := statistics.unfinished_sentence) is None:
+            raise
+        raise ClvrError(f"{unfinished}; {error}") from error
     found = {
         "recipe": recipe.name,
         "description": recipe.description,
@@ -66,20 +79,43 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
 
 
 def open_run(recipe: SynthRecipe, config: Any, out: Path) -> OutcomeStore:
-    """The outcomes in a run's folder, which is made if need be.
+    """The outcomes in a run's folder. Nothing is written: options may be corrected until there is an outcome.
 
-    Raises: UsageError if a run with another config is there.
+    Raises: UsageError if outcomes of another config are there.
     """
     check_folder(out)
-    wanted = identity(recipe, config)
-    if not (out / _RUN).exists():
-        write_json(out / _RUN, wanted)
-    elif (found := read_json(out / _RUN)) != wanted:
-        differ = sorted(_differences(found, wanted))
-        raise UsageError(
-            f"{out}: a run with another {', '.join(differ)} is here; give the same options, or another --out"
-        )
+    if (out / _RUN).exists() and _has_outcomes(out):
+        wanted, usual = identity(recipe, config), identity(recipe, recipe.config)
+        found = _completed(comparable(read_json(out / _RUN)), usual)
+        if differ := sorted(_differences(found, wanted)):
+            raise UsageError(
+                f"{out}: a run with another {', '.join(differ)} is here; give the same options, or another --out"
+            )
     return OutcomeStore(config.synth.outcomes or out / "outcomes")
+
+
+def _has_outcomes(out: Path) -> bool:
+    """Whether the run in a directory has any outcome yet, wherever it keeps them."""
+    if not (out / _RUN).exists():
+        return False
+    synth = read_json(out / _RUN).get("config", {}).get("synth", {})
+    return bool(OutcomeStore(synth.get("outcomes") or out / "outcomes").ids())
+
+
+def _completed(found: Any, usual: Any) -> Any:
+    """An identity that an earlier version wrote, with the usual values of options that it did not have."""
+    if not isinstance(found, dict) or not isinstance(usual, dict):
+        return found
+    return {**usual, **{name: _completed(value, usual.get(name)) for name, value in found.items()}}
+
+
+def _forget_failures(store: OutcomeStore, ids: set[str]) -> None:
+    """Removes outcomes of an earlier version that only say that a provider failed, so that it is asked again."""
+    failed = [id for id in sorted(ids & store.ids()) if store.read(id).reason == "provider"]
+    for id in failed:
+        store.remove(id)
+    if failed:
+        console.print(f"{len(failed):,} prompts that a provider failed in an earlier run are worked on again")
 
 
 def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Counter[str]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clvr_jax.data.engine.engine import STAGES
-from clvr_jax.data.engine.outcomes import Finished
+from clvr_jax.data.engine.outcomes import Failed, Finished
 
 _EXAMPLES = 3
 STAGE_NAMES = {
@@ -33,6 +33,27 @@ class Statistics:
         self._pictures, self._turns, self._seconds = 0, 0, 0.0
         self._usage: dict[str, Counter[str]] = {}
         self._audited, self._wrong = 0, 0
+        self._faults: Counter[str] = Counter()
+        self._failed: list[str] = []
+        self._adapted: dict[str, set[str]] = {}
+
+    def add_failed(self, id: str, failed: Failed | None) -> None:
+        """Counts a prompt that has no outcome yet; `failed` says why, None if it was not reached."""
+        self._faults[failed.fault if failed else "not reached"] += 1
+        if failed is None:
+            return
+        self._failed.append(f"{id}: {failed.detail}")
+        for role, usage in failed.usage.items():
+            self._usage.setdefault(role, Counter()).update(usage)
+
+    @property
+    def unfinished_sentence(self) -> str | None:
+        """How many prompts have no outcome and why, for people; None if all have one."""
+        if not self._faults:
+            return None
+        count = self._faults.total()
+        why = f" ({self._failed[0]})" if self._failed else ""
+        return f"{count:,} prompt{'s have' if count > 1 else ' has'} no outcome yet{why}; run it again to go on"
 
     def add(self, finished: Finished) -> None:
         """Counts one outcome."""
@@ -48,6 +69,8 @@ class Statistics:
             if len(examples) < _EXAMPLES:
                 examples.append(f"{finished.id}: {finished.detail}")
         self._verdicts.update(finished.verdicts)
+        for server, notes in finished.content.get("adapted", {}).items():
+            self._adapted.setdefault(server, set()).update(notes)
         self._pictures += finished.pictures
         self._turns += finished.turns
         self._seconds += finished.seconds
@@ -94,6 +117,13 @@ class Statistics:
         return {
             "prompts": self._finished,
             "refused": self._refused,
+            "unfinished": {
+                "prompts": self._faults.total(),
+                "faults": dict(self._faults),
+                "examples": self._failed[:_EXAMPLES],
+                "sentence": self.unfinished_sentence,
+            },
+            "adapted": {server: sorted(notes) for server, notes in sorted(self._adapted.items())},
             "stages": {
                 stage: {"prompts": self._reached[stage], "share": self._reached[stage] * share} for stage in STAGES
             },

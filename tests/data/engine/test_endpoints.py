@@ -12,6 +12,7 @@ from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.providers.endpoint import Prices
+from clvr_jax.reasoning.tools import ProviderError
 from tests.data.engine.obliging_server import answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
@@ -57,12 +58,8 @@ def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(
 @pytest.mark.parametrize(
     ("reply", "reason", "said"),
     [
-        (failure(500), "provider", "500"),
-        (failure(429, "slow down"), "provider", "429"),
-        (failure(401, "no such key"), "provider", "no such key"),
         (completion("I would rather not."), "invalid action", "no JSON object"),
-        (completion(None, refusal="I cannot help with that."), "provider", "cannot help"),
-        (Reply(b""), "provider", "empty"),
+        (completion(None, refusal="I cannot help with that."), "refused", "cannot help"),
         (completion('{"perceive": "x", "reason": "y", "action": "DANCE"}'), "invalid action", "DANCE"),
     ],
 )
@@ -73,17 +70,35 @@ def test_a_director_that_is_no_use_discards_the_prompt_and_says_why(made, reply,
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "fault", "said"),
     [
-        (pictures(png(picture(16, 8))), "asked for a picture of 8 x 8"),
-        (pictures(b"nothing"), "no picture"),
-        (failure(400, "rejected by our safety system", code="content_policy_violation"), "safety system"),
+        (failure(500), "down", "500"),
+        (failure(429, "slow down"), "limited", "429"),
+        (failure(401, "no such key"), "rejected", "no such key"),
+        (Reply(b""), "down", "empty"),
+        (completion('{"perceive": "x"', finish="length"), "down", "cut at max_tokens"),
     ],
 )
-def test_an_image_tool_that_is_no_use_discards_the_prompt_and_says_why(made, reply, said):
+def test_a_director_that_gives_no_reply_is_no_outcome(made, reply, fault, said):
+    with pytest.raises(ProviderError, match=said) as caught:
+        made([reply])
+    assert caught.value.fault == fault
+
+
+@pytest.mark.parametrize(
+    ("reply", "said"),
+    [(pictures(png(picture(16, 8))), "asked for a picture of 8 x 8"), (pictures(b"nothing"), "no picture")],
+)
+def test_an_image_tool_that_is_no_use_is_no_outcome(made, reply, said):
+    with pytest.raises(ProviderError, match=said):
+        made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
+
+
+def test_an_image_tool_that_refuses_discards_the_prompt_and_says_why(made):
+    reply = failure(400, "rejected by our safety system", code="content_policy_violation")
     outcome, _ = made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
-    assert (outcome.record, outcome.reason) == (None, "provider")
-    assert said in outcome.detail
+    assert (outcome.record, outcome.reason) == (None, "refused")
+    assert "safety system" in outcome.detail
 
 
 def test_prose_once_is_asked_for_again(made):

@@ -142,9 +142,29 @@ def test_failed_calls_are_on_the_bill():
 
     one = item(0)
     outcome = synthesize(one, shapes_crew(one), meter.tool(Refusing()))
-    assert outcome.reason == "provider"
+    assert outcome.reason == "refused"
     assert meter.total.dollars == 0.04
     assert meter.to_json() == {"draw": {"calls": 1, "seconds": 2.0, "dollars": 0.04}}
+
+
+def test_failed_tries_of_a_prompt_are_kept_until_it_has_an_outcome_and_stay_on_its_bill(tmp_path):
+    store = OutcomeStore(tmp_path)
+    id = item(1).id
+    for _ in range(2):
+        store.write_failed(id, "down", "tiny (localhost): HTTP 503", {"draw": {"calls": 1, "seconds": 2.5}})
+    assert id not in store
+    assert store.ids() == set()
+    assert store.failed(id).usage == {"draw": {"calls": 2, "seconds": 5.0}}
+    statistics = Statistics()
+    statistics.add_failed(id, store.failed(id))
+    statistics.add_failed("other", None)
+    found = statistics.to_json()
+    assert found["unfinished"]["faults"] == {"down": 1, "not reached": 1}
+    assert "2 prompts have no outcome yet" in statistics.unfinished_sentence
+    outcome = made(store, 1)
+    assert store.failed(id) is None
+    finished = store.read(id)
+    assert finished.usage["draw"]["calls"] == 2 + len(outcome.history.pictures) + 1
 
 
 def test_sharegpt_records_say_where_each_picture_stands(tmp_path):
