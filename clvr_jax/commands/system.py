@@ -79,6 +79,8 @@ class SystemOptions:
     """The server's name for the model behind --controller-endpoint."""
     controller_key_variable: str = "OPENAI_API_KEY"
     """Environment variable with the key of --controller-endpoint; "" for a server without keys."""
+    controller_tokens: Count = None
+    """Most tokens of a reply of --controller-endpoint, for models that think first; 1024 if not given."""
     controller_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
     """Dollars that --controller-endpoint charges for a million input tokens and for a million output tokens; the cost
     is not counted if not given."""
@@ -86,6 +88,7 @@ class SystemOptions:
     def __post_init__(self) -> None:
         at_least_one("--steps", self.steps)
         at_least_one("--in-flight", self.in_flight)
+        at_least_one("--controller-tokens", self.controller_tokens)
         check_guidance(self.guidance)
         check_seed(self.seed)
         if self.mode == "one-shot" and self.budget != BudgetOptions():
@@ -148,7 +151,9 @@ class SystemOptions:
             from clvr_jax.evaluation.endpoints import endpoint_system
 
             controller = self._controller_model() if self.mode != "one-shot" else None
-            return endpoint_system(self._tool(), self.mode, self.budget.budget(), controller, self.in_flight)
+            return endpoint_system(
+                self._tool(), self.mode, self.budget.budget(), controller, self.in_flight, self.controller_tokens
+            )
         from clvr_jax.evaluation.systems import one_shot, planned
 
         if self.mode == "one-shot":
@@ -176,10 +181,10 @@ class SystemOptions:
                     "--controller oracle reads pictures of the shapes world only; it is for clvr eval shapes"
                 )
             return Oracle([dict(entry) for entry in metadata]), "oracle"
-        from clvr_jax.providers.loop_roles import REWRITE_PROMPT, AskedController
+        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, AskedController
 
-        model = self._controller_model()
-        return AskedController(model, None if self.mode == "closed-loop" else REWRITE_PROMPT), model.name
+        model, tokens = self._controller_model(), self.controller_tokens or MAX_REPLY_TOKENS
+        return AskedController(model, None if self.mode == "closed-loop" else REWRITE_PROMPT, tokens), model.name
 
     def _controller_model(self) -> "VisionLanguageModel":
         from clvr_jax.providers.endpoint import Endpoint, Prices

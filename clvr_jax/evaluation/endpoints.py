@@ -11,7 +11,7 @@ from typing import Any
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.drawn import Drawn
 from clvr_jax.evaluation.systems import Mode, System, described, limits_of
-from clvr_jax.providers.loop_roles import REWRITE_PROMPT, AskedController, ToolDrawer
+from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, AskedController, ToolDrawer
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run
 from clvr_jax.reasoning.tools import ImageTask, ImageTool, ProviderError, Usage, VisionLanguageModel
@@ -25,11 +25,12 @@ def endpoint_system(
     budget: Budget | None = None,
     controller: VisionLanguageModel | None = None,
     in_flight: int = 16,
+    controller_tokens: int | None = None,
 ) -> System:
     """An image tool as a system. Prompts are drawn side by side, each with a bill of its own.
 
     A prompt that the tool's policy refuses has no picture and counts as wrong; every other failure ends the run, which
-    can go on later.
+    can go on later. No reply of the controller, or one that is cut, is such a failure.
 
     Args:
       tool: draws, e.g. an `OpenAIImageTool`.
@@ -37,6 +38,7 @@ def endpoint_system(
       budget: limits per prompt.
       controller: plans and judges, told how by the loop's contract; for all modes but one-shot.
       in_flight: prompts at a time.
+      controller_tokens: most tokens of a reply of the controller, for models that think first.
     """
     settings: dict[str, Any] = {"mode": mode, "model": tool.name}
     if mode == "one-shot":
@@ -44,10 +46,11 @@ def endpoint_system(
     if controller is None:
         raise UsageError(f"{mode} needs a controller that plans; give a vision-language model")
     limits = limits_of(mode, budget)
+    tokens = controller_tokens or MAX_REPLY_TOKENS
     plan_prompt = None if mode == "closed-loop" else REWRITE_PROMPT
 
     def draw(prompt: str, seed: int) -> Drawn:
-        drawer, asked = ToolDrawer(tool), AskedController(controller, plan_prompt)
+        drawer, asked = ToolDrawer(tool), AskedController(controller, plan_prompt, tokens)
         try:
             (trajectory,) = run([prompt], asked, drawer, limits, seed, model=tool.name)
         except ProviderError as error:
@@ -56,6 +59,8 @@ def endpoint_system(
         return replace(Drawn.of(trajectory), nfe=usage.nfe or None, usage=usage)
 
     settings |= {"controller": controller.name, **described(limits)}
+    if controller_tokens is not None:
+        settings["controller_tokens"] = controller_tokens
     return _side_by_side(draw, settings, tool.name, in_flight)
 
 
