@@ -62,8 +62,6 @@ def _own_places(tmp_path, tmp_path_factory, monkeypatch):
     """Relative paths lie in tmp_path, and the user's cache stays as it is."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 @pytest.fixture
@@ -459,6 +457,8 @@ def test_damaged_weights_fail_in_one_line(drawing_model, capsys):
 def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
     from clvr_jax.compilation import keep_compiled_programs
 
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # the cache of the tests stays
+    monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert keep_compiled_programs() is None

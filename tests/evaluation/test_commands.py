@@ -2,7 +2,6 @@
 
 import json
 
-import jax
 import numpy as np
 import pytest
 
@@ -24,8 +23,6 @@ def _own_places(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     write_prompts("few.jsonl", METADATA)
-    yield
-    jax.config.update("jax_compilation_cache_dir", None)
 
 
 def right(entry):
