@@ -68,7 +68,7 @@ def program(config: Config) -> Program:
         )
         conditions = conditions.reshape(passes * b, text, -1)
         references = jax.lax.map(
-            lambda pictures: encode_images(graphs["vae"], vae_weights, pictures), data["references"].swapaxes(0, 1)
+            lambda images: encode_images(graphs["vae"], vae_weights, images), data["references"].swapaxes(0, 1)
         )
         final = denoise(
             graphs["transformer"],
@@ -92,12 +92,12 @@ def program(config: Config) -> Program:
     }
     evaluation = flux2_flops(sizes, passes * b, text=text, image=image, references=config.references * image)
     read = qwen3_flops(reader, passes * b, text, layers=max(settings.text_encoder_out_layers), logits=0)
-    pictures = encoder_flops(vae, b * config.references, side, side) + decoder_flops(vae, b, side, side)
+    vae_flops = encoder_flops(vae, b * config.references, side, side) + decoder_flops(vae, b, side, side)
     return Program(
         name=f"{config.preset}, {config.steps} steps{' with guidance' * config.guided}, {b} of {side} x {side}",
         function=sample,
         weights={name: state for name, (_, state) in split.items()},
         data=data,
         reads={"transformer": config.steps, "text_encoder": 1, "vae": 1 + config.references},
-        flops=config.steps * evaluation.forward + read.forward + pictures.forward,
+        flops=config.steps * evaluation.forward + read.forward + vae_flops.forward,
     )

@@ -159,14 +159,14 @@ def _task(
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))
 
-        def encode_pictures(pictures: jax.Array) -> jax.Array:
-            tokens = vae.encode_tokens(pictures.astype(dtype))
-            return tokens.reshape(len(pictures), grid[0] * grid[1], -1)
+        def encode_images(images: jax.Array) -> jax.Array:
+            tokens = vae.encode_tokens(images.astype(dtype))
+            return tokens.reshape(len(images), grid[0] * grid[1], -1)
 
         model = nnx.merge(transformer_def, params)
         value = drawing_loss(
             encode_text,
-            encode_pictures,
+            encode_images,
             lambda references: velocity_field(model, references, grid, [grid] * count),
             data,
             key,

@@ -158,7 +158,7 @@ def drawing_loss(
 
     return sft.drawing_loss(
         encode_text,
-        lambda pictures: vae.encode_tokens(pictures).reshape(len(pictures), -1, VAE.token_channels),
+        lambda images: vae.encode_tokens(images).reshape(len(images), -1, VAE.token_channels),
         lambda references: velocity_field(transformer, references, GRID, [GRID] * count),
         data,
         key,
