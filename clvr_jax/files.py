@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 import tempfile
 import uuid
@@ -11,21 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a JSON object; ClvrError, one line, if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ClvrError(f"{path}: no such file") from error
-    except OSError as error:
-        raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:
-        raise ClvrError(f"{path}: cannot be read as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ClvrError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
+    """Reads a JSON object within limits of size and depth; ClvrError, one line, if there is none."""
+    return dict(read_object(path).content)
 
 
 @contextmanager
@@ -39,6 +31,12 @@ def located(where: Path | str) -> Iterator[None]:
         raise type(error)(f"{where}: {error}") from error
 
 
+def refuse_address(place: Path) -> None:
+    """Raises: ClvrError for an address such as gs://bucket/name, of which a directory called `gs:` would be made."""
+    if re.match(r"[a-z]\w+:/", str(place)):
+        raise ClvrError(f"{place}: an address, no folder; mount the bucket and give the folder where it is mounted")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes indented JSON; see `write_atomically`."""
     write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
@@ -46,6 +44,7 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Writes a file completely or not at all and makes its folder; ClvrError, one line, if that fails."""
+    refuse_address(path)
     # GenEval's scorer takes every name that begins with digits for a picture; a hidden name is safe.
     temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
     try:
@@ -61,6 +60,7 @@ def write_atomically(path: Path, content: bytes) -> None:
 @contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """A temporary folder beside `folder` that takes its place when the block ends well, else is removed."""
+    refuse_address(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))

@@ -2,7 +2,8 @@
 
 The lock is a hidden file in the directory, locked with the system's `flock`, which ends with its process however that
 ends. The file says which process it is, for the message to the other one. A file of a dead process is stale and is
-taken over. On another host, or on a file system without `flock`, what the file says decides.
+taken over. About processes of another host the time of the file decides, which a living one renews: a run that was
+killed with its host goes on elsewhere without help.
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import json
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +23,8 @@ from clvr_jax.errors import ClvrError
 
 LOCK = ".lock"
 """Name of the file in the directory."""
+
+_BEAT_SECONDS, _STALE_SECONDS = 20.0, 120.0
 
 
 @contextmanager
@@ -34,14 +38,26 @@ def locked(folder: Path, out: Path | None = None) -> Iterator[None]:
     """
     path = folder / LOCK
     descriptor = _acquired(path, out or folder)
+    ended = threading.Event()
+    beat = threading.Thread(target=_renew, args=(descriptor, ended), daemon=True)
+    beat.start()
     try:
         yield
     finally:
+        ended.set()
+        beat.join()
         # The name goes first: whoever opens the file later makes another one.
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path):
                 path.unlink()
         os.close(descriptor)
+
+
+def _renew(descriptor: int, ended: threading.Event) -> None:
+    """Says to other hosts, every some seconds, that this process is alive."""
+    while not ended.wait(_BEAT_SECONDS):
+        with contextlib.suppress(OSError):
+            os.utime(descriptor)
 
 
 def _acquired(path: Path, out: Path) -> int:
@@ -53,7 +69,7 @@ def _acquired(path: Path, out: Path) -> int:
             raise ClvrError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
         try:
             holder = _read(descriptor)
-            if not _flocked(descriptor, holder) or _is_alive_elsewhere(holder):
+            if not _flocked(descriptor, holder) or _is_alive_elsewhere(holder, descriptor):
                 raise ClvrError(_message(path, out, holder))
             if _is_at(descriptor, path):
                 _write(descriptor)
@@ -75,9 +91,13 @@ def _flocked(descriptor: int, holder: dict[str, Any]) -> bool:
     return True
 
 
-def _is_alive_elsewhere(holder: dict[str, Any]) -> bool:
-    """Whether the file is of another host, about whose processes nothing is known here."""
+def _is_elsewhere(holder: dict[str, Any]) -> bool:
     return bool(holder) and holder.get("host") != socket.gethostname()
+
+
+def _is_alive_elsewhere(holder: dict[str, Any], descriptor: int) -> bool:
+    """Whether the file is of another host and was renewed a short while ago."""
+    return _is_elsewhere(holder) and time.time() - os.fstat(descriptor).st_mtime < _STALE_SECONDS
 
 
 def _is_running(process: Any) -> bool:
@@ -119,6 +139,6 @@ def _message(path: Path, out: Path, holder: dict[str, Any]) -> str:
     who = f"process {holder.get('process', '(unknown)')}"
     who += f" ({holder.get('command', '')}) on {holder.get('host', 'this host')}"
     advice = "wait for it, or choose another --out"
-    if _is_alive_elsewhere(holder):
-        advice += f"; if it has ended, remove {path}"
+    if _is_elsewhere(holder):
+        advice += f"; if it was killed, try again in {_STALE_SECONDS:.0f} s or remove {path}"
     return f"{out}: {who} has been writing to it since {holder.get('since', 'a moment ago')}; {advice}"

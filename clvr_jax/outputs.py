@@ -6,7 +6,8 @@ import re
 import tempfile
 from pathlib import Path
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files import refuse_address
 
 
 def check_folder(folder: Path) -> Path:
@@ -14,8 +15,7 @@ def check_folder(folder: Path) -> Path:
 
     Raises: ClvrError if it, or the place it would be made in, is no folder or cannot be written.
     """
-    if re.match(r"[a-z]\w+:/", str(folder)):
-        raise ClvrError(f"{folder}: an address, no folder; mount the bucket and give the folder where it is mounted")
+    refuse_address(folder)
     place = folder.absolute()
     try:
         while not os.path.lexists(place):
@@ -25,6 +25,19 @@ def check_folder(folder: Path) -> Path:
     except OSError as error:
         raise ClvrError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
     return folder
+
+
+def check_destination(destination: Path, *sources: Path) -> Path:
+    """Checks that a new directory can be made, outside of the directories that it is made from.
+
+    Raises: ClvrError as `check_folder`; UsageError if it is inside of a source, whose files are read meanwhile.
+    """
+    check_folder(destination)
+    place = destination.absolute().resolve()
+    for source in sources:
+        if source.is_dir() and place.is_relative_to(source.resolve()) and place != source.resolve():
+            raise UsageError(f"{destination}: is inside of {source}, which it is made from; choose a place outside")
+    return destination
 
 
 def check_file(path: Path) -> Path:

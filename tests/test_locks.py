@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import socket
+import time
 
 import pytest
 
@@ -37,13 +38,24 @@ def test_a_second_process_is_refused_and_a_dead_ones_lock_is_taken_over(tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_lock_of_another_host_holds_until_it_is_removed(tmp_path):
+def test_a_lock_of_another_host_holds_while_it_is_renewed(tmp_path):
     (tmp_path / LOCK).write_text(json.dumps({"process": 7, "host": "elsewhere", "command": "clvr train"}))
     with pytest.raises(ClvrError, match=r"process 7 \(clvr train\) on elsewhere .* remove .*\.lock"), locked(tmp_path):
         pass
-    (tmp_path / LOCK).unlink()
+    before = time.time() - 1000
+    os.utime(tmp_path / LOCK, (before, before))
     with locked(tmp_path):
-        pass
+        assert json.loads((tmp_path / LOCK).read_text())["process"] == os.getpid()
+
+
+def test_a_living_process_renews_its_lock(tmp_path, monkeypatch):
+    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.01)
+    with locked(tmp_path):
+        os.utime(tmp_path / LOCK, (1, 1))
+        deadline = time.monotonic() + 30
+        while (tmp_path / LOCK).stat().st_mtime < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
 
 def test_without_locks_of_the_system_the_process_decides(tmp_path, monkeypatch):

@@ -6,14 +6,20 @@ Source of the arithmetic: transformers `Qwen2VLImageProcessorPil`, which Qwen3-V
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.files import located, read_json
+from clvr_jax.json_input import JsonObject, shown
 
 MAX_ASPECT_RATIO = 200
+
+PROCESSOR_NAME, NESTED_NAME = "preprocessor_config.json", "processor_config.json"
+"""Files with the image processor: of transformers 4, and of transformers 5, which reads both."""
 
 ImageLike = Image.Image | np.ndarray
 
@@ -105,12 +111,33 @@ class Qwen3VLImageProcessor:
         return (unit - mean) / std
 
 
+def load_processor(folder: Path) -> Qwen3VLImageProcessor:
+    """Returns the image processor of a Qwen3-VL directory, in the layout of transformers 4 or 5.
+
+    Version 5 writes one `processor_config.json` with the fields under `image_processor`, and reads it first; version 4
+    writes `preprocessor_config.json`, which both read.
+    Raises: ClvrError if there is neither, or the processor does other steps than ours.
+    """
+    nested = folder / NESTED_NAME
+    if nested.exists() and (found := read_json(nested).get("image_processor")) is not None:
+        if not isinstance(found, Mapping):
+            raise ClvrError(f"{nested}: image_processor is {shown(found)}; it must be an object")
+        with located(nested):
+            return processor_from_dict(found)
+    file = folder / PROCESSOR_NAME
+    if not file.exists():
+        raise ClvrError(f"{folder}: holds neither {PROCESSOR_NAME} nor {NESTED_NAME} with image_processor")
+    with located(file):
+        return processor_from_dict(read_json(file))
+
+
 def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
     """`preprocessor_config.json` of transformers -> Qwen3VLImageProcessor.
 
     Bounds are read from `size` (shortest_edge, longest_edge: numbers of pixels there) or min_pixels and max_pixels.
     Raises: ClvrError for a processor that does other steps than ours.
     """
+    given = _typed(given)
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
         if given.get(step) is False:
             raise ClvrError(f"preprocessor_config.json: {step} = false is not supported")
@@ -125,6 +152,30 @@ def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
         **{name: tuple(given[name]) for name in ("image_mean", "image_std") if given.get(name)},
     }
     return Qwen3VLImageProcessor(**{name: value for name, value in values.items() if value is not None})
+
+
+def _typed(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same fields, their types and ranges checked; null is as absent."""
+    fields = JsonObject({name: value for name, value in given.items() if value is not None}, "image processor")
+    size = fields.nested("size", None)
+    for place in (fields, size):
+        for name in ("min_pixels", "max_pixels", "shortest_edge", "longest_edge"):
+            if place is not None:
+                place.integer(name, None, low=1, high=2**31 - 1)
+    for name in ("patch_size", "temporal_patch_size", "merge_size"):
+        fields.integer(name, None, low=1, high=4096)
+    for name in ("rescale_factor", "resample"):
+        fields.number(name, None)
+    for name in ("image_mean", "image_std"):
+        values = fields.content.get(name)
+        if values is not None:
+            if not isinstance(values, list | tuple):
+                raise ClvrError(f"image processor: {name} is {shown(values)}; it must be a list of three numbers")
+            for channel, value in enumerate(values):
+                JsonObject({f"{name}[{channel}]": value}, "image processor").number(
+                    f"{name}[{channel}]", low=-10, high=10
+                )
+    return fields.content
 
 
 def processor_to_dict(processor: Qwen3VLImageProcessor) -> dict[str, Any]:

@@ -68,7 +68,7 @@ class FlowSchedule:
         """
         if (found := config.get("_class_name")) != SCHEDULER_CLASS:
             raise ClvrError(f"a {found}, which is not supported, only {SCHEDULER_CLASS}")
-        kinds = {"shift": (int, float), "use_dynamic_shifting": bool, "time_shift_type": str}
+        kinds: dict[str, Any] = {"shift": (int, float), "use_dynamic_shifting": bool, "time_shift_type": str}
         values: dict[str, Any] = {}
         for name, value in config.items():
             if name == "shift_terminal" and value is None:

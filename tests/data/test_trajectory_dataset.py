@@ -240,7 +240,7 @@ def test_what_is_no_dataset_of_ours_is_named_in_one_line(tmp_path):
         with pytest.raises(ClvrError, match=complaint):
             TrajectoryDataset(folder)
     description.write_text("{")
-    with pytest.raises(ClvrError, match="cannot be read as JSON"):
+    with pytest.raises(ClvrError, match="not JSON"):
         TrajectoryDataset(folder)
 
 
