@@ -48,13 +48,18 @@ class Config:
     """Endpoint of the second judge, which should be a different model."""
     images: Endpoint = Endpoint("doubao-seedream-4-0", _ARK, "ARK_API_KEY", max_in_flight=64, timeout=300)
     """Endpoint of the image tool, which generates and edits."""
+    thought_tokens: int = 4096
+    """Allow each reply this many tokens beyond its own limit, for roles that think first; servers count thoughts."""
     image_size: tuple[int, ...] = (1024, 1024)
     """Ask the image endpoint for images of this height and width; the server chooses if it is empty."""
     image_references: Literal["edits", "generations"] = "generations"
-    image_format: Literal["", "b64_json", "url"] = ""
-    image_sends_seed: bool = False
     """Send images to be edited as uploads to /images/edits (edits), or inside the request to /images/generations
     (generations), as Seedream expects."""
+    image_format: Literal["", "b64_json", "url"] = ""
+    """Ask the image endpoint to return images in this form; the request does not name one if it is empty. Servers that
+    return a path on their own disk (Xinference, SGLang) need b64_json."""
+    image_sends_seed: bool = False
+    """Send a seed with each request for an image, which not every server accepts."""
     local_vlm: str = ""
     """Play all roles with this Qwen3-VL on this machine, a directory or Hugging Face id, in place of the endpoints; the
     endpoints are used if it is empty."""
@@ -105,7 +110,8 @@ def workshop(config: Config) -> Workshop:
     from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 
     director, verifier, judge = (
-        OpenAIVisionLanguageModel(endpoint) for endpoint in (config.director, config.verifier, config.second_judge)
+        OpenAIVisionLanguageModel(endpoint, thought_tokens=config.thought_tokens)
+        for endpoint in (config.director, config.verifier, config.second_judge)
     )
     return _Models(director, verifier, judge, image_tool)
 

@@ -44,6 +44,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
       token_limit: what the server calls the most tokens of an answer.
       omit: of "temperature" and "seed", what is not sent from the beginning. Answers may then differ from run to run.
       extra: further fields of the request's body, e.g. {"reasoning_effort": "low"}.
+      thought_tokens: tokens beyond the limit of each question, for models that think first: servers count thoughts.
     Raises: ClvrError if the key or the openai package is missing.
     Source: OpenAI API reference, chat completions.
     """
@@ -56,7 +57,10 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         omit: Sequence[Literal["temperature", "seed"]] = (),
         extra: Mapping[str, Any] | None = None,
+        thought_tokens: int = 0,
     ):
+        if thought_tokens < 0:
+            raise UsageError(f"thought_tokens must be at least 0, got {thought_tokens}")
         if unknown := set(omit) - {"temperature", "seed"}:
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
         self._connection = Connection(endpoint)
@@ -64,6 +68,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         without = [*omit, *([] if json_mode else ["response_format"])]
         self._adaptation = Adaptation(endpoint.name, _OPTIONAL, without)
         self._token_limit, self._extra = token_limit, dict(extra or {})
+        self._thought_tokens = thought_tokens
 
     @property
     def name(self) -> str:
@@ -80,6 +85,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
 
         Raises: ProviderError; UsageError if image parts and images differ in number.
         """
+        question = dataclasses.replace(question, max_tokens=question.max_tokens + self._thought_tokens)
         wanted = self._request(question)
         rejected, requests = Usage(), 0
         while True:

@@ -62,6 +62,14 @@ def test_what_a_server_does_not_take_is_left_out(server, endpoint):
         OpenAIVisionLanguageModel(endpoint(), omit=("top_p",))
 
 
+def test_models_that_think_may_be_given_more_tokens(server, endpoint):
+    server.script = [completion("Two."), completion("Tw", finish="length")]
+    model = OpenAIVisionLanguageModel(endpoint(), thought_tokens=1000)
+    model.ask(QUESTION)
+    assert server.seen[0].json["max_tokens"] == 1055
+    assert "max_tokens=1055" in str(error_of(model))
+
+
 def test_pictures_arrive_in_order_and_unchanged(server, endpoint):
     server.script = [completion("Yes.")]
     images = [picture(5, 9, seed=1), Image.fromarray(picture(12, 4, seed=2))]
