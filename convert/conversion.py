@@ -20,11 +20,13 @@ from queue import SimpleQueue
 
 import numpy as np
 from clvr_jax.convert.disk import empty
-from clvr_jax.convert.journal import Journal, resumable
+from clvr_jax.convert.journal import Journal, reading, resumable, states
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Component, Conversion, Format, Piece
 from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
+
+from clvr_jax.outputs import check_destination
 
 _TILE, _LINE = (512, 8192), 64
 _LARGE_BYTES = 256 * 2**20
@@ -51,11 +53,12 @@ def convert(
     Raises: UsageError if the destination exists or a killed run is there and `resume` is not set; ClvrError if
       something cannot be written. Then nothing is left behind; a run that is killed leaves its temporary folder.
     """
+    check_destination(destination, conversion.source)
     with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (folder, journal):
         not_finite = _write(conversion, folder, journal, on_tensor or (lambda name: None))
         for path in conversion.copied:
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(conversion.source / path, folder / path)
+            copy_file(conversion.source / path, folder / path)
         for name, text in conversion.written.items():
             (folder / name).write_text(text)
         if card:
@@ -91,16 +94,20 @@ def _converted(
 
     def convert(piece: Piece) -> tuple[Piece, bool]:
         buffers = memory.get()
-        values = buffers("values", shape_in(piece, to), piece.spec.dtype)
-        filled = _seen_as(component.source, values, piece, to)
-        for rows, block in component.read(piece, partial(buffers, "source")):
-            _copy(block, filled[rows] if filled.ndim else filled, buffers)
-        has_nan = _has_nan(values)
-        write(piece, values)
-        memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
-        return piece, has_nan
+        try:
+            values = buffers("values", shape_in(piece, to), piece.spec.dtype)
+            filled = _seen_as(component.source, values, piece, to)
+            with reading(f"{component.where}: {piece.spec.key}"):
+                for rows, block in component.read(piece, partial(buffers, "source")):
+                    _copy(block, filled[rows] if filled.ndim else filled, buffers)
+            has_nan = _has_nan(values)
+            write(piece, values)
+            return piece, has_nan
+        finally:  # also of a tensor that failed: the others would wait for its memory for ever
+            memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
 
-    with ThreadPoolExecutor(_WORKERS) as pool:
+    pool = ThreadPoolExecutor(_WORKERS)
+    try:
         running: deque[Future[tuple[Piece, bool]]] = deque()
         for number, piece in enumerate(pieces):
             alone = _is_large(piece) or (number and _is_large(pieces[number - 1]))
@@ -109,6 +116,16 @@ def _converted(
             running.append(pool.submit(convert, piece))
         while running:
             yield running.popleft().result()
+    finally:
+        # The first failure is told at once: what has not begun is not begun.
+        pool.shutdown(cancel_futures=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file with its times. Raises: ClvrError if it cannot be read, OSError if it cannot be written."""
+    with reading(source):
+        source.open("rb").close()
+    shutil.copy2(source, target)
 
 
 def _is_large(piece: Piece) -> bool:
@@ -196,6 +213,9 @@ def _has_nan(values: np.ndarray) -> bool:
 
 
 def _identity(conversion: Conversion) -> str:
-    """What must be the same for a killed run to go on."""
+    """What must be the same for a killed run to go on: what is written, and the content of the source."""
     specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.pieces]
-    return json.dumps([str(conversion.source.absolute()), conversion.to, conversion.variant, specs])
+    files = {conversion.source / path for path in conversion.copied}
+    files |= {file for component in conversion.components for file in component.files}
+    source = str(conversion.source.absolute())
+    return json.dumps([source, conversion.to, conversion.variant, specs, states(files)])

@@ -1,6 +1,7 @@
 """Which model a folder holds: the architectures that can be converted, told apart by config.json."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,20 @@ from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 
 
+def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+    """A reader of config.json that fails with one line, whatever is in the file."""
+
+    @functools.wraps(read)
+    def checked(config: Mapping[str, Any]) -> Any:
+        try:
+            return read(config)
+        except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise ClvrError(f"config.json: a field is of another type than the model reads ({reason})") from error
+
+    return checked
+
+
 def _as_they_are(tensors: Tensors, config: Any) -> Tensors:
     return tensors
 
@@ -57,6 +72,9 @@ class Family:
     file_name: str = DIFFUSERS_NAME
     published: Callable[[Tensors, Any], Tensors] = _as_they_are
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config_from_dict", _checked(self.config_from_dict))
+
     def make(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
         """The module of a config.json, its weights drawn from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
@@ -75,7 +93,17 @@ class Family:
 # Tracing a UNet takes seconds, and a conversion asks several times.
 @functools.lru_cache(maxsize=16)
 def _split(family: Family, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
-    return nnx.split(nnx.eval_shape(lambda: family.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)))
+    try:
+        graphdef, state = nnx.split(
+            nnx.eval_shape(lambda: family.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+        )
+    except (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+        raise ClvrError(f"config.json: no {family.title} can be built of these sizes ({reason})") from error
+    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
+    if parameters > MOST_PARAMETERS:
+        raise ClvrError(f"config.json: a {family.title} of {parameters:.3g} parameters; its sizes are damaged")
+    return graphdef, state
 
 
 FLUX2_TRANSFORMER = Family(
@@ -162,6 +190,9 @@ FAMILIES = (
     CLIP_TEXT_PROJECTED,
 )
 
+MOST_PARAMETERS = 10**13
+"""More than any published model has a hundred times."""
+
 WITHOUT_MODULE = ("Mistral3ForConditionalGeneration", "StableDiffusionSafetyChecker")
 """Parts of pipelines that have no counterpart here: FLUX.2 dev's text encoder, Stable Diffusion's filter."""
 
@@ -171,7 +202,10 @@ def torch_class(folder: Path) -> str | None:
     if not (folder / "config.json").exists():
         return None
     config = read_json(folder / "config.json")
-    return config.get("_class_name") or next(iter(config.get("architectures") or []), None)
+    name, listed = config.get("_class_name"), config.get("architectures") or []
+    if not isinstance(name, str | None) or not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
+        raise ClvrError(f"{folder / 'config.json'}: _class_name must be a text and architectures a list of texts")
+    return name or next(iter(listed), None)
 
 
 def find_family(name: str | None) -> Family | None:

@@ -12,14 +12,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from clvr_jax.convert.families import Family
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
-from clvr_jax.convert.rules import Entry, check_keys, leaves_of, state_to_torch
+from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
 from clvr_jax.convert.tensors import FLOATS, Stored, stored_tensors, write_tensors
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, replacing
+from clvr_jax.files import located, read_json, replacing
 from clvr_jax.sharding import active_layout
 
 
@@ -43,8 +43,9 @@ def load_model(
     if not folder.is_dir():
         raise ClvrError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
-    graphdef, state = family.split(config, dtype)
-    plan = family.entries(config)
+    with located(folder):
+        graphdef, state = family.split(config, dtype)
+        plan = family.entries(config)
     if shardings is None and (layout := active_layout()) is not None:
         shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
@@ -54,6 +55,7 @@ def load_model(
     else:
         stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
         check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
+        check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(folder))
         loaded = {entry.path: _leaf(entry, stored, dtype, placed[entry.path]) for entry in plan}
     nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.from_flat_state(loaded.items())))
     return nnx.merge(graphdef, state)
@@ -89,7 +91,7 @@ def read_part(entry: Entry, stored: Mapping[str, Stored], index: tuple[slice, ..
 
 
 def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[Any, Sharding]) -> dict[Any, jax.Array]:
-    check_tree(folder, plan)
+    check_dtypes(plan, check_tree(folder, plan), str(folder))
     # Through names: Orbax has its own idea of the numbered members of a list.
     wanted = nested(
         {

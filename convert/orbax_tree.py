@@ -19,6 +19,7 @@ import numpy as np
 import tensorstore as ts
 from clvr_jax.convert.disk import put
 from clvr_jax.convert.rules import Entry
+from clvr_jax.convert.tensors import is_file_name
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
@@ -189,18 +190,36 @@ def open_tree(folder: Path) -> dict[str, StoredArray]:
     metadata = read_json(folder / "_METADATA")
     context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # one copy less of every byte
     arrays: dict[str, StoredArray] = {}
-    for described in metadata["tree_metadata"].values():
-        name = ".".join(entry["key"] for entry in described["key_metadata"])
+    for name in _names(folder, metadata):
         arrays[name] = _plain_array(folder / name) or _stored_array(folder, name, metadata, context)
     return arrays
+
+
+def _names(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
+    """The dotted paths that `_METADATA` lists, each of them a directory here or a key of Orbax's own store."""
+    try:
+        for described in metadata["tree_metadata"].values():
+            name = ".".join(entry["key"] for entry in described["key_metadata"])
+            if not is_file_name(name):
+                raise ClvrError(f"{folder}: _METADATA lists {name[:60]!r}, which is no name; convert the model again")
+            yield name
+    except (AttributeError, LookupError, TypeError) as error:
+        raise ClvrError(f"{folder}: _METADATA is not what Orbax writes; convert the model again") from error
 
 
 def _plain_array(folder: Path) -> _Plain | None:
     if not (folder / ".zarray").exists():
         return None
     found = read_json(folder / ".zarray")
-    dtype = np.dtype(ml_dtypes.bfloat16 if found["dtype"] == "bfloat16" else found["dtype"])
-    array = _Plain(folder, tuple(found["shape"]), dtype, tuple(found["chunks"]))
+    try:
+        dtype = np.dtype(ml_dtypes.bfloat16 if found["dtype"] == "bfloat16" else found["dtype"])
+        array = _Plain(folder, tuple(found["shape"]), dtype, tuple(found["chunks"]))
+        if not all(type(n) is int and 0 <= n < 2**40 for n in (*array.shape, *array.chunks)):
+            raise ValueError("sizes are no sizes")
+        if len(array.shape) != len(array.chunks):
+            raise ValueError("shape and chunks differ in length")
+    except (LookupError, TypeError, ValueError) as error:
+        raise ClvrError(f"{folder / '.zarray'}: not what zarr writes ({error}); convert the model again") from error
     cut = [axis for axis, (size, chunk) in enumerate(zip(array.shape, array.chunks, strict=True)) if size != chunk]
     is_ours = array.metadata == found and (len(cut) < 2 or (cut == [0, 1] and array.chunks[0] == 1))
     return array if is_ours else None

@@ -10,11 +10,11 @@ import numpy as np
 from clvr_jax.convert import flux2_single_file
 from clvr_jax.convert.families import WITHOUT_MODULE, Family, family_of, find_family, torch_class
 from clvr_jax.convert.orbax_tree import PARAMS, Block, Memory, check_tree, is_tree, open_tree
-from clvr_jax.convert.rules import Entry, check_keys
+from clvr_jax.convert.rules import Entry, check_dtypes, check_keys
 from clvr_jax.convert.tensors import FLOATS, PICKLES, Spec, Stored, read_header, stored_tensors
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json
+from clvr_jax.files import located, read_json
 
 Format = Literal["jax", "torch"]
 
@@ -38,7 +38,7 @@ Reader = Callable[[Piece, Memory], Iterator[Block]]
 class Component:
     """One model of a conversion: its place relative to source and destination, and its tensors in order.
 
-    config: its config.json. source: format that `read` gives.
+    config: its config.json. source: format that `read` gives. where: it is stored. files: that hold its tensors.
     """
 
     name: str
@@ -47,6 +47,8 @@ class Component:
     source: Format
     pieces: tuple[Piece, ...]
     read: Reader
+    where: Path = Path()
+    files: tuple[Path, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -149,18 +151,29 @@ class _Model(NamedTuple):
     plan: list[Entry]
     dtypes: dict[str, np.dtype]
     read: Reader
+    files: tuple[Path, ...]
 
 
 def _folder_model(folder: Path, variant: str | None) -> _Model:
     family, config = family_of(folder), read_json(folder / "config.json")
-    plan = family.entries(config)
+    with located(folder):
+        plan = family.entries(config)
     if is_tree(folder / PARAMS):
         dtypes = check_tree(folder / PARAMS, plan)
-        return _Model(folder, family, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS))
+        check_dtypes(plan, dtypes, str(folder))
+        return _Model(
+            folder, family, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS), _files_in(folder / PARAMS)
+        )
     stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
     check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
     dtypes = {key: tensor.dtype for key, tensor in stored.items()}
-    return _Model(folder, family, config, "torch", plan, dtypes, _tensor_reader(stored))
+    check_dtypes(plan, dtypes, str(folder))
+    files = tuple({tensor.file: None for tensor in stored.values()})
+    return _Model(folder, family, config, "torch", plan, dtypes, _tensor_reader(stored), files)
+
+
+def _files_in(folder: Path) -> tuple[Path, ...]:
+    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
 def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> _Model:
@@ -168,7 +181,8 @@ def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stor
     assert family is not None
     parts = flux2_single_file.diffusers_tensors(stored)
     dtypes, plan = {key: part.dtype for key, part in parts.items()}, family.entries(config)
-    return _Model(file, family, config, "torch", plan, dtypes, _tensor_reader(parts))
+    check_dtypes(plan, dtypes, str(file))
+    return _Model(file, family, config, "torch", plan, dtypes, _tensor_reader(parts), (file,))
 
 
 def _leaf_reader(folder: Path) -> Reader:
@@ -189,7 +203,7 @@ def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> 
                 f"{' and '.join(sorted(dtypes))}; give a dtype for all"
             )
     pieces = tuple(_pieces(model.plan, model.dtypes, to, dtype))
-    return Component(name, model.family, model.config, model.format, pieces, model.read)
+    return Component(name, model.family, model.config, model.format, pieces, model.read, model.where, model.files)
 
 
 def _pieces(plan: list[Entry], sources: dict[str, np.dtype], to: Format, dtype: np.dtype | None) -> Iterator[Piece]:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import Table
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
@@ -32,7 +32,8 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
     """
     fields = dict(config)
     # transformers 5 keeps theta and the kind of scaling in one object; 4 in `rope_theta` and `rope_scaling`.
-    rope = dict(fields.pop("rope_parameters", None) or {})
+    rope = section(fields, "rope_parameters")
+    fields.pop("rope_parameters", None)
     if rope.pop("rope_type", "default") != "default":
         raise ClvrError(f"Qwen3Config: rope_parameters {config['rope_parameters']} is not supported, only 'default'")
     if set(fields.pop("layer_types", None) or ()) - {"full_attention"}:

@@ -6,7 +6,7 @@ With tied embeddings our model has no `lm_head`, and neither have most checkpoin
 from collections.abc import Mapping
 from typing import Any
 
-from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import Table
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
@@ -65,15 +65,18 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
     missing = [name for name in ("text_config", "vision_config") if name not in config]
     if missing:
         raise ClvrError(f"config.json of Qwen3-VL lacks {missing}")
-    text, vision = dict(config["text_config"]), dict(config["vision_config"])
-    tied = config.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+    text, vision = section(config, "text_config"), section(config, "vision_config")
+    # transformers takes the outer value, which is false where the file is silent, and ties nothing by the inner one.
+    tied = config.get("tie_word_embeddings", False)
     tokens = {name: config[name] for name in _TOKENS if name in config}
+    if not isinstance(tied, bool) or not all(type(token) is int and 0 <= token <= MOST for token in tokens.values()):
+        raise ClvrError("config.json of Qwen3-VL: tie_word_embeddings must be true or false, token ids integers")
     known = {"text_config", "vision_config", *_TOKENS, *_IGNORED}
     unknown = sorted(name for name in config if name not in known and not name.startswith("_"))
     if unknown:
         raise ClvrError(f"config.json of Qwen3-VL has unknown fields {unknown}")
     return Qwen3VLConfig(
-        text=_text_from_dict(text), vision=_vision_from_dict(vision), tie_word_embeddings=bool(tied), **tokens
+        text=_text_from_dict(text), vision=_vision_from_dict(vision), tie_word_embeddings=tied, **tokens
     )
 
 
@@ -102,7 +105,8 @@ def published_names(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
 
 
 def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:
-    rotary = {**(given.pop("rope_scaling", None) or {}), **(given.pop("rope_parameters", None) or {})}
+    rotary = {**section(given, "rope_scaling"), **section(given, "rope_parameters")}
+    given = {name: value for name, value in given.items() if name not in ("rope_scaling", "rope_parameters")}
     if rotary.get("rope_type", rotary.get("type", "default")) != "default" or not rotary.get("mrope_interleaved", True):
         raise ClvrError(f"Qwen3-VL text: rotary parameters {rotary} are not supported, only interleaved default ones")
     found = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
@@ -110,7 +114,8 @@ def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:
 
 
 def _vision_from_dict(given: dict[str, Any]) -> Qwen3VLVisionConfig:
-    rotary = given.pop("rope_parameters", None) or {}
+    rotary = section(given, "rope_parameters")
+    given = {name: value for name, value in given.items() if name != "rope_parameters"}
     if rotary.get("rope_type", "axial") != "axial":
         raise ClvrError(f"Qwen3-VL vision: rotary parameters {rotary} are not supported, only axial ones")
     found = {"rope_theta": rotary["rope_theta"]} if "rope_theta" in rotary else {}

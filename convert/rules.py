@@ -194,5 +194,18 @@ def check_keys(plan: list[Entry], found: Mapping[str, tuple[int, ...]], where: s
         raise ClvrError(f"{where}: tensors do not match the model; " + "; ".join(faults))
 
 
+def check_dtypes(plan: list[Entry], found: Mapping[str, np.dtype], where: str) -> None:
+    """Raises ClvrError, naming both sides, where a weight is stored as integers or booleans, which would be cast."""
+    wrong = [
+        f"{key} (expected a floating-point type, found {found[key]})"
+        for entry in plan
+        if np.dtype(entry.dtype).kind not in "iub"
+        for key in entry.keys
+        if found[key].kind in "iub"
+    ]
+    if wrong:
+        raise ClvrError(f"{where}: {len(wrong)} weights are stored as another type: {_some(wrong)}; they are quantized")
+
+
 def _some(names: list[str], most: int = 6) -> str:
     return ", ".join(names[:most]) + (f", ... ({len(names) - most} more)" if len(names) > most else "")

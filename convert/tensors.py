@@ -114,6 +114,9 @@ def stored_tensors(folder: Path, variant: str | None = None) -> Tensors:
     if file.suffix != ".json":
         return {stored.key: stored for stored in read_header(file)}
     listed = read_json(file).get("weight_map", {})
+    # A shard is a file of this directory: a name from a file is never a path.
+    if not isinstance(listed, dict) or not all(isinstance(n, str) and is_file_name(n) for n in listed.values()):
+        raise ClvrError(f"{file}: weight_map must be an object of tensors and names of files beside it")
     shards = [folder / shard for shard in sorted(set(listed.values()))]
     absent = [shard.name for shard in shards if not shard.exists()]
     if absent or not shards:
@@ -150,6 +153,15 @@ def without_tied_head(tensors: Tensors, embeddings: str, head: str = "lm_head.we
     return {key: tensor for key, tensor in tensors.items() if key != head}
 
 
+def is_file_name(name: str) -> bool:
+    """Whether a text from a file is the name of something in a directory, and no path out of it."""
+    return (
+        Path(name).name == name not in ("", ".", "..")
+        and "\0" not in name
+        and len(name.encode(errors="replace")) <= 255
+    )
+
+
 def bits(values: np.ndarray) -> np.ndarray:
     """The same memory as unsigned integers: exact to compare, and fast to copy where NumPy does not know the type."""
     return values.view(f"u{values.dtype.itemsize}")
@@ -160,6 +172,8 @@ def read_header(path: Path) -> list[Stored]:
 
     Raises: ClvrError for a file that is missing, truncated or none of this kind.
     """
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise ClvrError(f"{path}: not a file; fetch or convert it again")
     try:
         with safe_open(path, framework="numpy"):
             pass  # the library checks that header and bytes fit together

@@ -9,6 +9,7 @@ import tyro
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.outputs import check_folder
 
 if TYPE_CHECKING:
     from clvr_jax.convert.planning import Conversion
@@ -48,6 +49,8 @@ class Convert:
         from clvr_jax.convert.planning import plan
         from clvr_jax.convert.report import conversion_table, tensor_list
 
+        if not self.dry_run:
+            check_folder(self.destination)  # before anything is fetched
         prepare_jax()
         if self.verify:
             from clvr_jax.convert.verify import check_torch

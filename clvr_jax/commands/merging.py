@@ -12,6 +12,7 @@ from clvr_jax.arguments import check_seed
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.console import console, progress
 from clvr_jax.errors import UsageError
+from clvr_jax.outputs import check_folder
 
 if TYPE_CHECKING:
     from clvr_jax.merging.norms import Sums
@@ -57,6 +58,8 @@ class Merge:
     matplotlib is installed."""
     force: bool = False
     """Merge even if the inputs seem to be tuned from different bases, or have different settings."""
+    ignore_text_encoder: bool = False
+    """Leave out the tensors of a LoRA that adapt a text encoder; the merged model keeps the base's text encoder."""
     dry_run: bool = False
     """Print what would be written, and write nothing."""
     resume: bool = False
@@ -72,6 +75,8 @@ class Merge:
         check_seed(self.seed)
         if self.out.exists() and not self.dry_run:
             raise UsageError(f"{self.out}: exists already; choose another name or remove it")
+        if not self.dry_run:
+            check_folder(self.out)  # before anything is fetched
         from clvr_jax.convert.lora_file import FILE_NAME, PEFT_NAME
         from clvr_jax.merging.folders import merge
         from clvr_jax.merging.methods import Settings
@@ -81,7 +86,7 @@ class Merge:
         prepare_jax()
         settings = Settings(self.method, *weights, self.density, self.seed)
         origins = _origin(self.base), _origin(self.distill, ()), _origin(self.align, (FILE_NAME, PEFT_NAME))
-        plan = plan_merge(*origins, settings, force=self.force)
+        plan = plan_merge(*origins, settings, force=self.force, ignore_text_encoder=self.ignore_text_encoder)
         for note in plan.notes:
             console.print(f"[yellow]note:[/] {note}")
         tensors = len(plan.base.component.pieces)
@@ -133,6 +138,8 @@ class Merge:
             if (value := getattr(self, name)) != default:
                 listed = " ".join(value) if isinstance(value, tuple) else value
                 words.append(f"--{name.replace('_', '-')} {listed}")
+        if self.ignore_text_encoder:
+            words.append("--ignore-text-encoder")
         return " ".join([*words, f"--out {self.out}"])
 
     def _result(self, data: dict[str, Any], sums: Mapping[str, "Sums"]) -> Result:

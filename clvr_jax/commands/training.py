@@ -1,5 +1,7 @@
 """`clvr train` and `clvr plan`."""
 
+import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
@@ -14,6 +16,8 @@ from clvr_jax.errors import ClvrError, UsageError
 if TYPE_CHECKING:
     from clvr_jax.training.plan import Trial
     from clvr_jax.training.recipes import Recipe
+
+_MOST_CHIPS = 1 << 16  # a larger number is a slip, and planning for it would not end
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ class Plan(RecipeCommand):
 
         if not self.topology:
             raise UsageError("--topology says which chips: v6e:16x16, v5p-128, cpu:8 ...")
+        if math.prod(int(side) for side in re.findall(r"\d+", self.topology.partition(":")[2])) > _MOST_CHIPS:
+            raise UsageError(f"--topology {self.topology}: no machine has more than {_MOST_CHIPS:,} chips")
         if self.search:
             result = self._search(recipe, config)
         else:

@@ -9,7 +9,6 @@ A value that is not finite in any of the inputs ends the merge: it would be in t
 
 import itertools
 import json
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,9 +18,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from clvr_jax.convert.conversion import Buffers, shape_in, writer
-from clvr_jax.convert.journal import resumable
-from clvr_jax.convert.orbax_tree import PARAMS
+from clvr_jax.convert.conversion import Buffers, copy_file, shape_in, writer
+from clvr_jax.convert.journal import resumable, states
+from clvr_jax.convert.lora_config import PEFT_CONFIG
 from clvr_jax.convert.planning import Piece
 from clvr_jax.convert.tensors import bits
 from clvr_jax.errors import ClvrError
@@ -31,6 +30,7 @@ from clvr_jax.merging.methods import least_kept, merge_block, random_key
 from clvr_jax.merging.norms import Sums, layer_of, total
 from clvr_jax.merging.planning import RECIPE, Merge
 from clvr_jax.merging.sources import LowRank, Weights, is_weight
+from clvr_jax.outputs import check_destination
 
 FARTHEST = 1.0
 """A layer that was moved by more than its own length was hardly tuned from this base; two random ones are 1.4 apart."""
@@ -63,6 +63,7 @@ def merge(
       NaN or was tuned from another base, or if something cannot be written. Then nothing is left behind; a run that is
       killed leaves its temporary folder.
     """
+    check_destination(out, *(side.origin.path for side in plan.inputs))
     on_tensor = on_tensor or (lambda key: None)
     layers: defaultdict[str, list[str]] = defaultdict(list)
     for key in plan.weights:
@@ -91,7 +92,7 @@ def merge(
         close()
         for name, path in plan.copied.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(path, folder / name)
+            copy_file(path, folder / name)
         if finish:
             finish(folder, sums)
     return sums
@@ -223,12 +224,12 @@ def _read_recipe(side: Weights | LowRank) -> dict[str, Any]:
 
 def _identity(plan: Merge) -> str:
     """What must be the same for a killed run to go on."""
-    files = sorted(path for side in plan.inputs for path in _files(side))
-    states = [(str(path.absolute()), stat.st_size, stat.st_mtime_ns) for path in files for stat in (path.stat(),)]
-    return json.dumps([repr(plan.settings), plan.force, plan.base.component.name, states])
+    files = {path for side in plan.inputs for path in _files(side)} | set(plan.copied.values())
+    return json.dumps([repr(plan.settings), plan.force, plan.base.component.name, states(files)])
 
 
 def _files(side: Weights | LowRank) -> set[Path]:
     if isinstance(side, LowRank):
-        return {side.file}
-    return {tensor.file for tensor in side.stored.values()} or {side.folder / PARAMS / "_METADATA"}
+        beside = side.file.with_name(PEFT_CONFIG)
+        return {side.file, *([beside] if beside.exists() else [])}
+    return set(side.component.files)

@@ -61,6 +61,7 @@ def plan_merge(
     settings: Settings = DSWM,
     *,
     force: bool = False,
+    ignore_text_encoder: bool = False,
 ) -> Merge:
     """Finds the models and checks that they belong together. Reads headers only.
 
@@ -69,11 +70,12 @@ def plan_merge(
       align: likewise, or a LoRA file or its folder.
       settings: how to merge.
       force: merge though settings differ or the inputs seem to come from different bases.
+      ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
     Raises: ClvrError or UsageError, one line, for what cannot be merged, both sides listed.
     """
     of_base = open_weights("base", base)
     of_distill = open_tuned("distill", distill, of_base, force)
-    of_align = open_align(align, of_base, force)
+    of_align = open_align(align, of_base, force, ignore_text_encoder)
     weights = settings.weights(piece.spec.key for piece in of_base.component.pieces if is_weight(piece))
     root = of_base.origin.path
     copied = {

@@ -14,6 +14,7 @@ import numpy as np
 
 from clvr_jax.convert.conversion import Buffers, shape_in
 from clvr_jax.convert.families import torch_class
+from clvr_jax.convert.journal import reading
 from clvr_jax.convert.lora_file import Factors, find_lora, read_factors
 from clvr_jax.convert.orbax_tree import PARAMS
 from clvr_jax.convert.planning import Component, Piece, model_in
@@ -81,12 +82,13 @@ class Weights:
         piece = self.pieces[key]
         shape = shape_in(piece, self.component.source)
         whole: np.ndarray | None = None
-        for rows, block in self.component.read(piece, partial(buffers, f"{self.role}, as read")):
-            if whole is None:
-                if block.shape == shape:
-                    return block
-                whole = buffers(self.role, shape, piece.spec.dtype)
-            bits(whole)[rows] = bits(block)
+        with reading(f"{self.folder}: {key}"):
+            for rows, block in self.component.read(piece, partial(buffers, f"{self.role}, as read")):
+                if whole is None:
+                    if block.shape == shape:
+                        return block
+                    whole = buffers(self.role, shape, piece.spec.dtype)
+                bits(whole)[rows] = bits(block)
         assert whole is not None, key
         return whole
 
@@ -182,9 +184,13 @@ def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = F
     return tuned
 
 
-def open_align(source: Path | Origin, base: Weights, force: bool = False) -> Weights | LowRank:
+def open_align(
+    source: Path | Origin, base: Weights, force: bool = False, ignore_text_encoder: bool = False
+) -> Weights | LowRank:
     """What alignment made of `base`: a model, see `open_tuned`, or a LoRA file or its folder.
 
+    Args:
+      ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
     Raises: ClvrError as `open_tuned` does, and for a LoRA that is damaged or of another model.
     """
     origin = Origin.of(source)
@@ -193,7 +199,7 @@ def open_align(source: Path | Origin, base: Weights, force: bool = False) -> Wei
         return open_tuned("align", origin, base, force)
     kernels = [piece for piece in base.component.pieces if piece.entry.path[-1] == "kernel"]
     shapes = {piece.spec.key.removesuffix(".weight"): piece.spec.shape for piece in kernels}
-    return LowRank("align", origin, base, file, read_factors(file, shapes))
+    return LowRank("align", origin, base, file, read_factors(file, shapes, ignore_text_encoder))
 
 
 def _settings(component: Component) -> dict[str, object]:

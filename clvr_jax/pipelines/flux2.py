@@ -19,7 +19,7 @@ from PIL import Image
 
 from clvr_jax.data.text import check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule, euler_solve, guided
-from clvr_jax.errors import UsageError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
@@ -57,6 +57,12 @@ class Flux2Settings:
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
     world: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.text_buckets or not 1 <= min(self.text_buckets) <= max(self.text_buckets) <= 2**17:
+            raise ClvrError(f"text_buckets {self.text_buckets}: give lengths from 1 to {2**17}")
+        if not 1 <= self.num_inference_steps <= 1000 or not 1 <= self.sample_size <= 2**15:
+            raise ClvrError("num_inference_steps must be from 1 to 1000, and sample_size from 1 to 32768")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,7 +19,7 @@ from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
-from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -41,14 +41,16 @@ def load_flux2(
     """Components of a FLUX.2 klein pipeline; see `Flux2Pipeline.from_pretrained`."""
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
-    if index.get("_class_name") != "Flux2KleinPipeline":
-        raise ClvrError(f"{path}: a {index.get('_class_name')}, not a Flux2KleinPipeline")
+    if (kind := class_of(path)) != "Flux2KleinPipeline":
+        raise ClvrError(f"{path}: a {kind}, not a Flux2KleinPipeline")
     schedule = load_schedule(path / "scheduler")
-    given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
-    distilled = bool(index.get("is_distilled", False))
+    given = read_settings(path, "flux2", "transformers")
+    distilled = index.get("is_distilled") or False
     chosen = transformer or default_transformer
     # A folder may hold several transformers, which are sampled in different ways.
     own = given.get("transformers", {}).get(chosen, {})
+    if not isinstance(own, dict):
+        raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
     settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
     return (
         load_transformer(path / chosen, dtype),

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from clvr_jax.convert.hub import local_folder
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
+from clvr_jax.json_input import shown
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
 
@@ -45,11 +46,33 @@ def load_pipeline(model: str, dtype: DTypeLike = "float32") -> Any:
     Raises: ClvrError for a folder of a class that is not in `PIPELINES`, and what `from_pretrained` raises.
     """
     path, _ = resolve(model)
-    kind = read_json(path / "model_index.json").get("_class_name")
+    kind = class_of(path)
     if kind not in PIPELINES:
         raise ClvrError(f"{path}: a {kind}; what can be drawn with is {', '.join(PIPELINES)}")
     module, _, name = PIPELINES[kind].rpartition(".")
     return getattr(importlib.import_module(module), name).from_pretrained(model, dtype)
+
+
+def read_settings(path: Path, *sections: str) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a pipeline's clvr.json, {} where there is none.
+
+    Raises: ClvrError for a section of another name, which would be ignored, or one that is no object.
+    """
+    file = path / "clvr.json"
+    given = read_json(file) if file.exists() else {}
+    if unknown := sorted(given.keys() - set(sections)):
+        raise ClvrError(f"{file}: unknown {', '.join(unknown)[:80]}; it may hold {' and '.join(sections)}")
+    if wrong := [name for name, section in given.items() if not isinstance(section, dict)]:
+        raise ClvrError(f"{file}: {wrong[0]} must be an object")
+    return given
+
+
+def class_of(path: Path) -> str:
+    """Returns diffusers' class of the pipeline in a directory. Raises: ClvrError if model_index.json names none."""
+    kind = read_json(path / "model_index.json").get("_class_name")
+    if not isinstance(kind, str):
+        raise ClvrError(f"{path / 'model_index.json'}: _class_name is {shown(kind)}; it must be a text")
+    return kind
 
 
 def resolve(model: str) -> tuple[Path, str]:

@@ -19,7 +19,7 @@ from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
-from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.sdxl import SDXLPipeline
@@ -56,20 +56,20 @@ def load_sdxl(
     """Components of a Stable Diffusion pipeline; see `SDXLPipeline.from_pretrained`."""
     path, _ = resolve(model)
     index = read_json(path / "model_index.json")
-    kind = index.get("_class_name")
+    kind = class_of(path)
     if kind not in CLASSES:
         raise ClvrError(f"{path}: a {kind}, not a {', '.join(CLASSES[:-1])} or {CLASSES[-1]}")
     count = 2 if kind == XL else 1
     encoders, tokenizers = list(_ENCODERS)[:count], _TOKENIZERS[:count]
     needed = ["unet", "vae", *encoders, *tokenizers, "scheduler"]
-    missing = [name for name in needed if not (index.get(name) or [None])[0] or not (path / name).is_dir()]
+    missing = [name for name in needed if not _is_named(index.get(name)) or not (path / name).is_dir()]
     if missing:
         raise ClvrError(f"{path}: a {kind} without {', '.join(missing)}; copy them from the model it was made of")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if kind != XL:  # diffusers reads the old files of Stable Diffusion 1 like this
         scheduler = {**scheduler, "steps_offset": 1, "clip_sample": False}
     unet = load_model(path / "unet", UNET, dtype)
-    given = read_json(path / "clvr.json") if (path / "clvr.json").exists() else {}
+    given = read_settings(path, "sdxl")
     fields = {**_defaults(kind, scheduler, unet), **given.get("sdxl", {})}
     if "force_zeros_for_empty_prompt" in index:
         fields["force_zeros_for_empty_prompt"] = index["force_zeros_for_empty_prompt"]
@@ -129,6 +129,11 @@ def save_sdxl(path: str | Path, pipeline: "SDXLPipeline", dtype: str) -> None:
         write_json(temporary / "clvr.json", {"sdxl": settings})
         write_json(temporary / "model_index.json", index)
         card_of_pipeline(temporary, Path(path).name, "SDXLPipeline.save_pretrained", dtype)
+
+
+def _is_named(entry: object) -> bool:
+    """Whether model_index.json names a library and a class for a component; of an absent one both are null."""
+    return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
 
 def _defaults(kind: str, scheduler: Mapping[str, Any], unet: UNet2DCondition) -> dict[str, Any]:

@@ -1,12 +1,15 @@
+import errno
 import json
+import os
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from clvr_jax.convert import conversion as module
-from clvr_jax.convert import models
+from clvr_jax.convert import models, tensors
 from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.families import family_of
 from clvr_jax.convert.models import load_model
@@ -208,6 +211,94 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     with pytest.raises(ClvrError, match="are free"):
         convert(conversion, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def replace_content(file):
+    """Other tensors in the file, under the size, the time and the header that it has."""
+    stat = file.stat()
+    content = bytearray(file.read_bytes())
+    content[-8:] = bytes(byte ^ 1 for byte in content[-8:])
+    file.write_bytes(content)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda folder: replace_content(folder / "model.safetensors"),
+        lambda folder: os.utime(folder / "model.safetensors", ns=(1, 1)),
+        lambda folder: change(folder, rope_theta=1.0),
+    ],
+)
+def test_a_source_that_changed_is_not_mixed_into_what_was_begun(tmp_path, spoil):
+    source, out = shutil.copytree(SHAPES / "text_encoder", tmp_path / "model"), tmp_path / "out"
+
+    class Killed(BaseException):
+        pass
+
+    def kill(name):
+        raise Killed
+
+    with pytest.raises(Killed):
+        convert(plan(source, "jax"), out, on_tensor=kill)
+    begun = sorted((tmp_path / ".out.conversion").rglob("*"))
+    spoil(source)
+    with pytest.raises(ClvrError, match="its sources have changed since; remove it"):
+        convert(plan(source, "jax"), out, resume=True)
+    assert sorted((tmp_path / ".out.conversion").rglob("*")) == begun
+
+
+def test_many_tensors_that_fail_end_in_one_line_about_reading_or_writing(converted, tmp_path, monkeypatch):
+    source = shutil.copytree(converted / "text_encoder", tmp_path / "model")
+    conversion = plan(source, "torch")
+    for chunk in (source / PARAMS).glob("*/[0-9]*"):
+        chunk.write_bytes(b"torn")
+    with pytest.raises(ClvrError, match=r"4 bytes instead of \d+"):
+        convert(conversion, tmp_path / "out")
+    conversion = plan(converted / "text_encoder", "torch")
+
+    def unreadable(*arguments, **options):
+        raise OSError(errno.EIO, "Input/output error")
+
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "memmap", unreadable)
+        with pytest.raises(ClvrError, match=r"text_encoder: \S+: cannot be read \(Input/output error\)"):
+            convert(conversion, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr(tensors, "put", full)
+        with pytest.raises(ClvrError, match=r"out: cannot be written \(No space left on device\)"):
+            convert(conversion, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_second_conversion_is_told_of_the_running_one(tmp_path):
+    out, said = tmp_path / "out", []
+
+    def second(name):
+        if not said:
+            for resume in (False, True):
+                with pytest.raises(ClvrError, match=f"process {os.getpid()} .* has been writing") as caught:
+                    convert(plan(SHAPES / "vae", "jax"), out, resume=resume)
+                said.append(str(caught.value))
+
+    convert(plan(SHAPES / "vae", "jax"), out, on_tensor=second)
+    assert len(said) == 2
+    assert out.is_dir()
+    assert not (out / ".lock").exists()
+
+
+def test_a_place_inside_the_source_and_an_address_are_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = shutil.copytree(SHAPES / "vae", tmp_path / "vae")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UsageError, match="is inside of"):
+        convert(plan(source, "jax"), source / "jax")
+    with pytest.raises(ClvrError, match="an address"):
+        convert(plan(source, "jax"), Path("gs://bucket/jax"))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_wrong_direction_and_an_occupied_place_are_refused(converted, tmp_path):

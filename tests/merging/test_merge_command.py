@@ -1,7 +1,6 @@
 import importlib.util
 import json
 
-import jax
 import pytest
 from huggingface_hub import ModelCard
 
@@ -18,8 +17,7 @@ def command(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
     three_models(tmp_path)
-    yield ["merge", *(word for role in ROLES for word in (f"--{role}", role)), "--out", "out"]
-    jax.config.update("jax_compilation_cache_dir", None)
+    return ["merge", *(word for role in ROLES for word in (f"--{role}", role)), "--out", "out"]
 
 
 def test_a_merge_tells_where_it_is_and_what_it_is_made_of(command, tmp_path, capsys):
@@ -48,6 +46,36 @@ def test_options_reach_the_numbers_and_the_recipe(command, tmp_path, capsys):
     assert recipe["weights"] == {"distill": 1.0, "align": {"attn": 0.5, "": 0.0}}
     card = (tmp_path / "out" / "README.md").read_text()
     assert "--align-weight attn=0.5 0 --method dare --density 0.5 --seed 3" in card
+
+
+def test_a_lora_with_a_text_encoder_is_merged_with_the_option_that_the_error_names(command, tmp_path, capsys):
+    import torch
+    from safetensors.torch import save_file
+
+    key = KEY.removesuffix(".weight")
+    rows, columns = tensors_of(tmp_path / "base")[KEY].shape
+    tensors = {
+        f"transformer.{key}.lora_A.weight": torch.ones(2, columns) / 100,
+        f"transformer.{key}.lora_B.weight": torch.ones(rows, 2) / 100,
+        "text_encoder.q_proj.lora_A.weight": torch.ones(2, 2),
+    }
+    (tmp_path / "lora").mkdir()
+    save_file(tensors, tmp_path / "lora" / "pytorch_lora_weights.safetensors")
+    given = [word if word != "align" else "lora" for word in command]
+    assert main(given) == 1
+    assert "--ignore-text-encoder" in capsys.readouterr().err
+    assert main([*given, "--ignore-text-encoder"]) == 0
+    assert "--ignore-text-encoder" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_place_inside_an_input_and_an_address_are_refused(command, tmp_path, capsys):
+    for place, code, said in (("base/out", 2, "is inside of base"), ("gs://bucket/out", 1, "an address, no folder")):
+        before = sorted(tmp_path.rglob("*"))
+        assert main([*command[:-1], place]) == code
+        assert said in capsys.readouterr().err
+        assert sorted(path for path in tmp_path.rglob("*") if "cache" not in path.parts) == [
+            path for path in before if "cache" not in path.parts
+        ]
 
 
 def test_a_dry_run_lists_the_tensors_and_writes_nothing(command, tmp_path, capsys):

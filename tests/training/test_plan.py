@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -116,3 +117,11 @@ def test_the_command_writes_its_report(tmp_path, capsys):
         printed["roofline"]["overlapped"] * printed["roofline"]["peak_flops"],
         printed["flops"] / 8 / printed["roofline"]["mfu"],
     )
+
+
+@pytest.mark.parametrize("topology", ["cpu:1000000", "v5p:4x4x999999", "h100:99999999999999999999"])
+def test_a_topology_that_no_machine_has_is_refused_before_anything_is_measured(topology):
+    from clvr_jax.commands.training import Plan
+
+    with pytest.raises(UsageError, match="no machine has more than"):
+        Plan(config=Path("recipe.py"), topology=topology).run_recipe(None, None)
