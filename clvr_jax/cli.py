@@ -4,18 +4,20 @@ Exit codes: 0 done, 1 failed, 2 a command line that makes no sense, 130 interrup
 results to stdout. What a command needs is imported when it runs, so that `clvr --help` is quick.
 """
 
+import contextlib
+import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Union
+from typing import Annotated, Any, TextIO, Union
 
 import tyro
 from rich.console import Console
 
 from clvr_jax.arguments import read_arguments
-from clvr_jax.commands.common import CommandGroup
+from clvr_jax.commands.common import CommandGroup, Result
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.curves import Curves
 from clvr_jax.commands.drawing import Generate, Sample
@@ -25,7 +27,9 @@ from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify
+from clvr_jax.console import complain
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted
 
 COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
@@ -46,28 +50,69 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
+    _escape_what_cannot_be_encoded()
+    with interruptible():
+        try:
+            command = parse(given)
+            result = command.run()
+            check_interrupt()
+            return _print_result(result, command.common.json)
+        except KeyboardInterrupt:
+            complain("interrupted")
+            return 130
+        except Exception as error:  # noqa: BLE001 - the last resort: a person reads one line
+            if debug:
+                traceback.print_exc()
+            return _failed(error)
+
+
+def _failed(error: Exception) -> int:
+    """Says what went wrong in one line; returns the exit code."""
+    if is_interrupted():  # the error is what became of a KeyboardInterrupt inside a callback
+        complain("interrupted")
+        return 130
+    if isinstance(error, ClvrError):
+        complain(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    complain(f"{type(error).__name__}: {error}; --debug shows where")
+    return 1
+
+
+def _print_result(result: Result, as_json: bool) -> int:
+    """Prints what a command has to say; returns the exit code."""
     try:
-        command = parse(given)
-        result = command.run()
-        if command.common.json:
-            print(json.dumps(result.data, ensure_ascii=False))
+        if as_json:
+            # JSON has escapes of its own for what the terminal cannot encode.
+            print(json.dumps(result.data, ensure_ascii=not _is_unicode(sys.stdout)))
         else:
             Console(soft_wrap=isinstance(result.text, str), highlight=False).print(result.text, markup=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
         return 0
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return 130
     except BrokenPipeError:  # whoever read the output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         return 0
-    except Exception as error:  # noqa: BLE001 - the last resort: a person reads one line
-        if debug:
-            traceback.print_exc()
-        if isinstance(error, ClvrError):
-            _complain(str(error))
-            return 2 if isinstance(error, UsageError) else 1
-        _complain(f"{type(error).__name__}: {error}; --debug shows where")
+    except OSError as error:
+        _drop_stdout()
+        complain(f"standard output cannot be written ({error.strerror or error}); the command itself was completed")
         return 1
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """A terminal without UTF-8 shows escapes in place of what it cannot show; the work is not lost for a character."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(ValueError):  # closed
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_unicode(stream: TextIO | None) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "").startswith("utf")
+
+
+def _drop_stdout() -> None:
+    """Sends what is still buffered to nowhere; Python would try to write it again when it ends, and fail again."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: Sequence[str]) -> Any:
@@ -101,11 +146,6 @@ def _common_flags_last(arguments: Sequence[str]) -> list[str]:
     flags = ("--json", "--debug")
     leading = next((i for i, argument in enumerate(arguments) if argument not in flags), len(arguments))
     return [*arguments[leading : leading + 1], *arguments[:leading], *arguments[leading + 1 :]]
-
-
-def _complain(message: str) -> None:
-    """One line on stderr, whatever the message holds."""
-    print("clvr: " + " ".join(message.split()), file=sys.stderr)
 
 
 if __name__ == "__main__":

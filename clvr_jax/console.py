@@ -1,15 +1,60 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere."""
+"""Progress for people: a bar on a terminal, plain lines elsewhere.
 
+Progress is never worth the work that it reports on: if stderr is full or closed, nothing is shown and work goes on.
+"""
+
+import contextlib
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import IO, Any, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-console = Console(stderr=True, soft_wrap=True, highlight=False)
+from clvr_jax.interrupts import check_interrupt
+
+
+class _Stderr:
+    """The stderr of the moment; what it cannot take is dropped."""
+
+    @property
+    def _stream(self) -> Any:
+        # A progress bar puts a proxy in place of sys.stderr that writes through the console, which writes here.
+        return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # full; closed; None in a process without one
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with contextlib.suppress(ValueError, AttributeError):
+            return bool(self._stream.isatty())
+        return False
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+
+console = Console(file=cast(IO[str], _Stderr()), soft_wrap=True, highlight=False)
+
+
+def complain(message: str) -> None:
+    """Prints one line on stderr, whatever the message holds."""
+    stderr = _Stderr()
+    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    stderr.write(f"clvr: {line}\n")
+    stderr.flush()
 
 
 class Advance(Protocol):
@@ -32,14 +77,21 @@ def progress(title: str, total: int, start: int = 0, seconds_between_lines: floa
         )  # fmt: skip
         with Progress(*columns, console=console) as bar:
             task = bar.add_task(title, total=total, completed=start, note="")
-            yield lambda done, note="": bar.update(task, completed=done, note=note)
+
+            def move(done: int, note: str = "") -> None:
+                check_interrupt()
+                bar.update(task, completed=done, note=note)
+
+            yield move
         return
-    last = time.monotonic() - seconds_between_lines
+    last, stderr = time.monotonic() - seconds_between_lines, _Stderr()
 
     def line(done: int, note: str = "") -> None:
         nonlocal last
+        check_interrupt()
         if done >= total or time.monotonic() - last >= seconds_between_lines:
             last = time.monotonic()
-            print(f"{title}  {done}/{total}  {note}".rstrip(), file=sys.stderr, flush=True)
+            stderr.write(f"{title}  {done}/{total}  {note}".rstrip() + "\n")
+            stderr.flush()
 
     yield line
