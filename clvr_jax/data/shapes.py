@@ -93,6 +93,8 @@ class ShapesTrajectory:
 def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
     """Paints something no object looks like into a cell: halves of two objects, or a blend of two."""
     pairs = [sample_pair(rng), sample_pair(rng)]
+    while pairs[0][1] == pairs[1][1]:  # a blend of a red and a blue star is a purple star, which is clear
+        pairs[1] = sample_pair(rng)
     first, second = (render(Scene((place(*pair, cell, rng),))) for pair in pairs)
     x, y = cell_center(cell)
     half = CELL_SIZE / 2
