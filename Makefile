@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PROMPT ?= a red star at the top left, a blue circle at the top right, a green square in the center, a yellow triangle at the bottom left, and a purple cross at the bottom right
 BENCHMARKS := $(sort $(wildcard benchmarks/bench_*.py))
 
-.PHONY: help demo test test-fast check bench reproduce paper clean
+.PHONY: help demo test test-fast test-robustness check bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -40,7 +40,11 @@ test: $(VENV)/.test  ## the whole suite
 test-fast: $(VENV)/.test  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
 
-check: $(VENV)/.test  ## format, lint, types, spelling, terms
+# A fixed part of the malformed inputs is among the tests; this runs all of them.
+test-robustness: $(VENV)/.test  ## malformed input of every kind: one line, exit 1 or 2, nothing left behind
+	ALL_INPUTS=1 $(BIN)/python -m pytest -n 2 tests/robustness
+
+check: $(VENV)/.test  ## format, lint (security included), types, spelling, terms
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy

@@ -166,6 +166,14 @@ def parse_object(text: str | bytes, where: str) -> JsonObject:
     return JsonObject(value, where)
 
 
+def check_unicode(value: Any, where: str) -> None:
+    """Raises ClvrError for JSON whose texts hold lone surrogates, for values that are written to UTF-8 files again."""
+    try:
+        json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ClvrError(f"{where}: a text is not valid Unicode: it holds a lone surrogate") from error
+
+
 def read_text(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> str:
     """Returns the text of a file of outside data; a byte-order mark is left out.
 

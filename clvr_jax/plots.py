@@ -12,6 +12,11 @@ def can_plot() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
+def literal(text: object) -> str:
+    """A text for a plot as it is; "$" would begin a formula, and a formula that cannot be read ends the plot."""
+    return str(text).replace("$", r"\$")
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """An empty figure, in inches; it has no window and leaves no state behind."""
     from matplotlib.figure import Figure  # not pyplot, which has both

@@ -5,7 +5,16 @@ import os
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import MAX_DEPTH, JsonObject, parse_json, parse_object, read_lines, read_object, read_text
+from clvr_jax.json_input import (
+    MAX_DEPTH,
+    JsonObject,
+    check_unicode,
+    parse_json,
+    parse_object,
+    read_lines,
+    read_object,
+    read_text,
+)
 
 
 def complaint(function, *arguments, **options):
@@ -93,3 +102,9 @@ def test_other_types_are_refused(method, value):
 def test_long_texts_are_not_quoted_in_full():
     assert "at most 10 are allowed" in complaint(JsonObject({"t": "x" * 10**6}, "f").text, "t", max_characters=10)
     complaint(JsonObject({"t": "x" * 10**6}, "f").integer, "t")
+
+
+def test_lone_surrogates_are_refused_where_files_are_written_again():
+    check_unicode({"a": ["é", {"b": "猫"}]}, "f")
+    for value in ("\ud800", ["x", "\udcff"], {"\ud800": 1}, {"a": {"b": ["\udfff"]}}):
+        assert complaint(check_unicode, value, "f:3").startswith("f:3: ")

@@ -5,28 +5,65 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.markdown import table_lines
+from clvr_jax.evaluation.report import COSTS
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
-from clvr_jax.files import read_json
+from clvr_jax.json_input import JsonObject, check_unicode, read_object
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 Results = Mapping[str, Any]
+_COST_TEXTS = {"outcome", "device"}
+_COST_NUMBERS = set(COSTS) - _COST_TEXTS
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads results.json, given the file or the folder it is in."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
-    results = read_json(path)
-    lacking = [key for key in ("benchmark", "judge", "pictures") if key not in results]
+    found = read_object(path)
+    lacking = [key for key in ("benchmark", "judge", "pictures") if key not in found.content]
     if lacking:
         raise ClvrError(f"{path}: not a benchmark result, lacks {', '.join(lacking)}")
-    return results
+    _check_results(found)
+    return dict(found.content)
+
+
+def _check_results(found: JsonObject) -> None:
+    """Raises ClvrError for a field whose type or range comparisons cannot work with."""
+    check_unicode(found.content, found.where)
+    found.text("benchmark")
+    found.nested("judge")
+    found.text("unit", "")
+    overall = found.nested("summary", JsonObject({}, "")).nested("overall", JsonObject({}, ""))
+    for key in {"mean_of_tags", "score"} & overall.content.keys():
+        overall.optional(key, overall.number)
+    entries = found.objects("pictures")
+    if not entries:
+        raise ClvrError(f"{found.where}: pictures is empty; score the run first")
+    for entry in entries:
+        _check_entry(entry)
+
+
+def _check_entry(entry: JsonObject) -> None:
+    entry.integer("index", low=0)
+    entry.text("prompt")
+    entry.text("tag")
+    entry.optional("tier", entry.integer)
+    for key in _COST_NUMBERS & entry.content.keys():
+        entry.optional(key, partial(entry.number, low=0))
+    for key in _COST_TEXTS & entry.content.keys():
+        entry.optional(key, entry.text)
+    if entry.content.get("score") is None:
+        entry.boolean("correct")
+    else:
+        entry.number("score")
 
 
 def named(word: str) -> tuple[str, Path]:
@@ -70,8 +107,7 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
 def markdown(comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second") -> str:
     """A comparison as a Markdown table."""
     header = ["", first_name, second_name, *_COLUMNS]
-    rows = [header, ["---"] * len(header), *_rows(comparison)]
-    return "".join(f"| {' | '.join(row)} |\n".replace("  ", " ") for row in rows)
+    return "".join(f"{line}\n".replace("  ", " ") for line in table_lines([header, *_rows(comparison)]))
 
 
 def comparison_table(comparison: Mapping[str, Any], first_name: str, second_name: str) -> Table:

@@ -131,9 +131,16 @@ def _tasks(folder: Path) -> dict[tuple[int, str], float] | None:
         entries = Folder(folder).metadata()
     except ClvrError:  # results without their pictures
         return None
-    if not all(isinstance(entry.get("include"), list) for entry in entries):
+    if not all(_has_clauses(entry) for entry in entries):
         return None
     return {(index, entry["prompt"]): task_of(entry).complexity() for index, entry in enumerate(entries)}
+
+
+def _has_clauses(entry: Mapping[str, Any]) -> bool:
+    include = entry.get("include")
+    return isinstance(include, list) and all(
+        isinstance(item, dict) and type(item.get("count")) is int and item["count"] > 0 for item in include
+    )
 
 
 def _system(one: Contestant, tags: Sequence[str], seed: int) -> dict[str, Any]:

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.report import cost_line
 from clvr_jax.files import write_atomically, write_json
-from clvr_jax.plots import can_plot, new_figure
+from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -31,26 +32,26 @@ def contest_markdown(contest: Mapping[str, Any], plots: Sequence[str] = ()) -> s
     """A contest as Markdown; plots: names of files that lie beside it."""
     first = contest["systems"][0]["name"]
     lines = [
-        f"# {contest['benchmark']}: {', '.join(system['name'] for system in contest['systems'])}",
+        f"# {plain(contest['benchmark'])}: {', '.join(plain(system['name']) for system in contest['systems'])}",
         "",
-        f"{contest['prompts']} prompts; scores {contest['unit']}; judge: "
-        + ", ".join(str(value) for value in contest["judge"].values())
+        f"{contest['prompts']} prompts; scores {plain(contest['unit'])}; judge: "
+        + ", ".join(plain(value) for value in contest["judge"].values())
         + ". Intervals are 95 %: Wilson's for right and wrong, over prompts (bootstrap) for other scores.",
         "",
-        *_table(_score_rows(contest)),
+        *table_lines(_score_rows(contest)),
         "",
-        f"## Against {first}, prompt by prompt",
+        f"## Against {plain(first)}, prompt by prompt",
         "",
         "Difference with a bootstrap interval over prompts; wins of the first : of the other; p of McNemar's exact test"
         " (the sign test where prompts have several pictures or other scores), and with Holm's correction for the"
         " number of systems.",
         "",
-        *_table(_pair_rows(contest)),
+        *table_lines(_pair_rows(contest)),
         "",
         *_tag_sections(contest),
         "## Cost",
         "",
-        *[f"- {system['name']}: {cost_line(system['cost'])}" for system in contest["systems"]],
+        *[f"- {plain(system['name'])}: {plain(cost_line(system['cost']))}" for system in contest["systems"]],
         "",
     ]
     if contest["complexity"]:
@@ -75,11 +76,6 @@ def contest_table(contest: Mapping[str, Any]) -> Table:
             system["name"], f"{system['overall']['score']:.3f}", _interval(system["overall"]["interval"]), *difference
         )
     return table
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    header, *rest = rows
-    return [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rest)]
 
 
 def _score_rows(contest: Mapping[str, Any]) -> list[list[str]]:
@@ -118,7 +114,7 @@ def _tag_sections(contest: Mapping[str, Any]) -> list[str]:
         for name, part in parts:
             means = (f"{part['first']:.3f}", f"{part['second']:.3f}")
             rows.append([name, *means, *_difference(part), f"{part['p_value']:.2g}"])
-        lines += [*_table(rows), ""]
+        lines += [*table_lines(rows), ""]
     return lines
 
 
@@ -130,9 +126,9 @@ def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
         rows.append([name, f"{probe['area']:.1f}", _number(probe["half_fails_at"], 1), odds])
     law = complexity["law"]
     if law is None:
-        return _table(rows)
+        return table_lines(rows)
     fit = f"{law['factor']:.3g} NFE^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
-    return [*_table(rows), "", f"100 - area, over the systems: {fit}"]
+    return [*table_lines(rows), "", f"100 - area, over the systems: {fit}"]
 
 
 def _scored(group: Mapping[str, Any]) -> str:
@@ -161,9 +157,11 @@ def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
     for number, system in enumerate(systems):
         groups = [*(system["tags"][tag] for tag in contest["tags"]), system["overall"]]
         places = [row + 0.6 * (number + 0.5) / len(systems) - 0.3 for row in range(len(rows))]
-        axes.errorbar(places, [group["score"] for group in groups], yerr=_bars(groups), fmt="o", label=system["name"])
-    axes.set_xticks(range(len(rows)), rows, rotation=20, ha="right")
-    axes.set(ylabel=f"score ({contest['unit']})")
+        axes.errorbar(
+            places, [group["score"] for group in groups], yerr=_bars(groups), fmt="o", label=literal(system["name"])
+        )
+    axes.set_xticks(range(len(rows)), list(map(literal, rows)), rotation=20, ha="right")
+    axes.set(ylabel=f"score ({literal(contest['unit'])})")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(out / PLOTS["scores"], dpi=120)
@@ -178,7 +176,11 @@ def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
                 if system["cost"][key]:
                     bars = _bars([system["overall"]])
                     axes.errorbar(
-                        system["cost"][key], system["overall"]["score"], yerr=bars, fmt="o", label=system["name"]
+                        system["cost"][key],
+                        system["overall"]["score"],
+                        yerr=bars,
+                        fmt="o",
+                        label=literal(system["name"]),
                     )
             axes.set(xlabel=label, ylabel="score, all prompts", xscale="log")
             axes.grid(alpha=0.3)
@@ -192,7 +194,7 @@ def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
         for name, probe in contest["complexity"]["systems"].items():
             tiers = probe["tiers"]
             x, y = [tier["complexity"] for tier in tiers], [tier["passed"] for tier in tiers]
-            (line,) = axes.plot(x, y, "o-", label=f"{name}: area {probe['area']:.1f}")
+            (line,) = axes.plot(x, y, "o-", label=f"{literal(name)}: area {probe['area']:.1f}")
             low, high = [tier["low"] for tier in tiers], [tier["high"] for tier in tiers]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
         axes.set(xlabel="complexity of the prompt, C", ylabel="share that passes", ylim=(-0.02, 1.02))

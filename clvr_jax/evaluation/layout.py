@@ -15,22 +15,26 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
+from PIL import Image
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.drawn import Drawn
-from clvr_jax.files import read_json, write_atomically, write_json
-from clvr_jax.reasoning.images import Picture, as_pil, encode_png, read_png
+from clvr_jax.files import write_atomically, write_json
+from clvr_jax.json_input import JsonObject, check_unicode, read_object
+from clvr_jax.reasoning.images import Picture, encode_png, pixels, read_image
 from clvr_jax.reasoning.trajectory import Trajectory
 
 _IDENTITY = "benchmark.json"
 _JPEG_QUALITY = 95
+_MAX_SAMPLES, _MAX_PROMPTS = 10**4, 10**7
 
 
 class Places(Protocol):
@@ -115,6 +119,24 @@ class Record:
             device=device,
         )
 
+    @classmethod
+    def from_json(cls, entry: JsonObject) -> Self:
+        """Reads what was written. Raises: ClvrError for missing or unknown fields, another type or range."""
+        if unknown := sorted(entry.content.keys() - {each.name for each in fields(cls)}):
+            raise ClvrError(f"{entry.where}: malformed, has unknown fields {', '.join(unknown):.200}")
+        found: dict[str, Any] = {
+            "prompt": entry.text("prompt"),
+            "seed": entry.integer("seed"),
+            "has_picture": entry.boolean("has_picture"),
+        }
+        for name in ("nfe", "steps", "input_tokens", "output_tokens"):
+            found[name] = _optional(entry, name, partial(entry.integer, low=0))
+        for name in ("seconds", "dollars"):
+            found[name] = _optional(entry, name, partial(entry.number, low=0))
+        for name in ("outcome", "device"):
+            found[name] = _optional(entry, name, entry.text)
+        return cls(**found)
+
     def cost(self) -> dict[str, Any]:
         """What a score also says of the picture, as keywords of PictureScore."""
         return {name: value for name, value in asdict(self).items() if name not in ("prompt", "seed", "has_picture")}
@@ -161,16 +183,21 @@ class Folder:
 
     def identity(self) -> dict[str, Any]:
         """The content of benchmark.json; ClvrError if it is missing or malformed."""
-        path = self.root / _IDENTITY
-        content = read_json(path)
-        lacking = [key for key in ("benchmark", "settings", "seed", "samples", "prompts") if key not in content]
+        found = read_object(self.root / _IDENTITY)
+        lacking = [key for key in ("benchmark", "settings", "seed", "samples", "prompts") if key not in found.content]
         if lacking:
-            raise ClvrError(f"{path}: malformed, lacks {', '.join(lacking)}")
-        return content
+            raise ClvrError(f"{found.where}: malformed, lacks {', '.join(lacking)}")
+        check_unicode(found.content, found.where)
+        found.text("benchmark")
+        found.nested("settings")
+        found.integer("seed")
+        found.integer("samples", low=1, high=_MAX_SAMPLES)
+        found.integer("prompts", low=1, high=_MAX_PROMPTS)
+        return dict(found.content)
 
     def metadata(self) -> list[dict[str, Any]]:
         """The metadata of all prompts, in order."""
-        return [read_json(self.home(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
+        return [_metadata(self.home(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
 
     def add(self, index: int, sample: int, drawn: Drawn, record: Record) -> None:
         """Writes one picture; its record comes last, so that what is cut short is drawn again."""
@@ -198,16 +225,11 @@ class Folder:
 
     def record(self, index: int, sample: int) -> Record:
         """The record of one picture; ClvrError if it is missing or malformed."""
-        path = self._of(index, "records", sample, ".json")
-        content = read_json(path)
-        try:
-            return Record(**content)
-        except TypeError as error:
-            raise ClvrError(f"{path}: malformed ({error})") from error
+        return Record.from_json(read_object(self._of(index, "records", sample, ".json")))
 
     def picture(self, index: int, sample: int) -> np.ndarray:
         """One picture, uint8 (height, width, 3); ClvrError if it is missing."""
-        return read_png(self.picture_path(index, sample))
+        return read_image(self.picture_path(index, sample))
 
     def trajectory(self, index: int, sample: int) -> Trajectory | None:
         """How one picture came about, None if it was drawn without the loop; ClvrError if it is malformed."""
@@ -226,6 +248,18 @@ class Folder:
         return self.home(index) / kind / f"{sample:04d}{suffix}"
 
 
+def _optional(entry: JsonObject, name: str, read: Callable[[str], Any]) -> Any:
+    """A field that older versions did not write, or wrote as null."""
+    return entry.optional(name, read) if name in entry.content else None
+
+
+def _metadata(path: Path) -> dict[str, Any]:
+    entry = read_object(path)
+    check_unicode(entry.content, entry.where)
+    entry.text("prompt")
+    return dict(entry.content)
+
+
 def _holds_pictures(entry: Path) -> bool:
     return entry.name.isdigit() or entry.name in ("images", "prompts")
 
@@ -234,7 +268,7 @@ def _encode(picture: Picture, suffix: str) -> bytes:
     if suffix == ".png":
         return encode_png(picture)
     buffer = io.BytesIO()
-    as_pil(picture).convert("RGB").save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    Image.fromarray(pixels(picture)).save(buffer, format="JPEG", quality=_JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()
 
 

@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.files import write_atomically, write_json
-from clvr_jax.plots import can_plot, new_figure
+from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -37,9 +38,9 @@ def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
 def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str:
     """The curves as Markdown: for each kind of limit a table of what each system reaches under it."""
     lines = [
-        f"# {scaling['benchmark']}: success against what is allowed",
+        f"# {plain(scaling['benchmark'])}: success against what is allowed",
         "",
-        f"{scaling['prompts']} prompts; judge: {', '.join(str(value) for value in scaling['judge'].values())}. Each "
+        f"{scaling['prompts']} prompts; judge: {', '.join(plain(value) for value in scaling['judge'].values())}. Each "
         "system was drawn once under its largest budget, smaller ones are read off its trajectories. Accuracy with its "
         "95 % interval over prompts; NFE and seconds are means per picture under the limit.",
         "",
@@ -47,10 +48,7 @@ def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str
     for kind, label in _AXES.items():
         rows = _rows(scaling, kind)
         if len(rows) > 1:
-            header, *rest = rows
-            lines += [f"## {label.capitalize()}", ""]
-            lines += [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rest)]
-            lines.append("")
+            lines += [f"## {label.capitalize()}", "", *table_lines(rows), ""]
     if with_plot:
         lines.append(f"![{PLOT}]({PLOT})")
     return "\n".join(lines).rstrip() + "\n"
@@ -96,7 +94,7 @@ def _plot(scaling: Mapping[str, Any], out: Path) -> None:
             points = system["curves"][kind]
             x, y = [point["limit"] for point in points], [point["accuracy"] for point in points]
             # What is reached lasts until the next picture is there.
-            (line,) = axes.plot(x, y, "o-", markersize=3, drawstyle="steps-post", label=system["name"])
+            (line,) = axes.plot(x, y, "o-", markersize=3, drawstyle="steps-post", label=literal(system["name"]))
             low, high = [point["low"] for point in points], [point["high"] for point in points]
             axes.fill_between(x, low, high, step="post", color=line.get_color(), alpha=0.15)
         axes.set(xlabel=label, ylabel="share that is correct", ylim=(-0.02, 1.02))

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clvr_jax.errors import UsageError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.drawing import all_drawn, draw_missing
 from clvr_jax.evaluation.drawn import DrawAll
 from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.report import PictureScore, summarize
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.files import write_json
+from clvr_jax.json_input import JsonObject, check_unicode, parse_object, read_lines
 from clvr_jax.reasoning.trajectory import package_versions
 
 if TYPE_CHECKING:
@@ -54,9 +55,11 @@ def shapes_judge() -> Judge:
     """The shapes world's own judge: its detector reads the picture, its checker applies GenEval's rules."""
     from clvr_jax.worlds.shapes.check import check
     from clvr_jax.worlds.shapes.detect import detect
+    from clvr_jax.worlds.shapes.metadata import parse_metadata
 
     def judge(image: np.ndarray, metadata: Metadata) -> Judgment:
-        verdict = check(detect(image), dict(metadata))
+        # Read back from the directory of a run, which anyone may have written.
+        verdict = check(detect(image), parse_metadata(metadata))
         return Judgment(verdict.correct, verdict.reasons)
 
     return Judge("shapes detector", SHAPES_JUDGE_VERSION, judge)
@@ -71,9 +74,25 @@ def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | N
       limit: at most so many, evenly spaced, so that a short run still meets every tag.
     Raises: ClvrError for a file that is none.
     """
-    from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
+    from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
-    return spread(read_prompts(path) if path else evaluation_prompts(split), limit)
+    return spread(_read_prompts(path) if path else evaluation_prompts(split), limit)
+
+
+def _read_prompts(path: Path) -> list[dict[str, Any]]:
+    from clvr_jax.worlds.shapes.metadata import parse_metadata
+
+    found = []
+    for where, line in read_lines(path):
+        entry = parse_object(line, where)
+        check_unicode(entry.content, where)
+        try:
+            found.append(parse_metadata(entry.content))
+        except ClvrError as error:
+            raise ClvrError(f"{where}: {error}") from error
+    if not found:
+        raise ClvrError(f"{path}: no prompts in this file; write one JSON object per line")
+    return found
 
 
 def run(
@@ -165,6 +184,8 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     folder = Folder(Path(out))
     identity = folder.identity()
     entries = folder.metadata()
+    for index, entry in enumerate(entries):
+        JsonObject(entry, str(folder.home(index) / "metadata.jsonl")).text("tag")
     places = all_drawn(folder, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
     scores = [_score_picture(folder, index, sample, entries[index], judge) for index, sample in places]
     results = {

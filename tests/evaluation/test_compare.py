@@ -1,4 +1,5 @@
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -86,3 +87,25 @@ def test_results_are_read_from_file_or_folder(tmp_path):
         load_results(tmp_path / "other.json")
     with pytest.raises(ClvrError, match="no such file"):
         load_results(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("index", -1), ("index", "0"), ("prompt", 3), ("tag", None), ("tier", "hard"), ("correct", "yes"), ("nfe", "4"),
+     ("seconds", float("nan")), ("outcome", ["x"]), ("score", "8")],
+)  # fmt: skip
+def test_fields_of_results_have_their_types(field, value, tmp_path):
+    bad = result([1, 0])
+    bad["pictures"][1][field] = value
+    (tmp_path / "results.json").write_text(json.dumps(bad))
+    with pytest.raises(ClvrError, match=rf"results\.json: pictures\[1\]: {field} must be "):
+        load_results(tmp_path)
+
+
+def test_results_without_pictures_or_with_broken_texts_are_refused(tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps({**result([]), "pictures": []}))
+    with pytest.raises(ClvrError, match="pictures is empty"):
+        load_results(tmp_path)
+    (tmp_path / "results.json").write_text(json.dumps({**result([1]), "benchmark": "\ud800"}))
+    with pytest.raises(ClvrError, match="lone surrogate"):
+        load_results(tmp_path)

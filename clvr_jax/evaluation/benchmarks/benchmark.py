@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
 from clvr_jax.evaluation.layout import FlatPlaces, Folder, Places
 from clvr_jax.file_names import file_name
-from clvr_jax.json_input import parse_json, read_text
+from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
 from clvr_jax.reasoning.images import EncodedPicture, read_encoded
 
 
@@ -134,7 +134,8 @@ class Benchmark(abc.ABC):
 
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
         """The item that `metadata` came from."""
-        return Item(**metadata)
+        entry = JsonObject(metadata, f"metadata of prompt {index}")
+        return Item(entry.text("id"), entry.text("prompt"), entry.text("tag"), entry.nested("record").content)
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
         """The weight of each tag in the overall score; they are divided by their sum.
@@ -195,6 +196,7 @@ def read_entries(path: Path, fields: Sequence[str]) -> list[tuple[str, dict[str,
         lacking = [name for name in fields if not isinstance(entry, dict) or entry.get(name) in (None, "")]
         if lacking:
             raise ClvrError(f"{place}: lacks {', '.join(lacking)}")
+        check_unicode(entry, place)
         if wrong := [name for name in _TEXTS if not isinstance(entry.get(name, ""), str)]:
             raise ClvrError(f"{place}: {' and '.join(wrong)} must be a text")
     return entries

@@ -19,6 +19,7 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import Found, check, check_met
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.layout import GenEvalPlaces, Places
 from clvr_jax.files import read_json, write_json
+from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.images import EncodedPicture
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
@@ -70,7 +71,8 @@ class GenEval(Benchmark):
 
     @override
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
-        return Item(f"{index:05d}", metadata["prompt"], metadata["tag"], metadata)
+        entry = JsonObject(metadata, f"metadata of prompt {index}")
+        return Item(f"{index:05d}", entry.text("prompt"), entry.text("tag"), metadata)
 
 
 class Detector(Protocol):

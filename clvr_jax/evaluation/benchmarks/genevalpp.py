@@ -42,7 +42,7 @@ class GenEvalPP(JudgedBenchmark):
                 checklist(entry)
             except KeyError as error:
                 raise ClvrError(f"{place}: a clause lacks {error}; each needs a class and a count") from error
-            except (TypeError, AttributeError, ValueError) as error:
+            except (TypeError, AttributeError, ValueError, OverflowError) as error:
                 raise ClvrError(f"{place}: include and exclude must be lists of clauses ({error})") from error
             items.append(Item(str(number), entry["prompt"].strip(), entry["tag"], entry))
         return items
@@ -63,13 +63,16 @@ class GenEvalPP(JudgedBenchmark):
 def checklist(metadata: Mapping[str, Any]) -> list[str]:
     """What the metadata asks for, one line each: classes, counts, colors, sizes, parts of the picture, and limits."""
     lines = []
-    for clause in metadata["include"]:
+    include, exclude = metadata["include"], metadata.get("exclude", [])
+    if not isinstance(include, list) or not isinstance(exclude, list):
+        raise TypeError("another type")
+    for clause in include:
         name, count = clause["class"], int(clause["count"])
         words = [clause.get("size"), clause.get("color"), name]
         region = clause.get("region")
         where = f" in the {_WHERE.get(region, region)} part of the picture" if region else ""
         lines.append(f"- {count} x {' '.join(word for word in words if word)}{where}")
-    for clause in metadata.get("exclude", []):
+    for clause in exclude:
         lines.append(f"- at most {int(clause['count']) - 1} x {clause['class']} in the whole picture")
     return lines
 

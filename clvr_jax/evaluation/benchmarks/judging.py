@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import Asked
+from clvr_jax.json_input import parse_object
 from clvr_jax.outputs import name_for
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import EncodedPicture
@@ -202,10 +203,14 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Said]]:
         if not line:
             continue
         try:
-            entry: Mapping[str, Any] = json.loads(line)
-        except ValueError:
+            entry = parse_object(line, f"{path}:{number}")
+        except ClvrError:
             continue  # cut short when a process ended
         try:
-            yield entry["key"], Said(entry["reply"], entry["error"], Usage(**entry["usage"]))
-        except (KeyError, TypeError) as error:
+            usage = Usage(**entry.nested("usage").content)
+            yield (
+                entry.text("key"),
+                Said(entry.optional("reply", entry.text), entry.optional("error", entry.text), usage),
+            )
+        except (ClvrError, TypeError) as error:
             raise ClvrError(f"{path}:{number}: not a reply of a judge ({error}); remove the line") from error

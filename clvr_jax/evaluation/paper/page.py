@@ -9,6 +9,7 @@ from typing import Any
 from clvr_jax.convert.model_card import table
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.evaluation.layout import Folder
+from clvr_jax.evaluation.markdown import plain
 from clvr_jax.evaluation.paper import plots
 from clvr_jax.evaluation.paper.rows import Row, joined
 from clvr_jax.evaluation.paper.tables import (
@@ -234,5 +235,5 @@ def _strip(measured: Measured, pictures: Path) -> Lines:
     drawings = [step.image for step in trajectory.drawings if not step.rolled_back]
     plots.picture_strip(pictures / "strip.png", [first, *drawings])
     yield "\n## One prompt\n"
-    yield f"*{looped['prompt']}*: the base in one shot, and the merged model's loop, drawing by drawing.\n"
-    yield f"![{looped['prompt']}]({pictures.name}/strip.png)"
+    yield f"*{plain(looped['prompt'])}*: the base in one shot, and the merged model's loop, drawing by drawing.\n"
+    yield f"![{plain(looped['prompt'])}]({pictures.name}/strip.png)"

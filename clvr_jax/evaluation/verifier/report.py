@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from clvr_jax.evaluation.markdown import plain
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
 
 if TYPE_CHECKING:
@@ -17,11 +18,11 @@ _HELD_OUT = {"held_out": "held-out pairs", "others": "other pairs"}
 
 def markdown(results: Mapping[str, Any]) -> str:
     """The results as Markdown."""
-    lines = [f"# Verifier benchmark: {results['verifier']}", "", f"Seed {results['seed']}. {explanation()}", ""]
+    lines = [f"# Verifier benchmark: {plain(results['verifier'])}", "", f"Seed {results['seed']}. {explanation()}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for (group, total), *parts in sections(results["summary"]):
         lines += [f"| **{group}** | {' | '.join(total)} |"]
-        lines += [f"| {group}: {name} | {' | '.join(cells)} |" for name, cells in parts]
+        lines += [f"| {plain(group)}: {plain(name)} | {' | '.join(cells)} |" for name, cells in parts]
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results["summary"]))]) + "\n"
 
 
