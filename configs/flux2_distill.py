@@ -114,13 +114,14 @@ def pipeline_task(
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
     transformer_def, teacher = nnx.split(pipe.transformer)
-    tokenizer = pipe.tokenizer
+    tokenizer, schedule = pipe.tokenizer, pipe.schedule
     settings = dataclasses.replace(
         pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
     )
 
     def export(ema: Any, directory: Path) -> None:
-        student = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
+        transformer = nnx.merge(transformer_def, ema)
+        student = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
         student.save_pretrained(str(directory), dtype=save_dtype)
 
     return _task(

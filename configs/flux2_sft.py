@@ -83,13 +83,15 @@ def task(config: Config) -> Task:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
-    transformer_def, tokenizer, settings = nnx.graphdef(pipe.transformer), pipe.tokenizer, pipe.settings
+    transformer_def, tokenizer = nnx.graphdef(pipe.transformer), pipe.tokenizer
+    settings, schedule = pipe.settings, pipe.schedule
     examples = DrawingExamples(
         TrajectoryDataset(config.dataset), tokenizer, dropout=config.dropout, text_buckets=settings.text_buckets
     )
 
     def export(ema: Any, directory: Path) -> None:
-        trained = Flux2Pipeline(nnx.merge(transformer_def, ema), *unchanged, tokenizer, settings)
+        transformer = nnx.merge(transformer_def, ema)
+        trained = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
         trained.save_pretrained(str(directory), dtype="bfloat16")
 
     return _task(

@@ -199,7 +199,7 @@ def flux2_task(
     transformer_def, base = nnx.split(pipe.transformer)
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
-    settings, tokenizer, sizes = pipe.settings, pipe.tokenizer, pipe.transformer.config
+    settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
 
     def ids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
         return encode_prompts(tokenizer, texts, settings.text_buckets)
@@ -215,8 +215,9 @@ def flux2_task(
         return {"ids": given, "mask": mask, "empty_ids": empty, "empty_mask": empty_mask, "references": shown}
 
     def save(weights: Any, trained: Any, directory: Path) -> None:
-        drawer = Flux2Pipeline(nnx.merge(transformer_def, weights), *unchanged, tokenizer, settings)
-        drawer.save_pretrained(str(directory), dtype=save_dtype)
+        transformer = nnx.merge(transformer_def, weights)
+        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora_rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
             save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)

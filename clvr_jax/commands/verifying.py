@@ -155,10 +155,9 @@ def _check_sizes(model: str, directory: Path, paths: Sequence[Path], images: "Se
     """Raises ClvrError for an image that the model cannot read, and warns where it was trained for one size only."""
     from math import isqrt
 
-    from clvr_jax.data.qwen3_vl_images import processor_from_dict
-    from clvr_jax.files import read_json
+    from clvr_jax.data.qwen3_vl_images import load_processor
 
-    processor = processor_from_dict(read_json(directory / "preprocessor_config.json"))
+    processor = load_processor(directory)
     has_one_size = processor.min_pixels == processor.max_pixels
     side = isqrt(processor.max_pixels)
     resized: dict[tuple[int, int], list[Path]] = {}

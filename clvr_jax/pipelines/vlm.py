@@ -16,13 +16,14 @@ from clvr_jax.convert.families import QWEN3_VL
 from clvr_jax.convert.hub import local_folder
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict, processor_to_dict
+from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.data.text import load_tokenizer
-from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json, replacing, write_json
+from clvr_jax.errors import UsageError
+from clvr_jax.files import replacing, write_json
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.reasoning.tools import Token
 from clvr_jax.sharding import on_every_host
 
@@ -47,16 +48,11 @@ class Qwen3VLPipeline:
 
     def __init__(self, model: Qwen3VL, tokenizer: Any, image_processor: Qwen3VLImageProcessor):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
-        placeholder, expected = tokenizer.convert_tokens_to_ids(IMAGE_PAD), model.config.image_token_id
-        if placeholder != expected:
-            raise ClvrError(
-                f"the tokenizer's id of {IMAGE_PAD} is {placeholder}, the model's image_token_id {expected}; "
-                "tokenizer and model belong to different checkpoints"
-            )
+        check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
-        """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and preprocessor_config.json.
+        """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and image processor.
 
         Raises: ClvrError naming what is missing or does not fit.
         """
@@ -64,7 +60,7 @@ class Qwen3VLPipeline:
         return cls(
             load_model(folder, QWEN3_VL, jnp.dtype(dtype)),
             load_tokenizer(folder),
-            processor_from_dict(read_json(folder / "preprocessor_config.json")),
+            load_processor(folder),
         )
 
     def chat(
