@@ -196,9 +196,7 @@ def reported_chat(
       show: see `conversation_chat`.
     """
     last = int(rng.integers(1, len(replies)))
-    messages = chat_messages(
-        metadata["prompt"], replies[: last + 1], last, requirements=_checklist(rng, metadata)
-    )
+    messages = chat_messages(metadata["prompt"], replies[: last + 1], last, requirements=_checklist(rng, metadata))
     reading = detect(canvases[last - 1])
     unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
     report = verification.report(describe(reading), unmet)
