@@ -237,11 +237,11 @@ def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot read"),
+        (None, "cannot be read"),
         ("", "no prompts"),
         ('{"tag": "single_object"', "prompts.jsonl:1: not JSON"),
         ('{"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}', "dog"),
-        ("\udcff", "cannot read"),
+        ("\udcff", "cannot be read"),
     ],
 )
 def test_malformed_prompt_files_fail_in_one_line(content, said, model, tmp_path, capsys):

@@ -278,8 +278,8 @@ def _picture_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:
 def _decoded(sample: Sample, pictures: Sequence[Picture]) -> list[np.ndarray]:
     try:
         return [pixels(picture) for picture in pictures]
-    except (OSError, SyntaxError) as error:
-        raise ClvrError(f"trajectory {sample.id}, record {sample.record}: broken picture ({error})") from error
+    except ClvrError as error:
+        raise ClvrError(f"trajectory {sample.id}, record {sample.record}: broken image ({error})") from error
 
 
 def _padded(

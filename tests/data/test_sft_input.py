@@ -243,5 +243,5 @@ def test_a_picture_that_breaks_while_it_is_read_stops_the_run_in_one_line(tmp_pa
     examples = DrawingExamples(small(tmp_path, rolled_back_once()), tokenizer)
     with pytest.raises(ClvrError) as stopped:
         next(Batches(BatchLoader(examples, 2)))
-    assert str(stopped.value).startswith("trajectory 00000000, record 0: broken picture (")
+    assert str(stopped.value).startswith("trajectory 00000000, record 0: broken image (")
     assert "\n" not in str(stopped.value)
