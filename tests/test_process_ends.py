@@ -34,6 +34,14 @@ class Fake:
         return Result({"prompt": WORDS, "raw": "\udcff"}, table)
 
 
+@pytest.fixture(autouse=True)
+def _heard_interrupts():
+    """A shell starts background jobs with SIGINT ignored, and the suite may be one."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture
 def run(monkeypatch):
     def start(act=None, as_json=False):
