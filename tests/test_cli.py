@@ -237,7 +237,7 @@ def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read"),
+        (None, "no such file"),
         ("", "no prompts"),
         ('{"tag": "single_object"', "prompts.jsonl:1: not JSON"),
         ('{"tag": "single_object", "prompt": "a dog", "include": [{"class": "dog", "count": 1}]}', "dog"),
