@@ -94,7 +94,7 @@ def training_metadata(rng: np.random.Generator, wide_share: float = 0.7) -> Meta
 
 
 def plan_chat(rng: np.random.Generator) -> Chat:
-    """Draws the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view."""
+    """Samples the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view."""
     metadata = training_metadata(rng)
     asked = prompt_with_requirements(metadata["prompt"], _checklist(rng, metadata))
     asked, reply = _renamed(rng, 0.1, asked, first_reply(plan(metadata)))
@@ -221,7 +221,7 @@ def recorded_conversations(dataset: Path) -> list[tuple[Metadata, list[str], lis
 
 
 def comparisons_chat(rng: np.random.Generator, count: int) -> Chat:
-    """Draws a description and requirements that are compared with it one after the other; half of them are met.
+    """Samples a description and requirements that are compared with it one after the other; half of them are met.
 
     A verifier compares each requirement in a conversation of its own. In training they share the description, which
     is most of the text, so that a batch holds several times as many comparisons.
@@ -253,7 +253,7 @@ def comparisons_chat(rng: np.random.Generator, count: int) -> Chat:
 
 
 def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequirement, ...]]:
-    """Draws an image as read, the text that describes it or plans it, and the requirements of a prompt it is for."""
+    """Samples an image as read, the text that describes it or plans it, and the requirements of a prompt it is for."""
     options: tuple[ShapesRequirement, ...] = ()
     if rng.random() < 0.4:
         reading = random_canvas(rng).reading()

@@ -83,7 +83,7 @@ def invents(description: str, evidence: str) -> bool:
     return not set(quoted) <= known
 
 
-def names(requirement: str, evidence: str) -> bool:
+def names_required(requirement: str, evidence: str) -> bool:
     """Whether evidence holds every word of a requirement, apart from numbers, relations and other function words."""
     quoted = {form for word in _WORD.findall(evidence.lower()) for form in _singular_forms(word)}
     required = set(_WORD.findall(_RELATION.sub(" ", requirement.lower()))) - _FUNCTION_WORDS

@@ -21,7 +21,7 @@ from typing import Any, Literal, Protocol, get_args
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, invents, names
+from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, invents, names_required
 from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
 
@@ -366,7 +366,7 @@ class ModelVerifier(Verifier):
         # A model that was trained to quote supports its yes by a quotation that names what is required.
         is_unsupported = False
         if is_yes and description is not None and not self._is_instructed:
-            is_unsupported = invents(description.text, evidence) or not names(requirement, evidence)
+            is_unsupported = invents(description.text, evidence) or not names_required(requirement, evidence)
         probability = answer_probability(answer)
         if probability is None:
             return Requirement(requirement, is_yes and not is_unsupported, None, evidence)
@@ -374,8 +374,11 @@ class ModelVerifier(Verifier):
         if description is not None:
             certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
         # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
-        probability = certainty * probability + (1 - certainty) * (1 - probability) / 2
-        return Requirement(requirement, probability >= self._threshold, probability, evidence)
+        supported = certainty * probability
+        probability = supported + (1 - certainty) * (1 - probability) / 2
+        # Doubt about the description never turns a no into a yes.
+        is_met = probability >= self._threshold and (is_yes or supported >= self._threshold)
+        return Requirement(requirement, is_met, probability, evidence)
 
     def _gathered(
         self, requirements: Sequence[Sequence[str]], checked: Sequence[Requirement], descriptions: Sequence[str]

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names
+from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names_required
 from clvr_jax.reasoning.tools import Answer, Token
 from clvr_jax.reasoning.verification import ModelVerifier, Requirement, Verification, read_requirements
 
@@ -123,6 +123,19 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
     assert not invents("Plan: red star top; blue cross left.", "red star top")
 
 
+@pytest.mark.parametrize("threshold", [0.3, 0.5])
+def test_doubt_about_the_description_never_turns_a_no_into_a_yes(threshold):
+    def reply(question):
+        if question.images:
+            return Answer("I see red star top.", tokens=(Token("I see red star top.", -1000.0),))
+        return answer(("no blue star.", 1.0), (" no", 1.0), no=1.0)
+
+    verifier = ModelVerifier(ScriptedModel(reply), is_instructed=False, threshold=threshold)
+    (found,) = verifier.check([("blue star",)], [IMAGE])
+    assert found.requirements[0].probability == 0.5
+    assert found.accepted is False
+
+
 @pytest.mark.parametrize(
     ("requirement", "evidence", "expected"),
     [
@@ -136,7 +149,7 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
     ],
 )
 def test_a_yes_must_name_what_is_required(requirement, evidence, expected):
-    assert names(requirement, evidence) is expected
+    assert names_required(requirement, evidence) is expected
     description = f"I see {evidence}."
     model = ScriptedModel(lambda question: description if question.images else f"{evidence}. yes")
     (found,) = ModelVerifier(model, is_instructed=False).check([(requirement,)], [IMAGE])
