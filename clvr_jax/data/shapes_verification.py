@@ -20,7 +20,7 @@ from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.reasoning import verification
-from clvr_jax.reasoning.context import Message, chat_messages, prompt_with_requirements
+from clvr_jax.reasoning.context import Message, chat_messages, prompt_with_requirements, requirements_line
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
@@ -105,9 +105,9 @@ def requirements_chat(rng: np.random.Generator) -> Chat:
     """The requirements of a prompt."""
     if rng.random() < 0.02:
         prompt = NOTHING_ASKED[int(rng.integers(len(NOTHING_ASKED)))]
-        return Chat(_said(verification.requirements_messages(prompt), verification.requirements_reply(())))
+        return Chat(_said(verification.requirements_messages(prompt), requirements_line(())))
     metadata = training_metadata(rng)
-    reply = verification.requirements_reply([str(each) for each in requirements(metadata)])
+    reply = requirements_line([str(each) for each in requirements(metadata)])
     prompt, reply = _renamed(rng, 0.1, metadata["prompt"], reply)
     return Chat(_said(verification.requirements_messages(prompt), reply))
 

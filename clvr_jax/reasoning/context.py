@@ -39,7 +39,12 @@ def drawing_text(prompt: str, replies: Sequence[str]) -> str:
 
 def prompt_with_requirements(prompt: str, requirements: Sequence[str]) -> str:
     """Returns the prompt with its checklist in the line below, or the prompt alone if the checklist is empty."""
-    return f"{prompt}\nRequired: {'; '.join(requirements)}." if requirements else prompt
+    return f"{prompt}\n{requirements_line(requirements)}" if requirements else prompt
+
+
+def requirements_line(requirements: Sequence[str]) -> str:
+    """Returns requirements as models read and write them: "Required: a; b." or "Required: nothing."."""
+    return f"Required: {'; '.join(requirements) or 'nothing'}."
 
 
 def chat_messages(

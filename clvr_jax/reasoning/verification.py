@@ -80,11 +80,6 @@ def question_messages(requirement: str, system: str | None = None) -> list[Messa
     return _chat([{"type": "image"}, {"type": "text", "text": f"Required: {requirement}."}], system)
 
 
-def requirements_reply(requirements: Sequence[str]) -> str:
-    """A reply that lists requirements, as models are trained to write it."""
-    return f"Required: {'; '.join(requirements) or 'nothing'}."
-
-
 def comparison_reply(evidence: str, met: bool) -> str:
     """A reply to a comparison or a question, as models are trained to write it."""
     return f"{evidence}. {'yes' if met else 'no'}"
