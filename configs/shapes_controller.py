@@ -120,6 +120,8 @@ class Config:
     """Weight of the words yes and no in the loss; the other words have weight 1."""
     prompt_batch: int = 32
     """Plans and lists of requirements in a batch."""
+    plan_share: float = 0.4
+    """Share of plans in these batches; the others are lists of requirements."""
     conversation_batch: int = 8
     """Conversations in a batch."""
     generated_share: float = 0.4
@@ -230,7 +232,8 @@ class Batches:
         return [comparisons_chat(rng, self._config.comparisons) for _ in range(count)]
 
     def _prompts(self, rng: np.random.Generator, count: int) -> list[Chat]:
-        return [(plan_chat if row % 5 < 2 else requirements_chat)(rng) for row in range(count)]
+        share = self._config.plan_share
+        return [(plan_chat if rng.random() < share else requirements_chat)(rng) for _ in range(count)]
 
     def _conversations(self, rng: np.random.Generator, count: int) -> list[Chat]:
         def show(images: Sequence[np.ndarray]) -> Sequence[np.ndarray]:
