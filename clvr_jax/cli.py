@@ -57,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = command.run()
             check_interrupt()
             return _print_result(result, command.common.json)
-        except KeyboardInterrupt:
-            complain("interrupted")
+        except KeyboardInterrupt as error:
+            complain(str(error) or "interrupted")
             return 130
         except Exception as error:  # noqa: BLE001 - the last resort: a person reads one line
             if debug:

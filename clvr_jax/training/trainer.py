@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clvr_jax.console import console, progress
+from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import Layout, MeshConfig, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
@@ -121,7 +121,8 @@ def fit(
       stop_after: stop (with a checkpoint) once this step is reached; for tests and for sharing a machine.
       on_begin: called once nothing refuses the run any more, before its first step.
     Returns: the final state; of a run that was asked to stop (SIGTERM), the state that was saved.
-    Raises: ClvrError if too many steps in a row were not finite; UsageError for a mesh or batch that cannot be cut.
+    Raises: KeyboardInterrupt after Ctrl-C, once the state is saved; ClvrError if too many steps in a row were not
+      finite; UsageError for a mesh or batch that cannot be cut.
     """
     with mesh_of(config) as layout:
         state = TrainState.create(task.params, config.optimizer(), layout)
@@ -194,7 +195,7 @@ class _Run:
                         saved = time.monotonic()
                 if is_last and step + 1 < last:
                     self.checkpoints.wait()
-                    console.print(f"{self.task.name}: asked to stop; step {step + 1} is saved, --resume goes on")
+                    asked.report(self.task.name, f"step {step + 1}")
                     break
         return state
 
