@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.report import cost_line
-from clvr_jax.files import write_atomically, write_json
+from clvr_jax.files import write_json, write_text
 from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def write_contest(contest: Mapping[str, Any], out: Path) -> list[str]:
     """Writes a contest (see `contest.hold`) into a folder. Returns: the names of the files; plots need matplotlib."""
     plots = _plot(contest, out) if can_plot() else []
     write_json(out / JSON, contest)
-    write_atomically(out / MARKDOWN, contest_markdown(contest, plots).encode())
+    write_text(out / MARKDOWN, contest_markdown(contest, plots))
     return [JSON, MARKDOWN, *plots]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from clvr_jax.convert.families import torch_class
 from clvr_jax.convert.model_card import LAYOUTS, front_matter, license_of_all, models_and_license, table, titles
-from clvr_jax.files import read_json, write_atomically, write_json
+from clvr_jax.files import read_json, write_json, write_text
 from clvr_jax.merging.norms import Sums, total
 from clvr_jax.merging.planning import RECIPE, Merge
 from clvr_jax.merging.sources import LowRank, Weights
@@ -38,7 +38,7 @@ def write_recipe(plan: Merge, folder: Path, name: str, command: str, sums: Mappi
     """
     made = recipe(plan, sums)
     write_json(folder / RECIPE, made)
-    write_atomically(folder / "README.md", card(plan, made, models_in(folder), name, command).encode())
+    write_text(folder / "README.md", card(plan, made, models_in(folder), name, command))
 
 
 def recipe(plan: Merge, sums: Mapping[str, Sums]) -> dict[str, Any]:
@@ -114,12 +114,17 @@ def models_in(folder: Path) -> dict[str, tuple[str, Any]]:
     return {name: (kind, read_json(place / "config.json")) for name, (kind, place) in found.items() if kind}
 
 
+_MAX_FRONT_MATTER = 1 << 16
+
+
 def stated_license(side: Weights | LowRank) -> str | None:
     """What the front matter of an input's README.md says; None if it says nothing."""
     readme = (side.file.parent if isinstance(side, LowRank) else side.origin.path) / "README.md"
     if not readme.is_file():
         return None
-    front = re.match(r"---\n(.*?)\n---", readme.read_text(encoding="utf-8", errors="replace"), re.DOTALL)
+    with readme.open("rb") as file:
+        beginning = file.read(_MAX_FRONT_MATTER).decode("utf-8", "replace")
+    front = re.match(r"---\r?\n(.*?)\n---", beginning, re.DOTALL)
     stated = dict(re.findall(r"^(license|license_name): *(\S+) *$", front[1], re.MULTILINE)) if front else {}
     return stated.get("license_name") or stated.get("license")
 
