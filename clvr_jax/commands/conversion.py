@@ -88,8 +88,6 @@ class Convert:
             raise UsageError(
                 f"{run}: a training run is exported with --to torch and no other option; convert that then"
             )
-        if self.destination.exists():
-            raise UsageError(f"{self.destination}: exists already; choose another name or remove it")
         with console.status(f"exporting {run}"):
             step = export_run(run, self.destination)
         data = {"source": str(run), "to": self.to, "step": step, "out": str(self.destination)}

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -68,8 +68,8 @@ class EvalScaling:
         """Draws what is missing, reads the curves, and writes the report."""
         from clvr_jax.evaluation.compare import named
         from clvr_jax.evaluation.layout import Folder
-        from clvr_jax.evaluation.scaling import read_off
-        from clvr_jax.evaluation.scaling_report import scaling_table, write_scaling
+        from clvr_jax.evaluation.scaling_report import scaling_table
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.plots import can_plot
 
@@ -77,13 +77,21 @@ class EvalScaling:
         for folder in given.values():
             folder.identity()
         check_folder(self.out)
-        folders = {**(self._drawn() if self.model else {}), **given}
-        with progress("scaling, judging what was drawn", len(folders)) as advance:
-            scaling = read_off(folders, advance)
-        files = write_scaling(scaling, self.out)
+        with locked_output(self.out):
+            scaling, files = self._report(given)
         if not can_plot():
             console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
         return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling))
+
+    def _report(self, given: "dict[str, Folder]") -> tuple[dict[str, Any], list[str]]:
+        """Draws what is missing; returns the curves, and the names of the files that were written."""
+        from clvr_jax.evaluation.scaling import read_off
+        from clvr_jax.evaluation.scaling_report import write_scaling
+
+        folders = {**(self._drawn() if self.model else {}), **given}
+        with progress("scaling, judging what was drawn", len(folders)) as advance:
+            scaling = read_off(folders, advance)
+        return scaling, write_scaling(scaling, self.out)
 
     def _drawn(self) -> dict[str, "Folder"]:
         """A finished folder for each mode."""
