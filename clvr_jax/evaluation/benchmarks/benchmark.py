@@ -36,6 +36,7 @@ class Mark:
 
     score: in the benchmark's own unit. correct: where a picture is right or wrong, else None. parts: what the score is
     made of, by name. reasons: for less than the best. readable: False if the judge's answers were no scores.
+    refused: whether the judge's policy refused to answer.
     """
 
     score: float
@@ -43,6 +44,7 @@ class Mark:
     parts: Mapping[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     readable: bool = True
+    refused: bool = False
 
 
 @dataclass(frozen=True)

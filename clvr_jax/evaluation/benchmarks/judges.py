@@ -23,18 +23,21 @@ def endpoint_judge(
     in_flight: int = 64,
     max_tokens: int | None = None,
     prices: Prices | None = None,
+    max_seconds: float = 1200.0,
 ) -> JudgeModel:
     """A model behind an endpoint.
 
     Args:
-      model, url, key_variable, prices: see `Endpoint`.
+      model, url, key_variable, prices, max_seconds: see `Endpoint`.
       revision: of the weights that the server runs, if you know it.
       in_flight, max_tokens: see `JudgeModel`.
     Raises: ClvrError if the key or the openai package is missing.
     """
     from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 
-    endpoint = Endpoint(model, url, key_variable, max_in_flight=in_flight, prices=prices or Prices())
+    endpoint = Endpoint(
+        model, url, key_variable, max_in_flight=in_flight, prices=prices or Prices(), max_seconds=max_seconds
+    )
     return JudgeModel(OpenAIVisionLanguageModel(endpoint), revision, in_flight, max_tokens)
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -45,16 +45,17 @@ def score_judged(
             places.append((index, sample))
     answers = AnswerFile(pictures.folder.root / "replies", judge)
     try:
-        found, usage = ask_all(judge, subjects, answers, benchmark.attempts, on_progress)
+        judged = ask_all(judge, subjects, answers, benchmark.attempts, on_progress)
     finally:
         answers.close()
-    read = dict(zip(places, found, strict=True))
+    said = dict(zip(places, judged, strict=True))
     marks: dict[Place, Mark | None] = {}
     for (index, sample), path in pictures.files.items():
         if path is None:
             marks[index, sample] = _undrawn(pictures, (index, sample))
-        elif (index, sample) in read:
-            marks[index, sample] = benchmark.mark(pictures.items[index], read[index, sample])
+        elif (about := said.get((index, sample))) is not None:
+            mark = benchmark.mark(pictures.items[index], about.found)
+            marks[index, sample] = replace(mark, refused=about.is_refused)
         else:
             marks[index, sample] = None
     # Another wording of a rubric is another judge: scores that differ in it are never compared.
@@ -64,7 +65,9 @@ def score_judged(
         "revision": judge.revision,
         "rubric": hashlib.sha256(texts.encode()).hexdigest()[:16],
     }
-    return results(benchmark, pictures, marks, owner, usage)
+    usage = sum((about.usage for about in judged), Usage())
+    adapted = sorted(frozenset[str]().union(*(about.adapted for about in judged)))
+    return results(benchmark, pictures, marks, owner, usage, adapted)
 
 
 def score_detected(pictures: Pictures, detector: Detector, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -90,6 +93,7 @@ def results(
     marks: Mapping[Place, Mark | None],
     judge: Mapping[str, Any],
     usage: Usage,
+    adapted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Sums up, and writes results.json.
 
@@ -99,9 +103,11 @@ def results(
       marks: None for pictures that the rules leave out.
       judge: who marked; scores of different judges are never compared.
       usage: what the judge cost.
-    Returns: {"benchmark", "judge", "settings", "seed", "samples", "unit", "faults", "summary", "pictures", "versions"};
-      "summary" is {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts", "unreadable",
-      "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"}; intervals are 95 %.
+      adapted: what the requests to the judge lacked since its server refuses it, in words.
+    Returns: {"benchmark", "judge", "adapted", "settings", "seed", "samples", "unit", "faults", "summary", "pictures",
+      "versions"}; "summary" is {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts",
+      "unreadable", "refused", "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"};
+      intervals are 95 %.
     """
     rows = []
     for (index, sample), mark in marks.items():
@@ -124,6 +130,7 @@ def results(
     content = {
         "benchmark": benchmark.scored_as,
         "judge": dict(judge),
+        "adapted": list(adapted),
         **pictures.made_by,
         "samples": pictures.samples,
         "unit": benchmark.unit,
