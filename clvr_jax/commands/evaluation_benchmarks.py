@@ -269,6 +269,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             in_flight=self.judge_in_flight,
             max_tokens=self.judge_tokens,
             prices=Prices(*self.judge_prices),
+            max_seconds=self.judge_max_seconds,
         )
 
 

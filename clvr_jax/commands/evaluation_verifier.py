@@ -134,6 +134,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
                 self.judge_key_variable or None,
                 max_in_flight=self.judge_in_flight,
                 prices=Prices(*self.judge_prices),
+                max_seconds=self.judge_max_seconds,
             )
             mode = self.mode or "ask"
             verifier = ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.judge_tokens or 512)

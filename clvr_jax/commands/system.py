@@ -69,6 +69,11 @@ class SystemOptions:
     picture_format: Literal["b64_json", "url"] | None = None
     """Ask --endpoint to return images in this form; the request does not name one if not given, as GPT-Image requires.
     """
+    image_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")] = ()
+    """Fetch images from these hosts as well if --endpoint returns addresses: hosts of the own network, and hosts that
+    addresses redirect to."""
+    endpoint_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole response of --endpoint, however slowly it comes."""
     sends_seed: bool = False
     """Send a seed with each request to --endpoint, which not every server accepts."""
     picture_price: float = 0.0
@@ -81,6 +86,8 @@ class SystemOptions:
     """Environment variable with the key of --controller-endpoint; "" for a server without keys."""
     controller_tokens: Count = None
     """Most tokens of a reply of --controller-endpoint, for models that think first; 1024 if not given."""
+    controller_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --controller-endpoint, however slowly it comes."""
     controller_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
     """Dollars that --controller-endpoint charges for a million input tokens and for a million output tokens; the cost
     is not counted if not given."""
@@ -197,6 +204,7 @@ class SystemOptions:
                 self.controller_key_variable or None,
                 max_in_flight=self.in_flight,
                 prices=Prices(*self.controller_prices),
+                max_seconds=self.controller_max_seconds,
             )
         )
 
@@ -212,6 +220,8 @@ class SystemOptions:
                 max_in_flight=self.in_flight,
                 timeout=300.0,
                 prices=Prices(picture=self.picture_price),
+                max_seconds=self.endpoint_max_seconds,
+                image_hosts=self.image_hosts,
             ),
             size=(self.picture_size[0], self.picture_size[1]) if self.picture_size else None,
             references=self.picture_references,
