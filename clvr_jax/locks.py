@@ -143,8 +143,10 @@ def _holder(path: Path) -> dict[str, Any] | None:
     """What the lock file of a living process says; None, and the file is removed, if its process is dead."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # removed meanwhile
+    except FileNotFoundError:
         return None
+    except OSError:  # of another user
+        return {}
     try:
         holder = _read(descriptor)
         if not _flocked(descriptor, holder) or _is_alive_elsewhere(holder, descriptor):

@@ -23,6 +23,7 @@ class Preemption:
     def __init__(self) -> None:
         self._asked = threading.Event()
         self._interrupted = threading.Event()
+        self._is_stopped = False
         self._saved = "a checkpoint is saved, --resume goes on"
 
     @property
@@ -37,8 +38,9 @@ class Preemption:
     def interrupt(self) -> None:
         """Asks, as the first Ctrl-C does."""
         self._interrupted.set()
-        self._asked.set()
-        if jax.process_count() > 1:
+        if jax.process_count() == 1:
+            self._asked.set()
+        else:
             signal.raise_signal(signal.SIGTERM)  # the coordination service tells the other processes
 
     def reached(self, step: int) -> bool:
@@ -46,7 +48,8 @@ class Preemption:
         if jax.process_count() == 1:
             return self._asked.is_set()
         # The coordination service, which JAX starts with several processes, catches the signal itself.
-        return bool(multihost_utils.reached_preemption_sync_point(step)) or self._asked.is_set()
+        self._is_stopped |= bool(multihost_utils.reached_preemption_sync_point(step)) or self._asked.is_set()
+        return self._is_stopped
 
     def report(self, name: str, saved: str) -> None:
         """Says that the run stops and how it goes on; after Ctrl-C this is the message of the KeyboardInterrupt.
@@ -61,8 +64,11 @@ class Preemption:
             console.print(f"{name}: asked to stop; {saved} is saved, --resume goes on")
 
     def end(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C asked."""
-        if self.is_interrupted:
+        """Raises KeyboardInterrupt if Ctrl-C asked.
+
+        With several processes not if the run was complete before all of them stopped: the others export it, together.
+        """
+        if self.is_interrupted and (jax.process_count() == 1 or self._is_stopped):
             raise KeyboardInterrupt(f"interrupted; {self._saved}")
 
 
