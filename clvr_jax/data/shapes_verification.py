@@ -28,6 +28,7 @@ from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata, parse_metadata
 from clvr_jax.worlds.shapes.oracle import first_reply
 from clvr_jax.worlds.shapes.prompts import is_reserved, train_prompt
+from clvr_jax.worlds.shapes.render import coverage, window
 from clvr_jax.worlds.shapes.requirements import (
     ShapesRequirement,
     Thing,
@@ -64,6 +65,10 @@ SIMPLE_WEIGHTS = {
 """Shares of the tags among prompts of the first grammar."""
 CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
+_TINT = 28.0
+"""Greatest change of an object's color in each channel, out of 255."""
+_SOFTNESS = 0.6
+"""Greatest standard deviation of the blur of soft edges, in pixels."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -143,6 +148,24 @@ def blurred(image: Image, rng: np.random.Generator) -> Image:
         sigma = rng.uniform(1.0, 4.0)
         changed[rows, columns] = ndimage.gaussian_filter(image[rows, columns], (sigma, sigma, 0), mode="nearest")
     return changed
+
+
+def tinted(canvas: Canvas, rng: np.random.Generator) -> Image:
+    """The canvas with its objects in slightly other colors and with softer edges, all of them as clear as before.
+
+    Whether a thing is clear then cannot be learned as a list of the pairs of color and shape that occur in training.
+    """
+    image = canvas.render().astype(np.float32)
+    for item in canvas.scene.objects:
+        rows, columns, x, y = window(item)
+        image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * rng.uniform(-_TINT, _TINT, 3)
+    sigma = rng.uniform(0.0, _SOFTNESS)
+    changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
+    return changed if _same_content(detect(changed), canvas.reading()) else canvas.render()
+
+
+def _same_content(first: Reading, second: Reading) -> bool:
+    return describe(first) == describe(second)
 
 
 def description_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
