@@ -65,6 +65,8 @@ SIMPLE_WEIGHTS = {
 """Shares of the tags among prompts of the first grammar."""
 CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
+BARE_CHECKLIST = 0.6
+"""Share of plans whose prompt is replaced by one that asks for nothing, among those with requirements."""
 _TINT = 28.0
 """Greatest change of an object's color in each channel, out of 255."""
 _SOFTNESS = 0.6
@@ -99,9 +101,16 @@ def training_metadata(rng: np.random.Generator, wide_share: float = 0.7) -> Meta
 
 
 def plan_chat(rng: np.random.Generator) -> Chat:
-    """Samples the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view."""
+    """Samples the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view.
+
+    Often the requirements are all there is to plan for, below a prompt that asks for nothing: the understanding of
+    prompts is learned from requirements, and short texts make more plans in the same time.
+    """
     metadata = training_metadata(rng)
-    asked = prompt_with_requirements(metadata["prompt"], _checklist(rng, metadata))
+    checklist, prompt = _checklist(rng, metadata), metadata["prompt"]
+    if checklist and rng.random() < BARE_CHECKLIST:
+        prompt = NOTHING_ASKED[int(rng.integers(1, len(NOTHING_ASKED)))]
+    asked = prompt_with_requirements(prompt, checklist)
     asked, reply = _renamed(rng, 0.1, asked, first_reply(plan(metadata)))
     return Chat(chat_messages(asked, [reply], 0))
 

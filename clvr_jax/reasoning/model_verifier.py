@@ -1,7 +1,7 @@
 """A vision-language model as the verifier: it derives requirements and checks images and plans against them.
 
-Questions of a stage are asked together, for all images and requirements. How answers are read, and how a doubt about the
-description enters the probability, is here; what is asked is in `verification`.
+Questions of a stage are asked together, for all images and requirements. How answers are read, and how a doubt about
+the description enters the probability, is here; what is asked is in `verification`.
 """
 
 from __future__ import annotations
