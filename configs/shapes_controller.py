@@ -166,7 +166,7 @@ class Batches:
         self._shapes = {
             "image": Shape(config.image_batch, 16, 96, image_slots=1),
             "comparison": Shape(config.comparison_batch, 64, 384),
-            "prompt": Shape(config.prompt_batch, 32, 192),
+            "prompt": Shape(config.prompt_batch, 48, 240),
             "conversation": Shape(config.conversation_batch, 96, 576, image_slots=6),
         }
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
