@@ -41,9 +41,9 @@ def rates(planner, retries=4):
 def test_an_exact_planner_is_right_and_the_control_is_not():
     found = rates(Planner())
     everything = found["summary"]["all"]
-    assert all(everything[key]["rate"] == 1 for key in ("requirements_exact", "right", "strictly_right"))
+    assert all(everything[key]["rate"] == 1 for key in ("requirements_exact", "right", "meets_requirements"))
     control = found["summary"][planning.CONTROL]
-    assert (control["right"]["of"], control["right"]["count"], control["strictly_right"]["count"]) == (24, 0, 0)
+    assert (control["right"]["of"], control["right"]["count"], control["meets_requirements"]["count"]) == (24, 0, 0)
     assert [found["summary"][f"{number} objects"]["right"]["of"] for number in (3, 4, 5, 6)] == [6, 6, 6, 6]
     text = planning.markdown(json.loads(json.dumps(found)))
     assert "| all | 1.000 [0.862, 1.000] of 24 | 1.000" in text
@@ -60,4 +60,4 @@ def test_a_reply_without_a_plan_is_wrong():
             return ["Draw a red star at the top.<|image_gen|>" for _ in conversations]
 
     everything = rates(Mute())["summary"]["all"]
-    assert (everything["right"]["count"], everything["strictly_right"]["count"]) == (0, 0)
+    assert (everything["right"]["count"], everything["meets_requirements"]["count"]) == (0, 0)

@@ -172,7 +172,7 @@ def test_canonical_key_ignores_the_telling_and_keeps_the_request() -> None:
     assert canonical_key(request(circle)) != canonical_key(request({**circle, "place": "top"}))
 
 
-def test_relations_between_cells_leave_out_diagonal_neighbors() -> None:
+def test_plans_leave_out_diagonal_neighbors() -> None:
     assert holds("left of", "left", "center")
     assert holds("left of", "top left", "right")
     assert not holds("left of", "top left", "center")

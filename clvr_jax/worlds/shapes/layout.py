@@ -35,24 +35,34 @@ class PlannedObject:
 
 
 def holds(relation: str, cell: str, anchor: str) -> bool:
-    """Whether an object in `cell` stands in the relation to one in `anchor`, for any size and jitter inside the cells.
+    """Whether a plan may put an object into `cell` for the relation to one in `anchor`.
 
-    Diagonal neighbors count for neither direction: there the jitter decides what a checker says.
+    Plans avoid diagonals, which `counts` accepts: nobody should have to ask what was meant.
     """
     return CELLS.index(cell) in _RELATED[relation][CELLS.index(anchor)]
 
 
+def counts(relation: str, cell: str, anchor: str) -> bool:
+    """Whether an object in `cell` counts as standing in the relation to one in `anchor`.
+
+    A diagonal neighbor counts for both directions: the checker, which measures centers by GenEval's rule, accepts .998
+    of them, whatever their sizes and jitter inside the cells.
+    """
+    ahead, aside = _offsets(relation, CELLS.index(cell), CELLS.index(anchor))
+    return ahead > 0 and ahead >= aside
+
+
+def _offsets(relation: str, cell: int, anchor: int) -> tuple[int, int]:
+    """Returns how many cells an object is away from its anchor, in the direction of the relation and across it."""
+    down, across = _DIRECTIONS[relation]
+    rows, columns = cell // 3 - anchor // 3, cell % 3 - anchor % 3
+    return (rows * down, abs(columns)) if down else (columns * across, abs(rows))
+
+
 def _related(relation: str, anchor: int) -> tuple[int, ...]:
     """Cells that stand in the relation to the anchor, nearest aligned cell first."""
-    row, column = divmod(anchor, 3)
-    down, across = _DIRECTIONS[relation]
-    found = []
-    for cell in range(len(CELLS)):
-        rows, columns = cell // 3 - row, cell % 3 - column
-        ahead, aside = (rows * down, abs(columns)) if down else (columns * across, abs(rows))
-        if ahead > aside:
-            found.append((aside, ahead, cell))
-    return tuple(cell for _, _, cell in sorted(found))
+    offsets = [(*_offsets(relation, cell, anchor), cell) for cell in range(len(CELLS))]
+    return tuple(cell for _, _, cell in sorted((aside, ahead, cell) for ahead, aside, cell in offsets if ahead > aside))
 
 
 _RELATED = {relation: tuple(_related(relation, anchor) for anchor in range(len(CELLS))) for relation in RELATIONS}
