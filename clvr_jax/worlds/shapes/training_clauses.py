@@ -21,7 +21,7 @@ _ORDERS = frozenset({"place {F} {where}", "put {F} {where}", "position {F} {wher
 _SLOT = re.compile(r"\{(\w+)\}")
 _NONCE_STARTS = ("b", "br", "d", "fl", "g", "gl", "k", "m", "n", "pl", "qu", "sn", "t", "tr", "v", "w", "z")
 _NONCE_MIDDLES = ("a", "e", "i", "o", "u", "oo", "ee", "arf", "ilb", "onk", "ust", "emp")
-_NONCE_ENDS = ("x", "ble", "dic", "lo", "nth", "p", "rm", "ster", "t", "vy", "zle", "n")
+_NONCE_ENDS = ("x", "ble", "dic", "lo", "nth", "pt", "rm", "ster", "t", "vy", "zle", "n")
 
 
 class Teller:

@@ -37,11 +37,12 @@ def _number(t: Teller) -> str:
     return words.NUMBERS[total - 1] if t.chance(0.7) else str(total)
 
 
-def with_where(t: Teller, index: int, form: str = "{} {}") -> str:
-    """Introduces an item and says where it is: "a red star at the top"."""
+def with_where(t: Teller, index: int, form: str = "{} {}", is_clause: bool = True) -> str:
+    """Introduces an item and says where it is: "a red star at the top"; is_clause: nothing follows in its clause."""
     subject = t.a(index)
     where = t.where(index) if t.has_where(index) else t.brief(words.ANYWHERE)
-    t.end_clause()
+    if is_clause:
+        t.end_clause()
     return form.format(subject, where) if where else subject
 
 
@@ -94,10 +95,13 @@ def labeled(t: Teller) -> str:
     dash = t.pick((": ", " - ", ": ", " -> ", " = ", " ... ", " at: ", " @ "))
     bullet, joint = t.pick((("- ", "\n"), ("* ", "\n"), ("# ", "\n"), ("", "; "), ("", "\n"), ("1. ", "\n"),
                             ("1) ", " "), ("(1) ", ", "), ("a) ", "; "), ("• ", "\n"), ("1: ", "; ")))  # fmt: skip
+    by_number = t.pick(("item ", "number ", "#", "no. ", "object ")) if "1" in bullet and t.chance(0.3) else ""
     parts = []
     for number, index in enumerate(range(len(t.include))):
         subject = t.a(index) if t.chance(0.5) else t.bare(index)
         where = t.where(index) if t.has_where(index) else t.brief(words.ANYWHERE)
+        if by_number and "place" not in t.include[index] and t.anchor(index) >= 0:
+            where = f"{t.brief(words.RELATIONS[t.include[index]['position'][0]])} {by_number}{t.anchor(index) + 1}"
         t.end_clause()
         mark = bullet.replace("1", str(number + 1)).replace("a)", f"{'abcdefghi'[number]})")
         parts.append(mark + (f"{subject}{dash}{where}" if where else subject))

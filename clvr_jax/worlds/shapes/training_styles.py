@@ -26,9 +26,11 @@ from clvr_jax.worlds.shapes.training_lists import (
 Style = Callable[[Teller], str]
 
 
-def _statements(t: Teller, subject_first: float = 0.15) -> Iterator[int]:
-    """Indices of items to make a statement about, in order; a subject may come before an anchor that is new."""
-    told: set[int] = set()
+def _statements(t: Teller, subject_first: float, told: set[int]) -> Iterator[int]:
+    """Indices of items to make a statement about, in order; a subject may come before an anchor that is new.
+
+    told: the items that need no more statement; the caller may add to it.
+    """
     for index in range(len(t.include)):
         if index in told:
             continue
@@ -51,7 +53,43 @@ def _early_child(t: Teller, index: int, told: set[int]) -> int | None:
 
 
 def _clauses(t: Teller, subject_first: float = 0.15) -> list[str]:
-    return [t.clause(index) for index in _statements(t, subject_first)]
+    told: set[int] = set()
+    clauses = []
+    for index in _statements(t, subject_first, told):
+        other = _alike(t, index, told)
+        if other is None or t.chance(0.4):
+            clauses.append(t.clause(index))
+        else:
+            told.add(other)
+            clauses.append(_pair(t, index, other))
+    return clauses
+
+
+def _alike(t: Teller, index: int, told: set[int]) -> int | None:
+    """A new item with the same relation to the same known anchor."""
+    position = t.include[index].get("position")
+    if position is None or not t.is_known(position[1]) or t.is_known(index) or "place" in t.include[index]:
+        return None
+    for other in range(len(t.include)):
+        item = t.include[other]
+        if other != index and other not in told and not t.is_known(other) and item.get("position") == position:
+            return other if "place" not in item else None
+    return None
+
+
+def _pair(t: Teller, index: int, other: int) -> str:
+    """Two new items with one relation: "left of the circle are a red star and a green cross"."""
+    if t.chance(0.5):
+        where = t.relation(index)
+        both = f"{t.a(index)} and {t.a(other)}"
+        text = t.pick(("{} are {}", "{} there are {}", "{}, place both {}", "{} you see {}")).format(where, both)
+    else:
+        both = f"{t.a(index)} and {t.a(other)}"
+        text = t.pick(("{} are both {}", "{} are {}", "put {} {}", "there are {}, both {}")).format(
+            both, t.relation(index)
+        )
+    t.end_clause()
+    return text
 
 
 def _sentence_join(t: Teller, sentences: Sequence[str]) -> str:
@@ -109,7 +147,7 @@ def demands(t: Teller) -> str:
     """Statements of what should be where."""
     head = t.pick(("i want ", "we need ", "draw ", "there should be ", "the image must show ", ""))
     parts = []
-    for index in _statements(t, 0.25):
+    for index in _statements(t, 0.25, set()):
         if not t.has_where(index):
             parts.append(f"{head}{t.a(index)}")
         elif t.is_known(index) or t.chance(0.7):
@@ -124,7 +162,7 @@ def demands(t: Teller) -> str:
 def relative(t: Teller) -> str:
     """Noun phrases with relative clauses: "a red star that is above a blue circle"."""
     head, parts = opener(t), []
-    for index in _statements(t, 0.6):
+    for index in _statements(t, 0.6, set()):
         if t.is_known(index):
             parts.append(f"{t.the(index)} {'is' if t.is_one(index) else 'are'} {t.where(index)}")
         elif t.has_where(index):
@@ -230,7 +268,7 @@ def nested(t: Teller) -> str:
     for index in range(len(t.include)):
         if index in told:
             continue
-        text = with_where(t, index)
+        text = with_where(t, index, is_clause=False)
         # After "left of the circle" a pronoun could mean the circle.
         around = _around(t, index, told) if t.anchor(index) < 0 else []
         told.update((index, *around))

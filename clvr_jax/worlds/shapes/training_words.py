@@ -248,7 +248,6 @@ PLACES: dict[str, tuple[str, ...]] = {
         *(
             "in the center of the middle row",
             "at the midpoint",
-            "centrally",
             "in the very middle",
             "center",
             "in the core",
