@@ -24,6 +24,8 @@ from clvr_jax.worlds.shapes.training_lists import (
 )
 
 Style = Callable[[Teller], str]
+_FILLERS_BETWEEN = tuple(text for text in words.FILLERS if "it" not in text.split())
+"""Fillers after which "it" still means an object."""
 
 
 def _statements(t: Teller, subject_first: float, told: set[int]) -> Iterator[int]:
@@ -66,15 +68,21 @@ def _clauses(t: Teller, subject_first: float = 0.15) -> list[str]:
 
 
 def _alike(t: Teller, index: int, told: set[int]) -> int | None:
-    """A new item with the same relation to the same known anchor."""
-    position = t.include[index].get("position")
-    if position is None or not t.is_known(position[1]) or t.is_known(index) or "place" in t.include[index]:
+    """A new single object with the same relation to the same known anchor as this one."""
+    item = t.include[index]
+    if t.is_known(index) or item.get("position") is None or not t.is_known(t.anchor(index)):
         return None
     for other in range(len(t.include)):
-        item = t.include[other]
-        if other != index and other not in told and not t.is_known(other) and item.get("position") == position:
-            return other if "place" not in item else None
+        is_new = other != index and other not in told and not t.is_known(other)
+        if is_new and _relation_only(t, other) == _relation_only(t, index) is not None:
+            return other
     return None
+
+
+def _relation_only(t: Teller, index: int) -> list[object] | None:
+    """The relation of a single object that has no place too, else None."""
+    item = t.include[index]
+    return None if "place" in item or item["count"] > 1 else item.get("position")
 
 
 def _pair(t: Teller, index: int, other: int) -> str:
@@ -106,7 +114,7 @@ def sentences(t: Teller) -> str:
     """One sentence for each statement, perhaps with one between them that asks for nothing."""
     parts = _clauses(t)
     if t.chance(0.12):
-        parts.insert(int(t.pick(range(1, len(parts) + 1))), t.filler(words.FILLERS))
+        parts.insert(int(t.pick(range(1, len(parts) + 1))), t.filler(_FILLERS_BETWEEN))
     return _sentence_join(t, parts)
 
 
@@ -273,12 +281,25 @@ def nested(t: Teller) -> str:
         around = _around(t, index, told) if t.anchor(index) < 0 else []
         told.update((index, *around))
         if around:
-            form = t.pick(("{a} {its}", "{a} {its}", "{its} {a}"))
-            sides = [form.format(a=t.a(o), its=t.its(index, t.include[o]["position"][0])) for o in around]
+            sides = _sides(t, index, around)
             text += f" {_with(t, index)} {listed(t, sides)}"
         t.end_clause()
         groups.append(text)
     return head + t.pick(("; ", "; ", ". also ", ". then ", ".\n")).join(groups) + ending(t)
+
+
+def _sides(t: Teller, index: int, around: Sequence[int]) -> list[str]:
+    """What stands around an item: "a blue circle to its left", or for all "to its left a blue circle"."""
+    names = [t.include[other]["position"][0] for other in around]
+    if t.chance(0.35):
+        return [f"{t.its(index, name)} {t.a(other)}" for other, name in zip(around, names, strict=True)]
+    sides = [f"{t.a(around[0])} {t.its(index, names[0])}"]
+    # After another object a pronoun could mean that one.
+    sides += [
+        f"{t.a(other)} {t.brief(words.RELATIONS[name])} {t.the(index)}"
+        for other, name in zip(around[1:], names[1:], strict=True)
+    ]
+    return sides
 
 
 def _with(t: Teller, index: int) -> str:
