@@ -338,7 +338,8 @@ def _near(rng: np.random.Generator, color: str, shape: str, reading: Reading, ch
 
 _PLURAL = {"cross": "crosses"}
 _NAMES = re.compile(
-    r"\b(?:(an?) )?(" + "|".join([*COLORS, *(_PLURAL.get(shape, shape + "s") for shape in SHAPES), *SHAPES]) + r")\b"
+    r"\b(?:(an?) )?(" + "|".join([*COLORS, *(_PLURAL.get(shape, shape + "s") for shape in SHAPES), *SHAPES]) + r")\b",
+    re.IGNORECASE,
 )
 
 
@@ -349,7 +350,7 @@ def _renamed(rng: np.random.Generator, share: float, *texts: str) -> tuple[str, 
     names = {name: _nonce(rng) for name in (*COLORS, *SHAPES) if rng.random() < 0.6}
 
     def replace(match: re.Match[str]) -> str:
-        article, word = match[1], match[2]
+        article, word = match[1], match[2].lower()
         singular = next((shape for shape in SHAPES if word == _PLURAL.get(shape, shape + "s")), None)
         new = names.get(word, word) if singular not in names else names[singular] + "s"
         return new if article is None else f"{'an' if new[0] in 'aeiou' else 'a'} {new}"
