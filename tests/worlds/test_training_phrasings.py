@@ -10,6 +10,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes import training_words
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
+from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS
 from clvr_jax.worlds.shapes.training_clauses import Teller
 from clvr_jax.worlds.shapes.training_phrasings import STYLES, _anchors_first, rephrase, wide_metadata
@@ -32,6 +33,14 @@ def skeleton(text):
     """The text without colors and shapes."""
     text = re.sub(rf"\b({'|'.join(COLORS)})\b", "C", text.lower())
     return re.sub(r"\b(circle|square|triangle|star|crosse?)s?\b", "S", text)
+
+
+def test_no_prompt_of_the_second_evaluation_set_is_worded_like_a_training_prompt():
+    rng = np.random.default_rng(SEED)
+    trained = {" ".join(words_of(skeleton(wide_metadata(rng)["prompt"]))) for _ in range(1000)}
+    evaluated = {" ".join(words_of(skeleton(each["prompt"]))) for each in evaluation_prompts("second")}
+    assert len(trained) > 990
+    assert not trained & evaluated
 
 
 def test_every_style_tells_all_objects_at_every_tier():
