@@ -63,10 +63,14 @@ SIMPLE_WEIGHTS = {
     "complex": 0.33,
 }
 """Shares of the tags among prompts of the first grammar."""
+WIDE_TIERS = (0.14, 0.2, 0.29, 0.31, 0.03, 0.02, 0.01)
+"""Shares of 3, 4, ... 9 objects among prompts in wide phrasings."""
+PLANNED_TIERS = (0.08, 0.13, 0.25, 0.3, 0.1, 0.08, 0.06)
+"""The same among plans that are made from requirements alone, which are short enough for many objects."""
 CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
-BARE_CHECKLIST = 0.6
-"""Share of plans whose prompt is replaced by one that asks for nothing, among those with requirements."""
+BARE_CHECKLIST = 0.5
+"""Share of plans that are made from requirements below a prompt that asks for nothing."""
 _TINT = 28.0
 """Greatest change of an object's color in each channel, out of 255."""
 _SOFTNESS = 0.6
@@ -89,12 +93,14 @@ class Chat:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def training_metadata(rng: np.random.Generator, wide_share: float = 0.7) -> Metadata:
-    """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
+def training_metadata(
+    rng: np.random.Generator, wide_share: float = 0.7, tier_weights: Sequence[float] = WIDE_TIERS
+) -> Metadata:
+    """Samples a training request for reading and planning, mostly with many objects, in wide phrasings."""
     if rng.random() > wide_share:
         return train_prompt(rng, SIMPLE_WEIGHTS)
     while True:
-        tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.14, 0.2, 0.29, 0.31, 0.03, 0.02, 0.01)))
+        tier = int(rng.choice(TIERS + DENSE_TIERS, p=tier_weights))
         metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
         if not is_reserved(metadata):
             return metadata
@@ -106,10 +112,12 @@ def plan_chat(rng: np.random.Generator) -> Chat:
     Often the requirements are all there is to plan for, below a prompt that asks for nothing: the understanding of
     prompts is learned from requirements, and short texts make more plans in the same time.
     """
-    metadata = training_metadata(rng)
-    checklist, prompt = _checklist(rng, metadata), metadata["prompt"]
-    if checklist and rng.random() < BARE_CHECKLIST:
-        prompt = NOTHING_ASKED[int(rng.integers(1, len(NOTHING_ASKED)))]
+    if rng.random() < BARE_CHECKLIST:
+        metadata = training_metadata(rng, 0.9, PLANNED_TIERS)
+        prompt, checklist = NOTHING_ASKED[int(rng.integers(1, len(NOTHING_ASKED)))], _requirements(metadata)
+    else:
+        metadata = training_metadata(rng)
+        prompt, checklist = metadata["prompt"], _checklist(rng, metadata)
     asked = prompt_with_requirements(prompt, checklist)
     asked, reply = _renamed(rng, 0.1, asked, first_reply(plan(metadata)))
     return Chat(chat_messages(asked, [reply], 0))
@@ -128,7 +136,11 @@ def requirements_chat(rng: np.random.Generator) -> Chat:
 
 def _checklist(rng: np.random.Generator, metadata: Metadata) -> tuple[str, ...]:
     """Returns the requirements that the controller reads below its prompt; () as in loops without a verifier."""
-    return () if rng.random() < CHECKLIST_MISSING else tuple(map(str, requirements(metadata)))
+    return () if rng.random() < CHECKLIST_MISSING else _requirements(metadata)
+
+
+def _requirements(metadata: Metadata) -> tuple[str, ...]:
+    return tuple(map(str, requirements(metadata)))
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -306,7 +318,7 @@ def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequ
 def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequirement:
     """A requirement near to what is there: one of its objects, often with another color, shape, place or relation."""
     kind = rng.random()
-    if kind < 0.12 or not reading.objects:
+    if kind < 0.18 or not reading.objects:
         return ShapesRequirement(total=max(1, min(9, len(reading.objects) + int(rng.choice((-1, 0, 0, 0, 1))))))
     first = reading.objects[int(rng.integers(len(reading.objects)))]
     thing = _near(rng, first.color, first.shape, reading)
