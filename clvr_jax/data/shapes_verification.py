@@ -364,7 +364,12 @@ def _renamed(rng: np.random.Generator, share: float, *texts: str) -> tuple[str, 
     def replace(match: re.Match[str]) -> str:
         article, word = match[1], match[2].lower()
         singular = next((shape for shape in SHAPES if word == _PLURAL.get(shape, shape + "s")), None)
-        new = names.get(word, word) if singular not in names else names[singular] + "s"
+        if singular in names:
+            new = names[singular] + "s"
+        elif word in names:
+            new = names[word]
+        else:
+            return match[0]
         return new if article is None else f"{'an' if new[0] in 'aeiou' else 'a'} {new}"
 
     return tuple(_NAMES.sub(replace, text) for text in texts)
