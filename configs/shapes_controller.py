@@ -43,6 +43,7 @@ from clvr_jax.data.shapes_verification import (
     recorded_conversations,
     reported_chat,
     requirements_chat,
+    tinted,
 )
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
@@ -132,6 +133,8 @@ class Config:
     """Noise added to their latents, whose scale is 1."""
     blur_share: float = 0.05
     """Share of simulated images with something out of focus, labeled by the detector."""
+    tint_share: float = 0.5
+    """Share of simulated images whose objects have slightly other colors and softer edges."""
     error_rate: float = 0.5
     """Share of the steps of simulated conversations whose image is wrong."""
 
@@ -163,7 +166,7 @@ class Batches:
         self._shapes = {
             "image": Shape(config.image_batch, 16, 96, image_slots=1),
             "comparison": Shape(config.comparison_batch, 64, 384),
-            "prompt": Shape(config.prompt_batch, 32, 192),
+            "prompt": Shape(config.prompt_batch, 48, 240),
             "conversation": Shape(config.conversation_batch, 96, 576, image_slots=6),
         }
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
@@ -211,7 +214,8 @@ class Batches:
                 pairs.append((generated[number], readings[number]))
             else:
                 canvas = random_canvas(rng)
-                pairs.append((canvas.render(), canvas.reading()))
+                image = tinted(canvas, rng) if rng.random() < config.tint_share else canvas.render()
+                pairs.append((image, canvas.reading()))
                 if rng.random() < config.blur_share:
                     image = blurred(pairs[-1][0], rng)
                     pairs[-1] = (image, detect(image))

@@ -14,8 +14,8 @@ from clvr_jax.cli import main, parse
 from clvr_jax.commands.verifying import Verify
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.verifier import Verifier
+from clvr_jax.reasoning.model_verifier import ModelVerifier
 from clvr_jax.reasoning.tools import Answer, ProviderError, Token, Usage
-from clvr_jax.reasoning.verification import ModelVerifier
 from tests.providers.server import KEY, LoopbackServer, completion
 
 PROMPT = "a red circle and a blue star"

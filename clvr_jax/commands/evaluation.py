@@ -13,6 +13,7 @@ from clvr_jax.commands.evaluation_benchmarks import (
     EvalWise,
 )
 from clvr_jax.commands.evaluation_compare import EvalCompare
+from clvr_jax.commands.evaluation_planning import EvalPlanning
 from clvr_jax.commands.evaluation_scaling import EvalScaling
 from clvr_jax.commands.evaluation_shapes import EvalShapes
 from clvr_jax.commands.evaluation_verifier import EvalVerifier
@@ -34,4 +35,5 @@ class Eval(CommandGroup):
         "compare": EvalCompare,
         "scaling": EvalScaling,
         "verifier": EvalVerifier,
+        "planning": EvalPlanning,
     }

@@ -13,7 +13,7 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.verifier.cases import Case
-    from clvr_jax.reasoning.verification import ModelVerifier
+    from clvr_jax.reasoning.model_verifier import ModelVerifier
 
 _DEFAULT_MODEL = "shapes-tiny"
 
@@ -126,7 +126,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         if self.judge:
             from clvr_jax.providers.endpoint import Endpoint, Prices
             from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-            from clvr_jax.reasoning.verification import ModelVerifier
+            from clvr_jax.reasoning.model_verifier import ModelVerifier
 
             endpoint = Endpoint(
                 self.judge,

@@ -20,7 +20,8 @@ from clvr_jax.errors import ClvrError, UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from clvr_jax.reasoning.verification import ModelVerifier, Requirement, Verification
+    from clvr_jax.reasoning.model_verifier import ModelVerifier
+    from clvr_jax.reasoning.verification import Requirement, Verification
 
 _DEFAULT_MODEL = "shapes-tiny"
 _NOTHING_TO_CHECK = "The prompt asks for nothing that can be checked in an image."
@@ -61,7 +62,7 @@ class EndpointOptions:
         """Connects to the server. Raises: ClvrError if the key or the openai package is missing."""
         from clvr_jax.providers.endpoint import Endpoint, Prices
         from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-        from clvr_jax.reasoning.verification import ModelVerifier
+        from clvr_jax.reasoning.model_verifier import ModelVerifier
 
         endpoint = Endpoint(
             self.endpoint_model or "",

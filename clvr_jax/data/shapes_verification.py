@@ -28,6 +28,7 @@ from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata, parse_metadata
 from clvr_jax.worlds.shapes.oracle import first_reply
 from clvr_jax.worlds.shapes.prompts import is_reserved, train_prompt
+from clvr_jax.worlds.shapes.render import coverage, window
 from clvr_jax.worlds.shapes.requirements import (
     ShapesRequirement,
     Thing,
@@ -62,8 +63,18 @@ SIMPLE_WEIGHTS = {
     "complex": 0.33,
 }
 """Shares of the tags among prompts of the first grammar."""
+WIDE_TIERS = (0.14, 0.2, 0.29, 0.31, 0.03, 0.02, 0.01)
+"""Shares of 3, 4, ... 9 objects among prompts in wide phrasings."""
+PLANNED_TIERS = (0.08, 0.13, 0.25, 0.3, 0.1, 0.08, 0.06)
+"""The same among plans that are made from requirements alone, which are short enough for many objects."""
 CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
+BARE_CHECKLIST = 0.5
+"""Share of plans that are made from requirements below a prompt that asks for nothing."""
+_TINT = 44.0
+"""Greatest distance of an object's color from the named one, in units of the channels, which have 256 levels."""
+_SOFTNESS = 0.6
+"""Greatest standard deviation of the blur of soft edges, in pixels."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
@@ -82,21 +93,32 @@ class Chat:
 # --- prompts ----------------------------------------------------------------------------------------------------------
 
 
-def training_metadata(rng: np.random.Generator, wide_share: float = 0.7) -> Metadata:
-    """Draws a training request for reading and planning: dense ones often, with many relations, in wide phrasings."""
+def training_metadata(
+    rng: np.random.Generator, wide_share: float = 0.7, tier_weights: Sequence[float] = WIDE_TIERS
+) -> Metadata:
+    """Samples a training request for reading and planning, mostly with many objects, in wide phrasings."""
     if rng.random() > wide_share:
         return train_prompt(rng, SIMPLE_WEIGHTS)
     while True:
-        tier = int(rng.choice(TIERS + DENSE_TIERS, p=(0.14, 0.2, 0.29, 0.31, 0.03, 0.02, 0.01)))
+        tier = int(rng.choice(TIERS + DENSE_TIERS, p=tier_weights))
         metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
         if not is_reserved(metadata):
             return metadata
 
 
 def plan_chat(rng: np.random.Generator) -> Chat:
-    """Samples the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view."""
-    metadata = training_metadata(rng)
-    asked = prompt_with_requirements(metadata["prompt"], _checklist(rng, metadata))
+    """Samples the first reply to a prompt: the plan and the first instruction, mostly with the requirements in view.
+
+    Often the requirements are all there is to plan for, below a prompt that asks for nothing: the understanding of
+    prompts is learned from requirements, and short texts make more plans in the same time.
+    """
+    if rng.random() < BARE_CHECKLIST:
+        metadata = training_metadata(rng, 0.9, PLANNED_TIERS)
+        prompt, checklist = NOTHING_ASKED[int(rng.integers(1, len(NOTHING_ASKED)))], _requirements(metadata)
+    else:
+        metadata = training_metadata(rng)
+        prompt, checklist = metadata["prompt"], _checklist(rng, metadata)
+    asked = prompt_with_requirements(prompt, checklist)
     asked, reply = _renamed(rng, 0.1, asked, first_reply(plan(metadata)))
     return Chat(chat_messages(asked, [reply], 0))
 
@@ -114,7 +136,11 @@ def requirements_chat(rng: np.random.Generator) -> Chat:
 
 def _checklist(rng: np.random.Generator, metadata: Metadata) -> tuple[str, ...]:
     """Returns the requirements that the controller reads below its prompt; () as in loops without a verifier."""
-    return () if rng.random() < CHECKLIST_MISSING else tuple(map(str, requirements(metadata)))
+    return () if rng.random() < CHECKLIST_MISSING else _requirements(metadata)
+
+
+def _requirements(metadata: Metadata) -> tuple[str, ...]:
+    return tuple(map(str, requirements(metadata)))
 
 
 # --- images -----------------------------------------------------------------------------------------------------------
@@ -143,6 +169,26 @@ def blurred(image: Image, rng: np.random.Generator) -> Image:
         sigma = rng.uniform(1.0, 4.0)
         changed[rows, columns] = ndimage.gaussian_filter(image[rows, columns], (sigma, sigma, 0), mode="nearest")
     return changed
+
+
+def tinted(canvas: Canvas, rng: np.random.Generator) -> Image:
+    """The canvas with its objects in slightly other colors and with softer edges, all of them as clear as before.
+
+    Whether a thing is clear then cannot be learned as a list of the pairs of color and shape that occur in training.
+    """
+    image = canvas.render().astype(np.float32)
+    for item in canvas.scene.objects:
+        rows, columns, x, y = window(item)
+        direction = rng.normal(size=3)
+        change = rng.uniform(0, _TINT) * direction / np.linalg.norm(direction)
+        image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * change
+    sigma = rng.uniform(0.0, _SOFTNESS)
+    changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
+    return changed if _same_content(detect(changed), canvas.reading()) else canvas.render()
+
+
+def _same_content(first: Reading, second: Reading) -> bool:
+    return describe(first) == describe(second)
 
 
 def description_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
@@ -274,7 +320,7 @@ def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequ
 def random_requirement(rng: np.random.Generator, reading: Reading) -> ShapesRequirement:
     """A requirement near to what is there: one of its objects, often with another color, shape, place or relation."""
     kind = rng.random()
-    if kind < 0.12 or not reading.objects:
+    if kind < 0.18 or not reading.objects:
         return ShapesRequirement(total=max(1, min(9, len(reading.objects) + int(rng.choice((-1, 0, 0, 0, 1))))))
     first = reading.objects[int(rng.integers(len(reading.objects)))]
     thing = _near(rng, first.color, first.shape, reading)
@@ -306,7 +352,8 @@ def _near(rng: np.random.Generator, color: str, shape: str, reading: Reading, ch
 
 _PLURAL = {"cross": "crosses"}
 _NAMES = re.compile(
-    r"\b(?:(an?) )?(" + "|".join([*COLORS, *(_PLURAL.get(shape, shape + "s") for shape in SHAPES), *SHAPES]) + r")\b"
+    r"\b(?:(an?) )?(" + "|".join([*COLORS, *(_PLURAL.get(shape, shape + "s") for shape in SHAPES), *SHAPES]) + r")\b",
+    re.IGNORECASE,
 )
 
 
@@ -317,9 +364,14 @@ def _renamed(rng: np.random.Generator, share: float, *texts: str) -> tuple[str, 
     names = {name: _nonce(rng) for name in (*COLORS, *SHAPES) if rng.random() < 0.6}
 
     def replace(match: re.Match[str]) -> str:
-        article, word = match[1], match[2]
+        article, word = match[1], match[2].lower()
         singular = next((shape for shape in SHAPES if word == _PLURAL.get(shape, shape + "s")), None)
-        new = names.get(word, word) if singular not in names else names[singular] + "s"
+        if singular in names:
+            new = names[singular] + "s"
+        elif word in names:
+            new = names[word]
+        else:
+            return match[0]
         return new if article is None else f"{'an' if new[0] in 'aeiou' else 'a'} {new}"
 
     return tuple(_NAMES.sub(replace, text) for text in texts)

@@ -14,8 +14,9 @@ from clvr_jax.files import read_json
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.images import pixels
+from clvr_jax.reasoning.model_verifier import ModelVerifier
 from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
-from clvr_jax.reasoning.verification import Mode, ModelVerifier
+from clvr_jax.reasoning.verification import Mode
 
 TRAINED_FOR_LOOP = "loop"
 """Value of "contract" in the clvr.json of a Qwen3-VL that was trained for the loop and needs no system prompts."""

@@ -13,7 +13,7 @@ from clvr_jax.data.shapes_verification import (
     requirements_chat,
     training_metadata,
 )
-from clvr_jax.reasoning.verification import read_requirements
+from clvr_jax.reasoning.model_verifier import read_requirements
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
 

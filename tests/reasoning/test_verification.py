@@ -6,8 +6,9 @@ import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names_required
+from clvr_jax.reasoning.model_verifier import ModelVerifier, read_requirements
 from clvr_jax.reasoning.tools import Answer, Token
-from clvr_jax.reasoning.verification import ModelVerifier, Requirement, Verification, read_requirements
+from clvr_jax.reasoning.verification import Requirement, Verification
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 

@@ -6,7 +6,7 @@ import pytest
 from clvr_jax.worlds.shapes.check import check, relations
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.grammar import sample_metadata, scene_for
-from clvr_jax.worlds.shapes.layout import holds, plan
+from clvr_jax.worlds.shapes.layout import counts, holds, plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, SceneObject, cell_center, place
@@ -125,6 +125,17 @@ def test_relations_of_cells_survive_any_jitter() -> None:
         seen = [DetectedObject(o.color, o.shape, o.cell, o.x, o.y, o.radius) for o in pair]
         for relation in RELATIONS:
             assert not holds(relation, first, second) or relation in relations(*seen)
+
+
+def test_relations_of_cells_count_where_the_checker_counts_them() -> None:
+    rng = np.random.default_rng(1)
+    agree = []
+    for _ in range(3000):
+        first, second = (CELLS[index] for index in rng.permutation(9)[:2])
+        pair = [place("red", "circle", cell, rng) for cell in (first, second)]
+        seen = relations(*(DetectedObject(o.color, o.shape, o.cell, o.x, o.y, o.radius) for o in pair))
+        agree += [counts(relation, first, second) == (relation in seen) for relation in RELATIONS]
+    assert np.mean(agree) > 0.998
 
 
 @pytest.mark.parametrize("tag", TAGS)

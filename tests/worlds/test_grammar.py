@@ -172,7 +172,7 @@ def test_canonical_key_ignores_the_telling_and_keeps_the_request() -> None:
     assert canonical_key(request(circle)) != canonical_key(request({**circle, "place": "top"}))
 
 
-def test_relations_between_cells_leave_out_diagonal_neighbors() -> None:
+def test_plans_leave_out_diagonal_neighbors() -> None:
     assert holds("left of", "left", "center")
     assert holds("left of", "top left", "right")
     assert not holds("left of", "top left", "center")
@@ -188,7 +188,10 @@ def test_canonical_plans_follow_the_stated_preference() -> None:
         return [thing.cell for thing in plan(request(*include))]
 
     assert cells(item("circle", 4)) == ["center", "left", "right", "top"]
-    assert cells(item("circle"), item("star", position=["below", 0])) == ["center", "bottom"]
+    assert cells(item("circle"), item("star", position=["below", 0])) == ["top", "center"]
+    # What others are placed beside stays at the opposite edge: here there is nothing to undo.
+    beside = (item("star", position=["left of", 0]), item("cross", position=["below", 0]))
+    assert cells(item("circle"), *beside) == ["top right", "top", "right"]
     assert cells(item("star"), item("circle", place="center")) == ["left", "center"]
     assert cells(item("star", place="bottom right"), item("circle", position=["above", 0])) == ["bottom right", "right"]
     # Above the center there is only one cell, so the anchor moves.

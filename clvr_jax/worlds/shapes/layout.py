@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -34,24 +35,34 @@ class PlannedObject:
 
 
 def holds(relation: str, cell: str, anchor: str) -> bool:
-    """Whether an object in `cell` stands in the relation to one in `anchor`, for any size and jitter inside the cells.
+    """Whether a plan may put an object into `cell` for the relation to one in `anchor`.
 
-    Diagonal neighbors count for neither direction: there the jitter decides what a checker says.
+    Plans avoid diagonals, which `counts` accepts: nobody should have to ask what was meant.
     """
     return CELLS.index(cell) in _RELATED[relation][CELLS.index(anchor)]
 
 
+def counts(relation: str, cell: str, anchor: str) -> bool:
+    """Whether an object in `cell` counts as standing in the relation to one in `anchor`.
+
+    A diagonal neighbor counts for both directions: the checker, which measures centers by GenEval's rule, accepts .998
+    of them, whatever their sizes and jitter inside the cells.
+    """
+    ahead, aside = _offsets(relation, CELLS.index(cell), CELLS.index(anchor))
+    return ahead > 0 and ahead >= aside
+
+
+def _offsets(relation: str, cell: int, anchor: int) -> tuple[int, int]:
+    """Returns how many cells an object is away from its anchor, in the direction of the relation and across it."""
+    down, across = _DIRECTIONS[relation]
+    rows, columns = cell // 3 - anchor // 3, cell % 3 - anchor % 3
+    return (rows * down, abs(columns)) if down else (columns * across, abs(rows))
+
+
 def _related(relation: str, anchor: int) -> tuple[int, ...]:
     """Cells that stand in the relation to the anchor, nearest aligned cell first."""
-    row, column = divmod(anchor, 3)
-    down, across = _DIRECTIONS[relation]
-    found = []
-    for cell in range(len(CELLS)):
-        rows, columns = cell // 3 - row, cell % 3 - column
-        ahead, aside = (rows * down, abs(columns)) if down else (columns * across, abs(rows))
-        if ahead > aside:
-            found.append((aside, ahead, cell))
-    return tuple(cell for _, _, cell in sorted(found))
+    offsets = [(*_offsets(relation, cell, anchor), cell) for cell in range(len(CELLS))]
+    return tuple(cell for _, _, cell in sorted((aside, ahead, cell) for ahead, aside, cell in offsets if ahead > aside))
 
 
 _RELATED = {relation: tuple(_related(relation, anchor) for anchor in range(len(CELLS))) for relation in RELATIONS}
@@ -62,10 +73,12 @@ def plan(
 ) -> tuple[PlannedObject, ...]:
     """Gives every object of a metadata a color and a cell such that the checker accepts.
 
-    Without `rng` the plan is canonical: objects in the order of the include list; a place is taken literally; a
-    relation takes the nearest aligned cell on that side of its anchor, else the next nearest; anything else takes the
-    first free cell of a fixed order that starts at the center; cells named as places stay free for their objects; a
-    dead end is undone step by step. A color nobody asked for is the first of COLORS.
+    Without `rng` the plan is canonical: objects in the order of the include list; a place is taken literally; an object
+    that others are placed beside stays at the opposite edge, so that there is room for them; otherwise a relation takes
+    the nearest aligned cell on that side of its anchor, and anything else the first free cell of a fixed order that
+    starts at the center; cells named as places stay free for their objects; a dead end is undone step by step. Each
+    cell follows from the requirements that name the object, and a dead end is rare (.07 of requests for six objects,
+    .34 without the room): a small model cannot search. A color nobody asked for is the first of COLORS.
 
     Args:
       metadata: as `parse_metadata` returns it.
@@ -98,17 +111,20 @@ def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator
     """Depth-first search over cells, one object after the other; yields complete assignments in order of preference."""
     include = metadata["include"]
     reserved = {CELLS.index(item["place"]) for item in include if "place" in item}
+    roomy = [_roomy_order(sides) for sides in _sides_needed(include)]
     chosen: list[int] = []
 
     def candidates(owner: int) -> list[int]:
         item = include[owner]
-        options: tuple[int, ...] = _FREE_ORDER
+        options: tuple[int, ...] = roomy[owner] or _FREE_ORDER
         if "position" in item:
             relation, target = item["position"]
             anchors = [cell for cell, other in zip(chosen, owners, strict=False) if other == target]
             options = _RELATED[relation][anchors[0]]
             for anchor in anchors[1:]:
                 options = tuple(cell for cell in options if cell in _RELATED[relation][anchor])
+            if roomy[owner]:
+                options = tuple(sorted(options, key=roomy[owner].index))
         if "place" in item:
             place = CELLS.index(item["place"])
             return [place] if place in options and place not in chosen else []
@@ -125,3 +141,35 @@ def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator
             chosen.pop()
 
     return extend()
+
+
+def _sides_needed(include: list[dict[str, Any]]) -> list[set[str]]:
+    """Returns the relations in which later items stand to each item."""
+    needed: list[set[str]] = [set() for _ in include]
+    for item in include:
+        if "position" in item:
+            relation, target = item["position"]
+            needed[target].add(relation)
+    return needed
+
+
+def _roomy_order(sides: set[str]) -> tuple[int, ...]:
+    """Returns the cells in the order in which they leave room on the sides, () if no side is needed."""
+    if not sides:
+        return ()
+    row, column = _opposite(sides, "above", "below"), _opposite(sides, "left of", "right of")
+
+    def cost(cell: int) -> tuple[int, int, int]:
+        down, across = divmod(cell, 3)
+        from_edge = sum(abs(at - wanted) for at, wanted in ((down, row), (across, column)) if wanted is not None)
+        from_middle = sum(abs(at - 1) for at, wanted in ((down, row), (across, column)) if wanted is None)
+        return from_edge, from_middle, cell
+
+    return tuple(sorted(range(len(CELLS)), key=cost))
+
+
+def _opposite(sides: set[str], before: str, after: str) -> int | None:
+    """Returns the row or column opposite to the sides needed: 0, 1, 2, or None if neither is."""
+    if before in sides:
+        return 1 if after in sides else 2
+    return 0 if after in sides else None

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from clvr_jax.worlds.shapes.detect import Reading
 from clvr_jax.worlds.shapes.grammar import counted
-from clvr_jax.worlds.shapes.layout import holds
+from clvr_jax.worlds.shapes.layout import counts
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.scene import CELLS
 
@@ -95,7 +95,7 @@ def describe(reading: Reading) -> str:
 def check_requirement(requirement: ShapesRequirement, reading: Reading) -> tuple[str, bool]:
     """Holds a requirement against what an image shows.
 
-    A relation is judged by cells alone, as plans are made: an object diagonally beside its anchor does not count.
+    A relation is judged by cells, see `counts`: an object diagonally beside its anchor counts, as for the checker.
 
     Returns: the evidence in words, and whether the requirement is met.
     """
@@ -117,7 +117,7 @@ def check_requirement(requirement: ShapesRequirement, reading: Reading) -> tuple
     anchors = _cells(requirement.anchor, reading)
     evidence += _shown(requirement.anchor, reading)
     met = any(
-        all(holds(requirement.relation, cell, anchor) for cell in chosen for anchor in held)
+        all(counts(requirement.relation, cell, anchor) for cell in chosen for anchor in held)
         for held in itertools.combinations(anchors, requirement.anchor.count)
         for chosen in itertools.combinations([cell for cell in own if cell not in held], requirement.thing.count)
     )

@@ -6,7 +6,8 @@ from clvr_jax.evaluation.verifier.cases import ShapesPrompt
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.tools import Answer, Token, VisionLanguageModel
 from clvr_jax.reasoning.verification import Requirement, Verification
-from clvr_jax.worlds.shapes.detect import detect
+from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.oracle import parse_plan
 from clvr_jax.worlds.shapes.requirements import check_requirement, describe
 
 
@@ -24,6 +25,11 @@ class ExactVerifier:
 
     def check(self, requirements, images):
         return [self._checked(texts, detect(pixels(image))) for texts, image in zip(requirements, images, strict=True)]
+
+    def check_plans(self, requirements, plans):
+        return [
+            self._checked(texts, Reading(parse_plan(plan))) for texts, plan in zip(requirements, plans, strict=True)
+        ]
 
     def _checked(self, texts, reading):
         found = []

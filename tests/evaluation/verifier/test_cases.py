@@ -56,7 +56,7 @@ STAR, CIRCLE, SQUARE = ("red", "star", "left"), ("blue", "circle", "right"), ("g
         ((STAR, ("blue", "cross", "right"), SQUARE), (), False),  # shape
         ((STAR, ("black", "cross", "right"), SQUARE), (), False),  # other
         ((("red", "star", "bottom left"), CIRCLE, SQUARE), (), True),  # farther to the left than below
-        ((("red", "star", "bottom"), CIRCLE, SQUARE), (), False),  # a diagonal neighbor
+        ((("red", "star", "bottom"), CIRCLE, SQUARE), (), True),  # a diagonal neighbor
         ((("red", "star", "bottom right"), CIRCLE, SQUARE), (), False),  # place
         ((STAR, CIRCLE, SQUARE, ("red", "star", "bottom")), (), False),  # extra
         ((), (), False),  # blank

@@ -14,8 +14,8 @@ from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, rendered_case
 from clvr_jax.evaluation.verifier.image_directory import labeled_images
 from clvr_jax.evaluation.verifier.report import rich_results
 from clvr_jax.evaluation.verifier.run import check_cases, evaluate
+from clvr_jax.reasoning.model_verifier import ModelVerifier
 from clvr_jax.reasoning.tools import Answer, ProviderError
-from clvr_jax.reasoning.verification import ModelVerifier
 from tests.evaluation.verifier.scripted import ExactVerifier, YesModel
 from tests.evaluation.verifier.test_cases import Forgetful
 
