@@ -93,7 +93,7 @@ def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]
     name = str(scheduler.get("_class_name"))
     if name not in _SCHEDULERS:
         known = ", ".join(_SCHEDULERS)
-        raise ClvrError(f"scheduler_config.json: {name} is not supported; put the configuration of one of {known}")
+        raise ClvrError(f"scheduler_config.json: {name:.80} is not supported; put the configuration of one of {known}")
     read_as, solver = _SCHEDULERS[name]
     return NoiseSchedule.from_config(scheduler, read_as), solver
 
