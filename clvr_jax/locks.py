@@ -149,7 +149,8 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return {}
     try:
         holder = _read(descriptor)
-        if not _flocked(descriptor, holder) or _is_alive_elsewhere(holder, descriptor):
+        # Shared, so that two that look at once are not taken for holders.
+        if not _flocked(descriptor, holder, fcntl.LOCK_SH) or _is_alive_elsewhere(holder, descriptor):
             return holder
         with contextlib.suppress(OSError):
             path.unlink()
@@ -185,10 +186,10 @@ def _acquired(path: Path, out: Path) -> int:
         os.close(descriptor)  # its holder removed it meanwhile
 
 
-def _flocked(descriptor: int, holder: dict[str, Any]) -> bool:
+def _flocked(descriptor: int, holder: dict[str, Any], operation: int = fcntl.LOCK_EX) -> bool:
     """Takes the system's lock; where there is none, the process that the file names decides."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # the file system has no locks
