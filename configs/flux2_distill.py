@@ -32,7 +32,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import encode_references, encode_text, velocity_field
 from clvr_jax.sharding import MeshConfig, gathered, on_every_host
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig

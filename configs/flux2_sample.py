@@ -17,7 +17,8 @@ from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings, decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import MeshConfig, gathered
 from clvr_jax.training.plan import Program
 

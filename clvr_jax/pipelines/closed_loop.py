@@ -78,14 +78,18 @@ class Flux2Drawer(Drawer):
 
     def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
         """See `Drawer`."""
+        histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
         output = self._pipeline.draw_each(
-            [request.text for request in requests],
+            [history.text for history in histories],
             [[as_pil(image) for image in request.images] for request in requests],
             [request.seed for request in requests],
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
         )
-        return [Drawing(image, output.nfe) for image in output.images]
+        return [
+            Drawing(image, output.nfe, history.left_out)
+            for image, history in zip(output.images, histories, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +199,7 @@ class ClosedLoopPipeline:
         if chosen is None:
             raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
         steps = None if nfe is None else self.flux.steps_for(nfe)
+        self.flux.check_prompts(prompts)  # now, not after the controller has worked for minutes
         drawer = Flux2Drawer(self.flux, steps)
         checks = (verifier or self.verifier) if verification == "separate" else None
         if verification == "separate" and checks is None:
