@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
@@ -194,6 +194,7 @@ def flux2_task(
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
     settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
+    source = pipe.text_encoder_source
 
     def ids(chosen: Sequence[ProxyStep]) -> tuple[np.ndarray, np.ndarray]:
         told = [(steps.prompt(step), [*steps.replies(step), step.last_text]) for step in chosen]
@@ -212,7 +213,7 @@ def flux2_task(
 
     def save(weights: Any, trained: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, weights)
-        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
         generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora_rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
@@ -295,7 +296,8 @@ def program(config: Config) -> Program:
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
     _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
-    reader_def, reader_state = QWEN3.split(QWEN3.config_to_dict(reader), dtype)
+    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
+    reader_def, reader_state = encoder.split(encoder.config_to_dict(reader), dtype)
     vae_def, vae_state = FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)
     backbone = flux2_backbone((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
     trained = jax.eval_shape(train.start, base)

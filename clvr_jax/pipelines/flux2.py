@@ -8,6 +8,7 @@ Source of the order of things: diffusers `Flux2KleinPipeline`.
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
@@ -78,8 +79,9 @@ class Flux2Pipeline(Components):
     """Text to image and editing with references.
 
     Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`,
-    `schedule` (noise levels of the solver). Replacing
-    `transformer` by one of the same configuration (after a merge, say) does not compile anything again.
+    `schedule` (noise levels of the solver). Replacing `transformer` by one of the same configuration (after a merge,
+    say) does not compile anything again. A text encoder is loaded without the layers that are never read;
+    `text_encoder_source` is the directory that they are copied from when the pipeline is saved.
     """
 
     def __init__(
@@ -90,11 +92,13 @@ class Flux2Pipeline(Components):
         tokenizer: Any,
         settings: Flux2Settings,
         schedule: FlowSchedule = KLEIN_SCHEDULE,
+        text_encoder_source: Path | None = None,
     ):
         check_flux2(transformer.config, vae.config, text_encoder.config, tokenizer, settings.text_encoder_out_layers)
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
+        self.text_encoder_source = text_encoder_source
         self._encode_text = jitted(encode_text, static_argnums=(0, 4))
         self._encode_images = jitted(encode_images, static_argnums=0)
         self._decode = jitted(decode, static_argnums=0)

@@ -113,8 +113,15 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     for name in ("transformer", "vae"):
         file = "diffusion_pytorch_model.safetensors"
         assert (folder / name / file).read_bytes() == (tmp_path / "again" / name / file).read_bytes()
+    file = "text_encoder/model.safetensors"  # of which only three of four layers were read
+    assert not first.text_encoder.is_whole
+    assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     again = Flux2Pipeline.from_pretrained(str(tmp_path / "again"))
     assert again.settings == first.settings
+    first.text_encoder_source = None
+    with pytest.raises(ClvrError, match="not there to copy them from"):
+        first.save_pretrained(str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_row_does_not_depend_on_its_batch(folder):
