@@ -208,7 +208,7 @@ def test_what_a_history_lost_is_told(shared):
 def test_a_prompt_that_is_too_long_is_refused_before_the_controller_works(shared):
     pipeline = ClosedLoopPipeline(shared, ScriptedController({}))
     with pytest.raises(ClvrError, match=r"the text takes \d+ tokens, more than the 128 that are read; shorten it"):
-        pipeline.run(["a red circle " * 20], verification="controller")
+        pipeline.run(["a red circle " * 100], verification="controller")
 
 
 def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
