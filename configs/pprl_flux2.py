@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
 from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.data.histories import fit_history
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -33,15 +34,8 @@ from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.pipelines.flux2 import (
-    KLEIN,
-    Flux2Pipeline,
-    Flux2Settings,
-    decode,
-    encode_references,
-    encode_text,
-    velocity_field,
-)
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import decode, encode_references, encode_text, velocity_field
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshVisionLanguageModel
@@ -200,15 +194,18 @@ def flux2_task(
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
     unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
     settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
+    source = pipe.text_encoder_source
 
-    def ids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return encode_prompts(tokenizer, texts, settings.text_buckets)
+    def ids(chosen: Sequence[ProxyStep]) -> tuple[np.ndarray, np.ndarray]:
+        told = [(steps.prompt(step), [*steps.replies(step), step.last_text]) for step in chosen]
+        fitted = [fit_history(tokenizer, *history, max(settings.text_buckets)) for history in told]
+        return encode_prompts(tokenizer, [history.text for history in fitted], settings.text_buckets)
 
     def bucket(step: ProxyStep) -> tuple[int, int]:
-        return len(step.history), ids([step.text])[0].shape[1]
+        return len(step.history), ids([step])[0].shape[1]
 
     def data(chosen: Sequence[ProxyStep]) -> dict[str, np.ndarray]:
-        given, mask = ids([step.text for step in chosen])
+        given, mask = ids(chosen)
         empty, empty_mask = encode_prompts(tokenizer, [""] * len(chosen), (given.shape[1],))
         shape = (len(chosen), len(chosen[0].history), sampler.size, sampler.size, 3)
         shown = np.array([steps.references(step) for step in chosen], np.uint8).reshape(shape)
@@ -216,7 +213,7 @@ def flux2_task(
 
     def save(weights: Any, trained: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, weights)
-        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
         generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora_rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
@@ -299,7 +296,8 @@ def program(config: Config) -> Program:
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
     _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
-    reader_def, reader_state = QWEN3.split(QWEN3.config_to_dict(reader), dtype)
+    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
+    reader_def, reader_state = encoder.split(encoder.config_to_dict(reader), dtype)
     vae_def, vae_state = FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)
     backbone = flux2_backbone((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
     trained = jax.eval_shape(train.start, base)

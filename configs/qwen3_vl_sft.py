@@ -105,10 +105,11 @@ def task(config: Config) -> Task:
     params, frozen = _parts(nnx.state(pipe.model), config)
     unchanged = on_every_host(frozen)
     sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
+    generation = pipe.generation
 
     def export(ema: Any, directory: Path) -> None:
         model = nnx.merge(_graph(sizes, config), ema, *unchanged)
-        Qwen3VLPipeline(model, tokenizer, image_processor).save_pretrained(directory, "bfloat16")
+        Qwen3VLPipeline(model, tokenizer, image_processor, generation).save_pretrained(directory, "bfloat16")
 
     batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
     return _task(config, sizes, params, frozen, batches, export)

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 
@@ -132,6 +132,28 @@ QWEN3 = Family(
     TRANSFORMERS_NAME,
     qwen3.published_names,
 )
+
+
+@functools.cache  # equal families share what is known of them
+def qwen3_hidden_states(layers: tuple[int, ...]) -> Family:
+    """A Qwen3 of which only these hidden states are read: layers above the last of them, and the head, are left out.
+
+    Its folders are those of the whole model; the tensors that are left out are not read.
+    """
+    top = max(1, *layers)
+
+    def depth(config: Qwen3Config) -> int:
+        return min(top, config.num_hidden_layers)
+
+    return replace(
+        QWEN3,
+        module=lambda config, **options: Qwen3(config, depth=depth(config), **options),
+        published=lambda tensors, config: qwen3.first_layers(
+            qwen3.published_names(tensors, config), config, depth(config)
+        ),
+    )
+
+
 QWEN3_VL = Family(
     "Qwen3-VL",
     "Qwen3VLForConditionalGeneration",

@@ -104,7 +104,9 @@ def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[
     return {entry.path: functools.reduce(lambda tree, name: tree[str(name)], entry.path, restored) for entry in plan}
 
 
-def save_model(folder: Path, model: Any, family: Family, dtype: str = "float32") -> None:
+def save_model(
+    folder: Path, model: Any, family: Family, dtype: str = "float32", rest: Mapping[str, Stored] | None = None
+) -> None:
     """Writes a model to a folder that PyTorch loads; the folder appears only when it is complete.
 
     Args:
@@ -112,11 +114,16 @@ def save_model(folder: Path, model: Any, family: Family, dtype: str = "float32")
       model: the module; its `config` becomes config.json.
       family: its architecture.
       dtype: "float32", "float16" or "bfloat16", of floating-point parameters.
+      rest: all tensors of the files that the model was read from, if it holds only a part of them: what it lacks is
+        copied, and their order is kept.
     """
     target = FLOATS[dtype]
+    held = state_to_torch(model, family.table(model.config))
+    whole = held if rest is None else {key: held.get(key, stored) for key, stored in rest.items()}
+    opened = ((key, tensor.open() if isinstance(tensor, Stored) else tensor) for key, tensor in whole.items())
     tensors = {
-        key: tensor.astype(target) if np.issubdtype(tensor.dtype, np.floating) else tensor
-        for key, tensor in state_to_torch(model, family.table(model.config)).items()
+        key: tensor.astype(target, copy=False) if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor
+        for key, tensor in opened
     }
     with replacing(folder) as temporary:
         (temporary / "config.json").write_text(json.dumps(family.config_to_dict(model.config), indent=2) + "\n")

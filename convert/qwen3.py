@@ -49,3 +49,13 @@ def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
 def published_names(tensors: Tensors, config: Qwen3Config) -> Tensors:
     """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
     return without_tied_head(tensors, "model.embed_tokens.weight") if config.tie_word_embeddings else tensors
+
+
+def first_layers(tensors: Tensors, config: Qwen3Config, depth: int) -> Tensors:
+    """The tensors that hidden states up to `depth` need: no layers above, no head, and the norm of the last layer only.
+
+    Tensors that no Qwen3 of this configuration has stay, to be found out.
+    """
+    above = tuple(f"model.layers.{layer}." for layer in range(depth, config.num_hidden_layers))
+    unread = {"lm_head.weight", *(("model.norm.weight",) if above else ())}
+    return {key: tensor for key, tensor in tensors.items() if key not in unread and not key.startswith(above)}

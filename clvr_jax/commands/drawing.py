@@ -193,6 +193,9 @@ def _show_event(event: "Event") -> None:
     elif isinstance(event, Drawn):
         again = f", attempt {event.step.redraw + 1}" if event.step.redraw else ""
         console.print(f"[bold]step {event.number}[/]  {event.step.nfe} NFE  {event.step.seconds:.1f} s{again}")
+        if event.step.left_out:
+            replies = "reply" if event.step.left_out == 1 else f"{event.step.left_out} replies"
+            console.print(f"[yellow]  the history is too long for the generator:[/] the oldest {replies} left out")
     elif isinstance(event, Verified):
         console.print(_verification_text(event.verification))
     elif isinstance(event, PlanVerified) and event.verification.unmet:

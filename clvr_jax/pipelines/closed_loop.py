@@ -20,6 +20,7 @@ from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
 from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.reasoning.verification import VerificationMode, Verifier
@@ -40,14 +41,18 @@ class VLMController(Controller):
         self.usage = Usage()
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Replies to all conversations: first attempts greedily in one call, retries sampled in another."""
+        """Replies to all conversations: first attempts greedily in one call, retries sampled in another.
+
+        A thought is no part of a reply; "", which nobody can read, stands for a thought without a reply.
+        """
         answers: dict[int, ChatAnswer] = {}
         for is_retry in (False, True):
             rows = [index for index, each in enumerate(conversations) if bool(each.attempt) == is_retry]
             if rows:
                 temperature = RETRY_TEMPERATURE if is_retry else 0.0
                 answers.update(zip(rows, self._answers([conversations[i] for i in rows], temperature), strict=True))
-        return [answers[index].text for index in range(len(conversations))]
+        # Drafts in a thought look like actions, and must never be carried out.
+        return [strip_thoughts(answers[index].text) or "" for index in range(len(conversations))]
 
     def _answers(self, conversations: Sequence[Conversation], temperature: float) -> list[ChatAnswer]:
         answers = self._vlm.answer_all(
@@ -73,14 +78,18 @@ class Flux2Drawer(Drawer):
 
     def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
         """See `Drawer`."""
+        histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
         output = self._pipeline.draw_each(
-            [request.text for request in requests],
+            [history.text for history in histories],
             [[as_pil(image) for image in request.images] for request in requests],
             [request.seed for request in requests],
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
         )
-        return [Drawing(image, output.nfe) for image in output.images]
+        return [
+            Drawing(image, output.nfe, history.left_out)
+            for image, history in zip(output.images, histories, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,6 +199,7 @@ class ClosedLoopPipeline:
         if chosen is None:
             raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
         steps = None if nfe is None else self.flux.steps_for(nfe)
+        self.flux.check_prompts(prompts)  # now, not after the controller has worked for minutes
         drawer = Flux2Drawer(self.flux, steps)
         checks = (verifier or self.verifier) if verification == "separate" else None
         if verification == "separate" and checks is None:

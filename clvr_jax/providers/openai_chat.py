@@ -14,9 +14,9 @@ from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
-from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Token, Usage, VisionLanguageModel
 
 MAX_TOP_LOGPROBS = 20

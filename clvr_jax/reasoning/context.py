@@ -22,18 +22,23 @@ def image_mark(number: int) -> str:
     return f"<IMG_GEN_{number}>"
 
 
-def drawing_text(prompt: str, replies: Sequence[str]) -> str:
+def drawing_text(prompt: str, replies: Sequence[str], left_out: int = 0) -> str:
     """What the diffusion model reads when it draws image t.
 
     Args:
       prompt: the user's request.
       replies: the t replies r_1 .. r_t of the context, with or without action token; images 1 .. t - 1 exist.
+      left_out: how many replies, the oldest, are left out, at most t - 1; see `data.histories.fit_history`. The marks
+        of their images stay, because the images still enter as references.
     Returns: "{prompt}\\n{r_1}<IMG_GEN_1>\\n ... \\n{r_t}", replies without action tokens.
     """
     if not replies:
         raise ClvrError("drawing text: no reply yet; the controller says what to draw before anything is drawn")
+    if not 0 <= left_out < len(replies):
+        raise ClvrError(f"drawing text: {left_out} of {len(replies)} replies left out; the last one says what to draw")
     *earlier, last = (strip_action(reply) for reply in replies)
-    marked = [reply + image_mark(number) for number, reply in enumerate(earlier, start=1)]
+    kept = ["" if number < left_out else reply for number, reply in enumerate(earlier)]
+    marked = [reply + image_mark(number) for number, reply in enumerate(kept, start=1)]
     return "\n".join([prompt, *marked, last])
 
 

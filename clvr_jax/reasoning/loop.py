@@ -370,6 +370,7 @@ class _Run:
             attempts=self._draft.attempts,
             redraw=self._draft.redraw + len(self._table),
             seed=request.seed,
+            left_out=drawing.left_out,
         )
         number = len(self._steps)
         self._table[number] = None

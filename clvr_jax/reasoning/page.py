@@ -220,6 +220,8 @@ def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
         badges.append({"style": "", "text": "result"})
     if step.redraw:
         badges.append({"style": "", "text": f"drawn again ({step.redraw})"})
+    if step.left_out:
+        badges.append({"style": "", "text": f"generated without the oldest replies ({step.left_out})"})
     if step.rolled_back:
         badges.append({"style": "", "text": "rolled back"})
     return badges

@@ -75,14 +75,18 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice)."""
+    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice).
+
+    left_out: how many replies, the oldest, the image generator did not read, because the history was too long for it.
+    """
 
     image: Picture = field(repr=False, compare=False)
     nfe: int
+    left_out: int = 0
 
     def __post_init__(self) -> None:
-        if self.nfe < 0:
-            raise ClvrError(f"drawing: nfe must be >= 0, got {self.nfe}")
+        if self.nfe < 0 or self.left_out < 0:
+            raise ClvrError(f"drawing: nfe and left_out must be >= 0, got {self.nfe} and {self.left_out}")
 
 
 class Controller(Protocol):

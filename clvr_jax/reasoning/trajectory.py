@@ -69,6 +69,8 @@ class Step:
       redraw: how many times the same reply had been drawn from the same history before.
       seed: seed of the drawing, None for a stop.
       verification: what the verifier found out about that image, requirement by requirement; None if none looked.
+      left_out: how many replies, the oldest of the history, the image generator did not read, because the history was
+        too long for it; its prompt, its images and the reply of this step it always reads.
     """
 
     reasoning: str
@@ -83,6 +85,7 @@ class Step:
     redraw: int = 0
     seed: int | None = None
     verification: Verification | None = None
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -285,6 +288,7 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
         "attempts": step.attempts,
         "redraw": step.redraw,
         "seed": step.seed,
+        "left_out": step.left_out,
     }
 
 
@@ -322,7 +326,7 @@ def _step_from_json(entry: JsonObject, folder: Path) -> Step:
     if name is not None and not re.fullmatch(r"step_\d{1,9}\.png", name):
         raise ClvrError(f"{entry.where}: an image must be named step_<number>.png, got {name!r:.80}")
     verdict = entry.optional("verdict", entry.nested)
-    # Trajectories of earlier versions have no "verification".
+    # Trajectories of earlier versions have neither "verification" nor "left_out".
     checked = entry.optional("verification", entry.nested) if "verification" in entry.content else None
     try:
         return Step(
@@ -332,6 +336,7 @@ def _step_from_json(entry: JsonObject, folder: Path) -> Step:
             image=None if name is None else read_image(folder / name),
             verdict=None if verdict is None else verdict_from_json(verdict),
             verification=None if checked is None else Verification.from_dict(checked.content),
+            left_out=entry.integer("left_out", 0, low=0),
             **step_run_from_json(entry),
         )
     except ClvrError as error:

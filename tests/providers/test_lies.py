@@ -19,8 +19,8 @@ from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.failures import Failure, NoReplyError, retry_after, retry_delay
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.providers.openai_images import OpenAIImageTool
-from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
 from clvr_jax.redaction import redact_url, redact_urls
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png

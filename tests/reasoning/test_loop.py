@@ -96,6 +96,17 @@ def test_time_budget_stops_drawing():
     assert sum(step.seconds for step in trajectory.steps) == pytest.approx(trajectory.seconds)
 
 
+def test_the_trajectory_says_how_many_replies_the_generator_did_not_read():
+    class Forgetful(CountingDrawer):
+        def draw(self, requests):
+            drawn = zip(super().draw(requests), requests, strict=True)
+            return [replace(drawing, left_out=max(len(request.replies) - 2, 0)) for drawing, request in drawn]
+
+    script = [draw(), again(3), again(2), again(1), stop()]
+    (trajectory,) = run(["p"], ScriptedController({"p": script}), Forgetful())
+    assert [step.left_out for step in trajectory.steps] == [0, 0, 1, 2, 0]
+
+
 def test_equal_pictures_the_latest_wins_and_nothing_rolls_back():
     trajectory, _, _ = run_one([draw(), again(1), again(1), stop(1)])
     assert trajectory.best == 2

@@ -15,6 +15,7 @@ from clvr_jax.convert.lora import load_lora
 from flax import nnx
 from PIL import Image
 
+from clvr_jax.data.histories import token_count
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -139,6 +140,20 @@ def test_what_the_policy_draws_is_what_the_pipeline_draws(dataset):
     ).images
     np.testing.assert_allclose(drawn, expected, atol=2e-4)
     assert task.bucket(step) == (1, encode_prompts(pipe.tokenizer, [step.text], (256,))[0].shape[1])
+
+
+def test_a_long_history_loses_its_oldest_replies_here_as_in_the_pipeline(dataset):
+    steps, pipe = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size), tiny_flux2()
+    step = max(steps.steps, key=lambda step: len(step.history))
+    room = token_count(pipe.tokenizer, step.text) - 1
+    pipe.settings = dataclasses.replace(pipe.settings, text_buckets=(room,))
+    task = flux2_task("shapes", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
+    data = task.data([step])
+    assert task.bucket(step) == (len(step.history), room)
+    assert data["ids"].shape == data["empty_ids"].shape == (1, room)
+    read = pipe.tokenizer.decode(data["ids"][0][data["mask"][0].astype(bool)])
+    assert f"{steps.prompt(step)}\n<IMG_GEN_1>" in read  # without the first reply
+    assert f"<IMG_GEN_{len(step.history)}>\n{step.last_text.strip()}<|im_end|>" in read
 
 
 @pytest.mark.slow
