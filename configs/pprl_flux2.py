@@ -29,7 +29,7 @@ from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
+from clvr_jax.diffusion import FlowProcess, euler_solve, flow_sigmas, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
@@ -50,7 +50,7 @@ from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, Un
 from clvr_jax.rewards.teacher import vlm_teacher
 from clvr_jax.sharding import MeshConfig, gathered, on_every_host
 from clvr_jax.training import pprl
-from clvr_jax.training.diffusion_nft import FlowNoising, Policy
+from clvr_jax.training.diffusion_nft import Policy
 from clvr_jax.training.plan import Program
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
@@ -286,7 +286,7 @@ def flux2_backbone(
         return decode(vae_def, gathered(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
     shape = (tokens, sizes.in_channels)
-    return Backbone(condition, policy, solve, pictures, shape, sigmas[:-1], FlowNoising())
+    return Backbone(condition, policy, solve, pictures, shape, sigmas[:-1], FlowProcess())
 
 
 def program(config: Config) -> Program:

@@ -18,14 +18,14 @@ Source: DiffusionNFT (arXiv 2509.16117).
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from clvr_jax.diffusion.noise_schedule import NoiseSchedule
+from clvr_jax.diffusion import ForwardProcess
 from clvr_jax.errors import ClvrError
 
 Policy = Callable[[jax.Array, jax.Array], jax.Array]
@@ -100,58 +100,6 @@ def optimality(advantages: ArrayLike, clip: float) -> jax.Array:
     return jnp.clip(jnp.clip(jnp.asarray(advantages), -clip, clip) / (2 * clip) + 0.5, 0, 1)
 
 
-class Noising(Protocol):
-    """How a family of models adds noise, and what its predictions say about the clean sample."""
-
-    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """x_t; t is (b,)."""
-        ...
-
-    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
-        """The sample that a prediction at x_t points to."""
-        ...
-
-
-@dataclass(frozen=True)
-class FlowNoising:
-    """x_t = (1 - t) x0 + t noise; the prediction is the velocity noise - x0 (FLUX.2)."""
-
-    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x_t; t is (b,), in [0, 1]."""
-        level = beside(t, x0)
-        return (1 - level) * x0 + level * noise
-
-    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x0 as a velocity at x_t predicts it."""
-        return x_t - beside(t, x_t) * predicted
-
-
-@dataclass(frozen=True)
-class ScheduledNoising:
-    """x_t = sqrt(alpha) x0 + sqrt(1 - alpha) noise; the prediction is what the schedule says (SDXL, SD 1.5).
-
-    Timesteps are integers below `schedule.num_train_timesteps`.
-    """
-
-    schedule: NoiseSchedule
-
-    def noisy(self, x0: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x_t; t is (b,), integers below num_train_timesteps."""
-        signal, sigma = self._levels(t, x0)
-        return signal * x0 + sigma * noise
-
-    def clean(self, x_t: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
-        """Returns x0 as a prediction at x_t implies it."""
-        signal, sigma = self._levels(t, x_t)
-        if self.schedule.prediction_type == "epsilon":
-            return (x_t - sigma * predicted) / signal
-        return signal * x_t - sigma * predicted
-
-    def _levels(self, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-        alpha = beside(jnp.asarray(self.schedule.alphas, like.dtype)[t], like)
-        return jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
-
-
 def nft_loss(
     theta: Policy,
     old: Policy,
@@ -161,7 +109,7 @@ def nft_loss(
     counts_b: jax.Array,
     t_b: jax.Array,
     key: jax.Array,
-    noising: Noising,
+    forward_process: ForwardProcess,
     config: NFTConfig,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of theta on samples that old drew.
@@ -173,18 +121,18 @@ def nft_loss(
       counts_b: 1 where a sample counts, 0 where it has no reward.
       t_b: timesteps of the roll-out to learn at.
       key: for the noise; or (b,) keys, one for each sample, whose noise then does not depend on its place.
-      noising: of this family of models.
+      forward_process: of this architecture.
       config: weights of the loss.
     Returns: scalar float32, averaged over the samples that count; and metrics: "policy_loss", "kl" (mean squared
       distance to the reference), "norm_ratio" (mean log |theta| / |reference|: inflated predictions are a sign of
       reward hacking), and "weight", the samples that count (see `training.step.Loss`).
     """
     noise = normal(key, x0.shape).astype(x0.dtype)
-    x_t = noising.noisy(x0, noise, t_b)
+    x_t = forward_process.corrupt(x0, noise, t_b)
     predicted = theta(x_t, t_b)
     fixed, anchor = (jax.lax.stop_gradient(policy(x_t, t_b)) for policy in (old, reference))
     target = x0.astype(jnp.float32)
-    new, before = (noising.clean(x_t, out, t_b).astype(jnp.float32) for out in (predicted, fixed))
+    new, before = (forward_process.predict_x0(x_t, out, t_b).astype(jnp.float32) for out in (predicted, fixed))
 
     def error(mixture: jax.Array) -> jax.Array:
         """(b,) mean squared error in units of the mean absolute one."""
@@ -236,11 +184,6 @@ def mean_of_counted(counts_b: jax.Array) -> tuple[Callable[[jax.Array], jax.Arra
         return jnp.sum(jnp.where(counts_b != 0, values_b, 0.0)) / jnp.maximum(weight, 1)
 
     return mean, weight
-
-
-def beside(values_b: jax.Array, like: jax.Array) -> jax.Array:
-    """(b,) with as many axes as `like`, in its dtype."""
-    return values_b.reshape(-1, *[1] * (like.ndim - 1)).astype(like.dtype)
 
 
 def mean_b(x: jax.Array) -> jax.Array:

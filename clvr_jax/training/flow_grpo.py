@@ -19,9 +19,9 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 
-from clvr_jax.diffusion.solvers import Velocity
+from clvr_jax.diffusion import Velocity, append_dims
 from clvr_jax.errors import ClvrError
-from clvr_jax.training.diffusion_nft import Policy, beside, distances, mean_b, mean_of_counted, normal
+from clvr_jax.training.diffusion_nft import Policy, distances, mean_b, mean_of_counted, normal
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def sde_step(
     Returns: mean (b, ...); deviation (b, 1, ...), 0 where `next_t` is 0.
     """
     x, velocity = x.astype(jnp.float32), velocity.astype(jnp.float32)
-    t, next_t = beside(t, x), beside(next_t, x)
+    t, next_t = append_dims(t, x), append_dims(next_t, x)
     variance = jnp.where(next_t > 0, eta**2 * t / (1 - jnp.where(t < 1, t, next_t)), 0.0)
     drift = velocity + variance / (2 * t) * (x + (1 - t) * velocity)
     return x + (next_t - t) * drift, jnp.sqrt(variance * (t - next_t))

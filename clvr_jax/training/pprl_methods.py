@@ -14,8 +14,9 @@ import numpy as np
 from jax.typing import ArrayLike
 from typing_extensions import override
 
+from clvr_jax.diffusion import FlowProcess, ForwardProcess
 from clvr_jax.errors import UsageError
-from clvr_jax.training.diffusion_nft import FlowNoising, NFTConfig, Noising, Policy, nft_loss, old_decay, optimality
+from clvr_jax.training.diffusion_nft import NFTConfig, Policy, nft_loss, old_decay, optimality
 from clvr_jax.training.flow_grpo import GRPOConfig, grpo_loss, sde_path
 
 Tree = Any
@@ -29,7 +30,8 @@ class Backbone:
     policy: (weights, the same repeated for every sample) -> prediction, guided as in the roll-out.
     solve: (policy, noise (b, ...)) -> clean latents (b, ...), without fresh noise.
     decode: (frozen, latents) -> pictures (b, h, w, 3) in [0, 1].
-    shape: of one sample's latents. timesteps: (n,) at which `solve` evaluates the policy. noising: of this family.
+    shape: of one sample's latents. timesteps: (n,) at which `solve` evaluates the policy. forward_process: of this
+    family.
     """
 
     condition: Callable[[Tree, Any], Tree]
@@ -38,7 +40,7 @@ class Backbone:
     decode: Callable[[Tree, jax.Array], jax.Array]
     shape: tuple[int, ...]
     timesteps: np.ndarray
-    noising: Noising
+    forward_process: ForwardProcess
 
 
 class Method(Protocol):
@@ -116,7 +118,7 @@ class DiffusionNFT(Method):
         key_b: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         t_b = jnp.asarray(self._backbone.timesteps)[place_b]
-        return nft_loss(*policies, kept, merits_b, counts_b, t_b, key_b, self._backbone.noising, self._config)
+        return nft_loss(*policies, kept, merits_b, counts_b, t_b, key_b, self._backbone.forward_process, self._config)
 
     @override
     def old_decay(self, step: ArrayLike) -> ArrayLike:
@@ -129,7 +131,7 @@ class FlowGRPO(Method):
     metrics = ("policy_loss", "kl", "norm_ratio", "clipped")
 
     def __init__(self, backbone: Backbone, config: GRPOConfig):
-        if not isinstance(backbone.noising, FlowNoising):
+        if not isinstance(backbone.forward_process, FlowProcess):
             raise UsageError("Flow-GRPO: this model predicts no velocity; train it with --train.method nft")
         if len(backbone.timesteps) < 2:
             raise UsageError("Flow-GRPO: learns from all steps of the roll-out but the last; it needs two or more")

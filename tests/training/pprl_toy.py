@@ -12,7 +12,7 @@ from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
-from clvr_jax.diffusion import euler_solve
+from clvr_jax.diffusion import FlowProcess, euler_solve
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
@@ -20,7 +20,6 @@ from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.unified_reward import Inquiry
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.diffusion_nft import FlowNoising
 from clvr_jax.training.pprl import PPRLTask
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.pprl_step import PPRLConfig
@@ -119,7 +118,7 @@ def backbone():
         grey = jax.nn.sigmoid(latents.mean(-1)).reshape(-1, 2, 2, 1)
         return jnp.tile(jnp.repeat(jnp.repeat(grey, 2, 1), 2, 2), (1, 1, 1, 3))
 
-    return Backbone(condition, policy, solve, decode, (TOKENS, CHANNELS), SIGMAS[:-1], FlowNoising())
+    return Backbone(condition, policy, solve, decode, (TOKENS, CHANNELS), SIGMAS[:-1], FlowProcess())
 
 
 def make_task(dataset, config=CONFIG, reward=None):

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvr_jax.diffusion import NoiseSchedule, euler_solve
+from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, euler_solve
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.training.diffusion_nft import ScheduledNoising
 from clvr_jax.training.flow_grpo import GRPOConfig, grpo_loss, sde_path, sde_step
 from clvr_jax.training.pprl import fit
 from clvr_jax.training.pprl_methods import FlowGRPO
@@ -170,6 +169,8 @@ def test_what_it_cannot_train_is_refused():
     with pytest.raises(ClvrError, match="eta, clip and advantage_clip must be positive"):
         GRPOConfig(eta=0.0)
     with pytest.raises(UsageError, match="predicts no velocity"):
-        FlowGRPO(dataclasses.replace(backbone(), noising=ScheduledNoising(NoiseSchedule())), GRPOConfig())
+        FlowGRPO(
+            dataclasses.replace(backbone(), forward_process=VariancePreservingProcess(NoiseSchedule())), GRPOConfig()
+        )
     with pytest.raises(UsageError, match="needs two or more"):
         FlowGRPO(dataclasses.replace(backbone(), timesteps=SIGMAS[:1]), GRPOConfig())

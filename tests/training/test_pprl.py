@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import read_png
@@ -273,10 +274,12 @@ def test_a_run_that_is_asked_to_stop_drops_the_epoch_it_is_in(dataset, undisturb
 def test_gradients_that_are_not_finite_change_nothing_and_many_end_the_run(dataset, tmp_path):
     config = changed(learning_rate=1e-3, bad_updates=3)
     task = make_task(dataset, config)
-    plain = task.backbone.noising
-    poisoned = dataclasses.replace(task.backbone, noising=type("Bad", (), {
-        "noisy": lambda self, x0, noise, t: plain.noisy(x0, noise, t) * jnp.nan, "clean": plain.__class__.clean,
-    })())  # fmt: skip
+
+    class Poisoned(FlowProcess):
+        def corrupt(self, x0, noise, t):
+            return super().corrupt(x0, noise, t) * jnp.nan
+
+    poisoned = dataclasses.replace(task.backbone, forward_process=Poisoned())
     with pytest.raises(ClvrError, match="4 updates in a row are not finite, up to epoch 2"):
         fit(dataclasses.replace(task, backbone=poisoned), config, tmp_path)
 

@@ -18,7 +18,7 @@ from PIL import Image
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import NoiseSchedule, ddim_solve, guided
+from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, ddim_solve, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
@@ -27,7 +27,6 @@ from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training import pprl
-from clvr_jax.training.diffusion_nft import ScheduledNoising
 from clvr_jax.training.plan import plan
 from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.recipes import load_recipe
@@ -96,7 +95,7 @@ def unet_task(dataset, config):
         return jnp.tile(jax.nn.sigmoid(latents.mean(-1, keepdims=True)), (1, 1, 1, 3))
 
     backbone = Backbone(
-        lambda frozen, data: data, policy, solve, decode, (4, 4, 4), timesteps, ScheduledNoising(SCHEDULE)
+        lambda frozen, data: data, policy, solve, decode, (4, 4, 4), timesteps, VariancePreservingProcess(SCHEDULE)
     )
     return dataclasses.replace(make_task(dataset, config), base=base, backbone=backbone, save=lambda *given: None)
 
