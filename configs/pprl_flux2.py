@@ -48,14 +48,14 @@ from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
+from clvr_jax.rl import trainer
+from clvr_jax.rl.algorithms.base import Backbone
+from clvr_jax.rl.algorithms.diffusion_nft import Policy
+from clvr_jax.rl.update import PPRLConfig, contribution, rollout
 from clvr_jax.sharding import MeshConfig, gathered, on_every_host
-from clvr_jax.training import pprl
-from clvr_jax.training.diffusion_nft import Policy
 from clvr_jax.training.plan import Program
-from clvr_jax.training.pprl_methods import Backbone
-from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
 
-fit = pprl.fit
+fit = trainer.fit
 
 LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
 """All products of the blocks: attention, MLPs, and where both are one."""
@@ -136,7 +136,7 @@ class Config:
 CONFIG = Config()
 
 
-def task(config: Config) -> pprl.PPRLTask:
+def task(config: Config) -> trainer.PPRLTask:
     """The run as `fit` takes it."""
     if not config.model:
         raise ClvrError("pprl_flux2: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
@@ -192,7 +192,7 @@ def flux2_task(
     reward: Reward,
     remat: str = "dots",
     save_dtype: str = "bfloat16",
-) -> pprl.PPRLTask:
+) -> trainer.PPRLTask:
     """PPRL of any FLUX.2 pipeline on steps of trajectories; exports the pipeline and, in `lora/`, the LoRA."""
     if pipe.settings.is_distilled:
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
@@ -224,7 +224,7 @@ def flux2_task(
 
     backbone = flux2_backbone((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
     frozen = {"text_encoder": reader, "vae": vae}
-    return pprl.PPRLTask(name, train, base, frozen, backbone, steps, data, bucket, reward, save)
+    return trainer.PPRLTask(name, train, base, frozen, backbone, steps, data, bucket, reward, save)
 
 
 def flux2_backbone(

@@ -24,10 +24,10 @@ from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
-from clvr_jax.training import pprl
-from clvr_jax.training.pprl_step import PPRLConfig
+from clvr_jax.rl import trainer
+from clvr_jax.rl.update import PPRLConfig
 
-fit = pprl.fit
+fit = trainer.fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Config:
 CONFIG = Config()
 
 
-def task(config: Config) -> pprl.PPRLTask:
+def task(config: Config) -> trainer.PPRLTask:
     """The run as `fit` takes it."""
     judge = ShapesJudge()
     # The program answers in a moment: threads would only wait for one another.

@@ -25,13 +25,13 @@ from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
+from clvr_jax.rl import trainer
+from clvr_jax.rl.algorithms.base import Backbone
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training import pprl
 from clvr_jax.training.plan import plan
-from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path
-from tests.training.pprl_toy import Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import Brightness, changed, make_dataset, make_task
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = NoiseSchedule()
@@ -144,7 +144,7 @@ def test_what_the_policy_draws_is_what_the_pipeline_draws(dataset):
 def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp_path):
     config = dataclasses.replace(TRAIN, epochs=2)
     task = shapes_task(dataset, config)
-    state = pprl.fit(task, config, tmp_path)
+    state = trainer.fit(task, config, tmp_path)
     first, second = metrics(tmp_path)
     assert first["reward_std"] > 0
     assert {
@@ -169,7 +169,7 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
 def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
     options = {"groups": 4, "group": 4, "epochs": 2, "lora_targets": (r"attn\d\.to_", r"conv\d"), "updates": 1}
     config = changed(mesh=MeshConfig(devices=1), **options)
-    pprl.fit(unet_task(dataset, config), config, tmp_path)
+    trainer.fit(unet_task(dataset, config), config, tmp_path)
     first, second = metrics(tmp_path)
     assert np.isfinite([*first.values(), *second.values()]).all()
     assert first["kl"] < 1e-9 < second["kl"]
@@ -179,7 +179,7 @@ def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
 def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     for name in ("pprl_shapes", "pprl_flux2"):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
-        assert recipe.fit is pprl.fit
+        assert recipe.fit is trainer.fit
         assert (recipe.program is None) == (name == "pprl_shapes")
     with pytest.raises(ClvrError, match="--model is missing"):
         pprl_flux2.task(pprl_flux2.CONFIG)

@@ -19,10 +19,10 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.unified_reward import Inquiry
+from clvr_jax.rl.algorithms.base import Backbone
+from clvr_jax.rl.trainer import PPRLTask
+from clvr_jax.rl.update import PPRLConfig
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.pprl import PPRLTask
-from clvr_jax.training.pprl_methods import Backbone
-from clvr_jax.training.pprl_step import PPRLConfig
 from tests.data.engine.test_engine import Painter, item
 
 TOKENS, CHANNELS, SIDE = 4, 6, 4

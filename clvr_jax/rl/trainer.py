@@ -24,15 +24,15 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.rewards.reward import Reward
 from clvr_jax.rewards.teacher import LiveProxies, Teacher
+from clvr_jax.rl.algorithms.base import Backbone
+from clvr_jax.rl.algorithms.diffusion_nft import group_advantages
+from clvr_jax.rl.metrics import Stopwatch, means_over_updates, of_rewards, write_grid
+from clvr_jax.rl.scoring import EpochJudge, Judging, UnscoredError, threads
+from clvr_jax.rl.update import Drawn, PPRLConfig, PPRLState, Programs
 from clvr_jax.sharding import Layout, active_layout, on_every_host, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
-from clvr_jax.training.diffusion_nft import group_advantages
 from clvr_jax.training.feed import check_batch
 from clvr_jax.training.metrics import MetricLog
-from clvr_jax.training.pprl_judging import EpochJudge, Judging, UnscoredError, threads
-from clvr_jax.training.pprl_methods import Backbone
-from clvr_jax.training.pprl_metrics import Stopwatch, means_over_updates, of_rewards, write_grid
-from clvr_jax.training.pprl_step import Drawn, PPRLConfig, PPRLState, Programs
 from clvr_jax.training.preemption import Preemption, agreed, preemption
 
 Tree = Any

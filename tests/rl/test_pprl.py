@@ -19,13 +19,13 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
+from clvr_jax.rl.algorithms.diffusion_nft import NFTConfig, old_decay
+from clvr_jax.rl.trainer import fit
+from clvr_jax.rl.update import contribution, rollout
 from clvr_jax.sharding import Layout, MeshConfig
 from clvr_jax.training.checkpoint import restore_part
-from clvr_jax.training.diffusion_nft import NFTConfig, old_decay
-from clvr_jax.training.pprl import fit
-from clvr_jax.training.pprl_step import contribution, rollout
 from clvr_jax.training.recipes import export_run
-from tests.training.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
 
 ROOT = Path(__file__).parents[2]
 

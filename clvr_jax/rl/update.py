@@ -17,10 +17,10 @@ import optax
 from clvr_jax.errors import UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import init_lora
+from clvr_jax.rl.algorithms.base import Backbone, DiffusionNFT, FlowGRPO, Method
+from clvr_jax.rl.algorithms.diffusion_nft import NFTConfig, normal
+from clvr_jax.rl.algorithms.flow_grpo import GRPOConfig
 from clvr_jax.sharding import Layout, MeshConfig, constrain
-from clvr_jax.training.diffusion_nft import NFTConfig, normal
-from clvr_jax.training.flow_grpo import GRPOConfig
-from clvr_jax.training.pprl_methods import Backbone, DiffusionNFT, FlowGRPO, Method
 
 Tree = Any
 

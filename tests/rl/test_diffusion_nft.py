@@ -7,7 +7,7 @@ import pytest
 
 from clvr_jax.diffusion import FlowProcess, NoiseSchedule, VariancePreservingProcess
 from clvr_jax.errors import ClvrError
-from clvr_jax.training.diffusion_nft import (
+from clvr_jax.rl.algorithms.diffusion_nft import (
     NFTConfig,
     group_advantages,
     nft_loss,

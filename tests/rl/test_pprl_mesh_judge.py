@@ -17,9 +17,9 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rl.trainer import fit
 from clvr_jax.sharding import Layout, MeshConfig
-from clvr_jax.training.pprl import fit
-from tests.training.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
+from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from clvr_jax.diffusion import Velocity, append_dims
 from clvr_jax.errors import ClvrError
-from clvr_jax.training.diffusion_nft import Policy, distances, mean_b, mean_of_counted, normal
+from clvr_jax.rl.algorithms.diffusion_nft import Policy, distances, mean_b, mean_of_counted, normal
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 import dataclasses
 from pathlib import Path
 
-from clvr_jax.training import pprl
-from clvr_jax.training.pprl_step import PPRLConfig
-from tests.training.pprl_toy import changed, judged_on_the_mesh, make_task
+from clvr_jax.rl import trainer
+from clvr_jax.rl.update import PPRLConfig
+from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_task
 
-fit = pprl.fit
+fit = trainer.fit
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 
 from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, euler_solve
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.training.flow_grpo import GRPOConfig, grpo_loss, sde_path, sde_step
-from clvr_jax.training.pprl import fit
-from clvr_jax.training.pprl_methods import FlowGRPO
-from tests.training.pprl_toy import SIGMAS, backbone, changed, make_dataset, make_task
+from clvr_jax.rl.algorithms.base import FlowGRPO
+from clvr_jax.rl.algorithms.flow_grpo import GRPOConfig, grpo_loss, sde_path, sde_step
+from clvr_jax.rl.trainer import fit
+from tests.rl.pprl_toy import SIGMAS, backbone, changed, make_dataset, make_task
 
 MEAN, SPREAD = 1.5, 0.4
 T, NEXT_T = jnp.array([1.0, 0.8, 0.5, 0.2]), jnp.array([0.8, 0.5, 0.2, 0.1])

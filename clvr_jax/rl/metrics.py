@@ -11,7 +11,7 @@ from clvr_jax.data.proxy_steps import LATE
 from clvr_jax.files import write_atomically
 from clvr_jax.reasoning.images import encode_png
 from clvr_jax.rewards.reward import Scores
-from clvr_jax.training.diffusion_nft import Advantages
+from clvr_jax.rl.algorithms.diffusion_nft import Advantages
 
 
 def of_rewards(scores: Scores, advantages: Advantages, kinds_n: np.ndarray, groups_n: np.ndarray) -> dict[str, float]:

@@ -16,8 +16,8 @@ from typing_extensions import override
 
 from clvr_jax.diffusion import FlowProcess, ForwardProcess
 from clvr_jax.errors import UsageError
-from clvr_jax.training.diffusion_nft import NFTConfig, Policy, nft_loss, old_decay, optimality
-from clvr_jax.training.flow_grpo import GRPOConfig, grpo_loss, sde_path
+from clvr_jax.rl.algorithms.diffusion_nft import NFTConfig, Policy, nft_loss, old_decay, optimality
+from clvr_jax.rl.algorithms.flow_grpo import GRPOConfig, grpo_loss, sde_path
 
 Tree = Any
 
