@@ -4,7 +4,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -25,9 +25,13 @@ def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
       template: a configuration, or the value of one of its fields.
       values: what `plain` returned for a configuration of the same types.
       declared: the declared type of the field, which decides where the template holds None.
+
+    A configuration class whose fields were renamed has a table RENAMED, old name -> new name; "lora.rank" is the field
+    `rank` of the configuration that the field `lora` contains.
     """
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         hints = get_type_hints(type(template))
+        values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
             field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name])
             for field in dataclasses.fields(template)
@@ -37,6 +41,16 @@ def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
     if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
         return Path(values)
     return tuple(values) if isinstance(template, tuple) else values
+
+
+def _with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the plain values of a configuration with old names replaced; values under new names take precedence."""
+    found = {name: value for name, value in values.items() if name not in renamed}
+    for old, new in renamed.items():
+        if old in values:
+            field, _, inner = new.partition(".")
+            found[field] = {inner: values[old], **found.get(field, {})} if inner else found.get(field, values[old])
+    return found
 
 
 def find_recipe(name: str | Path) -> Path:

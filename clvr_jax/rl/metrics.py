@@ -1,4 +1,4 @@
-"""What an epoch of PPRL says of itself: rewards by step, guard rails, where the time went, and a grid of samples."""
+"""Metrics of an epoch of RL: rewards by kind of step, seconds by phase, and a grid of samples."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,73 +11,79 @@ from clvr_jax.data.proxy_steps import LATE
 from clvr_jax.files import write_atomically
 from clvr_jax.reasoning.images import encode_png
 from clvr_jax.rewards.reward import Scores
-from clvr_jax.rl.algorithms.diffusion_nft import Advantages
+from clvr_jax.rl.advantages import Advantages
 
 
-def of_rewards(scores: Scores, advantages: Advantages, kinds_n: np.ndarray, groups_n: np.ndarray) -> dict[str, float]:
-    """Means of the rewards, and what of them is of no use.
+def reward_metrics(
+    scores: Scores, advantages: Advantages, kinds_n: np.ndarray, groups_n: np.ndarray
+) -> dict[str, float]:
+    """Computes the means of the rewards, and the numbers of samples and groups from which nothing is learned.
 
     Args:
       scores: of the n samples.
-      advantages: that follow from them.
-      kinds_n: of each sample's step: 0 for a first drawing, else an edit, see `ProxyStep.kind`.
+      advantages: of the same samples.
+      kinds_n: of each sample's step: 0 for a first image, else an edit, see `ProxyStep.kind`.
       groups_n: key of each sample's group.
     Returns: "reward", by kind "reward_t2i" and "reward_i2i", by step "reward_step_0" ... "reward_step_4_on";
-      "reward_std", the mean deviation within a group; each part of the reward; "zero_variance_groups";
-      "dropped_samples"; "dropped_groups" (of which no sample counts). What has no sample is left out.
+      "reward_std", the mean standard deviation within a group; each part of the reward; "zero_variance_groups";
+      "dropped_samples"; "dropped_groups" (without any valid sample). A mean over no samples is left out.
     """
-    values, counts = scores.values, advantages.counts
-    masks = {"reward": counts, "reward_t2i": counts & (kinds_n == 0), "reward_i2i": counts & (kinds_n > 0)}
+    values, valid = scores.values, advantages.valid_mask
+    masks = {"reward": valid, "reward_t2i": valid & (kinds_n == 0), "reward_i2i": valid & (kinds_n > 0)}
     for kind in range(LATE + 1):
-        masks[f"reward_step_{kind}{'_on' if kind == LATE else ''}"] = counts & (kinds_n == kind)
-    found = {name: float(values[mask].mean()) for name, mask in masks.items() if mask.any()}
+        masks[f"reward_step_{kind}{'_on' if kind == LATE else ''}"] = valid & (kinds_n == kind)
+    means = {name: float(values[mask].mean()) for name, mask in masks.items() if mask.any()}
     for name, part in scores.parts.items():
         if (known := np.isfinite(part)).any():
-            found[f"parts/{name}"] = float(part[known].mean())
-    alive = np.array([counts[groups_n == key].any() for key in np.unique(groups_n)])
+            means[f"parts/{name}"] = float(part[known].mean())
+    is_alive = np.array([valid[groups_n == key].any() for key in np.unique(groups_n)])
     return {
-        **found,
-        "reward_std": float(advantages.std[alive].mean()),
+        **means,
+        "reward_std": float(advantages.std[is_alive].mean()),
         "zero_variance_groups": float(advantages.zero_variance),
-        "dropped_samples": float((~counts).sum()),
-        "dropped_groups": float((~alive).sum()),
+        "dropped_samples": float((~valid).sum()),
+        "dropped_groups": float((~is_alive).sum()),
     }
 
 
-def means_over_updates(found: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
-    """The mean of each metric over the optimizer steps of an epoch."""
-    return {name: float(np.mean([metrics[name] for metrics in found])) for name in (found[0] if found else ())}
+def mean_over_updates(metrics: Sequence[Mapping[str, np.ndarray]]) -> dict[str, float]:
+    """Returns the mean of each metric over the optimizer steps of an epoch; empty if there were none."""
+    return {name: float(np.mean([each[name] for each in metrics])) for name in (metrics[0] if metrics else ())}
 
 
 class Stopwatch:
-    """Where the seconds of an epoch go: what is measured by name, and what is outside of all of it."""
+    """Seconds of an epoch in each named phase, and outside of all phases."""
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
+        self._start = time.monotonic()
         self._seconds: dict[str, float] = {}
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
-        """Counts the time of a block."""
-        began = time.monotonic()
+    def __call__(self, phase: str) -> Iterator[None]:
+        """Adds the time of a block to a phase."""
+        start = time.monotonic()
         try:
             yield
         finally:
-            self._seconds[name] = self._seconds.get(name, 0.0) + time.monotonic() - began
+            self._seconds[phase] = self._seconds.get(phase, 0.0) + time.monotonic() - start
 
     def read(self) -> dict[str, float]:
-        """seconds, seconds_NAME of each name, and seconds_outside."""
-        total = time.monotonic() - self._began
-        named = {f"seconds_{name}": seconds for name, seconds in self._seconds.items()}
-        return {"seconds": total, **named, "seconds_outside": total - sum(named.values())}
+        """Returns seconds, seconds_NAME of each phase, and seconds_outside."""
+        total = time.monotonic() - self._start
+        phases = {f"seconds_{phase}": seconds for phase, seconds in self._seconds.items()}
+        return {"seconds": total, **phases, "seconds_outside": total - sum(phases.values())}
 
 
-def write_grid(path: Path, pictures: Sequence[np.ndarray], group: int, rows: int = 8) -> None:
-    """A PNG with a row for each group, at most `rows`.
+def write_grid(path: Path, images: Sequence[np.ndarray], group_size: int, rows: int = 8) -> None:
+    """Writes a PNG with one group in each row.
 
-    pictures: (groups * group, h, w, 3) uint8 of each call, all of one size.
+    Args:
+      path: of the file.
+      images: (groups * group_size, h, w, 3) uint8 of each microbatch, all of one size.
+      group_size: number of images in each row.
+      rows: at most so many groups.
     """
-    shown = np.concatenate(pictures)[: rows * group]
+    shown = np.concatenate(images)[: rows * group_size]
     _, height, width, _ = shown.shape
-    grid = shown.reshape(-1, group, height, width, 3).swapaxes(1, 2)
-    write_atomically(path, encode_png(grid.reshape(-1, group * width, 3)))
+    grid = shown.reshape(-1, group_size, height, width, 3).swapaxes(1, 2)
+    write_atomically(path, encode_png(grid.reshape(-1, group_size * width, 3)))

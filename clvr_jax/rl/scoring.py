@@ -1,7 +1,7 @@
-"""How the pictures of an epoch get their scores while the next ones are drawn.
+"""Scoring: the images of an epoch are scored by the reward while the next ones are being sampled.
 
-A judge that is far away, or a program on the host, is asked by process 0, in threads. One that lies on the mesh is
-asked by all processes together, between the programs that draw.
+Process 0 sends requests to a remote judge, or calls a program on the host, in threads. A judge on the mesh is called by
+all processes together, between the rollouts.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -20,98 +20,103 @@ from clvr_jax.rewards.teacher import LiveProxies
 from clvr_jax.training.distributed import from_process_0
 
 
-class UnscoredError(ClvrError):
-    """The pictures of an epoch cannot be scored."""
+class ScoringError(ClvrError):
+    """The images of an epoch cannot be scored."""
 
 
 @dataclass(frozen=True)
-class Judging:
-    """Who scores. group: pictures of a step. live: proxy prompts that are written now, None for the dataset's."""
+class Scorer:
+    """Scores images for trajectory steps.
+
+    reward: that scores. steps: of the dataset. group_size: number of images for each step. live: proxy prompts that are
+    written during training; None uses the dataset's.
+    """
 
     reward: Reward
     steps: ProxySteps
-    group: int
+    group_size: int
     live: LiveProxies | None = None
 
     @contextmanager
-    def of(self, steps: Sequence[ProxyStep]) -> Iterator["EpochJudge"]:
-        """For the time in which pictures are drawn for these steps."""
-        with threads(8) as judging, threads(16) as teaching:
+    def epoch(self, steps: Sequence[ProxyStep]) -> Iterator["EpochScores"]:
+        """Opens the scores of an epoch, and starts writing the proxy prompts for its steps."""
+        with thread_pool(8) as scoring, thread_pool(16) as writing:
             if self.live and jax.process_index() == 0:
-                self.live.begin(steps, teaching)
-            yield EpochJudge(self, judging)
+                self.live.begin(steps, writing)
+            yield EpochScores(self, scoring)
 
 
 @dataclass
-class EpochJudge:
-    """The scores of an epoch, some of them still to come."""
+class EpochScores:
+    """The scores of an epoch, some of them pending."""
 
-    _judging: Judging
+    _scorer: Scorer
     _pool: ThreadPoolExecutor
-    _waiting: list[Callable[[], Scores]] = field(default_factory=list)
+    _pending: list[Callable[[], Scores]] = field(default_factory=list)
 
-    def add(self, steps: Sequence[ProxyStep], pictures: np.ndarray) -> None:
-        """Has pictures scored, a group for each of the steps and perhaps some more; all processes have them whole.
+    def submit(self, steps: Sequence[ProxyStep], images: np.ndarray) -> None:
+        """Starts scoring images (n, h, w, 3), a group for each of the steps and perhaps some more that are ignored.
 
-        Raises: UnscoredError on every process, if a judge on the mesh fails.
+        Every process passes all of them.
+
+        Raises: ScoringError on every process, if a judge on the mesh fails.
         """
-        if self._judging.reward.is_on_mesh:
+        if self._scorer.reward.is_on_mesh:
             try:
-                found = self._scores(steps, pictures, self._agreed_proxies(steps))
+                found = self._score(steps, images, self._broadcast_proxies(steps))
             except ClvrError as error:
-                raise UnscoredError(str(error)) from error
-            self._waiting.append(lambda: found)
+                raise ScoringError(str(error)) from error
+            self._pending.append(lambda: found)
         elif jax.process_index() == 0:
-            scores = self._pool.submit(lambda: self._scores(steps, pictures, self._proxies(steps)))
-            self._waiting.append(scores.result)
+            scores = self._pool.submit(lambda: self._score(steps, images, self._proxies(steps)))
+            self._pending.append(scores.result)
 
-    def scores(self) -> Scores:
-        """All of them in order, the same on every process.
+    def result(self) -> Scores:
+        """Waits for all scores. Returns: them in order, the same on every process.
 
-        Raises: UnscoredError on every process, if there is no judge or no teacher to be had.
+        Raises: ScoringError on every process, if the judge or the proxy-prompt generator cannot be reached.
         """
-        if self._judging.reward.is_on_mesh:
+        if self._scorer.reward.is_on_mesh:
             return self._joined()
         try:
-            told = from_process_0(lambda: self._joined().to_json())
+            serialized = from_process_0(lambda: self._joined().to_json())
         except ClvrError as error:
-            raise UnscoredError(str(error)) from error
-        return Scores.from_json(told)
+            raise ScoringError(str(error)) from error
+        return Scores.from_json(serialized)
 
     def _joined(self) -> Scores:
-        return Scores.joined([scores() for scores in self._waiting])
+        return Scores.joined([scores() for scores in self._pending])
 
     def _proxies(self, steps: Sequence[ProxyStep]) -> list[ProxyPrompts | None]:
-        """What stands for each step's history; None where the teacher's answer cannot be used."""
-        live = self._judging.live
+        """Returns the proxy prompts of each step; None where the generator's reply cannot be used."""
+        live = self._scorer.live
         return [live.of(step) if live else step.proxies for step in steps]
 
-    def _agreed_proxies(self, steps: Sequence[ProxyStep]) -> list[ProxyPrompts | None]:
-        """The same on every process: process 0 alone has a teacher."""
-        if self._judging.live is None:
+    def _broadcast_proxies(self, steps: Sequence[ProxyStep]) -> list[ProxyPrompts | None]:
+        """Returns the same on every process: only process 0 has a generator."""
+        if self._scorer.live is None:
             return [step.proxies for step in steps]
-        told = from_process_0(lambda: [one and asdict(one) for one in self._proxies(steps)])
-        return [one and ProxyPrompts(one["p_t2i"], one["p_i2i"], tuple(one["i_ref"])) for one in told]
+        serialized = from_process_0(lambda: [one and asdict(one) for one in self._proxies(steps)])
+        return [one and ProxyPrompts(one["p_t2i"], one["p_i2i"], tuple(one["i_ref"])) for one in serialized]
 
-    def _scores(
-        self, steps: Sequence[ProxyStep], pictures: np.ndarray, proxies: Sequence[ProxyPrompts | None]
-    ) -> Scores:
-        judging, cases = self._judging, []
-        has_proxies = np.zeros(len(steps) * judging.group, bool)
-        for place, (step, told) in enumerate(zip(steps, proxies, strict=True)):
-            if told is None:
+    def _score(self, steps: Sequence[ProxyStep], images: np.ndarray, proxies: Sequence[ProxyPrompts | None]) -> Scores:
+        scorer, cases = self._scorer, []
+        has_proxies = np.zeros(len(steps) * scorer.group_size, bool)
+        for index, (step, prompts) in enumerate(zip(steps, proxies, strict=True)):
+            if prompts is None:
                 continue
-            members = slice(place * judging.group, (place + 1) * judging.group)
-            has_proxies[members] = True
-            edited = judging.steps.edited(step, told)
-            cases += [Case(picture, told, edited, step.last_text) for picture in pictures[members]]
-        return judging.reward.scores(cases).among(has_proxies)
+            rows = slice(index * scorer.group_size, (index + 1) * scorer.group_size)
+            has_proxies[rows] = True
+            sources = scorer.steps.edited(step, prompts)
+            cases += [Case(image, prompts, sources, step.last_text) for image in images[rows]]
+        return scorer.reward.scores(cases).among(has_proxies)
 
 
 @contextmanager
-def threads(count: int) -> Iterator[ThreadPoolExecutor]:
-    """A pool that on the way out drops what has not begun, and waits for nothing: a judge may take minutes to fail."""
-    pool = ThreadPoolExecutor(count)
+def thread_pool(size: int) -> Iterator[ThreadPoolExecutor]:
+    """Opens a thread pool that, when closed, drops what has not begun and waits for nothing: a judge may take minutes
+    to fail."""
+    pool = ThreadPoolExecutor(size)
     try:
         yield pool
     finally:

@@ -7,13 +7,8 @@ import pytest
 
 from clvr_jax.diffusion import FlowProcess, NoiseSchedule, VariancePreservingProcess
 from clvr_jax.errors import ClvrError
-from clvr_jax.rl.algorithms.diffusion_nft import (
-    NFTConfig,
-    group_advantages,
-    nft_loss,
-    old_decay,
-    optimality,
-)
+from clvr_jax.rl.advantages import group_advantages
+from clvr_jax.rl.algorithms.diffusion_nft import NFTConfig, nft_loss, old_decay, optimality
 
 SHAPE = (6, 5, 4)
 PROCESSES = {"flow": FlowProcess(), "epsilon": VariancePreservingProcess(NoiseSchedule())}
@@ -43,11 +38,11 @@ def case(request):
     }
 
 
-def loss(case, theta, old, reference=None, r=None, counts=None, **config):
+def loss(case, theta, old, reference=None, r=None, valid_mask=None, **config):
     reference = linear(case["other"]) if reference is None else reference
-    counts = jnp.ones(6) if counts is None else counts
+    valid_mask = jnp.ones(6) if valid_mask is None else valid_mask
     return nft_loss(
-        theta, old, reference, case["x0"], case["r"] if r is None else r, counts, case["t"], case["key"],
+        theta, old, reference, case["x0"], case["r"] if r is None else r, valid_mask, case["t"], case["key"],
         case["process"], NFTConfig(**config),
     )  # fmt: skip
 
@@ -105,14 +100,14 @@ def test_old_and_reference_get_no_gradient(case):
 
 
 def test_a_sample_without_a_reward_changes_nothing(case):
-    counts = jnp.array([1, 1, 0, 1, 0, 1])
+    valid_mask = jnp.array([1, 1, 0, 1, 0, 1])
     broken = {**case, "x0": case["x0"].at[2].set(1e6), "r": case["r"].at[4].set(0.0)}
     old = linear(case["other"])
-    one, two = (gradient(c, old, counts=counts) for c in (case, broken))
+    one, two = (gradient(c, old, valid_mask=valid_mask) for c in (case, broken))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
-    assert float(loss(case, linear(case["theta"]), old, counts=counts)[1]["weight"]) == 4
-    assert float(loss(case, linear(case["theta"]), old, counts=jnp.zeros(6))[0]) == 0
+    assert float(loss(case, linear(case["theta"]), old, valid_mask=valid_mask)[1]["weight"]) == 4
+    assert float(loss(case, linear(case["theta"]), old, valid_mask=jnp.zeros(6))[0]) == 0
 
 
 def test_the_order_of_samples_changes_nothing_but_rounding(case):
@@ -127,7 +122,7 @@ def test_advantages_by_hand():
     rewards = [1.0, 3.0, np.nan, 5.0, 5.0, np.inf, 2.0]
     found = group_advantages(rewards, [0, 0, 0, 1, 1, 1, 2])
     np.testing.assert_allclose(found.values, [-1 / 1.0001, 1 / 1.0001, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(found.counts, [True, True, False, True, True, False, True])
+    np.testing.assert_array_equal(found.valid_mask, [True, True, False, True, True, False, True])
     assert found.zero_variance == 2
     np.testing.assert_allclose(found.mean, [2, 5, 2])
     by_epoch = group_advantages(rewards, [0, 0, 0, 1, 1, 1, 2], "epoch")
