@@ -28,10 +28,14 @@ def rebuilt(template: Any, values: Any, declared: Any = None, name: str = "the c
       declared: the declared type of the field, which decides where the template holds None.
       name: of the field, for messages.
     Raises: ClvrError, one line, for a value of another type than the template's.
+
+    A configuration class whose fields were renamed has a table RENAMED, old name -> new name; "lora.rank" is the field
+    `rank` of the configuration that the field `lora` contains.
     """
     _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         hints = get_type_hints(type(template))
+        values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
             field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name], field.name)
             for field in dataclasses.fields(template)
@@ -59,6 +63,16 @@ def _check_type(template: Any, values: Any, name: str) -> None:
         return
     if not fits and (values is not None or expected == "an object"):
         raise ClvrError(f"{name} must be {expected}, got {shown(values)}")
+
+
+def _with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the plain values of a configuration with old names replaced; values under new names take precedence."""
+    found = {name: value for name, value in values.items() if name not in renamed}
+    for old, new in renamed.items():
+        if old in values:
+            field, _, inner = new.partition(".")
+            found[field] = {inner: values[old], **found.get(field, {})} if inner else found.get(field, values[old])
+    return found
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -27,6 +27,8 @@ BANNED = {
 CLEAN = (
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
+    "clvr_jax/diffusion/forward_process.py",
+    "clvr_jax/rl",
     "configs/flux2_distill.py",
     "configs/flux2_sample.py",
     "configs/flux2_sft.py",

@@ -3,18 +3,17 @@
 import dataclasses
 from pathlib import Path
 
-from clvr_jax.training import pprl
-from clvr_jax.training.pprl_step import PPRLConfig
-from tests.training.pprl_toy import changed, judged_on_the_mesh, make_task
+from clvr_jax import rl
+from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_task
 
-fit = pprl.fit
+fit = rl.fit
 
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """dataset: of trajectories with proxy prompts. judge: folder of a Qwen3-VL; none if it is empty."""
+    """dataset: of trajectories with proxy prompts. judge: directory of a Qwen3-VL; none if it is empty."""
 
-    train: PPRLConfig = dataclasses.field(default_factory=changed)
+    train: rl.PPRLConfig = dataclasses.field(default_factory=changed)
     dataset: Path = Path()
     judge: str = ""
 

@@ -14,17 +14,17 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
+from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads
+from clvr_jax.rl.algorithms.diffusion_nft import old_decay
 from clvr_jax.sharding import Layout, MeshConfig
 from clvr_jax.training.checkpoint import restore_part
-from clvr_jax.training.diffusion_nft import NFTConfig, old_decay
-from clvr_jax.training.pprl import fit
-from clvr_jax.training.pprl_step import contribution, rollout
 from clvr_jax.training.recipes import export_run
-from tests.training.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
 
 ROOT = Path(__file__).parents[2]
 
@@ -60,26 +60,24 @@ def assert_close(one, two, rtol):
     jax.tree.map(close, one, two)
 
 
-def call(dataset, config=CONFIG, optimality=None, counts=None):
-    """Gradients of one call of two groups at theta = old, as the update sums them up."""
+def microbatch_grads(dataset, config=CONFIG, optimality=None, valid_mask=None):
+    """Gradients of a microbatch of two groups at theta = old, as the update sums them up."""
     task = make_task(dataset, config)
     steps = task.steps.steps[:2]
     params = task.params
-    batch = {"data": task.data(steps), "number": np.array([s.number for s in steps])}
-    batch |= {"seed": np.int32(0), "epoch": np.int32(0)}
+    source = RandomSource(np.int32(0), np.int32(0), np.array([s.number for s in steps]))
+    batch = RolloutBatch(task.data(steps), source)
     with Layout(MeshConfig(devices=1).make()).active():
-        drawn = rollout(task.backbone, config, task.base, params, task.frozen, batch)
-        learned = {
-            "number": batch["number"],
-            "seed": batch["seed"],
-            "epoch": batch["epoch"],
-            "kept": drawn.kept,
-            "conditions": drawn.conditions,
-            "merits": jnp.full(config.rows, 0.5) if optimality is None else jnp.asarray(optimality),
-            "counts": jnp.ones(config.rows) if counts is None else jnp.asarray(counts),
-            "draw": np.int32(0),
-        }
-        return contribution(task.backbone, config, params, task.base, params, learned)
+        rollout = collect_rollout(task.policy, config, task.base, params, task.frozen, batch)
+        update_batch = UpdateBatch(
+            samples=rollout.samples,
+            conditions=rollout.conditions,
+            sample_weights=jnp.full(config.microbatch_size, 0.5) if optimality is None else jnp.asarray(optimality),
+            valid_mask=jnp.ones(config.microbatch_size) if valid_mask is None else jnp.asarray(valid_mask),
+            inner_step=np.int32(0),
+            source=source,
+        )
+        return loss_and_grads(task.policy, config, params, task.base, params, update_batch)
 
 
 def norm(tree):
@@ -87,23 +85,23 @@ def norm(tree):
 
 
 def test_equal_rewards_pull_nowhere(dataset, tmp_path):
-    config = changed(groups_per_call=2, nft=NFTConfig(kl_weight=0.0))
-    unequal = np.random.default_rng(0).random(config.rows).astype(np.float32)
-    assert norm(call(dataset, config).grads) < 1e-5 * norm(call(dataset, config, unequal).grads)
+    config = changed(groups_per_microbatch=2, nft=NFTConfig(kl_weight=0.0))
+    unequal = np.random.default_rng(0).random(config.microbatch_size).astype(np.float32)
+    assert norm(microbatch_grads(dataset, config).grads) < 1e-5 * norm(microbatch_grads(dataset, config, unequal).grads)
     fit(make_task(dataset, changed(epochs=1), Brightness(lambda case, value: 0.7)), changed(epochs=1), tmp_path)
     (row,) = rows(tmp_path)
-    assert row["zero_variance_groups"] == CONFIG.groups
+    assert row["zero_variance_groups"] == CONFIG.prompts_per_epoch
     assert row["reward_std"] < 1e-9
 
 
 def test_samples_that_do_not_count_teach_nothing(dataset):
-    config = changed(groups_per_call=2)
+    config = changed(groups_per_microbatch=2)
     rng = np.random.default_rng(1)
-    good, counts = rng.random(config.rows).astype("f"), (rng.random(config.rows) < 0.5).astype("f")
-    other = np.where(counts, good, 1 - good)
-    one, two = (call(dataset, config, values, counts) for values in (good, other))
+    good, valid = rng.random(config.microbatch_size).astype("f"), (rng.random(config.microbatch_size) < 0.5).astype("f")
+    other = np.where(valid, good, 1 - good)
+    one, two = (microbatch_grads(dataset, config, values, valid) for values in (good, other))
     assert_same(one, two)
-    assert float(one.weight) == counts.sum()
+    assert float(one.weight) == valid.sum()
 
 
 def test_the_order_in_which_steps_are_chosen_changes_nothing(dataset, undisturbed, tmp_path):
@@ -113,9 +111,9 @@ def test_the_order_in_which_steps_are_chosen_changes_nothing(dataset, undisturbe
     assert_same(fit(task, CONFIG, tmp_path), undisturbed[1])
 
 
-def test_groups_that_share_a_call_and_rows_that_fill_it_change_nothing_but_rounding(dataset, undisturbed, tmp_path):
-    config = changed(groups_per_call=4, updates=1, epochs=2)
-    single = changed(updates=1, epochs=2)
+def test_groups_that_share_a_microbatch_and_padding_change_nothing_but_rounding(dataset, undisturbed, tmp_path):
+    config = changed(groups_per_microbatch=4, updates_per_epoch=1, epochs=2)
+    single = changed(updates_per_epoch=1, epochs=2)
     many = fit(make_task(dataset, config), config, tmp_path / "many")
     one = fit(make_task(dataset, single), single, tmp_path / "one")
     assert_close(many.params, one.params, 2e-4)
@@ -160,7 +158,7 @@ def test_what_is_left_behind(dataset, undisturbed):
     ema, epoch = restore_part(out / "checkpoints", "ema", task.params)
     assert epoch == 4
     assert_same(ema, state.ema)
-    weights = CONFIG.weights(task.base, ema)
+    weights = CONFIG.policy_weights(task.base, ema)
     assert_close(dict(np.load(out / "export" / "weights.npz"))["inner"], weights["inner"]["kernel"], 1e-6)
 
 
@@ -177,7 +175,15 @@ def test_the_policy_that_samples_follows_the_one_that_trains(dataset, tmp_path):
 @pytest.mark.parametrize("rank", [3, 0])
 def test_the_reward_rises(dataset, tmp_path, rank):
     """With a LoRA, and with all parameters."""
-    config = changed(epochs=14, lora_rank=rank, updates=1, timesteps=4, learning_rate=1e-2, group=16, save_minutes=9.0)
+    config = changed(
+        epochs=14,
+        lora={"rank": rank},
+        updates_per_epoch=1,
+        timesteps_per_sample=4,
+        optimizer={"learning_rate": 1e-2},
+        group_size=16,
+        checkpoint={"save_interval_minutes": 9.0},
+    )
     fit(make_task(dataset, config), config, tmp_path)
     means = [row["reward"] for row in rows(tmp_path)]
     assert np.mean(means[-3:]) > np.mean(means[:3]) + 0.05
@@ -186,7 +192,7 @@ def test_the_reward_rises(dataset, tmp_path, rank):
 def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     """Those of one step altogether, one of another; not a number or infinite, it is the same."""
     config = changed(epochs=1)
-    lost = make_task(dataset).steps.chosen(0, CONFIG.groups, CONFIG.seed)[0]
+    lost = make_task(dataset).steps.chosen(0, CONFIG.prompts_per_epoch, CONFIG.seed)[0]
     states = []
     for place, missing in enumerate((np.nan, np.inf, -np.inf)):
         seen = []
@@ -201,7 +207,7 @@ def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
         states.append(fit(make_task(dataset, config, Brightness(spoil)), config, out))
         (row,) = rows(out)
         assert row["dropped_groups"] == 1
-        assert CONFIG.group <= row["dropped_samples"] < CONFIG.groups * CONFIG.group
+        assert CONFIG.group_size <= row["dropped_samples"] < CONFIG.prompts_per_epoch * CONFIG.group_size
         assert np.isfinite(list(row.values())).all()
     assert_same(states[0].params, states[1].params)
     assert_same(states[0].params, states[2].params)
@@ -211,7 +217,7 @@ def test_proxies_of_a_teacher_are_those_that_are_rewarded_and_kept(dataset, tmp_
     """One step's cannot be had: its group drops out, the others are as with the dataset's own."""
     config = changed(epochs=2)
     task = make_task(dataset, config)
-    lost = task.steps.chosen(0, config.groups, config.seed)[0]
+    lost = task.steps.chosen(0, config.prompts_per_epoch, config.seed)[0]
     asked = []
 
     def teach(step):
@@ -225,9 +231,9 @@ def test_proxies_of_a_teacher_are_those_that_are_rewarded_and_kept(dataset, tmp_
     fit(live, config, out, stop_after=1)
     fit(dataclasses.replace(live, reward=Brightness()), config, out, resume=True)
     assert {case.proxies.p_t2i.split()[0] for case in task.reward.cases} == {"live"}
-    assert len(task.reward.cases) == (config.groups - 1) * config.group
+    assert len(task.reward.cases) == (config.prompts_per_epoch - 1) * config.group_size
     first, second = rows(out)
-    assert (first["dropped_groups"], first["dropped_samples"]) == (1, config.group)
+    assert (first["dropped_groups"], first["dropped_samples"]) == (1, config.group_size)
     again = [number for number in set(asked) if asked.count(number) > 1]
     assert again in ([], [lost.number])
     assert second["reward"] > 0
@@ -243,27 +249,27 @@ def test_an_epoch_without_any_reward_ends_the_run_with_its_state_kept(dataset, t
 
 def test_an_endpoint_that_dies_ends_the_run_and_the_rest_is_as_if_it_had_not(dataset, undisturbed, tmp_path):
     def spoil(case, value):
-        if len(dying.cases) > 2.5 * CONFIG.groups * CONFIG.group:
+        if len(dying.cases) > 2.5 * CONFIG.prompts_per_epoch * CONFIG.group_size:
             raise ProviderError("judge (localhost): cannot be reached (after 5 retries)", "down")
         return value
 
     dying = Brightness(spoil)
-    with pytest.raises(ClvrError, match=r"epoch 3 cannot be scored \(judge .*epoch 2 is saved, --resume goes on"):
-        fit(make_task(dataset, reward=dying), changed(save_minutes=100.0), tmp_path)
+    with pytest.raises(ClvrError, match=r"epoch 3 cannot be scored \(judge .*epoch 2 is saved, --resume continues"):
+        fit(make_task(dataset, reward=dying), changed(checkpoint={"save_interval_minutes": 100.0}), tmp_path)
     assert_same(fit(make_task(dataset), CONFIG, tmp_path, resume=True), undisturbed[1])
     assert rows(tmp_path) == rows(undisturbed[0])
 
 
 def test_a_run_that_is_asked_to_stop_drops_the_epoch_it_is_in(dataset, undisturbed, tmp_path, capfd):
     def spoil(case, value):
-        if len(asking.cases) > 1.2 * CONFIG.groups * CONFIG.group and not asking.asked:
+        if len(asking.cases) > 1.2 * CONFIG.prompts_per_epoch * CONFIG.group_size and not asking.asked:
             asking.asked = True
             os.kill(os.getpid(), signal.SIGTERM)
         return value
 
     asking = Brightness(spoil)
     asking.asked = False
-    state = fit(make_task(dataset, reward=asking), changed(save_minutes=100.0), tmp_path)
+    state = fit(make_task(dataset, reward=asking), changed(checkpoint={"save_interval_minutes": 100.0}), tmp_path)
     stopped = int(state.epoch)
     assert stopped < 4
     assert f"asked to stop; epoch {stopped} is saved" in capfd.readouterr().err
@@ -271,19 +277,21 @@ def test_a_run_that_is_asked_to_stop_drops_the_epoch_it_is_in(dataset, undisturb
 
 
 def test_gradients_that_are_not_finite_change_nothing_and_many_end_the_run(dataset, tmp_path):
-    config = changed(learning_rate=1e-3, bad_updates=3)
+    config = changed(optimizer={"learning_rate": 1e-3}, max_nonfinite_steps=3)
     task = make_task(dataset, config)
-    plain = task.backbone.noising
-    poisoned = dataclasses.replace(task.backbone, noising=type("Bad", (), {
-        "noisy": lambda self, x0, noise, t: plain.noisy(x0, noise, t) * jnp.nan, "clean": plain.__class__.clean,
-    })())  # fmt: skip
+
+    class Poisoned(FlowProcess):
+        def corrupt(self, x0, noise, t):
+            return super().corrupt(x0, noise, t) * jnp.nan
+
+    poisoned = dataclasses.replace(task.policy, forward_process=Poisoned())
     with pytest.raises(ClvrError, match="4 updates in a row are not finite, up to epoch 2"):
-        fit(dataclasses.replace(task, backbone=poisoned), config, tmp_path)
+        fit(dataclasses.replace(task, policy=poisoned), config, tmp_path)
 
 
 def test_another_lora_is_refused(dataset, undisturbed):
     out, _ = undisturbed
-    for other in (changed(lora_rank=5), changed(lora_alpha=6.0), changed(lora_rank=0)):
+    for other in (changed(lora={"rank": 5}), changed(lora={"alpha": 6.0}), changed(lora={"rank": 0})):
         with pytest.raises(ClvrError, match=r"begun with .*'lora_rank': 3.* this run has") as caught:
             fit(make_task(dataset, other), other, out, resume=True)
         assert "\n" not in str(caught.value)
@@ -292,9 +300,9 @@ def test_another_lora_is_refused(dataset, undisturbed):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"group": 1}, "group is 1"),
-        ({"updates": 0, "epochs": 0}, "epochs, updates must be at least 1"),
-        ({"lora_rank": -1}, "lora_rank"),
+        ({"group_size": 1}, "group_size is 1"),
+        ({"updates_per_epoch": 0, "epochs": 0}, "epochs, updates_per_epoch must be at least 1"),
+        ({"lora": {"rank": -1}}, "rank must be at least 0"),
         ({"ema_decay": 1.0}, "ema_decay"),
     ],
 )
@@ -303,11 +311,11 @@ def test_numbers_that_make_no_sense_are_refused(options, message):
         changed(**options)
 
 
-def test_a_call_that_cannot_be_cut_for_the_mesh_and_too_many_groups_are_refused(dataset, tmp_path):
-    config = changed(group=6, mesh=MeshConfig(fsdp=8))
+def test_a_microbatch_that_cannot_be_sharded_and_too_many_groups_are_refused(dataset, tmp_path):
+    config = changed(group_size=6, mesh=MeshConfig(fsdp=8))
     with pytest.raises(UsageError, match="6 rows cannot be cut into 8 parts"):
         fit(make_task(dataset, config), config, tmp_path / "a")
-    config = changed(groups=900)
+    config = changed(prompts_per_epoch=900)
     with pytest.raises(UsageError, match="steps can be drawn for, 900 are asked for"):
         fit(make_task(dataset, config), config, tmp_path / "b")
 

@@ -16,30 +16,38 @@ from flax import nnx
 from PIL import Image
 
 from clvr_jax.data.histories import token_count
+from clvr_jax import rl
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import NoiseSchedule, ddim_solve, guided
+from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, ddim_solve, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
+from clvr_jax.rl import DiffusionPolicy
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training import pprl
-from clvr_jax.training.diffusion_nft import ScheduledNoising
+from clvr_jax.training.optimizer import AdamWConfig
 from clvr_jax.training.plan import plan
-from clvr_jax.training.pprl_methods import Backbone
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path
-from tests.training.pprl_toy import Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import Brightness, changed, make_dataset, make_task
 
 ROOT = Path(__file__).parents[2]
 SCHEDULE = NoiseSchedule()
 SAMPLER = Sampler(steps=2, guidance=1.7, size=64)
 # A first drawing and an edit of one picture.
-TRAIN = changed(epochs=1, groups=2, updates=1, timesteps=1, lora_targets=LORA_TARGETS, grid_every=1)
+TRAIN = changed(
+    epochs=1,
+    prompts_per_epoch=2,
+    updates_per_epoch=1,
+    timesteps_per_sample=1,
+    lora={"targets": LORA_TARGETS},
+    grid_every=1,
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +90,7 @@ def unet_task(dataset, config):
     graphdef, base = nnx.split(UNet2DCondition(sizes, rngs=nnx.Rngs(1)))
     timesteps = np.asarray(SCHEDULE.ddim_timesteps(3))
 
-    def policy(weights, conditions):
+    def predictor(weights, conditions):
         text = conditions["c"][:, None, :]
 
         def predict(x, t_b, text):
@@ -90,16 +98,16 @@ def unet_task(dataset, config):
 
         return guided(predict, text, jnp.zeros_like(text), 2.0)
 
-    def solve(policy, noise):
-        return ddim_solve(lambda x, t: policy(x, jnp.full(len(x), t)), noise, SCHEDULE, jnp.asarray(timesteps))
+    def solve(predictor, noise):
+        return ddim_solve(lambda x, t: predictor(x, jnp.full(len(x), t)), noise, SCHEDULE, jnp.asarray(timesteps))
 
     def decode(frozen, latents):
         return jnp.tile(jax.nn.sigmoid(latents.mean(-1, keepdims=True)), (1, 1, 1, 3))
 
-    backbone = Backbone(
-        lambda frozen, data: data, policy, solve, decode, (4, 4, 4), timesteps, ScheduledNoising(SCHEDULE)
+    policy = DiffusionPolicy(
+        lambda frozen, data: data, predictor, solve, decode, (4, 4, 4), timesteps, VariancePreservingProcess(SCHEDULE)
     )
-    return dataclasses.replace(make_task(dataset, config), base=base, backbone=backbone, save=lambda *given: None)
+    return dataclasses.replace(make_task(dataset, config), base=base, policy=policy, save=lambda *given: None)
 
 
 def shapes(tree):
@@ -121,12 +129,12 @@ def assert_close(one, two, rtol):
 def test_what_the_policy_draws_is_what_the_pipeline_draws(dataset):
     task, pipe = shapes_task(dataset), tiny_flux2()
     step = next(step for step in task.steps.steps if step.kind == 1)
-    noise = np.random.default_rng(0).normal(size=(2, *task.backbone.shape)).astype(np.float32)
+    noise = np.random.default_rng(0).normal(size=(2, *task.policy.latent_shape)).astype(np.float32)
 
     @jax.jit
     def draw(base, frozen, data, noise):
-        conditions = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), task.backbone.condition(frozen, data))
-        return task.backbone.decode(frozen, task.backbone.solve(task.backbone.policy(base, conditions), noise))
+        conditions = jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, 0), task.policy.encode_conditions(frozen, data))
+        return task.policy.decode(frozen, task.policy.solve(task.policy.predictor(base, conditions), noise))
 
     drawn = draw(task.base, task.frozen, task.data([step]), noise)
     side = int(len(noise[0]) ** 0.5)
@@ -160,7 +168,7 @@ def test_a_long_history_loses_its_oldest_replies_here_as_in_the_pipeline(dataset
 def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp_path):
     config = dataclasses.replace(TRAIN, epochs=2)
     task = shapes_task(dataset, config)
-    state = pprl.fit(task, config, tmp_path)
+    state = rl.fit(task, config, tmp_path)
     first, second = metrics(tmp_path)
     assert first["reward_std"] > 0
     assert {
@@ -175,17 +183,19 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
     assert second["kl"] > first["kl"]
     assert (tmp_path / "samples" / "epoch_00001.png").exists()
     exported = nnx.state(Flux2Pipeline.from_pretrained(str(tmp_path / "export")).transformer)
-    expected = config.weights(task.base, state.ema)
+    expected = config.policy_weights(task.base, state.ema)
     assert_close(nnx.to_pure_dict(exported), nnx.to_pure_dict(expected), 1e-2)  # bfloat16
     lora = load_lora(tmp_path / "export" / "lora", FLUX2_TRANSFORMER.table(tiny_flux2().transformer.config), task.base)
-    assert_close(config.weights(task.base, lora), expected, 1e-6)
+    assert_close(config.policy_weights(task.base, lora), expected, 1e-6)
 
 
 @pytest.mark.slow
 def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
-    options = {"groups": 4, "group": 4, "epochs": 2, "lora_targets": (r"attn\d\.to_", r"conv\d"), "updates": 1}
-    config = changed(mesh=MeshConfig(devices=1), **options)
-    pprl.fit(unet_task(dataset, config), config, tmp_path)
+    lora = {"targets": (r"attn\d\.to_", r"conv\d")}
+    config = changed(
+        mesh=MeshConfig(devices=1), prompts_per_epoch=4, group_size=4, epochs=2, lora=lora, updates_per_epoch=1
+    )
+    rl.fit(unet_task(dataset, config), config, tmp_path)
     first, second = metrics(tmp_path)
     assert np.isfinite([*first.values(), *second.values()]).all()
     assert first["kl"] < 1e-9 < second["kl"]
@@ -195,7 +205,7 @@ def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
 def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     for name in ("pprl_shapes", "pprl_flux2"):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
-        assert recipe.fit is pprl.fit
+        assert recipe.fit is rl.fit
         assert (recipe.program is None) == (name == "pprl_shapes")
     with pytest.raises(ClvrError, match="--model is missing"):
         pprl_flux2.task(pprl_flux2.CONFIG)
@@ -216,9 +226,14 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
 def test_the_paper_s_numbers_are_the_preset_s():
     config = pprl_flux2.CONFIG
     train, sampler = config.train, config.sampler
-    assert (train.lora_rank, train.lora_alpha, train.learning_rate, train.group) == (128, 256.0, 1e-4, 16)
+    assert (train.lora.rank, train.lora.alpha, train.optimizer.learning_rate, train.group_size) == (
+        128,
+        256.0,
+        1e-4,
+        16,
+    )
     assert (train.nft.kl_weight, sampler.steps, sampler.guidance, sampler.size) == (1e-5, 8, 4.0, 512)
-    assert (train.b1, train.b2, train.weight_decay, train.clip_norm) == (0.9, 0.999, 1e-4, 1.0)
+    assert train.optimizer == AdamWConfig(1e-4, b1=0.9, b2=0.999, weight_decay=1e-4, clip_norm=1.0)
 
 
 @pytest.mark.parametrize("preset", ["klein-4b", "klein-9b"])
@@ -228,9 +243,9 @@ def test_the_programs_of_the_full_sizes_fit_together(preset):
     rollout = pprl_flux2.program(config)
     update = pprl_flux2.program(dataclasses.replace(config, planned="update"))
     drawn = jax.eval_shape(rollout.function, rollout.weights, rollout.data)
-    assert drawn.pictures.shape == (16, 512, 512, 3)
-    assert update.data["kept"].shape == drawn.kept.shape
-    assert shapes(drawn.conditions) == shapes(update.data["conditions"])
+    assert drawn.images.shape == (16, 512, 512, 3)
+    assert update.data.samples.shape == drawn.samples.shape
+    assert shapes(drawn.conditions) == shapes(update.data.conditions)
     sums = jax.eval_shape(update.function, update.weights, update.data)
     assert shapes(sums.grads) == shapes(update.weights["params"])
     trained = sum(leaf.size for leaf in jax.tree.leaves(update.weights["params"]))
@@ -257,7 +272,7 @@ def small_program(monkeypatch, planned, depth=1, steps=2):
         joint_attention_dim=3 * reader.hidden_size,
     )
     monkeypatch.setitem(KLEIN, "klein-4b", (sizes, reader))
-    train = dataclasses.replace(recipe.config.train, lora_rank=4)
+    train = dataclasses.replace(recipe.config.train, lora=LoRAConfig(4, targets=LORA_TARGETS))
     sampler = Sampler(steps=steps, size=32)
     return recipe, dataclasses.replace(recipe.config, planned=planned, sampler=sampler, train=train)
 
@@ -284,4 +299,4 @@ def test_both_programs_are_planned_with_one_group_on_eight_devices(monkeypatch, 
     assert planned in report.name
     assert report.memory.fits
     with pytest.raises(UsageError, match="4 rows cannot be cut into 8 parts"):
-        plan(recipe, dataclasses.replace(config, train=dataclasses.replace(config.train, group=4)), "cpu:8")
+        plan(recipe, dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=4)), "cpu:8")

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvr_jax.diffusion import NoiseSchedule, euler_solve
+from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, euler_solve
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.training.diffusion_nft import ScheduledNoising
-from clvr_jax.training.flow_grpo import GRPOConfig, grpo_loss, sde_path, sde_step
-from clvr_jax.training.pprl import fit
-from clvr_jax.training.pprl_methods import FlowGRPO
-from tests.training.pprl_toy import SIGMAS, backbone, changed, make_dataset, make_task
+from clvr_jax.rl import FlowGRPO, fit
+from clvr_jax.rl.algorithms.flow_grpo import GRPOConfig, grpo_loss, sample_path, sde_step
+from tests.rl.pprl_toy import SIGMAS, changed, make_dataset, make_task, toy_policy
 
 MEAN, SPREAD = 1.5, 0.4
 T, NEXT_T = jnp.array([1.0, 0.8, 0.5, 0.2]), jnp.array([0.8, 0.5, 0.2, 0.1])
@@ -41,7 +39,7 @@ def test_the_random_roll_out_has_the_marginals_of_the_flow(eta):
 
     mean, deviation = moments(0.95)
     start = mean + deviation * jax.random.normal(keys[0], (samples, 1))
-    path = jax.jit(lambda x, key: sde_path(gaussian_velocity, x, jnp.asarray(sigmas), eta, key)[:, [150, 300], 0])
+    path = jax.jit(lambda x, key: sample_path(gaussian_velocity, x, jnp.asarray(sigmas), eta, key)[:, [150, 300], 0])
     flow = euler_solve(gaussian_velocity, start, jnp.asarray(sigmas))[:, 0]
     found = path(start, keys[1])
     for states, t in ((found[:, 0], sigmas[150]), (found[:, 1], sigmas[300]), (flow, sigmas[300])):
@@ -62,7 +60,8 @@ def test_a_path_is_one_row_s_own_and_ends_without_noise():
         return 0.3 * x + t
 
     whole, alone = (
-        sde_path(velocity, noise[rows], jnp.asarray(SIGMAS), 0.7, keys[rows]) for rows in (np.arange(3), np.array([1]))
+        sample_path(velocity, noise[rows], jnp.asarray(SIGMAS), 0.7, keys[rows])
+        for rows in (np.arange(3), np.array([1]))
     )
     assert whole.shape == (3, 5, 4, 6)
     np.testing.assert_allclose(whole[1], alone[0], rtol=1e-5, atol=1e-6)
@@ -86,11 +85,11 @@ def linear(params):
     return lambda x, t: x @ params["w"] + params["b"] * jnp.cos(t)[:, None, None]
 
 
-def loss(case, params, old=None, reference=None, counts=None, **config):
+def loss(case, params, old=None, reference=None, valid_mask=None, **config):
     policies = linear(params), linear(old or case["old"]), linear(reference or case["old"])
-    counts = jnp.ones(4) if counts is None else counts
+    valid_mask = jnp.ones(4) if valid_mask is None else valid_mask
     states = case["x_t"], case["x_next"]
-    return grpo_loss(*policies, *states, case["advantages"], counts, T, NEXT_T, GRPOConfig(**config))
+    return grpo_loss(*policies, *states, case["advantages"], valid_mask, T, NEXT_T, GRPOConfig(**config))
 
 
 def nudged(case, size):
@@ -132,9 +131,11 @@ def test_the_distance_to_the_reference_is_that_of_the_steps_distributions(case):
 
 
 def test_samples_that_do_not_count_and_other_policies_get_no_gradient(case):
-    counts = jnp.array([1, 0, 1, 1])
+    valid_mask = jnp.array([1, 0, 1, 1])
     other = {**case, "x_next": case["x_next"].at[1].set(1e4)}
-    one, two = (jax.grad(lambda p, c=c: loss(c, p, counts=counts)[0])(nudged(case, 1e-3)) for c in (case, other))
+    one, two = (
+        jax.grad(lambda p, c=c: loss(c, p, valid_mask=valid_mask)[0])(nudged(case, 1e-3)) for c in (case, other)
+    )
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
     still = jax.grad(lambda p: loss(case, case["old"], old=p, reference=p, kl_weight=1.0)[0])(nudged(case, 0.1))
@@ -152,7 +153,9 @@ def metrics(out):
 
 
 def test_the_loop_trains_it_and_goes_on_where_it_was_stopped(dataset, tmp_path):
-    config = changed(method="grpo", grpo=GRPOConfig(kl_weight=0.0, clip=1e-2), learning_rate=2e-2, epochs=16)
+    config = changed(
+        algorithm="grpo", grpo=GRPOConfig(kl_weight=0.0, clip=1e-2), optimizer={"learning_rate": 2e-2}, epochs=16
+    )
     whole = fit(make_task(dataset, config), config, tmp_path / "whole")
     fit(make_task(dataset, config), config, tmp_path / "parts", stop_after=8)
     parts = fit(make_task(dataset, config), config, tmp_path / "parts", resume=True)
@@ -170,6 +173,8 @@ def test_what_it_cannot_train_is_refused():
     with pytest.raises(ClvrError, match="eta, clip and advantage_clip must be positive"):
         GRPOConfig(eta=0.0)
     with pytest.raises(UsageError, match="predicts no velocity"):
-        FlowGRPO(dataclasses.replace(backbone(), noising=ScheduledNoising(NoiseSchedule())), GRPOConfig())
+        FlowGRPO(
+            dataclasses.replace(toy_policy(), forward_process=VariancePreservingProcess(NoiseSchedule())), GRPOConfig()
+        )
     with pytest.raises(UsageError, match="needs two or more"):
-        FlowGRPO(dataclasses.replace(backbone(), timesteps=SIGMAS[:1]), GRPOConfig())
+        FlowGRPO(dataclasses.replace(toy_policy(), timesteps=SIGMAS[:1]), GRPOConfig())

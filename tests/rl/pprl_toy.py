@@ -12,18 +12,18 @@ from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
-from clvr_jax.diffusion import euler_solve
+from clvr_jax.diffusion import FlowProcess, euler_solve
+from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.unified_reward import Inquiry
+from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.diffusion_nft import FlowNoising
-from clvr_jax.training.pprl import PPRLTask
-from clvr_jax.training.pprl_methods import Backbone
-from clvr_jax.training.pprl_step import PPRLConfig
+from clvr_jax.training.checkpoint import CheckpointConfig
+from clvr_jax.training.optimizer import AdamWConfig
 from tests.data.engine.test_engine import Painter, item
 
 TOKENS, CHANNELS, SIDE = 4, 6, 4
@@ -31,15 +31,14 @@ SIGMAS = np.array([1.0, 0.8, 0.5, 0.2, 0.0], np.float32)
 
 CONFIG = PPRLConfig(
     epochs=4,
-    groups=6,
-    group=8,
-    updates=2,
-    timesteps=2,
-    learning_rate=3e-3,
-    lora_rank=3,
-    lora_alpha=3.0,
+    prompts_per_epoch=6,
+    group_size=8,
+    updates_per_epoch=2,
+    timesteps_per_sample=2,
+    optimizer=AdamWConfig(learning_rate=3e-3),
+    lora=LoRAConfig(rank=3, alpha=3.0),
     grid_every=2,
-    save_minutes=0.0,
+    checkpoint=CheckpointConfig(save_interval_minutes=0.0),
     mesh=MeshConfig(devices=1),
 )
 
@@ -99,27 +98,27 @@ def judged_on_the_mesh(folder):
     return MeshReward(_Pictures(model, max_tokens=4), _Edits(model, max_tokens=4))
 
 
-def backbone():
+def toy_policy():
     """Velocity = tokens @ (kernel of the input and of the step's condition)."""
 
-    def condition(frozen, data):
+    def encode_conditions(frozen, data):
         return {"c": data["c"] * frozen["scale"]}
 
-    def policy(weights, conditions):
+    def predictor(weights, conditions):
         def velocity(x, t_b):
             at = jnp.tanh(t_b)[:, None, None] + conditions["c"][:, None, :]
             return x @ weights["inner"]["kernel"] + at @ weights["outer"]["kernel"]
 
         return velocity
 
-    def solve(policy, noise):
-        return euler_solve(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, jnp.asarray(SIGMAS))
+    def solve(predictor, noise):
+        return euler_solve(lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, jnp.asarray(SIGMAS))
 
     def decode(frozen, latents):
         grey = jax.nn.sigmoid(latents.mean(-1)).reshape(-1, 2, 2, 1)
         return jnp.tile(jnp.repeat(jnp.repeat(grey, 2, 1), 2, 2), (1, 1, 1, 3))
 
-    return Backbone(condition, policy, solve, decode, (TOKENS, CHANNELS), SIGMAS[:-1], FlowNoising())
+    return DiffusionPolicy(encode_conditions, predictor, solve, decode, (TOKENS, CHANNELS), SIGMAS[:-1], FlowProcess())
 
 
 def make_task(dataset, config=CONFIG, reward=None):
@@ -143,7 +142,7 @@ def make_task(dataset, config=CONFIG, reward=None):
         config=config,
         base=base,
         frozen={"scale": jnp.float32(0.5)},
-        backbone=backbone(),
+        policy=toy_policy(),
         steps=steps,
         data=data,
         bucket=lambda step: len(step.history),
@@ -153,5 +152,10 @@ def make_task(dataset, config=CONFIG, reward=None):
 
 
 def changed(**options):
-    """The configuration with changes."""
-    return dataclasses.replace(CONFIG, **options)
+    """The configuration with changes; a dictionary changes fields of a configuration that it contains."""
+    inner = {
+        name: dataclasses.replace(getattr(CONFIG, name), **value)
+        for name, value in options.items()
+        if isinstance(value, dict)
+    }
+    return dataclasses.replace(CONFIG, **options | inner)

@@ -5,20 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvr_jax.diffusion.noise_schedule import NoiseSchedule
+from clvr_jax.diffusion import FlowProcess, NoiseSchedule, VariancePreservingProcess
 from clvr_jax.errors import ClvrError
-from clvr_jax.training.diffusion_nft import (
-    FlowNoising,
-    NFTConfig,
-    ScheduledNoising,
-    group_advantages,
-    nft_loss,
-    old_decay,
-    optimality,
-)
+from clvr_jax.rl.advantages import group_advantages
+from clvr_jax.rl.algorithms.diffusion_nft import NFTConfig, nft_loss, old_decay, optimality
 
 SHAPE = (6, 5, 4)
-NOISING = {"flow": FlowNoising(), "epsilon": ScheduledNoising(NoiseSchedule())}
+PROCESSES = {"flow": FlowProcess(), "epsilon": VariancePreservingProcess(NoiseSchedule())}
 
 
 def linear(params):
@@ -30,7 +23,7 @@ def linear(params):
     return policy
 
 
-@pytest.fixture(params=NOISING)
+@pytest.fixture(params=PROCESSES)
 def case(request):
     keys = jax.random.split(jax.random.key(3), 8)
     flow = request.param == "flow"
@@ -41,16 +34,16 @@ def case(request):
         "r": jax.random.uniform(keys[5], (6,)),
         "t": jax.random.uniform(keys[6], (6,), minval=0.1) if flow else jnp.array([5, 100, 300, 500, 700, 999]),
         "key": keys[7],
-        "noising": NOISING[request.param],
+        "process": PROCESSES[request.param],
     }
 
 
-def loss(case, theta, old, reference=None, r=None, counts=None, **config):
+def loss(case, theta, old, reference=None, r=None, valid_mask=None, **config):
     reference = linear(case["other"]) if reference is None else reference
-    counts = jnp.ones(6) if counts is None else counts
+    valid_mask = jnp.ones(6) if valid_mask is None else valid_mask
     return nft_loss(
-        theta, old, reference, case["x0"], case["r"] if r is None else r, counts, case["t"], case["key"],
-        case["noising"], NFTConfig(**config),
+        theta, old, reference, case["x0"], case["r"] if r is None else r, valid_mask, case["t"], case["key"],
+        case["process"], NFTConfig(**config),
     )  # fmt: skip
 
 
@@ -76,8 +69,8 @@ def test_at_theta_equal_old_the_gradient_is_weighted_regression_whatever_beta_is
 
     def regression(params):
         noise = jax.random.normal(case["key"], SHAPE)
-        x_t = case["noising"].noisy(case["x0"], noise, case["t"])
-        clean = case["noising"].clean(x_t, linear(params)(x_t, case["t"]), case["t"])
+        x_t = case["process"].corrupt(case["x0"], noise, case["t"])
+        clean = case["process"].predict_x0(x_t, linear(params)(x_t, case["t"]), case["t"])
         error = (clean - case["x0"]).reshape(6, -1)
         width = jax.lax.stop_gradient(jnp.abs(error).mean(1))
         return 5.0 * jnp.mean((2 * case["r"] - 1) * jnp.square(error).mean(1) / width)
@@ -107,14 +100,14 @@ def test_old_and_reference_get_no_gradient(case):
 
 
 def test_a_sample_without_a_reward_changes_nothing(case):
-    counts = jnp.array([1, 1, 0, 1, 0, 1])
+    valid_mask = jnp.array([1, 1, 0, 1, 0, 1])
     broken = {**case, "x0": case["x0"].at[2].set(1e6), "r": case["r"].at[4].set(0.0)}
     old = linear(case["other"])
-    one, two = (gradient(c, old, counts=counts) for c in (case, broken))
+    one, two = (gradient(c, old, valid_mask=valid_mask) for c in (case, broken))
     for name in one:
         np.testing.assert_array_equal(one[name], two[name])
-    assert float(loss(case, linear(case["theta"]), old, counts=counts)[1]["weight"]) == 4
-    assert float(loss(case, linear(case["theta"]), old, counts=jnp.zeros(6))[0]) == 0
+    assert float(loss(case, linear(case["theta"]), old, valid_mask=valid_mask)[1]["weight"]) == 4
+    assert float(loss(case, linear(case["theta"]), old, valid_mask=jnp.zeros(6))[0]) == 0
 
 
 def test_the_order_of_samples_changes_nothing_but_rounding(case):
@@ -129,7 +122,7 @@ def test_advantages_by_hand():
     rewards = [1.0, 3.0, np.nan, 5.0, 5.0, np.inf, 2.0]
     found = group_advantages(rewards, [0, 0, 0, 1, 1, 1, 2])
     np.testing.assert_allclose(found.values, [-1 / 1.0001, 1 / 1.0001, 0, 0, 0, 0, 0])
-    np.testing.assert_array_equal(found.counts, [True, True, False, True, True, False, True])
+    np.testing.assert_array_equal(found.valid_mask, [True, True, False, True, True, False, True])
     assert found.zero_variance == 2
     np.testing.assert_allclose(found.mean, [2, 5, 2])
     by_epoch = group_advantages(rewards, [0, 0, 0, 1, 1, 1, 2], "epoch")
@@ -149,10 +142,3 @@ def test_rewards_that_cannot_be_used_are_refused():
 def test_decay_of_the_policy_that_samples():
     np.testing.assert_allclose(old_decay([0, 100, 500, 9000]), [0, 0.1, 0.5, 0.5])
     np.testing.assert_allclose(old_decay([0, 74, 175, 9000], "delayed"), [0, 0, 0.75, 0.999])
-
-
-def test_noise_and_clean_sample_are_inverse(case):
-    noise = jax.random.normal(case["key"], SHAPE)
-    x_t = case["noising"].noisy(case["x0"], noise, case["t"])
-    truth = noise - case["x0"] if isinstance(case["noising"], FlowNoising) else noise
-    np.testing.assert_allclose(case["noising"].clean(x_t, truth, case["t"]), case["x0"], atol=2e-4)

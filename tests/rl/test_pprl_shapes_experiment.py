@@ -88,6 +88,6 @@ def test_the_command_lines_are_ones_that_clvr_takes(arm, tmp_path):
     trained = cli.parse(experiment.training("shapes-tiny", tmp_path / "d", arm, 3, tmp_path / "run"))
     config = trained.config_with_overrides
     assert (config.train.seed, trained.resume, trained.out) == (3, True, tmp_path / "run")
-    assert (config.simple, config.train.method) == (arm == "simple", "grpo" if arm == "grpo" else "nft")
+    assert (config.simple, config.train.algorithm) == (arm == "simple", "grpo" if arm == "grpo" else "nft")
     drawn = cli.parse(experiment.evaluation("shapes-tiny", "dense", 3, 5, tmp_path / "eval"))
     assert (drawn.split, drawn.out) == ("dense", tmp_path / "eval")

@@ -17,9 +17,9 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rl import fit
 from clvr_jax.sharding import Layout, MeshConfig
-from clvr_jax.training.pprl import fit
-from tests.training.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
+from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2
@@ -75,7 +75,7 @@ def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge
 
 def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
     """Those of the dataset, but for a step of which the teacher says nothing of use."""
-    lost = make_task(dataset).steps.chosen(0, changed().groups, changed().seed)[0]
+    lost = make_task(dataset).steps.chosen(0, changed().prompts_per_epoch, changed().seed)[0]
 
     def teach(step):
         if step == lost:
@@ -83,7 +83,7 @@ def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
         return step.proxies
 
     _, found = trained(dataset, judge, tmp_path, MeshConfig(devices=1), teach)
-    assert (found[0]["dropped_groups"], found[0]["dropped_samples"]) == (1, changed().group)
+    assert (found[0]["dropped_groups"], found[0]["dropped_samples"]) == (1, changed().group_size)
 
 
 @pytest.mark.slow
