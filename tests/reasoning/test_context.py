@@ -48,3 +48,15 @@ def test_requests_check_their_images():
         DrawRequest("a", ("r",), (picture(0),))
     assert DrawRequest("a", ("r", "s<|image_gen|>"), (picture(0),)).text == "a\nr<IMG_GEN_1>\ns"
     assert len(Conversation("a", ("r",), (picture(0),)).messages("rules")) == 4
+
+
+def test_the_users_own_images_come_first_and_are_no_results():
+    conversation = Conversation("a cat", ("r",), (picture(7), picture(8), picture(0)), num_given=2)
+    messages = conversation.messages("rules")
+    assert messages[0]["content"].startswith("rules\n")
+    assert "do not judge them" in messages[0]["content"]
+    assert messages[1]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a cat"}]
+    assert messages[-1]["content"] == [{"type": "image"}]
+    assert DrawRequest("a", ("r", "s"), (picture(7), picture(0)), num_given=1).text == "a\nr<IMG_GEN_1>\ns"
+    with pytest.raises(ClvrError, match="each reply has one"):
+        Conversation("a", ("r",), (picture(0),), num_given=1)
