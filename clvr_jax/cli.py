@@ -20,10 +20,11 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import CommandGroup, Result
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.curves import Curves
-from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
+from clvr_jax.commands.generate import Generate
 from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.commands.sample import Sample
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
+from clvr_jax.trees import Path as TreePath
 from clvr_jax.trees import Tree, dotted, leaves_by_path, some
 
 
@@ -37,6 +38,33 @@ def load_lora(
     return unflatten_dict(
         {entry.path: _pair(entry, layers[entry.path], dtype) for entry in plan if any(layers[entry.path])}
     )
+
+
+def pairs_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[LoRAPair, float]]]:
+    """LoRA trees with their weights -> for each path of a kernel, its pairs with their weights."""
+    found: dict[TreePath, list[tuple[LoRAPair, float]]] = {}
+    for tree, weight in loras:
+        for path, pair in leaves_by_path(tree, is_pair).items():
+            found.setdefault(path, []).append((pair, weight))
+    return found
+
+
+def part_of_change(pairs: Sequence[tuple[LoRAPair, float]], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+    """Computes a part of what LoRAs add to a kernel, weight * scale * a b, summed, on the host in float32.
+
+    Args:
+      pairs: of one kernel, with their weights.
+      layer: of a stack of kernels; None for a kernel that is none.
+      index: of the kernel (of that layer), one slice for each leading axis.
+    """
+    total: Any = np.float32(0)
+    for pair, weight in pairs:
+        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in (pair.a, pair.b))
+        scale = pair.scale if not isinstance(pair.scale, tuple) else pair.scale[layer or 0]
+        *outer, rows, columns = (*index, *[slice(None)] * (a.ndim - len(index)))
+        # The `b` of a convolution is the same at every place of the window.
+        total = total + np.float32(weight * scale) * (a[(*outer, rows)] @ b[..., columns])
+    return total
 
 
 def save_lora(path: Path, lora: Tree, table: Table, state: Any) -> None:

@@ -43,6 +43,7 @@ CLEAN = (
     "docs/benchmarks.md",
     "docs/converting.md",
     "docs/data-engine.md",
+    "docs/generating.md",
     "docs/gpus.md",
     "docs/pprl.md",
     "docs/systems-and-budgets.md",

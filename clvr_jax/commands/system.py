@@ -10,6 +10,7 @@ import tyro
 from clvr_jax.arguments import at_least_one, check_guidance, check_seed
 from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Count, Folder, Guidance
+from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class SystemOptions:
     """With --mode one-shot: number of sampler steps; the model's own number if not given."""
     guidance: Guidance = None
     """With --mode one-shot: scale of classifier-free guidance; the model's own if not given."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
+    """Generate images of this height and width in pixels, or of this number for both; the model's own size if not
+    given."""
+    loading: Loading = field(default_factory=LoadOptions)
     seed: int = 0
     """The same seed gives the same images."""
     pictures: Folder = None
@@ -119,6 +124,10 @@ class SystemOptions:
                 )
             if self.budget.candidates < 2:
                 raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
+        if self.size is not None:
+            parse_size(self.size)
+        if (self.endpoint or self.pictures) and (self.size is not None or self.loading != LoadOptions()):
+            raise UsageError("--size, --dtype, --lora and --mesh are for our own models")
         if self.endpoint and self.pictures:
             raise UsageError("--endpoint and --pictures are two systems; give one of them")
         if self.pictures and self.mode != "one-shot":
@@ -143,6 +152,11 @@ class SystemOptions:
 
         if not self.endpoint and not self.pictures:
             resolve(self.model)
+            check_model_size(self._size, self.model)
+
+    @property
+    def _size(self) -> tuple[int, int] | None:
+        return None if self.size is None else parse_size(self.size)
 
     def build(self, metadata: Sequence[Mapping[str, Any]] = ()) -> "System":
         """The system, its models loaded.
@@ -164,7 +178,7 @@ class SystemOptions:
         from clvr_jax.evaluation.systems import one_shot, planned
 
         if self.mode == "one-shot":
-            return one_shot(self.model, self.steps, self.guidance)
+            return one_shot(self.model, self.steps, self.guidance, size=self._size, **self.loading.arguments())
         given, name = self._controller(metadata)
         return planned(
             self.model,
@@ -175,6 +189,8 @@ class SystemOptions:
             verification=self.verification,
             verifier=self.verifier,
             is_blind=self.blind,
+            size=self._size,
+            **self.loading.arguments(),
         )
 
     def _controller(self, metadata: Sequence[Mapping[str, Any]]) -> "tuple[Controller | None, str]":

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
@@ -14,6 +14,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier
 from clvr_jax.evaluation.drawn import DrawAll, Drawn
 from clvr_jax.evaluation.open_loop import WholePlan
+from clvr_jax.pipelines.loading import lora_path
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
@@ -23,6 +24,9 @@ from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
@@ -47,26 +51,43 @@ class System:
     batch_size: int = 16
 
 
-def one_shot(model: str, steps: int | None = None, guidance: float | None = None) -> System:
+def one_shot(
+    model: str,
+    steps: int | None = None,
+    guidance: float | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    **loading: Any,
+) -> System:
     """A model that draws each prompt once.
 
     Args:
       model: shipped name, folder or Hugging Face id.
       steps, guidance: of the sampler; the model's own if None.
+      size: height and width in pixels; the model's own if None.
+      loading: arguments of `Flux2Pipeline.from_pretrained`, such as dtype, mesh and lora.
     """
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
-    pipeline = Flux2Pipeline.from_pretrained(model)
+    pipeline = Flux2Pipeline.from_pretrained(model, **loading)
+    height, width = size or (None, None)
     settings = {
         "mode": "one-shot",
         **_identity(model),
         "steps": steps or pipeline.settings.num_inference_steps,
         "guidance": pipeline.settings.guidance_scale if guidance is None else guidance,
+        **_loaded(pipeline, size, loading),
     }
 
     def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawing]:
         output = pipeline.draw_each(
-            prompts, [[]] * len(prompts), seeds, num_inference_steps=steps, guidance_scale=guidance
+            prompts,
+            [[]] * len(prompts),
+            seeds,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
         )
         return [Drawing(image, output.nfe) for image in output.images]
 
@@ -83,6 +104,8 @@ def planned(
     verification: VerificationMode | None = None,
     verifier: str | None = None,
     is_blind: bool = False,
+    size: tuple[int, int] | None = None,
+    **loading: Any,
 ) -> System:
     """A model that draws what a controller plans; all prompts of a batch advance together.
 
@@ -97,10 +120,13 @@ def planned(
         separate verifier.
       verifier: the model that verifies; the model's own controller in fresh conversations if None.
       is_blind: the ablation: controller and verifier see a blank canvas in place of every image.
+      size: height and width in pixels; the model's own if None.
+      loading: arguments of `ClosedLoopPipeline.from_pretrained`, such as dtype, mesh and lora.
     """
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-    pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier)
+    pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier, **loading)
+    sized = {} if size is None else {"height": size[0], "width": size[1]}
     accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
     if mode == "open-loop":
         accepts = "none"
@@ -115,7 +141,9 @@ def planned(
 
     def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawn]:
         before = _usage(chosen)
-        trajectories = pipeline.run(prompts, seeds, limits, controller=used, verifier=checks, verification=accepts)
+        trajectories = pipeline.run(
+            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, **sized
+        )
         shares = _shares(before, _usage(chosen), len(prompts))
         return [
             replace(Drawn.of(trajectory), usage=usage) for trajectory, usage in zip(trajectories, shares, strict=True)
@@ -128,6 +156,7 @@ def planned(
         **({} if mode == "open-loop" else {"verification": accepts}),
         **({} if verifier is None else {"verifier": _identity_of_verifier(verifier)}),
         **({"blind": True} if is_blind else {}),
+        **_loaded(pipeline.flux, size, loading),
         **described(limits),
     }
     # All candidates of all prompts are drawn together: as many pictures at a time as without candidates.
@@ -202,6 +231,28 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
     """Name and fingerprint of what draws (and of `more_parts`): a folder that was trained further is another model."""
     path, transformer = resolve(model)
     return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
+
+
+def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """What changes images and is not as usual: size, dtype and LoRAs. A mesh changes nothing but rounding."""
+    dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
+    loras = [
+        {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
+        for name, weight in loading.get("lora", ())
+    ]
+    return {
+        **({} if size is None else {"size": list(size)}),
+        **({} if dtype == "float32" else {"dtype": dtype}),
+        **({"lora": loras} if loras else {}),
+    }
+
+
+def _digest_of_lora(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _identity_of_verifier(model: str) -> dict[str, str]:

@@ -29,7 +29,8 @@ from clvr_jax.pipelines import folder
 from clvr_jax.pipelines.agreement import check_flux2
 from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
-from clvr_jax.pipelines.images import prepare_reference, to_pil
+from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
+from clvr_jax.pipelines.loading import LoRA, Mesh, computing_on, layout_of, on_mesh
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
 
@@ -100,22 +101,38 @@ class Flux2Pipeline(Components):
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
         self.text_encoder_source = text_encoder_source
         self._encode_text = jitted(encode_text, static_argnums=(0, 4))
-        self._encode_images = jitted(encode_images, static_argnums=0)
-        self._decode = jitted(decode, static_argnums=0)
+        self._encode_images = jitted(encode_images, gathers_weights=True, static_argnums=0)
+        self._decode = jitted(decode, gathers_weights=True, static_argnums=0)
         self._denoise = jitted(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", transformer: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        model: str,
+        dtype: DTypeLike | None = "float32",
+        transformer: str | None = None,
+        *,
+        mesh: Mesh = None,
+        lora: Sequence[LoRA] = (),
+        ignore_text_encoder: bool = False,
+    ) -> Self:
         """Loads a pipeline.
 
         Args:
           model: a shipped name ("shapes-tiny", "shapes-tiny-base", ...) or a folder in diffusers layout.
-          dtype: of weights and computation.
+          dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           transformer: subfolder to take the transformer from, if not `transformer`.
+          mesh: shards parameters and computation; every parameter is placed as `clvr_jax.sharding` says.
+          lora: LoRAs of the transformer, each a file, directory or Hugging Face id, alone or with its weight. They are
+            added to the weights before those are placed.
+          ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        with located(model):
-            return cls(*folder.load_flux2(model, jnp.dtype(dtype), transformer, Flux2Settings))
+        layout = layout_of(mesh)
+        with located(model), computing_on(layout):
+            pipe = cls(*folder.load_flux2(model, dtype, transformer, Flux2Settings, layout, lora, ignore_text_encoder))
+        pipe.layout = layout
+        return pipe
 
     def __call__(
         self,
@@ -156,6 +173,7 @@ class Flux2Pipeline(Components):
             output_type=output_type,
         )
 
+    @on_mesh
     def draw(
         self,
         prompts: Sequence[str],
@@ -193,8 +211,7 @@ class Flux2Pipeline(Components):
         sizes = _common_sizes(pixels)
         height = height or (sizes[0][0] if sizes else self.settings.sample_size)
         width = width or (sizes[0][1] if sizes else self.settings.sample_size)
-        if height < token or width < token or height % token or width % token:
-            raise UsageError(f"size {height} x {width}: both sides must be multiples of {token} pixels")
+        check_size(height, width, token)
         grid = (height // token, width // token)
 
         batch = len(prompts)
@@ -229,6 +246,8 @@ class Flux2Pipeline(Components):
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Flux2Output:
         """Pictures for rows that have nothing in common, each as it would be drawn alone from its seed.
 
@@ -247,6 +266,8 @@ class Flux2Pipeline(Components):
                 jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in rows]),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
             )
             nfe = output.nfe
             pictures.update(zip(rows, output.images, strict=True))

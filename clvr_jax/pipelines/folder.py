@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -21,7 +22,9 @@ from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
-from clvr_jax.pipelines.registry import class_of, read_settings, resolve
+from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
+from clvr_jax.pipelines.registry import MODELS, class_of, read_settings, resolve
+from clvr_jax.sharding import Layout
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -38,9 +41,18 @@ _COMPONENTS = {
 
 
 def load_flux2(
-    model: str, dtype: DTypeLike, transformer: str | None, settings_class: type[Settings]
+    model: str,
+    dtype: DTypeLike | None,
+    transformer: str | None,
+    settings_class: type[Settings],
+    layout: Layout | None = None,
+    lora: Sequence[LoRA] = (),
+    ignore_text_encoder: bool = False,
 ) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
-    """Components of a FLUX.2 klein pipeline, and its text encoder's directory; see `Flux2Pipeline.from_pretrained`."""
+    """Loads the components of a FLUX.2 klein pipeline on the active layout; the last one is its text encoder's directory.
+
+    The arguments are those of `Flux2Pipeline.from_pretrained`.
+    """
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
     if (kind := class_of(path)) != "Flux2KleinPipeline":
@@ -54,8 +66,13 @@ def load_flux2(
     if not isinstance(own, dict):
         raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
     settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
+    check_heads(layout, flux2_heads(model, chosen))
+    if dtype is None and model in MODELS:
+        dtype = jnp.float32  # the package holds half the digits only to be small
+    dtype = resolve_dtype(dtype, path / chosen)
+    loras = read_loras(path / chosen, FLUX2_TRANSFORMER, lora, ignore_text_encoder)
     return (
-        load_transformer(path / chosen, dtype),
+        load_model(path / chosen, FLUX2_TRANSFORMER, dtype, loras=loras),
         load_vae(path / "vae", dtype),
         load_text_encoder(path / "text_encoder", dtype, settings.text_encoder_out_layers),
         load_tokenizer(path / "tokenizer"),
@@ -63,6 +80,16 @@ def load_flux2(
         schedule,
         path / "text_encoder",
     )
+
+
+def flux2_heads(model: str, transformer: str | None = None) -> dict[str, int]:
+    """Returns the attention heads of a FLUX.2 pipeline, by component; reads its configuration only."""
+    path, default_transformer = resolve(model)
+    families = {transformer or default_transformer: FLUX2_TRANSFORMER, "text_encoder": QWEN3}
+    return {
+        name: family.config_from_dict(read_json(path / name / "config.json")).num_attention_heads
+        for name, family in families.items()
+    }
 
 
 def load_schedule(path: Path) -> FlowSchedule:

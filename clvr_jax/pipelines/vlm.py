@@ -20,14 +20,15 @@ from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_con
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
-from clvr_jax.files import replacing, write_json
+from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
+from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.reasoning.tools import Token
-from clvr_jax.sharding import on_every_host
+from clvr_jax.sharding import Layout, on_every_host
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class ChatAnswer:
 class Qwen3VLPipeline:
     """A vision-language model with its tokenizer and image preprocessing, all public attributes."""
 
+    layout: Layout | None = None
+    """Where the model is placed, and programs are traced for; the default device, or the active layout, if None."""
+
     def __init__(
         self,
         model: Qwen3VL,
@@ -60,17 +64,28 @@ class Qwen3VLPipeline:
         check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
+    def from_pretrained(cls, path: str | Path, dtype: DTypeLike | None = "float32", *, mesh: Mesh = None) -> Self:
         """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and image processor.
+
+        Args:
+          path: the folder or the id.
+          dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
+          mesh: shards parameters and computation.
 
         What its generation_config.json asks for is obeyed: stop tokens, repetition penalty and, where tokens are drawn
         at a temperature, top-k and top-p.
         Raises: ClvrError naming what is missing or does not fit.
         """
         folder = local_folder(str(path))
-        model = load_model(folder, QWEN3_VL, jnp.dtype(dtype))
-        generation = GenerationConfig.read(folder, model.config.text.vocab_size)
-        return cls(model, load_tokenizer(folder), load_processor(folder), generation)
+        layout = layout_of(mesh)
+        with computing_on(layout):
+            check_heads(layout, qwen3_vl_heads(folder))
+            dtype = resolve_dtype(dtype, folder)
+            model = load_model(folder, QWEN3_VL, dtype)
+            generation = GenerationConfig.read(folder, model.config.text.vocab_size)
+            pipe = cls(model, load_tokenizer(folder), load_processor(folder), generation)
+        pipe.layout = layout
+        return pipe
 
     def chat(
         self,
@@ -103,6 +118,7 @@ class Qwen3VLPipeline:
         answers = self.answer_all(conversations, images, max_new_tokens, temperature, seed)
         return [answer.text for answer in answers]
 
+    @on_mesh
     def answer_all(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -210,6 +226,17 @@ class Qwen3VLPipeline:
             self.tokenizer.save_pretrained(str(temporary))
             write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
             self.generation.write(temporary)
+
+
+def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
+    """Returns the attention heads of a Qwen3-VL, by part; reads its configuration only.
+
+    Args:
+      directory: of the model.
+      name: what messages call it.
+    """
+    config = QWEN3_VL.config_from_dict(read_json(directory / "config.json"))
+    return {name: config.text.num_attention_heads, f"{name}'s vision tower": config.vision.num_heads}
 
 
 def _row_keys(seeds: Sequence[int], rows: int) -> jax.Array:

@@ -59,6 +59,7 @@ def chat_messages(
     system: str | None = None,
     report: str = "",
     requirements: Sequence[str] = (),
+    num_given: int = 0,
 ) -> list[Message]:
     """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
 
@@ -70,12 +71,15 @@ def chat_messages(
       system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
       report: the verifier's report on the latest image, which stands beside it; "" if there is none.
       requirements: what the verifier will check, listed below the prompt; () if nobody derived them.
+      num_given: number of the user's own images, which come before all others, in front of the prompt.
     Returns: messages; image k is the k-th {"type": "image"} part.
     """
     if num_images not in (len(replies), len(replies) - 1) or num_images < 0:
         raise ClvrError(f"chat: {len(replies)} replies go with as many images or one less, got {num_images}")
     messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt_with_requirements(prompt, requirements)})
+    request = prompt_with_requirements(prompt, requirements)
+    given: list[Message] = [{"type": "image"}] * num_given
+    messages.append({"role": "user", "content": [*given, {"type": "text", "text": request}] if given else request})
     for number, reply in enumerate(replies):
         messages.append({"role": "assistant", "content": reply})
         if number < num_images:

@@ -125,6 +125,7 @@ class Trajectory:
       versions: package versions and the like.
       seconds: wall time of all calls for this prompt, each divided by the number of prompts it served.
       error: for UNPARSEABLE, what was wrong with the last reply.
+      given_images: the user's own images, references of every step before those that it names.
     """
 
     prompt: str
@@ -135,6 +136,7 @@ class Trajectory:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    given_images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.outcome not in OUTCOMES:
@@ -203,6 +205,10 @@ class Trajectory:
             for name, step in zip(_image_names(self.steps), self.steps, strict=True)
             if name is not None and step.image is not None
         }
+        files |= {
+            name: encode_png(image)
+            for name, image in zip(_given_names(len(self.given_images)), self.given_images, strict=True)
+        }
         files["index.html"] = render(self).encode("utf-8", "replace")
         # A prompt from the command line may hold bytes that are no UTF-8 (lone surrogates); the backslash form is
         # JSON's own.
@@ -220,7 +226,8 @@ class Trajectory:
             raise ClvrError(f"{path}: not a trajectory of format {FORMAT}")
         steps = tuple(_step_from_json(step, path.parent) for step in entry.objects("steps"))
         try:
-            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry))
+            given = tuple(read_image(path.parent / name) for name in _given_from_json(entry))
+            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry), given_images=given)
         except ClvrError as error:
             raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
@@ -239,6 +246,7 @@ class Trajectory:
             "model": self.model,
             "seed": self.seed,
             "versions": dict(self.versions),
+            "given_images": _given_names(len(self.given_images)),
             "steps": [_step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
         }
 
@@ -271,6 +279,18 @@ def package_versions(*packages: str) -> dict[str, str]:
 
 def _image_names(steps: Sequence[Step]) -> list[str | None]:
     return [None if step.image is None else f"step_{number:02d}.png" for number, step in enumerate(steps)]
+
+
+def _given_names(count: int) -> list[str]:
+    return [f"given_{number:02d}.png" for number in range(count)]
+
+
+def _given_from_json(entry: JsonObject) -> tuple[str, ...]:
+    """File names of the user's own images; trajectories of earlier versions have none."""
+    names = entry.texts("given_images") if "given_images" in entry.content else ()
+    if names != tuple(_given_names(len(names))):
+        raise ClvrError(f"{entry.where}: given_images must be named given_00.png, given_01.png and so on")
+    return names
 
 
 def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
@@ -359,8 +379,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             temporary.rename(folder)
             return
         (folder / "trajectory.json").unlink(missing_ok=True)
-        for stale in folder.glob("step_*.png"):
-            if re.fullmatch(r"step_\d+\.png", stale.name) and stale.name not in files:
+        for stale in (*folder.glob("step_*.png"), *folder.glob("given_*.png")):
+            if re.fullmatch(r"(step|given)_\d+\.png", stale.name) and stale.name not in files:
                 stale.unlink()
         for file in files:
             (temporary / file).replace(folder / file)
