@@ -49,9 +49,10 @@ def load_flux2(
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
 ) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
-    """Loads the components of a FLUX.2 klein pipeline on the active layout; the last one is its text encoder's directory.
+    """Loads the components of a FLUX.2 klein pipeline on the active layout.
 
     The arguments are those of `Flux2Pipeline.from_pretrained`.
+    Returns: the components, and the directory of the text encoder.
     """
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
