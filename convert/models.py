@@ -168,6 +168,7 @@ def save_model(
     """
     target = FLOATS[dtype]
     held = state_to_torch(model, family.table(model.config))
+    whole: Mapping[str, np.ndarray | Stored]
     whole = held if rest is None else {key: held.get(key, stored) for key, stored in rest.items()}
     opened = ((key, tensor.open() if isinstance(tensor, Stored) else tensor) for key, tensor in whole.items())
     tensors = {

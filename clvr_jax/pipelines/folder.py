@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -29,7 +29,13 @@ from clvr_jax.sharding import Layout
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
-Settings = TypeVar("Settings")
+
+class _Settings(Protocol):
+    @property
+    def text_encoder_out_layers(self) -> tuple[int, ...]: ...
+
+
+Settings = TypeVar("Settings", bound=_Settings)
 
 _COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],

@@ -66,9 +66,12 @@ class GenerationConfig:
                 raise ClvrError(
                     f"{file}: {name} is {value!r:.40}, which is not supported; remove it if replies may do without"
                 )
-        readers = {"top_k": entry.integer, "top_p": entry.number, "repetition_penalty": entry.number}
-        # null is transformers' "not set".
-        given = {name: read(name) for name, read in readers.items() if entry.content.get(name) is not None}
+        names = ("top_k", "top_p", "repetition_penalty")
+        given: dict[str, Any] = {
+            name: entry.integer(name) if name == "top_k" else entry.number(name)
+            for name in names
+            if entry.content.get(name) is not None  # null is transformers' "not set"
+        }
         try:
             return cls(_stop_tokens(entry, vocab_size), Sampling(**given), entry.content)
         except ClvrError as error:
