@@ -23,7 +23,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
-from clvr_jax.pipelines.registry import MODELS, class_of, read_settings, resolve
+from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import Layout
 
 if TYPE_CHECKING:
@@ -74,8 +74,6 @@ def load_flux2(
         raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
     settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
     check_heads(layout, flux2_heads(model, chosen))
-    if dtype is None and model in MODELS:
-        dtype = jnp.float32  # the package holds half the digits only to be small
     dtype = resolve_dtype(dtype, path / chosen)
     loras = read_loras(path / chosen, FLUX2_TRANSFORMER, lora, ignore_text_encoder)
     return (

@@ -36,6 +36,11 @@ LoRA = str | tuple[str, float]
 """A LoRA file, its directory or its Hugging Face id, and its weight, 1 if there is none."""
 
 
+SMALL = 10**8
+"""Models with fewer parameters are loaded in float32 unless a dtype is given: they are stored in half precision to be
+small files, and fit into any memory."""
+
+
 def layout_of(mesh: Mesh) -> Layout | None:
     """Returns the layout of a mesh, None for None. Raises: UsageError for a mesh that does not fit the devices."""
     return Layout(mesh.make()) if isinstance(mesh, MeshConfig) else mesh
@@ -62,8 +67,8 @@ def resolve_dtype(dtype: DTypeLike | None, directory: Path, layout: Layout | Non
 
     Args:
       dtype: returned if it is not None.
-      directory: of the model; decides on an accelerator: the dtype that most of its weights are stored in. On a CPU it
-        is float32, because CPUs compute slowly in other dtypes.
+      directory: of the model; decides on an accelerator: the dtype that most of its weights are stored in, and float32
+        for a model of fewer than `SMALL` parameters. On a CPU it is float32, because CPUs are slow in other dtypes.
       layout: the mesh that the model is placed on; the active layout, else the default device, if None.
     """
     if dtype is not None:
@@ -74,11 +79,13 @@ def resolve_dtype(dtype: DTypeLike | None, directory: Path, layout: Layout | Non
 
 
 def stored_dtype(directory: Path) -> np.dtype:
-    """Returns the dtype that most of a model's weights are stored in; float32 if it is none to compute in."""
+    """Returns the dtype that most of a model's weights are stored in; float32 for small models and other dtypes."""
     sizes: Counter[np.dtype] = Counter()
     arrays = open_tree(directory / PARAMS) if is_tree(directory / PARAMS) else stored_tensors(directory)
     for array in arrays.values():
         sizes[np.dtype(array.dtype)] += math.prod(array.shape)
+    if sizes.total() < SMALL:
+        return FLOATS["float32"]
     most = max(sizes, key=lambda dtype: sizes[dtype], default=FLOATS["float32"])
     return most if most in FLOATS.values() else FLOATS["float32"]
 

@@ -109,8 +109,6 @@ class Verifier(ModelVerifier):
 def load_controller(model: str, dtype: DTypeLike | None = None, mesh: Mesh = None) -> Qwen3VLPipeline:
     """Loads the Qwen3-VL of a model; see `controller_directory` and `Qwen3VLPipeline.from_pretrained`."""
     path, _ = controller_directory(model)
-    if dtype is None and model in MODELS:
-        dtype = "float32"  # the package holds half the digits only to be small
     return Qwen3VLPipeline.from_pretrained(path, dtype, mesh=mesh)
 
 

@@ -65,7 +65,7 @@ def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone
     np.testing.assert_allclose(drawn(pipeline), drawn_alone, atol=1e-5)
     weights = jax.tree.leaves(nnx.state(pipeline.transformer))
     held = sum(leaf.addressable_shards[0].data.nbytes for leaf in weights) / sum(leaf.nbytes for leaf in weights)
-    assert held < 0.35 if name != "fsdp" else held < 0.2
+    assert held < (0.2 if name == "fsdp" else 0.4)
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -154,6 +154,8 @@ def test_the_dtype_is_the_checkpoints_own_on_an_accelerator(folder, tmp_path, mo
     pipeline.save_pretrained(str(tmp_path / "half"), "bfloat16")
     assert Flux2Pipeline.from_pretrained(str(tmp_path / "half"), None).vae.bn.running_var.dtype == jnp.float32
     monkeypatch.setattr(loading.jax, "default_backend", lambda: "tpu")
+    assert loading.resolve_dtype(None, tmp_path / "half" / "transformer") == jnp.float32  # so small a model
+    monkeypatch.setattr(loading, "SMALL", 1)
     loaded = Flux2Pipeline.from_pretrained(str(tmp_path / "half"), None)
     assert loaded.transformer.x_embedder.kernel.dtype == jnp.bfloat16
     assert Flux2Pipeline.from_pretrained(str(tmp_path / "half"), "float32").vae.bn.running_var.dtype == jnp.float32
