@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs.flux2_sft import abstract_batch
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
@@ -220,7 +220,7 @@ def flux2_task(
         generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora_rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
-            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
+            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.key_mapping(sizes), base)
 
     backbone = flux2_backbone((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
     frozen = {"text_encoder": reader, "vae": vae}

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.families import QWEN3_VL
+from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_folder
 from flax import nnx
 

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl import AutoencoderKLConfig
 
 Tensor = TypeVar("Tensor")
 
-TABLE = Table()
+KEY_MAPPING = KeyMapping()
 
 # Old checkpoints, Stable Diffusion 1.5 among them, name the projections of attention otherwise; diffusers reads both.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
@@ -38,8 +38,8 @@ def config_to_dict(config: AutoencoderKLConfig) -> dict[str, Any]:
     return {"_class_name": "AutoencoderKL", **dataclasses.asdict(config), **_FIXED, **blocks}
 
 
-def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of any file under the names that `TABLE` writes, those of today's diffusers."""
+def canonicalize_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of any file under the names that `KEY_MAPPING` writes, those of today's diffusers."""
     return {
         _OLD_NAME.sub(lambda old: f"{old[1]}.{_OLD_NAMES[old[2]]}.{old[3]}", key): tensor
         for key, tensor in tensors.items()

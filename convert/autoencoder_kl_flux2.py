@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Rule, Table
+from clvr_jax.convert.rules import KeyMapping, Rule
 
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 
-TABLE = Table(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))
+KEY_MAPPING = KeyMapping(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))
 
 # Fields of diffusers' config that change nothing about the arithmetic here, and the only values it is written for.
 _FIXED = {"act_fn": "silu"}

@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPTextConfig
 
 Tensor = TypeVar("Tensor")
 
-TABLE = Table(stacked=("text_model.encoder.layers",))
+KEY_MAPPING = KeyMapping(stacked=("text_model.encoder.layers",))
 
 # No weights of a text encoder: the numbers 0..76, which transformers saved before 4.31, and the rest of a whole CLIP.
 _NOT_OURS = re.compile(
@@ -76,8 +76,8 @@ def config_to_dict(config: CLIPTextConfig) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": "clip_text_model", **fields, **_FIXED}
 
 
-def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of any text encoder's file under the names that `TABLE` writes, those of the published checkpoints.
+def canonicalize_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of any text encoder's file under the names that `KEY_MAPPING` writes, those of the published checkpoints.
 
     transformers 5 keeps, and saves, a `CLIPTextModel` without the leading `text_model.`; it reads both. Old files also
     hold the buffer `position_ids`, and the file of a whole CLIP the vision tower: those are left out.

@@ -23,8 +23,8 @@ from clvr_jax.convert.disk import empty
 from clvr_jax.convert.journal import Journal, reading, resumable, states
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
-from clvr_jax.convert.planning import Component, Conversion, Format, Piece
-from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
+from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
+from clvr_jax.convert.tensors import FLOATS, bits, preallocate_files, write_tensor
 
 from clvr_jax.outputs import check_destination
 
@@ -69,21 +69,24 @@ def convert(
 def _write(conversion: Conversion, folder: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
         write, finish = writer(component, folder / component.name, conversion.to)
-        names = {piece: f"{component.name}/{piece.spec.key}" for piece in component.pieces}
-        wanted = [piece for piece in component.pieces if names[piece] not in journal.done]
+        names = {tensor_slice: f"{component.name}/{tensor_slice.spec.key}" for tensor_slice in component.slices}
+        wanted = [tensor_slice for tensor_slice in component.slices if names[tensor_slice] not in journal.done]
         for name in (name for name in names.values() if name in journal.done):
             on_tensor(name)
-        for piece, has_nan in _converted(component, conversion.to, wanted, write):
-            journal.add(names[piece], has_nan)
-            on_tensor(names[piece])
+        for tensor_slice, has_nan in _converted(component, conversion.to, wanted, write):
+            journal.add(names[tensor_slice], has_nan)
+            on_tensor(names[tensor_slice])
         finish()
     return [name for name, bad in journal.done.items() if bad]
 
 
 def _converted(
-    component: Component, to: Format, pieces: list[Piece], write: Callable[[Piece, np.ndarray], None]
-) -> Iterator[tuple[Piece, bool]]:
-    """Writes each piece and says whether it holds a NaN, in order.
+    component: PipelineComponent,
+    to: Format,
+    slices: list[TensorSlice],
+    write: Callable[[TensorSlice, np.ndarray], None],
+) -> Iterator[tuple[TensorSlice, bool]]:
+    """Writes each tensor_slice and says whether it holds a NaN, in order.
 
     Some at a time, each from the first byte to the last by one thread: while one waits for the disk, others turn theirs
     over.
@@ -92,28 +95,28 @@ def _converted(
     for _ in range(_WORKERS):
         memory.put(Buffers())
 
-    def convert(piece: Piece) -> tuple[Piece, bool]:
+    def convert(tensor_slice: TensorSlice) -> tuple[TensorSlice, bool]:
         buffers = memory.get()
         try:
-            values = buffers("values", shape_in(piece, to), piece.spec.dtype)
-            filled = _seen_as(component.source, values, piece, to)
-            with reading(f"{component.where}: {piece.spec.key}"):
-                for rows, block in component.read(piece, partial(buffers, "source")):
+            values = buffers("values", shape_in(tensor_slice, to), tensor_slice.spec.dtype)
+            filled = _seen_as(component.source, values, tensor_slice, to)
+            with reading(f"{component.where}: {tensor_slice.spec.key}"):
+                for rows, block in component.read(tensor_slice, partial(buffers, "source")):
                     _copy(block, filled[rows] if filled.ndim else filled, buffers)
             has_nan = _has_nan(values)
-            write(piece, values)
-            return piece, has_nan
+            write(tensor_slice, values)
+            return tensor_slice, has_nan
         finally:  # also of a tensor that failed: the others would wait for its memory for ever
-            memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
+            memory.put(Buffers() if _is_large(tensor_slice) else buffers)  # so much memory is not kept
 
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        running: deque[Future[tuple[Piece, bool]]] = deque()
-        for number, piece in enumerate(pieces):
-            alone = _is_large(piece) or (number and _is_large(pieces[number - 1]))
+        running: deque[Future[tuple[TensorSlice, bool]]] = deque()
+        for number, tensor_slice in enumerate(slices):
+            alone = _is_large(tensor_slice) or (number and _is_large(slices[number - 1]))
             while len(running) >= (1 if alone else 2 * _WORKERS):
                 yield running.popleft().result()
-            running.append(pool.submit(convert, piece))
+            running.append(pool.submit(convert, tensor_slice))
         while running:
             yield running.popleft().result()
     finally:
@@ -128,9 +131,9 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _is_large(piece: Piece) -> bool:
+def _is_large(tensor_slice: TensorSlice) -> bool:
     """Too large to have two of them."""
-    return piece.spec.nbytes > _LARGE_BYTES
+    return tensor_slice.spec.nbytes > _LARGE_BYTES
 
 
 class Buffers:
@@ -149,33 +152,38 @@ class Buffers:
 
 
 def writer(
-    component: Component, folder: Path, to: Format
-) -> tuple[Callable[[Piece, np.ndarray], None], Callable[[], None]]:
+    component: PipelineComponent, folder: Path, to: Format
+) -> tuple[Callable[[TensorSlice, np.ndarray], None], Callable[[], None]]:
     """Begins the files of a model in `folder`, or goes on with them.
 
-    Returns: what takes a piece, in the destination's layout; and what says that it was all.
+    Returns: what takes a tensor_slice, in the destination's layout; and what says that it was all.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if to == "torch":
-        places = lay_out(folder, [piece.spec for piece in component.pieces], component.family.file_name)
-        return lambda piece, values: write_tensor(places[piece.spec.key], values), lambda: None
-    leaves = {piece.entry.path: (piece.entry.shape, piece.spec.dtype) for piece in component.pieces}
-    stacked = {piece.entry.path for piece in component.pieces if piece.entry.stacked}
+        places = preallocate_files(
+            folder, [tensor_slice.spec for tensor_slice in component.slices], component.architecture.file_name
+        )
+        return lambda tensor_slice, values: write_tensor(places[tensor_slice.spec.key], values), lambda: None
+    leaves = {
+        tensor_slice.entry.path: (tensor_slice.entry.shape, tensor_slice.spec.dtype)
+        for tensor_slice in component.slices
+    }
+    stacked = {tensor_slice.entry.path for tensor_slice in component.slices if tensor_slice.entry.stacked}
     tree = TreeWriter(folder / PARAMS, leaves, stacked)
-    return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.finish
+    return lambda tensor_slice, values: tree.write(tensor_slice.entry.path, tensor_slice.layer, values), tree.finish
 
 
-def shape_in(piece: Piece, layout: Format) -> tuple[int, ...]:
-    """Shape of a piece in the layout of a format."""
+def shape_in(tensor_slice: TensorSlice, layout: Format) -> tuple[int, ...]:
+    """Shape of a tensor_slice in the layout of a format."""
     if layout == "torch":
-        return piece.spec.shape
-    return piece.entry.shape if piece.layer is None else piece.entry.shape[1:]
+        return tensor_slice.spec.shape
+    return tensor_slice.entry.shape if tensor_slice.layer is None else tensor_slice.entry.shape[1:]
 
 
-def _seen_as(source: Format, values: np.ndarray, piece: Piece, to: Format) -> np.ndarray:
+def _seen_as(source: Format, values: np.ndarray, tensor_slice: TensorSlice, to: Format) -> np.ndarray:
     """A view of the destination's layout in that of the source."""
-    layout = piece.entry.layout
-    return values if source == to else layout.to_torch(values) if to == "jax" else layout.from_torch(values)
+    transform = tensor_slice.entry.transform
+    return values if source == to else transform.to_torch(values) if to == "jax" else transform.from_torch(values)
 
 
 def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
@@ -214,7 +222,7 @@ def _has_nan(values: np.ndarray) -> bool:
 
 def _identity(conversion: Conversion) -> str:
     """What must be the same for a killed run to go on: what is written, and the content of the source."""
-    specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.pieces]
+    specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.slices]
     files = {conversion.source / path for path in conversion.copied}
     files |= {file for component in conversion.components for file in component.files}
     source = str(conversion.source.absolute())

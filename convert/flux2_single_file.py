@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
-from clvr_jax.convert.tensors import Spec, Stored
+from clvr_jax.convert.tensors import StoredTensor, TensorSpec
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
@@ -83,13 +83,13 @@ _QUANTISED = re.compile(r".+(?:_scale|_scale_2|scaled_fp8|comfy_quant|absmax|qua
 
 
 @dataclass(frozen=True)
-class Part(Spec):
-    """Rows of a tensor in a file, under diffusers' key; has the surface of `Stored`.
+class Part(TensorSpec):
+    """Rows of a tensor in a file, under diffusers' key; has the surface of `StoredTensor`.
 
     source: the tensor in the file. rows: which rows of it, one range after the other; () are all.
     """
 
-    source: Stored
+    source: StoredTensor
     rows: tuple[slice, ...] = ()
 
     def open(self) -> np.ndarray:
@@ -109,7 +109,7 @@ def bfl_key(key: str) -> str:
     return _renamed(key, _TRANSFORMER_NAMES)
 
 
-def config_of(stored: Mapping[str, Stored]) -> dict[str, Any]:
+def config_of(stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
     """The diffusers config.json of a single file: sizes from the shapes, the rest as published.
 
     Args:
@@ -127,13 +127,13 @@ def config_of(stored: Mapping[str, Stored]) -> dict[str, Any]:
     )
 
 
-def diffusers_tensors(stored: Mapping[str, Stored]) -> dict[str, Part]:
+def diffusers_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Part]:
     """Every tensor of diffusers' layout and where it lies in the file. Reads nothing.
 
     Args:
       stored: key -> tensor of one file in BFL's layout.
     Returns: diffusers' key -> its part of the file, in the order of our module.
-    Raises: ClvrError listing missing, surplus and misshapen tensors; a file of two layouts has some of each.
+    Raises: ClvrError listing missing, unexpected and misshapen tensors; a file of two layouts has some of each.
     """
     config = config_of(stored)
     file = _File(stored)
@@ -152,9 +152,9 @@ def diffusers_tensors(stored: Mapping[str, Stored]) -> dict[str, Part]:
 class _File:
     """The tensors of a file under one spelling of BFL's keys."""
 
-    def __init__(self, stored: Mapping[str, Stored]):
+    def __init__(self, stored: Mapping[str, StoredTensor]):
         self.where = str(next((tensor.file for tensor in stored.values()), "checkpoint"))
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for key, tensor in stored.items():
             other = self.tensors.setdefault(_spelled(key), tensor)
             if other is not tensor:
@@ -180,11 +180,11 @@ class _File:
 
     def check(self, expected: set[str]) -> None:
         missing = sorted(expected - self.tensors.keys())
-        surplus = sorted(self.tensors[key].key for key in self.tensors.keys() - expected)
-        sides = (("missing", missing), ("surplus", surplus))
+        unexpected = sorted(self.tensors[key].key for key in self.tensors.keys() - expected)
+        sides = (("missing", missing), ("unexpected", unexpected))
         faults = [f"{len(keys)} {title}: {_some(keys)}" for title, keys in sides if keys]
         if faults:
-            hint = "; it is quantised, take the file in bfloat16" if any(map(_QUANTISED.fullmatch, surplus)) else ""
+            hint = "; it is quantised, take the file in bfloat16" if any(map(_QUANTISED.fullmatch, unexpected)) else ""
             raise ClvrError(f"{self.where}: tensors are not those of FLUX.2 in BFL's layout; {'; '.join(faults)}{hint}")
 
 
@@ -233,7 +233,7 @@ def _autoencoder_key(key: str, levels: int) -> str:
     return _renamed(key, _AUTOENCODER_NAMES)
 
 
-def _part(key: str, source: Stored) -> Part:
+def _part(key: str, source: StoredTensor) -> Part:
     """The part of a file's tensor that is diffusers' tensor `key`."""
     count, *rest = source.shape or (0,)
     if fused := _FUSED.fullmatch(key):

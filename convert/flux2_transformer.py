@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
-TABLE = Table(stacked=("transformer_blocks", "single_transformer_blocks"))
+KEY_MAPPING = KeyMapping(stacked=("transformer_blocks", "single_transformer_blocks"))
 
 
 def config_from_dict(config: Mapping[str, Any]) -> Flux2TransformerConfig:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from clvr_jax.convert.lora_config import METADATA, PEFT_NAME, AdapterConfig
-from clvr_jax.convert.lora_names import TEXT_ENCODER, Spelling, component, spellings, without_prefix
-from clvr_jax.convert.tensors import Stored, read_header
+from clvr_jax.convert.lora_names import TEXT_ENCODER, KeyAlias, component, key_aliases, without_prefix
+from clvr_jax.convert.tensors import StoredTensor, read_header
 from safetensors.numpy import save
 
 from clvr_jax.errors import ClvrError
@@ -76,7 +76,7 @@ def read_factors(
             f"{file}: {len(text)} tensors adapt a text encoder ({some(text, 2)}); "
             f"--ignore-text-encoder (in Python, ignore_text_encoder=True) takes the {component(shapes)} alone"
         )
-    names = spellings(shapes)
+    names = key_aliases(shapes)
     pairs, faults = _paired({key: tensor for key, tensor in stored.items() if key not in text}, names, shapes)
     if faults:
         listed = "; ".join(f"{len(keys)} {title}: {some(keys)}" for title, keys in faults.items())
@@ -137,7 +137,7 @@ def _file(path: Path) -> Path:
     return found[0]
 
 
-def _refuse_other_kinds(file: Path, keys: Mapping[str, Stored]) -> None:
+def _refuse_other_kinds(file: Path, keys: Mapping[str, StoredTensor]) -> None:
     for kind, pattern in _OTHER_KINDS.items():
         if own := [key for key in keys if pattern.fullmatch(key)]:
             raise ClvrError(
@@ -146,10 +146,10 @@ def _refuse_other_kinds(file: Path, keys: Mapping[str, Stored]) -> None:
 
 
 def _paired(
-    stored: Mapping[str, Stored], names: Mapping[str, Spelling], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[Stored, Stored, Stored | None]], dict[str, list[str]]]:
+    stored: Mapping[str, StoredTensor], names: Mapping[str, KeyAlias], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[StoredTensor, StoredTensor, StoredTensor | None]], dict[str, list[str]]]:
     """Name in the file -> down, up, alpha; and what is wrong, title -> keys."""
-    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
+    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     faults: dict[str, list[str]] = defaultdict(list)
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(key) or _ALPHA.fullmatch(key)
@@ -178,7 +178,7 @@ def _paired(
     return pairs, faults
 
 
-def _cut(spelling: Spelling, down: np.ndarray, up: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+def _cut(spelling: KeyAlias, down: np.ndarray, up: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """The factors of each module that one pair in the file stands for."""
     if spelling.swapped:
         return [down], [np.concatenate(np.split(up, 2)[::-1])]
@@ -192,5 +192,5 @@ def _cut(spelling: Spelling, down: np.ndarray, up: np.ndarray) -> tuple[list[np.
     return [down] * count, ups
 
 
-def _number(tensor: Stored) -> float:
+def _number(tensor: StoredTensor) -> float:
     return float(np.asarray(tensor.open(), np.float64).reshape(-1)[0])

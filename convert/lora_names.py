@@ -1,7 +1,7 @@
 """What LoRA files call the modules of FLUX.2 and of Stable Diffusion's UNet.
 
 Trainers write the names of diffusers, of the original code (BFL for FLUX.2, latent diffusion for the UNet), or either
-with underscores for dots. All spellings are made from the model's own names, so that none has to be taken apart and
+with underscores for dots. All key_aliases are made from the model's own names, so that none has to be taken apart and
 what is not among them belongs to another model.
 
 Source of the names: diffusers `loaders/lora_conversion_utils.py`, kohya-ss `sd-scripts`, ai-toolkit, OneTrainer,
@@ -38,7 +38,7 @@ _LATENT_DIFFUSION = (
 
 
 @dataclass(frozen=True)
-class Spelling:
+class KeyAlias:
     """What one name in a file stands for.
 
     modules: our modules, more than one where the original code fuses them; their rows lie one after the other.
@@ -49,13 +49,13 @@ class Spelling:
     swapped: bool = False
 
 
-def spellings(modules: Collection[str]) -> dict[str, Spelling]:
+def key_aliases(modules: Collection[str]) -> dict[str, KeyAlias]:
     """Every name that a file may have, without prefix, for the modules of one model.
 
     Args:
       modules: diffusers' names of all modules with a kernel, "transformer_blocks.0.attn.to_q" and so on.
     """
-    names = {module: Spelling((module,)) for module in modules}
+    names = {module: KeyAlias((module,)) for module in modules}
     others: dict[str, list[str]] = {}
     layers = sum(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1", module) is not None for module in modules)
     attending = {module.split(".")[1] for module in modules if module.startswith("up_blocks.") and ".attn1." in module}
@@ -63,7 +63,7 @@ def spellings(modules: Collection[str]) -> dict[str, Spelling]:
         original = _latent_diffusion(module, layers, attending) if layers else _bfl(module)
         for other in {original, _attention_processor(module)} - {module}:
             others.setdefault(other, []).append(module)
-    names |= {name: Spelling(tuple(group), group == ["norm_out.linear"]) for name, group in others.items()}
+    names |= {name: KeyAlias(tuple(group), group == ["norm_out.linear"]) for name, group in others.items()}
     underscored = {
         prefix + name.replace(".", "_"): spelling for name, spelling in names.items() for prefix in _UNDERSCORED
     }

@@ -14,7 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET, find_family, torch_class
+from clvr_jax.convert.architectures import (
+    FLUX2_TRANSFORMER,
+    FLUX2_VAE,
+    QWEN3,
+    QWEN3_VL,
+    UNET,
+    find_architecture,
+    torch_class,
+)
 
 from clvr_jax.files import read_json, write_atomically
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
@@ -24,7 +32,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 Config = Mapping[str, Any]
-Layout = Literal["jax", "torch"]
+Format = Literal["jax", "torch"]
 Models = Mapping[str, tuple[str, Config]]
 """Component ("transformer", or "." for the folder itself) -> (PyTorch's class, config.json)."""
 
@@ -110,13 +118,16 @@ _PUBLISHED = (
     (QWEN3_VL, Qwen3VLConfig.qwen3_vl_4b(), APACHE),
     (QWEN3_VL, Qwen3VLConfig.qwen3_vl_8b(), APACHE),
 )
-_LICENSES = {(family.torch_class, _SIZES[family.torch_class](config)): terms for family, config, terms in _PUBLISHED}
-_PAINTERS = (FLUX2_TRANSFORMER.torch_class, UNET.torch_class)
-LAYOUTS: Mapping[Layout, str] = {
+_LICENSES = {
+    (architecture.torch_class, _SIZES[architecture.torch_class](config)): terms
+    for architecture, config, terms in _PUBLISHED
+}
+_IMAGE_GENERATORS = (FLUX2_TRANSFORMER.torch_class, UNET.torch_class)
+FORMATS: Mapping[Format, str] = {
     "jax": "JAX: `params/` beside each config.json is an Orbax checkpoint; clvr-jax reads it",
     "torch": "PyTorch: safetensors as diffusers and transformers read them",
 }
-"""What the layout of a folder is, for people."""
+"""What the format of a folder is, for people."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +141,7 @@ class Provenance:
     source: str
     command: str
     version: str
-    layout: Layout
+    format: Format
     revision: str | None = None
     dtype: str | None = None
     recipe: str | None = None
@@ -145,10 +156,10 @@ def license_of(torch_class: str, config: Config) -> License:
     Returns: `OF_SOURCE` for a class or a size that nobody published.
     Raises: ClvrError for a config.json that our module does not understand.
     """
-    family = find_family(torch_class)
-    if family is None or torch_class not in _SIZES:
+    architecture = find_architecture(torch_class)
+    if architecture is None or torch_class not in _SIZES:
         return OF_SOURCE
-    size = _SIZES[torch_class](family.config_from_dict(config))
+    size = _SIZES[torch_class](architecture.config_from_dict(config))
     return _LICENSES.get((torch_class, size), OF_SOURCE)
 
 
@@ -156,7 +167,7 @@ def license_of_all(models: Models) -> License:
     """The license of a folder of several models: a non-commercial one binds all, else it is that of what draws."""
     terms = {component: license_of(*model) for component, model in models.items()}
     restricted = [found for found in terms.values() if found.commercial is False]
-    drawing = [terms[component] for component, (torch_class, _) in models.items() if torch_class in _PAINTERS]
+    drawing = [terms[component] for component, (torch_class, _) in models.items() if torch_class in _IMAGE_GENERATORS]
     deciding = set(restricted or drawing or terms.values())
     return deciding.pop() if len(deciding) == 1 else OF_SOURCE
 
@@ -174,16 +185,16 @@ def model_card(name: str, made: Provenance, models: Models) -> str:
         ("Source", f"`{made.source}`" + (f", revision `{made.revision}`" if made.revision else "")),
         ("Made by", f"`{made.command}`"),
         ("clvr-jax", made.version),
-        ("Layout", LAYOUTS[made.layout]),
+        ("Layout", FORMATS[made.format]),
         ("Numbers", made.dtype or "as in the source, bit for bit"),
         *([("Recipe", f"`{made.recipe}`")] if made.recipe else []),
     ]
     base_models = [made.source.partition("@")[0]] if made.revision else []
     lines = [
-        *front_matter(made.layout, models, binding, base_models),
+        *front_matter(made.format, models, binding, base_models),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}.\n",
-        *table(("", ""), origin),
+        *markdown_table(("", ""), origin),
         *models_and_license(models, binding),
     ]
     return "\n".join(lines) + "\n"
@@ -198,7 +209,7 @@ def models_and_license(models: Models, binding: License) -> list[str]:
     """The lines of a card that say what a folder holds and what may be done with it; `binding` holds for all of it."""
     parts = [(f"`{component}`", _title(model[0]), license_of(*model).title) for component, model in models.items()]
     notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
-    lines = ["\n## Models\n", *table(("Folder", "Model", "License"), parts), "\n## License\n", notice]
+    lines = ["\n## Models\n", *markdown_table(("Folder", "Model", "License"), parts), "\n## License\n", notice]
     if binding.link:
         lines.append(f"Its text: {binding.link}\n")
         lines.append(
@@ -224,20 +235,20 @@ def card_of_pipeline(folder: Path, name: str, saved_by: str, dtype: str) -> None
 
 
 def front_matter(
-    layout: Layout, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
+    format: Format, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
 ) -> list[str]:
     """The lines that the Hub reads at the beginning of a card.
 
     Args:
-      layout: of the folder.
+      format: of the folder.
       models: what it holds.
       binding: its license.
       base_models: Hugging Face ids that it was made from.
       relation: how, "merge" say, if the Hub would not find out.
     """
     classes = {torch_class for torch_class, _ in models.values()}
-    tags = ["clvr-jax", "text-to-image"] if classes & set(_PAINTERS) else ["clvr-jax"]
-    if layout == "jax":
+    tags = ["clvr-jax", "text-to-image"] if classes & set(_IMAGE_GENERATORS) else ["clvr-jax"]
+    if format == "jax":
         library = "clvr-jax"
         tags.append("jax")
     else:
@@ -256,11 +267,11 @@ def front_matter(
 
 
 def _title(torch_class: str) -> str:
-    family = find_family(torch_class)
-    return family.title if family else torch_class
+    architecture = find_architecture(torch_class)
+    return architecture.title if architecture else torch_class
 
 
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table in Markdown."""
+def markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, ("---",) * len(head), *rows))
     return [f"| {' | '.join(row)} |" for row in cells]

@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from clvr_jax.convert.families import Family
+from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
-from clvr_jax.convert.tensors import FLOATS, Stored, stored_tensors, write_tensors
+from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -24,7 +24,11 @@ from clvr_jax.sharding import active_layout
 
 
 def load_model(
-    folder: Path, family: Family, dtype: DTypeLike = jnp.float32, shardings: Any = None, variant: str | None = None
+    folder: Path,
+    architecture: Architecture,
+    dtype: DTypeLike = jnp.float32,
+    shardings: Any = None,
+    variant: str | None = None,
 ) -> Any:
     """Reads a model from its folder, one leaf at a time; of a sharded leaf, the bytes of this process's shards only.
 
@@ -32,7 +36,7 @@ def load_model(
 
     Args:
       folder: holds config.json, and safetensors (one file or shards) or `params/`.
-      family: the architecture.
+      architecture: the architecture.
       dtype: of the computation; floating-point parameters are cast to it.
       shardings: NNX state of `jax.sharding.Sharding`, as the model's; None: as the active layout has it, or all on the
         default device if there is none.
@@ -44,8 +48,8 @@ def load_model(
         raise ClvrError(f"{folder}: no such folder")
     config = read_json(folder / "config.json")
     with located(folder):
-        graphdef, state = family.split(config, dtype)
-        plan = family.entries(config)
+        graphdef, state = architecture.split(config, dtype)
+        plan = architecture.entries(config)
     if shardings is None and (layout := active_layout()) is not None:
         shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
@@ -53,7 +57,7 @@ def load_model(
     if is_tree(folder / PARAMS):
         loaded = _restore(folder / PARAMS, plan, dtype, placed)
     else:
-        stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
+        stored = architecture.canonicalize_keys(stored_tensors(folder, variant), architecture.config_from_dict(config))
         check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
         check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(folder))
         loaded = {entry.path: _leaf(entry, stored, dtype, placed[entry.path]) for entry in plan}
@@ -65,7 +69,7 @@ def _target(entry: Entry, dtype: DTypeLike) -> np.dtype:
     return np.dtype(dtype) if jnp.issubdtype(entry.dtype, jnp.floating) else np.dtype(np.int32)
 
 
-def _leaf(entry: Entry, stored: Mapping[str, Stored], dtype: DTypeLike, sharding: Sharding) -> jax.Array:
+def _leaf(entry: Entry, stored: Mapping[str, StoredTensor], dtype: DTypeLike, sharding: Sharding) -> jax.Array:
     target = _target(entry, dtype)
 
     @functools.cache  # devices that hold the same part share one reading of it
@@ -77,7 +81,7 @@ def _leaf(entry: Entry, stored: Mapping[str, Stored], dtype: DTypeLike, sharding
     )
 
 
-def read_part(entry: Entry, stored: Mapping[str, Stored], index: tuple[slice, ...]) -> np.ndarray:
+def read_part(entry: Entry, stored: Mapping[str, StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
     """The part of a leaf that one device holds, in the file's dtype; no other tensors, rows or columns are touched.
 
     Args:
@@ -86,7 +90,7 @@ def read_part(entry: Entry, stored: Mapping[str, Stored], index: tuple[slice, ..
       index: of the leaf, one slice for each leading axis.
     """
     layers, own = (entry.keys[index[0]], index[1:]) if entry.stacked and index else (entry.keys, index)
-    parts = [entry.layout.from_torch(stored[key].open())[own] for key in layers]
+    parts = [entry.transform.from_torch(stored[key].open())[own] for key in layers]
     return np.stack(parts) if entry.stacked else np.asarray(parts[0])
 
 
@@ -104,20 +108,20 @@ def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[
     return {entry.path: functools.reduce(lambda tree, name: tree[str(name)], entry.path, restored) for entry in plan}
 
 
-def save_model(folder: Path, model: Any, family: Family, dtype: str = "float32") -> None:
+def save_model(folder: Path, model: Any, architecture: Architecture, dtype: str = "float32") -> None:
     """Writes a model to a folder that PyTorch loads; the folder appears only when it is complete.
 
     Args:
       folder: replaced if it exists.
       model: the module; its `config` becomes config.json.
-      family: its architecture.
+      architecture: its architecture.
       dtype: "float32", "float16" or "bfloat16", of floating-point parameters.
     """
     target = FLOATS[dtype]
     tensors = {
         key: tensor.astype(target) if np.issubdtype(tensor.dtype, np.floating) else tensor
-        for key, tensor in state_to_torch(model, family.table(model.config)).items()
+        for key, tensor in state_to_torch(model, architecture.key_mapping(model.config)).items()
     }
     with replacing(folder) as temporary:
-        (temporary / "config.json").write_text(json.dumps(family.config_to_dict(model.config), indent=2) + "\n")
-        write_tensors(temporary, tensors, family.file_name)
+        (temporary / "config.json").write_text(json.dumps(architecture.config_to_dict(model.config), indent=2) + "\n")
+        write_tensors(temporary, tensors, architecture.file_name)

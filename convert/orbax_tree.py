@@ -249,7 +249,7 @@ def check_tree(folder: Path, plan: list[Entry]) -> dict[str, np.dtype]:
         f"{len(names)} {title}: {', '.join(sorted(names)[:6])}"
         for title, names in (
             ("missing", expected.keys() - arrays.keys()),
-            ("surplus", arrays.keys() - expected.keys()),
+            ("unexpected", arrays.keys() - expected.keys()),
             ("with another shape", {name for name in shared if arrays[name].shape != expected[name].shape}),
         )
         if names

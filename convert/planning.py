@@ -8,10 +8,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from clvr_jax.convert import flux2_single_file
-from clvr_jax.convert.families import WITHOUT_MODULE, Family, family_of, find_family, torch_class
+from clvr_jax.convert.architectures import WITHOUT_MODULE, Architecture, architecture_of, find_architecture, torch_class
 from clvr_jax.convert.orbax_tree import PARAMS, Block, Memory, check_tree, is_tree, open_tree
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys
-from clvr_jax.convert.tensors import FLOATS, PICKLES, Spec, Stored, read_header, stored_tensors
+from clvr_jax.convert.tensors import FLOATS, PICKLES, StoredTensor, TensorSpec, read_header, stored_tensors
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import located, read_json
@@ -22,30 +22,30 @@ Format = Literal["jax", "torch"]
 _OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml"}
 
 
-class Piece(NamedTuple):
+class TensorSlice(NamedTuple):
     """One PyTorch tensor: a leaf of the module, or one layer of it (`layer` is None if it is no stack)."""
 
     entry: Entry
     layer: int | None
-    spec: Spec
+    spec: TensorSpec
 
 
-Reader = Callable[[Piece, Memory], Iterator[Block]]
-"""Gives a piece in the source's layout, in blocks of rows: mapped, or read into the memory offered."""
+Reader = Callable[[TensorSlice, Memory], Iterator[Block]]
+"""Gives a tensor_slice in the source's layout, in blocks of rows: mapped, or read into the memory offered."""
 
 
 @dataclass(frozen=True)
-class Component:
+class PipelineComponent:
     """One model of a conversion: its place relative to source and destination, and its tensors in order.
 
     config: its config.json. source: format that `read` gives. where: it is stored. files: that hold its tensors.
     """
 
     name: str
-    family: Family
+    architecture: Architecture
     config: Mapping[str, Any]
     source: Format
-    pieces: tuple[Piece, ...]
+    slices: tuple[TensorSlice, ...]
     read: Reader
     where: Path = Path()
     files: tuple[Path, ...] = ()
@@ -53,7 +53,7 @@ class Component:
     @property
     def nbytes(self) -> int:
         """Size of its tensors in the destination."""
-        return sum(piece.spec.nbytes for piece in self.pieces)
+        return sum(tensor_slice.spec.nbytes for tensor_slice in self.slices)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Conversion:
     to: Format
     dtype: str | None
     variant: str | None
-    components: tuple[Component, ...]
+    components: tuple[PipelineComponent, ...]
     copied: tuple[Path, ...]
     written: Mapping[str, str]
     without_module: Mapping[str, str]
@@ -82,12 +82,12 @@ class Conversion:
     @property
     def tensors(self) -> int:
         """Number of tensors to be written, as PyTorch counts them."""
-        return sum(len(component.pieces) for component in self.components)
+        return sum(len(component.slices) for component in self.components)
 
     @property
     def models(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
-        """Component -> (PyTorch's class, config.json)."""
-        return {component.name: (component.family.torch_class, component.config) for component in self.components}
+        """PipelineComponent -> (PyTorch's class, config.json)."""
+        return {component.name: (component.architecture.torch_class, component.config) for component in self.components}
 
 
 def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None = None) -> Conversion:
@@ -98,8 +98,8 @@ def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None
       to: "jax" or "torch".
       dtype: of floating-point tensors, "float32", "float16" or "bfloat16"; None keeps each as it is, bit for bit.
       variant: which of several sets of files, "fp16" say, see `model_file`.
-    Raises: ClvrError naming what is missing, surplus, misshapen or of no known family; UsageError for a source that is
-      already what is asked for.
+    Raises: ClvrError naming what is missing, unexpected, of another shape or of an unknown architecture; UsageError for
+      a source that is in the requested format already.
     """
     target = FLOATS[dtype] if dtype else None
     if source.is_file():
@@ -114,7 +114,7 @@ def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None
     strangers = {folder.name: name for folder in found if (name := torch_class(folder)) in WITHOUT_MODULE}
     models = [folder for folder in found if folder.name not in strangers]
     if not models:
-        family_of(source)  # says what is wrong with it
+        architecture_of(source)  # says what is wrong with it
         raise ClvrError(f"{source}: has a config.json but no tensors")
     if dtype is None and all(is_tree(folder / PARAMS) == (to == "jax") for folder in models):
         raise UsageError(f"{source}: is in the format of {to} already; nothing to convert (--dtype would change it)")
@@ -124,8 +124,8 @@ def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None
     return Conversion(source, to, dtype, variant, components, files_beside(source, models), {}, strangers)
 
 
-def model_in(folder: Path, name: str = ".") -> Component:
-    """The model in one folder as it lies there: its pieces have the dtypes that they have in the files.
+def model_in(folder: Path, name: str = ".") -> PipelineComponent:
+    """The model in one folder as it lies there: its slices have the dtypes that they have in the files.
 
     Args:
       folder: of one model, in either format.
@@ -145,7 +145,7 @@ class _Model(NamedTuple):
     """A model as it lies there: the correspondence with its tensors, their dtypes, and how one is read."""
 
     where: Path
-    family: Family
+    architecture: Architecture
     config: Mapping[str, Any]
     format: Format
     plan: list[Entry]
@@ -155,46 +155,48 @@ class _Model(NamedTuple):
 
 
 def _folder_model(folder: Path, variant: str | None) -> _Model:
-    family, config = family_of(folder), read_json(folder / "config.json")
+    architecture, config = architecture_of(folder), read_json(folder / "config.json")
     with located(folder):
-        plan = family.entries(config)
+        plan = architecture.entries(config)
     if is_tree(folder / PARAMS):
         dtypes = check_tree(folder / PARAMS, plan)
         check_dtypes(plan, dtypes, str(folder))
         return _Model(
-            folder, family, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS), _files_in(folder / PARAMS)
+            folder, architecture, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS), _files_in(folder / PARAMS)
         )
-    stored = family.published(stored_tensors(folder, variant), family.config_from_dict(config))
+    stored = architecture.canonicalize_keys(stored_tensors(folder, variant), architecture.config_from_dict(config))
     check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
     dtypes = {key: tensor.dtype for key, tensor in stored.items()}
     check_dtypes(plan, dtypes, str(folder))
     files = tuple({tensor.file: None for tensor in stored.values()})
-    return _Model(folder, family, config, "torch", plan, dtypes, _tensor_reader(stored), files)
+    return _Model(folder, architecture, config, "torch", plan, dtypes, _tensor_reader(stored), files)
 
 
 def _files_in(folder: Path) -> tuple[Path, ...]:
     return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
-def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stored]) -> _Model:
-    family = find_family(config["_class_name"])
-    assert family is not None
+def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> _Model:
+    architecture = find_architecture(config["_class_name"])
+    assert architecture is not None
     parts = flux2_single_file.diffusers_tensors(stored)
-    dtypes, plan = {key: part.dtype for key, part in parts.items()}, family.entries(config)
+    dtypes, plan = {key: part.dtype for key, part in parts.items()}, architecture.entries(config)
     check_dtypes(plan, dtypes, str(file))
-    return _Model(file, family, config, "torch", plan, dtypes, _tensor_reader(parts), (file,))
+    return _Model(file, architecture, config, "torch", plan, dtypes, _tensor_reader(parts), (file,))
 
 
 def _leaf_reader(folder: Path) -> Reader:
     arrays = open_tree(folder)
-    return lambda piece, memory: arrays[".".join(map(str, piece.entry.path))].blocks(piece.layer, memory)
+    return lambda tensor_slice, memory: arrays[".".join(map(str, tensor_slice.entry.path))].blocks(
+        tensor_slice.layer, memory
+    )
 
 
-def _tensor_reader(tensors: Mapping[str, Stored | flux2_single_file.Part]) -> Reader:
-    return lambda piece, memory: iter([(slice(None), tensors[piece.spec.key].open())])
+def _tensor_reader(tensors: Mapping[str, StoredTensor | flux2_single_file.Part]) -> Reader:
+    return lambda tensor_slice, memory: iter([(slice(None), tensors[tensor_slice.spec.key].open())])
 
 
-def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> Component:
+def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> PipelineComponent:
     for entry in model.plan:
         dtypes = {model.dtypes[key].name for key in entry.keys}
         if to == "jax" and dtype is None and len(dtypes) > 1:
@@ -202,18 +204,22 @@ def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> 
                 f"{model.where}: {entry.keys[0]} and its like in other layers become one array but are "
                 f"{' and '.join(sorted(dtypes))}; give a dtype for all"
             )
-    pieces = tuple(_pieces(model.plan, model.dtypes, to, dtype))
-    return Component(name, model.family, model.config, model.format, pieces, model.read, model.where, model.files)
+    slices = tuple(_tensor_slices(model.plan, model.dtypes, to, dtype))
+    return PipelineComponent(
+        name, model.architecture, model.config, model.format, slices, model.read, model.where, model.files
+    )
 
 
-def _pieces(plan: list[Entry], sources: dict[str, np.dtype], to: Format, dtype: np.dtype | None) -> Iterator[Piece]:
+def _tensor_slices(
+    plan: list[Entry], sources: dict[str, np.dtype], to: Format, dtype: np.dtype | None
+) -> Iterator[TensorSlice]:
     for entry in plan:
         for number, key in enumerate(entry.keys):
             found = sources[key]
             kept = found if found.kind in "iub" or dtype is None else dtype
             if entry.torch_dtype:  # of counters: 64 bits there, 32 here
                 kept = np.dtype(entry.torch_dtype) if to == "torch" else np.dtype(entry.dtype)
-            yield Piece(entry, number if entry.stacked else None, Spec(key, entry.torch_shape, kept))
+            yield TensorSlice(entry, number if entry.stacked else None, TensorSpec(key, entry.torch_shape, kept))
 
 
 def _holds_model(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from clvr_jax.convert.families import (
+from clvr_jax.convert.architectures import (
     AUTOENCODER_KL,
     CLIP_TEXT,
     CLIP_TEXT_PROJECTED,
@@ -18,7 +18,7 @@ from clvr_jax.convert.families import (
     QWEN3,
     QWEN3_VL,
     UNET,
-    Family,
+    Architecture,
 )
 
 from clvr_jax.models.autoencoder_blocks import Autoencoder, AutoencoderConfig
@@ -198,7 +198,7 @@ def _clip_answers(hidden_states: Any, last_hidden_state: Any, pooled: Any) -> An
 _AUTOENCODER = Probe(_autoencoder_inputs, _their_autoencoder, _our_autoencoder)
 _CLIP = Probe(_clip_inputs, _their_clip, _our_clip)
 
-PROBES: Mapping[Family, Probe] = {
+PROBES: Mapping[Architecture, Probe] = {
     FLUX2_TRANSFORMER: Probe(
         _flux2_inputs,
         lambda model, inputs: {"velocity": model(**inputs).sample},

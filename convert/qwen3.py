@@ -5,13 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields, section
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3Config
 
-TABLE = Table(stacked=("model.layers",))
+KEY_MAPPING = KeyMapping(stacked=("model.layers",))
 
 # What our module is written for: full attention in every layer, plain rotary positions, SiLU, no dropout.
 _FIXED = {"hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0, "rope_scaling": None}
@@ -46,6 +46,6 @@ def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config), **_FIXED}
 
 
-def published_names(tensors: Tensors, config: Qwen3Config) -> Tensors:
-    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+def canonicalize_keys(tensors: Tensors, config: Qwen3Config) -> Tensors:
+    """Tensors of a file under the names that `KEY_MAPPING` writes: tied embeddings need no head."""
     return without_tied_head(tensors, "model.embed_tokens.weight") if config.tie_word_embeddings else tensors

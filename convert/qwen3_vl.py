@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import MOST, from_known_fields, section
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 
-TABLE = Table(
+KEY_MAPPING = KeyMapping(
     stacked=("model.visual.blocks", "model.visual.deepstack_merger_list", "model.language_model.layers"),
 )
 
@@ -98,8 +98,8 @@ def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
     }
 
 
-def published_names(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
-    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+def canonicalize_keys(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
+    """Tensors of a file under the names that `KEY_MAPPING` writes: tied embeddings need no head."""
     embeddings = "model.language_model.embed_tokens.weight"
     return without_tied_head(tensors, embeddings) if config.tie_word_embeddings else tensors
 

@@ -18,10 +18,10 @@ def conversion_table(conversion: Conversion) -> Table:
     )
     for component in conversion.components:
         name = conversion.source.name if component.name == "." else component.name
-        title = f"{name}: {component.family.title}, {len(component.pieces)} tensors"
+        title = f"{name}: {component.architecture.title}, {len(component.slices)} tensors"
         table.add_row(title, "", "", readable_size(component.nbytes), style="bold")
-        for piece in component.pieces:
-            shape, spec = " x ".join(map(str, piece.spec.shape)), piece.spec
+        for tensor_slice in component.slices:
+            shape, spec = " x ".join(map(str, tensor_slice.spec.shape)), tensor_slice.spec
             table.add_row(spec.key, shape, spec.dtype.name, readable_size(spec.nbytes))
         table.add_section()
     for path in conversion.copied:
@@ -36,8 +36,8 @@ def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
 
 def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
     for component in conversion.components:
-        for piece in component.pieces:
-            spec = piece.spec
+        for tensor_slice in component.slices:
+            spec = tensor_slice.spec
             yield {
                 "model": component.name,
                 "key": spec.key,

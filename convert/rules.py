@@ -2,14 +2,14 @@
 
 Our modules carry the attribute names of the PyTorch modules, so that nearly everything follows from the kind of a leaf:
 
-    NNX leaf                    PyTorch key       layout
+    NNX leaf                    PyTorch key       transform
     kernel (in, out)            weight            transposed
     kernel (kh, kw, in, out)    weight            (out, in, kh, kw)
     scale, embedding            weight            as it is
     bias and all others         same name         as it is
 
-A `Table` says the rest for one architecture: which module attributes are scanned stacks (one NNX leaf with a leading
-layer axis is `depth` PyTorch tensors), and the special leaves.
+A `KeyMapping` holds the exceptions of one architecture: which module attributes are scanned stacks (one NNX leaf with a
+leading layer axis is `depth` PyTorch tensors), and the special leaves.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ Path = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class TensorTransform:
     """A pair of inverse re-layouts of one tensor, and the PyTorch shape that an NNX shape becomes."""
 
     to_torch: Callable[[Array], Array]
@@ -35,16 +35,16 @@ class Layout:
     torch_shape: Callable[[tuple[int, ...]], tuple[int, ...]]
 
 
-def _permutation(order: tuple[int, ...]) -> Layout:
+def _permutation(order: tuple[int, ...]) -> TensorTransform:
     inverse = tuple(int(i) for i in np.argsort(order))
-    return Layout(
+    return TensorTransform(
         to_torch=lambda array: np.transpose(array, order),
         from_torch=lambda array: np.transpose(array, inverse),
         torch_shape=lambda shape: tuple(shape[i] for i in order),
     )
 
 
-AS_IS = Layout(lambda array: array, lambda array: array, lambda shape: shape)
+AS_IS = TensorTransform(lambda array: array, lambda array: array, lambda shape: shape)
 LINEAR = _permutation((1, 0))
 CONV_2D = _permutation((3, 2, 0, 1))
 CONV_3D = _permutation((4, 3, 0, 1, 2))
@@ -53,19 +53,19 @@ _KERNELS = {2: LINEAR, 4: CONV_2D, 5: CONV_3D}
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """An exception: the NNX path (dots, no layer index) that matches `pattern` has this key (template) and layout.
+    """An exception: the NNX path (dots, no layer index) that matches `pattern` has this key (template) and transform.
 
     `key` may use the pattern's groups as \\1; None keeps the general name. `dtype` is the PyTorch dtype if it is fixed.
     """
 
     pattern: str
     key: str | None = None
-    layout: Layout | None = None
+    transform: TensorTransform | None = None
     dtype: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
-class Table:
+class KeyMapping:
     """What the general rules do not say about one architecture.
 
     stacked: dotted paths of modules built by `stack_blocks`.
@@ -91,19 +91,19 @@ class Entry:
     dtype: Any
     keys: tuple[str, ...]
     torch_shape: tuple[int, ...]
-    layout: Layout
+    transform: TensorTransform
     stacked: bool
     torch_dtype: str | None
 
     def from_torch(self, tensors: list[Array]) -> Array:
         """PyTorch tensors in the order of `keys` -> the NNX leaf."""
-        leaves = [np.asarray(self.layout.from_torch(tensor), order="C") for tensor in tensors]
+        leaves = [np.asarray(self.transform.from_torch(tensor), order="C") for tensor in tensors]
         return np.stack(leaves) if self.stacked else leaves[0]
 
     def to_torch(self, leaf: Array) -> list[Array]:
         """The NNX leaf -> PyTorch tensors in the order of `keys`."""
         layers = list(leaf) if self.stacked else [leaf]
-        return [np.asarray(self.layout.to_torch(layer), order="C") for layer in layers]
+        return [np.asarray(self.transform.to_torch(layer), order="C") for layer in layers]
 
 
 def leaves_of(module_or_state: Any) -> dict[Path, Any]:
@@ -113,63 +113,67 @@ def leaves_of(module_or_state: Any) -> dict[Path, Any]:
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
-def entries(state: Any, table: Table) -> list[Entry]:
+def entries(state: Any, key_mapping: KeyMapping) -> list[Entry]:
     """The correspondence of a whole model, in the order of the NNX state.
 
     Args:
       state: NNX module or state; shapes are enough (`nnx.eval_shape`).
-      table: the architecture's table.
-    Raises: ClvrError if a rule of the table matches nothing, which means that table and model went apart.
+      key_mapping: the architecture's key_mapping.
+    Raises: ClvrError if a rule of the key_mapping matches nothing, which means that key_mapping and model went apart.
     """
     used: set[Rule] = set()
     result = []
     for path, leaf in leaves_of(state).items():
-        result.append(_entry(path, tuple(leaf.shape), leaf.dtype, table, used))
-    unused = [rule.pattern for rule in table.special if rule not in used]
+        result.append(_entry(path, tuple(leaf.shape), leaf.dtype, key_mapping, used))
+    unused = [rule.pattern for rule in key_mapping.special if rule not in used]
     if unused:
-        raise ClvrError(f"conversion table: no parameter matches {unused}")
+        raise ClvrError(f"key mapping: no parameter matches {unused}")
     return result
 
 
-def _entry(path: Path, shape: tuple[int, ...], dtype: Any, table: Table, used: set[Rule]) -> Entry:
+def _entry(path: Path, shape: tuple[int, ...], dtype: Any, key_mapping: KeyMapping, used: set[Rule]) -> Entry:
     dotted = ".".join(map(str, path))
-    stack = next((name for name in table.stacked if dotted.startswith(name + ".")), None)
+    stack = next((name for name in key_mapping.stacked if dotted.startswith(name + ".")), None)
     layer_shape = shape[1:] if stack else shape
     owner, _, kind = dotted.rpartition(".")
     key = f"{owner}.{'weight' if kind in ('kernel', 'scale', 'embedding') else kind}"
-    layout = _KERNELS.get(len(layer_shape), AS_IS) if kind == "kernel" else AS_IS
+    transform = _KERNELS.get(len(layer_shape), AS_IS) if kind == "kernel" else AS_IS
     torch_dtype = None
-    for rule in table.special:
+    for rule in key_mapping.special:
         match = re.fullmatch(rule.pattern, dotted)
         if match:
             used.add(rule)
             key = match.expand(rule.key) if rule.key is not None else key
-            layout = rule.layout or layout
+            transform = rule.transform or transform
             torch_dtype = rule.dtype
             break
     if stack:
-        keys = tuple(f"{table.prefix}{stack}.{i}{key[len(stack) :]}" for i in range(shape[0]))
+        keys = tuple(f"{key_mapping.prefix}{stack}.{i}{key[len(stack) :]}" for i in range(shape[0]))
     else:
-        keys = (table.prefix + key,)
-    return Entry(path, shape, dtype, keys, layout.torch_shape(layer_shape), layout, stack is not None, torch_dtype)
+        keys = (key_mapping.prefix + key,)
+    return Entry(
+        path, shape, dtype, keys, transform.torch_shape(layer_shape), transform, stack is not None, torch_dtype
+    )
 
 
-def state_from_torch(tensors: Mapping[str, Array], state: Any, table: Table, where: str = "checkpoint") -> Any:
+def state_from_torch(
+    tensors: Mapping[str, Array], state: Any, key_mapping: KeyMapping, where: str = "checkpoint"
+) -> Any:
     """PyTorch tensors -> an NNX state with the structure of `state`; strict about keys and shapes.
 
-    Raises: ClvrError listing what is missing, what is surplus and which shapes differ.
+    Raises: ClvrError listing what is missing, what is unexpected and which shapes differ.
     """
-    plan = entries(state, table)
+    plan = entries(state, key_mapping)
     check_keys(plan, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
     flat = {entry.path: entry.from_torch([np.asarray(tensors[key]) for key in entry.keys]) for entry in plan}
     return nnx.from_flat_state(flat.items())
 
 
-def state_to_torch(state: Any, table: Table) -> dict[str, Array]:
+def state_to_torch(state: Any, key_mapping: KeyMapping) -> dict[str, Array]:
     """NNX module or state -> PyTorch key -> array, the inverse of `state_from_torch`."""
     leaves = leaves_of(state)
     tensors = {}
-    for entry in entries(state, table):
+    for entry in entries(state, key_mapping):
         for key, tensor in zip(entry.keys, entry.to_torch(np.asarray(leaves[entry.path])), strict=True):
             tensors[key] = tensor.astype(entry.torch_dtype) if entry.torch_dtype else tensor
     return tensors
@@ -179,7 +183,7 @@ def check_keys(plan: list[Entry], found: Mapping[str, tuple[int, ...]], where: s
     """Raises ClvrError, with both sides listed, unless `found` has exactly the plan's keys and shapes."""
     expected = {key: entry.torch_shape for entry in plan for key in entry.keys}
     missing = sorted(expected.keys() - found.keys())
-    surplus = sorted(found.keys() - expected.keys())
+    unexpected = sorted(found.keys() - expected.keys())
     misshapen = [
         f"{key} (expected {expected[key]}, found {found[key]})"
         for key in sorted(expected.keys() & found.keys())
@@ -187,7 +191,7 @@ def check_keys(plan: list[Entry], found: Mapping[str, tuple[int, ...]], where: s
     ]
     faults = [
         f"{len(names)} {title}: {_some(names)}"
-        for title, names in (("missing", missing), ("surplus", surplus), ("with another shape", misshapen))
+        for title, names in (("missing", missing), ("unexpected", unexpected), ("with another shape", misshapen))
         if names
     ]
     if faults:

@@ -46,7 +46,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Spec:
+class TensorSpec:
     """A tensor to be: its key, shape and dtype."""
 
     key: str
@@ -60,7 +60,7 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Stored(Spec):
+class StoredTensor(TensorSpec):
     """A tensor in a safetensors file: where its bytes begin."""
 
     file: Path
@@ -73,7 +73,7 @@ class Stored(Spec):
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
-Tensors = dict[str, Stored]
+Tensors = dict[str, StoredTensor]
 """The tensors of one model, key -> where it lies."""
 
 
@@ -167,7 +167,7 @@ def bits(values: np.ndarray) -> np.ndarray:
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def read_header(path: Path) -> list[Stored]:
+def read_header(path: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file, in the order of their bytes.
 
     Raises: ClvrError for a file that is missing, truncated or none of this kind.
@@ -187,20 +187,22 @@ def read_header(path: Path) -> list[Stored]:
     if unknown:
         raise ClvrError(f"{path}: tensors of type {', '.join(unknown)} are not supported")
     tensors = [
-        Stored(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, 8 + length + entry["data_offsets"][0])
+        StoredTensor(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, 8 + length + entry["data_offsets"][0])
         for key, entry in header.items()
     ]
     return sorted(tensors, key=lambda stored: stored.offset)
 
 
-def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = SHARD_BYTES) -> dict[str, Stored]:
+def preallocate_files(
+    folder: Path, specs: Iterable[TensorSpec], name: str, shard_bytes: int = SHARD_BYTES
+) -> dict[str, StoredTensor]:
     """Makes `name`.safetensors, or shards of at most `shard_bytes` with an index, all headers and no bytes yet.
 
     Files that are there already, laid out in the same way, keep their bytes. `folder` should be a temporary one that is
     renamed when all tensors are written.
     Returns: the place of each tensor, for `write_tensor`.
     """
-    shards: list[list[Spec]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     room = shard_bytes
     for spec in specs:
         if spec.nbytes > room and shards[-1]:
@@ -218,11 +220,11 @@ def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = S
     return {
         stored.key: stored
         for file, shard in zip(files, shards, strict=True)
-        for stored in _lay_out_file(folder / file, shard)
+        for stored in _preallocate_file(folder / file, shard)
     }
 
 
-def write_tensor(stored: Stored, tensor: np.ndarray) -> None:
+def write_tensor(stored: StoredTensor, tensor: np.ndarray) -> None:
     """Puts a tensor at its place; its shape and dtype must be those laid out."""
     if tensor.shape != stored.shape or tensor.dtype != stored.dtype:
         raise ClvrError(
@@ -233,13 +235,13 @@ def write_tensor(stored: Stored, tensor: np.ndarray) -> None:
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors that are in memory; see `lay_out`."""
-    specs = [Spec(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
-    for key, stored in lay_out(folder, specs, name, shard_bytes).items():
+    """Writes tensors that are in memory; see `preallocate_files`."""
+    specs = [TensorSpec(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
+    for key, stored in preallocate_files(folder, specs, name, shard_bytes).items():
         write_tensor(stored, tensors[key])
 
 
-def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
+def _preallocate_file(path: Path, shard: Sequence[TensorSpec]) -> list[StoredTensor]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, end = [], 0
     # Whole pages first: each of them can be written directly. Then wide types first, which keeps all of them aligned.
@@ -261,4 +263,4 @@ def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
             file.truncate()
             file.write(head)
         file.truncate(begin + end)
-    return [Stored(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]
+    return [StoredTensor(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
@@ -44,9 +44,9 @@ _FIXED = {
 _IGNORED = ("upcast_attention", "mid_block_only_cross_attention", "addition_embed_type_num_heads")
 
 
-def table(config: UNet2DConditionConfig) -> Table:
-    """The conversion table: each transformer's blocks are one stack."""
-    return Table(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
+def key_mapping(config: UNet2DConditionConfig) -> KeyMapping:
+    """The key mapping: each transformer's blocks are one stack."""
+    return KeyMapping(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
 
 
 def config_from_dict(config: Mapping[str, Any]) -> UNet2DConditionConfig:

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.families import Family
+from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES, Inputs
@@ -100,18 +100,24 @@ def verify(
         raise UsageError(f"{torch_folder}: is no folder that PyTorch reads; give one with config.json and safetensors")
     agreements = []
     for component in components:
-        family, theirs_in, ours_in = component.family, torch_folder / component.name, jax_folder / component.name
+        architecture, theirs_in, ours_in = (
+            component.architecture,
+            torch_folder / component.name,
+            jax_folder / component.name,
+        )
         name = theirs_in.absolute().name
         if on_model is not None:
             on_model(name)
-        config, other = (family.config_from_dict(read_json(path / "config.json")) for path in (theirs_in, ours_in))
+        config, other = (
+            architecture.config_from_dict(read_json(path / "config.json")) for path in (theirs_in, ours_in)
+        )
         if config != other:
             raise ClvrError(f"{ours_in}: its config.json is of another model than that of {theirs_in}")
-        inputs = PROBES[family].inputs(config, np.random.default_rng(0))
-        theirs = _their_outputs(theirs_in, family, inputs, dtype, variant)
+        inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
+        theirs = _their_outputs(theirs_in, architecture, inputs, dtype, variant)
         gc.collect()  # PyTorch's modules refer to themselves and would stay
-        ours = _our_outputs(ours_in, family, inputs, dtype, variant)
-        agreements.append(compare(name, family.title, ours, theirs))
+        ours = _our_outputs(ours_in, architecture, inputs, dtype, variant)
+        agreements.append(compare(name, architecture.title, ours, theirs))
     return agreements
 
 
@@ -128,31 +134,35 @@ def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping
     return Agreement(component, title, outputs, float(np.max(differences)))
 
 
-def _their_outputs(folder: Path, family: Family, inputs: Inputs, dtype: str | None, variant: str | None) -> Outputs:
+def _their_outputs(
+    folder: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
+) -> Outputs:
     import torch
 
-    library = importlib.import_module("diffusers" if family.file_name == DIFFUSERS_NAME else "transformers")
+    library = importlib.import_module("diffusers" if architecture.file_name == DIFFUSERS_NAME else "transformers")
     # Of a pipeline not every model has the variant, and PyTorch does not look further.
     found = variant if f".{variant}." in model_file(folder, variant).name else None
     tensors = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
     with _silent_libraries(), torch.no_grad():
-        reads: Any = getattr(library, family.torch_class).from_pretrained
+        reads: Any = getattr(library, architecture.torch_class).from_pretrained
         model = reads(folder, dtype=torch.float32, variant=found, use_safetensors=True, local_files_only=True).eval()
         for tensor in model.state_dict().values() if dtype else ():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, str(dtype))))
-        return {name: tensor.numpy() for name, tensor in PROBES[family].theirs(model, tensors).items()}
+        return {name: tensor.numpy() for name, tensor in PROBES[architecture].theirs(model, tensors).items()}
 
 
-def _our_outputs(folder: Path, family: Family, inputs: Inputs, dtype: str | None, variant: str | None) -> Outputs:
+def _our_outputs(
+    folder: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
+) -> Outputs:
     config = read_json(folder / "config.json")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: family.make(config)))
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: architecture.make(config)))
     cpu = SingleDeviceSharding(jax.devices("cpu")[0])  # accelerators shorten float32 in products of matrices
     shardings = jax.tree.map(lambda _: cpu, abstract)
-    stored = nnx.state(load_model(folder, family, FLOATS[dtype or "float32"], shardings, variant))
+    stored = nnx.state(load_model(folder, architecture, FLOATS[dtype or "float32"], shardings, variant))
     state = jax.tree.map(_in_float32, stored)
     del stored
-    answers = jax.jit(lambda state: PROBES[family].ours(nnx.merge(graphdef, state), inputs))(state)
+    answers = jax.jit(lambda state: PROBES[architecture].ours(nnx.merge(graphdef, state), inputs))(state)
     return {name: np.asarray(array) for name, array in answers.items()}
 
 

@@ -89,7 +89,7 @@ class Merge:
         plan = plan_merge(*origins, settings, force=self.force, ignore_text_encoder=self.ignore_text_encoder)
         for note in plan.notes:
             console.print(f"[yellow]note:[/] {note}")
-        tensors = len(plan.base.component.pieces)
+        tensors = len(plan.base.component.slices)
         data: dict[str, Any] = {
             "method": self.method,
             "inputs": {"base": self.base, "distill": self.distill, "align": self.align},

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from clvr_jax.convert.tensors import Stored
+from clvr_jax.convert.tensors import StoredTensor
 from clvr_jax.errors import ClvrError
 
 _STEP = 4 * 2**20
@@ -56,7 +56,7 @@ class Digests:
         self._digests = {path: FileDigest(path) for path in files.values() if path.is_file()}
         self._finished: dict[str, str] | None = None
 
-    def follow(self, tensor: Stored) -> None:
+    def follow(self, tensor: StoredTensor) -> None:
         """Says that a tensor is needed; see `FileDigest.follow`."""
         if self._finished is None:
             self._digests[tensor.file].follow(tensor.offset, tensor.offset + tensor.nbytes)

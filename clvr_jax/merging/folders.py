@@ -21,7 +21,7 @@ import numpy as np
 from clvr_jax.convert.conversion import Buffers, copy_file, shape_in, writer
 from clvr_jax.convert.journal import resumable, states
 from clvr_jax.convert.lora_config import PEFT_CONFIG
-from clvr_jax.convert.planning import Piece
+from clvr_jax.convert.planning import TensorSlice
 from clvr_jax.convert.tensors import bits
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
@@ -79,14 +79,14 @@ def merge(
         for key in journal.done:
             on_tensor(key)
         sums = {key: Sums(*values) for key, values in journal.done.items() if values}
-        wanted = [piece for piece in plan.pieces if piece.spec.key not in journal.done]
-        for piece in _read_ahead(plan, wanted):
-            key = piece.spec.key
-            values, own = _merged(plan, piece, buffers)
+        wanted = [tensor_slice for tensor_slice in plan.slices if tensor_slice.spec.key not in journal.done]
+        for tensor_slice in _read_ahead(plan, wanted):
+            key = tensor_slice.spec.key
+            values, own = _merged(plan, tensor_slice, buffers)
             if own is not None:
                 sums[key] = own
                 _check_distance(plan, layer_of(key), [sums.get(member) for member in layers[layer_of(key)]])
-            write(piece, values)
+            write(tensor_slice, values)
             journal.add(key, own and own.values)
             on_tensor(key)
         close()
@@ -98,16 +98,16 @@ def merge(
     return sums
 
 
-def _merged(plan: Merge, piece: Piece, buffers: Buffers) -> tuple[np.ndarray, Sums | None]:
+def _merged(plan: Merge, tensor_slice: TensorSlice, buffers: Buffers) -> tuple[np.ndarray, Sums | None]:
     """A tensor of the result in the base's layout and dtype, and its sums; a counter is the base's, and has none."""
-    key, settings = piece.spec.key, plan.settings
+    key, settings = tensor_slice.spec.key, plan.settings
     base = plan.base.values(key, buffers)
-    if not is_weight(piece):
-        return base.astype(piece.spec.dtype, copy=False), None
+    if not is_weight(tensor_slice):
+        return base.astype(tensor_slice.spec.dtype, copy=False), None
     low_rank = isinstance(plan.align, LowRank)
     operands = [base.reshape(-1), plan.distill.values(key, buffers).reshape(-1), _align(plan, key, buffers, base.size)]
     least = _least_kept(operands, low_rank, settings.density, buffers) if settings.method == "ties" else None
-    merged = buffers("merged", shape_in(piece, plan.base.component.source), piece.spec.dtype)
+    merged = buffers("merged", shape_in(tensor_slice, plan.base.component.source), tensor_slice.spec.dtype)
     flat, sums = merged.reshape(-1), np.zeros(4)
     for number, (part, blocks) in enumerate(_blocks(operands)):
         extra = random_key(settings.seed, key, number) if settings.method == "dare" else least
@@ -163,22 +163,24 @@ def _least_kept(
     return least[0], least[1]
 
 
-def _read_ahead(plan: Merge, pieces: list[Piece]) -> Iterator[Piece]:
-    """Each piece when the bytes of its tensors have gone through the digests; those of the next one go meanwhile."""
+def _read_ahead(plan: Merge, slices: list[TensorSlice]) -> Iterator[TensorSlice]:
+    """Yields each slice once the digests have read its bytes, while a thread reads those of the next slice."""
     files = [side.stored for side in plan.inputs if isinstance(side, Weights)]
     digests = [side.digests for side in plan.inputs if isinstance(side, Weights)]
     with ThreadPoolExecutor(len(files)) as pool:
 
-        def follow(piece: Piece | None) -> list[Future[None]]:
-            found = zip(digests, (stored.get(piece.spec.key) if piece else None for stored in files), strict=True)
+        def follow(tensor_slice: TensorSlice | None) -> list[Future[None]]:
+            found = zip(
+                digests, (stored.get(tensor_slice.spec.key) if tensor_slice else None for stored in files), strict=True
+            )
             return [pool.submit(digest.follow, tensor) for digest, tensor in found if tensor]
 
-        ahead = follow(pieces[0] if pieces else None)
-        for piece, following in itertools.zip_longest(pieces, pieces[1:]):
+        ahead = follow(slices[0] if slices else None)
+        for tensor_slice, following in itertools.zip_longest(slices, slices[1:]):
             for future in ahead:
                 future.result()
             ahead = follow(following)
-            yield piece
+            yield tensor_slice
 
 
 def _not_finite(plan: Merge, key: str, operands: list[np.ndarray]) -> str:

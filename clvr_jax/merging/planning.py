@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.planning import Piece, files_beside
+from clvr_jax.convert.planning import TensorSlice, files_beside
 from clvr_jax.files import read_json
 from clvr_jax.merging.methods import DSWM, Settings
 from clvr_jax.merging.sources import LowRank, Origin, Weights, is_weight, open_align, open_tuned, open_weights
@@ -48,10 +48,10 @@ class Merge:
         return self.base.component.nbytes + sum(path.stat().st_size for path in self.copied.values())
 
     @property
-    def pieces(self) -> list[Piece]:
+    def slices(self) -> list[TensorSlice]:
         """The tensors to be written, in the order in which they lie in the base."""
         places = {key: (str(tensor.file), tensor.offset) for key, tensor in self.base.stored.items()}
-        return sorted(self.base.component.pieces, key=lambda piece: places.get(piece.spec.key, ("", 0)))
+        return sorted(self.base.component.slices, key=lambda tensor_slice: places.get(tensor_slice.spec.key, ("", 0)))
 
 
 def plan_merge(
@@ -76,7 +76,9 @@ def plan_merge(
     of_base = open_weights("base", base)
     of_distill = open_tuned("distill", distill, of_base, force)
     of_align = open_align(align, of_base, force, ignore_text_encoder)
-    weights = settings.weights(piece.spec.key for piece in of_base.component.pieces if is_weight(piece))
+    weights = settings.weights(
+        tensor_slice.spec.key for tensor_slice in of_base.component.slices if is_weight(tensor_slice)
+    )
     root = of_base.origin.path
     copied = {
         path.as_posix(): root / path for path in files_beside(root, [of_base.folder]) if str(path) not in _OWN_FILES

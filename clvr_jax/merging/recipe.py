@@ -18,8 +18,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.families import torch_class
-from clvr_jax.convert.model_card import LAYOUTS, front_matter, license_of_all, models_and_license, table, titles
+from clvr_jax.convert.architectures import torch_class
+from clvr_jax.convert.model_card import (
+    FORMATS,
+    front_matter,
+    license_of_all,
+    markdown_table,
+    models_and_license,
+    titles,
+)
 from clvr_jax.files import read_json, write_atomically, write_json
 from clvr_jax.merging.norms import Sums, total
 from clvr_jax.merging.planning import RECIPE, Merge
@@ -86,7 +93,7 @@ def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: 
         *((option, str(made[option])) for option in ("density", "seed") if option in made),
         ("Made by", f"`{command}`"),
         ("clvr-jax", made["versions"]["clvr-jax"]),
-        ("Layout", LAYOUTS[plan.base.component.source]),
+        ("Layout", FORMATS[plan.base.component.source]),
         ("Numbers", ", ".join(made["dtypes"])),
         ("Relative norm of the changes", f"distill {_percent(norms['distill'])}, align {_percent(norms['align'])}"),
         *([("Scheduler", f"that of {plan.scheduler}")] if plan.scheduler else []),
@@ -97,9 +104,9 @@ def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: 
         *front_matter(plan.base.component.source, models, binding, list(dict.fromkeys(ids)), "merge"),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}. Merged is {merged}; everything else is the base's.\n",
-        *table(("Input", "From", "Kind", "Weight", "License as its card states it"), inputs),
+        *markdown_table(("Input", "From", "Kind", "Weight", "License as its card states it"), inputs),
         "",
-        *table(("", ""), rows),
+        *markdown_table(("", ""), rows),
         *(f"\n{note[0].upper()}{note[1:]}." for note in plan.notes),
         *models_and_license(models, binding),
         "\nThe weights derive from all inputs: the license of each holds.",

@@ -78,16 +78,16 @@ def plan_table(plan: Merge) -> Table:
     """One row for each tensor of the result, then what is copied."""
     component = plan.base.component
     size = readable_size(plan.nbytes)
-    title = f"{plan.settings.method}: {component.family.title}, {len(component.pieces)} tensors, {size}"
+    title = f"{plan.settings.method}: {component.architecture.title}, {len(component.slices)} tensors, {size}"
     table = Table(title=title)
     table.add_column("tensor", overflow="fold")
     for column in ("shape", "dtype", "weight of distill", "of align"):
         table.add_column(column)
-    for piece in component.pieces:
-        pair = plan.weights[piece.spec.key] if is_weight(piece) else None
+    for tensor_slice in component.slices:
+        pair = plan.weights[tensor_slice.spec.key] if is_weight(tensor_slice) else None
         weights = tuple(f"{weight:g}" for weight in pair) if pair else ("the base's", "")
-        shape = " x ".join(map(str, piece.spec.shape))
-        table.add_row(piece.spec.key, shape, piece.spec.dtype.name, *weights)
+        shape = " x ".join(map(str, tensor_slice.spec.shape))
+        table.add_row(tensor_slice.spec.key, shape, tensor_slice.spec.dtype.name, *weights)
     table.add_section()
     for name in plan.copied:
         whose = plan.scheduler if name.startswith("scheduler/") else "base"
@@ -99,10 +99,10 @@ def plan_list(plan: Merge) -> list[dict[str, Any]]:
     """The tensors of the result for scripts: key, shape, dtype, weights (null of a counter, which is the base's)."""
     return [
         {
-            "key": piece.spec.key,
-            "shape": list(piece.spec.shape),
-            "dtype": piece.spec.dtype.name,
-            "weights": plan.weights.get(piece.spec.key),
+            "key": tensor_slice.spec.key,
+            "shape": list(tensor_slice.spec.shape),
+            "dtype": tensor_slice.spec.dtype.name,
+            "weights": plan.weights.get(tensor_slice.spec.key),
         }
-        for piece in plan.base.component.pieces
+        for tensor_slice in plan.base.component.slices
     ]

@@ -12,13 +12,13 @@ from typing import Literal
 
 import numpy as np
 
+from clvr_jax.convert.architectures import torch_class
 from clvr_jax.convert.conversion import Buffers, shape_in
-from clvr_jax.convert.families import torch_class
 from clvr_jax.convert.journal import reading
 from clvr_jax.convert.lora_file import Factors, find_lora, read_factors
 from clvr_jax.convert.orbax_tree import PARAMS
-from clvr_jax.convert.planning import Component, Piece, model_in
-from clvr_jax.convert.tensors import FLOATS, Stored, bits, stored_tensors
+from clvr_jax.convert.planning import PipelineComponent, TensorSlice, model_in
+from clvr_jax.convert.tensors import FLOATS, StoredTensor, bits, stored_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.digests import Digests
 from clvr_jax.models.lora import LoRAPair
@@ -28,7 +28,7 @@ Role = Literal["base", "distill", "align"]
 PAINTERS = ("transformer", "unet")
 """The model of a pipeline that is merged."""
 
-_LAYOUTS = {"torch": "safetensors", "jax": "an Orbax checkpoint"}
+_FORMATS = {"torch": "safetensors", "jax": "an Orbax checkpoint"}
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ class Weights:
 
     role: Role
     origin: Origin
-    component: Component
-    stored: Mapping[str, Stored] = field(repr=False)
+    component: PipelineComponent
+    stored: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
     def folder(self) -> Path:
@@ -60,14 +60,16 @@ class Weights:
         return self.origin.path / self.component.name
 
     @cached_property
-    def pieces(self) -> dict[str, Piece]:
+    def slices(self) -> dict[str, TensorSlice]:
         """Its tensors by key."""
-        return {piece.spec.key: piece for piece in self.component.pieces}
+        return {tensor_slice.spec.key: tensor_slice for tensor_slice in self.component.slices}
 
     @property
     def dtypes(self) -> list[str]:
         """Of its floating-point tensors."""
-        return sorted({piece.spec.dtype.name for piece in self.component.pieces if is_weight(piece)})
+        return sorted(
+            {tensor_slice.spec.dtype.name for tensor_slice in self.component.slices if is_weight(tensor_slice)}
+        )
 
     @cached_property
     def digests(self) -> Digests:
@@ -79,15 +81,15 @@ class Weights:
 
     def values(self, key: str, buffers: Buffers) -> np.ndarray:
         """A tensor in the layout of its format: mapped, or put together in a buffer of the input's own."""
-        piece = self.pieces[key]
-        shape = shape_in(piece, self.component.source)
+        tensor_slice = self.slices[key]
+        shape = shape_in(tensor_slice, self.component.source)
         whole: np.ndarray | None = None
         with reading(f"{self.folder}: {key}"):
-            for rows, block in self.component.read(piece, partial(buffers, f"{self.role}, as read")):
+            for rows, block in self.component.read(tensor_slice, partial(buffers, f"{self.role}, as read")):
                 if whole is None:
                     if block.shape == shape:
                         return block
-                    whole = buffers(self.role, shape, piece.spec.dtype)
+                    whole = buffers(self.role, shape, tensor_slice.spec.dtype)
                 bits(whole)[rows] = bits(block)
         assert whole is not None, key
         return whole
@@ -114,19 +116,19 @@ class LowRank:
         return Digests({self.file.name: self.file})
 
     def change(self, key: str) -> np.ndarray | None:
-        """scale * up down in float32 and in the base's layout; None for a tensor that it does not adapt."""
+        """scale * up down in float32 and in the base's format; None for a tensor that it does not adapt."""
         factors = self.factors.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         if factors is None:
             return None
-        entry, rank = self.base.pieces[key].entry, factors.down.shape[0]
+        entry, rank = self.base.slices[key].entry, factors.down.shape[0]
         pair = LoRAPair(factors.up.reshape(-1, rank), factors.down.reshape(rank, -1), factors.scale)
         product = np.asarray(pair.product()).reshape(entry.torch_shape)
-        return product if self.base.component.source == "torch" else np.asarray(entry.layout.from_torch(product))
+        return product if self.base.component.source == "torch" else np.asarray(entry.transform.from_torch(product))
 
 
-def is_weight(piece: Piece) -> bool:
+def is_weight(tensor_slice: TensorSlice) -> bool:
     """Whether a tensor is merged; counters stay the base's."""
-    return piece.spec.dtype.kind not in "iub"
+    return tensor_slice.spec.dtype.kind not in "iub"
 
 
 def open_weights(role: Role, source: Path | Origin) -> Weights:
@@ -138,7 +140,7 @@ def open_weights(role: Role, source: Path | Origin) -> Weights:
     path = origin.path
     if path.is_file():
         raise ClvrError(
-            f"{role}: {origin.name} is a single file, and layouts are not mixed; make a folder of it with "
+            f"{role}: {origin.name} is a single file, and formats are not mixed; make a folder of it with "
             f"`clvr convert {origin.name} FOLDER --to torch` and give that"
         )
     if not path.is_dir():
@@ -147,7 +149,7 @@ def open_weights(role: Role, source: Path | Origin) -> Weights:
     if torch_class(path) is None:
         name = next((painter for painter in PAINTERS if (path / painter).is_dir()), ".")
     component = model_in(path / name, name)
-    if odd := sorted({p.spec.dtype.name for p in component.pieces if is_weight(p)} - FLOATS.keys()):
+    if odd := sorted({p.spec.dtype.name for p in component.slices if is_weight(p)} - FLOATS.keys()):
         raise ClvrError(
             f"{role}: {path / name} holds {', '.join(odd)}, which float32 does not do justice to; "
             f"convert it first with --dtype, to one of {', '.join(FLOATS)}"
@@ -157,21 +159,21 @@ def open_weights(role: Role, source: Path | Origin) -> Weights:
 
 
 def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = False) -> Weights:
-    """A model that was tuned from `base`: of the same architecture, layout, tensors and settings.
+    """A model that was tuned from `base`: of the same architecture, format, tensors and settings.
 
     Args:
       force: let settings (config.json) differ that do not change the tensors.
     Raises: ClvrError listing what differs, both sides.
     """
     tuned = open_weights(role, source)
-    kinds = [side.component.family.torch_class for side in (base, tuned)]
+    kinds = [side.component.architecture.torch_class for side in (base, tuned)]
     if kinds[0] != kinds[1]:
         raise ClvrError(f"{role}: {tuned.folder} is a {kinds[1]}, the base a {kinds[0]}")
-    layouts = [side.component.source for side in (base, tuned)]
-    if layouts[0] != layouts[1]:
+    formats = [side.component.source for side in (base, tuned)]
+    if formats[0] != formats[1]:
         raise ClvrError(
-            f"{role}: {tuned.folder} holds {_LAYOUTS[layouts[1]]}, the base {_LAYOUTS[layouts[0]]}; layouts are not "
-            f"mixed: `clvr convert {tuned.origin.name} FOLDER --to {layouts[0]}` makes them the same"
+            f"{role}: {tuned.folder} holds {_FORMATS[formats[1]]}, the base {_FORMATS[formats[0]]}; formats are not "
+            f"mixed: `clvr convert {tuned.origin.name} FOLDER --to {formats[0]}` makes them the same"
         )
     _check_same(base, tuned)
     settings = [_settings(side.component) for side in (base, tuned)]
@@ -197,18 +199,18 @@ def open_align(
     file = find_lora(origin.path) if origin.path.exists() else None
     if file is None:
         return open_tuned("align", origin, base, force)
-    kernels = [piece for piece in base.component.pieces if piece.entry.path[-1] == "kernel"]
-    shapes = {piece.spec.key.removesuffix(".weight"): piece.spec.shape for piece in kernels}
+    kernels = [tensor_slice for tensor_slice in base.component.slices if tensor_slice.entry.path[-1] == "kernel"]
+    shapes = {tensor_slice.spec.key.removesuffix(".weight"): tensor_slice.spec.shape for tensor_slice in kernels}
     return LowRank("align", origin, base, file, read_factors(file, shapes, ignore_text_encoder))
 
 
-def _settings(component: Component) -> dict[str, object]:
-    config = component.family.config_from_dict(component.config)
+def _settings(component: PipelineComponent) -> dict[str, object]:
+    config = component.architecture.config_from_dict(component.config)
     return dataclasses.asdict(config)
 
 
 def _check_same(base: Weights, tuned: Weights) -> None:
-    ours, theirs = base.pieces, tuned.pieces
+    ours, theirs = base.slices, tuned.slices
     differing = [
         f"{key} (base {_described(ours[key])}, {tuned.role} {_described(theirs[key])})"
         for key in ours
@@ -223,5 +225,5 @@ def _check_same(base: Weights, tuned: Weights) -> None:
         raise ClvrError(f"{tuned.role}: {tuned.folder} does not match the base; {'; '.join(faults)}")
 
 
-def _described(piece: Piece) -> str:
-    return f"{'floating' if is_weight(piece) else piece.spec.dtype.name} {piece.spec.shape}"
+def _described(tensor_slice: TensorSlice) -> str:
+    return f"{'floating' if is_weight(tensor_slice) else tensor_slice.spec.dtype.name} {tensor_slice.spec.shape}"

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.convert.families import QWEN3_VL
+from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_folder
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation

@@ -1,4 +1,4 @@
-"""Verification: small models of every family agree after a conversion, and whatever is not converted right is found."""
+"""Verification: small models of every architecture agree after a conversion, and a wrong conversion is found."""
 
 import dataclasses
 import io
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.families import (
+from clvr_jax.convert.architectures import (
+    ARCHITECTURES,
     AUTOENCODER_KL,
     CLIP_TEXT,
     CLIP_TEXT_PROJECTED,
-    FAMILIES,
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
     QWEN3,
     QWEN3_VL,
     UNET,
 )
+from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES
@@ -67,11 +67,11 @@ MODELS = {
 }
 
 
-def make(family, config, seed=0):
-    fields = family.config_to_dict(config)
-    if family.file_name == DIFFUSERS_NAME:
-        return randomize(getattr(diffusers, family.torch_class).from_config(fields), seed)
-    kind = getattr(transformers, family.torch_class)
+def make(architecture, config, seed=0):
+    fields = architecture.config_to_dict(config)
+    if architecture.file_name == DIFFUSERS_NAME:
+        return randomize(getattr(diffusers, architecture.torch_class).from_config(fields), seed)
+    kind = getattr(transformers, architecture.torch_class)
     return randomize(kind(kind.config_class(**fields)), seed)
 
 
@@ -79,8 +79,8 @@ def make(family, config, seed=0):
 def saved(tmp_path_factory):
     """All models side by side as PyTorch saves them."""
     folder = tmp_path_factory.mktemp("verify") / "torch"
-    for name, (family, config) in MODELS.items():
-        make(family, config).save_pretrained(folder / name)
+    for name, (architecture, config) in MODELS.items():
+        make(architecture, config).save_pretrained(folder / name)
     return folder
 
 
@@ -101,12 +101,12 @@ def spoiled(folder, name, edit, target):
     return target
 
 
-def test_small_models_of_every_family_agree_and_nothing_else_is_said(saved, converted, capfd):
+def test_small_models_of_every_architecture_agree_and_nothing_else_is_said(saved, converted, capfd):
     seen = []
     agreements = verify(saved, converted, on_model=seen.append)
     assert capfd.readouterr() == ("", "")
     assert seen == [agreement.component for agreement in agreements] == list(MODELS)
-    assert {agreement.title for agreement in agreements} == {family.title for family in FAMILIES}
+    assert {agreement.title for agreement in agreements} == {architecture.title for architecture in ARCHITECTURES}
     for agreement in agreements:
         assert agreement.agrees, agreement
         assert 0 < agreement.relative <= TOLERANCE  # 0 would mean that one framework was compared with itself
@@ -126,14 +126,14 @@ def test_the_shipped_pipeline_agrees(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_weight_has_a_part_in_what_is_compared(converted, name):
-    family, config = MODELS[name]
-    model = load_model(converted / name, family)
+    architecture, config = MODELS[name]
+    model = load_model(converted / name, architecture)
     graphdef, state = nnx.split(model)
-    inputs = PROBES[family].inputs(config, np.random.default_rng(0))
-    answers = jax.jit(lambda state: PROBES[family].ours(nnx.merge(graphdef, state), inputs))
+    inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
+    answers = jax.jit(lambda state: PROBES[architecture].ours(nnx.merge(graphdef, state), inputs))
     expected = answers(state)
     leaves, structure = jax.tree.flatten(state)
-    plan_of = family.entries(family.config_to_dict(config))
+    plan_of = architecture.entries(architecture.config_to_dict(config))
     assert len(plan_of) == len(leaves)
     for number, (entry, leaf) in enumerate(zip(plan_of, leaves, strict=True)):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):

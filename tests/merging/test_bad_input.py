@@ -81,7 +81,7 @@ def other_depth(folder):
         (guided, r"2 only in {role}: time_guidance_embed\.guidance_embedder\.linear_1"),
         (other_depth, r"\d only in {role}: single_transformer_blocks\.2"),
         (lambda f: edit(f, lambda t: t.pop(KEY)), f"1 missing: {KEY}"),
-        (lambda f: edit(f, lambda t: t.update(more=np.ones(2))), "1 surplus: more"),
+        (lambda f: edit(f, lambda t: t.update(more=np.ones(2))), "1 unexpected: more"),
         (lambda f: edit(f, lambda t: t.update({KEY: t[KEY][:5]})), rf"{KEY} \(expected \(32, .*\), found \(5, "),
         (lambda f: edit(f, lambda t: None, {"rope_theta": 10_000}), r"rope_theta \(base 2000, {role} 10000\)"),
         (set_one(np.nan), rf"{{role}}: {KEY} holds NaN or infinity"),
@@ -142,7 +142,7 @@ def test_single_files_and_other_layouts_are_not_mixed_in(tmp_path):
     for place in range(3):
         inputs = [*paths]
         inputs[place] = tmp_path / "flux.safetensors"
-        refused(inputs, "single file, and layouts are not mixed; make a folder of it with `clvr convert")
+        refused(inputs, "single file, and formats are not mixed; make a folder of it with `clvr convert")
     refused(
         [paths[0], SHIPPED / "shapes-tiny" / "vae", paths[2]], "is a AutoencoderKLFlux2, the base a Flux2Transformer"
     )

@@ -112,7 +112,11 @@ def test_a_merge_that_was_killed_goes_on_and_ends_the_same(tmp_path, method):
     plan, again = plan_merge(*paths, settings), []
     written, real = [], folders._merged
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_merged", lambda plan, piece, *rest: written.append(piece) or real(plan, piece, *rest))
+        patch.setattr(
+            folders,
+            "_merged",
+            lambda plan, tensor_slice, *rest: written.append(tensor_slice) or real(plan, tensor_slice, *rest),
+        )
         sums = merge(plan, out, resume=True, on_tensor=again.append)
     assert len(again) == len(whole)
     assert len(written) == len(whole) - 20
@@ -155,7 +159,7 @@ def test_orbax_folders_merge_to_the_same_numbers(tmp_path):
     shutil.rmtree(inputs[0])
     convert(plan_conversion(paths[0], "jax"), inputs[0])  # the same weights at another time
     assert plan_merge(*inputs).base.digests.finish() == digests
-    with pytest.raises(ClvrError, match=r"layouts are not mixed: `clvr convert .*distill FOLDER --to jax`"):
+    with pytest.raises(ClvrError, match=r"formats are not mixed: `clvr convert .*distill FOLDER --to jax`"):
         plan_merge(inputs[0], paths[1], inputs[2])
 
 

@@ -18,7 +18,7 @@ from clvr_jax.convert import (
     qwen3_vl,
     unet_2d_condition,
 )
-from clvr_jax.convert.rules import Entry, Table, entries
+from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from flax import nnx
 from jax.typing import DTypeLike
@@ -53,14 +53,14 @@ def _as_they_are(tensors: Tensors, config: Any) -> Tensors:
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """One architecture.
 
-    title: for people. torch_class: the PyTorch class that reads such a folder, `_class_name` (diffusers) or
-    `architectures` (transformers) in config.json. module: the NNX module. config_from_dict, config_to_dict: config.json
-    <-> the module's configuration. table: configuration -> conversion table. file_name: stem of its safetensors files.
-    published: (tensors of a file, configuration) -> the same under the names of the table, for files that were saved by
-    other versions of the PyTorch class.
+    title: name for tables and messages. torch_class: the PyTorch class that reads such a directory, `_class_name`
+    (diffusers) or `architectures` (transformers) in config.json. module: the NNX module. config_from_dict,
+    config_to_dict: config.json <-> the module's configuration. key_mapping: configuration -> key mapping. file_name:
+    stem of its safetensors files. canonicalize_keys: (tensors of a file, configuration) -> the same tensors under the
+    keys of the key mapping, for files that other versions of the PyTorch class saved.
     """
 
     title: str
@@ -68,9 +68,9 @@ class Family:
     module: Callable[..., nnx.Module]
     config_from_dict: Callable[[Mapping[str, Any]], Any]
     config_to_dict: Callable[[Any], dict[str, Any]]
-    table: Callable[[Any], Table]
+    key_mapping: Callable[[Any], KeyMapping]
     file_name: str = DIFFUSERS_NAME
-    published: Callable[[Tensors, Any], Tensors] = _as_they_are
+    canonicalize_keys: Callable[[Tensors, Any], Tensors] = _as_they_are
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config_from_dict", _checked(self.config_from_dict))
@@ -87,99 +87,99 @@ class Family:
     def entries(self, config: Mapping[str, Any]) -> list[Entry]:
         """The correspondence of every parameter with PyTorch's tensors."""
         made = self.config_from_dict(config)
-        return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.table(made))
+        return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.key_mapping(made))
 
 
 # Tracing a UNet takes seconds, and a conversion asks several times.
 @functools.lru_cache(maxsize=16)
-def _split(family: Family, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
+def _split(architecture: Architecture, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
     try:
         graphdef, state = nnx.split(
-            nnx.eval_shape(lambda: family.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+            nnx.eval_shape(lambda: architecture.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
         )
     except (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ClvrError(f"config.json: no {family.title} can be built of these sizes ({reason})") from error
+        raise ClvrError(f"config.json: no {architecture.title} can be built of these sizes ({reason})") from error
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
     if parameters > MOST_PARAMETERS:
-        raise ClvrError(f"config.json: a {family.title} of {parameters:.3g} parameters; its sizes are damaged")
+        raise ClvrError(f"config.json: a {architecture.title} of {parameters:.3g} parameters; its sizes are damaged")
     return graphdef, state
 
 
-FLUX2_TRANSFORMER = Family(
+FLUX2_TRANSFORMER = Architecture(
     "FLUX.2 transformer",
     "Flux2Transformer2DModel",
     Flux2Transformer,
     flux2_transformer.config_from_dict,
     flux2_transformer.config_to_dict,
-    lambda config: flux2_transformer.TABLE,
+    lambda config: flux2_transformer.KEY_MAPPING,
 )
-FLUX2_VAE = Family(
+FLUX2_VAE = Architecture(
     "FLUX.2 autoencoder",
     "AutoencoderKLFlux2",
     AutoencoderKLFlux2,
     autoencoder_kl_flux2.config_from_dict,
     autoencoder_kl_flux2.config_to_dict,
-    lambda config: autoencoder_kl_flux2.TABLE,
+    lambda config: autoencoder_kl_flux2.KEY_MAPPING,
 )
-QWEN3 = Family(
+QWEN3 = Architecture(
     "Qwen3",
     "Qwen3ForCausalLM",
     Qwen3,
     qwen3.config_from_dict,
     qwen3.config_to_dict,
-    lambda config: qwen3.TABLE,
+    lambda config: qwen3.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    qwen3.published_names,
+    qwen3.canonicalize_keys,
 )
-QWEN3_VL = Family(
+QWEN3_VL = Architecture(
     "Qwen3-VL",
     "Qwen3VLForConditionalGeneration",
     Qwen3VL,
     qwen3_vl.config_from_dict,
     qwen3_vl.config_to_dict,
-    lambda config: qwen3_vl.TABLE,
+    lambda config: qwen3_vl.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    qwen3_vl.published_names,
+    qwen3_vl.canonicalize_keys,
 )
-UNET = Family(
+UNET = Architecture(
     "Stable Diffusion UNet",
     "UNet2DConditionModel",
     UNet2DCondition,
     unet_2d_condition.config_from_dict,
     unet_2d_condition.config_to_dict,
-    unet_2d_condition.table,
+    unet_2d_condition.key_mapping,
 )
-AUTOENCODER_KL = Family(
+AUTOENCODER_KL = Architecture(
     "Stable Diffusion autoencoder",
     "AutoencoderKL",
     AutoencoderKL,
     autoencoder_kl.config_from_dict,
     autoencoder_kl.config_to_dict,
-    lambda config: autoencoder_kl.TABLE,
-    published=lambda tensors, config: autoencoder_kl.published_names(tensors),
+    lambda config: autoencoder_kl.KEY_MAPPING,
+    canonicalize_keys=lambda tensors, config: autoencoder_kl.canonicalize_keys(tensors),
 )
-CLIP_TEXT = Family(
+CLIP_TEXT = Architecture(
     "CLIP text encoder",
     "CLIPTextModel",
     CLIPText,
     clip_text.config_from_dict,
     clip_text.config_to_dict,
-    lambda config: clip_text.TABLE,
+    lambda config: clip_text.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    lambda tensors, config: clip_text.published_names(tensors),
+    lambda tensors, config: clip_text.canonicalize_keys(tensors),
 )
-CLIP_TEXT_PROJECTED = Family(
+CLIP_TEXT_PROJECTED = Architecture(
     "CLIP text encoder with projection",
     "CLIPTextModelWithProjection",
     CLIPText,
     clip_text.config_from_dict,
     clip_text.config_to_dict,
-    lambda config: clip_text.TABLE,
+    lambda config: clip_text.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    lambda tensors, config: clip_text.published_names(tensors),
+    lambda tensors, config: clip_text.canonicalize_keys(tensors),
 )
-FAMILIES = (
+ARCHITECTURES = (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
     QWEN3,
@@ -208,20 +208,20 @@ def torch_class(folder: Path) -> str | None:
     return name or next(iter(listed), None)
 
 
-def find_family(name: str | None) -> Family | None:
+def find_architecture(name: str | None) -> Architecture | None:
     """The architecture of a PyTorch class, None for one that has no counterpart here."""
-    return next((family for family in FAMILIES if family.torch_class == name), None)
+    return next((architecture for architecture in ARCHITECTURES if architecture.torch_class == name), None)
 
 
-def family_of(folder: Path) -> Family:
+def architecture_of(folder: Path) -> Architecture:
     """The architecture of the model in a folder.
 
     Raises: ClvrError, listing what can be converted, for anything else.
     """
     found = torch_class(folder)
-    family = find_family(found)
-    if family is None:
-        known = ", ".join(family.torch_class for family in FAMILIES)
+    architecture = find_architecture(found)
+    if architecture is None:
+        known = ", ".join(architecture.torch_class for architecture in ARCHITECTURES)
         what = f"holds a {found}" if found else "has no config.json that names its class"
         raise ClvrError(f"{folder}: {what}; what can be converted is {known}")
-    return family
+    return architecture
