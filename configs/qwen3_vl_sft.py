@@ -20,7 +20,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
@@ -141,7 +141,7 @@ def abstract_task(config: Config) -> Task:
 
 
 def _folder(model: str) -> Path:
-    directory = resolve(model)[0] if model in MODELS else local_folder(model)
+    directory = resolve(model)[0] if model in MODELS else local_directory(model)
     return directory / "controller" if (directory / "controller").is_dir() else directory
 
 

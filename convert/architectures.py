@@ -1,4 +1,4 @@
-"""Which model a folder holds: the architectures that can be converted, told apart by config.json."""
+"""The registry of architectures that can be converted, and their detection from config.json."""
 
 import functools
 import math
@@ -35,7 +35,7 @@ from clvr_jax.models.unet_2d_condition import UNet2DCondition
 
 
 def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """A reader of config.json that fails with one line, whatever is in the file."""
+    """Wraps a parser of config.json so that any malformed content raises ClvrError with one line."""
 
     @functools.wraps(read)
     def checked(config: Mapping[str, Any]) -> Any:
@@ -43,12 +43,12 @@ def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str,
             return read(config)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ClvrError(f"config.json: a field is of another type than the model reads ({reason})") from error
+            raise ClvrError(f"config.json: a field has another type than the model expects ({reason})") from error
 
     return checked
 
 
-def _as_they_are(tensors: Tensors, config: Any) -> Tensors:
+def _unchanged(tensors: Tensors, config: Any) -> Tensors:
     return tensors
 
 
@@ -70,27 +70,27 @@ class Architecture:
     config_to_dict: Callable[[Any], dict[str, Any]]
     key_mapping: Callable[[Any], KeyMapping]
     file_name: str = DIFFUSERS_NAME
-    canonicalize_keys: Callable[[Tensors, Any], Tensors] = _as_they_are
+    canonicalize_keys: Callable[[Tensors, Any], Tensors] = _unchanged
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config_from_dict", _checked(self.config_from_dict))
 
     def make(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
-        """The module of a config.json, its weights drawn from seed 0."""
+        """Returns the module of a config.json with random weights from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
     def split(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
-        """Graph and abstract state (shapes and dtypes) of a model with this config.json; nothing is allocated."""
+        """Returns graph and abstract state (shapes and dtypes) of a config.json's model; allocates no weights."""
         graphdef, state = _split(self, self.config_from_dict(config), jnp.dtype(dtype))
         return graphdef, jax.tree.map(lambda leaf: leaf, state)  # a copy: states are changed in place
 
     def entries(self, config: Mapping[str, Any]) -> list[Entry]:
-        """The correspondence of every parameter with PyTorch's tensors."""
+        """Returns one entry per parameter: its correspondence with PyTorch's tensors."""
         made = self.config_from_dict(config)
         return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.key_mapping(made))
 
 
-# Tracing a UNet takes seconds, and a conversion asks several times.
+# Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
 def _split(architecture: Architecture, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
     try:
@@ -191,37 +191,40 @@ ARCHITECTURES = (
 )
 
 MOST_PARAMETERS = 10**13
-"""More than any published model has a hundred times."""
+"""Upper bound for the parameters of a config.json: more than 100 times those of any published model."""
 
 WITHOUT_MODULE = ("Mistral3ForConditionalGeneration", "StableDiffusionSafetyChecker")
-"""Parts of pipelines that have no counterpart here: FLUX.2 dev's text encoder, Stable Diffusion's filter."""
+"""Classes in pipelines without an NNX module: FLUX.2 dev's text encoder, Stable Diffusion's safety checker."""
 
 
-def torch_class(folder: Path) -> str | None:
-    """The PyTorch class that config.json in `folder` names, None if there is no such file or name."""
-    if not (folder / "config.json").exists():
+def torch_class(directory: Path) -> str | None:
+    """Returns the PyTorch class that config.json in `directory` names; None if there is no such file or name.
+
+    Raises: ClvrError for a config.json that is malformed.
+    """
+    if not (directory / "config.json").exists():
         return None
-    config = read_json(folder / "config.json")
+    config = read_json(directory / "config.json")
     name, listed = config.get("_class_name"), config.get("architectures") or []
     if not isinstance(name, str | None) or not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
-        raise ClvrError(f"{folder / 'config.json'}: _class_name must be a text and architectures a list of texts")
+        raise ClvrError(f"{directory / 'config.json'}: _class_name must be a text and architectures a list of texts")
     return name or next(iter(listed), None)
 
 
 def find_architecture(name: str | None) -> Architecture | None:
-    """The architecture of a PyTorch class, None for one that has no counterpart here."""
+    """Returns the architecture of a PyTorch class; None for a class without an NNX module."""
     return next((architecture for architecture in ARCHITECTURES if architecture.torch_class == name), None)
 
 
-def architecture_of(folder: Path) -> Architecture:
-    """The architecture of the model in a folder.
+def architecture_of(directory: Path) -> Architecture:
+    """Returns the architecture of the model in a directory.
 
-    Raises: ClvrError, listing what can be converted, for anything else.
+    Raises: ClvrError, which lists the classes that can be converted, for any other content.
     """
-    found = torch_class(folder)
+    found = torch_class(directory)
     architecture = find_architecture(found)
     if architecture is None:
         known = ", ".join(architecture.torch_class for architecture in ARCHITECTURES)
-        what = f"holds a {found}" if found else "has no config.json that names its class"
-        raise ClvrError(f"{folder}: {what}; what can be converted is {known}")
+        what = f"contains a {found}" if found else "has no config.json that names its class"
+        raise ClvrError(f"{directory}: {what}; the classes that can be converted are {known}")
     return architecture

@@ -1,11 +1,11 @@
-"""Whole folders and single files, PyTorch <-> JAX, of any size: a few tensors are in memory at a time.
+"""The streaming conversion of directories and single files, PyTorch <-> JAX: a few tensors are in memory at a time.
 
-A PyTorch folder is a diffusers pipeline, or one model of it or of transformers, with safetensors. Its JAX counterpart
-is the same folder in which `params/`, an Orbax checkpoint of the module's parameters, takes the place of the
-safetensors. Everything else (configurations, tokenizer, scheduler) is copied. Black Forest Labs' own single files of
-FLUX.2 are read too, and become one model's folder.
+A PyTorch directory is a diffusers pipeline, or one model of diffusers or transformers, with safetensors. Its JAX
+counterpart is the same directory with `params/`, an Orbax checkpoint of the module's parameters, in place of the
+safetensors. All other files (configurations, tokenizer, scheduler) are copied. Black Forest Labs' own single files of
+FLUX.2 are read too, and become the directory of one model.
 
-The new folder appears when it is complete, and a run that was killed goes on (journal.py).
+The new directory appears when it is complete, and an interrupted run can be resumed (journal.py).
 """
 
 import json
@@ -41,34 +41,34 @@ def convert(
     resume: bool = False,
     on_tensor: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Does what was planned.
+    """Executes a planned conversion.
 
     Args:
       conversion: from `planning.plan`.
-      destination: the new folder; must not exist.
-      card: README.md of the new folder, unless the source brings one.
-      resume: go on with a run of the same conversion that was killed.
-      on_tensor: called with "component/key" after each tensor, those of an earlier run included.
-    Returns: the tensors ("component/key") that hold a NaN; they are written as they are.
-    Raises: UsageError if the destination exists or a killed run is there and `resume` is not set; ClvrError if
-      something cannot be written. Then nothing is left behind; a run that is killed leaves its temporary folder.
+      destination: the new directory; must not exist.
+      card: README.md of the new directory, unless the source has one.
+      resume: continue an interrupted run of the same conversion.
+      on_tensor: called with "component/key" after each tensor, including those of an earlier run.
+    Returns: the tensors ("component/key") that contain a NaN; they are written as they are.
+    Raises: UsageError if the destination exists, or if there is an interrupted run and `resume` is not set; ClvrError
+      if a file cannot be read or written. Then no file remains; a run that is killed leaves its temporary directory.
     """
     check_destination(destination, conversion.source)
-    with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (folder, journal):
-        not_finite = _write(conversion, folder, journal, on_tensor or (lambda name: None))
+    with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (directory, journal):
+        not_finite = _write(conversion, directory, journal, on_tensor or (lambda name: None))
         for path in conversion.copied:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(conversion.source / path, folder / path)
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(conversion.source / path, directory / path)
         for name, text in conversion.written.items():
-            (folder / name).write_text(text)
+            (directory / name).write_text(text)
         if card:
-            add_model_card(folder, card)
+            add_model_card(directory, card)
     return not_finite
 
 
-def _write(conversion: Conversion, folder: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
+def _write(conversion: Conversion, directory: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
-        write, finish = writer(component, folder / component.name, conversion.to)
+        write, finish = writer(component, directory / component.name, conversion.to)
         names = {tensor_slice: f"{component.name}/{tensor_slice.spec.key}" for tensor_slice in component.slices}
         wanted = [tensor_slice for tensor_slice in component.slices if names[tensor_slice] not in journal.done]
         for name in (name for name in names.values() if name in journal.done):
@@ -86,10 +86,10 @@ def _converted(
     slices: list[TensorSlice],
     write: Callable[[TensorSlice, np.ndarray], None],
 ) -> Iterator[tuple[TensorSlice, bool]]:
-    """Writes each tensor_slice and says whether it holds a NaN, in order.
+    """Writes each slice and yields it with whether it contains a NaN, in order.
 
-    Some at a time, each from the first byte to the last by one thread: while one waits for the disk, others turn theirs
-    over.
+    A few threads each process one slice from the first byte to the last: while one waits for the disk, others transpose
+    theirs.
     """
     memory: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(_WORKERS):
@@ -106,8 +106,8 @@ def _converted(
             has_nan = _has_nan(values)
             write(tensor_slice, values)
             return tensor_slice, has_nan
-        finally:  # also of a tensor that failed: the others would wait for its memory for ever
-            memory.put(Buffers() if _is_large(tensor_slice) else buffers)  # so much memory is not kept
+        finally:  # also after a failure: the other threads would wait for the buffers forever
+            memory.put(Buffers() if _is_large(tensor_slice) else buffers)  # large buffers are freed
 
     pool = ThreadPoolExecutor(_WORKERS)
     try:
@@ -120,7 +120,7 @@ def _converted(
         while running:
             yield running.popleft().result()
     finally:
-        # The first failure is told at once: what has not begun is not begun.
+        # After the first failure no further slice is started.
         pool.shutdown(cancel_futures=True)
 
 
@@ -132,18 +132,18 @@ def copy_file(source: Path, target: Path) -> None:
 
 
 def _is_large(tensor_slice: TensorSlice) -> bool:
-    """Too large to have two of them."""
+    """Returns whether a slice is so large that only one of its size is processed at a time."""
     return tensor_slice.spec.nbytes > _LARGE_BYTES
 
 
 class Buffers:
-    """Memory that is used again and again: fresh pages would cost more than what is done in them."""
+    """Named buffers that are reused: fresh pages from the system would cost more than the computation in them."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, np.ndarray] = {}
 
     def __call__(self, block: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array to be filled; it holds until its name is used again."""
+        """Returns an uninitialized array; it is valid until its name is requested again."""
         nbytes = math.prod(shape) * dtype.itemsize
         if block not in self._blocks or self._blocks[block].size < nbytes:
             self._blocks.pop(block, None)
@@ -152,16 +152,17 @@ class Buffers:
 
 
 def writer(
-    component: PipelineComponent, folder: Path, to: Format
+    component: PipelineComponent, directory: Path, to: Format
 ) -> tuple[Callable[[TensorSlice, np.ndarray], None], Callable[[], None]]:
-    """Begins the files of a model in `folder`, or goes on with them.
+    """Creates the files of a model in `directory`, or opens them to resume.
 
-    Returns: what takes a tensor_slice, in the destination's layout; and what says that it was all.
+    Returns: a function that writes one slice, in the axis order of the destination's format, and a function to call
+      after the last slice.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if to == "torch":
         places = preallocate_files(
-            folder, [tensor_slice.spec for tensor_slice in component.slices], component.architecture.file_name
+            directory, [tensor_slice.spec for tensor_slice in component.slices], component.architecture.file_name
         )
         return lambda tensor_slice, values: write_tensor(places[tensor_slice.spec.key], values), lambda: None
     leaves = {
@@ -169,34 +170,34 @@ def writer(
         for tensor_slice in component.slices
     }
     stacked = {tensor_slice.entry.path for tensor_slice in component.slices if tensor_slice.entry.stacked}
-    tree = TreeWriter(folder / PARAMS, leaves, stacked)
+    tree = TreeWriter(directory / PARAMS, leaves, stacked)
     return lambda tensor_slice, values: tree.write(tensor_slice.entry.path, tensor_slice.layer, values), tree.finish
 
 
-def shape_in(tensor_slice: TensorSlice, layout: Format) -> tuple[int, ...]:
-    """Shape of a tensor_slice in the layout of a format."""
-    if layout == "torch":
+def shape_in(tensor_slice: TensorSlice, form: Format) -> tuple[int, ...]:
+    """Returns the shape of a slice in a format."""
+    if form == "torch":
         return tensor_slice.spec.shape
     return tensor_slice.entry.shape if tensor_slice.layer is None else tensor_slice.entry.shape[1:]
 
 
 def _seen_as(source: Format, values: np.ndarray, tensor_slice: TensorSlice, to: Format) -> np.ndarray:
-    """A view of the destination's layout in that of the source."""
+    """Returns a view of an array in the destination's axis order that has the source's axis order."""
     transform = tensor_slice.entry.transform
     return values if source == to else transform.to_torch(values) if to == "jax" else transform.from_torch(values)
 
 
 def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
-    """Copies, casting if the types differ."""
+    """Copies `values` to `target` of the same shape, and casts if the dtypes differ."""
     if values.dtype == target.dtype:
-        # As integers: a bfloat16 is of a type that NumPy does not know, and copied one by one.
+        # As integers: bfloat16 is no native NumPy type, and would be copied element by element.
         values, target = bits(values), bits(target)
     if values.ndim != 2 or target.flags.c_contiguous:
         np.copyto(target, values, casting="unsafe")
         return
-    # A matrix is turned over some rows at a time, by way of a copy of them in large pages whose rows are an odd number
-    # of cache lines apart: columns then meet neither the same lines nor many pages. Four to six times as fast as in one
-    # go.
+    # A matrix is transposed in tiles, through a copy of the tile in large pages with an odd number of cache lines per
+    # row: then a column maps neither to one set of cache lines nor to many pages. Four to six times as fast as without
+    # tiles.
     rows, columns = _TILE
     width = min(columns, values.shape[1]) * values.dtype.itemsize
     distance = (width // _LINE + 1 | 1) * _LINE // values.dtype.itemsize
@@ -221,7 +222,7 @@ def _has_nan(values: np.ndarray) -> bool:
 
 
 def _identity(conversion: Conversion) -> str:
-    """What must be the same for a killed run to go on: what is written, and the content of the source."""
+    """Returns what must be equal to resume an interrupted run: the tensors to write and the content of the source."""
     specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.slices]
     files = {conversion.source / path for path in conversion.copied}
     files |= {file for component in conversion.components for file in component.files}

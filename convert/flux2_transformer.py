@@ -1,4 +1,4 @@
-"""Flux2Transformer <-> diffusers `transformer/` of a FLUX.2 folder."""
+"""Flux2Transformer <-> diffusers `transformer/` of a FLUX.2 pipeline."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ KEY_MAPPING = KeyMapping(stacked=("transformer_blocks", "single_transformer_bloc
 
 
 def config_from_dict(config: Mapping[str, Any]) -> Flux2TransformerConfig:
-    """`transformer/config.json` -> Flux2TransformerConfig. Raises ClvrError for a field it does not know."""
+    """Parses `transformer/config.json`. Raises: ClvrError for an unknown field."""
     return from_known_fields(Flux2TransformerConfig, config)
 
 
 def config_to_dict(config: Flux2TransformerConfig) -> dict[str, Any]:
-    """Flux2TransformerConfig -> `transformer/config.json`."""
+    """Returns the content of `transformer/config.json`."""
     return {"_class_name": "Flux2Transformer2DModel", **dataclasses.asdict(config)}

@@ -1,4 +1,4 @@
-"""LoRA files <-> LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
+"""Loading and saving of LoRA files as LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,16 +25,16 @@ def load_lora(
     ignore_text_encoder: bool = False,
     dtype: DTypeLike | None = None,
 ) -> Tree:
-    """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS; which it is, is found out.
+    """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS, and detects its format.
 
     Args:
-      path: the file, or the folder that holds it.
-      key_mapping: the model's key mapping.
+      path: the file, or the directory that contains it.
+      key_mapping: of the model.
       state: NNX module or state of the model; shapes are enough.
       ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
       dtype: of the factors; None keeps the file's.
-    Returns: a LoRA tree, see `clvr_jax.models.lora`.
-    Raises: ClvrError, listing both sides, for a file that is damaged, of another kind or of another model.
+    Returns: a LoRA tree (`clvr_jax.models.lora`).
+    Raises: ClvrError, which lists both sides, for a file that is damaged, of another kind or of another model.
     """
     plan = _adaptable(state, key_mapping)
     factors = read_factors(path, _shapes(plan), ignore_text_encoder)
@@ -47,13 +47,14 @@ def load_lora(
 def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any) -> None:
     """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
 
-    Ranks at the end in which both factors are zero, and layers in which all are, are padding and not written.
+    Trailing ranks in which both factors are zero, and layers without nonzero ranks, are padding and are not written.
 
     Args:
-      path: a folder, in which it is called `pytorch_lora_weights.safetensors`, or a name that ends in .safetensors.
-      lora: the LoRA tree, in the dtype it is to have in the file.
+      path: a directory, in which the file is named `pytorch_lora_weights.safetensors`, or a path that ends in
+        .safetensors.
+      lora: the LoRA tree, in the dtype of the file.
       key_mapping, state: as for `load_lora`.
-    Raises: ClvrError for pairs that are not of this model, or if there is nothing to write.
+    Raises: ClvrError for pairs that do not fit this model, or if all factors are zero.
     """
     plan = {entry.path: entry for entry in _adaptable(state, key_mapping)}
     pairs = leaves_by_path(lora, is_pair)
@@ -83,7 +84,7 @@ def _shapes(plan: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | None) -> LoRAPair:
-    """The factors of each layer, None where it is not adapted -> one pair."""
+    """Returns one pair for the factors of each layer; None is a layer that is not adapted."""
     present = [layer for layer in layers if layer is not None]
     rank = max(layer.down.shape[0] for layer in present)
     kind = np.dtype(dtype or jnp.result_type(*(x.dtype for layer in present for x in (layer.down, layer.up))))
@@ -92,8 +93,8 @@ def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | Non
     a, b = np.zeros((len(layers), *shape_a), kind), np.zeros((len(layers), *shape_b), kind)
     for i, layer in enumerate(layers):
         if layer is not None:
-            # Layers of one stack share one shape. Zeros in the ranks that a layer lacks leave its product the same, and
-            # stay zero in training: the gradient of each factor is a multiple of the other.
+            # Layers of one stack share one shape. Zeros in the ranks that a layer lacks do not change its product, and
+            # stay zero in training, because the gradient of each factor is a multiple of the other factor.
             own = layer.down.shape[0]
             a[i, ..., :own] = entry.transform.from_torch(layer.down)
             b[i, ..., :own, :] = entry.transform.from_torch(layer.up)
@@ -104,7 +105,7 @@ def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | Non
 
 
 def _factors(entry: Entry, pair: LoRAPair) -> dict[str, Factors]:
-    """The inverse: module -> its factors without padding."""
+    """Returns module -> factors without padding, the inverse of `_pair`."""
     a, b = np.asarray(pair.a), np.asarray(pair.b)
     if not entry.stacked:
         a, b = a[None], b[None]

@@ -1,4 +1,4 @@
-"""One model <-> one folder of a diffusers or transformers checkpoint."""
+"""Loading and saving of one model in a directory of a diffusers or transformers checkpoint."""
 
 import functools
 import json
@@ -24,42 +24,43 @@ from clvr_jax.sharding import active_layout
 
 
 def load_model(
-    folder: Path,
+    directory: Path,
     architecture: Architecture,
     dtype: DTypeLike = jnp.float32,
     shardings: Any = None,
     variant: str | None = None,
 ) -> Any:
-    """Reads a model from its folder, one leaf at a time; of a sharded leaf, the bytes of this process's shards only.
-
-    The folder is PyTorch's, or one that `clvr convert --to jax` made of it.
+    """Loads a model one leaf at a time; reads only this process's shards of a sharded leaf.
 
     Args:
-      folder: holds config.json, and safetensors (one file or shards) or `params/`.
-      architecture: the architecture.
+      directory: contains config.json and either safetensors (one file or shards) or `params/`, which
+        `clvr convert --to jax` writes.
+      architecture: of the model.
       dtype: of the computation; floating-point parameters are cast to it.
-      shardings: NNX state of `jax.sharding.Sharding`, as the model's; None: as the active layout has it, or all on the
-        default device if there is none.
-      variant: see `model_file`.
+      shardings: NNX state of `jax.sharding.Sharding` with the model's structure; None uses those of the active mesh
+        layout, or the default device if there is none.
+      variant: which of several sets of files; see `model_file`.
     Returns: the NNX module.
-    Raises: ClvrError for missing or damaged files, keys or shapes that do not match.
+    Raises: ClvrError for missing or damaged files, or keys or shapes that do not match.
     """
-    if not folder.is_dir():
-        raise ClvrError(f"{folder}: no such folder")
-    config = read_json(folder / "config.json")
-    with located(folder):
+    if not directory.is_dir():
+        raise ClvrError(f"{directory}: no such directory")
+    config = read_json(directory / "config.json")
+    with located(directory):
         graphdef, state = architecture.split(config, dtype)
         plan = architecture.entries(config)
     if shardings is None and (layout := active_layout()) is not None:
         shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
     placed = leaves_of(shardings) if shardings is not None else dict.fromkeys((entry.path for entry in plan), device)
-    if is_tree(folder / PARAMS):
-        loaded = _restore(folder / PARAMS, plan, dtype, placed)
+    if is_tree(directory / PARAMS):
+        loaded = _restore(directory / PARAMS, plan, dtype, placed)
     else:
-        stored = architecture.canonicalize_keys(stored_tensors(folder, variant), architecture.config_from_dict(config))
-        check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
-        check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(folder))
+        stored = architecture.canonicalize_keys(
+            stored_tensors(directory, variant), architecture.config_from_dict(config)
+        )
+        check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(directory))
+        check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(directory))
         loaded = {entry.path: _leaf(entry, stored, dtype, placed[entry.path]) for entry in plan}
     nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.from_flat_state(loaded.items())))
     return nnx.merge(graphdef, state)
@@ -72,7 +73,7 @@ def _target(entry: Entry, dtype: DTypeLike) -> np.dtype:
 def _leaf(entry: Entry, stored: Mapping[str, StoredTensor], dtype: DTypeLike, sharding: Sharding) -> jax.Array:
     target = _target(entry, dtype)
 
-    @functools.cache  # devices that hold the same part share one reading of it
+    @functools.cache  # devices with the same shard share one read
     def read(ranges: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
         return read_part(entry, stored, tuple(slice(*ends) for ends in ranges)).astype(target, order="C", copy=False)
 
@@ -82,21 +83,23 @@ def _leaf(entry: Entry, stored: Mapping[str, StoredTensor], dtype: DTypeLike, sh
 
 
 def read_part(entry: Entry, stored: Mapping[str, StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
-    """The part of a leaf that one device holds, in the file's dtype; no other tensors, rows or columns are touched.
+    """Reads one device's shard of a leaf, in the file's dtype; no other tensors, rows or columns are read.
 
     Args:
       entry: the leaf.
-      stored: where its tensors lie.
-      index: of the leaf, one slice for each leading axis.
+      stored: key -> location of its tensors.
+      index: of the leaf, one slice per leading axis.
     """
     layers, own = (entry.keys[index[0]], index[1:]) if entry.stacked and index else (entry.keys, index)
     parts = [entry.transform.from_torch(stored[key].open())[own] for key in layers]
     return np.stack(parts) if entry.stacked else np.asarray(parts[0])
 
 
-def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[Any, Sharding]) -> dict[Any, jax.Array]:
-    check_dtypes(plan, check_tree(folder, plan), str(folder))
-    # Through names: Orbax has its own idea of the numbered members of a list.
+def _restore(
+    directory: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[Any, Sharding]
+) -> dict[Any, jax.Array]:
+    check_dtypes(plan, check_tree(directory, plan), str(directory))
+    # Indices of lists become names, because Orbax restores lists in another form.
     wanted = nested(
         {
             entry.path: jax.ShapeDtypeStruct(entry.shape, _target(entry, dtype), sharding=placed[entry.path])
@@ -104,17 +107,17 @@ def _restore(folder: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[
         }
     )
     with ocp.StandardCheckpointer() as checkpointer:
-        restored = checkpointer.restore(folder.absolute(), wanted)
+        restored = checkpointer.restore(directory.absolute(), wanted)
     return {entry.path: functools.reduce(lambda tree, name: tree[str(name)], entry.path, restored) for entry in plan}
 
 
-def save_model(folder: Path, model: Any, architecture: Architecture, dtype: str = "float32") -> None:
-    """Writes a model to a folder that PyTorch loads; the folder appears only when it is complete.
+def save_model(directory: Path, model: Any, architecture: Architecture, dtype: str = "float32") -> None:
+    """Saves a model in a directory that PyTorch loads; the directory appears only when it is complete.
 
     Args:
-      folder: replaced if it exists.
+      directory: replaced if it exists.
       model: the module; its `config` becomes config.json.
-      architecture: its architecture.
+      architecture: of the model.
       dtype: "float32", "float16" or "bfloat16", of floating-point parameters.
     """
     target = FLOATS[dtype]
@@ -122,6 +125,6 @@ def save_model(folder: Path, model: Any, architecture: Architecture, dtype: str 
         key: tensor.astype(target) if np.issubdtype(tensor.dtype, np.floating) else tensor
         for key, tensor in state_to_torch(model, architecture.key_mapping(model.config)).items()
     }
-    with replacing(folder) as temporary:
+    with replacing(directory) as temporary:
         (temporary / "config.json").write_text(json.dumps(architecture.config_to_dict(model.config), indent=2) + "\n")
         write_tensors(temporary, tensors, architecture.file_name)

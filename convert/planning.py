@@ -1,4 +1,4 @@
-"""What a conversion will do: the models of a source, their tensors, and the files beside them. Reads headers only."""
+"""The plan of a conversion: the models of a source, their tensors and other files. Reads headers only."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,12 +18,15 @@ from clvr_jax.files import located, read_json
 
 Format = Literal["jax", "torch"]
 
-# Weights in formats that are not read, which published folders hold beside the safetensors.
+# Weights in formats that are not read, which published directories contain beside the safetensors.
 _OTHER_WEIGHTS = {*PICKLES, ".safetensors", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".pb", ".xml"}
 
 
 class TensorSlice(NamedTuple):
-    """One PyTorch tensor: a leaf of the module, or one layer of it (`layer` is None if it is no stack)."""
+    """One PyTorch tensor: a leaf of the module, or one layer of a stacked leaf.
+
+    entry: the leaf. layer: index of the layer; None if the leaf is not stacked. spec: key, shape and dtype to write.
+    """
 
     entry: Entry
     layer: int | None
@@ -31,14 +34,17 @@ class TensorSlice(NamedTuple):
 
 
 Reader = Callable[[TensorSlice, Memory], Iterator[Block]]
-"""Gives a tensor_slice in the source's layout, in blocks of rows: mapped, or read into the memory offered."""
+"""(slice, allocator) -> its values in the source's axis order, in blocks of rows: memory-mapped, or read into memory
+from the allocator."""
 
 
 @dataclass(frozen=True)
 class PipelineComponent:
-    """One model of a conversion: its place relative to source and destination, and its tensors in order.
+    """One model of a conversion.
 
-    config: its config.json. source: format that `read` gives. where: it is stored. files: that hold its tensors.
+    name: its directory relative to source and destination. config: its config.json. source: format of what `read`
+    yields. slices: its tensors in order. where: the directory or file that it is read from. files: the files that
+    contain its tensors.
     """
 
     name: str
@@ -52,16 +58,17 @@ class PipelineComponent:
 
     @property
     def nbytes(self) -> int:
-        """Size of its tensors in the destination."""
+        """Size of its tensors in the destination, in bytes."""
         return sum(tensor_slice.spec.nbytes for tensor_slice in self.slices)
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What a conversion will do; made by `plan`, done by `convert`.
+    """A planned conversion: created by `plan`, executed by `convert`.
 
-    copied: files, relative to the source, that are taken as they are. written: further files of the destination.
-    without_module: components with weights that are copied because no module of ours reads them, with their class.
+    to: format of the destination. dtype: of floating-point tensors, None to keep each. variant: of the source's files.
+    copied: files, relative to the source, that are copied unchanged. written: name -> text of further files of the
+    destination. without_module: component -> class, for models that are copied because there is no NNX module.
     """
 
     source: Path
@@ -75,13 +82,13 @@ class Conversion:
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors and files to be written."""
+        """Size of all tensors and files to write, in bytes."""
         copied = sum((self.source / path).stat().st_size for path in self.copied)
         return copied + sum(component.nbytes for component in self.components)
 
     @property
     def tensors(self) -> int:
-        """Number of tensors to be written, as PyTorch counts them."""
+        """Number of PyTorch tensors to write."""
         return sum(len(component.slices) for component in self.components)
 
     @property
@@ -91,13 +98,13 @@ class Conversion:
 
 
 def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None = None) -> Conversion:
-    """Finds the models in a folder and checks that every tensor is there and has its shape. Reads headers only.
+    """Finds the models in a directory and checks the keys and shapes of all tensors. Reads headers only.
 
     Args:
-      source: pipeline or model folder, or a single file of FLUX.2.
+      source: directory of a pipeline or model, or a single file of FLUX.2.
       to: "jax" or "torch".
       dtype: of floating-point tensors, "float32", "float16" or "bfloat16"; None keeps each as it is, bit for bit.
-      variant: which of several sets of files, "fp16" say, see `model_file`.
+      variant: which of several sets of files, for example "fp16"; see `model_file`.
     Raises: ClvrError naming what is missing, unexpected, of another shape or of an unknown architecture; UsageError for
       a source that is in the requested format already.
     """
@@ -109,40 +116,43 @@ def plan(source: Path, to: Format, dtype: str | None = None, variant: str | None
         files: dict[str, str] = {"config.json": json.dumps(config, indent=2) + "\n"}
         return Conversion(source, to, dtype, variant, (component,), (), files, {})
     if not source.is_dir():
-        raise ClvrError(f"{source}: no such file or folder; give a diffusers or transformers folder or a FLUX.2 file")
-    found = [folder for folder in (source, *sorted(source.iterdir())) if _holds_model(folder)]
-    strangers = {folder.name: name for folder in found if (name := torch_class(folder)) in WITHOUT_MODULE}
-    models = [folder for folder in found if folder.name not in strangers]
+        raise ClvrError(
+            f"{source}: no such file or directory; give a diffusers or transformers directory or a FLUX.2 file"
+        )
+    found = [directory for directory in (source, *sorted(source.iterdir())) if _holds_model(directory)]
+    unsupported = {directory.name: name for directory in found if (name := torch_class(directory)) in WITHOUT_MODULE}
+    models = [directory for directory in found if directory.name not in unsupported]
     if not models:
-        architecture_of(source)  # says what is wrong with it
+        architecture_of(source)  # raises an error with the reason
         raise ClvrError(f"{source}: has a config.json but no tensors")
-    if dtype is None and all(is_tree(folder / PARAMS) == (to == "jax") for folder in models):
+    if dtype is None and all(is_tree(directory / PARAMS) == (to == "jax") for directory in models):
         raise UsageError(f"{source}: is in the format of {to} already; nothing to convert (--dtype would change it)")
     components = tuple(
-        _component(_folder_model(folder, variant), str(folder.relative_to(source)), to, target) for folder in models
+        _component(_directory_model(directory, variant), str(directory.relative_to(source)), to, target)
+        for directory in models
     )
-    return Conversion(source, to, dtype, variant, components, files_beside(source, models), {}, strangers)
+    return Conversion(source, to, dtype, variant, components, files_beside(source, models), {}, unsupported)
 
 
-def model_in(folder: Path, name: str = ".") -> PipelineComponent:
-    """The model in one folder as it lies there: its slices have the dtypes that they have in the files.
+def model_in(directory: Path, name: str = ".") -> PipelineComponent:
+    """Returns the model in one directory in its own format and dtypes.
 
     Args:
-      folder: of one model, in either format.
+      directory: of one model, in either format.
       name: of the component.
-    Raises: ClvrError as `plan` does.
+    Raises: ClvrError under the same conditions as `plan`.
     """
-    model = _folder_model(folder, None)
+    model = _directory_model(directory, None)
     return _component(model, name, model.format, None)
 
 
 def files_beside(source: Path, models: Sequence[Path]) -> tuple[Path, ...]:
-    """Everything in `source` but the tensors of the models in these folders, relative to it; hidden files left out."""
+    """Returns the files in `source`, relative to it, without hidden files and the tensors of the given models."""
     return tuple(path.relative_to(source) for path in sorted(source.rglob("*")) if _is_copied(path, source, models))
 
 
 class _Model(NamedTuple):
-    """A model as it lies there: the correspondence with its tensors, their dtypes, and how one is read."""
+    """A model in its source format: the correspondence with its tensors, their dtypes and the function to read one."""
 
     where: Path
     architecture: Architecture
@@ -154,26 +164,33 @@ class _Model(NamedTuple):
     files: tuple[Path, ...]
 
 
-def _folder_model(folder: Path, variant: str | None) -> _Model:
-    architecture, config = architecture_of(folder), read_json(folder / "config.json")
-    with located(folder):
+def _directory_model(directory: Path, variant: str | None) -> _Model:
+    architecture, config = architecture_of(directory), read_json(directory / "config.json")
+    with located(directory):
         plan = architecture.entries(config)
-    if is_tree(folder / PARAMS):
-        dtypes = check_tree(folder / PARAMS, plan)
-        check_dtypes(plan, dtypes, str(folder))
+    if is_tree(directory / PARAMS):
+        dtypes = check_tree(directory / PARAMS, plan)
+        check_dtypes(plan, dtypes, str(directory))
         return _Model(
-            folder, architecture, config, "jax", plan, dtypes, _leaf_reader(folder / PARAMS), _files_in(folder / PARAMS)
+            directory,
+            architecture,
+            config,
+            "jax",
+            plan,
+            dtypes,
+            _leaf_reader(directory / PARAMS),
+            _files_in(directory / PARAMS),
         )
-    stored = architecture.canonicalize_keys(stored_tensors(folder, variant), architecture.config_from_dict(config))
-    check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(folder))
+    stored = architecture.canonicalize_keys(stored_tensors(directory, variant), architecture.config_from_dict(config))
+    check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(directory))
     dtypes = {key: tensor.dtype for key, tensor in stored.items()}
-    check_dtypes(plan, dtypes, str(folder))
+    check_dtypes(plan, dtypes, str(directory))
     files = tuple({tensor.file: None for tensor in stored.values()})
-    return _Model(folder, architecture, config, "torch", plan, dtypes, _tensor_reader(stored), files)
+    return _Model(directory, architecture, config, "torch", plan, dtypes, _tensor_reader(stored), files)
 
 
-def _files_in(folder: Path) -> tuple[Path, ...]:
-    return tuple(path for path in sorted(folder.rglob("*")) if path.is_file())
+def _files_in(directory: Path) -> tuple[Path, ...]:
+    return tuple(path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
 def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> _Model:
@@ -185,8 +202,8 @@ def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, Stor
     return _Model(file, architecture, config, "torch", plan, dtypes, _tensor_reader(parts), (file,))
 
 
-def _leaf_reader(folder: Path) -> Reader:
-    arrays = open_tree(folder)
+def _leaf_reader(directory: Path) -> Reader:
+    arrays = open_tree(directory)
     return lambda tensor_slice, memory: arrays[".".join(map(str, tensor_slice.entry.path))].blocks(
         tensor_slice.layer, memory
     )
@@ -217,22 +234,22 @@ def _tensor_slices(
         for number, key in enumerate(entry.keys):
             found = sources[key]
             kept = found if found.kind in "iub" or dtype is None else dtype
-            if entry.torch_dtype:  # of counters: 64 bits there, 32 here
+            if entry.torch_dtype:  # counters have 64 bits in PyTorch and 32 here
                 kept = np.dtype(entry.torch_dtype) if to == "torch" else np.dtype(entry.dtype)
             yield TensorSlice(entry, number if entry.stacked else None, TensorSpec(key, entry.torch_shape, kept))
 
 
-def _holds_model(folder: Path) -> bool:
-    if not folder.is_dir() or torch_class(folder) is None:
+def _holds_model(directory: Path) -> bool:
+    if not directory.is_dir() or torch_class(directory) is None:
         return False
-    return is_tree(folder / PARAMS) or any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    return is_tree(directory / PARAMS) or any(directory.glob("*.safetensors")) or any(directory.glob("*.bin"))
 
 
 def _is_copied(path: Path, source: Path, models: Sequence[Path]) -> bool:
     parts = path.relative_to(source).parts
     if not path.is_file() or any(part.startswith(".") for part in parts):
         return False
-    owner = next((folder for folder in reversed(models) if path.is_relative_to(folder)), None)
+    owner = next((directory for directory in reversed(models) if path.is_relative_to(directory)), None)
     if owner is None:
         return True
     is_weight = path.suffix in _OTHER_WEIGHTS or ".safetensors.index." in path.name

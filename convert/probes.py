@@ -1,7 +1,7 @@
-"""What is asked of a model to see whether two frameworks compute the same: one entry for each architecture.
+"""Inputs and forward functions that compare a model in two frameworks: one probe per architecture.
 
-Inputs are NumPy arrays made from the model's configuration, small and of uneven sizes. Every weight has a part in the
-outputs, rows of embeddings that no token names excepted. PyTorch's answers are turned to channels-last, as ours are.
+Inputs are small NumPy arrays of uneven sizes for the model's configuration. Every weight contributes to the outputs,
+except rows of embeddings that no token selects. PyTorch's outputs are permuted to channels-last.
 """
 
 from collections.abc import Callable, Mapping
@@ -42,11 +42,11 @@ GRID = (3, 5)
 
 @dataclass(frozen=True)
 class Probe:
-    """One forward of an architecture in both frameworks.
+    """One forward pass of an architecture in both frameworks.
 
-    inputs: (our configuration, random numbers) -> arguments by name, float32 and int32 arrays on the host.
-    theirs: (PyTorch model, the arrays among them as tensors) -> name of an output -> tensor.
-    ours: (module, inputs) -> the same names -> array of the same shape.
+    inputs: (our configuration, random generator) -> arguments by name, float32 and int32 arrays on the host.
+    theirs: (PyTorch model, inputs whose arrays are tensors) -> name of an output -> tensor.
+    ours: (NNX module, inputs) -> the same names -> arrays of the same shapes.
     """
 
     inputs: Callable[[Any, np.random.Generator], Inputs]

@@ -1,4 +1,4 @@
-"""How an NNX parameter is called and laid out in a PyTorch checkpoint.
+"""The correspondence of NNX parameters and PyTorch tensors: keys, axis order and dtypes.
 
 Our modules carry the attribute names of the PyTorch modules, so that nearly everything follows from the kind of a leaf:
 
@@ -28,7 +28,10 @@ Path = tuple[str | int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class TensorTransform:
-    """A pair of inverse re-layouts of one tensor, and the PyTorch shape that an NNX shape becomes."""
+    """Two inverse functions that reorder the axes of one tensor.
+
+    to_torch: NNX array -> PyTorch array. from_torch: its inverse. torch_shape: NNX shape -> PyTorch shape.
+    """
 
     to_torch: Callable[[Array], Array]
     from_torch: Callable[[Array], Array]
@@ -53,9 +56,10 @@ _KERNELS = {2: LINEAR, 4: CONV_2D, 5: CONV_3D}
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """An exception: the NNX path (dots, no layer index) that matches `pattern` has this key (template) and transform.
+    """An exception for the NNX leaves whose dotted path, without a layer index, matches a pattern.
 
-    `key` may use the pattern's groups as \\1; None keeps the general name. `dtype` is the PyTorch dtype if it is fixed.
+    pattern: regular expression for the whole path. key: PyTorch key, which may use the pattern's groups as \\1; None
+    keeps the general key. transform: None keeps the general transform. dtype: PyTorch's dtype if it is fixed.
     """
 
     pattern: str
@@ -66,11 +70,11 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class KeyMapping:
-    """What the general rules do not say about one architecture.
+    """The exceptions of one architecture from the general rules.
 
-    stacked: dotted paths of modules built by `stack_blocks`.
-    special: exceptions, the first that matches holds.
-    prefix: written before every key, for checkpoints that hold the model inside a larger one.
+    stacked: dotted paths of the modules that `stack_blocks` built.
+    special: exceptions; the first that matches a path applies.
+    prefix: prepended to every key, for checkpoints that contain the model inside a larger one.
     """
 
     stacked: tuple[str, ...] = ()
@@ -80,10 +84,11 @@ class KeyMapping:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One NNX leaf and the PyTorch tensors that it is made of.
+    """One NNX leaf and the PyTorch tensors that it consists of.
 
-    path: path in the NNX state; shape: its shape; keys: one PyTorch key, or one for each layer of a stack;
-    torch_shape: shape of each of those tensors.
+    path: path in the NNX state. shape, dtype: of the leaf. keys: one PyTorch key, or one per layer of a stack.
+    torch_shape: shape of each of these tensors. transform: reorders the axes of one of them. stacked: whether the
+    leaf's first axis is the layers. torch_dtype: PyTorch's dtype if it is fixed, else None.
     """
 
     path: Path
@@ -96,30 +101,30 @@ class Entry:
     torch_dtype: str | None
 
     def from_torch(self, tensors: list[Array]) -> Array:
-        """PyTorch tensors in the order of `keys` -> the NNX leaf."""
+        """Returns the NNX leaf of PyTorch tensors, which are in the order of `keys`."""
         leaves = [np.asarray(self.transform.from_torch(tensor), order="C") for tensor in tensors]
         return np.stack(leaves) if self.stacked else leaves[0]
 
     def to_torch(self, leaf: Array) -> list[Array]:
-        """The NNX leaf -> PyTorch tensors in the order of `keys`."""
+        """Returns the PyTorch tensors of an NNX leaf in the order of `keys`."""
         layers = list(leaf) if self.stacked else [leaf]
         return [np.asarray(self.transform.to_torch(layer), order="C") for layer in layers]
 
 
 def leaves_of(module_or_state: Any) -> dict[Path, Any]:
-    """Path -> array or ShapeDtypeStruct for every variable of an NNX module or state."""
+    """Returns path -> array or ShapeDtypeStruct for every variable of an NNX module or state."""
     state = nnx.state(module_or_state) if isinstance(module_or_state, nnx.Module) else module_or_state
     flat: Iterable[tuple[Any, Any]] = nnx.to_flat_state(state)
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
 def entries(state: Any, key_mapping: KeyMapping) -> list[Entry]:
-    """The correspondence of a whole model, in the order of the NNX state.
+    """Returns one entry per parameter of a model, in the order of the NNX state.
 
     Args:
       state: NNX module or state; shapes are enough (`nnx.eval_shape`).
-      key_mapping: the architecture's key_mapping.
-    Raises: ClvrError if a rule of the key_mapping matches nothing, which means that key_mapping and model went apart.
+      key_mapping: of the architecture.
+    Raises: ClvrError if a rule of the key mapping matches no parameter, so that it does not fit the model.
     """
     used: set[Rule] = set()
     result = []
@@ -159,9 +164,14 @@ def _entry(path: Path, shape: tuple[int, ...], dtype: Any, key_mapping: KeyMappi
 def state_from_torch(
     tensors: Mapping[str, Array], state: Any, key_mapping: KeyMapping, where: str = "checkpoint"
 ) -> Any:
-    """PyTorch tensors -> an NNX state with the structure of `state`; strict about keys and shapes.
+    """Converts PyTorch tensors to an NNX state with the structure of `state`.
 
-    Raises: ClvrError listing what is missing, what is unexpected and which shapes differ.
+    Args:
+      tensors: PyTorch key -> array.
+      state: NNX module or state; shapes are enough.
+      key_mapping: of the architecture.
+      where: the source of the tensors, for the error.
+    Raises: ClvrError listing missing keys, unexpected keys and shapes that differ.
     """
     plan = entries(state, key_mapping)
     check_keys(plan, {key: tuple(tensor.shape) for key, tensor in tensors.items()}, where)
@@ -170,7 +180,7 @@ def state_from_torch(
 
 
 def state_to_torch(state: Any, key_mapping: KeyMapping) -> dict[str, Array]:
-    """NNX module or state -> PyTorch key -> array, the inverse of `state_from_torch`."""
+    """Returns PyTorch key -> array for an NNX module or state, the inverse of `state_from_torch`."""
     leaves = leaves_of(state)
     tensors = {}
     for entry in entries(state, key_mapping):
@@ -180,7 +190,7 @@ def state_to_torch(state: Any, key_mapping: KeyMapping) -> dict[str, Array]:
 
 
 def check_keys(plan: list[Entry], found: Mapping[str, tuple[int, ...]], where: str) -> None:
-    """Raises ClvrError, with both sides listed, unless `found` has exactly the plan's keys and shapes."""
+    """Raises ClvrError, which lists both sides, unless `found` has exactly the keys and shapes of the plan."""
     expected = {key: entry.torch_shape for entry in plan for key in entry.keys}
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
@@ -199,7 +209,7 @@ def check_keys(plan: list[Entry], found: Mapping[str, tuple[int, ...]], where: s
 
 
 def check_dtypes(plan: list[Entry], found: Mapping[str, np.dtype], where: str) -> None:
-    """Raises ClvrError, naming both sides, where a weight is stored as integers or booleans, which would be cast."""
+    """Raises ClvrError, which names both sides, if a weight is stored as integers or booleans (quantized)."""
     wrong = [
         f"{key} (expected a floating-point type, found {found[key]})"
         for entry in plan

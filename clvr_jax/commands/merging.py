@@ -177,14 +177,14 @@ def parse_weight(option: str, given: tuple[str, ...]) -> float | dict[str, float
 
 def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
     """A path, or a Hugging Face id, as a place; with `also`, its transformer, scheduler and those files are enough."""
-    from clvr_jax.convert.hub import local_folder, model_files
+    from clvr_jax.convert.hub import local_directory, model_files
     from clvr_jax.merging.sources import PAINTERS, Origin
 
     patterns = model_files()
     if also is not None:
         own = [pattern.replace("*/", f"{name}/") for pattern in patterns for name in PAINTERS]
         patterns = (*dict.fromkeys(own), *also)
-    path = local_folder(source, allow_patterns=patterns)
+    path = local_directory(source, allow_patterns=patterns)
     return Origin(source, path, None if Path(source).expanduser().exists() else path.name)
 
 

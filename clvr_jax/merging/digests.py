@@ -48,7 +48,7 @@ class Digests:
     """sha256 of the files of one model.
 
     Args:
-      files: name -> file, or a folder of many, which has one digest: that of the lines "sha256 name" of its files.
+      files: name -> file, or a directory of many, which has one digest: that of the lines "sha256 name" of its files.
     """
 
     def __init__(self, files: Mapping[str, Path]):
@@ -71,8 +71,8 @@ class Digests:
         return self._finished
 
 
-def _of_folder(folder: Path) -> str:
+def _of_folder(directory: Path) -> str:
     # Orbax notes in _CHECKPOINT_METADATA when it was; the same weights are to have the same digest.
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA")
-    lines = [f"{FileDigest(path).finish()} {path.relative_to(folder).as_posix()}\n" for path in files]
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA")
+    lines = [f"{FileDigest(path).finish()} {path.relative_to(directory).as_posix()}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""A merge over folders of any size: three folders are read and one is written, one tensor at a time.
+"""A merge over directories of any size: three directories are read and one is written, one tensor at a time.
 
 The arithmetic is that of trees (deltas.py), in float32 and by the same expressions, on blocks of a tensor. While one is
-merged, the next one is read for its sha256, which brings it into memory. The new folder appears when it is complete,
+merged, the next one is read for its sha256, which brings it into memory. The new directory appears when it is complete,
 and a run that was killed goes on (convert/journal.py).
 
 A value that is not finite in any of the inputs ends the merge: it would be in the result, and in every picture.
@@ -54,14 +54,14 @@ def merge(
 
     Args:
       plan: from `plan_merge`.
-      out: the new folder; must not exist.
+      out: the new directory; must not exist.
       resume: go on with a run of the same merge that was killed.
       on_tensor: called with its key after each tensor, those of an earlier run included.
-      finish: called with the folder before it gets its name, and with the result, to write what else belongs there.
+      finish: called with the directory before it gets its name, and with the result, to write what else belongs there.
     Returns: key -> sums of each tensor that was merged; `norms` says what can be made of them.
     Raises: UsageError if `out` exists or a killed run is there and `resume` is not set; ClvrError if an input holds
       NaN or was tuned from another base, or if something cannot be written. Then nothing is left behind; a run that is
-      killed leaves its temporary folder.
+      killed leaves its temporary directory.
     """
     check_destination(out, *(side.origin.path for side in plan.inputs))
     on_tensor = on_tensor or (lambda key: None)
@@ -69,13 +69,13 @@ def merge(
     for key in plan.weights:
         layers[layer_of(key)].append(key)
     with (
-        resumable(out, "merge", _identity(plan), plan.nbytes, resume) as (folder, journal),
+        resumable(out, "merge", _identity(plan), plan.nbytes, resume) as (directory, journal),
         jax.default_device(jax.devices("cpu")[0]),
     ):
         if not plan.force:
             _check_recipes(plan)
         buffers = Buffers()
-        write, close = writer(plan.base.component, folder / plan.base.component.name, plan.base.component.source)
+        write, close = writer(plan.base.component, directory / plan.base.component.name, plan.base.component.source)
         for key in journal.done:
             on_tensor(key)
         sums = {key: Sums(*values) for key, values in journal.done.items() if values}
@@ -91,10 +91,10 @@ def merge(
             on_tensor(key)
         close()
         for name, path in plan.copied.items():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(path, folder / name)
+            (directory / name).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(path, directory / name)
         if finish:
-            finish(folder, sums)
+            finish(directory, sums)
     return sums
 
 
@@ -219,7 +219,7 @@ def _check_recipes(plan: Merge) -> None:
 
 
 def _read_recipe(side: Weights | LowRank) -> dict[str, Any]:
-    places = (side.origin.path, side.folder) if isinstance(side, Weights) else (side.file.parent,)
+    places = (side.origin.path, side.directory) if isinstance(side, Weights) else (side.file.parent,)
     found = next((place / RECIPE for place in places if (place / RECIPE).exists()), None)
     return read_json(found) if found else {}
 

@@ -22,7 +22,7 @@ _OWN_FILES = {"README.md", RECIPE, REPORT, *PLOTS}
 class Merge:
     """What a merge will do; made by `plan_merge`, done by `merge`.
 
-    weights: key -> weights of distill and align. copied: path in the new folder -> the file that is copied there.
+    weights: key -> weights of distill and align. copied: path in the new directory -> the file that is copied there.
     scheduler: whose scheduler the new pipeline has, None if it is no pipeline or has none. notes: what a person should
     know, one line each. force: merge though the bases seem to differ.
     """
@@ -66,8 +66,8 @@ def plan_merge(
     """Finds the models and checks that they belong together. Reads headers only.
 
     Args:
-      base, distill: folders of a model, or of a pipeline, of which the transformer (UNet) is meant; all in one layout.
-      align: likewise, or a LoRA file or its folder.
+      base, distill: directory of a model, or of a pipeline, whose transformer (UNet) is merged; all in one format.
+      align: likewise, or a LoRA file or its directory.
       settings: how to merge.
       force: merge though settings differ or the inputs seem to come from different bases.
       ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
@@ -81,7 +81,7 @@ def plan_merge(
     )
     root = of_base.origin.path
     copied = {
-        path.as_posix(): root / path for path in files_beside(root, [of_base.folder]) if str(path) not in _OWN_FILES
+        path.as_posix(): root / path for path in files_beside(root, [of_base.directory]) if str(path) not in _OWN_FILES
     }
     notes = [*_notes_on_dtypes(of_base, of_distill, of_align)]
     scheduler = "base" if any(name.startswith("scheduler/") for name in copied) else None

@@ -1,4 +1,4 @@
-"""What a merged folder says of itself: recipe.json for programs, README.md for people.
+"""What a merged directory says of itself: recipe.json for programs, README.md for people.
 
 recipe.json, of which any program may rely on `inputs`:
 
@@ -7,7 +7,7 @@ recipe.json, of which any program may rely on `inputs`:
                 "distill": ..., "align": ...},
      "dtypes": [...], "arithmetic": "float32", "scheduler": "base", "norms": {...}, "notes": [...], "versions": {...}}
 
-The digest of `params/`, a folder, is that of the lines "sha256 name" of its files, without _CHECKPOINT_METADATA.
+The digest of `params/`, a directory, is that of the lines "sha256 name" of its files, without _CHECKPOINT_METADATA.
 """
 
 import json
@@ -33,19 +33,19 @@ from clvr_jax.merging.planning import RECIPE, Merge
 from clvr_jax.merging.sources import LowRank, Weights
 
 
-def write_recipe(plan: Merge, folder: Path, name: str, command: str, sums: Mapping[str, Sums]) -> None:
+def write_recipe(plan: Merge, directory: Path, name: str, command: str, sums: Mapping[str, Sums]) -> None:
     """Writes recipe.json and README.md.
 
     Args:
       plan: what was done.
-      folder: where; its models are in it.
+      directory: where; its models are in it.
       name: the title of the card.
       command: as it was typed.
       sums: of each tensor, from `merge`.
     """
     made = recipe(plan, sums)
-    write_json(folder / RECIPE, made)
-    write_atomically(folder / "README.md", card(plan, made, models_in(folder), name, command).encode())
+    write_json(directory / RECIPE, made)
+    write_atomically(directory / "README.md", card(plan, made, models_in(directory), name, command).encode())
 
 
 def recipe(plan: Merge, sums: Mapping[str, Sums]) -> dict[str, Any]:
@@ -114,10 +114,10 @@ def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: 
     return "\n".join(lines) + "\n"
 
 
-def models_in(folder: Path) -> dict[str, tuple[str, Any]]:
+def models_in(directory: Path) -> dict[str, tuple[str, Any]]:
     """Component -> (PyTorch's class, config.json), as the model card takes them."""
-    places = [folder] if torch_class(folder) else sorted(path for path in folder.iterdir() if path.is_dir())
-    found = {str(place.relative_to(folder)): (torch_class(place), place) for place in places}
+    places = [directory] if torch_class(directory) else sorted(path for path in directory.iterdir() if path.is_dir())
+    found = {str(place.relative_to(directory)): (torch_class(place), place) for place in places}
     return {name: (kind, read_json(place / "config.json")) for name, (kind, place) in found.items() if kind}
 
 

@@ -18,7 +18,7 @@ def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
     """Norm of the base, relative Frobenius norms of the changes of distill and align, and the cosine between them.
 
     Args:
-      sums: of each tensor, from `folders.merge`.
+      sums: of each tensor, from `directories.merge`.
     Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null where a norm of 0 would divide.
     """
     return {
@@ -28,18 +28,18 @@ def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
     }
 
 
-def write_report(folder: Path, sums: Mapping[str, Sums]) -> list[str]:
+def write_report(directory: Path, sums: Mapping[str, Sums]) -> list[str]:
     """Writes report.json and, with matplotlib, two plots over the layers. Returns: the names of the files."""
     found = report(sums)
-    write_json(folder / REPORT, found)
+    write_json(directory / REPORT, found)
     if not can_plot():
         return [REPORT]
-    _plot(folder, found["layers"])
+    _plot(directory, found["layers"])
     return [REPORT, *PLOTS]
 
 
-def _plot(folder: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
-    norms, cosines = folder / PLOTS[0], folder / PLOTS[1]
+def _plot(directory: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
+    norms, cosines = directory / PLOTS[0], directory / PLOTS[1]
     names, places = list(layers), range(len(layers))
     for path, label, columns in (
         (norms, "|change| / |base|", ("distill", "align")),

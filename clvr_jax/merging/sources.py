@@ -47,7 +47,11 @@ class Origin:
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole model. `component.name` is its folder in the pipeline `origin.path`, "." if that is the model itself."""
+    """A complete model.
+
+    role: which input of the merge. origin: its path, or that of its pipeline. component: the model; its name is its
+    directory in the pipeline, "." if `origin.path` is the model itself. stored: key -> location of each tensor.
+    """
 
     role: Role
     origin: Origin
@@ -55,7 +59,7 @@ class Weights:
     stored: Mapping[str, StoredTensor] = field(repr=False)
 
     @property
-    def folder(self) -> Path:
+    def directory(self) -> Path:
         """Of the model."""
         return self.origin.path / self.component.name
 
@@ -73,9 +77,9 @@ class Weights:
 
     @cached_property
     def digests(self) -> Digests:
-        """sha256 of its files, under their names in its folder."""
+        """sha256 of its files, under their names in its directory."""
         if self.component.source == "jax":
-            return Digests({f"{PARAMS}/": self.folder / PARAMS})
+            return Digests({f"{PARAMS}/": self.directory / PARAMS})
         files = sorted({tensor.file for tensor in self.stored.values()})
         return Digests({file.name: file for file in files})
 
@@ -84,7 +88,7 @@ class Weights:
         tensor_slice = self.slices[key]
         shape = shape_in(tensor_slice, self.component.source)
         whole: np.ndarray | None = None
-        with reading(f"{self.folder}: {key}"):
+        with reading(f"{self.directory}: {key}"):
             for rows, block in self.component.read(tensor_slice, partial(buffers, f"{self.role}, as read")):
                 if whole is None:
                     if block.shape == shape:
@@ -132,19 +136,19 @@ def is_weight(tensor_slice: TensorSlice) -> bool:
 
 
 def open_weights(role: Role, source: Path | Origin) -> Weights:
-    """The model in a folder, or the transformer (UNet) of the pipeline in it.
+    """The model in a directory, or the transformer (UNet) of the pipeline in it.
 
-    Raises: ClvrError for a single file, a folder without model, or one whose tensors are not complete.
+    Raises: ClvrError for a single file, a directory without model, or one whose tensors are not complete.
     """
     origin = Origin.of(source)
     path = origin.path
     if path.is_file():
         raise ClvrError(
-            f"{role}: {origin.name} is a single file, and formats are not mixed; make a folder of it with "
-            f"`clvr convert {origin.name} FOLDER --to torch` and give that"
+            f"{role}: {origin.name} is a single file, and formats are not mixed; make a directory of it with "
+            f"`clvr convert {origin.name} DIRECTORY --to torch` and give that"
         )
     if not path.is_dir():
-        raise ClvrError(f"{role}: {origin.name}: no such folder")
+        raise ClvrError(f"{role}: {origin.name}: no such directory")
     name = "."
     if torch_class(path) is None:
         name = next((painter for painter in PAINTERS if (path / painter).is_dir()), ".")
@@ -168,12 +172,12 @@ def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = F
     tuned = open_weights(role, source)
     kinds = [side.component.architecture.torch_class for side in (base, tuned)]
     if kinds[0] != kinds[1]:
-        raise ClvrError(f"{role}: {tuned.folder} is a {kinds[1]}, the base a {kinds[0]}")
+        raise ClvrError(f"{role}: {tuned.directory} is a {kinds[1]}, the base a {kinds[0]}")
     formats = [side.component.source for side in (base, tuned)]
     if formats[0] != formats[1]:
         raise ClvrError(
-            f"{role}: {tuned.folder} holds {_FORMATS[formats[1]]}, the base {_FORMATS[formats[0]]}; formats are not "
-            f"mixed: `clvr convert {tuned.origin.name} FOLDER --to {formats[0]}` makes them the same"
+            f"{role}: {tuned.directory} holds {_FORMATS[formats[1]]}, the base {_FORMATS[formats[0]]}; formats are not "
+            f"mixed: `clvr convert {tuned.origin.name} DIRECTORY --to {formats[0]}` makes them the same"
         )
     _check_same(base, tuned)
     settings = [_settings(side.component) for side in (base, tuned)]
@@ -181,7 +185,7 @@ def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = F
     if names and not force:
         listed = some(f"{name} (base {settings[0][name]}, {role} {settings[1].get(name)})" for name in names)
         raise ClvrError(
-            f"{role}: {tuned.folder} has other settings than the base: {listed}; --force merges all the same"
+            f"{role}: {tuned.directory} has other settings than the base: {listed}; --force merges all the same"
         )
     return tuned
 
@@ -189,7 +193,7 @@ def open_tuned(role: Role, source: Path | Origin, base: Weights, force: bool = F
 def open_align(
     source: Path | Origin, base: Weights, force: bool = False, ignore_text_encoder: bool = False
 ) -> Weights | LowRank:
-    """What alignment made of `base`: a model, see `open_tuned`, or a LoRA file or its folder.
+    """What alignment made of `base`: a model, see `open_tuned`, or a LoRA file or its directory.
 
     Args:
       ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
@@ -222,7 +226,7 @@ def _check_same(base: Weights, tuned: Weights) -> None:
         ("of another shape or kind", differing),
     )
     if faults := [f"{len(names)} {title}: {some(names)}" for title, names in sides if names]:
-        raise ClvrError(f"{tuned.role}: {tuned.folder} does not match the base; {'; '.join(faults)}")
+        raise ClvrError(f"{tuned.role}: {tuned.directory} does not match the base; {'; '.join(faults)}")
 
 
 def _described(tensor_slice: TensorSlice) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.json_input import shown
@@ -87,7 +87,7 @@ def resolve(model: str) -> tuple[Path, str]:
             f"{model}: no such model; give a diffusers folder, a Hugging Face id or one of {', '.join(MODELS)}"
         )
     else:
-        path, transformer = local_folder(model), "transformer"
+        path, transformer = local_directory(model), "transformer"
     if not (path / "model_index.json").exists():
         raise ClvrError(f"{path}: not a pipeline folder, model_index.json is missing")
     return path, transformer

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
@@ -56,7 +56,7 @@ class Qwen3VLPipeline:
 
         Raises: ClvrError naming what is missing or does not fit.
         """
-        folder = local_folder(str(path))
+        folder = local_directory(str(path))
         return cls(
             load_model(folder, QWEN3_VL, jnp.dtype(dtype)),
             load_tokenizer(folder),

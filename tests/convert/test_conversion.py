@@ -185,7 +185,7 @@ def test_devices_of_a_mesh_hold_and_read_their_shards_only(monkeypatch):
         (lambda folder: rewrite(folder, lambda t: t.update(more=np.zeros(2))), "1 unexpected: more"),
         (lambda folder: rewrite(folder, lambda t: t.update({"model.norm.weight": np.zeros(2)})), "expected"),
         (lambda folder: pickle_only(folder), "pickle"),
-        (lambda folder: change(folder, architectures=["LlamaForCausalLM"]), "holds a LlamaForCausalLM"),
+        (lambda folder: change(folder, architectures=["LlamaForCausalLM"]), "contains a LlamaForCausalLM"),
         (lambda folder: index(folder), "shards that are absent: gone.safetensors"),
     ],
 )

@@ -309,7 +309,7 @@ def without(beginning):
             lambda s: {**s, "double_blocks.0.img_attn.qkv.weight": (768, 250)},
             r"to_q.weight \(expected \(256, 256\), found \(256, 250\)\)",
         ),
-        (transformer_shapes(SMALL), lambda s: {**s, "img_in.weight_scale": ()}, "it is quantised"),
+        (transformer_shapes(SMALL), lambda s: {**s, "img_in.weight_scale": ()}, "it is quantized"),
         (
             transformer_shapes(SMALL),
             lambda s: {**s, "img_in.weight": (1536,)},

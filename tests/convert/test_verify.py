@@ -171,7 +171,7 @@ def test_a_nan_is_no_agreement(saved, tmp_path):
     for torch_folder in (saved / "clip", tmp_path / "spoiled"):  # in one framework, and in both
         (agreement,) = verify(torch_folder, jax_folder)
         assert agreement.component == torch_folder.name
-        assert agreement.apart == ["last hidden state", "pooled"]
+        assert agreement.differing == ["last hidden state", "pooled"]
         assert not agreement.agrees
 
 
@@ -180,7 +180,7 @@ def test_another_models_weights_and_a_folder_beside_itself(saved, converted, tmp
     (same,) = verify(saved / "clip_projected", saved / "clip_projected")
     (other,) = verify(tmp_path / "other", converted / "clip_projected")
     assert same.agrees
-    assert other.apart == ["hidden state -2", "last hidden state", "pooled"]
+    assert other.differing == ["hidden state -2", "last hidden state", "pooled"]
 
 
 def test_a_conversion_that_casts_is_compared_with_what_was_cast(saved, converted, tmp_path):
@@ -204,7 +204,7 @@ def test_a_variant_is_compared_with_that_variant(saved, tmp_path):
 
 def test_what_cannot_be_verified_is_one_clear_error(saved, converted, tmp_path, monkeypatch):
     for folder in (tmp_path / "flux.safetensors", converted):
-        with pytest.raises(UsageError, match="no folder that PyTorch reads"):
+        with pytest.raises(UsageError, match="not a directory that PyTorch reads"):
             verify(folder, converted)
     with pytest.raises(ClvrError, match="no such file"):
         verify(saved / "clip", tmp_path)
@@ -221,7 +221,7 @@ def test_differences_are_relative_to_each_output():
     agreement = compare("unet", "UNet", ours, theirs)
     assert agreement.largest == 1e-2
     assert agreement.outputs == pytest.approx({"small": 0.5, "large": 1e-5})
-    assert agreement.apart == ["small"]
+    assert agreement.differing == ["small"]
     zero = np.zeros(2)
     assert compare("", "", {"x": zero}, {"x": zero}).agrees
     for ours, theirs in [

@@ -142,7 +142,7 @@ def test_single_files_and_other_layouts_are_not_mixed_in(tmp_path):
     for place in range(3):
         inputs = [*paths]
         inputs[place] = tmp_path / "flux.safetensors"
-        refused(inputs, "single file, and formats are not mixed; make a folder of it with `clvr convert")
+        refused(inputs, "single file, and formats are not mixed; make a directory of it with `clvr convert")
     refused(
         [paths[0], SHIPPED / "shapes-tiny" / "vae", paths[2]], "is a AutoencoderKLFlux2, the base a Flux2Transformer"
     )
@@ -153,10 +153,10 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     random = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
     for module in ("transformer_blocks.0.attn.to_q", "transformer_blocks.7.attn.to_q"):
         write_factors(tmp_path / "lora", {module: Factors(random, random.T.copy(), 1.0)}, "transformer")
-        refused([*paths[:2], tmp_path / "lora"], "no LoRA of this transformer")
+        refused([*paths[:2], tmp_path / "lora"], "not a LoRA of this transformer")
         refused([paths[0], tmp_path / "lora", paths[2]], "has no config.json")
     (tmp_path / "empty").mkdir()
-    refused([*paths[:2], tmp_path / "empty"], "nor one safetensors file")
+    refused([*paths[:2], tmp_path / "empty"], "nor exactly one safetensors file")
     lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     lora.write_bytes(lora.read_bytes()[:-8])
     refused([*paths[:2], tmp_path / "lora"], "not a complete safetensors file")

@@ -159,7 +159,7 @@ def test_orbax_folders_merge_to_the_same_numbers(tmp_path):
     shutil.rmtree(inputs[0])
     convert(plan_conversion(paths[0], "jax"), inputs[0])  # the same weights at another time
     assert plan_merge(*inputs).base.digests.finish() == digests
-    with pytest.raises(ClvrError, match=r"formats are not mixed: `clvr convert .*distill FOLDER --to jax`"):
+    with pytest.raises(ClvrError, match=r"formats are not mixed: `clvr convert .*distill DIRECTORY --to jax`"):
         plan_merge(inputs[0], paths[1], inputs[2])
 
 
