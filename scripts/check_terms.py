@@ -27,6 +27,7 @@ BANNED = {
 CLEAN = (
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
+    "clvr_jax/merging",
     "configs/flux2_distill.py",
     "configs/flux2_sample.py",
     "configs/flux2_sft.py",

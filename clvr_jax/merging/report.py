@@ -1,4 +1,4 @@
-"""What a merge found out about the two changes, for people and for scripts: tables, report.json, plots."""
+"""The report of a merge about the two deltas: tables, report.json and plots."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,28 +8,28 @@ from rich.table import Table
 
 from clvr_jax.convert.report import readable_size
 from clvr_jax.files import write_json
-from clvr_jax.merging.norms import Sums, by_layer, total
+from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight
 from clvr_jax.plots import can_plot, new_figure
 
 
-def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
-    """Norm of the base, relative Frobenius norms of the changes of distill and align, and the cosine between them.
+def report(sums: Mapping[str, DeltaStatistics]) -> dict[str, Any]:
+    """Returns the norm of the base, the relative Frobenius norms of the two deltas and the cosine between them.
 
     Args:
-      sums: of each tensor, from `directories.merge`.
-    Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null where a norm of 0 would divide.
+      sums: key -> statistics of each tensor, from `streaming.merge`.
+    Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null if the divisor is 0.
     """
     return {
-        "whole": total(sums.values()).described(),
-        "layers": {name: own.described() for name, own in by_layer(sums).items()},
-        "tensors": {key: own.described() for key, own in sums.items()},
+        "whole": total(sums.values()).to_json(),
+        "layers": {name: own.to_json() for name, own in by_layer(sums).items()},
+        "tensors": {key: own.to_json() for key, own in sums.items()},
     }
 
 
-def write_report(directory: Path, sums: Mapping[str, Sums]) -> list[str]:
-    """Writes report.json and, with matplotlib, two plots over the layers. Returns: the names of the files."""
+def write_report(directory: Path, sums: Mapping[str, DeltaStatistics]) -> list[str]:
+    """Writes report.json and, if matplotlib is installed, two plots over the layers. Returns: the file names."""
     found = report(sums)
     write_json(directory / REPORT, found)
     if not can_plot():
@@ -42,8 +42,8 @@ def _plot(directory: Path, layers: Mapping[str, Mapping[str, float | None]]) -> 
     norms, cosines = directory / PLOTS[0], directory / PLOTS[1]
     names, places = list(layers), range(len(layers))
     for path, label, columns in (
-        (norms, "|change| / |base|", ("distill", "align")),
-        (cosines, "cosine between the changes", ("cosine",)),
+        (norms, "|delta| / |base|", ("distill", "align")),
+        (cosines, "cosine between the deltas", ("cosine",)),
     ):
         figure = new_figure(max(6.4, 0.22 * len(names) + 2), 5)
         axes = figure.add_subplot()
@@ -62,9 +62,9 @@ def _plot(directory: Path, layers: Mapping[str, Mapping[str, float | None]]) -> 
         figure.savefig(path, dpi=120)
 
 
-def report_table(sums: Mapping[str, Sums]) -> Table:
-    """One row for each layer, and one for all."""
-    table = Table(title="changes of the base")
+def report_table(sums: Mapping[str, DeltaStatistics]) -> Table:
+    """Returns a table with one row per layer and one for all layers."""
+    table = Table(title="deltas of the base")
     table.add_column("layer", overflow="fold")
     for column in ("|distill| / |base|", "|align| / |base|", "cosine"):
         table.add_column(column, justify="right")
@@ -75,7 +75,7 @@ def report_table(sums: Mapping[str, Sums]) -> Table:
 
 
 def plan_table(plan: Merge) -> Table:
-    """One row for each tensor of the result, then what is copied."""
+    """Returns a table with one row per tensor of the result and one per copied file."""
     component = plan.base.component
     size = readable_size(plan.nbytes)
     title = f"{plan.settings.method}: {component.architecture.title}, {len(component.slices)} tensors, {size}"
@@ -96,7 +96,7 @@ def plan_table(plan: Merge) -> Table:
 
 
 def plan_list(plan: Merge) -> list[dict[str, Any]]:
-    """The tensors of the result for scripts: key, shape, dtype, weights (null of a counter, which is the base's)."""
+    """Returns key, shape, dtype and weights of each tensor for JSON; weights are null for a counter of the base."""
     return [
         {
             "key": tensor_slice.spec.key,
