@@ -33,7 +33,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, on_every_host, replicate
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -192,7 +192,7 @@ def _task(
 
             return field
 
-        references = encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype)
+        references = encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype)
         conditional = {"text": read(data["ids"], data["mask"]), "references": references}
         # Without guidance nobody asks for the empty text, and the compiler leaves it out.
         nothing = jnp.repeat(read(*empty(data["ids"].shape[1])), rows, axis=0)

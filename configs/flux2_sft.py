@@ -27,7 +27,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, on_every_host, replicate
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -156,7 +156,7 @@ def _task(
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
         text_encoder = nnx.merge(reader_def, frozen["text_encoder"])
-        vae = nnx.merge(vae_def, gathered(frozen["vae"]))
+        vae = nnx.merge(vae_def, replicate(frozen["vae"]))
 
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))

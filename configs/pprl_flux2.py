@@ -48,7 +48,7 @@ from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, on_every_host, replicate
 from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import FlowNoising, Policy
 from clvr_jax.training.plan import Program
@@ -260,7 +260,7 @@ def flux2_backbone(
 
         found = {
             "text": read(data["ids"], data["mask"]),
-            "references": encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype),
+            "references": encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype),
         }
         if sampler.guidance > 1:
             # The same for all groups, so read once.
@@ -283,7 +283,7 @@ def flux2_backbone(
         return euler_solve(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
 
     def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
-        return decode(vae_def, gathered(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
+        return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
     shape = (tokens, sizes.in_channels)
     return Backbone(condition, policy, solve, pictures, shape, sigmas[:-1], FlowNoising())

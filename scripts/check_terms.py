@@ -28,6 +28,7 @@ CLEAN = (
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
     "clvr_jax/merging",
+    "clvr_jax/sharding.py",
     "configs/flux2_distill.py",
     "configs/flux2_sample.py",
     "configs/flux2_sft.py",

@@ -95,8 +95,8 @@ def check_batch(batch: Batch, layout: Layout, accumulate: int, processes: int = 
     Raises: UsageError if not.
     """
     for count in {leaf.shape[0] * processes for leaf in jax.tree.leaves(batch) if leaf.ndim}:
-        if count % (layout.batch_parts * accumulate) and layout.mesh.size > 1:
+        if count % (layout.batch_shards * accumulate) and layout.mesh.size > 1:
             raise UsageError(
-                f"a batch of {count} rows cannot be cut into {layout.batch_parts} parts (mesh axes "
+                f"a batch of {count} rows cannot be cut into {layout.batch_shards} parts (mesh axes "
                 f"{' x '.join(layout.rules.batch)}) of {accumulate} pieces (accumulate); change the batch or the mesh"
             )

@@ -17,7 +17,7 @@ import optax
 from clvr_jax.errors import UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import init_lora
-from clvr_jax.sharding import Layout, MeshConfig, constrain
+from clvr_jax.sharding import Layout, MeshConfig, with_logical_constraint
 from clvr_jax.training.diffusion_nft import NFTConfig, normal
 from clvr_jax.training.flow_grpo import GRPOConfig
 from clvr_jax.training.pprl_methods import Backbone, DiffusionNFT, FlowGRPO, Method
@@ -307,7 +307,7 @@ def _for_samples(conditions: Tree, group: int) -> Tree:
 
 
 def _cut(x: jax.Array) -> jax.Array:
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
+    return with_logical_constraint(x, "batch", *[None] * (x.ndim - 1))
 
 
 def _sample_keys(config: PPRLConfig, batch: Any, *purpose: Any) -> jax.Array:

@@ -124,7 +124,7 @@ def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
     assert layout.spec(("embed", None), (12, 3)) == jax.P(("fsdp",), None)
     assert layout.spec(("embed", None), (7, 3)) == jax.P(None, None)
     with pytest.raises(ClvrError, match="twice"):
-        layout.spec(("embed", "joined"), (8, 8))
+        layout.spec(("embed", "fused_qkv_mlp"), (8, 8))
     with pytest.raises(ClvrError, match="heads"):
         Rules(heads=("tensor", "tensor"))
 
@@ -136,7 +136,7 @@ def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
         ({"data": -1, "fsdp": -1}, "one may be -1"),
         ({"tensor": 0}, "at least 1"),
         ({"slices": 2}, "2 slices are copies"),
-        ({"devices": 9}, "9 devices are asked for, there are 8"),
+        ({"devices": 9}, "9 devices are requested, but there are 8"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(mesh, message):
