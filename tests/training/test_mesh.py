@@ -135,7 +135,7 @@ def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
         ({"fsdp": 3}, "is 3 devices, but there are 8"),
         ({"data": -1, "fsdp": -1}, "one may be -1"),
         ({"tensor": 0}, "at least 1"),
-        ({"slices": 2}, "2 slices are copies"),
+        ({"slices": 2}, "multiple of the 2 slices"),
         ({"devices": 9}, "9 devices are requested, but there are 8"),
     ],
 )
