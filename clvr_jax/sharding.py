@@ -8,7 +8,7 @@ A mesh has four axes, each of which may have size 1:
     tensor    heads and the hidden axis of each MLP are sharded along it (Megatron, arXiv 1909.08053)
 
 Models name the logical axes of important activations (`with_logical_constraint`); those of a parameter follow from its
-name, which is PyTorch's. XLA inserts the communication. Without an active `Layout` no activation is constrained.
+name, which is PyTorch's. XLA inserts the communication. Without an active `MeshLayout` no activation is constrained.
 """
 
 import contextlib
@@ -127,7 +127,7 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class MeshLayout:
     """A mesh and the table of logical axes, which determine the sharding of every array."""
 
     mesh: Mesh
@@ -200,7 +200,7 @@ class Layout:
         return jax.tree.map(lambda leaf: self.sharding(axes[: leaf.ndim], leaf.shape), batch)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator["Layout"]:
+    def active(self) -> Iterator["MeshLayout"]:
         """Activates this layout for all programs that are traced inside the context."""
         token = _ACTIVE.set(self)
         try:
@@ -210,10 +210,10 @@ class Layout:
             _ACTIVE.reset(token)
 
 
-_ACTIVE: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_ACTIVE: ContextVar[MeshLayout | None] = ContextVar("layout", default=None)
 
 
-def active_layout() -> Layout | None:
+def active_layout() -> MeshLayout | None:
     """Returns the layout for which programs are currently traced; None if there is none."""
     return _ACTIVE.get()
 
@@ -251,7 +251,7 @@ def replicate(params: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, layout.replicated), params)
 
 
-def on_every_host(tree: Any) -> Any:
+def process_allgather(tree: Any) -> Any:
     """Returns a tree whose arrays are complete in every process: arrays that span processes become NumPy arrays.
 
     Every process must call it.

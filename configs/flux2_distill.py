@@ -33,7 +33,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
-from clvr_jax.sharding import MeshConfig, on_every_host, replicate
+from clvr_jax.sharding import MeshConfig, process_allgather, replicate
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -112,7 +112,7 @@ def pipeline_task(
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, teacher = nnx.split(pipe.transformer)
     tokenizer, schedule = pipe.tokenizer, pipe.schedule
     settings = dataclasses.replace(

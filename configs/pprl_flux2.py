@@ -48,7 +48,7 @@ from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
-from clvr_jax.sharding import MeshConfig, on_every_host, replicate
+from clvr_jax.sharding import MeshConfig, process_allgather, replicate
 from clvr_jax.training import pprl
 from clvr_jax.training.diffusion_nft import FlowNoising, Policy
 from clvr_jax.training.plan import Program
@@ -198,7 +198,7 @@ def flux2_task(
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
     transformer_def, base = nnx.split(pipe.transformer)
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
 
     def ids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:

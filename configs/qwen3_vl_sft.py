@@ -31,7 +31,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.sharding import MeshConfig, on_every_host
+from clvr_jax.sharding import MeshConfig, process_allgather
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -103,7 +103,7 @@ def task(config: Config) -> Task:
     verification = TrajectoryDataset(config.dataset, VERIFICATION) if has_verification else None
     examples = ConversationExamples(dataset, pipe.tokenizer, pipe.image_processor, verification=verification)
     params, frozen = _parts(nnx.state(pipe.model), config)
-    unchanged = on_every_host(frozen)
+    unchanged = process_allgather(frozen)
     sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
 
     def export(ema: Any, directory: Path) -> None:

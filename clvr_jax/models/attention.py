@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.sharding import Layout, active_layout, with_logical_constraint
+from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -69,7 +69,7 @@ def attention(
     return checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
 
 
-def _choice(layout: Layout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Implementation:
+def _choice(layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Implementation:
     platform = layout.platform if layout else jax.default_backend()
     if mask is not None or platform == "cpu":
         return "xla"
@@ -117,7 +117,7 @@ def _splash(
     key_mask_bk: jax.Array | None,
     is_causal: bool,
     scale: float,
-    layout: Layout | None,
+    layout: MeshLayout | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:

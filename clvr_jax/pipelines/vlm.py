@@ -25,7 +25,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.reasoning.tools import Token
-from clvr_jax.sharding import on_every_host
+from clvr_jax.sharding import process_allgather
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Qwen3VLPipeline:
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
         )
-        answer = on_every_host(
+        answer = process_allgather(
             generate(
                 self.model,
                 batch,

@@ -24,7 +24,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.rewards.reward import Reward
 from clvr_jax.rewards.teacher import LiveProxies, Teacher
-from clvr_jax.sharding import Layout, active_layout, on_every_host, without_layout
+from clvr_jax.sharding import MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.diffusion_nft import group_advantages
 from clvr_jax.training.feed import check_batch
@@ -95,7 +95,7 @@ def fit(
     Raises: ClvrError, with the state saved, if pictures cannot be judged any more or too many updates in a row are not
       finite; UsageError for a mesh or numbers that do not fit together.
     """
-    layout = active_layout() or Layout(config.mesh.make())
+    layout = active_layout() or MeshLayout(config.mesh.make())
     check_batch(np.zeros((config.rows, 1)), layout, 1)
     with layout.active(), Checkpoints(out / "checkpoints", config.keep) as checkpoints:
         state = PPRLState.create(task.params, config.optimizer(), layout)
@@ -137,7 +137,7 @@ class _Run:
 
     task: PPRLTask
     config: PPRLConfig
-    layout: Layout
+    layout: MeshLayout
     out: Path
     checkpoints: Checkpoints
 
@@ -239,7 +239,7 @@ class _Run:
     def _judged(self, call: _Call, watch: Stopwatch, judge: EpochJudge) -> None:
         assert call.drawn is not None
         with watch("sampling"):
-            pictures = np.asarray(on_every_host(call.drawn.pictures))
+            pictures = np.asarray(process_allgather(call.drawn.pictures))
         with watch("reward"):
             judge.add(call.steps[: call.real], pictures)
 
@@ -311,7 +311,7 @@ class _Run:
 
     def _grid(self, calls: Sequence[_Call], epoch: int) -> None:
         """The groups of the first calls as rows of a picture."""
-        pictures = [np.asarray(on_every_host(call.drawn.pictures)) for call in calls[:8] if call.drawn is not None]
+        pictures = [np.asarray(process_allgather(call.drawn.pictures)) for call in calls[:8] if call.drawn is not None]
         if jax.process_index() == 0:
             write_grid(self.out / "samples" / f"epoch_{epoch + 1:05d}.png", pictures, self.config.group)
 
@@ -336,8 +336,8 @@ def _check_begun(config: PPRLConfig, out: Path) -> None:
 
 def _export(task: PPRLTask, state: PPRLState, folder: Path) -> None:
     """Process 0 exports; what is spread over several hosts comes together there first."""
-    whole = dataclasses.replace(task, base=on_every_host(task.base))
-    ema = on_every_host(state.ema)
+    whole = dataclasses.replace(task, base=process_allgather(task.base))
+    ema = process_allgather(state.ema)
     if jax.process_index() == 0:
         with without_layout():
             whole.export(ema, folder)

@@ -17,7 +17,7 @@ import optax
 from clvr_jax.errors import UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import init_lora
-from clvr_jax.sharding import Layout, MeshConfig, with_logical_constraint
+from clvr_jax.sharding import MeshConfig, MeshLayout, with_logical_constraint
 from clvr_jax.training.diffusion_nft import NFTConfig, normal
 from clvr_jax.training.flow_grpo import GRPOConfig
 from clvr_jax.training.pprl_methods import Backbone, DiffusionNFT, FlowGRPO, Method
@@ -162,7 +162,7 @@ class PPRLState:
     skipped_in_a_row: Any
 
     @classmethod
-    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: Layout) -> "PPRLState":
+    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout) -> "PPRLState":
         """Epoch 0, laid out over the mesh: all policies are the same."""
 
         def start(params: Tree) -> "PPRLState":
@@ -174,7 +174,7 @@ class PPRLState:
         return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
 
 
-def state_shardings(state: PPRLState, layout: Layout) -> PPRLState:
+def state_shardings(state: PPRLState, layout: MeshLayout) -> PPRLState:
     """Where each part of a state (shapes are enough) lies."""
     whole = layout.replicated
     params, old, ema = (layout.parameters(tree) for tree in (state.params, state.old, state.ema))
@@ -275,7 +275,7 @@ def followed(learner: Method, state: PPRLState) -> PPRLState:
 class Programs:
     """The functions above, compiled for a mesh: weights stay laid out as parameters, samples are cut by rows."""
 
-    def __init__(self, backbone: Backbone, config: PPRLConfig, layout: Layout):
+    def __init__(self, backbone: Backbone, config: PPRLConfig, layout: MeshLayout):
         def added(params: Tree, base: Tree, old: Tree, sums: Sums, batch: Any) -> Sums:
             total = jax.tree.map(jnp.add, sums, contribution(backbone, config, params, base, old, batch))
             return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))

@@ -20,7 +20,7 @@ from clvr_jax.files import read_json, write_json
 from clvr_jax.locks import locked
 from clvr_jax.outputs import check_folder
 from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
-from clvr_jax.sharding import Layout, MeshConfig, without_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import from_process_0
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
@@ -159,7 +159,7 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
     recipe = load_recipe(made["recipe"])
     config = rebuilt(recipe.config, made["config"])
     # On the devices that are here, whatever the run had.
-    with Layout(MeshConfig(fsdp=-1).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)
         shardings = layout.parameters(task.params)
         wanted = jax.tree.map(

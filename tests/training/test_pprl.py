@@ -18,7 +18,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.diffusion_nft import NFTConfig, old_decay
 from clvr_jax.training.pprl import fit
@@ -67,7 +67,7 @@ def call(dataset, config=CONFIG, optimality=None, counts=None):
     params = task.params
     batch = {"data": task.data(steps), "number": np.array([s.number for s in steps])}
     batch |= {"seed": np.int32(0), "epoch": np.int32(0)}
-    with Layout(MeshConfig(devices=1).make()).active():
+    with MeshLayout(MeshConfig(devices=1).make()).active():
         drawn = rollout(task.backbone, config, task.base, params, task.frozen, batch)
         learned = {
             "number": batch["number"],
