@@ -32,7 +32,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1, which uses the remaining devices."""
 
     data: int = 1
     """Shard the batch over this many copies of the parameters; -1 takes the devices that are left."""

@@ -88,8 +88,8 @@ def _converted(
 ) -> Iterator[tuple[TensorSlice, bool]]:
     """Writes each slice and yields it with whether it contains a NaN, in order.
 
-    A few threads each process one slice from the first byte to the last: while one waits for the disk, others transpose
-    theirs.
+    A few threads each process one slice from the first byte to the last: while one waits for the disk, the others
+    transpose.
     """
     memory: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(_WORKERS):

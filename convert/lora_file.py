@@ -75,7 +75,7 @@ def read_factors(
     if text and not ignore_text_encoder:
         raise ClvrError(
             f"{file}: {len(text)} tensors adapt a text encoder ({some(text, 2)}); "
-            f"--ignore-text-encoder (in Python, ignore_text_encoder=True) takes the {component(shapes)} alone"
+            f"--ignore-text-encoder (in Python, ignore_text_encoder=True) uses only the {component(shapes)}"
         )
     names = key_aliases(shapes)
     pairs, faults = _paired({key: tensor for key, tensor in stored.items() if key not in text}, names, shapes)

@@ -102,29 +102,29 @@ def verify(
         )
     agreements = []
     for component in components:
-        architecture, theirs_in, ours_in = (
+        architecture, torch_model, jax_model = (
             component.architecture,
             torch_directory / component.name,
             jax_directory / component.name,
         )
-        name = theirs_in.absolute().name
+        name = torch_model.absolute().name
         if on_model is not None:
             on_model(name)
         config, other = (
-            architecture.config_from_dict(read_json(path / "config.json")) for path in (theirs_in, ours_in)
+            architecture.config_from_dict(read_json(path / "config.json")) for path in (torch_model, jax_model)
         )
         if config != other:
-            raise ClvrError(f"{ours_in}: its config.json describes another model than that of {theirs_in}")
+            raise ClvrError(f"{jax_model}: its config.json describes another model than that of {torch_model}")
         inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
-        theirs = _their_outputs(theirs_in, architecture, inputs, dtype, variant)
+        theirs = _torch_outputs(torch_model, architecture, inputs, dtype, variant)
         gc.collect()  # PyTorch's modules have reference cycles and would stay in memory
-        ours = _our_outputs(ours_in, architecture, inputs, dtype, variant)
+        ours = _jax_outputs(jax_model, architecture, inputs, dtype, variant)
         agreements.append(compare(name, architecture.title, ours, theirs))
     return agreements
 
 
 def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agreement:
-    """Returns the differences between outputs with the same names and shapes."""
+    """Returns the differences between our outputs and PyTorch's of the same names and shapes."""
     differences, outputs = [], {}
     for name, expected in theirs.items():
         found, expected = np.asarray(ours[name], np.float64), np.asarray(expected, np.float64)
@@ -136,7 +136,7 @@ def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping
     return Agreement(component, title, outputs, float(np.max(differences)))
 
 
-def _their_outputs(
+def _torch_outputs(
     directory: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
 ) -> Outputs:
     import torch
@@ -151,10 +151,10 @@ def _their_outputs(
         for tensor in model.state_dict().values() if dtype else ():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, str(dtype))))
-        return {name: tensor.numpy() for name, tensor in PROBES[architecture].theirs(model, tensors).items()}
+        return {name: tensor.numpy() for name, tensor in PROBES[architecture].run_torch(model, tensors).items()}
 
 
-def _our_outputs(
+def _jax_outputs(
     directory: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
 ) -> Outputs:
     config = read_json(directory / "config.json")
@@ -164,8 +164,8 @@ def _our_outputs(
     stored = nnx.state(load_model(directory, architecture, FLOATS[dtype or "float32"], shardings, variant))
     state = jax.tree.map(_in_float32, stored)
     del stored
-    answers = jax.jit(lambda state: PROBES[architecture].ours(nnx.merge(graphdef, state), inputs))(state)
-    return {name: np.asarray(array) for name, array in answers.items()}
+    outputs = jax.jit(lambda state: PROBES[architecture].run_jax(nnx.merge(graphdef, state), inputs))(state)
+    return {name: np.asarray(array) for name, array in outputs.items()}
 
 
 def _in_float32(leaf: jax.Array) -> jax.Array:

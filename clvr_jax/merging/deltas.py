@@ -20,8 +20,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Path, Tree, by_pattern, dotted, leaves_by_path, some
 
-# One weight for all leaves, or regular expressions searched in their paths ("transformer_blocks.attn.to_q.kernel") and
-# the weight where one is the first to match; elsewhere the weight is 1.
+# One weight for all leaves, or {regular expression: weight}: the first that matches in the path of a leaf, for example
+# "transformer_blocks.attn.to_q.kernel", applies, else 1.
 Weight = ArrayLike | Mapping[str, ArrayLike]
 
 

@@ -130,7 +130,7 @@ def test_every_weight_has_a_part_in_what_is_compared(converted, name):
     model = load_model(converted / name, architecture)
     graphdef, state = nnx.split(model)
     inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
-    answers = jax.jit(lambda state: PROBES[architecture].ours(nnx.merge(graphdef, state), inputs))
+    answers = jax.jit(lambda state: PROBES[architecture].run_jax(nnx.merge(graphdef, state), inputs))
     expected = answers(state)
     leaves, structure = jax.tree.flatten(state)
     plan_of = architecture.entries(architecture.config_to_dict(config))
