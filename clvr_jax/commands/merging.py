@@ -119,7 +119,7 @@ class Merge:
         return self._result(data, sums)
 
     def _finish(self, plan: "Planned", folder: Path, sums: Mapping[str, "DeltaStatistics"]) -> None:
-        """Writes recipe, card and report; says on the way what may not be done with the model."""
+        """Writes merge.json, model card and report; prints a warning for a non-commercial license."""
         from clvr_jax.convert.model_card import license_of_all
         from clvr_jax.merging.provenance import models_in, write_provenance
         from clvr_jax.merging.report import write_report
@@ -146,7 +146,7 @@ class Merge:
         from clvr_jax.merging.norms import total
         from clvr_jax.merging.report import report_table
 
-        data |= {"out": str(self.out), "norms": total(sums.values()).described()}
+        data |= {"out": str(self.out), "norms": total(sums.values()).to_json()}
         return Result(data, report_table(sums) if self.report else str(self.out))
 
 
