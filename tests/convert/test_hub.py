@@ -131,7 +131,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
 
 def test_what_does_not_exist_may_have_been_meant_as_a_folder(hub):
     message = failure("tiny/modle")
-    assert "no such folder here" in message
+    assert "no such directory here" in message
     assert f"no such repository at {hub.url}" in message
 
 
