@@ -163,7 +163,7 @@ def test_without_a_network_the_way_out_is_said_and_the_cache_is_used(tmp_path, m
         assert local_directory(REPOSITORY) == folder
         message = failure("other/model")
     assert "cannot be reached" in message
-    assert "pass a folder, or fetch it elsewhere with `hf download other/model`" in message
+    assert "pass a directory, or fetch it elsewhere with `hf download other/model`" in message
 
 
 def test_a_full_disk_is_said_before_and_while_it_fills(hub, monkeypatch):
