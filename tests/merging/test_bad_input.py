@@ -86,10 +86,10 @@ def other_depth(folder):
         (lambda f: edit(f, lambda t: None, {"rope_theta": 10_000}), r"rope_theta \(base 2000, {role} 10000\)"),
         (set_one(np.nan), rf"{{role}}: {KEY} contains NaN or infinity"),
         (set_one(np.inf), rf"{{role}}: {KEY} contains NaN or infinity"),
-        (of_another_base, r"{role}: .* is 1\.\d+ of the base's norm away .*--force"),
+        (of_another_base, r"{role}: .* is 1\.\d+ of the base's norm .*--force"),
         (shorten, "not a complete safetensors file"),
         (lambda f: (f / f"{FILE}.safetensors").unlink(), f"neither {FILE}.safetensors"),
-        (lambda f: edit(f, lambda t: t.update({KEY: t[KEY].astype(np.float64)})), "holds float64"),
+        (lambda f: edit(f, lambda t: t.update({KEY: t[KEY].astype(np.float64)})), "contains float64"),
         (shutil.rmtree, "no such"),
     ],
 )
