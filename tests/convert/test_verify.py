@@ -208,7 +208,7 @@ def test_what_cannot_be_verified_is_one_clear_error(saved, converted, tmp_path, 
             verify(folder, converted)
     with pytest.raises(ClvrError, match="no such file"):
         verify(saved / "clip", tmp_path)
-    with pytest.raises(ClvrError, match="of another model"):
+    with pytest.raises(ClvrError, match="another model than that of"):
         verify(saved / "sd15_unet", converted / "sdxl_unet")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ClvrError, match=r"pip install 'clvr-jax\[torch\]'"):
