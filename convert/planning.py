@@ -218,8 +218,8 @@ def _component(model: _Model, name: str, to: Format, dtype: np.dtype | None) -> 
         dtypes = {model.dtypes[key].name for key in entry.keys}
         if to == "jax" and dtype is None and len(dtypes) > 1:
             raise ClvrError(
-                f"{model.where}: {entry.keys[0]} and its like in other layers become one array but are "
-                f"{' and '.join(sorted(dtypes))}; give a dtype for all"
+                f"{model.where}: {entry.keys[0]} and the same tensor of other layers become one array, but have "
+                f"dtypes {' and '.join(sorted(dtypes))}; give a dtype for all"
             )
     slices = tuple(_tensor_slices(model.plan, model.dtypes, to, dtype))
     return PipelineComponent(

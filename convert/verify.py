@@ -102,11 +102,8 @@ def verify(
         )
     agreements = []
     for component in components:
-        architecture, torch_model, jax_model = (
-            component.architecture,
-            torch_directory / component.name,
-            jax_directory / component.name,
-        )
+        architecture = component.architecture
+        torch_model, jax_model = torch_directory / component.name, jax_directory / component.name
         name = torch_model.absolute().name
         if on_model is not None:
             on_model(name)
