@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs.flux2_sft import abstract_batch
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
@@ -34,7 +34,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import encode_references, encode_text, velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -113,7 +113,7 @@ def pipeline_task(
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, teacher = nnx.split(pipe.transformer)
     tokenizer, schedule, source = pipe.tokenizer, pipe.schedule, pipe.text_encoder_source
     settings = dataclasses.replace(
@@ -194,7 +194,7 @@ def _task(
 
             return field
 
-        references = encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype)
+        references = encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype)
         conditional = {"text": read(data["ids"], data["mask"]), "references": references}
         # Without guidance nobody asks for the empty text, and the compiler leaves it out.
         nothing = jnp.repeat(read(*empty(data["ids"].shape[1])), rows, axis=0)

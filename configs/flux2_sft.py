@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
@@ -28,7 +28,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -83,7 +83,7 @@ def task(config: Config) -> Task:
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, tokenizer = nnx.graphdef(pipe.transformer), pipe.tokenizer
     settings, schedule, source = pipe.settings, pipe.schedule, pipe.text_encoder_source
     examples = DrawingExamples(
@@ -158,7 +158,7 @@ def _task(
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
         text_encoder = nnx.merge(reader_def, frozen["text_encoder"])
-        vae = nnx.merge(vae_def, gathered(frozen["vae"]))
+        vae = nnx.merge(vae_def, replicate(frozen["vae"]))
 
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
@@ -54,7 +54,7 @@ from clvr_jax.rl import (
     collect_rollout,
     loss_and_grads,
 )
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.plan import Program
 
 fit = rl.fit
@@ -202,7 +202,7 @@ def flux2_task(
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
     transformer_def, base = nnx.split(pipe.transformer)
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
     source = pipe.text_encoder_source
 
@@ -227,7 +227,7 @@ def flux2_task(
         generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora.rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
-            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
+            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.key_mapping(sizes), base)
 
     policy = flux2_policy((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
     frozen = {"text_encoder": reader, "vae": vae}
@@ -267,7 +267,7 @@ def flux2_policy(
 
         found = {
             "text": read(data["ids"], data["mask"]),
-            "references": encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype),
+            "references": encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype),
         }
         if sampler.guidance > 1:
             # The same for all groups, so read once.
@@ -290,7 +290,7 @@ def flux2_policy(
         return euler_solve(lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
 
     def decode_images(frozen: Any, latents: jax.Array) -> jax.Array:
-        return decode(vae_def, gathered(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
+        return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
     shape = (tokens, sizes.in_channels)
     return DiffusionPolicy(encode_conditions, predictor, solve, decode_images, shape, sigmas[:-1], FlowProcess())

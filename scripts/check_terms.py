@@ -40,6 +40,7 @@ CLEAN = (
     "configs/shapes_synth.py",
     "configs/shapes_text_encoder.py",
     "configs/shapes_tokenizer.py",
+    "convert",
     "docs/benchmarks.md",
     "docs/converting.md",
     "docs/data-engine.md",

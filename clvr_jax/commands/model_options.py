@@ -218,7 +218,7 @@ class ControllerOptions:
         from clvr_jax.providers.endpoint import Endpoint
         from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, AskedController
         from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-        from clvr_jax.reasoning.verification import ModelVerifier
+        from clvr_jax.reasoning.model_verifier import ModelVerifier
 
         model = OpenAIVisionLanguageModel(
             Endpoint(self.controller_model or "", self.controller_url, self.controller_key_variable or None)

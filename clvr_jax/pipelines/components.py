@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from clvr_jax.sharding import Layout, gathered
+from clvr_jax.sharding import MeshLayout, replicate
 
 
 class Graph:
@@ -37,7 +37,7 @@ def jitted(function: Callable[..., Any], *, gathers_weights: bool = False, **opt
 
     @functools.wraps(function)
     def of_graph(graph: Graph, state: Any, *rest: Any) -> Any:
-        return function(graph.graphdef, gathered(state) if gathers_weights else state, *rest)
+        return function(graph.graphdef, replicate(state) if gathers_weights else state, *rest)
 
     return jax.jit(of_graph, **options)
 
@@ -45,7 +45,7 @@ def jitted(function: Callable[..., Any], *, gathers_weights: bool = False, **opt
 class Components:
     """Something whose attributes are NNX modules that may be replaced by others."""
 
-    layout: Layout | None = None
+    layout: MeshLayout | None = None
     """Where the modules are placed, and programs are traced for; the default device, or the active layout, if None."""
 
     def __init__(self) -> None:

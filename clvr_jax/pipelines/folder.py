@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.convert.orbax_tree import PARAMS, is_tree
@@ -24,7 +24,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -51,7 +51,7 @@ def load_flux2(
     dtype: DTypeLike | None,
     transformer: str | None,
     settings_class: type[Settings],
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
 ) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
@@ -137,7 +137,7 @@ def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: 
             f"{target}: the text encoder was loaded without the layers that are never read, and "
             f"{source or 'the directory that it came from'} is not there to copy them from; nothing is written"
         )
-    stored = QWEN3.published(stored_tensors(source), encoder.config)
+    stored = QWEN3.canonicalize_keys(stored_tensors(source), encoder.config)
     whole = {key for entry in QWEN3.entries(QWEN3.config_to_dict(encoder.config)) for key in entry.keys}
     if stored.keys() != whole:
         raise ClvrError(f"{source}: no longer the model that the text encoder came from; nothing is written")

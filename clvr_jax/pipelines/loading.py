@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.families import Family
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.architectures import Architecture
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.lora import load_lora
 from clvr_jax.convert.lora_config import PEFT_CONFIG, PEFT_NAME
 from clvr_jax.convert.lora_file import FILE_NAME
@@ -23,13 +23,13 @@ from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
 from clvr_jax.files import read_json
-from clvr_jax.sharding import Layout, MeshConfig, active_layout
+from clvr_jax.sharding import MeshLayout, MeshConfig, active_layout
 from clvr_jax.trees import Tree
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-Mesh = MeshConfig | Layout | None
+Mesh = MeshConfig | MeshLayout | None
 """Where a model is placed: on a mesh to be made, on one that exists, or on the default device."""
 
 LoRA = str | tuple[str, float]
@@ -41,12 +41,12 @@ SMALL = 10**8
 small files, and fit into any memory."""
 
 
-def layout_of(mesh: Mesh) -> Layout | None:
+def layout_of(mesh: Mesh) -> MeshLayout | None:
     """Returns the layout of a mesh, None for None. Raises: UsageError for a mesh that does not fit the devices."""
-    return Layout(mesh.make()) if isinstance(mesh, MeshConfig) else mesh
+    return MeshLayout(mesh.make()) if isinstance(mesh, MeshConfig) else mesh
 
 
-def computing_on(layout: Layout | None) -> AbstractContextManager[Any]:
+def computing_on(layout: MeshLayout | None) -> AbstractContextManager[Any]:
     """While this lasts, models are loaded and programs are traced for `layout`; None changes nothing."""
     return contextlib.nullcontext() if layout is None else layout.active()
 
@@ -62,7 +62,7 @@ def on_mesh(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[An
     return run
 
 
-def resolve_dtype(dtype: DTypeLike | None, directory: Path, layout: Layout | None = None) -> np.dtype:
+def resolve_dtype(dtype: DTypeLike | None, directory: Path, layout: MeshLayout | None = None) -> np.dtype:
     """Returns the dtype to load a model with.
 
     Args:
@@ -90,7 +90,7 @@ def stored_dtype(directory: Path) -> np.dtype:
     return most if most in FLOATS.values() else FLOATS["float32"]
 
 
-def check_heads(layout: Layout | None, heads: Mapping[str, int]) -> None:
+def check_heads(layout: MeshLayout | None, heads: Mapping[str, int]) -> None:
     """Checks that a mesh shards the heads of attention evenly: else some devices would wait for the others.
 
     Args:
@@ -114,13 +114,13 @@ def check_heads(layout: Layout | None, heads: Mapping[str, int]) -> None:
 
 
 def read_loras(
-    directory: Path, family: Family, loras: Sequence[LoRA], ignore_text_encoder: bool = False
+    directory: Path, architecture: Architecture, loras: Sequence[LoRA], ignore_text_encoder: bool = False
 ) -> list[tuple[Tree, float]]:
     """Reads LoRAs of the model in `directory`, without its weights.
 
     Args:
       directory: holds config.json.
-      family: the architecture.
+      architecture: the architecture.
       loras: what to read; the same LoRA may be given twice.
       ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
     Returns: each LoRA tree with its weight.
@@ -130,8 +130,8 @@ def read_loras(
     if not loras:
         return []
     config = read_json(directory / "config.json")
-    _, state = family.split(config)
-    table = family.table(family.config_from_dict(config))
+    _, state = architecture.split(config)
+    table = architecture.key_mapping(architecture.config_from_dict(config))
     trees = []
     for lora in loras:
         name, weight = (lora, 1.0) if isinstance(lora, str) else lora
@@ -144,4 +144,4 @@ def read_loras(
 
 def lora_path(name: str) -> Path:
     """Returns the file or directory of a LoRA on this machine; a Hugging Face id is fetched. Raises: ClvrError."""
-    return local_folder(name, allow_patterns=(FILE_NAME, PEFT_NAME, PEFT_CONFIG))
+    return local_directory(name, allow_patterns=(FILE_NAME, PEFT_NAME, PEFT_CONFIG))

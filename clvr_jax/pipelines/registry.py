@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.json_input import shown
@@ -62,7 +62,7 @@ def size_multiple(path: Path) -> int:
 
     path: of the pipeline. Raises: ClvrError for a class that is not in `PIPELINES`, or a damaged configuration.
     """
-    from clvr_jax.convert.families import AUTOENCODER_KL, FLUX2_VAE  # imports all models
+    from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_VAE  # imports all models
 
     kind, config = class_of(path), read_json(path / "vae" / "config.json")
     if kind == FLUX2:
@@ -104,7 +104,7 @@ def resolve(model: str) -> tuple[Path, str]:
             f"{model}: no such model; give a diffusers folder, a Hugging Face id or one of {', '.join(MODELS)}"
         )
     else:
-        path, transformer = local_folder(model), "transformer"
+        path, transformer = local_directory(model), "transformer"
     if not (path / "model_index.json").exists():
         raise ClvrError(f"{path}: not a pipeline folder, model_index.json is missing")
     return path, transformer

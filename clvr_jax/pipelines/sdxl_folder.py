@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.families import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
@@ -21,7 +21,7 @@ from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.sdxl import SDXLPipeline
@@ -56,7 +56,7 @@ def load_sdxl(
     model: str,
     dtype: DTypeLike | None,
     settings_class: type[Settings],
-    layout: Layout | None = None,
+    layout: MeshLayout | None = None,
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
 ) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Any, ...], dict[str, Any], Settings]:

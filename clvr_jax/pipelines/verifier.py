@@ -8,7 +8,7 @@ from typing import Any, Self
 
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.pipelines.loading import Mesh
@@ -126,7 +126,7 @@ def controller_directory(model: str) -> tuple[Path, bool]:
     elif "/" not in model and not Path(model).exists():
         raise ClvrError(f"{model}: no such model; give a directory, a Hugging Face id or one of {', '.join(MODELS)}")
     else:
-        found = local_folder(model)
+        found = local_directory(model)
         if (found / "model_index.json").exists():
             resolve(model)
             path = found / "controller"

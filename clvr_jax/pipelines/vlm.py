@@ -13,8 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.convert.families import QWEN3_VL
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.architectures import QWEN3_VL
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
@@ -28,7 +28,7 @@ from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.reasoning.tools import Token
-from clvr_jax.sharding import Layout, on_every_host
+from clvr_jax.sharding import MeshLayout, process_allgather
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ChatAnswer:
 class Qwen3VLPipeline:
     """A vision-language model with its tokenizer and image preprocessing, all public attributes."""
 
-    layout: Layout | None = None
+    layout: MeshLayout | None = None
     """Where the model is placed, and programs are traced for; the default device, or the active layout, if None."""
 
     def __init__(
@@ -76,7 +76,7 @@ class Qwen3VLPipeline:
         at a temperature, top-k and top-p.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        folder = local_folder(str(path))
+        folder = local_directory(str(path))
         layout = layout_of(mesh)
         with computing_on(layout):
             check_heads(layout, qwen3_vl_heads(folder))
@@ -146,7 +146,7 @@ class Qwen3VLPipeline:
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
         )
-        answer = on_every_host(
+        answer = process_allgather(
             generate(
                 self.model,
                 batch,

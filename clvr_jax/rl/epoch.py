@@ -31,7 +31,7 @@ from clvr_jax.rl.scoring import EpochScores, Scorer, ScoringError, thread_pool
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.task import PPRLTask
 from clvr_jax.rl.update import UpdateBatch
-from clvr_jax.sharding import Layout, on_every_host
+from clvr_jax.sharding import MeshLayout, process_allgather
 from clvr_jax.training.preemption import Preemption
 
 _GRID_MICROBATCHES = 8
@@ -64,7 +64,7 @@ class EpochRunner:
       out: directory of the run, for grids of samples and for proxy prompts that are written during training.
     """
 
-    def __init__(self, task: PPRLTask, config: PPRLConfig, layout: Layout, out: Path):
+    def __init__(self, task: PPRLTask, config: PPRLConfig, layout: MeshLayout, out: Path):
         self.task, self.config, self.layout, self.out = task, config, layout, out
         self.jitted = JittedSteps(task.policy, config, layout)
         self.base = jax.device_put(task.base, layout.parameters(task.base))
@@ -134,7 +134,7 @@ class EpochRunner:
     def _submit(self, microbatch: Microbatch, scores: EpochScores, watch: Stopwatch) -> None:
         assert microbatch.rollout is not None
         with watch("sampling"):
-            images = np.asarray(on_every_host(microbatch.rollout.images))
+            images = np.asarray(process_allgather(microbatch.rollout.images))
         with watch("reward"):
             scores.submit(microbatch.steps[: microbatch.num_real], images)
 
@@ -208,6 +208,6 @@ class EpochRunner:
         if not self.config.grid_every or (epoch + 1) % self.config.grid_every:
             return
         shown = [each.rollout for each in microbatches[:_GRID_MICROBATCHES] if each.rollout is not None]
-        images = [np.asarray(on_every_host(rollout.images)) for rollout in shown]
+        images = [np.asarray(process_allgather(rollout.images)) for rollout in shown]
         if jax.process_index() == 0:
             write_grid(self.out / "samples" / f"epoch_{epoch + 1:05d}.png", images, self.config.group_size)

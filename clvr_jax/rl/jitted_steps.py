@@ -12,7 +12,7 @@ from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.rollout import collect_rollout
 from clvr_jax.rl.state import PPRLState, state_shardings
 from clvr_jax.rl.update import GradAccumulator, UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 Tree = Any
 
@@ -26,7 +26,7 @@ class JittedSteps:
     update_old_policy: state -> state of the next epoch.
     """
 
-    def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: Layout):
+    def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: MeshLayout):
         def accumulate(params: Tree, base: Tree, old: Tree, sums: GradAccumulator, batch: UpdateBatch) -> Any:
             total = jax.tree.map(jnp.add, sums, loss_and_grads(policy, config, params, base, old, batch))
             return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))

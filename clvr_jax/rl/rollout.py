@@ -9,7 +9,7 @@ from clvr_jax.rl.algorithms.base import standard_normal
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.random_keys import NOISE, PATH, RandomSource, sample_keys
-from clvr_jax.sharding import constrain
+from clvr_jax.sharding import with_logical_constraint
 
 Tree = Any
 
@@ -60,4 +60,4 @@ def repeat_for_samples(conditions: Tree, group_size: int) -> Tree:
 
 def shard_rows(x: jax.Array) -> jax.Array:
     """Shards an array (b, ...) by rows."""
-    return constrain(x, "batch", *[None] * (x.ndim - 1))
+    return with_logical_constraint(x, "batch", *[None] * (x.ndim - 1))

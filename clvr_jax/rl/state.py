@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 Tree = Any
 
@@ -37,7 +37,7 @@ class PPRLState:
     skipped_in_a_row: Any
 
     @classmethod
-    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: Layout) -> "PPRLState":
+    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout) -> "PPRLState":
         """Returns the state of epoch 0, sharded over the mesh: all policies are the same."""
 
         def start(params: Tree) -> "PPRLState":
@@ -49,7 +49,7 @@ class PPRLState:
         return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
 
 
-def state_shardings(state: PPRLState, layout: Layout) -> PPRLState:
+def state_shardings(state: PPRLState, layout: MeshLayout) -> PPRLState:
     """Returns the sharding of every part of a state; shapes are enough."""
     replicated = layout.replicated
     params, old, ema = (layout.parameters(tree) for tree in (state.params, state.old, state.ema))

@@ -16,7 +16,7 @@ from clvr_jax.rl.epoch import EpochRunner, StopRequestedError
 from clvr_jax.rl.scoring import ScoringError
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.task import PPRLTask
-from clvr_jax.sharding import Layout, active_layout, on_every_host, without_layout
+from clvr_jax.sharding import MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.feed import check_batch
 from clvr_jax.training.metrics import MetricLog
@@ -47,7 +47,7 @@ def fit(
     Raises: ClvrError, with the state saved, if images cannot be scored any more or too many steps in a row are not
       finite; UsageError for a mesh or numbers that do not fit together.
     """
-    layout = active_layout() or Layout(config.mesh.make())
+    layout = active_layout() or MeshLayout(config.mesh.make())
     check_batch(np.zeros((config.microbatch_size, 1)), layout, 1)
     with layout.active(), Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep) as checkpoints:
         state = PPRLState.create(task.params, config.optimizer.make(), layout)
@@ -136,8 +136,8 @@ def _check_identity(config: PPRLConfig, out: Path) -> None:
 
 def _export(task: PPRLTask, state: PPRLState, directory: Path) -> None:
     """Exports in process 0, which first gets the weights of all hosts."""
-    gathered = dataclasses.replace(task, base=on_every_host(task.base))
-    ema = on_every_host(state.ema)
+    gathered = dataclasses.replace(task, base=process_allgather(task.base))
+    ema = process_allgather(state.ema)
     if jax.process_index() == 0:
         with without_layout():
             gathered.export(ema, directory)

@@ -14,7 +14,7 @@ from clvr_jax.costs.hardware import CHIPS
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import write_atomically
 from clvr_jax.json_input import parse_object, stream_lines
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 
 class MetricLog:
@@ -95,7 +95,7 @@ class Throughput:
     """
 
     def __init__(
-        self, flops: Callable[[Any], float] | None, tokens: Callable[[Any], int] | None, layout: Layout
+        self, flops: Callable[[Any], float] | None, tokens: Callable[[Any], int] | None, layout: MeshLayout
     ) -> None:
         self._flops_of, self._tokens_of = flops, tokens
         self._peak = peak_flops(layout)
@@ -126,7 +126,7 @@ class Throughput:
 _CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100"}
 
 
-def peak_flops(layout: Layout) -> float | None:
+def peak_flops(layout: MeshLayout) -> float | None:
     """bfloat16 FLOP/s of all devices together by their data sheets, None for devices that have none here."""
     chip = _CHIPS.get(layout.mesh.devices.flat[0].device_kind)
     return None if chip is None else CHIPS[chip].peak_flops * layout.mesh.size

@@ -21,7 +21,7 @@ from clvr_jax.json_input import read_object
 from clvr_jax.locks import locked_output, new_directory
 from clvr_jax.outputs import check_folder
 from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
-from clvr_jax.sharding import Layout, MeshConfig, without_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import from_process_0
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
@@ -156,7 +156,7 @@ def _export_part(run: Path, folder: Path, part: str) -> int:
     with located(run / RECIPE):
         config = rebuilt(recipe.config, dict(made.nested("config").content))
     # On the devices that are here, whatever the run had.
-    with Layout(MeshConfig(fsdp=-1).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)
         shardings = layout.parameters(task.params)
         wanted = jax.tree.map(

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.sharding import Layout, MeshConfig, active_layout, without_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.feed import Batches, Input, feed
 from clvr_jax.training.metrics import MetricLog, Throughput
@@ -141,13 +141,13 @@ def fit(
 
 
 @contextlib.contextmanager
-def mesh_of(config: TrainConfig) -> Iterator[Layout]:
+def mesh_of(config: TrainConfig) -> Iterator[MeshLayout]:
     """The layout of a run, active; one that is active already is taken as it is."""
     layout = active_layout()
     if layout is not None:
         yield layout
         return
-    with Layout(config.mesh.make()).active() as layout:
+    with MeshLayout(config.mesh.make()).active() as layout:
         yield layout
 
 
@@ -157,7 +157,7 @@ class _Run:
 
     task: Task
     config: TrainConfig
-    layout: Layout
+    layout: MeshLayout
     out: Path
     checkpoints: Checkpoints
 
@@ -217,7 +217,7 @@ def _export(task: Task, ema: Tree, folder: Path) -> None:
             task.export(ema, folder)
 
 
-def _placed(frozen: Tree, layout: Layout) -> Tree:
+def _placed(frozen: Tree, layout: MeshLayout) -> Tree:
     """Frozen weights lie as trained ones do; what is no array of numbers stays as it is."""
     return jax.device_put(frozen, layout.parameters(frozen))
 

@@ -7,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import save_model
 from flax import nnx
 from PIL import Image
@@ -246,7 +246,7 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
         message = "not a complete safetensors file"
     elif damage == "foreign":
         file.write_bytes((path / "vae" / file.name).read_bytes())
-        message = r"missing: .*surplus: "
+        message = r"missing: .*unexpected: "
     else:
         config = dataclasses.replace(pipeline.transformer.config, joint_attention_dim=80)
         other = Flux2Transformer(config, rngs=nnx.Rngs(0))

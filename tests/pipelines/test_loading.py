@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from PIL import Image
 
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import save_lora
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.deltas import apply_delta
@@ -107,7 +107,7 @@ def loras(folder, tmp_path_factory):  # noqa: F811
             return dataclasses.replace(pair, b=jnp.asarray(rng.normal(size=pair.b.shape), jnp.float32))
 
         tree = jax.tree.map(filled, tree, is_leaf=is_pair)
-        save_lora(place / f"{seed}.safetensors", tree, FLUX2_TRANSFORMER.table(transformer.config), transformer)
+        save_lora(place / f"{seed}.safetensors", tree, FLUX2_TRANSFORMER.key_mapping(transformer.config), transformer)
         made.append((tree, str(place / f"{seed}.safetensors")))
     return transformer, made
 

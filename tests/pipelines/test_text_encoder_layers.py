@@ -6,10 +6,10 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clvr_jax.convert.families import QWEN3
+from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import leaves_of
-from clvr_jax.convert.tensors import Stored, stored_tensors
+from clvr_jax.convert.tensors import StoredTensor, stored_tensors
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
@@ -33,8 +33,8 @@ def directory(request, tmp_path_factory):
 def opened(monkeypatch):
     """The keys of the tensors whose bytes were asked for."""
     keys = set()
-    read = Stored.open
-    monkeypatch.setattr(Stored, "open", lambda self: (keys.add(self.key), read(self))[1])
+    read = StoredTensor.open
+    monkeypatch.setattr(StoredTensor, "open", lambda self: (keys.add(self.key), read(self))[1])
     return keys
 
 

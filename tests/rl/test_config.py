@@ -9,7 +9,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.recipe_files import plain, rebuilt
 from clvr_jax.rl import GRPOConfig, PPRLConfig, PPRLState
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshLayout, MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.optimizer import AdamWConfig
 from clvr_jax.trees import dotted, leaves_by_path
@@ -64,7 +64,7 @@ def test_former_names_are_no_longer_fields_and_every_present_name_is_one():
 
 def test_checkpoints_and_what_they_are_compared_with_keep_their_names():
     """The arrays of a checkpoint are found by these names, and `begun.json` is compared with this dictionary."""
-    layout = Layout(MeshConfig(devices=1).make())
+    layout = MeshLayout(MeshConfig(devices=1).make())
     base = {"inner": {"kernel": jax.numpy.ones((2, 2))}, "outer": {"kernel": jax.numpy.ones((2, 2))}}
     state = PPRLState.create(CONFIG.init_params(base), CONFIG.optimizer.make(), layout)
     names = [dotted(path) for path in leaves_by_path(state)]

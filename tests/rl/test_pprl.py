@@ -21,7 +21,7 @@ from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
 from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads
 from clvr_jax.rl.algorithms.diffusion_nft import old_decay
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshLayout, MeshConfig
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.recipes import export_run
 from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
@@ -67,7 +67,7 @@ def microbatch_grads(dataset, config=CONFIG, optimality=None, valid_mask=None):
     params = task.params
     source = RandomSource(np.int32(0), np.int32(0), np.array([s.number for s in steps]))
     batch = RolloutBatch(task.data(steps), source)
-    with Layout(MeshConfig(devices=1).make()).active():
+    with MeshLayout(MeshConfig(devices=1).make()).active():
         rollout = collect_rollout(task.policy, config, task.base, params, task.frozen, batch)
         update_batch = UpdateBatch(
             samples=rollout.samples,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from clvr_jax.configs import pprl_flux2, pprl_shapes
 from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import load_lora
 from flax import nnx
 from PIL import Image
@@ -185,7 +185,9 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
     exported = nnx.state(Flux2Pipeline.from_pretrained(str(tmp_path / "export")).transformer)
     expected = config.policy_weights(task.base, state.ema)
     assert_close(nnx.to_pure_dict(exported), nnx.to_pure_dict(expected), 1e-2)  # bfloat16
-    lora = load_lora(tmp_path / "export" / "lora", FLUX2_TRANSFORMER.table(tiny_flux2().transformer.config), task.base)
+    lora = load_lora(
+        tmp_path / "export" / "lora", FLUX2_TRANSFORMER.key_mapping(tiny_flux2().transformer.config), task.base
+    )
     assert_close(config.policy_weights(task.base, lora), expected, 1e-6)
 
 

@@ -18,7 +18,7 @@ from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshLayout, MeshConfig
 from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
 
 ROOT = Path(__file__).parents[2]
@@ -38,7 +38,7 @@ def dataset(tmp_path_factory):
 def trained(dataset, judge, out, mesh, teacher=None):
     """A run on a mesh, and its metrics."""
     config = changed(epochs=EPOCHS, mesh=mesh)
-    with Layout(mesh.make()).active():
+    with MeshLayout(mesh.make()).active():
         task = make_task(dataset, config, judged_on_the_mesh(judge))
         state = fit(dataclasses.replace(task, teacher=teacher), config, out)
     return state, rows(out)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
 from clvr_jax.files import read_json
@@ -43,7 +43,7 @@ def endpoint_judge(
 
 def check_local(model: str) -> Path:
     """The folder of a judge of our own. Raises: ClvrError if it is no Qwen3-VL."""
-    folder = local_folder(model)
+    folder = local_directory(model)
     if (found := read_json(folder / "config.json").get("model_type")) != "qwen3_vl":
         raise ClvrError(f"{folder}: holds a {found}; a judge without --judge-url is a qwen3_vl")
     return folder

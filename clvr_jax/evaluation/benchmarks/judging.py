@@ -259,13 +259,14 @@ def _stored(entry: JsonObject) -> Said:
     usage = entry.nested("usage")
     if unknown := usage.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
         raise ClvrError(f"usage has unknown fields {', '.join(sorted(unknown)):.100}")
-    fault = entry.text("fault", None)
+    fault: Any = entry.text("fault", None)
     if fault not in (None, "refused", "malformed"):
         raise ClvrError(f"fault must be refused or malformed, got {shown(fault)}")
+    numbers: dict[str, Any] = {name: usage.number(name, low=0) for name in usage.content}
     return Said(
         entry.optional("reply", entry.text),
         entry.optional("error", entry.text),
-        Usage(**{name: usage.number(name, low=0) for name in usage.content}),
+        Usage(**numbers),
         fault,
         entry.texts("adapted") if "adapted" in entry.content else (),
     )

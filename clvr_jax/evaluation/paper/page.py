@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.model_card import table
+from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.markdown import plain
@@ -139,7 +139,7 @@ def _times(measured: Measured, pictures: Path) -> Lines:
         for name, groups in measured.times.items()
         for count, each in groups.items()
     ]  # fmt: skip
-    yield from table(
+    yield from markdown_table(
         ("", "drawings", "prompts", "NFE", "seconds", "of it drawing", "ms a drawing", "ms diffusion"), rows
     )
     slow, fast = (measured.times[name] for name in (measured.aligned, measured.merged))
@@ -170,7 +170,7 @@ def _changes(measured: Measured, pictures: Path) -> Lines:
             (place, f"{each['additivity_error']:.3f}", f"{each['angle']:.0f}°")
             for place, each in measured.interactions[key].items()
         ]
-        yield from table((name, "additivity error", "angle"), rows)
+        yield from markdown_table((name, "additivity error", "angle"), rows)
         yield ""
     plots.interaction_lines(pictures / "changes.png", measured.interactions)
     yield f"![Additivity and angle]({pictures.name}/changes.png)\n"
@@ -188,7 +188,7 @@ def _scaling(measured: Measured, pictures: Path) -> Lines:
     for system in measured.scaling["systems"]:
         points = {point["limit"]: short(point["accuracy"]) for point in system["curves"]["drawings"]}
         rows.append((system["name"], *(points.get(limit, "") for limit in limits)))
-    yield from table(("", *map(str, limits)), rows)
+    yield from markdown_table(("", *map(str, limits)), rows)
     yield f"\n![Accuracy by drawings, evaluations and seconds allowed]({pictures.name}/{PLOT})\n"
 
 

@@ -10,9 +10,16 @@ import pytest
 import torch
 import transformers
 from clvr_jax.convert import clip_text
+from clvr_jax.convert.architectures import (
+    ARCHITECTURES,
+    AUTOENCODER_KL,
+    FLUX2_VAE,
+    UNET,
+    WITHOUT_MODULE,
+    architecture_of,
+)
+from clvr_jax.convert.architectures import QWEN3_VL as QWEN3_VL_ARCHITECTURE
 from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.families import AUTOENCODER_KL, FAMILIES, FLUX2_VAE, UNET, WITHOUT_MODULE, family_of
-from clvr_jax.convert.families import QWEN3_VL as QWEN3_VL_FAMILY
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
@@ -46,13 +53,13 @@ MODELS = {
 }
 
 
-def config_of(family, config):
-    return family.config_to_dict(config)
+def config_of(architecture, config):
+    return architecture.config_to_dict(config)
 
 
 def make_qwen3_vl(config):
     return transformers.Qwen3VLForConditionalGeneration(
-        transformers.Qwen3VLConfig(**config_of(QWEN3_VL_FAMILY, config))
+        transformers.Qwen3VLConfig(**config_of(QWEN3_VL_ARCHITECTURE, config))
     )
 
 
@@ -70,7 +77,7 @@ def saved(tmp_path_factory):
 
 
 def test_every_architecture_is_among_them(saved):
-    assert {family_of(folder) for folder in saved.iterdir()} == set(FAMILIES)
+    assert {architecture_of(folder) for folder in saved.iterdir()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -81,14 +88,14 @@ def test_there_and_back_is_bit_for_bit_and_pytorch_loads_it(saved, tmp_path, nam
     ).exists(), "the source is meant to be in shards"
     convert(plan(source, "jax"), tmp_path / "jax")
     convert(plan(tmp_path / "jax", "torch"), tmp_path / "torch")
-    family = family_of(source)
+    architecture = architecture_of(source)
     # transformers 5 leaves out a prefix of CLIP that published files have, and that goes back with it.
-    config = family.config_from_dict(json.loads((source / "config.json").read_text()))
-    expected = family.published(bits(source), config)
+    config = architecture.config_from_dict(json.loads((source / "config.json").read_text()))
+    expected = architecture.canonicalize_keys(bits(source), config)
     assert bits(tmp_path / "torch") == expected
-    home = diffusers if hasattr(diffusers, family.torch_class) else transformers
+    home = diffusers if hasattr(diffusers, architecture.torch_class) else transformers
     before, after = (
-        getattr(home, family.torch_class).from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
+        getattr(home, architecture.torch_class).from_pretrained(folder, torch_dtype=torch.bfloat16).state_dict()
         for folder in (source, tmp_path / "torch")
     )
     assert before.keys() == after.keys()
@@ -98,8 +105,8 @@ def test_there_and_back_is_bit_for_bit_and_pytorch_loads_it(saved, tmp_path, nam
 @pytest.mark.parametrize("name", ["flux2", "unet of sdxl", "qwen3 tied"])
 def test_both_formats_load_as_the_same_module(saved, tmp_path, name):
     convert(plan(saved / name, "jax"), tmp_path / "jax")
-    family = family_of(saved / name)
-    first, second = (leaves_of(load_model(folder, family)) for folder in (saved / name, tmp_path / "jax"))
+    architecture = architecture_of(saved / name)
+    first, second = (leaves_of(load_model(folder, architecture)) for folder in (saved / name, tmp_path / "jax"))
     assert first.keys() == second.keys()
     assert all(np.array_equal(first[path], second[path]) for path in first)
 
@@ -162,7 +169,9 @@ def test_parts_without_a_module_are_copied_and_weights_in_other_formats_are_not(
     assert suffixes == {".json", ".safetensors"}
     assert load_file(tmp_path / "torch" / "safety_checker" / "model.safetensors")["weight"].tolist() == [1, 1, 1]
     for name in ("unet", "vae", "text_encoder"):
-        expected = clip_text.published_names(bits(pipeline / name)) if name == "text_encoder" else bits(pipeline / name)
+        expected = (
+            clip_text.canonicalize_keys(bits(pipeline / name)) if name == "text_encoder" else bits(pipeline / name)
+        )
         assert bits(tmp_path / "torch" / name) == expected
 
 
@@ -183,7 +192,7 @@ def test_a_folder_with_variants_only_asks_for_one(pipeline, tmp_path):
         plan(folder, "jax")
 
 
-def test_a_pipeline_of_another_family_is_refused_with_what_could_be_converted(pipeline, tmp_path):
+def test_a_pipeline_of_another_architecture_is_refused_with_what_could_be_converted(pipeline, tmp_path):
     folder = tmp_path / "flux1"
     shutil.copytree(pipeline, folder)
     (folder / "unet" / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"}))

@@ -14,12 +14,12 @@ from clvr_jax.convert.tensors import stored_tensors
 
 import clvr_jax as clvr
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.merging import folders
-from clvr_jax.merging.folders import merge
+from clvr_jax.merging import streaming
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.norms import by_layer, total
 from clvr_jax.merging.planning import plan_merge
-from clvr_jax.merging.recipe import write_recipe
+from clvr_jax.merging.provenance import write_provenance
+from clvr_jax.merging.streaming import merge
 from tests.merging.small_models import KEY, bits, random_tensors, tensors_of, three_models, tuned, write_model
 from tests.merging.test_deltas import ulps
 
@@ -34,7 +34,7 @@ def merged(paths, out, settings=None, **options):
 
 
 def small_blocks(monkeypatch):
-    monkeypatch.setattr(folders, "_BLOCKS", (64, 256))
+    monkeypatch.setattr(streaming, "_BLOCKS", (64, 256))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -110,9 +110,13 @@ def test_a_merge_that_was_killed_goes_on_and_ends_the_same(tmp_path, method):
     with pytest.raises(ClvrError, match="another merge"):
         merge(plan_merge(*paths, Settings(method, align_weight=0.5)), out, resume=True)
     plan, again = plan_merge(*paths, settings), []
-    written, real = [], folders._merged
+    written, real = [], streaming._merged
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(folders, "_merged", lambda plan, piece, *rest: written.append(piece) or real(plan, piece, *rest))
+        patch.setattr(
+            streaming,
+            "_merged",
+            lambda plan, tensor_slice, *rest: written.append(tensor_slice) or real(plan, tensor_slice, *rest),
+        )
         sums = merge(plan, out, resume=True, on_tensor=again.append)
     assert len(again) == len(whole)
     assert len(written) == len(whole) - 20
@@ -155,7 +159,7 @@ def test_orbax_folders_merge_to_the_same_numbers(tmp_path):
     shutil.rmtree(inputs[0])
     convert(plan_conversion(paths[0], "jax"), inputs[0])  # the same weights at another time
     assert plan_merge(*inputs).base.digests.finish() == digests
-    with pytest.raises(ClvrError, match=r"layouts are not mixed: `clvr convert .*distill FOLDER --to jax`"):
+    with pytest.raises(ClvrError, match=r"formats are not mixed: `clvr convert .*distill DIRECTORY --to jax`"):
         plan_merge(inputs[0], paths[1], inputs[2])
 
 
@@ -299,18 +303,18 @@ def test_of_a_pipeline_the_transformer_is_merged_and_all_else_is_the_bases(tmp_p
     align = write_model(tmp_path / "align", tuned(weights, 2))
     plan = plan_merge(base, distill, align)
     out = tmp_path / "out"
-    merge(plan, out, finish=lambda folder, sums: write_recipe(plan, folder, out.name, "clvr merge ...", sums))
+    merge(plan, out, finish=lambda folder, sums: write_provenance(plan, folder, out.name, "clvr merge ...", sums))
     made, ours, theirs = files(out), files(base), files(distill)
-    own = {"README.md", "recipe.json", "transformer/diffusion_pytorch_model.safetensors"}
-    assert made.keys() == ours.keys() | {"recipe.json"}
+    own = {"README.md", "merge.json", "transformer/diffusion_pytorch_model.safetensors"}
+    assert made.keys() == ours.keys() | {"merge.json"}
     assert plan.scheduler == ("distill" if shift else "base")
     for name in made.keys() - own:
         is_sampling = name == "model_index.json" or (shift and name.startswith("scheduler/"))
         expected = theirs if is_sampling else ours
         assert made[name] == expected[name], name
-    recipe = json.loads(made["recipe.json"])
+    recipe = json.loads(made["merge.json"])
     assert recipe["scheduler"] == plan.scheduler
-    assert "how to sample is as distill has it: is_distilled true" in recipe["notes"]
+    assert "the sampling options are those of distill: is_distilled true" in recipe["notes"]
     assert [recipe["inputs"][role]["license"] for role in ("base", "distill", "align")] == [
         "mit-of-base", "mit-of-distill", None,
     ]  # fmt: skip
@@ -387,14 +391,14 @@ def test_a_merged_pipeline_runs_in_diffusers_as_the_sum_of_the_deltas(tmp_path):
 
 def test_peak_memory_of_blocks_does_not_hold_a_tensor_in_float32(tmp_path, monkeypatch):
     """Every array that is handed to the compiled expression is a block."""
-    paths, sizes, real = three_models(tmp_path), [], folders.merge_block
+    paths, sizes, real = three_models(tmp_path), [], streaming.merge_block
     small_blocks(monkeypatch)
 
     def watched(*operands, **options):
         sizes.extend(operand.size for operand in operands[:3])
         return real(*operands, **options)
 
-    monkeypatch.setattr(folders, "merge_block", watched)
+    monkeypatch.setattr(streaming, "merge_block", watched)
     merge(plan_merge(*paths), tmp_path / "out")
     assert set(sizes) == {64, 256}
     assert max(s.nbytes for s in stored_tensors(paths[0]).values()) > 4 * 256

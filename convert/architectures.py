@@ -1,4 +1,4 @@
-"""Which model a folder holds: the architectures that can be converted, told apart by config.json."""
+"""The registry of architectures that can be converted, and their detection from config.json."""
 
 import functools
 import math
@@ -18,7 +18,7 @@ from clvr_jax.convert import (
     qwen3_vl,
     unet_2d_condition,
 )
-from clvr_jax.convert.rules import Entry, Table, entries
+from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from flax import nnx
 from jax.typing import DTypeLike
@@ -35,7 +35,7 @@ from clvr_jax.models.unet_2d_condition import UNet2DCondition
 
 
 def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
-    """A reader of config.json that fails with one line, whatever is in the file."""
+    """Wraps a parser of config.json so that any malformed content raises ClvrError with one line."""
 
     @functools.wraps(read)
     def checked(config: Mapping[str, Any]) -> Any:
@@ -43,24 +43,24 @@ def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str,
             return read(config)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ClvrError(f"config.json: a field is of another type than the model reads ({reason})") from error
+            raise ClvrError(f"config.json: a field has another type than the model expects ({reason})") from error
 
     return checked
 
 
-def _as_they_are(tensors: Tensors, config: Any) -> Tensors:
+def _unchanged(tensors: Tensors, config: Any) -> Tensors:
     return tensors
 
 
 @dataclass(frozen=True)
-class Family:
+class Architecture:
     """One architecture.
 
-    title: for people. torch_class: the PyTorch class that reads such a folder, `_class_name` (diffusers) or
-    `architectures` (transformers) in config.json. module: the NNX module. config_from_dict, config_to_dict: config.json
-    <-> the module's configuration. table: configuration -> conversion table. file_name: stem of its safetensors files.
-    published: (tensors of a file, configuration) -> the same under the names of the table, for files that were saved by
-    other versions of the PyTorch class.
+    title: name for tables and messages. torch_class: the PyTorch class that reads such a directory, `_class_name`
+    (diffusers) or `architectures` (transformers) in config.json. module: the NNX module. config_from_dict,
+    config_to_dict: config.json <-> the module's configuration. key_mapping: configuration -> key mapping. file_name:
+    stem of its safetensors files. canonicalize_keys: (tensors of a file, configuration) -> the same tensors under the
+    keys of the key mapping, for files that other versions of the PyTorch class saved.
     """
 
     title: str
@@ -68,77 +68,77 @@ class Family:
     module: Callable[..., nnx.Module]
     config_from_dict: Callable[[Mapping[str, Any]], Any]
     config_to_dict: Callable[[Any], dict[str, Any]]
-    table: Callable[[Any], Table]
+    key_mapping: Callable[[Any], KeyMapping]
     file_name: str = DIFFUSERS_NAME
-    published: Callable[[Tensors, Any], Tensors] = _as_they_are
+    canonicalize_keys: Callable[[Tensors, Any], Tensors] = _unchanged
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config_from_dict", _checked(self.config_from_dict))
 
     def make(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
-        """The module of a config.json, its weights drawn from seed 0."""
+        """Returns the module of a config.json with random weights from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
     def split(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
-        """Graph and abstract state (shapes and dtypes) of a model with this config.json; nothing is allocated."""
+        """Returns graph and abstract state (shapes and dtypes) of a config.json's model; allocates no weights."""
         graphdef, state = _split(self, self.config_from_dict(config), jnp.dtype(dtype))
         return graphdef, jax.tree.map(lambda leaf: leaf, state)  # a copy: states are changed in place
 
     def entries(self, config: Mapping[str, Any]) -> list[Entry]:
-        """The correspondence of every parameter with PyTorch's tensors."""
+        """Returns one entry per parameter: its correspondence with PyTorch's tensors."""
         made = self.config_from_dict(config)
-        return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.table(made))
+        return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.key_mapping(made))
 
 
-# Tracing a UNet takes seconds, and a conversion asks several times.
+# Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
-def _split(family: Family, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
+def _split(architecture: Architecture, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
     try:
         graphdef, state = nnx.split(
-            nnx.eval_shape(lambda: family.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
+            nnx.eval_shape(lambda: architecture.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))
         )
     except (ArithmeticError, AssertionError, LookupError, MemoryError, TypeError, ValueError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ClvrError(f"config.json: no {family.title} can be built of these sizes ({reason})") from error
+        raise ClvrError(f"config.json: no {architecture.title} can be built of these sizes ({reason})") from error
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(state))
     if parameters > MOST_PARAMETERS:
-        raise ClvrError(f"config.json: a {family.title} of {parameters:.3g} parameters; its sizes are damaged")
+        raise ClvrError(f"config.json: a {architecture.title} of {parameters:.3g} parameters; its sizes are damaged")
     return graphdef, state
 
 
-FLUX2_TRANSFORMER = Family(
+FLUX2_TRANSFORMER = Architecture(
     "FLUX.2 transformer",
     "Flux2Transformer2DModel",
     Flux2Transformer,
     flux2_transformer.config_from_dict,
     flux2_transformer.config_to_dict,
-    lambda config: flux2_transformer.TABLE,
+    lambda config: flux2_transformer.KEY_MAPPING,
 )
-FLUX2_VAE = Family(
+FLUX2_VAE = Architecture(
     "FLUX.2 autoencoder",
     "AutoencoderKLFlux2",
     AutoencoderKLFlux2,
     autoencoder_kl_flux2.config_from_dict,
     autoencoder_kl_flux2.config_to_dict,
-    lambda config: autoencoder_kl_flux2.TABLE,
+    lambda config: autoencoder_kl_flux2.KEY_MAPPING,
 )
-QWEN3 = Family(
+QWEN3 = Architecture(
     "Qwen3",
     "Qwen3ForCausalLM",
     Qwen3,
     qwen3.config_from_dict,
     qwen3.config_to_dict,
-    lambda config: qwen3.TABLE,
+    lambda config: qwen3.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    qwen3.published_names,
+    qwen3.canonicalize_keys,
 )
 
 
 @functools.cache  # equal families share what is known of them
-def qwen3_hidden_states(layers: tuple[int, ...]) -> Family:
+def qwen3_hidden_states(layers: tuple[int, ...]) -> Architecture:
     """A Qwen3 of which only these hidden states are read: layers above the last of them, and the head, are left out.
 
-    Its folders are those of the whole model; the tensors that are left out are not read.
+    Its directories are those of the whole model; the tensors that are left out are not read.
     """
     top = max(1, *layers)
 
@@ -148,60 +148,60 @@ def qwen3_hidden_states(layers: tuple[int, ...]) -> Family:
     return replace(
         QWEN3,
         module=lambda config, **options: Qwen3(config, depth=depth(config), **options),
-        published=lambda tensors, config: qwen3.first_layers(
-            qwen3.published_names(tensors, config), config, depth(config)
+        canonicalize_keys=lambda tensors, config: qwen3.first_layers(
+            qwen3.canonicalize_keys(tensors, config), config, depth(config)
         ),
     )
 
 
-QWEN3_VL = Family(
+QWEN3_VL = Architecture(
     "Qwen3-VL",
     "Qwen3VLForConditionalGeneration",
     Qwen3VL,
     qwen3_vl.config_from_dict,
     qwen3_vl.config_to_dict,
-    lambda config: qwen3_vl.TABLE,
+    lambda config: qwen3_vl.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    qwen3_vl.published_names,
+    qwen3_vl.canonicalize_keys,
 )
-UNET = Family(
+UNET = Architecture(
     "Stable Diffusion UNet",
     "UNet2DConditionModel",
     UNet2DCondition,
     unet_2d_condition.config_from_dict,
     unet_2d_condition.config_to_dict,
-    unet_2d_condition.table,
+    unet_2d_condition.key_mapping,
 )
-AUTOENCODER_KL = Family(
+AUTOENCODER_KL = Architecture(
     "Stable Diffusion autoencoder",
     "AutoencoderKL",
     AutoencoderKL,
     autoencoder_kl.config_from_dict,
     autoencoder_kl.config_to_dict,
-    lambda config: autoencoder_kl.TABLE,
-    published=lambda tensors, config: autoencoder_kl.published_names(tensors),
+    lambda config: autoencoder_kl.KEY_MAPPING,
+    canonicalize_keys=lambda tensors, config: autoencoder_kl.canonicalize_keys(tensors),
 )
-CLIP_TEXT = Family(
+CLIP_TEXT = Architecture(
     "CLIP text encoder",
     "CLIPTextModel",
     CLIPText,
     clip_text.config_from_dict,
     clip_text.config_to_dict,
-    lambda config: clip_text.TABLE,
+    lambda config: clip_text.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    lambda tensors, config: clip_text.published_names(tensors),
+    lambda tensors, config: clip_text.canonicalize_keys(tensors),
 )
-CLIP_TEXT_PROJECTED = Family(
+CLIP_TEXT_PROJECTED = Architecture(
     "CLIP text encoder with projection",
     "CLIPTextModelWithProjection",
     CLIPText,
     clip_text.config_from_dict,
     clip_text.config_to_dict,
-    lambda config: clip_text.TABLE,
+    lambda config: clip_text.KEY_MAPPING,
     TRANSFORMERS_NAME,
-    lambda tensors, config: clip_text.published_names(tensors),
+    lambda tensors, config: clip_text.canonicalize_keys(tensors),
 )
-FAMILIES = (
+ARCHITECTURES = (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
     QWEN3,
@@ -213,37 +213,40 @@ FAMILIES = (
 )
 
 MOST_PARAMETERS = 10**13
-"""More than any published model has a hundred times."""
+"""Upper bound for the parameters of a config.json: more than 100 times those of any published model."""
 
 WITHOUT_MODULE = ("Mistral3ForConditionalGeneration", "StableDiffusionSafetyChecker")
-"""Parts of pipelines that have no counterpart here: FLUX.2 dev's text encoder, Stable Diffusion's filter."""
+"""Classes in pipelines without an NNX module: FLUX.2 dev's text encoder, Stable Diffusion's safety checker."""
 
 
-def torch_class(folder: Path) -> str | None:
-    """The PyTorch class that config.json in `folder` names, None if there is no such file or name."""
-    if not (folder / "config.json").exists():
+def torch_class(directory: Path) -> str | None:
+    """Returns the PyTorch class that config.json in `directory` names; None if there is no such file or name.
+
+    Raises: ClvrError for a config.json that is malformed.
+    """
+    if not (directory / "config.json").exists():
         return None
-    config = read_json(folder / "config.json")
+    config = read_json(directory / "config.json")
     name, listed = config.get("_class_name"), config.get("architectures") or []
     if not isinstance(name, str | None) or not isinstance(listed, list) or not all(isinstance(n, str) for n in listed):
-        raise ClvrError(f"{folder / 'config.json'}: _class_name must be a text and architectures a list of texts")
+        raise ClvrError(f"{directory / 'config.json'}: _class_name must be a text and architectures a list of texts")
     return name or next(iter(listed), None)
 
 
-def find_family(name: str | None) -> Family | None:
-    """The architecture of a PyTorch class, None for one that has no counterpart here."""
-    return next((family for family in FAMILIES if family.torch_class == name), None)
+def find_architecture(name: str | None) -> Architecture | None:
+    """Returns the architecture of a PyTorch class; None for a class without an NNX module."""
+    return next((architecture for architecture in ARCHITECTURES if architecture.torch_class == name), None)
 
 
-def family_of(folder: Path) -> Family:
-    """The architecture of the model in a folder.
+def architecture_of(directory: Path) -> Architecture:
+    """Returns the architecture of the model in a directory.
 
-    Raises: ClvrError, listing what can be converted, for anything else.
+    Raises: ClvrError, which lists the classes that can be converted, for any other content.
     """
-    found = torch_class(folder)
-    family = find_family(found)
-    if family is None:
-        known = ", ".join(family.torch_class for family in FAMILIES)
-        what = f"holds a {found}" if found else "has no config.json that names its class"
-        raise ClvrError(f"{folder}: {what}; what can be converted is {known}")
-    return family
+    found = torch_class(directory)
+    architecture = find_architecture(found)
+    if architecture is None:
+        known = ", ".join(architecture.torch_class for architecture in ARCHITECTURES)
+        what = f"contains a {found}" if found else "has no config.json that names its class"
+        raise ClvrError(f"{directory}: {what}; the classes that can be converted are {known}")
+    return architecture
