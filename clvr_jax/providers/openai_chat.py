@@ -27,6 +27,8 @@ _OPTIONAL = (
     OptionalFields(("temperature",), consequence="greedy replies are not sure, and may differ from run to run"),
     OptionalFields(("seed",), consequence="replies may differ from run to run"),
 )
+_MAX_BYTES = 32 << 20
+"""Most bytes of a reply: what is larger than a text with its probabilities is no reply, and many are read at a time."""
 _LOWEST, _ROUNDING = 1e9, 1e-3
 """Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
@@ -63,7 +65,8 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             raise UsageError(f"thought_tokens must be at least 0, got {thought_tokens}")
         if unknown := set(omit) - {"temperature", "seed"}:
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
-        self._connection = Connection(endpoint)
+        bounded = dataclasses.replace(endpoint, max_bytes=min(endpoint.max_bytes, _MAX_BYTES))
+        self._connection = Connection(bounded)
         self._prices = endpoint.prices
         without = [*omit, *([] if json_mode else ["response_format"])]
         self._adaptation = Adaptation(endpoint.name, _OPTIONAL, without)

@@ -94,6 +94,12 @@ def test_a_gzip_bomb_is_refused_before_it_expands(server, endpoint, status):
     assert (error.fault, len(server.seen)) == ("down", 1)
 
 
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_response_that_expands_like_no_text_is_refused_long_before_the_limit(server, endpoint, encoding):
+    server.script = [packed(bytes(8 << 20), encoding)]
+    assert "expands more than 100 times" in str(error_of(ask, endpoint))
+
+
 @pytest.mark.parametrize("headers", [{"Content-Encoding": "br"}, {"Content-Encoding": "gzip"}])
 def test_a_compression_that_is_none_is_down(server, endpoint, headers):
     server.script = [Reply(b"\x1b\x0f\x00", headers=headers)]

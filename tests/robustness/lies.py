@@ -46,7 +46,7 @@ _ELSEWHERE = "http://localhost:1/x"
 _HTML = b"<!doctype html><title>Log in</title>"
 
 
-def bomb(block: int = 64 << 20, blocks: int = 48) -> Reply:
+def bomb(block: int = 8 << 20, blocks: int = 384) -> Reply:
     """A response of 3 MB that becomes 3 GB."""
     packer = zlib.compressobj(wbits=31)
     first = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)
@@ -192,9 +192,14 @@ def kinds() -> Iterator[tuple[str, str, Reply]]:
         yield "images", name, lie
 
 
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+
+
 def main() -> int:
     """Tries all kinds and prints what came of them."""
     server, longest, count, lost, invented = LoopbackServer(), 0.0, 0, 0, 0
+    before = _peak()
     with tempfile.TemporaryDirectory() as root:
         for kind, name, lie in kinds():
             began = time.monotonic()
@@ -204,9 +209,8 @@ def main() -> int:
             if used_up or made_up:
                 print(f"{kind}, {name}: {used_up} prompts lost, {made_up} invented", file=sys.stderr)
     server.close()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    found = {"kinds": count, "prompts_lost": lost, "invented": invented}
-    print(json.dumps({**found, "longest_seconds": round(longest, 1), "peak_memory_mib": round(peak)}))
+    found = {"kinds": count, "prompts_lost": lost, "invented": invented, "longest_seconds": round(longest, 1)}
+    print(json.dumps({**found, "memory_at_start_mib": before, "peak_memory_mib": _peak()}))
     return int(lost + invented > 0)
 
 
