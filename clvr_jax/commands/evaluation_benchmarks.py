@@ -20,8 +20,8 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
+    from clvr_jax.evaluation.benchmarks.images import BenchmarkImages
     from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-    from clvr_jax.evaluation.benchmarks.pictures import Pictures
 
 Progress = Callable[[int, int], None]
 
@@ -90,13 +90,13 @@ class _EvalBenchmark(abc.ABC):
         """Raises ClvrError for what can be told before pictures are drawn."""
 
     @abc.abstractmethod
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         """Scores them."""
 
     def run(self) -> Result:
         """Draws, scores, and writes results.json."""
         prepare_jax()
-        from clvr_jax.evaluation.benchmarks.pictures import drawn, made_elsewhere
+        from clvr_jax.evaluation.benchmarks.images import load_external, load_generated
         from clvr_jax.evaluation.benchmarks.summary import table
         from clvr_jax.outputs import check_folder
 
@@ -106,9 +106,9 @@ class _EvalBenchmark(abc.ABC):
             self.check_scorer()
         if self.images:
             samples = self.samples or benchmark.samples
-            pictures = made_elsewhere(benchmark, self._items(benchmark), self.images, samples, self.out)
+            pictures = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
         elif self.score_only or self._draw(benchmark):
-            pictures = drawn(benchmark, self.out)
+            pictures = load_generated(benchmark, self.out)
         else:
             advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
             return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: drawn, {advice}")
@@ -119,7 +119,7 @@ class _EvalBenchmark(abc.ABC):
 
     def _draw(self, benchmark: "Benchmark") -> bool:
         """Draws what is missing. Returns: whether it is to be scored now."""
-        from clvr_jax.evaluation.benchmarks.pictures import draw
+        from clvr_jax.evaluation.benchmarks.images import generate_images
         from clvr_jax.training.distributed import Cluster
 
         samples = self.samples or benchmark.samples
@@ -136,7 +136,7 @@ class _EvalBenchmark(abc.ABC):
             share = jax.process_index(), jax.process_count()
         system = self.system.build()
         with _told(f"{benchmark.title}, {self.system.title}") as on_progress:
-            draw(
+            generate_images(
                 benchmark,
                 items,
                 system,
@@ -202,7 +202,7 @@ class EvalGenEval(_EvalBenchmark):
         check_models(self.detector, self.clip)
 
     @override
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
         from clvr_jax.evaluation.benchmarks.scoring import score_detected
 
@@ -236,7 +236,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             self._judge()
 
     @override
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
         from clvr_jax.evaluation.benchmarks.scoring import score_judged
 
