@@ -18,7 +18,7 @@ from flax import nnx
 from clvr_jax.costs.flops import flux2_flops
 from clvr_jax.models.flux2_ids import latent_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives import flow_matching_loss
 from clvr_jax.training.plan import plan
 from clvr_jax.training.recipes import Recipe
@@ -88,7 +88,7 @@ def task(config: Config) -> Task:
 def measured(config: Config, steps: int) -> float:
     """Median seconds of a step, the first left out."""
     run = task(config)
-    with Layout(config.train.mesh.make()).active() as layout:
+    with MeshLayout(config.train.mesh.make()).active() as layout:
         optimizer = config.train.optimizer()
         state = TrainState.create(run.params, optimizer, layout)
         step, seconds = make_train_step(run.loss, optimizer, config.train.step, layout), []

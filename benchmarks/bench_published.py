@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from clvr_jax.configs import flux2_sample
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from flax import nnx
 
 from clvr_jax.costs.flops import flux2_flops

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import numpy as np
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
-from clvr_jax.convert.tensors import FLOATS, SHARD_BYTES, Spec, lay_out, write_tensor
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
+from clvr_jax.convert.tensors import FLOATS, SHARD_BYTES, TensorSpec, preallocate_files, write_tensor
 
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
@@ -22,7 +22,7 @@ def klein_4b(blocks: int | None = None) -> Flux2TransformerConfig:
 
 def make_checkpoint(
     folder: Path, config: Flux2TransformerConfig, tuned: int | None = None, shard_bytes: int = SHARD_BYTES
-) -> list[Spec]:
+) -> list[TensorSpec]:
     """Random weights, finite and none zero, in shards as large as those of published checkpoints.
 
     Args:
@@ -35,9 +35,9 @@ def make_checkpoint(
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(fields))
     entries = FLUX2_TRANSFORMER.entries(fields)
-    specs = [Spec(key, entry.torch_shape, FLOATS["bfloat16"]) for entry in entries for key in entry.keys]
+    specs = [TensorSpec(key, entry.torch_shape, FLOATS["bfloat16"]) for entry in entries for key in entry.keys]
     generator, change = np.random.default_rng(0), np.random.default_rng(tuned)
-    for stored in lay_out(folder, specs, FLUX2_TRANSFORMER.file_name, shard_bytes).values():
+    for stored in preallocate_files(folder, specs, FLUX2_TRANSFORMER.file_name, shard_bytes).values():
         bits = generator.integers(1, 1 << 16, stored.shape, np.uint16) & 0xBFFF  # exponents below those of NaN
         if tuned is not None:
             bits ^= change.integers(0, 4, stored.shape, np.uint16)

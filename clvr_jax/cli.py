@@ -20,10 +20,11 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import CommandGroup, Result
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.curves import Curves
-from clvr_jax.commands.drawing import Generate, Sample
 from clvr_jax.commands.evaluation import Eval
+from clvr_jax.commands.generate import Generate
 from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.commands.sample import Sample
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify
@@ -57,8 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             result = command.run()
             check_interrupt()
             return _print_result(result, command.common.json)
-        except KeyboardInterrupt:
-            complain("interrupted")
+        except KeyboardInterrupt as error:
+            complain(str(error) or "interrupted")
             return 130
         except Exception as error:  # noqa: BLE001 - the last resort: a person reads one line
             if debug:

@@ -38,8 +38,17 @@ def refuse_address(place: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes indented JSON; see `write_atomically`."""
-    write_atomically(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    """Writes indented JSON; see `write_text`, whose escapes are those of JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes text as UTF-8; see `write_atomically`.
+
+    Lone surrogates, which a reply of a server may hold, become escapes (a backslash, u, and four digits): what has been
+    computed by then must not be lost for them.
+    """
+    write_atomically(path, text.encode(errors="backslashreplace"))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

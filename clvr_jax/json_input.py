@@ -6,6 +6,8 @@ which file, which line and which field, and never in Python's own error.
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,6 +19,8 @@ from clvr_jax.errors import ClvrError
 
 MAX_BYTES = 256 << 20
 """Most bytes of a JSON file that is read."""
+MAX_LINE_BYTES = 4 << 20
+"""Most bytes of a line of a file that is read line by line."""
 MAX_DEPTH = 64
 """Most levels of arrays and objects inside each other; our own files have fewer than ten."""
 MAX_INTEGER = 2**63 - 1
@@ -207,6 +211,33 @@ def read_lines(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> Iter
     for number, line in enumerate(read_text(path, max_bytes, advice).split("\n"), start=1):
         if line.strip():
             yield f"{path}:{number}", line
+
+
+def stream_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, advice: str = "") -> Iterator[tuple[str, bytes]]:
+    """Yields ("file:line", content) for each line, without its end; the file may be of any size.
+
+    Args:
+      path: of a regular file.
+      max_bytes: most bytes of one line.
+      advice: what to do if there is no such file.
+    Raises: ClvrError, one line, if it is missing, not a regular file, cannot be read, or a line is too long.
+    """
+    try:
+        if not path.is_file():  # a pipe would block
+            what = "not a file" if path.exists() else "no such file"
+            raise ClvrError(f"{path}: {what}{f'; {advice}' if advice else ''}")
+        with path.open("rb") as file:
+            for number in itertools.count(1):
+                line = file.readline(max_bytes + 2)
+                if not line:
+                    return
+                line = line.removesuffix(b"\n").removesuffix(b"\r")
+                if len(line) > max_bytes:
+                    raise ClvrError(f"{path}:{number}: has more than {max_bytes >> 10} KiB; lines so long are not read")
+                yield f"{path}:{number}", line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ClvrError(f"{str(path)!r:.300}: cannot be read ({reason})") from error
 
 
 def shown(value: object) -> str:

@@ -4,12 +4,17 @@ The lock is a hidden file in the directory, locked with the system's `flock`, wh
 ends. The file says which process it is, for the message to the other one. A file of a dead process is stale and is
 taken over. About processes of another host the time of the file decides, which a living one renews: a run that was
 killed with its host goes on elsewhere without help.
+
+Processes that divide the work on one directory into shares hold a lock for each share. They never wait for each other,
+but no share runs twice, and nobody else runs beside them.
 """
 
 import contextlib
 import fcntl
 import json
 import os
+import re
+import shutil
 import socket
 import sys
 import threading
@@ -19,29 +24,96 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 
 LOCK = ".lock"
-"""Name of the file in the directory."""
+"""Name of the file in the directory; that of a share has its numbers behind it."""
 
+Share = tuple[int, int]
+"""(k, n): share k, from 0, of n shares."""
+
+_SHARE = re.compile(rf"{re.escape(LOCK)}(?:-\d{{1,9}}-of-(\d{{1,9}}))?")
 _BEAT_SECONDS, _STALE_SECONDS = 20.0, 120.0
 
 
 @contextmanager
-def locked(folder: Path, out: Path | None = None) -> Iterator[None]:
+def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
+    """Holds the lock of an output directory, which is made first if need be; an empty one is not left behind.
+
+    Args:
+      out: the directory.
+      share: see `locked`.
+    Raises: ClvrError if another process holds it, or the directory cannot be written.
+    """
+    try:
+        was_there = out.is_dir()
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ClvrError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
+    try:
+        with locked(out, share=share):
+            yield
+    finally:
+        if not was_there:
+            with contextlib.suppress(OSError):  # not empty
+                out.rmdir()
+
+
+@contextmanager
+def new_directory(destination: Path, work: str) -> Iterator[Path]:
+    """A locked temporary directory that becomes `destination` when the block ends well, and is removed otherwise.
+
+    What a killed process left in it is removed as well.
+
+    Args:
+      destination: the new directory; must not exist.
+      work: "export", say, for the temporary name.
+    Raises: UsageError if the destination exists; ClvrError if another process writes it, or it cannot be written.
+    """
+    if os.path.lexists(destination):
+        raise UsageError(f"{destination}: exists already; choose another name or remove it")
+    temporary = destination.with_name(f".{destination.name}.{work}")
+    try:
+        temporary.mkdir(parents=True, exist_ok=True)
+        with locked(temporary, destination):
+            try:
+                _clear(temporary)
+                yield temporary
+                (temporary / LOCK).unlink()
+                temporary.rename(destination)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+    except OSError as error:
+        raise ClvrError(f"{destination}: cannot be written ({error.strerror or error})") from error
+
+
+def _clear(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+@contextmanager
+def locked(folder: Path, out: Path | None = None, share: Share = (0, 1)) -> Iterator[None]:
     """Holds the lock of a directory while the block runs.
 
     Args:
       folder: an existing directory.
       out: its name in messages, where that is another one than `folder`: a temporary directory is made for it.
+      share: of the work on the directory; the other shares of the same number may run at the same time.
     Raises: ClvrError if another process holds it, or the directory cannot be written.
     """
-    path = folder / LOCK
+    path = folder / (LOCK if share[1] == 1 else f"{LOCK}-{share[0]}-of-{share[1]}")
     descriptor = _acquired(path, out or folder)
     ended = threading.Event()
     beat = threading.Thread(target=_renew, args=(descriptor, ended), daemon=True)
     beat.start()
     try:
+        # Its own lock comes first: of two that begin at once, one at least sees the other.
+        _refuse_others(folder, out or folder, share)
         yield
     finally:
         ended.set()
@@ -50,6 +122,40 @@ def locked(folder: Path, out: Path | None = None) -> Iterator[None]:
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path):
                 path.unlink()
+        os.close(descriptor)
+
+
+def _refuse_others(folder: Path, out: Path, share: Share) -> None:
+    """Raises ClvrError if a process works on the directory as a whole beside shares, or with other shares."""
+    for path in sorted(folder.glob(f"{LOCK}*")):
+        shares = _shares(path.name)
+        if shares not in (None, share[1]) and (holder := _holder(path)) is not None:
+            raise ClvrError(_message(path, out, holder))
+
+
+def _shares(name: str) -> int | None:
+    """Into how many shares the work is divided whose lock has this name; None if it is no lock."""
+    found = _SHARE.fullmatch(name)
+    return int(found[1] or 1) if found else None
+
+
+def _holder(path: Path) -> dict[str, Any] | None:
+    """What the lock file of a living process says; None, and the file is removed, if its process is dead."""
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return None
+    except OSError:  # of another user
+        return {}
+    try:
+        holder = _read(descriptor)
+        # Shared, so that two that look at once are not taken for holders.
+        if not _flocked(descriptor, holder, fcntl.LOCK_SH) or _is_alive_elsewhere(holder, descriptor):
+            return holder
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return None
+    finally:
         os.close(descriptor)
 
 
@@ -80,10 +186,10 @@ def _acquired(path: Path, out: Path) -> int:
         os.close(descriptor)  # its holder removed it meanwhile
 
 
-def _flocked(descriptor: int, holder: dict[str, Any]) -> bool:
+def _flocked(descriptor: int, holder: dict[str, Any], operation: int = fcntl.LOCK_EX) -> bool:
     """Takes the system's lock; where there is none, the process that the file names decides."""
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError:  # the file system has no locks

@@ -4,13 +4,14 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import shown
 
 
 def plain(config: Any) -> Any:
@@ -18,18 +19,25 @@ def plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
+def rebuilt(template: Any, values: Any, declared: Any = None, name: str = "the configuration") -> Any:
     """Returns a configuration of the template's types from plain values; the inverse of `plain`.
 
     Args:
       template: a configuration, or the value of one of its fields.
       values: what `plain` returned for a configuration of the same types.
       declared: the declared type of the field, which decides where the template holds None.
+      name: of the field, for messages.
+    Raises: ClvrError, one line, for a value of another type than the template's.
+
+    A configuration class whose fields were renamed has a table RENAMED, old name -> new name; "lora.rank" is the field
+    `rank` of the configuration that the field `lora` contains.
     """
+    _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         hints = get_type_hints(type(template))
+        values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
-            field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name])
+            field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name], field.name)
             for field in dataclasses.fields(template)
             if field.name in values
         }
@@ -37,6 +45,34 @@ def rebuilt(template: Any, values: Any, declared: Any = None) -> Any:
     if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
         return Path(values)
     return tuple(values) if isinstance(template, tuple) else values
+
+
+def _check_type(template: Any, values: Any, name: str) -> None:
+    """Compares a plain value with the one in its place; None stands for a field that may be left open."""
+    if dataclasses.is_dataclass(template) and not isinstance(template, type):
+        expected, fits = "an object", isinstance(values, Mapping)
+    elif isinstance(template, bool):
+        expected, fits = "true or false", isinstance(values, bool)
+    elif isinstance(template, int | float):
+        expected, fits = "a number", isinstance(values, int | float) and not isinstance(values, bool)
+    elif isinstance(template, str | Path):
+        expected, fits = "a text", isinstance(values, str)
+    elif isinstance(template, tuple):
+        expected, fits = "a list", isinstance(values, list)
+    else:
+        return
+    if not fits and (values is not None or expected == "an object"):
+        raise ClvrError(f"{name} must be {expected}, got {shown(values)}")
+
+
+def _with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+    """Returns the plain values of a configuration with old names replaced; values under new names take precedence."""
+    found = {name: value for name, value in values.items() if name not in renamed}
+    for old, new in renamed.items():
+        if old in values:
+            field, _, inner = new.partition(".")
+            found[field] = {inner: values[old], **found.get(field, {})} if inner else found.get(field, values[old])
+    return found
 
 
 def find_recipe(name: str | Path) -> Path:

@@ -1,14 +1,14 @@
-"""Where things lie on a mesh: one table from logical axes to mesh axes, and what follows from it.
+"""The shardings of arrays on a mesh: one table from logical axes to mesh axes, and the functions that apply it.
 
-A mesh has four axes, any of which may be 1:
+A mesh has four axes, each of which may have size 1:
 
     data      copies of the model, each with its own part of the batch; the only axis that crosses slices
-    fsdp      parameters and optimizer state are cut along it, and so is the batch
-    sequence  tokens are cut along it; in attention, heads are instead (DeepSpeed-Ulysses, arXiv 2309.14509)
-    tensor    heads and the wide middle of each MLP are cut along it (Megatron, arXiv 1909.08053)
+    fsdp      parameters, optimizer state and the batch are sharded along it
+    sequence  tokens are sharded along it; in attention, heads are instead (DeepSpeed-Ulysses, arXiv 2309.14509)
+    tensor    heads and the hidden axis of each MLP are sharded along it (Megatron, arXiv 1909.08053)
 
-Models name the axes of an activation where it matters (`constrain`); parameters are told apart by their names, which
-are PyTorch's. XLA puts in the communication. Without an active `Layout` nothing here does anything.
+Models name the logical axes of important activations (`with_logical_constraint`); those of a parameter follow from its
+name, which is PyTorch's. XLA inserts the communication. Without an active `MeshLayout` no activation is constrained.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Sizes of the mesh axes; one of them may be -1, which takes the devices that are left."""
+    """Sizes of the mesh axes; one of them may be -1, which uses the remaining devices."""
 
     data: int = 1
     """Shard the batch over this many copies of the parameters; -1 takes the devices that are left."""
@@ -63,14 +63,14 @@ class MeshConfig:
             named = " x ".join(f"{axis} {size}" for axis, size in zip(MESH_AXES, sizes, strict=True))
             raise UsageError(f"mesh {named} is {math.prod(sizes)} devices, but there are {devices}")
         if sizes[0] % self.slices:
-            raise UsageError(f"mesh: {self.slices} slices are copies of the model, but data is {sizes[0]}")
+            raise UsageError(f"mesh: data must be a multiple of the {self.slices} slices, but data is {sizes[0]}")
         return tuple(sizes)
 
     def make(self, devices: Sequence[Any] | None = None) -> Mesh:
-        """The mesh over `devices`, all of them if None; neighbors on the torus become neighbors on the mesh."""
+        """Creates the mesh over `devices`, or all devices if None; neighbors on the torus are neighbors on the mesh."""
         devices = list(jax.devices() if devices is None else devices)
         if self.devices is not None and not 1 <= self.devices <= len(devices):
-            raise UsageError(f"mesh: {self.devices} devices are asked for, there are {len(devices)}")
+            raise UsageError(f"mesh: {self.devices} devices are requested, but there are {len(devices)}")
         devices = devices[: self.devices]
         shape = self.shape(len(devices))
         if self.slices > 1:
@@ -88,37 +88,37 @@ Axes = tuple[str, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The table: logical axis -> mesh axes, outermost first. Changing it lays out the whole model anew.
+    """The table logical axis -> mesh axes, outermost first, which determines the sharding of the complete model.
 
-    Of activations: batch; tokens, between attentions; heads, inside attention; wide, the middle of an MLP.
-    Of parameters: embed, the side of a matrix that the residual stream touches; heads_out and mlp, the other side;
-    vocab; joined, the input side of a matrix whose output is cut up again (query, key, value and MLP in one), where
-    cutting the output would tear the parts.
+    Axes of activations: batch; tokens, between attentions; heads, inside attention; mlp_act, the hidden axis of an MLP.
+    Axes of parameters: embed, the axis of a matrix that belongs to the residual stream; heads_out and mlp, its other
+    axis; vocab; fused_qkv_mlp, the input axis of a matrix whose output is split (query, key, value and MLP in one),
+    because shards of the output axis would not align with the split.
     """
 
     batch: Axes = ("data", "fsdp")
     tokens: Axes = ("sequence",)
     heads: Axes = ("tensor", "sequence")
-    wide: Axes = ("tensor",)
+    mlp_act: Axes = ("tensor",)
     embed: Axes = ("fsdp", "sequence")
     heads_out: Axes = ("tensor",)
     mlp: Axes = ("tensor",)
     vocab: Axes = ("tensor",)
-    joined: Axes = ("fsdp", "sequence", "tensor")
+    fused_qkv_mlp: Axes = ("fsdp", "sequence", "tensor")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             axes = getattr(self, field.name)
             if len(set(axes)) != len(axes) or not set(axes) <= set(MESH_AXES):
-                raise ClvrError(f"sharding rule {field.name} = {axes}: must be different ones of {MESH_AXES}")
+                raise ClvrError(f"sharding rule {field.name} = {axes}: must be distinct members of {MESH_AXES}")
 
 
-# Parameter name -> logical axes of its last dimensions. The first that matches holds; a stack has its layers in front,
-# which are never cut: the scan over them takes one at a time.
+# Parameter name -> logical axes of its last dimensions. The first match applies; a stack has its layers in front, which
+# are never sharded, because the scan takes one layer at a time.
 _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"\.(q_proj|k_proj|v_proj|to_q|to_k|to_v|add_[qkv]_proj)\.kernel$", ("embed", "heads_out")),
     (r"\.(o_proj|to_out\.0|to_add_out|attn\.proj)\.kernel$", ("heads_out", "embed")),
-    (r"\.(to_qkv_mlp_proj|linear_in|qkv)\.kernel$|modulation\w*\.linear\.kernel$", ("joined", None)),
+    (r"\.(to_qkv_mlp_proj|linear_in|qkv)\.kernel$|modulation\w*\.linear\.kernel$", ("fused_qkv_mlp", None)),
     (r"\.(gate_proj|up_proj|linear_fc1)\.kernel$", ("embed", "mlp")),
     (r"\.(down_proj|linear_out|linear_fc2)\.kernel$", ("mlp", "embed")),
     (r"(^|\.)embed_tokens\.embedding$", ("vocab", "embed")),
@@ -127,26 +127,29 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
-    """A mesh and the table for it: gives every array its sharding."""
+class MeshLayout:
+    """A mesh and the table of logical axes, which determine the sharding of every array."""
 
     mesh: Mesh
     rules: Rules = Rules()
 
     @property
     def platform(self) -> str:
-        """ "cpu", "gpu" or "tpu", that of the mesh, which need not be this machine's."""
+        """The platform of the mesh, "cpu", "gpu" or "tpu", which can differ from that of this machine."""
         return self.mesh.devices.flat[0].platform
 
     @property
-    def batch_parts(self) -> int:
-        """Number of parts that a batch is cut into."""
+    def batch_shards(self) -> int:
+        """Number of shards of a batch."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.batch)
 
     def spec(self, axes: Sequence[str | None], shape: Sequence[int]) -> PartitionSpec:
-        """Partition of an array: mesh axes that do not divide a dimension are left out, from the last one on.
+        """Returns the partition of an array.
 
-        Raises: ClvrError if two dimensions ask for the same mesh axis.
+        Args:
+          axes: logical axis of each dimension, None for a dimension that is not sharded.
+          shape: of the array; mesh axes whose product does not divide a dimension are dropped, the last one first.
+        Raises: ClvrError if two dimensions use the same mesh axis.
         """
         parts: list[Axes | None] = []
         for name, size in zip(axes, shape, strict=True):
@@ -160,16 +163,16 @@ class Layout:
         return PartitionSpec(*parts)
 
     def sharding(self, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
-        """See `spec`."""
+        """Returns the sharding of an array, from the same arguments as `spec`."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     @property
     def replicated(self) -> NamedSharding:
-        """The whole array on every device."""
+        """The sharding that stores the complete array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def parameters(self, params: Tree) -> Tree:
-        """Shardings of a tree of parameters, or of anything that has their names: averages, gradients, deltas."""
+        """Returns the shardings of a tree of parameters, or of a tree with the same names: EMA, gradients, deltas."""
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
             return self.sharding(parameter_axes(dotted(path_of(path)), leaf.shape), leaf.shape)
@@ -177,7 +180,7 @@ class Layout:
         return jax.tree_util.tree_map_with_path(place, params)
 
     def optimizer_state(self, opt_state: Tree, params: Tree) -> Tree:
-        """Shardings of an optimizer's state: what has a parameter's name and shape lies where the parameter does."""
+        """Returns the shardings of an optimizer's state; arrays with a parameter's name and shape have its sharding."""
         known = {
             path: (leaf.shape, self.sharding(parameter_axes(dotted(path), leaf.shape), leaf.shape))
             for path, leaf in leaves_by_path(params).items()
@@ -192,13 +195,13 @@ class Layout:
         return jax.tree_util.tree_map_with_path(place, opt_state)
 
     def batch(self, batch: Tree, *, leading: int = 0) -> Tree:
-        """Shardings of a batch, which is cut along its first axis after `leading` others."""
+        """Returns the shardings of a batch, which is sharded along its first axis after `leading` others."""
         axes = [None] * leading + ["batch"] + [None] * 8
         return jax.tree.map(lambda leaf: self.sharding(axes[: leaf.ndim], leaf.shape), batch)
 
     @contextlib.contextmanager
-    def active(self) -> Iterator["Layout"]:
-        """While this lasts, programs are traced for this layout."""
+    def active(self) -> Iterator["MeshLayout"]:
+        """Activates this layout for all programs that are traced inside the context."""
         token = _ACTIVE.set(self)
         try:
             with jax.set_mesh(self.mesh):
@@ -207,17 +210,17 @@ class Layout:
             _ACTIVE.reset(token)
 
 
-_ACTIVE: ContextVar[Layout | None] = ContextVar("layout", default=None)
+_ACTIVE: ContextVar[MeshLayout | None] = ContextVar("layout", default=None)
 
 
-def active_layout() -> Layout | None:
-    """The layout that programs are traced for at this moment."""
+def active_layout() -> MeshLayout | None:
+    """Returns the layout for which programs are currently traced; None if there is none."""
     return _ACTIVE.get()
 
 
 @contextlib.contextmanager
 def without_layout() -> Iterator[None]:
-    """While this lasts, programs are traced for this process alone, and wait for nobody."""
+    """Deactivates the layout inside the context: programs run in this process alone and wait for no other process."""
     token = _ACTIVE.set(None)
     try:
         with jax.set_mesh(None):
@@ -226,18 +229,21 @@ def without_layout() -> Iterator[None]:
         _ACTIVE.reset(token)
 
 
-def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Lays an activation out by the logical names of its axes, one for each; as it is without an active layout."""
+def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Constrains the sharding of an activation by the logical names of its axes, one per axis.
+
+    Without an active layout, or on one device, `x` is returned unchanged.
+    """
     layout = _ACTIVE.get()
     if layout is None or layout.mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, layout.spec(axes, x.shape))
 
 
-def gathered(params: Tree) -> Tree:
-    """Parameters that are whole on every device from here on, however they lie; as they are without a layout.
+def replicate(params: Tree) -> Tree:
+    """Replicates parameters on every device from this point of a program on; without a layout, returns them unchanged.
 
-    For models so small that cutting their products would cost more than a copy of their weights: the autoencoder.
+    For small models, such as the autoencoder, sharded matrix products would cost more than a copy of the weights.
     """
     layout = _ACTIVE.get()
     if layout is None or layout.mesh.size == 1:
@@ -245,23 +251,26 @@ def gathered(params: Tree) -> Tree:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, layout.replicated), params)
 
 
-def on_every_host(tree: Any) -> Any:
-    """A tree whose arrays every process holds whole: those spread over processes become NumPy's. All must call it."""
+def process_allgather(tree: Any) -> Any:
+    """Returns a tree whose arrays are complete in every process: arrays that span processes become NumPy arrays.
+
+    Every process must call it.
+    """
     return jax.tree.map(
         lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
     )
 
 
 def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
-    """Logical axes of a parameter: those of its name, else its largest axis is the one that is cut, if it is a matrix.
+    """Returns the logical axes of a parameter: those of its name, or its larger axis if it is a matrix of another name.
 
-    Vectors are small and stay whole: a gather would cost more than they do.
+    Vectors are small and are replicated: gathering them would cost more than their memory.
     """
     known = next((axes for pattern, axes in _PARAMETERS if re.search(pattern, name)), None)
     if known is not None and len(shape) - len(known) in (0, 1):
         return (*[None] * (len(shape) - len(known)), *known)
     axes: list[str | None] = [None] * len(shape)
     if len(shape) > 1:
-        # Of the last two: what is before them is layers, or the window of a convolution.
+        # Only the last two axes: the axes before them are layers, or the window of a convolution.
         axes[max(range(len(shape) - 2, len(shape)), key=lambda axis: shape[axis])] = "embed"
     return tuple(axes)

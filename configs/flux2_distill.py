@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs.flux2_sft import abstract_batch
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
@@ -32,8 +32,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, encode_references, encode_text, velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import encode_references, encode_text, velocity_field
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -112,16 +113,16 @@ def pipeline_task(
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, teacher = nnx.split(pipe.transformer)
-    tokenizer, schedule = pipe.tokenizer, pipe.schedule
+    tokenizer, schedule, source = pipe.tokenizer, pipe.schedule, pipe.text_encoder_source
     settings = dataclasses.replace(
         pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
     )
 
     def export(ema: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, ema)
-        student = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        student = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
         student.save_pretrained(str(directory), dtype=save_dtype)
 
     return _task(
@@ -141,6 +142,7 @@ def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
+    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
     fields = FLUX2_TRANSFORMER.config_to_dict(sizes)
     batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
@@ -148,7 +150,7 @@ def abstract_task(config: Config) -> Task:
         (config.train, config.distill, config.remat),
         settings,
         (sizes, FLUX2_TRANSFORMER.split(fields)[1], FLUX2_TRANSFORMER.split(fields, dtype)[1]),
-        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), dtype)),
+        (reader, *encoder.split(encoder.config_to_dict(reader), dtype)),
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda length: (np.zeros((1, length), np.int32), np.ones((1, length), np.int32)),
         lambda step: batch,
@@ -192,7 +194,7 @@ def _task(
 
             return field
 
-        references = encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype)
+        references = encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype)
         conditional = {"text": read(data["ids"], data["mask"]), "references": references}
         # Without guidance nobody asks for the empty text, and the compiler leaves it out.
         nothing = jnp.repeat(read(*empty(data["ids"].shape[1])), rows, axis=0)

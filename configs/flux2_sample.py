@@ -11,14 +11,15 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 
 from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings, decode, denoise, encode_images, encode_text
-from clvr_jax.sharding import MeshConfig, gathered
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
+from clvr_jax.sharding import MeshConfig, replicate
 from clvr_jax.training.plan import Program
 
 
@@ -55,14 +56,14 @@ def program(config: Config) -> Program:
     image = grid[0] * grid[1]
     families = {
         "transformer": (FLUX2_TRANSFORMER, sizes),
-        "text_encoder": (QWEN3, reader),
+        "text_encoder": (qwen3_hidden_states(settings.text_encoder_out_layers), reader),
         "vae": (FLUX2_VAE, vae),
     }
     split = {name: family.split(family.config_to_dict(of), jnp.bfloat16) for name, (family, of) in families.items()}
     graphs = {name: graphdef for name, (graphdef, _) in split.items()}
 
     def sample(weights: Any, data: Any) -> jax.Array:
-        vae_weights = gathered(weights["vae"])
+        vae_weights = replicate(weights["vae"])
         conditions = encode_text(
             graphs["text_encoder"], weights["text_encoder"], data["ids"], data["mask"], settings.text_encoder_out_layers
         )

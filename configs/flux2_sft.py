@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
@@ -26,8 +26,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings, velocity_field
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import velocity_field
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -82,16 +83,16 @@ def task(config: Config) -> Task:
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, tokenizer = nnx.graphdef(pipe.transformer), pipe.tokenizer
-    settings, schedule = pipe.settings, pipe.schedule
+    settings, schedule, source = pipe.settings, pipe.schedule, pipe.text_encoder_source
     examples = DrawingExamples(
         TrajectoryDataset(config.dataset), tokenizer, dropout=config.dropout, text_buckets=settings.text_buckets
     )
 
     def export(ema: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, ema)
-        trained = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        trained = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
         trained.save_pretrained(str(directory), dtype="bfloat16")
 
     return _task(
@@ -109,12 +110,13 @@ def abstract_task(config: Config) -> Task:
     """The same with shapes in place of arrays, to trace, compile and count its step."""
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
+    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
     batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
         config,
         settings,
         (sizes, FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes))[1]),
-        (reader, *QWEN3.split(QWEN3.config_to_dict(reader), dtype)),
+        (reader, *encoder.split(encoder.config_to_dict(reader), dtype)),
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda step: batch,
         lambda ema, directory: None,
@@ -156,7 +158,7 @@ def _task(
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
         text_encoder = nnx.merge(reader_def, frozen["text_encoder"])
-        vae = nnx.merge(vae_def, gathered(frozen["vae"]))
+        vae = nnx.merge(vae_def, replicate(frozen["vae"]))
 
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
             return jax.lax.stop_gradient(jnp.concatenate(text_encoder.hidden_states(ids, mask, layers), axis=-1))

@@ -20,42 +20,44 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
+from clvr_jax import rl
 from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.data.histories import fit_history
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import euler_solve, flow_sigmas, guided
+from clvr_jax.diffusion import FlowProcess, euler_solve, flow_sigmas, guided
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.pipelines.flux2 import (
-    KLEIN,
-    Flux2Pipeline,
-    Flux2Settings,
-    decode,
-    encode_references,
-    encode_text,
-    velocity_field,
-)
+from clvr_jax.models.lora import LoRAConfig
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import decode, encode_references, encode_text, velocity_field
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
-from clvr_jax.sharding import MeshConfig, gathered, on_every_host
-from clvr_jax.training import pprl
-from clvr_jax.training.diffusion_nft import FlowNoising, Policy
+from clvr_jax.rl import (
+    DiffusionPolicy,
+    PPRLConfig,
+    Predictor,
+    RandomSource,
+    RolloutBatch,
+    UpdateBatch,
+    collect_rollout,
+    loss_and_grads,
+)
+from clvr_jax.sharding import MeshConfig, replicate, process_allgather
 from clvr_jax.training.plan import Program
-from clvr_jax.training.pprl_methods import Backbone
-from clvr_jax.training.pprl_step import PPRLConfig, contribution, rollout
 
-fit = pprl.fit
+fit = rl.fit
 
 LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
 """All products of the blocks: attention, MLPs, and where both are one."""
@@ -82,7 +84,7 @@ class Sampler:
 class Config:
     """Configuration of the run, and of what `clvr plan` compiles."""
 
-    train: PPRLConfig = PPRLConfig(lora_targets=LORA_TARGETS, mesh=MeshConfig(fsdp=-1))
+    train: PPRLConfig = PPRLConfig(lora=LoRAConfig(targets=LORA_TARGETS), mesh=MeshConfig(fsdp=-1))
     """Configuration of the training."""
     sampler: Sampler = Sampler()
     """Configuration of the rollout."""
@@ -136,7 +138,7 @@ class Config:
 CONFIG = Config()
 
 
-def task(config: Config) -> pprl.PPRLTask:
+def task(config: Config) -> rl.PPRLTask:
     """The run as `fit` takes it."""
     if not config.model:
         raise ClvrError("pprl_flux2: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
@@ -180,7 +182,9 @@ def reward_of(config: Config) -> Reward:
 
 def _judge(config: Config, model: str) -> MeshVisionLanguageModel:
     """Loads a Qwen3-VL on the mesh that answers as many questions at once as a call has images."""
-    return MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.rows)
+    return MeshVisionLanguageModel(
+        Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.microbatch_size
+    )
 
 
 def flux2_task(
@@ -192,23 +196,26 @@ def flux2_task(
     reward: Reward,
     remat: str = "dots",
     save_dtype: str = "bfloat16",
-) -> pprl.PPRLTask:
+) -> rl.PPRLTask:
     """PPRL of any FLUX.2 pipeline on steps of trajectories; exports the pipeline and, in `lora/`, the LoRA."""
     if pipe.settings.is_distilled:
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
     transformer_def, base = nnx.split(pipe.transformer)
     (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, on_every_host(vae)), nnx.merge(reader_def, on_every_host(reader))
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
+    source = pipe.text_encoder_source
 
-    def ids(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        return encode_prompts(tokenizer, texts, settings.text_buckets)
+    def ids(chosen: Sequence[ProxyStep]) -> tuple[np.ndarray, np.ndarray]:
+        told = [(steps.prompt(step), [*steps.replies(step), step.last_text]) for step in chosen]
+        fitted = [fit_history(tokenizer, *history, max(settings.text_buckets)) for history in told]
+        return encode_prompts(tokenizer, [history.text for history in fitted], settings.text_buckets)
 
     def bucket(step: ProxyStep) -> tuple[int, int]:
-        return len(step.history), ids([step.text])[0].shape[1]
+        return len(step.history), ids([step])[0].shape[1]
 
     def data(chosen: Sequence[ProxyStep]) -> dict[str, np.ndarray]:
-        given, mask = ids([step.text for step in chosen])
+        given, mask = ids(chosen)
         empty, empty_mask = encode_prompts(tokenizer, [""] * len(chosen), (given.shape[1],))
         shape = (len(chosen), len(chosen[0].history), sampler.size, sampler.size, 3)
         shown = np.array([steps.references(step) for step in chosen], np.uint8).reshape(shape)
@@ -216,25 +223,25 @@ def flux2_task(
 
     def save(weights: Any, trained: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, weights)
-        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule)
+        generator = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
         generator.save_pretrained(str(directory), dtype=save_dtype)
-        if train.lora_rank:
+        if train.lora.rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
-            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.table(sizes), base)
+            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.key_mapping(sizes), base)
 
-    backbone = flux2_backbone((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
+    policy = flux2_policy((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
     frozen = {"text_encoder": reader, "vae": vae}
-    return pprl.PPRLTask(name, train, base, frozen, backbone, steps, data, bucket, reward, save)
+    return rl.PPRLTask(name, train, base, frozen, policy, steps, data, bucket, reward, save)
 
 
-def flux2_backbone(
+def flux2_policy(
     transformer: tuple[Flux2TransformerConfig, str],
     reader_def: Any,
     autoencoder: tuple[AutoencoderKLFlux2Config, Any],
     settings: Flux2Settings,
     sampler: Sampler,
     base: Any,
-) -> Backbone:
+) -> DiffusionPolicy:
     """Returns FLUX.2 as a policy: the velocity of an image's tokens beside its references, guided or not.
 
     Args:
@@ -252,7 +259,7 @@ def flux2_backbone(
     sigmas = flow_sigmas(sampler.steps, tokens)
     layers = settings.text_encoder_out_layers
 
-    def condition(frozen: Any, data: Any) -> dict[str, jax.Array]:
+    def encode_conditions(frozen: Any, data: Any) -> dict[str, jax.Array]:
         groups = len(data["ids"])
 
         def read(ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -260,14 +267,14 @@ def flux2_backbone(
 
         found = {
             "text": read(data["ids"], data["mask"]),
-            "references": encode_references(vae_def, gathered(frozen["vae"]), data["references"], dtype),
+            "references": encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype),
         }
         if sampler.guidance > 1:
             # The same for all groups, so read once.
             found["empty"] = jnp.repeat(read(data["empty_ids"][:1], data["empty_mask"][:1]), groups, axis=0)
         return found
 
-    def policy(weights: Any, conditions: dict[str, jax.Array]) -> Policy:
+    def predictor(weights: Any, conditions: dict[str, jax.Array]) -> Predictor:
         references = conditions["references"]
         count = references.shape[1] // tokens
         field = velocity_field(nnx.merge(graphdef, weights), references, grid, [grid] * count)
@@ -279,14 +286,14 @@ def flux2_backbone(
 
         return guided(both, conditions["text"], conditions["empty"], sampler.guidance)
 
-    def solve(policy: Policy, noise: jax.Array) -> jax.Array:
-        return euler_solve(lambda x, sigma: policy(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
+    def solve(predictor: Predictor, noise: jax.Array) -> jax.Array:
+        return euler_solve(lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
 
-    def pictures(frozen: Any, latents: jax.Array) -> jax.Array:
-        return decode(vae_def, gathered(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
+    def decode_images(frozen: Any, latents: jax.Array) -> jax.Array:
+        return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
     shape = (tokens, sizes.in_channels)
-    return Backbone(condition, policy, solve, pictures, shape, sigmas[:-1], FlowNoising())
+    return DiffusionPolicy(encode_conditions, predictor, solve, decode_images, shape, sigmas[:-1], FlowProcess())
 
 
 def program(config: Config) -> Program:
@@ -294,68 +301,65 @@ def program(config: Config) -> Program:
     train, sampler, settings = config.train, config.sampler, Flux2Settings()
     if config.planned == "reward":
         return qwen3_vl_judge.program(
-            qwen3_vl_judge.Config(config.mesh, batch_size=train.rows, images=2, size=sampler.size)
+            qwen3_vl_judge.Config(config.mesh, batch_size=train.microbatch_size, images=2, size=sampler.size)
         )
     (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
     _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
-    reader_def, reader_state = QWEN3.split(QWEN3.config_to_dict(reader), dtype)
+    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
+    reader_def, reader_state = encoder.split(encoder.config_to_dict(reader), dtype)
     vae_def, vae_state = FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)
-    backbone = flux2_backbone((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
-    trained = jax.eval_shape(train.start, base)
-    groups, rows, text = train.groups_per_call, train.rows, settings.text_buckets[0]
+    policy = flux2_policy((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
+    params = jax.eval_shape(train.init_params, base)
+    groups, rows, text = train.groups_per_microbatch, train.microbatch_size, settings.text_buckets[0]
     shape, passes = jax.ShapeDtypeStruct, 2 if sampler.guidance > 1 else 1
     tokens = (sampler.size // vae.token_pixels) ** 2
-    whole = {"number": shape((groups,), jnp.int32), "seed": shape((), jnp.int32), "epoch": shape((), jnp.int32)}
+    source = RandomSource(shape((), jnp.int32), shape((), jnp.int32), shape((groups,), jnp.int32))
     evaluation = flux2_flops(sizes, passes * rows, text=text, image=tokens, references=config.references * tokens)
-    title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group} of {sampler.size} x {sampler.size}"
+    title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group_size} of {sampler.size} x {sampler.size}"
     if config.planned == "update":
-        learner = train.learner(backbone)
+        algorithm = train.make_algorithm(policy)
         conditions = {
             "text": shape((groups, text, sizes.joint_attention_dim), dtype),
             "references": shape((groups, config.references * tokens, vae.token_channels), dtype),
             **({"empty": shape((groups, text, sizes.joint_attention_dim), dtype)} if passes == 2 else {}),
         }
-        data = {
-            **whole,
-            "kept": shape((rows, *learner.shape), jnp.float32),
-            "conditions": conditions,
-            "merits": shape((rows,), jnp.float32),
-            "counts": shape((rows,), jnp.float32),
-            "draw": shape((), jnp.int32),
-        }
+        of_sample, inner_step = shape((rows,), jnp.float32), shape((), jnp.int32)
+        samples = shape((rows, *algorithm.sample_shape), jnp.float32)
         return Program(
             name=title,
-            function=lambda weights, data: contribution(
-                backbone, train, weights["params"], weights["base"], weights["old"], data
+            function=lambda weights, data: loss_and_grads(
+                policy, train, weights["params"], weights["base"], weights["old"], data
             ),
-            weights={"base": base, "params": trained, "old": trained},
-            data=data,
+            weights={"base": base, "params": params, "old": params},
+            data=UpdateBatch(samples, conditions, of_sample, of_sample, inner_step, source),
             reads={"base": 5, "params": 3, "old": 1},  # three policies forward, one of them back
             # Of theta forward and back; of old and reference forward.
             flops=evaluation.training + 2 * evaluation.forward,
-            calls=train.epochs * (train.groups // groups) * min(train.timesteps, learner.places),
+            calls=train.epochs
+            * (train.prompts_per_epoch // groups)
+            * min(train.timesteps_per_sample, algorithm.num_train_timesteps),
             rows=rows,
         )
-    pictures = (groups, config.references, sampler.size, sampler.size, 3)
+    references = (groups, config.references, sampler.size, sampler.size, 3)
     texts = {name: shape((groups, text), jnp.int32) for name in ("ids", "mask", "empty_ids", "empty_mask")}
     read = qwen3_flops(reader, passes * groups, text, layers=max(settings.text_encoder_out_layers), logits=0)
     shown = encoder_flops(vae, groups * config.references, sampler.size, sampler.size)
     drawn = decoder_flops(vae, rows, sampler.size, sampler.size)
     return Program(
         name=title,
-        function=lambda weights, data: rollout(
-            backbone,
+        function=lambda weights, data: collect_rollout(
+            policy,
             train,
             weights["base"],
             weights["old"],
             {name: weights[name] for name in ("text_encoder", "vae")},
             data,
         ),
-        weights={"base": base, "old": trained, "text_encoder": reader_state, "vae": vae_state},
-        data={**whole, "data": {**texts, "references": shape(pictures, jnp.uint8)}},
+        weights={"base": base, "old": params, "text_encoder": reader_state, "vae": vae_state},
+        data=RolloutBatch({**texts, "references": shape(references, jnp.uint8)}, source),
         reads={"base": sampler.steps, "old": 1, "text_encoder": passes, "vae": 1 + config.references},
         flops=sampler.steps * evaluation.forward + read.forward + shown.forward + drawn.forward,
-        calls=train.epochs * (train.groups // groups),
+        calls=train.epochs * (train.prompts_per_epoch // groups),
         rows=rows,
     )

@@ -6,10 +6,10 @@ It starts from `shapes-tiny-sft`, or from any pipeline directory of this world t
 trajectories with proxy prompts: of `clvr synth`, or of `clvr_jax.data.shapes_proxies`. `--simple` is the ablation
 "simple RL", whose reward reads only the latest image and the last text.
 
-Measured, 25 epochs of `--train.group 16` for 3 seeds on rollouts with 6 to 9 objects: the share of images sampled in
-training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not improve: `complex` .973
+Measured, 25 epochs of `--train.group-size 16` for 3 seeds on rollouts with 6 to 9 objects: the share of images sampled
+in training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not improve: `complex` .973
 before, .966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594. docs/pprl.md has the
-curves, and what to try next. Where `zero_variance_groups` is near `--train.groups`, the rollout is too easy:
+curves, and what to try next. Where `zero_variance_groups` is near `--train.prompts-per-epoch`, the rollout is too easy:
 `--sampler.steps 4`, `--sampler.guidance 1`, later steps with `--mixture`.
 
 Source: arXiv 2605.14876, Proxy Prompt RL.
@@ -20,14 +20,17 @@ from pathlib import Path
 
 from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 
+from clvr_jax import rl
 from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
-from clvr_jax.training import pprl
-from clvr_jax.training.pprl_step import PPRLConfig
+from clvr_jax.rl import PPRLConfig
+from clvr_jax.training.checkpoint import CheckpointConfig
+from clvr_jax.training.optimizer import AdamWConfig
 
-fit = pprl.fit
+fit = rl.fit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +39,13 @@ class Config:
 
     train: PPRLConfig = PPRLConfig(
         epochs=40,
-        groups=12,
-        group=12,
-        updates=2,
-        timesteps=2,
-        lora_rank=16,
-        lora_alpha=32.0,
-        lora_targets=LORA_TARGETS,
-        learning_rate=3e-4,
-        save_minutes=4.0,
+        prompts_per_epoch=12,
+        group_size=12,
+        updates_per_epoch=2,
+        timesteps_per_sample=2,
+        lora=LoRAConfig(rank=16, alpha=32.0, targets=LORA_TARGETS),
+        optimizer=AdamWConfig(learning_rate=3e-4),
+        checkpoint=CheckpointConfig(save_interval_minutes=4.0),
     )
     """Configuration of the training."""
     sampler: Sampler = Sampler(steps=8, guidance=1.7, size=64)
@@ -64,7 +65,7 @@ class Config:
 CONFIG = Config()
 
 
-def task(config: Config) -> pprl.PPRLTask:
+def task(config: Config) -> rl.PPRLTask:
     """The run as `fit` takes it."""
     judge = ShapesJudge()
     # The program answers in a moment: threads would only wait for one another.

@@ -30,7 +30,7 @@ from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits
 
-ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.method", "grpo")}
+ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.algorithm", "grpo")}
 START = "sft"
 """The name of the initial model in reports."""
 _RECIPE = Path(__file__).with_name("pprl_shapes.py")

@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.families import QWEN3_VL
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.architectures import QWEN3_VL
+from clvr_jax.convert.hub import local_directory
 from flax import nnx
 
 from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
@@ -31,7 +31,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.sharding import MeshConfig, on_every_host
+from clvr_jax.sharding import MeshConfig, process_allgather
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -103,12 +103,13 @@ def task(config: Config) -> Task:
     verification = TrajectoryDataset(config.dataset, VERIFICATION) if has_verification else None
     examples = ConversationExamples(dataset, pipe.tokenizer, pipe.image_processor, verification=verification)
     params, frozen = _parts(nnx.state(pipe.model), config)
-    unchanged = on_every_host(frozen)
+    unchanged = process_allgather(frozen)
     sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
+    generation = pipe.generation
 
     def export(ema: Any, directory: Path) -> None:
         model = nnx.merge(_graph(sizes, config), ema, *unchanged)
-        Qwen3VLPipeline(model, tokenizer, image_processor).save_pretrained(directory, "bfloat16")
+        Qwen3VLPipeline(model, tokenizer, image_processor, generation).save_pretrained(directory, "bfloat16")
 
     batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
     return _task(config, sizes, params, frozen, batches, export)
@@ -141,7 +142,7 @@ def abstract_task(config: Config) -> Task:
 
 
 def _folder(model: str) -> Path:
-    directory = resolve(model)[0] if model in MODELS else local_folder(model)
+    directory = resolve(model)[0] if model in MODELS else local_directory(model)
     return directory / "controller" if (directory / "controller").is_dir() else directory
 
 

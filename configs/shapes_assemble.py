@@ -6,7 +6,7 @@ python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 import shutil
 from pathlib import Path
 
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import load_model, save_model
 
 from clvr_jax.arguments import run_script
@@ -39,7 +39,7 @@ def main(
         if not directory.is_dir():
             raise ClvrError(f"{directory}: no such directory; train it first, see make reproduce")
     with replacing(out) as temporary:
-        left_out = shutil.ignore_patterns("transformer", "recipe.json", "report*", "README.md")
+        left_out = shutil.ignore_patterns("transformer", "merge.json", "recipe.json", "report*", "README.md")
         shutil.copytree(merged, temporary, ignore=left_out, dirs_exist_ok=True)
         shutil.copytree(controller, temporary / "controller")
         for name, directory in {"transformer": merged, **others}.items():

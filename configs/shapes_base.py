@@ -28,7 +28,8 @@ from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings, velocity_field
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.pipelines.folder import load_text_encoder, load_vae
 from clvr_jax.training import sft
 from clvr_jax.training.initialization import scaled
@@ -135,7 +136,11 @@ def examples(rng: np.random.Generator, kinds: tuple[Kind, ...]) -> list[Example]
 
 
 def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:
-    """Examples with equally many references -> a batch; the texts that are `dropped` become the empty one."""
+    """Examples with equally many references -> a batch; the texts that are `dropped` become the empty one.
+
+    Unlike the pipeline and `DrawingExamples`, which pad every text to its own bucket, all are padded to the bucket of
+    the longest: batches of these recipes are not sorted by length, and the model learns to read a text in any bucket.
+    """
     texts = ["" if drop else example.text for example, drop in zip(examples, dropped, strict=True)]
     ids, mask = encode_prompts(tokenizer, texts, SETTINGS.text_buckets)
     references = np.stack([np.reshape(example.references, (-1, 64, 64, 3)) for example in examples]).astype(np.uint8)

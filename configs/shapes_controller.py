@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
-from clvr_jax.convert.families import QWEN3_VL
+from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
 from flax import nnx
 

@@ -26,13 +26,13 @@ import numpy as np
 from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
 from flax import nnx
 
+from clvr_jax.data.histories import fit_history
 from clvr_jax.data.sft_examples import conversation, target_places
 from clvr_jax.data.shapes import Example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
-from clvr_jax.reasoning.context import drawing_text
 from clvr_jax.reasoning.images import pixels
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -70,20 +70,20 @@ def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def recorded_examples(dataset: Path) -> list[Example]:
+def recorded_examples(dataset: Path, tokenizer: Any) -> list[Example]:
     """The right images of a dataset that `clvr synth` made, each under everything that came before it.
 
+    Histories that are too long for the generator lose their oldest replies, as when it is used.
     Raises: ClvrError if there is no dataset, or too much of it is corrupt.
     """
     examples = []
     for _, record in TrajectoryDataset(dataset).scan():
         replies, images = conversation(record.trajectory)
         shown = tuple(pixels(image) for image in images)
-        examples += [
-            Example(drawing_text(record.trajectory.prompt, replies[: place + 1]), shown[:place], shown[place])
-            for place in target_places(record)
-            if place < len(shown)
-        ]
+        for place in [place for place in target_places(record) if place < len(shown)]:
+            told = record.trajectory.prompt, replies[: place + 1]
+            text = fit_history(tokenizer, *told, max(SETTINGS.text_buckets)).text
+            examples.append(Example(text, shown[:place], shown[place]))
     return examples
 
 
@@ -113,8 +113,8 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
-    kinds = KINDS if config.dataset is None else recorded_kinds(recorded_examples(config.dataset))
     tokenizer = load_tokenizer(config.base / "tokenizer")
+    kinds = KINDS if config.dataset is None else recorded_kinds(recorded_examples(config.dataset, tokenizer))
     vae = load_vae(config.base / "vae")
     encoder = load_text_encoder(config.base / "text_encoder")
     transformer_def, transformer = nnx.split(load_transformer(config.base / "transformer"))

@@ -71,11 +71,11 @@ corrections = needed_corrections
 
 class _ShapesWorkshop:
     def __init__(self, config: Config):
-        pipeline = Flux2Pipeline.from_pretrained(config.model)
+        self._pipeline = pipeline = Flux2Pipeline.from_pretrained(config.model)
         self.image_tool = LocalImageTool(pipeline, config.model, steps=config.steps, max_batch=config.batch, wait=0.02)
 
     def crew(self, item: PromptItem, meter: Meter) -> Crew:
-        return shapes_crew(item)
+        return shapes_crew(item, text=lambda prompt, replies: self._pipeline.fit_history(prompt, replies).text)
 
 
 def workshop(config: Config) -> Workshop:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
-from clvr_jax.convert.families import QWEN3
+from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from flax import nnx
 

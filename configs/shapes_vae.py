@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.families import FLUX2_VAE
+from clvr_jax.convert.architectures import FLUX2_VAE
 from clvr_jax.convert.models import save_model
 from flax import nnx
 

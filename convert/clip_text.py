@@ -6,23 +6,24 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPTextConfig
 
 Tensor = TypeVar("Tensor")
 
-TABLE = Table(stacked=("text_model.encoder.layers",))
+KEY_MAPPING = KeyMapping(stacked=("text_model.encoder.layers",))
 
-# No weights of a text encoder: the numbers 0..76, which transformers saved before 4.31, and the rest of a whole CLIP.
+# Tensors that are not weights of a text encoder: the positions 0..76, which transformers saved before 4.31, and the
+# other parts of a complete CLIP.
 _NOT_OURS = re.compile(
     r"(text_model\.)?embeddings\.position_ids|vision_model\..+|visual_projection\.weight|logit_scale"
 )
 
-# Neither touches the output: dropout of training, and tokens that the tokenizer places.
+# Neither changes the output: dropout in training, and tokens that the tokenizer inserts.
 _FIXED = {"attention_dropout": 0.0}
-# What transformers takes where config.json is silent.
+# The default of transformers for a config.json without this field.
 _SILENT_PROJECTION = 512
 _IGNORED = (
     *("architectures", "dtype", "model_type", "torch_dtype", "transformers_version"),
@@ -30,7 +31,7 @@ _IGNORED = (
     *("chunk_size_feed_forward", "output_attentions", "output_hidden_states", "return_dict"),
     *("id2label", "label2id", "problem_type", "is_encoder_decoder"),
 )
-# transformers 4 wrote the settings of text generation into every nested configuration.
+# transformers 4 wrote the options of text generation into every nested configuration.
 _GENERATION = (
     *("add_cross_attention", "bad_words_ids", "begin_suppress_tokens", "cross_attention_hidden_size"),
     *("decoder_start_token_id", "diversity_penalty", "do_sample", "early_stopping"),
@@ -44,7 +45,7 @@ _GENERATION = (
 
 
 def config_from_dict(config: Mapping[str, Any]) -> CLIPTextConfig:
-    """`config.json` of a text encoder, or of a whole CLIP that nests one as `text_config`, -> CLIPTextConfig.
+    """Parses `config.json` of a text encoder, or of a complete CLIP, whose `text_config` is one.
 
     A text encoder's configuration has a `projection_dim` whether or not there is a projection: `architectures` decides.
     Raises: ClvrError for an unknown field, another architecture, or a feature that the module does not have.
@@ -58,7 +59,7 @@ def config_from_dict(config: Mapping[str, Any]) -> CLIPTextConfig:
         )
     fields = dict(config)
     if "text_config" in config:
-        # Some whole models state the width of the projection outside alone, and a stale one inside.
+        # Some complete models have the right width of the projection only outside, and a stale one inside.
         fields = {**config["text_config"]}
         fields.update({name: config[name] for name in ("projection_dim",) if name in config})
     width = fields.pop("projection_dim", None) or _SILENT_PROJECTION
@@ -67,7 +68,7 @@ def config_from_dict(config: Mapping[str, Any]) -> CLIPTextConfig:
 
 
 def config_to_dict(config: CLIPTextConfig) -> dict[str, Any]:
-    """CLIPTextConfig -> `config.json`, from which transformers 4 and 5 make the class that `architectures` names."""
+    """Returns the content of `config.json`, which transformers 4 and 5 read."""
     fields = dataclasses.asdict(config)
     architecture = "CLIPTextModelWithProjection"
     if config.projection_dim is None:
@@ -76,11 +77,11 @@ def config_to_dict(config: CLIPTextConfig) -> dict[str, Any]:
     return {"architectures": [architecture], "model_type": "clip_text_model", **fields, **_FIXED}
 
 
-def published_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of any text encoder's file under the names that `TABLE` writes, those of the published checkpoints.
+def canonicalize_keys(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Renames the tensors of a text encoder's file to the keys of `KEY_MAPPING`, those of the published checkpoints.
 
-    transformers 5 keeps, and saves, a `CLIPTextModel` without the leading `text_model.`; it reads both. Old files also
-    hold the buffer `position_ids`, and the file of a whole CLIP the vision tower: those are left out.
+    transformers 5 saves a `CLIPTextModel` without the leading `text_model.`, and reads both forms. The buffer
+    `position_ids` of old files and the vision tower of a complete CLIP are left out.
     """
     ours = {key: tensor for key, tensor in tensors.items() if not _NOT_OURS.fullmatch(key)}
     bare = not any(key.startswith("text_model.") for key in ours)

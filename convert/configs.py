@@ -10,7 +10,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import shown
 
 MOST_LAYERS = 1000
-"""Most layers, blocks or members of a list: each is a module that is built, so a larger number would never end."""
+"""Largest number of layers, blocks or list members: each is a module to build, so a larger number would not finish."""
 MOST = 2**31 - 1
 """Largest size of an axis."""
 _COUNTS = ("layers", "depth", "blocks")
@@ -26,15 +26,15 @@ def from_known_fields(
     fixed: Mapping[str, Any] | None = None,
     ignored: Iterable[str] = (),
 ) -> Config:
-    """Builds a configuration from a JSON object, strictly.
+    """Builds a configuration from a JSON object; every field must be known.
 
     Args:
-      config_class: a frozen dataclass; a field that the JSON lacks takes its default.
-      given: the JSON object; keys that begin with an underscore are bookkeeping and skipped.
-      fixed: fields our module does not have because it is written for one value; another value is an error.
-      ignored: fields that do not touch the arithmetic.
-    Raises: ClvrError for an unknown field, a fixed field with another value, and a value of another type or size than
-      the field has.
+      config_class: a frozen dataclass; a field that the JSON lacks gets its default.
+      given: the JSON object; keys that begin with an underscore are bookkeeping and ignored.
+      fixed: fields that our module does not have, and the only values that it supports; another value is an error.
+      ignored: fields that do not change the computation.
+    Raises: ClvrError for an unknown field, a fixed field with another value, or a value of another type or size than
+      that of the field.
     """
     names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     fixed = fixed or {}
@@ -56,9 +56,9 @@ def from_known_fields(
     try:
         return config_class(**values)
     except (ArithmeticError, LookupError, TypeError, ValueError) as error:
-        # A size of 0, or lists of different lengths, which the class computes with before it looks at them.
+        # A size of 0, or lists of different lengths, with which the class computes before it validates them.
         reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-        raise ClvrError(f"{config_class.__name__}: its fields do not go together ({reason})") from error
+        raise ClvrError(f"{config_class.__name__}: its fields do not fit together ({reason})") from error
 
 
 def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _is_of(value: Any, kind: Any, most: int) -> bool:
-    """Whether a JSON value is of an annotated type: finite numbers, sizes from 0 to `most`, lists that end."""
+    """Returns whether a JSON value has an annotated type: finite numbers, sizes from 0 to `most`, bounded lists."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(_is_of(value, member, most) for member in get_args(kind))
     if get_origin(kind) is tuple:
@@ -94,10 +94,10 @@ def _is_of(value: Any, kind: Any, most: int) -> bool:
 
 
 def _described(kind: Any) -> str:
-    """An annotated type in words."""
+    """Returns a description of an annotated type for an error message."""
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(_described, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list ({_described(get_args(kind)[0])} each)"
-    words = {int: "an integer within reason", float: "a finite number", bool: "true or false", str: "a text"}
+    words = {int: "an integer in the supported range", float: "a finite number", bool: "true or false", str: "a text"}
     return words.get(kind, "null" if kind in (None, type(None)) else str(kind))

@@ -1,11 +1,11 @@
-"""Whole folders and single files, PyTorch <-> JAX, of any size: a few tensors are in memory at a time.
+"""The streaming conversion of directories and single files, PyTorch <-> JAX: a few tensors are in memory at a time.
 
-A PyTorch folder is a diffusers pipeline, or one model of it or of transformers, with safetensors. Its JAX counterpart
-is the same folder in which `params/`, an Orbax checkpoint of the module's parameters, takes the place of the
-safetensors. Everything else (configurations, tokenizer, scheduler) is copied. Black Forest Labs' own single files of
-FLUX.2 are read too, and become one model's folder.
+A PyTorch directory is a diffusers pipeline, or one model of diffusers or transformers, with safetensors. Its JAX
+counterpart is the same directory with `params/`, an Orbax checkpoint of the module's parameters, in place of the
+safetensors. All other files (configurations, tokenizer, scheduler) are copied. Black Forest Labs' own single files of
+FLUX.2 are read too, and become the directory of one model.
 
-The new folder appears when it is complete, and a run that was killed goes on (journal.py).
+The new directory appears when it is complete, and an interrupted run can be resumed (journal.py).
 """
 
 import json
@@ -23,8 +23,8 @@ from clvr_jax.convert.disk import empty
 from clvr_jax.convert.journal import Journal, reading, resumable, states
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
-from clvr_jax.convert.planning import Component, Conversion, Format, Piece
-from clvr_jax.convert.tensors import FLOATS, bits, lay_out, write_tensor
+from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
+from clvr_jax.convert.tensors import FLOATS, bits, preallocate_files, write_tensor
 
 from clvr_jax.outputs import check_destination
 
@@ -41,83 +41,86 @@ def convert(
     resume: bool = False,
     on_tensor: Callable[[str], None] | None = None,
 ) -> list[str]:
-    """Does what was planned.
+    """Executes a planned conversion.
 
     Args:
       conversion: from `planning.plan`.
-      destination: the new folder; must not exist.
-      card: README.md of the new folder, unless the source brings one.
-      resume: go on with a run of the same conversion that was killed.
-      on_tensor: called with "component/key" after each tensor, those of an earlier run included.
-    Returns: the tensors ("component/key") that hold a NaN; they are written as they are.
-    Raises: UsageError if the destination exists or a killed run is there and `resume` is not set; ClvrError if
-      something cannot be written. Then nothing is left behind; a run that is killed leaves its temporary folder.
+      destination: the new directory; must not exist.
+      card: README.md of the new directory, unless the source has one.
+      resume: continue an interrupted run of the same conversion.
+      on_tensor: called with "component/key" after each tensor, including those of an earlier run.
+    Returns: the tensors ("component/key") that contain a NaN; they are written as they are.
+    Raises: UsageError if the destination exists, or if there is an interrupted run and `resume` is not set; ClvrError
+      if a file cannot be read or written. Then no file remains; a run that is killed leaves its temporary directory.
     """
     check_destination(destination, conversion.source)
-    with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (folder, journal):
-        not_finite = _write(conversion, folder, journal, on_tensor or (lambda name: None))
+    with resumable(destination, "conversion", _identity(conversion), conversion.nbytes, resume) as (directory, journal):
+        not_finite = _write(conversion, directory, journal, on_tensor or (lambda name: None))
         for path in conversion.copied:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            copy_file(conversion.source / path, folder / path)
+            (directory / path).parent.mkdir(parents=True, exist_ok=True)
+            copy_file(conversion.source / path, directory / path)
         for name, text in conversion.written.items():
-            (folder / name).write_text(text)
+            (directory / name).write_text(text)
         if card:
-            add_model_card(folder, card)
+            add_model_card(directory, card)
     return not_finite
 
 
-def _write(conversion: Conversion, folder: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
+def _write(conversion: Conversion, directory: Path, journal: Journal, on_tensor: Callable[[str], None]) -> list[str]:
     for component in conversion.components:
-        write, finish = writer(component, folder / component.name, conversion.to)
-        names = {piece: f"{component.name}/{piece.spec.key}" for piece in component.pieces}
-        wanted = [piece for piece in component.pieces if names[piece] not in journal.done]
+        write, finish = writer(component, directory / component.name, conversion.to)
+        names = {tensor_slice: f"{component.name}/{tensor_slice.spec.key}" for tensor_slice in component.slices}
+        wanted = [tensor_slice for tensor_slice in component.slices if names[tensor_slice] not in journal.done]
         for name in (name for name in names.values() if name in journal.done):
             on_tensor(name)
-        for piece, has_nan in _converted(component, conversion.to, wanted, write):
-            journal.add(names[piece], has_nan)
-            on_tensor(names[piece])
+        for tensor_slice, has_nan in _converted(component, conversion.to, wanted, write):
+            journal.add(names[tensor_slice], has_nan)
+            on_tensor(names[tensor_slice])
         finish()
     return [name for name, bad in journal.done.items() if bad]
 
 
 def _converted(
-    component: Component, to: Format, pieces: list[Piece], write: Callable[[Piece, np.ndarray], None]
-) -> Iterator[tuple[Piece, bool]]:
-    """Writes each piece and says whether it holds a NaN, in order.
+    component: PipelineComponent,
+    to: Format,
+    slices: list[TensorSlice],
+    write: Callable[[TensorSlice, np.ndarray], None],
+) -> Iterator[tuple[TensorSlice, bool]]:
+    """Writes each slice and yields it with whether it contains a NaN, in order.
 
-    Some at a time, each from the first byte to the last by one thread: while one waits for the disk, others turn theirs
-    over.
+    A few threads each process one slice from the first byte to the last: while one waits for the disk, the others
+    transpose.
     """
     memory: SimpleQueue[Buffers] = SimpleQueue()
     for _ in range(_WORKERS):
         memory.put(Buffers())
 
-    def convert(piece: Piece) -> tuple[Piece, bool]:
+    def convert(tensor_slice: TensorSlice) -> tuple[TensorSlice, bool]:
         buffers = memory.get()
         try:
-            values = buffers("values", shape_in(piece, to), piece.spec.dtype)
-            filled = _seen_as(component.source, values, piece, to)
-            with reading(f"{component.where}: {piece.spec.key}"):
-                for rows, block in component.read(piece, partial(buffers, "source")):
+            values = buffers("values", shape_in(tensor_slice, to), tensor_slice.spec.dtype)
+            filled = _seen_as(component.source, values, tensor_slice, to)
+            with reading(f"{component.where}: {tensor_slice.spec.key}"):
+                for rows, block in component.read(tensor_slice, partial(buffers, "source")):
                     _copy(block, filled[rows] if filled.ndim else filled, buffers)
             has_nan = _has_nan(values)
-            write(piece, values)
-            return piece, has_nan
-        finally:  # also of a tensor that failed: the others would wait for its memory for ever
-            memory.put(Buffers() if _is_large(piece) else buffers)  # so much memory is not kept
+            write(tensor_slice, values)
+            return tensor_slice, has_nan
+        finally:  # also after a failure: the other threads would wait for the buffers forever
+            memory.put(Buffers() if _is_large(tensor_slice) else buffers)  # large buffers are freed
 
     pool = ThreadPoolExecutor(_WORKERS)
     try:
-        running: deque[Future[tuple[Piece, bool]]] = deque()
-        for number, piece in enumerate(pieces):
-            alone = _is_large(piece) or (number and _is_large(pieces[number - 1]))
+        running: deque[Future[tuple[TensorSlice, bool]]] = deque()
+        for number, tensor_slice in enumerate(slices):
+            alone = _is_large(tensor_slice) or (number and _is_large(slices[number - 1]))
             while len(running) >= (1 if alone else 2 * _WORKERS):
                 yield running.popleft().result()
-            running.append(pool.submit(convert, piece))
+            running.append(pool.submit(convert, tensor_slice))
         while running:
             yield running.popleft().result()
     finally:
-        # The first failure is told at once: what has not begun is not begun.
+        # After the first failure no further slice is started.
         pool.shutdown(cancel_futures=True)
 
 
@@ -128,19 +131,19 @@ def copy_file(source: Path, target: Path) -> None:
     shutil.copy2(source, target)
 
 
-def _is_large(piece: Piece) -> bool:
-    """Too large to have two of them."""
-    return piece.spec.nbytes > _LARGE_BYTES
+def _is_large(tensor_slice: TensorSlice) -> bool:
+    """Returns whether a slice is so large that only one of its size is processed at a time."""
+    return tensor_slice.spec.nbytes > _LARGE_BYTES
 
 
 class Buffers:
-    """Memory that is used again and again: fresh pages would cost more than what is done in them."""
+    """Named buffers that are reused: fresh pages from the system would cost more than the computation in them."""
 
     def __init__(self) -> None:
         self._blocks: dict[str, np.ndarray] = {}
 
     def __call__(self, block: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An array to be filled; it holds until its name is used again."""
+        """Returns an uninitialized array; it is valid until its name is requested again."""
         nbytes = math.prod(shape) * dtype.itemsize
         if block not in self._blocks or self._blocks[block].size < nbytes:
             self._blocks.pop(block, None)
@@ -149,46 +152,52 @@ class Buffers:
 
 
 def writer(
-    component: Component, folder: Path, to: Format
-) -> tuple[Callable[[Piece, np.ndarray], None], Callable[[], None]]:
-    """Begins the files of a model in `folder`, or goes on with them.
+    component: PipelineComponent, directory: Path, to: Format
+) -> tuple[Callable[[TensorSlice, np.ndarray], None], Callable[[], None]]:
+    """Creates the files of a model in `directory`, or opens them to resume.
 
-    Returns: what takes a piece, in the destination's layout; and what says that it was all.
+    Returns: a function that writes one slice, in the axis order of the destination's format, and a function to call
+      after the last slice.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
     if to == "torch":
-        places = lay_out(folder, [piece.spec for piece in component.pieces], component.family.file_name)
-        return lambda piece, values: write_tensor(places[piece.spec.key], values), lambda: None
-    leaves = {piece.entry.path: (piece.entry.shape, piece.spec.dtype) for piece in component.pieces}
-    stacked = {piece.entry.path for piece in component.pieces if piece.entry.stacked}
-    tree = TreeWriter(folder / PARAMS, leaves, stacked)
-    return lambda piece, values: tree.write(piece.entry.path, piece.layer, values), tree.finish
+        places = preallocate_files(
+            directory, [tensor_slice.spec for tensor_slice in component.slices], component.architecture.file_name
+        )
+        return lambda tensor_slice, values: write_tensor(places[tensor_slice.spec.key], values), lambda: None
+    leaves = {
+        tensor_slice.entry.path: (tensor_slice.entry.shape, tensor_slice.spec.dtype)
+        for tensor_slice in component.slices
+    }
+    stacked = {tensor_slice.entry.path for tensor_slice in component.slices if tensor_slice.entry.stacked}
+    tree = TreeWriter(directory / PARAMS, leaves, stacked)
+    return lambda tensor_slice, values: tree.write(tensor_slice.entry.path, tensor_slice.layer, values), tree.finish
 
 
-def shape_in(piece: Piece, layout: Format) -> tuple[int, ...]:
-    """Shape of a piece in the layout of a format."""
-    if layout == "torch":
-        return piece.spec.shape
-    return piece.entry.shape if piece.layer is None else piece.entry.shape[1:]
+def shape_in(tensor_slice: TensorSlice, form: Format) -> tuple[int, ...]:
+    """Returns the shape of a slice in a format."""
+    if form == "torch":
+        return tensor_slice.spec.shape
+    return tensor_slice.entry.shape if tensor_slice.layer is None else tensor_slice.entry.shape[1:]
 
 
-def _seen_as(source: Format, values: np.ndarray, piece: Piece, to: Format) -> np.ndarray:
-    """A view of the destination's layout in that of the source."""
-    layout = piece.entry.layout
-    return values if source == to else layout.to_torch(values) if to == "jax" else layout.from_torch(values)
+def _seen_as(source: Format, values: np.ndarray, tensor_slice: TensorSlice, to: Format) -> np.ndarray:
+    """Returns a view of an array in the destination's axis order that has the source's axis order."""
+    transform = tensor_slice.entry.transform
+    return values if source == to else transform.to_torch(values) if to == "jax" else transform.from_torch(values)
 
 
 def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
-    """Copies, casting if the types differ."""
+    """Copies `values` to `target` of the same shape, and casts if the dtypes differ."""
     if values.dtype == target.dtype:
-        # As integers: a bfloat16 is of a type that NumPy does not know, and copied one by one.
+        # As integers: bfloat16 is no native NumPy type, and would be copied element by element.
         values, target = bits(values), bits(target)
     if values.ndim != 2 or target.flags.c_contiguous:
         np.copyto(target, values, casting="unsafe")
         return
-    # A matrix is turned over some rows at a time, by way of a copy of them in large pages whose rows are an odd number
-    # of cache lines apart: columns then meet neither the same lines nor many pages. Four to six times as fast as in one
-    # go.
+    # A matrix is transposed in tiles, through a copy of the tile in large pages with an odd number of cache lines per
+    # row: then a column maps neither to one set of cache lines nor to many pages. Four to six times as fast as without
+    # tiles.
     rows, columns = _TILE
     width = min(columns, values.shape[1]) * values.dtype.itemsize
     distance = (width // _LINE + 1 | 1) * _LINE // values.dtype.itemsize
@@ -213,8 +222,8 @@ def _has_nan(values: np.ndarray) -> bool:
 
 
 def _identity(conversion: Conversion) -> str:
-    """What must be the same for a killed run to go on: what is written, and the content of the source."""
-    specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.pieces]
+    """Returns what must be equal to resume an interrupted run: the tensors to write and the content of the source."""
+    specs = [(c.name, p.spec.key, p.spec.shape, p.spec.dtype.name) for c in conversion.components for p in c.slices]
     files = {conversion.source / path for path in conversion.copied}
     files |= {file for component in conversion.components for file in component.files}
     source = str(conversion.source.absolute())

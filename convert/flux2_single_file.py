@@ -1,10 +1,11 @@
-"""FLUX.2 in single files as Black Forest Labs and ComfyUI publish it, seen as diffusers' tensors without a copy.
+"""Single files of FLUX.2 in the format of Black Forest Labs (BFL) and ComfyUI, viewed as diffusers' tensors.
 
 A transformer (`flux-2-klein-base-4b.safetensors`, `flux2-dev.safetensors`) fuses query, key and value of a double block
 in one matrix and ends in (shift, scale) where diffusers has (scale, shift). An autoencoder (`ae.safetensors`,
 `flux2-vae.safetensors`) counts the decoder's levels from the finest and writes linear layers as 1x1 convolutions.
 
-The names are given in one direction, diffusers' key -> BFL's, so that our own module says what a complete file holds.
+Keys are translated in one direction, from diffusers' to BFL's, so that our own module defines the content of a complete
+file. No tensor is copied unless its rows are reordered.
 
 Source of the names: diffusers' `loaders/single_file_utils.py`; the autoencoder is named as in latent diffusion.
 """
@@ -15,9 +16,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
-from clvr_jax.convert.tensors import Spec, Stored
+from clvr_jax.convert.tensors import StoredTensor, TensorSpec
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
@@ -26,8 +27,8 @@ from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 _TRANSFORMER_MARKS = ("double_blocks.", "single_blocks.")
 _AUTOENCODER_MARKS = ("encoder.down.", "decoder.up.")
 
-# All names below are substitutions, each made in turn. First, one spelling of what publishers spell differently:
-# ComfyUI's prefix and scales of norms, latent diffusion's place of the quantising convolutions.
+# All names below are substitutions that are applied in order. These are the variants of one key between publishers:
+# ComfyUI's prefix and scales of norms, latent diffusion's location of the quantizing convolutions.
 _SPELLINGS = (
     (r"^model\.diffusion_model\.", ""),
     (r"\.(query|key)_norm\.weight$", r".\1_norm.scale"),
@@ -79,42 +80,43 @@ _AUTOENCODER_NAMES = (
 _FUSED = re.compile(r"transformer_blocks\.\d+\.attn\.(?:to|add)_([qkv])(?:_proj)?\.weight")
 _SWAPPED = "norm_out.linear.weight"
 _AS_CONVOLUTION = re.compile(r".+\.attentions\.0\.to_.+\.weight")
-_QUANTISED = re.compile(r".+(?:_scale|_scale_2|scaled_fp8|comfy_quant|absmax|quant_map)")
+_QUANTIZED = re.compile(r".+(?:_scale|_scale_2|scaled_fp8|comfy_quant|absmax|quant_map)")
 
 
 @dataclass(frozen=True)
-class Part(Spec):
-    """Rows of a tensor in a file, under diffusers' key; has the surface of `Stored`.
+class Part(TensorSpec):
+    """Rows of a tensor in a file, under diffusers' key, with the interface of `StoredTensor`.
 
-    source: the tensor in the file. rows: which rows of it, one range after the other; () are all.
+    source: the tensor in the file. rows: ranges of its rows, which are concatenated; () are all rows.
     """
 
-    source: Stored
+    source: StoredTensor
     rows: tuple[slice, ...] = ()
 
     def open(self) -> np.ndarray:
-        """The tensor, read-only. One range stays mapped; several are read and put together."""
+        """Returns the tensor read-only: one range is memory-mapped, several are read and concatenated."""
         whole = self.source.open()
         ranges = [whole[rows] for rows in self.rows] or [whole]
         return (ranges[0] if len(ranges) == 1 else np.concatenate(ranges)).reshape(self.shape)
 
 
 def is_bfl(keys: Iterable[str]) -> bool:
-    """Whether the keys of a file are in BFL's layout rather than in that of a diffusers folder."""
+    """Returns whether the keys of a file are BFL's rather than diffusers'."""
     return any(_spelled(key).startswith((*_TRANSFORMER_MARKS, *_AUTOENCODER_MARKS)) for key in keys)
 
 
 def bfl_key(key: str) -> str:
-    """diffusers' key of a transformer's tensor -> BFL's; query, key and value of a double block share one."""
+    """Translates diffusers' key of a transformer to BFL's; query, key and value of a double block share one key."""
     return _renamed(key, _TRANSFORMER_NAMES)
 
 
-def config_of(stored: Mapping[str, Stored]) -> dict[str, Any]:
-    """The diffusers config.json of a single file: sizes from the shapes, the rest as published.
+def config_of(stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+    """Returns the diffusers config.json of a single file: sizes from the shapes, other fields as published.
 
     Args:
       stored: key -> tensor of one file; headers are enough.
-    Raises: ClvrError if it is no FLUX.2 transformer or autoencoder, or a tensor that tells a size is missing.
+    Raises: ClvrError if it is not a FLUX.2 transformer or autoencoder, or if a tensor that determines a size is
+      missing.
     """
     file = _File(stored)
     if file.has(_TRANSFORMER_MARKS):
@@ -127,13 +129,14 @@ def config_of(stored: Mapping[str, Stored]) -> dict[str, Any]:
     )
 
 
-def diffusers_tensors(stored: Mapping[str, Stored]) -> dict[str, Part]:
-    """Every tensor of diffusers' layout and where it lies in the file. Reads nothing.
+def diffusers_tensors(stored: Mapping[str, StoredTensor]) -> dict[str, Part]:
+    """Returns the location of every diffusers tensor in a file in BFL's layout. Reads no data.
 
     Args:
       stored: key -> tensor of one file in BFL's layout.
     Returns: diffusers' key -> its part of the file, in the order of our module.
-    Raises: ClvrError listing missing, surplus and misshapen tensors; a file of two layouts has some of each.
+    Raises: ClvrError listing tensors that are missing, unexpected or of another shape; a file that mixes both layouts
+      has missing and unexpected ones.
     """
     config = config_of(stored)
     file = _File(stored)
@@ -150,11 +153,11 @@ def diffusers_tensors(stored: Mapping[str, Stored]) -> dict[str, Part]:
 
 
 class _File:
-    """The tensors of a file under one spelling of BFL's keys."""
+    """The tensors of a file under canonical BFL keys."""
 
-    def __init__(self, stored: Mapping[str, Stored]):
+    def __init__(self, stored: Mapping[str, StoredTensor]):
         self.where = str(next((tensor.file for tensor in stored.values()), "checkpoint"))
-        self.tensors: dict[str, Stored] = {}
+        self.tensors: dict[str, StoredTensor] = {}
         for key, tensor in stored.items():
             other = self.tensors.setdefault(_spelled(key), tensor)
             if other is not tensor:
@@ -165,7 +168,7 @@ class _File:
 
     def shape(self, key: str, axes: int) -> tuple[int, ...]:
         if key not in self.tensors:
-            raise ClvrError(f"{self.where}: {key} is missing, so this is no complete FLUX.2 file; fetch it again")
+            raise ClvrError(f"{self.where}: {key} is missing, so this is not a complete FLUX.2 file; fetch it again")
         shape = self.tensors[key].shape
         if len(shape) != axes:
             raise ClvrError(
@@ -174,17 +177,17 @@ class _File:
         return shape
 
     def count(self, beginning: str) -> int:
-        """Number of members of a list: one more than the highest index after `beginning`."""
+        """Returns the length of a list of modules: one more than the highest index after `beginning`."""
         matches = (re.match(re.escape(beginning) + r"(\d+)\.", key) for key in self.tensors)
         return max((int(match[1]) + 1 for match in matches if match), default=0)
 
     def check(self, expected: set[str]) -> None:
         missing = sorted(expected - self.tensors.keys())
-        surplus = sorted(self.tensors[key].key for key in self.tensors.keys() - expected)
-        sides = (("missing", missing), ("surplus", surplus))
+        unexpected = sorted(self.tensors[key].key for key in self.tensors.keys() - expected)
+        sides = (("missing", missing), ("unexpected", unexpected))
         faults = [f"{len(keys)} {title}: {_some(keys)}" for title, keys in sides if keys]
         if faults:
-            hint = "; it is quantised, take the file in bfloat16" if any(map(_QUANTISED.fullmatch, surplus)) else ""
+            hint = "; it is quantized, take the file in bfloat16" if any(map(_QUANTIZED.fullmatch, unexpected)) else ""
             raise ClvrError(f"{self.where}: tensors are not those of FLUX.2 in BFL's layout; {'; '.join(faults)}{hint}")
 
 
@@ -223,18 +226,18 @@ def _autoencoder_config(file: _File) -> AutoencoderKLFlux2Config:
 
 
 def _widths(file: _File, levels: str) -> tuple[int, ...]:
-    """Channels of each level, finest first."""
+    """Returns the channels of each level, finest first."""
     return tuple(file.shape(f"{levels}{level}.block.0.conv1.weight", 4)[0] for level in range(file.count(levels)))
 
 
 def _autoencoder_key(key: str, levels: int) -> str:
-    """diffusers' key -> BFL's; the decoder's levels are counted from the coarsest there, from the finest here."""
+    """Translates diffusers' key to BFL's, which count the decoder's levels from the finest instead of the coarsest."""
     key = re.sub(r"(?<=\.up_blocks\.)\d+", lambda level: str(levels - 1 - int(level[0])), key)
     return _renamed(key, _AUTOENCODER_NAMES)
 
 
-def _part(key: str, source: Stored) -> Part:
-    """The part of a file's tensor that is diffusers' tensor `key`."""
+def _part(key: str, source: StoredTensor) -> Part:
+    """Returns the part of a file's tensor that is diffusers' tensor `key`."""
     count, *rest = source.shape or (0,)
     if fused := _FUSED.fullmatch(key):
         third, number = count // 3, "qkv".index(fused[1])

@@ -1,7 +1,7 @@
-"""Models on the Hugging Face Hub, wherever a folder is taken: `org/name` or `org/name@revision`.
+"""Downloads of models from the Hugging Face Hub: `org/name` or `org/name@revision` in place of a directory.
 
-The library `huggingface_hub` downloads, resumes, caches and shows the progress; HF_HOME, HF_TOKEN, HF_ENDPOINT and
-HF_HUB_OFFLINE are its settings. Here is which files a model needs, and what went wrong in one line.
+The library `huggingface_hub` downloads, resumes, caches and shows the progress; its settings are HF_HOME, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE. This module selects the files of a model and turns errors into one line.
 """
 
 import errno
@@ -22,15 +22,17 @@ _BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*")
 
 
 def model_files(variant: str | None = None) -> tuple[str, ...]:
-    """Patterns, as `fnmatch` takes them, of the files that make up a model: no pickles, nothing for other programs.
+    """Returns `fnmatch` patterns for the files of a model, without pickles and files for other programs.
 
-    Of the tensors only what `stored_tensors` reads: repositories hold the same weights once more as a single file.
-    With `variant`, "fp16" say, only models that have it.
+    Only tensors that `stored_tensors` reads match: repositories often contain the same weights again as a single file.
+
+    Args:
+      variant: match only models with this variant, for example "fp16".
     """
     kind = f".{variant}" if variant else ""
     tensors = (
-        f"{folder}{name}{kind}{shard}.safetensors"
-        for folder in ("", "*/")
+        f"{directory}{name}{kind}{shard}.safetensors"
+        for directory in ("", "*/")
         for name in (DIFFUSERS_NAME, TRANSFORMERS_NAME)
         for shard in ("", "-*-of-*")
     )
@@ -41,21 +43,21 @@ _ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?")
 
 
 class _NoBars(tqdm):
-    """In place of the library's bars, one of which is drawn where there is no terminal, too."""
+    """A disabled progress bar: the library shows one of its bars even without a terminal."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **{**options, "disable": True})
 
 
-def local_folder(source: str, revision: str | None = None, *, allow_patterns: Sequence[str] = model_files()) -> Path:
-    """A path, or a Hugging Face id, as a place on this machine.
+def local_directory(source: str, revision: str | None = None, *, allow_patterns: Sequence[str] = model_files()) -> Path:
+    """Returns the local path of a model, and downloads it if `source` is a Hugging Face id.
 
     Args:
       source: an existing path, which is returned as it is, or `org/name` or `org/name@revision`.
-      revision: branch, tag or commit of the repository; None is what `source` says, else its main branch.
-      allow_patterns: of the files to fetch. What is in the cache already is not fetched again.
-    Raises: UsageError for a revision of a path, or two of them; ClvrError, one line with the way out, if it is neither
-      path nor id, does not exist, must be asked for, cannot be reached, or does not fit the disk.
+      revision: branch, tag or commit of the repository; None uses that of `source`, else the main branch.
+      allow_patterns: patterns of the files to download. Cached files are not downloaded again.
+    Raises: UsageError for a revision of a path, or two different revisions; ClvrError, one line with a remedy, if
+      `source` is neither path nor id, does not exist, is gated, cannot be reached or does not fit the disk.
     """
     path = Path(source).expanduser()
     found = _ID.fullmatch(source)
@@ -64,13 +66,13 @@ def local_folder(source: str, revision: str | None = None, *, allow_patterns: Se
             raise UsageError(f"{source}: a path on this machine has no revision {revision!r}; leave it out")
         return path
     if found is None:
-        raise ClvrError(f"{source}: no such folder; give one, or a Hugging Face id, org/name or org/name@revision")
+        raise ClvrError(f"{source}: no such directory; give one, or a Hugging Face id, org/name or org/name@revision")
     if revision is not None and found["revision"] not in (None, revision):
         raise UsageError(f"{source}: names a revision other than {revision!r}; give one of them")
     repository, revision = found["repository"], revision or found["revision"] or constants.DEFAULT_REVISION
     try:
         return _fetched(repository, revision, list(allow_patterns))
-    # hf_xet, which moves large files, knows no other error than RuntimeError.
+    # hf_xet, which transfers large files, raises only RuntimeError.
     except (errors.HTTPError, errors.HFValidationError, OSError, RuntimeError) as error:
         raise ClvrError(f"{source}: {_reason(error, repository, revision)}") from error
 
@@ -85,7 +87,7 @@ def _fetched(repository: str, revision: str, patterns: list[str]) -> Path:
         except errors.LocalEntryNotFoundError:
             raise unreachable from unreachable.__cause__
     if not files:
-        raise ClvrError(f"{repository}: holds no file of a model that can be read, which are {', '.join(patterns)}")
+        raise ClvrError(f"{repository}: contains no file of a model that can be read: {', '.join(patterns)}")
     absent = [file for file in files if file.will_download]
     if absent:
         size = sum(file.file_size or 0 for file in absent)
@@ -105,12 +107,12 @@ def _check_room(repository: str, size: int) -> None:
 
 
 def _reason(error: Exception, repository: str, revision: str) -> str:
-    """What stopped a download and what to do, for the library's exceptions of several lines."""
-    # The library wraps what happened on the network in what it could not find on the disk.
+    """Returns one line with the cause of a failed download and a remedy, for the library's multi-line exceptions."""
+    # The library wraps the error of the network in one about the missing file in the cache.
     wraps = isinstance(error, (errors.DryRunError, errors.LocalEntryNotFoundError))
     cause = error.__cause__ if wraps and error.__cause__ is not None else error
-    hub, said = constants.ENDPOINT, " ".join(str(cause).split())[:160]
-    elsewhere = f"pass a folder, or fetch it elsewhere with `hf download {repository}` and pass that"
+    hub, message = constants.ENDPOINT, " ".join(str(cause).split())[:160]
+    elsewhere = f"pass a directory, or fetch it elsewhere with `hf download {repository}` and pass that"
     if isinstance(cause, errors.OfflineModeIsEnabled):
         return f"not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; {elsewhere}"
     if isinstance(cause, errors.GatedRepoError):
@@ -118,16 +120,18 @@ def _reason(error: Exception, repository: str, revision: str) -> str:
     if isinstance(cause, errors.RevisionNotFoundError):
         return f"{hub}/{repository} has no revision {revision!r}"
     if isinstance(cause, errors.RepositoryNotFoundError):
-        return f"no such folder here, and no such repository at {hub} or a private one; check the name or set HF_TOKEN"
+        return (
+            f"no such directory here, and no such repository at {hub} or a private one; check the name or set HF_TOKEN"
+        )
     if isinstance(cause, errors.HfHubHTTPError):
         status = cause.response.status_code
         if status in (401, 403):
             return f"{hub} refuses it ({status}); check that HF_TOKEN is valid and may read {hub}/{repository}"
         if status == 404:
-            return f"no such folder here, and {hub} has no such repository or revision {revision!r}"
+            return f"no such directory here, and {hub} has no such repository or revision {revision!r}"
         return f"{hub} answers {status}; try again later, or {elsewhere}"
     if isinstance(cause, OSError) and cause.errno == errno.ENOSPC:
         return f"no room left in {constants.HF_HUB_CACHE}; set HF_HOME to a larger disk"
     if isinstance(cause, errors.HTTPError):
-        return f"no such folder here, and {hub} cannot be reached ({said}); {elsewhere}"
-    return f"cannot be fetched from {hub} ({said})"
+        return f"no such directory here, and {hub} cannot be reached ({message}); {elsewhere}"
+    return f"cannot be fetched from {hub} ({message})"

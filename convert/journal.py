@@ -1,7 +1,7 @@
-"""A directory that is made one tensor after another: complete or not there, and continued after a kill.
+"""The resumable creation of a directory, tensor by tensor: the directory appears only when it is complete.
 
-It is made under a hidden name beside its place and renamed when it is complete. A journal in it says what is done, and
-a lock that a process is at work in it.
+It is written under a hidden name beside its destination and renamed when it is complete. A journal in it records the
+finished tensors, and a lock shows that a process works in it.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ _EDGE = 1 << 16
 
 
 class Journal:
-    """What is done of a directory's work, each with something to remember: `done[name]`, any JSON.
+    """A file that records the finished steps of a work; `done` is name -> value of each step, any JSON.
 
     Args:
-      path: of the file; it is begun if it does not exist.
-      work: "conversion", say, for the error.
-      identity: what must be the same for the work to go on, one line.
-    Raises: ClvrError if the file is of other work, or damaged.
+      path: of the file, which is created if it does not exist.
+      work: name of the work for the error, for example "conversion".
+      identity: one line that must be equal to resume the work.
+    Raises: ClvrError if the file belongs to other work, or is damaged.
     """
 
     def __init__(self, path: Path, work: str, identity: str):
@@ -42,24 +42,24 @@ class Journal:
             raise ClvrError(
                 f"{path.parent}: was begun for another {work}, or its sources have changed since; remove it"
             )
-        for line in lines[:-1]:  # what follows the last newline was cut off
+        for line in lines[:-1]:  # text after the last newline is an incomplete record
             entry = parse_json(line, str(path))
             if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
                 raise ClvrError(f"{path}: is damaged; remove {path.parent}")
             self.done[entry[0]] = entry[1]
 
     def add(self, name: str, value: Any) -> None:
-        """Says that `name` is done."""
+        """Records that `name` is finished."""
         self.done[name] = value
         with self._path.open("a") as file:
             file.write(json.dumps([name, value]) + "\n")
 
 
 def states(files: Iterable[Path]) -> list[tuple[str, int, int, str]]:
-    """Returns path, size, time of change (ns) and a digest of both ends of each file: another file has another state.
+    """Returns path, size, modification time (ns) and a digest of both ends of each file, to detect changes.
 
-    The beginning of a safetensors file is its header, and sizes and times alone are kept by copies of other content.
-    Raises: ClvrError if one cannot be read.
+    The digest covers the header of a safetensors file; size and time alone can be equal for another content.
+    Raises: ClvrError if a file cannot be read.
     """
     return [_state(path) for path in sorted(files)]
 
@@ -79,9 +79,9 @@ def _state(path: Path) -> tuple[str, int, int, str]:
 
 @contextmanager
 def reading(source: Path | str) -> Iterator[None]:
-    """Turns an error of the system while a source is read into a ClvrError that names it.
+    """Converts a system error while a source is read to a ClvrError that names the source.
 
-    Else it would be taken for an error of writing, since both happen in one block.
+    Otherwise it would be reported as an error of writing, because both happen in one block.
     """
     try:
         yield
@@ -94,17 +94,17 @@ def reading(source: Path | str) -> Iterator[None]:
 def resumable(
     destination: Path, work: str, identity: str, nbytes: int, resume: bool = False
 ) -> Iterator[tuple[Path, Journal]]:
-    """A temporary directory that becomes `destination` when the block ends well, and its journal.
+    """Yields a temporary directory and its journal; renames it to `destination` when the block succeeds.
 
     Args:
       destination: the new directory; must not exist.
-      work: "conversion", say, for messages and for the temporary name.
-      identity: what must be the same for a killed run to go on, one line.
-      nbytes: what will be written in all.
-      resume: go on with a killed run.
-    Raises: UsageError if the destination exists, or a killed run is there and `resume` is not set; ClvrError if another
-      process is at work, there is no room or something cannot be written. A block that ends with ClvrError or OSError
-      leaves nothing behind; one that is killed leaves the temporary directory.
+      work: name of the work for messages and for the temporary name, for example "conversion".
+      identity: one line that must be equal to resume an interrupted run.
+      nbytes: total size of all files to write.
+      resume: continue an interrupted run.
+    Raises: UsageError if the destination exists, or if there is an interrupted run and `resume` is not set; ClvrError
+      if another process works in it, the disk has too little space or a file cannot be written. A block that fails with
+      ClvrError or OSError leaves no files; a process that is killed leaves the temporary directory.
     """
     if os.path.lexists(destination):
         raise UsageError(f"{destination}: exists already; choose another name or remove it")
@@ -116,7 +116,7 @@ def resumable(
         raise ClvrError(f"{destination}: cannot be written ({error.strerror or error})") from error
     with locked(temporary, destination):
         if was_there and not resume:
-            raise UsageError(f"{temporary}: a {work} was stopped here; add --resume to go on with it, or remove it")
+            raise UsageError(f"{temporary}: a {work} was interrupted here; add --resume to continue it, or remove it")
         journal = _journal(temporary, work, identity, was_there)
         try:
             _check_room(nbytes, temporary)
@@ -133,7 +133,7 @@ def resumable(
 
 
 def _journal(temporary: Path, work: str, identity: str, was_there: bool) -> Journal:
-    """The journal in a temporary directory; a directory that this run did not make stays whatever happens."""
+    """Opens the journal in a temporary directory; after a failure, removes the directory if this run created it."""
     try:
         return Journal(temporary / _NAME, work, identity)
     except OSError as error:
@@ -142,8 +142,9 @@ def _journal(temporary: Path, work: str, identity: str, was_there: bool) -> Jour
         raise ClvrError(f"{temporary}: cannot be written ({error.strerror or error})") from error
 
 
-def _check_room(nbytes: int, folder: Path) -> None:
-    written = sum(path.stat().st_blocks * 512 for path in folder.rglob("*") if path.is_file())
-    free = shutil.disk_usage(folder).free
+def _check_room(nbytes: int, directory: Path) -> None:
+    written = sum(path.stat().st_blocks * 512 for path in directory.rglob("*") if path.is_file())
+    free = shutil.disk_usage(directory).free
     if nbytes - written > free:
-        raise ClvrError(f"{folder.parent}: {nbytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free")
+        sizes = f"{nbytes / 2**30:.1f} GiB are to be written, {free / 2**30:.1f} GiB are free"
+        raise ClvrError(f"{directory.parent}: {sizes}")

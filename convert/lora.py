@@ -1,4 +1,4 @@
-"""LoRA files <-> LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
+"""Loading and saving of LoRA files as LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -8,30 +8,36 @@ import jax.numpy as jnp
 import numpy as np
 from clvr_jax.convert.lora_file import Factors, read_factors, write_factors
 from clvr_jax.convert.lora_names import component
-from clvr_jax.convert.rules import Entry, Table, entries
+from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
+from clvr_jax.trees import Path as TreePath
 from clvr_jax.trees import Tree, dotted, leaves_by_path, some
 
 
 def load_lora(
-    path: Path, table: Table, state: Any, *, ignore_text_encoder: bool = False, dtype: DTypeLike | None = None
+    path: Path,
+    key_mapping: KeyMapping,
+    state: Any,
+    *,
+    ignore_text_encoder: bool = False,
+    dtype: DTypeLike | None = None,
 ) -> Tree:
-    """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS; which it is, is found out.
+    """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS, and detects its format.
 
     Args:
-      path: the file, or the folder that holds it.
-      table: the model's conversion table.
+      path: the file, or the directory that contains it.
+      key_mapping: of the model.
       state: NNX module or state of the model; shapes are enough.
       ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
       dtype: of the factors; None keeps the file's.
-    Returns: a LoRA tree, see `clvr_jax.models.lora`.
-    Raises: ClvrError, listing both sides, for a file that is damaged, of another kind or of another model.
+    Returns: a LoRA tree (`clvr_jax.models.lora`).
+    Raises: ClvrError, which lists both sides, for a file that is damaged, of another kind or of another model.
     """
-    plan = _adaptable(state, table)
+    plan = _adaptable(state, key_mapping)
     factors = read_factors(path, _shapes(plan), ignore_text_encoder)
     layers = {entry.path: [factors.get(module) for module in _modules(entry)] for entry in plan}
     return unflatten_dict(
@@ -39,18 +45,46 @@ def load_lora(
     )
 
 
-def save_lora(path: Path, lora: Tree, table: Table, state: Any) -> None:
-    """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
+def pairs_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[LoRAPair, float]]]:
+    """LoRA trees with their weights -> for each path of a kernel, its pairs with their weights."""
+    found: dict[TreePath, list[tuple[LoRAPair, float]]] = {}
+    for tree, weight in loras:
+        for path, pair in leaves_by_path(tree, is_pair).items():
+            found.setdefault(path, []).append((pair, weight))
+    return found
 
-    Ranks at the end in which both factors are zero, and layers in which all are, are padding and not written.
+
+def part_of_change(pairs: Sequence[tuple[LoRAPair, float]], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+    """Computes a part of what LoRAs add to a kernel, weight * scale * a b, summed, on the host in float32.
 
     Args:
-      path: a folder, in which it is called `pytorch_lora_weights.safetensors`, or a name that ends in .safetensors.
-      lora: the LoRA tree, in the dtype it is to have in the file.
-      table, state: as for `load_lora`.
-    Raises: ClvrError for pairs that are not of this model, or if there is nothing to write.
+      pairs: of one kernel, with their weights.
+      layer: of a stack of kernels; None for a kernel that is none.
+      index: of the kernel (of that layer), one slice for each leading axis.
     """
-    plan = {entry.path: entry for entry in _adaptable(state, table)}
+    total: Any = np.float32(0)
+    for pair, weight in pairs:
+        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in (pair.a, pair.b))
+        scale = pair.scale if not isinstance(pair.scale, tuple) else pair.scale[layer or 0]
+        *outer, rows, columns = (*index, *[slice(None)] * (a.ndim - len(index)))
+        # The `b` of a convolution is the same at every place of the window.
+        total = total + np.float32(weight * scale) * (a[(*outer, rows)] @ b[..., columns])
+    return total
+
+
+def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any) -> None:
+    """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
+
+    Trailing ranks in which both factors are zero, and layers without nonzero ranks, are padding and are not written.
+
+    Args:
+      path: a directory, in which the file is named `pytorch_lora_weights.safetensors`, or a path that ends in
+        .safetensors.
+      lora: the LoRA tree, in the dtype of the file.
+      key_mapping, state: as for `load_lora`.
+    Raises: ClvrError for pairs that do not fit this model, or if all factors are zero.
+    """
+    plan = {entry.path: entry for entry in _adaptable(state, key_mapping)}
     pairs = leaves_by_path(lora, is_pair)
     foreign = [
         f"{dotted(at)} {pair.a.shape} {pair.b.shape} (the model's kernel: {plan[at].shape if at in plan else None})"
@@ -65,8 +99,8 @@ def save_lora(path: Path, lora: Tree, table: Table, state: Any) -> None:
     write_factors(path, factors, component(_shapes(plan.values())))
 
 
-def _adaptable(state: Any, table: Table) -> list[Entry]:
-    return [entry for entry in entries(state, table) if entry.path[-1] == "kernel"]
+def _adaptable(state: Any, key_mapping: KeyMapping) -> list[Entry]:
+    return [entry for entry in entries(state, key_mapping) if entry.path[-1] == "kernel"]
 
 
 def _modules(entry: Entry) -> list[str]:
@@ -78,7 +112,7 @@ def _shapes(plan: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
 
 
 def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | None) -> LoRAPair:
-    """The factors of each layer, None where it is not adapted -> one pair."""
+    """Returns one pair for the factors of each layer; None is a layer that is not adapted."""
     present = [layer for layer in layers if layer is not None]
     rank = max(layer.down.shape[0] for layer in present)
     kind = np.dtype(dtype or jnp.result_type(*(x.dtype for layer in present for x in (layer.down, layer.up))))
@@ -87,11 +121,11 @@ def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | Non
     a, b = np.zeros((len(layers), *shape_a), kind), np.zeros((len(layers), *shape_b), kind)
     for i, layer in enumerate(layers):
         if layer is not None:
-            # Layers of one stack share one shape. Zeros in the ranks that a layer lacks leave its product the same, and
-            # stay zero in training: the gradient of each factor is a multiple of the other.
+            # Layers of one stack share one shape. Zeros in the ranks that a layer lacks do not change its product, and
+            # stay zero in training, because the gradient of each factor is a multiple of the other factor.
             own = layer.down.shape[0]
-            a[i, ..., :own] = entry.layout.from_torch(layer.down)
-            b[i, ..., :own, :] = entry.layout.from_torch(layer.up)
+            a[i, ..., :own] = entry.transform.from_torch(layer.down)
+            b[i, ..., :own, :] = entry.transform.from_torch(layer.up)
     scales = {layer.scale for layer in present}
     scale = scales.pop() if len(scales) == 1 else tuple(layer.scale if layer else 0.0 for layer in layers)
     a, b = (a, b) if entry.stacked else (a[0], b[0])
@@ -99,7 +133,7 @@ def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | Non
 
 
 def _factors(entry: Entry, pair: LoRAPair) -> dict[str, Factors]:
-    """The inverse: module -> its factors without padding."""
+    """Returns module -> factors without padding, the inverse of `_pair`."""
     a, b = np.asarray(pair.a), np.asarray(pair.b)
     if not entry.stacked:
         a, b = a[None], b[None]
@@ -109,6 +143,6 @@ def _factors(entry: Entry, pair: LoRAPair) -> dict[str, Factors]:
         used = own_a.any(axis=tuple(range(own_a.ndim - 1))) | own_b.any(axis=(*range(own_b.ndim - 2), -1))
         if used.any():
             rank = int(np.flatnonzero(used)[-1]) + 1
-            down, up = (entry.layout.to_torch(factor) for factor in (own_a[..., :rank], own_b[..., :rank, :]))
+            down, up = (entry.transform.to_torch(factor) for factor in (own_a[..., :rank], own_b[..., :rank, :]))
             factors[module] = Factors(down, up, scale)
     return factors

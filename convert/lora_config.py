@@ -1,7 +1,7 @@
-"""The strength of a LoRA: PEFT's configuration and alpha, wherever files keep them, and what they may not say.
+"""The configuration of a LoRA: its scale from PEFT's fields and alpha, and the refusal of unsupported fields.
 
-PEFT's own merge is the reference. An adapter that it merges in another way than as scale * up down is refused by the
-name of the field that says so.
+PEFT's own merge is the reference. An adapter that PEFT does not merge as scale * up down is refused, and the error
+names the field that causes it.
 """
 
 import math
@@ -22,10 +22,10 @@ METADATA = "lora_adapter_metadata"
 """Key in the header of a file that diffusers writes, for PEFT's configuration as JSON."""
 
 _ALPHAS = ("lora_alpha", "network_alpha", "alpha")
-_KOHYA_ALPHA = "ss_network_alpha"  # of the whole training; the tensors have alphas of their own
-# Values of init_lora_weights after which the base's weights are what they were.
+_KOHYA_ALPHA = "ss_network_alpha"  # alpha of the training run; the tensors may have their own
+# Values of init_lora_weights that do not change the base's weights.
 _PLAIN_STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
-# Fields of PEFT's LoraConfig that do not change what is added to a weight, or that are checked by name.
+# Fields of PEFT's LoraConfig that do not change the delta of a weight, or that have checks of their own.
 _HARMLESS = {
     *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "peft_type", "bias"),
     *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout", "task_type"),
@@ -38,9 +38,10 @@ _ADVICE = "merge it into the weights with PEFT (merge_and_unload) and use the re
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is said about an adapter beside its tensors: the fields of PEFT's `LoraConfig`, or nothing.
+    """The configuration of an adapter beside its tensors.
 
-    fallback_alpha: alpha of the whole training, which holds where neither tensor nor field says another.
+    file: the safetensors file. fields: those of PEFT's `LoraConfig`; empty if there are none. fallback_alpha: alpha of
+    the training run, for modules without an alpha tensor or field.
     """
 
     file: Path
@@ -49,12 +50,12 @@ class AdapterConfig:
 
     @classmethod
     def read(cls, file: Path, component: str) -> "AdapterConfig":
-        """Reads it from the header (diffusers; a bare alpha), else from PEFT's file beside the tensors.
+        """Reads the configuration from the header (diffusers, or only an alpha), else from PEFT's file beside it.
 
         Args:
           file: the safetensors file.
-          component: "transformer" or "unet", by which fields of a pipeline's adapters are told apart.
-        Raises: ClvrError if it cannot be read, or says that the adapter is no plain LoRA.
+          component: "transformer" or "unet", the prefix of its fields in the header of a pipeline's adapters.
+        Raises: ClvrError if it cannot be read, or if the adapter is not a plain LoRA.
         """
         with safe_open(file, framework="numpy") as opened:
             header = opened.metadata() or {}
@@ -79,17 +80,17 @@ class AdapterConfig:
         return cls(file, fields, None if kohya == "None" else _header_number(file, _KOHYA_ALPHA, kohya))
 
     def scale(self, name: str, rank: int, stored_alpha: float | None) -> float:
-        """Returns alpha / rank of one module; alpha is the rank where the file says nothing.
+        """Returns alpha / rank of one module; alpha is the rank if the file does not contain one.
 
         Args:
-          name: of the module in the file.
-          rank: of its tensors.
-          stored_alpha: its alpha tensor.
-        Raises: ClvrError if rank or alpha of the tensors are not those of the metadata.
+          name: name of the module in the file.
+          rank: rank of its tensors.
+          stored_alpha: value of its alpha tensor.
+        Raises: ClvrError if rank or alpha of the tensors differ from those of the metadata.
         """
         alpha = self._of("alpha_pattern", name, "lora_alpha")
-        said = {"rank": (rank, self._of("rank_pattern", name, "r")), "alpha": (stored_alpha, alpha)}
-        for what, (of_tensors, of_metadata) in said.items():
+        pairs = {"rank": (rank, self._of("rank_pattern", name, "r")), "alpha": (stored_alpha, alpha)}
+        for what, (of_tensors, of_metadata) in pairs.items():
             if None not in (of_tensors, of_metadata) and of_tensors != of_metadata:
                 raise ClvrError(
                     f"{self.file}: {name} has {what} {of_tensors} by its tensors, {of_metadata} by its metadata"
@@ -100,19 +101,19 @@ class AdapterConfig:
         return alpha / (rank**0.5 if self.fields.get("use_rslora") else rank)
 
     def _of(self, patterns: str, name: str, default: str) -> Any:
-        # PEFT matches the end of a name, from a dot on.
+        # PEFT matches the end of a name, after a dot.
         own = self.fields.get(patterns) or {}
         matching = (value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", name))
         return next(matching, self.fields.get(default))
 
 
 def _alphas(header: Mapping[str, str], prefix: str, file: Path) -> dict[str, float]:
-    """Key in the header -> alpha of the whole adapter. Raises: ClvrError if two differ."""
+    """Returns key in the header -> alpha of the complete adapter. Raises: ClvrError if two differ."""
     keys = [f"{before}{name}" for before in ("", prefix) for name in _ALPHAS if f"{before}{name}" in header]
     alphas = {key: _header_number(file, key, header[key]) for key in keys}
     if len(set(alphas.values())) > 1:
         listed = ", ".join(f"{key} {value:g}" for key, value in alphas.items())
-        raise ClvrError(f"{file}: its header names several strengths ({listed}); keep the one it was trained with")
+        raise ClvrError(f"{file}: its header contains several alphas ({listed}); keep the one of its training")
     return alphas
 
 
@@ -127,14 +128,15 @@ def _header_number(file: Path, key: str, text: str) -> float:
 
 
 def _check(fields: Mapping[str, Any], where: str) -> None:
-    """Raises: ClvrError, by the name of the field, for what PEFT would not merge as scale * up down."""
+    """Raises ClvrError, which names the field, if PEFT would not merge the adapter as scale * up down."""
     if (kind := fields.get("peft_type")) not in (None, "LORA"):
-        raise ClvrError(f"{where}: peft_type {shown(kind)} is no plain LoRA; {_ADVICE}")
+        raise ClvrError(f"{where}: peft_type {shown(kind)} is not a plain LoRA; {_ADVICE}")
     start = fields.get("init_lora_weights")
     if not (start is None or isinstance(start, bool | str)) or start not in _PLAIN_STARTS:
         raise ClvrError(
-            f"{where}: init_lora_weights {shown(start)}: this start changes the base's weights, so it does not fit "
-            "the published ones; save it with PEFT's path_initial_model_for_weight_conversion, or merge it with PEFT"
+            f"{where}: init_lora_weights {shown(start)}: this initialization changes the base's weights, so it does "
+            "not fit the published ones; save it with PEFT's path_initial_model_for_weight_conversion, or merge it "
+            "with PEFT"
         )
     if fields.get("bias") not in (None, "none"):
         raise ClvrError(f"{where}: bias {shown(fields['bias'])} is not supported, only 'none'; {_ADVICE}")

@@ -1,6 +1,6 @@
 """LoRA files: safetensors of diffusers, PEFT, kohya, ai-toolkit and LyCORIS, read as factors of PyTorch modules.
 
-Read strictly: every tensor is used or named in an error. Written as diffusers writes them.
+Every tensor of a file is used or named in an error. Files are written in diffusers' format.
 """
 
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 from clvr_jax.convert.lora_config import METADATA, PEFT_NAME, AdapterConfig
-from clvr_jax.convert.lora_names import TEXT_ENCODER, Spelling, component, spellings, without_prefix
-from clvr_jax.convert.tensors import Stored, read_header
+from clvr_jax.convert.lora_names import TEXT_ENCODER, KeyAlias, component, key_aliases, without_prefix
+from clvr_jax.convert.tensors import StoredTensor, read_header
 from safetensors.numpy import save
 
 from clvr_jax.errors import ClvrError
@@ -34,7 +34,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class Factors:
-    """The change of one PyTorch weight: scale * up down.
+    """The low-rank delta of one PyTorch weight: scale * up down.
 
     down: (rank, in) or (rank, in, height, width); up: (out, rank) or (out, rank, 1, 1); scale: alpha / rank.
     """
@@ -45,9 +45,9 @@ class Factors:
 
 
 def find_lora(path: Path) -> Path | None:
-    """The LoRA file at `path`, which is the file or a folder that holds it; None if a whole model is there.
+    """Returns the LoRA file at `path`, a file or a directory that contains one; None if `path` is a complete model.
 
-    Raises: ClvrError for a folder that is no model's and holds no one file, and for a damaged file.
+    Raises: ClvrError for a directory with neither a model nor exactly one LoRA file, and for a damaged file.
     """
     if path.is_dir():
         is_model = any((path / name).exists() for name in ("config.json", "model_index.json"))
@@ -59,12 +59,13 @@ def find_lora(path: Path) -> Path | None:
 def read_factors(
     path: Path, shapes: Mapping[str, tuple[int, ...]], ignore_text_encoder: bool = False
 ) -> dict[str, Factors]:
-    """The factors in a LoRA file, by diffusers' names of the modules.
+    """Reads the factors in a LoRA file.
 
     Args:
-      path: the file, or a folder that holds it (diffusers' or PEFT's name, or the only one).
+      path: the file, or a directory that contains it (diffusers' or PEFT's file name, or the only file).
       shapes: module -> shape of its PyTorch weight, for all modules of the model that can be adapted.
       ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
+    Returns: diffusers' name of a module -> its factors.
     Raises: ClvrError for a file that is missing, damaged, of another kind (DoRA, LoKr, LoHa) or of another model.
     """
     file = _file(path)
@@ -74,20 +75,20 @@ def read_factors(
     if text and not ignore_text_encoder:
         raise ClvrError(
             f"{file}: {len(text)} tensors adapt a text encoder ({some(text, 2)}); "
-            f"--ignore-text-encoder (in Python, ignore_text_encoder=True) takes the {component(shapes)} alone"
+            f"--ignore-text-encoder (in Python, ignore_text_encoder=True) uses only the {component(shapes)}"
         )
-    names = spellings(shapes)
+    names = key_aliases(shapes)
     pairs, faults = _paired({key: tensor for key, tensor in stored.items() if key not in text}, names, shapes)
     if faults:
         listed = "; ".join(f"{len(keys)} {title}: {some(keys)}" for title, keys in faults.items())
-        raise ClvrError(f"{file}: no LoRA of this {component(shapes)} (it has {some(shapes, 2)}); {listed}")
+        raise ClvrError(f"{file}: not a LoRA of this {component(shapes)} (it has {some(shapes, 2)}); {listed}")
     if not pairs:
-        raise ClvrError(f"{file}: holds no LoRA of a {component(shapes)}; it has {some(stored)}")
+        raise ClvrError(f"{file}: contains no LoRA of a {component(shapes)}; it has {some(stored)}")
     config = AdapterConfig.read(file, component(shapes))
     factors: dict[str, Factors] = {}
     for name, (down, up, alpha) in pairs.items():
         scale = config.scale(name, down.shape[0], None if alpha is None else _number(alpha))
-        downs, ups = _cut(names[name], down.open(), up.open())
+        downs, ups = _split(names[name], down.open(), up.open())
         for module, own_down, own_up in zip(names[name].modules, downs, ups, strict=True):
             if module in factors:
                 raise ClvrError(f"{file}: adapts {module} twice, once as {name}; a file must hold one adapter")
@@ -96,11 +97,12 @@ def read_factors(
 
 
 def write_factors(path: Path, factors: Mapping[str, Factors], component: str) -> None:
-    """Writes a file that `load_lora_weights` of a diffusers pipeline reads, completely or not at all.
+    """Writes a file that `load_lora_weights` of a diffusers pipeline reads; the file appears only when it is complete.
 
     Args:
-      path: a folder, in which it is called `pytorch_lora_weights.safetensors`, or a name that ends in .safetensors.
-      factors: by diffusers' names of the modules.
+      path: a directory, in which the file is named `pytorch_lora_weights.safetensors`, or a path that ends in
+        .safetensors.
+      factors: diffusers' name of a module -> its factors.
       component: "transformer" or "unet".
     Raises: ClvrError if it cannot be written.
     """
@@ -127,29 +129,30 @@ def _file(path: Path) -> Path:
     if path.is_file():
         return path
     if not path.is_dir():
-        raise ClvrError(f"{path}: no such file or folder")
+        raise ClvrError(f"{path}: no such file or directory")
     found = sorted(path.glob("*.safetensors"))
     for name in (FILE_NAME, PEFT_NAME):
         if path / name in found:
             return path / name
     if len(found) != 1:
-        raise ClvrError(f"{path}: holds no {FILE_NAME}, nor one safetensors file; it has {some(f.name for f in found)}")
+        names = some(f.name for f in found)
+        raise ClvrError(f"{path}: contains neither {FILE_NAME} nor exactly one safetensors file; it has {names}")
     return found[0]
 
 
-def _refuse_other_kinds(file: Path, keys: Mapping[str, Stored]) -> None:
+def _refuse_other_kinds(file: Path, keys: Mapping[str, StoredTensor]) -> None:
     for kind, pattern in _OTHER_KINDS.items():
         if own := [key for key in keys if pattern.fullmatch(key)]:
             raise ClvrError(
-                f"{file}: is a {kind} ({some(own, 1)}), no plain LoRA; merge it into the weights with its own tool"
+                f"{file}: is a {kind} ({some(own, 1)}), not a plain LoRA; merge it into the weights with its own tool"
             )
 
 
 def _paired(
-    stored: Mapping[str, Stored], names: Mapping[str, Spelling], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[dict[str, tuple[Stored, Stored, Stored | None]], dict[str, list[str]]]:
-    """Name in the file -> down, up, alpha; and what is wrong, title -> keys."""
-    parts: dict[str, dict[str, Stored]] = defaultdict(dict)
+    stored: Mapping[str, StoredTensor], names: Mapping[str, KeyAlias], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, tuple[StoredTensor, StoredTensor, StoredTensor | None]], dict[str, list[str]]]:
+    """Returns name in the file -> (down, up, alpha), and the invalid keys by kind of error."""
+    parts: dict[str, dict[str, StoredTensor]] = defaultdict(dict)
     faults: dict[str, list[str]] = defaultdict(list)
     for key, tensor in stored.items():
         match = _FACTOR.fullmatch(key) or _ALPHA.fullmatch(key)
@@ -178,19 +181,19 @@ def _paired(
     return pairs, faults
 
 
-def _cut(spelling: Spelling, down: np.ndarray, up: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """The factors of each module that one pair in the file stands for."""
-    if spelling.swapped:
+def _split(alias: KeyAlias, down: np.ndarray, up: np.ndarray) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Returns the down and up factors of each module that one pair in the file adapts."""
+    if alias.swapped:
         return [down], [np.concatenate(np.split(up, 2)[::-1])]
-    count = len(spelling.modules)
+    count = len(alias.modules)
     ups = np.split(up, count)
     if count > 1 and len(down) % count == 0:
-        # Where each module has ranks of its own, `up` is block-diagonal: three adapters that were fused for saving.
+        # If each module has ranks of its own, `up` is block-diagonal: separate adapters that were fused for saving.
         blocks = [np.split(own, count, axis=1) for own in ups]
         if all(blocks[i][j].any() == (i == j) for i in range(count) for j in range(count)):
             return np.split(down, count), [blocks[i][i] for i in range(count)]
     return [down] * count, ups
 
 
-def _number(tensor: Stored) -> float:
+def _number(tensor: StoredTensor) -> float:
     return float(np.asarray(tensor.open(), np.float64).reshape(-1)[0])

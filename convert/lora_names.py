@@ -1,8 +1,8 @@
-"""What LoRA files call the modules of FLUX.2 and of Stable Diffusion's UNet.
+"""The names of the modules of FLUX.2 and of Stable Diffusion's UNet in LoRA files.
 
 Trainers write the names of diffusers, of the original code (BFL for FLUX.2, latent diffusion for the UNet), or either
-with underscores for dots. All spellings are made from the model's own names, so that none has to be taken apart and
-what is not among them belongs to another model.
+with underscores in place of dots. All aliases are generated from the model's own names, so that no name has to be
+parsed, and a name that is not among them belongs to another model.
 
 Source of the names: diffusers `loaders/lora_conversion_utils.py`, kohya-ss `sd-scripts`, ai-toolkit, OneTrainer,
 LyCORIS.
@@ -38,24 +38,26 @@ _LATENT_DIFFUSION = (
 
 
 @dataclass(frozen=True)
-class Spelling:
-    """What one name in a file stands for.
+class KeyAlias:
+    """The modules to which one name in a file refers.
 
-    modules: our modules, more than one where the original code fuses them; their rows lie one after the other.
-    swapped: the two halves of the rows change places, (shift, scale) in BFL's code and (scale, shift) in diffusers.
+    modules: diffusers' names, more than one if the original code fuses them; their rows are concatenated in this order.
+    swapped: whether the two halves of the rows are exchanged, (shift, scale) in BFL's code for diffusers' (scale,
+    shift).
     """
 
     modules: tuple[str, ...]
     swapped: bool = False
 
 
-def spellings(modules: Collection[str]) -> dict[str, Spelling]:
-    """Every name that a file may have, without prefix, for the modules of one model.
+def key_aliases(modules: Collection[str]) -> dict[str, KeyAlias]:
+    """Returns every name, without prefix, that a file may use for the modules of one model.
 
     Args:
-      modules: diffusers' names of all modules with a kernel, "transformer_blocks.0.attn.to_q" and so on.
+      modules: diffusers' names of all modules with a kernel, for example "transformer_blocks.0.attn.to_q".
+    Returns: name in a file -> the modules to which it refers.
     """
-    names = {module: Spelling((module,)) for module in modules}
+    names = {module: KeyAlias((module,)) for module in modules}
     others: dict[str, list[str]] = {}
     layers = sum(re.fullmatch(r"down_blocks\.0\.resnets\.\d+\.conv1", module) is not None for module in modules)
     attending = {module.split(".")[1] for module in modules if module.startswith("up_blocks.") and ".attn1." in module}
@@ -63,20 +65,18 @@ def spellings(modules: Collection[str]) -> dict[str, Spelling]:
         original = _latent_diffusion(module, layers, attending) if layers else _bfl(module)
         for other in {original, _attention_processor(module)} - {module}:
             others.setdefault(other, []).append(module)
-    names |= {name: Spelling(tuple(group), group == ["norm_out.linear"]) for name, group in others.items()}
-    underscored = {
-        prefix + name.replace(".", "_"): spelling for name, spelling in names.items() for prefix in _UNDERSCORED
-    }
+    names |= {name: KeyAlias(tuple(group), group == ["norm_out.linear"]) for name, group in others.items()}
+    underscored = {prefix + name.replace(".", "_"): alias for name, alias in names.items() for prefix in _UNDERSCORED}
     return names | underscored
 
 
 def without_prefix(name: str) -> str:
-    """A module's name in a file without the name of the model in front."""
+    """Removes the prefix with the name of the model from a module's name in a file."""
     return _PREFIX.sub("", name)
 
 
 def component(modules: Collection[str]) -> str:
-    """What a diffusers pipeline calls the model: "unet" or "transformer"."""
+    """Returns the name of the model in a diffusers pipeline: "unet" or "transformer"."""
     return "unet" if any(module.startswith("mid_block.") for module in modules) else "transformer"
 
 
@@ -90,26 +90,29 @@ def _bfl(module: str) -> str:
 
 
 def _attention_processor(module: str) -> str:
-    """diffusers before PEFT kept the factors in attention processors, whose output projection has no number."""
+    """Returns the name in diffusers before PEFT: factors in attention processors, output projection without index."""
     return re.sub(r"\.(attn[12])\.(to_[qkv]|to_out)(\.0)?$", r".\1.processor.\2", module)
 
 
 def _latent_diffusion(module: str, layers: int, attending: Collection[str]) -> str:
-    """The UNet of latent diffusion counts resnets and changes of resolution in one row, from first to last.
+    """Returns the name in latent diffusion, which counts resnets and resolution changes in one sequence.
 
-    layers: resnets of a block on the way down. attending: numbers of the blocks on the way up that have transformers.
+    Args:
+      module: diffusers' name.
+      layers: resnets of a down block.
+      attending: indices of the up blocks that have transformers.
     """
     if match := _BLOCK.fullmatch(module):
-        way, block, part, index, rest = match.groups()
-        # One place more in each block: on the way down for the change of resolution, on the way up for a resnet.
+        side, block, part, index, rest = match.groups()
+        # Each block has one index more: a down block for the resolution change, an up block for a resnet.
         # input_blocks.0 is conv_in.
-        first = int(block) * (layers + 1) + (way == "down")
+        first = int(block) * (layers + 1) + (side == "down")
         if part == "downsamplers":
             return f"input_blocks.{first + layers}.0.op"
         if part == "upsamplers":
             return f"output_blocks.{first + layers}.{2 if block in attending else 1}.conv"
-        side, place = {"down": "input", "up": "output"}[way], int(part == "attentions")
-        module = f"{side}_blocks.{first + int(index)}.{place}.{rest}"
+        blocks, member = {"down": "input", "up": "output"}[side], int(part == "attentions")
+        module = f"{blocks}_blocks.{first + int(index)}.{member}.{rest}"
     for pattern, name in _LATENT_DIFFUSION:
         module = re.sub(pattern, name, module)
     return module

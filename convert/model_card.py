@@ -1,7 +1,7 @@
-"""The README.md of a folder that was converted or saved: what it is, how it was made, what may be done with it.
+"""The model card (README.md) of a converted or saved directory: its models, its origin and its license.
 
-The license follows from config.json: every FLUX.2 of 9B and more is for non-commercial use only, and that has to be
-said where somebody chooses a model, whatever the folder is called.
+The license follows from config.json: every FLUX.2 of 9B and more is for non-commercial use only, and users must see
+that when they choose a model, regardless of the name of the directory.
 
 Sources: the table of models in github.com/black-forest-labs/flux2; on huggingface.co the cards of Qwen, of
 stable-diffusion-v1-5 and of stabilityai/stable-diffusion-xl-base-1.0. Front matter:
@@ -14,7 +14,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET, find_family, torch_class
+from clvr_jax.convert.architectures import (
+    FLUX2_TRANSFORMER,
+    FLUX2_VAE,
+    QWEN3,
+    QWEN3_VL,
+    UNET,
+    find_architecture,
+    torch_class,
+)
 
 from clvr_jax.files import read_json, write_atomically
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
@@ -24,17 +32,17 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 Config = Mapping[str, Any]
-Layout = Literal["jax", "torch"]
+Format = Literal["jax", "torch"]
 Models = Mapping[str, tuple[str, Config]]
-"""Component ("transformer", or "." for the folder itself) -> (PyTorch's class, config.json)."""
+"""Component ("transformer", or "." for the directory itself) -> (PyTorch's class, config.json)."""
 
 
 @dataclass(frozen=True)
 class License:
-    """What may be done with a model.
+    """The license of a model.
 
-    identifier, name: `license` and, where that is "other", `license_name` of the front matter. title, link: for people.
-    commercial: whether commercial use is allowed; None if only the source knows.
+    identifier, name: `license` and, if that is "other", `license_name` of the front matter. title: its name in the
+    card. link: address of its text. commercial: whether commercial use is allowed; None if only the source states it.
     notice: one sentence, for a warning and for the card.
     """
 
@@ -85,7 +93,7 @@ OF_SOURCE = License(
     "license-of-the-source",
 )
 
-# What tells the published sizes of an architecture apart: settings beside it may change, and the license does not.
+# The size of an architecture by which its published models are recognized: other fields may change without the license.
 _SIZES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
     FLUX2_TRANSFORMER.torch_class: lambda config: (config.num_layers, config.num_single_layers, config.inner_dim),
     FLUX2_VAE.torch_class: lambda config: (config.block_out_channels, config.latent_channels),
@@ -110,134 +118,145 @@ _PUBLISHED = (
     (QWEN3_VL, Qwen3VLConfig.qwen3_vl_4b(), APACHE),
     (QWEN3_VL, Qwen3VLConfig.qwen3_vl_8b(), APACHE),
 )
-_LICENSES = {(family.torch_class, _SIZES[family.torch_class](config)): terms for family, config, terms in _PUBLISHED}
-_PAINTERS = (FLUX2_TRANSFORMER.torch_class, UNET.torch_class)
-LAYOUTS: Mapping[Layout, str] = {
+_LICENSES = {
+    (architecture.torch_class, _SIZES[architecture.torch_class](config)): terms
+    for architecture, config, terms in _PUBLISHED
+}
+_IMAGE_GENERATORS = (FLUX2_TRANSFORMER.torch_class, UNET.torch_class)
+FORMATS: Mapping[Format, str] = {
     "jax": "JAX: `params/` beside each config.json is an Orbax checkpoint; clvr-jax reads it",
     "torch": "PyTorch: safetensors as diffusers and transformers read them",
 }
-"""What the layout of a folder is, for people."""
+"""Format of a directory -> its description in the card."""
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How a folder came to be.
+    """The origin of a directory.
 
-    source: a path or a Hugging Face id; revision: commit of an id, None for a path. command: as it was typed.
-    version: of clvr-jax. dtype: of floating-point tensors, None as in the source. recipe: what clvr.json names.
+    source: a path or a Hugging Face id. command: the command line or function that created it. version: of clvr-jax.
+    format: of its models. revision: commit of a Hugging Face id, None for a path. dtype: of floating-point tensors,
+    None if as in the source. recipe: the recipe that clvr.json names.
     """
 
     source: str
     command: str
     version: str
-    layout: Layout
+    format: Format
     revision: str | None = None
     dtype: str | None = None
     recipe: str | None = None
 
 
 def license_of(torch_class: str, config: Config) -> License:
-    """The license of a published model, recognised by its size.
+    """Returns the license of a published model, which is recognized by its size.
 
     Args:
-      torch_class: PyTorch's class, as `_class_name` or `architectures` say.
+      torch_class: PyTorch's class, `_class_name` or `architectures` in config.json.
       config: config.json.
-    Returns: `OF_SOURCE` for a class or a size that nobody published.
-    Raises: ClvrError for a config.json that our module does not understand.
+    Returns: the license; `OF_SOURCE` for a class or size that is not published.
+    Raises: ClvrError for a config.json that our module does not support.
     """
-    family = find_family(torch_class)
-    if family is None or torch_class not in _SIZES:
+    architecture = find_architecture(torch_class)
+    if architecture is None or torch_class not in _SIZES:
         return OF_SOURCE
-    size = _SIZES[torch_class](family.config_from_dict(config))
+    size = _SIZES[torch_class](architecture.config_from_dict(config))
     return _LICENSES.get((torch_class, size), OF_SOURCE)
 
 
 def license_of_all(models: Models) -> License:
-    """The license of a folder of several models: a non-commercial one binds all, else it is that of what draws."""
+    """Returns the license of several models: a non-commercial one if any is, else that of the image generator."""
     terms = {component: license_of(*model) for component, model in models.items()}
     restricted = [found for found in terms.values() if found.commercial is False]
-    drawing = [terms[component] for component, (torch_class, _) in models.items() if torch_class in _PAINTERS]
-    deciding = set(restricted or drawing or terms.values())
+    generating = [terms[part] for part, (torch_class, _) in models.items() if torch_class in _IMAGE_GENERATORS]
+    deciding = set(restricted or generating or terms.values())
     return deciding.pop() if len(deciding) == 1 else OF_SOURCE
 
 
 def model_card(name: str, made: Provenance, models: Models) -> str:
-    """README.md of a folder, front matter included.
+    """Returns the text of README.md with its front matter.
 
     Args:
-      name: the title, that of the folder.
-      made: how it came to be.
-      models: what it holds.
+      name: the title.
+      made: the origin of the directory.
+      models: the models in the directory.
     """
     binding = license_of_all(models)
     origin = [
         ("Source", f"`{made.source}`" + (f", revision `{made.revision}`" if made.revision else "")),
         ("Made by", f"`{made.command}`"),
         ("clvr-jax", made.version),
-        ("Layout", LAYOUTS[made.layout]),
+        ("Layout", FORMATS[made.format]),
         ("Numbers", made.dtype or "as in the source, bit for bit"),
         *([("Recipe", f"`{made.recipe}`")] if made.recipe else []),
     ]
     base_models = [made.source.partition("@")[0]] if made.revision else []
     lines = [
-        *front_matter(made.layout, models, binding, base_models),
+        *front_matter(made.format, models, binding, base_models),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}.\n",
-        *table(("", ""), origin),
+        *markdown_table(("", ""), origin),
         *models_and_license(models, binding),
     ]
     return "\n".join(lines) + "\n"
 
 
 def titles(models: Models) -> list[str]:
-    """What the models are, for people, each once."""
+    """Returns the names of the models' architectures, each once."""
     return list(dict.fromkeys(_title(torch_class) for torch_class, _ in models.values()))
 
 
 def models_and_license(models: Models, binding: License) -> list[str]:
-    """The lines of a card that say what a folder holds and what may be done with it; `binding` holds for all of it."""
+    """Returns the lines of a card with the models and their licenses; `binding` is the license of the directory."""
     parts = [(f"`{component}`", _title(model[0]), license_of(*model).title) for component, model in models.items()]
     notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
-    lines = ["\n## Models\n", *table(("Folder", "Model", "License"), parts), "\n## License\n", notice]
+    lines = ["\n## Models\n", *markdown_table(("Directory", "Model", "License"), parts), "\n## License\n", notice]
     if binding.link:
         lines.append(f"Its text: {binding.link}\n")
         lines.append(
-            "It was recognised by the sizes of the models; where their source says otherwise, the source holds."
+            "It was recognized by the sizes of the models; if their source states another license, that one applies."
         )
     return lines
 
 
-def add_model_card(folder: Path, card: str) -> bool:
-    """Writes README.md unless the folder has one, which is kept as it is. Returns whether it wrote."""
-    if (folder / "README.md").exists():
+def add_model_card(directory: Path, card: str) -> bool:
+    """Writes README.md unless the directory has one. Returns: whether it was written."""
+    if (directory / "README.md").exists():
         return False
-    write_atomically(folder / "README.md", card.encode())
+    write_atomically(directory / "README.md", card.encode())
     return True
 
 
-def card_of_pipeline(folder: Path, name: str, saved_by: str, dtype: str) -> None:
-    """Adds the card of a pipeline that was saved from memory, `saved_by` a function; its models are in `folder`."""
-    found = {path.name: torch_class(path) for path in sorted(folder.iterdir()) if path.is_dir()}
-    models = {part: (kind, read_json(folder / part / "config.json")) for part, kind in found.items() if kind}
+def card_of_pipeline(directory: Path, name: str, saved_by: str, dtype: str) -> None:
+    """Adds the model card of a pipeline that was saved from memory.
+
+    Args:
+      directory: contains the models.
+      name: the title of the card.
+      saved_by: the function that saved it.
+      dtype: of floating-point tensors.
+    """
+    found = {path.name: torch_class(path) for path in sorted(directory.iterdir()) if path.is_dir()}
+    models = {part: (kind, read_json(directory / part / "config.json")) for part, kind in found.items() if kind}
     made = Provenance("weights in memory", saved_by, version("clvr-jax"), "torch", dtype=dtype)
-    add_model_card(folder, model_card(name, made, models))
+    add_model_card(directory, model_card(name, made, models))
 
 
 def front_matter(
-    layout: Layout, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
+    form: Format, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
 ) -> list[str]:
-    """The lines that the Hub reads at the beginning of a card.
+    """Returns the lines at the beginning of a card that the Hub reads.
 
     Args:
-      layout: of the folder.
-      models: what it holds.
-      binding: its license.
-      base_models: Hugging Face ids that it was made from.
-      relation: how, "merge" say, if the Hub would not find out.
+      form: format of the models.
+      models: the models in the directory.
+      binding: the license of the directory.
+      base_models: Hugging Face ids of the models from which it was derived.
+      relation: to the base models, for example "merge"; None if the Hub can infer it.
     """
     classes = {torch_class for torch_class, _ in models.values()}
-    tags = ["clvr-jax", "text-to-image"] if classes & set(_PAINTERS) else ["clvr-jax"]
-    if layout == "jax":
+    tags = ["clvr-jax", "text-to-image"] if classes & set(_IMAGE_GENERATORS) else ["clvr-jax"]
+    if form == "jax":
         library = "clvr-jax"
         tags.append("jax")
     else:
@@ -256,11 +275,11 @@ def front_matter(
 
 
 def _title(torch_class: str) -> str:
-    family = find_family(torch_class)
-    return family.title if family else torch_class
+    architecture = find_architecture(torch_class)
+    return architecture.title if architecture else torch_class
 
 
-def table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """The lines of a table in Markdown."""
+def markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Returns the lines of a table in Markdown."""
     cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, ("---",) * len(head), *rows))
     return [f"| {' | '.join(row)} |" for row in cells]

@@ -1,8 +1,9 @@
-"""A tree of parameters as an Orbax checkpoint, written and read one layer at a time.
+"""Orbax checkpoints of a parameter tree that are written and read one layer at a time.
 
-Orbax itself saves a tree that is in memory; a 32 GB model converted on a laptop never is. So the arrays are written in
-Orbax's layout without it: a zarr folder for each, its chunks as files of plain bytes, and two JSON files that say what
-the tree is. `ocp.StandardCheckpointer().restore` reads such a folder like its own, each process its shards.
+Orbax itself saves a tree that is in memory, but a 32 GB model that is converted on a laptop does not fit. So the arrays
+are written in Orbax's format without Orbax: one zarr directory per array, its chunks as files of uncompressed bytes,
+and two JSON files that describe the tree. `ocp.StandardCheckpointer().restore` reads such a directory like its own, and
+each process reads its shards.
 """
 
 import functools
@@ -25,45 +26,45 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 
 PARAMS = "params"
-"""Folder of a model's parameters, beside its config.json."""
+"""Name of the directory of a model's parameters, beside its config.json."""
 
 TreePath = tuple[str | int, ...]
 Memory = Callable[[tuple[int, ...], np.dtype], np.ndarray]
-"""(shape, dtype) -> an array to be filled."""
+"""(shape, dtype) -> an uninitialized array."""
 Block = tuple[slice, np.ndarray]
 """Rows of an array, along its first axis, and their values."""
 
 _CHUNK_BYTES = 16 * 2**20
-_DICTIONARY = 2  # Orbax's kind of key; members of lists are saved under their number as a name
+_DICTIONARY = 2  # Orbax's type of key for dictionaries; list members are saved with their index as the key
 
 
 class TreeWriter:
-    """An Orbax checkpoint that is being written.
+    """A writer of one Orbax checkpoint.
 
     Args:
-      folder: made if it does not exist; one that was begun with the same leaves is continued.
+      directory: created if it does not exist; an unfinished one with the same leaves is continued.
       leaves: path -> (shape, dtype) of every leaf.
-      stacked: paths of the leaves whose first axis is layers, which are written one by one.
+      stacked: paths of the leaves whose first axis is the layers, which are written one by one.
     """
 
     def __init__(
-        self, folder: Path, leaves: Mapping[TreePath, tuple[tuple[int, ...], np.dtype]], stacked: set[TreePath]
+        self, directory: Path, leaves: Mapping[TreePath, tuple[tuple[int, ...], np.dtype]], stacked: set[TreePath]
     ):
-        self._folder, self._leaves = folder, leaves
+        self._directory, self._leaves = directory, leaves
         self._arrays = {}
         for path, (shape, dtype) in leaves.items():
-            place = folder / ".".join(map(str, path))
+            place = directory / ".".join(map(str, path))
             array = _Plain(place, shape, dtype, _chunks(shape, dtype, path in stacked))
             place.mkdir(parents=True, exist_ok=True)
             write_json(place / ".zarray", array.metadata)
             self._arrays[path] = array
 
     def write(self, path: TreePath, layer: int | None, values: np.ndarray) -> None:
-        """Writes one layer of a stacked leaf, or (`layer` None) a whole leaf."""
+        """Writes one layer of a stacked leaf, or a complete leaf if `layer` is None."""
         self._arrays[path].write(values, layer)
 
     def finish(self) -> None:
-        """Says what the tree is: only now is the folder a checkpoint."""
+        """Writes the description of the tree, which completes the checkpoint."""
         tree = {
             str(tuple(map(str, path))): {
                 "key_metadata": [{"key": str(key), "key_type": _DICTIONARY} for key in path],
@@ -72,7 +73,7 @@ class TreeWriter:
             for path, (shape, _) in self._leaves.items()
         }
         write_json(
-            self._folder / "_METADATA",
+            self._directory / "_METADATA",
             {
                 "tree_metadata": tree,
                 "use_ocdbt": False,
@@ -83,7 +84,7 @@ class TreeWriter:
         )
         now = time.time_ns()
         write_json(
-            self._folder / "_CHECKPOINT_METADATA",
+            self._directory / "_CHECKPOINT_METADATA",
             {
                 "item_handlers": "orbax.checkpoint._src.handlers.standard_checkpoint_handler.StandardCheckpointHandler",
                 "metrics": {},
@@ -97,9 +98,9 @@ class TreeWriter:
 
 @dataclass(frozen=True)
 class _Plain:
-    """A zarr array whose chunks are plain bytes. Chunks are cut along one axis only: they are whole rows of a layer."""
+    """A zarr array with uncompressed chunks, each of which consists of complete rows of one layer."""
 
-    folder: Path
+    directory: Path
     shape: tuple[int, ...]
     dtype: np.dtype
     chunks: tuple[int, ...]
@@ -112,7 +113,7 @@ class _Plain:
             "shape": list(self.shape),
             "chunks": list(self.chunks),
             "dtype": "bfloat16" if self.dtype == ml_dtypes.bfloat16 else self.dtype.str,
-            "compressor": None,  # weights do not shrink, and their bytes are read as they are
+            "compressor": None,  # weights hardly compress, and uncompressed bytes can be memory-mapped
             "order": "C",
             "filters": None,
             "fill_value": None,
@@ -120,13 +121,13 @@ class _Plain:
         }
 
     def write(self, values: np.ndarray, layer: int | None) -> None:
-        """Writes one layer, or all of it."""
+        """Writes one layer, or the complete array if `layer` is None."""
         for rows, file, length in self._files(layer):
             put(file, 0, values[rows] if values.ndim else values)
-            os.truncate(file, length)  # the last chunk is as long as the others
+            os.truncate(file, length)  # zarr pads the last chunk to the size of the others
 
     def blocks(self, layer: int | None, memory: Memory) -> Iterator[Block]:
-        """One layer (None: all of it) in blocks of rows, mapped."""
+        """Yields one layer, or the complete array if `layer` is None, in memory-mapped blocks of rows."""
         own = self.shape if layer is None else self.shape[1:]
         for rows, file, length in self._files(layer):
             if file.stat().st_size != length:
@@ -138,34 +139,34 @@ class _Plain:
             )
 
     def _files(self, layer: int | None) -> Iterator[tuple[slice, Path, int]]:
-        """Rows, file and size in bytes of each chunk of a layer."""
+        """Yields rows, file and size in bytes of each chunk of a layer."""
         own, chunks = (self.shape, self.chunks) if layer is None else (self.shape[1:], self.chunks[1:])
         length = math.prod(chunks) * self.dtype.itemsize
         step = chunks[0] if chunks else 1
         for number in range(-(-own[0] // step) if own else 1):
             key = [*([] if layer is None else [layer]), *([number] if own else []), *[0] * (len(own) - 1)]
             rows = slice(number * step, min((number + 1) * step, own[0])) if own else slice(0, 1)
-            yield rows, self.folder / (".".join(map(str, key)) or "0"), length
+            yield rows, self.directory / (".".join(map(str, key)) or "0"), length
 
 
 @dataclass(frozen=True)
 class _Store:
-    """An array in any other layout that Orbax writes, read through TensorStore, on which it stands."""
+    """An array in any other format of Orbax, which is read through TensorStore as in Orbax itself."""
 
     array: ts.TensorStore
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Sizes of its axes."""
+        """Shape of the array."""
         return tuple(self.array.shape)
 
     @property
     def dtype(self) -> np.dtype:
-        """As NumPy has it."""
+        """NumPy dtype of the array."""
         return self.array.dtype.numpy_dtype
 
     def blocks(self, layer: int | None, memory: Memory) -> Iterator[Block]:
-        """One layer (None: all of it) in one block, read into memory that is asked for."""
+        """Yields one layer, or the complete array if `layer` is None, in one block of memory from the allocator."""
         part = self.array if layer is None else self.array[layer]
         values = memory(tuple(part.shape), self.dtype)
         ts.array(values).write(part).result()
@@ -175,92 +176,94 @@ class _Store:
 StoredArray = _Plain | _Store
 
 
-def is_tree(folder: Path) -> bool:
-    """Whether the folder is a complete Orbax checkpoint of one tree."""
-    return (folder / "_METADATA").exists()
+def is_tree(directory: Path) -> bool:
+    """Returns whether the directory is a complete Orbax checkpoint of one tree."""
+    return (directory / "_METADATA").exists()
 
 
-def open_tree(folder: Path) -> dict[str, StoredArray]:
-    """The arrays of an Orbax checkpoint, dotted path -> array; nothing is read before it is asked for.
+def open_tree(directory: Path) -> dict[str, StoredArray]:
+    """Returns dotted path -> array of an Orbax checkpoint; values are read on request.
 
-    Raises: ClvrError if it is none, or is damaged.
+    Raises: ClvrError if the directory is not a complete checkpoint, or is damaged.
     """
-    if not is_tree(folder):
-        raise ClvrError(f"{folder}: not a complete Orbax checkpoint, _METADATA is missing")
-    metadata = read_json(folder / "_METADATA")
-    context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # one copy less of every byte
+    if not is_tree(directory):
+        raise ClvrError(f"{directory}: not a complete Orbax checkpoint, _METADATA is missing")
+    metadata = read_json(directory / "_METADATA")
+    context = ts.Context({"file_io_mode": {"mode": "memmap"}})  # avoids one copy
     arrays: dict[str, StoredArray] = {}
-    for name in _names(folder, metadata):
-        arrays[name] = _plain_array(folder / name) or _stored_array(folder, name, metadata, context)
+    for name in _names(directory, metadata):
+        arrays[name] = _plain_array(directory / name) or _stored_array(directory, name, metadata, context)
     return arrays
 
 
-def _names(folder: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
-    """The dotted paths that `_METADATA` lists, each of them a directory here or a key of Orbax's own store."""
+def _names(directory: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
+    """Yields the dotted paths that `_METADATA` lists: each is a directory here or a key of Orbax's own store."""
     try:
         for described in metadata["tree_metadata"].values():
             name = ".".join(entry["key"] for entry in described["key_metadata"])
             if not is_file_name(name):
-                raise ClvrError(f"{folder}: _METADATA lists {name[:60]!r}, which is no name; convert the model again")
+                raise ClvrError(
+                    f"{directory}: _METADATA lists {name[:60]!r}, which is not a file name; convert the model again"
+                )
             yield name
     except (AttributeError, LookupError, TypeError) as error:
-        raise ClvrError(f"{folder}: _METADATA is not what Orbax writes; convert the model again") from error
+        raise ClvrError(f"{directory}: _METADATA is not what Orbax writes; convert the model again") from error
 
 
-def _plain_array(folder: Path) -> _Plain | None:
-    if not (folder / ".zarray").exists():
+def _plain_array(directory: Path) -> _Plain | None:
+    if not (directory / ".zarray").exists():
         return None
-    found = read_json(folder / ".zarray")
+    found = read_json(directory / ".zarray")
     try:
         dtype = np.dtype(ml_dtypes.bfloat16 if found["dtype"] == "bfloat16" else found["dtype"])
-        array = _Plain(folder, tuple(found["shape"]), dtype, tuple(found["chunks"]))
+        array = _Plain(directory, tuple(found["shape"]), dtype, tuple(found["chunks"]))
         if not all(type(n) is int and 0 <= n < 2**40 for n in (*array.shape, *array.chunks)):
-            raise ValueError("sizes are no sizes")
+            raise ValueError("sizes must be integers from 0 to 2**40")
         if len(array.shape) != len(array.chunks):
             raise ValueError("shape and chunks differ in length")
     except (LookupError, TypeError, ValueError) as error:
-        raise ClvrError(f"{folder / '.zarray'}: not what zarr writes ({error}); convert the model again") from error
-    cut = [axis for axis, (size, chunk) in enumerate(zip(array.shape, array.chunks, strict=True)) if size != chunk]
-    is_ours = array.metadata == found and (len(cut) < 2 or (cut == [0, 1] and array.chunks[0] == 1))
+        raise ClvrError(f"{directory / '.zarray'}: not what zarr writes ({error}); convert the model again") from error
+    split = [axis for axis, (size, chunk) in enumerate(zip(array.shape, array.chunks, strict=True)) if size != chunk]
+    is_ours = array.metadata == found and (len(split) < 2 or (split == [0, 1] and array.chunks[0] == 1))
     return array if is_ours else None
 
 
-def _stored_array(folder: Path, name: str, metadata: Mapping[str, Any], context: ts.Context) -> _Store:
-    where: dict[str, Any] = {"driver": "file", "path": f"{folder.absolute()}/{name}/"}
+def _stored_array(directory: Path, name: str, metadata: Mapping[str, Any], context: ts.Context) -> _Store:
+    where: dict[str, Any] = {"driver": "file", "path": f"{directory.absolute()}/{name}/"}
     if metadata.get("use_ocdbt", False):
-        where = {"driver": "ocdbt", "base": f"file://{folder.absolute()}/", "path": f"{name}/"}
+        where = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
     spec = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": where}
     try:
         return _Store(ts.open(spec, open=True, read=True, context=context).result())
     except ValueError as error:
         reason = str(error).splitlines()[0][:160]
-        raise ClvrError(f"{folder}: {name} cannot be read ({reason})") from error
+        raise ClvrError(f"{directory}: {name} cannot be read ({reason})") from error
 
 
-def check_tree(folder: Path, plan: list[Entry]) -> dict[str, np.dtype]:
+def check_tree(directory: Path, plan: list[Entry]) -> dict[str, np.dtype]:
     """Raises ClvrError unless the checkpoint has exactly the leaves of a model.
 
-    Returns: PyTorch key -> dtype of the leaf that it is a part of.
+    Returns: PyTorch key -> dtype of the leaf that contains the tensor.
     """
-    arrays = open_tree(folder)
+    arrays = open_tree(directory)
     expected = {".".join(map(str, entry.path)): entry for entry in plan}
     shared = expected.keys() & arrays.keys()
     faults = [
         f"{len(names)} {title}: {', '.join(sorted(names)[:6])}"
         for title, names in (
             ("missing", expected.keys() - arrays.keys()),
-            ("surplus", arrays.keys() - expected.keys()),
+            ("unexpected", arrays.keys() - expected.keys()),
             ("with another shape", {name for name in shared if arrays[name].shape != expected[name].shape}),
         )
         if names
     ]
     if faults:
-        raise ClvrError(f"{folder}: leaves do not match the model; " + "; ".join(faults))
+        raise ClvrError(f"{directory}: leaves do not match the model; " + "; ".join(faults))
     return {key: arrays[name].dtype for name, entry in expected.items() for key in entry.keys}
 
 
 def nested(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
-    """Path -> leaf as the tree of dictionaries that Orbax restores."""
+    """Converts path -> leaf to the tree of dictionaries that Orbax restores."""
     tree: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *owners, last = map(str, path)
@@ -269,9 +272,9 @@ def nested(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
 
 
 def _chunks(shape: tuple[int, ...], dtype: np.dtype, stacked: bool) -> tuple[int, ...]:
-    """Chunks of one layer and some megabytes, so that a process that needs a part reads not much more.
+    """Returns the shape of chunks of some megabytes in one layer, so that a process reads little more than its shard.
 
-    Their number divides the rows where it can, since the last one would be filled up.
+    The number of chunks divides the number of rows if possible, because the last chunk is padded.
     """
     layers, own = ((1,), shape[1:]) if stacked else ((), shape)
     if not math.prod(own) or not own:

@@ -1,7 +1,7 @@
-"""What is asked of a model to see whether two frameworks compute the same: one entry for each architecture.
+"""Inputs and forward functions that compare a model in two frameworks: one probe per architecture.
 
-Inputs are NumPy arrays made from the model's configuration, small and of uneven sizes. Every weight has a part in the
-outputs, rows of embeddings that no token names excepted. PyTorch's answers are turned to channels-last, as ours are.
+Inputs are small NumPy arrays of uneven sizes for the model's configuration. Every weight contributes to the outputs,
+except rows of embeddings that no token selects. PyTorch's outputs are permuted to channels-last.
 """
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from clvr_jax.convert.families import (
+from clvr_jax.convert.architectures import (
     AUTOENCODER_KL,
     CLIP_TEXT,
     CLIP_TEXT_PROJECTED,
@@ -18,7 +18,7 @@ from clvr_jax.convert.families import (
     QWEN3,
     QWEN3_VL,
     UNET,
-    Family,
+    Architecture,
 )
 
 from clvr_jax.models.autoencoder_blocks import Autoencoder, AutoencoderConfig
@@ -32,7 +32,7 @@ from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 Inputs = dict[str, Any]
-Answers = Mapping[str, Any]
+Outputs = Mapping[str, Any]
 
 BATCH = 2
 TEXT = 7
@@ -42,16 +42,16 @@ GRID = (3, 5)
 
 @dataclass(frozen=True)
 class Probe:
-    """One forward of an architecture in both frameworks.
+    """One forward pass of an architecture in both frameworks.
 
-    inputs: (our configuration, random numbers) -> arguments by name, float32 and int32 arrays on the host.
-    theirs: (PyTorch model, the arrays among them as tensors) -> name of an output -> tensor.
-    ours: (module, inputs) -> the same names -> array of the same shape.
+    inputs: (our configuration, random generator) -> arguments by name, float32 and int32 arrays on the host.
+    run_torch: (PyTorch model, inputs whose arrays are tensors) -> name of an output -> tensor.
+    run_jax: (NNX module, inputs) -> the same names -> arrays of the same shapes.
     """
 
     inputs: Callable[[Any, np.random.Generator], Inputs]
-    theirs: Callable[[Any, Inputs], Answers]
-    ours: Callable[[Any, Inputs], Answers]
+    run_torch: Callable[[Any, Inputs], Outputs]
+    run_jax: Callable[[Any, Inputs], Outputs]
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -90,26 +90,26 @@ def _autoencoder_inputs(config: AutoencoderConfig, rng: np.random.Generator) -> 
     }
 
 
-def _their_autoencoder(model: Any, inputs: Inputs) -> Answers:
+def _torch_autoencoder(model: Any, inputs: Inputs) -> Outputs:
     from torch.nn.functional import pixel_unshuffle
 
     posterior = model.encode(_channels_first(inputs["images_bhwc"])).latent_dist
-    answers = {
+    outputs = {
         "mean": posterior.mode(),
         "log-variance": posterior.logvar,
         "decoded": model.decode(_channels_first(inputs["latents_bhwc"])).sample,
     }
     if hasattr(model, "bn"):  # FLUX.2's
-        answers["tokens"] = model.bn(pixel_unshuffle(answers["mean"], model.config.patch_size[0]))
-    return {name: _channels_last(tensor) for name, tensor in answers.items()}
+        outputs["tokens"] = model.bn(pixel_unshuffle(outputs["mean"], model.config.patch_size[0]))
+    return {name: _channels_last(tensor) for name, tensor in outputs.items()}
 
 
-def _our_autoencoder(model: Autoencoder, inputs: Inputs) -> Answers:
+def _jax_autoencoder(model: Autoencoder, inputs: Inputs) -> Outputs:
     mean, log_variance = model.moments(inputs["images_bhwc"])
-    answers = {"mean": mean, "log-variance": log_variance, "decoded": model.decode(inputs["latents_bhwc"])}
+    outputs = {"mean": mean, "log-variance": log_variance, "decoded": model.decode(inputs["latents_bhwc"])}
     if isinstance(model, AutoencoderKLFlux2):
-        answers["tokens"] = model.encode_tokens(inputs["images_bhwc"])
-    return answers
+        outputs["tokens"] = model.encode_tokens(inputs["images_bhwc"])
+    return outputs
 
 
 def _qwen3_inputs(config: Qwen3Config, rng: np.random.Generator) -> Inputs:
@@ -131,7 +131,7 @@ def _qwen3_vl_inputs(config: Qwen3VLConfig, rng: np.random.Generator) -> Inputs:
     return batch_conversations([conversation], image_token_id=config.image_token_id, merge=merge, length_multiple=1)
 
 
-def _their_qwen3_vl(model: Any, inputs: Inputs) -> Answers:
+def _torch_qwen3_vl(model: Any, inputs: Inputs) -> Outputs:
     ids_bt = inputs["input_ids_bt"]
     logits = model(
         input_ids=ids_bt,
@@ -158,7 +158,7 @@ def _unet_inputs(config: UNet2DConditionConfig, rng: np.random.Generator) -> Inp
     return inputs
 
 
-def _their_unet(model: Any, inputs: Inputs) -> Answers:
+def _torch_unet(model: Any, inputs: Inputs) -> Outputs:
     noise = model(
         _channels_first(inputs["latents_bhwc"]),
         inputs["timestep_b"],
@@ -170,7 +170,7 @@ def _their_unet(model: Any, inputs: Inputs) -> Answers:
 
 
 def _clip_inputs(config: CLIPTextConfig, rng: np.random.Generator) -> Inputs:
-    # The largest id is the end of text in published vocabularies, whatever their config.json says.
+    # The largest id is the end of text in published vocabularies, even if config.json has another one.
     length, last = config.max_position_embeddings, config.vocab_size - 1
     ids_bt = _integers(rng, last, BATCH, length)
     ends_b = np.array([length // 2, length - 1])
@@ -178,27 +178,27 @@ def _clip_inputs(config: CLIPTextConfig, rng: np.random.Generator) -> Inputs:
     return {"input_ids": ids_bt}
 
 
-def _their_clip(model: Any, inputs: Inputs) -> Answers:
+def _torch_clip(model: Any, inputs: Inputs) -> Outputs:
     found = model(**inputs, output_hidden_states=True)
-    return _clip_answers(
+    return _clip_outputs(
         found.hidden_states, found.last_hidden_state, found.get("pooler_output", found.get("text_embeds"))
     )
 
 
-def _our_clip(model: CLIPText, inputs: Inputs) -> Answers:
+def _jax_clip(model: CLIPText, inputs: Inputs) -> Outputs:
     found = model(inputs["input_ids"])
     pooled = found.pooler_output_bd if found.text_embeds_bp is None else found.text_embeds_bp
-    return _clip_answers(found.hidden_states_lbtd, found.last_hidden_state_btd, pooled)
+    return _clip_outputs(found.hidden_states_lbtd, found.last_hidden_state_btd, pooled)
 
 
-def _clip_answers(hidden_states: Any, last_hidden_state: Any, pooled: Any) -> Answers:
+def _clip_outputs(hidden_states: Any, last_hidden_state: Any, pooled: Any) -> Outputs:
     return {"hidden state -2": hidden_states[-2], "last hidden state": last_hidden_state, "pooled": pooled}
 
 
-_AUTOENCODER = Probe(_autoencoder_inputs, _their_autoencoder, _our_autoencoder)
-_CLIP = Probe(_clip_inputs, _their_clip, _our_clip)
+_AUTOENCODER = Probe(_autoencoder_inputs, _torch_autoencoder, _jax_autoencoder)
+_CLIP = Probe(_clip_inputs, _torch_clip, _jax_clip)
 
-PROBES: Mapping[Family, Probe] = {
+PROBES: Mapping[Architecture, Probe] = {
     FLUX2_TRANSFORMER: Probe(
         _flux2_inputs,
         lambda model, inputs: {"velocity": model(**inputs).sample},
@@ -211,8 +211,8 @@ PROBES: Mapping[Family, Probe] = {
         lambda model, inputs: {"logits": model(**inputs).logits},
         lambda model, inputs: {"logits": model(*inputs.values())},
     ),
-    QWEN3_VL: Probe(_qwen3_vl_inputs, _their_qwen3_vl, lambda model, inputs: {"logits": model(**inputs)}),
-    UNET: Probe(_unet_inputs, _their_unet, lambda model, inputs: {"noise": model(**inputs)}),
+    QWEN3_VL: Probe(_qwen3_vl_inputs, _torch_qwen3_vl, lambda model, inputs: {"logits": model(**inputs)}),
+    UNET: Probe(_unet_inputs, _torch_unet, lambda model, inputs: {"noise": model(**inputs)}),
     CLIP_TEXT: _CLIP,
     CLIP_TEXT_PROJECTED: _CLIP,
 }

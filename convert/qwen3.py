@@ -1,21 +1,21 @@
-"""Qwen3 <-> transformers `Qwen3ForCausalLM` (the `text_encoder/` of a FLUX.2 klein folder)."""
+"""Qwen3 <-> transformers `Qwen3ForCausalLM` (the `text_encoder/` of a FLUX.2 klein pipeline)."""
 
 import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields, section
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3Config
 
-TABLE = Table(stacked=("model.layers",))
+KEY_MAPPING = KeyMapping(stacked=("model.layers",))
 
-# What our module is written for: full attention in every layer, plain rotary positions, SiLU, no dropout.
+# The only values that our module supports: full attention in every layer, plain rotary positions, SiLU, no dropout.
 _FIXED = {"hidden_act": "silu", "use_sliding_window": False, "attention_dropout": 0.0, "rope_scaling": None}
-# Bookkeeping, generation and training settings, and what `use_sliding_window` false makes moot.
+# Bookkeeping, options of generation and training, and fields without effect if `use_sliding_window` is false.
 _IGNORED = (
     *("architectures", "dtype", "model_type", "torch_dtype", "transformers_version"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "use_cache"),
@@ -26,7 +26,7 @@ _IGNORED = (
 
 
 def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
-    """`text_encoder/config.json`, in the form of transformers 4 or 5, -> Qwen3Config.
+    """Parses `text_encoder/config.json` in the form of transformers 4 or 5.
 
     Raises: ClvrError for an unknown field or a feature of Qwen3 that the module does not have.
     """
@@ -42,10 +42,20 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
 
 
 def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
-    """Qwen3Config -> `text_encoder/config.json` as the published Qwen3 models have it; transformers 4 and 5 read it."""
+    """Returns the content of `text_encoder/config.json` in the form of the published models (transformers 4 and 5)."""
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config), **_FIXED}
 
 
-def published_names(tensors: Tensors, config: Qwen3Config) -> Tensors:
-    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+def canonicalize_keys(tensors: Tensors, config: Qwen3Config) -> Tensors:
+    """Leaves out the head of a model with tied embeddings, which `KEY_MAPPING` does not have."""
     return without_tied_head(tensors, "model.embed_tokens.weight") if config.tie_word_embeddings else tensors
+
+
+def first_layers(tensors: Tensors, config: Qwen3Config, depth: int) -> Tensors:
+    """The tensors that hidden states up to `depth` need: no layers above, no head, and the norm of the last layer only.
+
+    Tensors that no Qwen3 of this configuration has stay, to be found out.
+    """
+    above = tuple(f"model.layers.{layer}." for layer in range(depth, config.num_hidden_layers))
+    unread = {"lm_head.weight", *(("model.norm.weight",) if above else ())}
+    return {key: tensor for key, tensor in tensors.items() if key not in unread and not key.startswith(above)}

@@ -1,26 +1,26 @@
 """Qwen3VL <-> transformers `Qwen3VLForConditionalGeneration`: a checkpoint's keys and config.json.
 
-With tied embeddings our model has no `lm_head`, and neither have most checkpoints. UnifiedReward has this layout too.
+With tied embeddings our model has no `lm_head`, nor have most checkpoints. UnifiedReward uses the same format.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import MOST, from_known_fields, section
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 
-TABLE = Table(
+KEY_MAPPING = KeyMapping(
     stacked=("model.visual.blocks", "model.visual.deepstack_merger_list", "model.language_model.layers"),
 )
 
 _TEXT_FIXED = {"hidden_act": "silu", "attention_dropout": 0.0}
 _VISION_FIXED = {"hidden_act": "gelu_pytorch_tanh"}
-# Bookkeeping of transformers' configurations that changes nothing about the arithmetic.
+# Bookkeeping of transformers' configurations that does not change the computation.
 _IGNORED = (
     "model_type",
     "initializer_range",
@@ -43,7 +43,7 @@ _IGNORED = (
     "return_dict",
 )
 _TOKENS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-# What transformers assumes where config.json is silent and our defaults, the 8B model's, are others.
+# Defaults of transformers for absent fields, where our defaults, those of the 8B model, differ.
 _TEXT_SILENT = {
     "intermediate_size": 22_016,
     "num_hidden_layers": 32,
@@ -55,10 +55,11 @@ _VISION_SILENT = {"out_hidden_size": 3584}
 
 
 def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
-    """`config.json` -> Qwen3VLConfig; both ways of writing rotary parameters are understood (rope_parameters, or
-    rope_theta and rope_scaling as the released checkpoints have them).
+    """Parses `config.json`.
 
-    Raises: ClvrError for a field that our model does not know, or a value that it does not support.
+    Rotary parameters are read in both forms: rope_parameters, or rope_theta and rope_scaling as in the released
+    checkpoints.
+    Raises: ClvrError for an unknown field or a value that our model does not support.
     """
     if config.get("model_type") != "qwen3_vl":
         raise ClvrError(f"config.json: model_type {config.get('model_type')!r} is not qwen3_vl")
@@ -66,7 +67,7 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
     if missing:
         raise ClvrError(f"config.json of Qwen3-VL lacks {missing}")
     text, vision = section(config, "text_config"), section(config, "vision_config")
-    # transformers takes the outer value, which is false where the file is silent, and ties nothing by the inner one.
+    # transformers uses the outer value, false if it is absent, and ignores the inner one.
     tied = config.get("tie_word_embeddings", False)
     tokens = {name: config[name] for name in _TOKENS if name in config}
     if not isinstance(tied, bool) or not all(type(token) is int and 0 <= token <= MOST for token in tokens.values()):
@@ -81,7 +82,7 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
 
 
 def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
-    """Qwen3VLConfig -> `config.json` as the released checkpoints write it."""
+    """Returns the content of `config.json` in the form of the released checkpoints."""
     text, vision = dict(vars(config.text)), dict(vars(config.vision))
     section = list(text.pop("mrope_section"))
     rotary = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": section}
@@ -98,8 +99,8 @@ def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
     }
 
 
-def published_names(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
-    """Tensors of a file under the names that `TABLE` writes: tied embeddings need no head."""
+def canonicalize_keys(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
+    """Leaves out the head of a model with tied embeddings, which `KEY_MAPPING` does not have."""
     embeddings = "model.language_model.embed_tokens.weight"
     return without_tied_head(tensors, embeddings) if config.tie_word_embeddings else tensors
 
@@ -109,7 +110,7 @@ def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:
     given = {name: value for name, value in given.items() if name not in ("rope_scaling", "rope_parameters")}
     if rotary.get("rope_type", rotary.get("type", "default")) != "default" or not rotary.get("mrope_interleaved", True):
         raise ClvrError(f"Qwen3-VL text: rotary parameters {rotary} are not supported, only interleaved default ones")
-    found = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
+    found: dict[str, Any] = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
     return from_known_fields(Qwen3VLTextConfig, {**_TEXT_SILENT, **given, **found}, fixed=_TEXT_FIXED, ignored=_IGNORED)
 
 

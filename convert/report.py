@@ -1,4 +1,4 @@
-"""What a conversion will write, as a table for people and as data."""
+"""The tensors that a conversion will write, as a table and as JSON data."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -8,7 +8,7 @@ from rich.table import Table
 
 
 def conversion_table(conversion: Conversion) -> Table:
-    """One row for each tensor of the destination, a sum for each model."""
+    """Returns a table with one row per tensor of the destination and the total size of each model."""
     table = Table(
         "tensor",
         "shape",
@@ -18,10 +18,10 @@ def conversion_table(conversion: Conversion) -> Table:
     )
     for component in conversion.components:
         name = conversion.source.name if component.name == "." else component.name
-        title = f"{name}: {component.family.title}, {len(component.pieces)} tensors"
+        title = f"{name}: {component.architecture.title}, {len(component.slices)} tensors"
         table.add_row(title, "", "", readable_size(component.nbytes), style="bold")
-        for piece in component.pieces:
-            shape, spec = " x ".join(map(str, piece.spec.shape)), piece.spec
+        for tensor_slice in component.slices:
+            shape, spec = " x ".join(map(str, tensor_slice.spec.shape)), tensor_slice.spec
             table.add_row(spec.key, shape, spec.dtype.name, readable_size(spec.nbytes))
         table.add_section()
     for path in conversion.copied:
@@ -30,14 +30,14 @@ def conversion_table(conversion: Conversion) -> Table:
 
 
 def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
-    """The same for scripts: model, key, shape, dtype and bytes of each tensor."""
+    """Returns model, key, shape, dtype and bytes of each tensor of the destination, for JSON."""
     return list(_tensors(conversion))
 
 
 def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
     for component in conversion.components:
-        for piece in component.pieces:
-            spec = piece.spec
+        for tensor_slice in component.slices:
+            spec = tensor_slice.spec
             yield {
                 "model": component.name,
                 "key": spec.key,
@@ -48,7 +48,7 @@ def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
 
 
 def readable_size(nbytes: int) -> str:
-    """Bytes in the unit that suits them."""
+    """Formats a number of bytes in B, KiB, MiB or GiB."""
     size = float(nbytes)
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:

@@ -1,7 +1,7 @@
-"""Tensors in diffusers/transformers folders: one safetensors file, or shards with an index.
+"""Tensors in diffusers/transformers directories: one safetensors file, or shards with an index.
 
-Nothing here holds more than one tensor: reading maps a tensor's bytes when they are asked for, writing puts one tensor
-after another at its place in the file.
+At most one tensor is in memory: reading maps the bytes of a tensor on request, and writing stores one tensor after
+another at its offset in a preallocated file.
 
 Format: https://huggingface.co/docs/safetensors (8 bytes length, a JSON header, the tensors' bytes without gaps).
 """
@@ -26,7 +26,7 @@ SHARD_BYTES = 5 * 2**30
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 
 FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
-"""What floating-point tensors may be converted to."""
+"""The dtypes that floating-point tensors can be converted to."""
 
 _DTYPES: dict[str, np.dtype] = {
     "F64": np.dtype(np.float64),
@@ -46,8 +46,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A tensor to be: its key, shape and dtype."""
+class TensorSpec:
+    """Key, shape and dtype of a tensor."""
 
     key: str
     shape: tuple[int, ...]
@@ -55,69 +55,69 @@ class Spec:
 
     @property
     def nbytes(self) -> int:
-        """Size in a file."""
+        """Size in a file, in bytes."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
-class Stored(Spec):
-    """A tensor in a safetensors file: where its bytes begin."""
+class StoredTensor(TensorSpec):
+    """A tensor in a safetensors file, and the offset of its first byte there."""
 
     file: Path
     offset: int
 
     def open(self) -> np.ndarray:
-        """The tensor, read-only and mapped: no byte is read before it is used, none stays when the array is gone."""
+        """Returns the tensor read-only and memory-mapped: bytes are read when they are used."""
         if not self.nbytes:
             return np.zeros(self.shape, self.dtype)
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
-Tensors = dict[str, Stored]
-"""The tensors of one model, key -> where it lies."""
+Tensors = dict[str, StoredTensor]
+"""The tensors of one model: key -> location."""
 
 
-def model_file(folder: Path, variant: str | None = None) -> Path:
-    """The file that the model in `folder` is read from: its safetensors, or the index of its shards.
+def model_file(directory: Path, variant: str | None = None) -> Path:
+    """Returns the safetensors file of the model in `directory`, or the index of its shards.
 
     Args:
-      folder: of one model.
-      variant: which of several sets of files, "fp16" say; a model without that variant is read from its plain files, as
-        diffusers does.
-    Raises: ClvrError if there is none.
+      directory: of one model.
+      variant: which of several sets of files, for example "fp16"; a model without this variant is read from its files
+        without a variant, as in diffusers.
+    Raises: ClvrError if there is no such file.
     """
     plain = ("{name}.safetensors.index.json", "{name}.safetensors")
     forms = (f"{{name}}.safetensors.index.{variant}.json", f"{{name}}.{variant}.safetensors") if variant else ()
     names = (DIFFUSERS_NAME, TRANSFORMERS_NAME)
-    candidates = (folder / form.format(name=name) for form in (*forms, *plain) for name in names)
+    candidates = (directory / form.format(name=name) for form in (*forms, *plain) for name in names)
     found = next((path for path in candidates if path.exists()), None)
     if found is not None:
         return found
-    lacks = f"{folder}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
-    if others := sorted(path.name for path in folder.glob("*.safetensors*")):
+    lacks = f"{directory}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
+    if others := sorted(path.name for path in directory.glob("*.safetensors*")):
         raise ClvrError(f"{lacks}, but {others[0]}; choose one as in NAME.fp16.safetensors with --variant fp16")
-    pickles = sorted(path.name for path in folder.glob("*") if path.suffix in PICKLES)
+    pickles = sorted(path.name for path in directory.glob("*") if path.suffix in PICKLES)
     if pickles:
         raise ClvrError(
-            f"{folder}: {pickles[0]} is a pickle, which can run code when it is read; save the model as safetensors"
+            f"{directory}: {pickles[0]} is a pickle, which can run code on loading; save the model as safetensors"
         )
     raise ClvrError(lacks)
 
 
-def stored_tensors(folder: Path, variant: str | None = None) -> Tensors:
-    """Where each tensor of the model in `folder` lies. Reads the headers only.
+def stored_tensors(directory: Path, variant: str | None = None) -> Tensors:
+    """Returns the location of each tensor of the model in `directory`. Reads headers only.
 
-    Raises: ClvrError for missing, truncated or foreign files, a key that two shards hold, an index that is wrong or
-      names shards that are absent.
+    Raises: ClvrError for files that are missing, truncated or of another format, a key in two shards, or an index that
+      is wrong or names shards that are absent.
     """
-    file = model_file(folder, variant)
+    file = model_file(directory, variant)
     if file.suffix != ".json":
         return {stored.key: stored for stored in read_header(file)}
     listed = read_json(file).get("weight_map", {})
-    # A shard is a file of this directory: a name from a file is never a path.
+    # A shard is a file in this directory: a name from a file is never used as a path.
     if not isinstance(listed, dict) or not all(isinstance(n, str) and is_file_name(n) for n in listed.values()):
         raise ClvrError(f"{file}: weight_map must be an object of tensors and names of files beside it")
-    shards = [folder / shard for shard in sorted(set(listed.values()))]
+    shards = [directory / shard for shard in sorted(set(listed.values()))]
     absent = [shard.name for shard in shards if not shard.exists()]
     if absent or not shards:
         raise ClvrError(f"{file}: names shards that are absent: {', '.join(absent) or '(none listed)'}")
@@ -129,19 +129,19 @@ def stored_tensors(folder: Path, variant: str | None = None) -> Tensors:
             tensors[stored.key] = stored
     wrong = [key for key, name in listed.items() if key not in tensors or tensors[key].file.name != name]
     if wrong:
-        raise ClvrError(f"{file}: says that {wrong[0]} is where it is not ({len(wrong)} such keys)")
+        raise ClvrError(f"{file}: lists {wrong[0]} in a shard that does not contain it ({len(wrong)} such keys)")
     return tensors
 
 
 def without_tied_head(tensors: Tensors, embeddings: str, head: str = "lm_head.weight") -> Tensors:
-    """Leaves out the head of a language model that some checkpoints hold beside the embeddings it is tied to.
+    """Leaves out the head of a language model that is stored beside the embeddings to which it is tied.
 
-    Raises: ClvrError if the two differ: then the model is not tied, whatever its config.json says.
+    Raises: ClvrError if the two differ: then the model is not tied, contrary to its config.json.
     """
     if head not in tensors or embeddings not in tensors:
         return tensors
     ours, theirs = tensors[embeddings], tensors[head]
-    step = max(1, ours.shape[0] // 64)  # maps a part at a time, so that little of them is resident
+    step = max(1, ours.shape[0] // 64)  # in parts, so that little memory is resident
     same = (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype) and all(
         np.array_equal(bits(ours.open()[row : row + step]), bits(theirs.open()[row : row + step]))
         for row in range(0, ours.shape[0], step)
@@ -154,7 +154,7 @@ def without_tied_head(tensors: Tensors, embeddings: str, head: str = "lm_head.we
 
 
 def is_file_name(name: str) -> bool:
-    """Whether a text from a file is the name of something in a directory, and no path out of it."""
+    """Returns whether a string from a file is a plain file name, which cannot lead out of a directory."""
     return (
         Path(name).name == name not in ("", ".", "..")
         and "\0" not in name
@@ -163,20 +163,20 @@ def is_file_name(name: str) -> bool:
 
 
 def bits(values: np.ndarray) -> np.ndarray:
-    """The same memory as unsigned integers: exact to compare, and fast to copy where NumPy does not know the type."""
+    """Returns a view as unsigned integers: exact to compare, and fast to copy for types that NumPy lacks."""
     return values.view(f"u{values.dtype.itemsize}")
 
 
-def read_header(path: Path) -> list[Stored]:
-    """The tensors of one safetensors file, in the order of their bytes.
+def read_header(path: Path) -> list[StoredTensor]:
+    """Returns the tensors of one safetensors file in the order of their offsets.
 
-    Raises: ClvrError for a file that is missing, truncated or none of this kind.
+    Raises: ClvrError for a file that is missing, truncated or of another format.
     """
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+    if path.exists() and not path.is_file():  # opening a pipe would block forever
         raise ClvrError(f"{path}: not a file; fetch or convert it again")
     try:
         with safe_open(path, framework="numpy"):
-            pass  # the library checks that header and bytes fit together
+            pass  # the library validates the header against the size of the file
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(length))
@@ -187,20 +187,22 @@ def read_header(path: Path) -> list[Stored]:
     if unknown:
         raise ClvrError(f"{path}: tensors of type {', '.join(unknown)} are not supported")
     tensors = [
-        Stored(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, 8 + length + entry["data_offsets"][0])
+        StoredTensor(key, tuple(entry["shape"]), _DTYPES[entry["dtype"]], path, 8 + length + entry["data_offsets"][0])
         for key, entry in header.items()
     ]
     return sorted(tensors, key=lambda stored: stored.offset)
 
 
-def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = SHARD_BYTES) -> dict[str, Stored]:
-    """Makes `name`.safetensors, or shards of at most `shard_bytes` with an index, all headers and no bytes yet.
+def preallocate_files(
+    directory: Path, specs: Iterable[TensorSpec], name: str, shard_bytes: int = SHARD_BYTES
+) -> dict[str, StoredTensor]:
+    """Creates `name`.safetensors, or shards of at most `shard_bytes` with an index, with headers and without data.
 
-    Files that are there already, laid out in the same way, keep their bytes. `folder` should be a temporary one that is
-    renamed when all tensors are written.
-    Returns: the place of each tensor, for `write_tensor`.
+    Existing files with the same header keep their data. `directory` should be a temporary directory, which is renamed
+    when all tensors are written.
+    Returns: key -> location of each tensor, for `write_tensor`.
     """
-    shards: list[list[Spec]] = [[]]
+    shards: list[list[TensorSpec]] = [[]]
     room = shard_bytes
     for spec in specs:
         if spec.nbytes > room and shards[-1]:
@@ -214,35 +216,37 @@ def lay_out(folder: Path, specs: Iterable[Spec], name: str, shard_bytes: int = S
         weight_map = {spec.key: file for file, shard in zip(files, shards, strict=True) for spec in shard}
         total = sum(spec.nbytes for shard in shards for spec in shard)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (directory / f"{name}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     return {
         stored.key: stored
         for file, shard in zip(files, shards, strict=True)
-        for stored in _lay_out_file(folder / file, shard)
+        for stored in _preallocate_file(directory / file, shard)
     }
 
 
-def write_tensor(stored: Stored, tensor: np.ndarray) -> None:
-    """Puts a tensor at its place; its shape and dtype must be those laid out."""
+def write_tensor(stored: StoredTensor, tensor: np.ndarray) -> None:
+    """Writes a tensor at its location. Raises: ClvrError unless it has the shape and dtype of the header."""
     if tensor.shape != stored.shape or tensor.dtype != stored.dtype:
         raise ClvrError(
-            f"{stored.file}: {stored.key} is laid out as {stored.dtype} {stored.shape}, "
+            f"{stored.file}: {stored.key} is {stored.dtype} {stored.shape} in the header, "
             f"got {tensor.dtype} {tensor.shape}"
         )
     put(stored.file, stored.offset, tensor)
 
 
-def write_tensors(folder: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = SHARD_BYTES) -> None:
-    """Writes tensors that are in memory; see `lay_out`."""
-    specs = [Spec(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
-    for key, stored in lay_out(folder, specs, name, shard_bytes).items():
+def write_tensors(
+    directory: Path, tensors: Mapping[str, np.ndarray], name: str, shard_bytes: int = SHARD_BYTES
+) -> None:
+    """Writes tensors that are in memory to the files that `preallocate_files` creates."""
+    specs = [TensorSpec(key, tensor.shape, tensor.dtype) for key, tensor in tensors.items()]
+    for key, stored in preallocate_files(directory, specs, name, shard_bytes).items():
         write_tensor(stored, tensors[key])
 
 
-def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
+def _preallocate_file(path: Path, shard: Sequence[TensorSpec]) -> list[StoredTensor]:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     places, end = [], 0
-    # Whole pages first: each of them can be written directly. Then wide types first, which keeps all of them aligned.
+    # Multiples of a page first: these can be written with direct I/O. Then wide types first, which keeps all aligned.
     for spec in sorted(shard, key=lambda spec: (spec.nbytes % PAGE > 0, -spec.dtype.itemsize)):
         header[spec.key] = {
             "dtype": _NAMES[spec.dtype],
@@ -261,4 +265,4 @@ def _lay_out_file(path: Path, shard: Sequence[Spec]) -> list[Stored]:
             file.truncate()
             file.write(head)
         file.truncate(begin + end)
-    return [Stored(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]
+    return [StoredTensor(spec.key, spec.shape, spec.dtype, path, begin + offset) for spec, offset in places]

@@ -5,11 +5,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.rules import Table
+from clvr_jax.convert.rules import KeyMapping
 
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
-# Fields of diffusers' config that our UNet does not have, and the only values it is written for.
+# Fields of diffusers' config that our UNet does not have, and the only values that it supports.
 _FIXED = {
     "act_fn": "silu",
     "attention_type": "default",
@@ -40,20 +40,20 @@ _FIXED = {
     "time_embedding_type": "positional",
     "timestep_post_act": None,
 }
-# Softmax is float32 here in any case; the others belong to kinds of block and embedding that are refused above.
+# Our softmax is always float32; the other fields belong to kinds of blocks and embeddings that are refused above.
 _IGNORED = ("upcast_attention", "mid_block_only_cross_attention", "addition_embed_type_num_heads")
 
 
-def table(config: UNet2DConditionConfig) -> Table:
-    """The conversion table: each transformer's blocks are one stack."""
-    return Table(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
+def key_mapping(config: UNet2DConditionConfig) -> KeyMapping:
+    """Returns the key mapping, in which the blocks of each transformer are one stack."""
+    return KeyMapping(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
 
 
 def config_from_dict(config: Mapping[str, Any]) -> UNet2DConditionConfig:
-    """`unet/config.json` -> UNet2DConditionConfig. Raises ClvrError for what our UNet is not written for."""
+    """Parses `unet/config.json`. Raises: ClvrError for a feature that our UNet does not support."""
     return from_known_fields(UNet2DConditionConfig, config, fixed=_FIXED, ignored=_IGNORED)
 
 
 def config_to_dict(config: UNet2DConditionConfig) -> dict[str, Any]:
-    """UNet2DConditionConfig -> `unet/config.json`."""
+    """Returns the content of `unet/config.json`."""
     return {"_class_name": "UNet2DConditionModel", **dataclasses.asdict(config), **_FIXED}

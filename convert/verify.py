@@ -1,6 +1,6 @@
-"""Does a converted model compute what PyTorch computes? Every model is run once in both frameworks to see.
+"""The verification of a conversion: every model runs once in both frameworks, and the outputs are compared.
 
-PyTorch is imported only here, inside functions: nothing else of the package needs it.
+PyTorch is imported only here, inside functions: nothing else in the package needs it.
 """
 
 import gc
@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.families import Family
+from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES, Inputs
@@ -30,17 +30,17 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import read_json
 
 TOLERANCE = 2e-5
-"""Largest relative difference that float32 and another order of summation explain."""
+"""Largest relative difference that results from float32 and another order of summation."""
 
 Outputs = dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far apart the outputs of one model are in the two frameworks; NaN where either has a NaN.
+    """The differences between the outputs of one model in JAX and PyTorch; NaN where either has a NaN.
 
-    component: folder of the model in its pipeline, or its own name. title: the architecture, for people.
-    outputs: name -> max |ours - theirs| / max |theirs| of that output. largest: max |ours - theirs| over all outputs.
+    component: directory of the model in its pipeline, or its own name. title: name of the architecture.
+    outputs: name -> max |JAX - PyTorch| / max |PyTorch| of that output. largest: max |JAX - PyTorch| over all outputs.
     """
 
     component: str
@@ -50,18 +50,18 @@ class Agreement:
 
     @property
     def relative(self) -> float:
-        """The worst relative difference of an output."""
+        """The largest relative difference of an output."""
         return float(np.max(list(self.outputs.values())))
 
     @property
-    def apart(self) -> list[str]:
-        """The outputs that are not within `TOLERANCE`; a NaN is not."""
+    def differing(self) -> list[str]:
+        """The outputs whose relative difference is above `TOLERANCE` or NaN."""
         return [name for name, relative in self.outputs.items() if not relative <= TOLERANCE]
 
     @property
     def agrees(self) -> bool:
-        """Whether all outputs are within `TOLERANCE`."""
-        return not self.apart
+        """True if all outputs are within `TOLERANCE`."""
+        return not self.differing
 
 
 def check_torch() -> None:
@@ -72,51 +72,56 @@ def check_torch() -> None:
 
 
 def verify(
-    torch_folder: Path,
-    jax_folder: Path,
+    torch_directory: Path,
+    jax_directory: Path,
     *,
     dtype: str | None = None,
     variant: str | None = None,
     on_model: Callable[[str], None] | None = None,
 ) -> list[Agreement]:
-    """Runs every model of a pipeline or model folder in PyTorch and here, on the same random inputs.
+    """Runs every model of a pipeline or model directory in PyTorch and in JAX, on the same random inputs.
 
-    Both run in float32 on the CPU, one framework's copy of one model at a time: the memory that it takes is 4 bytes a
-    parameter of the largest model, and some for reading it (6 bytes with `dtype`).
+    Both run in float32 on the CPU, one framework's copy of one model at a time: the required memory is 4 bytes per
+    parameter of the largest model, and some for loading it (6 bytes with `dtype`).
 
     Args:
-      torch_folder: in the format of PyTorch.
-      jax_folder: its conversion, or what it was converted from; PyTorch's format is read too, the same folder even.
-      dtype: what a conversion cast to, "bfloat16" say: both sides are rounded to it before they compute.
-      variant: which of several sets of files, see `model_file`.
-      on_model: called with the name of each model before it is run.
-    Returns: one Agreement for each model, in the order of their names.
-    Raises: ClvrError if PyTorch is not installed, a folder is not complete or the two are not of the same models;
-      UsageError if torch_folder is not in the format of PyTorch.
+      torch_directory: in the format of PyTorch.
+      jax_directory: its conversion or its source; it may also be in PyTorch's format, or the same directory.
+      dtype: dtype of the conversion, for example "bfloat16": the weights of both models are rounded to it.
+      variant: which of several sets of files; see `model_file`.
+      on_model: called with the name of each model before it runs.
+    Returns: one Agreement per model, in the order of the models' names.
+    Raises: ClvrError if PyTorch is not installed, a directory is incomplete or the two contain different models;
+      UsageError if torch_directory is not in the format of PyTorch.
     """
     check_torch()
-    components = plan(torch_folder, "jax", "float32", variant).components if torch_folder.is_dir() else ()
+    components = plan(torch_directory, "jax", "float32", variant).components if torch_directory.is_dir() else ()
     if not components or any(component.source != "torch" for component in components):
-        raise UsageError(f"{torch_folder}: is no folder that PyTorch reads; give one with config.json and safetensors")
+        raise UsageError(
+            f"{torch_directory}: is not a directory that PyTorch reads; give one with config.json and safetensors"
+        )
     agreements = []
     for component in components:
-        family, theirs_in, ours_in = component.family, torch_folder / component.name, jax_folder / component.name
-        name = theirs_in.absolute().name
+        architecture = component.architecture
+        torch_model, jax_model = torch_directory / component.name, jax_directory / component.name
+        name = torch_model.absolute().name
         if on_model is not None:
             on_model(name)
-        config, other = (family.config_from_dict(read_json(path / "config.json")) for path in (theirs_in, ours_in))
+        config, other = (
+            architecture.config_from_dict(read_json(path / "config.json")) for path in (torch_model, jax_model)
+        )
         if config != other:
-            raise ClvrError(f"{ours_in}: its config.json is of another model than that of {theirs_in}")
-        inputs = PROBES[family].inputs(config, np.random.default_rng(0))
-        theirs = _their_outputs(theirs_in, family, inputs, dtype, variant)
-        gc.collect()  # PyTorch's modules refer to themselves and would stay
-        ours = _our_outputs(ours_in, family, inputs, dtype, variant)
-        agreements.append(compare(name, family.title, ours, theirs))
+            raise ClvrError(f"{jax_model}: its config.json describes another model than that of {torch_model}")
+        inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
+        theirs = _torch_outputs(torch_model, architecture, inputs, dtype, variant)
+        gc.collect()  # PyTorch's modules have reference cycles and would stay in memory
+        ours = _jax_outputs(jax_model, architecture, inputs, dtype, variant)
+        agreements.append(compare(name, architecture.title, ours, theirs))
     return agreements
 
 
 def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agreement:
-    """Measures how far apart outputs of the same names and shapes are."""
+    """Returns the differences between our outputs and PyTorch's of the same names and shapes."""
     differences, outputs = [], {}
     for name, expected in theirs.items():
         found, expected = np.asarray(ours[name], np.float64), np.asarray(expected, np.float64)
@@ -128,32 +133,36 @@ def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping
     return Agreement(component, title, outputs, float(np.max(differences)))
 
 
-def _their_outputs(folder: Path, family: Family, inputs: Inputs, dtype: str | None, variant: str | None) -> Outputs:
+def _torch_outputs(
+    directory: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
+) -> Outputs:
     import torch
 
-    library = importlib.import_module("diffusers" if family.file_name == DIFFUSERS_NAME else "transformers")
-    # Of a pipeline not every model has the variant, and PyTorch does not look further.
-    found = variant if f".{variant}." in model_file(folder, variant).name else None
+    library = importlib.import_module("diffusers" if architecture.file_name == DIFFUSERS_NAME else "transformers")
+    # Not every model of a pipeline has the variant, and PyTorch does not fall back to the plain files.
+    found = variant if f".{variant}." in model_file(directory, variant).name else None
     tensors = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
     with _silent_libraries(), torch.no_grad():
-        reads: Any = getattr(library, family.torch_class).from_pretrained
-        model = reads(folder, dtype=torch.float32, variant=found, use_safetensors=True, local_files_only=True).eval()
+        reads: Any = getattr(library, architecture.torch_class).from_pretrained
+        model = reads(directory, dtype=torch.float32, variant=found, use_safetensors=True, local_files_only=True).eval()
         for tensor in model.state_dict().values() if dtype else ():
             if tensor.is_floating_point():
                 tensor.copy_(tensor.to(getattr(torch, str(dtype))))
-        return {name: tensor.numpy() for name, tensor in PROBES[family].theirs(model, tensors).items()}
+        return {name: tensor.numpy() for name, tensor in PROBES[architecture].run_torch(model, tensors).items()}
 
 
-def _our_outputs(folder: Path, family: Family, inputs: Inputs, dtype: str | None, variant: str | None) -> Outputs:
-    config = read_json(folder / "config.json")
-    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: family.make(config)))
-    cpu = SingleDeviceSharding(jax.devices("cpu")[0])  # accelerators shorten float32 in products of matrices
+def _jax_outputs(
+    directory: Path, architecture: Architecture, inputs: Inputs, dtype: str | None, variant: str | None
+) -> Outputs:
+    config = read_json(directory / "config.json")
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: architecture.make(config)))
+    cpu = SingleDeviceSharding(jax.devices("cpu")[0])  # accelerators reduce the precision of float32 matmuls
     shardings = jax.tree.map(lambda _: cpu, abstract)
-    stored = nnx.state(load_model(folder, family, FLOATS[dtype or "float32"], shardings, variant))
+    stored = nnx.state(load_model(directory, architecture, FLOATS[dtype or "float32"], shardings, variant))
     state = jax.tree.map(_in_float32, stored)
     del stored
-    answers = jax.jit(lambda state: PROBES[family].ours(nnx.merge(graphdef, state), inputs))(state)
-    return {name: np.asarray(array) for name, array in answers.items()}
+    outputs = jax.jit(lambda state: PROBES[architecture].run_jax(nnx.merge(graphdef, state), inputs))(state)
+    return {name: np.asarray(array) for name, array in outputs.items()}
 
 
 def _in_float32(leaf: jax.Array) -> jax.Array:
@@ -162,7 +171,7 @@ def _in_float32(leaf: jax.Array) -> jax.Array:
 
 @contextmanager
 def _silent_libraries() -> Iterator[None]:
-    """Keeps the advice and the progress bars of diffusers and transformers off the terminal, and of nobody else."""
+    """Suppresses the messages and progress bars of diffusers and transformers only."""
     loggers = [importlib.import_module(f"{name}.utils.logging") for name in ("diffusers", "transformers")]
     before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
     try:
@@ -179,22 +188,22 @@ def _silent_libraries() -> Iterator[None]:
 
 
 def agreement_table(agreements: Sequence[Agreement]) -> Table:
-    """One row for each model that was run in both frameworks."""
+    """Returns a table with one row per model that was run in both frameworks."""
     caption = f"agree: at most {TOLERANCE:g} of the largest value of an output, in float32"
     table = Table("model", "architecture", title="our outputs and PyTorch's", caption=caption)
     for column in ("largest difference", "relative"):
         table.add_column(column, justify="right")
     table.add_column("")
     for agreement in agreements:
-        apart = ", ".join(agreement.apart)
-        verdict, style = (f"differ: {apart}", "red") if apart else ("agree", None)
+        differing = ", ".join(agreement.differing)
+        verdict, style = (f"differ: {differing}", "red") if differing else ("agree", None)
         numbers = f"{agreement.largest:.2g}", f"{agreement.relative:.2g}"
         table.add_row(agreement.component, agreement.title, *numbers, verdict, style=style)
     return table
 
 
 def agreement_list(agreements: Sequence[Agreement]) -> list[dict[str, Any]]:
-    """The same for scripts; null for a difference that is no number, because JSON has no NaN."""
+    """Returns the differences for JSON; null in place of a NaN, which JSON does not have."""
 
     def number(value: float) -> float | None:
         return value if math.isfinite(value) else None

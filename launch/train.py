@@ -33,6 +33,8 @@ def main() -> int:
             worker.send_signal(number)
 
         signal.signal(signal.SIGTERM, hand_on)
+        # A terminal sends Ctrl-C to the worker too, which saves; handed on, it would be a second one, which ends it.
+        signal.signal(signal.SIGINT, lambda *_: None)
         code = worker.wait()
         if code in _LOST:
             print("clvr: another host was lost, so this one ended too; start all again with --resume", file=sys.stderr)

@@ -283,7 +283,7 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
     def fail(prompt, model):
         raise ValueError("first\nsecond")
 
-    monkeypatch.setattr("clvr_jax.commands.drawing._check_request", fail)
+    monkeypatch.setattr("clvr_jax.commands.prompts.check_request", fail)
     assert main(["sample", PROMPT]) == 1
     assert complaint(capsys) == "clvr: ValueError: first second; --debug shows where"
 
@@ -292,7 +292,7 @@ def test_interrupting_exits_with_130(monkeypatch, capsys):
     def interrupt(prompt, model):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clvr_jax.commands.drawing._check_request", interrupt)
+    monkeypatch.setattr("clvr_jax.commands.prompts.check_request", interrupt)
     assert main(["generate", PROMPT]) == 130
     assert complaint(capsys) == "clvr: interrupted"
 
@@ -342,7 +342,9 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
             )
 
     images = []
-    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name, verifier=None: Scripted(None, None))
+    monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name, **options: Scripted(None, None))
+    (model / "controller").mkdir()
+    (model / "controller" / "config.json").write_text('{"model_type": "qwen3_vl"}')
     command = ["generate", PROMPT + " and a dragon", "--model", str(model), "--verification", "controller"]
     assert main([*command[:1], PROMPT, *command[2:], "--out", "first"]) == 0
     captured = capsys.readouterr()
@@ -380,12 +382,12 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
 
 
 def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):
-    from clvr_jax.commands.drawing import _check_request
+    from clvr_jax.commands.prompts import check_request
 
-    assert _check_request("a red dragon, a RED Circle and a wyvern", str(model)) == ["dragon", "wyvern"]
+    assert check_request("a red dragon, a RED Circle and a wyvern", str(model)) == ["dragon", "wyvern"]
     assert "dragon, wyvern" in capsys.readouterr().err
     (model / "clvr.json").unlink()
-    assert _check_request("a red dragon", str(model)) == []
+    assert check_request("a red dragon", str(model)) == []
     assert capsys.readouterr().err == ""
 
 

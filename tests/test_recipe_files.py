@@ -1,6 +1,9 @@
 import dataclasses
 from pathlib import Path
 
+import pytest
+
+from clvr_jax.errors import ClvrError
 from clvr_jax.recipe_files import plain, rebuilt
 
 
@@ -21,3 +24,17 @@ def test_a_configuration_comes_back_with_its_types():
     config = Config(Path("runs/x"), "x", Inner((3,), Path("b")))
     assert rebuilt(Config(), plain(config)) == config
     assert rebuilt(config, plain(Config())) == Config()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (3, "the configuration must be an object, got 3"),
+        ({"inner": None}, "inner must be an object"),
+        ({"inner": {"sizes": 4}}, "sizes must be a list, got 4"),
+        ({"inner": {"where": ["a"]}}, "where must be a text, got a list of 1"),
+    ],
+)
+def test_values_of_another_type_are_refused_by_the_name_of_their_field(values, said):
+    with pytest.raises(ClvrError, match=said):
+        rebuilt(Config(), values)

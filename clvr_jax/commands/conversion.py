@@ -45,7 +45,7 @@ class Convert:
     def run(self) -> Result:
         """Plans, and converts unless it is a dry run."""
         from clvr_jax.convert.conversion import convert
-        from clvr_jax.convert.hub import local_folder, model_files
+        from clvr_jax.convert.hub import local_directory, model_files
         from clvr_jax.convert.planning import plan
         from clvr_jax.convert.report import conversion_table, tensor_list
 
@@ -56,7 +56,7 @@ class Convert:
             from clvr_jax.convert.verify import check_torch
 
             check_torch()  # before minutes are spent
-        source = local_folder(self.source, allow_patterns=model_files(self.variant))
+        source = local_directory(self.source, allow_patterns=model_files(self.variant))
         if (source / "checkpoints").is_dir():
             return self._export(source)
         conversion = plan(source, self.to, self.dtype, self.variant)
@@ -88,8 +88,6 @@ class Convert:
             raise UsageError(
                 f"{run}: a training run is exported with --to torch and no other option; convert that then"
             )
-        if self.destination.exists():
-            raise UsageError(f"{self.destination}: exists already; choose another name or remove it")
         with console.status(f"exporting {run}"):
             step = export_run(run, self.destination)
         data = {"source": str(run), "to": self.to, "step": step, "out": str(self.destination)}

@@ -96,18 +96,26 @@ class _EvalBenchmark(abc.ABC):
     def run(self) -> Result:
         """Draws, scores, and writes results.json."""
         prepare_jax()
-        from clvr_jax.evaluation.benchmarks.images import load_external, load_generated
-        from clvr_jax.evaluation.benchmarks.summary import table
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
 
         benchmark = self.benchmark()
         check_folder(self.out)
         if self.scorer:
             self.check_scorer()
+        share = (0, 1) if self.images or self.score_only else self._share()
+        with locked_output(self.out, share):
+            return self._run(benchmark, share)
+
+    def _run(self, benchmark: "Benchmark", share: tuple[int, int]) -> Result:
+        """Generates a share of the images, and scores them unless other processes generate the rest."""
+        from clvr_jax.evaluation.benchmarks.images import load_external, load_generated
+        from clvr_jax.evaluation.benchmarks.summary import table
+
         if self.images:
             samples = self.samples or benchmark.samples
             pictures = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
-        elif self.score_only or self._draw(benchmark):
+        elif self.score_only or self._draw(benchmark, share):
             pictures = load_generated(benchmark, self.out)
         else:
             advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
@@ -117,23 +125,26 @@ class _EvalBenchmark(abc.ABC):
         data = {key: value for key, value in results.items() if key != "pictures"}
         return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
 
-    def _draw(self, benchmark: "Benchmark") -> bool:
+    def _share(self) -> tuple[int, int]:
+        """Returns which share of the images this process generates, and the number of shares."""
+        if self.share:
+            number, _, count = self.share.partition("/")
+            return int(number), int(count)
+        import jax
+
+        from clvr_jax.training.distributed import Cluster
+
+        Cluster().initialize()
+        return jax.process_index(), jax.process_count()
+
+    def _draw(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
         """Draws what is missing. Returns: whether it is to be scored now."""
         from clvr_jax.evaluation.benchmarks.images import generate_images
-        from clvr_jax.training.distributed import Cluster
 
         samples = self.samples or benchmark.samples
         benchmark.check_samples(samples)
         self.system.check()
         items = self._items(benchmark)
-        if self.share:
-            number, _, count = self.share.partition("/")
-            share = int(number), int(count)
-        else:
-            import jax
-
-            Cluster().initialize()
-            share = jax.process_index(), jax.process_count()
         system = self.system.build()
         with _told(f"{benchmark.title}, {self.system.title}") as on_progress:
             generate_images(
@@ -258,6 +269,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             in_flight=self.judge_in_flight,
             max_tokens=self.judge_tokens,
             prices=Prices(*self.judge_prices),
+            max_seconds=self.judge_max_seconds,
         )
 
 

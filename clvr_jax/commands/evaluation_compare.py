@@ -27,13 +27,15 @@ class EvalCompare:
         """Compares and writes the report."""
         from clvr_jax.evaluation.comparison import compare_systems, load_systems
         from clvr_jax.evaluation.comparison_report import systems_table, write_comparison
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.plots import can_plot
 
         systems = load_systems(self.results)
         check_folder(self.out)
         comparison = compare_systems(systems)
-        files = write_comparison(comparison, self.out)
+        with locked_output(self.out):
+            files = write_comparison(comparison, self.out)
         if not can_plot():
             console.print("[yellow]note:[/] no plots: matplotlib is not installed (pip install 'clvr-jax[plots]')")
         return Result({**comparison, "out": str(self.out), "files": files}, systems_table(comparison))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -51,14 +51,29 @@ class EvalPlanning:
         from rich.table import Table
 
         from clvr_jax.evaluation import planning
-        from clvr_jax.files import write_atomically, write_json
+        from clvr_jax.files import write_json, write_text
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
+
+        check_folder(self.out)
+        with locked_output(self.out):
+            found = self._planned()
+            write_text(self.out / "planning.md", planning.markdown(found))
+            write_json(self.out / "results.json", found)
+        header, *rows = planning.table(found["summary"])
+        table = Table(*header, title=f"Planning benchmark: {self.model}")
+        for row in rows:
+            table.add_row(*row)
+        return Result({key: value for key, value in found.items() if key != "plans"} | {"out": str(self.out)}, table)
+
+    def _planned(self) -> dict[str, Any]:
+        """Plans all prompts; returns the content of results.json."""
+        from clvr_jax.evaluation import planning
         from clvr_jax.pipelines.closed_loop import VLMController
         from clvr_jax.pipelines.verifier import Verifier, controller_directory
         from clvr_jax.pipelines.vlm import Qwen3VLPipeline
         from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 
-        check_folder(self.out)
         directory, is_trained = controller_directory(self.model)
         vlm = Qwen3VLPipeline.from_pretrained(directory)
         prompts = self._prompts()
@@ -69,16 +84,9 @@ class EvalPlanning:
             retries=self.retries,
             seed=self.seed,
         )
-        found = planning.results(
+        return planning.results(
             planned, prompts, model=self.model, prompts=self.split, seed=self.seed, retries=self.retries
         )
-        write_atomically(self.out / "planning.md", planning.markdown(found).encode())
-        write_json(self.out / "results.json", found)
-        header, *rows = planning.table(found["summary"])
-        table = Table(*header, title=f"Planning benchmark: {self.model}")
-        for row in rows:
-            table.add_row(*row)
-        return Result({key: value for key, value in found.items() if key != "plans"} | {"out": str(self.out)}, table)
 
     def _prompts(self) -> "list[Metadata]":
         from clvr_jax.evaluation.statistics import spread

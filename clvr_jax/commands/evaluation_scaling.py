@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -68,8 +68,8 @@ class EvalScaling:
         """Generates missing images, computes the curves, and writes the report."""
         from clvr_jax.evaluation.compare import parse_named_path
         from clvr_jax.evaluation.run_directory import RunDirectory
-        from clvr_jax.evaluation.scaling import from_trajectories
-        from clvr_jax.evaluation.scaling_report import scaling_table, write_scaling
+        from clvr_jax.evaluation.scaling_report import scaling_table
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.plots import can_plot
 
@@ -77,13 +77,21 @@ class EvalScaling:
         for directory in given.values():
             directory.identity()
         check_folder(self.out)
-        directories = {**(self._generate() if self.model else {}), **given}
-        with progress("scaling, judging images", len(directories)) as advance:
-            scaling = from_trajectories(directories, advance)
-        files = write_scaling(scaling, self.out)
+        with locked_output(self.out):
+            scaling, files = self._report(given)
         if not can_plot():
             console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
         return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling))
+
+    def _report(self, given: "dict[str, RunDirectory]") -> tuple[dict[str, Any], list[str]]:
+        """Generates missing images; returns the curves, and the names of the files that were written."""
+        from clvr_jax.evaluation.scaling import from_trajectories
+        from clvr_jax.evaluation.scaling_report import write_scaling
+
+        directories = {**(self._generate() if self.model else {}), **given}
+        with progress("scaling, judging images", len(directories)) as advance:
+            scaling = from_trajectories(directories, advance)
+        return scaling, write_scaling(scaling, self.out)
 
     def _generate(self) -> dict[str, "RunDirectory"]:
         """Returns the directory of a finished run for each mode."""

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 from rich.console import Group
@@ -44,16 +44,31 @@ class EvalShapes:
         prepare_jax()
         from clvr_jax.evaluation.compare import compare, comparison_table, load_results
         from clvr_jax.evaluation.report import rich_table
-        from clvr_jax.evaluation.shapes import measure, shapes_prompts
+        from clvr_jax.evaluation.shapes import shapes_prompts
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
 
         other = load_results(self.against) if self.against else None  # before minutes are spent
         self.system.check()
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
         check_folder(self.out)
-        system = self.system.build(metadata)
         prompts = self.prompts.name if self.prompts else self.split
         title = f"shapes {prompts}, {self.system.title}"
+        with locked_output(self.out):
+            results = self._measure(metadata, prompts, title)
+        data = {key: value for key, value in results.items() if key != "pictures"}
+        table = rich_table(results["summary"], title)
+        if other is None:
+            return Result({**data, "out": str(self.out)}, table)
+        comparison = compare(other, results)
+        both = Group(table, comparison_table(comparison, str(self.against), str(self.out)))
+        return Result({**data, "out": str(self.out), "comparison": comparison}, both)
+
+    def _measure(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
+        """Generates what is missing and scores it; returns the content of results.json."""
+        from clvr_jax.evaluation.shapes import measure
+
+        system = self.system.build(metadata)
         with contextlib.ExitStack() as stack:
             advance: Callable[[int], None] | None = None
 
@@ -63,7 +78,7 @@ class EvalShapes:
                     advance = stack.enter_context(progress(title, total, done))
                 advance(done)
 
-            results = measure(
+            return measure(
                 system,
                 metadata,
                 self.out,
@@ -72,10 +87,3 @@ class EvalShapes:
                 seed=self.system.seed,
                 on_progress=on_progress,
             )
-        data = {key: value for key, value in results.items() if key != "pictures"}
-        table = rich_table(results["summary"], title)
-        if other is None:
-            return Result({**data, "out": str(self.out)}, table)
-        comparison = compare(other, results)
-        both = Group(table, comparison_table(comparison, str(self.against), str(self.out)))
-        return Result({**data, "out": str(self.out), "comparison": comparison}, both)

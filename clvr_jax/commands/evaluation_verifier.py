@@ -12,6 +12,7 @@ from clvr_jax.commands.judge_options import JudgeOptions
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
+    from clvr_jax.evaluation.verifier.cases import Case
     from clvr_jax.reasoning.model_verifier import ModelVerifier
 
 _DEFAULT_MODEL = "shapes-tiny"
@@ -83,12 +84,10 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
     def run(self) -> Result:
         """Makes the images, has them verified, and writes results.json and verifier.md."""
         prepare_jax()
-        from functools import partial
-
-        from clvr_jax.evaluation.verifier.generated import load_generator
         from clvr_jax.evaluation.verifier.image_directory import labeled_images
         from clvr_jax.evaluation.verifier.report import rich_results
-        from clvr_jax.evaluation.verifier.run import check_out, evaluate
+        from clvr_jax.evaluation.verifier.run import check_out
+        from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.pipelines.registry import resolve
 
@@ -97,8 +96,20 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         images = labeled_images(self.images) if self.images else []
         for name in self.generators:
             resolve(name)
+        with locked_output(self.out):
+            results = self._evaluate(images)
+        data = {key: value for key, value in results.items() if key != "cases"}
+        return Result({**data, "out": str(self.out)}, rich_results(results))
+
+    def _evaluate(self, images: "list[Case]") -> dict[str, Any]:
+        """Has the images verified; returns the content of results.json."""
+        from functools import partial
+
+        from clvr_jax.evaluation.verifier.generated import load_generator
+        from clvr_jax.evaluation.verifier.run import evaluate
+
         verifier, settings = self._verifier()
-        results = evaluate(
+        return evaluate(
             verifier,
             self.out,
             count=self.count,
@@ -109,8 +120,6 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             batch_size=self.batch_size,
             exact_requirements=self.requirements == "exact",
         )
-        data = {key: value for key, value in results.items() if key != "cases"}
-        return Result({**data, "out": str(self.out)}, rich_results(results))
 
     def _verifier(self) -> "tuple[ModelVerifier, dict[str, Any]]":
         """The verifier, and what identifies it."""
@@ -125,6 +134,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
                 self.judge_key_variable or None,
                 max_in_flight=self.judge_in_flight,
                 prices=Prices(*self.judge_prices),
+                max_seconds=self.judge_max_seconds,
             )
             mode = self.mode or "ask"
             verifier = ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.judge_tokens or 512)

@@ -29,6 +29,8 @@ class JudgeOptions:
     counted if not given."""
     judge_tokens: Count = None
     """Allow this many tokens in a reply; the benchmark's own number if not given. Judges that think first need more."""
+    judge_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --judge-url, however slowly it comes."""
     judge_in_flight: int = 64
     """Send at most this many questions to the judge at a time."""
 

@@ -15,7 +15,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.outputs import check_folder
 
 if TYPE_CHECKING:
-    from clvr_jax.merging.norms import Sums
+    from clvr_jax.merging.norms import DeltaStatistics
     from clvr_jax.merging.planning import Merge as Planned
     from clvr_jax.merging.sources import Origin
 
@@ -78,10 +78,10 @@ class Merge:
         if not self.dry_run:
             check_folder(self.out)  # before anything is fetched
         from clvr_jax.convert.lora_file import FILE_NAME, PEFT_NAME
-        from clvr_jax.merging.folders import merge
         from clvr_jax.merging.methods import Settings
         from clvr_jax.merging.planning import plan_merge
         from clvr_jax.merging.report import plan_list, plan_table
+        from clvr_jax.merging.streaming import merge
 
         prepare_jax()
         settings = Settings(self.method, *weights, self.density, self.seed)
@@ -89,7 +89,7 @@ class Merge:
         plan = plan_merge(*origins, settings, force=self.force, ignore_text_encoder=self.ignore_text_encoder)
         for note in plan.notes:
             console.print(f"[yellow]note:[/] {note}")
-        tensors = len(plan.base.component.pieces)
+        tensors = len(plan.base.component.slices)
         data: dict[str, Any] = {
             "method": self.method,
             "inputs": {"base": self.base, "distill": self.distill, "align": self.align},
@@ -118,16 +118,16 @@ class Merge:
             )
         return self._result(data, sums)
 
-    def _finish(self, plan: "Planned", folder: Path, sums: Mapping[str, "Sums"]) -> None:
-        """Writes recipe, card and report; says on the way what may not be done with the model."""
+    def _finish(self, plan: "Planned", folder: Path, sums: Mapping[str, "DeltaStatistics"]) -> None:
+        """Writes merge.json, model card and report; prints a warning for a non-commercial license."""
         from clvr_jax.convert.model_card import license_of_all
-        from clvr_jax.merging.recipe import models_in, write_recipe
+        from clvr_jax.merging.provenance import models_in, write_provenance
         from clvr_jax.merging.report import write_report
 
         terms = license_of_all(models_in(folder))
         if terms.commercial is False:
             console.print(f"[yellow]license:[/] {terms.notice}", highlight=False)
-        write_recipe(plan, folder, self.out.name, self._command(), sums)
+        write_provenance(plan, folder, self.out.name, self._command(), sums)
         if self.report:
             write_report(folder, sums)
 
@@ -142,11 +142,11 @@ class Merge:
             words.append("--ignore-text-encoder")
         return " ".join([*words, f"--out {self.out}"])
 
-    def _result(self, data: dict[str, Any], sums: Mapping[str, "Sums"]) -> Result:
+    def _result(self, data: dict[str, Any], sums: Mapping[str, "DeltaStatistics"]) -> Result:
         from clvr_jax.merging.norms import total
         from clvr_jax.merging.report import report_table
 
-        data |= {"out": str(self.out), "norms": total(sums.values()).described()}
+        data |= {"out": str(self.out), "norms": total(sums.values()).to_json()}
         return Result(data, report_table(sums) if self.report else str(self.out))
 
 
@@ -177,14 +177,14 @@ def parse_weight(option: str, given: tuple[str, ...]) -> float | dict[str, float
 
 def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
     """A path, or a Hugging Face id, as a place; with `also`, its transformer, scheduler and those files are enough."""
-    from clvr_jax.convert.hub import local_folder, model_files
-    from clvr_jax.merging.sources import PAINTERS, Origin
+    from clvr_jax.convert.hub import local_directory, model_files
+    from clvr_jax.merging.sources import GENERATORS, Origin
 
     patterns = model_files()
     if also is not None:
-        own = [pattern.replace("*/", f"{name}/") for pattern in patterns for name in PAINTERS]
+        own = [pattern.replace("*/", f"{name}/") for pattern in patterns for name in GENERATORS]
         patterns = (*dict.fromkeys(own), *also)
-    path = local_folder(source, allow_patterns=patterns)
+    path = local_directory(source, allow_patterns=patterns)
     return Origin(source, path, None if Path(source).expanduser().exists() else path.name)
 
 

@@ -10,6 +10,7 @@ import tyro
 from clvr_jax.arguments import at_least_one, check_guidance, check_seed
 from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Count, Folder, Guidance
+from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,6 +50,10 @@ class SystemOptions:
     """With --mode one-shot: number of sampler steps; the model's own number if not given."""
     guidance: Guidance = None
     """With --mode one-shot: scale of classifier-free guidance; the model's own if not given."""
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
+    """Generate images of this height and width in pixels, or of this number for both; the model's own size if not
+    given."""
+    loading: Loading = field(default_factory=LoadOptions)
     seed: int = 0
     """The same seed gives the same images."""
     pictures: Folder = None
@@ -69,6 +74,11 @@ class SystemOptions:
     picture_format: Literal["b64_json", "url"] | None = None
     """Ask --endpoint to return images in this form; the request does not name one if not given, as GPT-Image requires.
     """
+    image_hosts: Annotated[tuple[str, ...], tyro.conf.arg(metavar="HOST ...")] = ()
+    """Fetch images from these hosts as well if --endpoint returns addresses: hosts of the own network, and hosts that
+    addresses redirect to."""
+    endpoint_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole response of --endpoint, however slowly it comes."""
     sends_seed: bool = False
     """Send a seed with each request to --endpoint, which not every server accepts."""
     picture_price: float = 0.0
@@ -81,6 +91,8 @@ class SystemOptions:
     """Environment variable with the key of --controller-endpoint; "" for a server without keys."""
     controller_tokens: Count = None
     """Most tokens of a reply of --controller-endpoint, for models that think first; 1024 if not given."""
+    controller_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --controller-endpoint, however slowly it comes."""
     controller_prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
     """Dollars that --controller-endpoint charges for a million input tokens and for a million output tokens; the cost
     is not counted if not given."""
@@ -112,6 +124,10 @@ class SystemOptions:
                 )
             if self.budget.candidates < 2:
                 raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
+        if self.size is not None:
+            parse_size(self.size)
+        if (self.endpoint or self.pictures) and (self.size is not None or self.loading != LoadOptions()):
+            raise UsageError("--size, --dtype, --lora and --mesh are for our own models")
         if self.endpoint and self.pictures:
             raise UsageError("--endpoint and --pictures are two systems; give one of them")
         if self.pictures and self.mode != "one-shot":
@@ -136,6 +152,11 @@ class SystemOptions:
 
         if not self.endpoint and not self.pictures:
             resolve(self.model)
+            check_model_size(self._size, self.model)
+
+    @property
+    def _size(self) -> tuple[int, int] | None:
+        return None if self.size is None else parse_size(self.size)
 
     def build(self, metadata: Sequence[Mapping[str, Any]] = ()) -> "System":
         """The system, its models loaded.
@@ -157,7 +178,7 @@ class SystemOptions:
         from clvr_jax.evaluation.systems import one_shot, planned
 
         if self.mode == "one-shot":
-            return one_shot(self.model, self.steps, self.guidance)
+            return one_shot(self.model, self.steps, self.guidance, size=self._size, **self.loading.arguments())
         given, name = self._controller(metadata)
         return planned(
             self.model,
@@ -168,6 +189,8 @@ class SystemOptions:
             verification=self.verification,
             verifier=self.verifier,
             is_blind=self.blind,
+            size=self._size,
+            **self.loading.arguments(),
         )
 
     def _controller(self, metadata: Sequence[Mapping[str, Any]]) -> "tuple[Controller | None, str]":
@@ -197,6 +220,7 @@ class SystemOptions:
                 self.controller_key_variable or None,
                 max_in_flight=self.in_flight,
                 prices=Prices(*self.controller_prices),
+                max_seconds=self.controller_max_seconds,
             )
         )
 
@@ -212,6 +236,8 @@ class SystemOptions:
                 max_in_flight=self.in_flight,
                 timeout=300.0,
                 prices=Prices(picture=self.picture_price),
+                max_seconds=self.endpoint_max_seconds,
+                image_hosts=self.image_hosts,
             ),
             size=(self.picture_size[0], self.picture_size[1]) if self.picture_size else None,
             references=self.picture_references,

@@ -40,6 +40,8 @@ class EndpointOptions:
     """Environment variable with the key of --url; "" for a server without keys."""
     in_flight: int = 16
     """Send at most this many requests to --url at a time."""
+    max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --url, however slowly it comes."""
     max_tokens: Count = None
     """Allow this many tokens in a reply of --url; 512 if not given. Models that think first need more."""
     prices: Annotated[tuple[float, ...], tyro.conf.arg(metavar="READ WRITTEN")] = ()
@@ -68,6 +70,7 @@ class EndpointOptions:
             self.key_variable or None,
             max_in_flight=self.in_flight,
             prices=Prices(*self.prices),
+            max_seconds=self.max_seconds,
         )
         return ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.max_tokens or 512)
 

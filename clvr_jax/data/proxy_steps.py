@@ -29,8 +29,8 @@ class ProxyStep:
     """A step to draw for, the key of a group.
 
     number: among all steps of the dataset that have proxies. record: of the dataset. history: earlier steps of the
-    trajectory whose pictures condition the drawing, in order. text: that conditions it. last_text: what was said last.
-    proxies: the dataset's, None where it has none.
+    trajectory whose pictures condition the drawing, in order. text: that conditions it, whole, however long it is.
+    last_text: what was said last. proxies: the dataset's, None where it has none.
     """
 
     number: int

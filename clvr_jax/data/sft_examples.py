@@ -12,15 +12,17 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from clvr_jax.console import console
 from clvr_jax.data.batch_plan import length_bounds
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation, supervised_tokens
+from clvr_jax.data.histories import FittedHistory, fit_history
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.text import bucket_for, encode_prompts, prompt_tokens
+from clvr_jax.data.text import bucket_for, encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
-from clvr_jax.reasoning.context import chat_messages, drawing_text
+from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.images import Picture, as_pil, pixels
 from clvr_jax.reasoning.trajectory import Trajectory, Verdict
 
@@ -77,10 +79,14 @@ class DrawingExamples:
       dataset: the pictures of a trajectory must be of one size.
       tokenizer: of the text encoder.
       dropout: share of texts replaced by the empty one, for guidance. The references stay.
-      text_buckets: lengths that texts are padded to, and cut to at the last, as the pipeline does. () chooses the
-        fewest that keep padding under `max_padding`, multiples of 8 where that is possible.
+      text_buckets: lengths that texts are padded to, each to its own, as the pipeline does; a history that is longer
+        loses its oldest replies, as in the pipeline. () chooses the fewest that keep padding under `max_padding`,
+        multiples of 8 where that is possible.
       max_corrupt: see `TrajectoryDataset.scan`.
-    Raises: UsageError for a dropout outside of [0, 1]; ClvrError if there is no drawing, or pictures differ in size.
+    Raises: UsageError for a dropout outside of [0, 1]; ClvrError if there is no drawing, pictures differ in size, or a
+      prompt with its instruction is longer than all buckets.
+
+    left_out: how many samples are without their oldest replies.
     """
 
     def __init__(
@@ -96,6 +102,8 @@ class DrawingExamples:
         if not 0 <= dropout <= 1:
             raise UsageError(f"drawing examples: dropout must lie in [0, 1], got {dropout}")
         self._dataset, self._tokenizer, self._dropout = dataset, tokenizer, dropout
+        self._limit = max(text_buckets, default=None)
+        self.left_out = 0
         samples = [
             Sample(number, record.id, step, (step, *size), length)
             for number, record in dataset.scan(max_corrupt)
@@ -103,19 +111,32 @@ class DrawingExamples:
             for step, length in zip(target_places(record), self._lengths(record), strict=True)
         ]
         self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
+        if self.left_out:
+            console.print(
+                f"{dataset.folder}: {self.left_out} of {len(samples)} histories are longer than {self._limit} tokens; "
+                "their oldest replies are left out"
+            )
 
     def _lengths(self, record: TrajectoryRecord) -> list[int]:
-        prompt, (replies, _) = record.trajectory.prompt, _history(record.trajectory)
-        texts = [drawing_text(prompt, replies[: step + 1]) for step in target_places(record)]
-        return [len(tokens) for tokens in prompt_tokens(self._tokenizer, texts)] if texts else []
+        fitted = [self._fitted(record.id, record.trajectory, step) for step in target_places(record)]
+        self.left_out += sum(history.left_out > 0 for history in fitted)
+        return [history.length for history in fitted]
+
+    def _fitted(self, name: str, trajectory: Trajectory, step: int) -> FittedHistory:
+        """The text of image `step`."""
+        replies, _ = _history(trajectory)
+        try:
+            return fit_history(self._tokenizer, trajectory.prompt, replies[: step + 1], self._limit)
+        except ClvrError as error:
+            raise ClvrError(f"trajectory {name}, image {step}: {error}") from error
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
         """ids and mask (b, t) int32, references (b, r, h, w, 3) and target (b, h, w, 3) uint8."""
         texts, pictures = [], []
         for sample, rng in zip(samples, rngs, strict=True):
             trajectory = self._dataset[sample.record].trajectory
-            replies, shown = _history(trajectory)
-            text = drawing_text(trajectory.prompt, replies[: sample.step + 1])
+            _, shown = _history(trajectory)
+            text = self._fitted(sample.id, trajectory, sample.step).text
             texts.append("" if rng.random() < self._dropout else text)
             pictures.append(np.stack(_decoded(sample, shown[: sample.step + 1])))
         ids, mask = encode_prompts(self._tokenizer, texts, (samples[0].padded,))

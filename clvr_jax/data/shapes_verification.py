@@ -71,8 +71,8 @@ CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
 BARE_CHECKLIST = 0.5
 """Share of plans that are made from requirements below a prompt that asks for nothing."""
-_TINT = 28.0
-"""Greatest change of an object's color in each channel, out of 255."""
+_TINT = 44.0
+"""Greatest distance of an object's color from the named one, in units of the channels, which have 256 levels."""
 _SOFTNESS = 0.6
 """Greatest standard deviation of the blur of soft edges, in pixels."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -179,7 +179,9 @@ def tinted(canvas: Canvas, rng: np.random.Generator) -> Image:
     image = canvas.render().astype(np.float32)
     for item in canvas.scene.objects:
         rows, columns, x, y = window(item)
-        image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * rng.uniform(-_TINT, _TINT, 3)
+        direction = rng.normal(size=3)
+        change = rng.uniform(0, _TINT) * direction / np.linalg.norm(direction)
+        image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * change
     sigma = rng.uniform(0.0, _SOFTNESS)
     changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
     return changed if _same_content(detect(changed), canvas.reading()) else canvas.render()

@@ -146,8 +146,10 @@ def check_prompt(prompt: str) -> None:
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `length`, or the largest bucket if none does (the text is then cut)."""
-    return next((bucket for bucket in sorted(buckets) if bucket >= length), max(buckets))
+    """The smallest bucket that holds `length` tokens. Raises: ClvrError if none does."""
+    if length > max(buckets):
+        raise ClvrError(f"the text takes {length:,} tokens, more than the {max(buckets):,} that are read; shorten it")
+    return min(bucket for bucket in buckets if bucket >= length)
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
@@ -162,16 +164,17 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as `prompt_tokens`, cut or padded on the right to one length.
+    """Prompts as `prompt_tokens`, padded on the right to one length. Nothing is cut: see `histories.fit_history`.
 
     Args:
       tokenizer: transformers tokenizer with a chat template.
       prompts: user texts; the empty text is the unconditional one.
-      buckets: lengths to pad to; all prompts take the smallest that holds the longest of them. FLUX.2 klein has (512,).
+      buckets: lengths to pad to; all prompts take the smallest that holds the longest of them.
     Returns: ids and mask, each (batch, bucket) int32.
+    Raises: ClvrError for a prompt that is longer than all buckets.
     """
-    # Cut here: a fast tokenizer that is asked to truncate remembers it, and would write it into what it saves.
-    rows = [row[: max(buckets)] for row in prompt_tokens(tokenizer, prompts)]
+    # Padded here: a fast tokenizer that is asked to pad remembers it, and would write it into what it saves.
+    rows = prompt_tokens(tokenizer, prompts)
     length = bucket_for(max(map(len, rows)), buckets)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)
     mask = np.zeros((len(rows), length), np.int32)

@@ -68,6 +68,8 @@ class TrajectoryRecord:
 
     def __post_init__(self) -> None:
         steps = self.trajectory.steps
+        if self.trajectory.given_images:
+            raise ClvrError(f"trajectory {self.id}: starts from images of the user's own, which a record does not hold")
         for name, given in (("checklists", self.checklists), ("proxies", self.proxies)):
             if given and len(given) != len(steps):
                 raise ClvrError(f"trajectory {self.id}: {len(steps)} steps but {len(given)} {name}")

@@ -1,8 +1,9 @@
-"""Flow matching and noise prediction: schedules, solvers, guidance.
+"""Flow matching and noise prediction: forward processes, schedules, solvers, guidance.
 
 Everything takes a function that predicts a velocity or noise; nothing here knows a model.
 """
 
+from clvr_jax.diffusion.forward_process import FlowProcess, ForwardProcess, VariancePreservingProcess, append_dims
 from clvr_jax.diffusion.guidance import guided
 from clvr_jax.diffusion.noise_schedule import NoiseSchedule
 from clvr_jax.diffusion.noise_solvers import Prediction, ddim_solve, euler_noise_solve, lcm_solve
@@ -11,10 +12,14 @@ from clvr_jax.diffusion.solvers import Velocity, euler_solve
 
 __all__ = [
     "KLEIN_SCHEDULE",
+    "FlowProcess",
     "FlowSchedule",
+    "ForwardProcess",
     "NoiseSchedule",
     "Prediction",
+    "VariancePreservingProcess",
     "Velocity",
+    "append_dims",
     "ddim_solve",
     "empirical_mu",
     "euler_noise_solve",

@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import shown
 
 _CHOICES = {
     "beta_schedule": ("scaled_linear", "linear"),
@@ -31,6 +32,8 @@ _FIXED = {
     **dict.fromkeys(("sigma_min", "sigma_max")),
     **{"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
 }
+_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+_MAX_NUMBER = 10**6
 _IGNORED = ("skip_prk_steps", "sample_max_value", "clip_sample_range", "dynamic_thresholding_ratio")
 
 
@@ -53,6 +56,7 @@ class NoiseSchedule:
     timestep_scaling: float = 10.0
 
     def __post_init__(self) -> None:
+        self._check_types()
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ClvrError(f"NoiseSchedule.{name} is {getattr(self, name)!r}; it must be one of {choices}")
@@ -66,6 +70,14 @@ class NoiseSchedule:
                 f"1..num_train_timesteps ({self.num_train_timesteps})"
             )
 
+    def _check_types(self) -> None:
+        """Raises ClvrError for values of another type, which a file of outside may hold, or without reason."""
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            fits = isinstance(value, _TYPES[field.type]) and (field.type is bool or not isinstance(value, bool))
+            if not fits or (field.type in (int, float) and not abs(value) <= _MAX_NUMBER):
+                raise ClvrError(f"NoiseSchedule.{field.name} is {shown(value)}; it is of another type, or out of range")
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any], scheduler: str | None = None) -> Self:
         """`scheduler_config.json` -> NoiseSchedule.
@@ -75,9 +87,9 @@ class NoiseSchedule:
           scheduler: diffusers' class to read it as, whose defaults hold where it is silent; its `_class_name` if None.
         Raises: ClvrError for an unknown class or field, or a feature that the solvers do not have.
         """
-        scheduler = scheduler or config.get("_class_name")
+        scheduler = scheduler or str(config.get("_class_name"))
         if scheduler not in _SILENT:
-            raise ClvrError(f"scheduler_config.json: {scheduler} is not supported, only {', '.join(_SILENT)}")
+            raise ClvrError(f"scheduler_config.json: {scheduler:.80} is not supported, only {', '.join(_SILENT)}")
         names = {field.name for field in dataclasses.fields(cls)}
         values = {}
         for key, value in {**_SILENT[scheduler], **config}.items():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.report import cost_line
-from clvr_jax.files import write_atomically, write_json
+from clvr_jax.files import write_json, write_text
 from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def write_comparison(comparison: Mapping[str, Any], out: Path) -> list[str]:
     """
     plots = _plot(comparison, out) if can_plot() else []
     write_json(out / JSON, comparison)
-    write_atomically(out / MARKDOWN, comparison_markdown(comparison, plots).encode())
+    write_text(out / MARKDOWN, comparison_markdown(comparison, plots))
     return [JSON, MARKDOWN, *plots]
 
 

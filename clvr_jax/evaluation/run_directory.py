@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.system_output import SystemOutput
-from clvr_jax.files import write_atomically, write_json
+from clvr_jax.files import write_atomically, write_json, write_text
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
 from clvr_jax.reasoning.images import Picture, encode_png, pixels, read_image
 from clvr_jax.reasoning.trajectory import Trajectory
@@ -192,7 +192,7 @@ class RunDirectory:
             line = json.dumps(entry, ensure_ascii=False) + "\n"
             path = self.prompt_dir(index) / "metadata.jsonl"
             if not path.exists():
-                write_atomically(path, line.encode())
+                write_text(path, line)
 
     def identity(self) -> dict[str, Any]:
         """Returns the content of benchmark.json. Raises: ClvrError if it is missing or malformed."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.evaluation.markdown import plain, table_lines
-from clvr_jax.files import write_atomically, write_json
+from clvr_jax.files import write_json, write_text
 from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
         _plot(scaling, out)
         files.append(PLOT)
     write_json(out / JSON, scaling)
-    write_atomically(out / MARKDOWN, scaling_markdown(scaling, PLOT in files).encode())
+    write_text(out / MARKDOWN, scaling_markdown(scaling, PLOT in files))
     return files
 
 

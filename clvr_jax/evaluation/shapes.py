@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.generation import complete_samples, generate_missing
 from clvr_jax.evaluation.report import ImageScore, summarize
 from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.evaluation.system_output import GenerateFn
 from clvr_jax.files import write_json
-from clvr_jax.json_input import JsonObject, check_unicode, parse_object, read_lines
+from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.trajectory import package_versions
 
 if TYPE_CHECKING:
@@ -74,25 +74,9 @@ def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | N
       limit: maximum number of prompts, evenly spaced over the set, so that a short run has every tag; None for all.
     Raises: ClvrError for a file that does not have this format.
     """
-    from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+    from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
 
-    return spread(_read_prompts(path) if path else evaluation_prompts(split), limit)
-
-
-def _read_prompts(path: Path) -> list[dict[str, Any]]:
-    from clvr_jax.worlds.shapes.metadata import parse_metadata
-
-    found = []
-    for where, line in read_lines(path):
-        entry = parse_object(line, where)
-        check_unicode(entry.content, where)
-        try:
-            found.append(parse_metadata(entry.content))
-        except ClvrError as error:
-            raise ClvrError(f"{where}: {error}") from error
-    if not found:
-        raise ClvrError(f"{path}: no prompts in this file; write one JSON object per line")
-    return found
+    return spread(read_prompts(path) if path else evaluation_prompts(split), limit)
 
 
 def run(

@@ -6,7 +6,7 @@ import platform
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
@@ -14,6 +14,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier
 from clvr_jax.evaluation.open_loop import OpenLoopController
 from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput
+from clvr_jax.pipelines.loading import lora_path
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
@@ -23,6 +24,9 @@ from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
@@ -47,27 +51,44 @@ class System:
     batch_size: int = 16
 
 
-def one_shot(model: str, steps: int | None = None, guidance: float | None = None) -> System:
+def one_shot(
+    model: str,
+    steps: int | None = None,
+    guidance: float | None = None,
+    *,
+    size: tuple[int, int] | None = None,
+    **loading: Any,
+) -> System:
     """Returns a system that generates one image from each prompt as it is.
 
     Args:
       model: shipped name, directory or Hugging Face id.
       steps: number of sampler steps; the model's default if None.
       guidance: guidance scale; the model's default if None.
+      size: height and width in pixels; the model's default if None.
+      loading: arguments of `Flux2Pipeline.from_pretrained`, such as dtype, mesh and lora.
     """
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
-    pipeline = Flux2Pipeline.from_pretrained(model)
+    pipeline = Flux2Pipeline.from_pretrained(model, **loading)
+    height, width = size or (None, None)
     settings = {
         "mode": "one-shot",
         **_identity(model),
         "steps": steps or pipeline.settings.num_inference_steps,
         "guidance": pipeline.settings.guidance_scale if guidance is None else guidance,
+        **_loaded(pipeline, size, loading),
     }
 
     def generate(prompts: list[str], seeds: list[int]) -> list[Drawing]:
         output = pipeline.draw_each(
-            prompts, [[]] * len(prompts), seeds, num_inference_steps=steps, guidance_scale=guidance
+            prompts,
+            [[]] * len(prompts),
+            seeds,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            height=height,
+            width=width,
         )
         return [Drawing(image, output.nfe) for image in output.images]
 
@@ -84,6 +105,8 @@ def planned(
     verification: VerificationMode | None = None,
     verifier: str | None = None,
     is_blind: bool = False,
+    size: tuple[int, int] | None = None,
+    **loading: Any,
 ) -> System:
     """Returns a system whose controller plans each image; all prompts of a batch advance together.
 
@@ -99,11 +122,14 @@ def planned(
         separate verifier.
       verifier: the model that verifies; the model's own controller in fresh conversations if None.
       is_blind: whether controller and verifier see a blank canvas in place of every image, as an ablation.
+      size: height and width in pixels; the model's default if None.
+      loading: arguments of `ClosedLoopPipeline.from_pretrained`, such as dtype, mesh and lora.
     Raises: ClvrError if the model has no controller and none is given.
     """
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-    pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier)
+    pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier, **loading)
+    sized: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
     accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
     if mode == "open-loop":
         accepts = "none"
@@ -118,7 +144,9 @@ def planned(
 
     def generate(prompts: list[str], seeds: list[int]) -> list[SystemOutput]:
         before = _usage(chosen)
-        trajectories = pipeline.run(prompts, seeds, limits, controller=used, verifier=checks, verification=accepts)
+        trajectories = pipeline.run(
+            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, **sized
+        )
         shares = _usage_per_prompt(before, _usage(chosen), len(prompts))
         return [
             replace(SystemOutput.from_result(trajectory), usage=usage)
@@ -132,6 +160,7 @@ def planned(
         **({} if mode == "open-loop" else {"verification": accepts}),
         **({} if verifier is None else {"verifier": _identity_of_verifier(verifier)}),
         **({"blind": True} if is_blind else {}),
+        **_loaded(pipeline.flux, size, loading),
         **non_default_fields(limits),
     }
     # All candidates of all prompts are generated together; a batch has as many images as without candidates.
@@ -211,6 +240,31 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
     """
     path, transformer = resolve(model)
     return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
+
+
+def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that change images and are not the defaults: size, dtype and LoRAs.
+
+    The mesh is not among them: it changes only rounding.
+    """
+    dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
+    loras = [
+        {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
+        for name, weight in loading.get("lora", ())
+    ]
+    return {
+        **({} if size is None else {"size": list(size)}),
+        **({} if dtype == "float32" else {"dtype": dtype}),
+        **({"lora": loras} if loras else {}),
+    }
+
+
+def _digest_of_lora(path: Path) -> str:
+    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+    digest = hashlib.blake2b(digest_size=8)
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def _identity_of_verifier(model: str) -> dict[str, str]:

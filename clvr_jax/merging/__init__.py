@@ -1,1 +1,1 @@
-"""DSWM: differences of parameter trees, scaled and added."""
+"""Delta-space weight merging (DSWM): scaled sums of the deltas of parameter trees."""

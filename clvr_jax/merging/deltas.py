@@ -1,9 +1,9 @@
-"""Arithmetic of parameter trees: differences, full or low-rank, and their weighted sum on a base (DSWM).
+"""Arithmetic on parameter trees: deltas, full or low-rank, and the weighted sum of a base and its deltas (DSWM).
 
-All arithmetic is float32, whatever the trees are stored in, and each leaf is one compiled expression, so that there is
-never a float32 copy of a whole tree, nor of a leaf where the compiler can fuse. Everything also works under `jax.jit`.
-Results have the base's structure, dtypes and shardings. Leaves that are no floating-point numbers (counters) are no
-weights: they stay the base's, and their delta is 0.
+All arithmetic is float32, regardless of the dtypes of the trees, and each leaf is one compiled expression, so that
+there is never a float32 copy of a complete tree, nor of a leaf if the compiler can fuse. All functions also work under
+`jax.jit`. Results have the base's structure, dtypes and shardings. Leaves that are not floating-point (counters) are
+not weights: they are those of the base, and their delta is 0.
 
 Source: delta-space weight merging of CLVR: W = W_base + w_d (W_distill - W_base) + w_a (W_align - W_base).
 """
@@ -20,19 +20,19 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Path, Tree, by_pattern, dotted, leaves_by_path, some
 
-# One weight for all leaves, or regular expressions searched in their paths ("transformer_blocks.attn.to_q.kernel") and
-# the weight where one is the first to match; elsewhere the weight is 1.
+# One weight for all leaves, or {regular expression: weight}: the first that matches in the path of a leaf, for example
+# "transformer_blocks.attn.to_q.kernel", applies, else 1.
 Weight = ArrayLike | Mapping[str, ArrayLike]
 
 
 def dswm(base: Tree, distill: Tree, align: Tree, distill_weight: Weight = 1.0, align_weight: Weight = 1.0) -> Tree:
-    """base + distill_weight (distill - base) + align_weight (align - base).
+    """Returns base + distill_weight (distill - base) + align_weight (align - base).
 
     Args:
       base, distill, align: full weights of one architecture; NNX states or any trees with the same paths and shapes.
-      distill_weight, align_weight: a number, or {pattern: number} for the leaves that a pattern is found in.
+      distill_weight, align_weight: a number, or {pattern: number} for the leaves whose path contains a match.
     Returns: a tree like `base`.
-    Raises: ClvrError listing leaves that only one side has or whose shapes or kinds differ, and idle patterns.
+    Raises: ClvrError listing leaves that only one tree has or whose shapes or kinds differ, or patterns without a leaf.
     """
     others = {"distill": leaves_by_path(distill), "align": leaves_by_path(align)}
     leaves = leaves_by_path(base)
@@ -43,81 +43,82 @@ def dswm(base: Tree, distill: Tree, align: Tree, distill_weight: Weight = 1.0, a
 
 
 def delta(tuned: Tree, base: Tree) -> Tree:
-    """tuned - base, a tree like `base`. Raises: ClvrError as `dswm` does."""
+    """Returns tuned - base, a tree like `base`. Raises: ClvrError under the same conditions as `dswm`."""
     leaves = leaves_by_path(tuned)
     _check_same(leaves_by_path(base), leaves, "tuned")
     return _map(lambda path, leaf: _difference(leaves[path], leaf), base, counter=jnp.zeros_like)
 
 
 def apply_delta(base: Tree, delta: Tree, weight: Weight = 1.0) -> Tree:
-    """base + weight * delta; with -weight the way back, up to rounding.
+    """Returns base + weight * delta; -weight reverts it, up to rounding.
 
     Args:
       base: full weights.
       delta: a tree like `base`, as the function `delta` returns it, or a LoRA tree, whose pairs are multiplied out.
-      weight: a number, or {pattern: number} for the leaves of `delta` that a pattern is found in.
+      weight: a number, or {pattern: number} for the leaves of `delta` whose path contains a match.
     Returns: a tree like `base`; leaves that a LoRA tree does not adapt are the same arrays.
-    Raises: ClvrError listing leaves that do not match, pairs whose product has not the kernel's shape, idle patterns.
+    Raises: ClvrError listing leaves that do not match, pairs whose product does not have the kernel's shape, or
+      patterns without a leaf.
     """
-    leaves, changes = leaves_by_path(base), leaves_by_path(delta, is_pair)
-    low_rank = any(map(is_pair, changes.values()))
-    _check_same({path: leaves[path] for path in leaves.keys() & changes} if low_rank else leaves, changes, "delta")
-    weights = _weights(weight, changes)
-    return _map(lambda path, leaf: _sum(leaf, changes[path], weights[path]) if path in changes else leaf, base)
+    leaves, deltas = leaves_by_path(base), leaves_by_path(delta, is_pair)
+    low_rank = any(map(is_pair, deltas.values()))
+    _check_same({path: leaves[path] for path in leaves.keys() & deltas} if low_rank else leaves, deltas, "delta")
+    weights = _weights(weight, deltas)
+    return _map(lambda path, leaf: _sum(leaf, deltas[path], weights[path]) if path in deltas else leaf, base)
 
 
-def change_of(tuned: jax.Array, base: jax.Array) -> jax.Array:
-    """tuned - base of one leaf, in float32."""
-    return _wide(tuned) - _wide(base)
+def delta_of(tuned: jax.Array, base: jax.Array) -> jax.Array:
+    """Returns tuned - base of one leaf, in float32."""
+    return _at_least_float32(tuned) - _at_least_float32(base)
 
 
-def with_changes(
+def add_deltas(
     base: jax.Array, distill: jax.Array, align: jax.Array, w_distill: ArrayLike, w_align: ArrayLike
 ) -> jax.Array:
-    """base + w_distill * distill + w_align * align of one leaf, in the base's dtype.
+    """Returns base + w_distill * distill + w_align * align of one leaf, in the base's dtype.
 
     Args:
       base: of any dtype.
-      distill, align: changes of it in float32, of its shape.
+      distill, align: its deltas in float32, of its shape.
       w_distill, w_align: scalars.
     """
     # The two small terms are added first, so that the base is rounded once.
-    return (_wide(base) + (w_distill * distill + w_align * align)).astype(base.dtype)
+    return (_at_least_float32(base) + (w_distill * distill + w_align * align)).astype(base.dtype)
 
 
 @jax.jit
 def _dswm(base: jax.Array, distill: jax.Array, align: jax.Array, w_distill: ArrayLike, w_align: ArrayLike) -> jax.Array:
-    return with_changes(base, change_of(distill, base), change_of(align, base), w_distill, w_align)
+    return add_deltas(base, delta_of(distill, base), delta_of(align, base), w_distill, w_align)
 
 
 @jax.jit
 def _difference(tuned: jax.Array, base: jax.Array) -> jax.Array:
-    return change_of(tuned, base).astype(base.dtype)
+    return delta_of(tuned, base).astype(base.dtype)
 
 
 @jax.jit
-def _sum(base: jax.Array, change: jax.Array | LoRAPair, weight: ArrayLike) -> jax.Array:
-    change = change.product() if isinstance(change, LoRAPair) else _wide(change)
-    return (_wide(base) + weight * change).astype(base.dtype)
+def _sum(base: jax.Array, delta: jax.Array | LoRAPair, weight: ArrayLike) -> jax.Array:
+    delta = delta.product() if isinstance(delta, LoRAPair) else _at_least_float32(delta)
+    return (_at_least_float32(base) + weight * delta).astype(base.dtype)
 
 
-def _wide(leaf: jax.Array) -> jax.Array:
+def _at_least_float32(leaf: jax.Array) -> jax.Array:
     return leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
 
 
 def _map(
-    change: Callable[[Path, Any], jax.Array], base: Tree, counter: Callable[[Any], Any] = lambda leaf: leaf
+    combine: Callable[[Path, Any], jax.Array], base: Tree, counter: Callable[[Any], Any] = lambda leaf: leaf
 ) -> Tree:
-    """A tree like `base` of `change(path, leaf)`, and `counter(leaf)` where a leaf is no floating-point number."""
+    """Returns a tree like `base` of `combine(path, leaf)`, and of `counter(leaf)` for leaves that are not floating."""
     results = [
-        _placed(change(path, leaf), leaf) if _kind(leaf) == "floating" else counter(leaf)
+        _placed(combine(path, leaf), leaf) if _kind(leaf) == "floating" else counter(leaf)
         for path, leaf in leaves_by_path(base).items()
     ]
     return jax.tree.unflatten(jax.tree.structure(base), results)
 
 
 def _placed(result: jax.Array, leaf: Any) -> jax.Array:
-    """`result` where `leaf` is. The compiler nearly always leaves it there; under `jax.jit` it alone decides."""
+    """Returns `result` with the sharding of `leaf`. XLA nearly always keeps it; under `jax.jit` XLA alone decides."""
     if isinstance(result, jax.core.Tracer) or not isinstance(leaf, jax.Array):
         return result
     same = result.sharding.is_equivalent_to(leaf.sharding, leaf.ndim)

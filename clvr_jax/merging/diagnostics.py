@@ -1,10 +1,10 @@
-"""Do two changes of the weights add up in what the network computes, and at which angle do they act?
+"""The additivity of two deltas in the network's prediction, and the angle between their increments.
 
-Delta-space merging assumes it: near the base the network is nearly linear in its weights, so that the increments of its
-prediction add (P3 of the paper), and those of distillation and of alignment are nearly orthogonal (P4). With
-f(W + s d) - f(W) the increment of a change d scaled by s, all this can be measured on any prompt and noise level.
+Delta-space merging assumes additivity: near the base the network is nearly linear in its weights, so that the
+increments of its prediction add (P3 of the paper), and those of distillation and of alignment are nearly orthogonal
+(P4). The increment of a delta d scaled by s is f(W + s d) - f(W), which can be measured on any prompt and noise level.
 
-Give base and changes in float32: rounded to bfloat16, the sums of weights themselves do not add up.
+Base and deltas should be float32: in bfloat16, the sums of weights themselves are not additive.
 """
 
 import math
@@ -19,17 +19,17 @@ from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.trees import Tree
 
 Predict = Callable[[Tree], Any]
-"""Parameters -> prediction, an array or a tree of arrays, by functions of JAX; a velocity of one batch, say."""
+"""Parameters -> prediction, an array or a tree of arrays, traceable by JAX; for example the velocity of one batch."""
 
 
 @dataclass(frozen=True)
 class Interaction:
-    """How the increments of two changes compare, scaled by `scale`.
+    """The comparison of the increments of two deltas that are scaled by `scale`.
 
     additivity_error: |f(W + d + a) - f(W) - df_d - df_a| / |f(W + d + a) - f(W)|; 0 if they add.
     angle: between df_d and df_a, in degrees; 90 if they do not interact.
     distill, align: |df_d| / |f(W)| and |df_a| / |f(W)|.
-    NaN where a norm of 0 would divide.
+    All are NaN if their divisor is 0.
     """
 
     scale: float
@@ -40,13 +40,13 @@ class Interaction:
 
 
 def interaction(predict: Predict, base: Tree, distill: Tree, align: Tree, scale: float = 1.0) -> Interaction:
-    """Measures two changes of one network at one point.
+    """Compares the increments of two deltas of one network for one input.
 
     Args:
-      predict: see `Predict`.
+      predict: parameters -> prediction.
       base: full weights.
-      distill, align: changes of it, as `delta` gives them, or LoRA trees.
-      scale: of both changes; at 0 it is the limit, in which increments are derivatives: no error, and their angle.
+      distill, align: deltas of the base, as the function `delta` returns them, or LoRA trees.
+      scale: of both deltas; 0 is the limit, in which the increments are derivatives and the error is 0.
     """
     if scale == 0:
         before, of_distill = _derivative(predict, base, distill)
@@ -71,10 +71,10 @@ def interaction(predict: Predict, base: Tree, distill: Tree, align: Tree, scale:
 def over_noise_levels(
     predict: Callable[[Tree, Any], Any], base: Tree, distill: Tree, align: Tree, sigmas: Iterable[float]
 ) -> dict[float, Interaction]:
-    """sigma -> `interaction` at that noise level.
+    """Returns sigma -> `interaction` at that noise level.
 
     Args:
-      predict: (parameters, sigma) -> prediction; noise and prompt are the caller's.
+      predict: (parameters, sigma) -> prediction; the caller chooses noise and prompt.
       base, distill, align: as for `interaction`.
       sigmas: noise levels, from 0 to 1.
     """
@@ -89,14 +89,14 @@ def over_noise_levels(
 def over_scales(
     predict: Predict, base: Tree, distill: Tree, align: Tree, scales: Iterable[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
 ) -> dict[float, Interaction]:
-    """Scale -> `interaction` with both changes scaled by it: where the error rises, linearity ends."""
+    """Returns scale -> `interaction` with both deltas scaled by it; the error rises where the network is nonlinear."""
     compiled = jax.jit(predict)
     return {float(scale): interaction(compiled, base, distill, align, float(scale)) for scale in scales}
 
 
 def angle(one: Any, other: Any) -> float:
-    """Degrees between two trees of arrays as vectors; NaN if one of them is 0."""
-    # By half the angle: the cosine of a small one, or of one near 180, has no digits left.
+    """Returns the angle between two trees of arrays as vectors, in degrees; NaN if one of them is 0."""
+    # From half the angle: the cosine of an angle near 0 or 180 degrees has no significant digits.
     lengths = _norm(one), _norm(other)
     if not all(lengths):
         return math.nan
@@ -104,9 +104,9 @@ def angle(one: Any, other: Any) -> float:
     return math.degrees(2 * math.atan2(_norm(_minus(*units)), _norm(jax.tree.map(jnp.add, *units))))
 
 
-def _derivative(predict: Predict, base: Tree, change: Tree) -> tuple[Any, Any]:
-    """The prediction, and its derivative in the direction of a change."""
-    return jax.jvp(lambda scale: predict(apply_delta(base, change, scale)), (jnp.zeros(()),), (jnp.ones(()),))
+def _derivative(predict: Predict, base: Tree, delta: Tree) -> tuple[Any, Any]:
+    """Returns the prediction and its derivative in the direction of a delta."""
+    return jax.jvp(lambda scale: predict(apply_delta(base, delta, scale)), (jnp.zeros(()),), (jnp.ones(()),))
 
 
 def _minus(one: Any, other: Any) -> Any:
@@ -117,5 +117,5 @@ def _norm(tree: Any) -> float:
     return math.sqrt(sum(float(jnp.sum(jnp.square(jnp.asarray(leaf, jnp.float32)))) for leaf in jax.tree.leaves(tree)))
 
 
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole else math.nan
+def _ratio(part: float, total: float) -> float:
+    return part / total if total else math.nan

@@ -1,10 +1,10 @@
-"""sha256 of files while they are read for something else: what lies in order costs no second reading."""
+"""sha256 of files that are computed while the files are read for a merge, so that most bytes are read once."""
 
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from clvr_jax.convert.tensors import Stored
+from clvr_jax.convert.tensors import StoredTensor
 from clvr_jax.errors import ClvrError
 
 _STEP = 4 * 2**20
@@ -12,21 +12,21 @@ _GAP = 64 * 2**20  # a header, or tensors that are left out
 
 
 class FileDigest:
-    """sha256 of one file."""
+    """The sha256 of one file."""
 
     def __init__(self, path: Path):
         self._path, self._hash, self._position = path, hashlib.sha256(), 0
 
     def follow(self, begin: int, end: int) -> None:
-        """Says that the bytes from `begin` to `end` are needed; reads on to `end` if they come next.
+        """Reads up to `end` if the bytes from `begin` to `end` follow the current position.
 
-        They are in the system's cache then, so this is a way to read ahead, too.
+        The bytes are then in the page cache, so this also reads ahead.
         """
         if begin - _GAP <= self._position < end:
             self._read(end)
 
     def finish(self) -> str:
-        """Reads what is left. Returns: the digest of the whole file."""
+        """Reads the rest of the file. Returns: the digest of the complete file."""
         self._read(self._path.stat().st_size)
         return self._hash.hexdigest()
 
@@ -45,10 +45,10 @@ class FileDigest:
 
 
 class Digests:
-    """sha256 of the files of one model.
+    """The sha256 of the files of one model.
 
     Args:
-      files: name -> file, or a folder of many, which has one digest: that of the lines "sha256 name" of its files.
+      files: name -> file or directory; the digest of a directory is that of the lines "sha256 name" of its files.
     """
 
     def __init__(self, files: Mapping[str, Path]):
@@ -56,13 +56,13 @@ class Digests:
         self._digests = {path: FileDigest(path) for path in files.values() if path.is_file()}
         self._finished: dict[str, str] | None = None
 
-    def follow(self, tensor: Stored) -> None:
-        """Says that a tensor is needed; see `FileDigest.follow`."""
+    def follow(self, tensor: StoredTensor) -> None:
+        """Reads the bytes of a tensor into the digest of its file if they follow the current position."""
         if self._finished is None:
             self._digests[tensor.file].follow(tensor.offset, tensor.offset + tensor.nbytes)
 
     def finish(self) -> dict[str, str]:
-        """Name -> digest; what was not followed is read now."""
+        """Reads the remaining bytes. Returns: name -> digest."""
         if self._finished is None:
             self._finished = {
                 name: self._digests[path].finish() if path in self._digests else _of_folder(path)
@@ -71,8 +71,8 @@ class Digests:
         return self._finished
 
 
-def _of_folder(folder: Path) -> str:
-    # Orbax notes in _CHECKPOINT_METADATA when it was; the same weights are to have the same digest.
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA")
-    lines = [f"{FileDigest(path).finish()} {path.relative_to(folder).as_posix()}\n" for path in files]
+def _of_folder(directory: Path) -> str:
+    # _CHECKPOINT_METADATA contains the time of saving; equal weights should have equal digests.
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "_CHECKPOINT_METADATA")
+    lines = [f"{FileDigest(path).finish()} {path.relative_to(directory).as_posix()}\n" for path in files]
     return hashlib.sha256("".join(lines).encode()).hexdigest()

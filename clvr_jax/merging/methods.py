@@ -1,12 +1,14 @@
-"""How two changes of one base become one model: DSWM, and what it is compared with. Works on blocks of one tensor.
+"""Merging methods for two deltas of one base: DSWM and the methods with which it is compared.
 
-Every method ends in base + w_d c_d + w_a c_a; they differ in what becomes of the changes c = W - W_base before.
+Every method returns base + w_d d_d + w_a d_a; they differ in how they transform the deltas d = W - W_base first.
 
-    dswm     nothing. Source: CLVR (arXiv 2605.14876).
-    linear   nothing, but the weights are divided by their sum: an average of the two models, without the base.
-    ties     trimmed to the largest, then only what agrees with the elected sign counts, as a weighted mean.
-             Source: TIES-Merging (arXiv 2306.01708), with the trimming done in each tensor instead of over all.
-    dare     entries dropped at random, the others made larger for it. Source: DARE (arXiv 2311.03099).
+    dswm     no transformation. Source: CLVR (arXiv 2605.14876).
+    linear   no transformation, but the weights are divided by their sum: an average of the two models without the base.
+    ties     trims each delta to its largest entries, and averages those that agree with the elected sign.
+             Source: TIES-Merging (arXiv 2306.01708), with trimming per tensor instead of over all tensors.
+    dare     drops entries at random and rescales the others by 1 / density. Source: DARE (arXiv 2311.03099).
+
+All functions work on blocks of one tensor.
 """
 
 import functools
@@ -21,18 +23,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from clvr_jax.errors import UsageError
-from clvr_jax.merging.deltas import change_of, with_changes
+from clvr_jax.merging.deltas import add_deltas, delta_of
 from clvr_jax.trees import Path, by_pattern, some
 
 Method = Literal["dswm", "linear", "ties", "dare"]
 Weight = float | Mapping[str, float]
-"""One for all tensors, or {regular expression: weight}; the first that is found in a key holds, 1 where none is."""
+"""One weight for all tensors, or {regular expression: weight}: the first that matches in a key applies, else 1."""
 
-_DENSITIES = {"ties": 0.2, "dare": 0.1}  # where both papers see no loss of a single model
+_DENSITIES = {"ties": 0.2, "dare": 0.1}  # at these, both papers report no loss for a single model
 _FORMULAS = {
     "dswm": "W = W_base + w_d (W_distill - W_base) + w_a (W_align - W_base)",
     "linear": "W = (w_d W_distill + w_a W_align) / (w_d + w_a)",
-    "ties": "W = W_base + the mean, weighted by w_d and w_a, of the trimmed changes that have the elected sign",
+    "ties": "W = W_base + the mean, weighted by w_d and w_a, of the trimmed deltas that have the elected sign",
     "dare": "W = W_base + w_d m_d (W_distill - W_base) / density + w_a m_a (W_align - W_base) / density, "
     "m random with mean density",
 }
@@ -40,10 +42,11 @@ _FORMULAS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """How to merge.
+    """The configuration of a merge.
 
-    distill_weight, align_weight: see `Weight`. density: part of each change that is kept, of ties and dare; None is
-    0.2 for ties and 0.1 for dare. seed: of dare.
+    method: one of `Method`. distill_weight, align_weight: one number, or a number per pattern of keys. density: the
+    fraction of the entries of each delta that ties and dare keep; None is 0.2 for ties and 0.1 for dare. seed: of the
+    random numbers of dare.
     """
 
     method: Method = "dswm"
@@ -64,19 +67,22 @@ class Settings:
         if self.density is None:
             object.__setattr__(self, "density", _DENSITIES.get(self.method))
         elif self.method not in _DENSITIES:
-            raise UsageError(f"{self.method} keeps the changes whole; density is for {' and '.join(_DENSITIES)}")
+            raise UsageError(
+                f"{self.method} keeps all entries of the deltas; density is for {' and '.join(_DENSITIES)}"
+            )
         elif not 0 < self.density <= 1:
             raise UsageError(f"density must be above 0 and at most 1, got {self.density}")
 
     @property
     def formula(self) -> str:
-        """The method in one line."""
+        """The formula of the method in one line."""
         return _FORMULAS[self.method]
 
     def weights(self, keys: Iterable[str]) -> dict[str, tuple[float, float]]:
-        """The weights of distill and align for each tensor, as `merge_block` takes them.
+        """Returns key -> weights of distill and align, for `merge_block`.
 
-        Raises: ClvrError for a pattern that is the first for no key; UsageError if there is nothing to average.
+        Raises: ClvrError for a pattern that is the first match of no key; UsageError if both weights of an average are
+          0.
         """
         paths: list[Path] = [(key,) for key in keys]
         sides = [_by_path(weight, paths) for weight in (self.distill_weight, self.align_weight)]
@@ -107,20 +113,21 @@ def merge_block(
     """Merges a block of one tensor.
 
     Args:
-      base, distill, align: (n,) each, of any dtypes; `align` is its change in float32 if `low_rank`.
+      base, distill, align: (n,) each, of any dtypes; `align` is its delta in float32 if `low_rank`.
       weights: from `Settings.weights`.
-      extra: ties: smallest magnitudes that are kept of the two changes; dare: a random key; else None.
+      extra: for ties, the smallest magnitudes to keep of the two deltas; for dare, a random key; else None.
       method, density: from `Settings`.
-    Returns: (n,) in the base's dtype, and (4,) float32: the sums of the squares of base, of the change of distill and
-      of that of align, and of the product of the two changes, before anything is done to them.
+      low_rank: whether `align` is a delta instead of weights.
+    Returns: (n,) in the base's dtype, and (4,) float32: the sums of the squares of the base, of the delta of
+      distill and of that of align, and the sum of the deltas' product, before the method transforms them.
     """
-    changes = change_of(distill, base), align if low_rank else change_of(align, base)
-    sums = _sums(base.astype(jnp.float32), *changes)
+    deltas = delta_of(distill, base), align if low_rank else delta_of(align, base)
+    sums = _sums(base.astype(jnp.float32), *deltas)
     if method == "ties":
-        changes = _elected(*changes, weights, extra)
+        deltas = _elect_sign(*deltas, weights, extra)
     elif method == "dare":
-        changes = _dropped(*changes, density, extra)
-    return with_changes(base, *changes, *weights), sums
+        deltas = _drop_and_rescale(*deltas, density, extra)
+    return add_deltas(base, *deltas, *weights), sums
 
 
 def _sums(base: jax.Array, distill: jax.Array, align: jax.Array) -> jax.Array:
@@ -128,8 +135,8 @@ def _sums(base: jax.Array, distill: jax.Array, align: jax.Array) -> jax.Array:
     return jnp.stack([dot(base, base), dot(distill, distill), dot(align, align), dot(distill, align)])
 
 
-def _elected(distill: jax.Array, align: jax.Array, weights: Any, least: Any) -> tuple[jax.Array, jax.Array]:
-    """The share of each trimmed change in the mean of those that have the sign of their sum."""
+def _elect_sign(distill: jax.Array, align: jax.Array, weights: Any, least: Any) -> tuple[jax.Array, jax.Array]:
+    """Returns the contribution of each trimmed delta to the weighted mean of those with the sign of their sum."""
     w_d, w_a = weights
     distill, align = (jnp.where(jnp.abs(c) >= low, c, 0) for c, low in zip((distill, align), least, strict=True))
     sign = jnp.sign(w_d * distill + w_a * align)
@@ -139,19 +146,19 @@ def _elected(distill: jax.Array, align: jax.Array, weights: Any, least: Any) -> 
     return jnp.where(agree_d, distill / total, 0), jnp.where(agree_a, align / total, 0)
 
 
-def _dropped(distill: jax.Array, align: jax.Array, density: Any, key: Any) -> tuple[jax.Array, jax.Array]:
-    """Each entry of a change is kept with probability `density`, and larger by as much as that is less than 1."""
+def _drop_and_rescale(distill: jax.Array, align: jax.Array, density: Any, key: Any) -> tuple[jax.Array, jax.Array]:
+    """Keeps each entry of a delta with probability `density`, rescaled by 1 / density."""
     kept = [jax.random.bernoulli(own, density, distill.shape) for own in jax.random.split(key)]
     return jnp.where(kept[0], distill / density, 0), jnp.where(kept[1], align / density, 0)
 
 
 def random_key(seed: int, tensor: str, block: int) -> jax.Array:
-    """The random numbers of a block depend on the seed, on the tensor's key and on its place in it, on nothing else."""
+    """Returns the random key of a block, which depends only on the seed, the tensor's key and the block's index."""
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(tensor.encode())), block)
 
 
-def least_kept(magnitudes: np.ndarray, density: float) -> float:
-    """The smallest magnitude that is kept if the largest `density` of all are; sorts `magnitudes` (n,) partly."""
+def magnitude_threshold(magnitudes: np.ndarray, density: float) -> float:
+    """Returns the smallest of the largest `density` of all magnitudes (n,), which are partially sorted in place."""
     first = magnitudes.size - max(1, round(density * magnitudes.size))
     magnitudes.partition(first)
     return float(magnitudes[first])

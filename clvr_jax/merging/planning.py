@@ -1,4 +1,4 @@
-"""What a merge will do: the three models, what is copied, and what a person should know. Reads headers only."""
+"""The plan of a merge: the three models, the files to copy and notes for the user. Reads headers only."""
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -6,31 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.planning import Piece, files_beside
+from clvr_jax.convert.planning import TensorSlice, files_beside
 from clvr_jax.files import read_json
 from clvr_jax.merging.methods import DSWM, Settings
-from clvr_jax.merging.sources import LowRank, Origin, Weights, is_weight, open_align, open_tuned, open_weights
+from clvr_jax.merging.sources import LoRADelta, Origin, Weights, is_weight, open_align, open_tuned, open_weights
 
-RECIPE, REPORT = "recipe.json", "report.json"
+MERGE, REPORT = "merge.json", "report.json"
+OLD_MERGE = "recipe.json"
+"""Former name of merge.json, which is still read."""
 PLOTS = ("report_norms.png", "report_cosines.png")
 _SAMPLING = {"model_index.json": ("is_distilled",), "clvr.json": ("num_inference_steps", "guidance_scale")}
-"""Files of a pipeline, and what in them says how to sample from its model."""
-_OWN_FILES = {"README.md", RECIPE, REPORT, *PLOTS}
+"""Files of a pipeline -> their fields that determine how to sample from its model."""
+_OWN_FILES = {"README.md", MERGE, OLD_MERGE, REPORT, *PLOTS}
 
 
 @dataclass(frozen=True)
 class Merge:
-    """What a merge will do; made by `plan_merge`, done by `merge`.
+    """A planned merge: created by `plan_merge`, executed by `merge`.
 
-    weights: key -> weights of distill and align. copied: path in the new folder -> the file that is copied there.
-    scheduler: whose scheduler the new pipeline has, None if it is no pipeline or has none. notes: what a person should
-    know, one line each. force: merge though the bases seem to differ.
+    settings: the method and its options. base, distill, align: the inputs. weights: key -> weights of distill and
+    align. copied: path in the new directory -> the file to copy. scheduler: the input whose scheduler the new pipeline
+    has, None if there is none. notes: for the user, one line each. force: merge although the bases seem to differ.
     """
 
     settings: Settings
     base: Weights
     distill: Weights
-    align: Weights | LowRank
+    align: Weights | LoRADelta
     weights: Mapping[str, tuple[float, float]]
     copied: Mapping[str, Path]
     scheduler: str | None
@@ -38,20 +40,20 @@ class Merge:
     force: bool
 
     @property
-    def inputs(self) -> tuple[Weights | LowRank, ...]:
+    def inputs(self) -> tuple[Weights | LoRADelta, ...]:
         """Base, distill, align."""
         return self.base, self.distill, self.align
 
     @property
     def nbytes(self) -> int:
-        """Size of all tensors and files to be written."""
+        """Size of all tensors and files to write, in bytes."""
         return self.base.component.nbytes + sum(path.stat().st_size for path in self.copied.values())
 
     @property
-    def pieces(self) -> list[Piece]:
-        """The tensors to be written, in the order in which they lie in the base."""
+    def slices(self) -> list[TensorSlice]:
+        """The tensors to write, in the order in which they are stored in the base."""
         places = {key: (str(tensor.file), tensor.offset) for key, tensor in self.base.stored.items()}
-        return sorted(self.base.component.pieces, key=lambda piece: places.get(piece.spec.key, ("", 0)))
+        return sorted(self.base.component.slices, key=lambda tensor_slice: places.get(tensor_slice.spec.key, ("", 0)))
 
 
 def plan_merge(
@@ -63,23 +65,25 @@ def plan_merge(
     force: bool = False,
     ignore_text_encoder: bool = False,
 ) -> Merge:
-    """Finds the models and checks that they belong together. Reads headers only.
+    """Finds the models and checks that they have one base architecture and configuration. Reads headers only.
 
     Args:
-      base, distill: folders of a model, or of a pipeline, of which the transformer (UNet) is meant; all in one layout.
-      align: likewise, or a LoRA file or its folder.
-      settings: how to merge.
-      force: merge though settings differ or the inputs seem to come from different bases.
+      base, distill: directory of a model, or of a pipeline, whose transformer (UNet) is merged; all in one format.
+      align: the same, or a LoRA file or its directory.
+      settings: the method and its options.
+      force: merge although configurations differ or the inputs seem to have different bases.
       ignore_text_encoder: leave out tensors of a LoRA that adapt a text encoder, which are an error otherwise.
-    Raises: ClvrError or UsageError, one line, for what cannot be merged, both sides listed.
+    Raises: ClvrError or UsageError, one line that lists both sides, for models that cannot be merged.
     """
     of_base = open_weights("base", base)
     of_distill = open_tuned("distill", distill, of_base, force)
     of_align = open_align(align, of_base, force, ignore_text_encoder)
-    weights = settings.weights(piece.spec.key for piece in of_base.component.pieces if is_weight(piece))
+    weights = settings.weights(
+        tensor_slice.spec.key for tensor_slice in of_base.component.slices if is_weight(tensor_slice)
+    )
     root = of_base.origin.path
     copied = {
-        path.as_posix(): root / path for path in files_beside(root, [of_base.folder]) if str(path) not in _OWN_FILES
+        path.as_posix(): root / path for path in files_beside(root, [of_base.directory]) if str(path) not in _OWN_FILES
     }
     notes = [*_notes_on_dtypes(of_base, of_distill, of_align)]
     scheduler = "base" if any(name.startswith("scheduler/") for name in copied) else None
@@ -100,7 +104,7 @@ def plan_merge(
     return Merge(settings, of_base, of_distill, of_align, weights, copied, scheduler, tuple(notes), force)
 
 
-def _notes_on_dtypes(*inputs: Weights | LowRank) -> Iterator[str]:
+def _notes_on_dtypes(*inputs: Weights | LoRADelta) -> Iterator[str]:
     base, *others = inputs
     for side in others:
         if side.dtypes != base.dtypes:
@@ -108,7 +112,7 @@ def _notes_on_dtypes(*inputs: Weights | LowRank) -> Iterator[str]:
 
 
 def _other_scheduler(base: Weights, distill: Weights) -> tuple[str | None, dict[str, Path]] | None:
-    """If distill's scheduler differs from the base's: its class if that does, else None and its files."""
+    """Returns None if the schedulers are equal, else distill's class if the classes differ, or None and its files."""
     ours, theirs = (side.origin.path / "scheduler" / "scheduler_config.json" for side in (base, distill))
     if not ours.exists() or not theirs.exists():
         return None
@@ -123,9 +127,9 @@ def _other_scheduler(base: Weights, distill: Weights) -> tuple[str | None, dict[
 
 
 def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]]:
-    """Files of the pipeline that say how to sample, where distill's say something else: name, the file to take, a note.
+    """Yields name, file to copy and a note for each file whose sampling fields differ between distill and base.
 
-    It is distill's that is taken, unless the two differ in more than that: the rest is the base's.
+    The file is distill's, unless the two differ in other fields too: then it is the base's.
     """
     for name, fields in _SAMPLING.items():
         ours, theirs = (side.origin.path / name for side in (base, distill))
@@ -134,15 +138,16 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
         (rest, own), (other_rest, other) = (_parted(read_json(path), fields) for path in (ours, theirs))
         if own == other:
             continue
-        said = ", ".join(f"{field} {json.dumps(value)}" for field, value in other.items())
+        fields_of_distill = ", ".join(f"{field} {json.dumps(value)}" for field, value in other.items())
         if rest == other_rest:
-            yield name, theirs, f"how to sample is as distill has it: {said}"
+            yield name, theirs, f"the sampling options are those of distill: {fields_of_distill}"
         else:
-            yield name, ours, f"{name} is the base's, which differs in more than this; sample as distill: {said}"
+            note = f"{name} is the base's, because other fields differ too; sample as distill: {fields_of_distill}"
+            yield name, ours, note
 
 
 def _parted(content: Mapping[str, Any], fields: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A JSON object without some fields, those of the objects in it too, and these fields."""
+    """Splits some fields, at any depth, from a JSON object. Returns: the rest, and these fields."""
     rest: dict[str, Any] = {}
     own: dict[str, Any] = {}
     for name, value in content.items():

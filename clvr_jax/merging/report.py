@@ -1,4 +1,4 @@
-"""What a merge found out about the two changes, for people and for scripts: tables, report.json, plots."""
+"""The report of a merge about the two deltas: tables, report.json and plots."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,42 +8,42 @@ from rich.table import Table
 
 from clvr_jax.convert.report import readable_size
 from clvr_jax.files import write_json
-from clvr_jax.merging.norms import Sums, by_layer, total
+from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight
 from clvr_jax.plots import can_plot, new_figure
 
 
-def report(sums: Mapping[str, Sums]) -> dict[str, Any]:
-    """Norm of the base, relative Frobenius norms of the changes of distill and align, and the cosine between them.
+def report(sums: Mapping[str, DeltaStatistics]) -> dict[str, Any]:
+    """Returns the norm of the base, the relative Frobenius norms of the two deltas and the cosine between them.
 
     Args:
-      sums: of each tensor, from `folders.merge`.
-    Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null where a norm of 0 would divide.
+      sums: key -> statistics of each tensor, from `streaming.merge`.
+    Returns: {"whole": ..., "layers": {name: ...}, "tensors": {key: ...}}; null if the divisor is 0.
     """
     return {
-        "whole": total(sums.values()).described(),
-        "layers": {name: own.described() for name, own in by_layer(sums).items()},
-        "tensors": {key: own.described() for key, own in sums.items()},
+        "whole": total(sums.values()).to_json(),
+        "layers": {name: own.to_json() for name, own in by_layer(sums).items()},
+        "tensors": {key: own.to_json() for key, own in sums.items()},
     }
 
 
-def write_report(folder: Path, sums: Mapping[str, Sums]) -> list[str]:
-    """Writes report.json and, with matplotlib, two plots over the layers. Returns: the names of the files."""
+def write_report(directory: Path, sums: Mapping[str, DeltaStatistics]) -> list[str]:
+    """Writes report.json and, if matplotlib is installed, two plots over the layers. Returns: the file names."""
     found = report(sums)
-    write_json(folder / REPORT, found)
+    write_json(directory / REPORT, found)
     if not can_plot():
         return [REPORT]
-    _plot(folder, found["layers"])
+    _plot(directory, found["layers"])
     return [REPORT, *PLOTS]
 
 
-def _plot(folder: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
-    norms, cosines = folder / PLOTS[0], folder / PLOTS[1]
+def _plot(directory: Path, layers: Mapping[str, Mapping[str, float | None]]) -> None:
+    norms, cosines = directory / PLOTS[0], directory / PLOTS[1]
     names, places = list(layers), range(len(layers))
     for path, label, columns in (
-        (norms, "|change| / |base|", ("distill", "align")),
-        (cosines, "cosine between the changes", ("cosine",)),
+        (norms, "|delta| / |base|", ("distill", "align")),
+        (cosines, "cosine between the deltas", ("cosine",)),
     ):
         figure = new_figure(max(6.4, 0.22 * len(names) + 2), 5)
         axes = figure.add_subplot()
@@ -62,9 +62,9 @@ def _plot(folder: Path, layers: Mapping[str, Mapping[str, float | None]]) -> Non
         figure.savefig(path, dpi=120)
 
 
-def report_table(sums: Mapping[str, Sums]) -> Table:
-    """One row for each layer, and one for all."""
-    table = Table(title="changes of the base")
+def report_table(sums: Mapping[str, DeltaStatistics]) -> Table:
+    """Returns a table with one row per layer and one for all layers."""
+    table = Table(title="deltas of the base")
     table.add_column("layer", overflow="fold")
     for column in ("|distill| / |base|", "|align| / |base|", "cosine"):
         table.add_column(column, justify="right")
@@ -75,19 +75,19 @@ def report_table(sums: Mapping[str, Sums]) -> Table:
 
 
 def plan_table(plan: Merge) -> Table:
-    """One row for each tensor of the result, then what is copied."""
+    """Returns a table with one row per tensor of the result and one per copied file."""
     component = plan.base.component
     size = readable_size(plan.nbytes)
-    title = f"{plan.settings.method}: {component.family.title}, {len(component.pieces)} tensors, {size}"
+    title = f"{plan.settings.method}: {component.architecture.title}, {len(component.slices)} tensors, {size}"
     table = Table(title=title)
     table.add_column("tensor", overflow="fold")
     for column in ("shape", "dtype", "weight of distill", "of align"):
         table.add_column(column)
-    for piece in component.pieces:
-        pair = plan.weights[piece.spec.key] if is_weight(piece) else None
+    for tensor_slice in component.slices:
+        pair = plan.weights[tensor_slice.spec.key] if is_weight(tensor_slice) else None
         weights = tuple(f"{weight:g}" for weight in pair) if pair else ("the base's", "")
-        shape = " x ".join(map(str, piece.spec.shape))
-        table.add_row(piece.spec.key, shape, piece.spec.dtype.name, *weights)
+        shape = " x ".join(map(str, tensor_slice.spec.shape))
+        table.add_row(tensor_slice.spec.key, shape, tensor_slice.spec.dtype.name, *weights)
     table.add_section()
     for name in plan.copied:
         whose = plan.scheduler if name.startswith("scheduler/") else "base"
@@ -96,13 +96,13 @@ def plan_table(plan: Merge) -> Table:
 
 
 def plan_list(plan: Merge) -> list[dict[str, Any]]:
-    """The tensors of the result for scripts: key, shape, dtype, weights (null of a counter, which is the base's)."""
+    """Returns key, shape, dtype and weights of each tensor for JSON; weights are null for a counter of the base."""
     return [
         {
-            "key": piece.spec.key,
-            "shape": list(piece.spec.shape),
-            "dtype": piece.spec.dtype.name,
-            "weights": plan.weights.get(piece.spec.key),
+            "key": tensor_slice.spec.key,
+            "shape": list(tensor_slice.spec.shape),
+            "dtype": tensor_slice.spec.dtype.name,
+            "weights": plan.weights.get(tensor_slice.spec.key),
         }
-        for piece in plan.base.component.pieces
+        for tensor_slice in plan.base.component.slices
     ]

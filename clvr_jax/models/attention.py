@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.sharding import Layout, active_layout, constrain
+from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
 
 Implementation = Literal["xla", "splash", "cudnn"]
 
@@ -51,7 +51,7 @@ def attention(
     layout = active_layout()
     scale = query_bqnh.shape[-1] ** -0.5 if scale is None else scale
     query_bqnh, key_bknh, value_bknh = (
-        constrain(x, "batch", None, "heads", None) for x in (query_bqnh, key_bknh, value_bknh)
+        with_logical_constraint(x, "batch", None, "heads", None) for x in (query_bqnh, key_bknh, value_bknh)
     )
     kind = implementation or _choice(layout, query_bqnh, key_bknh, mask)
     if kind == "xla":
@@ -66,10 +66,10 @@ def attention(
             query_bqnh, key_bknh, value_bknh, scale=scale, is_causal=is_causal,
             key_value_seq_lengths=real, implementation="cudnn",
         )  # fmt: skip
-    return checkpoint_name(constrain(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
+    return checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
 
 
-def _choice(layout: Layout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Implementation:
+def _choice(layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Implementation:
     platform = layout.platform if layout else jax.default_backend()
     if mask is not None or platform == "cpu":
         return "xla"
@@ -117,7 +117,7 @@ def _splash(
     key_mask_bk: jax.Array | None,
     is_causal: bool,
     scale: float,
-    layout: Layout | None,
+    layout: MeshLayout | None,
     *,
     interpret: bool = False,
 ) -> jax.Array:

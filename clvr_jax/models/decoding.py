@@ -13,11 +13,14 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.sampling import UNCHANGED, Sampling, filtered, occurrences, penalize
 
 CACHE_BUCKET = 64
 """Caches are as long as the next multiple of this, so that slightly longer prompts or replies keep their layout."""
 
 Step = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+Choose = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""(logits_bv, number of the token, tokens_bn so far) -> token_b int32."""
 
 
 class Decoder(Protocol):
@@ -68,10 +71,12 @@ def generate(
     temperature: float = 0.0,
     key: jax.Array | None = None,
     top_logprobs: int = 0,
+    sampling: Sampling = UNCHANGED,
 ) -> Generation:
     """Continues a batch of prompts until each has stopped.
 
-    Compiled once for each shape of the prompts and each max_new_tokens; temperature and key may change freely.
+    Compiled once for each shape of the prompts, each max_new_tokens and each `sampling`; temperature and key may change
+    freely.
 
     Args:
       model: an NNX module that is a `Decoder`.
@@ -85,6 +90,8 @@ def generate(
         row. A row's tokens depend on its own stream only, whatever other rows there are.
       top_logprobs: how many of the likeliest tokens of every position are returned with their probabilities; 0 returns
         no probabilities.
+      sampling: repetition penalty, top-k and top-p. The penalty counts the tokens of a row's own prompt, without
+        padding, and of its reply.
     Returns: Generation.
     Raises: ClvrError for a temperature or count that makes no sense, or a missing key.
     """
@@ -107,11 +114,13 @@ def generate(
         stop_tokens=tuple(stop_tokens),
         pad_token=pad_token,
         top_logprobs=top_logprobs,
+        sampling=sampling,
     )
 
 
 @functools.partial(
-    jax.jit, static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs")
+    jax.jit,
+    static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
 )
 def _generate(
     state: Any,
@@ -124,12 +133,18 @@ def _generate(
     stop_tokens: tuple[int, ...],
     pad_token: int,
     top_logprobs: int,
+    sampling: Sampling,
 ) -> Generation:
     model: Decoder = nnx.merge(graphdef, state)
     needed = traced["input_ids_bt"].shape[1] + max_new_tokens
     cache_length = -(-needed // CACHE_BUCKET) * CACHE_BUCKET
     logits_bv, cache = model.prefill(**traced, **dict(static), cache_length=cache_length)
-    choose = _greedy if draw is None else _sampler(*draw, batch=logits_bv.shape[0])
+    choose = _greedy if draw is None else _sampler(*draw, logits_bv.shape[0], sampling)
+    if sampling.repetition_penalty != 1:
+        ids_bt = traced["input_ids_bt"]
+        is_real_bt = traced.get("attention_mask_bt", jnp.ones(ids_bt.shape, bool)).astype(bool)
+        prompt_bv = occurrences(ids_bt, is_real_bt, logits_bv.shape[-1])
+        choose = _penalized(choose, prompt_bv, sampling.repetition_penalty)
     return decode(
         model.decode_step,
         logits_bv,
@@ -146,7 +161,7 @@ def decode(
     step: Step,
     logits_bv: jax.Array,
     cache: Any,
-    choose: Callable[[jax.Array, jax.Array], jax.Array],
+    choose: Choose,
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
@@ -159,7 +174,7 @@ def decode(
       step: (cache, token_b) -> (logits_bv of the token after it, cache).
       logits_bv: of the first new token.
       cache: pytree, handed from step to step; max_new_tokens - 1 tokens must fit.
-      choose: (logits_bv, number of the token) -> token_b int32.
+      choose: the token of each row from its logits.
       max_new_tokens, stop_tokens, pad_token, top_logprobs: as in `generate`.
     Returns: Generation.
     """
@@ -167,7 +182,7 @@ def decode(
     stops = jnp.asarray(stop_tokens, jnp.int32)
 
     def emit(number: jax.Array, logits_bv: jax.Array, so_far: Generation) -> tuple[jax.Array, Generation]:
-        token_b = jnp.where(so_far.stopped_b, pad_token, choose(logits_bv, number))
+        token_b = jnp.where(so_far.stopped_b, pad_token, choose(logits_bv, number, so_far.tokens_bn))
         tokens_bn = jax.lax.dynamic_update_slice_in_dim(so_far.tokens_bn, token_b[:, None], number, axis=1)
         length_b = so_far.length_b + ~so_far.stopped_b
         logprobs = so_far.logprobs and _with_logprobs(so_far.logprobs, logits_bv, token_b, number)
@@ -206,17 +221,28 @@ def _with_logprobs(logprobs: Logprobs, logits_bv: jax.Array, token_b: jax.Array,
     )
 
 
-def _greedy(logits_bv: jax.Array, number: jax.Array) -> jax.Array:
+def _greedy(logits_bv: jax.Array, number: jax.Array, tokens_bn: jax.Array) -> jax.Array:
     return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
 
 
-def _sampler(temperature: jax.Array, key: jax.Array, batch: int) -> Callable[[jax.Array, jax.Array], jax.Array]:
+def _sampler(temperature: jax.Array, key: jax.Array, batch: int, sampling: Sampling) -> Choose:
     row_keys = key if key.ndim else jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, jnp.arange(batch))
 
     def draw(row_key: jax.Array, logits_v: jax.Array, number: jax.Array) -> jax.Array:
-        return jax.random.categorical(jax.random.fold_in(row_key, number), logits_v / temperature)
+        return jax.random.categorical(jax.random.fold_in(row_key, number), filtered(logits_v / temperature, sampling))
 
-    def choose(logits_bv: jax.Array, number: jax.Array) -> jax.Array:
+    def choose(logits_bv: jax.Array, number: jax.Array, tokens_bn: jax.Array) -> jax.Array:
         return jax.vmap(draw, in_axes=(0, 0, None))(row_keys, logits_bv, number).astype(jnp.int32)
 
     return choose
+
+
+def _penalized(choose: Choose, prompt_bv: jax.Array, penalty: float) -> Choose:
+    """Chooses from logits after the repetition penalty. prompt_bv: the tokens that occur in the prompts."""
+
+    def choose_other(logits_bv: jax.Array, number: jax.Array, tokens_bn: jax.Array) -> jax.Array:
+        is_written_bn = jnp.broadcast_to(jnp.arange(tokens_bn.shape[1]) < number, tokens_bn.shape)
+        occurred_bv = prompt_bv | occurrences(tokens_bn, is_written_bn, logits_bv.shape[-1])
+        return choose(penalize(logits_bv.astype(jnp.float32), occurred_bv, penalty), number, tokens_bn)
+
+    return choose_other

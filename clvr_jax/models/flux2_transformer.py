@@ -21,7 +21,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
 from clvr_jax.models.flux2_ids import host_ids, rotary_tables
 from clvr_jax.models.layers import scan_blocks, sinusoidal_embedding, stack_blocks
-from clvr_jax.sharding import constrain
+from clvr_jax.sharding import with_logical_constraint
 
 Rotary = tuple[jax.Array, jax.Array]
 
@@ -202,7 +202,7 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, d) -> (b, t, d)."""
-        return self.linear_out(constrain(_swiglu(self.linear_in(x_btd)), "batch", "tokens", "wide"))
+        return self.linear_out(with_logical_constraint(_swiglu(self.linear_in(x_btd)), "batch", "tokens", "mlp_act"))
 
 
 class JointAttention(nnx.Module):
@@ -414,11 +414,14 @@ class Flux2Transformer(nnx.Module):
             block: TransformerBlock, carry: tuple[jax.Array, jax.Array], _: None
         ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
             image, text = block(*carry, image_modulation, text_modulation, rotary, mask_bt)
-            carry = constrain(image, "batch", "tokens", None), constrain(text, "batch", "tokens", None)
+            carry = (
+                with_logical_constraint(image, "batch", "tokens", None),
+                with_logical_constraint(text, "batch", "tokens", None),
+            )
             return carry, carry if return_hidden_states else None
 
         def single(block: SingleTransformerBlock, x_btd: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
-            x_btd = constrain(block(x_btd, modulation, rotary, mask_bt), "batch", "tokens", None)
+            x_btd = with_logical_constraint(block(x_btd, modulation, rotary, mask_bt), "batch", "tokens", None)
             return x_btd, x_btd if return_hidden_states else None
 
         streams = self.x_embedder(hidden_states_btc), self.context_embedder(encoder_hidden_states_btd)

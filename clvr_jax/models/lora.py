@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.trees import Path, Tree, dotted, leaves_by_path, some
 
 # Linear, a stack of linear layers, or a convolution: that is what is adapted.
@@ -45,6 +45,26 @@ class LoRAPair:
         scale = jnp.asarray(self.scale, jnp.float32)
         # Full precision: the default of a TPU would round both factors to bfloat16.
         return scale.reshape(scale.shape + (1, 1) * scale.ndim) * jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    """Configuration of a LoRA that is trained."""
+
+    rank: int = 128
+    """Rank of the LoRA; 0 trains all parameters instead."""
+    alpha: float = 256.0
+    """Scale of the LoRA: the weights change by alpha / rank times the product of its two matrices."""
+    targets: tuple[str, ...] = ("kernel",)
+    """Adapt the kernels in whose path one of these regular expressions is found."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 0:
+            raise UsageError(f"LoRAConfig: rank must be at least 0, got {self.rank}")
+
+    def init(self, params: Tree, key: jax.Array) -> Tree:
+        """Returns a LoRA tree that changes nothing yet, see `init_lora`."""
+        return init_lora(params, self.targets, self.rank, self.alpha, key)
 
 
 def is_pair(node: Any) -> bool:

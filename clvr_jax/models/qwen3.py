@@ -64,20 +64,23 @@ class Qwen3Config:
 
 
 class Qwen3Model(nnx.Module):
-    """Embeddings, a stack of decoder layers with a leading layer axis, and the final norm."""
+    """Embeddings, a stack of decoder layers with a leading layer axis, and the final norm if no layer is left out."""
 
-    def __init__(self, config: Qwen3Config, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike) -> None:
+    def __init__(
+        self, config: Qwen3Config, depth: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
+    ) -> None:
         self.embed_tokens = nnx.Embed(
             config.vocab_size, config.hidden_size, dtype=dtype, param_dtype=param_dtype, rngs=rngs
         )
         self.layers = stack_blocks(
             lambda layer_rngs: DecoderLayer(config, rngs=layer_rngs, dtype=dtype, param_dtype=param_dtype),
-            config.num_hidden_layers,
+            depth,
             rngs,
         )
-        self.norm = nnx.RMSNorm(
-            config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
-        )
+        if depth == config.num_hidden_layers:
+            self.norm = nnx.RMSNorm(
+                config.hidden_size, epsilon=config.rms_norm_eps, dtype=dtype, param_dtype=param_dtype, rngs=rngs
+            )
 
 
 class Qwen3(nnx.Module):
@@ -89,6 +92,10 @@ class Qwen3(nnx.Module):
       dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
       param_dtype: dtype of the weights.
       remat: what the backward pass keeps of each block, see `layers.REMAT`.
+      depth: hold only this many layers, from the first, and no head, for hidden states up to there; None is all.
+
+    Attributes:
+      is_whole: whether all weights are held; without some of them only `hidden_states` can be called.
     """
 
     def __init__(
@@ -99,11 +106,17 @@ class Qwen3(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "dots",
+        depth: int | None = None,
     ) -> None:
         self.config = config
         self.remat = remat
-        self.model = Qwen3Model(config, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
-        if not config.tie_word_embeddings:
+        self.depth = config.num_hidden_layers if depth is None else depth
+        if not 1 <= self.depth <= config.num_hidden_layers:
+            raise ClvrError(f"Qwen3: depth {depth} must be from 1 to {config.num_hidden_layers}")
+        has_head = depth is None and not config.tie_word_embeddings
+        self.is_whole = self.depth == config.num_hidden_layers and (has_head or config.tie_word_embeddings)
+        self.model = Qwen3Model(config, self.depth, rngs=rngs, dtype=dtype, param_dtype=param_dtype)
+        if has_head:
             self.lm_head = nnx.Linear(
                 config.hidden_size, config.vocab_size, use_bias=False, dtype=dtype, param_dtype=param_dtype, rngs=rngs
             )
@@ -122,6 +135,7 @@ class Qwen3(nnx.Module):
           positions_bt: (b, t) rotary positions; 0, 1, ... if None, whatever the mask, as transformers' forward does.
         Returns: (b, t, vocab_size) in the compute dtype.
         """
+        self._check_whole()
         rotary, mask = self._tables(input_ids_bt, attention_mask_bt, positions_bt)
 
         def step(layer: DecoderLayer, x_btd: jax.Array, _: None) -> tuple[jax.Array, None]:
@@ -144,11 +158,10 @@ class Qwen3(nnx.Module):
           layers: indices as transformers counts them: 0 is the embeddings, k the output of k layers, and
             num_hidden_layers the last output after the final norm.
         Returns: one (b, t, hidden_size) array for each index.
-        Raises: ClvrError for an index the model does not have.
+        Raises: ClvrError for an index the model does not have, or does not hold.
         """
-        depth = self.config.num_hidden_layers
-        if not layers or any(not 0 <= layer <= depth for layer in layers):
-            raise ClvrError(f"hidden_states: layers {tuple(layers)} must be indices in 0..{depth}, at least one")
+        if not layers or any(not 0 <= layer <= self.depth for layer in layers):
+            raise ClvrError(f"hidden_states: layers {tuple(layers)} must be indices in 0..{self.depth}, at least one")
         rotary, mask = self._tables(input_ids_bt, attention_mask_bt, None)
         graphdef, stacked = nnx.split(self.model.layers)
         wanted = sorted(set(layers))
@@ -170,8 +183,8 @@ class Qwen3(nnx.Module):
         kept_lbtd = jnp.broadcast_to(embedded, (len(wanted), *embedded.shape))
         _, kept_lbtd = jax.lax.fori_loop(0, wanted[-1], keep, (embedded, kept_lbtd))
         states = {index: kept_lbtd[slot] for slot, index in enumerate(wanted)}
-        if depth in states:
-            states[depth] = self.model.norm(states[depth])
+        if (last := self.config.num_hidden_layers) in states:
+            states[last] = self.model.norm(states[last])
         return tuple(states[index] for index in layers)
 
     def decode(
@@ -188,6 +201,7 @@ class Qwen3(nnx.Module):
           keys: how many leading cache entries to attend to, max_len if None; at least start + t.
         Returns: (b, t, vocab_size) logits and the cache with the new tokens.
         """
+        self._check_whole()
         t = input_ids_bt.shape[1]
         positions_bt = jnp.reshape(jnp.asarray(start), (-1, 1)) + jnp.arange(t)
         rotary = rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta)
@@ -211,6 +225,13 @@ class Qwen3(nnx.Module):
         if positions_bt is None:
             positions_bt = jnp.arange(t)[None]
         return rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta), attention_mask_bt
+
+    def _check_whole(self) -> None:
+        if not self.is_whole:
+            raise ClvrError(
+                f"Qwen3: holds {self.depth} of {self.config.num_hidden_layers} layers and no head, so it has hidden "
+                "states only; load the whole model for logits"
+            )
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:
         normed = self.model.norm(x_btd)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
-from clvr_jax.sharding import constrain
+from clvr_jax.sharding import with_logical_constraint
 
 Rotary = tuple[jax.Array, jax.Array]
 """Cosines and sines, each (b or 1, t, head_dim / 2): channel i of a head turns with channel i + head_dim / 2."""
@@ -220,7 +220,7 @@ class MLP(nnx.Module):
     def __call__(self, x_btd: jax.Array) -> jax.Array:
         """(b, t, hidden_size) -> (b, t, hidden_size)."""
         hidden = jax.nn.silu(self.gate_proj(x_btd)) * self.up_proj(x_btd)
-        return self.down_proj(constrain(hidden, "batch", "tokens", "wide"))
+        return self.down_proj(with_logical_constraint(hidden, "batch", "tokens", "mlp_act"))
 
 
 class DecoderLayer(nnx.Module):
@@ -264,4 +264,4 @@ class DecoderLayer(nnx.Module):
         out, cache = self.self_attn(self.input_layernorm(x_btd), rotary, mask, cache, start)
         x_btd = x_btd + out
         x_btd = x_btd + self.mlp(self.post_attention_layernorm(x_btd))
-        return constrain(x_btd, "batch", "tokens", None), cache
+        return with_logical_constraint(x_btd, "batch", "tokens", None), cache

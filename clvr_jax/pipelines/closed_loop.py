@@ -2,30 +2,38 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self
 
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.registry import resolve
+from clvr_jax.pipelines.folder import flux2_heads
+from clvr_jax.pipelines.images import check_size
+from clvr_jax.pipelines.loading import LoRA, Mesh, check_heads, layout_of
+from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.pipelines.verifier import Verifier as LoadedVerifier
-from clvr_jax.pipelines.verifier import controller_directory
-from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
+from clvr_jax.pipelines.verifier import controller_directory, load_controller
+from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline, qwen3_vl_heads
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
-from clvr_jax.reasoning.images import as_pil, pixels
+from clvr_jax.reasoning.images import Picture, as_pil, pixels
 from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.reasoning.verification import VerificationMode, Verifier
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 384
+"""Most tokens of a reply of a model that was trained for the loop."""
+MAX_UNTRAINED_REPLY_TOKENS = 1024
+"""The same of a model that was not: it lists and explains at length."""
 
 
 class VLMController(Controller):
@@ -40,14 +48,18 @@ class VLMController(Controller):
         self.usage = Usage()
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Replies to all conversations: first attempts greedily in one call, retries sampled in another."""
+        """Replies to all conversations: first attempts greedily in one call, retries sampled in another.
+
+        A thought is no part of a reply; "", which nobody can read, stands for a thought without a reply.
+        """
         answers: dict[int, ChatAnswer] = {}
         for is_retry in (False, True):
             rows = [index for index, each in enumerate(conversations) if bool(each.attempt) == is_retry]
             if rows:
                 temperature = RETRY_TEMPERATURE if is_retry else 0.0
                 answers.update(zip(rows, self._answers([conversations[i] for i in rows], temperature), strict=True))
-        return [answers[index].text for index in range(len(conversations))]
+        # Drafts in a thought look like actions, and must never be carried out.
+        return [strip_thoughts(answers[index].text) or "" for index in range(len(conversations))]
 
     def _answers(self, conversations: Sequence[Conversation], temperature: float) -> list[ChatAnswer]:
         answers = self._vlm.answer_all(
@@ -66,21 +78,36 @@ class Flux2Drawer(Drawer):
     """A FLUX.2 pipeline that draws under the whole history.
 
     steps, guidance: the model's own if None.
+    size: height and width in pixels; if None, those of the first reference, and the model's own without references.
     """
 
-    def __init__(self, pipeline: Flux2Pipeline, steps: int | None = None, guidance: float | None = None):
+    def __init__(
+        self,
+        pipeline: Flux2Pipeline,
+        steps: int | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+    ):
         self._pipeline, self._steps, self._guidance = pipeline, steps, guidance
+        self._height = None if size is None else size[0]
+        self._width = None if size is None else size[1]
 
     def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
         """See `Drawer`."""
+        histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
         output = self._pipeline.draw_each(
-            [request.text for request in requests],
+            [history.text for history in histories],
             [[as_pil(image) for image in request.images] for request in requests],
             [request.seed for request in requests],
             num_inference_steps=self._steps,
             guidance_scale=self._guidance,
+            height=self._height,
+            width=self._width,
         )
-        return [Drawing(image, output.nfe) for image in output.images]
+        return [
+            Drawing(image, output.nfe, history.left_out)
+            for image, history in zip(output.images, histories, strict=True)
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,33 +136,57 @@ class ClosedLoopPipeline:
     def from_pretrained(
         cls,
         model: str,
-        dtype: DTypeLike = "float32",
+        dtype: DTypeLike | None = None,
         *,
-        controller: str | None = None,
-        verifier: str | None = None,
+        controller: str | Controller | None = None,
+        verifier: str | Verifier | None = None,
+        mesh: Mesh = None,
+        lora: Sequence[LoRA] = (),
+        ignore_text_encoder: bool = False,
+        max_reply_tokens: int | None = None,
     ) -> Self:
         """Loads the models of a loop.
 
         Args:
           model: a shipped name or a directory in diffusers layout, with a `controller/` beside the other components
             unless `controller` is given.
-          dtype: of weights and computation.
-          controller: the Qwen3-VL that plans, see `pipelines.verifier.controller_directory`; the model's own if None.
-          verifier: the model that verifies, in the same way; the controller's weights in fresh conversations if None.
+          dtype: of weights and computation; None is each checkpoint's own on an accelerator, and float32 on a CPU.
+          controller: plans and decides: a Qwen3-VL (see `pipelines.verifier.controller_directory`), or any controller,
+            such as `providers.loop_roles.AskedController` for an endpoint; the model's own if None. A Qwen3-VL that was
+            not trained for the loop gets `SYSTEM_PROMPT`.
+          verifier: checks images: a Qwen3-VL, or any verifier. If None, a Qwen3-VL that is the controller does so, in
+            fresh conversations.
+          mesh: all models are placed on it, and compute there; the default device if None.
+          lora, ignore_text_encoder: see `Flux2Pipeline.from_pretrained`.
+          max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
+            and 1024 for others.
+        Raises: ClvrError, before any weights are read, for a controller or a verifier that is no Qwen3-VL, and for a
+          mesh that does not divide the attention heads.
         """
-        path, _ = resolve(model)
-        flux = Flux2Pipeline.from_pretrained(model, dtype)
-        name = controller or (model if (path / "controller").is_dir() else None)
-        if name is None:
-            checks = None if verifier is None else LoadedVerifier.from_pretrained(verifier, dtype)
-            return cls(flux, None, model, checks)
-        directory, is_trained = controller_directory(name)
-        vlm = Qwen3VLPipeline.from_pretrained(directory, dtype)
-        if verifier is None or verifier == name:
-            checks = LoadedVerifier.of_pipeline(vlm, name, is_trained)
-        else:
-            checks = LoadedVerifier.from_pretrained(verifier, dtype)
-        return cls(flux, VLMController(vlm, None if is_trained else SYSTEM_PROMPT), model, checks)
+        path, transformer = resolve(model)
+        layout = layout_of(mesh)
+        if controller is None and (path / "controller").is_dir():
+            controller = model
+        # What can be wrong with the small files is found before the large ones are read, which takes minutes.
+        names = {"controller": controller, "verifier": verifier}
+        found = {part: controller_directory(name) for part, name in names.items() if isinstance(name, str)}
+        if layout is not None and class_of(path) == FLUX2:
+            heads = flux2_heads(model, transformer)
+            check_heads(layout, {**heads, **_heads({part: directory for part, (directory, _) in found.items()})})
+        options: dict[str, Any] = {"mesh": layout, "lora": lora, "ignore_text_encoder": ignore_text_encoder}
+        flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
+        vlm = load_controller(controller, dtype, layout) if isinstance(controller, str) else None
+        if isinstance(verifier, str) and verifier != controller:
+            verifier = LoadedVerifier.from_pretrained(verifier, dtype, mesh=layout)
+        if isinstance(controller, str) and vlm is not None:
+            _, is_trained = found["controller"]
+            if verifier is None or isinstance(verifier, str):
+                verifier = LoadedVerifier.of_pipeline(vlm, controller, is_trained)
+            limit = max_reply_tokens or (MAX_REPLY_TOKENS if is_trained else MAX_UNTRAINED_REPLY_TOKENS)
+            controller = VLMController(vlm, None if is_trained else SYSTEM_PROMPT, limit)
+        assert not isinstance(controller, str)
+        assert not isinstance(verifier, str)
+        return cls(flux, controller, model, verifier)
 
     def __call__(
         self,
@@ -150,21 +201,28 @@ class ClosedLoopPipeline:
         nfe: int | None = None,
         verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
+        images: Sequence[Picture] = (),
+        height: int | None = None,
+        width: int | None = None,
     ) -> ClosedLoopOutput:
         """Runs the loop for one prompt.
 
         Args:
-          prompt: what to draw.
+          prompt: describes the image, or the change of the given images.
           max_steps, max_nfe, max_seconds, stop_when, candidates: see `Budget`.
           seed: the same seed gives the same trajectory.
           nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
           verification: who accepts an image, see `reasoning.loop.run`.
           on_event: called as things happen.
-        Raises: UsageError for limits that make no sense.
+          images: the user's own images to edit or to combine, references of every step in this order.
+          height, width: of the generated images, both or none; those of the first reference, else the model's, if None.
+        Raises: UsageError for limits or a size that make no sense.
         """
         began = time.monotonic()
         budget = Budget(max_steps, max_nfe, max_seconds, stop_when=stop_when, candidates=candidates)
-        (trajectory,) = self.run([prompt], [seed], budget, nfe=nfe, verification=verification, on_event=on_event)
+        options: dict[str, Any] = {"nfe": nfe, "verification": verification, "on_event": on_event}
+        options |= {"images": [images], "height": height, "width": width} if images or height or width else {}
+        (trajectory,) = self.run([prompt], [seed], budget, **options)
         image = None if trajectory.image is None else as_pil(trajectory.image)
         return ClosedLoopOutput(image, trajectory, trajectory.nfe, time.monotonic() - began)
 
@@ -179,18 +237,28 @@ class ClosedLoopPipeline:
         nfe: int | None = None,
         verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
+        images: Sequence[Sequence[Picture]] | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> list[Trajectory]:
         """Runs the loop for several prompts together.
 
         Args: as in `__call__`, and
           controller, verifier: take the place of the pipeline's own.
+          images: the user's own images of each prompt; None: there are none.
         Raises: ClvrError without a controller, or without a verifier where `verification` needs one.
         """
         chosen = controller or self.controller
         if chosen is None:
             raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
+        if (height is None) != (width is None):
+            raise UsageError("height and width go together; give both or none")
+        size = None if height is None or width is None else (height, width)
+        if size is not None:
+            check_size(*size, self.flux.vae.config.token_pixels)
         steps = None if nfe is None else self.flux.steps_for(nfe)
-        drawer = Flux2Drawer(self.flux, steps)
+        self.flux.check_prompts(prompts)  # now, not after the controller has worked for minutes
+        drawer = Flux2Drawer(self.flux, steps, size=size)
         checks = (verifier or self.verifier) if verification == "separate" else None
         if verification == "separate" and checks is None:
             raise ClvrError(
@@ -206,4 +274,11 @@ class ClosedLoopPipeline:
             verification=verification,
             verifier=checks,
             model=self.model,
+            images=images,
         )
+
+
+def _heads(directories: Mapping[str, Path]) -> dict[str, int]:
+    """Attention heads of the Qwen3-VL models in some directories, by what messages call them."""
+    heads = [qwen3_vl_heads(directory, part) for part, directory in directories.items()]
+    return {name: count for own in heads for name, count in own.items()}

@@ -11,6 +11,8 @@ from typing import Any
 import jax
 from flax import nnx
 
+from clvr_jax.sharding import MeshLayout, replicate
+
 
 class Graph:
     """A module's graph that knows its hash. Equal graphs share a program."""
@@ -26,18 +28,25 @@ class Graph:
         return self is other or (isinstance(other, Graph) and self.graphdef == other.graphdef)
 
 
-def jitted(function: Callable[..., Any], **options: Any) -> Any:
-    """`function(graphdef, state, ...)` under `jax.jit`, with the `options` of that; it takes (Graph, state, ...)."""
+def jitted(function: Callable[..., Any], *, gathers_weights: bool = False, **options: Any) -> Any:
+    """`function(graphdef, state, ...)` under `jax.jit`, with the `options` of that; it takes (Graph, state, ...).
+
+    gathers_weights: every device of a mesh computes with all weights of the module, for modules so small that sharding
+      their products would cost more.
+    """
 
     @functools.wraps(function)
-    def of_graph(graph: Graph, *rest: Any) -> Any:
-        return function(graph.graphdef, *rest)
+    def of_graph(graph: Graph, state: Any, *rest: Any) -> Any:
+        return function(graph.graphdef, replicate(state) if gathers_weights else state, *rest)
 
     return jax.jit(of_graph, **options)
 
 
 class Components:
     """Something whose attributes are NNX modules that may be replaced by others."""
+
+    layout: MeshLayout | None = None
+    """Where the modules are placed, and programs are traced for; the default device, or the active layout, if None."""
 
     def __init__(self) -> None:
         self._found: dict[str, tuple[nnx.Module, tuple[Graph, Any]]] = {}

@@ -6,29 +6,31 @@ Source of the order of things: diffusers `Flux2KleinPipeline`.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.data.text import check_prompt, encode_prompts
-from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule, euler_solve, guided
+from clvr_jax.data.histories import FittedHistory, fit_history, token_count
+from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
+from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
-from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines import folder
 from clvr_jax.pipelines.agreement import check_flux2
 from clvr_jax.pipelines.components import Components, jitted
-from clvr_jax.pipelines.images import prepare_reference, to_pil
+from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
+from clvr_jax.pipelines.loading import LoRA, Mesh, computing_on, layout_of, on_mesh
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
 
@@ -44,14 +46,15 @@ KLEIN = {
 class Flux2Settings:
     """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of FLUX.2 klein.
 
-    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that prompts are padded
-    to (padding is attended to, so these belong to the model). sample_size: pixels of a side if none is asked for.
-    is_distilled: guidance is never used. num_inference_steps, guidance_scale: what the model is meant to be run with.
-    world: of the small models, the world whose language is all they know.
+    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that texts are padded
+    to (padding is attended to, so these belong to the model); a history that is longer than all of them loses its
+    oldest replies. sample_size: pixels of a side if none is asked for. is_distilled: guidance is never used.
+    num_inference_steps, guidance_scale: what the model is meant to be run with. world: of the small models, the world
+    whose language is all they know.
     """
 
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
-    text_buckets: tuple[int, ...] = (512,)
+    text_buckets: tuple[int, ...] = (512, 1024, 1536, 2048)
     sample_size: int = 1024
     is_distilled: bool = False
     num_inference_steps: int = 28
@@ -77,8 +80,9 @@ class Flux2Pipeline(Components):
     """Text to image and editing with references.
 
     Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`,
-    `schedule` (noise levels of the solver). Replacing
-    `transformer` by one of the same configuration (after a merge, say) does not compile anything again.
+    `schedule` (noise levels of the solver). Replacing `transformer` by one of the same configuration (after a merge,
+    say) does not compile anything again. A text encoder is loaded without the layers that are never read;
+    `text_encoder_source` is the directory that they are copied from when the pipeline is saved.
     """
 
     def __init__(
@@ -89,28 +93,46 @@ class Flux2Pipeline(Components):
         tokenizer: Any,
         settings: Flux2Settings,
         schedule: FlowSchedule = KLEIN_SCHEDULE,
+        text_encoder_source: Path | None = None,
     ):
         check_flux2(transformer.config, vae.config, text_encoder.config, tokenizer, settings.text_encoder_out_layers)
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
+        self.text_encoder_source = text_encoder_source
         self._encode_text = jitted(encode_text, static_argnums=(0, 4))
-        self._encode_images = jitted(encode_images, static_argnums=0)
-        self._decode = jitted(decode, static_argnums=0)
+        self._encode_images = jitted(encode_images, gathers_weights=True, static_argnums=0)
+        self._decode = jitted(decode, gathers_weights=True, static_argnums=0)
         self._denoise = jitted(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", transformer: str | None = None) -> Self:
+    def from_pretrained(
+        cls,
+        model: str,
+        dtype: DTypeLike | None = "float32",
+        transformer: str | None = None,
+        *,
+        mesh: Mesh = None,
+        lora: Sequence[LoRA] = (),
+        ignore_text_encoder: bool = False,
+    ) -> Self:
         """Loads a pipeline.
 
         Args:
           model: a shipped name ("shapes-tiny", "shapes-tiny-base", ...) or a folder in diffusers layout.
-          dtype: of weights and computation.
+          dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           transformer: subfolder to take the transformer from, if not `transformer`.
+          mesh: shards parameters and computation; every parameter is placed as `clvr_jax.sharding` says.
+          lora: LoRAs of the transformer, each a file, directory or Hugging Face id, alone or with its weight. They are
+            added to the weights before those are placed.
+          ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        with located(model):
-            return cls(*folder.load_flux2(model, jnp.dtype(dtype), transformer, Flux2Settings))
+        layout = layout_of(mesh)
+        with located(model), computing_on(layout):
+            pipe = cls(*folder.load_flux2(model, dtype, transformer, Flux2Settings, layout, lora, ignore_text_encoder))
+        pipe.layout = layout
+        return pipe
 
     def __call__(
         self,
@@ -151,6 +173,7 @@ class Flux2Pipeline(Components):
             output_type=output_type,
         )
 
+    @on_mesh
     def draw(
         self,
         prompts: Sequence[str],
@@ -167,8 +190,19 @@ class Flux2Pipeline(Components):
 
         noise: (b,) random keys, or latents (b, c, h, w).
         """
-        for text in prompts:
-            check_prompt(text)
+        if len(set(lengths := self._lengths(prompts))) > 1:
+            # Padding is attended to: in the bucket of a longer row, a text would give another image than alone.
+            return self._draw_apart(
+                lengths,
+                prompts,
+                references,
+                noise,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                height=height,
+                width=width,
+                output_type=output_type,
+            )
         steps = num_inference_steps or self.settings.num_inference_steps
         guidance = self.settings.guidance_scale if guidance_scale is None else guidance_scale
         use_guidance = guidance > 1 and not self.settings.is_distilled
@@ -177,8 +211,7 @@ class Flux2Pipeline(Components):
         sizes = _common_sizes(pixels)
         height = height or (sizes[0][0] if sizes else self.settings.sample_size)
         width = width or (sizes[0][1] if sizes else self.settings.sample_size)
-        if height < token or width < token or height % token or width % token:
-            raise UsageError(f"size {height} x {width}: both sides must be multiples of {token} pixels")
+        check_size(height, width, token)
         grid = (height // token, width // token)
 
         batch = len(prompts)
@@ -213,6 +246,8 @@ class Flux2Pipeline(Components):
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        height: int | None = None,
+        width: int | None = None,
     ) -> Flux2Output:
         """Pictures for rows that have nothing in common, each as it would be drawn alone from its seed.
 
@@ -220,8 +255,7 @@ class Flux2Pipeline(Components):
         ones would be another text) and their references agree in number and sizes; six of them as four and two.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, (prompt, images) in enumerate(zip(prompts, references, strict=True)):
-            length = encode_prompts(self.tokenizer, [prompt], self.settings.text_buckets)[0].shape[1]
+        for index, (length, images) in enumerate(zip(self._lengths(prompts), references, strict=True)):
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
         pictures: dict[int, Any] = {}
         nfe = 0
@@ -232,10 +266,20 @@ class Flux2Pipeline(Components):
                 jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in rows]),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
+                height=height,
+                width=width,
             )
             nfe = output.nfe
             pictures.update(zip(rows, output.images, strict=True))
         return Flux2Output([pictures[index] for index in range(len(prompts))], nfe)
+
+    def fit_history(self, prompt: str, replies: Sequence[str]) -> FittedHistory:
+        """Returns the text of a history, without its oldest replies if it is too long; see `histories.fit_history`."""
+        return fit_history(self.tokenizer, prompt, replies, max(self.settings.text_buckets))
+
+    def check_prompts(self, prompts: Sequence[str]) -> None:
+        """Raises ClvrError for a prompt that is empty, or longer than the text encoder reads."""
+        self._lengths(prompts)
 
     def steps_for(self, nfe: int) -> int:
         """Solver steps that `nfe` network evaluations pay for under the model's own guidance; UsageError if none."""
@@ -247,6 +291,34 @@ class Flux2Pipeline(Components):
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:
         """Writes a diffusers folder that `Flux2KleinPipeline.from_pretrained` loads too."""
         folder.save_flux2(path, self, dtype)
+
+    def _draw_apart(
+        self,
+        lengths: Sequence[int],
+        prompts: Sequence[str],
+        references: Sequence[Sequence[Image.Image]],
+        noise: jax.Array,
+        **options: Any,
+    ) -> Flux2Output:
+        """As `draw`, with one call for the rows of each text length."""
+        if len(noise) != len(prompts):
+            raise UsageError(f"{len(prompts)} prompts but noise for {len(noise)}; give each its own")
+        images: dict[int, Any] = {}
+        nfe = 0
+        for length in sorted(set(lengths)):
+            rows = [row for row, each in enumerate(lengths) if each == length]
+            picked, shown = [prompts[row] for row in rows], [references[row] for row in rows]
+            output = self.draw(picked, shown, noise[jnp.asarray(rows)], **options)
+            nfe = output.nfe
+            images.update(zip(rows, output.images, strict=True))
+        ordered = [images[row] for row in range(len(prompts))]
+        return Flux2Output(np.stack(ordered) if options["output_type"] == "np" else ordered, nfe)
+
+    def _lengths(self, prompts: Sequence[str]) -> list[int]:
+        """The bucket of each prompt. Raises: ClvrError for one that is empty or too long."""
+        for text in prompts:
+            check_prompt(text)
+        return [bucket_for(token_count(self.tokenizer, text), self.settings.text_buckets) for text in prompts]
 
     def _text(self, prompts: list[str], use_guidance: bool) -> jax.Array:
         """(b or 2 b, length, d): conditions, preceded by the unconditional ones if guidance is used."""
@@ -302,90 +374,3 @@ def _common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
 def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     rows = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
     return rows.reshape(keys.shape[0], shape[0] * shape[1], shape[2])
-
-
-def encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-    """(b, t) ids and mask -> (b, t, layers * d), the hidden states at `layers` side by side."""
-    return jnp.concatenate(nnx.merge(graphdef, state).hidden_states(ids, mask, layers), axis=-1)
-
-
-def encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
-    """(b, h, w, 3) in [-1, 1] -> (b, h / 16, w / 16, c) latent tokens."""
-    return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
-
-
-def encode_references(graphdef: Any, state: Any, pictures_bnhwc: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Pictures as data has them, (b, n, h, w, 3) uint8, -> (b, tokens of all n, c), as `velocity_field` takes them."""
-
-    def encode(pictures_bhwc: jax.Array) -> jax.Array:
-        tokens_bhwc = encode_images(graphdef, state, (pictures_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype))
-        return tokens_bhwc.reshape(len(pictures_bhwc), -1, tokens_bhwc.shape[-1])
-
-    # One picture of every row after the other: large ones need more memory in the encoder than all the rest does.
-    tokens_nbtc = jax.lax.map(encode, pictures_bnhwc.swapaxes(0, 1))
-    number, rows, each, channels = tokens_nbtc.shape
-    return tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
-
-
-def decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
-    """(b, h / 16, w / 16, c) latent tokens -> (b, h, w, 3) in [0, 1], float32."""
-    images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
-
-
-def velocity_field(
-    transformer: Flux2Transformer,
-    references_btc: jax.Array,
-    grid: tuple[int, int],
-    reference_sizes: Sequence[tuple[int, int]],
-) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The velocity of a picture's tokens beside its references.
-
-    Args:
-      transformer: the model.
-      references_btc: (b, tokens of all references, c), possibly none.
-      grid: (height, width) of the picture in tokens.
-      reference_sizes: the same of each reference.
-    Returns: (latents_btc, timesteps (b,), text_btd) -> (b, t, c). Rows beyond b repeat the references.
-    """
-    image_ids = np.concatenate([latent_ids(*grid), reference_ids(list(reference_sizes))])
-
-    def velocity(latents_btc: jax.Array, timestep_b: jax.Array, text_btd: jax.Array) -> jax.Array:
-        repeats = latents_btc.shape[0] // max(references_btc.shape[0], 1)
-        references = jnp.tile(references_btc, (repeats, 1, 1)).astype(latents_btc.dtype)
-        tokens = jnp.concatenate([latents_btc, references], axis=1)
-        out: Any = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
-        return out[:, : latents_btc.shape[1]]
-
-    return velocity
-
-
-def denoise(
-    graphdef: Any,
-    state: Any,
-    latents_btc: jax.Array,
-    text_btd: jax.Array,
-    references_btc: jax.Array,
-    sigmas: jax.Array,
-    guidance: jax.Array,
-    grid: tuple[int, int],
-    reference_sizes: tuple[tuple[int, int], ...],
-) -> jax.Array:
-    """Solves the flow from noise to pictures.
-
-    Args:
-      graphdef, state: the transformer, split.
-      latents_btc: noise. text_btd: conditions, b of them, or 2 b, unconditional ones first, for guidance.
-      references_btc: tokens of all references. sigmas: (steps + 1,), 1 to 0. guidance: scalar, unused without.
-      grid, reference_sizes: see `velocity_field`.
-    Returns: (b, t, c) clean latents.
-    """
-    field = velocity_field(nnx.merge(graphdef, state), references_btc, grid, reference_sizes)
-
-    def velocity(x: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
-        return field(x, jnp.full(x.shape[0], sigma), text)
-
-    if text_btd.shape[0] == latents_btc.shape[0]:
-        return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
-    unconditional, conditional = jnp.split(text_btd, 2)
-    return euler_solve(guided(velocity, conditional, unconditional, guidance), latents_btc, sigmas)

@@ -2,16 +2,19 @@
 
 import dataclasses
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.families import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
+from clvr_jax.convert.orbax_tree import PARAMS, is_tree
+from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
@@ -19,12 +22,20 @@ from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
+from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
-Settings = TypeVar("Settings")
+
+class _Settings(Protocol):
+    @property
+    def text_encoder_out_layers(self) -> tuple[int, ...]: ...
+
+
+Settings = TypeVar("Settings", bound=_Settings)
 
 _COMPONENTS = {
     "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
@@ -36,9 +47,19 @@ _COMPONENTS = {
 
 
 def load_flux2(
-    model: str, dtype: DTypeLike, transformer: str | None, settings_class: type[Settings]
-) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule]:
-    """Components of a FLUX.2 klein pipeline; see `Flux2Pipeline.from_pretrained`."""
+    model: str,
+    dtype: DTypeLike | None,
+    transformer: str | None,
+    settings_class: type[Settings],
+    layout: MeshLayout | None = None,
+    lora: Sequence[LoRA] = (),
+    ignore_text_encoder: bool = False,
+) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
+    """Loads the components of a FLUX.2 klein pipeline on the active layout.
+
+    The arguments are those of `Flux2Pipeline.from_pretrained`.
+    Returns: the components, and the directory of the text encoder.
+    """
     path, default_transformer = resolve(model)
     index = read_json(path / "model_index.json")
     if (kind := class_of(path)) != "Flux2KleinPipeline":
@@ -52,14 +73,28 @@ def load_flux2(
     if not isinstance(own, dict):
         raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
     settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
+    check_heads(layout, flux2_heads(model, chosen))
+    dtype = resolve_dtype(dtype, path / chosen)
+    loras = read_loras(path / chosen, FLUX2_TRANSFORMER, lora, ignore_text_encoder)
     return (
-        load_transformer(path / chosen, dtype),
+        load_model(path / chosen, FLUX2_TRANSFORMER, dtype, loras=loras),
         load_vae(path / "vae", dtype),
-        load_text_encoder(path / "text_encoder", dtype),
+        load_text_encoder(path / "text_encoder", dtype, settings.text_encoder_out_layers),
         load_tokenizer(path / "tokenizer"),
         settings,
         schedule,
+        path / "text_encoder",
     )
+
+
+def flux2_heads(model: str, transformer: str | None = None) -> dict[str, int]:
+    """Returns the attention heads of a FLUX.2 pipeline, by component; reads its configuration only."""
+    path, default_transformer = resolve(model)
+    families = {transformer or default_transformer: FLUX2_TRANSFORMER, "text_encoder": QWEN3}
+    return {
+        name: family.config_from_dict(read_json(path / name / "config.json")).num_attention_heads
+        for name, family in families.items()
+    }
 
 
 def load_schedule(path: Path) -> FlowSchedule:
@@ -79,9 +114,34 @@ def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
     return load_model(path, FLUX2_VAE, dtype)
 
 
-def load_text_encoder(path: Path, dtype: DTypeLike = jnp.float32) -> Qwen3:
-    """A Qwen3 in transformers layout."""
-    return load_model(path, QWEN3, dtype)
+def load_text_encoder(path: Path, dtype: DTypeLike = jnp.float32, layers: tuple[int, ...] | None = None) -> Qwen3:
+    """A Qwen3 in transformers layout.
+
+    layers: the hidden states that will be read; layers above them and the head are neither read nor held, unless the
+    weights are stored as Orbax arrays, which hold all layers in one. None is a whole model.
+    """
+    is_partial = layers is not None and not is_tree(path / PARAMS)
+    return load_model(path, qwen3_hidden_states(layers) if layers and is_partial else QWEN3, dtype)
+
+
+def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: str) -> None:
+    """Writes a text encoder whole; what it was loaded without is copied from `source`, the directory it came from.
+
+    Raises: ClvrError if it is not whole and there is no source, or the source has gone or holds another model.
+    """
+    if encoder.is_whole:
+        save_model(target, encoder, QWEN3, dtype)
+        return
+    if source is None or not source.is_dir():
+        raise ClvrError(
+            f"{target}: the text encoder was loaded without the layers that are never read, and "
+            f"{source or 'the directory that it came from'} is not there to copy them from; nothing is written"
+        )
+    stored = QWEN3.canonicalize_keys(stored_tensors(source), encoder.config)
+    whole = {key for entry in QWEN3.entries(QWEN3.config_to_dict(encoder.config)) for key in entry.keys}
+    if stored.keys() != whole:
+        raise ClvrError(f"{source}: no longer the model that the text encoder came from; nothing is written")
+    save_model(target, encoder, QWEN3, dtype, rest=stored)
 
 
 def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
@@ -97,7 +157,7 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
     with replacing(target) as temporary:
         save_model(temporary / "transformer", pipeline.transformer, FLUX2_TRANSFORMER, dtype)
         save_model(temporary / "vae", pipeline.vae, FLUX2_VAE, dtype)
-        save_model(temporary / "text_encoder", pipeline.text_encoder, QWEN3, dtype)
+        save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, pipeline.text_encoder_source, dtype)
         pipeline.tokenizer.save_pretrained(str(temporary / "tokenizer"))
         write_json(temporary / "scheduler" / "scheduler_config.json", pipeline.schedule.to_config())
         write_json(temporary / "clvr.json", {"flux2": settings})

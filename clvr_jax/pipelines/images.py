@@ -8,6 +8,21 @@ from PIL import Image
 from clvr_jax.errors import UsageError
 
 
+def check_size(height: int, width: int, multiple: int) -> None:
+    """Raises UsageError, with the nearest size that is possible, unless both sides are positive multiples of a number.
+
+    Args:
+      height, width: in pixels.
+      multiple: in pixels: the patch that one token or latent stands for.
+    """
+    sides = height, width
+    if any(side < 1 or side % multiple for side in sides):
+        nearest = " x ".join(str(max(1, round(side / multiple)) * multiple) for side in sides)
+        raise UsageError(
+            f"size {height} x {width}: both sides must be multiples of {multiple} pixels; the nearest size is {nearest}"
+        )
+
+
 def prepare_reference(image: Image.Image, multiple: int, max_pixels: int) -> np.ndarray:
     """A reference as the autoencoder takes it: shrunk if too large, cropped in the middle to multiples.
 

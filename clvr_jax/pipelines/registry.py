@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.json_input import shown
@@ -31,8 +31,11 @@ MODELS = {
     "shapes-tiny-sft": Shipped("shapes-tiny", transformer="transformer_sft"),
 }
 
+FLUX2 = "Flux2KleinPipeline"
+"""The class that takes images and runs in the closed loop."""
+
 PIPELINES = {
-    "Flux2KleinPipeline": "clvr_jax.pipelines.flux2.Flux2Pipeline",
+    FLUX2: "clvr_jax.pipelines.flux2.Flux2Pipeline",
     "StableDiffusionXLPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
     "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
     "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
@@ -40,9 +43,10 @@ PIPELINES = {
 """diffusers' class, as model_index.json names it -> ours that reads its folder and draws."""
 
 
-def load_pipeline(model: str, dtype: DTypeLike = "float32") -> Any:
+def load_pipeline(model: str, dtype: DTypeLike | None = "float32", **options: Any) -> Any:
     """The pipeline of a shipped name or a folder, of the class that reads it.
 
+    Args: those of that class' `from_pretrained`.
     Raises: ClvrError for a folder of a class that is not in `PIPELINES`, and what `from_pretrained` raises.
     """
     path, _ = resolve(model)
@@ -50,7 +54,20 @@ def load_pipeline(model: str, dtype: DTypeLike = "float32") -> Any:
     if kind not in PIPELINES:
         raise ClvrError(f"{path}: a {kind}; what can be drawn with is {', '.join(PIPELINES)}")
     module, _, name = PIPELINES[kind].rpartition(".")
-    return getattr(importlib.import_module(module), name).from_pretrained(model, dtype)
+    return getattr(importlib.import_module(module), name).from_pretrained(model, dtype, **options)
+
+
+def size_multiple(path: Path) -> int:
+    """Returns the number of pixels that both sides of an image must be multiples of; reads configurations only.
+
+    path: of the pipeline. Raises: ClvrError for a class that is not in `PIPELINES`, or a damaged configuration.
+    """
+    from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_VAE  # imports all models
+
+    kind, config = class_of(path), read_json(path / "vae" / "config.json")
+    if kind == FLUX2:
+        return int(FLUX2_VAE.config_from_dict(config).token_pixels)
+    return int(AUTOENCODER_KL.config_from_dict(config).downscale)
 
 
 def read_settings(path: Path, *sections: str) -> dict[str, dict[str, Any]]:
@@ -87,7 +104,7 @@ def resolve(model: str) -> tuple[Path, str]:
             f"{model}: no such model; give a diffusers folder, a Hugging Face id or one of {', '.join(MODELS)}"
         )
     else:
-        path, transformer = local_folder(model), "transformer"
+        path, transformer = local_directory(model), "transformer"
     if not (path / "model_index.json").exists():
         raise ClvrError(f"{path}: not a pipeline folder, model_index.json is missing")
     return path, transformer

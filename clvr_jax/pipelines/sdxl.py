@@ -26,7 +26,8 @@ from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from clvr_jax.pipelines import sdxl_folder
 from clvr_jax.pipelines.agreement import check_clip
 from clvr_jax.pipelines.components import Components, jitted
-from clvr_jax.pipelines.images import to_pil
+from clvr_jax.pipelines.images import check_size, to_pil
+from clvr_jax.pipelines.loading import LoRA, Mesh, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.sdxl_folder import Solver
 
 
@@ -87,21 +88,38 @@ class SDXLPipeline(Components):
         self.schedule, self.solver = sdxl_folder.read_scheduler(scheduler)
         self._encode_text = jax.jit(_encode_text, static_argnums=0)
         self._denoise = jitted(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
-        self._decode = jitted(_decode, static_argnums=0)
+        self._decode = jitted(_decode, gathers_weights=True, static_argnums=0)
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32") -> Self:
+    def from_pretrained(
+        cls,
+        model: str,
+        dtype: DTypeLike | None = "float32",
+        *,
+        mesh: Mesh = None,
+        lora: Sequence[LoRA] = (),
+        ignore_text_encoder: bool = False,
+    ) -> Self:
         """Loads a pipeline.
 
         Args:
           model: a folder in diffusers layout: `StableDiffusionXLPipeline`, `StableDiffusionPipeline` or
             `LatentConsistencyModelPipeline`. A safety checker in it is not used.
-          dtype: of weights and computation; noise levels and latents stay in float32.
+          dtype: of weights and computation; noise levels and latents stay in float32. None is the checkpoint's own on
+            an accelerator, and float32 on a CPU.
+          mesh: shards parameters and computation; every parameter is placed as `clvr_jax.sharding` says.
+          lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
+            to the weights before those are placed.
+          ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
         Raises: ClvrError naming what is missing, does not fit or is not supported.
         """
-        with located(model):
-            return cls(*sdxl_folder.load_sdxl(model, jnp.dtype(dtype), SDXLSettings))
+        layout = layout_of(mesh)
+        with located(model), computing_on(layout):
+            pipe = cls(*sdxl_folder.load_sdxl(model, dtype, SDXLSettings, layout, lora, ignore_text_encoder))
+        pipe.layout = layout
+        return pipe
 
+    @on_mesh
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -210,8 +228,7 @@ class SDXLPipeline(Components):
         if own is None and (height is None or width is None):
             raise UsageError("this UNet names no sample_size; give height and width")
         height, width = height or scale * (own or 0), width or scale * (own or 0)
-        if height < scale or width < scale or height % scale or width % scale:
-            raise UsageError(f"size {height} x {width}: both sides must be multiples of {scale} pixels")
+        check_size(height, width, scale)
         return height, width
 
     def _given_noise(self, latents: np.ndarray | jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:

@@ -1,15 +1,15 @@
 """Stable Diffusion folders in diffusers layout: SDXL has two text encoders, Stable Diffusion 1 and 2 have one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.convert.families import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
@@ -19,7 +19,9 @@ from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
+from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
+from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.sdxl import SDXLPipeline
@@ -51,9 +53,14 @@ _ABSENT = {
 
 
 def load_sdxl(
-    model: str, dtype: DTypeLike, settings_class: type[Settings]
+    model: str,
+    dtype: DTypeLike | None,
+    settings_class: type[Settings],
+    layout: MeshLayout | None = None,
+    lora: Sequence[LoRA] = (),
+    ignore_text_encoder: bool = False,
 ) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Any, ...], dict[str, Any], Settings]:
-    """Components of a Stable Diffusion pipeline; see `SDXLPipeline.from_pretrained`."""
+    """Components of a Stable Diffusion pipeline, on the active layout; see `SDXLPipeline.from_pretrained`."""
     path, _ = resolve(model)
     index = read_json(path / "model_index.json")
     kind = class_of(path)
@@ -68,7 +75,10 @@ def load_sdxl(
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if kind != XL:  # diffusers reads the old files of Stable Diffusion 1 like this
         scheduler = {**scheduler, "steps_offset": 1, "clip_sample": False}
-    unet = load_model(path / "unet", UNET, dtype)
+    check_heads(layout, _heads(path / "unet"))
+    dtype = resolve_dtype(dtype, path / "unet")
+    loras = read_loras(path / "unet", UNET, lora, ignore_text_encoder)
+    unet = load_model(path / "unet", UNET, dtype, loras=loras)
     given = read_settings(path, "sdxl")
     fields = {**_defaults(kind, scheduler, unet), **given.get("sdxl", {})}
     if "force_zeros_for_empty_prompt" in index:
@@ -85,6 +95,14 @@ def load_sdxl(
     )
 
 
+def _heads(unet: Path) -> dict[str, int]:
+    """The attention heads of the blocks that have attention; the text encoders are small, and shard what they can."""
+    config = UNET.config_from_dict(read_json(unet / "config.json"))
+    kinds = enumerate(zip(config.down_block_types, config.heads, strict=True))
+    heads = {f"block {number} of unet": own for number, (kind, own) in kinds if kind == "CrossAttnDownBlock2D"}
+    return heads or {"unet": config.heads[-1]}
+
+
 def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]:
     """`scheduler_config.json` -> noise levels and the solver that follows diffusers' class, or comes closest to it.
 
@@ -93,7 +111,7 @@ def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]
     name = str(scheduler.get("_class_name"))
     if name not in _SCHEDULERS:
         known = ", ".join(_SCHEDULERS)
-        raise ClvrError(f"scheduler_config.json: {name} is not supported; put the configuration of one of {known}")
+        raise ClvrError(f"scheduler_config.json: {name:.80} is not supported; put the configuration of one of {known}")
     read_as, solver = _SCHEDULERS[name]
     return NoiseSchedule.from_config(scheduler, read_as), solver
 

@@ -8,9 +8,10 @@ from typing import Any, Self
 
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
+from clvr_jax.pipelines.loading import Mesh
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.images import pixels
@@ -77,17 +78,20 @@ class Verifier(ModelVerifier):
     """
 
     @classmethod
-    def from_pretrained(cls, model: str, dtype: DTypeLike = "float32", mode: Mode | None = None) -> Self:
+    def from_pretrained(
+        cls, model: str, dtype: DTypeLike | None = "float32", mode: Mode | None = None, *, mesh: Mesh = None
+    ) -> Self:
         """Loads a verifier.
 
         Args:
           model: a shipped name, a directory with `controller/`, or a Qwen3-VL directory or Hugging Face id.
-          dtype: of weights and computation.
+          dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mode: "describe" or "ask"; "describe" for models trained for the loop and "ask" for others, if None.
+          mesh: shards parameters and computation.
         Raises: ClvrError for a model without a controller.
         """
-        path, is_trained = controller_directory(model)
-        pipeline = Qwen3VLPipeline.from_pretrained(path, dtype)
+        _, is_trained = controller_directory(model)
+        pipeline = load_controller(model, dtype, mesh)
         return cls.of_pipeline(pipeline, model, is_trained, mode)
 
     @classmethod
@@ -100,6 +104,12 @@ class Verifier(ModelVerifier):
             is_instructed=not is_trained,
             max_tokens=96 if is_trained else 512,
         )
+
+
+def load_controller(model: str, dtype: DTypeLike | None = None, mesh: Mesh = None) -> Qwen3VLPipeline:
+    """Loads the Qwen3-VL of a model; see `controller_directory` and `Qwen3VLPipeline.from_pretrained`."""
+    path, _ = controller_directory(model)
+    return Qwen3VLPipeline.from_pretrained(path, dtype, mesh=mesh)
 
 
 def controller_directory(model: str) -> tuple[Path, bool]:
@@ -116,12 +126,15 @@ def controller_directory(model: str) -> tuple[Path, bool]:
     elif "/" not in model and not Path(model).exists():
         raise ClvrError(f"{model}: no such model; give a directory, a Hugging Face id or one of {', '.join(MODELS)}")
     else:
-        found = local_folder(model)
+        found = local_directory(model)
         if (found / "model_index.json").exists():
             resolve(model)
             path = found / "controller"
             if not path.is_dir():
-                raise ClvrError(f"{found}: the directory has no controller/; name another model as the verifier")
+                raise ClvrError(
+                    f"{found}: the directory has no controller/; name another model, or a Qwen3-VL, as the controller "
+                    "(--controller) or the verifier (--verifier)"
+                )
         else:
             path = found
     config = path / "config.json"

@@ -1,6 +1,7 @@
 """A chat with Qwen3-VL: messages and images in, text out."""
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,20 +13,22 @@ import numpy as np
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.convert.families import QWEN3_VL
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.architectures import QWEN3_VL
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
-from clvr_jax.files import replacing, write_json
+from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.pipelines.agreement import check_qwen3_vl
+from clvr_jax.pipelines.generation_config import GenerationConfig
+from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.reasoning.tools import Token
-from clvr_jax.sharding import on_every_host
+from clvr_jax.sharding import MeshLayout, process_allgather
 
 
 @dataclass(frozen=True)
@@ -46,22 +49,43 @@ class ChatAnswer:
 class Qwen3VLPipeline:
     """A vision-language model with its tokenizer and image preprocessing, all public attributes."""
 
-    def __init__(self, model: Qwen3VL, tokenizer: Any, image_processor: Qwen3VLImageProcessor):
+    layout: MeshLayout | None = None
+    """Where the model is placed, and programs are traced for; the default device, or the active layout, if None."""
+
+    def __init__(
+        self,
+        model: Qwen3VL,
+        tokenizer: Any,
+        image_processor: Qwen3VLImageProcessor,
+        generation: GenerationConfig | None = None,
+    ):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
+        self.generation = generation or GenerationConfig()
         check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: DTypeLike = "float32") -> Self:
+    def from_pretrained(cls, path: str | Path, dtype: DTypeLike | None = "float32", *, mesh: Mesh = None) -> Self:
         """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and image processor.
 
+        Args:
+          path: the folder or the id.
+          dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
+          mesh: shards parameters and computation.
+
+        What its generation_config.json asks for is obeyed: stop tokens, repetition penalty and, where tokens are drawn
+        at a temperature, top-k and top-p.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        folder = local_folder(str(path))
-        return cls(
-            load_model(folder, QWEN3_VL, jnp.dtype(dtype)),
-            load_tokenizer(folder),
-            load_processor(folder),
-        )
+        folder = local_directory(str(path))
+        layout = layout_of(mesh)
+        with computing_on(layout):
+            check_heads(layout, qwen3_vl_heads(folder))
+            dtype = resolve_dtype(dtype, folder)
+            model = load_model(folder, QWEN3_VL, dtype)
+            generation = GenerationConfig.read(folder, model.config.text.vocab_size)
+            pipe = cls(model, load_tokenizer(folder), load_processor(folder), generation)
+        pipe.layout = layout
+        return pipe
 
     def chat(
         self,
@@ -94,6 +118,7 @@ class Qwen3VLPipeline:
         answers = self.answer_all(conversations, images, max_new_tokens, temperature, seed)
         return [answer.text for answer in answers]
 
+    @on_mesh
     def answer_all(
         self,
         conversations: Sequence[Sequence[Message]],
@@ -121,23 +146,26 @@ class Qwen3VLPipeline:
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
         )
-        answer = on_every_host(
+        answer = process_allgather(
             generate(
                 self.model,
                 batch,
                 max_new_tokens=max_new_tokens,
-                stop_tokens=tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
+                stop_tokens=self.generation.stop_tokens or tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
                 pad_token=self.tokenizer.pad_token_id,
                 temperature=temperature,
                 key=jax.random.key(seed) if isinstance(seed, int) else _row_keys(seed, len(padded)),
                 top_logprobs=top_logprobs,
+                sampling=self.generation.sampling,
             )
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
-        texts = [self.tokenizer.decode(tokens[row, : lengths[row]]) for row in range(len(rows))]
-        texts = [text.removesuffix(END_TOKENS[0]).removesuffix(END_TOKENS[1]) for text in texts]
         stopped = np.asarray(answer.stopped_b)
-        counts = lengths[: len(rows)] - stopped[: len(rows)]
+        counts = lengths[: len(rows)] - stopped[: len(rows)]  # without the stop token
+        texts = [
+            self._opened_thought(row.input_ids) + self.tokenizer.decode(own[:count])
+            for row, own, count in zip(rows, tokens, counts, strict=False)
+        ]
         tokens_of: Sequence[tuple[Token, ...] | None] = [None] * len(rows)
         if top_logprobs:
             tokens_of = self._tokens(answer, counts.tolist())
@@ -145,6 +173,11 @@ class Qwen3VLPipeline:
             ChatAnswer(texts[row], len(rows[row].input_ids), int(lengths[row]), tokens_of[row], bool(stopped[row]))
             for row in range(len(rows))
         ]
+
+    def _opened_thought(self, input_ids: Sequence[int]) -> str:
+        """Returns the tag with which a chat template of a thinking model opens the thought itself, else ""."""
+        found = re.search(r"<think>\s*\Z", self.tokenizer.decode(input_ids[-4:]))
+        return found[0] if found else ""
 
     def _tokens(self, answer: Generation, counts: Sequence[int]) -> list[tuple[Token, ...]]:
         """Returns the first `counts[row]` tokens of every row, each with the likeliest tokens at its position."""
@@ -192,6 +225,18 @@ class Qwen3VLPipeline:
             save_model(temporary, self.model, QWEN3_VL, dtype)
             self.tokenizer.save_pretrained(str(temporary))
             write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
+            self.generation.write(temporary)
+
+
+def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
+    """Returns the attention heads of a Qwen3-VL, by part; reads its configuration only.
+
+    Args:
+      directory: of the model.
+      name: what messages call it.
+    """
+    config = QWEN3_VL.config_from_dict(read_json(directory / "config.json"))
+    return {name: config.text.num_attention_heads, f"{name}'s vision tower": config.vision.num_heads}
 
 
 def _row_keys(seeds: Sequence[int], rows: int) -> jax.Array:

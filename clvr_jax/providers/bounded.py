@@ -15,6 +15,7 @@ MAX_COUNT = 10**12
 MAX_REDIRECTS = 5
 
 _PIECE = 1 << 16
+_FREE_EXPANSION, _MOST_EXPANSION = 4 << 20, 100
 _MOST_DIGITS = 25
 
 
@@ -73,11 +74,17 @@ def _decoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:
     if encoding not in ("gzip", "x-gzip", "deflate"):
         raise Failure(f"the response is compressed as {encoding[:40]!r}, which was not asked for", "down")
     decoder = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip or zlib, by their first bytes
+    received = expanded = 0
     try:
         for chunk in chunks:
+            received += len(chunk)
             while not decoder.eof:
                 piece = decoder.decompress(chunk, _PIECE)
                 chunk = decoder.unconsumed_tail
+                expanded += len(piece)
+                # Before the limit on bytes: with many requests in flight each would fill it.
+                if expanded > max(_FREE_EXPANSION, _MOST_EXPANSION * received):
+                    raise Failure(f"the response expands more than {_MOST_EXPANSION} times when decompressed", "down")
                 yield piece
                 if not chunk and len(piece) < _PIECE:  # a full piece may have left output behind
                     break

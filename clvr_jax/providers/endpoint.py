@@ -96,11 +96,11 @@ class Endpoint:
             )
         if not 1 <= self.max_in_flight <= _MAX_IN_FLIGHT:
             raise UsageError(f"endpoint: max_in_flight must be in 1 .. {_MAX_IN_FLIGHT}, got {self.max_in_flight}")
-        if self.max_seconds <= 0 or self.max_bytes < 1:
+        if not self.max_seconds > 0 or self.max_bytes < 1:
             raise UsageError(
                 f"endpoint: max_seconds and max_bytes must be above 0, got {self.max_seconds} and {self.max_bytes}"
             )
-        if self.timeout <= 0 or self.max_retries < 0 or self.backoff < 0 or self.max_wait < 0:
+        if not self.timeout > 0 or self.max_retries < 0 or self.backoff < 0 or self.max_wait < 0:
             raise UsageError(
                 "endpoint: timeout must be above 0, and max_retries, backoff and max_wait at least 0; got "
                 f"{self.timeout}, {self.max_retries}, {self.backoff} and {self.max_wait}"

@@ -15,9 +15,9 @@ from clvr_jax.data.text import check_prompt
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.providers.batching import Gathered
 from clvr_jax.providers.failures import NoReplyError
-from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import as_pil, pixels
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import (
     Answer,
     ImageTask,

@@ -14,9 +14,9 @@ from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
-from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Token, Usage, VisionLanguageModel
 
 MAX_TOP_LOGPROBS = 20
@@ -27,6 +27,8 @@ _OPTIONAL = (
     OptionalFields(("temperature",), consequence="greedy replies are not sure, and may differ from run to run"),
     OptionalFields(("seed",), consequence="replies may differ from run to run"),
 )
+_MAX_BYTES = 32 << 20
+"""Most bytes of a reply: what is larger than a text with its probabilities is no reply, and many are read at a time."""
 _LOWEST, _ROUNDING = 1e9, 1e-3
 """Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
@@ -63,7 +65,8 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             raise UsageError(f"thought_tokens must be at least 0, got {thought_tokens}")
         if unknown := set(omit) - {"temperature", "seed"}:
             raise UsageError(f"omit: only temperature and seed can be left out, got {', '.join(sorted(unknown))}")
-        self._connection = Connection(endpoint)
+        bounded = dataclasses.replace(endpoint, max_bytes=min(endpoint.max_bytes, _MAX_BYTES))
+        self._connection = Connection(bounded)
         self._prices = endpoint.prices
         without = [*omit, *([] if json_mode else ["response_format"])]
         self._adaptation = Adaptation(endpoint.name, _OPTIONAL, without)

@@ -53,6 +53,12 @@ I see two red apples left of a blue bowl. Unmet: nothing.<|terminate|>
 """
 """Explains the contract to a general-purpose vision-language model; controllers trained on it need no system prompt."""
 
+GIVEN_IMAGES_PROMPT = """
+The user's own images stand in front of the request, and the painter has them too, in the same order. They are \
+references and not pictures of the painter's: do not judge them. Say which of them is edited or used, and for what.
+"""
+"""Follows `SYSTEM_PROMPT` in a loop that starts from images of the user's own."""
+
 _END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
 _BOLD = r"\*{0,2}"
 _SENTENCE_END = r"(?:\.(?=\s|$)|\n|$)"

@@ -22,18 +22,23 @@ def image_mark(number: int) -> str:
     return f"<IMG_GEN_{number}>"
 
 
-def drawing_text(prompt: str, replies: Sequence[str]) -> str:
+def drawing_text(prompt: str, replies: Sequence[str], left_out: int = 0) -> str:
     """What the diffusion model reads when it draws image t.
 
     Args:
       prompt: the user's request.
       replies: the t replies r_1 .. r_t of the context, with or without action token; images 1 .. t - 1 exist.
+      left_out: how many replies, the oldest, are left out, at most t - 1; see `data.histories.fit_history`. The marks
+        of their images stay, because the images still enter as references.
     Returns: "{prompt}\\n{r_1}<IMG_GEN_1>\\n ... \\n{r_t}", replies without action tokens.
     """
     if not replies:
         raise ClvrError("drawing text: no reply yet; the controller says what to draw before anything is drawn")
+    if not 0 <= left_out < len(replies):
+        raise ClvrError(f"drawing text: {left_out} of {len(replies)} replies left out; the last one says what to draw")
     *earlier, last = (strip_action(reply) for reply in replies)
-    marked = [reply + image_mark(number) for number, reply in enumerate(earlier, start=1)]
+    kept = ["" if number < left_out else reply for number, reply in enumerate(earlier)]
+    marked = [reply + image_mark(number) for number, reply in enumerate(kept, start=1)]
     return "\n".join([prompt, *marked, last])
 
 
@@ -54,6 +59,7 @@ def chat_messages(
     system: str | None = None,
     report: str = "",
     requirements: Sequence[str] = (),
+    num_given: int = 0,
 ) -> list[Message]:
     """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
 
@@ -65,12 +71,15 @@ def chat_messages(
       system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
       report: the verifier's report on the latest image, which stands beside it; "" if there is none.
       requirements: what the verifier will check, listed below the prompt; () if nobody derived them.
+      num_given: number of the user's own images, which come before all others, in front of the prompt.
     Returns: messages; image k is the k-th {"type": "image"} part.
     """
     if num_images not in (len(replies), len(replies) - 1) or num_images < 0:
         raise ClvrError(f"chat: {len(replies)} replies go with as many images or one less, got {num_images}")
     messages: list[Message] = [{"role": "system", "content": system}] if system is not None else []
-    messages.append({"role": "user", "content": prompt_with_requirements(prompt, requirements)})
+    request = prompt_with_requirements(prompt, requirements)
+    given: list[Message] = [{"type": "image"}] * num_given
+    messages.append({"role": "user", "content": [*given, {"type": "text", "text": request}] if given else request})
     for number, reply in enumerate(replies):
         messages.append({"role": "assistant", "content": reply})
         if number < num_images:

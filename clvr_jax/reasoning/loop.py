@@ -61,6 +61,7 @@ def run(
     verifier: Verifier | None = None,
     model: str = "",
     versions: Mapping[str, str] | None = None,
+    images: Sequence[Sequence[Picture]] | None = None,
 ) -> list[Trajectory]:
     """Runs the closed loop for a batch of prompts.
 
@@ -76,6 +77,8 @@ def run(
       verifier: checks images and plans; needed for, and only for, "separate".
       model: recorded in the trajectories.
       versions: recorded in the trajectories next to package_versions().
+      images: the user's own images of each prompt, which its controller and its generator have before all others as
+        references; None: there are none. The verifier sees none of them: it checks generated images against the prompt.
     Returns: one trajectory per prompt, in order.
     Raises: ClvrError if the arguments do not fit or a model answers with the wrong number of results.
     """
@@ -86,6 +89,9 @@ def run(
         raise ClvrError(
             f"closed loop: {len(prompts)} prompts but {len(all_seeds)} seeds; give one per prompt or one for all"
         )
+    given = [tuple(own) for own in images] if images is not None else [()] * len(prompts)
+    if len(given) != len(prompts):
+        raise ClvrError(f"closed loop: {len(prompts)} prompts but images for {len(given)}; give a list for each prompt")
     if (verifier is not None) != (verification == "separate"):
         raise ClvrError(f"closed loop: verification {verification!r} with{'' if verifier else 'out'} a verifier")
     notify = on_event or (lambda event: None)
@@ -94,7 +100,7 @@ def run(
         raise UsageError(f"closed loop: verification none cannot choose among {budget.candidates} candidates")
     required: Sequence[tuple[str, ...]] = verifier.derive(prompts) if verifier and prompts else [()] * len(prompts)
     runs = [
-        _Run(index, prompt, all_seeds[index], budget, notify, verification, required[index])
+        _Run(index, prompt, all_seeds[index], budget, notify, verification, required[index], given[index])
         for index, prompt in enumerate(prompts)
     ]
     recorded = {**package_versions(), **(versions or {})}
@@ -194,7 +200,9 @@ class _Run:
         notify: Callable[[Event], None],
         mode: VerificationMode,
         required: tuple[str, ...],
+        given: tuple[Picture, ...],
     ):
+        self._given = given
         self.index = index
         self.required = required
         self._mode = mode
@@ -348,7 +356,8 @@ class _Run:
             derive_seed(self._seed, "draw", len(self._steps) + extra)
             for extra in range(self._account.affordable(self._wanted))
         ]
-        requests = [DrawRequest(self._prompt, (*replies, self._draft.reply.text), images, seed) for seed in seeds]
+        replies = (*replies, self._draft.reply.text)
+        requests = [DrawRequest(self._prompt, replies, images, seed, len(self._given)) for seed in seeds]
         if not requests:
             self._draft = None
             if self._budget.stop_when == "drawn":
@@ -370,6 +379,7 @@ class _Run:
             attempts=self._draft.attempts,
             redraw=self._draft.redraw + len(self._table),
             seed=request.seed,
+            left_out=drawing.left_out,
         )
         number = len(self._steps)
         self._table[number] = None
@@ -381,8 +391,9 @@ class _Run:
         """The trajectory once the prompt is done, None before."""
         if self._outcome is None:
             return None
+        steps = tuple(self._steps)
         return Trajectory(
-            self._prompt, tuple(self._steps), self._outcome, model, self._seed, versions, self._seconds, self._error
+            self._prompt, steps, self._outcome, model, self._seed, versions, self._seconds, self._error, self._given
         )
 
     def _conversation(self, number: int) -> Conversation:
@@ -391,14 +402,13 @@ class _Run:
         seed = derive_seed(self._seed, "reply", number + 1, attempt)
         verification = None if number == _FIRST else self._steps[number].verification
         report = "" if verification is None else verification.report
-        return Conversation(self._prompt, replies, images, seed, attempt, report, self.required)
+        return Conversation(self._prompt, replies, images, seed, attempt, report, self.required, len(self._given))
 
     def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
-        """Replies with action tokens and pictures of some steps."""
+        """Replies with action tokens of some steps; and the user's own images with those of the steps."""
         steps = [self._steps[number] for number in path]
-        return tuple(step.reasoning + step.action for step in steps), tuple(
-            step.image for step in steps if step.image is not None
-        )
+        made = tuple(step.image for step in steps if step.image is not None)
+        return tuple(step.reasoning + step.action for step in steps), (*self._given, *made)
 
     def _begin(self, draft: _Draft) -> None:
         """Makes a reply the one that is carried out next."""

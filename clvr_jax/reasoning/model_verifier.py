@@ -70,6 +70,11 @@ class ModelVerifier(Verifier):
         """The model's name and the mode."""
         return f"{self._model.name}, {self._mode}"
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """What the requests to the model lacked because its server refuses it, in words; for results."""
+        return tuple(getattr(self._model, "adapted", ()))
+
     def verify(
         self,
         prompts: Sequence[str],

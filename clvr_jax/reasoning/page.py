@@ -47,6 +47,10 @@ def render(trajectory: Trajectory) -> str:
         prompt=trajectory.prompt,
         is_long=len(trajectory.prompt) > _LONG_PROMPT,
         facts=_facts(trajectory),
+        given=[
+            _embedded(image, _STEP_WIDTH, f"Given image {number}")
+            for number, image in enumerate(trajectory.given_images, start=1)
+        ],
         result=_result(trajectory),
         board=_board(trajectory, items),
         steps=[_step(trajectory, number, items) for number in range(len(steps))],
@@ -220,6 +224,8 @@ def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
         badges.append({"style": "", "text": "result"})
     if step.redraw:
         badges.append({"style": "", "text": f"drawn again ({step.redraw})"})
+    if step.left_out:
+        badges.append({"style": "", "text": f"generated without the oldest replies ({step.left_out})"})
     if step.rolled_back:
         badges.append({"style": "", "text": "rolled back"})
     return badges

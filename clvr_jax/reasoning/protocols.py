@@ -8,6 +8,7 @@ from typing import Protocol
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import context
+from clvr_jax.reasoning.actions import GIVEN_IMAGES_PROMPT
 from clvr_jax.reasoning.images import Picture
 
 
@@ -18,12 +19,13 @@ class Conversation:
     Attributes:
       prompt: the user's request.
       replies: the replies that led here, with action tokens, oldest first.
-      images: the picture each of them led to; the last one is to be judged.
+      images: the user's own images, then the picture that each reply led to; the last one of those is to be judged.
       seed: 31-bit seed of this call; another attempt has another seed.
       report: the verifier's report on the last image, "" if there is none.
       requirements: what the verifier checks, () if nobody derived requirements.
       attempt: 0 at first; n if the n replies before could not be parsed. A controller that decodes greedily should
         sample from attempt 1 on, or it repeats itself.
+      num_given: how many of the images are the user's own.
     """
 
     prompt: str
@@ -33,17 +35,23 @@ class Conversation:
     attempt: int = 0
     report: str = ""
     requirements: tuple[str, ...] = ()
+    num_given: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.replies):
-            raise ClvrError(
-                f"conversation: {len(self.replies)} replies but {len(self.images)} images; each reply has one"
-            )
+        made = len(self.images) - self.num_given
+        if made != len(self.replies) or self.num_given < 0:
+            raise ClvrError(f"conversation: {len(self.replies)} replies but {made} images; each reply has one")
 
     def messages(self, system: str | None = None) -> list[context.Message]:
-        """The chat that the controller continues; see context.chat_messages."""
+        """The chat that the controller continues; see context.chat_messages.
+
+        system: the system prompt; what the user's own images are follows it, if there are any.
+        """
+        if system is not None and self.num_given:
+            system += GIVEN_IMAGES_PROMPT
+        made = len(self.images) - self.num_given
         return context.chat_messages(
-            self.prompt, self.replies, len(self.images), system, self.report, self.requirements
+            self.prompt, self.replies, made, system, self.report, self.requirements, self.num_given
         )
 
 
@@ -54,18 +62,21 @@ class DrawRequest:
     Attributes:
       prompt: the user's request.
       replies: r_1 .. r_t, with action tokens; r_t is what to draw now.
-      images: pictures 1 .. t - 1, the references in order.
+      images: the references in order: the user's own images, then pictures 1 .. t - 1.
       seed: 31-bit seed of this drawing.
+      num_given: how many of the images are the user's own.
     """
 
     prompt: str
     replies: tuple[str, ...]
     images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
     seed: int = 0
+    num_given: int = 0
 
     def __post_init__(self) -> None:
-        if len(self.images) != len(self.replies) - 1:
-            raise ClvrError(f"draw request: {len(self.replies)} replies need one image less, got {len(self.images)}")
+        made = len(self.images) - self.num_given
+        if made != len(self.replies) - 1 or self.num_given < 0:
+            raise ClvrError(f"draw request: {len(self.replies)} replies need one image less, got {made}")
 
     @property
     def text(self) -> str:
@@ -75,14 +86,18 @@ class DrawRequest:
 
 @dataclass(frozen=True)
 class Drawing:
-    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice)."""
+    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice).
+
+    left_out: how many replies, the oldest, the image generator did not read, because the history was too long for it.
+    """
 
     image: Picture = field(repr=False, compare=False)
     nfe: int
+    left_out: int = 0
 
     def __post_init__(self) -> None:
-        if self.nfe < 0:
-            raise ClvrError(f"drawing: nfe must be >= 0, got {self.nfe}")
+        if self.nfe < 0 or self.left_out < 0:
+            raise ClvrError(f"drawing: nfe and left_out must be >= 0, got {self.nfe} and {self.left_out}")
 
 
 class Controller(Protocol):

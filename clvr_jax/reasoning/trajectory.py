@@ -69,6 +69,8 @@ class Step:
       redraw: how many times the same reply had been drawn from the same history before.
       seed: seed of the drawing, None for a stop.
       verification: what the verifier found out about that image, requirement by requirement; None if none looked.
+      left_out: how many replies, the oldest of the history, the image generator did not read, because the history was
+        too long for it; its prompt, its images and the reply of this step it always reads.
     """
 
     reasoning: str
@@ -83,6 +85,7 @@ class Step:
     redraw: int = 0
     seed: int | None = None
     verification: Verification | None = None
+    left_out: int = 0
 
     def __post_init__(self) -> None:
         if self.action not in ACTIONS:
@@ -122,6 +125,7 @@ class Trajectory:
       versions: package versions and the like.
       seconds: wall time of all calls for this prompt, each divided by the number of prompts it served.
       error: for UNPARSEABLE, what was wrong with the last reply.
+      given_images: the user's own images, references of every step before those that it names.
     """
 
     prompt: str
@@ -132,6 +136,7 @@ class Trajectory:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
+    given_images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.outcome not in OUTCOMES:
@@ -200,6 +205,10 @@ class Trajectory:
             for name, step in zip(_image_names(self.steps), self.steps, strict=True)
             if name is not None and step.image is not None
         }
+        files |= {
+            name: encode_png(image)
+            for name, image in zip(_given_names(len(self.given_images)), self.given_images, strict=True)
+        }
         files["index.html"] = render(self).encode("utf-8", "replace")
         # A prompt from the command line may hold bytes that are no UTF-8 (lone surrogates); the backslash form is
         # JSON's own.
@@ -217,7 +226,8 @@ class Trajectory:
             raise ClvrError(f"{path}: not a trajectory of format {FORMAT}")
         steps = tuple(_step_from_json(step, path.parent) for step in entry.objects("steps"))
         try:
-            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry))
+            given = tuple(read_image(path.parent / name) for name in _given_from_json(entry))
+            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry), given_images=given)
         except ClvrError as error:
             raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
@@ -236,6 +246,7 @@ class Trajectory:
             "model": self.model,
             "seed": self.seed,
             "versions": dict(self.versions),
+            "given_images": _given_names(len(self.given_images)),
             "steps": [_step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
         }
 
@@ -270,6 +281,18 @@ def _image_names(steps: Sequence[Step]) -> list[str | None]:
     return [None if step.image is None else f"step_{number:02d}.png" for number, step in enumerate(steps)]
 
 
+def _given_names(count: int) -> list[str]:
+    return [f"given_{number:02d}.png" for number in range(count)]
+
+
+def _given_from_json(entry: JsonObject) -> tuple[str, ...]:
+    """File names of the user's own images; trajectories of earlier versions have none."""
+    names = entry.texts("given_images") if "given_images" in entry.content else ()
+    if names != tuple(_given_names(len(names))):
+        raise ClvrError(f"{entry.where}: given_images must be named given_00.png, given_01.png and so on")
+    return names
+
+
 def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
     verdict = step.verdict
     return {
@@ -285,6 +308,7 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
         "attempts": step.attempts,
         "redraw": step.redraw,
         "seed": step.seed,
+        "left_out": step.left_out,
     }
 
 
@@ -322,7 +346,7 @@ def _step_from_json(entry: JsonObject, folder: Path) -> Step:
     if name is not None and not re.fullmatch(r"step_\d{1,9}\.png", name):
         raise ClvrError(f"{entry.where}: an image must be named step_<number>.png, got {name!r:.80}")
     verdict = entry.optional("verdict", entry.nested)
-    # Trajectories of earlier versions have no "verification".
+    # Trajectories of earlier versions have neither "verification" nor "left_out".
     checked = entry.optional("verification", entry.nested) if "verification" in entry.content else None
     try:
         return Step(
@@ -332,6 +356,7 @@ def _step_from_json(entry: JsonObject, folder: Path) -> Step:
             image=None if name is None else read_image(folder / name),
             verdict=None if verdict is None else verdict_from_json(verdict),
             verification=None if checked is None else Verification.from_dict(checked.content),
+            left_out=entry.integer("left_out", 0, low=0),
             **step_run_from_json(entry),
         )
     except ClvrError as error:
@@ -354,8 +379,8 @@ def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
             temporary.rename(folder)
             return
         (folder / "trajectory.json").unlink(missing_ok=True)
-        for stale in folder.glob("step_*.png"):
-            if re.fullmatch(r"step_\d+\.png", stale.name) and stale.name not in files:
+        for stale in (*folder.glob("step_*.png"), *folder.glob("given_*.png")):
+            if re.fullmatch(r"(step|given)_\d+\.png", stale.name) and stale.name not in files:
                 stale.unlink()
         for file in files:
             (temporary / file).replace(folder / file)

@@ -15,6 +15,7 @@ from clvr_jax.data.engine.prompted_roles import distilled
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import parse_object, stream_lines
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.tools import ProviderError, VisionLanguageModel
 from clvr_jax.rewards.reward import is_of_one_answer
@@ -85,9 +86,10 @@ def _key(step: ProxyStep) -> str:
 
 
 def _remembered(path: Path) -> Iterator[tuple[str, ProxyPrompts]]:
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for where, line in stream_lines(path) if path.exists() else ():
         try:
-            told = json.loads(line)
-            yield told["step"], ProxyPrompts(told["p_t2i"], told["p_i2i"], tuple(told["i_ref"]))
-        except (ValueError, KeyError, TypeError, ClvrError):
+            told = parse_object(line, where)
+            found = ProxyPrompts(told.text("p_t2i"), told.text("p_i2i"), told.integers("i_ref"))
+            yield told.text("step"), found
+        except ClvrError:
             continue  # the torn last line of a killed run

@@ -1,5 +1,6 @@
 """Checkpoints of a training run: Orbax, the newest kept, written in the background, restored onto any mesh."""
 
+import dataclasses
 import logging
 import shutil
 import traceback
@@ -15,6 +16,20 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.trees import dotted, leaves_by_path, some
 
 Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """Configuration of the checkpoints of a run."""
+
+    save_interval_minutes: float = 10.0
+    """Save a checkpoint when so many minutes have passed since the last one, and at the end of the run."""
+    max_to_keep: int = 2
+    """Keep this many of the newest checkpoints."""
+
+    def __post_init__(self) -> None:
+        if self.max_to_keep < 1:
+            raise UsageError(f"CheckpointConfig: max_to_keep must be at least 1, got {self.max_to_keep}")
 
 
 class Checkpoints:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json, write_atomically
+from clvr_jax.file_names import is_regular_file
+from clvr_jax.files import write_atomically
+from clvr_jax.json_input import JsonObject, parse_object, read_object, stream_lines
 from clvr_jax.plots import can_plot, new_figure
 from clvr_jax.training.recipes import RECIPE
 from clvr_jax.trees import some
@@ -37,25 +40,35 @@ class Curve:
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:
     """metric -> step -> value, of a run that may not be finished.
 
-    Raises: ClvrError if the folder holds no metrics.
+    Raises: ClvrError if the folder holds no metrics, or something else.
     """
     path = run / "metrics.jsonl"
-    try:
-        lines = path.read_text().splitlines()
-    except OSError as error:
-        raise ClvrError(f"{run}: no run with metrics here ({error.strerror}: {path})") from error
     found: dict[str, dict[int, float]] = {}
-    for line in lines:
+    torn: ClvrError | None = None
+    if not is_regular_file(path):
+        raise ClvrError(f"{run}: no run with metrics here (no file {path})")
+    for where, line in stream_lines(path):
+        if torn is not None:
+            raise torn
         try:
-            row = json.loads(line)
-            step = int(row.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue  # the torn last line of a run that is being written, or was killed
-        for name, value in row.items():
-            found.setdefault(name, {})[step] = float(value)
+            row = parse_object(line, where)
+        except ClvrError as error:
+            torn = error  # fine for the last line of a run that is being written, or was killed
+            continue
+        step = row.integer("step", low=0)
+        for name in row.content:
+            if name != "step":
+                found.setdefault(name, {})[step] = _metric(row, name)
     if not found:
         raise ClvrError(f"{path}: holds no metrics yet")
     return found
+
+
+def _metric(row: JsonObject, name: str) -> float:
+    """A metric, which need not be finite: a run may diverge."""
+    value = row.content[name]
+    is_special = isinstance(value, float) and not math.isfinite(value)
+    return value if is_special else float(row.number(name))
 
 
 def curves(runs: Sequence[Path], metrics: Sequence[str] = (), smooth: int = 1) -> dict[str, list[Curve]]:
@@ -89,11 +102,15 @@ def _kind(run: Path) -> str:
     """Equal for runs that differ in nothing but the seed."""
     if not (run / RECIPE).exists():
         return str(run.absolute())
-    told = read_json(run / RECIPE)
-    config = told.get("config", {})
-    for part in (config, config.get("train", {})):
-        part.pop("seed", None)
-    return json.dumps(told, sort_keys=True)
+    told = read_object(run / RECIPE)
+    config = told.nested("config", JsonObject({}, ""))
+    train = config.nested("train", JsonObject({}, ""))
+    kind = {**told.content, "config": {**_without_seed(config), "train": _without_seed(train)}}
+    return json.dumps(kind, sort_keys=True)
+
+
+def _without_seed(config: JsonObject) -> dict[str, Any]:
+    return {name: value for name, value in config.content.items() if name != "seed"}
 
 
 def _curve(runs: Sequence[Path], rows: Sequence[Mapping[int, float]], smooth: int) -> Curve:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from clvr_jax.errors import UsageError
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 Batch = Any
 Position = Mapping[str, Any]
@@ -46,7 +46,7 @@ class Fed(NamedTuple):
     position: Position
 
 
-def feed(batches: Batches, layout: Layout, steps: range, accumulate: int) -> Iterator[Fed]:
+def feed(batches: Batches, layout: MeshLayout, steps: range, accumulate: int) -> Iterator[Fed]:
     """The batches of some steps, the next one made while this one is used.
 
     Args:
@@ -72,7 +72,7 @@ def feed(batches: Batches, layout: Layout, steps: range, accumulate: int) -> Ite
             yield fed
 
 
-def _place(batch: Batch, layout: Layout, accumulate: int, *, is_whole: bool) -> Batch:
+def _place(batch: Batch, layout: MeshLayout, accumulate: int, *, is_whole: bool) -> Batch:
     """Puts a batch on the devices; `is_whole`, or the rows of this process."""
     processes = 1 if is_whole else jax.process_count()
     check_batch(batch, layout, accumulate, processes)
@@ -89,14 +89,14 @@ def _place(batch: Batch, layout: Layout, accumulate: int, *, is_whole: bool) -> 
     return jax.tree.map(place, batch)
 
 
-def check_batch(batch: Batch, layout: Layout, accumulate: int, processes: int = 1) -> None:
+def check_batch(batch: Batch, layout: MeshLayout, accumulate: int, processes: int = 1) -> None:
     """Whether a batch, of which each of several processes has its rows, can be cut for a mesh.
 
     Raises: UsageError if not.
     """
     for count in {leaf.shape[0] * processes for leaf in jax.tree.leaves(batch) if leaf.ndim}:
-        if count % (layout.batch_parts * accumulate) and layout.mesh.size > 1:
+        if count % (layout.batch_shards * accumulate) and layout.mesh.size > 1:
             raise UsageError(
-                f"a batch of {count} rows cannot be cut into {layout.batch_parts} parts (mesh axes "
+                f"a batch of {count} rows cannot be cut into {layout.batch_shards} parts (mesh axes "
                 f"{' x '.join(layout.rules.batch)}) of {accumulate} pieces (accumulate); change the batch or the mesh"
             )

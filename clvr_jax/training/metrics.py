@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -12,7 +12,9 @@ from tensorboardX import SummaryWriter
 
 from clvr_jax.costs.hardware import CHIPS
 from clvr_jax.errors import ClvrError
-from clvr_jax.sharding import Layout
+from clvr_jax.files import write_atomically
+from clvr_jax.json_input import parse_object, stream_lines
+from clvr_jax.sharding import MeshLayout
 
 
 class MetricLog:
@@ -36,14 +38,7 @@ class MetricLog:
             return
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
-        kept = []
-        if path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    kept += [line] if json.loads(line)["step"] <= start else []
-                except (ValueError, KeyError):
-                    continue  # the torn last line of a killed run
-        path.write_text("".join(line + "\n" for line in kept))
+        write_atomically(path, b"".join(line + b"\n" for line in _lines_up_to(start, path)))
         self._file = path.open("a")
         self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=30)
 
@@ -71,6 +66,17 @@ class MetricLog:
             self._wandb.finish()
 
 
+def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:
+    """The lines of earlier steps, none if there is no file."""
+    for where, line in stream_lines(path) if path.exists() else ():
+        try:
+            is_kept = parse_object(line, where).integer("step") <= start
+        except ClvrError:
+            continue  # the torn last line of a killed run
+        if is_kept:
+            yield line
+
+
 def _wandb_run(project: str, name: str, folder: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
@@ -89,7 +95,7 @@ class Throughput:
     """
 
     def __init__(
-        self, flops: Callable[[Any], float] | None, tokens: Callable[[Any], int] | None, layout: Layout
+        self, flops: Callable[[Any], float] | None, tokens: Callable[[Any], int] | None, layout: MeshLayout
     ) -> None:
         self._flops_of, self._tokens_of = flops, tokens
         self._peak = peak_flops(layout)
@@ -120,7 +126,7 @@ class Throughput:
 _CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100"}
 
 
-def peak_flops(layout: Layout) -> float | None:
+def peak_flops(layout: MeshLayout) -> float | None:
     """bfloat16 FLOP/s of all devices together by their data sheets, None for devices that have none here."""
     chip = _CHIPS.get(layout.mesh.devices.flat[0].device_kind)
     return None if chip is None else CHIPS[chip].peak_flops * layout.mesh.size

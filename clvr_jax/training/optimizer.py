@@ -75,6 +75,27 @@ class OptimizerConfig:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class AdamWConfig:
+    """AdamW with a constant learning rate, behind a clip of the global gradient norm."""
+
+    learning_rate: float = 1e-4
+    """Learning rate of AdamW, which is constant."""
+    b1: float = 0.9
+    """Decay rate of AdamW's first moment."""
+    b2: float = 0.999
+    """Decay rate of AdamW's second moment."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of AdamW, for all parameters; 0 switches it off."""
+    clip_norm: float = 1.0
+    """Rescale gradients whose global norm is above this value."""
+
+    def make(self) -> optax.GradientTransformation:
+        """Returns the optimizer."""
+        rule = optax.adamw(self.learning_rate, self.b1, self.b2, weight_decay=self.weight_decay)
+        return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
+
+
 def _is_matrix(params: Tree) -> Tree:
     """Biases and norm scales are not decayed."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

@@ -20,7 +20,7 @@ from clvr_jax.costs.hardware import Topology, parse_topology, planning_devices
 from clvr_jax.costs.report import Report, elements_per_chip, measure
 from clvr_jax.costs.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.sharding import MESH_AXES, Layout, MeshConfig
+from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
 from clvr_jax.training.feed import Input, check_batch
 from clvr_jax.training.recipes import Recipe
 from clvr_jax.training.step import TrainState, make_train_step, state_shardings
@@ -67,11 +67,11 @@ def plan(recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: f
     chips = parse_topology(topology)
     if recipe.program is not None:
         program = recipe.program(config)
-        with Layout(config.mesh.make(planning_devices(chips))).active() as layout:
+        with MeshLayout(config.mesh.make(planning_devices(chips))).active() as layout:
             return _plan_program(program, layout, chips, dollars_per_chip_hour)
     # A task that is not abstract is made of arrays on this machine; only their shapes are used.
     task = (recipe.abstract_task or recipe.task)(config)
-    with Layout(config.train.mesh.make(planning_devices(chips))).active() as layout:
+    with MeshLayout(config.train.mesh.make(planning_devices(chips))).active() as layout:
         return _plan_step(task, config.train, layout, chips, dollars_per_chip_hour)
 
 
@@ -186,7 +186,7 @@ def _changed(config: Any, mesh: MeshConfig, batch: int | None) -> Any:
     return config if batch is None else dataclasses.replace(config, batch_size=batch)
 
 
-def _plan_step(task: Task, train: Any, layout: Layout, chips: Topology, price: float | None) -> Report:
+def _plan_step(task: Task, train: Any, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
     optimizer = train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
     state = _with(state, state_shardings(state, layout))
@@ -213,7 +213,7 @@ def _plan_step(task: Task, train: Any, layout: Layout, chips: Topology, price: f
     )
 
 
-def _plan_program(program: Program, layout: Layout, chips: Topology, price: float | None) -> Report:
+def _plan_program(program: Program, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
     weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
     data = _shapes(program.data)
     check_batch(jax.ShapeDtypeStruct((program.rows,), bool) if program.rows else data, layout, 1)
@@ -237,7 +237,7 @@ def _plan_program(program: Program, layout: Layout, chips: Topology, price: floa
     )
 
 
-def _compiled(function: Any, arguments: tuple[Any, ...], layout: Layout) -> tuple[Any, str]:
+def _compiled(function: Any, arguments: tuple[Any, ...], layout: MeshLayout) -> tuple[Any, str]:
     """The program, and its text."""
     lowered = function.trace(*arguments).lower(lowering_platforms=(layout.platform,))
     with tempfile.TemporaryDirectory(prefix="clvr-plan-") as folder:

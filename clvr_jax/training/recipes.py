@@ -16,11 +16,12 @@ from typing import Any
 import jax
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, write_json
-from clvr_jax.locks import locked
+from clvr_jax.files import located, write_json
+from clvr_jax.json_input import read_object
+from clvr_jax.locks import locked_output, new_directory
 from clvr_jax.outputs import check_folder
 from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
-from clvr_jax.sharding import Layout, MeshConfig, without_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import from_process_0
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
@@ -120,22 +121,10 @@ def run_lock(out: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
 
         def hold() -> None:
-            try:
-                was_there = out.is_dir()
-                out.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ClvrError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
-            if not was_there:
-                stack.callback(_remove_if_empty, out)
-            stack.enter_context(locked(out))
+            stack.enter_context(locked_output(out))
 
         from_process_0(hold)
         yield
-
-
-def _remove_if_empty(folder: Path) -> None:
-    with contextlib.suppress(OSError):
-        folder.rmdir()
 
 
 def is_run(folder: Path) -> bool:
@@ -151,15 +140,23 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
       destination: the new folder.
       part: "ema", the average, or "params".
     Returns: the step that was exported.
-    Raises: ClvrError if it is no run, holds no checkpoint, or the recipe is gone or another one now.
+    Raises: ClvrError if it is no run, holds no checkpoint, the recipe is gone or another one now, or another process
+      writes to `destination`; UsageError if `destination` exists.
     """
     if not is_run(run):
         raise ClvrError(f"{run}: not the folder of a run, which holds {RECIPE} and checkpoints/")
-    made = read_json(run / RECIPE)
-    recipe = load_recipe(made["recipe"])
-    config = rebuilt(recipe.config, made["config"])
+    with new_directory(destination, "export") as folder:
+        return _export_part(run, folder, part)
+
+
+def _export_part(run: Path, folder: Path, part: str) -> int:
+    """Writes a part of the newest checkpoint; returns its step."""
+    made = read_object(run / RECIPE)
+    recipe = load_recipe(made.text("recipe"))
+    with located(run / RECIPE):
+        config = rebuilt(recipe.config, dict(made.nested("config").content))
     # On the devices that are here, whatever the run had.
-    with Layout(MeshConfig(fsdp=-1).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)
         shardings = layout.parameters(task.params)
         wanted = jax.tree.map(
@@ -167,5 +164,5 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
         )
         params, step = restore_part(run / "checkpoints", part, wanted)
         with without_layout():
-            task.export(params, destination)
+            task.export(params, folder)
     return step

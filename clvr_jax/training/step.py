@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from clvr_jax.sharding import Layout
+from clvr_jax.sharding import MeshLayout
 
 Tree = Any
 Metrics = dict[str, jax.Array]
@@ -38,7 +38,7 @@ class TrainState:
 
     @classmethod
     def create(
-        cls, params: Tree, optimizer: optax.GradientTransformation, layout: Layout | None = None
+        cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None
     ) -> "TrainState":
         """Step 0, laid out over the mesh; the average starts at the parameters.
 
@@ -55,7 +55,7 @@ class TrainState:
         return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
 
 
-def state_shardings(state: TrainState, layout: Layout) -> TrainState:
+def state_shardings(state: TrainState, layout: MeshLayout) -> TrainState:
     """Where each part of a state (shapes are enough) lies."""
     whole = layout.replicated
     return TrainState(
@@ -83,7 +83,7 @@ class StepConfig:
 
 
 def make_train_step(
-    loss: Loss, optimizer: optax.GradientTransformation, config: StepConfig, layout: Layout | None = None
+    loss: Loss, optimizer: optax.GradientTransformation, config: StepConfig, layout: MeshLayout | None = None
 ) -> Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]:
     """(state, frozen, batch) -> (state, metrics), jitted; the old state is donated.
 

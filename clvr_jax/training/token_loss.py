@@ -10,7 +10,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from clvr_jax.sharding import active_layout, constrain
+from clvr_jax.sharding import active_layout, with_logical_constraint
 
 
 def next_token_loss_in_blocks(
@@ -38,12 +38,12 @@ def next_token_loss_in_blocks(
         own = own.reshape(rows, columns, math.prod(sizes), *rest)
         filled = jnp.pad(own, [(0, 0), (0, 0), (0, -own.shape[2] % block), *[(0, 0)] * len(rest)])
         blocks = jnp.moveaxis(filled.reshape(rows, columns, -1, block, *rest), 2, 0)
-        return constrain(blocks, None, "batch", "tokens", *[None] * (1 + len(rest)))
+        return with_logical_constraint(blocks, None, "batch", "tokens", *[None] * (1 + len(rest)))
 
     # A matrix for each device, made here and added up there, in the backward pass: one matrix for all would be gathered
     # and its gradient be summed over the devices at every block. Sent as it is; many blocks are added in float32.
     head_rcdv = jnp.broadcast_to(head_dv.astype(states_bkd.dtype), (rows, columns, *head_dv.shape))
-    head_rcdv = constrain(head_rcdv, "batch", "tokens", None, "vocab").astype(jnp.float32)
+    head_rcdv = with_logical_constraint(head_rcdv, "batch", "tokens", None, "vocab").astype(jnp.float32)
 
     def add(sums: tuple[jax.Array, jax.Array], part: tuple[jax.Array, ...]) -> tuple[tuple[jax.Array, jax.Array], None]:
         states_rcnd, targets_rcn, weights_rcn = part
@@ -53,7 +53,7 @@ def next_token_loss_in_blocks(
             head_rcdv.astype(states_rcnd.dtype),
             preferred_element_type=jnp.float32,
         )
-        logits_rcnv = constrain(logits_rcnv, "batch", "tokens", None, "vocab")
+        logits_rcnv = with_logical_constraint(logits_rcnv, "batch", "tokens", None, "vocab")
         # By comparison and not by index: the vocabulary may be cut over devices.
         is_target = jnp.arange(logits_rcnv.shape[-1]) == targets_rcn[..., None]
         picked_rcn = jnp.where(is_target, logits_rcnv, 0).sum(axis=-1)

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from clvr_jax.console import console, progress
+from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.sharding import Layout, MeshConfig, active_layout, without_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, without_layout
 from clvr_jax.training.checkpoint import Checkpoints
 from clvr_jax.training.feed import Batches, Input, feed
 from clvr_jax.training.metrics import MetricLog, Throughput
@@ -121,7 +121,8 @@ def fit(
       stop_after: stop (with a checkpoint) once this step is reached; for tests and for sharing a machine.
       on_begin: called once nothing refuses the run any more, before its first step.
     Returns: the final state; of a run that was asked to stop (SIGTERM), the state that was saved.
-    Raises: ClvrError if too many steps in a row were not finite; UsageError for a mesh or batch that cannot be cut.
+    Raises: KeyboardInterrupt after Ctrl-C, once the state is saved; ClvrError if too many steps in a row were not
+      finite; UsageError for a mesh or batch that cannot be cut.
     """
     with mesh_of(config) as layout:
         state = TrainState.create(task.params, config.optimizer(), layout)
@@ -140,13 +141,13 @@ def fit(
 
 
 @contextlib.contextmanager
-def mesh_of(config: TrainConfig) -> Iterator[Layout]:
+def mesh_of(config: TrainConfig) -> Iterator[MeshLayout]:
     """The layout of a run, active; one that is active already is taken as it is."""
     layout = active_layout()
     if layout is not None:
         yield layout
         return
-    with Layout(config.mesh.make()).active() as layout:
+    with MeshLayout(config.mesh.make()).active() as layout:
         yield layout
 
 
@@ -156,7 +157,7 @@ class _Run:
 
     task: Task
     config: TrainConfig
-    layout: Layout
+    layout: MeshLayout
     out: Path
     checkpoints: Checkpoints
 
@@ -194,7 +195,7 @@ class _Run:
                         saved = time.monotonic()
                 if is_last and step + 1 < last:
                     self.checkpoints.wait()
-                    console.print(f"{self.task.name}: asked to stop; step {step + 1} is saved, --resume goes on")
+                    asked.report(self.task.name, f"step {step + 1}")
                     break
         return state
 
@@ -216,7 +217,7 @@ def _export(task: Task, ema: Tree, folder: Path) -> None:
             task.export(ema, folder)
 
 
-def _placed(frozen: Tree, layout: Layout) -> Tree:
+def _placed(frozen: Tree, layout: MeshLayout) -> Tree:
     """Frozen weights lie as trained ones do; what is no array of numbers stays as it is."""
     return jax.device_put(frozen, layout.parameters(frozen))
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 from clvr_jax.convert import flux2_transformer, unet_2d_condition
-from clvr_jax.convert.rules import Table, entries
+from clvr_jax.convert.rules import KeyMapping, entries
 from flax import nnx
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -43,7 +43,7 @@ class Kind:
 
     model: Callable[[], nnx.Module]
     reference: Callable[[], torch.nn.Module]
-    table: Table
+    key_mapping: KeyMapping
     run: Callable[..., Any]
     run_reference: Callable[..., Any]
     make_inputs: Callable[[], Any]
@@ -60,7 +60,7 @@ class Kind:
 @functools.cache
 def _models(kind: Kind) -> Any:
     model, reference = nnx.eval_shape(kind.model), kind.reference()
-    load_state(model, reference, kind.table)
+    load_state(model, reference, kind.key_mapping)
     nnx.update(model, jax.tree.map(jnp.asarray, nnx.state(model)))
     return model, reference
 
@@ -71,7 +71,7 @@ def _unet_kind(config: Any, pipeline: Any, **empty: None) -> Kind:
         reference=lambda: randomize(
             diffusers.UNet2DConditionModel.from_config(unet_2d_condition.config_to_dict(config))
         ),
-        table=unet_2d_condition.table(config),
+        key_mapping=unet_2d_condition.key_mapping(config),
         run=unet.run,
         run_reference=unet.run_reference,
         make_inputs=lambda: unet.make_inputs(config),
@@ -86,7 +86,7 @@ KINDS = {
     "flux2": Kind(
         model=lambda: Flux2Transformer(flux2.SMALL, rngs=nnx.Rngs(0)),
         reference=lambda: flux2.make_reference(flux2.SMALL),
-        table=flux2_transformer.TABLE,
+        key_mapping=flux2_transformer.KEY_MAPPING,
         run=flux2.run,
         run_reference=flux2.run_reference,
         make_inputs=lambda: flux2.make_inputs(flux2.SMALL, references=((2, 3),)),
@@ -172,5 +172,5 @@ def same(one: Any, other: Any) -> bool:
 
 def shapes_of(kind: Kind, model: nnx.Module) -> dict[str, tuple[int, ...]]:
     """Module -> shape of its PyTorch weight, for everything that can be adapted."""
-    plan = [entry for entry in entries(nnx.state(model), kind.table) if entry.path[-1] == "kernel"]
+    plan = [entry for entry in entries(nnx.state(model), kind.key_mapping) if entry.path[-1] == "kernel"]
     return {key.removesuffix(".weight"): entry.torch_shape for entry in plan for key in entry.keys}

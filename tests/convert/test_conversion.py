@@ -10,8 +10,8 @@ import orbax.checkpoint as ocp
 import pytest
 from clvr_jax.convert import conversion as module
 from clvr_jax.convert import models, tensors
+from clvr_jax.convert.architectures import architecture_of
 from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.families import family_of
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.orbax_tree import PARAMS
 from clvr_jax.convert.planning import plan
@@ -56,12 +56,12 @@ def test_every_model_returns_bit_for_bit_with_all_files_beside_it(converted, tmp
 
 
 def test_orbax_restores_what_was_written(converted):
-    family = family_of(SHAPES / "transformer")
+    architecture = architecture_of(SHAPES / "transformer")
     config = json.loads((SHAPES / "transformer" / "config.json").read_text())
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore((converted / "transformer" / PARAMS).absolute())
     tensors = load_file(SHAPES / "transformer" / "diffusion_pytorch_model.safetensors")
-    for entry in family.entries(config):
+    for entry in architecture.entries(config):
         leaf = restored
         for name in entry.path:
             leaf = leaf[str(name)]
@@ -107,9 +107,9 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, mo
     convert(plan(source, to), whole)
     written, real = [], module._seen_as
 
-    def counted(source, values, piece, to):
-        written.append(piece.spec.key)
-        return real(source, values, piece, to)
+    def counted(source, values, tensor_slice, to):
+        written.append(tensor_slice.spec.key)
+        return real(source, values, tensor_slice, to)
 
     class Killed(BaseException):
         pass
@@ -144,8 +144,8 @@ def test_a_run_that_was_killed_goes_on_and_ends_the_same(converted, tmp_path, mo
 def test_devices_of_a_mesh_hold_and_read_their_shards_only(monkeypatch):
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     folder = SHAPES / "transformer"
-    family = family_of(folder)
-    _, state = family.split(json.loads((folder / "config.json").read_text()))
+    architecture = architecture_of(folder)
+    _, state = architecture.split(json.loads((folder / "config.json").read_text()))
 
     def place(leaf):
         widest = max(range(len(leaf.shape)), key=lambda axis: (leaf.shape[axis] % 4 == 0, leaf.shape[axis]))
@@ -161,7 +161,7 @@ def test_devices_of_a_mesh_hold_and_read_their_shards_only(monkeypatch):
         return part
 
     monkeypatch.setattr(models, "read_part", counted)
-    model = load_model(folder, family, shardings=shardings)
+    model = load_model(folder, architecture, shardings=shardings)
     size = sum(stored.nbytes for stored in stored_tensors(folder).values())
     assert sum(read) == size  # not twice, although two devices hold each part
     plain = leaves_of(Flux2Pipeline.from_pretrained("shapes-tiny").transformer)
@@ -182,10 +182,10 @@ def test_devices_of_a_mesh_hold_and_read_their_shards_only(monkeypatch):
         (lambda folder: (folder / "model.safetensors").unlink(), "no tensors"),
         (lambda folder: shorten(folder / "model.safetensors"), "not a complete safetensors file"),
         (lambda folder: rewrite(folder, lambda t: t.pop("model.norm.weight")), "1 missing: model.norm.weight"),
-        (lambda folder: rewrite(folder, lambda t: t.update(more=np.zeros(2))), "1 surplus: more"),
+        (lambda folder: rewrite(folder, lambda t: t.update(more=np.zeros(2))), "1 unexpected: more"),
         (lambda folder: rewrite(folder, lambda t: t.update({"model.norm.weight": np.zeros(2)})), "expected"),
         (lambda folder: pickle_only(folder), "pickle"),
-        (lambda folder: change(folder, architectures=["LlamaForCausalLM"]), "holds a LlamaForCausalLM"),
+        (lambda folder: change(folder, architectures=["LlamaForCausalLM"]), "contains a LlamaForCausalLM"),
         (lambda folder: index(folder), "shards that are absent: gone.safetensors"),
     ],
 )

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clvr_jax.convert.disk import PAGE, empty, put
-from clvr_jax.convert.tensors import FLOATS, Spec, lay_out
+from clvr_jax.convert.tensors import FLOATS, TensorSpec, preallocate_files
 
 MEMORY = Path("/dev/shm")  # a file system without a disk
 
@@ -56,8 +56,8 @@ def test_a_file_is_made_and_columns_are_put_in_order(folder):
 def test_tensors_of_whole_pages_begin_with_a_page_and_all_at_a_multiple_of_their_width(tmp_path):
     sizes = {"a": (3,), "b": (64, 64), "c": (5, 7), "d": (2, 4096), "e": (1,)}
     types = {"a": "bfloat16", "b": "bfloat16", "c": "float32", "d": "float16", "e": "float32"}
-    specs = [Spec(key, shape, FLOATS[types[key]]) for key, shape in sizes.items()]
-    places = lay_out(tmp_path, specs, "model")
+    specs = [TensorSpec(key, shape, FLOATS[types[key]]) for key, shape in sizes.items()]
+    places = preallocate_files(tmp_path, specs, "model")
     assert [places[key].offset % PAGE for key in ("b", "d")] == [0, 0]
     assert all(place.offset % place.dtype.itemsize == 0 for place in places.values())
     spans = sorted((place.offset, place.offset + place.nbytes) for place in places.values())

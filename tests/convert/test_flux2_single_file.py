@@ -10,7 +10,7 @@ import torch
 from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer
 from clvr_jax.convert.flux2_single_file import config_of, diffusers_tensors, is_bfl
 from clvr_jax.convert.rules import state_from_torch
-from clvr_jax.convert.tensors import Stored, read_header, stored_tensors
+from clvr_jax.convert.tensors import StoredTensor, read_header, stored_tensors
 from diffusers.loaders.single_file_utils import (
     convert_flux2_transformer_checkpoint_to_diffusers,
     convert_ldm_vae_checkpoint,
@@ -142,15 +142,16 @@ def written(path, tensors):
 
 def unwritten(shapes):
     return {
-        key: Stored(key, shape, np.dtype(np.float32), Path("model.safetensors"), 0) for key, shape in shapes.items()
+        key: StoredTensor(key, shape, np.dtype(np.float32), Path("model.safetensors"), 0)
+        for key, shape in shapes.items()
     }
 
 
-def loaded(module, config, stored, table):
+def loaded(module, config, stored, key_mapping):
     """Our module with the weights of a file; nothing is initialized."""
     graphdef, state = nnx.split(nnx.eval_shape(lambda: module(config, rngs=nnx.Rngs(0))))
     tensors = {key: part.open() for key, part in diffusers_tensors(stored).items()}
-    return nnx.merge(graphdef, state_from_torch(tensors, state, table))
+    return nnx.merge(graphdef, state_from_torch(tensors, state, key_mapping))
 
 
 def converted_transformer(tensors):
@@ -181,7 +182,7 @@ def test_our_transformer_computes_what_diffusers_does_with_its_own_conversion(tm
     config = config_of(stored)
     reference = diffusers.Flux2Transformer2DModel.from_config(config).eval()
     reference.load_state_dict(converted_transformer(tensors))
-    model = loaded(Flux2Transformer, flux2_transformer.config_from_dict(config), stored, flux2_transformer.TABLE)
+    model = loaded(Flux2Transformer, flux2_transformer.config_from_dict(config), stored, flux2_transformer.KEY_MAPPING)
 
     random = np.random.default_rng(1)
     hidden, text = (random.normal(size=size).astype(np.float32) for size in ((1, 6, 12), (1, 5, 20)))
@@ -231,7 +232,7 @@ def test_our_autoencoder_computes_what_diffusers_does_with_its_own_conversion(tm
     config = config_of(stored)
     reference = diffusers.AutoencoderKLFlux2.from_config(config).eval()
     reference.load_state_dict(converted_autoencoder(tensors, config))
-    model = loaded(AutoencoderKLFlux2, SMALL_AUTOENCODER, stored, autoencoder_kl_flux2.TABLE)
+    model = loaded(AutoencoderKLFlux2, SMALL_AUTOENCODER, stored, autoencoder_kl_flux2.KEY_MAPPING)
     images = np.random.default_rng(2).uniform(-1, 1, (1, 16, 24, 3)).astype(np.float32)
     with torch.no_grad():
         mode = reference.encode(torch.tensor(images).permute(0, 3, 1, 2)).latent_dist.mode()
@@ -292,11 +293,11 @@ def without(beginning):
         (transformer_shapes(SMALL), without("single_blocks.1."), "4 missing: single_blocks.1.linear1.weight"),
         (transformer_shapes(SMALL), without("guidance_in.in"), "1 missing: guidance_in.in_layer.weight"),
         (transformer_shapes(SMALL), without("img_in"), "img_in.weight is missing"),
-        (transformer_shapes(SMALL), lambda s: {**s, "txt_in.bias": (256,)}, "1 surplus: txt_in.bias"),
+        (transformer_shapes(SMALL), lambda s: {**s, "txt_in.bias": (256,)}, "1 unexpected: txt_in.bias"),
         (
             transformer_shapes(SMALL),
             lambda s: {**s, "transformer_blocks.0.attn.to_q.weight": (256, 256)},
-            "1 surplus: transformer_blocks.0.attn.to_q.weight",
+            "1 unexpected: transformer_blocks.0.attn.to_q.weight",
         ),
         (
             transformer_shapes(SMALL),
@@ -308,7 +309,7 @@ def without(beginning):
             lambda s: {**s, "double_blocks.0.img_attn.qkv.weight": (768, 250)},
             r"to_q.weight \(expected \(256, 256\), found \(256, 250\)\)",
         ),
-        (transformer_shapes(SMALL), lambda s: {**s, "img_in.weight_scale": ()}, "it is quantised"),
+        (transformer_shapes(SMALL), lambda s: {**s, "img_in.weight_scale": ()}, "it is quantized"),
         (
             transformer_shapes(SMALL),
             lambda s: {**s, "img_in.weight": (1536,)},
@@ -319,7 +320,7 @@ def without(beginning):
         (
             autoencoder_shapes(SMALL_AUTOENCODER),
             lambda s: {**s, "encoder.down_blocks.0.resnets.0.conv1.bias": (32,)},
-            "1 surplus: encoder.down_blocks.0.resnets.0.conv1.bias",
+            "1 unexpected: encoder.down_blocks.0.resnets.0.conv1.bias",
         ),
         (autoencoder_shapes(SMALL_AUTOENCODER), lambda s: {}, "it has no tensors"),
     ],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from clvr_jax.convert import hub as module
-from clvr_jax.convert.hub import local_folder, model_files
+from clvr_jax.convert.hub import local_directory, model_files
 from huggingface_hub import constants
 
 from clvr_jax.errors import ClvrError, UsageError
@@ -58,7 +58,7 @@ def contents(folder):
 
 def failure(source, revision=None):
     with pytest.raises(ClvrError) as caught:
-        local_folder(source, revision)
+        local_directory(source, revision)
     message = str(caught.value)
     assert message.startswith(f"{source}: ")
     assert "\n" not in message
@@ -68,46 +68,46 @@ def failure(source, revision=None):
 def test_a_path_is_returned_as_it_is(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("org/name").mkdir(parents=True)
-    assert local_folder("org/name") == Path("org/name")
-    assert local_folder(str(tmp_path)) == tmp_path
+    assert local_directory("org/name") == Path("org/name")
+    assert local_directory(str(tmp_path)) == tmp_path
     with pytest.raises(UsageError, match="no revision 'v1'"):
-        local_folder(str(tmp_path), "v1")
+        local_directory(str(tmp_path), "v1")
 
 
 @pytest.mark.parametrize("source", ["nowhere", "./org/name", "a/b/c", "/no/where", "org/name@"])
 def test_what_is_neither_path_nor_id_is_not_looked_up(source, hub):
-    assert "no such folder" in failure(source)
+    assert "no such directory" in failure(source)
     assert hub.requests == []
 
 
 def test_a_repository_arrives_without_what_no_model_needs_and_only_once(hub, capfd):
-    folder = local_folder(REPOSITORY)
+    folder = local_directory(REPOSITORY)
     assert contents(folder) == WANTED
     assert hub.fetched() == sorted(WANTED)
     assert capfd.readouterr().err == f"{REPOSITORY}: 8 files, 0.00 GiB, from {hub.url}\n"
     hub.requests.clear()
-    assert local_folder(REPOSITORY) == folder
+    assert local_directory(REPOSITORY) == folder
     assert hub.fetched() == []
     assert capfd.readouterr().err == ""  # no bars where there is no terminal
 
 
 def test_a_revision_is_that_of_the_id_or_of_the_argument(hub):
-    folder = local_folder(f"{REPOSITORY}@v1")
+    folder = local_directory(f"{REPOSITORY}@v1")
     assert folder.name == COMMIT
-    assert local_folder(REPOSITORY, "v1") == local_folder(f"{REPOSITORY}@v1", "v1") == folder
+    assert local_directory(REPOSITORY, "v1") == local_directory(f"{REPOSITORY}@v1", "v1") == folder
     assert any(path.endswith("/revision/v1") for _, path, _ in hub.requests)
     assert not any(path.endswith("/revision/main") for _, path, _ in hub.requests)
     with pytest.raises(UsageError, match="other than 'main'"):
-        local_folder(f"{REPOSITORY}@v1", "main")
+        local_directory(f"{REPOSITORY}@v1", "main")
     assert f"{hub.url}/{REPOSITORY} has no revision 'v2'" in failure(REPOSITORY, "v2")
 
 
 def test_other_files_can_be_asked_for(hub):
-    assert contents(local_folder(REPOSITORY, allow_patterns=["*.png"])) == {"teaser.png": b"x"}
+    assert contents(local_directory(REPOSITORY, allow_patterns=["*.png"])) == {"teaser.png": b"x"}
 
 
 def test_a_variant_replaces_the_plain_tensors(hub):
-    found = contents(local_folder(REPOSITORY, allow_patterns=model_files("fp16")))
+    found = contents(local_directory(REPOSITORY, allow_patterns=model_files("fp16")))
     tensors = [name for name in found if name.endswith(".safetensors")]
     assert tensors == ["transformer/diffusion_pytorch_model.fp16.safetensors"]
 
@@ -115,7 +115,7 @@ def test_a_variant_replaces_the_plain_tensors(hub):
 def test_a_repository_without_a_model_is_refused(hub):
     for name in WANTED:
         del hub.files[name]
-    assert "holds no file of a model" in failure(REPOSITORY)
+    assert "contains no file of a model" in failure(REPOSITORY)
 
 
 def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
@@ -123,7 +123,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", chunk)
     name = "transformer/diffusion_pytorch_model.safetensors"
     hub.drop = name
-    assert contents(local_folder(REPOSITORY)) == WANTED
+    assert contents(local_directory(REPOSITORY)) == WANTED
     ranges = [headers.get("range") for verb, path, headers in hub.requests if verb == "GET" and path.endswith(name)]
     arrived = len(WANTED[name]) // 2 // chunk * chunk
     assert ranges == [None, f"bytes={arrived}-"]
@@ -131,7 +131,7 @@ def test_a_connection_that_breaks_is_taken_up_where_it_broke(hub, monkeypatch):
 
 def test_what_does_not_exist_may_have_been_meant_as_a_folder(hub):
     message = failure("tiny/modle")
-    assert "no such folder here" in message
+    assert "no such directory here" in message
     assert f"no such repository at {hub.url}" in message
 
 
@@ -140,7 +140,7 @@ def test_a_gated_repository_says_where_to_accept_and_opens_with_a_token(hub, mon
     message = failure(REPOSITORY)
     assert f"accept its license at {hub.url}/{REPOSITORY} and set HF_TOKEN" in message
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    assert contents(local_folder(REPOSITORY)) == WANTED
+    assert contents(local_directory(REPOSITORY)) == WANTED
 
 
 @pytest.mark.parametrize(
@@ -150,20 +150,20 @@ def test_a_gated_repository_says_where_to_accept_and_opens_with_a_token(hub, mon
 def test_what_the_server_answers_is_said(hub, status, message):
     hub.status = status
     with pytest.raises(ClvrError, match=message):
-        local_folder(REPOSITORY)
+        local_directory(REPOSITORY)
 
 
 def test_without_a_network_the_way_out_is_said_and_the_cache_is_used(tmp_path, monkeypatch):
     with serving(Hub(REPOSITORY, WANTED)) as hub:
         reach(hub.url, tmp_path, monkeypatch)
-        folder = local_folder(REPOSITORY)
+        folder = local_directory(REPOSITORY)
     with socket.socket() as closed:  # a port where nobody answers
         closed.bind(("127.0.0.1", 0))
         reach(f"http://127.0.0.1:{closed.getsockname()[1]}", tmp_path, monkeypatch)
-        assert local_folder(REPOSITORY) == folder
+        assert local_directory(REPOSITORY) == folder
         message = failure("other/model")
     assert "cannot be reached" in message
-    assert "pass a folder, or fetch it elsewhere with `hf download other/model`" in message
+    assert "pass a directory, or fetch it elsewhere with `hf download other/model`" in message
 
 
 def test_a_full_disk_is_said_before_and_while_it_fills(hub, monkeypatch):
@@ -171,7 +171,7 @@ def test_a_full_disk_is_said_before_and_while_it_fills(hub, monkeypatch):
     with monkeypatch.context() as small:
         small.setattr(module.shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(ClvrError, match=r"0\.0 GiB are free in .*; set HF_HOME"):
-            local_folder(REPOSITORY)
+            local_directory(REPOSITORY)
     assert hub.fetched() == []
 
     real = module.snapshot_download
@@ -187,7 +187,9 @@ def test_a_full_disk_is_said_before_and_while_it_fills(hub, monkeypatch):
 
 def test_the_environment_is_that_of_the_library(tmp_path):
     """HF_ENDPOINT, HF_HOME, HF_TOKEN and HF_HUB_OFFLINE, as a user sets them: before the process begins."""
-    program = "import sys; from clvr_jax.convert.hub import local_folder, model_files; print(local_folder(sys.argv[1]))"
+    program = (
+        "import sys; from clvr_jax.convert.hub import local_directory, model_files; print(local_directory(sys.argv[1]))"
+    )
 
     def run(repository, **environment):
         command = [sys.executable, "-c", program, repository]
@@ -204,5 +206,5 @@ def test_the_environment_is_that_of_the_library(tmp_path):
         assert run(REPOSITORY, **settings, HF_HUB_OFFLINE="1").stdout == fetched.stdout
         offline = run("other/model", **settings, HF_HUB_OFFLINE="1")
         assert "other/model: not in" in offline.stderr
-        assert "HF_HUB_OFFLINE is set; pass a folder" in offline.stderr
+        assert "HF_HUB_OFFLINE is set; pass a directory" in offline.stderr
         assert hub.requests == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from clvr_jax.convert.lora import load_lora, save_lora
 from clvr_jax.convert.lora_file import FILE_NAME
-from clvr_jax.convert.lora_names import spellings
+from clvr_jax.convert.lora_names import key_aliases
 from clvr_jax.convert.unet_2d_condition import config_to_dict
 from flax import nnx
 from safetensors import safe_open
@@ -57,7 +57,7 @@ def test_a_peft_adapter_gives_the_same_output_fused_and_unfused(kind, tmp_path):
     expected = reference_outputs(kind, reference)
     assert relative_error(plain, expected) > 0.05
     save_by_diffusers(kind, reference, tmp_path)
-    lora = load_lora(tmp_path, kind.table, model)
+    lora = load_lora(tmp_path, kind.key_mapping, model)
     fused = jax.jit(clvr.apply_delta)(base, lora)
     assert relative_error(outputs(kind, fused), expected) < TOLERANCE
     assert relative_error(outputs(kind, clvr.apply_delta(fused, lora, -1.0)), plain) < TOLERANCE
@@ -73,11 +73,11 @@ def test_the_way_back_gives_the_same_output_in_diffusers(kind, tmp_path):
     random = np.random.default_rng(0)
     lora = init_lora(model, [r"to_[qk]\.", r"proj_out|linear_1|conv1"], 3, 4.5, jax.random.key(0))
     lora = jax.tree.map(lambda leaf: leaf + 0.1 * random.normal(size=leaf.shape).astype(np.float32), lora)
-    save_lora(tmp_path, lora, kind.table, model)
+    save_lora(tmp_path, lora, kind.key_mapping, model)
     kind.pipeline(reference).load_lora_weights(tmp_path)
     ours = outputs(kind, clvr.apply_delta(nnx.state(model), lora))
     assert relative_error(ours, reference_outputs(kind, reference)) < TOLERANCE
-    assert same(load_lora(tmp_path, kind.table, model), lora)
+    assert same(load_lora(tmp_path, kind.key_mapping, model), lora)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -85,7 +85,7 @@ def test_a_file_returns_bit_for_bit(kind, tmp_path, dtype):
     model, reference = kind.make_pair()
     add_adapter(reference, kind.targets, rank=3, alpha=7)
     save_by_diffusers(kind, reference.to(dtype), tmp_path / "theirs")
-    save_lora(tmp_path / "ours", load_lora(tmp_path / "theirs", kind.table, model), kind.table, model)
+    save_lora(tmp_path / "ours", load_lora(tmp_path / "theirs", kind.key_mapping, model), kind.key_mapping, model)
     ours, theirs = (load_file(tmp_path / side / FILE_NAME) for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(ours[key].dtype == dtype and torch.equal(ours[key], theirs[key]) for key in theirs)
@@ -104,12 +104,12 @@ def test_layers_that_differ_share_a_stack_and_return_as_they_were(kind, tmp_path
         exclude_modules=r".*blocks\.1\..*to_k",
     )
     save_by_diffusers(kind, reference, tmp_path / "theirs")
-    lora = load_lora(tmp_path / "theirs", kind.table, model)
-    save_lora(tmp_path / "ours", lora, kind.table, model)
+    lora = load_lora(tmp_path / "theirs", kind.key_mapping, model)
+    save_lora(tmp_path / "ours", lora, kind.key_mapping, model)
     ours, theirs = (load_file(tmp_path / side / FILE_NAME) for side in ("ours", "theirs"))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-    assert same(load_lora(tmp_path / "ours", kind.table, model), lora)
+    assert same(load_lora(tmp_path / "ours", kind.key_mapping, model), lora)
     _, fresh = kind.make_pair()
     kind.pipeline(fresh).load_lora_weights(tmp_path / "ours")
     assert relative_error(reference_outputs(kind, fresh), reference_outputs(kind, reference)) < 1e-6
@@ -132,7 +132,7 @@ def test_every_spelling_of_a_name_and_of_the_factors_is_read_alike(kind, tmp_pat
     for spelling, (prefix, down, up) in written.items():
         names = {m: prefix + (m.replace(".", "_") if prefix.endswith("_") else m) for m in factors}
         save_factors(tmp_path / FILE_NAME, {names[m]: pair for m, pair in factors.items()}, down, up, 1.5)
-        trees[spelling] = load_lora(tmp_path, kind.table, model)
+        trees[spelling] = load_lora(tmp_path, kind.key_mapping, model)
     assert all(same(tree, trees["diffusers"]) for tree in trees.values())
     pairs = leaves_by_path(trees["bare"], is_pair)
     assert len(pairs) == sum(path[-1] == "kernel" for path in leaves_by_path(nnx.state(model)))
@@ -148,7 +148,7 @@ def test_kohya_files_are_read_as_diffusers_converts_them(name, original, tmp_pat
     names = {module: "lora_unet_" + module.replace(".", "_") for module in shapes}
     if original:
         originals = re.compile("lora_unet_(input_blocks|middle_block|output_blocks|time_embed_|out_2).*")
-        found = spellings(shapes).items()
+        found = key_aliases(shapes).items()
         names = {spelling.modules[0]: other for other, spelling in found if originals.fullmatch(other)}
         assert names.keys() == shapes.keys()
     factors = random_factors(shapes)
@@ -159,18 +159,18 @@ def test_kohya_files_are_read_as_diffusers_converts_them(name, original, tmp_pat
         ".lora_up.weight",
         1.5,
     )
-    ours = load_lora(tmp_path, kind.table, model)
+    ours = load_lora(tmp_path, kind.key_mapping, model)
     kind.pipeline(reference).load_lora_weights(tmp_path, adapter_name="default")
     save_by_diffusers(kind, reference, tmp_path / "converted")
     assert len(load_file(tmp_path / "converted" / FILE_NAME)) == 2 * len(shapes)
-    assert same(ours, load_lora(tmp_path / "converted", kind.table, model))
+    assert same(ours, load_lora(tmp_path / "converted", kind.key_mapping, model))
 
 
 def test_the_names_of_sdxl_are_those_of_its_original_code():
     with torch.device("meta"):
         published = diffusers.UNet2DConditionModel.from_config(config_to_dict(UNet2DConditionConfig.sdxl()))
     modules = [key.removesuffix(".weight") for key, tensor in published.state_dict().items() if tensor.ndim > 1]
-    found = {name: spelling.modules for name, spelling in spellings(modules).items()}
+    found = {name: spelling.modules for name, spelling in key_aliases(modules).items()}
     for name, module in {
         "input_blocks.0.0": "conv_in",
         "input_blocks.3.0.op": "down_blocks.0.downsamplers.0.conv",
@@ -227,13 +227,13 @@ def test_bfl_files_are_read_as_diffusers_converts_them(tmp_path):
     model, _ = kind.make_pair()
     factors = random_factors(bfl_shapes(model.config))
     save_factors(tmp_path / FILE_NAME, {f"diffusion_model.{m}": pair for m, pair in factors.items()}, A, B)
-    ours = load_lora(tmp_path, kind.table, model)
+    ours = load_lora(tmp_path, kind.key_mapping, model)
     converted = diffusers.Flux2KleinPipeline.lora_state_dict(tmp_path)
     # diffusers leaves (shift, scale) as it is here, though not when it converts the weights themselves: see below.
     last = "transformer.norm_out.linear.lora_B.weight"
     converted[last] = torch.cat(converted[last].chunk(2)[::-1])
     save_file({key: tensor.contiguous() for key, tensor in converted.items()}, tmp_path / "converted.safetensors")
-    theirs = load_lora(tmp_path / "converted.safetensors", kind.table, model)
+    theirs = load_lora(tmp_path / "converted.safetensors", kind.key_mapping, model)
     assert same(ours, theirs)
     assert len(leaves_by_path(ours, is_pair)) == sum(path[-1] == "kernel" for path in leaves_by_path(nnx.state(model)))
 
@@ -249,7 +249,7 @@ def test_a_bfl_adapter_changes_the_weights_as_it_does_in_bfl_layout(tmp_path):
     with torch.no_grad():
         for key, change in changes.items():
             reference.get_parameter(key).add_(0.02 * change)
-    ours = outputs(kind, clvr.apply_delta(nnx.state(model), load_lora(tmp_path, kind.table, model), 0.02))
+    ours = outputs(kind, clvr.apply_delta(nnx.state(model), load_lora(tmp_path, kind.key_mapping, model), 0.02))
     assert relative_error(ours, reference_outputs(kind, reference)) < TOLERANCE
 
 
@@ -266,10 +266,10 @@ def test_kohya_files_of_flux2_change_what_diffusers_changes(tmp_path):
     save_factors(
         tmp_path / FILE_NAME, {names[m]: pair for m, pair in factors.items()}, ".lora_down.weight", ".lora_up.weight", 2
     )
-    ours = load_lora(tmp_path, kind.table, model)
+    ours = load_lora(tmp_path, kind.key_mapping, model)
     converted = diffusers.Flux2KleinPipeline.lora_state_dict(tmp_path)
     save_file({key: tensor.clone() for key, tensor in converted.items()}, tmp_path / "converted.safetensors")
-    theirs = load_lora(tmp_path / "converted.safetensors", kind.table, model)
+    theirs = load_lora(tmp_path / "converted.safetensors", kind.key_mapping, model)
     ours, theirs = (leaves_by_path(tree, is_pair) for tree in (ours, theirs))
     assert ours.keys() == theirs.keys()
     for path, pair in ours.items():
@@ -291,5 +291,5 @@ def test_files_of_diffusers_before_peft_are_read(tmp_path):
     }
     save_factors(tmp_path / FILE_NAME, old, ".down.weight", ".up.weight")
     kind.pipeline(reference).load_lora_weights(tmp_path)
-    ours = outputs(kind, clvr.apply_delta(nnx.state(model), load_lora(tmp_path, kind.table, model)))
+    ours = outputs(kind, clvr.apply_delta(nnx.state(model), load_lora(tmp_path, kind.key_mapping, model)))
     assert relative_error(ours, reference_outputs(kind, reference)) < TOLERANCE

@@ -27,7 +27,7 @@ def flux2_file(tmp_path_factory):
 
 def load(tensors, model, folder, header=None, **options):
     save_file(tensors, folder / FILE_NAME, metadata=header)
-    return load_lora(folder, KINDS["flux2"].table, model, **options)
+    return load_lora(folder, KINDS["flux2"].key_mapping, model, **options)
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_folder_of_peft_keeps_alpha_beside_the_tensors(flux2_file, tmp_path):
     tensors = {key.replace("transformer.", "base_model.model.", 1): tensor for key, tensor in tensors.items()}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 8}))
-    lora = load_lora(tmp_path, KINDS["flux2"].table, model, dtype=jnp.bfloat16)
+    lora = load_lora(tmp_path, KINDS["flux2"].key_mapping, model, dtype=jnp.bfloat16)
     assert lora["transformer_blocks"]["attn"]["to_q"]["kernel"].scale == 2.0
     assert {leaf.dtype for leaf in jax.tree.leaves(lora)} == {jnp.dtype(jnp.bfloat16)}
 
@@ -89,7 +89,7 @@ FIRST = "transformer.transformer_blocks.0.attn.to_q"
             r"lora_te1_x.*ignore_text_encoder=True",
         ),
         (lambda t: (t.clear(), t.update({"text_encoder.x": torch.ones(1)})), "ignore_text_encoder"),
-        (lambda t: t.clear(), "holds no LoRA of a transformer"),
+        (lambda t: t.clear(), "contains no LoRA of a transformer"),
     ],
 )
 def test_files_that_are_not_of_this_model_are_refused_in_one_line(flux2_file, tmp_path, edit, message):
@@ -141,12 +141,12 @@ def test_an_adapter_that_peft_merges_in_another_way_is_refused_by_name(flux2_fil
     if beside:
         (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
     with pytest.raises(ClvrError, match=message) as caught:
-        load_lora(tmp_path, KINDS["flux2"].table, model)
+        load_lora(tmp_path, KINDS["flux2"].key_mapping, model)
     assert str(tmp_path) in str(caught.value)
 
 
 def test_strengths_of_a_header_that_differ_are_refused(flux2_file, tmp_path):
-    with pytest.raises(ClvrError, match="several strengths"):
+    with pytest.raises(ClvrError, match="several alphas"):
         load(*flux2_file, tmp_path, {"network_alpha": "4", "transformer.lora_alpha": "8"})
     with pytest.raises(ClvrError, match="network_alpha is 'x'"):
         load(*flux2_file, tmp_path, {"network_alpha": "x"})
@@ -182,23 +182,23 @@ def test_tensors_of_a_text_encoder_are_left_out_when_that_is_asked_for(flux2_fil
 
 
 def test_places_without_a_lora_are_named(tmp_path):
-    model, table = KINDS["flux2"].make_pair()[0], KINDS["flux2"].table
-    with pytest.raises(ClvrError, match="no such file or folder"):
-        load_lora(tmp_path / "absent", table, model)
-    with pytest.raises(ClvrError, match=f"holds no {FILE_NAME}, nor one safetensors file; it has none"):
-        load_lora(tmp_path, table, model)
+    model, key_mapping = KINDS["flux2"].make_pair()[0], KINDS["flux2"].key_mapping
+    with pytest.raises(ClvrError, match="no such file or directory"):
+        load_lora(tmp_path / "absent", key_mapping, model)
+    with pytest.raises(ClvrError, match=f"contains neither {FILE_NAME} nor exactly one safetensors file; it has none"):
+        load_lora(tmp_path, key_mapping, model)
     (tmp_path / "x.safetensors").write_bytes(b"torn")
     with pytest.raises(ClvrError, match="not a complete safetensors file"):
-        load_lora(tmp_path, table, model)
+        load_lora(tmp_path, key_mapping, model)
 
 
 def test_a_tree_of_another_model_is_not_saved(tmp_path):
-    model, table = KINDS["flux2"].make_pair()[0], KINDS["flux2"].table
+    model, key_mapping = KINDS["flux2"].make_pair()[0], KINDS["flux2"].key_mapping
     wide = {"x_embedder": {"kernel": jnp.ones((99, 4))}}
     with pytest.raises(ClvrError, match=r"1 do not fit: x_embedder\.kernel \(99, 2\).*the model's kernel: \(12, 48\)"):
-        save_lora(tmp_path, init_lora(wide, ["x"], 2, 2, jax.random.key(0)), table, model)
+        save_lora(tmp_path, init_lora(wide, ["x"], 2, 2, jax.random.key(0)), key_mapping, model)
     with pytest.raises(ClvrError, match="the model's kernel: None"):
-        save_lora(tmp_path, init_lora({"x": wide}, ["x"], 2, 2, jax.random.key(0)), table, model)
+        save_lora(tmp_path, init_lora({"x": wide}, ["x"], 2, 2, jax.random.key(0)), key_mapping, model)
     with pytest.raises(ClvrError, match="nothing to write"):
-        save_lora(tmp_path, {}, table, model)
+        save_lora(tmp_path, {}, key_mapping, model)
     assert list(tmp_path.iterdir()) == []

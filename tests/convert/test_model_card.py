@@ -2,7 +2,7 @@ import dataclasses
 import json
 
 import pytest
-from clvr_jax.convert.families import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET
+from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET
 from clvr_jax.convert.model_card import (
     APACHE,
     FLUX_NON_COMMERCIAL,
@@ -29,9 +29,9 @@ from clvr_jax.pipelines.registry import SHIPPED
 MADE = Provenance("/models/flux", "clvr convert /models/flux out --to jax", "0.1.0", "jax")
 
 
-def model(family, config):
+def model(architecture, config):
     """As a config.json read from a file: lists, no tuples."""
-    return family.torch_class, json.loads(json.dumps(family.config_to_dict(config)))
+    return architecture.torch_class, json.loads(json.dumps(architecture.config_to_dict(config)))
 
 
 KLEIN_4B = model(FLUX2_TRANSFORMER, Flux2TransformerConfig.klein_4b())
@@ -95,7 +95,7 @@ def test_a_card_says_what_the_hub_and_people_look_for():
         source="black-forest-labs/FLUX.2-klein-9B@main",
         command="clvr convert A B --to torch --dtype bfloat16",
         version="0.1.0",
-        layout="torch",
+        format="torch",
         revision="1234567",
         dtype="bfloat16",
         recipe="configs/clvr_sft.py | seed 3",
@@ -138,7 +138,7 @@ def test_a_card_of_a_path_names_no_base_model_and_no_recipe_if_there_is_none():
     ("models", "library"), [({".": TEXT_ENCODER}, "transformers"), ({"vae": VAE, "text": TEXT_ENCODER}, "diffusers")]
 )
 def test_the_library_is_that_which_reads_the_layout(models, library):
-    data = ModelCard(model_card("x", dataclasses.replace(MADE, layout="torch"), models)).data
+    data = ModelCard(model_card("x", dataclasses.replace(MADE, format="torch"), models)).data
     assert data.library_name == library
     assert data.license == "apache-2.0"
 

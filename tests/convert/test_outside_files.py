@@ -7,8 +7,16 @@ import shutil
 
 import numpy as np
 import pytest
+from clvr_jax.convert.architectures import (
+    AUTOENCODER_KL,
+    CLIP_TEXT,
+    FLUX2_TRANSFORMER,
+    FLUX2_VAE,
+    QWEN3,
+    QWEN3_VL,
+    UNET,
+)
 from clvr_jax.convert.configs import section
-from clvr_jax.convert.families import AUTOENCODER_KL, CLIP_TEXT, FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET
 from clvr_jax.convert.orbax_tree import open_tree
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.tensors import read_header, stored_tensors, write_tensors
@@ -31,23 +39,28 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("family", CONFIGS, ids=lambda family: family.torch_class)
-def test_a_field_of_any_type_ends_in_a_configuration_or_in_our_error(family):
+@pytest.mark.parametrize("architecture", CONFIGS, ids=lambda architecture: architecture.torch_class)
+def test_a_field_of_any_type_ends_in_a_configuration_or_in_our_error(architecture):
     values = ["x", None, -1, 0, 10**9, 10**400, 1.5, float("nan"), [], {}, [1, "a"], True, "\0", [[[]]], {"a": {}}]
-    given = CONFIGS[family]
+    given = CONFIGS[architecture]
     for name in [*given, "architectures", "rope_parameters", "rope_scaling", "layer_types", "text_config"]:
         for value in values:
             with contextlib.suppress(ClvrError):
-                family.config_from_dict({**given, name: value})
+                architecture.config_from_dict({**given, name: value})
 
 
 @pytest.mark.parametrize(
-    ("family", "field", "value", "message"),
+    ("architecture", "field", "value", "message"),
     [
         (QWEN3, "rms_norm_eps", "x", "rms_norm_eps is 'x'; it must be a finite number"),
         (QWEN3, "rms_norm_eps", float("nan"), "rms_norm_eps is nan"),
         (QWEN3, "rms_norm_eps", 0, "rms_norm_eps is 0; it must be above 0"),
-        (QWEN3, "num_hidden_layers", 10**9, "num_hidden_layers is 1000000000; it must be an integer within reason"),
+        (
+            QWEN3,
+            "num_hidden_layers",
+            10**9,
+            "num_hidden_layers is 1000000000; it must be an integer in the supported range",
+        ),
         (QWEN3, "hidden_size", True, "hidden_size is True"),
         (QWEN3, "hidden_size", 64.5, "hidden_size is 64.5"),
         (QWEN3, "tie_word_embeddings", 1, "tie_word_embeddings is 1; it must be true or false"),
@@ -60,9 +73,9 @@ def test_a_field_of_any_type_ends_in_a_configuration_or_in_our_error(family):
         (QWEN3_VL, "image_token_id", "x", "token ids integers"),
     ],
 )
-def test_a_value_that_a_field_cannot_have_is_refused_by_name(family, field, value, message):
+def test_a_value_that_a_field_cannot_have_is_refused_by_name(architecture, field, value, message):
     with pytest.raises(ClvrError, match=message):
-        family.config_from_dict({**CONFIGS[family], field: value})
+        architecture.config_from_dict({**CONFIGS[architecture], field: value})
 
 
 def test_an_outer_silence_about_the_head_means_that_it_is_not_tied():
@@ -114,9 +127,9 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
         ({}, {}, "not what Orbax writes"),
         ({"tree_metadata": 3}, {}, "not what Orbax writes"),
         ({"tree_metadata": {"a": {"key_metadata": [{"key": 3}]}}}, {}, "not what Orbax writes"),
-        ({"tree_metadata": {"a": {"key_metadata": [{"key": "../../x"}]}}}, {}, "which is no name"),
+        ({"tree_metadata": {"a": {"key_metadata": [{"key": "../../x"}]}}}, {}, "which is not a file name"),
         (None, {}, "not what zarr writes"),
-        (None, {"dtype": "<f4", "shape": [-1], "chunks": [1]}, "sizes are no sizes"),
+        (None, {"dtype": "<f4", "shape": [-1], "chunks": [1]}, "sizes must be integers"),
         (None, {"dtype": "<f4", "shape": [2, 2], "chunks": [1]}, "differ in length"),
         (None, {"dtype": "<x9", "shape": [2], "chunks": [1]}, "not what zarr writes"),
     ],

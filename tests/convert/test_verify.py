@@ -1,4 +1,4 @@
-"""Verification: small models of every family agree after a conversion, and whatever is not converted right is found."""
+"""Verification: small models of every architecture agree after a conversion, and a wrong conversion is found."""
 
 import dataclasses
 import io
@@ -12,18 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
-from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.families import (
+from clvr_jax.convert.architectures import (
+    ARCHITECTURES,
     AUTOENCODER_KL,
     CLIP_TEXT,
     CLIP_TEXT_PROJECTED,
-    FAMILIES,
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
     QWEN3,
     QWEN3_VL,
     UNET,
 )
+from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES
@@ -67,11 +67,11 @@ MODELS = {
 }
 
 
-def make(family, config, seed=0):
-    fields = family.config_to_dict(config)
-    if family.file_name == DIFFUSERS_NAME:
-        return randomize(getattr(diffusers, family.torch_class).from_config(fields), seed)
-    kind = getattr(transformers, family.torch_class)
+def make(architecture, config, seed=0):
+    fields = architecture.config_to_dict(config)
+    if architecture.file_name == DIFFUSERS_NAME:
+        return randomize(getattr(diffusers, architecture.torch_class).from_config(fields), seed)
+    kind = getattr(transformers, architecture.torch_class)
     return randomize(kind(kind.config_class(**fields)), seed)
 
 
@@ -79,8 +79,8 @@ def make(family, config, seed=0):
 def saved(tmp_path_factory):
     """All models side by side as PyTorch saves them."""
     folder = tmp_path_factory.mktemp("verify") / "torch"
-    for name, (family, config) in MODELS.items():
-        make(family, config).save_pretrained(folder / name)
+    for name, (architecture, config) in MODELS.items():
+        make(architecture, config).save_pretrained(folder / name)
     return folder
 
 
@@ -101,12 +101,12 @@ def spoiled(folder, name, edit, target):
     return target
 
 
-def test_small_models_of_every_family_agree_and_nothing_else_is_said(saved, converted, capfd):
+def test_small_models_of_every_architecture_agree_and_nothing_else_is_said(saved, converted, capfd):
     seen = []
     agreements = verify(saved, converted, on_model=seen.append)
     assert capfd.readouterr() == ("", "")
     assert seen == [agreement.component for agreement in agreements] == list(MODELS)
-    assert {agreement.title for agreement in agreements} == {family.title for family in FAMILIES}
+    assert {agreement.title for agreement in agreements} == {architecture.title for architecture in ARCHITECTURES}
     for agreement in agreements:
         assert agreement.agrees, agreement
         assert 0 < agreement.relative <= TOLERANCE  # 0 would mean that one framework was compared with itself
@@ -126,14 +126,14 @@ def test_the_shipped_pipeline_agrees(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_every_weight_has_a_part_in_what_is_compared(converted, name):
-    family, config = MODELS[name]
-    model = load_model(converted / name, family)
+    architecture, config = MODELS[name]
+    model = load_model(converted / name, architecture)
     graphdef, state = nnx.split(model)
-    inputs = PROBES[family].inputs(config, np.random.default_rng(0))
-    answers = jax.jit(lambda state: PROBES[family].ours(nnx.merge(graphdef, state), inputs))
+    inputs = PROBES[architecture].inputs(config, np.random.default_rng(0))
+    answers = jax.jit(lambda state: PROBES[architecture].run_jax(nnx.merge(graphdef, state), inputs))
     expected = answers(state)
     leaves, structure = jax.tree.flatten(state)
-    plan_of = family.entries(family.config_to_dict(config))
+    plan_of = architecture.entries(architecture.config_to_dict(config))
     assert len(plan_of) == len(leaves)
     for number, (entry, leaf) in enumerate(zip(plan_of, leaves, strict=True)):
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -171,7 +171,7 @@ def test_a_nan_is_no_agreement(saved, tmp_path):
     for torch_folder in (saved / "clip", tmp_path / "spoiled"):  # in one framework, and in both
         (agreement,) = verify(torch_folder, jax_folder)
         assert agreement.component == torch_folder.name
-        assert agreement.apart == ["last hidden state", "pooled"]
+        assert agreement.differing == ["last hidden state", "pooled"]
         assert not agreement.agrees
 
 
@@ -180,7 +180,7 @@ def test_another_models_weights_and_a_folder_beside_itself(saved, converted, tmp
     (same,) = verify(saved / "clip_projected", saved / "clip_projected")
     (other,) = verify(tmp_path / "other", converted / "clip_projected")
     assert same.agrees
-    assert other.apart == ["hidden state -2", "last hidden state", "pooled"]
+    assert other.differing == ["hidden state -2", "last hidden state", "pooled"]
 
 
 def test_a_conversion_that_casts_is_compared_with_what_was_cast(saved, converted, tmp_path):
@@ -204,11 +204,11 @@ def test_a_variant_is_compared_with_that_variant(saved, tmp_path):
 
 def test_what_cannot_be_verified_is_one_clear_error(saved, converted, tmp_path, monkeypatch):
     for folder in (tmp_path / "flux.safetensors", converted):
-        with pytest.raises(UsageError, match="no folder that PyTorch reads"):
+        with pytest.raises(UsageError, match="not a directory that PyTorch reads"):
             verify(folder, converted)
     with pytest.raises(ClvrError, match="no such file"):
         verify(saved / "clip", tmp_path)
-    with pytest.raises(ClvrError, match="of another model"):
+    with pytest.raises(ClvrError, match="another model than that of"):
         verify(saved / "sd15_unet", converted / "sdxl_unet")
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(ClvrError, match=r"pip install 'clvr-jax\[torch\]'"):
@@ -221,7 +221,7 @@ def test_differences_are_relative_to_each_output():
     agreement = compare("unet", "UNet", ours, theirs)
     assert agreement.largest == 1e-2
     assert agreement.outputs == pytest.approx({"small": 0.5, "large": 1e-5})
-    assert agreement.apart == ["small"]
+    assert agreement.differing == ["small"]
     zero = np.zeros(2)
     assert compare("", "", {"x": zero}, {"x": zero}).agrees
     for ours, theirs in [

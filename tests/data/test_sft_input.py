@@ -133,11 +133,38 @@ def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
         assert batch.get("grid_thw", ()) == sample.shape[0]
 
 
-def test_given_buckets_are_the_pipelines(few, tokenizer):
-    examples = DrawingExamples(few, tokenizer, text_buckets=(64, 128))
+def test_given_buckets_are_the_pipelines(few, tokenizer, drawings, capsys):
+    examples = DrawingExamples(few, tokenizer, text_buckets=(96, 192))
     batches = list(map(BatchLoader(examples, 16), range(12)))
-    assert {batch["ids"].shape[1] for batch in batches} == {64, 128}
-    assert max(sample.length for sample in examples.samples) > 128
+    assert {batch["ids"].shape[1] for batch in batches} == {96, 192}
+    longer = [sample.length > 192 for sample in drawings.samples]
+    assert 0 < sum(longer) == examples.left_out
+    assert f"{sum(longer)} of {len(longer)} histories are longer than 192 tokens" in capsys.readouterr().err
+    for fitted, whole, is_longer in zip(examples.samples, drawings.samples, longer, strict=True):
+        assert fitted.length <= 192 if is_longer else fitted.length == whole.length
+    with pytest.raises(ClvrError, match=r"trajectory \w+, image 0: the prompt and the current instruction take \d+"):
+        DrawingExamples(few, tokenizer, text_buckets=(40,))
+
+
+def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
+    """Long histories that differ in their last instruction only, and what a model is given of them."""
+
+    def told(last):
+        replies = [f"Unmet: {'a red star at the top left, ' * (2 * n + 1)}. Add it." for n in range(7)]
+        steps = [
+            Step(reply, IMAGE_GEN, tuple(range(n)), picture(n, 8)) for n, reply in enumerate([*replies, f"Add {last}."])
+        ]
+        return Trajectory("a cat", tuple(steps), "step limit")
+
+    dataset = small(tmp_path, told("one blue star"), told("one red star"))
+    examples = DrawingExamples(dataset, tokenizer, dropout=0.0, text_buckets=(256, 384))
+    assert examples.left_out > 0
+    ends = [sample for sample in examples.samples if sample.step == 7]
+    batch = examples.batch(ends, [np.random.default_rng(0)] * 2)
+    texts = [decode(tokenizer, *row) for row in zip(batch["ids"], batch["mask"], strict=True)]
+    assert [text.count("a cat") for text in texts] == [1, 1]
+    for text, last in zip(texts, ("one blue star", "one red star"), strict=True):
+        assert f"<IMG_GEN_7>\nAdd {last}." in text
 
 
 def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):

@@ -8,10 +8,10 @@ from clvr_jax.convert.lora_file import Factors, write_factors
 from safetensors.numpy import save_file
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.merging.folders import merge
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.planning import plan_merge
-from clvr_jax.merging.recipe import write_recipe
+from clvr_jax.merging.provenance import write_provenance
+from clvr_jax.merging.streaming import merge
 from clvr_jax.pipelines.registry import SHIPPED
 from tests.merging.small_models import (
     CONFIG,
@@ -81,15 +81,15 @@ def other_depth(folder):
         (guided, r"2 only in {role}: time_guidance_embed\.guidance_embedder\.linear_1"),
         (other_depth, r"\d only in {role}: single_transformer_blocks\.2"),
         (lambda f: edit(f, lambda t: t.pop(KEY)), f"1 missing: {KEY}"),
-        (lambda f: edit(f, lambda t: t.update(more=np.ones(2))), "1 surplus: more"),
+        (lambda f: edit(f, lambda t: t.update(more=np.ones(2))), "1 unexpected: more"),
         (lambda f: edit(f, lambda t: t.update({KEY: t[KEY][:5]})), rf"{KEY} \(expected \(32, .*\), found \(5, "),
         (lambda f: edit(f, lambda t: None, {"rope_theta": 10_000}), r"rope_theta \(base 2000, {role} 10000\)"),
-        (set_one(np.nan), rf"{{role}}: {KEY} holds NaN or infinity"),
-        (set_one(np.inf), rf"{{role}}: {KEY} holds NaN or infinity"),
-        (of_another_base, r"{role}: .* is 1\.\d+ of the base's norm away .*--force"),
+        (set_one(np.nan), rf"{{role}}: {KEY} contains NaN or infinity"),
+        (set_one(np.inf), rf"{{role}}: {KEY} contains NaN or infinity"),
+        (of_another_base, r"{role}: .* is 1\.\d+ of the base's norm .*--force"),
         (shorten, "not a complete safetensors file"),
         (lambda f: (f / f"{FILE}.safetensors").unlink(), f"neither {FILE}.safetensors"),
-        (lambda f: edit(f, lambda t: t.update({KEY: t[KEY].astype(np.float64)})), "holds float64"),
+        (lambda f: edit(f, lambda t: t.update({KEY: t[KEY].astype(np.float64)})), "contains float64"),
         (shutil.rmtree, "no such"),
     ],
 )
@@ -120,18 +120,19 @@ def test_force_merges_what_only_seems_wrong(tmp_path):
     assert sums[KEY].relative["distill"] > 1
 
 
-@pytest.mark.parametrize("role", ["distill", "align"])
-def test_an_input_whose_recipe_names_another_base_is_refused(tmp_path, role):
+@pytest.mark.parametrize(("role", "record"), [("distill", "merge.json"), ("align", "recipe.json")])
+def test_an_input_whose_record_names_another_base_is_refused(tmp_path, role, record):
     """A merged model is a tuned one of its base, and says so."""
     paths = three_models(tmp_path / "first")
     plan = plan_merge(*paths)
     made = tmp_path / "made"
-    merge(plan, made, finish=lambda folder, sums: write_recipe(plan, folder, "made", "clvr merge ...", sums))
+    merge(plan, made, finish=lambda folder, sums: write_provenance(plan, folder, "made", "clvr merge ...", sums))
+    (made / "merge.json").rename(made / record)  # earlier versions wrote recipe.json
     inputs = [paths[0], made, paths[2]] if role == "distill" else [paths[0], paths[1], made]
     merge(plan_merge(*inputs), tmp_path / "of the same base")
     near = tuned(tensors_of(paths[0]), 9, 1e-4)
     inputs[0] = write_model(tmp_path / "another" / "base", near)
-    refused(inputs, f"{role}: recipe.json in .* made from another base.*--force")
+    refused(inputs, f"{role}: {record} in .* names another base.*--force")
     merge(plan_merge(*inputs, force=True), tmp_path / "forced")
 
 
@@ -142,7 +143,7 @@ def test_single_files_and_other_layouts_are_not_mixed_in(tmp_path):
     for place in range(3):
         inputs = [*paths]
         inputs[place] = tmp_path / "flux.safetensors"
-        refused(inputs, "single file, and layouts are not mixed; make a folder of it with `clvr convert")
+        refused(inputs, "single file, and formats are not mixed; convert it with `clvr convert")
     refused(
         [paths[0], SHIPPED / "shapes-tiny" / "vae", paths[2]], "is a AutoencoderKLFlux2, the base a Flux2Transformer"
     )
@@ -153,10 +154,10 @@ def test_a_lora_of_another_model_is_refused(tmp_path):
     random = np.random.default_rng(0).normal(size=(2, 48)).astype(np.float32)
     for module in ("transformer_blocks.0.attn.to_q", "transformer_blocks.7.attn.to_q"):
         write_factors(tmp_path / "lora", {module: Factors(random, random.T.copy(), 1.0)}, "transformer")
-        refused([*paths[:2], tmp_path / "lora"], "no LoRA of this transformer")
+        refused([*paths[:2], tmp_path / "lora"], "not a LoRA of this transformer")
         refused([paths[0], tmp_path / "lora", paths[2]], "has no config.json")
     (tmp_path / "empty").mkdir()
-    refused([*paths[:2], tmp_path / "empty"], "nor one safetensors file")
+    refused([*paths[:2], tmp_path / "empty"], "nor exactly one safetensors file")
     lora = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
     lora.write_bytes(lora.read_bytes()[:-8])
     refused([*paths[:2], tmp_path / "lora"], "not a complete safetensors file")
@@ -166,7 +167,7 @@ def test_a_lora_with_nan_is_refused(tmp_path):
     paths = three_models(tmp_path)
     down, up = np.full((2, 32), np.nan, np.float32), np.ones((32, 2), np.float32)
     write_factors(tmp_path / "lora", {"transformer_blocks.0.attn.to_q": Factors(down, up, 1.0)}, "transformer")
-    refused([*paths[:2], tmp_path / "lora"], r"align: transformer_blocks\.0\.attn\.to_q\.weight holds NaN")
+    refused([*paths[:2], tmp_path / "lora"], r"align: transformer_blocks\.0\.attn\.to_q\.weight contains NaN")
 
 
 def test_an_occupied_place_and_a_full_disk(tmp_path, monkeypatch):
@@ -191,7 +192,7 @@ def test_an_occupied_place_and_a_full_disk(tmp_path, monkeypatch):
         ({"method": "slerp"}, "none of dswm, linear, ties, dare"),
         ({"distill_weight": float("nan")}, "must be a number"),
         ({"align_weight": {"attn": float("inf")}}, "must be a number"),
-        ({"density": 0.5}, "keeps the changes whole"),
+        ({"density": 0.5}, "keeps all entries of the deltas"),
         ({"method": "ties", "density": 0.0}, "above 0"),
         ({"method": "dare", "density": 1.5}, "at most 1"),
         ({"method": "ties", "align_weight": -1.0}, "cannot be negative"),

@@ -26,9 +26,9 @@ def test_a_merge_tells_where_it_is_and_what_it_is_made_of(command, tmp_path, cap
     assert captured.out == "out\n"
     assert "49/49" in captured.err
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "recipe.json",
+        "README.md", "config.json", "diffusion_pytorch_model.safetensors", "merge.json",
     ]  # fmt: skip
-    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    recipe = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert recipe["weights"] == {"distill": 1.0, "align": 1.0}
     assert {role: made["source"] for role, made in recipe["inputs"].items()} == {role: role for role in ROLES}
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -41,7 +41,7 @@ def test_options_reach_the_numbers_and_the_recipe(command, tmp_path, capsys):
     assert main([*command, *options]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["method"], result["tensors"], result["out"]) == ("dare", 49, "out")
-    recipe = json.loads((tmp_path / "out" / "recipe.json").read_text())
+    recipe = json.loads((tmp_path / "out" / "merge.json").read_text())
     assert (recipe["density"], recipe["seed"]) == (0.5, 3)
     assert recipe["weights"] == {"distill": 1.0, "align": {"attn": 0.5, "": 0.0}}
     card = (tmp_path / "out" / "README.md").read_text()
@@ -98,7 +98,7 @@ def test_a_report_without_matplotlib_says_so_and_has_the_numbers(command, tmp_pa
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["tensors"].keys() == tensors_of(tmp_path / "base").keys()
     assert set(report["tensors"][KEY]) == {"base_norm", "distill", "align", "cosine"}
-    assert report["whole"] == json.loads((tmp_path / "out" / "recipe.json").read_text())["norms"]
+    assert report["whole"] == json.loads((tmp_path / "out" / "merge.json").read_text())["norms"]
     assert report["layers"]["single_transformer_blocks.1"]["distill"] == pytest.approx(1 / 30, rel=0.1)
 
 
@@ -122,11 +122,11 @@ def test_what_is_wrong_is_one_line_and_leaves_nothing(command, tmp_path, capsys)
 
     assert "neither a number nor PATTERN=NUMBER" in said(2, "--distill-weight", "much")
     assert "no parameter is matched first by 'atn'" in said(1, "--distill-weight", "atn=1")
-    assert "keeps the changes whole" in said(2, "--density", "0.5")
+    assert "keeps all entries of the deltas" in said(2, "--density", "0.5")
     assert "exists already" in main_error(["merge", *command[1:-1], "base"], capsys)
     assert "--align" in main_error(command[:5] + command[7:], capsys)
     edit(tmp_path / "align", lambda tensors: tensors[KEY].fill(float("nan")))
-    assert f"align: {KEY} holds NaN" in said(1)
+    assert f"align: {KEY} contains NaN" in said(1)
 
 
 def main_error(arguments, capsys):
@@ -135,9 +135,9 @@ def main_error(arguments, capsys):
 
 
 def test_a_stopped_merge_is_resumed(command, tmp_path, capsys, monkeypatch):
-    from clvr_jax.merging import folders
+    from clvr_jax.merging import streaming
 
-    real, count = folders._merged, iter(range(10))
+    real, count = streaming._merged, iter(range(10))
 
     def stop_soon(*arguments):
         if next(count, None) is None:
@@ -145,7 +145,7 @@ def test_a_stopped_merge_is_resumed(command, tmp_path, capsys, monkeypatch):
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_merged", stop_soon)
+        patch.setattr(streaming, "_merged", stop_soon)
         assert main(command) == 130
     assert (tmp_path / ".out.merge").is_dir()
     assert main(command) == 2

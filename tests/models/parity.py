@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from clvr_jax.convert.rules import Table, state_from_torch
+from clvr_jax.convert.rules import KeyMapping, state_from_torch
 from flax import nnx
 
 TOLERANCE = 2e-5
@@ -39,11 +39,11 @@ def randomize(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return module.eval()
 
 
-def load_tensors(model: nnx.Module, tensors: dict[str, np.ndarray], table: Table) -> None:
-    """Fills a module, of which shapes are enough, with PyTorch tensors, through the conversion table."""
-    nnx.update(model, jax.tree.map(jnp.asarray, state_from_torch(tensors, nnx.state(model), table)))
+def load_tensors(model: nnx.Module, tensors: dict[str, np.ndarray], key_mapping: KeyMapping) -> None:
+    """Fills a module, of which shapes are enough, with PyTorch tensors, through the key mapping."""
+    nnx.update(model, jax.tree.map(jnp.asarray, state_from_torch(tensors, nnx.state(model), key_mapping)))
 
 
-def load_state(model: nnx.Module, reference: torch.nn.Module, table: Table) -> None:
+def load_state(model: nnx.Module, reference: torch.nn.Module, key_mapping: KeyMapping) -> None:
     """Copies the weights of a PyTorch module into ours; see `load_tensors`."""
-    load_tensors(model, {key: tensor.numpy() for key, tensor in reference.state_dict().items()}, table)
+    load_tensors(model, {key: tensor.numpy() for key, tensor in reference.state_dict().items()}, key_mapping)

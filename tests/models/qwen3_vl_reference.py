@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from clvr_jax.convert.qwen3_vl import TABLE, config_to_dict
+from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_to_dict
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
@@ -50,7 +50,7 @@ def make_pair(config: Qwen3VLConfig = SMALL, seed: int = 0) -> tuple[Qwen3VL, Qw
     reference_config = ReferenceConfig(**config_to_dict(config), attn_implementation="eager")
     reference = randomize(Qwen3VLForConditionalGeneration(reference_config), seed)
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
-    load_tensors(model, checkpoint_of(reference), TABLE)
+    load_tensors(model, checkpoint_of(reference), KEY_MAPPING)
     return model, reference
 
 

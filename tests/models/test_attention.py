@@ -8,7 +8,7 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.models import attention as module
 from clvr_jax.models.attention import attention
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from tests.models.parity import TOLERANCE, relative_error
 
 
@@ -73,7 +73,7 @@ def test_the_kernel_of_the_tpu_computes_the_same(is_causal, kv_heads):
 def test_on_a_mesh_heads_are_cut_while_attention_lasts():
     query, key, value = make(batch=2, queries=16, keys=16, heads=8, kv_heads=4)
     alone = attention(query, key, value)
-    with Layout(MeshConfig(data=2, fsdp=1, sequence=4).make()).active() as layout:
+    with MeshLayout(MeshConfig(data=2, fsdp=1, sequence=4).make()).active() as layout:
 
         def place(x):
             return jax.device_put(x, layout.sharding(("batch", "tokens", None, None), x.shape))

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.autoencoder_kl import TABLE, config_from_dict, config_to_dict, published_names
+from clvr_jax.convert.autoencoder_kl import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
@@ -20,7 +20,7 @@ SMALL = AutoencoderKLConfig(block_out_channels=(16, 32, 48), latent_channels=6, 
 def make_pair(config):
     reference = randomize(diffusers.AutoencoderKL.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
-    load_state(model, reference, TABLE)
+    load_state(model, reference, KEY_MAPPING)
     return model, reference
 
 
@@ -51,7 +51,7 @@ def test_scaled_latents_are_what_the_pipelines_make():
 
 def test_weights_return_bit_for_bit():
     model, reference = make_pair(SMALL)
-    back = state_to_torch(model, TABLE)
+    back = state_to_torch(model, KEY_MAPPING)
     assert back.keys() == reference.state_dict().keys()
     for key, tensor in reference.state_dict().items():
         assert np.array_equal(back[key], tensor.numpy()), key
@@ -71,7 +71,7 @@ def test_old_names_of_attention_are_understood_as_diffusers_understands_them(tmp
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(old, tmp_path / "diffusion_pytorch_model.bin")
     loaded = diffusers.AutoencoderKL.from_pretrained(tmp_path, use_safetensors=False).state_dict()
-    found = published_names(old)
+    found = canonicalize_keys(old)
     assert found.keys() == loaded.keys()
     for key, tensor in loaded.items():
         assert torch.equal(found[key], tensor), key
@@ -83,7 +83,9 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers(preset):
     with torch.device("meta"):
         reference = diffusers.AutoencoderKL.from_config(config_to_dict(config))
     abstract = nnx.eval_shape(lambda: AutoencoderKL(config, rngs=nnx.Rngs(0)))
-    check_keys(entries(abstract, TABLE), {key: tuple(t.shape) for key, t in reference.state_dict().items()}, "meta")
+    check_keys(
+        entries(abstract, KEY_MAPPING), {key: tuple(t.shape) for key, t in reference.state_dict().items()}, "meta"
+    )
     assert config_from_dict(json.loads(reference.to_json_string())) == config
 
 

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.autoencoder_kl_flux2 import TABLE, config_from_dict, config_to_dict
+from clvr_jax.convert.autoencoder_kl_flux2 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
@@ -20,7 +20,7 @@ SMALL = AutoencoderKLFlux2Config(
 def make_pair(config):
     reference = randomize(diffusers.AutoencoderKLFlux2.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: AutoencoderKLFlux2(config, rngs=nnx.Rngs(0)))
-    load_state(model, reference, TABLE)
+    load_state(model, reference, KEY_MAPPING)
     return model, reference
 
 
@@ -62,7 +62,7 @@ def test_unpatchify_inverts_patchify():
 
 def test_weights_return_bit_for_bit():
     model, reference = make_pair(SMALL)
-    back = state_to_torch(model, TABLE)
+    back = state_to_torch(model, KEY_MAPPING)
     for key, tensor in reference.state_dict().items():
         assert back[key].dtype == tensor.numpy().dtype, key
         assert np.array_equal(back[key], tensor.numpy()), key
@@ -73,7 +73,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers():
         reference = diffusers.AutoencoderKLFlux2()
     abstract = nnx.eval_shape(lambda: AutoencoderKLFlux2(AutoencoderKLFlux2Config(), rngs=nnx.Rngs(0)))
     found = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
-    check_keys(entries(abstract, TABLE), found, "AutoencoderKLFlux2")
+    check_keys(entries(abstract, KEY_MAPPING), found, "AutoencoderKLFlux2")
 
 
 def test_config_survives_the_round_trip_and_unknown_fields_are_errors():

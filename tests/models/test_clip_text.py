@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clvr_jax.convert.clip_text import TABLE, config_from_dict, config_to_dict, published_names
-from clvr_jax.convert.families import CLIP_TEXT, CLIP_TEXT_PROJECTED
+from clvr_jax.convert.architectures import CLIP_TEXT, CLIP_TEXT_PROJECTED
+from clvr_jax.convert.clip_text import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
@@ -38,13 +38,13 @@ def make_reference(config):
 
 
 def tensors_of(reference):
-    return published_names({key: tensor.numpy() for key, tensor in reference.state_dict().items()})
+    return canonicalize_keys({key: tensor.numpy() for key, tensor in reference.state_dict().items()})
 
 
 def make_pair(config):
     reference = randomize(make_reference(config))
     model = nnx.eval_shape(lambda: CLIPText(config, rngs=nnx.Rngs(0)))
-    load_tensors(model, tensors_of(reference), TABLE)
+    load_tensors(model, tensors_of(reference), KEY_MAPPING)
     return model, reference
 
 
@@ -91,7 +91,7 @@ def test_pooled_output_and_clip_skip_match_transformers_without_projection():
 def test_the_way_back_is_bit_for_bit_and_transformers_loads_the_folder(tmp_path, projection_dim):
     config = change(SMALL, projection_dim=projection_dim)
     model, reference = make_pair(config)
-    tensors, back = tensors_of(reference), state_to_torch(model, TABLE)
+    tensors, back = tensors_of(reference), state_to_torch(model, KEY_MAPPING)
     assert tensors.keys() == back.keys()
     assert all(np.array_equal(tensors[key], back[key]) for key in tensors)
     save_model(tmp_path / "encoder", model, CLIP_TEXT if projection_dim is None else CLIP_TEXT_PROJECTED)
@@ -105,16 +105,16 @@ def test_full_size_keys_and_shapes_are_those_of_transformers(preset):
     with torch.device("meta"):
         reference = make_reference(preset)
     model = nnx.eval_shape(lambda: CLIPText(preset, rngs=nnx.Rngs(0)))
-    shapes = {key: tuple(tensor.shape) for key, tensor in published_names(reference.state_dict()).items()}
-    check_keys(entries(model, TABLE), shapes, "meta")
+    shapes = {key: tuple(tensor.shape) for key, tensor in canonicalize_keys(reference.state_dict()).items()}
+    check_keys(entries(model, KEY_MAPPING), shapes, "meta")
 
 
 def test_old_buffers_and_the_vision_tower_are_left_out_and_names_without_prefix_understood():
     tensors = tensors_of(make_reference(SMALL))
     more = ("text_model.embeddings.position_ids", "vision_model.post_layernorm.bias", "logit_scale")
-    assert published_names({**tensors, **dict.fromkeys(more)}).keys() == tensors.keys()
+    assert canonicalize_keys({**tensors, **dict.fromkeys(more)}).keys() == tensors.keys()
     bare = {"embeddings.position_ids": None, "final_layer_norm.bias": None}
-    assert list(published_names(bare)) == ["text_model.final_layer_norm.bias"]
+    assert list(canonicalize_keys(bare)) == ["text_model.final_layer_norm.bias"]
 
 
 @pytest.mark.parametrize("config", [SMALL, change(SMALL, projection_dim=None), *PRESETS])

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.flux2_transformer import TABLE, config_from_dict, config_to_dict
+from clvr_jax.convert.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
@@ -40,7 +40,7 @@ def make_reference(config):
 def make_pair(config, **options):
     reference = make_reference(config)
     model = nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0), **options))
-    load_state(model, reference, TABLE)
+    load_state(model, reference, KEY_MAPPING)
     return model, reference
 
 
@@ -155,7 +155,7 @@ def test_gradients_are_finite_and_the_same_with_remat():
         return jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs.values())).mean()))(state)
 
     plain, rematerialised = jax.tree.leaves(gradients("dots")), jax.tree.leaves(gradients("full"))
-    assert len(plain) == len(entries(Flux2Transformer(SMALL, rngs=nnx.Rngs(0)), TABLE))
+    assert len(plain) == len(entries(Flux2Transformer(SMALL, rngs=nnx.Rngs(0)), KEY_MAPPING))
     for one, other in zip(plain, rematerialised, strict=True):
         assert np.isfinite(one).all()
         assert np.abs(one).max() > 0
@@ -169,7 +169,7 @@ def test_gradients_match_pytorch():
     gradients = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(*inputs.values())).mean()))(state)
     tensors = {name: None if array is None else torch.tensor(array) for name, array in inputs.items()}
     reference(**tensors, return_dict=False)[0].square().mean().backward()
-    ours = state_to_torch(gradients, TABLE)
+    ours = state_to_torch(gradients, KEY_MAPPING)
     for name, parameter in reference.named_parameters():
         assert relative_error(ours[name], parameter.grad) < 10 * TOLERANCE, name
 
@@ -181,7 +181,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers(preset):
         reference = diffusers.Flux2Transformer2DModel.from_config(config_to_dict(config))
     model = nnx.eval_shape(lambda: Flux2Transformer(config, rngs=nnx.Rngs(0)))
     shapes = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
-    check_keys(entries(model, TABLE), shapes, "meta")
+    check_keys(entries(model, KEY_MAPPING), shapes, "meta")
     assert config_from_dict(dict(reference.config)) == config
 
 
@@ -194,7 +194,7 @@ def test_parameter_counts_are_those_of_the_published_models(preset, billions):
 def test_the_way_back_to_pytorch_gives_the_same_output():
     model = Flux2Transformer(SMALL, rngs=nnx.Rngs(3))
     reference = diffusers.Flux2Transformer2DModel.from_config(config_to_dict(SMALL)).eval()
-    tensors = {key: torch.tensor(array) for key, array in state_to_torch(model, TABLE).items()}
+    tensors = {key: torch.tensor(array) for key, array in state_to_torch(model, KEY_MAPPING).items()}
     reference.load_state_dict(tensors, strict=True)
     inputs = make_inputs(SMALL, references=((2, 3),))
     assert relative_error(run(model, inputs), run_reference(reference, inputs)) < TOLERANCE

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clvr_jax.convert.qwen3 import TABLE, config_from_dict, config_to_dict
+from clvr_jax.convert.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
@@ -48,9 +48,9 @@ def make_pair(config, **options):
     model = nnx.eval_shape(lambda: Qwen3(config, rngs=nnx.Rngs(0), **options))
     if config.tie_word_embeddings:
         model_state = {key: tensor for key, tensor in reference.state_dict().items() if key != "lm_head.weight"}
-        load_tensors(model, {key: tensor.numpy() for key, tensor in model_state.items()}, TABLE)
+        load_tensors(model, {key: tensor.numpy() for key, tensor in model_state.items()}, KEY_MAPPING)
     else:
-        load_state(model, reference, TABLE)
+        load_state(model, reference, KEY_MAPPING)
     return model, reference
 
 
@@ -156,7 +156,7 @@ def test_bfloat16_matches_transformers_in_bfloat16():
     with torch.no_grad():
         exact.model.embed_tokens.weight *= 15
     model = Qwen3(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
-    load_state(model, exact, TABLE)
+    load_state(model, exact, KEY_MAPPING)
     nnx.update(model, jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), nnx.state(model)))
     ids, mask = make_prompts((40, 61), 61)
     truth = run_reference(exact, ids, mask).hidden_states
@@ -199,7 +199,7 @@ def test_gradients_match_pytorch_and_are_the_same_with_remat():
         loss = jax.jit(
             jax.grad(lambda state, graphdef=graphdef: jnp.square(nnx.merge(graphdef, state)(ids, mask)).mean())
         )
-        found.append(state_to_torch(loss(state), TABLE))
+        found.append(state_to_torch(loss(state), KEY_MAPPING))
     for name, parameter in reference.named_parameters():
         assert np.isfinite(found[0][name]).all()
         assert relative_error(found[0][name], parameter.grad) < 10 * TOLERANCE, name
@@ -212,7 +212,7 @@ def test_full_size_keys_and_shapes_are_those_of_transformers(preset):
     with torch.device("meta"):
         reference = make_reference(preset())
     model = nnx.eval_shape(lambda: Qwen3(preset(), rngs=nnx.Rngs(0)))
-    check_keys(entries(model, TABLE), torch_shapes(reference), "meta")
+    check_keys(entries(model, KEY_MAPPING), torch_shapes(reference), "meta")
 
 
 @pytest.mark.parametrize(("preset", "billions"), [(Qwen3Config.qwen3_4b, 4.022), (Qwen3Config.qwen3_8b, 8.191)])
@@ -225,7 +225,7 @@ def test_parameter_counts_are_those_of_the_published_models(preset, billions):
 def test_the_way_back_to_pytorch_gives_the_same_output(tied):
     config = change(SMALL, tie_word_embeddings=tied)
     model, reference = Qwen3(config, rngs=nnx.Rngs(3)), make_reference(config).eval()
-    tensors = {key: torch.tensor(array) for key, array in state_to_torch(model, TABLE).items()}
+    tensors = {key: torch.tensor(array) for key, array in state_to_torch(model, KEY_MAPPING).items()}
     assert {key: tuple(tensor.shape) for key, tensor in tensors.items()} == torch_shapes(reference)
     reference.load_state_dict(tensors, strict=not tied)
     ids, mask = make_prompts((4, 11), 11)

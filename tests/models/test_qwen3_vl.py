@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.qwen3_vl import TABLE, config_from_dict, config_to_dict
+from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
@@ -123,7 +123,7 @@ def test_bfloat16_is_as_near_to_float32_as_the_reference_is():
     torch.manual_seed(0)
     reference = Qwen3VLForConditionalGeneration(ReferenceConfig(**config_to_dict(SMALL))).eval()
     model = nnx.eval_shape(lambda: Qwen3VL(SMALL, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    load_tensors(model, checkpoint_of(reference), TABLE)
+    load_tensors(model, checkpoint_of(reference), KEY_MAPPING)
     ids, patches = conversation(np.random.default_rng(2), ODD, 11)
     inputs = reference_inputs(np.array([ids]), patches, ODD)
     ours = compiled(model, **batch_conversations([Conversation(ids, patches, ODD)], **MROPE, length_multiple=1))
@@ -214,7 +214,7 @@ def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
     def loss(state):
         return (nnx.merge(graphdef, state)(**batch) * weights).mean()
 
-    ours = state_to_torch(jax.jit(jax.grad(loss))(state), TABLE)
+    ours = state_to_torch(jax.jit(jax.grad(loss))(state), KEY_MAPPING)
     reference.zero_grad()
     inputs = reference_inputs(batch["input_ids_bt"], patches, ODD[:3])
     (reference(**inputs).logits * torch.tensor(weights)).mean().backward()
@@ -229,9 +229,9 @@ def test_gradients_reach_every_parameter_as_in_the_reference(pair, remat):
 def test_weights_go_back_to_pytorch_and_give_the_same(pair):
     model, reference = pair
     again = Qwen3VLForConditionalGeneration(ReferenceConfig(**config_to_dict(SMALL), attn_implementation="eager"))
-    tensors = {key: torch.tensor(tensor) for key, tensor in state_to_torch(model, TABLE).items()}
-    missing, surplus = again.load_state_dict(tensors, strict=False)
-    assert (missing, surplus) == (["lm_head.weight"], [])
+    tensors = {key: torch.tensor(tensor) for key, tensor in state_to_torch(model, KEY_MAPPING).items()}
+    missing, unexpected = again.load_state_dict(tensors, strict=False)
+    assert (missing, unexpected) == (["lm_head.weight"], [])
     again.tie_weights()
     ids, patches = conversation(np.random.default_rng(2), ODD, 5)
     inputs = reference_inputs(np.array([ids]), patches, ODD)
@@ -248,7 +248,7 @@ def test_full_size_keys_and_shapes_agree(name):
     if config.tie_word_embeddings:
         found.pop("lm_head.weight")
     model = nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0)))
-    check_keys(entries(nnx.state(model), TABLE), found, name)
+    check_keys(entries(nnx.state(model), KEY_MAPPING), found, name)
     ours = sum(leaf.size for leaf in leaves_of(nnx.state(model)).values())
     assert ours == sum(parameter.numel() for parameter in reference.parameters())
     billions = {"qwen3_vl_2b": 2.1, "qwen3_vl_4b": 4.4, "qwen3_vl_8b": 8.8}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
-from clvr_jax.convert.unet_2d_condition import config_from_dict, config_to_dict, table
+from clvr_jax.convert.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
@@ -41,7 +41,7 @@ SD15 = dataclasses.replace(
 def make_pair(config, **options):
     reference = randomize(diffusers.UNet2DConditionModel.from_config(config_to_dict(config)))
     model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), **options))
-    load_state(model, reference, table(config))
+    load_state(model, reference, key_mapping(config))
     return model, reference
 
 
@@ -122,7 +122,7 @@ def test_bfloat16_matches_diffusers_in_bfloat16(config):
                 parameter *= 0.1
             parameter.copy_(parameter.bfloat16())
     model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0), dtype=jnp.bfloat16))
-    load_state(model, reference, table(config))
+    load_state(model, reference, key_mapping(config))
     inputs = make_inputs(config, (16, 16))
     with torch.no_grad():
         expected = run_reference(reference.bfloat16(), inputs, torch.bfloat16)
@@ -137,7 +137,7 @@ def test_gradients_match_pytorch_with_and_without_remat():
         model, reference = make_pair(SDXL, remat=remat)
         graphdef, state = nnx.split(model)
         loss = jax.jit(jax.grad(lambda state: jnp.square(nnx.merge(graphdef, state)(**inputs)).mean()))
-        return state_to_torch(loss(state), table(SDXL)), reference
+        return state_to_torch(loss(state), key_mapping(SDXL)), reference
 
     (plain, reference), (rematerialised, _) = gradients("dots"), gradients("full")
     run_reference(reference, inputs).square().mean().backward()
@@ -149,7 +149,7 @@ def test_gradients_match_pytorch_with_and_without_remat():
 @pytest.mark.parametrize("config", [SDXL, SD15])
 def test_weights_return_bit_for_bit(config):
     model, reference = make_pair(config)
-    back = state_to_torch(model, table(config))
+    back = state_to_torch(model, key_mapping(config))
     assert back.keys() == reference.state_dict().keys()
     for key, tensor in reference.state_dict().items():
         assert np.array_equal(back[key], tensor.numpy()), key
@@ -163,7 +163,7 @@ def test_full_size_keys_and_shapes_are_those_of_diffusers(config, billions):
         reference = diffusers.UNet2DConditionModel.from_config(config_to_dict(config))
     model = nnx.eval_shape(lambda: UNet2DCondition(config, rngs=nnx.Rngs(0)))
     shapes = {key: tuple(tensor.shape) for key, tensor in reference.state_dict().items()}
-    check_keys(entries(model, table(config)), shapes, "meta")
+    check_keys(entries(model, key_mapping(config)), shapes, "meta")
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(model))) / 1e9 == pytest.approx(billions, abs=5e-4)
     # What diffusers itself writes, null fields included.
     assert config_from_dict(json.loads(reference.to_json_string())) == config

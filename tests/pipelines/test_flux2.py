@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import json
 import shutil
@@ -6,7 +7,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.families import FLUX2_TRANSFORMER
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import save_model
 from flax import nnx
 from PIL import Image
@@ -16,12 +17,18 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
+from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline, Flux2Settings
+from clvr_jax.reasoning import DrawRequest
+from tests.reasoning.scripted import ScriptedController
 
-LENGTH = 48
+LENGTH = 64
 SETTINGS = Flux2Settings(
-    text_encoder_out_layers=(1, 2, 3), text_buckets=(LENGTH,), sample_size=64, num_inference_steps=8, guidance_scale=3.0
-)
+    text_encoder_out_layers=(1, 2, 3), text_buckets=(LENGTH, 2 * LENGTH), sample_size=64, num_inference_steps=8,
+    guidance_scale=3.0,
+)  # fmt: skip
+LONG = "a red circle\nPlan: a red circle, a blue star.<IMG_GEN_1>\nUnmet: star.<IMG_GEN_2>\nAdd a star."
+"""A text of the second bucket."""
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +113,15 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     for name in ("transformer", "vae"):
         file = "diffusion_pytorch_model.safetensors"
         assert (folder / name / file).read_bytes() == (tmp_path / "again" / name / file).read_bytes()
+    file = "text_encoder/model.safetensors"  # of which only three of four layers were read
+    assert not first.text_encoder.is_whole
+    assert (folder / file).read_bytes() == (tmp_path / "again" / file).read_bytes()
     again = Flux2Pipeline.from_pretrained(str(tmp_path / "again"))
     assert again.settings == first.settings
+    first.text_encoder_source = None
+    with pytest.raises(ClvrError, match="not there to copy them from"):
+        first.save_pretrained(str(tmp_path / "third"))
+    assert not (tmp_path / "third").exists()
 
 
 def test_a_row_does_not_depend_on_its_batch(folder):
@@ -119,6 +133,82 @@ def test_a_row_does_not_depend_on_its_batch(folder):
         alone = pipeline.draw_each([prompt], [images], [4 + index], num_inference_steps=2)
         difference = np.abs(np.asarray(together.images[index], int) - np.asarray(alone.images[0], int))
         assert difference.max() <= 1
+
+
+@pytest.fixture(scope="module")
+def shared(folder):
+    """A pipeline whose programs several tests share; they change nothing of it."""
+    return Flux2Pipeline.from_pretrained(str(folder))
+
+
+LATENTS = np.random.default_rng(5).normal(size=(2, 16, 4, 4)).astype(np.float32)
+SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
+
+
+def test_a_long_history_is_read_as_diffusers_reads_it_at_its_bucket(folder, shared):
+    theirs = diffusers.Flux2KleinPipeline.from_pretrained(str(folder))
+    theirs.set_progress_bar_config(disable=True)
+    made = shared(LONG, latents=LATENTS[:1], **SMALL).images
+    expected, cut = (
+        theirs(
+            prompt=LONG, latents=torch.tensor(LATENTS[:1]), text_encoder_out_layers=(1, 2, 3),
+            max_sequence_length=length, **SMALL,
+        ).images
+        for length in (2 * LENGTH, LENGTH)
+    )  # fmt: skip
+    assert np.abs(made - expected).max() < 1e-3
+    assert np.abs(cut - expected).max() > 5e-3
+
+
+def test_a_short_text_is_not_padded_to_a_long_one_beside_it(shared):
+    """Padding is attended to, so it would be another image."""
+    prompts = ["a red circle", LONG]
+    together = shared(prompts, latents=LATENTS, **SMALL).images
+    assert together.shape == (2, 32, 32, 3)
+    for row, prompt in enumerate(prompts):
+        alone = shared(prompt, latents=LATENTS[row : row + 1], **SMALL).images[0]
+        np.testing.assert_array_equal(together[row], alone)
+    with pytest.raises(UsageError, match="2 prompts but noise for 1"):
+        shared(prompts, latents=LATENTS[:1], **SMALL)
+    longer = copy.copy(shared)
+    longer.settings = dataclasses.replace(SETTINGS, text_buckets=(2 * LENGTH,))
+    padded = longer("a red circle", latents=LATENTS[:1], **SMALL).images[0]
+    assert np.abs(together[0] - padded).max() > 1e-3
+
+
+def test_the_last_instruction_decides_at_any_length(shared):
+    for rounds in (0, 1, 3, 9):
+        earlier = [f"Unmet: {number}. Add it." for number in range(rounds)]
+        fitted = [shared.fit_history("a red circle", [*earlier, last]) for last in ("Add a star.", "Add a cat.")]
+        first, second = (shared._text([history.text], use_guidance=False) for history in fitted)
+        assert first.shape == second.shape
+        assert np.abs(first - second).max() > 1e-2
+        assert bool(fitted[0].left_out) == (rounds == 9)
+
+
+def test_what_a_history_lost_is_told(shared):
+    generated = []
+
+    class Generator:
+        fit_history = shared.fit_history
+
+        def draw_each(self, texts, references, seeds, **options):
+            generated.extend(texts)
+            return Flux2Output([picture(0, 16, 16) for _ in texts], 4)
+
+    reply = "Unmet: a blue star. Add it.<|image_gen|>"
+    requests = [DrawRequest("a red circle", (reply,) * count, (picture(0, 16, 16),) * (count - 1)) for count in (6, 1)]
+    drawings = Flux2Drawer(Generator()).draw(requests)
+    fitted = [shared.fit_history(request.prompt, request.replies) for request in requests]
+    assert generated == [history.text for history in fitted]
+    assert [drawing.left_out for drawing in drawings] == [history.left_out for history in fitted]
+    assert drawings[0].left_out > drawings[1].left_out == 0
+
+
+def test_a_prompt_that_is_too_long_is_refused_before_the_controller_works(shared):
+    pipeline = ClosedLoopPipeline(shared, ScriptedController({}))
+    with pytest.raises(ClvrError, match=r"the text takes \d+ tokens, more than the 128 that are read; shorten it"):
+        pipeline.run(["a red circle " * 100], verification="controller")
 
 
 def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
@@ -156,7 +246,7 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
         message = "not a complete safetensors file"
     elif damage == "foreign":
         file.write_bytes((path / "vae" / file.name).read_bytes())
-        message = r"missing: .*surplus: "
+        message = r"missing: .*unexpected: "
     else:
         config = dataclasses.replace(pipeline.transformer.config, joint_attention_dim=80)
         other = Flux2Transformer(config, rngs=nnx.Rngs(0))
@@ -169,8 +259,8 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
 
 def test_a_saved_tokenizer_reads_long_texts_whole(folder, tmp_path):
     pipeline = Flux2Pipeline.from_pretrained(str(folder))
-    long = "a red circle " * (10 * LENGTH)
+    long = "a red circle " * (10 * 2 * LENGTH)
     pipeline("a red circle", num_inference_steps=1)  # padding and cutting are no state of the tokenizer
     pipeline.save_pretrained(str(tmp_path / "saved"))
     tokens = load_tokenizer(tmp_path / "saved" / "tokenizer")(long)["input_ids"]
-    assert len(tokens) > 10 * LENGTH
+    assert len(tokens) > 10 * 2 * LENGTH

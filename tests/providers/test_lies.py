@@ -19,8 +19,8 @@ from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.failures import Failure, NoReplyError, retry_after, retry_delay
 from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 from clvr_jax.providers.openai_images import OpenAIImageTool
-from clvr_jax.providers.thoughts import strip_thoughts
 from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
 from clvr_jax.redaction import redact_url, redact_urls
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
@@ -92,6 +92,12 @@ def test_a_gzip_bomb_is_refused_before_it_expands(server, endpoint, status):
     error = error_of(ask, endpoint, max_bytes=1 << 20)
     assert "more than 1,048,576 bytes" in str(error)
     assert (error.fault, len(server.seen)) == ("down", 1)
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "deflate"])
+def test_a_response_that_expands_like_no_text_is_refused_long_before_the_limit(server, endpoint, encoding):
+    server.script = [packed(bytes(8 << 20), encoding)]
+    assert "expands more than 100 times" in str(error_of(ask, endpoint))
 
 
 @pytest.mark.parametrize("headers", [{"Content-Encoding": "br"}, {"Content-Encoding": "gzip"}])

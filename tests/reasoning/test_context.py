@@ -48,3 +48,23 @@ def test_requests_check_their_images():
         DrawRequest("a", ("r",), (picture(0),))
     assert DrawRequest("a", ("r", "s<|image_gen|>"), (picture(0),)).text == "a\nr<IMG_GEN_1>\ns"
     assert len(Conversation("a", ("r",), (picture(0),)).messages("rules")) == 4
+
+
+def test_a_reply_that_is_left_out_leaves_the_mark_of_its_image():
+    replies = ["Plan.<|image_gen|>", "Unmet: b.<|image_gen|>", "Unmet: c. Add c.<|image_gen|>"]
+    assert drawing_text("a cat", replies, left_out=1) == "a cat\n<IMG_GEN_1>\nUnmet: b.<IMG_GEN_2>\nUnmet: c. Add c."
+    assert drawing_text("a cat", replies, left_out=2) == "a cat\n<IMG_GEN_1>\n<IMG_GEN_2>\nUnmet: c. Add c."
+    with pytest.raises(ClvrError, match="3 of 3 replies left out"):
+        drawing_text("a cat", replies, left_out=3)
+
+
+def test_the_users_own_images_come_first_and_are_no_results():
+    conversation = Conversation("a cat", ("r",), (picture(7), picture(8), picture(0)), num_given=2)
+    messages = conversation.messages("rules")
+    assert messages[0]["content"].startswith("rules\n")
+    assert "do not judge them" in messages[0]["content"]
+    assert messages[1]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a cat"}]
+    assert messages[-1]["content"] == [{"type": "image"}]
+    assert DrawRequest("a", ("r", "s"), (picture(7), picture(0)), num_given=1).text == "a\nr<IMG_GEN_1>\ns"
+    with pytest.raises(ClvrError, match="each reply has one"):
+        Conversation("a", ("r",), (picture(0),), num_given=1)

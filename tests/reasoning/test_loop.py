@@ -4,7 +4,7 @@ from dataclasses import replace
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning import Budget, run
+from clvr_jax.reasoning import Budget, Trajectory, run
 from clvr_jax.reasoning.events import Chosen, Drawn, Finished, Replied, RolledBack
 from clvr_jax.reasoning.loop import derive_seed
 from tests.reasoning.scripted import (
@@ -14,6 +14,7 @@ from tests.reasoning.scripted import (
     ScriptedController,
     again,
     draw,
+    picture,
     stop,
     value_of,
 )
@@ -94,6 +95,17 @@ def test_time_budget_stops_drawing():
     assert (trajectory.outcome, len(trajectory.drawings)) == ("time limit", 1)
     assert trajectory.seconds >= 0.05
     assert sum(step.seconds for step in trajectory.steps) == pytest.approx(trajectory.seconds)
+
+
+def test_the_trajectory_says_how_many_replies_the_generator_did_not_read():
+    class Forgetful(CountingDrawer):
+        def draw(self, requests):
+            drawn = zip(super().draw(requests), requests, strict=True)
+            return [replace(drawing, left_out=max(len(request.replies) - 2, 0)) for drawing, request in drawn]
+
+    script = [draw(), again(3), again(2), again(1), stop()]
+    (trajectory,) = run(["p"], ScriptedController({"p": script}), Forgetful())
+    assert [step.left_out for step in trajectory.steps] == [0, 0, 1, 2, 0]
 
 
 def test_equal_pictures_the_latest_wins_and_nothing_rolls_back():
@@ -329,3 +341,29 @@ def test_derived_seeds_are_fixed_and_distinct():
     seeds = {derive_seed(seed, kind, step) for seed in range(50) for kind in ("draw", "reply") for step in range(10)}
     assert len(seeds) == 1000
     assert all(0 <= seed < 2**31 for seed in seeds)
+
+
+def test_a_loop_starts_from_the_users_own_images(tmp_path):
+    given = [[picture(200), picture(201)], []]
+    script = {"a": [draw("Plan."), again(1), stop()], "b": [draw(), stop()]}
+    controller, drawer = ScriptedController(script), CountingDrawer()
+    mine, other = run(["a", "b"], controller, drawer, images=given)
+    requests = [request for request in drawer.requests if request.prompt == "a"]
+    assert [[value_of(image) for image in request.images] for request in requests] == [[200, 201], [200, 201, 1]]
+    chats = [chat for call in controller.calls for chat in call if chat.prompt == "a"]
+    assert [[value_of(image) for image in chat.images] for chat in chats] == [
+        [200, 201],
+        [200, 201, 1],
+        [200, 201, 1, 3],
+    ]
+    assert {chat.num_given for chat in chats} == {2}
+    assert (mine.outcome, [step.references for step in mine.drawings]) == ("accepted", [(), (0,)])
+    assert other.given_images == ()
+
+    loaded = Trajectory.load(mine.save(tmp_path))
+    assert [value_of(image) for image in loaded.given_images] == [200, 201]
+    assert (tmp_path / "index.html").read_text().count("Given image ") == 2
+    other.save(tmp_path)
+    assert not list(tmp_path.glob("given_*"))
+    with pytest.raises(ClvrError, match="2 prompts but images for 1"):
+        run(["a", "b"], controller, drawer, images=given[:1])

@@ -32,6 +32,7 @@ def make(values=(10, 20, 30), prompt="a cat & a «dog»"):
             attempts=2,
             redraw=number,
             seed=number,
+            left_out=number // 2,
         )
         for number, value in enumerate(values)
     ]
@@ -219,6 +220,19 @@ def test_steps_and_trajectories_are_validated():
         Trajectory("p", (Step("r", IMAGE_GEN, image=np.zeros((4, 4, 3))),), "step limit").save("unused")
 
 
+def test_a_trajectory_of_an_earlier_version_left_nothing_out(tmp_path):
+    folder = make().save(tmp_path / "out")
+    data = json.loads((folder / "trajectory.json").read_text())
+    assert [step.pop("left_out") for step in data["steps"]] == [0, 0, 1, 0]
+    (folder / "trajectory.json").write_text(json.dumps(data))
+    assert [step.left_out for step in Trajectory.load(folder).steps] == [0] * 4
+
+
+def test_the_page_says_what_the_generator_did_not_read():
+    step = replace(make().steps[0], left_out=3)
+    assert "generated without the oldest replies (3)" in render(Trajectory("p", (step,), "step limit"))
+
+
 def test_versions_name_packages_that_are_not_installed():
     versions = package_versions("no-such-package")
     assert versions["no-such-package"] == "not installed"
@@ -229,7 +243,7 @@ SCRIPT = "<script>alert(1)</script>"
 
 
 @pytest.mark.parametrize(
-    "field", ["attempts", "redraw", "seed", "nfe", "seconds", "rolled_back", "references", "reasoning"]
+    "field", ["attempts", "redraw", "seed", "nfe", "seconds", "rolled_back", "references", "reasoning", "left_out"]
 )
 @pytest.mark.parametrize("value", [SCRIPT, [SCRIPT], {"x": SCRIPT}, -1.5, float("nan"), 10**400])
 def test_fields_of_a_loaded_step_have_their_types(field, value, tmp_path):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clvr_jax.sharding import constrain
+from clvr_jax.sharding import with_logical_constraint
 from clvr_jax.training.trainer import Task, TrainConfig
 
 
@@ -44,7 +44,7 @@ def task(config: Config) -> Task:
     def export(ema, folder):
         folder.mkdir(parents=True, exist_ok=True)
         # One process computes alone, with what would be a message to the others in a step.
-        w = jax.jit(lambda w: constrain(w, "batch"))(ema["w"])
+        w = jax.jit(lambda w: with_logical_constraint(w, "batch"))(ema["w"])
         np.save(folder / "w.npy", np.asarray(w))
 
     params = {"w": jnp.zeros(8)}

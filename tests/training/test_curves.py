@@ -77,3 +77,34 @@ def test_without_matplotlib_the_extra_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ClvrError, match=r"pip install 'clvr-jax\[plots\]'"):
         write_plot(tmp_path / "curves.png", curves(runs))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"[" * 100_000 + b"\n{}\n", r"metrics\.jsonl:1: not JSON that is read: more than 64 levels"),
+        (b'{"step": 1, "loss": 2}\n{"ste\n{"step": 2, "loss": 1}\n', r"metrics\.jsonl:2: not JSON"),
+        (b'{"step": "x", "loss": 2}\n', r"metrics\.jsonl:1: step must be an integer of at least 0, got 'x'"),
+        (b'{"step": 1, "loss": {"a": 1}}\n', r"metrics\.jsonl:1: loss must be a number, got an object"),
+        (b'{"step": 1, "loss": 1' + b"0" * 400 + b"}\n", r"metrics\.jsonl:1: loss must be a finite number"),
+        (b"\xff\n\n", r"metrics\.jsonl:1: not JSON: not UTF-8"),
+    ],
+)
+def test_metrics_of_somebody_else_are_refused_with_their_line(tmp_path, content, said):
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    with pytest.raises(ClvrError, match=said):
+        curves([tmp_path])
+
+
+def test_a_run_that_diverges_has_curves(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2}\n{"step": 2, "loss": NaN}\n')
+    (line,) = curves([tmp_path])["loss"]
+    np.testing.assert_array_equal(line.values, [[2.0, np.nan]])
+
+
+@pytest.mark.parametrize("recipe", ['{"config": 3}', '{"config": {"train": []}}', "[1]"])
+def test_a_damaged_recipe_file_is_named(tmp_path, recipe):
+    run = make_run(tmp_path / "run", [1.0])
+    (run / "recipe.json").write_text(recipe)
+    with pytest.raises(ClvrError, match=r"recipe\.json"):
+        curves([run])

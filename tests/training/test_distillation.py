@@ -16,7 +16,8 @@ from clvr_jax.data.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.pipelines.flux2 import Flux2Pipeline, velocity_field
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.distillation import DistillConfig, Windows, distillation_loss, follow_windows, window_loss
 from clvr_jax.training.recipes import load_recipe

@@ -75,6 +75,19 @@ def test_a_run_that_is_asked_to_stop_saves_first(undisturbed, tmp_path):
     assert losses(out) == losses(undisturbed)
 
 
+def test_ctrl_c_saves_first_and_says_how_to_go_on(undisturbed, tmp_path):
+    out = tmp_path / "run"
+    process = start(TRAIN, out, "--pause", "0.1", "--train.save-minutes", "1000")
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=100)
+    assert process.returncode == 130, told
+    (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
+    assert told.splitlines()[-1] == f"clvr: interrupted; line: step {saved} is saved, --resume goes on"
+    assert not (out / ".lock").exists()
+    assert run(TRAIN, out, "--resume").returncode == 0
+    assert losses(out) == losses(undisturbed)
+
+
 def test_a_run_is_exported_as_its_recipe_does_it_before_it_is_finished(tmp_path):
     out = tmp_path / "run"
     process = start(TRAIN, out, "--pause", "0.1", "--train.mesh.fsdp", "4", "--train.mesh.data", "2")

@@ -11,7 +11,7 @@ from flax import nnx
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-from clvr_jax.sharding import Layout, MeshConfig, Rules, parameter_axes
+from clvr_jax.sharding import MeshConfig, MeshLayout, Rules, parameter_axes
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 from tests.training import drawing_recipe
@@ -89,7 +89,7 @@ def test_every_device_holds_its_part_of_the_state():
     from clvr_jax.training.step import TrainState
 
     task = drawing_recipe.task(DRAWING)
-    with Layout(MeshConfig(fsdp=8).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=8).make()).active() as layout:
         state = TrainState.create(task.params, TrainConfig().optimizer(), layout)
     whole = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
     held = sum(leaf.addressable_shards[3].data.nbytes for leaf in jax.tree.leaves(state))
@@ -97,7 +97,7 @@ def test_every_device_holds_its_part_of_the_state():
 
 
 def test_the_program_on_a_mesh_has_the_shardings_of_the_table():
-    layout = Layout(MeshConfig(fsdp=4, tensor=2).make())
+    layout = MeshLayout(MeshConfig(fsdp=4, tensor=2).make())
     shardings = layout.parameters(nnx.state(nnx.eval_shape(lambda: Flux2Transformer(DRAWING.sizes, rngs=nnx.Rngs(0)))))
     blocks = shardings["transformer_blocks"]
     assert blocks["attn"]["to_q"]["kernel"].get_value().spec == jax.P(None, ("fsdp",), ("tensor",))
@@ -120,11 +120,11 @@ def test_parameters_are_told_apart_by_their_names(name, shape, axes):
 
 
 def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
-    layout = Layout(MeshConfig(fsdp=4, sequence=2).make())
+    layout = MeshLayout(MeshConfig(fsdp=4, sequence=2).make())
     assert layout.spec(("embed", None), (12, 3)) == jax.P(("fsdp",), None)
     assert layout.spec(("embed", None), (7, 3)) == jax.P(None, None)
     with pytest.raises(ClvrError, match="twice"):
-        layout.spec(("embed", "joined"), (8, 8))
+        layout.spec(("embed", "fused_qkv_mlp"), (8, 8))
     with pytest.raises(ClvrError, match="heads"):
         Rules(heads=("tensor", "tensor"))
 
@@ -135,8 +135,8 @@ def test_an_axis_that_does_not_divide_is_left_out_and_one_used_twice_refused():
         ({"fsdp": 3}, "is 3 devices, but there are 8"),
         ({"data": -1, "fsdp": -1}, "one may be -1"),
         ({"tensor": 0}, "at least 1"),
-        ({"slices": 2}, "2 slices are copies"),
-        ({"devices": 9}, "9 devices are asked for, there are 8"),
+        ({"slices": 2}, "multiple of the 2 slices"),
+        ({"devices": 9}, "9 devices are requested, but there are 8"),
     ],
 )
 def test_meshes_that_do_not_fit_are_refused(mesh, message):

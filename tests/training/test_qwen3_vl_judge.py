@@ -43,7 +43,7 @@ def test_it_says_what_decoding_says(monkeypatch):
 def test_the_judge_of_a_call_of_pprl_has_a_row_for_each_picture():
     config = dataclasses.replace(pprl_flux2.CONFIG, planned="reward")
     program = pprl_flux2.program(config)
-    rows = config.train.rows
+    rows = config.train.microbatch_size
     said = jax.eval_shape(program.function, program.weights, program.data)
     assert said.shape == (rows, 128)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(program.weights))

@@ -18,7 +18,7 @@ from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.feed import feed
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.step import TrainState, make_train_step
@@ -123,7 +123,7 @@ def test_the_verification_examples_of_a_dataset_are_learned_unless_they_are_left
 def test_grids_are_part_of_the_shape_of_a_batch(dataset):
     """They pass the way to the devices as they are, and another number of pictures is another program."""
     task = qwen3_vl_sft.task(tiny(dataset))
-    with Layout(MeshConfig(fsdp=4, devices=4).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=4, devices=4).make()).active() as layout:
         fed = [fed.batch for fed in feed(task.batches, layout, range(6), 1)]
     grids = [batch.get("grid_thw", ()) for batch in fed]
     assert len(set(grids)) > 1

@@ -11,7 +11,7 @@ from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from tests.data.simulated import TWO_PICTURES, simulated
-from tests.training.pprl_toy import small_qwen3_vl
+from tests.rl.pprl_toy import small_qwen3_vl
 from tests.training.test_interruptions import ROOT, losses, run
 
 ALONE = [sys.executable, "-m", "clvr_jax.cli", "train"]

@@ -185,7 +185,8 @@ def dataset(tmp_path_factory):
 
 
 def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that_have_it(dataset):
-    first, second = shapes_sft.recorded_kinds(shapes_sft.recorded_examples(dataset))[1:]
+    tokenizer = load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
+    first, second = shapes_sft.recorded_kinds(shapes_sft.recorded_examples(dataset, tokenizer))[1:]
     rng = np.random.default_rng(0)
     assert {first.example(rng).text for _ in range(20)} == {
         drawing_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.costs.hlo import collectives
-from clvr_jax.sharding import Layout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.token_loss import next_token_loss_in_blocks
@@ -52,7 +52,7 @@ def test_blocks_add_up_to_the_whole(arrays, block):
     ids=str,
 )
 def test_the_loss_is_the_same_on_every_mesh(arrays, mesh):
-    with Layout(mesh.make()).active():
+    with MeshLayout(mesh.make()).active():
         step = jax.jit(jax.value_and_grad(lambda *a: next_token_loss_in_blocks(*a, 2), argnums=(0, 1), has_aux=True))
         found = step(*arrays)
     close(found, jax.value_and_grad(whole, argnums=(0, 1), has_aux=True)(*arrays))
@@ -60,7 +60,7 @@ def test_the_loss_is_the_same_on_every_mesh(arrays, mesh):
 
 def test_nothing_is_sent_at_every_block():
     """Each device adds up its own gradient of the head; the loop over blocks waits for nobody."""
-    with Layout(MeshConfig(fsdp=8).make()).active() as layout:
+    with MeshLayout(MeshConfig(fsdp=8).make()).active() as layout:
 
         def place(shape, *axes, dtype=jnp.float32):
             return jax.ShapeDtypeStruct(shape, dtype, sharding=layout.sharding(axes, shape))

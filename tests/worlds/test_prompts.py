@@ -128,7 +128,7 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     good = json.dumps(evaluation_prompts("eval")[0])
     path.write_text(f"{good}\n\n{{oops\n")
-    with pytest.raises(ClvrError, match=r"prompts.jsonl:3: not JSON: .* at column 2"):
+    with pytest.raises(ClvrError, match=r"prompts.jsonl:3: not JSON: .* column 2"):
         read_prompts(path)
     path.write_text(f"{good}\n" + good.replace('"count": 1', '"count": 0') + "\n")
     with pytest.raises(ClvrError, match=r"prompts.jsonl:2: include\[0\].count must be a whole number"):
@@ -137,9 +137,9 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(ClvrError, match="no prompts in this file"):
         read_prompts(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ClvrError, match="cannot read prompts"):
+    with pytest.raises(ClvrError, match="not UTF-8"):
         read_prompts(path)
-    with pytest.raises(ClvrError, match="cannot read prompts"):
+    with pytest.raises(ClvrError, match="no such file"):
         read_prompts(tmp_path / "missing.jsonl")
     with pytest.raises(ClvrError, match="cannot write prompts"):
         write_prompts(tmp_path / "no" / "folder.jsonl", [])

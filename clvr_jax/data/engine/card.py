@@ -1,13 +1,11 @@
 """The statistics of a run, for people: a page without scripts, and the card of the dataset."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from html import escape
-from importlib import resources
-from string import Template
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clvr_jax.data.engine.statistics import STAGE_NAMES
 from clvr_jax.data.trajectory_record import SCHEMA
+from clvr_jax.html_pages import render_page
 
 Row = tuple[str, ...]
 _VERDICTS = (("latest image right", "right"), ("latest image wrong", "wrong"))
@@ -16,27 +14,35 @@ _USAGE = ("calls", "retries", "input_tokens", "output_tokens", "pictures", "nfe"
 
 def statistics_page(found: Mapping[str, Any]) -> str:
     """statistics.json as an HTML page; everything that comes from models or users is escaped."""
-    template = Template(resources.files(__package__).joinpath("statistics.html").read_text(encoding="utf-8"))
-    prompts, verification = found["prompts"], found["verification"]
-    corrections = [(f"{number} corrections", count) for number, count in found["corrections"]["by_number"].items()]
-    verdicts = [(name, verification[key]) for name, key in _VERDICTS]
-    lengths = [(f"{steps} pictures", count) for steps, count in found["steps"].items()]
-    reasons = [(reason, entry["prompts"]) for reason, entry in found["discarded"].items()]
-    stages = [("prompts", prompts), *((STAGE_NAMES[name], entry["prompts"]) for name, entry in found["stages"].items())]
-    examples = [(reason, example) for reason, entry in found["discarded"].items() for example in entry["examples"]]
-    return template.substitute(
-        title=escape(found["recipe"]),
-        description=escape(found["description"]),
-        headline=escape(headline(found)),
-        stages=_bars(stages, prompts),
-        reasons=_bars([*reasons, *((f"refused: {why}", count) for why, count in found["refused"].items())], prompts),
-        lengths=_bars(lengths, found["trajectories"]),
-        corrections=escape(corrections_sentence(found)),
-        by_number=_bars(corrections, found["trajectories"]),
-        pairs=escape(pairs_sentence(found)),
-        verification=_bars(verdicts, verification["right"] + verification["wrong"]),
-        usage=_html_table(usage_rows(found)),
-        examples=_html_table([("reason", "example"), *examples]),
+    verification = found["verification"]
+    discarded = found["discarded"].items()
+    return render_page(
+        __package__,
+        "statistics.html",
+        title=found["recipe"],
+        description=found["description"],
+        headline=headline(found),
+        corrections=corrections_sentence(found),
+        pairs=pairs_sentence(found),
+        prompts=found["prompts"],
+        trajectories=found["trajectories"],
+        examined=verification["right"] + verification["wrong"],
+        stages=[
+            ("prompts", found["prompts"]),
+            *((STAGE_NAMES[name], entry["prompts"]) for name, entry in found["stages"].items()),
+        ],
+        reasons=[
+            *((reason, entry["prompts"]) for reason, entry in discarded),
+            *((f"refused: {why}", count) for why, count in found["refused"].items()),
+        ],
+        lengths=[(f"{steps} pictures", count) for steps, count in found["steps"].items()],
+        by_number=[(f"{number} corrections", count) for number, count in found["corrections"]["by_number"].items()],
+        verdicts=[(name, verification[key]) for name, key in _VERDICTS],
+        usage=usage_rows(found),
+        examples=[
+            ("reason", "example"),
+            *((reason, example) for reason, entry in discarded for example in entry["examples"]),
+        ],
     )
 
 
@@ -131,10 +137,6 @@ def usage_rows(found: Mapping[str, Any]) -> list[Row]:
     return [("", *(name.replace("_", " ") for name in columns)), *rows]
 
 
-def _counted(entry: Mapping[str, Any]) -> Row:
-    return f"{entry['prompts']:,}", f"{entry['share']:.1%}"
-
-
 def _number(value: float) -> str:
     return f"{value:,.2f}" if isinstance(value, float) else f"{value:,}"
 
@@ -146,21 +148,3 @@ def _table(rows: Sequence[Row]) -> str:
     rule = "|".join(["---", *("---:" for _ in head[1:])])
     cells = (" | ".join(cell.replace("|", "\\|") for cell in row) for row in body)
     return "\n".join([f"| {' | '.join(head)} |", f"|{rule}|", *(f"| {row} |" for row in cells)])
-
-
-def _html_table(rows: Sequence[Row]) -> str:
-    head, *body = rows
-    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
-    lines += ["<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in body]
-    return "<table>" + "".join(lines) + "</table>"
-
-
-def _bars(entries: Iterable[tuple[str, int]], whole: int) -> str:
-    lines = []
-    for name, count in entries:
-        share = count / max(whole, 1)
-        lines.append(
-            f'<div class="row"><span>{escape(name)}</span><span class="track"><i style="width:{min(share, 1):.2%}"></i>'
-            f"</span><span>{count:,}</span><span>{share:.1%}</span></div>"
-        )
-    return "".join(lines) or "<p>none</p>"

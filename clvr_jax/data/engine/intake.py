@@ -15,6 +15,7 @@ from pathlib import Path
 
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JsonObject, check_unicode, parse_object, shown, stream_lines
 
 MAX_CHARACTERS = 8000
 """Of a prompt; longer ones are refused. Image tools take no more."""
@@ -107,17 +108,17 @@ def read_prompts(path: Path) -> Iterator[PromptItem]:
     An id that is not given depends on the prompt alone, so lines may be added or moved between runs.
     Raises: ClvrError, one line, if the file is missing, a line is none of these, or an id cannot name a file.
     """
-    try:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                try:
-                    yield _item(line.rstrip("\n"), is_json=path.suffix in (".jsonl", ".json"))
-                except ValueError as error:
-                    raise ClvrError(f"{path}: line {number}: {error}") from error
-    except UnicodeDecodeError as error:
-        raise ClvrError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    except OSError as error:
-        raise ClvrError(f"{path}: cannot be read ({error.strerror}); give a file with a prompt in each line") from error
+    is_json = path.suffix in (".jsonl", ".json")
+    for where, line in stream_lines(path, advice="give a file with a prompt in each line"):
+        if is_json:
+            if line.strip():
+                yield _item(line, where)
+            continue
+        try:
+            prompt = line.decode()
+        except UnicodeDecodeError as error:
+            raise ClvrError(f"{where}: not UTF-8 at byte {error.start} of the line") from error
+        yield PromptItem(prompt_id(prompt), prompt)
 
 
 def item_to_json(item: PromptItem) -> str:
@@ -126,22 +127,19 @@ def item_to_json(item: PromptItem) -> str:
 
 
 def item_from_json(line: str) -> PromptItem:
-    """The inverse. Raises: ValueError for a line that is none."""
-    return _item(line, is_json=True)
+    """The inverse. Raises: ClvrError for a line that is none."""
+    return _item(line, "a line of prompts")
 
 
-def _item(line: str, is_json: bool) -> PromptItem:
-    if not is_json:
-        return PromptItem(prompt_id(line), line)
-    entry = json.loads(line)
-    if not isinstance(entry, dict) or not isinstance(entry.get("prompt"), str):
-        raise ValueError(f'not an object with a "prompt": {line[:80]!r}')
-    id, metadata = entry.get("id"), entry.get("metadata", {})
-    if id is not None and not (isinstance(id, str) and _ID.fullmatch(id)):
-        raise ValueError(f"the id {id!r} cannot name a file; use letters, digits, and . _ - between them")
-    if not isinstance(metadata, dict):
-        raise ValueError(f"metadata must be an object, got {type(metadata).__name__}")
-    return PromptItem(id or prompt_id(entry["prompt"]), entry["prompt"], metadata)
+def _item(line: str | bytes, where: str) -> PromptItem:
+    entry = parse_object(line, where)
+    check_unicode(entry.content, where)
+    prompt = entry.text("prompt")
+    id = entry.optional("id", entry.text) if "id" in entry.content else None
+    if id is not None and not _ID.fullmatch(id):
+        raise ClvrError(f"{where}: the id {shown(id)} cannot name a file; use letters, digits, and . _ - between them")
+    metadata = entry.nested("metadata", JsonObject({}, where))
+    return PromptItem(id or prompt_id(prompt), prompt, dict(metadata.content))
 
 
 def prompt_id(prompt: str) -> str:

@@ -15,7 +15,9 @@ import os
 import tempfile
 import uuid
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +29,13 @@ from clvr_jax.data.engine.engine import Outcome
 from clvr_jax.data.engine.roles import Event, History
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JsonObject, parse_object
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.tools import Fault
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
 _FORMAT = 1
+_MAX_BYTES = 1 << 30
 _JSON, _TRAJECTORY, _VERIFICATION = "outcome.json", "trajectory", "verification"
 
 
@@ -124,10 +128,11 @@ class OutcomeStore:
 
     def failed(self, id: str) -> Failed | None:
         """Why a prompt has no outcome yet; None if nobody tried, or the note is damaged."""
+        path = self._failed_path(id)
         try:
-            content = json.loads(self._failed_path(id).read_bytes())
-            return Failed(id, str(content["fault"]), str(content["detail"]), content["usage"])
-        except (OSError, ValueError, KeyError, TypeError):
+            content = parse_object(path.read_bytes(), str(path))
+            return Failed(id, content.text("fault"), content.text("detail"), _usage(content))
+        except (OSError, ClvrError):
             return None
 
     def remove(self, id: str) -> None:
@@ -160,9 +165,20 @@ class OutcomeStore:
     def read(self, id: str) -> Finished:
         """What is said of one. Raises: ClvrError if it is not there or cannot be read."""
         with self._opened(id) as archive:
-            content = json.loads(archive.read(_JSON))
-        names = ("stage", "reason", "detail", "usage", "seconds", "pictures", "steps", "turns")
-        return Finished(id=id, content=content, **{name: content[name] for name in names})
+            content = parse_object(archive.read(_JSON), f"{self.path(id)}: {_JSON}")
+        _check_examples(content)
+        return Finished(
+            id=id,
+            stage=content.optional("stage", content.text),
+            reason=content.text("reason"),
+            detail=content.text("detail"),
+            usage=_usage(content),
+            seconds=content.number("seconds", low=0),
+            pictures=content.integer("pictures", low=0),
+            steps=content.integer("steps", low=0),
+            turns=content.integer("turns", low=0),
+            content=content.content,
+        )
 
     def trajectory(self, id: str) -> Trajectory | None:
         """How it went, for a page: what was kept as it is told, what was discarded as it happened, None if nothing was
@@ -211,14 +227,47 @@ class OutcomeStore:
                 is_verification=True,
             )
 
-    def _opened(self, id: str) -> zipfile.ZipFile:
+    @contextmanager
+    def _opened(self, id: str) -> Iterator[zipfile.ZipFile]:
         path = self.path(id)
         try:
-            return zipfile.ZipFile(io.BytesIO(path.read_bytes()))
+            with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
+                if sum(member.file_size for member in archive.infolist()) > _MAX_BYTES:
+                    raise zipfile.BadZipFile(f"more than {_MAX_BYTES >> 20} MiB when unpacked")
+                yield archive
         except FileNotFoundError:
             raise ClvrError(f"{path}: no such outcome") from None
-        except (OSError, zipfile.BadZipFile) as error:
+        # RuntimeError: encrypted, or packed in a way that Python does not know. KeyError: no such member.
+        except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError) as error:
             raise ClvrError(f"{path}: cannot be read ({error}); remove it, and the prompt is done again") from error
+
+
+def _usage(content: JsonObject) -> dict[str, dict[str, float]]:
+    """Usage by role."""
+    bill = content.nested("usage")
+    roles = {role: bill.nested(role) for role in bill.content}
+    return {role: {name: usage.number(name) for name in usage.content} for role, usage in roles.items()}
+
+
+def _check_examples(content: JsonObject) -> None:
+    """Raises ClvrError unless the fields are there from which records are made."""
+    content.nested("metadata")
+    content.integers("mistakes")
+    for example in content.objects("verification"):
+        example.text("id")
+        example.integers("mistakes")
+    for owner in (content, *content.objects("verification")):
+        if not isinstance(owner.content.get("checklists"), list):
+            raise ClvrError(f"{owner.where}: checklists must be a list")
+    proxies = content.content.get("proxies")
+    if not isinstance(proxies, list) or not all(each is None or isinstance(each, dict) for each in proxies):
+        raise ClvrError(f"{content.where}: proxies must be a list of objects")
+    for number, each in enumerate(proxies):
+        if each is not None:
+            proxy = JsonObject(each, f"{content.where}: proxies[{number}]")
+            proxy.text("p_t2i")
+            proxy.text("p_i2i")
+            proxy.integers("i_ref")
 
 
 def _added(*bills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:

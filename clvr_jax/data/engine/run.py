@@ -26,7 +26,8 @@ from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json, write_atomically, write_json
+from clvr_jax.files import read_json, write_atomically, write_json, write_text
+from clvr_jax.locks import locked_output
 from clvr_jax.outputs import check_folder
 
 _PROMPTS, _REFUSED, _RUN = "prompts.jsonl", "refused.json", "synth.json"
@@ -43,9 +44,17 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
       out: folder of the run.
     Returns: the statistics, as they stand in statistics.json.
       `unfinished` there counts the prompts that providers failed; the dataset lacks them until the next run.
-    Raises: UsageError if another run is in `out`; ClvrError, one line, if there is no prompt or no trajectory, too many
-      prompts fail in a row, Apache Beam is not installed, or something cannot be written.
+    Raises: UsageError if another run is in `out`; ClvrError, one line, if another process works there, if there is no
+      prompt or no trajectory, too many prompts fail in a row, Apache Beam is not installed, or something cannot be
+      written.
     """
+    check_folder(out)
+    with locked_output(out):
+        return _synthesize(recipe, config, out)
+
+
+def _synthesize(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
+    """`synthesize_dataset`, with the lock of `out` held."""
     store = open_run(recipe, config, out)
     ids, refused = _take_in(recipe, config, out)
     _forget_failures(store, ids)
@@ -73,8 +82,8 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
         "trajectories": count,
     }
     write_json(out / STATISTICS, found)
-    write_atomically(out / PAGE, statistics_page(found).encode())
-    write_atomically(out / CARD, dataset_card(found).encode())
+    write_text(out / PAGE, statistics_page(found))
+    write_text(out / CARD, dataset_card(found))
     return found
 
 

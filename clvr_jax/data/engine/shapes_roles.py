@@ -6,7 +6,7 @@ the prompt and all replies so far, with every picture of the path as a reference
 
 import functools
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,15 +30,21 @@ from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, 
 from clvr_jax.worlds.shapes.scene import CELLS
 
 
-def shapes_crew(item: PromptItem, *, judges: int = 2) -> Crew:
+GeneratorText = Callable[[str, Sequence[str]], str]
+"""Makes the text that the image generator reads of a prompt and the replies so far."""
+
+
+def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = drawing_text) -> Crew:
     """The exact crew for a prompt of the shapes world.
 
     Args:
       item: with the prompt's metadata.
       judges: how many compare; they read pictures alike, so they never disagree.
+      text: what the image tool is given of a history; for a generator that reads texts up to a length, its pipeline's
+        `fit_history`.
     Raises: ClvrError for metadata that is none of this world.
     """
-    exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata)
+    exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata, text)
     return Crew(exact, exact, exact, (exact,) * judges)
 
 
@@ -78,10 +84,11 @@ def needed_corrections(record: TrajectoryRecord) -> int:
 
 @dataclass(frozen=True)
 class _Exact:
-    """All roles at once. plan: the objects to be drawn."""
+    """All roles at once. plan: the objects to be drawn. text: see `shapes_crew`."""
 
     plan: tuple[PlannedObject, ...]
     metadata: Mapping[str, Any]
+    text: GeneratorText
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
         """See `Director`."""
@@ -164,7 +171,7 @@ class _Exact:
 
     def _told(self, history: History) -> str:
         """What the drawing model reads."""
-        return drawing_text(history.item.prompt, self._replies(history))
+        return self.text(history.item.prompt, self._replies(history))
 
     def _expected(self, history: History) -> tuple[PlannedObject, ...]:
         """The canvas after the edits that are asked for now."""

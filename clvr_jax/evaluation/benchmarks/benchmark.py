@@ -44,6 +44,7 @@ class Score:
       parts: the components of the score, by name.
       reasons: why the score is not the best one.
       readable: False if the judge's replies could not be parsed.
+      refused: whether the policy of the judge refused to reply.
     """
 
     score: float
@@ -51,6 +52,7 @@ class Score:
     parts: Mapping[str, float] = field(default_factory=dict)
     reasons: tuple[str, ...] = ()
     readable: bool = True
+    refused: bool = False
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from clvr_jax.convert.hub import local_folder
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
 from clvr_jax.files import read_json
@@ -23,24 +23,27 @@ def endpoint_judge(
     in_flight: int = 64,
     max_tokens: int | None = None,
     prices: Prices | None = None,
+    max_seconds: float = 1200.0,
 ) -> JudgeModel:
     """Returns a judge behind an endpoint.
 
     Args:
-      model, url, key_variable, prices: as in `Endpoint`.
+      model, url, key_variable, prices, max_seconds: as in `Endpoint`.
       revision: of the weights that the server runs, if known.
       in_flight, max_tokens: as in `JudgeModel`.
     Raises: ClvrError if the key or the openai package is missing.
     """
     from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
 
-    endpoint = Endpoint(model, url, key_variable, max_in_flight=in_flight, prices=prices or Prices())
+    endpoint = Endpoint(
+        model, url, key_variable, max_in_flight=in_flight, prices=prices or Prices(), max_seconds=max_seconds
+    )
     return JudgeModel(OpenAIVisionLanguageModel(endpoint), revision, in_flight, max_tokens)
 
 
 def check_local(model: str) -> Path:
     """Returns the directory of a local judge. Raises: ClvrError if it is not a Qwen3-VL model."""
-    directory = local_folder(model)
+    directory = local_directory(model)
     if (found := read_json(directory / "config.json").get("model_type")) != "qwen3_vl":
         raise ClvrError(f"{directory}: has a {found} model; a judge without --judge-url must be a qwen3_vl model")
     return directory

@@ -6,15 +6,15 @@ import dataclasses
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import Asked
-from clvr_jax.json_input import parse_object
+from clvr_jax.json_input import JsonObject, parse_object, shown
 from clvr_jax.outputs import name_for
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.images import EncodedPicture
@@ -46,18 +46,42 @@ class Subject:
 
 @dataclass(frozen=True)
 class Said:
-    """A judge's reply. text: None if it gave none, then `error` says why."""
+    """A judge's reply.
+
+    text: None if it gave none; then `error` says why, and `fault` whether it refused or what came is no reply.
+    adapted: what was different in the requests from what is asked of other servers, in words.
+    """
 
     text: str | None
     error: str | None
     usage: Usage
+    fault: Literal["refused", "malformed"] | None = None
+    adapted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a judge said about one picture.
+
+    Attributes:
+      found: name of the question -> what was read; None if nothing could be.
+      usage: of all replies that were used, those of earlier runs included.
+      is_refused: whether the judge's policy refused a question to the end.
+      adapted: see `Said`, of all replies.
+    """
+
+    found: Mapping[str, Any]
+    usage: Usage
+    is_refused: bool
+    adapted: frozenset[str]
 
 
 class AnswerFile:
     """All replies of one judge about one folder of pictures, one JSON object a line, appended as they come.
 
     A reply is found again by the picture's bytes and the question's text, so a picture that was drawn anew is looked at
-    anew. A line that was cut short by the end of a process is left out.
+    anew. A line that was cut short by the end of a process is left out, and so is one of an earlier version that holds
+    no reply and does not say whether the judge refused: the question is asked again.
 
     Args:
       folder: of the file.
@@ -83,8 +107,19 @@ class AnswerFile:
     def add(self, key: str, subject: str, question: str, said: Said) -> None:
         """Writes a reply down. Raises: ClvrError if that fails."""
         usage = {name: value for name, value in dataclasses.asdict(said.usage).items() if value}
-        entry = {"key": key, "picture": subject, "question": question, "reply": said.text, "error": said.error}
-        line = json.dumps({**entry, "usage": usage}, ensure_ascii=False).encode(errors="replace") + b"\n"
+        entry: dict[str, Any] = {
+            "key": key,
+            "picture": subject,
+            "question": question,
+            "reply": said.text,
+            "error": said.error,
+        }
+        if said.fault is not None:
+            entry["fault"] = said.fault
+        if said.adapted:
+            entry["adapted"] = list(said.adapted)
+        # Lone surrogates become escapes of JSON.
+        line = json.dumps({**entry, "usage": usage}, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with self._lock:
             try:
                 self._file.write(line)
@@ -104,7 +139,7 @@ def ask_all(
     answers: AnswerFile,
     attempts: int,
     on_progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[dict[str, Any]], Usage]:
+) -> list[Judged]:
     """Asks every question about every picture.
 
     A reply that cannot be read is asked for again, with what was wrong with it, up to `attempts` times in all. The
@@ -116,24 +151,25 @@ def ask_all(
       answers: replies known before, and where new ones go.
       attempts: at least 1.
       on_progress: called with (pictures done, pictures in all).
-    Returns: for each picture {name of the question: what was read, None if nothing could be}; and what all replies that
-      were used cost, those of earlier runs included.
+    Returns: what was said about each picture.
     Raises: ClvrError if the judge cannot be asked, or a picture cannot be read; replies that came before are kept.
     """
     done, lock = 0, threading.Lock()
 
-    def look(subject: Subject) -> tuple[dict[str, Any], Usage]:
+    def look(subject: Subject) -> Judged:
         nonlocal done
         picture = subject.load()
-        found, spent = {}, Usage()
+        found, replies, is_refused = {}, [], False
         for asked in subject.questions:
-            found[asked.name], usage = _answer(judge, subject.name, picture, asked, answers, attempts)
-            spent += usage
+            found[asked.name], given = _answer(judge, subject.name, picture, asked, answers, attempts)
+            is_refused |= found[asked.name] is None and given[-1].fault == "refused"
+            replies += given
         with lock:
             done += 1
             if on_progress:
                 on_progress(done, len(subjects))
-        return found, spent
+        usage = sum((said.usage for said in replies), Usage())
+        return Judged(found, usage, is_refused, frozenset(note for said in replies for note in said.adapted))
 
     if on_progress:
         on_progress(0, len(subjects))
@@ -147,15 +183,14 @@ def ask_all(
                 raise failed
             kept = f"; {done} of {len(subjects)} pictures are judged and kept, run again to go on"
             raise ClvrError(f"{failed}{kept}") from failed
-    results = [future.result() for future in futures]
-    return [found for found, _ in results], sum((spent for _, spent in results), Usage())
+    return [future.result() for future in futures]
 
 
 def _answer(
     judge: JudgeModel, subject: str, picture: EncodedPicture, asked: Asked, answers: AnswerFile, attempts: int
-) -> tuple[Any, Usage]:
-    """What one question found out, None if it could not be; and what its replies cost."""
-    complaint, spent = "", Usage()
+) -> tuple[Any, list[Said]]:
+    """What one question found out, None if nothing could be read; and the replies, one at least."""
+    complaint, replies = "", []
     for attempt in range(attempts):
         text = asked.text + complaint
         key = _key(picture, text, attempt)
@@ -163,14 +198,14 @@ def _answer(
         if said is None:
             said = _said(judge, picture, text, asked)
             answers.add(key, subject, asked.name, said)
-        spent += said.usage
+        replies.append(said)
         if said.text is None:
             continue
         try:
-            return asked.read(said.text), spent
+            return asked.read(said.text), replies
         except AnswerError as error:
             complaint = f"\nYour last answer could not be used: {error}\n"
-    return None, spent
+    return None, replies
 
 
 def _said(judge: JudgeModel, picture: EncodedPicture, text: str, asked: Asked) -> Said:
@@ -183,9 +218,14 @@ def _said(judge: JudgeModel, picture: EncodedPicture, text: str, asked: Asked) -
     except ProviderError as error:
         # Of this one picture; of all other faults the next call would suffer too.
         if error.fault in ("malformed", "refused"):
-            return Said(None, str(error), error.usage)
+            return Said(None, str(error), error.usage, error.fault, _adapted(judge))
         raise
-    return Said(answer.text, None, answer.usage)
+    return Said(answer.text, None, answer.usage, adapted=_adapted(judge))
+
+
+def _adapted(judge: JudgeModel) -> tuple[str, ...]:
+    """What the judge's endpoint does not take; our own models take everything."""
+    return tuple(getattr(judge.model, "adapted", ()))
 
 
 def _key(picture: EncodedPicture, text: str, attempt: int) -> str:
@@ -207,10 +247,26 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Said]]:
         except ClvrError:
             continue  # cut short when a process ended
         try:
-            usage = Usage(**entry.nested("usage").content)
-            yield (
-                entry.text("key"),
-                Said(entry.optional("reply", entry.text), entry.optional("error", entry.text), usage),
-            )
+            key, said = entry.text("key"), _stored(entry)
+            if said.fault is not None or (said.text or "").strip():
+                yield key, said
         except (ClvrError, TypeError) as error:
             raise ClvrError(f"{path}:{number}: not a reply of a judge ({error}); remove the line") from error
+
+
+def _stored(entry: JsonObject) -> Said:
+    """A reply as `AnswerFile.add` wrote it."""
+    usage = entry.nested("usage")
+    if unknown := usage.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
+        raise ClvrError(f"usage has unknown fields {', '.join(sorted(unknown)):.100}")
+    fault: Any = entry.text("fault", None)
+    if fault not in (None, "refused", "malformed"):
+        raise ClvrError(f"fault must be refused or malformed, got {shown(fault)}")
+    numbers: dict[str, Any] = {name: usage.number(name, low=0) for name in usage.content}
+    return Said(
+        entry.optional("reply", entry.text),
+        entry.optional("error", entry.text),
+        Usage(**numbers),
+        fault,
+        entry.texts("adapted") if "adapted" in entry.content else (),
+    )

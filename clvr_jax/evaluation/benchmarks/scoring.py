@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
@@ -45,16 +45,17 @@ def score_judged(
             indices.append((index, sample))
     answers = AnswerFile(images.directory.root / "replies", judge)
     try:
-        found, usage = ask_all(judge, subjects, answers, benchmark.attempts, on_progress)
+        judged = ask_all(judge, subjects, answers, benchmark.attempts, on_progress)
     finally:
         answers.close()
-    parsed = dict(zip(indices, found, strict=True))
+    replies = dict(zip(indices, judged, strict=True))
     scores: dict[SampleIndex, Score | None] = {}
     for (index, sample), path in images.files.items():
         if path is None:
             scores[index, sample] = _score_without_image(images, (index, sample))
-        elif (index, sample) in parsed:
-            scores[index, sample] = benchmark.score(images.items[index], parsed[index, sample])
+        elif (about := replies.get((index, sample))) is not None:
+            score = benchmark.score(images.items[index], about.found)
+            scores[index, sample] = replace(score, refused=about.is_refused)
         else:
             scores[index, sample] = None
     # A judge with another wording of a rubric is another judge: their scores are never compared.
@@ -64,7 +65,9 @@ def score_judged(
         "revision": judge.revision,
         "rubric": hashlib.sha256(texts.encode()).hexdigest()[:16],
     }
-    return results(benchmark, images, scores, identity, usage)
+    usage = sum((about.usage for about in judged), Usage())
+    adapted = sorted(frozenset[str]().union(*(about.adapted for about in judged)))
+    return results(benchmark, images, scores, identity, usage, adapted)
 
 
 def score_detected(images: BenchmarkImages, detector: Detector, on_progress: Progress | None = None) -> dict[str, Any]:
@@ -98,6 +101,7 @@ def results(
     scores: Mapping[SampleIndex, Score | None],
     judge: Mapping[str, Any],
     usage: Usage,
+    adapted: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Summarizes scores and writes results.json.
 
@@ -107,9 +111,11 @@ def results(
       scores: the score of each image; None for images that the rules leave out.
       judge: the identity of the judge; scores of different judges are never compared.
       usage: the usage of the judge.
-    Returns: {"benchmark", "judge", "settings", "seed", "samples", "unit", "faults", "summary", "pictures", "versions"};
-      "summary" is {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts", "unreadable",
-      "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"}; intervals are 95 %.
+      adapted: fields that requests to the judge lacked because its server refuses them, in words.
+    Returns: {"benchmark", "judge", "adapted", "settings", "seed", "samples", "unit", "faults", "summary", "pictures",
+      "versions"}; "summary" is {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts",
+      "unreadable", "refused", "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"};
+      intervals are 95 %.
     """
     rows = []
     for (index, sample), score in scores.items():
@@ -132,6 +138,7 @@ def results(
     content = {
         "benchmark": benchmark.scored_as,
         "judge": dict(judge),
+        "adapted": list(adapted),
         **images.provenance,
         "samples": images.samples,
         "unit": benchmark.unit,

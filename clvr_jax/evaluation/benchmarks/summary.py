@@ -24,7 +24,7 @@ def summarize(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> dict[s
 
     Args:
       benchmark: defines the weights of tags.
-      rows: one per image, with "index", "id", "tag", "score", "parts" and "readable".
+      rows: one per image, with "index", "id", "tag", "score", "parts", "readable" and optionally "refused".
     Returns: the summary of `scoring.results`; intervals are Wilson's if prompts score 0 or 1, else from the bootstrap,
       and are combined by their squared distances, with the weights (Zou and Donner 2008).
     """
@@ -50,7 +50,8 @@ def summarize(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> dict[s
         "parts": {
             name: descriptive.fmean(row["parts"][name] for row in rows if name in row["parts"]) for name in names
         },
-        "unreadable": [f"{row['id']}/{row['sample']}" for row in rows if not row["readable"]],
+        "unreadable": [_named(row) for row in rows if not (row["readable"] or row.get("refused"))],
+        "refused": [_named(row) for row in rows if row.get("refused")],
     }
 
 
@@ -75,6 +76,10 @@ def table(results: Mapping[str, Any], title: str) -> RenderableType:
     return Group(shown, Text("\n".join(_notes(results))))
 
 
+def _named(row: Mapping[str, Any]) -> str:
+    return f"{row['id']}/{row['sample']}"
+
+
 def _notes(results: Mapping[str, Any]) -> list[str]:
     judge, summary, judging = results["judge"], results["summary"], results["summary"]["judging"]
     lines = [f"judged by {judge['name']}" + (f", revision {judge['revision']}" if judge["revision"] else "")]
@@ -83,7 +88,14 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         if "dollars" in judging:
             lines[0] += f", ${judging['dollars']:.2f}"
     lines += [f"fault of the official rules, reproduced: {fault}" for fault in results["faults"]]
-    for name, what in (("unreadable", "no readable reply, counted as failed"), ("left_out", "left out by the rules")):
+    if adapted := results["adapted"]:
+        lines.append(f"requests differ from those to other servers: {'; '.join(adapted)}")
+    kinds = {
+        "unreadable": "no readable reply, counted as failed",
+        "refused": "refused by the judge's policy, counted as failed",
+        "left_out": "left out by the rules",
+    }
+    for name, what in kinds.items():
         if found := summary[name]:
             more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
             lines.append(f"{what}: {', '.join(found[:_LISTED])}{more}")

@@ -8,12 +8,12 @@ from typing import Any, Literal
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.files import read_json
-from clvr_jax.merging.folders import merge
 from clvr_jax.merging.methods import Settings
-from clvr_jax.merging.norms import Sums
+from clvr_jax.merging.norms import DeltaStatistics
 from clvr_jax.merging.planning import Merge, plan_merge
-from clvr_jax.merging.recipe import write_recipe
+from clvr_jax.merging.provenance import write_provenance
 from clvr_jax.merging.report import write_report
+from clvr_jax.merging.streaming import merge
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import copy_component
 from clvr_jax.pipelines.registry import resolve
@@ -114,8 +114,8 @@ def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = N
 
 
 def _merger(plan: Merge) -> Callable[[Path], None]:
-    def finish(directory: Path, sums: Mapping[str, Sums], name: str) -> None:
-        write_recipe(plan, directory, name, "python -m clvr_jax.configs.paper", sums)
+    def finish(directory: Path, sums: Mapping[str, DeltaStatistics], name: str) -> None:
+        write_provenance(plan, directory, name, "python -m clvr_jax.configs.paper", sums)
         write_report(directory, sums)
 
     def write(directory: Path) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.model_card import table
+from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.evaluation.markdown import plain
 from clvr_jax.evaluation.paper import plots
@@ -153,7 +153,7 @@ def _times(measured: Measured, plot_dir: Path) -> Lines:
         for name, groups in measured.times.items()
         for count, each in groups.items()
     ]  # fmt: skip
-    yield from table(
+    yield from markdown_table(
         ("", "images", "prompts", "NFE", "seconds", "generation, s", "ms per generation", "ms of diffusion"), rows
     )
     slow, fast = (measured.times[name] for name in (measured.aligned, measured.merged))
@@ -184,7 +184,7 @@ def _changes(measured: Measured, plot_dir: Path) -> Lines:
             (place, f"{each['additivity_error']:.3f}", f"{each['angle']:.0f}°")
             for place, each in measured.interactions[key].items()
         ]
-        yield from table((name, "additivity error", "angle"), rows)
+        yield from markdown_table((name, "additivity error", "angle"), rows)
         yield ""
     plots.interaction_lines(plot_dir / "changes.png", measured.interactions)
     yield f"![Additivity and angle]({plot_dir.name}/changes.png)\n"
@@ -202,7 +202,7 @@ def _scaling(measured: Measured, plot_dir: Path) -> Lines:
     for system in measured.scaling["systems"]:
         points = {point["limit"]: format_score(point["accuracy"]) for point in system["curves"]["drawings"]}
         rows.append((system["name"], *(points.get(limit, "") for limit in limits)))
-    yield from table(("", *map(str, limits)), rows)
+    yield from markdown_table(("", *map(str, limits)), rows)
     yield f"\n![Accuracy by budget of images, NFE and seconds]({plot_dir.name}/{PLOT})\n"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clvr_jax.convert.model_card import table
+from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.compare import by_prompt, compare
 from clvr_jax.evaluation.comparison import SystemResults
 from clvr_jax.evaluation.complexity import probe, task_from_metadata
@@ -37,7 +37,7 @@ def systems_table(labels: Mapping[str, str], found: Found, reference: str) -> li
             difference, p_value = format_difference(part), f"{part['p_value']:.2g}"
         nfe, seconds = (mean_cost(found[name][splits[-1]], key) for key in ("nfe", "median_seconds"))
         rows.append((label, *accuracies, difference, p_value, f"{nfe:.1f}", f"{seconds:.2f}"))
-    return table(head, rows)
+    return markdown_table(head, rows)
 
 
 def tiers_table(labels: Mapping[str, str], found: Found, metadata: Mapping[str, Sequence[Metadata]]) -> list[str]:
@@ -55,7 +55,7 @@ def tiers_table(labels: Mapping[str, str], found: Found, metadata: Mapping[str, 
     for name in labels:
         scores = [row["scores"] for _, row in sorted(by_prompt(concatenate_splits(found[name])).items())]
         areas.append(f"{probe(complexities, scores)['area']:.1f}")
-    return table(("", *labels.values()), [*rows, ("area of the probe", *areas)])
+    return markdown_table(("", *labels.values()), [*rows, ("area of the probe", *areas)])
 
 
 def accuracy(pooled: Mapping[str, Any]) -> Interval:
@@ -96,7 +96,7 @@ def groups_table(
                     f"{part['p_value']:.2g}",
                 )
             )
-    return table(("", "prompts", *names, "difference", "p"), rows)
+    return markdown_table(("", "prompts", *names, "difference", "p"), rows)
 
 
 def by_phrasing(first: SystemResults, second: SystemResults, metadata: Sequence[Metadata]) -> dict[str, dict[str, Any]]:

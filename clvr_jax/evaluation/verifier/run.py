@@ -16,7 +16,7 @@ from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
 from clvr_jax.evaluation.verifier.report import markdown
-from clvr_jax.files import read_json, write_atomically, write_json
+from clvr_jax.files import read_json, write_json, write_text
 from clvr_jax.reasoning.protocols import Drawer
 from clvr_jax.reasoning.tools import ProviderError, Usage
 from clvr_jax.reasoning.trajectory import package_versions
@@ -77,13 +77,14 @@ def evaluate(
             "images": len(images),
         },
         "seed": seed,
+        "adapted": list(getattr(verifier, "adapted", ())),
         "summary": summary,
         "usage": {**asdict(getattr(verifier, "usage", Usage())), "seconds": time.monotonic() - began},
         "versions": {**package_versions("jax", "scipy"), "shapes detector": SHAPES_JUDGE_VERSION},
         "cases": [each.to_dict() for each in checked],
     }
     # results.json is written last: where it exists, the run is complete.
-    write_atomically(out / TABLE, markdown(results).encode())
+    write_text(out / TABLE, markdown(results))
     write_json(out / RESULTS, results)
     return results
 

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import shown
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, HELD_OUT_PAIRS, SHAPES
 
 Metadata = dict[str, Any]
@@ -23,6 +24,7 @@ GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position",
 TAGS = (*GENEVAL_TAGS, "complex")
 RELATIONS = ("left of", "right of", "above", "below")
 _INVERSE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+_MAX_INTEGER = 10**9
 _ITEM_KEYS = frozenset({"class", "count", "color", "position", "place"})
 
 
@@ -40,13 +42,13 @@ def parse_metadata(raw: Mapping[str, Any]) -> Metadata:
     _one_of(metadata.get("tag"), TAGS, "tag")
     prompt = metadata.get("prompt")
     if not isinstance(prompt, str) or not prompt.strip():
-        raise ClvrError(f"prompt must be a non-empty text, got {prompt!r}")
+        raise ClvrError(f"prompt must be a non-empty text, got {shown(prompt)}")
     for key in ("tier", "phrasing"):
         if key in metadata:
             _integer(metadata[key], key, low=0)
     include = metadata.get("include")
     if not isinstance(include, list) or not include:
-        raise ClvrError(f"include must be a non-empty list, got {include!r}")
+        raise ClvrError(f"include must be a non-empty list, got {shown(include)}")
     metadata["include"] = [_include_item(item, index) for index, item in enumerate(include)]
     needed = Counter[str]()
     for item in metadata["include"]:
@@ -75,7 +77,7 @@ def _include_item(raw: Any, index: int) -> dict[str, Any]:
     if "position" in item:
         position = item["position"]
         if not isinstance(position, (list, tuple)) or len(position) != 2:
-            raise ClvrError(f"{where}.position must be [relation, index], got {position!r}")
+            raise ClvrError(f"{where}.position must be [relation, index], got {shown(position)}")
         _one_of(position[0], RELATIONS, f"{where}.position[0]")
         _integer(position[1], f"{where}.position[1]", low=0)
         if position[1] >= index:
@@ -88,7 +90,7 @@ def _include_item(raw: Any, index: int) -> dict[str, Any]:
 
 def _exclude_items(raw: Any, needed: Counter[str]) -> list[dict[str, Any]]:
     if not isinstance(raw, list):
-        raise ClvrError(f"exclude must be a list, got {raw!r}")
+        raise ClvrError(f"exclude must be a list, got {shown(raw)}")
     items = []
     for index, entry in enumerate(raw):
         where = f"exclude[{index}]"
@@ -105,21 +107,23 @@ def _exclude_items(raw: Any, needed: Counter[str]) -> list[dict[str, Any]]:
 
 def _object(raw: Any, where: str, keys: frozenset[str]) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
-        raise ClvrError(f"{where} must be a JSON object, got {raw!r}")
+        raise ClvrError(f"{where} must be a JSON object, got {shown(raw)}")
     unknown = sorted(set(raw) - keys)
     if unknown:
-        raise ClvrError(f"{where} has unknown keys {', '.join(map(str, unknown))}; known: {', '.join(sorted(keys))}")
+        raise ClvrError(
+            f"{where} has unknown keys {', '.join(map(str, unknown))[:200]}; known: {', '.join(sorted(keys))}"
+        )
     return dict(raw)
 
 
 def _one_of(value: Any, known: tuple[str, ...], where: str) -> None:
     if not isinstance(value, str) or value not in known:
-        raise ClvrError(f"{where} must be one of {', '.join(known)}; got {value!r}")
+        raise ClvrError(f"{where} must be one of {', '.join(known)}; got {shown(value)}")
 
 
 def _integer(value: Any, where: str, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ClvrError(f"{where} must be a whole number of at least {low}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_INTEGER:
+        raise ClvrError(f"{where} must be a whole number of at least {low}, got {shown(value)}")
 
 
 def colored_pairs(metadata: Metadata) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import check_unicode, parse_object, read_lines
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, TIERS, sample_complex, sample_metadata, words
 from clvr_jax.worlds.shapes.metadata import TAGS, Metadata, canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES, second_phrase
@@ -184,20 +185,14 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Metadata]:
     Raises: ClvrError that names file and line if a line is not JSON or not a metadata of the shapes world, or that the
     file cannot be read or holds no prompts.
     """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ClvrError(f"{path}: cannot read prompts: {error}") from error
     found = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for where, line in read_lines(Path(path)):
+        entry = parse_object(line, where)
+        check_unicode(entry.content, where)
         try:
-            found.append(parse_metadata(json.loads(line)))
-        except json.JSONDecodeError as error:
-            raise ClvrError(f"{path}:{number}: not JSON: {error.msg} at column {error.colno}") from error
+            found.append(parse_metadata(entry.content))
         except ClvrError as error:
-            raise ClvrError(f"{path}:{number}: {error}") from error
+            raise ClvrError(f"{where}: {error}") from error
     if not found:
         raise ClvrError(f"{path}: no prompts in this file; write one JSON object per line")
     return found

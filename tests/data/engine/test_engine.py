@@ -12,6 +12,7 @@ from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machin
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.reasoning.context import drawing_text
 from clvr_jax.reasoning.tools import Made, ProviderError
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
@@ -113,6 +114,19 @@ def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step
     assert text.startswith(one.prompt)
     assert text.endswith(strip_action(drawn[-1].reasoning))
     assert references == len(drawn) - 1
+
+
+def test_a_generator_that_reads_little_is_given_the_history_as_it_fits():
+    """Here the last reply alone, which is all that the painter looks at: the trajectory is the same."""
+    one, painter = item(0), Painter()
+    crew = shapes_crew(one, text=lambda prompt, replies: drawing_text(prompt, replies, len(replies) - 1))
+    drawn = synthesize(one, crew, painter, seed=5).record.trajectory.drawings
+    assert drawn == synthesize(one, shapes_crew(one), Painter(), seed=5).record.trajectory.drawings
+    assert len(drawn) > 1
+    for number, (text, references, _) in enumerate(painter.calls[: len(drawn)]):
+        replies = [step.reasoning for step in drawn[: number + 1]]
+        assert text == drawing_text(one.prompt, replies, left_out=number)
+        assert references == number
 
 
 def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_is_kept():

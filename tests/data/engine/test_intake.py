@@ -7,6 +7,7 @@ import pytest
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, prompt_id, read_prompts, sift
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import MAX_LINE_BYTES
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
 DENSE = "A red circle is above a blue square, and three green stars are to the left of a yellow triangle."
@@ -65,12 +66,16 @@ def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("p.jsonl", b'{"prompt": "a"}\nnot json', "line 2"),
+        ("p.jsonl", b'{"prompt": "a"}\nnot json', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", b'{"text": "a"}', "prompt"),
         ("p.jsonl", b'{"prompt": "a", "id": "../a"}', "cannot name a file"),
         ("p.jsonl", b'{"prompt": "a", "metadata": 3}', "metadata must be"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
-        ("absent.txt", None, "cannot be read"),
+        ("absent.txt", None, "no such file; give a file with a prompt in each line"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: not JSON that is read: more than 64 levels"),
+        ("p.jsonl", b'{"prompt": 3}', "prompt must be a text, got 3"),
+        ("p.jsonl", b'{"prompt": "a \\ud800"}', "lone surrogate"),
+        ("p.txt", b"a\n" + b"x" * (MAX_LINE_BYTES + 1), r"p\.txt:2: has more than 4096 KiB"),
     ],
 )
 def test_files_that_are_none_of_these_are_told_by_line(tmp_path, name, content, said):

@@ -136,7 +136,7 @@ def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_im
     drawings = DrawingExamples(dataset, tokenizer, dropout=0.0)
     batches = [drawings.batch([sample], [np.random.default_rng(0)]) for sample in drawings.samples]
     targets = [(batch["references"][0], batch["target"][0]) for batch in batches]
-    recorded = shapes_sft.recorded_examples(folder)
+    recorded = shapes_sft.recorded_examples(folder, tokenizer)
     targets_of_shapes = [(example.references, example.target) for example in recorded]
     count = sum(len(one.record.generator_targets) for one in outcomes if one.record)
     for pairs in (targets, targets_of_shapes):

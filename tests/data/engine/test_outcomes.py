@@ -1,8 +1,13 @@
 """What is kept of a finished prompt comes back as it was, and what cannot be read or written is told."""
 
+import json
+import re
+import zipfile
+
 import numpy as np
 import pytest
 
+from clvr_jax.data.engine import outcomes
 from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, warning
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import Meter
@@ -74,6 +79,41 @@ def test_files_that_are_broken_or_absent_are_named(tmp_path):
         store.read("other")
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda content: content.pop("reason"), "outcome.json: lacks reason"),
+        (lambda content: content.update(usage={"draw": {"nfe": "x"}}), "usage: draw: nfe must be a number, got 'x'"),
+        (lambda content: content.update(verification=[{"id": 3}]), "id must be a text, got 3"),
+        (lambda content: content.update(proxies=[3]), "proxies must be a list of objects"),
+        (lambda content: content.update(seconds=10**400), "seconds must be a finite number"),
+    ],
+)
+def test_outcomes_that_somebody_changed_are_refused_by_field(tmp_path, change, said):
+    store = OutcomeStore(tmp_path)
+    id = made(store, 1).item.id
+    with zipfile.ZipFile(store.path(id)) as archive:
+        content = json.loads(archive.read("outcome.json"))
+    change(content)
+    with zipfile.ZipFile(store.path(id), "w") as archive:
+        archive.writestr("outcome.json", json.dumps(content))
+    with pytest.raises(ClvrError, match=re.escape(said)):
+        store.read(id)
+
+
+def test_archives_that_are_bombs_or_empty_are_refused(tmp_path, monkeypatch):
+    store = OutcomeStore(tmp_path)
+    path = store.path("a")
+    path.parent.mkdir(parents=True)
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("other", "x" * 100)
+    with pytest.raises(ClvrError, match=r"a\.zip: cannot be read .*outcome\.json"):
+        store.read("a")
+    monkeypatch.setattr(outcomes, "_MAX_BYTES", 99)
+    with pytest.raises(ClvrError, match=r"a\.zip: cannot be read \(more than"):
+        store.read("a")
+
+
 def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
     store = OutcomeStore(tmp_path)
     path_type = type(store.folder)
@@ -121,6 +161,9 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
     page, card = statistics_page(whole), dataset_card(whole)
     assert "r&lt;b&gt;" in page
     assert "r<b>" not in page
+    assert '<i style="width:100.00%"></i></span><span>6</span><span>100.0%</span>' in page
+    assert "<tr><th>reason</th><th>example</th></tr>" in page
+    assert "<h2>Verification examples by verdict</h2>" in page
     assert "| refused: empty | 2 |" in card
     assert "Every picture was checked" in card
     assert "Every picture was checked" not in dataset_card({**whole, "verified": False})

@@ -131,7 +131,7 @@ def test_who_scores_is_checked_before_anything_is_drawn(pictures, monkeypatch, t
     for command, said in [
         ([*imagine, "--judge", "tiny", "--judge-url", "http://127.0.0.1:9/v1"], "OPENAI_API_KEY is not set"),
         ([*imagine, "--judge", "sdxl"], "has a unet model"),
-        ([*imagine, "--judge", "nowhere"], "no such folder"),
+        ([*imagine, "--judge", "nowhere"], "no such directory"),
         ([*geneval, "--detector", "sdxl", "--clip", "sdxl"], "has a unet model, GenEval's scorer needs mask2former"),
     ]:
         assert main(command) == 1

@@ -139,13 +139,62 @@ def test_no_reply_is_no_score_and_is_asked_for_again(reply, server, judge, imagi
     assert [entry["score"] for entry in results["pictures"]] == pytest.approx([7.8] * 4)
 
 
-@pytest.mark.parametrize("reply", [completion("prose only"), completion(None, refusal="I will not.")])
-def test_a_picture_without_scores_counts_as_failed_and_is_listed(reply, server, judge, imagine):
+@pytest.mark.parametrize(
+    ("reply", "kind", "other"),
+    [
+        (completion("prose only"), "unreadable", "refused"),
+        (completion(None, refusal="I will not."), "refused", "unreadable"),
+    ],
+)
+def test_a_picture_without_scores_counts_as_failed_and_is_listed(reply, kind, other, server, judge, imagine):
     server.script = [reply] * 3 + [completion(GOOD)]
     results = score_judged(*imagine, judge(in_flight=1))
-    assert results["summary"]["unreadable"] == ["1/0"]
+    assert (results["summary"][kind], results["summary"][other]) == (["1/0"], [])
+    again = score_judged(*imagine, judge())
+    assert again["summary"][kind] == ["1/0"]
     assert (results["pictures"][0]["score"], results["pictures"][1]["score"]) == (0, pytest.approx(7.8))
     assert len(server.seen) == 6
+
+
+@pytest.mark.parametrize("reply", [None, "", " \n"])
+def test_a_stored_reply_that_is_none_is_asked_for_again(reply, server, judge, imagine, tmp_path):
+    """Earlier versions stored what a dead server said as the judge's reply."""
+    server.script = [completion(GOOD)]
+    first = score_judged(*imagine, judge())
+    (path,) = (tmp_path / "out" / "replies").iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines[2] = {**lines[2], "reply": reply, "error": "HTTP 200: <html>"}
+    write_lines(path, lines)
+    again = score_judged(*imagine, judge())
+    assert len(server.seen) == 5
+    assert again["summary"]["overall"] == first["summary"]["overall"]
+    assert len(score_judged(*imagine, judge())["pictures"]) == 4
+    assert len(server.seen) == 5
+
+
+def test_what_the_judges_server_does_not_take_is_in_the_results_of_every_run(server, judge, imagine):
+    def answer(seen):
+        if "temperature" in seen.json:
+            return failure(400, "Unsupported parameter: 'temperature' is not supported with this model.")
+        return completion(GOOD)
+
+    server.script = [answer]
+    (note,) = score_judged(*imagine, judge())["adapted"]
+    assert note.startswith("temperature")
+    assert score_judged(*imagine, judge())["adapted"] == [note]  # of the replies on disk
+
+
+@pytest.mark.parametrize(
+    "change", [{"usage": {"calls": "x"}}, {"usage": {"cost": 1}}, {"fault": "tired"}, {"adapted": 3}, {"reply": 3}]
+)
+def test_a_stored_reply_of_another_form_is_refused_with_its_line(change, server, judge, imagine, tmp_path):
+    server.script = [completion(GOOD)]
+    score_judged(*imagine, judge())
+    (path,) = (tmp_path / "out" / "replies").iterdir()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    write_lines(path, [*lines[:2], {**lines[2], **change}])
+    with pytest.raises(ClvrError, match=r"jsonl:3: not a reply of a judge .*; remove the line"):
+        score_judged(*imagine, judge())
 
 
 def test_official_rules_take_what_they_get(server, judge, imagine):

@@ -1,0 +1,158 @@
+"""`clvr generate`."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.budget import BudgetOptions, Limits
+from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.loop_events import show_event
+from clvr_jax.commands.model_options import (
+    Control,
+    ControllerOptions,
+    ImageOptions,
+    Images,
+    Loading,
+    LoadOptions,
+)
+from clvr_jax.commands.prompts import (
+    OnePrompt,
+    PromptFile,
+    Wanted,
+    check_given,
+    read_prompts,
+    wanted_images,
+)
+from clvr_jax.console import console
+from clvr_jax.errors import ClvrError, UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+
+
+@dataclass(frozen=True)
+class Generate:
+    """Generates an image in the closed loop: plan, generate, verify, correct."""
+
+    EXAMPLE: ClassVar = (
+        'clvr generate "a red circle left of a blue star and a green square at the bottom" --out out/first'
+    )
+
+    prompt: OnePrompt = ()
+    """Describe the image to generate, in quotes; or give --prompts."""
+    prompts: PromptFile = None
+    """Generate an image for each line of this text file, each in a directory of its own below --out."""
+    num_images: int = 1
+    """Generate this many images of each prompt, with the seeds SEED, SEED + 1 and so on, each in a directory of its own
+    below --out."""
+    model: str = "shapes-tiny"
+    """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id."""
+    control: Control = field(default_factory=ControllerOptions)
+    verification: Literal["separate", "controller", "none"] = "separate"
+    """Who accepts an image. separate: a verifier that sees the image without the conversation. controller: the
+    controller, in its conversation. none: nobody, which is the ablation."""
+    verifier: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """With --verification separate: verify with this model, a shipped name or a directory or Hugging Face id of a
+    Qwen3-VL. If not given, the controller verifies, in a new conversation for each image."""
+    images: Images = field(default_factory=ImageOptions)
+    loading: Loading = field(default_factory=LoadOptions)
+    budget: Limits = field(default_factory=BudgetOptions)
+    nfe: Count = None
+    """Number of network evaluations (NFE) for each image; the model's own number if not given."""
+    seed: int = 0
+    """The same seed gives the same image."""
+    out: Folder = None
+    """Write trajectory.json, the images and index.html to this directory; a new one below out/ if not given."""
+    common: Flags = field(default_factory=Common)
+
+    def __post_init__(self) -> None:
+        check_given(self.prompt, self.prompts, self.num_images, self.seed)
+        at_least_one("--nfe", self.nfe)
+        if self.verifier and self.verification != "separate":
+            raise UsageError(f"--verifier is not asked with --verification {self.verification}; leave one of them out")
+
+    def run(self) -> Result:
+        """Runs the loop for every image that is wanted, and saves each trajectory."""
+        from clvr_jax.outputs import check_folder
+
+        wanted = wanted_images(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
+        out = self.out or Path("out") / self._name(wanted)
+        check_folder(out)
+        given = self.images.check(self.model)
+        self.control.check(self.model)
+        with console.status(f"loading {self.model}"):
+            prepare_jax()
+            from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+
+            roles = self.control.arguments(self.verifier, self.verification == "separate")
+            pipe = ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
+        if len(wanted) == 1:
+            data, error = self._generate(pipe, wanted[0], given, out)
+            if error:
+                raise ClvrError(error)
+            return Result(data, data["page"])
+        results, errors = [], []
+        for each in wanted:
+            console.print(f"[bold]{each.name}[/]  seed {each.seed}", highlight=False)
+            data, error = self._generate(pipe, each, given, out / each.name)
+            results.append(data)
+            errors += [error] if error else []
+        for error in errors:
+            console.print(f"[yellow]warning:[/] {error}", highlight=False)
+        if len(errors) == len(wanted):
+            raise ClvrError(f"{out}: none of the {len(wanted)} trajectories has an image")
+        return Result({"results": results, "out": str(out)}, "\n".join(data["page"] for data in results))
+
+    def _generate(
+        self, pipe: "ClosedLoopPipeline", wanted: Wanted, given: "list[np.ndarray]", out: Path
+    ) -> tuple[dict[str, Any], str | None]:
+        """Runs the loop once and saves the trajectory: the result as data, and an error if it has no image."""
+        from clvr_jax.pipelines.world import unseen_words
+
+        with console.status("generating"):
+            made = pipe(
+                wanted.prompt,
+                **dataclasses.asdict(self.budget),
+                seed=wanted.seed,
+                nfe=self.nfe,
+                verification=self.verification,
+                on_event=show_event,
+                **self.images.arguments(given),
+            )
+        trajectory = made.trajectory
+        page = trajectory.save(out) / "index.html"
+        best = trajectory.best
+        error = None
+        if best is None:
+            error = f"no image was generated ({trajectory.outcome}: {trajectory.error}); {page} shows what happened"
+        return {
+            "prompt": wanted.prompt,
+            "model": self.model,
+            "seed": wanted.seed,
+            "outcome": trajectory.outcome,
+            "unmet": None if trajectory.unmet is None else list(trajectory.unmet),
+            "verification": None if trajectory.verification is None else trajectory.verification.to_dict(),
+            "drawings": len(trajectory.drawings),
+            "nfe": made.nfe,
+            "seconds": round(made.seconds, 3),
+            "unseen_words": unseen_words(self.model, wanted.prompt),
+            "out": str(out),
+            "image": None if best is None else str(out / f"step_{best:02d}.png"),
+            "page": str(page),
+        }, error
+
+    def _name(self, wanted: list[Wanted]) -> str:
+        """The name of the output directory if none is given: it depends on all that decides about the images."""
+        from clvr_jax.outputs import name_for
+
+        settings = [self.model, self.seed, self.budget, self.nfe, self.verification, self.verifier]
+        more = (self.control, self.images, self.loading, [(each.prompt, each.seed) for each in wanted[1:]])
+        if more != (ControllerOptions(), ImageOptions(), LoadOptions(), []):
+            settings.append(more)
+        return name_for(wanted[0].prompt, *settings)

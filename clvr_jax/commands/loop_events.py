@@ -1,0 +1,61 @@
+"""What people read on the terminal while the closed loop runs."""
+
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.text import Text
+
+from clvr_jax.console import console
+
+if TYPE_CHECKING:
+    from clvr_jax.reasoning.events import Event
+    from clvr_jax.reasoning.verification import Verification
+
+
+def show_event(event: "Event") -> None:
+    """Prints what the loop does as it does it."""
+    from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
+    from clvr_jax.reasoning.events import Chosen, Drawn, Finished, PlanVerified, Replied, RolledBack, Verified
+
+    if isinstance(event, Replied) and event.error:
+        console.print(f"[yellow]  not understood:[/] {escape(event.error)}")
+    elif isinstance(event, Replied):
+        text = Text("  " + strip_action(event.text))
+        span = unmet_span(text.plain)
+        if span:
+            met = parse(event.text, has_picture=True).unmet == ()
+            text.stylize("bold green" if met else "bold yellow", *span)
+        console.print(text)
+    elif isinstance(event, Drawn):
+        again = f", attempt {event.step.redraw + 1}" if event.step.redraw else ""
+        console.print(f"[bold]step {event.number}[/]  {event.step.nfe} NFE  {event.step.seconds:.1f} s{again}")
+        if event.step.left_out:
+            replies = "reply is" if event.step.left_out == 1 else f"{event.step.left_out} replies are"
+            console.print(f"[yellow]  the history is too long for the generator:[/] the oldest {replies} left out")
+    elif isinstance(event, Verified):
+        console.print(_verification_text(event.verification))
+    elif isinstance(event, PlanVerified) and event.verification.unmet:
+        console.print(f"[yellow]  the plan misses:[/] {escape('; '.join(event.verification.unmet))}")
+    elif isinstance(event, Chosen):
+        console.print(f"  step {event.number} goes on, of {len(event.among)} candidates")
+    elif isinstance(event, RolledBack):
+        console.print(f"[yellow]  step {event.number} is worse than step {event.to}: back to step {event.to}[/]")
+    elif isinstance(event, Finished):
+        color = "green" if event.trajectory.outcome == "accepted" else "yellow"
+        spent = (
+            f"{len(event.trajectory.drawings)} drawings, {event.trajectory.nfe} NFE, {event.trajectory.seconds:.1f} s"
+        )
+        console.print(f"[bold {color}]{event.trajectory.outcome}[/]  {spent}")
+
+
+def _verification_text(verification: "Verification") -> Text:
+    """One line for each requirement: whether it is met, how sure the verifier is, and on what evidence."""
+    text = Text(f"  {verification.description}" if verification.description else "")
+    for each in verification.requirements:
+        mark, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "red")}[each.met]
+        sure = "" if each.probability is None else f" {each.probability:.2f}"
+        text.append(f"\n    {mark:>5}{sure}  ", style)
+        text.append(each.text, "bold")
+        if each.evidence:
+            text.append(f"  ({each.evidence})", "dim")
+    return text

@@ -1,0 +1,233 @@
+"""Options for the models of a command: how they are loaded, what they are given, and who controls the loop."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
+
+from clvr_jax.arguments import at_least_one
+from clvr_jax.commands.common import Count
+from clvr_jax.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from clvr_jax.sharding import MeshConfig
+
+Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
+Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
+
+_MOST_PIXELS = 2**15
+
+
+@dataclass(frozen=True)
+class MeshOptions:
+    """Options for the mesh of devices that all models are placed on. Without any of them one device is used."""
+
+    data: Count = None
+    """Shard a batch over this many copies of the parameters; 1 if not given, and -1 takes the devices that are left."""
+    fsdp: Count = None
+    """Shard the parameters, and a batch, over this many devices; the devices that are left if not given."""
+    sequence: Count = None
+    """Shard the tokens over this many devices, and the heads inside attention; 1 if not given."""
+    tensor: Count = None
+    """Shard the heads and the hidden axis of every MLP over this many devices; 1 if not given. The product of this and
+    the sequence axis must divide the attention heads of every model."""
+    devices: Count = None
+    """Use only the first so many devices; all devices are used if not given."""
+
+    def config(self) -> "MeshConfig | None":
+        """The mesh; None if no option is given. Raises: UsageError for sizes that make no sense."""
+        sizes = {name: value for name, value in vars(self).items() if value is not None}
+        if not sizes:
+            return None
+        from clvr_jax.sharding import MeshConfig
+
+        return MeshConfig(**sizes)
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """Options for how models are loaded."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """Load all models in this dtype and compute in it. If not given, each checkpoint's own on an accelerator, and
+    float32 on a CPU."""
+    lora: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FILE[:WEIGHT] ...")] = ()
+    """Add these LoRAs to the transformer (or UNet), each with its weight, 1 if not given: files, directories or Hugging
+    Face ids in the format of diffusers, PEFT, kohya or ai-toolkit."""
+    ignore_text_encoder: bool = False
+    """Leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise."""
+    mesh: MeshOptions = field(default_factory=MeshOptions)
+
+    def __post_init__(self) -> None:
+        self.loras()
+        if self.ignore_text_encoder and not self.lora:
+            raise UsageError("--ignore-text-encoder is about --lora; leave it out")
+
+    def loras(self) -> tuple[tuple[str, float], ...]:
+        """Each LoRA with its weight."""
+        return tuple(parse_lora(word) for word in self.lora)
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained`."""
+        return {
+            "dtype": self.dtype,
+            "mesh": self.mesh.config(),
+            "lora": self.loras(),
+            "ignore_text_encoder": self.ignore_text_encoder,
+        }
+
+
+def parse_lora(word: str) -> tuple[str, float]:
+    """Reads FILE or FILE:WEIGHT. Raises: UsageError for an empty name, or a weight that is no finite number."""
+    name, colon, number = word.rpartition(":")
+    if not colon or Path(word).exists():
+        name, number = word, "1"
+    try:
+        weight = float(number)
+    except ValueError:
+        raise UsageError(f"--lora {word}: {number!r} is no weight; give FILE or FILE:WEIGHT, such as a:0.8") from None
+    if not name or not math.isfinite(weight):
+        raise UsageError(f"--lora {word}: give FILE or FILE:WEIGHT, with a finite weight")
+    return name, weight
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Reads HEIGHTxWIDTH or one number for both, in pixels. Raises: UsageError for anything else."""
+    found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
+    height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
+    if not 1 <= min(height, width) <= max(height, width) <= _MOST_PIXELS:
+        raise UsageError(
+            f"--size {text}: give HEIGHTxWIDTH in pixels, such as 512x768, or one number, up to {_MOST_PIXELS}"
+        )
+    return height, width
+
+
+def check_model_size(size: tuple[int, int] | None, model: str) -> None:
+    """Raises UsageError, with the nearest size, for one that a model cannot generate; reads its configuration only."""
+    if size is not None:
+        from clvr_jax.pipelines.images import check_size
+        from clvr_jax.pipelines.registry import resolve, size_multiple
+
+        path, _ = resolve(model)
+        check_size(*size, size_multiple(path))
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Options for the images that are generated, and for those that are given."""
+
+    size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
+    """Generate images of this height and width in pixels, or of this number for both. If not given, the size of the
+    first --image, else the model's own."""
+    image: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="FILE ...")] = ()
+    """Edit or combine these images, PNG, JPEG or WebP, for FLUX.2 models. The model reads them as references, in this
+    order."""
+
+    def __post_init__(self) -> None:
+        self.height_and_width()
+
+    def height_and_width(self) -> tuple[int, int] | None:
+        """The size in pixels, None if not given. Raises: UsageError for a text that is no size."""
+        return None if self.size is None else parse_size(self.size)
+
+    def check(self, model: str) -> "list[np.ndarray]":
+        """Checks the size against a model's configuration and reads the given images, before any weights are read.
+
+        Raises: UsageError for a size that the model cannot generate, and for images given to a model that takes none;
+          ClvrError for a file that is no image.
+        """
+        if self.image:
+            from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
+
+            path, _ = resolve(model)
+            if (kind := class_of(path)) != FLUX2:
+                raise UsageError(f"--image: {model} is a {kind}, which takes no images; FLUX.2 models do")
+        check_model_size(self.height_and_width(), model)
+        from clvr_jax.reasoning.images import read_image
+
+        return [read_image(path) for path in self.image]
+
+    def arguments(self, images: "list[np.ndarray]") -> dict[str, Any]:
+        """Arguments of a pipeline's call; only those that are given, as not every pipeline takes all of them."""
+        from clvr_jax.reasoning.images import as_pil
+
+        size = self.height_and_width()
+        given: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
+        return {**given, "images": [as_pil(image) for image in images]} if images else given
+
+
+@dataclass(frozen=True)
+class ControllerOptions:
+    """Options for the model that controls the loop."""
+
+    controller: Annotated[str | None, tyro.conf.arg(metavar="MODEL")] = None
+    """Plan and decide with this model: a shipped name, or a directory or Hugging Face id of a Qwen3-VL, trained for the
+    loop or not. If not given, the controller/ of the model."""
+    controller_url: Url = None
+    """Plan and decide with a model behind this OpenAI-compatible chat API. Give the URL up to and including the
+    version, such as http://localhost:8000/v1."""
+    controller_model: Name = None
+    """The server's name for the model behind --controller-url."""
+    controller_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable with the key of --controller-url; "" for a server without keys."""
+    controller_tokens: Count = None
+    """Allow this many tokens in a reply of the controller. If not given, 384 for a model that was trained for the loop,
+    and 1024 for others; models that think first need more."""
+
+    def __post_init__(self) -> None:
+        at_least_one("--controller-tokens", self.controller_tokens)
+        if bool(self.controller_url) != bool(self.controller_model):
+            raise UsageError("--controller-url URL and --controller-model NAME go together")
+        if self.controller and self.controller_url:
+            raise UsageError("--controller and --controller-url name two controllers; give one of them")
+
+    def check(self, model: str) -> None:
+        """Checks the models of the loop before any weights are read.
+
+        Raises: UsageError for a model that is no FLUX.2; ClvrError for a controller that is no Qwen3-VL, or none.
+        """
+        from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
+
+        path, _ = resolve(model)
+        if (kind := class_of(path)) != FLUX2:
+            raise UsageError(
+                f"--model {model}: a {kind}, which does not run in the closed loop; FLUX.2 models do (clvr sample "
+                "generates with it in one shot)"
+            )
+        if not self.controller_url:
+            from clvr_jax.pipelines.verifier import controller_directory
+
+            controller_directory(self.controller or model)
+
+    def arguments(self, verifier: str | None, is_verified: bool) -> dict[str, Any]:
+        """Arguments of `ClosedLoopPipeline.from_pretrained`.
+
+        Args:
+          verifier: the model that verifies; if None, the controller does so, in fresh conversations.
+          is_verified: whether a separate verifier is needed at all.
+        Raises: ClvrError if the key of the endpoint or the openai package is missing.
+        """
+        if not self.controller_url:
+            chosen = {"controller": self.controller, "max_reply_tokens": self.controller_tokens}
+            return {**{name: value for name, value in chosen.items() if value is not None}, "verifier": verifier}
+        from clvr_jax.providers.endpoint import Endpoint
+        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, AskedController
+        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        from clvr_jax.reasoning.model_verifier import ModelVerifier
+
+        model = OpenAIVisionLanguageModel(
+            Endpoint(self.controller_model or "", self.controller_url, self.controller_key_variable or None)
+        )
+        tokens = self.controller_tokens or MAX_REPLY_TOKENS
+        checks = ModelVerifier(model, "ask", max_tokens=tokens) if is_verified and verifier is None else verifier
+        return {"controller": AskedController(model, max_tokens=tokens), "verifier": checks}
+
+
+Loading = Annotated[LoadOptions, tyro.conf.arg(name="")]
+Images = Annotated[ImageOptions, tyro.conf.arg(name="")]
+Control = Annotated[ControllerOptions, tyro.conf.arg(name="")]

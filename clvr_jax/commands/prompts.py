@@ -1,0 +1,92 @@
+"""What is to be generated: one prompt of the command line, or those of a file, and how many images of each."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from clvr_jax.arguments import at_least_one, check_seed
+from clvr_jax.console import console
+from clvr_jax.errors import ClvrError, UsageError
+
+OnePrompt = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+PromptFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One image: its prompt, its seed, and the name of its file or directory among several, without suffix."""
+
+    prompt: str
+    seed: int
+    name: str
+
+
+def check_given(prompt: tuple[str, ...], prompts: Path | None, num_images: int, seed: int) -> None:
+    """Raises UsageError unless exactly one prompt or one file of prompts is given, with counts that make sense."""
+    if not prompt and prompts is None:
+        raise UsageError("give a PROMPT in quotes, or --prompts FILE with one prompt a line")
+    if prompt and prompts is not None:
+        raise UsageError("PROMPT and --prompts FILE exclude each other; give one of them")
+    if len(prompt) > 1:
+        raise UsageError(
+            f"PROMPT must be one text in quotes, got {len(prompt)}; several prompts go into --prompts FILE"
+        )
+    at_least_one("--num-images", num_images)
+    check_seed(seed)
+    check_seed(seed + num_images - 1)
+
+
+def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> list[str]:
+    """The prompts, each checked as far as that needs no model; warns of words that a small model never saw.
+
+    Raises: ClvrError, one line that names the file and the line, for a prompt that is empty or too long, or a file that
+      cannot be read or has none.
+    """
+    if prompts is None:
+        check_request(prompt[0], model)
+        return list(prompt)
+    try:
+        lines = prompts.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
+        raise ClvrError(f"--prompts {prompts}: cannot be read ({reason})") from error
+    found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
+    if not found:
+        raise ClvrError(f"--prompts {prompts}: holds no prompts; write one a line")
+    for number, text in found:
+        try:
+            check_request(text, model)
+        except ClvrError as error:
+            raise type(error)(f"{prompts}:{number}: {error}") from error
+    return [text for _, text in found]
+
+
+def wanted_images(prompts: Sequence[str], num_images: int, seed: int) -> list[Wanted]:
+    """All images: those of a prompt have the seeds `seed`, `seed` + 1 and so on, and each its own name."""
+    from clvr_jax.outputs import name_for
+
+    pairs = [(prompt, seed + number) for prompt in prompts for number in range(num_images)]
+    digits = max(3, len(str(len(pairs) - 1)))
+    return [
+        Wanted(prompt, own, f"{index:0{digits}d}-{name_for(prompt, own)}") for index, (prompt, own) in enumerate(pairs)
+    ]
+
+
+def check_request(prompt: str, model: str) -> list[str]:
+    """Checks what needs no model; warns of words the model never saw and returns them."""
+    from clvr_jax.data.text import check_prompt
+    from clvr_jax.pipelines.world import unseen_words
+
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UsageError("the prompt is not valid UTF-8 text") from error
+    check_prompt(prompt)
+    unseen = unseen_words(model, prompt)
+    if unseen:
+        listed = ", ".join(unseen[:8]) + (" ..." if len(unseen) > 8 else "")
+        console.print(f"[yellow]warning:[/] {model} never saw: {listed}")
+    return unseen

@@ -1,0 +1,92 @@
+"""How a checkpoint asks to be decoded from: transformers' `generation_config.json`."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.files import write_json
+from clvr_jax.json_input import JsonObject, read_object
+from clvr_jax.models.sampling import UNCHANGED, Sampling
+
+FILE = "generation_config.json"
+
+# Fields that would change replies, with the values that change nothing. What is not obeyed is refused by name.
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+    "bad_words_ids": (None, []),
+    "begin_suppress_tokens": (None, []),
+    "diversity_penalty": (None, 0.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+    "exponential_decay_length_penalty": (None,),
+    "forced_bos_token_id": (None,),
+    "forced_eos_token_id": (None,),
+    "guidance_scale": (None, 1.0),
+    "min_length": (None, 0),
+    "min_new_tokens": (None, 0),
+    "min_p": (None, 0.0),
+    "no_repeat_ngram_size": (None, 0),
+    "num_beams": (None, 1),
+    "penalty_alpha": (None, 0.0),
+    "sequence_bias": (None, {}, []),
+    "stop_strings": (None, []),
+    "suppress_tokens": (None, []),
+    "typical_p": (None, 1.0),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerationConfig:
+    """What a checkpoint says about decoding.
+
+    stop_tokens: ids of the tokens that end a reply; () for a checkpoint that names none. sampling: how tokens are
+    chosen. content: of the file, to write it again; None without one. `do_sample`, `temperature` and the lengths in it
+    are not used, because the caller always says at which temperature and how long a reply is to be.
+    """
+
+    stop_tokens: tuple[int, ...] = ()
+    sampling: Sampling = UNCHANGED
+    content: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+
+    @classmethod
+    def read(cls, directory: Path, vocab_size: int) -> Self:
+        """Reads the file of a model directory; without one nothing is asked for.
+
+        Raises: ClvrError for fields of a wrong type or range, and for one that is not supported and would matter.
+        """
+        file = directory / FILE
+        if not file.is_file():
+            return cls()
+        entry = read_object(file)
+        for name, neutral in _NEUTRAL.items():
+            if (value := entry.content.get(name)) not in neutral:
+                raise ClvrError(
+                    f"{file}: {name} is {value!r:.40}, which is not supported; remove it if replies may do without"
+                )
+        names = ("top_k", "top_p", "repetition_penalty")
+        given: dict[str, Any] = {
+            name: entry.integer(name) if name == "top_k" else entry.number(name)
+            for name in names
+            if entry.content.get(name) is not None  # null is transformers' "not set"
+        }
+        try:
+            return cls(_stop_tokens(entry, vocab_size), Sampling(**given), entry.content)
+        except ClvrError as error:
+            raise error if str(error).startswith(str(file)) else ClvrError(f"{file}: {error}") from error
+
+    def write(self, directory: Path) -> None:
+        """Writes the file as it was read, if there was one."""
+        if self.content is not None:
+            write_json(directory / FILE, dict(self.content))
+
+
+def _stop_tokens(entry: JsonObject, vocab_size: int) -> tuple[int, ...]:
+    """The ids in `eos_token_id`, which is one, a list, or absent."""
+    if entry.content.get("eos_token_id") is None:
+        return ()
+    if isinstance(entry.content["eos_token_id"], list):
+        return entry.integers("eos_token_id", high=vocab_size - 1)
+    return (entry.integer("eos_token_id", low=0, high=vocab_size - 1),)

@@ -1,0 +1,147 @@
+"""How the models of a pipeline are loaded: dtype, mesh, and the LoRAs that are added to their weights."""
+
+import contextlib
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from clvr_jax.convert.architectures import Architecture
+from clvr_jax.convert.hub import local_directory
+from clvr_jax.convert.lora import load_lora
+from clvr_jax.convert.lora_config import PEFT_CONFIG, PEFT_NAME
+from clvr_jax.convert.lora_file import FILE_NAME
+from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
+from clvr_jax.convert.tensors import FLOATS, stored_tensors
+from clvr_jax.errors import UsageError
+from clvr_jax.files import read_json
+from clvr_jax.sharding import MeshLayout, MeshConfig, active_layout
+from clvr_jax.trees import Tree
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+Mesh = MeshConfig | MeshLayout | None
+"""Where a model is placed: on a mesh to be made, on one that exists, or on the default device."""
+
+LoRA = str | tuple[str, float]
+"""A LoRA file, its directory or its Hugging Face id, and its weight, 1 if there is none."""
+
+
+SMALL = 10**8
+"""Models with fewer parameters are loaded in float32 unless a dtype is given: they are stored in half precision to be
+small files, and fit into any memory."""
+
+
+def layout_of(mesh: Mesh) -> MeshLayout | None:
+    """Returns the layout of a mesh, None for None. Raises: UsageError for a mesh that does not fit the devices."""
+    return MeshLayout(mesh.make()) if isinstance(mesh, MeshConfig) else mesh
+
+
+def computing_on(layout: MeshLayout | None) -> AbstractContextManager[Any]:
+    """While this lasts, models are loaded and programs are traced for `layout`; None changes nothing."""
+    return contextlib.nullcontext() if layout is None else layout.active()
+
+
+def on_mesh(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """Decorates a method of a pipeline so that it computes on the mesh of its attribute `layout`."""
+
+    @functools.wraps(method)
+    def run(self: Any, *args: P.args, **options: P.kwargs) -> T:
+        with computing_on(self.layout):
+            return method(self, *args, **options)
+
+    return run
+
+
+def resolve_dtype(dtype: DTypeLike | None, directory: Path, layout: MeshLayout | None = None) -> np.dtype:
+    """Returns the dtype to load a model with.
+
+    Args:
+      dtype: returned if it is not None.
+      directory: of the model; decides on an accelerator: the dtype that most of its weights are stored in, and float32
+        for a model of fewer than `SMALL` parameters. On a CPU it is float32, because CPUs are slow in other dtypes.
+      layout: the mesh that the model is placed on; the active layout, else the default device, if None.
+    """
+    if dtype is not None:
+        return np.dtype(jnp.dtype(dtype))
+    layout = layout or active_layout()
+    platform = layout.platform if layout else jax.default_backend()
+    return FLOATS["float32"] if platform == "cpu" else stored_dtype(directory)
+
+
+def stored_dtype(directory: Path) -> np.dtype:
+    """Returns the dtype that most of a model's weights are stored in; float32 for small models and other dtypes."""
+    sizes: Counter[np.dtype] = Counter()
+    arrays = open_tree(directory / PARAMS) if is_tree(directory / PARAMS) else stored_tensors(directory)
+    for array in arrays.values():
+        sizes[np.dtype(array.dtype)] += math.prod(array.shape)
+    if sizes.total() < SMALL:
+        return FLOATS["float32"]
+    most = max(sizes, key=lambda dtype: sizes[dtype], default=FLOATS["float32"])
+    return most if most in FLOATS.values() else FLOATS["float32"]
+
+
+def check_heads(layout: MeshLayout | None, heads: Mapping[str, int]) -> None:
+    """Checks that a mesh shards the heads of attention evenly: else some devices would wait for the others.
+
+    Args:
+      layout: of the mesh; None is always fine.
+      heads: model -> number of its attention heads.
+    Raises: UsageError that names the model and what would divide all heads.
+    """
+    if layout is None:
+        return
+    sizes = {axis: layout.mesh.shape[axis] for axis in layout.rules.heads}
+    ways = math.prod(sizes.values())
+    wrong = next((name for name, count in heads.items() if count % ways), None)
+    if wrong is not None:
+        common = math.gcd(*heads.values())
+        fits = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        named = " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size > 1)
+        raise UsageError(
+            f"mesh: {named} shards heads {ways} ways, which does not divide the {heads[wrong]} heads of {wrong}; "
+            f"choose axes whose product is one of {fits}"
+        )
+
+
+def read_loras(
+    directory: Path, architecture: Architecture, loras: Sequence[LoRA], ignore_text_encoder: bool = False
+) -> list[tuple[Tree, float]]:
+    """Reads LoRAs of the model in `directory`, without its weights.
+
+    Args:
+      directory: holds config.json.
+      architecture: the architecture.
+      loras: what to read; the same LoRA may be given twice.
+      ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
+    Returns: each LoRA tree with its weight.
+    Raises: ClvrError, one line, for a LoRA that is missing, damaged, of another kind or of another model; UsageError
+      for a weight that is no finite number.
+    """
+    if not loras:
+        return []
+    config = read_json(directory / "config.json")
+    _, state = architecture.split(config)
+    table = architecture.key_mapping(architecture.config_from_dict(config))
+    trees = []
+    for lora in loras:
+        name, weight = (lora, 1.0) if isinstance(lora, str) else lora
+        if not math.isfinite(weight):
+            raise UsageError(f"{name}: the weight of a LoRA must be a finite number, got {weight}")
+        tree = load_lora(lora_path(name), table, state, ignore_text_encoder=ignore_text_encoder)
+        trees.append((tree, float(weight)))
+    return trees
+
+
+def lora_path(name: str) -> Path:
+    """Returns the file or directory of a LoRA on this machine; a Hugging Face id is fetched. Raises: ClvrError."""
+    return local_directory(name, allow_patterns=(FILE_NAME, PEFT_NAME, PEFT_CONFIG))

@@ -1,0 +1,52 @@
+"""The steps of RL compiled for a mesh."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from clvr_jax.rl.algorithms.base import Metrics
+from clvr_jax.rl.config import PPRLConfig
+from clvr_jax.rl.policy import DiffusionPolicy
+from clvr_jax.rl.rollout import collect_rollout
+from clvr_jax.rl.state import PPRLState, state_shardings
+from clvr_jax.rl.update import GradAccumulator, UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
+from clvr_jax.sharding import MeshLayout
+
+Tree = Any
+
+
+class JittedSteps:
+    """The functions of `rollout` and `update`, jitted; weights keep the shardings of parameters.
+
+    rollout: (base, old, frozen, RolloutBatch) -> Rollout.
+    accumulate: (params, base, old, GradAccumulator, UpdateBatch) -> GradAccumulator, with the batch added.
+    apply_gradients: (state, GradAccumulator) -> (state, metrics).
+    update_old_policy: state -> state of the next epoch.
+    """
+
+    def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: MeshLayout):
+        def accumulate(params: Tree, base: Tree, old: Tree, sums: GradAccumulator, batch: UpdateBatch) -> Any:
+            total = jax.tree.map(jnp.add, sums, loss_and_grads(policy, config, params, base, old, batch))
+            return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))
+
+        def apply(state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:
+            next_state, metrics = apply_gradients(config, state, sums)
+            return jax.lax.with_sharding_constraint(next_state, state_shardings(next_state, layout)), metrics
+
+        self.algorithm = config.make_algorithm(policy)
+        self.rollout = jax.jit(partial(collect_rollout, policy, config))
+        self.accumulate = jax.jit(accumulate, donate_argnums=3)
+        self.apply_gradients = jax.jit(apply, donate_argnums=0)
+        self.update_old_policy = jax.jit(partial(update_old_policy, self.algorithm), donate_argnums=0)
+        self._zero_grads = jax.jit(
+            lambda params: jax.lax.with_sharding_constraint(
+                jax.tree.map(jnp.zeros_like, params), layout.parameters(params)
+            )
+        )
+
+    def zeros(self, params: Tree) -> GradAccumulator:
+        """Returns sums over no samples."""
+        metrics = {name: jnp.float32(0) for name in (*self.algorithm.metrics, "loss")}
+        return GradAccumulator(self._zero_grads(params), metrics, jnp.float32(0))

@@ -1,0 +1,48 @@
+"""The task that a recipe passes to the RL trainer."""
+
+import dataclasses
+from collections.abc import Callable, Hashable, Sequence
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.rewards.reward import Reward
+from clvr_jax.rewards.teacher import Teacher
+from clvr_jax.rl.config import PPRLConfig
+from clvr_jax.rl.policy import DiffusionPolicy
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class PPRLTask:
+    """The model, data and reward of a run.
+
+    name: shown in progress lines. config: of the run. base: weights of the initial model, the reference of the loss.
+    frozen: pytree of everything else that the policy reads. policy: the architecture. steps: trajectory steps that
+    images are sampled for. data: (steps of one bucket) -> input of `DiffusionPolicy.encode_conditions`, a pytree of
+    NumPy arrays with one row for each step. bucket: steps with the same key have data of the same shapes. reward:
+    scores the images. save: (weights, trained parameters, directory) -> None, writes the trained model. teacher: writes
+    proxy prompts during training; None uses the dataset's.
+    """
+
+    name: str
+    config: PPRLConfig
+    base: Tree
+    frozen: Tree
+    policy: DiffusionPolicy
+    steps: ProxySteps
+    data: Callable[[Sequence[ProxyStep]], Any]
+    bucket: Callable[[ProxyStep], Hashable]
+    reward: Reward
+    save: Callable[[Tree, Tree, Path], None]
+    teacher: Teacher | None = None
+
+    @property
+    def params(self) -> Tree:
+        """The initial parameters; `recipes.export_run` restores a tree of the same structure."""
+        return self.config.init_params(self.base)
+
+    def export(self, params: Tree, directory: Path) -> None:
+        """Writes the model with trained parameters."""
+        self.save(self.config.policy_weights(self.base, params), params, directory)

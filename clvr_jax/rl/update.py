@@ -1,0 +1,115 @@
+"""Update: gradients of the loss at sampled timesteps, an optimizer step, and the old policy that follows.
+
+The policies are three trees of weights on one base: `params`, which are trained; `old`, which samples; the base itself
+is the reference. LoRA trees are multiplied out inside each program.
+
+Source: DiffusionNFT (arXiv 2509.16117) as PPRL (arXiv 2605.14876) uses it; Flow-GRPO (arXiv 2505.05470).
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from clvr_jax.rl.algorithms import Predictors, RLAlgorithm
+from clvr_jax.rl.algorithms.base import Metrics
+from clvr_jax.rl.config import PPRLConfig
+from clvr_jax.rl.policy import DiffusionPolicy
+from clvr_jax.rl.random_keys import LOSS, TIMESTEPS, RandomSource, sample_keys
+from clvr_jax.rl.rollout import repeat_for_samples
+from clvr_jax.rl.state import PPRLState
+
+Tree = Any
+
+
+class UpdateBatch(NamedTuple):
+    """The input of the loss for the b samples of g groups.
+
+    samples, conditions: of the rollout. sample_weights: (b,), see `RLAlgorithm.sample_weights`. valid_mask: (b,), 1
+    where a sample has a reward, else 0. inner_step: int32 scalar, index into the timesteps of each sample, which are in
+    random order. source: of the random numbers.
+    """
+
+    samples: Any
+    conditions: Tree
+    sample_weights: Any
+    valid_mask: Any
+    inner_step: Any
+    source: RandomSource
+
+
+class GradAccumulator(NamedTuple):
+    """Sums over valid samples: gradients, metrics, and the number of samples as weight."""
+
+    grads: Tree
+    metrics: Metrics
+    weight: jax.Array
+
+
+def loss_and_grads(
+    policy: DiffusionPolicy, config: PPRLConfig, params: Tree, base: Tree, old: Tree, batch: UpdateBatch
+) -> GradAccumulator:
+    """Computes loss, metrics and gradients for the samples of a microbatch at one of their timesteps, as sums."""
+    algorithm = config.make_algorithm(policy)
+    conditions = repeat_for_samples(batch.conditions, config.group_size)
+    timestep_keys = sample_keys(batch.source, config.group_size, TIMESTEPS)
+    orders = jax.vmap(lambda key: jax.random.permutation(key, algorithm.num_train_timesteps))(timestep_keys)
+    timestep_index_b = orders[:, batch.inner_step]
+    loss_keys = sample_keys(batch.source, config.group_size, LOSS, batch.inner_step)
+    old_predictor = policy.predictor(config.policy_weights(base, old), conditions)
+    reference = policy.predictor(base, conditions)
+
+    def weighted_loss(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        theta = policy.predictor(config.policy_weights(base, params), conditions)
+        loss, metrics = algorithm.loss(
+            Predictors(theta, old_predictor, reference),
+            batch.samples,
+            batch.sample_weights,
+            batch.valid_mask,
+            timestep_index_b,
+            loss_keys,
+        )
+        weight = metrics.pop("weight")
+        return loss * weight, (weight, {**metrics, "loss": loss})
+
+    grads, (weight, metrics) = jax.grad(weighted_loss, has_aux=True)(params)
+    return GradAccumulator(grads, {name: value * weight for name, value in metrics.items()}, weight)
+
+
+def apply_gradients(config: PPRLConfig, state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:
+    """Takes one optimizer step on the mean over valid samples; one that is not finite changes only the counters."""
+    grads, metrics = (jax.tree.map(lambda leaf: leaf / sums.weight, tree) for tree in (sums.grads, sums.metrics))
+    norm = optax.global_norm(grads)
+    updates, opt_state = config.optimizer.make().update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # In the first steps the EMA forgets the initial parameters quickly.
+    decay = jnp.minimum((1 + state.step) / (10 + state.step), config.ema_decay)
+    ema = _interpolate(decay, state.ema, params)
+    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+    params, ema, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(is_finite, new, old),
+        (params, ema, opt_state),
+        (state.params, state.ema, state.opt_state),
+    )
+    next_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        ema=ema,
+        opt_state=opt_state,
+        skipped=state.skipped + ~is_finite,
+        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+    )
+    return next_state, {**metrics, "grad_norm": norm}
+
+
+def update_old_policy(algorithm: RLAlgorithm, state: PPRLState) -> PPRLState:
+    """Ends an epoch: old <- d old + (1 - d) params."""
+    old = _interpolate(algorithm.old_decay(state.step), state.old, state.params)
+    return dataclasses.replace(state, epoch=state.epoch + 1, old=old)
+
+
+def _interpolate(decay: Any, old: Tree, new: Tree) -> Tree:
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, new)

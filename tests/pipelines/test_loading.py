@@ -1,0 +1,169 @@
+"""How pipelines are loaded: on a mesh they compute what one device computes, and LoRAs and dtypes are obeyed."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from PIL import Image
+
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
+from clvr_jax.convert.lora import save_lora
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.merging.deltas import apply_delta
+from clvr_jax.models.lora import init_lora, is_pair
+from clvr_jax.pipelines import loading
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
+from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.sharding import MeshConfig
+from tests.pipelines.test_flux2 import folder  # noqa: F401
+from tests.pipelines.test_sdxl import folders  # noqa: F401
+from tests.training.pprl_toy import small_qwen3_vl
+
+MESHES = {
+    "fsdp": MeshConfig(fsdp=8),
+    "tensor": MeshConfig(fsdp=1, tensor=4, devices=4),
+    "sequence": MeshConfig(fsdp=1, sequence=4, devices=4),
+    "mixed": MeshConfig(fsdp=2, sequence=2, tensor=2),
+}
+PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
+
+
+@pytest.fixture(scope="module")
+def controller(tmp_path_factory):
+    return small_qwen3_vl(tmp_path_factory.mktemp("controller") / "model")
+
+
+def drawn(pipeline):
+    options = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0}
+    return pipeline("a red circle", [PHOTO], output_type="np", **options).images
+
+
+def answered(pipeline):
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "a red circle"}]}]
+    (answer,) = pipeline.answer_all([chat], [[PHOTO.resize((64, 64))]], 3, top_logprobs=2)
+    return answer.text, np.array([token.logprob for token in answer.tokens])
+
+
+@pytest.fixture(scope="module")
+def drawn_alone(folder):  # noqa: F811
+    return drawn(Flux2Pipeline.from_pretrained(str(folder)))
+
+
+@pytest.fixture(scope="module")
+def answered_alone(controller):
+    return answered(Qwen3VLPipeline.from_pretrained(controller))
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone, name):  # noqa: F811
+    pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=MESHES[name])
+    np.testing.assert_allclose(drawn(pipeline), drawn_alone, atol=1e-5)
+    weights = jax.tree.leaves(nnx.state(pipeline.transformer))
+    held = sum(leaf.addressable_shards[0].data.nbytes for leaf in weights) / sum(leaf.nbytes for leaf in weights)
+    assert held < (0.2 if name == "fsdp" else 0.4)
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(controller, answered_alone, name):
+    text, logprobs = answered(Qwen3VLPipeline.from_pretrained(controller, mesh=MESHES[name]))
+    assert text == answered_alone[0]
+    np.testing.assert_allclose(logprobs, answered_alone[1], atol=1e-5)
+
+
+def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):  # noqa: F811
+    path = str(folders(True, "euler"))
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
+    alone = SDXLPipeline.from_pretrained(path)("a red circle", **options).images
+    mesh = SDXLPipeline.from_pretrained(path, mesh=MeshConfig(fsdp=2, tensor=2, devices=4))
+    np.testing.assert_allclose(mesh("a red circle", **options).images, alone, atol=1e-5)
+
+
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, controller):  # noqa: F811
+    with pytest.raises(UsageError, match=r"tensor 8 shards heads 8 ways.* 4 heads of transformer; .* one of 1, 2, 4"):
+        Flux2Pipeline.from_pretrained(str(folder), mesh=MeshConfig(tensor=8))
+    with pytest.raises(UsageError, match=r"sequence 2 x tensor 4|tensor 4 x sequence 2"):
+        ClosedLoopPipeline.from_pretrained(
+            str(folder), controller=str(controller), mesh=MeshConfig(sequence=2, tensor=4)
+        )
+    with pytest.raises(UsageError, match="heads of controller"):
+        Qwen3VLPipeline.from_pretrained(controller, mesh=MeshConfig(tensor=8))
+
+
+@pytest.fixture(scope="module")
+def loras(folder, tmp_path_factory):  # noqa: F811
+    """A pipeline's transformer, and two LoRA trees of it with their files."""
+    transformer = Flux2Pipeline.from_pretrained(str(folder)).transformer
+    place, made = tmp_path_factory.mktemp("loras"), []
+    for seed, target in enumerate((r"attn\.to_[qk]\.", r"to_qkv_mlp_proj|attn\.to_q\.")):
+        tree = init_lora(nnx.state(transformer), [target], 2, 3.0, jax.random.key(seed))
+        rng = np.random.default_rng(seed)
+
+        def filled(pair, rng=rng):
+            return dataclasses.replace(pair, b=jnp.asarray(rng.normal(size=pair.b.shape), jnp.float32))
+
+        tree = jax.tree.map(filled, tree, is_leaf=is_pair)
+        save_lora(place / f"{seed}.safetensors", tree, FLUX2_TRANSFORMER.key_mapping(transformer.config), transformer)
+        made.append((tree, str(place / f"{seed}.safetensors")))
+    return transformer, made
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, devices=4)])
+def test_loras_are_added_with_their_weights(folder, loras, mesh):  # noqa: F811
+    transformer, ((first, first_file), (second, second_file)) = loras
+    expected = apply_delta(apply_delta(nnx.state(transformer), first, 0.5), second)
+    pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=mesh, lora=[(first_file, 0.5), second_file])
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        nnx.state(pipeline.transformer),
+        expected,
+    )
+
+
+def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path):  # noqa: F811
+    from clvr_jax.convert.conversion import convert
+    from clvr_jax.convert.planning import plan
+
+    transformer, ((first, file), _) = loras
+    convert(plan(folder, "jax"), tmp_path / "converted")
+    pipeline = Flux2Pipeline.from_pretrained(str(tmp_path / "converted"), lora=[(file, 2.0)])
+    jax.tree.map(
+        lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
+        nnx.state(pipeline.transformer),
+        apply_delta(nnx.state(transformer), first, 2.0),
+    )
+
+
+def test_a_lora_of_another_model_and_a_weight_that_is_no_number_are_refused(folder, folders, loras):  # noqa: F811
+    _, ((_, file), _) = loras
+    with pytest.raises(ClvrError, match="no LoRA of this unet"):
+        SDXLPipeline.from_pretrained(str(folders(True, "euler")), lora=[file])
+    with pytest.raises(UsageError, match="finite number"):
+        Flux2Pipeline.from_pretrained(str(folder), lora=[(file, float("nan"))])
+    with pytest.raises(ClvrError, match="no such"):
+        Flux2Pipeline.from_pretrained(str(folder), lora=["absent.safetensors"])
+
+
+def test_the_dtype_is_the_checkpoints_own_on_an_accelerator(folder, tmp_path, monkeypatch):  # noqa: F811
+    pipeline = Flux2Pipeline.from_pretrained(str(folder), None)
+    assert pipeline.transformer.x_embedder.kernel.dtype == jnp.float32  # on a CPU
+    pipeline.save_pretrained(str(tmp_path / "half"), "bfloat16")
+    assert Flux2Pipeline.from_pretrained(str(tmp_path / "half"), None).vae.bn.running_var.dtype == jnp.float32
+    monkeypatch.setattr(loading.jax, "default_backend", lambda: "tpu")
+    assert loading.resolve_dtype(None, tmp_path / "half" / "transformer") == jnp.float32  # so small a model
+    monkeypatch.setattr(loading, "SMALL", 1)
+    loaded = Flux2Pipeline.from_pretrained(str(tmp_path / "half"), None)
+    assert loaded.transformer.x_embedder.kernel.dtype == jnp.bfloat16
+    assert Flux2Pipeline.from_pretrained(str(tmp_path / "half"), "float32").vae.bn.running_var.dtype == jnp.float32
+
+
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest(folder):  # noqa: F811
+    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+    with pytest.raises(UsageError, match=r"size 50 x 61: .* multiples of 8 pixels; the nearest size is 48 x 64"):
+        pipeline("a red circle", height=50, width=61)
+    with pytest.raises(UsageError, match="nearest size is 8 x 8"):
+        ClosedLoopPipeline(pipeline, object()).run(["a"], height=1, width=9, verification="none")

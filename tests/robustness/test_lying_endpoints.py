@@ -1,0 +1,46 @@
+"""No lie of an endpoint loses a prompt, invents a score or an image, runs without end, or fills the memory.
+
+`make test` tries every sixth kind, `make test-robustness` all of them, in a process of their own whose memory is
+measured.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.providers.server import LoopbackServer
+from tests.robustness.lies import kinds, tried
+
+ALL = bool(os.environ.get("ALL_INPUTS"))
+SOME = [] if ALL else [pytest.param(*each, id=f"{each[0]}, {each[1]}") for each in list(kinds())[::6]]
+
+
+def test_there_are_enough_kinds():
+    assert len(list(kinds())) >= 60
+
+
+@pytest.mark.parametrize(("kind", "name", "lie"), SOME)
+def test_nothing_is_lost_or_invented(kind, name, lie, tmp_path):
+    server = LoopbackServer()
+    try:
+        assert tried(server, kind, name, lie, tmp_path) == (0, 0)
+    finally:
+        server.close()
+
+
+@pytest.mark.skipif(not ALL, reason="make test-robustness")
+def test_all_kinds_in_bounded_time_and_memory():
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.robustness.lies"], cwd=root, capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["kinds"] >= 60
+    assert (found["prompts_lost"], found["invented"]) == (0, 0)
+    assert found["longest_seconds"] < 20
+    assert found["peak_memory_mib"] < 500
