@@ -1,5 +1,6 @@
 """Loading and saving of LoRA files as LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,12 @@ def load_lora(
 
 
 def pairs_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[LoRAPair, float]]]:
-    """LoRA trees with their weights -> for each path of a kernel, its pairs with their weights."""
+    """LoRA trees with their weights -> for each path of a kernel, its pairs, on the host, with their weights."""
     found: dict[TreePath, list[tuple[LoRAPair, float]]] = {}
     for tree, weight in loras:
         for path, pair in leaves_by_path(tree, is_pair).items():
-            found.setdefault(path, []).append((pair, weight))
+            on_host = dataclasses.replace(pair, a=np.asarray(pair.a), b=np.asarray(pair.b))
+            found.setdefault(path, []).append((on_host, weight))
     return found
 
 

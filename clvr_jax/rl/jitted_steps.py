@@ -10,7 +10,7 @@ from clvr_jax.rl.algorithms.base import Metrics
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.rollout import collect_rollout
-from clvr_jax.rl.state import PPRLState, state_shardings
+from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.update import GradAccumulator, UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
 from clvr_jax.sharding import MeshLayout
 
@@ -33,7 +33,7 @@ class JittedSteps:
 
         def apply(state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:
             next_state, metrics = apply_gradients(config, state, sums)
-            return jax.lax.with_sharding_constraint(next_state, state_shardings(next_state, layout)), metrics
+            return jax.lax.with_sharding_constraint(next_state, next_state.shardings(layout)), metrics
 
         self.algorithm = config.make_algorithm(policy)
         self.rollout = jax.jit(partial(collect_rollout, policy, config))

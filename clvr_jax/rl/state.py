@@ -1,14 +1,16 @@
-"""The state of a PPRL run: three policies as trees of parameters, the optimizer, and counters."""
+"""The state of a PPRL run: that of any training run, with the old policy."""
 
 import dataclasses
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import optax
+from typing_extensions import override
 
 from clvr_jax.sharding import MeshLayout
+from clvr_jax.training.step import TrainState
 
 Tree = Any
 
@@ -19,39 +21,22 @@ Tree = Any
     meta_fields=[],
 )
 @dataclasses.dataclass
-class PPRLState:
-    """Everything that a run resumes from.
+class PPRLState(TrainState):
+    """Everything that a run resumes from; `params` are those of the policy that is trained, `ema` is exported.
 
-    epoch: number of finished epochs. step: number of optimizer steps. params: of the policy that is trained. old: of
-    the policy that samples. ema: average of params, which is exported. skipped: number of steps that changed nothing
-    because the loss or gradients were not finite.
+    epoch: number of finished epochs. old: parameters of the policy that samples.
     """
 
     epoch: Any
-    step: Any
-    params: Tree
     old: Tree
-    ema: Tree
-    opt_state: Tree
-    skipped: Any
-    skipped_in_a_row: Any
 
+    @override
     @classmethod
-    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout) -> "PPRLState":
-        """Returns the state of epoch 0, sharded over the mesh: all policies are the same."""
+    def _initial(cls, params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+        old = jax.tree.map(jnp.copy, params)
+        return {**super()._initial(params, optimizer), "epoch": jnp.int32(0), "old": old}
 
-        def start(params: Tree) -> "PPRLState":
-            params, old, ema = (jax.tree.map(jnp.copy, params) for _ in range(3))
-            zero = jnp.int32(0)
-            return PPRLState(zero, zero, params, old, ema, optimizer.init(params), zero, zero)
-
-        params = jax.device_put(params, layout.parameters(params))
-        return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
-
-
-def state_shardings(state: PPRLState, layout: MeshLayout) -> PPRLState:
-    """Returns the sharding of every part of a state; shapes are enough."""
-    replicated = layout.replicated
-    params, old, ema = (layout.parameters(tree) for tree in (state.params, state.old, state.ema))
-    opt_state = layout.optimizer_state(state.opt_state, state.params)
-    return PPRLState(replicated, replicated, params, old, ema, opt_state, replicated, replicated)
+    @override
+    def shardings(self, layout: MeshLayout) -> Self:
+        old = layout.parameters(self.old)
+        return dataclasses.replace(super().shardings(layout), epoch=layout.replicated, old=old)

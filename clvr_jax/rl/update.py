@@ -10,8 +10,6 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import optax
 
 from clvr_jax.rl.algorithms import Predictors, RLAlgorithm
 from clvr_jax.rl.algorithms.base import Metrics
@@ -20,6 +18,7 @@ from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.random_keys import LOSS, TIMESTEPS, RandomSource, sample_keys
 from clvr_jax.rl.rollout import repeat_for_samples
 from clvr_jax.rl.state import PPRLState
+from clvr_jax.training import step
 
 Tree = Any
 
@@ -81,35 +80,12 @@ def loss_and_grads(
 def apply_gradients(config: PPRLConfig, state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:
     """Takes one optimizer step on the mean over valid samples; one that is not finite changes only the counters."""
     grads, metrics = (jax.tree.map(lambda leaf: leaf / sums.weight, tree) for tree in (sums.grads, sums.metrics))
-    norm = optax.global_norm(grads)
-    updates, opt_state = config.optimizer.make().update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    # In the first steps the EMA forgets the initial parameters quickly.
-    decay = jnp.minimum((1 + state.step) / (10 + state.step), config.ema_decay)
-    ema = _interpolate(decay, state.ema, params)
-    is_finite = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-    params, ema, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(is_finite, new, old),
-        (params, ema, opt_state),
-        (state.params, state.ema, state.opt_state),
-    )
-    next_state = dataclasses.replace(
-        state,
-        step=state.step + 1,
-        params=params,
-        ema=ema,
-        opt_state=opt_state,
-        skipped=state.skipped + ~is_finite,
-        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
-    )
+    next_state, norm = step.apply_gradients(state, grads, metrics["loss"], config.optimizer.make(), config.ema_decay)
     return next_state, {**metrics, "grad_norm": norm}
 
 
 def update_old_policy(algorithm: RLAlgorithm, state: PPRLState) -> PPRLState:
     """Ends an epoch: old <- d old + (1 - d) params."""
-    old = _interpolate(algorithm.old_decay(state.step), state.old, state.params)
+    decay = algorithm.old_decay(state.step)
+    old = jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, state.old, state.params)
     return dataclasses.replace(state, epoch=state.epoch + 1, old=old)
-
-
-def _interpolate(decay: Any, old: Tree, new: Tree) -> Tree:
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, old, new)

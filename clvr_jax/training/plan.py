@@ -23,7 +23,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
 from clvr_jax.training.feed import Input, check_batch
 from clvr_jax.training.recipes import Recipe
-from clvr_jax.training.step import TrainState, make_train_step, state_shardings
+from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task
 
 Tree = Any
@@ -189,7 +189,7 @@ def _changed(config: Any, mesh: MeshConfig, batch: int | None) -> Any:
 def _plan_step(task: Task, train: Any, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
     optimizer = train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
-    state = _with(state, state_shardings(state, layout))
+    state = _with(state, state.shardings(layout))
     frozen = _with(_shapes(task.frozen), layout.parameters(task.frozen))
     batch = _shapes(next(task.batches) if isinstance(task.batches, Input) else task.batches(0))
     check_batch(batch, layout, train.accumulate)

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -37,35 +37,76 @@ class TrainState:
     skipped_in_a_row: Any
 
     @classmethod
-    def create(
-        cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None
-    ) -> "TrainState":
-        """Step 0, laid out over the mesh; the average starts at the parameters.
+    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None) -> Self:
+        """Returns the state of step 0, sharded over the mesh; the EMA starts at the parameters.
 
         The parameters are copied, since a step takes its state's memory.
         """
 
-        def start(params: Tree) -> "TrainState":
-            params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
-            return TrainState(jnp.int32(0), params, ema, optimizer.init(params), jnp.int32(0), jnp.int32(0))
+        def start(params: Tree) -> Any:
+            return cls(**cls._initial(params, optimizer))
 
         if layout is None:
             return start(params)
         params = jax.device_put(params, layout.parameters(params))
-        return jax.jit(start, out_shardings=state_shardings(jax.eval_shape(start, params), layout))(params)
+        return jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
+
+    @classmethod
+    def _initial(cls, params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+        """Returns all fields at step 0."""
+        params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
+        counters = {name: jnp.int32(0) for name in ("step", "skipped", "skipped_in_a_row")}
+        return {**counters, "params": params, "ema": ema, "opt_state": optimizer.init(params)}
+
+    def shardings(self, layout: MeshLayout) -> Self:
+        """Returns the sharding of every part; shapes are enough."""
+        replicated = layout.replicated
+        return dataclasses.replace(
+            self,
+            step=replicated,
+            params=layout.parameters(self.params),
+            ema=layout.parameters(self.ema),
+            opt_state=layout.optimizer_state(self.opt_state, self.params),
+            skipped=replicated,
+            skipped_in_a_row=replicated,
+        )
 
 
-def state_shardings(state: TrainState, layout: MeshLayout) -> TrainState:
-    """Where each part of a state (shapes are enough) lies."""
-    whole = layout.replicated
-    return TrainState(
-        whole,
-        layout.parameters(state.params),
-        layout.parameters(state.ema),
-        layout.optimizer_state(state.opt_state, state.params),
-        whole,
-        whole,
+State = TypeVar("State", bound=TrainState)
+
+
+def apply_gradients(
+    state: State, grads: Tree, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float
+) -> tuple[State, jax.Array]:
+    """Takes one optimizer step; one whose loss or gradients are not finite changes only the counters.
+
+    Args:
+      state: before the step.
+      grads: of the parameters. loss: scalar that they are of.
+      optimizer: of the run.
+      ema_decay: of the EMA of the parameters; it is smaller in the first steps.
+    Returns: the state after the step, and the global norm of the gradients.
+    """
+    norm = optax.global_norm(grads)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    # In the first steps the EMA forgets the initial parameters quickly, later it has its full memory.
+    decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
+    ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.ema, params)
+    is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+    old = (state.params, state.ema, state.opt_state)
+    new = (params, ema, opt_state)
+    params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(is_finite, new, old), new, old)
+    next_state = dataclasses.replace(
+        state,
+        step=state.step + 1,
+        params=params,
+        ema=ema,
+        opt_state=opt_state,
+        skipped=state.skipped + ~is_finite,
+        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
     )
+    return next_state, norm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +134,7 @@ def make_train_step(
     def train_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, metrics = _gradients(loss, config, state.params, frozen, batch, key)
-        norm = optax.global_norm(grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        # Early on the average forgets the start quickly, later it has its full memory.
-        decay = jnp.minimum(config.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = jax.tree.map(lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype), state.ema, params)
-        is_good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
-        old = (state.params, state.ema, state.opt_state)
-        new = (params, ema, opt_state)
-        params, ema, opt_state = jax.tree.map(lambda new, old: jnp.where(is_good, new, old), new, old)
-        in_a_row = jnp.where(is_good, 0, state.skipped_in_a_row + 1)
-        following = TrainState(state.step + 1, params, ema, opt_state, state.skipped + ~is_good, in_a_row)
+        following, norm = apply_gradients(state, grads, metrics["loss"], optimizer, config.ema_decay)
         return following, {**metrics, "grad_norm": norm, "skipped": following.skipped}
 
     if layout is None:
@@ -113,8 +143,7 @@ def make_train_step(
     @partial(jax.jit, donate_argnums=0)
     def laid_out_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
         following, metrics = train_step(state, frozen, batch)
-        shardings = state_shardings(following, layout)
-        return jax.lax.with_sharding_constraint(following, shardings), metrics
+        return jax.lax.with_sharding_constraint(following, following.shardings(layout)), metrics
 
     return laid_out_step
 

@@ -216,7 +216,8 @@ def _shared(t: Teller, index: int, other: int) -> str:
     first, second = one["color"], two["color"]
     if one["class"] == two["class"]:
         shape, shapes = one["class"], words.PLURALS[one["class"]]
-        forms: tuple[str, ...] = (f"{an} {first} and {an_other} {second} {shape}", f"two {shapes} (one {first} and one {second})",
+        forms: tuple[str, ...]
+        forms = (f"{an} {first} and {an_other} {second} {shape}", f"two {shapes} (one {first} and one {second})",
                  f"{an} {first} {shape} and {an_other} {second} one", f"one {first} and one {second} {shape}",
                  f"one {shape} in {first} and another in {second}")  # fmt: skip
     elif first == second:
