@@ -2,7 +2,7 @@
 
 PYTHONPATH=. python benchmarks/bench_judging.py
 
-Pictures in GenEval++'s layout are scored by an endpoint on loopback that answers after a second, as soon as a model can
+Images in GenEval++'s layout are scored by an endpoint on loopback that answers after a second, as soon as a model can
 have looked at a picture and written its verdict, 64 questions at a time; then once more, with every answer on disk. The
 target is 30 % of one core. The server is a process of its own. What a call costs is mostly the openai package's,
 whatever the delay, so the share grows as that falls: try --delay 0.2.
@@ -21,8 +21,8 @@ from endpoint import endpoint
 from PIL import Image
 
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, load_external
 from clvr_jax.evaluation.benchmarks.judges import endpoint_judge
-from clvr_jax.evaluation.benchmarks.pictures import Pictures, made_elsewhere
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from tests.providers.server import KEY, completion
 
@@ -57,7 +57,7 @@ def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _pictures(folder: Path, count: int, size: int) -> Pictures:
+def _pictures(folder: Path, count: int, size: int) -> BenchmarkImages:
     """Noise, for the prompts of one tag."""
     entry = {"tag": "counting", "include": [{"class": "cup", "count": 5}], "prompt": "A photo of five cups"}
     (folder / "prompts.jsonl").write_text(f"{json.dumps(entry)}\n" * count)
@@ -65,7 +65,7 @@ def _pictures(folder: Path, count: int, size: int) -> Pictures:
     for number in range(1, count + 1):
         Image.fromarray(rng.integers(0, 256, (size, size, 3), np.uint8)).save(folder / f"{number}.jpg")
     benchmark = GenEvalPP()
-    return made_elsewhere(benchmark, benchmark.read(folder / "prompts.jsonl"), folder, 1, folder / "out")
+    return load_external(benchmark, benchmark.read(folder / "prompts.jsonl"), folder, 1, folder / "out")
 
 
 if __name__ == "__main__":

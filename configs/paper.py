@@ -16,14 +16,14 @@ from typing import Any, Literal
 from clvr_jax.arguments import at_least_one, check_seed, run_script
 from clvr_jax.compilation import keep_compiled_programs
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.layout import Folder
 from clvr_jax.evaluation.paper.diagnosis import interactions
-from clvr_jax.evaluation.paper.models import Sources, model_folders
+from clvr_jax.evaluation.paper.models import Sources, model_directories
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import SPLITS, Prompts, Row, results
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.evaluation.paper.timing import by_drawings, loop_times
-from clvr_jax.evaluation.scaling import read_off
+from clvr_jax.evaluation.paper.timing import loop_times, times_by_image_count
+from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.scaling import from_trajectories
 from clvr_jax.files import read_json, write_json
 from clvr_jax.merging.planning import REPORT
 from clvr_jax.outputs import check_file, check_folder
@@ -149,7 +149,7 @@ def main(
     stages = Stages(out)
     sources = Sources(base, distilled, sft, pprl, controller, aligned)
     looped = f"{sources.merged}-loop"
-    folders = model_folders(sources, stages)
+    folders = model_directories(sources, stages)
     rows = {name: row for name, row in ROWS.items() if row.model in folders}
     prompts = [Prompts(split, limit, seeds) for split in SPLITS]
     found = {
@@ -168,8 +168,8 @@ def main(
         times={name: _times(name, folders[rows[name].model], some, stages) for name in (looped, "merged-loop")},
         interactions=_changes([folders[name] for name in ("base", "distilled", "aligned")], some, stages),
         norms=read_json(folders["merged"] / REPORT)["whole"],
-        scaling=read_off(
-            {rows[name].label: Folder(found[name]["complex"].folders[0]) for name in scaled if name in rows}
+        scaling=from_trajectories(
+            {rows[name].label: RunDirectory(found[name]["complex"].directories[0]) for name in scaled if name in rows}
         ),
         seconds=stages.seconds,
     )
@@ -183,10 +183,10 @@ def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages)
     def measure(folder: Path) -> None:
         write_json(folder / "times.json", {"prompts": loop_times(model, prompts)})
 
-    folder = stages.folder(
+    folder = stages.directory(
         f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "drawing, diffusion"}, measure
     )
-    return by_drawings(read_json(folder / "times.json")["prompts"])
+    return times_by_image_count(read_json(folder / "times.json")["prompts"])
 
 
 def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stages) -> dict[str, Any]:
@@ -197,7 +197,7 @@ def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stage
 
     prompts = [entry["prompt"] for entry in metadata]
     inputs = {"models": [digest(model) for model in models], "prompts": prompts}
-    return read_json(stages.folder("changes", inputs, measure) / "changes.json")
+    return read_json(stages.directory("changes", inputs, measure) / "changes.json")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.compare import compare, load_results, markdown
-from clvr_jax.evaluation.layout import Folder
+from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.files import write_atomically, write_json
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
@@ -150,7 +150,7 @@ def marks(trajectory: Trajectory) -> Iterator[Marks]:
 
 def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, float]:
     """Returns the number of images, and the shares of those with right edits and unchanged other cells."""
-    directories = [Folder(_pictures(out, name, split, seed)) for seed in seeds]
+    directories = [RunDirectory(_pictures(out, name, split, seed)) for seed in seeds]
     told = (directory.trajectory(index, 0) for directory in directories for index in range(len(directory.metadata())))
     found = [each for trajectory in told if trajectory is not None for each in marks(trajectory)]
     kept = [each.preservation for each in found if each.preservation is not None]

@@ -20,8 +20,8 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
+    from clvr_jax.evaluation.benchmarks.images import BenchmarkImages
     from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-    from clvr_jax.evaluation.benchmarks.pictures import Pictures
 
 Progress = Callable[[int, int], None]
 
@@ -90,7 +90,7 @@ class _EvalBenchmark(abc.ABC):
         """Raises ClvrError for what can be told before pictures are drawn."""
 
     @abc.abstractmethod
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         """Scores them."""
 
     def run(self) -> Result:
@@ -108,15 +108,15 @@ class _EvalBenchmark(abc.ABC):
             return self._run(benchmark, share)
 
     def _run(self, benchmark: "Benchmark", share: tuple[int, int]) -> Result:
-        """Draws a share, and scores unless there are others."""
-        from clvr_jax.evaluation.benchmarks.pictures import drawn, made_elsewhere
+        """Generates a share of the images, and scores them unless other processes generate the rest."""
+        from clvr_jax.evaluation.benchmarks.images import load_external, load_generated
         from clvr_jax.evaluation.benchmarks.summary import table
 
         if self.images:
             samples = self.samples or benchmark.samples
-            pictures = made_elsewhere(benchmark, self._items(benchmark), self.images, samples, self.out)
+            pictures = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
         elif self.score_only or self._draw(benchmark, share):
-            pictures = drawn(benchmark, self.out)
+            pictures = load_generated(benchmark, self.out)
         else:
             advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
             return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: drawn, {advice}")
@@ -126,7 +126,7 @@ class _EvalBenchmark(abc.ABC):
         return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
 
     def _share(self) -> tuple[int, int]:
-        """Which share of the pictures this process draws, and of how many."""
+        """Returns which share of the images this process generates, and the number of shares."""
         if self.share:
             number, _, count = self.share.partition("/")
             return int(number), int(count)
@@ -139,7 +139,7 @@ class _EvalBenchmark(abc.ABC):
 
     def _draw(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
         """Draws what is missing. Returns: whether it is to be scored now."""
-        from clvr_jax.evaluation.benchmarks.pictures import draw
+        from clvr_jax.evaluation.benchmarks.images import generate_images
 
         samples = self.samples or benchmark.samples
         benchmark.check_samples(samples)
@@ -147,7 +147,7 @@ class _EvalBenchmark(abc.ABC):
         items = self._items(benchmark)
         system = self.system.build()
         with _told(f"{benchmark.title}, {self.system.title}") as on_progress:
-            draw(
+            generate_images(
                 benchmark,
                 items,
                 system,
@@ -213,7 +213,7 @@ class EvalGenEval(_EvalBenchmark):
         check_models(self.detector, self.clip)
 
     @override
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
         from clvr_jax.evaluation.benchmarks.scoring import score_detected
 
@@ -247,7 +247,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             self._judge()
 
     @override
-    def score(self, pictures: "Pictures", on_progress: Progress) -> dict[str, Any]:
+    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
         from clvr_jax.evaluation.benchmarks.scoring import score_judged
 

@@ -25,17 +25,17 @@ class EvalCompare:
 
     def run(self) -> Result:
         """Compares and writes the report."""
-        from clvr_jax.evaluation.contest import gather, hold
-        from clvr_jax.evaluation.contest_report import contest_table, write_contest
+        from clvr_jax.evaluation.comparison import compare_systems, load_systems
+        from clvr_jax.evaluation.comparison_report import systems_table, write_comparison
         from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.plots import can_plot
 
-        contestants = gather(self.results)
+        systems = load_systems(self.results)
         check_folder(self.out)
-        contest = hold(contestants)
+        comparison = compare_systems(systems)
         with locked_output(self.out):
-            files = write_contest(contest, self.out)
+            files = write_comparison(comparison, self.out)
         if not can_plot():
             console.print("[yellow]note:[/] no plots: matplotlib is not installed (pip install 'clvr-jax[plots]')")
-        return Result({**contest, "out": str(self.out), "files": files}, contest_table(contest))
+        return Result({**comparison, "out": str(self.out), "files": files}, systems_table(comparison))

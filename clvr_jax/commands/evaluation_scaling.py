@@ -14,7 +14,7 @@ from clvr_jax.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.layout import Folder
+    from clvr_jax.evaluation.run_directory import RunDirectory
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 
@@ -60,22 +60,22 @@ class EvalScaling:
         if self.max_steps < 2:
             raise UsageError(f"--max-steps must be at least 2 to scale anything, got {self.max_steps}")
         if not self.model and not self.results:
-            raise UsageError("give --model, or folders of finished runs")
+            raise UsageError("give --model, or directories of finished runs")
         if len(set(self.modes)) < len(self.modes) or not self.modes:
             raise UsageError("--modes names each system once, and one at least")
 
     def run(self) -> Result:
-        """Draws what is missing, reads the curves, and writes the report."""
-        from clvr_jax.evaluation.compare import named
-        from clvr_jax.evaluation.layout import Folder
+        """Generates missing images, computes the curves, and writes the report."""
+        from clvr_jax.evaluation.compare import parse_named_path
+        from clvr_jax.evaluation.run_directory import RunDirectory
         from clvr_jax.evaluation.scaling_report import scaling_table
         from clvr_jax.locks import locked_output
         from clvr_jax.outputs import check_folder
         from clvr_jax.plots import can_plot
 
-        given = {name: Folder(path) for name, path in map(named, self.results)}
-        for folder in given.values():
-            folder.identity()
+        given = {name: RunDirectory(path) for name, path in map(parse_named_path, self.results)}
+        for directory in given.values():
+            directory.identity()
         check_folder(self.out)
         with locked_output(self.out):
             scaling, files = self._report(given)
@@ -83,20 +83,20 @@ class EvalScaling:
             console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
         return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling))
 
-    def _report(self, given: "dict[str, Folder]") -> tuple[dict[str, Any], list[str]]:
-        """Draws what is missing; returns the curves, and the names of the files that were written."""
-        from clvr_jax.evaluation.scaling import read_off
+    def _report(self, given: "dict[str, RunDirectory]") -> tuple[dict[str, Any], list[str]]:
+        """Generates missing images; returns the curves, and the names of the files that were written."""
+        from clvr_jax.evaluation.scaling import from_trajectories
         from clvr_jax.evaluation.scaling_report import write_scaling
 
-        folders = {**(self._drawn() if self.model else {}), **given}
-        with progress("scaling, judging what was drawn", len(folders)) as advance:
-            scaling = read_off(folders, advance)
+        directories = {**(self._generate() if self.model else {}), **given}
+        with progress("scaling, judging images", len(directories)) as advance:
+            scaling = from_trajectories(directories, advance)
         return scaling, write_scaling(scaling, self.out)
 
-    def _drawn(self) -> dict[str, "Folder"]:
-        """A finished folder for each mode."""
+    def _generate(self) -> dict[str, "RunDirectory"]:
+        """Returns the directory of a finished run for each mode."""
         prepare_jax()
-        from clvr_jax.evaluation.layout import Folder
+        from clvr_jax.evaluation.run_directory import RunDirectory
         from clvr_jax.evaluation.shapes import measure, shapes_prompts
 
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
@@ -120,7 +120,7 @@ class EvalScaling:
                     seed=self.seed,
                     on_progress=on_progress,
                 )
-        return {mode: Folder(self.out / mode) for mode in chosen}
+        return {mode: RunDirectory(self.out / mode) for mode in chosen}
 
     def _system(self, mode: Mode) -> SystemOptions:
         assert self.model is not None

@@ -165,9 +165,9 @@ class SystemOptions:
         Raises: ClvrError.
         """
         if self.pictures:
-            from clvr_jax.evaluation.picture_folder import picture_folder
+            from clvr_jax.evaluation.external_images import external_images
 
-            return picture_folder(self.pictures, self.model, self.seed)
+            return external_images(self.pictures, self.model, self.seed)
         if self.endpoint:
             from clvr_jax.evaluation.endpoints import endpoint_system
 

@@ -1,7 +1,7 @@
 """The blind ablation: a verifier or a controller whose images are replaced by blank ones of the same size.
 
 A component that is as good without images as with them does not use them. In a loop with a separate verifier, both
-components must be blind: the verifier's report would tell a blind controller what the image shows.
+components must be blind: the verifier's report would describe to a blind controller what the image shows.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def blank_image(image: Picture, color: Color | None = None) -> np.ndarray:
     """Returns a blank image, uint8 (height, width, 3), of the same size as `image`.
 
     Args:
-      image: decides the size.
+      image: the image to replace.
       color: of the blank image; if None, the empty canvas of the shapes world for images of its size, else white.
     """
     width, height = as_pil(image).size
@@ -40,7 +40,7 @@ class BlindVerifier(Verifier):
 
     Args:
       verifier: the verifier.
-      color: of the blank images, see `blank_image`.
+      color: of the blank images, as in `blank_image`.
     """
 
     def __init__(self, verifier: Verifier, color: Color | None = None):
@@ -53,7 +53,7 @@ class BlindVerifier(Verifier):
 
     @property
     def usage(self) -> Usage:
-        """What the verifier has used so far."""
+        """The usage of the verifier so far."""
         return getattr(self._verifier, "usage", Usage())
 
     def derive(self, prompts: Sequence[str]) -> list[tuple[str, ...]]:
@@ -74,7 +74,7 @@ class BlindController(Controller):
 
     Args:
       controller: the controller.
-      color: of the blank images, see `blank_image`.
+      color: of the blank images, as in `blank_image`.
     """
 
     def __init__(self, controller: Controller, color: Color | None = None):
@@ -82,7 +82,7 @@ class BlindController(Controller):
 
     @property
     def usage(self) -> Usage:
-        """What the controller has used so far."""
+        """The usage of the controller so far."""
         return getattr(self._controller, "usage", Usage())
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Two systems on the same prompts: differences with intervals and paired tests."""
+"""Paired comparison of two results on the same prompts: differences with intervals and paired tests."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _COST_NUMBERS = set(COSTS) - _COST_TEXTS
 
 
 def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads results.json, given the file or the folder it is in."""
+    """Reads results.json, given the file or its directory. Raises: ClvrError if it is not a benchmark result."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
     found = read_object(path)
@@ -36,7 +36,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def _check_results(found: JsonObject) -> None:
-    """Raises ClvrError for a field whose type or range comparisons cannot work with."""
+    """Raises ClvrError for a field whose type or range is wrong."""
     check_unicode(found.content, found.where)
     found.text("benchmark")
     found.nested("judge")
@@ -46,7 +46,7 @@ def _check_results(found: JsonObject) -> None:
         overall.optional(key, overall.number)
     entries = found.objects("pictures")
     if not entries:
-        raise ClvrError(f"{found.where}: pictures is empty; score the run first")
+        raise ClvrError(f"{found.where}: the list 'pictures' is empty; score the run first")
     for entry in entries:
         _check_entry(entry)
 
@@ -66,25 +66,25 @@ def _check_entry(entry: JsonObject) -> None:
         entry.number("score")
 
 
-def named(word: str) -> tuple[str, Path]:
-    """NAME=PATH, or a path alone, which is called as its folder: name and path."""
-    name, _, path = ("", "", word) if Path(word).exists() else word.rpartition("=")
-    place = Path(path)
-    return name or (place if place.is_dir() else place.parent).resolve().name, place
+def parse_named_path(word: str) -> tuple[str, Path]:
+    """Parses NAME=PATH, or a path alone, whose name is that of its directory. Returns: name and path."""
+    name, _, text = ("", "", word) if Path(word).exists() else word.rpartition("=")
+    path = Path(text)
+    return name or (path if path.is_dir() else path.parent).resolve().name, path
 
 
 def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
-    """Compares two results; positive differences speak for the second.
+    """Compares two results; a positive difference means that the second is better.
 
-    The unit is the prompt: with several pictures per prompt their mean is its score, because they are not independent.
+    The unit is the prompt: the score of a prompt with several images is their mean, because they are not independent.
 
     Args:
-      first, second: contents of two results.json, same benchmark, same judge, same prompts.
+      first, second: contents of two results.json, of the same benchmark, judge and prompts.
       seed: of the bootstrap.
     Returns: {"overall": part, "tags": {tag: part}, "tiers": {tier: part}, "mean_of_tags": {"difference", "interval"}}
       with part = {"prompts", "first", "second", "difference", "interval": [low, high], "first_wins", "second_wins",
       "p_value"}; 95 % bootstrap interval over prompts, p-value of McNemar's exact test (the sign test if prompts have
-      several pictures).
+      several images).
       P-values are not corrected for the number of tags and tiers.
     Raises: ClvrError if benchmark, judge or prompts differ.
     """
@@ -105,13 +105,13 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
 
 
 def markdown(comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second") -> str:
-    """A comparison as a Markdown table."""
+    """Returns a comparison as a Markdown table."""
     header = ["", first_name, second_name, *_COLUMNS]
     return "".join(f"{line}\n".replace("  ", " ") for line in table_lines([header, *_rows(comparison)]))
 
 
 def comparison_table(comparison: Mapping[str, Any], first_name: str, second_name: str) -> Table:
-    """A comparison as a table for the terminal."""
+    """Returns a comparison as a table for the terminal."""
     from rich.table import Table
 
     table = Table(title=f"{first_name} and {second_name}", caption="p: McNemar's exact test, not corrected")
@@ -141,12 +141,12 @@ def _difference(part: Mapping[str, Any]) -> list[str]:
 
 
 def score_of(entry: Mapping[str, Any]) -> float:
-    """What a picture scores: in its benchmark's unit, or 1 for right and 0 for wrong."""
+    """Returns the score of an image: in the unit of its benchmark, or 1 if it is correct and 0 if not."""
     return float(entry["correct"] if entry.get("score") is None else entry["score"])
 
 
 def by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:
-    """(index, prompt) -> tag, tier and the scores of the prompt's pictures."""
+    """Groups images by prompt: (index, prompt) -> tag, tier and the scores of the prompt's images."""
     prompts: dict[tuple[int, str], dict[str, Any]] = {}
     for entry in results["pictures"]:
         row = prompts.setdefault(
@@ -162,7 +162,7 @@ def _pair(first: Mapping[tuple[int, str], Any], second: Mapping[tuple[int, str],
         example = next(f"{min(keys)} in the {side} only" for side, keys in only if keys)
         counts = " and ".join(str(len(keys)) for _, keys in only)
         raise ClvrError(
-            f"compare: {counts} prompts are in one result only ({example}); both must hold the same prompts"
+            f"compare: {counts} prompts are in one result only ({example}); give two results on the same prompts"
         )
     return [
         {

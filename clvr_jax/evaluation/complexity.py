@@ -1,12 +1,12 @@
-"""The semantic complexity probe: how hard a prompt is by what it asks for, and how a system's success falls with it.
+"""The semantic complexity probe: the complexity of prompts, and the pass rate of a system against it.
 
     C_task = a N log(1 + N) + b E + g w log(1 + W) + R_extra
 
-with N things, E edges between them (relations and attributes) and W words.
-Source: arXiv 2605.14876. It gives the formula, ten tiers and the area under pass against complexity. Ours, where it is
-silent: natural logarithms; what counts as an edge and as R_extra in a metadata (`task_of`); all weights 1; tiers of
-equally many prompts, prompts of the same complexity never in two of them; the trapezoid over complexity, as a share of
-what a system without failures reaches, times 100; the two power laws.
+with N objects, E edges (relations and attributes) and W words.
+Source: arXiv 2605.14876. It defines the formula, ten tiers and the area under pass rate against complexity. The rest is
+our choice: natural logarithms; the definition of an edge and of R_extra in metadata (`task_from_metadata`); all weights
+1; tiers with equal numbers of prompts, in which prompts of the same complexity share a tier; the area by the trapezoid
+rule, relative to a system without failures, times 100; the two power laws.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ TIERS = 10
 
 @dataclass(frozen=True)
 class Weights:
-    """a, b and g of the formula, and w, the weight of words, the same for all prompts."""
+    """Weights of the formula: a (objects), b (edges), g (words) and w (text), the same for all prompts."""
 
-    things: float = 1.0
+    objects: float = 1.0
     edges: float = 1.0
     words: float = 1.0
     text: float = 1.0
@@ -36,32 +36,36 @@ class Weights:
 
 @dataclass(frozen=True)
 class Task:
-    """What a prompt asks for.
+    """The content of a prompt, in the terms of the formula.
 
-    things: N. edges: E. words: W. extra: R_extra, what the rest does not count.
+    Attributes:
+      objects: N, number of objects.
+      edges: E, number of relations and attributes.
+      words: W, number of words.
+      extra: R_extra, for requirements that the other terms do not count.
     """
 
-    things: int
+    objects: int
     edges: int
     words: int
     extra: float = 0.0
 
     def complexity(self, weights: Weights | None = None) -> float:
-        """C_task."""
+        """Returns C_task."""
         weights = weights or Weights()
         return (
-            weights.things * self.things * math.log1p(self.things)
+            weights.objects * self.objects * math.log1p(self.objects)
             + weights.edges * self.edges
             + weights.words * weights.text * math.log1p(self.words)
             + self.extra
         )
 
 
-def task_of(metadata: Mapping[str, Any]) -> Task:
-    """What a metadata in GenEval's form asks for, that of the shapes world included.
+def task_from_metadata(metadata: Mapping[str, Any]) -> Task:
+    """Counts objects, edges and words of metadata in GenEval's form, or in that of the shapes world.
 
-    Things are counted one by one. An include item has an edge for each of color, position and place that it names, and
-    one for a count other than 1. Every exclude item is an extra of 1.
+    An include item has an edge for each of the keys color, position and place, and one for a count other than 1. Each
+    exclude item adds 1 to R_extra.
 
     Args:
       metadata: with "include" and "prompt".
@@ -69,10 +73,10 @@ def task_of(metadata: Mapping[str, Any]) -> Task:
     """
     include = metadata.get("include")
     if not isinstance(include, list):
-        raise ClvrError("complexity: the metadata has no include list, so what it asks for is unknown")
+        raise ClvrError("complexity: the metadata has no include list; give metadata in GenEval's format")
     edges = sum(sum(key in item for key in ("color", "position", "place")) + (item["count"] != 1) for item in include)
     return Task(
-        things=sum(item["count"] for item in include),
+        objects=sum(item["count"] for item in include),
         edges=edges,
         words=len(metadata["prompt"].split()),
         extra=float(len(metadata.get("exclude", ()))),
@@ -81,7 +85,7 @@ def task_of(metadata: Mapping[str, Any]) -> Task:
 
 @dataclass(frozen=True)
 class Tier:
-    """Prompts of like complexity: its mean, how many they are, and the share that passes with its 95 % interval."""
+    """A tier of prompts: mean complexity, number of prompts, and pass rate with its 95 % interval."""
 
     complexity: float
     prompts: int
@@ -90,29 +94,30 @@ class Tier:
     high: float
 
 
-def tiers_of(complexities: Sequence[float], count: int = TIERS) -> list[int]:
-    """The tier of every prompt, from 0, easy ones first: equally many in each, as far as equal complexity allows.
+def assign_tiers(complexities: Sequence[float], count: int = TIERS) -> list[int]:
+    """Returns the tier of each prompt, from 0 for the easiest; without ties, tiers have equal sizes.
 
-    A prompt's tier follows from how many are easier, so that equal ones share it; some tiers may then be empty.
+    Prompts of the same complexity share a tier, so some tiers may be empty.
     """
     ordered = np.sort(np.asarray(complexities, dtype=np.float64))
     return [int(np.searchsorted(ordered, value)) * count // len(ordered) for value in complexities]
 
 
 def pass_curve(complexities: Sequence[float], scores: Sequence[Sequence[float]], count: int = TIERS) -> list[Tier]:
-    """Success against complexity, easy tiers first.
+    """Returns the pass rate against complexity, easiest tier first.
 
     Args:
       complexities: of the prompts.
-      scores: of the pictures of each prompt, 0 to 1.
-      count: of tiers; empty ones are left out.
+      scores: of the images of each prompt, 0 to 1.
+      count: number of tiers; empty ones are left out.
+    Raises: ClvrError if there are no scores, or not one complexity per prompt.
     """
     if len(complexities) != len(scores) or not scores:
         raise ClvrError(f"pass curve: {len(complexities)} complexities but {len(scores)} prompts with scores")
-    places = tiers_of(complexities, count)
+    tiers = assign_tiers(complexities, count)
     curve = []
-    for tier in sorted(set(places)):
-        own = [index for index, place in enumerate(places) if place == tier]
+    for tier in sorted(set(tiers)):
+        own = [index for index, position in enumerate(tiers) if position == tier]
         interval = clustered_interval([scores[index] for index in own])
         mean = float(np.mean([complexities[index] for index in own]))
         curve.append(Tier(mean, len(own), interval.estimate, interval.low, interval.high))
@@ -120,7 +125,7 @@ def pass_curve(complexities: Sequence[float], scores: Sequence[Sequence[float]],
 
 
 def area(curve: Sequence[Tier]) -> float:
-    """The area under a pass curve between its first and last tier, 100 for a system that never fails."""
+    """Returns the area under a pass curve between its first and last tier, 100 for a system that never fails."""
     if len(curve) == 1:
         return 100 * curve[0].passed
     x, y = [tier.complexity for tier in curve], [tier.passed for tier in curve]
@@ -129,7 +134,7 @@ def area(curve: Sequence[Tier]) -> float:
 
 @dataclass(frozen=True)
 class PowerLaw:
-    """y = factor x^exponent, and the share of the variance of log y that it explains."""
+    """A power law y = factor x^exponent, and the share of the variance of log y that it explains."""
 
     factor: float
     exponent: float
@@ -137,10 +142,11 @@ class PowerLaw:
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
-    """Least squares in logarithms; None for fewer than three points, or for values that are not positive or all equal.
+    """Fits a power law by least squares in logarithms.
 
     Args:
       x, y: the points.
+    Returns: None for fewer than three points, for values that are not positive, or if all x are equal.
     """
     if len(x) < 3 or min(x) <= 0 or min(y) <= 0 or min(x) == max(x):
         return None
@@ -152,19 +158,19 @@ def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
 
 
 def failure_law(curve: Sequence[Tier]) -> PowerLaw | None:
-    """The odds of failure against complexity; half a failure and half a success are added to each tier."""
+    """Fits the odds of failure against complexity, with half a failure and half a success added to each tier."""
     odds = [(tier.prompts * (1 - tier.passed) + 0.5) / (tier.prompts * tier.passed + 0.5) for tier in curve]
     return power_law([tier.complexity for tier in curve], odds)
 
 
 def probe(complexities: Sequence[float], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The probe of one system, for JSON.
+    """Computes the complexity probe of one system, for JSON.
 
     Args:
       complexities: of the prompts.
-      scores: of the pictures of each prompt, 0 to 1.
-    Returns: {"area", "tiers": [Tier], "failure_law": PowerLaw or None, "half_fails_at": the complexity at which by that
-      law half of the prompts fail, None if that is not between the first and the last tier}.
+      scores: of the images of each prompt, 0 to 1.
+    Returns: {"area", "tiers": [Tier], "failure_law": PowerLaw or None, "half_fails_at": the complexity at which half of
+      the prompts fail by that law, None if it is not between the first and the last tier}.
     """
     curve = pass_curve(complexities, scores)
     law = failure_law(curve)

@@ -1,4 +1,4 @@
-"""Systems behind endpoints: any image tool alone, or planned by any vision-language model."""
+"""Systems behind endpoints: an image tool alone, or with a vision-language model as its controller."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import replace
 from typing import Any
 
 from clvr_jax.errors import UsageError
-from clvr_jax.evaluation.drawn import Drawn
-from clvr_jax.evaluation.systems import Mode, System, described, limits_of
+from clvr_jax.evaluation.system_output import SystemOutput
+from clvr_jax.evaluation.systems import Mode, System, budget_for_mode, non_default_fields
 from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, AskedController, ToolDrawer
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run
@@ -27,69 +27,73 @@ def endpoint_system(
     in_flight: int = 16,
     controller_tokens: int | None = None,
 ) -> System:
-    """An image tool as a system. Prompts are drawn side by side, each with a bill of its own.
+    """Returns an image tool as a system. Prompts are processed concurrently, and each has its own usage.
 
-    A prompt that the tool's policy refuses has no picture and counts as wrong; every other failure ends the run, which
-    can go on later. No reply of the controller, or one that is cut, is such a failure.
+    A prompt that the tool's policy refuses has no image and counts as not correct. Every other failure ends the run,
+    which can be resumed later; a missing or truncated reply of the controller is such a failure.
 
     Args:
-      tool: draws, e.g. an `OpenAIImageTool`.
-      mode: see `systems.planned`; "one-shot" sends the prompt as it is.
+      tool: generates the images, such as an `OpenAIImageTool`.
+      mode: as in `systems.planned`; "one-shot" sends the prompt as it is.
       budget: limits per prompt.
-      controller: plans and judges, told how by the loop's contract; for all modes but one-shot.
-      in_flight: prompts at a time.
-      controller_tokens: most tokens of a reply of the controller, for models that think first.
+      controller: plans and judges by the instructions of the loop; needed for all modes but one-shot.
+      in_flight: number of concurrent prompts.
+      controller_tokens: maximum tokens of a reply of the controller, for models that think first; the default of the
+        loop if None.
+    Raises: UsageError if the mode needs a controller and there is none.
     """
     settings: dict[str, Any] = {"mode": mode, "model": tool.name}
     if mode == "one-shot":
-        return _side_by_side(lambda prompt, seed: _one_shot(tool, prompt, seed), settings, tool.name, in_flight)
+        return _concurrent(lambda prompt, seed: _one_shot(tool, prompt, seed), settings, tool.name, in_flight)
     if controller is None:
-        raise UsageError(f"{mode} needs a controller that plans; give a vision-language model")
-    limits = limits_of(mode, budget)
+        raise UsageError(f"mode {mode} needs a controller; give a vision-language model")
+    limits = budget_for_mode(mode, budget)
     tokens = controller_tokens or MAX_REPLY_TOKENS
     plan_prompt = None if mode == "closed-loop" else REWRITE_PROMPT
 
-    def draw(prompt: str, seed: int) -> Drawn:
-        drawer, asked = ToolDrawer(tool), AskedController(controller, plan_prompt, tokens)
+    def generate_one(prompt: str, seed: int) -> SystemOutput:
+        generator, planner = ToolDrawer(tool), AskedController(controller, plan_prompt, tokens)
         try:
-            (trajectory,) = run([prompt], asked, drawer, limits, seed, model=tool.name)
+            (trajectory,) = run([prompt], planner, generator, limits, seed, model=tool.name)
         except ProviderError as error:
-            return _refused(error, drawer.usage + asked.usage)
-        usage = drawer.usage + asked.usage
-        return replace(Drawn.of(trajectory), nfe=usage.nfe or None, usage=usage)
+            return _refused(error, generator.usage + planner.usage)
+        usage = generator.usage + planner.usage
+        return replace(SystemOutput.from_result(trajectory), nfe=usage.nfe or None, usage=usage)
 
-    settings |= {"controller": controller.name, **described(limits)}
+    settings |= {"controller": controller.name, **non_default_fields(limits)}
     if controller_tokens is not None:
         settings["controller_tokens"] = controller_tokens
-    return _side_by_side(draw, settings, tool.name, in_flight)
+    return _concurrent(generate_one, settings, tool.name, in_flight)
 
 
-def _one_shot(tool: ImageTool, prompt: str, seed: int) -> Drawn:
+def _one_shot(tool: ImageTool, prompt: str, seed: int) -> SystemOutput:
     try:
-        made = tool.draw(ImageTask(prompt, seed=seed))
+        result = tool.draw(ImageTask(prompt, seed=seed))
     except ProviderError as error:
         return _refused(error, error.usage)
-    return Drawn(made.image, made.usage.nfe or None, made.usage)
+    return SystemOutput(result.image, result.usage.nfe or None, result.usage)
 
 
-def _refused(error: ProviderError, usage: Usage) -> Drawn:
+def _refused(error: ProviderError, usage: Usage) -> SystemOutput:
     if error.fault != "refused":
         raise error
-    return Drawn(None, usage=usage, outcome="refused")
+    return SystemOutput(None, usage=usage, outcome="refused")
 
 
-def _side_by_side(draw: Callable[[str, int], Drawn], settings: dict[str, Any], device: str, in_flight: int) -> System:
-    def timed(prompt: str, seed: int) -> Drawn:
+def _concurrent(
+    generate_one: Callable[[str, int], SystemOutput], settings: dict[str, Any], device: str, in_flight: int
+) -> System:
+    def timed(prompt: str, seed: int) -> SystemOutput:
         began = time.monotonic()
-        drawn = draw(prompt, seed)
-        return replace(drawn, seconds=time.monotonic() - began)
+        output = generate_one(prompt, seed)
+        return replace(output, seconds=time.monotonic() - began)
 
-    def draw_all(prompts: list[str], seeds: list[int]) -> Iterator[Drawn]:
+    def generate(prompts: list[str], seeds: list[int]) -> Iterator[SystemOutput]:
         threads = ThreadPoolExecutor(in_flight)
         try:
             yield from threads.map(timed, prompts, seeds)
         finally:
             threads.shutdown(cancel_futures=True)
 
-    # Large batches: only at their ends connections lie idle.
-    return System(draw_all, settings, device, batch_size=_WAVES * in_flight)
+    # Large batches, because connections are idle only at the end of a batch.
+    return System(generate, settings, device, batch_size=_WAVES * in_flight)

@@ -1,4 +1,4 @@
-"""Planning without looking: the prompt is rewritten once, as a plan for the whole picture, and drawn."""
+"""Open-loop planning: the prompt is rewritten once, as a plan for the whole image, and generated in one step."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from clvr_jax.reasoning.protocols import Controller, Conversation
 from clvr_jax.worlds.shapes.oracle import DRAW_TOKEN, first_reply, parse_plan
 
 
-class WholePlan(Controller):
-    """A controller whose plan is drawn at once.
+class OpenLoopController(Controller):
+    """A controller whose first reply requests its whole plan at once.
 
-    Controllers of the shapes world plan the whole picture and then ask for a thing or two; here they ask for everything
-    in their plan. What others say is left as it is. Later replies are the controller's own.
+    Controllers of the shapes world plan the whole image and then request one or two objects; with this wrapper they
+    request every object of their plan. First replies of other controllers, and all later replies, are not changed.
     """
 
     def __init__(self, controller: Controller):
@@ -25,12 +25,13 @@ class WholePlan(Controller):
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
         replies = self._controller.reply(conversations)
         return [
-            reply if each.replies else whole_plan(reply) for each, reply in zip(conversations, replies, strict=True)
+            reply if each.replies else request_whole_plan(reply)
+            for each, reply in zip(conversations, replies, strict=True)
         ]
 
 
-def whole_plan(reply: str) -> str:
-    """A first reply that draws all of its plan, if that is of the shapes world; else the reply itself."""
+def request_whole_plan(reply: str) -> str:
+    """Returns a first reply that requests all objects of its plan; the reply itself if it has no shapes-world plan."""
     try:
         plan = parse_plan(reply)
     except ClvrError:

@@ -136,7 +136,7 @@ def _objects(metadata: Metadata) -> int:
 
 
 def is_right(plan: Sequence[PlannedObject], metadata: Metadata, seed: int = 0) -> tuple[bool, bool]:
-    """Whether a plan meets a prompt: by the detector on a rendering of it, and by the exact requirements."""
+    """Returns whether a plan meets a prompt: by the detector on a rendering of it, and by the exact requirements."""
     rng = np.random.default_rng(seed)
     scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in plan))
     reading = Reading(tuple(plan))  # type: ignore[arg-type]  # requirements are checked by names and cells
@@ -200,7 +200,7 @@ def _cell(rate: dict[str, Any]) -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The results as Markdown."""
+    """Returns the results as Markdown."""
     lines = [
         f"# Planning benchmark: {plain(results['model'])}",
         "",
@@ -222,7 +222,7 @@ def results(
     seed: int,
     retries: int,
 ) -> dict[str, Any]:
-    """The content of results.json."""
+    """Returns the content of results.json."""
     return {
         "benchmark": "planning",
         "model": model,

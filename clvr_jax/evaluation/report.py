@@ -1,4 +1,4 @@
-"""Scores of single pictures -> tables per tag and tier, for results.json, Markdown and the terminal."""
+"""Summaries of image scores per tag and tier, for results.json, Markdown and the terminal."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.markdown import table_lines
 from clvr_jax.evaluation.statistics import mean_of_proportions, wilson_interval
 
 if TYPE_CHECKING:
@@ -15,25 +16,28 @@ if TYPE_CHECKING:
 
 TAG_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "complex")
 COSTS = ("nfe", "seconds", "steps", "outcome", "input_tokens", "output_tokens", "dollars", "device")
-"""The fields of a PictureScore that say what the picture cost."""
+"""The fields of an ImageScore on the cost of the image."""
+_COLUMNS = ("accuracy", "95 %", "correct")
 
 
 @dataclass(frozen=True)
-class PictureScore:
-    """One scored picture.
+class ImageScore:
+    """The score of one image.
 
     Attributes:
-      index: place of its prompt in the benchmark.
-      sample: which of the prompt's pictures, from 0.
-      prompt, tag: of the metadata; `tier`: its complexity tier, None if it has none.
-      correct: the checker's verdict; `reasons` say why not.
+      index: index of its prompt in the benchmark, from 0.
+      sample: index among the images of the prompt, from 0.
+      prompt, tag: of the metadata.
+      tier: the complexity tier of the metadata, None if it has none.
+      correct: the checker's verdict.
+      reasons: why the image is not correct.
       nfe: network evaluations, None if not recorded.
-      seconds: wall time of its batch, divided by the size of the batch; of endpoints, its own from asking to having it.
-      steps: pictures drawn on the way; None for one-shot drawing.
-      outcome: how the trajectory ended; None for one-shot drawing.
-      input_tokens, output_tokens: of the language model, None if not recorded; with several prompts at a time, a share.
-      dollars: what endpoints charged, by their price list.
-      device: what drew.
+      seconds: wall time of its batch divided by the size of the batch; for endpoints, from its request to its response.
+      steps: number of images in its trajectory; None for one-shot generation.
+      outcome: how the trajectory ended; None for one-shot generation.
+      input_tokens, output_tokens: of the language model, None if not recorded; an equal share of a batch of prompts.
+      dollars: the cost by the endpoints' price list.
+      device: the device that generated the image.
     """
 
     index: int
@@ -53,15 +57,16 @@ class PictureScore:
     device: str | None = None
 
 
-def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
-    """The summary of results.json, ready for JSON.
+def summarize(scores: Sequence[ImageScore]) -> dict[str, Any]:
+    """Summarizes scores for results.json.
 
     Returns: {"tags": {tag: group}, "tiers": {tier: group}, "overall": {"mean_of_tags": .., "interval": [low, high],
       "over_pictures": group}, "cost": {...}} with group = {"correct", "pictures", "accuracy", "interval"}.
       `mean_of_tags` is GenEval's overall score, the unweighted mean of the tags' accuracies. Intervals are 95 %.
+    Raises: ClvrError if there are no scores.
     """
     if not scores:
-        raise ClvrError("report: no scored pictures")
+        raise ClvrError("report: there are no scored images")
     tags = {
         tag: _group(score for score in scores if score.tag == tag)
         for tag in tags_in_order(score.tag for score in scores)
@@ -81,21 +86,19 @@ def summarize(scores: Sequence[PictureScore]) -> dict[str, Any]:
 
 
 def markdown(summary: Mapping[str, Any], title: str = "") -> str:
-    """The summary as a Markdown table with a line on cost."""
+    """Returns the summary as a Markdown table with a line on cost."""
     lines = [f"## {title}", ""] if title else []
-    lines += ["| | accuracy | 95 % | correct |", "|---|---|---|---|"]
-    for section in _sections(summary):
-        lines += [f"| {' | '.join(row)} |" for row in section]
-    return "\n".join([*lines, "", cost_line(summary["cost"])]) + "\n"
+    rows = [("", *_COLUMNS), *(row for section in _sections(summary) for row in section)]
+    return "\n".join([*lines, *table_lines(rows), "", cost_line(summary["cost"])]) + "\n"
 
 
 def rich_table(summary: Mapping[str, Any], title: str = "") -> Table:
-    """The summary as a table for the terminal."""
+    """Returns the summary as a table for the terminal."""
     from rich.table import Table
 
     table = Table(title=title or None, caption=cost_line(summary["cost"]))
     table.add_column("")
-    for column in ("accuracy", "95 %", "correct"):
+    for column in _COLUMNS:
         table.add_column(column, justify="right")
     for section in _sections(summary):
         for row in section:
@@ -105,19 +108,19 @@ def rich_table(summary: Mapping[str, Any], title: str = "") -> Table:
 
 
 def cost_line(cost: Mapping[str, Any]) -> str:
-    """One line on network evaluations, time, steps and outcomes."""
+    """Returns one line on network evaluations, time, tokens, dollars, steps, outcomes and devices."""
     parts = []
     if cost["nfe_per_picture"] is not None:
-        parts.append(f"{cost['nfe_per_picture']:.1f} NFE per picture")
+        parts.append(f"{cost['nfe_per_picture']:.1f} NFE per image")
     if cost["seconds_per_picture"] is not None:
         parts.append(
-            f"{cost['seconds_per_picture']:.2f} s per picture (median {cost['median_seconds_per_picture']:.2f} s)"
+            f"{cost['seconds_per_picture']:.2f} s per image (median {cost['median_seconds_per_picture']:.2f} s)"
         )
     tokens = [cost.get(f"{side}_tokens_per_picture") for side in ("input", "output")]
     if any(tokens):
-        parts.append(" + ".join(f"{count or 0:.0f}" for count in tokens) + " tokens per picture (read and written)")
+        parts.append(" + ".join(f"{count or 0:.0f}" for count in tokens) + " tokens per image (input + output)")
     if cost.get("dollars"):
-        parts.append(f"${cost['dollars']:.2f} in all")
+        parts.append(f"${cost['dollars']:.2f} in total")
     for name in ("steps", "outcomes", "devices"):
         if cost.get(name):
             parts.append(f"{name}: " + ", ".join(f"{key} x {count}" for key, count in cost[name].items()))
@@ -125,13 +128,13 @@ def cost_line(cost: Mapping[str, Any]) -> str:
 
 
 def _sections(summary: Mapping[str, Any]) -> list[list[tuple[str, str, str, str]]]:
-    """Rows (name, accuracy, interval, correct of pictures): tags, overall, tiers."""
+    """Returns rows (name, accuracy, interval, correct / images) of three sections: tags, overall, tiers."""
     overall = summary["overall"]
     sections = [
         [_row(tag, group) for tag, group in summary["tags"].items()],
         [
             ("overall, mean of tags", f"{overall['mean_of_tags']:.3f}", _interval(overall["interval"]), ""),
-            _row("overall, over pictures", overall["over_pictures"]),
+            _row("overall, over images", overall["over_pictures"]),
         ],
         [_row(f"tier {tier}", group) for tier, group in summary["tiers"].items()],
     ]
@@ -148,12 +151,12 @@ def _interval(bounds: Sequence[float]) -> str:
 
 
 def tags_in_order(tags: Iterable[str]) -> list[str]:
-    """The tags that occur, GenEval's order first."""
+    """Returns the distinct tags: those of GenEval in its order, then the others in alphabetical order."""
     found = set(tags)
     return [tag for tag in TAG_ORDER if tag in found] + sorted(found - set(TAG_ORDER))
 
 
-def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
+def _group(scores: Iterable[ImageScore]) -> dict[str, Any]:
     verdicts = [score.correct for score in scores]
     interval = wilson_interval(sum(verdicts), len(verdicts))
     return {
@@ -165,9 +168,9 @@ def _group(scores: Iterable[PictureScore]) -> dict[str, Any]:
 
 
 def mean_cost(scores: Sequence[Any]) -> dict[str, Any]:
-    """Price per picture, dollars in all. The median time leaves the first compilation out, the mean does not.
+    """Returns means per image and total dollars. The mean time includes compilation, the median time hardly does.
 
-    scores: PictureScores, or what else has the fields of COSTS.
+    scores: ImageScores, or other objects with the fields of COSTS.
     """
     seconds = _recorded(scores, "seconds")
     means = {

@@ -1,9 +1,9 @@
-"""What more compute at test time buys: success against drawings, network evaluations and seconds allowed.
+"""Test-time scaling: accuracy against the budget of images, network evaluations or seconds.
 
-Everything is drawn once, under the largest budget. What a smaller one would have given is read off the trajectory: the
-loop with at most k drawings makes the same first k, judges them, and returns the best of those. For drawings this is
-exact, and for network evaluations where all drawings cost the same; seconds are what the steps took in that run, and a
-picture counts from when it is there.
+All images are generated once, under the largest budget. The result under a smaller budget is computed from the
+trajectory: a loop with at most k images generates the same first k images, verifies them, and returns the best of
+them. The result is exact for a budget of images, and for a budget of network evaluations if all images cost the same.
+Seconds are those of the steps in the recorded run, and an image counts from the end of its step.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.drawing import all_drawn
-from clvr_jax.evaluation.layout import Folder
+from clvr_jax.evaluation.generation import complete_samples
+from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.shapes import Judge, shapes_judge
 from clvr_jax.evaluation.statistics import clustered_interval
 from clvr_jax.reasoning.images import pixels
@@ -26,14 +26,14 @@ TIME_POINTS = 16
 
 
 @dataclass(frozen=True)
-class Way:
-    """One picture in the making: after each drawing, what is spent, and whether what would be returned is correct.
+class BudgetCurve:
+    """The cost and the correctness of one prompt's result after each generated image.
 
     Attributes:
       index: of the prompt.
-      nfe: network evaluations up to and with each drawing.
-      seconds: the same in time.
-      correct: of the best picture so far, by the controller's verdicts.
+      nfe: network evaluations until the end of each generation.
+      seconds: wall time until the end of each generation.
+      correct: whether the best image so far, by the loop's verdicts, is correct.
     """
 
     index: int
@@ -41,19 +41,19 @@ class Way:
     seconds: tuple[float, ...]
     correct: tuple[bool, ...]
 
-    def after(self, drawings: int) -> bool:
-        """Whether the picture is correct that at most so many drawings give."""
-        return bool(self.correct) and self.correct[min(drawings, len(self.correct)) - 1]
+    def correct_after(self, images: int) -> bool:
+        """Returns whether the result is correct under a budget of this number of images, at least 1."""
+        return bool(self.correct) and self.correct[min(images, len(self.correct)) - 1]
 
-    def within(self, spent: Sequence[float], limit: float) -> bool:
-        """Whether the picture is correct that is there before more than `limit` of `spent` is spent."""
-        drawings = int(np.searchsorted(spent, limit, side="right"))
-        return drawings > 0 and self.after(drawings)
+    def correct_within(self, spent: Sequence[float], limit: float) -> bool:
+        """Returns whether the result is correct under a budget `limit` of `spent`, which is `nfe` or `seconds`."""
+        images = int(np.searchsorted(spent, limit, side="right"))
+        return images > 0 and self.correct_after(images)
 
 
 @dataclass(frozen=True)
 class Point:
-    """Success under a limit, with its 95 % interval over prompts, and what was spent under it, means per picture."""
+    """The accuracy under a limit, with its 95 % interval over prompts, and the mean cost per image under that limit."""
 
     limit: float
     accuracy: float
@@ -63,29 +63,34 @@ class Point:
     seconds: float
 
 
-def read_off(folders: Mapping[str, Folder], on_progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """The curves of finished runs of the shapes world, where a program judges every picture on the way.
+def from_trajectories(
+    directories: Mapping[str, RunDirectory], on_progress: Callable[[int], None] | None = None
+) -> dict[str, Any]:
+    """Computes the curves of finished runs of the shapes world, in which a program judges every intermediate image.
 
     Args:
-      folders: of the runs, by the names of the systems.
+      directories: name of a system -> directory of its run.
       on_progress: called with the number of systems that are done.
-    Returns: {"benchmark", "judge", "prompts", "systems": [{"name", "folder", "settings", "curves"}]}, for JSON; see
-      `curves`.
-    Raises: ClvrError for a run of another benchmark or other prompts, or one that is not finished.
+    Returns: {"benchmark", "judge", "prompts", "systems": [{"name", "folder", "settings", "curves"}]}, for JSON;
+      "curves" is the content of `curves`.
+    Raises: ClvrError for a run of another benchmark, on other prompts, or that is not finished.
     """
-    judge, first = shapes_judge(), next(iter(folders.values())).identity()
+    judge, first = shapes_judge(), next(iter(directories.values())).identity()
     systems = []
-    for number, (name, folder) in enumerate(folders.items(), start=1):
-        identity = folder.identity()
+    for number, (name, directory) in enumerate(directories.items(), start=1):
+        identity = directory.identity()
         if identity["benchmark"] != "shapes":
             raise ClvrError(
-                f"{folder.root}: a run of {identity['benchmark']}; every picture on the way is judged, which only the "
-                "program of the shapes world does: give runs of clvr eval shapes"
+                f"{directory.root}: a run of {identity['benchmark']}; intermediate images can only be judged in the "
+                "shapes world: give runs of clvr eval shapes"
             )
         if identity.get("metadata_sha256") != first.get("metadata_sha256"):
-            raise ClvrError(f"{folder.root}: other prompts than {next(iter(folders))}; give runs on the same ones")
-        found = curves(ways_of(folder, judge))
-        systems.append({"name": name, "folder": str(folder.root), "settings": identity["settings"], "curves": found})
+            raise ClvrError(
+                f"{directory.root}: other prompts than {next(iter(directories))}; give runs on the same ones"
+            )
+        points = curves(budget_curves(directory, judge))
+        entry = {"name": name, "folder": str(directory.root), "settings": identity["settings"], "curves": points}
+        systems.append(entry)
         if on_progress:
             on_progress(number)
     return {
@@ -96,89 +101,98 @@ def read_off(folders: Mapping[str, Folder], on_progress: Callable[[int], None] |
     }
 
 
-def ways_of(folder: Folder, judge: Judge) -> list[Way]:
-    """The way of every picture of a finished run.
+def budget_curves(directory: RunDirectory, judge: Judge) -> list[BudgetCurve]:
+    """Returns the curve of every image of a finished run.
 
     Args:
-      folder: of the run; pictures without a trajectory were drawn in one go.
-      judge: says what is correct.
-    Raises: ClvrError if a picture, record or trajectory is missing.
+      directory: of the run; an image without a trajectory has a curve of one point.
+      judge: decides whether an image is correct.
+    Raises: ClvrError if an image, record or trajectory is missing.
     """
-    identity, entries = folder.identity(), folder.metadata()
-    places = all_drawn(folder, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
-    ways = []
-    for index, sample in places:
-        trajectory = folder.trajectory(index, sample)
+    identity, entries = directory.identity(), directory.metadata()
+    indices = complete_samples(directory, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
+    all_curves = []
+    for index, sample in indices:
+        trajectory = directory.trajectory(index, sample)
         if trajectory is None:
-            record = folder.record(index, sample)
-            if not record.has_picture:
-                ways.append(Way(index, (), (), ()))
+            record = directory.record(index, sample)
+            if not record.has_image:
+                all_curves.append(BudgetCurve(index, (), (), ()))
             else:
-                correct = judge.check(folder.picture(index, sample), entries[index]).correct
-                ways.append(Way(index, (record.nfe or 0,), (record.seconds or 0.0,), (correct,)))
+                correct = judge.check(directory.image(index, sample), entries[index]).correct
+                all_curves.append(BudgetCurve(index, (record.nfe or 0,), (record.seconds or 0.0,), (correct,)))
         else:
-            ways.append(way_of(index, trajectory, entries[index], judge))
-    return ways
+            all_curves.append(budget_curve(index, trajectory, entries[index], judge))
+    return all_curves
 
 
-def way_of(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], judge: Judge) -> Way:
-    """The way of one trajectory; every picture is judged once."""
+def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], judge: Judge) -> BudgetCurve:
+    """Returns the curve of one trajectory; each image is judged at most once."""
     verdicts: dict[int, bool] = {}
     nfe, seconds, correct = [], [], []
-    spent_nfe, spent_seconds = 0, 0.0
+    total_nfe, total_seconds = 0, 0.0
     for number, step in enumerate(trajectory.steps):
-        spent_nfe += step.nfe
-        spent_seconds += step.seconds
+        total_nfe += step.nfe
+        total_seconds += step.seconds
         if step.image is None:
             continue
         best = best_step(trajectory.steps[: number + 1])
         assert best is not None
-        picture = trajectory.steps[best].image
-        if best not in verdicts and picture is not None:
-            verdicts[best] = judge.check(pixels(picture), metadata).correct
-        nfe.append(spent_nfe)
-        seconds.append(spent_seconds)
+        image = trajectory.steps[best].image
+        if best not in verdicts and image is not None:
+            verdicts[best] = judge.check(pixels(image), metadata).correct
+        nfe.append(total_nfe)
+        seconds.append(total_seconds)
         correct.append(verdicts[best])
-    return Way(index, tuple(nfe), tuple(seconds), tuple(correct))
+    return BudgetCurve(index, tuple(nfe), tuple(seconds), tuple(correct))
 
 
-def curves(ways: Sequence[Way]) -> dict[str, list[dict[str, float]]]:
-    """Success under each limit: {"drawings", "nfe", "seconds"} -> points, for JSON.
+def curves(all_curves: Sequence[BudgetCurve]) -> dict[str, list[dict[str, float]]]:
+    """Computes the accuracy under each limit: {"drawings", "nfe", "seconds"} -> points, for JSON.
 
-    Limits are: every number of drawings that occurs; every sum of network evaluations that occurs, none if they were
-    not counted; 16 times, evenly spread in their logarithm, from the first picture to the last.
+    Limits are every number of images that occurs ("drawings"); every sum of network evaluations that occurs, none if
+    they were not recorded; and 16 times, evenly spaced in their logarithm, from the first image to the last.
+
+    Raises: ClvrError if no prompt has an image.
     """
-    drawn = [way for way in ways if way.correct]
-    if not drawn:
-        raise ClvrError("scaling: no picture was drawn, so there is nothing to read off")
-    ends = min(way.seconds[0] for way in drawn), max(way.seconds[-1] for way in drawn)
-    most = max(len(way.correct) for way in drawn)
-    sums = sorted({spent for way in drawn for spent in way.nfe})
-    times = np.geomspace(max(ends[0], 1e-3), max(ends[1], 1e-3) * (1 + 1e-9), TIME_POINTS)
+    nonempty = [curve for curve in all_curves if curve.correct]
+    if not nonempty:
+        raise ClvrError("scaling: no image was generated, so there are no curves; give another run")
+    bounds = min(curve.seconds[0] for curve in nonempty), max(curve.seconds[-1] for curve in nonempty)
+    most = max(len(curve.correct) for curve in nonempty)
+    sums = sorted({spent for curve in nonempty for spent in curve.nfe})
+    times = np.geomspace(max(bounds[0], 1e-3), max(bounds[1], 1e-3) * (1 + 1e-9), TIME_POINTS)
     return {
         "drawings": [
-            _point(ways, limit, [way.after(limit) for way in ways], [min(limit, len(way.nfe)) for way in ways])
+            _point(
+                all_curves,
+                limit,
+                [curve.correct_after(limit) for curve in all_curves],
+                [min(limit, len(curve.nfe)) for curve in all_curves],
+            )
             for limit in range(1, most + 1)
         ],
-        "nfe": [_under(ways, limit, "nfe") for limit in sums if limit],
-        "seconds": [_under(ways, float(limit), "seconds") for limit in times],
+        "nfe": [_under(all_curves, limit, "nfe") for limit in sums if limit],
+        "seconds": [_under(all_curves, float(limit), "seconds") for limit in times],
     }
 
 
-def _under(ways: Sequence[Way], limit: float, kind: str) -> dict[str, float]:
-    correct = [way.within(getattr(way, kind), limit) for way in ways]
-    made = [int(np.searchsorted(getattr(way, kind), limit, side="right")) for way in ways]
-    return _point(ways, limit, correct, made)
+def _under(all_curves: Sequence[BudgetCurve], limit: float, kind: str) -> dict[str, float]:
+    correct = [curve.correct_within(getattr(curve, kind), limit) for curve in all_curves]
+    counts = [int(np.searchsorted(getattr(curve, kind), limit, side="right")) for curve in all_curves]
+    return _point(all_curves, limit, correct, counts)
 
 
-def _point(ways: Sequence[Way], limit: float, correct: Sequence[bool], made: Sequence[int]) -> dict[str, float]:
+def _point(
+    all_curves: Sequence[BudgetCurve], limit: float, correct: Sequence[bool], counts: Sequence[int]
+) -> dict[str, float]:
     prompts: dict[int, list[float]] = {}
-    for way, right in zip(ways, correct, strict=True):
-        prompts.setdefault(way.index, []).append(float(right))
+    for curve, is_correct in zip(all_curves, correct, strict=True):
+        prompts.setdefault(curve.index, []).append(float(is_correct))
     interval = clustered_interval(list(prompts.values()))
     spent = [
-        (way.nfe[count - 1], way.seconds[count - 1]) if count else (0, 0.0)
-        for way, count in zip(ways, made, strict=True)
+        (curve.nfe[count - 1], curve.seconds[count - 1]) if count else (0, 0.0)
+        for curve, count in zip(all_curves, counts, strict=True)
     ]
     nfe, seconds = (float(np.mean(column)) for column in zip(*spent, strict=True))
     return asdict(Point(limit, interval.estimate, interval.low, interval.high, nfe, seconds))

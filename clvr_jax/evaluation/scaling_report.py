@@ -1,4 +1,4 @@
-"""Scaling curves as files: scaling.json, scaling.md, scaling.png."""
+"""Reports of scaling curves: scaling.json, scaling.md, scaling.png, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 JSON, MARKDOWN, PLOT = "scaling.json", "scaling.md", "scaling.png"
-_AXES = {"drawings": "drawings allowed", "nfe": "network evaluations allowed", "seconds": "seconds allowed"}
+_AXES = {"drawings": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
 _SHOWN = 8
 
 
 def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
-    """Writes the curves into a folder.
+    """Writes the curves to a directory.
 
     Args:
-      scaling: see `scaling.read_off`.
-      out: the folder.
-    Returns: the names of the files; the plot needs matplotlib.
+      scaling: as `scaling.from_trajectories` returns them.
+      out: the directory.
+    Returns: the names of the files; the plot is among them if matplotlib is installed.
     """
     files = [JSON, MARKDOWN]
     if can_plot():
@@ -36,30 +36,30 @@ def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
 
 
 def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str:
-    """The curves as Markdown: for each kind of limit a table of what each system reaches under it."""
+    """Returns the curves as Markdown, with one table of all systems for each kind of budget."""
     lines = [
-        f"# {plain(scaling['benchmark'])}: success against what is allowed",
+        f"# {plain(scaling['benchmark'])}: accuracy against budget",
         "",
         f"{scaling['prompts']} prompts; judge: {', '.join(plain(value) for value in scaling['judge'].values())}. Each "
-        "system was drawn once under its largest budget, smaller ones are read off its trajectories. Accuracy with its "
-        "95 % interval over prompts; NFE and seconds are means per picture under the limit.",
+        "system ran once under its largest budget; results under smaller budgets are computed from its trajectories. "
+        "Accuracy has its 95 % interval over prompts; NFE and seconds are means per image under the budget.",
         "",
     ]
     for kind, label in _AXES.items():
         rows = _rows(scaling, kind)
         if len(rows) > 1:
-            lines += [f"## {label.capitalize()}", "", *table_lines(rows), ""]
+            lines += [f"## {label[0].upper()}{label[1:]}", "", *table_lines(rows), ""]
     if with_plot:
         lines.append(f"![{PLOT}]({PLOT})")
     return "\n".join(lines).rstrip() + "\n"
 
 
 def scaling_table(scaling: Mapping[str, Any]) -> Table:
-    """Success against drawings, for the terminal."""
+    """Returns the accuracy against the budget in images, as a table for the terminal."""
     from rich.table import Table
 
     header, *rows = _rows(scaling, "drawings")
-    table = Table(title=f"{scaling['benchmark']}, {scaling['prompts']} prompts: success against drawings allowed")
+    table = Table(title=f"{scaling['benchmark']}, {scaling['prompts']} prompts: accuracy against budget in images")
     for number, column in enumerate(header):
         table.add_column(column, justify="right" if number else "left")
     for row in rows:
@@ -68,7 +68,7 @@ def scaling_table(scaling: Mapping[str, Any]) -> Table:
 
 
 def _rows(scaling: Mapping[str, Any], kind: str) -> list[list[str]]:
-    """Header and one row for each system and limit, at most 8 limits of a system, the first and the last among them."""
+    """Returns a header and a row for each system and limit; of a system with over 8 limits, 8 with both ends."""
     rows = [["system", _AXES[kind], "accuracy", "95 %", "NFE", "seconds"]]
     for system in scaling["systems"]:
         for point in _some(system["curves"][kind]):
@@ -93,11 +93,11 @@ def _plot(scaling: Mapping[str, Any], out: Path) -> None:
         for system in scaling["systems"]:
             points = system["curves"][kind]
             x, y = [point["limit"] for point in points], [point["accuracy"] for point in points]
-            # What is reached lasts until the next picture is there.
+            # A result holds until the next image is generated.
             (line,) = axes.plot(x, y, "o-", markersize=3, drawstyle="steps-post", label=literal(system["name"]))
             low, high = [point["low"] for point in points], [point["high"] for point in points]
             axes.fill_between(x, low, high, step="post", color=line.get_color(), alpha=0.15)
-        axes.set(xlabel=label, ylabel="share that is correct", ylim=(-0.02, 1.02))
+        axes.set(xlabel=label, ylabel="accuracy", ylim=(-0.02, 1.02))
         if kind != "drawings" and any(system["curves"][kind] for system in scaling["systems"]):
             axes.set_xscale("log")
         axes.grid(alpha=0.3)

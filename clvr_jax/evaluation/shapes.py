@@ -1,4 +1,4 @@
-"""Runs a benchmark whose pictures a program can check: the shapes world with GenEval's tags, layout and score."""
+"""Benchmark of the shapes world, whose images a program checks; tags, layout and score are GenEval's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from clvr_jax.errors import UsageError
-from clvr_jax.evaluation.drawing import all_drawn, draw_missing
-from clvr_jax.evaluation.drawn import DrawAll
-from clvr_jax.evaluation.layout import Folder
-from clvr_jax.evaluation.report import PictureScore, summarize
+from clvr_jax.evaluation.generation import complete_samples, generate_missing
+from clvr_jax.evaluation.report import ImageScore, summarize
+from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import spread
+from clvr_jax.evaluation.system_output import GenerateFn
 from clvr_jax.files import write_json
 from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.trajectory import package_versions
@@ -26,12 +26,12 @@ if TYPE_CHECKING:
 Metadata = Mapping[str, Any]
 
 SHAPES_JUDGE_VERSION = "1"
-"""Goes up when the detector or the checker of the shapes world changes a verdict: old scores are of the old judge."""
+"""Version of the judge: increase it when the detector or the checker of the shapes world changes a verdict."""
 
 
 @dataclass(frozen=True)
 class Judgment:
-    """Whether a picture shows what its metadata asks for, and if not, why not."""
+    """A verdict on one image: whether it is correct by its metadata, and the reasons why not."""
 
     correct: bool
     reasons: tuple[str, ...] = ()
@@ -39,11 +39,11 @@ class Judgment:
 
 @dataclass(frozen=True)
 class Judge:
-    """Who decides. Name and version stand in every result: scores of different judges are never compared.
+    """A function that decides whether an image is correct.
 
     Attributes:
-      name, version: of the judge.
-      check: (picture, uint8 (height, width, 3); metadata) -> Judgment.
+      name, version: recorded in every result, because scores of different judges are never compared.
+      check: (image, uint8 (height, width, 3); metadata) -> Judgment.
     """
 
     name: str
@@ -52,13 +52,13 @@ class Judge:
 
 
 def shapes_judge() -> Judge:
-    """The shapes world's own judge: its detector reads the picture, its checker applies GenEval's rules."""
+    """Returns the judge of the shapes world, which applies GenEval's rules to the objects that its detector finds."""
     from clvr_jax.worlds.shapes.check import check
     from clvr_jax.worlds.shapes.detect import detect
     from clvr_jax.worlds.shapes.metadata import parse_metadata
 
     def judge(image: np.ndarray, metadata: Metadata) -> Judgment:
-        # Read back from the directory of a run, which anyone may have written.
+        # The metadata come from the directory of a run, which any program may have written.
         verdict = check(detect(image), parse_metadata(metadata))
         return Judgment(verdict.correct, verdict.reasons)
 
@@ -66,13 +66,13 @@ def shapes_judge() -> Judge:
 
 
 def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
-    """The prompts of the shapes world's benchmark.
+    """Returns the metadata of the prompts of the shapes world's benchmark.
 
     Args:
       split: one of the world's evaluation sets; not used if `path` is given.
       path: JSONL file in GenEval's metadata format.
-      limit: at most so many, evenly spaced, so that a short run still meets every tag.
-    Raises: ClvrError for a file that is none.
+      limit: maximum number of prompts, evenly spaced over the set, so that a short run has every tag; None for all.
+    Raises: ClvrError for a file that does not have this format.
     """
     from clvr_jax.worlds.shapes.prompts import evaluation_prompts, read_prompts
 
@@ -81,7 +81,7 @@ def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | N
 
 def run(
     metadata: Sequence[Metadata],
-    draw_all: DrawAll,
+    generate: GenerateFn,
     out: str | os.PathLike[str],
     judge: Judge,
     *,
@@ -94,34 +94,34 @@ def run(
     device: str | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, Any]:
-    """Draws what is missing in `out`, scores everything and writes results.json.
+    """Generates the images that are missing in `out`, scores all images and writes results.json.
 
     Args:
       metadata: one GenEval metadata per prompt.
-      draw_all: draws a batch; never called for pictures that are there already.
-      out: folder; see layout.py for its content.
-      judge: scores the pictures as they are on disk.
-      settings: JSON values that say how the pictures are made (model, steps, guidance, budget ...). A folder drawn with
+      generate: generates a batch of images; called only for images that do not exist yet.
+      out: directory with the layout of `run_directory`.
+      judge: scores the images as they are on disk.
+      settings: JSON values that identify the system (model, steps, guidance, budget ...). A directory with images of
         other settings, prompts, seed or number of samples is an error.
-      benchmark: its name.
-      seed: each picture's seed follows from this, its prompt and its sample number only.
-      samples: pictures per prompt; GenEval's own number is 4.
-      batch_size: prompts per call of `draw_all`; a run that is killed loses at most that many pictures.
+      benchmark: name of the benchmark.
+      seed: of the run; the seed of an image depends only on it, the prompt and the sample index.
+      samples: images per prompt; GenEval's own number is 4.
+      batch_size: prompts per call of `generate`; a run that is killed loses at most that many images.
       versions: recorded in results.json next to package_versions().
-      device: what draws, recorded with each picture.
-      on_progress: called with (pictures done, pictures in all).
+      device: the device that generates, recorded with each image.
+      on_progress: called with (images done, all images).
     Returns: the content of results.json.
     Raises: ClvrError, one line.
     """
     if not metadata:
-        raise UsageError(f"{benchmark}: no prompts to draw")
+        raise UsageError(f"{benchmark}: there are no prompts; give at least one")
     if samples < 1 or batch_size < 1:
         raise UsageError(f"{benchmark}: samples and batch_size must be at least 1, got {samples} and {batch_size}")
-    folder = Folder(Path(out))
+    directory = RunDirectory(Path(out))
     identity = {"benchmark": benchmark, "settings": dict(settings), "seed": seed, "samples": samples}
-    folder.prepare(identity, metadata)
+    directory.prepare(identity, metadata)
     prompts = [entry["prompt"] for entry in metadata]
-    draw_missing(folder, prompts, draw_all, seed, samples, batch_size, device, on_progress)
+    generate_missing(directory, prompts, generate, seed, samples, batch_size, device, on_progress)
     return score(out, judge, versions)
 
 
@@ -138,16 +138,17 @@ def measure(
     """Runs the shapes world's benchmark with a system.
 
     Args:
-      system: draws.
-      metadata: what, from `shapes_prompts`.
-      out, seed, on_progress: see `run`.
-      prompts, limit: recorded, what `metadata` is.
+      system: generates the images.
+      metadata: the prompts, from `shapes_prompts`.
+      out, seed, on_progress: as in `run`.
+      prompts: name of the set of prompts, recorded in the settings.
+      limit: maximum number of prompts, recorded in the settings.
     Returns: the content of results.json.
     Raises: ClvrError, one line.
     """
     return run(
         metadata,
-        system.draw_all,
+        system.generate,
         out,
         shapes_judge(),
         settings={**system.settings, "prompts": prompts, "limit": limit},
@@ -159,19 +160,19 @@ def measure(
 
 
 def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Scores a folder whose pictures are all drawn and writes results.json; also to score it again with another judge.
+    """Scores the images of a finished run and writes results.json; it can score a run again with another judge.
 
-    Returns: {"benchmark", "judge", "settings", "seed", "samples", "summary", "pictures", "versions"}; "summary" is
-      report.summarize's, "pictures" holds one PictureScore each.
-    Raises: ClvrError if a picture is missing: a score over fewer pictures would be another score.
+    Returns: {"benchmark", "judge", "settings", "seed", "samples", "summary", "pictures", "versions"}; "summary" is the
+      content of report.summarize, "pictures" is a list of ImageScore.
+    Raises: ClvrError if an image is missing, because a score over fewer images is not comparable.
     """
-    folder = Folder(Path(out))
-    identity = folder.identity()
-    entries = folder.metadata()
+    directory = RunDirectory(Path(out))
+    identity = directory.identity()
+    entries = directory.metadata()
     for index, entry in enumerate(entries):
-        JsonObject(entry, str(folder.home(index) / "metadata.jsonl")).text("tag")
-    places = all_drawn(folder, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
-    scores = [_score_picture(folder, index, sample, entries[index], judge) for index, sample in places]
+        JsonObject(entry, str(directory.prompt_dir(index) / "metadata.jsonl")).text("tag")
+    indices = complete_samples(directory, [entry["prompt"] for entry in entries], identity["seed"], identity["samples"])
+    scores = [_score_image(directory, index, sample, entries[index], judge) for index, sample in indices]
     results = {
         "benchmark": identity["benchmark"],
         "judge": {"name": judge.name, "version": judge.version},
@@ -186,13 +187,13 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     return results
 
 
-def _score_picture(folder: Folder, index: int, sample: int, metadata: Metadata, judge: Judge) -> PictureScore:
-    record = folder.record(index, sample)
-    if record.has_picture:
-        judgment = judge.check(folder.picture(index, sample), metadata)
+def _score_image(directory: RunDirectory, index: int, sample: int, metadata: Metadata, judge: Judge) -> ImageScore:
+    record = directory.record(index, sample)
+    if record.has_image:
+        judgment = judge.check(directory.image(index, sample), metadata)
     else:
-        judgment = Judgment(False, (f"no picture was drawn ({record.outcome})",))
-    return PictureScore(
+        judgment = Judgment(False, (f"no image was generated ({record.outcome})",))
+    return ImageScore(
         index=index,
         sample=sample,
         prompt=metadata["prompt"],

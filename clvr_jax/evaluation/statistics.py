@@ -1,4 +1,4 @@
-"""Samples, intervals and paired tests for benchmarks of yes/no scores."""
+"""Confidence intervals and paired tests for the scores of benchmarks."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class SignTest:
-    """Pairs won by either side, ties left out, and the two-sided p-value of "both win equally often"."""
+    """The pairs that each side wins, without ties, and the two-sided p-value of "both win equally often"."""
 
     first_wins: int
     second_wins: int
@@ -36,18 +36,18 @@ class SignTest:
 
 
 def spread(items: Sequence[T], limit: int | None) -> list[T]:
-    """At most `limit` of the items, evenly spaced, so that a short run still meets every tag."""
+    """Returns at most `limit` of the items, evenly spaced, so that a short run has every tag; all if None."""
     if limit is None or limit >= len(items):
         return list(items)
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
 def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -> Interval:
-    """Wilson's score interval of a proportion, without continuity correction.
+    """Returns Wilson's score interval of a proportion, without continuity correction.
 
     Args:
       successes: 0 .. trials.
-      trials: at least 1; an effective number of trials need not be whole.
+      trials: at least 1; an effective number of trials need not be an integer.
       confidence: two-sided, in (0, 1).
     Source: Wilson 1927; Newcombe 1998, method 3.
     """
@@ -57,42 +57,43 @@ def wilson_interval(successes: float, trials: float, confidence: float = 0.95) -
     share = successes / trials
     center = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials))
-    # At the ends the formula gives exactly 0 or 1 only up to rounding.
+    # The formula gives the bounds 0 and 1 only up to rounding.
     low = 0.0 if successes == 0 else center - half
     high = 1.0 if successes == trials else center + half
     return Interval(share, low, high)
 
 
 def clustered_interval(scores: Sequence[Sequence[float]], seed: int = 0, confidence: float = 0.95) -> Interval:
-    """The mean over prompts of the mean of their pictures. Pictures of a prompt are not independent, prompts are.
+    """Returns the mean over prompts of the mean score of their images, with an interval.
 
-    Scores of 0 and 1 have Wilson's interval of an effective number of pictures: their number divided by how much larger
-    the variance over prompts is than that of independent pictures. That factor is at least 1 and at most the pictures
-    per prompt, which is also taken where no variance is seen. With one picture per prompt this is Wilson's interval
-    itself. Other scores have a percentile bootstrap interval over prompts.
+    Prompts are independent, the images of one prompt are not. Scores of 0 and 1 have Wilson's interval for an effective
+    number of images: the number of images divided by the design effect, which is the variance over prompts relative to
+    that of independent images. The design effect is at least 1 and at most the number of images per prompt, which is
+    also its value if all prompts have the same mean. With one image per prompt this is Wilson's interval itself. Other
+    scores have a percentile bootstrap interval over prompts.
 
     Args:
-      scores: of the pictures of each prompt; at least one prompt, at least one picture each.
+      scores: of the images of each prompt; at least one prompt with at least one image each.
       seed: of the bootstrap.
       confidence: two-sided, in (0, 1).
     Source: Kish 1965 (design effect); Korn and Graubard 1998 (effective sample size in an interval of a proportion).
     """
     if not scores or not all(scores):
-        raise ClvrError("interval over prompts: every prompt needs a score, and there must be one")
+        raise ClvrError("interval over prompts: give at least one prompt, and at least one score for each prompt")
     means = np.asarray([np.mean(own) for own in scores], dtype=np.float64)
     if any(value not in (0, 1) for own in scores for value in own):
         return paired_bootstrap([0.0] * len(means), means.tolist(), seed=seed, confidence=confidence)
-    pictures = sum(map(len, scores))
-    share, most = float(means.mean()), pictures / len(scores)
-    independent = share * (1 - share) / pictures
+    images = sum(map(len, scores))
+    share, most = float(means.mean()), images / len(scores)
+    independent = share * (1 - share) / images
     seen = float(means.var(ddof=1)) / len(means) if len(means) > 1 else 0.0
     effect = min(max(seen / independent, 1.0), most) if independent and seen else most
-    trials = pictures / effect
+    trials = images / effect
     return wilson_interval(share * trials, trials, confidence)
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P-values corrected for their number, so that the chance of any false alarm stays what each says.
+    """Corrects p-values for their number, so that the probability of any false positive is controlled.
 
     Source: Holm 1979.
     """
@@ -106,12 +107,12 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def mean_of_proportions(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
-    """The unweighted mean of independent proportions, e.g. GenEval's mean over tags, with an interval.
+    """Returns the unweighted mean of independent proportions, such as GenEval's mean over tags, with an interval.
 
     Args:
-      counts: (successes, trials) of every group.
+      counts: (successes, trials) of each group.
       confidence: two-sided, in (0, 1).
-    Returns: the mean; the interval combines the groups' Wilson intervals, squared distances added.
+    Returns: the mean; its interval adds the squared distances of the groups' Wilson intervals.
     Source: method of variance estimates recovery (Zou and Donner 2008; Newcombe 1998, method 10).
     """
     if not counts:
@@ -124,7 +125,7 @@ def mean_of_proportions(counts: Sequence[tuple[int, int]], confidence: float = 0
 
 
 def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:
-    """Exact two-sided sign test of paired scores; for scores of 0 and 1 this is McNemar's exact test.
+    """Runs the exact two-sided sign test on paired scores; for scores of 0 and 1 this is McNemar's exact test.
 
     Args:
       first, second: scores of two systems on the same prompts, in the same order.
@@ -136,7 +137,7 @@ def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:
     second_wins = sum(a < b for a, b in zip(first, second, strict=True))
     decided = first_wins + second_wins
     tail = sum(math.comb(decided, wins) for wins in range(min(first_wins, second_wins) + 1))
-    # Integers: exact for any number of pairs, where 0.5**decided would underflow.
+    # Integers are exact for any number of pairs; 0.5**decided would underflow.
     p_value = 1.0 if 2 * tail >= 2**decided else 2 * tail / 2**decided
     return SignTest(first_wins, second_wins, p_value)
 
@@ -149,12 +150,12 @@ def paired_bootstrap(
     resamples: int = 10_000,
     confidence: float = 0.95,
 ) -> Interval:
-    """Difference of means, second - first, with a percentile bootstrap interval over pairs.
+    """Returns the difference of means, second - first, with a percentile bootstrap interval over pairs.
 
     Args:
       first, second: scores of two systems on the same prompts, in the same order; at least one pair.
-      groups: the group (tag) of every pair. Then the difference is the unweighted mean of the groups' differences and
-        pairs are resampled within their group; None puts all pairs into one.
+      groups: the group (tag) of each pair; the difference is then the unweighted mean of the groups' differences, and
+        pairs are resampled within their group. None puts all pairs into one group.
       seed: of the resampling; the same seed gives the same interval.
       resamples: number of bootstrap samples.
       confidence: two-sided, in (0, 1).
@@ -181,7 +182,7 @@ def paired_bootstrap(
 
 
 def _quantile(confidence: float) -> float:
-    """The normal quantile of a two-sided confidence level."""
+    """Returns the normal quantile of a two-sided confidence level."""
     if not 0 < confidence < 1:
-        raise ClvrError(f"confidence must lie between 0 and 1, got {confidence}")
+        raise ClvrError(f"confidence must be between 0 and 1, got {confidence}")
     return NormalDist().inv_cdf((1 + confidence) / 2)

@@ -1,4 +1,4 @@
-"""What a benchmark measures: a way to draw, as a function of prompts and seeds, that any benchmark can use."""
+"""Systems under test: functions of prompts and seeds that generate images, which any benchmark can use."""
 
 import hashlib
 import os
@@ -12,8 +12,8 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier
-from clvr_jax.evaluation.drawn import DrawAll, Drawn
-from clvr_jax.evaluation.open_loop import WholePlan
+from clvr_jax.evaluation.open_loop import OpenLoopController
+from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput
 from clvr_jax.pipelines.loading import lora_path
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.verifier import controller_directory
@@ -36,16 +36,16 @@ _SAMPLE_BYTES = 1 << 20
 
 @dataclass(frozen=True)
 class System:
-    """A way to draw.
+    """A system that generates images.
 
     Attributes:
-      draw_all: (prompts, seeds) -> one result per prompt.
-      settings: JSON values that identify it: pictures made with other settings are never mixed in.
-      device: what draws, recorded with each picture.
-      batch_size: prompts that it likes to draw at a time.
+      generate: (prompts, seeds) -> one result per prompt.
+      settings: JSON values that identify the system; a run has images of one identity only.
+      device: the device that generates, recorded with each image.
+      batch_size: preferred number of prompts per call of `generate`.
     """
 
-    draw_all: DrawAll
+    generate: GenerateFn
     settings: Mapping[str, Any]
     device: str | None = None
     batch_size: int = 16
@@ -59,12 +59,13 @@ def one_shot(
     size: tuple[int, int] | None = None,
     **loading: Any,
 ) -> System:
-    """A model that draws each prompt once.
+    """Returns a system that generates one image from each prompt as it is.
 
     Args:
-      model: shipped name, folder or Hugging Face id.
-      steps, guidance: of the sampler; the model's own if None.
-      size: height and width in pixels; the model's own if None.
+      model: shipped name, directory or Hugging Face id.
+      steps: number of sampler steps; the model's default if None.
+      guidance: guidance scale; the model's default if None.
+      size: height and width in pixels; the model's default if None.
       loading: arguments of `Flux2Pipeline.from_pretrained`, such as dtype, mesh and lora.
     """
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -79,7 +80,7 @@ def one_shot(
         **_loaded(pipeline, size, loading),
     }
 
-    def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawing]:
+    def generate(prompts: list[str], seeds: list[int]) -> list[Drawing]:
         output = pipeline.draw_each(
             prompts,
             [[]] * len(prompts),
@@ -91,7 +92,7 @@ def one_shot(
         )
         return [Drawing(image, output.nfe) for image in output.images]
 
-    return System(draw_all, settings, _device())
+    return System(generate, settings, _device())
 
 
 def planned(
@@ -107,21 +108,23 @@ def planned(
     size: tuple[int, int] | None = None,
     **loading: Any,
 ) -> System:
-    """A model that draws what a controller plans; all prompts of a batch advance together.
+    """Returns a system whose controller plans each image; all prompts of a batch advance together.
 
     Args:
-      model: shipped name, folder or Hugging Face id; of one that has a controller/, unless `controller` is given.
+      model: shipped name, directory or Hugging Face id; it needs a controller/ if `controller` is None.
       mode: "closed-loop" plans, generates, verifies and corrects. "open-loop" plans the whole image and generates it
-        once; nobody looks at it. "best-of" generates the whole plan `budget.candidates` times and takes the best image.
+        once, without verification. "best-of" generates the whole plan `budget.candidates` times and returns the best
+        image.
       budget: limits per prompt.
-      controller: plans and judges, the model's own if None.
-      controller_name: identifies it.
-      verification: who accepts an image, see `reasoning.loop.run`; if None, the controller if it is given, else a
+      controller: plans and judges; the model's own controller if None.
+      controller_name: identifies the controller in the settings.
+      verification: what accepts an image, as in `reasoning.loop.run`; if None, the controller if it is given, else a
         separate verifier.
       verifier: the model that verifies; the model's own controller in fresh conversations if None.
-      is_blind: the ablation: controller and verifier see a blank canvas in place of every image.
-      size: height and width in pixels; the model's own if None.
+      is_blind: whether controller and verifier see a blank canvas in place of every image, as an ablation.
+      size: height and width in pixels; the model's default if None.
       loading: arguments of `ClosedLoopPipeline.from_pretrained`, such as dtype, mesh and lora.
+    Raises: ClvrError if the model has no controller and none is given.
     """
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
@@ -132,21 +135,22 @@ def planned(
         accepts = "none"
     chosen = controller or pipeline.controller
     if chosen is None:
-        raise ClvrError(f"{model}: the folder has no controller/; use the oracle or an endpoint as the controller")
-    limits = limits_of(mode, budget)
-    used = chosen if mode == "closed-loop" else WholePlan(chosen)
+        raise ClvrError(f"{model}: the directory has no controller/; use the oracle or an endpoint as the controller")
+    limits = budget_for_mode(mode, budget)
+    used = chosen if mode == "closed-loop" else OpenLoopController(chosen)
     checks = pipeline.verifier if accepts == "separate" else None
     if is_blind:
         used, checks = BlindController(used), None if checks is None else BlindVerifier(checks)
 
-    def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawn]:
+    def generate(prompts: list[str], seeds: list[int]) -> list[SystemOutput]:
         before = _usage(chosen)
         trajectories = pipeline.run(
             prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, **sized
         )
-        shares = _shares(before, _usage(chosen), len(prompts))
+        shares = _usage_per_prompt(before, _usage(chosen), len(prompts))
         return [
-            replace(Drawn.of(trajectory), usage=usage) for trajectory, usage in zip(trajectories, shares, strict=True)
+            replace(SystemOutput.from_result(trajectory), usage=usage)
+            for trajectory, usage in zip(trajectories, shares, strict=True)
         ]
 
     settings = {
@@ -157,39 +161,39 @@ def planned(
         **({} if verifier is None else {"verifier": _identity_of_verifier(verifier)}),
         **({"blind": True} if is_blind else {}),
         **_loaded(pipeline.flux, size, loading),
-        **described(limits),
+        **non_default_fields(limits),
     }
-    # All candidates of all prompts are drawn together: as many pictures at a time as without candidates.
-    return System(draw_all, settings, _device(), max(1, System.batch_size // limits.candidates))
+    # All candidates of all prompts are generated together; a batch has as many images as without candidates.
+    return System(generate, settings, _device(), max(1, System.batch_size // limits.candidates))
 
 
-def limits_of(mode: PlannedMode, budget: Budget | None) -> Budget:
-    """The loop's budget in a mode: the open loop draws once and is done, best-of draws nothing but its candidates.
+def budget_for_mode(mode: PlannedMode, budget: Budget | None) -> Budget:
+    """Returns the loop's budget in a mode: one image for open-loop, and only the candidates for best-of.
 
-    Raises: UsageError for best-of with less than two candidates.
+    Raises: UsageError for best-of with fewer than two candidates.
     """
     budget = budget or Budget()
     if mode == "open-loop":
         return replace(budget, max_steps=1, candidates=1, stop_when="drawn")
     if mode == "best-of":
         if budget.candidates < 2:
-            raise UsageError("best-of chooses among several drawings; give at least 2 candidates")
+            raise UsageError("best-of chooses among several images; give at least 2 candidates")
         return replace(budget, max_steps=budget.candidates)
     return budget
 
 
-def described(budget: Budget) -> dict[str, Any]:
-    """A budget for settings: the number of steps, and what is not as usual."""
-    usual = asdict(Budget())
-    return {key: value for key, value in asdict(budget).items() if key == "max_steps" or value != usual[key]}
+def non_default_fields(budget: Budget) -> dict[str, Any]:
+    """Returns max_steps and the fields of a budget that differ from their default, for the settings of a system."""
+    defaults = asdict(Budget())
+    return {key: value for key, value in asdict(budget).items() if key == "max_steps" or value != defaults[key]}
 
 
 def _usage(controller: Controller) -> Usage:
     return getattr(controller, "usage", Usage())
 
 
-def _shares(before: Usage, after: Usage, count: int) -> list[Usage]:
-    """What was spent between, divided among the prompts of a batch; whole tokens, and their sum is exact."""
+def _usage_per_prompt(before: Usage, after: Usage, count: int) -> list[Usage]:
+    """Divides the difference of two usages among the prompts of a batch; token counts are integers with exact sum."""
     spent = {key: value - getattr(before, key) for key, value in asdict(after).items()}
     return [
         Usage(
@@ -205,19 +209,21 @@ def _device() -> str:
     import jax
 
     device = jax.devices()[0]
-    if device.platform == "cpu":  # JAX tells nothing else of it
+    if device.platform == "cpu":  # JAX has no name of the processor
         return f"CPU {platform.machine()}, {os.cpu_count()} cores"
     return f"{device.device_kind} x {jax.device_count()}"
 
 
 class Oracle(Controller):
-    """The shapes world's oracle as the loop's controller, for prompts whose metadata it is given."""
+    """The oracle of the shapes world as a controller, for prompts with known metadata."""
 
     def __init__(self, metadata: Sequence[Metadata]):
         requests: dict[str, Metadata] = {}
         for entry in metadata:
             if requests.setdefault(entry["prompt"], entry) != entry:
-                raise ClvrError(f"the oracle knows two meanings of the prompt {entry['prompt']!r}; keep one of them")
+                raise ClvrError(
+                    f"oracle: the prompt {entry['prompt']!r} has two meanings in the metadata; keep one of them"
+                )
         self._oracle = OracleController(requests)
 
     @override
@@ -228,13 +234,19 @@ class Oracle(Controller):
 
 
 def _identity(model: str, *more_parts: str) -> dict[str, str]:
-    """Name and fingerprint of what draws (and of `more_parts`): a folder that was trained further is another model."""
+    """Returns the name of a model and a fingerprint of the generator's weights and of `more_parts`.
+
+    A directory that was trained further has another fingerprint, so it is another model.
+    """
     path, transformer = resolve(model)
     return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
 
 
 def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Mapping[str, Any]) -> dict[str, Any]:
-    """What changes images and is not as usual: size, dtype and LoRAs. A mesh changes nothing but rounding."""
+    """Returns the settings that change images and are not the defaults: size, dtype and LoRAs.
+
+    The mesh is not among them: it changes only rounding.
+    """
     dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
     loras = [
         {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
@@ -256,21 +268,22 @@ def _digest_of_lora(path: Path) -> str:
 
 
 def _identity_of_verifier(model: str) -> dict[str, str]:
-    """Name and fingerprint of a model that verifies."""
+    """Returns the name and the fingerprint of a model that verifies."""
     path, _ = controller_directory(model)
     return {"model": model, "weights": _digest(path, set())}
 
 
 def _digest(path: Path, parts: Set[str]) -> str:
-    """A fingerprint of the weights and settings in a directory and in those subdirectories."""
+    """Returns a fingerprint of the weights and settings in a directory and in the subdirectories `parts`."""
     digest = hashlib.blake2b(digest_size=8)
     for file in sorted(path.rglob("*")):
-        place = file.relative_to(path)
-        if file.suffix not in (".safetensors", ".json") or not (len(place.parts) == 1 or place.parts[0] in parts):
+        relative = file.relative_to(path)
+        if file.suffix not in (".safetensors", ".json") or not (len(relative.parts) == 1 or relative.parts[0] in parts):
             continue
         size = file.stat().st_size
-        digest.update(f"{place.as_posix()} {size}".encode())
-        with file.open("rb") as stream:  # the ends will do: training changes all weights, and files may have gigabytes
+        digest.update(f"{relative.as_posix()} {size}".encode())
+        # Both ends suffice, because training changes all weights; files may have gigabytes.
+        with file.open("rb") as stream:
             digest.update(stream.read(_SAMPLE_BYTES))
             stream.seek(max(0, size - _SAMPLE_BYTES))
             digest.update(stream.read(_SAMPLE_BYTES))

@@ -121,7 +121,7 @@ def test_an_endpoint_alone_and_planned_by_another(server, endpoint, tmp_path, ca
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ([], "give --model, or folders"),
+        ([], "give --model, or directories"),
         (["--model", "m", "--max-steps", "1"], "--max-steps must be at least 2"),
         (["--model", "m", "--modes", "best-of", "best-of"], "once"),
     ],

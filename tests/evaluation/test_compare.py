@@ -104,7 +104,7 @@ def test_fields_of_results_have_their_types(field, value, tmp_path):
 
 def test_results_without_pictures_or_with_broken_texts_are_refused(tmp_path):
     (tmp_path / "results.json").write_text(json.dumps({**result([]), "pictures": []}))
-    with pytest.raises(ClvrError, match="pictures is empty"):
+    with pytest.raises(ClvrError, match="'pictures' is empty"):
         load_results(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps({**result([1]), "benchmark": "\ud800"}))
     with pytest.raises(ClvrError, match="lone surrogate"):

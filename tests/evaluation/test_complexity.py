@@ -9,12 +9,12 @@ from clvr_jax.evaluation.complexity import (
     Tier,
     Weights,
     area,
+    assign_tiers,
     failure_law,
     pass_curve,
     power_law,
     probe,
-    task_of,
-    tiers_of,
+    task_from_metadata,
 )
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
@@ -30,31 +30,31 @@ GENEVAL = {
 
 
 def test_a_task_by_hand():
-    task = task_of(GENEVAL)
-    assert task == Task(things=3, edges=3, words=10, extra=1.0)
+    task = task_from_metadata(GENEVAL)
+    assert task == Task(objects=3, edges=3, words=10, extra=1.0)
     expected = 3 * math.log(4) + 3 + math.log(11) + 1
     assert task.complexity() == pytest.approx(expected)
-    weights = Weights(things=2, edges=3, words=4, text=0.5)
+    weights = Weights(objects=2, edges=3, words=4, text=0.5)
     assert task.complexity(weights) == pytest.approx(2 * 3 * math.log(4) + 9 + 4 * 0.5 * math.log(11) + 1)
     with pytest.raises(ClvrError, match="no include list"):
-        task_of({"prompt": "a dog"})
+        task_from_metadata({"prompt": "a dog"})
 
 
 def test_complexity_rises_with_the_number_of_things():
     means = {}
     for entry in evaluation_prompts("complex"):
-        means.setdefault(entry["tier"], []).append(task_of(entry).complexity())
+        means.setdefault(entry["tier"], []).append(task_from_metadata(entry).complexity())
     ordered = [np.mean(means[tier]) for tier in sorted(means)]
     assert ordered == sorted(ordered)
-    assert max(task_of(entry).complexity() for entry in evaluation_prompts("eval")) < ordered[-1]
+    assert max(task_from_metadata(entry).complexity() for entry in evaluation_prompts("eval")) < ordered[-1]
 
 
 def test_tiers_have_equally_many_prompts_and_equal_complexity_shares_one():
     values = np.random.default_rng(0).permutation(40).astype(float)
-    places = tiers_of(values)
+    places = assign_tiers(values)
     assert [places.count(tier) for tier in range(10)] == [4] * 10
     assert all((places[i] <= places[j]) for i in range(40) for j in range(40) if values[i] < values[j])
-    assert tiers_of([1.0, 1.0, 1.0, 5.0]) == [0, 0, 0, 7]
+    assert assign_tiers([1.0, 1.0, 1.0, 5.0]) == [0, 0, 0, 7]
 
 
 def test_the_curve_and_its_area():

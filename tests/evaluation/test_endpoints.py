@@ -28,7 +28,7 @@ def judge():
 def go(system, out):
     return run(
         METADATA,
-        system.draw_all,
+        system.generate,
         out,
         judge(),
         settings=system.settings,
@@ -47,7 +47,7 @@ def test_one_shot_with_a_refusal_and_what_it_costs(server, endpoint, tmp_path):
     results = go(system, tmp_path)
     assert [entry["correct"] for entry in results["pictures"]] == [True, True, True, False, True, True]
     refused, drawn = results["pictures"][3], results["pictures"][4]
-    assert (refused["outcome"], refused["reasons"]) == ("refused", ["no picture was drawn (refused)"])
+    assert (refused["outcome"], refused["reasons"]) == ("refused", ["no image was generated (refused)"])
     assert (drawn["dollars"], drawn["output_tokens"], drawn["nfe"]) == (0.04, 100, None)
     assert drawn["seconds"] > 0
     assert results["summary"]["cost"]["dollars"] == pytest.approx(0.2)
@@ -97,7 +97,7 @@ def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
     with pytest.raises(UsageError, match="controller"):
         endpoint_system(tool, "closed-loop")
     loop = endpoint_system(tool, "closed-loop", Budget(max_steps=5), vlm, in_flight=1)
-    (first,) = loop.draw_all(["p"], [1])
+    (first,) = loop.generate(["p"], [1])
     assert (len(first.trajectory.drawings), first.trajectory.outcome) == (3, "accepted")
     assert set(both.systems) == {SYSTEM_PROMPT}
     # Three pictures, and a plan and three looks of 11 tokens read and 7 written each.
@@ -105,11 +105,11 @@ def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
     assert first.usage.dollars == pytest.approx(3 * 0.01 + 44 * 0.01)
 
     both.systems.clear()
-    (once,) = endpoint_system(tool, "open-loop", None, vlm).draw_all(["p"], [1])
+    (once,) = endpoint_system(tool, "open-loop", None, vlm).generate(["p"], [1])
     assert (once.usage.calls, both.systems) == (2, [REWRITE_PROMPT])
     assert server.seen[-1].json["prompt"] == "p\nPlan: light. Draw light."
 
     best = endpoint_system(tool, "best-of", Budget(candidates=3), vlm)
-    (chosen,) = best.draw_all(["p"], [1])
+    (chosen,) = best.generate(["p"], [1])
     assert (len(chosen.trajectory.drawings), chosen.trajectory.verdict.score) == (3, 0)
     assert best.settings["candidates"] == best.settings["max_steps"] == 3

@@ -1,8 +1,8 @@
 """Planning without looking, and the best of several drawings, in the shapes world with a drawer that forgets."""
 
-from clvr_jax.evaluation.open_loop import WholePlan, whole_plan
+from clvr_jax.evaluation.open_loop import OpenLoopController, request_whole_plan
 from clvr_jax.evaluation.shapes import shapes_judge
-from clvr_jax.evaluation.systems import Oracle, limits_of
+from clvr_jax.evaluation.systems import Oracle, budget_for_mode
 from clvr_jax.reasoning import Budget, Conversation, run
 from clvr_jax.worlds.shapes.oracle import first_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
@@ -14,8 +14,8 @@ METADATA = evaluation_prompts("complex")[::20]
 
 def trajectories(mode, budget=None):
     prompts = [entry["prompt"] for entry in METADATA]
-    limits = limits_of(mode, budget)
-    return run(prompts, WholePlan(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
+    limits = budget_for_mode(mode, budget)
+    return run(prompts, OpenLoopController(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
 
 
 def correct(done):
@@ -24,13 +24,13 @@ def correct(done):
 
 def test_a_plan_of_the_shapes_world_is_drawn_as_a_whole():
     said = Oracle(METADATA).reply([Conversation(METADATA[-1]["prompt"])])[0]
-    whole = whole_plan(said)
+    whole = request_whole_plan(said)
     assert len(parse_edits(said)) == 2
     assert [edit.object for edit in parse_edits(whole)] == list(parse_plan(said))
-    assert whole_plan(whole) == whole
-    assert whole_plan(draw("A cat on a mat.")) == draw("A cat on a mat.")
+    assert request_whole_plan(whole) == whole
+    assert request_whole_plan(draw("A cat on a mat.")) == draw("A cat on a mat.")
     unfinished = first_reply(parse_plan(said)).replace("<|image_gen|>", "")
-    assert whole_plan(unfinished) == unfinished  # to be asked for again
+    assert request_whole_plan(unfinished) == unfinished  # to be asked for again
 
 
 def test_the_open_loop_draws_once_and_the_best_of_several_is_better():

@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation import PictureScore, markdown, rich_table, summarize
+from clvr_jax.evaluation import ImageScore, markdown, rich_table, summarize
 from clvr_jax.evaluation.statistics import wilson_interval
 
 
@@ -15,7 +15,7 @@ def scores():
     for tag, tier, correct, pictures in counts:
         for number in range(pictures):
             rows.append(
-                PictureScore(
+                ImageScore(
                     len(rows), 0, f"p{len(rows)}", tag, tier, number < correct, (), 8, float(number), 2, "accepted"
                 )
             )
@@ -48,14 +48,14 @@ def test_cost_per_picture():
     assert cost["median_seconds_per_picture"] == 1.0
     assert (cost["steps"], cost["outcomes"]) == ({"2": 10}, {"accepted": 10})
     assert cost["dollars"] is None
-    told = PictureScore(
+    told = ImageScore(
         0, 0, "p", "colors", None, True, input_tokens=90, output_tokens=10, dollars=0.5, device="TPU v6 lite x 8"
     )
     line = markdown(summarize([told, told]))
-    assert "90 + 10 tokens per picture" in line
-    assert "$1.00 in all" in line
+    assert "90 + 10 tokens per image" in line
+    assert "$1.00 in total" in line
     assert "devices: TPU v6 lite x 8 x 2" in line
-    bare = summarize([PictureScore(0, 0, "p", "colors", None, True)])
+    bare = summarize([ImageScore(0, 0, "p", "colors", None, True)])
     assert bare["cost"]["nfe_per_picture"] is None
     assert "cost not recorded" in markdown(bare)
 
@@ -65,14 +65,14 @@ def test_tables_show_every_row():
     text = markdown(summary, "toy")
     assert "| counting | 0.750 | 0.301 .. 0.954 | 3 / 4 |" in text
     assert "| tier 4 | 0.000 | 0.000 .. 0.561 | 0 / 3 |" in text
-    assert "8.0 NFE per picture; 1.00 s per picture" in text
+    assert "8.0 NFE per image; 1.00 s per image" in text
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(rich_table(summary, "toy"))
     shown = console.export_text()
-    for name in ("counting", "complex", "zebra", "mean of tags", "over pictures", "tier 3", "tier 4"):
+    for name in ("counting", "complex", "zebra", "mean of tags", "over images", "tier 3", "tier 4"):
         assert name in shown
 
 
 def test_nothing_to_report_is_an_error():
-    with pytest.raises(ClvrError, match="no scored pictures"):
+    with pytest.raises(ClvrError, match="no scored images"):
         summarize([])

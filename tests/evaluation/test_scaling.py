@@ -7,11 +7,11 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import Judge, Judgment, run, shapes_judge
-from clvr_jax.evaluation.layout import Folder
-from clvr_jax.evaluation.open_loop import WholePlan
-from clvr_jax.evaluation.scaling import Way, curves, read_off, way_of
+from clvr_jax.evaluation.open_loop import OpenLoopController
+from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.scaling import BudgetCurve, budget_curve, curves, from_trajectories
 from clvr_jax.evaluation.scaling_report import scaling_markdown, write_scaling
-from clvr_jax.evaluation.systems import Oracle, limits_of
+from clvr_jax.evaluation.systems import Oracle, budget_for_mode
 from clvr_jax.files import read_json
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning import run as run_loop
@@ -31,23 +31,23 @@ def test_what_is_read_off_is_what_a_smaller_budget_gives(candidates):
         budget = Budget(candidates=candidates, **limits)
         return run_loop(prompts, NoisyController(), NoisyDrawer(), budget, range(25))
 
-    whole = [way_of(number, each, {}, odd) for number, each in enumerate(go(max_steps=9))]
-    assert max(len(way.correct) for way in whole) == 9
+    whole = [budget_curve(number, each, {}, odd) for number, each in enumerate(go(max_steps=9))]
+    assert max(len(curve.correct) for curve in whole) == 9
     for steps in (1, 2, 4, 7):
-        for way, smaller in zip(whole, go(max_steps=steps), strict=True):
+        for curve, smaller in zip(whole, go(max_steps=steps), strict=True):
             expected = smaller.image is not None and value_of(smaller.image) % 2 == 1
-            assert way.after(steps) == expected
+            assert curve.correct_after(steps) == expected
             if smaller.drawings:
-                assert way.nfe[min(steps, len(way.nfe)) - 1] == smaller.nfe
+                assert curve.nfe[min(steps, len(curve.nfe)) - 1] == smaller.nfe
 
 
 def test_points_of_a_curve_by_hand():
-    ways = [
-        Way(0, (4, 8), (1.0, 3.0), (False, True)),
-        Way(1, (4,), (2.0,), (True,)),
-        Way(2, (), (), ()),  # no picture at all
+    all_curves = [
+        BudgetCurve(0, (4, 8), (1.0, 3.0), (False, True)),
+        BudgetCurve(1, (4,), (2.0,), (True,)),
+        BudgetCurve(2, (), (), ()),  # no picture at all
     ]
-    found = curves(ways)
+    found = curves(all_curves)
     assert [(point["limit"], point["accuracy"]) for point in found["drawings"]] == [(1, 1 / 3), (2, 2 / 3)]
     assert [point["nfe"] for point in found["drawings"]] == [8 / 3, 4.0]
     assert [(point["limit"], point["accuracy"]) for point in found["nfe"]] == [(4, 1 / 3), (8, 2 / 3)]
@@ -57,14 +57,14 @@ def test_points_of_a_curve_by_hand():
     at_two = next(point for point in seconds if point["limit"] >= 2)
     assert at_two["accuracy"] == 1 / 3
     assert at_two["low"] < 1 / 3 < at_two["high"]
-    with pytest.raises(ClvrError, match="no picture was drawn"):
-        curves(ways[2:])
+    with pytest.raises(ClvrError, match="no image was generated"):
+        curves(all_curves[2:])
 
 
 def finished(out, mode, **limits):
     oracle = Oracle(METADATA)
-    controller = oracle if mode == "closed-loop" else WholePlan(oracle)
-    budget = limits_of(mode, Budget(**limits))
+    controller = oracle if mode == "closed-loop" else OpenLoopController(oracle)
+    budget = budget_for_mode(mode, Budget(**limits))
     run(
         METADATA,
         lambda prompts, seeds: run_loop(prompts, controller, ClumsyDrawer(), budget, seeds),
@@ -72,7 +72,7 @@ def finished(out, mode, **limits):
         shapes_judge(),
         settings={"mode": mode},
     )
-    return Folder(out)
+    return RunDirectory(out)
 
 
 def test_finished_runs_become_a_report(tmp_path):
@@ -80,7 +80,7 @@ def test_finished_runs_become_a_report(tmp_path):
         "loop": finished(tmp_path / "loop", "closed-loop", max_steps=10),
         "best of 4": finished(tmp_path / "best", "best-of", candidates=4),
     }
-    scaling = read_off(folders)
+    scaling = from_trajectories(folders)
     loop, best = (system["curves"]["drawings"] for system in scaling["systems"])
     assert [point["limit"] for point in best] == [1, 2, 3, 4]
     assert loop[-1]["accuracy"] == read_json(tmp_path / "loop" / "results.json")["summary"]["overall"]["mean_of_tags"]
@@ -99,18 +99,18 @@ def test_finished_runs_become_a_report(tmp_path):
 def test_runs_that_do_not_belong_together_are_refused(tmp_path):
     folder = finished(tmp_path / "loop", "open-loop")
     with pytest.raises(ClvrError, match="no such file"):
-        read_off({"x": Folder(tmp_path / "none")})
+        from_trajectories({"x": RunDirectory(tmp_path / "none")})
     other = tmp_path / "other"
     run(METADATA[:2], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)] * 2, other, shapes_judge(), settings={})
     with pytest.raises(ClvrError, match="other prompts than a; give runs on the same"):
-        read_off({"a": folder, "b": Folder(other)})
+        from_trajectories({"a": folder, "b": RunDirectory(other)})
     (tmp_path / "loop" / "00001" / "samples" / "0000.png").unlink()
-    with pytest.raises(ClvrError, match="1 of 10 pictures are missing"):
-        read_off({"a": folder})
+    with pytest.raises(ClvrError, match="1 of 10 images are missing"):
+        from_trajectories({"a": folder})
     run(METADATA[:1], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)], tmp_path / "named", shapes_judge(),
         settings={}, benchmark="geneval")  # fmt: skip
     with pytest.raises(ClvrError, match="a run of geneval"):
-        read_off({"a": Folder(tmp_path / "named")})
+        from_trajectories({"a": RunDirectory(tmp_path / "named")})
 
 
 def test_a_drawing_in_one_go_is_a_curve_of_one_point(tmp_path):
@@ -121,6 +121,6 @@ def test_a_drawing_in_one_go_is_a_curve_of_one_point(tmp_path):
         shapes_judge(),
         settings={},
     )
-    (system,) = read_off({"once": Folder(tmp_path)})["systems"]
+    (system,) = from_trajectories({"once": RunDirectory(tmp_path)})["systems"]
     assert [point["accuracy"] for point in system["curves"]["drawings"]] == [0.0]
     assert system["curves"]["nfe"] == []  # not recorded

@@ -11,6 +11,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import Judge, Judgment, run, score, shapes_judge
+from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.reasoning import Budget, Drawing, Trajectory
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.reasoning.tools import Made, Usage
@@ -70,6 +71,14 @@ def test_layout_is_genevals(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
+def test_records_keep_the_keys_of_earlier_versions(tmp_path):
+    go(tmp_path)
+    record = json.loads((tmp_path / "00000" / "records" / "0000.json").read_text())
+    assert list(record)[:3] == ["prompt", "seed", "has_picture"]
+    assert record["has_picture"] is True
+    assert RunDirectory(tmp_path).record(0, 0).has_image
+
+
 def test_results_are_complete(tmp_path):
     results = go(tmp_path, seed=3, versions={"toy": "9"})
     assert results == json.loads((tmp_path / "results.json").read_text())
@@ -121,11 +130,11 @@ def test_lost_picture_is_drawn_again(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "difference"),
     [
-        ({"settings": {**SETTINGS, "steps": 28}}, "settings.steps: 4 there, 28 asked for"),
-        ({"settings": {**SETTINGS, "budget": {"max_steps": 1}}}, "settings.budget.max_steps: 8 there, 1 asked for"),
-        ({"seed": 1}, "seed: 0 there, 1 asked for"),
-        ({"samples": 4}, "samples: 1 there, 4 asked for"),
-        ({"benchmark": "geneval"}, '"shapes" there, "geneval" asked for'),
+        ({"settings": {**SETTINGS, "steps": 28}}, "settings.steps: 4 on disk, 28 requested"),
+        ({"settings": {**SETTINGS, "budget": {"max_steps": 1}}}, "settings.budget.max_steps: 8 on disk, 1 requested"),
+        ({"seed": 1}, "seed: 0 on disk, 1 requested"),
+        ({"samples": 4}, "samples: 1 on disk, 4 requested"),
+        ({"benchmark": "geneval"}, '"shapes" on disk, "geneval" requested'),
     ],
 )
 def test_folder_of_other_settings_is_refused(tmp_path, changes, difference):
@@ -141,7 +150,7 @@ def test_folder_of_other_settings_is_refused(tmp_path, changes, difference):
 
 def test_folder_of_other_prompts_is_refused(tmp_path):
     go(tmp_path)
-    with pytest.raises(ClvrError, match="prompts: 5 there, 4 asked for"):
+    with pytest.raises(ClvrError, match="prompts: 5 on disk, 4 requested"):
         run(METADATA[:4], Draw(), tmp_path, JUDGE, settings=SETTINGS)
     with pytest.raises(ClvrError, match="metadata_sha256"):
         run(METADATA[::-1], Draw(), tmp_path, JUDGE, settings=SETTINGS)
@@ -153,7 +162,7 @@ def test_folder_of_other_prompts_is_refused(tmp_path):
 def test_missing_pictures_fail_instead_of_shrinking_the_score(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         go(tmp_path, Draw(fail_after=2))
-    with pytest.raises(ClvrError, match=r"3 of 5 pictures are missing \(00002/samples/0000\.png, 00003/"):
+    with pytest.raises(ClvrError, match=r"3 of 5 images are missing \(00002/samples/0000\.png, 00003/"):
         score(tmp_path, JUDGE)
     assert not (tmp_path / "results.json").exists()
 
@@ -186,7 +195,7 @@ def test_closed_loop_keeps_its_trajectories(tmp_path):
     assert (trajectory.prompt, trajectory.outcome) == ("p 1", "accepted")
     without = results["pictures"][3]
     assert (without["correct"], without["outcome"], without["nfe"]) == (False, "unparseable", 0)
-    assert without["reasons"] == ["no picture was drawn (unparseable)"]
+    assert without["reasons"] == ["no image was generated (unparseable)"]
     assert not (tmp_path / "00003" / "samples").exists()
     assert results["summary"]["cost"]["steps"] == {"0": 1, "2": 4}
     assert results["summary"]["cost"]["outcomes"] == {"accepted": 4, "unparseable": 1}
@@ -200,9 +209,9 @@ def test_plain_pictures_are_fine_and_wrong_answers_are_not(tmp_path):
     results = go(tmp_path / "pil", lambda prompts, seeds: [Image.new("RGB", (3, 3), "white")] * len(prompts))
     assert results["summary"]["overall"]["mean_of_tags"] == 1
     assert results["pictures"][0]["nfe"] is None
-    with pytest.raises(ClvrError, match="asked for 2 pictures and got 1"):
+    with pytest.raises(ClvrError, match="asked the system for 2 images and got 1"):
         go(tmp_path / "few", lambda prompts, seeds: [Image.new("RGB", (3, 3))])
-    with pytest.raises(ClvrError, match="without a picture"):
+    with pytest.raises(ClvrError, match="without an image"):
         go(tmp_path / "none", lambda prompts, seeds: [None] * len(prompts))
     with pytest.raises(ClvrError, match="expected uint8"):
         go(tmp_path / "float", lambda prompts, seeds: [np.zeros((3, 3, 3))] * len(prompts))

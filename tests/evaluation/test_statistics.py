@@ -106,7 +106,7 @@ def test_unpaired_scores_are_refused():
 
 def test_one_picture_per_prompt_has_wilsons_interval():
     assert clustered_interval([[1.0]] * 7 + [[0.0]] * 2) == wilson_interval(7, 9)
-    with pytest.raises(ClvrError, match="every prompt needs a score"):
+    with pytest.raises(ClvrError, match="at least one score for each prompt"):
         clustered_interval([[1.0], []])
 
 

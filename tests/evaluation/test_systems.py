@@ -2,7 +2,7 @@ import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.shapes import shapes_prompts
-from clvr_jax.evaluation.systems import Oracle, _identity, _shares, described, limits_of
+from clvr_jax.evaluation.systems import Oracle, _identity, _usage_per_prompt, budget_for_mode, non_default_fields
 from clvr_jax.reasoning import Budget, Conversation, parse
 from clvr_jax.reasoning.tools import Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
@@ -52,7 +52,7 @@ def test_a_model_that_was_trained_further_is_another_model(tmp_path):
 def test_what_a_batch_spent_is_divided_without_a_rest():
     before = Usage(calls=3, input_tokens=10, output_tokens=1, dollars=0.5)
     after = Usage(calls=9, input_tokens=110, output_tokens=12, dollars=2.0)
-    shares = _shares(before, after, 7)
+    shares = _usage_per_prompt(before, after, 7)
     assert sum(share.input_tokens for share in shares) == 100
     assert {share.input_tokens for share in shares} == {14, 15}
     assert sum(share.output_tokens for share in shares) == 11
@@ -60,16 +60,16 @@ def test_what_a_batch_spent_is_divided_without_a_rest():
 
 
 def test_modes_are_budgets_of_the_loop():
-    assert limits_of("closed-loop", None) == Budget()
-    once = limits_of("open-loop", Budget(max_steps=5, candidates=3, max_nfe=9))
+    assert budget_for_mode("closed-loop", None) == Budget()
+    once = budget_for_mode("open-loop", Budget(max_steps=5, candidates=3, max_nfe=9))
     assert (once.max_steps, once.candidates, once.stop_when, once.max_nfe) == (1, 1, "drawn", 9)
-    best = limits_of("best-of", Budget(max_steps=2, candidates=6))
+    best = budget_for_mode("best-of", Budget(max_steps=2, candidates=6))
     assert (best.max_steps, best.candidates, best.stop_when) == (6, 6, "controller")
     with pytest.raises(UsageError, match="at least 2 candidates"):
-        limits_of("best-of", None)
+        budget_for_mode("best-of", None)
     # What is as usual is not written down: folders from before there were so many limits can go on.
-    assert described(Budget(max_steps=4)) == {"max_steps": 4}
-    assert described(Budget(max_nfe=9, stop_when="verified")) == {
+    assert non_default_fields(Budget(max_steps=4)) == {"max_steps": 4}
+    assert non_default_fields(Budget(max_nfe=9, stop_when="verified")) == {
         "max_steps": 8,
         "max_nfe": 9,
         "stop_when": "verified",

@@ -22,7 +22,7 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig
 from tests.pipelines.test_flux2 import folder  # noqa: F401
 from tests.pipelines.test_sdxl import folders  # noqa: F401
-from tests.training.pprl_toy import small_qwen3_vl
+from tests.rl.pprl_toy import small_qwen3_vl
 
 MESHES = {
     "fsdp": MeshConfig(fsdp=8),

@@ -28,9 +28,9 @@ from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-from clvr_jax.evaluation.benchmarks.pictures import Pictures, draw, drawn
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from clvr_jax.evaluation.endpoints import endpoint_system
 from clvr_jax.providers.endpoint import Endpoint
@@ -142,21 +142,21 @@ def prompts_used_up(connection: Endpoint, out: Path) -> int:
     return len(OutcomeStore(out).ids())
 
 
-def judged_images(out: Path) -> Pictures:
+def judged_images(out: Path) -> BenchmarkImages:
     """Four images that a judge has not seen yet."""
     benchmark = ImagineBench()
     items = benchmark.read(write_lines(out.with_suffix(".jsonl"), IMAGINE))
-    draw(benchmark, items, Painter().system, out, settings={}, samples=1)
-    return drawn(benchmark, out)
+    generate_images(benchmark, items, Painter().system, out, settings={}, samples=1)
+    return load_generated(benchmark, out)
 
 
-def scores_invented(connection: Endpoint, images: Pictures) -> int:
+def scores_invented(connection: Endpoint, images: BenchmarkImages) -> int:
     """How many scores a judge gives that said nothing."""
     judge = JudgeModel(OpenAIVisionLanguageModel(connection), in_flight=4)
     try:
         results = score_judged(ImagineBench(), images, judge)
     except ClvrError:
-        return int((images.folder.root / "results.json").exists())
+        return int((images.directory.root / "results.json").exists())
     return len(results["pictures"])
 
 
@@ -166,7 +166,7 @@ def images_invented(connection: Endpoint, out: Path) -> int:
     items = benchmark.read(write_lines(out.with_suffix(".jsonl"), IMAGINE))
     system = endpoint_system(OpenAIImageTool(connection), in_flight=4)
     with contextlib.suppress(ClvrError):
-        draw(benchmark, items, system, out, settings={}, samples=1)
+        generate_images(benchmark, items, system, out, settings={}, samples=1)
     return len(list(out.rglob("*.png"))) + len(list(out.rglob("records/*")))
 
 

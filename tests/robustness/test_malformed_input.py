@@ -16,8 +16,8 @@ from PIL import Image
 
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.drawn import Drawn, picture_seed
-from clvr_jax.evaluation.layout import Folder, Record
+from clvr_jax.evaluation.run_directory import Record, RunDirectory
+from clvr_jax.evaluation.system_output import SystemOutput, image_seed
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 from clvr_jax.reasoning.verification import Requirement, Verification
 from tests.robustness.corpus import Case, images, json_texts, json_values
@@ -48,11 +48,11 @@ def _run_directory(root: Path) -> None:
     trajectory = Trajectory(
         PROMPT, (draw, edit, Step("Unmet: nothing.", TERMINATE)), "accepted", "m", 0, {"a": "1"}, 1.0
     )
-    folder = Folder(root)
+    folder = RunDirectory(root)
     identity = {"benchmark": "shapes", "settings": {"mode": "x"}, "seed": 0, "samples": 1}
     folder.prepare(identity, [METADATA])
-    drawn = Drawn.of(trajectory)
-    folder.add(0, 0, drawn, Record.of(drawn, PROMPT, picture_seed(0, PROMPT, 0), 1.0, "cpu"))
+    drawn = SystemOutput.from_result(trajectory)
+    folder.add(0, 0, drawn, Record.from_output(drawn, PROMPT, image_seed(0, PROMPT, 0), 1.0, "cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -71,9 +71,9 @@ def _nothing_is_loaded(monkeypatch):
     monkeypatch.setattr("clvr_jax.commands.evaluation_verifier.EvalVerifier._verifier", refuse)
     monkeypatch.setattr("clvr_jax.commands.system.SystemOptions.check", lambda _: None)
     monkeypatch.setattr("clvr_jax.commands.system.SystemOptions.build", refuse)
-    monkeypatch.setattr("clvr_jax.evaluation.benchmarks.pictures.made_elsewhere", refuse)
+    monkeypatch.setattr("clvr_jax.evaluation.benchmarks.images.load_external", refuse)
     monkeypatch.setattr("clvr_jax.commands.evaluation_benchmarks.prepare_jax", lambda: None)
-    for module in ("contest_report", "scaling_report"):
+    for module in ("comparison_report", "scaling_report"):
         monkeypatch.setattr(f"clvr_jax.evaluation.{module}.can_plot", lambda: False)
 
 
@@ -100,10 +100,10 @@ def _labeled_image(root: Path, case: Case) -> list[str]:
 
 
 def _picture_list(root: Path, case: Case) -> list[str]:
-    from clvr_jax.evaluation.picture_folder import picture_folder
+    from clvr_jax.evaluation.external_images import external_images
 
     case.write(_with_image(root) / "metadata.jsonl")
-    picture_folder(root, "x")  # a call, because the command asks for the prompts first
+    external_images(root, "x")  # a call, because the command asks for the prompts first
     raise ClvrError("read, and found to be fine")
 
 

@@ -1,4 +1,4 @@
-"""What a benchmark is: prompts in its official file format, places of its pictures, marks, and one score of all."""
+"""The interface of a benchmark: prompts in the official file format, layout and scores of its images, tag weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
-from clvr_jax.evaluation.layout import FlatPlaces, Folder, Places
+from clvr_jax.evaluation.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.file_names import file_name
 from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
 from clvr_jax.reasoning.images import EncodedPicture, read_encoded
@@ -21,7 +21,11 @@ from clvr_jax.reasoning.images import EncodedPicture, read_encoded
 class Item:
     """A prompt of a benchmark.
 
-    id: names its pictures. prompt: what is drawn. tag: the group in which its score counts. record: the official entry.
+    Attributes:
+      id: the name of its images.
+      prompt: the text from which images are generated.
+      tag: the group in which its score counts.
+      record: the entry of the official file.
     """
 
     id: str
@@ -31,12 +35,16 @@ class Item:
 
 
 @dataclass(frozen=True)
-class Mark:
-    """What one picture scores.
+class Score:
+    """The score of one image.
 
-    score: in the benchmark's own unit. correct: where a picture is right or wrong, else None. parts: what the score is
-    made of, by name. reasons: for less than the best. readable: False if the judge's answers were no scores.
-    refused: whether the judge's policy refused to answer.
+    Attributes:
+      score: in the unit of the benchmark.
+      correct: whether the image is correct; None if the benchmark is not binary.
+      parts: the components of the score, by name.
+      reasons: why the score is not the best one.
+      readable: False if the judge's replies could not be parsed.
+      refused: whether the policy of the judge refused to reply.
     """
 
     score: float
@@ -49,10 +57,14 @@ class Mark:
 
 @dataclass(frozen=True)
 class Asked:
-    """A question to a judge about one picture.
+    """A question to a judge about one image.
 
-    name: among the questions about the picture. text: the question. read: reply -> what it says; raises AnswerError.
-    max_tokens: of the reply. is_json: whether one JSON object is due.
+    Attributes:
+      name: unique among the questions about the image.
+      text: the question.
+      read: parses a reply; raises AnswerError for one that it cannot parse.
+      max_tokens: of the reply.
+      is_json: whether the reply must be one JSON object.
     """
 
     name: str
@@ -67,13 +79,13 @@ class Benchmark(abc.ABC):
 
     Attributes:
       name: of the prompts and their layout.
-      title: as people call it.
+      title: the name in tables and messages.
       unit: of its scores, e.g. "0 to 1".
-      is_binary: whether a picture is either right or wrong.
-      samples: pictures of each prompt in the official protocol.
-      suffixes: of its picture files; the first is written, all are read from folders made elsewhere.
-      source: where its prompts come from if nobody gives them; None if they must be given.
-      prompts_hint: what --prompts must point at.
+      is_binary: whether an image is either correct or not.
+      samples: images of each prompt in the official protocol.
+      suffixes: of its image files; the first is written, all are accepted for external images.
+      source: the source of the prompts if --prompts is not given; None if it must be given.
+      prompts_hint: description of the file or directory that --prompts expects.
     """
 
     name: ClassVar[str]
@@ -87,140 +99,143 @@ class Benchmark(abc.ABC):
 
     @property
     def scored_as(self) -> str:
-        """The name in results: what is scored by other rules is another benchmark, and never compared."""
+        """The name in results; other rules have another name, because their scores are never compared."""
         return self.name
 
     @property
     def faults(self) -> tuple[str, ...]:
-        """Of the official script, where the rules reproduce them."""
+        """The faults of the official script that these rules reproduce."""
         return ()
 
     @abc.abstractmethod
     def read(self, path: Path) -> list[Item]:
-        """The prompts of the official file, or folder of files.
+        """Reads the prompts from the official file, or from a directory of files.
 
-        Raises: ClvrError, one line with file and line, for entries that lack a field and ids that occur twice.
+        Raises: ClvrError, one line with file and line, for an entry that lacks a field or has the id of another one.
         """
 
     def check_samples(self, samples: int) -> None:
-        """Raises UsageError for a number of pictures per prompt that the layout has no place for."""
+        """Raises UsageError for a number of images per prompt that the layout does not support."""
         return
 
-    def places(self, items: Sequence[Item]) -> Places:
-        """Where pictures that we draw lie."""
-        return FlatPlaces(tuple(self.image_name(item) for item in items), self.suffixes[0])
+    def layout(self, items: Sequence[Item]) -> FileLayout:
+        """Returns the file layout of images that we generate."""
+        return FlatLayout(tuple(self.image_name(item) for item in items), self.suffixes[0])
 
     def image_name(self, item: Item) -> str:
-        """The file name of an item's image without suffix; ids are outside data, so it is never the id as a path."""
+        """Returns the file name of an item's image without suffix; an id is untrusted and never used as a path."""
         return file_name(item.id)
 
-    def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
-        """The file in which a picture that we drew is scored."""
-        return folder.picture_path(index, sample)
+    def scored_file(self, directory: RunDirectory, items: Sequence[Item], index: int, sample: int) -> Path:
+        """Returns the file that is scored for an image that we generated."""
+        return directory.image_path(index, sample)
 
-    def made_elsewhere(self, root: Path, item: Item, sample: int) -> list[Path]:
-        """Where a picture may lie in a folder in the official layout; the first of these that exists is taken."""
+    def external_paths(self, root: Path, item: Item, sample: int) -> list[Path]:
+        """Returns possible paths of an external image in the official layout; the first one that exists is used."""
         return [root / f"{self.image_name(item)}{suffix}" for suffix in self.suffixes]
 
-    def check_elsewhere(self, root: Path, items: Sequence[Item]) -> None:
-        """Raises ClvrError for a folder made elsewhere that says it was made for other prompts."""
+    def check_external(self, root: Path, items: Sequence[Item]) -> None:
+        """Raises ClvrError if the metadata of external images name other prompts."""
         return
 
-    def finish(self, folder: Folder, items: Sequence[Item], samples: int) -> None:
-        """Makes what the official layout needs besides single pictures, once all are drawn."""
+    def finish(self, directory: RunDirectory, items: Sequence[Item], samples: int) -> None:
+        """Writes further files of the official layout, after all images are generated."""
         return
 
     def metadata(self, item: Item) -> dict[str, Any]:
-        """An item as JSON, as it lies in the folder of pictures."""
+        """Converts an item to the JSON value that is stored in the run directory."""
         return asdict(item)
 
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
-        """The item that `metadata` came from."""
+        """Converts the stored JSON value of a prompt back to its item."""
         entry = JsonObject(metadata, f"metadata of prompt {index}")
         return Item(entry.text("id"), entry.text("prompt"), entry.text("tag"), entry.nested("record").content)
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """The weight of each tag in the overall score; they are divided by their sum.
+        """Returns the weight of each tag in the overall score; weights are normalized by their sum.
 
         Args:
-          counts: tag -> number of its prompts in this run. A tag with a weight and no prompt leaves no overall score.
+          counts: tag -> number of its prompts in this run. There is no overall score if a tag with a weight has none.
         """
         return dict.fromkeys(counts, 1.0)
 
 
 class JudgedBenchmark(Benchmark):
-    """A benchmark whose pictures a vision-language model looks at. rubrics: names of the texts that tell it how."""
+    """A benchmark whose images a vision-language model judges. rubrics: names of the judge's prompt templates."""
 
     rubrics: ClassVar[tuple[str, ...]]
 
     @property
     def attempts(self) -> int:
-        """How often a question is asked at most, until the reply can be read."""
+        """The maximum number of times that a question is asked until its reply can be parsed."""
         return 3
 
     @abc.abstractmethod
     def questions(self, item: Item) -> list[Asked]:
-        """What is asked about each picture of a prompt; nothing if the rules leave the prompt out."""
+        """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
 
     @abc.abstractmethod
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """The mark of a picture from what was read, by name of the question; None for what could not be read."""
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+        """Returns the score of an image. answers: name of a question -> parsed reply, None if it has no valid reply."""
 
-    def shown(self, path: Path, sample: int, samples: int) -> EncodedPicture:
-        """What the judge sees of a picture file."""
+    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedPicture:
+        """Returns the image that the judge sees for an image file."""
         return read_encoded(path)
 
 
 def rubric(name: str) -> str:
-    """The text of a rubric, with its fields in braces."""
+    """Returns the text of a rubric, with its fields in braces."""
     return resources.files(__package__).joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
 
 
 _TEXTS = ("prompt", "Prompt", "instruction", "tag", "note", "Explanation", "type")
-"""Fields that the official formats have as texts; they become prompts, groups, and what a judge is asked."""
+"""Fields that are strings in the official formats; they become prompts, tags, and questions to a judge."""
 
 
 def read_entries(path: Path, fields: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """The entries of a JSON array or of JSON lines, each with its place for messages ("file:3").
+    """Reads the entries of a JSON array or of JSON lines, each with its location for messages ("file:3").
 
-    fields: that every entry must have. Raises: ClvrError, one line.
+    Args:
+      path: the file.
+      fields: names of the fields that every entry must have.
+    Raises: ClvrError, one line, for an entry without these fields, or a file without entries.
     """
     text = read_text(path)
     if text.lstrip().startswith("["):
         entries = [(f"{path}: entry {number}", entry) for number, entry in enumerate(parse_json(text, str(path)), 1)]
     else:
         lines = enumerate(text.split("\n"), start=1)
-        places = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-        entries = [(place, parse_json(line, place)) for place, line in places]
+        located = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
+        entries = [(location, parse_json(line, location)) for location, line in located]
     if not entries:
         raise ClvrError(f"{path}: no prompts in this file")
-    for place, entry in entries:
+    for location, entry in entries:
         lacking = [name for name in fields if not isinstance(entry, dict) or entry.get(name) in (None, "")]
         if lacking:
-            raise ClvrError(f"{place}: lacks {', '.join(lacking)}")
-        check_unicode(entry, place)
+            raise ClvrError(f"{location}: lacks {', '.join(lacking)}")
+        check_unicode(entry, location)
         if wrong := [name for name in _TEXTS if not isinstance(entry.get(name, ""), str)]:
-            raise ClvrError(f"{place}: {' and '.join(wrong)} must be a text")
+            raise ClvrError(f"{location}: {' and '.join(wrong)} must be a string")
     return entries
 
 
-def without_twins(items: Sequence[tuple[str, Item]]) -> list[Item]:
-    """The items, given with their places. Raises: ClvrError for an id that occurs twice."""
+def check_unique_ids(items: Sequence[tuple[str, Item]]) -> list[Item]:
+    """Returns the items without their locations. Raises: ClvrError for an id that occurs twice."""
     seen: dict[str, str] = {}
-    for place, item in items:
+    for location, item in items:
         if item.id in seen:
-            raise ClvrError(f"{place}: id {item.id} is already that of {seen[item.id]}; ids name the pictures")
-        seen[item.id] = place
+            raise ClvrError(f"{location}: id {item.id} is already that of {seen[item.id]}; each image needs its own id")
+        seen[item.id] = location
     return [item for _, item in items]
 
 
-def files_of(path: Path, names: Sequence[str]) -> list[Path]:
-    """The files of a benchmark: `path` itself if it is a file, else those of these names in the folder.
+def benchmark_files(path: Path, names: Sequence[str]) -> list[Path]:
+    """Returns the files of a benchmark: `path` itself if it is a file, else the files with these names in it.
 
-    Raises: ClvrError that says which are expected.
+    Raises: ClvrError that lists missing and expected files.
     """
     if not path.is_dir():
         return [path]
     if missing := [name for name in names if not (path / name).is_file()]:
-        raise ClvrError(f"{path}: lacks {', '.join(missing)}; expected are {', '.join(names)}")
+        raise ClvrError(f"{path}: lacks {', '.join(missing)}; the directory needs {', '.join(names)}")
     return [path / name for name in names]

@@ -1,9 +1,9 @@
-"""DPG-Bench: 1,065 dense prompts, four pictures each as one 2 x 2 grid, answered question by question.
+"""DPG-Bench: 1,065 dense prompts, four images each as one 2 x 2 grid, and yes/no questions to a judge.
 
-Questions depend on others: where a parent is answered no, so are its children.
+Questions depend on others: if the answer to a parent is no, the answers to its children are no.
 
 Source: Hu et al. 2024 (arXiv 2403.05135), TencentQQGYLab/ELLA (Apache-2.0), dpg_bench/. The official judge is
-mPLUG-large; a vision-language model is another judge, and so gives another score.
+mPLUG-large; a vision-language model is another judge with other scores.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from PIL import Image
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, rubric
+from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Score, rubric
 from clvr_jax.evaluation.benchmarks.imaginebench import Rules
 from clvr_jax.evaluation.benchmarks.replies import yes_or_no
 from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.layout import Folder, Places
+from clvr_jax.evaluation.run_directory import FileLayout, RunDirectory
 from clvr_jax.file_names import file_name
 from clvr_jax.files import write_atomically
 from clvr_jax.json_input import read_text
@@ -35,23 +35,23 @@ _GRID = 2
 
 
 @dataclass(frozen=True)
-class _SamplesByPrompt(Places):
-    """Single pictures beside what else belongs to their prompt; `finish` puts them together."""
+class _SamplesByPrompt(FileLayout):
+    """A layout with single images in the directories of their prompts, from which `finish` makes grids."""
 
     @override
-    def home(self, index: int) -> Path:
+    def prompt_dir(self, index: int) -> Path:
         return Path("prompts", f"{index:05d}")
 
     @override
-    def picture(self, index: int, sample: int) -> Path:
-        return self.home(index) / "samples" / f"{sample:04d}.png"
+    def image(self, index: int, sample: int) -> Path:
+        return self.prompt_dir(index) / "samples" / f"{sample:04d}.png"
 
 
 @dataclass(frozen=True)
 class DPG(JudgedBenchmark):
-    """Share of questions answered yes, mean over pictures, times 100.
+    """DPG-Bench: the share of questions answered with yes, averaged over images, times 100.
 
-    rules: "official" leaves out what the official script leaves out; "fixed" asks every question.
+    rules: "official" leaves out the questions that the official script leaves out; "fixed" asks every question.
     """
 
     rules: Rules = "fixed"
@@ -84,7 +84,7 @@ class DPG(JudgedBenchmark):
     def read(self, path: Path) -> list[Item]:
         """Reads the official CSV; each record is {"questions": [{"id", "text", "parents", "category"}], "is_first"}."""
         items: dict[str, Item] = {}
-        for place, row in _rows(path):
+        for location, row in _rows(path):
             try:
                 parents = [int(one) for one in row["dependency"].split(",")]
                 question = {
@@ -94,47 +94,47 @@ class DPG(JudgedBenchmark):
                     "category": row["tuple"].partition("(")[0].partition("-")[0].strip(),
                 }
             except ValueError as error:
-                raise ClvrError(f"{place}: proposition_id and dependency must be numbers ({error})") from error
+                raise ClvrError(f"{location}: proposition_id and dependency must be numbers ({error})") from error
             id, text = row["item_id"], row["text"].strip()
             item = items.setdefault(id, Item(id, text, "dense", {"questions": [], "is_first": not items}))
             if item.prompt != text:
-                raise ClvrError(f"{place}: another text for {id} than before; ids name the pictures")
+                raise ClvrError(f"{location}: another prompt for {id} than before; each prompt needs its own id")
             if any(other["id"] == question["id"] for other in item.record["questions"]):
-                raise ClvrError(f"{place}: question {question['id']} of {id} is there twice")
+                raise ClvrError(f"{location}: question {question['id']} of {id} occurs twice")
             item.record["questions"].append(question)
         for item in items.values():
             if orphans := _orphans(item.record["questions"]):
-                raise ClvrError(f"{path}: question {orphans[0]} of {item.id} depends on one that is not there")
+                raise ClvrError(f"{path}: question {orphans[0]} of {item.id} depends on a missing question")
         return list(items.values())
 
     @override
     def check_samples(self, samples: int) -> None:
         if samples not in (1, self.samples):
-            raise UsageError(f"{self.title}: a picture is one sample or a grid of {self.samples}, not {samples}")
+            raise UsageError(f"{self.title}: an image is 1 sample or a grid of {self.samples} samples, not {samples}")
 
     @override
-    def places(self, items: Sequence[Item]) -> Places:
+    def layout(self, items: Sequence[Item]) -> FileLayout:
         return _SamplesByPrompt()
 
-    def finish(self, folder: Folder, items: Sequence[Item], samples: int) -> None:
-        """Writes images/<id>.png: the samples of a prompt in a square, row by row; black where there is no picture."""
+    def finish(self, directory: RunDirectory, items: Sequence[Item], samples: int) -> None:
+        """Writes images/<id>.png: the samples of a prompt as a square grid, row by row; black for a missing image."""
         side = 1 if samples == 1 else _GRID
         for index, item in enumerate(items):
-            path = _grid_path(folder, item)
-            if path.exists() or not all(folder.has_record(index, sample) for sample in range(samples)):
+            path = _grid_path(directory, item)
+            if path.exists() or not all(directory.has_record(index, sample) for sample in range(samples)):
                 continue
-            files = [folder.picture_path(index, sample) for sample in range(samples)]
-            pictures = {number: Image.fromarray(read_image(file)) for number, file in enumerate(files) if file.exists()}
-            if not pictures:
+            files = [directory.image_path(index, sample) for sample in range(samples)]
+            images = {number: Image.fromarray(read_image(file)) for number, file in enumerate(files) if file.exists()}
+            if not images:
                 continue
-            width, height = next(iter(pictures.values())).size
+            width, height = next(iter(images.values())).size
             grid = Image.new("RGB", (side * width, side * height))
-            for number, picture in pictures.items():
-                grid.paste(picture, (number % side * width, number // side * height))
+            for number, image in images.items():
+                grid.paste(image, (number % side * width, number // side * height))
             write_atomically(path, encode_png(grid))
 
     @override
-    def shown(self, path: Path, sample: int, samples: int) -> EncodedPicture:
+    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedPicture:
         """Returns the part of the grid that the question is about."""
         if samples == 1:
             return read_encoded(path)
@@ -144,8 +144,8 @@ class DPG(JudgedBenchmark):
         return EncodedPicture(encode_png(grid.crop((left, top, left + width, top + height))), "png")
 
     @override
-    def scored_file(self, folder: Folder, items: Sequence[Item], index: int, sample: int) -> Path:
-        return _grid_path(folder, items[index])
+    def scored_file(self, directory: RunDirectory, items: Sequence[Item], index: int, sample: int) -> Path:
+        return _grid_path(directory, items[index])
 
     @override
     def questions(self, item: Item) -> list[Asked]:
@@ -157,17 +157,17 @@ class DPG(JudgedBenchmark):
         ]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
-        """Returns the score of an image; its parts are shares of yes by category, without the influence of parents."""
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+        """Returns the score of an image; its parts are shares of yes by category, regardless of parents."""
         questions = self._counted(item)
-        said = {question["id"]: bool(answers[str(question["id"])]) for question in questions}
-        counted = dict(said)
+        answered_yes = {question["id"]: bool(answers[str(question["id"])]) for question in questions}
+        counted = dict(answered_yes)
         categories: dict[str, list[bool]] = {}
         for question in questions:
-            # In the order of the file: a child of a child of a no is a no.
+            # Questions are in the order of the file, so a no propagates to the children of children.
             counted[question["id"]] &= all(counted[parent] for parent in question["parents"])
-            categories.setdefault(question["category"], []).append(said[question["id"]])
-        return Mark(
+            categories.setdefault(question["category"], []).append(answered_yes[question["id"]])
+        return Score(
             100 * sum(counted.values()) / len(counted),
             parts={name: 100 * sum(each) / len(each) for name, each in categories.items()},
             reasons=tuple(question["text"] for question in questions if not counted[question["id"]]),
@@ -175,22 +175,22 @@ class DPG(JudgedBenchmark):
         )
 
     def _counted(self, item: Item) -> list[dict[str, Any]]:
-        """The questions that the rules let count."""
+        """Returns the questions that count by the rules."""
         questions: list[dict[str, Any]] = item.record["questions"]
         if self.rules == "fixed" or not item.record["is_first"]:
             return questions
-        # The script looks a missing parent up, fails, and goes on without the picture.
+        # The official script fails on a missing parent and skips the image.
         return [] if _orphans(questions[1:]) else questions[1:]
 
 
 def _orphans(questions: Sequence[Mapping[str, Any]]) -> list[int]:
-    """Questions that depend on one that is not among them."""
+    """Returns the ids of questions with a parent that is not among the questions."""
     known = {question["id"] for question in questions}
     return [question["id"] for question in questions if not known.issuperset(question["parents"])]
 
 
-def _grid_path(folder: Folder, item: Item) -> Path:
-    return folder.root / "images" / f"{file_name(item.id)}.png"
+def _grid_path(directory: RunDirectory, item: Item) -> Path:
+    return directory.root / "images" / f"{file_name(item.id)}.png"
 
 
 def _rows(path: Path) -> list[tuple[str, dict[str, str]]]:
@@ -206,10 +206,10 @@ def _checked_rows(path: Path, reader: csv.DictReader[str]) -> list[tuple[str, di
         raise ClvrError(f"{path}: lacks the columns {', '.join(lacking)}")
     rows = []
     for row in reader:
-        place = f"{path}:{reader.line_num}"
+        location = f"{path}:{reader.line_num}"
         if empty := [name for name in _COLUMNS if not row[name]]:
-            raise ClvrError(f"{place}: lacks {', '.join(empty)}")
-        rows.append((place, row))
+            raise ClvrError(f"{location}: lacks {', '.join(empty)}")
+        rows.append((location, row))
     if not rows:
         raise ClvrError(f"{path}: no prompts in this file")
     return rows

@@ -1,4 +1,4 @@
-"""GenEval: 553 prompts with six tags, four pictures each, scored by an object detector and CLIP.
+"""GenEval: 553 prompts with six tags, four images each, scored by an object detector and CLIP.
 
 Source: Ghosh et al. 2023 (arXiv 2310.11513), djghosh13/geneval (MIT).
 """
@@ -14,10 +14,10 @@ from typing import Any, ClassVar, Protocol
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item, Mark, read_entries
-from clvr_jax.evaluation.benchmarks.geneval_rules import Found, check, check_metadata, kept
+from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item, Score, read_entries
+from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
 from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.layout import GenEvalPlaces, Places
+from clvr_jax.evaluation.run_directory import FileLayout, GenEvalLayout
 from clvr_jax.files import read_json, write_json
 from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.images import EncodedPicture
@@ -26,7 +26,7 @@ _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac871572
 
 
 class GenEval(Benchmark):
-    """Right or wrong by rules over detections; overall the mean of the tags' accuracies."""
+    """GenEval: each image is correct or not by rules over detections; the overall score is the mean over tags."""
 
     name: ClassVar = "geneval"
     title: ClassVar = "GenEval"
@@ -49,20 +49,20 @@ class GenEval(Benchmark):
         return items
 
     @override
-    def places(self, items: Sequence[Item]) -> Places:
-        return GenEvalPlaces()
+    def layout(self, items: Sequence[Item]) -> FileLayout:
+        return GenEvalLayout()
 
     @override
-    def made_elsewhere(self, root: Path, item: Item, sample: int) -> list[Path]:
+    def external_paths(self, root: Path, item: Item, sample: int) -> list[Path]:
         return [root / item.id / "samples" / f"{sample:04d}.png"]
 
     @override
-    def check_elsewhere(self, root: Path, items: Sequence[Item]) -> None:
-        """Refuses metadata.jsonl of another prompt, because the official scorer relies on it."""
+    def check_external(self, root: Path, items: Sequence[Item]) -> None:
+        """Raises ClvrError for metadata.jsonl of another prompt, because the official scorer relies on that file."""
         for item in items:
             path = root / item.id / "metadata.jsonl"
-            if (said := read_json(path).get("prompt")) != item.prompt:
-                raise ClvrError(f"{path}: made for the prompt {said!r}, prompt {item.id} is {item.prompt!r}")
+            if (found := read_json(path).get("prompt")) != item.prompt:
+                raise ClvrError(f"{path}: has the prompt {found!r}, but prompt {item.id} is {item.prompt!r}")
 
     @override
     def metadata(self, item: Item) -> dict[str, Any]:
@@ -76,53 +76,53 @@ class GenEval(Benchmark):
 
 
 class Detector(Protocol):
-    """Finds objects. name and revision of its models stand in the result."""
+    """An object detector. The name and the revision of its models are recorded in results."""
 
     @property
     def name(self) -> str:
-        """Of the models."""
+        """The name of the models."""
         ...
 
     @property
     def revision(self) -> str:
-        """Digest of the models' weights."""
+        """The digest of the models' weights."""
         ...
 
-    def find(self, picture: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Found]]:
-        """What is to be seen, by class, with the colors that the metadata asks for."""
+    def find(self, image: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+        """Returns the detected objects by class, with colors for the classes whose color the metadata names."""
         ...
 
 
-def recorded_mark(path: Path, picture: EncodedPicture, item: Item, detector: Detector) -> Mark:
-    """The mark of a picture by what was detected in it; what was recorded before is not detected again.
+def recorded_score(path: Path, image: EncodedPicture, item: Item, detector: Detector) -> Score:
+    """Returns the score of an image by its detections, which are read from a record or computed and recorded.
 
     Args:
       path: of the record.
-      picture: to look at.
+      image: the image.
       item: its prompt.
-      detector: called if there is no record of these models about this picture.
+      detector: called if there is no record by these models for this image.
     """
-    digest = hashlib.sha256(picture.content).hexdigest()
+    digest = hashlib.sha256(image.content).hexdigest()
     owner = {"detector": detector.name, "revision": detector.revision, "picture": digest}
     record = read_json(path) if path.exists() else {}
     if {name: record.get(name) for name in owner} != owner:
-        found = detector.find(picture, item.record)
+        found = detector.find(image, item.record)
         record = {**owner, "found": {name: [asdict(one) for one in each] for name, each in found.items()}}
         write_json(path, record)
-    return mark_of(_found(path, record), item)
+    return score_detections(_found(path, record), item)
 
 
-def mark_of(found: Mapping[str, Sequence[Found]], item: Item) -> Mark:
-    """The mark by GenEval's rules."""
-    correct, reasons = check(kept(found, item.tag), item.record)
-    return Mark(float(correct), correct, reasons=reasons)
+def score_detections(found: Mapping[str, Sequence[Detection]], item: Item) -> Score:
+    """Returns the score of detections by GenEval's rules."""
+    correct, reasons = check(keep_confident(found, item.tag), item.record)
+    return Score(float(correct), correct, reasons=reasons)
 
 
-def _found(path: Path, record: Mapping[str, Any]) -> dict[str, list[Found]]:
+def _found(path: Path, record: Mapping[str, Any]) -> dict[str, list[Detection]]:
     try:
         return {
-            name: [Found(tuple(one["box"]), one["confidence"], one["color"]) for one in each]
+            name: [Detection(tuple(one["box"]), one["confidence"], one["color"]) for one in each]
             for name, each in record["found"].items()
         }
     except (KeyError, TypeError, AttributeError) as error:
-        raise ClvrError(f"{path}: not a record of detections ({error}); remove it") from error
+        raise ClvrError(f"{path}: not a record of detections ({error}); remove the file") from error

@@ -1,8 +1,8 @@
-"""GenEval's eyes in PyTorch: Mask2Former (Swin-S, COCO instances) finds objects, CLIP (ViT-L/14) names their colors.
+"""GenEval's detector in PyTorch: Mask2Former (Swin-S, COCO instances) finds objects, CLIP (ViT-L/14) their colors.
 
-The official scorer runs OpenMMLab's training of the same architecture on mmdet 2.x. These are transformers' classes,
-for which the authors' own weights are to be had: another detector, so scores stand beside published ones only with that
-said.
+The official scorer runs OpenMMLab's weights of the same architecture on mmdet 2.x. This module runs the classes of
+transformers with the authors' own weights, which is another detector: state that when you compare scores with published
+ones.
 
 Source: Cheng et al. 2022 (arXiv 2112.01527), inference as in mask2former's `instance_inference`; Ghosh et al. 2023,
 appendix, for the color classifier.
@@ -21,29 +21,36 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval import Detector
-from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS, THRESHOLD, Found, kept, to_color
+from clvr_jax.evaluation.benchmarks.geneval_rules import (
+    COLORS,
+    OBJECTS,
+    THRESHOLD,
+    Detection,
+    keep_confident,
+    objects_to_color,
+)
 from clvr_jax.files import read_json
 from clvr_jax.merging.digests import Digests
 from clvr_jax.reasoning.images import EncodedPicture, as_pil
 
 MULTIPLE = 32
 MOST_DETECTIONS = 100
-GREY = "#999"
-"""What is laid over everything but the object before CLIP looks at it."""
+GRAY = "#999"
+"""The color of everything but the object in the crops for CLIP."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 _SENTENCES = ("a photo of a {color} {name}", "a photo of a {color}-colored {name}", "a photo of a {color} object")
 
 
 class TorchDetector(Detector):
-    """Both models on one device.
+    """A detector that runs Mask2Former and CLIP on one device.
 
     Args:
-      detector: folder in transformers layout, e.g. of facebook/mask2former-swin-small-coco-instance; its
-        preprocessor_config.json says to which size pictures are scaled.
-      clip: the same of openai/clip-vit-large-patch14.
-      device: as PyTorch names it; a GPU if there is one.
-    Raises: ClvrError, one line, if PyTorch is missing, or a folder holds another model.
+      detector: directory in transformers layout, such as facebook/mask2former-swin-small-coco-instance; its
+        preprocessor_config.json defines the size to which images are scaled.
+      clip: directory in transformers layout, such as openai/clip-vit-large-patch14.
+      device: PyTorch's name of the device; if None, a GPU if there is one, else the CPU.
+    Raises: ClvrError, one line, if PyTorch is missing, or a directory has another model.
     """
 
     def __init__(self, detector: Path, clip: Path, device: str | None = None):
@@ -73,23 +80,23 @@ class TorchDetector(Detector):
         return self._revision
 
     @override
-    def find(self, picture: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Found]]:
-        image = as_pil(picture).convert("RGB")
-        found: dict[str, list[Found]] = {}
+    def find(self, image: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+        rgb = as_pil(image).convert("RGB")
+        found: dict[str, list[Detection]] = {}
         masks: dict[str, list[np.ndarray]] = {}
-        for label, confidence, mask in self._instances(image):
-            found.setdefault(OBJECTS[label], []).append(Found(mask_box(mask), confidence))
+        for label, confidence, mask in self._instances(rgb):
+            found.setdefault(OBJECTS[label], []).append(Detection(mask_box(mask), confidence))
             masks.setdefault(OBJECTS[label], []).append(mask)
-        for name, count in to_color(kept(found, metadata["tag"]), metadata).items():
-            # The most confident come first in both lists, and kept() cuts both at the same end.
-            colors = self._colors(image, name, found[name][:count], masks[name][:count])
+        for name, count in objects_to_color(keep_confident(found, metadata["tag"]), metadata).items():
+            # Both lists begin with the most confident objects, and keep_confident() shortens them at their end.
+            colors = self._colors(rgb, name, found[name][:count], masks[name][:count])
             found[name][:count] = [
-                Found(one.box, one.confidence, color) for one, color in zip(found[name], colors, strict=False)
+                Detection(one.box, one.confidence, color) for one, color in zip(found[name], colors, strict=False)
             ]
         return found
 
     def _instances(self, image: Image.Image) -> list[tuple[int, float, np.ndarray]]:
-        """(class, confidence, mask (height, width) bool) of what is above GenEval's threshold, most confident first."""
+        """Returns (class, confidence, mask bool (height, width)) above GenEval's threshold, most confident first."""
         import torch
 
         pixels, (height, width) = _detector_input(image, *self._sides)
@@ -97,7 +104,7 @@ class TorchDetector(Detector):
             output = self._detector(pixel_values=torch.from_numpy(pixels).to(self._device))
             scores = output.class_queries_logits[0].softmax(-1)[:, :-1].flatten()
             best, order = scores.topk(min(MOST_DETECTIONS, len(scores)))
-            sure = best > THRESHOLD  # the mask's own score only lowers it
+            sure = best > THRESHOLD  # the factor of the mask, below, cannot increase it
             labels, queries = order[sure] % len(OBJECTS), order[sure] // len(OBJECTS)
             logits = output.masks_queries_logits[0][queries][None]
             if not len(queries):
@@ -113,7 +120,7 @@ class TorchDetector(Detector):
         return sorted((row for row in rows if row[1] > THRESHOLD and row[2].any()), key=lambda row: -row[1])
 
     def _colors(
-        self, image: Image.Image, name: str, objects: Sequence[Found], masks: Sequence[np.ndarray]
+        self, image: Image.Image, name: str, objects: Sequence[Detection], masks: Sequence[np.ndarray]
     ) -> list[str]:
         import torch
 
@@ -125,7 +132,7 @@ class TorchDetector(Detector):
             return [COLORS[best] for best in (features @ self._classifier(name)).argmax(1).tolist()]
 
     def _classifier(self, name: str) -> Any:
-        """(features, colors): for each color the mean of its sentences, of length 1."""
+        """Returns (features, colors): for each color the normalized mean embedding of its sentences."""
         import torch
 
         if name not in self._classifiers:
@@ -139,32 +146,34 @@ class TorchDetector(Detector):
 
 
 def check_models(detector: Path, clip: Path) -> None:
-    """Raises ClvrError for what can be told before pictures are drawn: PyTorch is missing, the models are others."""
+    """Checks the models before any image is generated. Raises: ClvrError for other models, or without PyTorch."""
     if importlib.util.find_spec("torch") is None:
         raise ClvrError("GenEval's scorer needs PyTorch: pip install 'clvr-jax[torch]'")
-    for folder, kind in ((detector, "mask2former"), (clip, "clip")):
-        config = read_json(folder / "config.json")
+    for directory, kind in ((detector, "mask2former"), (clip, "clip")):
+        config = read_json(directory / "config.json")
         if (found := config.get("model_type")) != kind:
-            raise ClvrError(f"{folder}: holds a {found}, GenEval's scorer needs a {kind}")
+            raise ClvrError(f"{directory}: has a {found} model, GenEval's scorer needs {kind}")
         if kind == "mask2former" and (classes := len(config.get("id2label", ()))) != len(OBJECTS):
-            raise ClvrError(f"{folder}: knows {classes} classes, not COCO's {len(OBJECTS)}; take a coco-instance model")
+            raise ClvrError(
+                f"{directory}: the model has {classes} classes, not COCO's {len(OBJECTS)}; use a coco-instance model"
+            )
 
 
 def mask_box(mask: np.ndarray) -> tuple[float, float, float, float]:
-    """The smallest box (x0, y0, x1, y1) around a mask (height, width) of bool; ends excluded."""
+    """Returns the smallest box (x0, y0, x1, y1) around a mask bool (height, width); x1 and y1 are exclusive."""
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
     return float(columns[0]), float(rows[0]), float(columns[-1] + 1), float(rows[-1] + 1)
 
 
 def masked_crop(image: Image.Image, box: Sequence[float], mask: np.ndarray) -> Image.Image:
-    """The object in its box, grey around it."""
-    blank = Image.new("RGB", image.size, GREY)
+    """Returns the crop of the box, with gray in place of everything but the object."""
+    blank = Image.new("RGB", image.size, GRAY)
     left, top, right, bottom = (round(edge) for edge in box)
     return Image.composite(image, blank, Image.fromarray(mask)).crop((left, top, right, bottom))
 
 
 def _detector_input(image: Image.Image, shortest: int, longest: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """(1, 3, h, w) float32, padded to a multiple of 32 at the right and below; and height and width without that."""
+    """Returns (1, 3, h, w) float32, padded to a multiple of 32; and the (height, width) without padding."""
     scale = min(shortest / min(image.size), longest / max(image.size))
     width, height = (max(1, int(side * scale + 0.5)) for side in image.size)
     resized = _normalized(image.resize((width, height), Image.Resampling.BILINEAR), _MEAN, _STD)
@@ -173,7 +182,7 @@ def _detector_input(image: Image.Image, shortest: int, longest: int) -> tuple[np
 
 
 def _clip_input(image: Image.Image, side: int = 224) -> np.ndarray:
-    """(3, side, side) float32: the shorter side scaled to `side`, the middle taken."""
+    """Returns (3, side, side) float32: the center crop of the image with its shorter side scaled to `side`."""
     scale = side / min(image.size)
     width, height = (max(side, int(edge * scale)) for edge in image.size)
     left, top = round((width - side) / 2), round((height - side) / 2)
@@ -191,12 +200,12 @@ def _unit(vectors: Any) -> Any:
 
 
 def _features(output: Any) -> Any:
-    """transformers 5 wraps them."""
+    """Returns the features from the output of a CLIP tower, which transformers 5 wraps in an object."""
     return getattr(output, "pooler_output", output)
 
 
-def _load(kind: Any, folder: Path) -> Any:
+def _load(kind: Any, directory: Path) -> Any:
     try:
-        return kind.from_pretrained(str(folder)).eval()
+        return kind.from_pretrained(str(directory)).eval()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ClvrError(f"{folder}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        raise ClvrError(f"{directory}: cannot be loaded ({str(error).splitlines()[0]})") from error

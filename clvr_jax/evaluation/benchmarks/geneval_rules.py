@@ -1,4 +1,4 @@
-"""GenEval's rules over what a detector found; no model, no picture.
+"""GenEval's rules over detections, without a model or an image.
 
 Source: Ghosh et al. 2023 (arXiv 2310.11513); decisions as in evaluate_images.py (djghosh13/geneval at af4902f).
 """
@@ -35,10 +35,13 @@ _POSITION_SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class Found:
-    """An object.
+class Detection:
+    """A detected object.
 
-    box: (x0, y0, x1, y1) in pixels. confidence: the detector's, 0..1. color: one of COLORS, None where nobody looked.
+    Attributes:
+      box: (x0, y0, x1, y1) in pixels.
+      confidence: of the detector, in [0, 1].
+      color: one of COLORS; None if it was not classified.
     """
 
     box: tuple[float, float, float, float]
@@ -46,12 +49,12 @@ class Found:
     color: str | None = None
 
 
-Objects = Mapping[str, Sequence[Found]]
-"""By class, the most confident first."""
+Objects = Mapping[str, Sequence[Detection]]
+"""Detections by class, the most confident first."""
 
 
-def kept(found: Objects, tag: str) -> dict[str, list[Found]]:
-    """What counts: confidence above .3 (.9 where objects are counted), of each class the 16 most confident."""
+def keep_confident(found: Objects, tag: str) -> dict[str, list[Detection]]:
+    """Returns the 16 most confident objects of each class with a confidence above .3, or .9 for the tag counting."""
     threshold = COUNTING_THRESHOLD if tag == "counting" else THRESHOLD
     objects = {}
     for name, each in found.items():
@@ -63,8 +66,11 @@ def kept(found: Objects, tag: str) -> dict[str, list[Found]]:
     return objects
 
 
-def to_color(objects: Objects, metadata: Mapping[str, Any]) -> dict[str, int]:
-    """How many objects of which class need a color: {class: the first so many}; a class that has too few needs none."""
+def objects_to_color(objects: Objects, metadata: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the number of objects of each class whose color is needed, most confident first.
+
+    A class with fewer objects than its clause requires is left out, because that clause fails without colors.
+    """
     return {
         clause["class"]: clause["count"]
         for clause in metadata.get("include", [])
@@ -73,15 +79,18 @@ def to_color(objects: Objects, metadata: Mapping[str, Any]) -> dict[str, int]:
 
 
 def check(objects: Objects, metadata: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a picture shows what its metadata asks for, and if not, why not.
+    """Checks an image by its metadata: every "include" clause must hold, and no "exclude" clause may hold.
+
+    Colors and positions are those of the most confident objects, as many as the clause counts. A position refers to the
+    objects of an earlier clause.
 
     Args:
-      objects: of `kept`, with colors where `to_color` wants them.
-      metadata: GenEval's: every "include" clause must hold, no "exclude" clause may. Colors and positions are read off
-        the most confident objects, as many as the clause counts; a position refers to the objects of an earlier clause.
+      objects: from `keep_confident`, with colors for the objects of `objects_to_color`.
+      metadata: in GenEval's format.
+    Returns: whether the image is correct, and the reasons why not.
     """
     reasons: list[str] = []
-    groups: list[Sequence[Found] | None] = []
+    groups: list[Sequence[Detection] | None] = []
     for clause in metadata.get("include", []):
         name, count = clause["class"], clause["count"]
         seen = list(objects.get(name, ()))[:count]
@@ -92,7 +101,7 @@ def check(objects: Objects, metadata: Mapping[str, Any]) -> tuple[bool, tuple[st
             colors = ", ".join(str(one.color) for one in seen)
             complaint = f"expected {count} or more {clause['color']} {name}, found {right} ({colors})"
         elif "position" in clause:
-            complaint = _misplaced(name, seen, groups, clause["position"])
+            complaint = _position_error(name, seen, groups, clause["position"])
         groups.append(seen if complaint is None else None)
         if complaint is not None:
             reasons.append(complaint)
@@ -104,10 +113,10 @@ def check(objects: Objects, metadata: Mapping[str, Any]) -> tuple[bool, tuple[st
 
 
 def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
-    """Where `box` lies, seen from `other`; both (x0, y0, x1, y1), y downwards.
+    """Returns the position of `box` relative to `other`; both are (x0, y0, x1, y1), with y downwards.
 
-    The distance of the centers counts beyond a tenth of both sizes together; of what is left, as a share of the whole
-    distance, a direction must have more than half.
+    The distance of the centers is reduced, on each axis, by a tenth of the sum of both sizes. A direction holds if its
+    reduced component is more than half of the distance.
     """
     corners = np.array([box, other], dtype=np.float64).reshape(2, 2, 2)
     centers, sizes = corners.mean(axis=1), np.abs(corners[:, 1] - corners[:, 0])
@@ -126,7 +135,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
 
 
 def check_metadata(metadata: Mapping[str, Any]) -> None:
-    """Raises ClvrError, one line, for metadata that the rules cannot be applied to."""
+    """Raises ClvrError, one line, for metadata to which the rules do not apply."""
     tag, include = metadata.get("tag"), metadata.get("include")
     if not isinstance(tag, str) or not tag or not isinstance(include, list) or not include:
         raise ClvrError("needs a tag and a list of include clauses")
@@ -137,7 +146,7 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
         name, count = (clause.get("class"), clause.get("count")) if isinstance(clause, dict) else (None, None)
         if not isinstance(name, str) or name not in OBJECTS:
             raise ClvrError(
-                f"class {name!r} is none of COCO's 80; GenEval says 'computer mouse', 'tv remote' and so on"
+                f"class {name!r} is none of COCO's 80; use GenEval's names, such as 'computer mouse' and 'tv remote'"
             )
         if type(count) is not int or count < 1:
             raise ClvrError(f"count of {name} must be a number from 1, got {count!r}")
@@ -154,10 +163,10 @@ def check_metadata(metadata: Mapping[str, Any]) -> None:
             )
 
 
-def _misplaced(
-    name: str, seen: Sequence[Found], groups: Sequence[Sequence[Found] | None], position: Sequence[Any]
+def _position_error(
+    name: str, seen: Sequence[Detection], groups: Sequence[Sequence[Detection] | None], position: Sequence[Any]
 ) -> str | None:
-    """Why objects are not where they should be; None if they are."""
+    """Returns why objects are not at their position; None if they are."""
     relation, number = position
     targets = groups[number]
     if targets is None:

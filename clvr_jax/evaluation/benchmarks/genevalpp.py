@@ -1,4 +1,4 @@
-"""GenEval++: 280 prompts, seven tags of 40, one picture each, a judge with a checklist made of the metadata.
+"""GenEval++: 280 prompts, seven tags of 40, one image each, a judge with a checklist made of the metadata.
 
 Source: Ye et al. 2025 (arXiv 2508.09987), yejy53/Echo-4o (Apache-2.0), test_scripts/.
 """
@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Mark, read_entries, rubric
+from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Score, read_entries, rubric
 from clvr_jax.evaluation.benchmarks.replies import json_score
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.reasoning.answers import read_json_object
@@ -23,7 +23,7 @@ _WHERE = {"above": "upper", "below": "lower"}
 
 
 class GenEvalPP(JudgedBenchmark):
-    """Right or wrong by one judge; overall the mean of the tags' accuracies. A reply without a verdict is wrong."""
+    """GenEval++: each image is correct or not by one judge; a reply without a verdict counts as not correct."""
 
     name: ClassVar = "genevalpp"
     title: ClassVar = "GenEval++"
@@ -53,19 +53,19 @@ class GenEvalPP(JudgedBenchmark):
         return [Asked("verdict", text, _verdict, 200, is_json=True)]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         if answers["verdict"] is None:
-            return Mark(0.0, False, reasons=("the judge gave no verdict",), readable=False)
+            return Score(0.0, False, reasons=("the judge gave no verdict",), readable=False)
         correct, reason = answers["verdict"]
-        return Mark(float(correct), correct, reasons=() if correct else (reason,))
+        return Score(float(correct), correct, reasons=() if correct else (reason,))
 
 
 def checklist(metadata: Mapping[str, Any]) -> list[str]:
-    """What the metadata asks for, one line each: classes, counts, colors, sizes, parts of the picture, and limits."""
+    """Returns the requirements of the metadata, one line each: classes, counts, colors, sizes, regions and limits."""
     lines = []
     include, exclude = metadata["include"], metadata.get("exclude", [])
     if not isinstance(include, list) or not isinstance(exclude, list):
-        raise TypeError("another type")
+        raise TypeError("wrong type")
     for clause in include:
         name, count = clause["class"], int(clause["count"])
         words = [clause.get("size"), clause.get("color"), name]

@@ -18,13 +18,13 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
     Item,
     JudgedBenchmark,
-    Mark,
+    Score,
+    check_unique_ids,
     read_entries,
     rubric,
-    without_twins,
 )
 from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
-from clvr_jax.evaluation.benchmarks.replies import labelled_scores
+from clvr_jax.evaluation.benchmarks.replies import labeled_scores
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.json_input import shown
 
@@ -47,10 +47,10 @@ _WEIGHTS = {"Attribute shift": 3.0, "Hybridization": 2.0, "Spatiotemporal": 2.0,
 
 @dataclass(frozen=True)
 class ImagineBench(JudgedBenchmark):
-    """.8 of the smaller of fantasy and identity, .2 of aesthetics; groups weigh 3 : 2 : 2 : 2.
+    """ImagineBench: .8 min(fantasy, identity) + .2 aesthetics, with weights 3 : 2 : 2 : 2 of the groups.
 
-    rules: "official" reads replies and sums up as the official script does, its faults included; "fixed" reads strictly
-    and counts all groups.
+    rules: "official" parses replies and averages as the official script does, including its faults; "fixed" parses
+    strictly and counts all groups.
     """
 
     rules: Rules = "fixed"
@@ -70,7 +70,7 @@ class ImagineBench(JudgedBenchmark):
 
     @property
     def attempts(self) -> int:
-        """The official script takes what it gets."""
+        """The number of attempts per question; 1 by the official rules."""
         return 3 if self.rules == "fixed" else 1
 
     @property
@@ -89,11 +89,11 @@ class ImagineBench(JudgedBenchmark):
         items = []
         for place, entry in read_entries(path, ("id", "instruction", "note", "type")):
             if entry["type"] not in _GROUPS:
-                raise ClvrError(f"{place}: type {entry['type']!r} is none of {', '.join(_GROUPS)}")
+                raise ClvrError(f"{place}: type {entry['type']!r} must be one of {', '.join(_GROUPS)}")
             if not isinstance(entry["id"], str | int):
-                raise ClvrError(f"{place}: id must be a text or an integer, got {shown(entry['id'])}")
+                raise ClvrError(f"{place}: id must be a string or an integer, got {shown(entry['id'])}")
             items.append((place, Item(str(entry["id"]), entry["instruction"], _GROUPS[entry["type"]], entry)))
-        return without_twins(items)
+        return check_unique_ids(items)
 
     @override
     def questions(self, item: Item) -> list[Asked]:
@@ -101,13 +101,13 @@ class ImagineBench(JudgedBenchmark):
         return [Asked("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         scores = answers["scores"]
         if scores is None:
-            return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
+            return Score(0.0, reasons=("the judge gave no readable scores",), readable=False)
         fantasy, identity, aesthetics = (scores[axis] for axis in AXES)
         score = 0.8 * min(fantasy, identity) + 0.2 * aesthetics
-        return Mark(round(score, 3) if self.rules == "official" else score, parts=scores)
+        return Score(round(score, 3) if self.rules == "official" else score, parts=scores)
 
     @override
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
@@ -116,12 +116,12 @@ class ImagineBench(JudgedBenchmark):
 
 
 def fixed_scores(reply: str) -> dict[str, float]:
-    """The three scores, each once and from 0 to 10. Raises: AnswerError."""
-    return labelled_scores(reply, AXES, 0, 10)
+    """Parses the three scores, each of which must occur once and be from 0 to 10. Raises: AnswerError."""
+    return labeled_scores(reply, AXES, 0, 10)
 
 
 def official_scores(reply: str) -> dict[str, float]:
-    """The three scores as the official script reads them, -1 for what it does not find."""
+    """Parses the three scores as the official script does, with -1 for a score that it does not find."""
     scores = dict.fromkeys(AXES, -1.0)
     for axis, value in re.findall(rf"({'|'.join(AXES)})\s*[:\uff1a]?\s*(\d{{1,2}})", reply):
         scores[axis] = min(float(value), 10.0)

@@ -1,4 +1,4 @@
-"""Judges by name: a folder with Qwen3-VL, or a model behind an OpenAI-compatible endpoint."""
+"""Judge models: a directory with Qwen3-VL, or a model behind an OpenAI-compatible endpoint."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def endpoint_judge(
     prices: Prices | None = None,
     max_seconds: float = 1200.0,
 ) -> JudgeModel:
-    """A model behind an endpoint.
+    """Returns a judge behind an endpoint.
 
     Args:
-      model, url, key_variable, prices, max_seconds: see `Endpoint`.
-      revision: of the weights that the server runs, if you know it.
-      in_flight, max_tokens: see `JudgeModel`.
+      model, url, key_variable, prices, max_seconds: as in `Endpoint`.
+      revision: of the weights that the server runs, if known.
+      in_flight, max_tokens: as in `JudgeModel`.
     Raises: ClvrError if the key or the openai package is missing.
     """
     from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
@@ -42,29 +42,29 @@ def endpoint_judge(
 
 
 def check_local(model: str) -> Path:
-    """The folder of a judge of our own. Raises: ClvrError if it is no Qwen3-VL."""
-    folder = local_directory(model)
-    if (found := read_json(folder / "config.json").get("model_type")) != "qwen3_vl":
-        raise ClvrError(f"{folder}: holds a {found}; a judge without --judge-url is a qwen3_vl")
-    return folder
+    """Returns the directory of a local judge. Raises: ClvrError if it is not a Qwen3-VL model."""
+    directory = local_directory(model)
+    if (found := read_json(directory / "config.json").get("model_type")) != "qwen3_vl":
+        raise ClvrError(f"{directory}: has a {found} model; a judge without --judge-url must be a qwen3_vl model")
+    return directory
 
 
 def local_judge(model: str, *, in_flight: int = 64, max_tokens: int | None = None) -> JudgeModel:
-    """Our Qwen3-VL; its revision is the commit on the Hub, or the digest of the folder.
+    """Returns a local Qwen3-VL as a judge; its revision is the commit on the Hub, or the digest of the directory.
 
     Args:
-      model: folder in transformers layout, or a Hugging Face id.
-      in_flight, max_tokens: see `JudgeModel`.
-    Raises: ClvrError naming what is missing or does not fit.
+      model: directory in transformers layout, or a Hugging Face id.
+      in_flight, max_tokens: as in `JudgeModel`.
+    Raises: ClvrError that names what is missing or does not match.
     """
     from clvr_jax.merging.digests import Digests
     from clvr_jax.pipelines.vlm import Qwen3VLPipeline
     from clvr_jax.providers.local import LocalVisionLanguageModel
 
-    folder = check_local(model)
-    at = folder.resolve().name
-    revision = at if _COMMIT.fullmatch(at) else Digests({"judge": folder}).finish()["judge"][:16]
+    directory = check_local(model)
+    at = directory.resolve().name
+    revision = at if _COMMIT.fullmatch(at) else Digests({"judge": directory}).finish()["judge"][:16]
     name = Path(model).name if Path(model).exists() else model
     return JudgeModel(
-        LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(folder), name), revision, in_flight, max_tokens
+        LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(directory), name), revision, in_flight, max_tokens
     )

@@ -1,8 +1,8 @@
-"""PRISM-Bench: seven tracks of 100 prompts, alignment and aesthetics from 0 to 10 by a judge, shown times 10.
+"""PRISM-Bench: seven tracks of 100 prompts, alignment and aesthetics from 0 to 10 by a judge, reported times 10.
 
-There is no license, and the captions cannot be fetched by a pinned address, so they must be given.
+The captions have no license and no pinned URL, so the user must provide them.
 
-Source: Fang et al. 2025 (arXiv 2509.09680), official folder layout and evaluation/eval_gpt41.py.
+Source: Fang et al. 2025 (arXiv 2509.09680), official directory layout and evaluation/eval_gpt41.py.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
     Item,
     JudgedBenchmark,
-    Mark,
-    files_of,
+    Score,
+    benchmark_files,
     read_entries,
     rubric,
 )
@@ -29,7 +29,7 @@ from clvr_jax.file_names import file_name
 TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")
 _FOCUS = {
     "imagination": "Is the impossible or invented idea of the prompt really there, whole, and not made ordinary?",
-    "entity": "Is the named person, place, work or species the right one, recognizable by its own marks?",
+    "entity": "Is the named person, place, work or species the right one, recognizable by its own scores?",
     "text_rendering": "Is every word asked for there, letter for letter, readable, where and as it should be?",
     "style": "First the content; then, is the style the one that was asked for, in every part of the picture?",
     "affection": "First the content; then, do light, color and composition carry the mood, without a mere cliche?",
@@ -39,14 +39,14 @@ _FOCUS = {
 
 
 class Prism(JudgedBenchmark):
-    """Mean of alignment and aesthetics, over all pictures, times 10."""
+    """PRISM-Bench: the mean of alignment and aesthetics over all images, times 10."""
 
     name: ClassVar = "prism"
     title: ClassVar = "PRISM-Bench"
     unit: ClassVar = "0 to 100"
     rubrics: ClassVar = ("prism_alignment", "prism_aesthetic")
     prompts_hint: ClassVar = (
-        "the folder captions/en of the official repository (linked from flux-reason-6m.github.io) with "
+        "the directory captions/en of the official repository (linked from flux-reason-6m.github.io) with "
         + ", ".join(f"{track}.jsonl" for track in TRACKS)
     )
 
@@ -54,14 +54,14 @@ class Prism(JudgedBenchmark):
     def read(self, path: Path) -> list[Item]:
         """Reads the prompts; a single file is named after its track, and images are numbered from 0 in each track."""
         items = []
-        for file in files_of(path, [f"{track}.jsonl" for track in TRACKS]):
+        for file in benchmark_files(path, [f"{track}.jsonl" for track in TRACKS]):
             track = _track(file)
             for number, (_, entry) in enumerate(read_entries(file, ("prompt",))):
                 items.append(Item(f"{track}/{number}", entry["prompt"], track, entry))
         return items
 
     def image_name(self, item: Item) -> str:
-        """The official layout: a directory for each track."""
+        """Returns the file name in the official layout, which has a directory for each track."""
         track, _, number = item.id.partition("/")
         return f"{file_name(track)}/{file_name(number)}"
 
@@ -75,14 +75,14 @@ class Prism(JudgedBenchmark):
         ]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         unread = [name for name, score in answers.items() if score is None]
         parts = {name: score or 0.0 for name, score in answers.items()}
-        reasons = tuple(f"the judge gave no score for {name} that can be read" for name in unread)
-        return Mark(10 * sum(parts.values()) / len(parts), parts=parts, reasons=reasons, readable=not unread)
+        reasons = tuple(f"the judge gave no readable score for {name}" for name in unread)
+        return Score(10 * sum(parts.values()) / len(parts), parts=parts, reasons=reasons, readable=not unread)
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
-        """Over all pictures, as the official script sums up."""
+        """Returns weights for the mean over all images, as in the official script."""
         return {tag: float(count) for tag, count in counts.items()}
 
 
@@ -92,5 +92,5 @@ def _score(reply: str) -> float:
 
 def _track(file: Path) -> str:
     if file.stem not in TRACKS:
-        raise ClvrError(f"{file}: a file of PRISM's has the name of its track: {', '.join(TRACKS)}")
+        raise ClvrError(f"{file}: a file of PRISM-Bench must have the name of its track: {', '.join(TRACKS)}")
     return file.stem

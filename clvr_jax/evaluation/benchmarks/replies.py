@@ -1,6 +1,6 @@
-"""What judges answer, read strictly: a score that is missing, said twice or out of range is no score.
+"""Strict parsers of judges' replies: a score that is missing, repeated or out of range is an error.
 
-What they are put up with: words around it, bold labels, a score as a share ("8/10"), a code fence around JSON.
+The parsers accept text around a score, bold labels, a score as a fraction ("8/10"), and a code fence around JSON.
 """
 
 from __future__ import annotations
@@ -16,21 +16,22 @@ _BULLET = rf"(?:\d+[.)]{_DECORATION}|[-•]{_DECORATION})?"
 _COLON = "[:\uff1a=]?"  # models that write Chinese use the full-width one
 
 
-def labelled_scores(text: str, labels: Sequence[str], low: float, high: float, whole: bool = False) -> dict[str, float]:
-    """The scores of a reply with one line "Label: score" for each label.
+def labeled_scores(text: str, labels: Sequence[str], low: float, high: float, whole: bool = False) -> dict[str, float]:
+    """Parses a reply with one line "Label: score" for each label.
 
     Args:
       text: the reply.
-      labels: each must stand at the beginning of exactly one line, bold or not.
-      low, high: bounds of every score, included.
-      whole: whether only whole numbers are scores.
-    Raises: AnswerError that says what is wrong, in words that a model can act on.
+      labels: each must begin exactly one line, bold or not.
+      low, high: inclusive bounds of every score.
+      whole: whether scores must be integers.
+    Returns: label -> score.
+    Raises: AnswerError with a message that the judge can act on.
     """
-    return {label: _labelled(text, label, low, high, whole) for label in labels}
+    return {label: _labeled(text, label, low, high, whole) for label in labels}
 
 
 def json_score(text: str, name: str, low: float, high: float, whole: bool = False) -> float:
-    """The number under `name` of the JSON object in a reply. Raises: AnswerError, also for what is out of bounds."""
+    """Parses the number `name` of the JSON object in a reply. Raises: AnswerError, also if it is out of bounds."""
     value = read_json_object(text).get(name)
     value = int(value) if isinstance(value, bool) else value
     if not isinstance(value, int | float):
@@ -39,14 +40,14 @@ def json_score(text: str, name: str, low: float, high: float, whole: bool = Fals
 
 
 def yes_or_no(text: str) -> bool:
-    """Whether a reply says yes. Raises: AnswerError if it says neither yes nor no, or both."""
+    """Returns whether a reply is yes. Raises: AnswerError if it has neither yes nor no, or both."""
     said = set(re.findall(r"\b(yes|no)\b", text.lower()))
     if len(said) != 1:
         raise AnswerError(f"the answer must be yes or no, got {' '.join(text.split())[:80]!r}")
     return said == {"yes"}
 
 
-def _labelled(text: str, label: str, low: float, high: float, whole: bool) -> float:
+def _labeled(text: str, label: str, low: float, high: float, whole: bool) -> float:
     start = rf"(?im)^{_DECORATION}{_BULLET}{re.escape(label)}{_DECORATION}(?:\([^)\n]*\))?"
     found = re.findall(rf"{start}{_DECORATION}{_COLON}{_DECORATION}{_NUMBER}([^\n]*)", text)
     if not found:

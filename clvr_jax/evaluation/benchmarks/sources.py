@@ -1,4 +1,4 @@
-"""Prompt files that are not in the package: fetched once, at a pinned revision, and kept in the user's cache."""
+"""Prompt files of benchmarks, which are fetched once, at a pinned revision, and stored in the user's cache."""
 
 from __future__ import annotations
 
@@ -18,46 +18,46 @@ _MOST_BYTES = 64 * 2**20
 
 @dataclass(frozen=True)
 class Remote:
-    """A file of a repository. url: where it lies, at one commit. blob: git's own id of its content at that commit."""
+    """A file of a repository. url: its address at one commit. blob: git's id of its content at that commit."""
 
     url: str
     blob: str
 
     @property
     def name(self) -> str:
-        """Of the file."""
+        """The name of the file."""
         return self.url.rpartition("/")[2].replace("%2B", "+")
 
 
 @dataclass(frozen=True)
 class Source:
-    """The prompts of a benchmark. files: all of them. license: what they may be used under."""
+    """The source of a benchmark's prompts. files: the prompt files. license: the license of the prompts."""
 
     files: tuple[Remote, ...]
     license: str
 
     def fetch(self, benchmark: str) -> Path:
-        """The file, or the folder of the files if there are several; what is in the cache is not fetched again.
+        """Returns the file, or the directory of several files; files in the cache are not fetched again.
 
-        Raises: ClvrError, one line, if a file cannot be fetched or is not the one that was pinned.
+        Raises: ClvrError, one line, if a file cannot be fetched or its content is not the pinned one.
         """
-        folder = _cache() / benchmark
+        directory = _cache() / benchmark
         for remote in self.files:
-            path = folder / remote.name
+            path = directory / remote.name
             if path.is_file() and blob_id(path.read_bytes()) == remote.blob:
                 continue
             content = _download(remote.url, benchmark)
             if (found := blob_id(content)) != remote.blob:
                 raise ClvrError(
-                    f"{benchmark}: {remote.url} holds something else than was pinned (git blob {found}, not "
+                    f"{benchmark}: the content of {remote.url} is not the pinned one (git blob {found}, not "
                     f"{remote.blob}); give the file with --prompts PATH"
                 )
             write_atomically(path, content)
-        return folder / self.files[0].name if len(self.files) == 1 else folder
+        return directory / self.files[0].name if len(self.files) == 1 else directory
 
 
 def github(repository: str, commit: str, blobs: dict[str, str]) -> tuple[Remote, ...]:
-    """Files of a GitHub repository at a commit. blobs: path in it -> git's id of the content."""
+    """Returns files of a GitHub repository at a commit. blobs: path in the repository -> git's id of the content."""
     return tuple(
         Remote(f"https://raw.githubusercontent.com/{repository}/{commit}/{path.replace('+', '%2B')}", blob)
         for path, blob in blobs.items()
@@ -65,7 +65,7 @@ def github(repository: str, commit: str, blobs: dict[str, str]) -> tuple[Remote,
 
 
 def blob_id(content: bytes) -> str:
-    """Git's id of a file: what a commit pins is what can be looked up there, without fetching it first."""
+    """Returns git's id of a file's content, which can be looked up in a repository without fetching the file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Scores of single pictures -> one of each tag and one overall, with intervals; and as a table."""
+"""Summaries of image scores: one score per tag and one overall, with intervals, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ _LISTED = 10
 
 
 def summarize(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The scores of tags and overall.
+    """Computes the scores of tags and the overall score.
 
-    The unit is the prompt: with several pictures their mean is its score, because they are not independent.
+    The unit is the prompt: the score of a prompt with several images is their mean, because they are not independent.
 
     Args:
-      benchmark: whose weights.
-      rows: of the pictures, with "index", "id", "tag", "score", "parts", "readable" and, if there is one, "refused".
-    Returns: see `scoring.results`; intervals are Wilson's where prompts score 0 or 1, else from the bootstrap, and put
-      together by squared distances, weights included (Zou and Donner 2008).
+      benchmark: defines the weights of tags.
+      rows: one per image, with "index", "id", "tag", "score", "parts", "readable" and optionally "refused".
+    Returns: the summary of `scoring.results`; intervals are Wilson's if prompts score 0 or 1, else from the bootstrap,
+      and are combined by their squared distances, with the weights (Zou and Donner 2008).
     """
     prompts: dict[int, list[Mapping[str, Any]]] = {}
     for row in rows:
@@ -56,7 +56,7 @@ def summarize(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> dict[s
 
 
 def table(results: Mapping[str, Any], title: str) -> RenderableType:
-    """Results as a table for the terminal, with what must be known about them."""
+    """Returns results as a table for the terminal, with notes on the judge, faults and excluded images."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -64,7 +64,7 @@ def table(results: Mapping[str, Any], title: str) -> RenderableType:
     summary, overall = results["summary"], results["summary"]["overall"]
     shown = Table(title=title, caption=cost_line(summary["cost"]))
     shown.add_column("")
-    for column in (f"score, {results['unit']}", "95 %", "prompts", "pictures"):
+    for column in (f"score, {results['unit']}", "95 %", "prompts", "images"):
         shown.add_column(column, justify="right")
     for tag, group in summary["tags"].items():
         shown.add_row(tag, *_numbers(group), str(group["prompts"]), str(group["pictures"]))
@@ -84,14 +84,14 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
     judge, summary, judging = results["judge"], results["summary"], results["summary"]["judging"]
     lines = [f"judged by {judge['name']}" + (f", revision {judge['revision']}" if judge["revision"] else "")]
     if judging:
-        lines[0] += f": {judging['calls']} answers"
+        lines[0] += f": {judging['calls']} replies"
         if "dollars" in judging:
             lines[0] += f", ${judging['dollars']:.2f}"
-    lines += [f"fault of the official rules, kept: {fault}" for fault in results["faults"]]
+    lines += [f"fault of the official rules, reproduced: {fault}" for fault in results["faults"]]
     if adapted := results["adapted"]:
         lines.append(f"requests differ from those to other servers: {'; '.join(adapted)}")
     kinds = {
-        "unreadable": "no usable answer, counted as failed",
+        "unreadable": "no readable reply, counted as failed",
         "refused": "refused by the judge's policy, counted as failed",
         "left_out": "left out by the rules",
     }
@@ -103,7 +103,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
 
 
 def _estimate(values: Sequence[float]) -> Interval:
-    """The mean of prompts' scores with its interval."""
+    """Returns the mean of prompts' scores with its interval."""
     if set(values) <= {0.0, 1.0}:
         return wilson_interval(int(sum(values)), len(values))
     return paired_bootstrap([0.0] * len(values), values)

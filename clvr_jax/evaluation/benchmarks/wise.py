@@ -1,7 +1,7 @@
-"""WISE: 1,000 prompts that need knowledge of the world. Two benchmarks of one name, whose scores never mix.
+"""WISE: 1,000 prompts that require world knowledge. Its two editions are two benchmarks.
 
 Legacy (2025): three scores of 0, 1 or 2 by GPT-4o. Verified (2026): other prompts, one score of 0 or 1 by a Qwen judge.
-There is no license, so prompts are fetched, not shipped, and the rubrics are ours.
+There is no license, so the prompts are fetched and not distributed, and the rubrics are ours.
 
 Source: Niu et al. 2025 (arXiv 2503.07265), PKU-YuanGroup/WISE.
 """
@@ -19,13 +19,13 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     Asked,
     Item,
     JudgedBenchmark,
-    Mark,
-    files_of,
+    Score,
+    benchmark_files,
+    check_unique_ids,
     read_entries,
     rubric,
-    without_twins,
 )
-from clvr_jax.evaluation.benchmarks.replies import labelled_scores
+from clvr_jax.evaluation.benchmarks.replies import labeled_scores
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 
 LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
@@ -40,7 +40,7 @@ _FIELDS = ("prompt_id", "Prompt", "Explanation")
 
 
 class _Wise(JudgedBenchmark):
-    """What both have in common. last_ids: the last id of every category, in order. shares: their weights."""
+    """The common part of both editions. last_ids: the last id of each category, in order. shares: their weights."""
 
     files: ClassVar[tuple[str, ...]]
     last_ids: ClassVar[Mapping[str, int]]
@@ -50,14 +50,14 @@ class _Wise(JudgedBenchmark):
     @override
     def read(self, path: Path) -> list[Item]:
         items = []
-        for file in files_of(path, self.files):
+        for file in benchmark_files(path, self.files):
             for place, entry in read_entries(file, _FIELDS):
                 id = entry["prompt_id"]
                 if type(id) is not int or not 1 <= id <= 1000:
                     raise ClvrError(f"{place}: prompt_id must be a number from 1 to 1000, got {id!r}")
                 category = next(name for name, last in self.last_ids.items() if id <= last)
                 items.append((place, Item(str(id), entry["Prompt"], category, entry)))
-        return without_twins(items)
+        return check_unique_ids(items)
 
     @override
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
@@ -68,12 +68,12 @@ class _Wise(JudgedBenchmark):
 
 
 class WiseLegacy(_Wise):
-    """(.7 consistency + .2 realism + .1 aesthetics) / 2."""
+    """WISE legacy: (.7 consistency + .2 realism + .1 aesthetics) / 2."""
 
     name: ClassVar = "wise-legacy"
     title: ClassVar = "WISE (legacy)"
     source: ClassVar = Source(github(*_REPOSITORY, _LEGACY_FILES), license=_Wise.license_note)
-    prompts_hint: ClassVar = "the folder WISE_legacy/data of PKU-YuanGroup/WISE, or one of its files"
+    prompts_hint: ClassVar = "the directory WISE_legacy/data of PKU-YuanGroup/WISE, or one of its files"
     rubrics: ClassVar = ("wise_legacy",)
     files: ClassVar = tuple(path.rpartition("/")[2] for path in _LEGACY_FILES)
     last_ids: ClassVar = {"CULTURE": 400, "TIME": 567, "SPACE": 700, "BIOLOGY": 800, "PHYSICS": 900, "CHEMISTRY": 1000}
@@ -84,16 +84,16 @@ class WiseLegacy(_Wise):
         return [Asked("scores", self._text(item), legacy_scores, 2000)]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         scores = answers["scores"]
         if scores is None:
-            return Mark(0.0, reasons=("the judge gave no scores that can be read",), readable=False)
+            return Score(0.0, reasons=("the judge gave no readable scores",), readable=False)
         consistency, realism, aesthetics = (scores[axis] for axis in LEGACY_AXES)
-        return Mark((0.7 * consistency + 0.2 * realism + 0.1 * aesthetics) / 2, parts=scores)
+        return Score((0.7 * consistency + 0.2 * realism + 0.1 * aesthetics) / 2, parts=scores)
 
 
 class WiseVerified(_Wise):
-    """Right or wrong."""
+    """WISE verified: each image is correct or not."""
 
     name: ClassVar = "wise-verified"
     title: ClassVar = "WISE_Verified"
@@ -117,22 +117,22 @@ class WiseVerified(_Wise):
         return [Asked("score", self._text(item), verified_score, 2000)]
 
     @override
-    def mark(self, item: Item, answers: Mapping[str, Any]) -> Mark:
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         score = answers["score"]
         if score is None:
-            return Mark(0.0, False, reasons=("the judge gave no score that can be read",), readable=False)
-        return Mark(score, score == 1)
+            return Score(0.0, False, reasons=("the judge gave no readable score",), readable=False)
+        return Score(score, score == 1)
 
 
 def legacy_scores(reply: str) -> dict[str, float]:
-    """The three scores of a reply, each 0, 1 or 2; three bare numbers will do. Raises: AnswerError."""
+    """Parses three scores, each 0, 1 or 2; a reply of three bare numbers is accepted. Raises: AnswerError."""
     bare = reply.split()
     if len(bare) == len(LEGACY_AXES) and all(one in ("0", "1", "2") for one in bare):
         return dict(zip(LEGACY_AXES, map(float, bare), strict=True))
-    return labelled_scores(reply, LEGACY_AXES, 0, 2, whole=True)
+    return labeled_scores(reply, LEGACY_AXES, 0, 2, whole=True)
 
 
 def verified_score(reply: str) -> float:
-    """The score of a reply, 0 or 1; a bare number will do. Raises: AnswerError."""
+    """Parses a score, 0 or 1; a reply of a bare number is accepted. Raises: AnswerError."""
     bare = reply.strip()
-    return float(bare) if bare in ("0", "1") else labelled_scores(reply, ("Score",), 0, 1, whole=True)["Score"]
+    return float(bare) if bare in ("0", "1") else labeled_scores(reply, ("Score",), 0, 1, whole=True)["Score"]

@@ -1,5 +1,5 @@
 """The paper's tables in miniature, measured in the shapes world; `configs/paper.py` runs them.
 
-What is compared are folders (`models`) in modes (`rows`); what was drawn once for the same inputs is not drawn again
-(`stages`); tables, plots and the page are functions of results.
+Models (`models`) are compared in modes (`rows`). Results of a stage (`stages`) are stored under the hash of its inputs
+and reused. Tables, plots and the page are functions of results.
 """

@@ -1,4 +1,4 @@
-"""Whether the changes of distillation and alignment add up in the velocity of the drawing model, on real prompts."""
+"""Diagnosis of merging: whether the deltas of distillation and alignment add up in the generator's velocity."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -26,39 +26,39 @@ _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
 def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[Metadata]) -> dict[str, Any]:
-    """Measures both changes on pictures that satisfy some prompts, noised.
+    """Measures the interaction of both deltas on noised images that satisfy prompts.
 
     Args:
-      base, distilled, aligned: folders of one architecture; text encoder and autoencoder are the base's.
+      base, distilled, aligned: directories of one architecture; text encoder and autoencoder are the base's.
       metadata: the prompts.
-    Returns: {"levels": {sigma: found}, "scales": {scale: found}, "scales_at": sigma} with the fields of
+    Returns: {"levels": {sigma: found}, "scales": {scale: found}, "scales_at": sigma}, where found has the fields of
       `merging.diagnostics.Interaction`.
     """
     pipe = Flux2Pipeline.from_pretrained(str(base))
     graphdef, weights = nnx.split(pipe.transformer)
-    of_distill, of_align = (
-        delta(nnx.state(Flux2Pipeline.from_pretrained(str(folder)).transformer), weights)
-        for folder in (distilled, aligned)
+    distill_delta, align_delta = (
+        delta(nnx.state(Flux2Pipeline.from_pretrained(str(directory)).transformer), weights)
+        for directory in (distilled, aligned)
     )
-    metadata, ids, mask = _of_one_length(pipe, metadata)
+    metadata, ids, mask = _of_common_length(pipe, metadata)
     rng = np.random.default_rng(0)
-    pictures = np.stack([render(scene_for(dict(entry), rng, allow_held_out=True)) for entry in metadata])
+    images = np.stack([render(scene_for(dict(entry), rng, allow_held_out=True)) for entry in metadata])
     layers = pipe.settings.text_encoder_out_layers
     text = encode_text(*nnx.split(pipe.text_encoder), jnp.asarray(ids), jnp.asarray(mask), layers)
-    x0 = encode_references(*nnx.split(pipe.vae), jnp.asarray(pictures[:, None]), jnp.float32)
+    x0 = encode_references(*nnx.split(pipe.vae), jnp.asarray(images[:, None]), jnp.float32)
     noise = jax.random.normal(jax.random.key(0), x0.shape)
     token = pipe.vae.config.token_pixels
-    grid = (pictures.shape[1] // token, pictures.shape[2] // token)
+    grid = (images.shape[1] // token, images.shape[2] // token)
 
     def predict(params: Any, sigma: Any) -> jax.Array:
         field = velocity_field(nnx.merge(graphdef, params), x0[:, :0], grid, [])
         return field((1 - sigma) * x0 + sigma * noise, jnp.full(len(x0), sigma), text)
 
-    # The level at which the distilled model takes its last and longest step.
+    # The noise level of the last step of the distilled model, which is its longest step.
     steps = Flux2Pipeline.from_pretrained(str(distilled)).settings.num_inference_steps
     last = float(flow_sigmas(steps, grid[0] * grid[1])[-2])
-    levels = over_noise_levels(predict, weights, of_distill, of_align, _LEVELS)
-    scales = over_scales(lambda params: predict(params, last), weights, of_distill, of_align, _SCALES)
+    levels = over_noise_levels(predict, weights, distill_delta, align_delta, _LEVELS)
+    scales = over_scales(lambda params: predict(params, last), weights, distill_delta, align_delta, _SCALES)
     return {
         "levels": {str(sigma): asdict(found) for sigma, found in levels.items()},
         "scales": {str(scale): asdict(found) for scale, found in scales.items()},
@@ -66,8 +66,10 @@ def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[
     }
 
 
-def _of_one_length(pipe: Flux2Pipeline, metadata: Sequence[Metadata]) -> tuple[list[Metadata], np.ndarray, np.ndarray]:
-    """The prompts that the pipeline pads to the same length, of that which most have, with ids and mask."""
+def _of_common_length(
+    pipe: Flux2Pipeline, metadata: Sequence[Metadata]
+) -> tuple[list[Metadata], np.ndarray, np.ndarray]:
+    """Selects the prompts with the most common padded length. Returns: their metadata, token ids and mask."""
     encoded = [encode_prompts(pipe.tokenizer, [entry["prompt"]], pipe.settings.text_buckets) for entry in metadata]
     length = Counter(ids.shape[1] for ids, _ in encoded).most_common(1)[0][0]
     chosen = [number for number, (ids, _) in enumerate(encoded) if ids.shape[1] == length]

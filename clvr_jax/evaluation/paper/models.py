@@ -1,4 +1,4 @@
-"""The models that are compared, as pipeline folders: base, distilled, aligned, and what merging makes of them."""
+"""The models of the comparison, as pipeline directories: base, distilled, aligned, and merged models."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,18 +19,22 @@ from clvr_jax.pipelines.folder import copy_component
 from clvr_jax.pipelines.registry import resolve
 
 MERGES = {"merged": Settings(), **{method: Settings(method) for method in ("linear", "ties", "dare")}}
-"""Name -> how distilled and aligned become one."""
+"""Name -> settings with which the distilled and the aligned model are merged."""
 
 _SHARED = ("vae", "text_encoder", "tokenizer")
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What the comparison begins with, each a shipped name or a pipeline folder.
+    """The given models of the comparison, each a shipped name or a pipeline directory.
 
-    base: before anything. distilled: draws in few steps. sft: fine-tuned on trajectories. pprl: what RL made of that;
-    None if there is none. controller: a model in whose folder lies a controller/. aligned: "sft" or "pprl", which is
-    merged; the last that there is if None.
+    Attributes:
+      base: the base model.
+      distilled: generates in few steps.
+      sft: fine-tuned on trajectories.
+      pprl: the fine-tuned model after RL; None if there is none.
+      controller: a model with a controller/ in its directory.
+      aligned: the model that is merged, "sft" or "pprl"; if None, "pprl" if it is given.
     """
 
     base: str
@@ -42,76 +46,80 @@ class Sources:
 
     @property
     def merged(self) -> Literal["sft", "pprl"]:
-        """Which is merged. Raises: UsageError if it is not there."""
+        """The name of the model that is merged. Raises: UsageError if that model is not given."""
         if self.aligned == "pprl" and self.pprl is None:
-            raise UsageError("--aligned pprl: give it with --pprl")
+            raise UsageError("--aligned pprl: give the model with --pprl")
         return self.aligned or ("sft" if self.pprl is None else "pprl")
 
 
-def model_folders(sources: Sources, stages: Stages) -> dict[str, Path]:
-    """Name -> folder of every model; each has a controller, and float32 weights, so that small changes are not rounded.
+def model_directories(sources: Sources, stages: Stages) -> dict[str, Path]:
+    """Writes all models with a controller, in float32, so that small differences are not rounded.
 
-    Beside those of `sources` and `MERGES`: "aligned", the one that is merged, and "aligned in few steps", the same
-    sampled as the distilled one is.
-    Raises: ClvrError if a model is missing, or the models do not share all but the transformer.
+    Returns: name -> directory of the models of `sources` and `MERGES`, and of "aligned", the model that is merged, and
+      "aligned in few steps", the same model with the sampling settings of the distilled one.
+    Raises: ClvrError if a model is missing, or models differ in more than the transformer.
     """
     given = {"base": sources.base, "distilled": sources.distilled, "sft": sources.sft}
     if sources.pprl is not None:
         given["pprl"] = sources.pprl
     controller = resolve(sources.controller)[0] / "controller"
     if not controller.is_dir():
-        raise ClvrError(f"{sources.controller}: has no controller/, which plans and looks")
+        raise ClvrError(f"{sources.controller}: has no controller/; give a model with a controller")
     parts = {name: _digests(model) for name, model in given.items()}
-    of_controller = digest(controller)
-    folders = {}
+    controller_digest = digest(controller)
+    directories = {}
     for name, model in given.items():
-        inputs = {**parts[name], "controller": of_controller}
-        folders[name] = stages.folder(f"model-{name}", inputs, _writer(model, controller))
-        # As written, all in float32: sources may hold the same numbers in other types.
-        if differing := [part for part in _SHARED if digest(folders[name] / part) != digest(folders["base"] / part)]:
+        inputs = {**parts[name], "controller": controller_digest}
+        directories[name] = stages.directory(f"model-{name}", inputs, _writer(model, controller))
+        # Compared as written, in float32, because sources may have the same values in other types.
+        if differing := [
+            part for part in _SHARED if digest(directories[name] / part) != digest(directories["base"] / part)
+        ]:
             raise ClvrError(
-                f"{model}: its {' and '.join(differing)} is not that of {sources.base}; the difference of their "
-                "transformers is then no change of one base, and cannot be merged"
+                f"{model}: its {' and '.join(differing)} differs from that of {sources.base}; give models that differ "
+                "in their transformer only, because others cannot be merged"
             )
     aligned = sources.merged
-    settings = Flux2Pipeline.from_pretrained(str(folders["distilled"])).settings
+    settings = Flux2Pipeline.from_pretrained(str(directories["distilled"])).settings
     few = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
-    folders["aligned in few steps"] = stages.folder(
-        "model-few", {**parts[aligned], "controller": of_controller, **few}, _writer(given[aligned], controller, few)
+    directories["aligned in few steps"] = stages.directory(
+        "model-few",
+        {**parts[aligned], "controller": controller_digest, **few},
+        _writer(given[aligned], controller, few),
     )
-    folders["aligned"] = folders[aligned]
-    merged = folders["base"], folders["distilled"], folders["aligned"]
-    digests = [digest(folder) for folder in merged]
+    directories["aligned"] = directories[aligned]
+    merged = directories["base"], directories["distilled"], directories["aligned"]
+    digests = [digest(directory) for directory in merged]
     for name, how in MERGES.items():
         inputs = {"models": digests, "settings": repr(how)}
-        folders[name] = stages.folder(f"model-{name}", inputs, _merger(plan_merge(*merged, settings=how)))
-    return folders
+        directories[name] = stages.directory(f"model-{name}", inputs, _merger(plan_merge(*merged, settings=how)))
+    return directories
 
 
 def _digests(model: str) -> dict[str, Any]:
-    """What a pipeline consists of: part -> its digest, and what it says of itself."""
+    """Returns the digests of a pipeline's components, and the content of its model_index.json and clvr.json."""
     path, transformer = resolve(model)
-    said = {name: read_json(path / name) for name in ("model_index.json", "clvr.json") if (path / name).exists()}
-    return {"transformer": digest(path / transformer), **{part: digest(path / part) for part in _SHARED}, **said}
+    indices = {name: read_json(path / name) for name in ("model_index.json", "clvr.json") if (path / name).exists()}
+    return {"transformer": digest(path / transformer), **{part: digest(path / part) for part in _SHARED}, **indices}
 
 
 def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
+    def write(directory: Path) -> None:
         pipeline = Flux2Pipeline.from_pretrained(model)
         pipeline.settings = replace(pipeline.settings, **(sampling or {}))
-        pipeline.save_pretrained(str(folder), dtype="float32")
-        copy_component(controller, folder / "controller")
+        pipeline.save_pretrained(str(directory), dtype="float32")
+        copy_component(controller, directory / "controller")
 
     return write
 
 
 def _merger(plan: Merge) -> Callable[[Path], None]:
-    def finish(folder: Path, sums: Mapping[str, DeltaStatistics], name: str) -> None:
-        write_provenance(plan, folder, name, "python -m clvr_jax.configs.paper", sums)
-        write_report(folder, sums)
+    def finish(directory: Path, sums: Mapping[str, DeltaStatistics], name: str) -> None:
+        write_provenance(plan, directory, name, "python -m clvr_jax.configs.paper", sums)
+        write_report(directory, sums)
 
-    def write(folder: Path) -> None:
-        if not folder.exists():
-            merge(plan, folder, resume=True, finish=lambda where, sums: finish(where, sums, folder.name))
+    def write(directory: Path) -> None:
+        if not directory.exists():
+            merge(plan, directory, resume=True, finish=lambda where, sums: finish(where, sums, directory.name))
 
     return write

@@ -1,4 +1,4 @@
-"""Plots of results, as PNG files; without a display. Needs matplotlib (extra `plots`)."""
+"""Plots of results as PNG files, which need matplotlib (extra `plots`) and no display."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from clvr_jax.reasoning.images import as_pil
 
 
 def accuracy_bars(path: Path, labels: Mapping[str, str], found: Found) -> None:
-    """Accuracy of each system on each split, with its interval."""
+    """Plots the accuracy of each system on each split, with its interval."""
     figure = new_figure(6.4, 1.2 + 0.45 * len(labels))
     axes = figure.add_subplot()
     splits = list(next(iter(found.values())))
@@ -24,13 +24,13 @@ def accuracy_bars(path: Path, labels: Mapping[str, str], found: Found) -> None:
         axes.barh(places, [each.estimate for each in shares], 0.34, xerr=_bars(shares), label=split)
     axes.set_yticks(range(len(labels)), list(labels.values()))
     axes.invert_yaxis()
-    axes.set(xlim=(0, 1), xlabel="share of prompts drawn right")
+    axes.set(xlim=(0, 1), xlabel="accuracy")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def tier_lines(path: Path, labels: Mapping[str, str], found: Found) -> None:
-    """Accuracy against the number of objects."""
+    """Plots accuracy against the number of objects."""
     figure = new_figure(6.4, 4)
     axes = figure.add_subplot()
     for name, label in labels.items():
@@ -39,30 +39,33 @@ def tier_lines(path: Path, labels: Mapping[str, str], found: Found) -> None:
         means = [each.estimate for each in shares]
         axes.errorbar(list(tiers), means, _bars(shares), marker="o", capsize=3, label=label)
         axes.set_xticks(list(tiers))
-    axes.set(xlabel="objects", ylabel="share of prompts drawn right", ylim=(0, 1.02))
+    axes.set(xlabel="objects", ylabel="accuracy", ylim=(0, 1.02))
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def time_lines(path: Path, times: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
-    """Seconds of a prompt against its number of drawings, in all and of drawing. times: label -> `by_drawings`."""
+    """Plots total and generation seconds of a prompt against its number of images.
+
+    times: label -> the result of `timing.times_by_image_count`.
+    """
     figure = new_figure(6.4, 4)
     axes = figure.add_subplot()
     for label, groups in times.items():
-        (line,) = axes.plot(list(groups), [each["seconds"] for each in groups.values()], "o-", label=f"{label}, all")
-        drawing = [each["drawing_seconds"] for each in groups.values()]
-        axes.plot(list(groups), drawing, "o--", color=line.get_color(), label=f"{label}, drawing")
+        (line,) = axes.plot(list(groups), [each["seconds"] for each in groups.values()], "o-", label=f"{label}, total")
+        generation = [each["drawing_seconds"] for each in groups.values()]
+        axes.plot(list(groups), generation, "o--", color=line.get_color(), label=f"{label}, generation")
     axes.set_xticks(sorted({count for groups in times.values() for count in groups}))
-    axes.set(xlabel="drawings", ylabel="seconds", yscale="log")
+    axes.set(xlabel="images", ylabel="seconds", yscale="log")
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
 def interaction_lines(path: Path, found: Mapping[str, Any]) -> None:
-    """Additivity error and angle of both changes, over noise levels and over scales. found: see `diagnosis`."""
+    """Plots additivity error and angle of both deltas over noise levels and scales. found: of `diagnosis`."""
     figure = new_figure(12.8, 4)
     of_levels, of_scales = figure.subplots(1, 2)
-    for axes, key, label in ((of_levels, "levels", "noise level"), (of_scales, "scales", "scale of both changes")):
+    for axes, key, label in ((of_levels, "levels", "noise level"), (of_scales, "scales", "scale of both deltas")):
         places = [float(place) for place in found[key]]
         errors = [each["additivity_error"] for each in found[key].values()]
         angles = [each["angle"] for each in found[key].values()]
@@ -76,15 +79,15 @@ def interaction_lines(path: Path, found: Mapping[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def picture_strip(path: Path, pictures: Sequence[Any], side: int = 192, gap: int = 8) -> None:
-    """Pictures beside each other, enlarged without smoothing."""
-    strip = Image.new("RGB", (len(pictures) * (side + gap) - gap, side), "white")
-    for number, picture in enumerate(pictures):
-        strip.paste(as_pil(picture).resize((side, side), Image.Resampling.NEAREST), (number * (side + gap), 0))
+def image_strip(path: Path, images: Sequence[Any], side: int = 192, gap: int = 8) -> None:
+    """Writes images side by side, enlarged without smoothing. side, gap: of and between images, in pixels."""
+    strip = Image.new("RGB", (len(images) * (side + gap) - gap, side), "white")
+    for number, image in enumerate(images):
+        strip.paste(as_pil(image).resize((side, side), Image.Resampling.NEAREST), (number * (side + gap), 0))
     strip.save(path)
 
 
 def _bars(shares: Sequence[Interval]) -> list[list[float]]:
-    """Distances to both ends, as matplotlib takes them; rounding must not make one negative."""
+    """Returns the lengths of error bars in matplotlib's form, clipped at 0 because of rounding."""
     below = [max(0.0, each.estimate - each.low) for each in shares]
     return [below, [max(0.0, each.high - each.estimate) for each in shares]]

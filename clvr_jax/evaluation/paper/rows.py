@@ -1,4 +1,4 @@
-"""The systems that are compared, as data, and their results on the prompts of the shapes world."""
+"""The systems of the comparison, as data, and their results on the prompts of the shapes world."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from clvr_jax.console import progress
 from clvr_jax.evaluation.compare import load_results
-from clvr_jax.evaluation.contest import Contestant
+from clvr_jax.evaluation.comparison import SystemResults
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.shapes import SHAPES_JUDGE_VERSION, run, shapes_judge, shapes_prompts
 from clvr_jax.evaluation.systems import Mode, Oracle, System, one_shot, planned
@@ -20,11 +20,18 @@ SPLITS = ("eval", "complex")
 
 @dataclass(frozen=True)
 class Row:
-    """A model in one of its modes.
+    """A model in one mode, which is a row of the tables.
 
-    label: in tables. model: its name among the directories. controller: who plans, unless it is one shot. verification:
-    who accepts an image in the loop, see `reasoning.loop.run`; the oracle accepts its own images if None. is_blind: the
-    ablation that shows blank canvases to controller and verifier. splits: evaluation sets.
+    Attributes:
+      label: the name in tables.
+      model: its key in `model_directories`.
+      mode: one-shot, open-loop, best-of or closed-loop.
+      controller: the controller, not used for one-shot.
+      budget: limits per prompt.
+      verification: which component accepts an image, as in `reasoning.loop.run`; if None, the oracle accepts its own
+        images, and other systems have a separate verifier.
+      is_blind: whether controller and verifier see a blank canvas in place of every image, as an ablation.
+      splits: evaluation sets.
     """
 
     label: str
@@ -37,7 +44,7 @@ class Row:
     splits: tuple[str, ...] = SPLITS
 
     def system(self, model: Path, metadata: list[dict[str, Any]]) -> System:
-        """The system, its models loaded."""
+        """Loads the models and returns the system."""
         if self.mode == "one-shot":
             return one_shot(str(model))
         oracle = Oracle(metadata) if self.controller == "oracle" else None
@@ -54,7 +61,13 @@ class Row:
 
 @dataclass(frozen=True)
 class Prompts:
-    """split: which. limit: at most so many, None for all. seeds: one picture of each prompt for every seed."""
+    """A set of prompts and seeds.
+
+    Attributes:
+      split: name of the evaluation set.
+      limit: maximum number of prompts; None for all.
+      seeds: one image of each prompt is generated with each seed.
+    """
 
     split: str
     limit: int | None = None
@@ -62,18 +75,19 @@ class Prompts:
 
     @property
     def metadata(self) -> list[dict[str, Any]]:
-        """Of all of them, in order."""
+        """The metadata of the prompts, in order."""
         return shapes_prompts(self.split, None, self.limit)
 
 
-def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) -> Contestant:
-    """The results of a row with all seeds; what is not there is drawn.
+def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) -> SystemResults:
+    """Returns the results of a row with all seeds, and generates images that do not exist yet.
 
     Args:
-      name: of the row, for its folders.
-      row: what draws. model: its folder.
-      prompts: what is drawn.
-      stages: where results are kept.
+      name: of the row, which begins the names of its directories.
+      row: the system.
+      model: directory of its model.
+      prompts: prompts and seeds.
+      stages: stores the results.
     """
     inputs = {
         "model": digest(model),
@@ -86,21 +100,21 @@ def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) 
         "split": prompts.split,
         "limit": prompts.limit,
     }
-    folders = []
+    directories = []
     for seed in prompts.seeds:
-        draw = partial(_draw, row=row, model=model, prompts=prompts, seed=seed)
-        folders.append(stages.folder(f"{name}-{prompts.split}-{seed}", {**inputs, "seed": seed}, draw))
-    return Contestant(row.label, tuple(folders), tuple(map(load_results, folders)))
+        generate = partial(_generate, row=row, model=model, prompts=prompts, seed=seed)
+        directories.append(stages.directory(f"{name}-{prompts.split}-{seed}", {**inputs, "seed": seed}, generate))
+    return SystemResults(row.label, tuple(directories), tuple(map(load_results, directories)))
 
 
-def _draw(folder: Path, row: Row, model: Path, prompts: Prompts, seed: int) -> None:
+def _generate(directory: Path, row: Row, model: Path, prompts: Prompts, seed: int) -> None:
     metadata = prompts.metadata
     system = row.system(model, metadata)
     with progress(f"{row.label}, {prompts.split}, seed {seed}", len(metadata)) as advance:
         run(
             metadata,
-            system.draw_all,
-            folder,
+            system.generate,
+            directory,
             shapes_judge(),
             settings={**system.settings, "prompts": prompts.split, "limit": prompts.limit},
             seed=seed,
@@ -110,10 +124,10 @@ def _draw(folder: Path, row: Row, model: Path, prompts: Prompts, seed: int) -> N
         )
 
 
-def joined(parts: Mapping[str, Contestant]) -> dict[str, Any]:
-    """Results on several splits as one, for comparisons: the prompts of each follow those of the one before."""
-    pictures: list[dict[str, Any]] = []
+def concatenate_splits(parts: Mapping[str, SystemResults]) -> dict[str, Any]:
+    """Concatenates the results on several splits for comparisons; prompt indices continue from split to split."""
+    images: list[dict[str, Any]] = []
     for part in parts.values():
-        first = 1 + max((entry["index"] for entry in pictures), default=-1)
-        pictures += [{**entry, "index": first + entry["index"]} for entry in part.pooled["pictures"]]
-    return {**next(iter(parts.values())).pooled, "pictures": pictures}
+        first = 1 + max((entry["index"] for entry in images), default=-1)
+        images += [{**entry, "index": first + entry["index"]} for entry in part.pooled["pictures"]]
+    return {**next(iter(parts.values())).pooled, "pictures": images}

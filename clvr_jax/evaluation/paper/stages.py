@@ -1,4 +1,4 @@
-"""Stages whose results are kept under the hash of what went into them, so that a stopped run goes on where it was."""
+"""Stages whose results are stored under the hash of their inputs, so that an interrupted run resumes."""
 
 import hashlib
 import json
@@ -14,44 +14,45 @@ _RECORDS = "stages"
 
 
 class Stages:
-    """A folder of results.
+    """A directory of results of stages.
 
-    root: each stage has a folder in it, named after the stage and the hash of its inputs; `stages/` says which are
-    complete, what went into them, and how long they took.
+    Args:
+      root: has a directory for each stage, named after the stage and the hash of its inputs, and `stages/` with a
+        record of the inputs and seconds of each complete stage.
     """
 
     def __init__(self, root: Path):
         self.root = root
         self.seconds: dict[str, float] = {}
-        """Of every stage that was asked for, whenever it was made."""
+        """Seconds of each requested stage, as recorded when the stage ran."""
 
-    def folder(self, name: str, inputs: Mapping[str, Any], make: Callable[[Path], object]) -> Path:
-        """The folder of a stage, made if it is not complete.
+    def directory(self, name: str, inputs: Mapping[str, Any], run_stage: Callable[[Path], object]) -> Path:
+        """Returns the directory of a stage, and runs the stage if it is not complete.
 
         Args:
           name: of the stage.
-          inputs: JSON values that the result follows from; models by their `digest`.
-          make: fills the folder. It meets what it left there if it was stopped before.
+          inputs: JSON values that determine the result; models by their `digest`.
+          run_stage: writes the directory, which has the files of an earlier call if that was interrupted.
         """
         plain = json.loads(json.dumps(inputs))
         key = hashlib.blake2b(json.dumps(plain, sort_keys=True).encode(), digest_size=5).hexdigest()
-        folder = self.root / f"{name}-{key}"
-        record = self.root / _RECORDS / f"{folder.name}.json"
-        if not (record.exists() and folder.exists()):
-            console.print(f"stage {folder.name}")
+        directory = self.root / f"{name}-{key}"
+        record = self.root / _RECORDS / f"{directory.name}.json"
+        if not (record.exists() and directory.exists()):
+            console.print(f"stage {directory.name}")
             began = time.monotonic()
-            make(folder)
-            # A stage that was stopped took longer than this: what it drew before is in its own records.
+            run_stage(directory)
+            # An interrupted stage took longer than this; records of its images have the time before the interruption.
             write_json(record, {"name": name, "inputs": plain, "seconds": round(time.monotonic() - began, 1)})
         self.seconds[name] = read_json(record)["seconds"]
-        return folder
+        return directory
 
 
-def digest(folder: Path) -> str:
-    """A hash of all files in a folder and of their names; README.md, which names no number of the model, left out."""
+def digest(directory: Path) -> str:
+    """Returns a hash of all files in a directory and of their names, without README.md, which has no weights."""
     found = hashlib.blake2b(digest_size=8)
-    for file in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "README.md"):
-        found.update(f"{file.relative_to(folder).as_posix()} {file.stat().st_size} ".encode())
+    for file in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "README.md"):
+        found.update(f"{file.relative_to(directory).as_posix()} {file.stat().st_size} ".encode())
         with file.open("rb") as stream:
             found.update(hashlib.file_digest(stream, "sha256").digest())
     return found.hexdigest()

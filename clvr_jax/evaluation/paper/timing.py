@@ -1,4 +1,4 @@
-"""What a prompt takes from beginning to end, one at a time, by the number of drawings it needed."""
+"""Wall time of the closed loop for one prompt at a time, by the number of images that the prompt needed."""
 
 import copy
 import statistics
@@ -17,24 +17,24 @@ from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.protocols import Drawer, Drawing, DrawRequest
 
 
-class _TimedDrawer(Drawer):
-    """Knows how long it has been drawing, and how much of that was diffusion: the transformer's evaluations."""
+class _TimedGenerator(Drawer):
+    """An image generator that measures its total seconds, and those of diffusion: the transformer's evaluations."""
 
     def __init__(self, pipeline: Flux2Pipeline):
         pipeline = copy.copy(pipeline)
         pipeline._denoise, self._denoise = self._timed_denoise, pipeline._denoise
-        self._drawer = Flux2Drawer(pipeline)
+        self._generator = Flux2Drawer(pipeline)
         self.seconds = self.diffusion_seconds = 0.0
 
     @override
     def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
         began = time.perf_counter()
-        drawings = self._drawer.draw(requests)
+        images = self._generator.draw(requests)
         self.seconds += time.perf_counter() - began
-        return drawings
+        return images
 
     def _timed_denoise(self, *arguments: Any) -> jax.Array:
-        jax.block_until_ready(arguments[1:5])  # programs before it may still run: weights, noise, text, references
+        jax.block_until_ready(arguments[1:5])  # earlier programs may still compute weights, noise, text and references
         began = time.perf_counter()
         latents = jax.block_until_ready(self._denoise(*arguments))
         self.diffusion_seconds += time.perf_counter() - began
@@ -42,12 +42,14 @@ class _TimedDrawer(Drawer):
 
 
 def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs the closed loop for one prompt after the other, twice: the first time compiles, the second is timed.
+    """Runs the closed loop twice for one prompt after the other: the first run compiles, the second is timed.
 
     Args:
-      model: folder with a controller.
-      prompts: what to draw.
-    Returns: for each prompt {"prompt", "drawings", "nfe", "seconds", "drawing_seconds", "diffusion_seconds"}.
+      model: directory with a controller.
+      prompts: the prompts.
+    Returns: for each prompt {"prompt", "drawings": number of images, "nfe", "seconds", "drawing_seconds": seconds of
+      generation, "diffusion_seconds"}.
+    Raises: ClvrError if the model has no controller.
     """
     pipeline = ClosedLoopPipeline.from_pretrained(str(model))
     if pipeline.controller is None or pipeline.verifier is None:
@@ -55,22 +57,25 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     found = []
     for is_timed in (False, True):
         for prompt in prompts:
-            drawer = _TimedDrawer(pipeline.flux)
+            generator = _TimedGenerator(pipeline.flux)
             began = time.perf_counter()
             (trajectory,) = loop.run(
-                [prompt], pipeline.controller, drawer, verification="separate", verifier=pipeline.verifier
+                [prompt], pipeline.controller, generator, verification="separate", verifier=pipeline.verifier
             )
             seconds = time.perf_counter() - began
             if is_timed:
                 found.append({"prompt": prompt, "drawings": len(trajectory.drawings), "nfe": trajectory.nfe,
-                              "seconds": seconds, "drawing_seconds": drawer.seconds,
-                              "diffusion_seconds": drawer.diffusion_seconds})  # fmt: skip
+                              "seconds": seconds, "drawing_seconds": generator.seconds,
+                              "diffusion_seconds": generator.diffusion_seconds})  # fmt: skip
     return found
 
 
-def by_drawings(times: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
-    """Number of drawings -> {"prompts", "nfe", "seconds", "drawing_seconds", "per_drawing", "diffusion"}: medians; the
-    last two are seconds for each drawing, text to pixels and of the diffusion in it."""
+def times_by_image_count(times: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+    """Groups times by number of images, with medians over prompts.
+
+    Returns: number of images -> {"prompts", "nfe", "seconds", "drawing_seconds", "per_drawing", "diffusion"}; the last
+      two are seconds per image, from text to pixels and of diffusion.
+    """
     groups: dict[int, list[Mapping[str, Any]]] = {}
     for each in times:
         if each["drawings"]:

@@ -108,7 +108,7 @@ class ShapesPrompt:
         )
 
     def is_met(self, reading: Reading) -> bool:
-        """Whether a reading of an image meets all exact requirements."""
+        """Returns whether a reading of an image meets all exact requirements."""
         return all(check_requirement(each, reading)[1] for each in self.requirements)
 
 
@@ -172,7 +172,7 @@ def rendered_cases(prompts: Sequence[ShapesPrompt], seed: int = 0) -> Iterator[C
 
 
 def _spoiled(prompt: ShapesPrompt, kind: str, rng: np.random.Generator) -> np.ndarray | None:
-    """The right image with one mistake of a kind that breaks a requirement; None if none is found."""
+    """Returns the right image with one mistake of a kind that breaks a requirement; None if none is found."""
     for _ in range(_ATTEMPTS):
         item = prompt.canvas.scene.objects[int(rng.integers(len(prompt.canvas.scene.objects)))]
         image, expected = MISTAKES[kind](prompt, item, rng)
@@ -245,7 +245,7 @@ empty. extra: there is one object too many."""
 
 
 def _rendered(canvas: Canvas, old: SceneObject | None, new: SceneObject | None) -> tuple[np.ndarray, Reading]:
-    """The canvas without `old` and with `new`."""
+    """Returns the canvas without `old` and with `new`."""
     changed = canvas if old is None else _without(canvas, old)
     if new is not None:
         changed = dataclasses.replace(changed, scene=Scene((*changed.scene.objects, new)))
@@ -298,7 +298,7 @@ def _noise(rng: np.random.Generator, is_uniform: bool) -> np.ndarray:
 
 
 def _swapped(prompt: ShapesPrompt, rng: np.random.Generator) -> np.ndarray:
-    """The right image of a fresh prompt; another one is sampled if it meets this prompt, too."""
+    """Returns the right image of a fresh prompt; another one is sampled if it meets this prompt, too."""
     while True:
         image = _sample_candidate(rng, prompt.metadata["tier"], prompt.has_held_out).canvas.render()
         if not prompt.is_met(detect(image)):

@@ -37,8 +37,8 @@ def generated_cases(
     """
     for begin in range(0, len(prompts), batch_size):
         batch = prompts[begin : begin + batch_size]
-        for prompt, drawing in zip(batch, generator.draw([_request(prompt, seed) for prompt in batch]), strict=True):
-            image = pixels(drawing.image)
+        for prompt, output in zip(batch, generator.draw([_request(prompt, seed) for prompt in batch]), strict=True):
+            image = pixels(output.image)
             if image.shape[:2] != (CANVAS, CANVAS):
                 height, width = image.shape[:2]
                 raise ClvrError(

@@ -43,7 +43,7 @@ def labeled_images(directory: Path) -> list[Case]:
 
 
 def load_image(case: Case) -> np.ndarray:
-    """The image of a case as uint8 (height, width, 3), read as `reasoning.images.read_image` does.
+    """Reads the image of a case, uint8 (height, width, 3), as `reasoning.images.read_image` does.
 
     Raises: ClvrError for a file that cannot be decoded.
     """

@@ -49,7 +49,7 @@ class CheckedCase:
         return None if self.verification is None else self.verification.probability
 
     def to_dict(self) -> dict[str, Any]:
-        """The case and the answer as JSON values, without the image."""
+        """Returns the case and the answer as JSON values, without the image."""
         case = {each.name: getattr(self.case, each.name) for each in dataclasses.fields(Case) if each.name != "image"}
         answer = None if self.verification is None else self.verification.to_dict()
         verdict = {"accepted": None if self.verification is None else self.verification.accepted}
@@ -169,7 +169,7 @@ def _requirements(derived: Sequence[tuple[Case, Sequence[str] | None]]) -> dict[
 
 
 def _rate(outcomes: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
-    """The share of outcomes (prompt, whether it occurred), with an interval over prompts."""
+    """Returns the share of outcomes (prompt, whether it occurred), with an interval over prompts."""
     prompts: dict[str, list[float]] = {}
     for prompt, occurred in outcomes:
         prompts.setdefault(prompt, []).append(float(occurred))

@@ -17,7 +17,7 @@ _HELD_OUT = {"held_out": "held-out pairs", "others": "other pairs"}
 
 
 def markdown(results: Mapping[str, Any]) -> str:
-    """The results as Markdown."""
+    """Returns the results as Markdown."""
     lines = [f"# Verifier benchmark: {plain(results['verifier'])}", "", f"Seed {results['seed']}. {explanation()}", ""]
     lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
     for (group, total), *parts in sections(results["summary"]):
@@ -27,7 +27,7 @@ def markdown(results: Mapping[str, Any]) -> str:
 
 
 def rich_results(results: Mapping[str, Any]) -> Group:
-    """The results for the terminal: a table, and sentences below it."""
+    """Returns the results for the terminal: a table, and sentences below it."""
     from rich.console import Group
     from rich.table import Table
 

@@ -52,11 +52,11 @@ def evaluate(
       count: number of prompts of the shapes world, which is the number of images of each kind; 0 for `images` only.
       seed: of prompts, renderings and generated images.
       generators: name -> function that loads the generator; each generates one image for each prompt.
-      images: labeled images, see `image_directory.labeled_images`.
+      images: labeled images, as `image_directory.labeled_images` returns them.
       settings: JSON values to record, such as the model.
       batch_size: images that are checked together.
       exact_requirements: give the verifier the exact requirements where they are known; it derives them otherwise.
-    Returns: the content of results.json, see `metrics.summarize`.
+    Returns: the content of results.json, with the summary of `metrics.summarize`.
     Raises: ClvrError, one line.
     """
     check_out(out)

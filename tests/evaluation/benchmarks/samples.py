@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from clvr_jax.evaluation.drawn import Drawn
+from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.evaluation.systems import System
 
 GENEVAL = [
@@ -59,7 +59,7 @@ class Painter:
             if self.fail_after is not None and len(self.asked) >= self.fail_after:
                 raise KeyboardInterrupt
             self.asked.append((prompt, seed))
-            yield Drawn(np.full((8, 8, 3), seed % 256, np.uint8), nfe=4)
+            yield SystemOutput(np.full((8, 8, 3), seed % 256, np.uint8), nfe=4)
 
     @property
     def system(self):

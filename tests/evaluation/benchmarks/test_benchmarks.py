@@ -1,4 +1,4 @@
-"""Official file formats, and how marks become scores: hand-computed, or by the official script where that is said."""
+"""Official file formats, and how scores become scores: hand-computed, or by the official script where that is said."""
 
 import json
 
@@ -22,12 +22,12 @@ from tests.providers.server import Reply
 JUDGED = (GenEvalPP(), ImagineBench(), WiseLegacy(), WiseVerified(), Prism(), DPG())
 
 
-def rows(benchmark, items, marks):
+def rows(benchmark, items, scores):
     """As scoring.results makes them."""
     return [
         {"index": index, "sample": 0, "id": item.id, "tag": item.tag, "score": mark.score, "parts": dict(mark.parts),
          "readable": mark.readable}
-        for index, (item, mark) in enumerate(zip(items, marks, strict=True))
+        for index, (item, mark) in enumerate(zip(items, scores, strict=True))
     ]  # fmt: skip
 
 
@@ -72,10 +72,10 @@ def test_the_editions_of_wise_draw_their_categories_apart(tmp_path):
         (WiseLegacy(), json.dumps([{**WISE[0], "prompt_id": 1001}]), "prompt_id must be a number from 1 to 1000"),
         (WiseVerified(), "[", "not JSON"),
         (DPG(), "item_id,text\na,b\n", "lacks the columns proposition_id"),
-        (DPG(), DPG_CSV.format(dependency="9"), "question 3 of a depends on one that is not there"),
+        (DPG(), DPG_CSV.format(dependency="9"), "question 3 of a depends on a missing question"),
         (DPG(), DPG_CSV.format(dependency="x"), "prompts:4: proposition_id and dependency must be numbers"),
-        (DPG(), DPG_CSV.format(dependency="2").replace('a,"a dog on a mat",,2', 'a,"a dog",,2'), "another text for a"),
-        (Prism(), '{"prompt": "p"}', "has the name of its track"),
+        (DPG(), DPG_CSV.format(dependency="2").replace('a,"a dog on a mat",,2', 'a,"a dog",,2'), "another prompt for"),
+        (Prism(), '{"prompt": "p"}', "must have the name of its track"),
     ],
 )  # fmt: skip
 def test_bad_prompt_files_say_where_and_what(benchmark, content, said, tmp_path):
@@ -86,7 +86,7 @@ def test_bad_prompt_files_say_where_and_what(benchmark, content, said, tmp_path)
 
 
 def test_a_folder_of_prompts_says_which_files_are_expected(tmp_path):
-    with pytest.raises(ClvrError, match=r"lacks cultural_common_sense\.json, .*; expected are"):
+    with pytest.raises(ClvrError, match=r"lacks cultural_common_sense\.json, .*; the directory needs"):
         WiseLegacy().read(tmp_path)
 
 
@@ -126,16 +126,16 @@ def test_imaginebench_by_both_rules(tmp_path):
     scores = [dict(zip(AXES, each, strict=True)) for each in ((8, 9, 7), (10, 10, 10), (5, 2, 10), (1, 1, 1))]
     fixed, official = ImagineBench("fixed"), ImagineBench("official")
     items = fixed.read(path)
-    marks = [fixed.mark(item, {"scores": each}) for item, each in zip(items, scores, strict=True)]
-    assert [mark.score for mark in marks] == pytest.approx([7.8, 10, 3.6, 1])
-    summary = summarize(fixed, rows(fixed, items, marks))
+    scores = [fixed.score(item, {"scores": each}) for item, each in zip(items, scores, strict=True)]
+    assert [mark.score for mark in scores] == pytest.approx([7.8, 10, 3.6, 1])
+    summary = summarize(fixed, rows(fixed, items, scores))
     assert summary["overall"]["score"] == pytest.approx((3 * 7.8 + 2 * 10 + 2 * 3.6 + 2 * 1) / 9)
-    summary = summarize(official, rows(official, items, marks))
+    summary = summarize(official, rows(official, items, scores))
     assert summary["overall"]["score"] == pytest.approx((3 * 7.8 + 2 * 10 + 2 * 3.6) / 7)  # without Multi-Object
-    assert official.mark(items[0], {"scores": dict.fromkeys(AXES, -1.0)}).score == -1
+    assert official.score(items[0], {"scores": dict.fromkeys(AXES, -1.0)}).score == -1
     assert (official.attempts, len(official.faults), fixed.faults) == (1, 3, ())
     assert fixed.scored_as != official.scored_as
-    unread = fixed.mark(items[0], {"scores": None})
+    unread = fixed.score(items[0], {"scores": None})
     assert (unread.score, unread.readable) == (0, False)
 
 
@@ -144,14 +144,14 @@ def test_wise_scores_and_weights(tmp_path):
     legacy, verified = WiseLegacy(), WiseVerified()
     items = legacy.read(tmp_path / "w.json")
     scores = dict(zip(LEGACY_AXES, (2.0, 1.0, 0.0), strict=True))
-    assert legacy.mark(items[0], {"scores": scores}).score == pytest.approx((0.7 * 2 + 0.2) / 2)
-    marks = [legacy.mark(item, {"scores": {**scores, "Consistency": 2 * (item.tag == "TIME")}}) for item in items]
+    assert legacy.score(items[0], {"scores": scores}).score == pytest.approx((0.7 * 2 + 0.2) / 2)
+    scores = [legacy.score(item, {"scores": {**scores, "Consistency": 2 * (item.tag == "TIME")}}) for item in items]
     expected = 0.2 / 2 + 0.167 * 0.7  # realism everywhere, consistency in TIME
-    assert summarize(legacy, rows(legacy, items, marks))["overall"]["score"] == pytest.approx(expected)
+    assert summarize(legacy, rows(legacy, items, scores))["overall"]["score"] == pytest.approx(expected)
     items = verified.read(tmp_path / "w.json")
-    marks = [verified.mark(item, {"score": float(item.tag in ("CULTURE", "SPACE"))}) for item in items]
-    assert summarize(verified, rows(verified, items, marks))["overall"]["score"] == pytest.approx(0.4 + 0.12)
-    part = summarize(verified, rows(verified, items, marks)[:2])["overall"]
+    scores = [verified.score(item, {"score": float(item.tag in ("CULTURE", "SPACE"))}) for item in items]
+    assert summarize(verified, rows(verified, items, scores))["overall"]["score"] == pytest.approx(0.4 + 0.12)
+    part = summarize(verified, rows(verified, items, scores)[:2])["overall"]
     assert part == {"score": None, "reason": "no prompt of SPACE, BIOLOGY, PHYSICS, CHEMISTRY"}
 
 
@@ -161,9 +161,9 @@ def test_prism_is_the_mean_over_all_marks_times_ten(tmp_path):
         *benchmark.read(write_lines(tmp_path / "style.jsonl", [{"prompt": "p"}] * 3)),
         *benchmark.read(write_lines(tmp_path / "entity.jsonl", [{"prompt": "p"}])),
     ]
-    marks = [benchmark.mark(item, {"alignment": 8.0, "aesthetic": 4.0}) for item in items[:3]]
-    marks.append(benchmark.mark(items[3], {"alignment": 10.0, "aesthetic": None}))
-    summary = summarize(benchmark, rows(benchmark, items, marks))
+    scores = [benchmark.score(item, {"alignment": 8.0, "aesthetic": 4.0}) for item in items[:3]]
+    scores.append(benchmark.score(items[3], {"alignment": 10.0, "aesthetic": None}))
+    summary = summarize(benchmark, rows(benchmark, items, scores))
     assert summary["overall"]["score"] == pytest.approx(10 * (3 * (8 + 4) + 10) / 8)
     assert summary["tags"]["style"]["score"] == pytest.approx(60)
     assert summary["unreadable"] == ["entity/0/0"]
@@ -180,11 +180,11 @@ def dpg_scores(benchmark, path):
     found = {}
     for item in benchmark.read(path):
         asked = [question.name for question in benchmark.questions(item)]
-        marks = [
-            benchmark.mark(item, {name: ANSWERS[item.id][name][sample] == "y" for name in asked})
+        scores = [
+            benchmark.score(item, {name: ANSWERS[item.id][name][sample] == "y" for name in asked})
             for sample in range(4 if asked else 0)
         ]
-        found[item.id] = sum(mark.score for mark in marks) / 4 if asked else None
+        found[item.id] = sum(mark.score for mark in scores) / 4 if asked else None
     return found
 
 
@@ -228,7 +228,7 @@ def test_prompts_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
     path = source.fetch("toy")
     assert source.fetch("toy") == path
     assert (path.read_bytes(), path.name, len(server.seen)) == (content, "a.jsonl", 1)
-    with pytest.raises(ClvrError, match=r"holds something else than was pinned.*--prompts PATH"):
+    with pytest.raises(ClvrError, match=r"is not the pinned one.*--prompts PATH"):
         Source((Remote(server.url + "/b.jsonl", "0" * 40),), license="MIT").fetch("toy")
     with pytest.raises(ClvrError, match=r"cannot be fetched.*--prompts PATH"):
         Source((Remote("http://127.0.0.1:9/c.jsonl", "0" * 40),), license="MIT").fetch("toy")

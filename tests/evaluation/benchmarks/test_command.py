@@ -130,9 +130,9 @@ def test_who_scores_is_checked_before_anything_is_drawn(pictures, monkeypatch, t
     geneval = ["eval", "geneval", "--prompts", "geneval.jsonl", "--out", "out", *pictures]
     for command, said in [
         ([*imagine, "--judge", "tiny", "--judge-url", "http://127.0.0.1:9/v1"], "OPENAI_API_KEY is not set"),
-        ([*imagine, "--judge", "sdxl"], "holds a unet"),
+        ([*imagine, "--judge", "sdxl"], "has a unet model"),
         ([*imagine, "--judge", "nowhere"], "no such directory"),
-        ([*geneval, "--detector", "sdxl", "--clip", "sdxl"], "holds a unet, GenEval's scorer needs a mask2former"),
+        ([*geneval, "--detector", "sdxl", "--clip", "sdxl"], "has a unet model, GenEval's scorer needs mask2former"),
     ]:
         assert main(command) == 1
         assert said in complaint(capsys)

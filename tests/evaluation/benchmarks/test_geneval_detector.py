@@ -20,7 +20,7 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
     masked_crop,
 )
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
-from clvr_jax.evaluation.benchmarks.pictures import draw, drawn
+from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.scoring import score_detected
 from clvr_jax.reasoning.images import EncodedPicture, encode_png
 from tests.evaluation.benchmarks.samples import GENEVAL, Painter, write_lines
@@ -135,8 +135,8 @@ def test_boxes_and_crops():
 def test_scoring_records_what_was_detected_and_does_not_look_twice(detector, tmp_path):
     benchmark = GenEval()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", GENEVAL))
-    draw(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
-    results = score_detected(drawn(benchmark, tmp_path / "out"), detector)
+    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    results = score_detected(load_generated(benchmark, tmp_path / "out"), detector)
     assert {row["tag"] for row in results["pictures"]} == {"single_object", "counting", "colors"}
     assert results["pictures"][0]["correct"]  # a dog, of course
     assert results["pictures"][2]["reasons"] == ["expected 1 or more of cat, found 0"]
@@ -148,17 +148,17 @@ def test_scoring_records_what_was_detected_and_does_not_look_twice(detector, tmp
         def find(self, picture, metadata):
             raise AssertionError("looked again")
 
-    again = score_detected(drawn(benchmark, tmp_path / "out"), Blind())
+    again = score_detected(load_generated(benchmark, tmp_path / "out"), Blind())
     assert again["summary"] == results["summary"]
     path = tmp_path / "out" / "00000" / "detections" / "0000.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "found": {"dog": [{"box": 3}]}}))
     with pytest.raises(ClvrError, match="not a record of detections"):
-        score_detected(drawn(benchmark, tmp_path / "out"), Blind())
+        score_detected(load_generated(benchmark, tmp_path / "out"), Blind())
 
 
 def test_other_models_are_refused(folders):
-    with pytest.raises(ClvrError, match="holds a clip, GenEval's scorer needs a mask2former"):
+    with pytest.raises(ClvrError, match="has a clip model, GenEval's scorer needs mask2former"):
         TorchDetector(folders / "clip", folders / "clip")
     with pytest.raises(ClvrError, match=r"config\.json: no such file"):
         TorchDetector(folders / "none", folders / "clip")

@@ -9,12 +9,12 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval_rules import (
     OBJECTS,
-    Found,
+    Detection,
     check,
     check_metadata,
-    kept,
+    keep_confident,
+    objects_to_color,
     relations,
-    to_color,
 )
 
 HERE = Path(__file__).parent
@@ -26,7 +26,7 @@ def lines(name):
 
 def objects(case):
     return {
-        name: [Found(tuple(one["box"]), one["confidence"], one["color"]) for one in each]
+        name: [Detection(tuple(one["box"]), one["confidence"], one["color"]) for one in each]
         for name, each in case["found"].items()
     }
 
@@ -35,7 +35,7 @@ def test_verdicts_are_the_official_ones():
     cases = lines("geneval_cases.jsonl")
     assert len(cases) == 90
     for case in cases:
-        correct, reasons = check(kept(objects(case), case["metadata"]["tag"]), case["metadata"])
+        correct, reasons = check(keep_confident(objects(case), case["metadata"]["tag"]), case["metadata"])
         assert (correct, len(reasons)) == (case["correct"], case["reasons"]), case
 
 
@@ -45,11 +45,11 @@ def test_relations_are_the_official_ones():
 
 
 def test_thresholds_and_the_limit_of_sixteen():
-    sure, unsure = [Found((0, 0, 1, 1), 0.95)] * 20, [Found((0, 0, 1, 1), 0.5)] * 3
-    assert len(kept({"dog": sure}, "colors")["dog"]) == 16
-    assert "dog" not in kept({"dog": unsure}, "counting")
-    assert len(kept({"dog": unsure}, "colors")["dog"]) == 3
-    assert "dog" not in kept({"dog": [Found((0, 0, 1, 1), 0.3)]}, "colors")  # above, not at
+    sure, unsure = [Detection((0, 0, 1, 1), 0.95)] * 20, [Detection((0, 0, 1, 1), 0.5)] * 3
+    assert len(keep_confident({"dog": sure}, "colors")["dog"]) == 16
+    assert "dog" not in keep_confident({"dog": unsure}, "counting")
+    assert len(keep_confident({"dog": unsure}, "colors")["dog"]) == 3
+    assert "dog" not in keep_confident({"dog": [Detection((0, 0, 1, 1), 0.3)]}, "colors")  # above, not at
 
 
 def test_a_direction_needs_more_than_the_slack_and_half_of_the_distance():
@@ -61,8 +61,8 @@ def test_a_direction_needs_more_than_the_slack_and_half_of_the_distance():
 
 def test_colors_are_asked_for_only_where_they_decide():
     metadata = {"include": [{"class": "dog", "count": 2, "color": "red"}, {"class": "cat", "count": 1}]}
-    assert to_color({"dog": [Found((0, 0, 1, 1), 1)], "cat": []}, metadata) == {}
-    assert to_color({"dog": [Found((0, 0, 1, 1), 1)] * 3}, metadata) == {"dog": 2}
+    assert objects_to_color({"dog": [Detection((0, 0, 1, 1), 1)], "cat": []}, metadata) == {}
+    assert objects_to_color({"dog": [Detection((0, 0, 1, 1), 1)] * 3}, metadata) == {"dog": 2}
 
 
 @pytest.mark.parametrize(

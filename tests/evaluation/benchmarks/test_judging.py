@@ -12,10 +12,10 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.benchmarks.judges import local_judge
 from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-from clvr_jax.evaluation.benchmarks.pictures import draw, drawn
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.pipelines.registry import SHIPPED
@@ -41,8 +41,8 @@ def judge(endpoint):
 def imagine(tmp_path):
     benchmark = ImagineBench()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", IMAGINE))
-    draw(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
-    return benchmark, drawn(benchmark, tmp_path / "out")
+    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    return benchmark, load_generated(benchmark, tmp_path / "out")
 
 
 def asked(seen):
@@ -235,7 +235,7 @@ def test_as_many_questions_as_allowed_are_in_flight(server, judge, imagine):
 def test_genevalpp_sends_its_jpg_and_a_missing_verdict_is_wrong(server, judge, tmp_path):
     benchmark = GenEvalPP()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", GENEVALPP))
-    draw(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
     verdicts = iter(['```json\n{"correct": 1, "reason": ""}\n```', *['{"correct": "maybe"}'] * 3])
     lock = threading.Lock()
 
@@ -244,7 +244,7 @@ def test_genevalpp_sends_its_jpg_and_a_missing_verdict_is_wrong(server, judge, t
             return completion(next(verdicts))
 
     server.script = [answer]
-    results = score_judged(benchmark, drawn(benchmark, tmp_path / "out"), judge(in_flight=1))
+    results = score_judged(benchmark, load_generated(benchmark, tmp_path / "out"), judge(in_flight=1))
     assert [row["correct"] for row in results["pictures"]] == [True, False]
     assert results["summary"]["tags"]["counting"]["interval"][1] == 1  # Wilson's
     assert results["summary"]["overall"]["score"] == 0.5
@@ -254,9 +254,11 @@ def test_genevalpp_sends_its_jpg_and_a_missing_verdict_is_wrong(server, judge, t
 def test_dpg_asks_each_question_about_each_part_of_the_grid(server, judge, tmp_path):
     benchmark = DPG()
     (tmp_path / "d.csv").write_text(DPG_CSV.format(dependency="2"))
-    draw(benchmark, benchmark.read(tmp_path / "d.csv"), Painter().system, tmp_path / "out", settings={}, samples=4)
+    generate_images(
+        benchmark, benchmark.read(tmp_path / "d.csv"), Painter().system, tmp_path / "out", settings={}, samples=4
+    )
     server.script = [lambda seen: completion("No." if "mat?" in asked(seen)[0] else "Yes")]
-    results = score_judged(benchmark, drawn(benchmark, tmp_path / "out"), judge(in_flight=8))
+    results = score_judged(benchmark, load_generated(benchmark, tmp_path / "out"), judge(in_flight=8))
     assert len(server.seen) == 4 * (3 + 4)
     assert len({asked(request)[1] for request in server.seen}) == 8
     by_id = {row["id"]: row for row in results["pictures"]}
@@ -265,7 +267,7 @@ def test_dpg_asks_each_question_about_each_part_of_the_grid(server, judge, tmp_p
     assert by_id["b"]["score"] == 100
     group = results["summary"]["tags"]["dense"]
     assert (group["prompts"], group["pictures"]) == (2, 8)
-    official = score_judged(DPG("official"), drawn(benchmark, tmp_path / "out"), judge(in_flight=8))
+    official = score_judged(DPG("official"), load_generated(benchmark, tmp_path / "out"), judge(in_flight=8))
     assert official["pictures"][0]["score"] == 0
     assert len(server.seen) == 4 * (3 + 4)  # nothing new was asked
 

@@ -1,7 +1,7 @@
 import pytest
 
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, official_scores
-from clvr_jax.evaluation.benchmarks.replies import json_score, labelled_scores, yes_or_no
+from clvr_jax.evaluation.benchmarks.replies import json_score, labeled_scores, yes_or_no
 from clvr_jax.evaluation.benchmarks.wise import legacy_scores, verified_score
 from clvr_jax.reasoning.answers import AnswerError
 
@@ -20,7 +20,7 @@ PLAIN = "Fantasy Fulfillment: 8\nReason: a\n\nIdentity Preservation: 9\nReason: 
     ],
 )
 def test_scores_are_read_through_decoration(reply):
-    assert list(labelled_scores(reply, AXES, 0, 10).values()) == [8, 9, 7]
+    assert list(labeled_scores(reply, AXES, 0, 10).values()) == [8, 9, 7]
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_scores_are_read_through_decoration(reply):
 )
 def test_what_is_no_score(reply, said):
     with pytest.raises(AnswerError, match=said):
-        labelled_scores(reply, AXES, 0, 10)
+        labeled_scores(reply, AXES, 0, 10)
 
 
 # Expected: extract_scores of the official script on the same replies.

@@ -61,7 +61,7 @@ def test_what_is_missing_is_told_before_anything_is_drawn(tmp_path):
         paper.main(tmp_path / "out", tmp_path / "results.md", distilled="nothing")
     with pytest.raises(UsageError, match="different seeds"):
         paper.main(tmp_path / "out", tmp_path / "results.md", seeds=(0, 0))
-    with pytest.raises(UsageError, match="give it with --pprl"):
+    with pytest.raises(UsageError, match="give the model with --pprl"):
         paper.main(tmp_path / "out", tmp_path / "results.md", aligned="pprl")
     with pytest.raises(UsageError, match="--limit"):
         paper.main(tmp_path / "out", tmp_path / "results.md", limit=0)

@@ -14,11 +14,11 @@ def writes(text, times):
 
 def test_a_stage_is_made_once_for_the_same_inputs_also_by_another_run(tmp_path):
     times = []
-    first = Stages(tmp_path).folder("draw", {"seed": 0, "sizes": (1, 2)}, writes("a", times))
-    again = Stages(tmp_path).folder("draw", {"sizes": [1, 2], "seed": 0}, writes("b", times))
+    first = Stages(tmp_path).directory("draw", {"seed": 0, "sizes": (1, 2)}, writes("a", times))
+    again = Stages(tmp_path).directory("draw", {"sizes": [1, 2], "seed": 0}, writes("b", times))
     assert first == again
     assert (first / "result.txt").read_text() == "a"
-    other = Stages(tmp_path).folder("draw", {"seed": 1, "sizes": (1, 2)}, writes("c", times))
+    other = Stages(tmp_path).directory("draw", {"seed": 1, "sizes": (1, 2)}, writes("c", times))
     assert other != first
     assert times == ["a", "c"]
 
@@ -31,12 +31,12 @@ def test_a_stage_that_failed_or_whose_folder_is_gone_is_made_again(tmp_path):
         raise RuntimeError("stopped")
 
     with pytest.raises(RuntimeError, match="stopped"):
-        stages.folder("draw", {}, fail)
+        stages.directory("draw", {}, fail)
     assert "draw" not in stages.seconds
-    folder = stages.folder("draw", {}, writes("a", times))  # and meets what was left
+    folder = stages.directory("draw", {}, writes("a", times))  # and meets what was left
     (folder / "result.txt").unlink()
     folder.rmdir()
-    stages.folder("draw", {}, writes("b", times))
+    stages.directory("draw", {}, writes("b", times))
     assert times == ["a", "b"]
     assert stages.seconds["draw"] >= 0
 

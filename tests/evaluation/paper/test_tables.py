@@ -3,20 +3,20 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from clvr_jax.evaluation.contest import Contestant
+from clvr_jax.evaluation.comparison import SystemResults
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import Row
 from clvr_jax.evaluation.paper.tables import (
     by_phrasing,
-    short,
-    signed,
+    format_difference,
+    format_interval,
+    format_score,
     significant,
     systems_table,
     tiers_table,
-    written,
 )
-from clvr_jax.evaluation.paper.timing import by_drawings
-from clvr_jax.evaluation.report import PictureScore, summarize
+from clvr_jax.evaluation.paper.timing import times_by_image_count
+from clvr_jax.evaluation.report import ImageScore, summarize
 from clvr_jax.evaluation.shapes import shapes_prompts
 from clvr_jax.evaluation.statistics import Interval
 
@@ -29,14 +29,14 @@ def contestant(split, chance, seed, nfe=56):
     runs = []
     for _ in range(2):
         scores = [
-            PictureScore(number, 0, entry["prompt"], entry["tag"], entry.get("tier"),
+            ImageScore(number, 0, entry["prompt"], entry["tag"], entry.get("tier"),
                          bool(rng.random() < chance ** (entry.get("tier") or 1)), nfe=nfe, seconds=0.5, steps=2)
             for number, entry in enumerate(SPLITS[split])
         ]  # fmt: skip
         pictures = [{**asdict(score), "reasons": []} for score in scores]
         judge = {"name": "shapes detector", "version": "1"}
         runs.append({"benchmark": "shapes", "judge": judge, "summary": summarize(scores), "pictures": pictures})
-    return Contestant("one", (), tuple(runs))
+    return SystemResults("one", (), tuple(runs))
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def right(found, name, split):
 
 
 def test_numbers_are_written_as_the_readme_has_them():
-    assert written(Interval(0.9346, 0.907, 1.0)) == ".935 [.907; 1.000]"
-    assert signed({"difference": 0.036, "interval": (-0.0104, 0.061)}) == "+.036 [-.010; +.061]"
-    assert signed({"difference": -0.5, "interval": (-1.0, 0.0)}) == "-.500 [-1.000; +.000]"
+    assert format_interval(Interval(0.9346, 0.907, 1.0)) == ".935 [.907; 1.000]"
+    assert format_difference({"difference": 0.036, "interval": (-0.0104, 0.061)}) == "+.036 [-.010; +.061]"
+    assert format_difference({"difference": -0.5, "interval": (-1.0, 0.0)}) == "-.500 [-1.000; +.000]"
 
 
 def test_holms_correction_stops_at_the_first_that_is_not_small_enough():
@@ -72,9 +72,9 @@ def test_a_line_has_both_splits_and_the_paired_difference_over_all_prompts(found
     base, merged = (line.split(" | ") for line in lines[2:])
     assert base[3:5] == ["", ""]
     shares = {name: [right(found, name, split) for split in SPLITS] for name in ("base-one-shot", "merged-loop")}
-    assert merged[1].startswith(short(shares["merged-loop"][0] / 48))
+    assert merged[1].startswith(format_score(shares["merged-loop"][0] / 48))
     difference = (sum(shares["merged-loop"]) - sum(shares["base-one-shot"])) / 96
-    assert merged[3].startswith(short(difference, "+"))
+    assert merged[3].startswith(format_score(difference, "+"))
     assert merged[5:] == ["4.0", "0.50 |"]
 
 
@@ -114,7 +114,7 @@ def test_times_are_medians_by_number_of_drawings():
         }
         for drawings, seconds in ((1, 1.0), (2, 3.0), (2, 5.0), (2, 40.0), (0, 9.0))
     ]
-    groups = by_drawings(times)
+    groups = times_by_image_count(times)
     assert list(groups) == [1, 2]
     expected = {"prompts": 3, "nfe": 8, "seconds": 5.0, "drawing_seconds": 2.5, "per_drawing": 1.25, "diffusion": 0.625}
     assert groups[2] == expected
@@ -159,9 +159,9 @@ def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
     ]
     write_page(tmp_path / "results.md", measured, sections, ("base-one-shot", "sft-loop"))
     text = (tmp_path / "results.md").read_text()
-    assert "24 of `eval`, 24 of `complex`; pictures of each: 2" in text
+    assert "24 of `eval`, 24 of `complex`; images of each: 2" in text
     assert "pprl" not in text
-    assert "(number of drawings): 12.5 (1);\nof its diffusion: 15.0 (1)." in text
+    assert "(number of images): 12.5 (1);\nof its diffusion: 15.0 (1)." in text
     assert "distillation 3.00%, alignment 16.00%" in text
     assert "took 0.5 hours" in text
     assert "| SFT | .625 |" in text

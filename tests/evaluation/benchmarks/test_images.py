@@ -12,11 +12,11 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
+from clvr_jax.evaluation.benchmarks.images import generate_images, load_external, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
-from clvr_jax.evaluation.benchmarks.pictures import draw, drawn, made_elsewhere
 from clvr_jax.evaluation.benchmarks.prism import Prism
 from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
-from clvr_jax.evaluation.drawn import Drawn
+from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.evaluation.systems import System
 from clvr_jax.reasoning.images import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
@@ -40,7 +40,7 @@ def items(tmp_path):
 
 def paint(benchmark, items, out, painter=None, **changes):
     values = {"settings": {"limit": None}, "samples": benchmark.samples, **changes}
-    draw(benchmark, items, (painter or Painter()).system, out, **values)
+    generate_images(benchmark, items, (painter or Painter()).system, out, **values)
 
 
 def files(root):
@@ -77,11 +77,11 @@ def test_geneval_is_what_the_official_scorer_reads(tmp_path, items):
 def test_flat_layouts_are_the_official_ones(benchmark, expected, tmp_path, items):
     paint(benchmark, items[benchmark.name], tmp_path)
     assert files(tmp_path / "images") == expected
-    pictures = drawn(benchmark, tmp_path)
+    pictures = load_generated(benchmark, tmp_path)
     assert pictures.items == items[benchmark.name]
     assert all(path.is_relative_to(tmp_path / "images") for path in pictures.files.values())
     # What we wrote can be scored as if somebody else had made it.
-    again = made_elsewhere(
+    again = load_external(
         benchmark, items[benchmark.name], tmp_path / "images", benchmark.samples, tmp_path / "elsewhere"
     )
     assert again.files == pictures.files
@@ -102,7 +102,7 @@ def test_a_grid_has_its_samples_row_by_row(tmp_path, items):
     colors = [seed % 256 for _, seed in painter.asked]
     assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == colors
     for sample, color in enumerate(colors):
-        shown = np.asarray(as_pil(benchmark.shown(tmp_path / "images" / "a.png", sample, 4)))
+        shown = np.asarray(as_pil(benchmark.judge_image(tmp_path / "images" / "a.png", sample, 4)))
         assert shown.shape == (8, 8, 3)
         assert set(shown.ravel().tolist()) == {color}
 
@@ -112,13 +112,14 @@ def test_a_grid_is_black_where_a_loop_ended_without_a_picture(tmp_path, items):
 
     def draw_all(prompts, seeds):
         return [
-            Drawn(np.full((8, 8, 3), 9, np.uint8) if next(outcomes) else None, outcome="unparseable") for _ in seeds
+            SystemOutput(np.full((8, 8, 3), 9, np.uint8) if next(outcomes) else None, outcome="unparseable")
+            for _ in seeds
         ]
 
-    draw(DPG(), items["dpg"][:1], System(draw_all, {}), tmp_path, settings={}, samples=4)
+    generate_images(DPG(), items["dpg"][:1], System(draw_all, {}), tmp_path, settings={}, samples=4)
     grid = np.asarray(Image.open(tmp_path / "images" / "a.png"))
     assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == [9, 0, 9, 9]
-    pictures = drawn(DPG(), tmp_path)
+    pictures = load_generated(DPG(), tmp_path)
     assert [path is None for path in pictures.files.values()] == [False, True, False, False]
 
 
@@ -126,11 +127,11 @@ def test_a_killed_run_draws_no_picture_twice(tmp_path, items):
     benchmark, first, second = WiseLegacy(), Painter(fail_after=3), Painter()
     with pytest.raises(KeyboardInterrupt):
         paint(benchmark, items[benchmark.name], tmp_path, first)
-    with pytest.raises(ClvrError, match=r"4 of 7 pictures are missing \(images/650\.png, images/750\.png, images/850"):
-        drawn(benchmark, tmp_path)
+    with pytest.raises(ClvrError, match=r"4 of 7 images are missing \(images/650\.png, images/750\.png, images/850"):
+        load_generated(benchmark, tmp_path)
     paint(benchmark, items[benchmark.name], tmp_path, second)
     assert len(first.asked) + len(second.asked) == 7
-    assert drawn(benchmark, tmp_path).records[0, 0].device == "brush"
+    assert load_generated(benchmark, tmp_path).records[0, 0].device == "brush"
 
 
 def test_shares_of_several_processes_make_one_whole(tmp_path, items):
@@ -141,41 +142,41 @@ def test_shares_of_several_processes_make_one_whole(tmp_path, items):
     assert len(set(asked)) == len(asked) == 8
     assert [len(painter.asked) for painter in painters] == [3, 3, 2]
     assert files(tmp_path / "images") == ["a.png", "b.png"]
-    drawn(benchmark, tmp_path)
+    load_generated(benchmark, tmp_path)
 
 
 def test_editions_and_other_settings_never_mix(tmp_path, items):
     paint(WiseLegacy(), items["wise-legacy"], tmp_path)
-    with pytest.raises(ClvrError, match="holds pictures of wise-legacy, not of wise-verified"):
-        drawn(WiseVerified(), tmp_path)
-    with pytest.raises(ClvrError, match="holds another run"):
+    with pytest.raises(ClvrError, match="has images of wise-legacy, not of wise-verified"):
+        load_generated(WiseVerified(), tmp_path)
+    with pytest.raises(ClvrError, match="belongs to another run"):
         paint(WiseVerified(), items["wise-legacy"], tmp_path)
-    with pytest.raises(ClvrError, match="seed: 0 there, 1 asked for"):
+    with pytest.raises(ClvrError, match="seed: 0 on disk, 1 requested"):
         paint(WiseLegacy(), items["wise-legacy"], tmp_path, seed=1)
     (tmp_path / "other" / "images").mkdir(parents=True)
-    with pytest.raises(ClvrError, match="holds pictures but no benchmark"):
+    with pytest.raises(ClvrError, match="has images but no benchmark"):
         paint(WiseLegacy(), items["wise-legacy"], tmp_path / "other")
 
 
 def test_a_wrong_folder_says_which_files_are_expected(tmp_path, items):
     (tmp_path / "made").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "made" / "1.png")
-    with pytest.raises(ClvrError, match=r"2 of 2 pictures of GenEval\+\+ are missing; expected are 1\.jpg, 2\.jpg"):
-        made_elsewhere(GenEvalPP(), items["genevalpp"], tmp_path / "made", 1, tmp_path / "out")
-    with pytest.raises(ClvrError, match=r"3 of 4 pictures .* expected are 2\.png, 3\.png, 4\.png"):
-        made_elsewhere(ImagineBench(), items["imaginebench"], tmp_path / "made", 1, tmp_path / "out")
+    with pytest.raises(ClvrError, match=r"2 of 2 images of GenEval\+\+ are missing; expected are 1\.jpg, 2\.jpg"):
+        load_external(GenEvalPP(), items["genevalpp"], tmp_path / "made", 1, tmp_path / "out")
+    with pytest.raises(ClvrError, match=r"3 of 4 images .* expected are 2\.png, 3\.png, 4\.png"):
+        load_external(ImagineBench(), items["imaginebench"], tmp_path / "made", 1, tmp_path / "out")
     with pytest.raises(ClvrError, match=r"expected are 00000/samples/0000\.png, 00000/samples/0001"):
-        made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 4, tmp_path / "out")
-    with pytest.raises(UsageError, match="no such folder"):
-        made_elsewhere(GenEval(), items["geneval"], tmp_path / "none", 4, tmp_path / "out")
+        load_external(GenEval(), items["geneval"], tmp_path / "made", 4, tmp_path / "out")
+    with pytest.raises(UsageError, match="no such directory"):
+        load_external(GenEval(), items["geneval"], tmp_path / "none", 4, tmp_path / "out")
 
 
 def test_geneval_made_elsewhere_must_be_of_the_same_prompts(tmp_path, items):
     paint(GenEval(), items["geneval"], tmp_path / "made", samples=1)
-    made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
+    load_external(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
     (tmp_path / "made" / "00001" / "metadata.jsonl").write_text('{"prompt": "another"}')
-    with pytest.raises(ClvrError, match="made for the prompt 'another'"):
-        made_elsewhere(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
+    with pytest.raises(ClvrError, match="has the prompt 'another'"):
+        load_external(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
 
 
 def test_a_picture_that_is_none_is_found_before_anyone_is_asked(tmp_path, items):
@@ -184,8 +185,8 @@ def test_a_picture_that_is_none_is_found_before_anyone_is_asked(tmp_path, items)
     whole = (tmp_path / "images" / "3.png").read_bytes()
     (tmp_path / "images" / "3.png").write_bytes(whole[:-20])
     reason = r"not a readable image; expected is PNG, JPEG or WebP"
-    with pytest.raises(ClvrError, match=rf"not readable as pictures: .*2\.png \({reason}\), .*3\.png \("):
-        drawn(ImagineBench(), tmp_path)
+    with pytest.raises(ClvrError, match=rf"not readable as images: .*2\.png \({reason}\), .*3\.png \("):
+        load_generated(ImagineBench(), tmp_path)
 
 
 @pytest.mark.parametrize("identifier", ["../../../evil", "/tmp/evil", "sub/evil", "..", "e" * 300, "a\0b"])
@@ -202,7 +203,7 @@ def test_ids_never_write_outside_the_directory(identifier, tmp_path):
     names = files(out / "images")
     assert len(names) == 2
     assert "good.png" in names
-    assert all(path.is_file() for path in drawn(ImagineBench(), out).files.values())
+    assert all(path.is_file() for path in load_generated(ImagineBench(), out).files.values())
 
 
 def test_grids_of_hostile_ids_stay_in_their_directory(tmp_path):
@@ -219,4 +220,4 @@ def test_postscript_among_the_pictures_is_refused_and_not_run(tmp_path, items, m
     paint(ImagineBench(), items["imaginebench"], tmp_path)
     (tmp_path / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
     with pytest.raises(ClvrError, match=r"2\.png \(not a readable image; expected is PNG, JPEG or WebP\)"):
-        drawn(ImagineBench(), tmp_path)
+        load_generated(ImagineBench(), tmp_path)

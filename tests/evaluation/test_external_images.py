@@ -6,7 +6,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import run
-from clvr_jax.evaluation.picture_folder import picture_folder
+from clvr_jax.evaluation.external_images import external_images
 from tests.evaluation.test_shapes import JUDGE, METADATA, Draw, go
 
 
@@ -21,8 +21,8 @@ def listed(folder, entries):
 
 
 def score(folder, out, **options):
-    system = picture_folder(folder, "elsewhere", options.get("seed", 0))
-    return run(METADATA, system.draw_all, out, JUDGE, settings=system.settings, batch_size=2, **options)
+    system = external_images(folder, "elsewhere", options.get("seed", 0))
+    return run(METADATA, system.generate, out, JUDGE, settings=system.settings, batch_size=2, **options)
 
 
 def test_pictures_are_found_by_their_prompts(tmp_path):
@@ -37,7 +37,7 @@ def test_pictures_are_found_by_their_prompts(tmp_path):
         results = score(tmp_path / "made", tmp_path / str(seed), seed=seed, samples=2)
         assert [entry["correct"] for entry in results["pictures"]] == [False, True] * len(METADATA)
         assert results["settings"]["model"] == "elsewhere"
-    with pytest.raises(ClvrError, match=r"lacks pictures of 1 prompts, e\.g\. 'p 0'"):
+    with pytest.raises(ClvrError, match=r"lacks images of 1 prompts, for example 'p 0'"):
         score(tmp_path / "made", tmp_path / "more", samples=3)
 
 
@@ -48,18 +48,18 @@ def test_a_folder_in_genevals_layout_is_read_too(tmp_path):
 
 
 def test_what_is_wrong_with_a_folder_is_said(tmp_path):
-    with pytest.raises(ClvrError, match=r"no pictures; expected is a metadata\.jsonl"):
-        picture_folder(tmp_path, "x")
+    with pytest.raises(ClvrError, match=r"no images; give a directory with a metadata\.jsonl"):
+        external_images(tmp_path, "x")
     listed(tmp_path, [{"file_name": "a.png"}])
     with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: lacks file_name or prompt"):
-        picture_folder(tmp_path, "x")
+        external_images(tmp_path, "x")
     listed(tmp_path, [{"file_name": "a.png", "prompt": "p 0"}])
     with pytest.raises(ClvrError, match=r"metadata\.jsonl:1: no such image, 'a\.png'"):
-        picture_folder(tmp_path, "x")
+        external_images(tmp_path, "x")
     (tmp_path / "metadata.jsonl").write_text("[]\n")
     with pytest.raises(ClvrError, match="expected a JSON object"):
-        picture_folder(tmp_path, "x")
+        external_images(tmp_path, "x")
     write(tmp_path / "a.png", 3)
     listed(tmp_path, [{"file_name": "a.png", "prompt": "another"}])
-    with pytest.raises(ClvrError, match="lacks pictures of 2 prompts"):
+    with pytest.raises(ClvrError, match="lacks images of 2 prompts"):
         score(tmp_path, tmp_path / "out")

@@ -1,4 +1,4 @@
-"""A contest as files and tables: comparison.json, comparison.md, plots."""
+"""Reports of a comparison of several systems: comparison.json, comparison.md, plots, and a table for the terminal."""
 
 from __future__ import annotations
 
@@ -17,59 +17,64 @@ if TYPE_CHECKING:
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 PLOTS = {"scores": "scores.png", "cost": "cost.png", "complexity": "complexity.png"}
-_COST_AXES = {"nfe_per_picture": "network evaluations per picture", "seconds_per_picture": "seconds per picture"}
+_COST_AXES = {"nfe_per_picture": "NFE per image", "seconds_per_picture": "seconds per image"}
 
 
-def write_contest(contest: Mapping[str, Any], out: Path) -> list[str]:
-    """Writes a contest (see `contest.hold`) into a folder. Returns: the names of the files; plots need matplotlib."""
-    plots = _plot(contest, out) if can_plot() else []
-    write_json(out / JSON, contest)
-    write_text(out / MARKDOWN, contest_markdown(contest, plots))
+def write_comparison(comparison: Mapping[str, Any], out: Path) -> list[str]:
+    """Writes a comparison, as `comparison.compare_systems` returns it, to a directory.
+
+    Returns: the names of the files; plots are among them if matplotlib is installed.
+    """
+    plots = _plot(comparison, out) if can_plot() else []
+    write_json(out / JSON, comparison)
+    write_text(out / MARKDOWN, comparison_markdown(comparison, plots))
     return [JSON, MARKDOWN, *plots]
 
 
-def contest_markdown(contest: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
-    """A contest as Markdown; plots: names of files that lie beside it."""
-    first = contest["systems"][0]["name"]
+def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
+    """Returns a comparison as Markdown. plots: names of image files in the same directory."""
+    first = comparison["systems"][0]["name"]
     lines = [
-        f"# {plain(contest['benchmark'])}: {', '.join(plain(system['name']) for system in contest['systems'])}",
+        f"# {plain(comparison['benchmark'])}: {', '.join(plain(system['name']) for system in comparison['systems'])}",
         "",
-        f"{contest['prompts']} prompts; scores {plain(contest['unit'])}; judge: "
-        + ", ".join(plain(value) for value in contest["judge"].values())
-        + ". Intervals are 95 %: Wilson's for right and wrong, over prompts (bootstrap) for other scores.",
+        f"{comparison['prompts']} prompts; scores {plain(comparison['unit'])}; judge: "
+        + ", ".join(plain(value) for value in comparison["judge"].values())
+        + ". Intervals are 95 %: Wilson's for scores of 0 and 1, bootstrap over prompts for other scores.",
         "",
-        *table_lines(_score_rows(contest)),
+        *table_lines(_score_rows(comparison)),
         "",
-        f"## Against {plain(first)}, prompt by prompt",
+        f"## Against {plain(first)}, paired by prompt",
         "",
-        "Difference with a bootstrap interval over prompts; wins of the first : of the other; p of McNemar's exact test"
-        " (the sign test where prompts have several pictures or other scores), and with Holm's correction for the"
-        " number of systems.",
+        "Difference with a bootstrap interval over prompts; wins of the first : of the other system; p-value of"
+        " McNemar's exact test (the sign test for prompts with several images or other scores), and with Holm's"
+        " correction for the number of systems.",
         "",
-        *table_lines(_pair_rows(contest)),
+        *table_lines(_pair_rows(comparison)),
         "",
-        *_tag_sections(contest),
+        *_tag_sections(comparison),
         "## Cost",
         "",
-        *[f"- {plain(system['name'])}: {plain(cost_line(system['cost']))}" for system in contest["systems"]],
+        *[f"- {plain(system['name'])}: {plain(cost_line(system['cost']))}" for system in comparison["systems"]],
         "",
     ]
-    if contest["complexity"]:
-        lines += ["## Complexity", "", *_complexity_lines(contest["complexity"]), ""]
+    if comparison["complexity"]:
+        lines += ["## Complexity", "", *_complexity_lines(comparison["complexity"]), ""]
     lines += [f"![{name}]({name})" for name in plots]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def contest_table(contest: Mapping[str, Any]) -> Table:
-    """Scores and differences for the terminal."""
+def systems_table(comparison: Mapping[str, Any]) -> Table:
+    """Returns the scores and differences as a table for the terminal."""
     from rich.table import Table
 
-    first = contest["systems"][0]["name"]
-    table = Table(title=f"{contest['benchmark']}, {contest['prompts']} prompts", caption=f"differences: from {first}")
+    first = comparison["systems"][0]["name"]
+    table = Table(
+        title=f"{comparison['benchmark']}, {comparison['prompts']} prompts", caption=f"differences: to {first}"
+    )
     for number, column in enumerate(("", "all prompts", "95 %", "difference", "95 %", "p (Holm)")):
         table.add_column(column, justify="right" if number else "left")
-    pairs = {pair["name"]: pair for pair in contest["against_first"]}
-    for system in contest["systems"]:
+    pairs = {pair["name"]: pair for pair in comparison["against_first"]}
+    for system in comparison["systems"]:
         pair = pairs.get(system["name"])
         difference = ("", "", "") if pair is None else (*_difference(pair["overall"]), f"{pair['holm']:.2g}")
         table.add_row(
@@ -78,10 +83,10 @@ def contest_table(contest: Mapping[str, Any]) -> Table:
     return table
 
 
-def _score_rows(contest: Mapping[str, Any]) -> list[list[str]]:
-    systems = contest["systems"]
+def _score_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+    systems = comparison["systems"]
     rows = [["", *(system["name"] for system in systems)]]
-    for tag in contest["tags"]:
+    for tag in comparison["tags"]:
         groups = [system["tags"][tag] for system in systems]
         rows.append([f"{tag} ({groups[0]['prompts']})", *map(_scored, groups)])
     rows.append(["mean of tags", *(f"{system['mean_of_tags']:.3f}" for system in systems)])
@@ -92,9 +97,9 @@ def _score_rows(contest: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _pair_rows(contest: Mapping[str, Any]) -> list[list[str]]:
+def _pair_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     rows = [["", "difference", "95 %", "mean of tags", "95 %", "wins", "p", "p (Holm)"]]
-    for pair in contest["against_first"]:
+    for pair in comparison["against_first"]:
         part = pair["overall"]
         wins = f"{part['first_wins']} : {part['second_wins']}"
         values = (*_difference(part), *_difference(pair["mean_of_tags"]), wins, f"{part['p_value']:.2g}")
@@ -102,14 +107,14 @@ def _pair_rows(contest: Mapping[str, Any]) -> list[list[str]]:
     return rows
 
 
-def _tag_sections(contest: Mapping[str, Any]) -> list[str]:
-    """Differences by tag and tier, one table for each system; p-values are not corrected."""
+def _tag_sections(comparison: Mapping[str, Any]) -> list[str]:
+    """Returns differences by tag and tier, one table for each system; p-values are not corrected."""
     lines = []
-    for pair in contest["against_first"]:
+    for pair in comparison["against_first"]:
         parts = [*pair["tags"].items(), *((f"tier {tier}", part) for tier, part in pair["tiers"].items())]
         if len(parts) < 2:
             continue
-        first = contest["systems"][0]["name"]
+        first = comparison["systems"][0]["name"]
         rows = [["", first, pair["name"], "difference", "95 %", "p, not corrected"]]
         for name, part in parts:
             means = (f"{part['first']:.3f}", f"{part['second']:.3f}")
@@ -119,7 +124,7 @@ def _tag_sections(contest: Mapping[str, Any]) -> list[str]:
 
 
 def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
-    rows = [["", "area under pass against complexity", "half of the prompts fail at", "odds of failure"]]
+    rows = [["", "area under the pass curve", "complexity at 50 % failures", "odds of failure"]]
     for name, probe in complexity["systems"].items():
         law = probe["failure_law"]
         odds = "" if law is None else f"{law['factor']:.2g} C^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
@@ -148,24 +153,24 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
+def _plot(comparison: Mapping[str, Any], out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
-    systems = contest["systems"]
-    rows = [*contest["tags"], "all prompts"]
+    systems = comparison["systems"]
+    rows = [*comparison["tags"], "all prompts"]
     figure = new_figure(max(6.4, 1.2 * len(rows)), 4.5)
     axes = figure.add_subplot()
     for number, system in enumerate(systems):
-        groups = [*(system["tags"][tag] for tag in contest["tags"]), system["overall"]]
-        places = [row + 0.6 * (number + 0.5) / len(systems) - 0.3 for row in range(len(rows))]
+        groups = [*(system["tags"][tag] for tag in comparison["tags"]), system["overall"]]
+        positions = [row + 0.6 * (number + 0.5) / len(systems) - 0.3 for row in range(len(rows))]
         axes.errorbar(
-            places, [group["score"] for group in groups], yerr=_bars(groups), fmt="o", label=literal(system["name"])
+            positions, [group["score"] for group in groups], yerr=_bars(groups), fmt="o", label=literal(system["name"])
         )
     axes.set_xticks(range(len(rows)), list(map(literal, rows)), rotation=20, ha="right")
-    axes.set(ylabel=f"score ({literal(contest['unit'])})")
+    axes.set(ylabel=f"score ({literal(comparison['unit'])})")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
     figure.savefig(out / PLOTS["scores"], dpi=120)
-    made = [PLOTS["scores"]]
+    names = [PLOTS["scores"]]
 
     shown = {key: label for key, label in _COST_AXES.items() if any(system["cost"][key] for system in systems)}
     if shown:
@@ -186,27 +191,27 @@ def _plot(contest: Mapping[str, Any], out: Path) -> list[str]:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(out / PLOTS["cost"], dpi=120)
-        made.append(PLOTS["cost"])
+        names.append(PLOTS["cost"])
 
-    if contest["complexity"]:
+    if comparison["complexity"]:
         figure = new_figure(6.4, 4.5)
         axes = figure.add_subplot()
-        for name, probe in contest["complexity"]["systems"].items():
+        for name, probe in comparison["complexity"]["systems"].items():
             tiers = probe["tiers"]
             x, y = [tier["complexity"] for tier in tiers], [tier["passed"] for tier in tiers]
             (line,) = axes.plot(x, y, "o-", label=f"{literal(name)}: area {probe['area']:.1f}")
             low, high = [tier["low"] for tier in tiers], [tier["high"] for tier in tiers]
             axes.fill_between(x, low, high, color=line.get_color(), alpha=0.15)
-        axes.set(xlabel="complexity of the prompt, C", ylabel="share that passes", ylim=(-0.02, 1.02))
+        axes.set(xlabel="complexity of the prompt, C", ylabel="pass rate", ylim=(-0.02, 1.02))
         axes.grid(alpha=0.3)
         axes.legend()
         figure.savefig(out / PLOTS["complexity"], dpi=120)
-        made.append(PLOTS["complexity"])
-    return made
+        names.append(PLOTS["complexity"])
+    return names
 
 
 def _bars(groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
-    """Lengths of error bars: below, above."""
+    """Returns the lengths of error bars, below and above."""
     return [
         [max(0.0, group["score"] - group["interval"][0]) for group in groups],
         [max(0.0, group["interval"][1] - group["score"]) for group in groups],

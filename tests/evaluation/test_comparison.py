@@ -5,8 +5,8 @@ import pytest
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import compare, load_results, run
-from clvr_jax.evaluation.contest import Contestant, gather, hold
-from clvr_jax.evaluation.contest_report import contest_markdown
+from clvr_jax.evaluation.comparison import SystemResults, compare_systems, load_systems
+from clvr_jax.evaluation.comparison_report import comparison_markdown
 from clvr_jax.evaluation.shapes import Judge, Judgment
 from clvr_jax.files import read_json, write_json
 from clvr_jax.reasoning.tools import Made, Usage
@@ -43,35 +43,35 @@ def runs(tmp_path_factory):
 
 
 def test_runs_with_other_seeds_are_one_system(runs):
-    weak, good, best = gather([runs["weak"], f"good={runs['good-0']}", runs["good-1"], runs["best"]])
+    weak, good, best = load_systems([runs["weak"], f"good={runs['good-0']}", runs["good-1"], runs["best"]])
     assert [one.name for one in (weak, good, best)] == ["weak", "good (2 seeds)", "best"]
-    contest = hold([weak, good, best])
-    assert [system["seeds"] for system in contest["systems"]] == [[0], [0, 1], [0]]
-    overall = [system["overall"] for system in contest["systems"]]
+    comparison = compare_systems([weak, good, best])
+    assert [system["seeds"] for system in comparison["systems"]] == [[0], [0, 1], [0]]
+    overall = [system["overall"] for system in comparison["systems"]]
     assert [part["pictures"] for part in overall] == [len(METADATA), 2 * len(METADATA), len(METADATA)]
-    assert {part["prompts"] for part in overall} == {contest["prompts"]} == {len(METADATA)}
+    assert {part["prompts"] for part in overall} == {comparison["prompts"]} == {len(METADATA)}
     assert overall[0]["score"] < overall[1]["score"] < overall[2]["score"]
     assert all(part["interval"][0] < part["score"] < part["interval"][1] for part in overall)
 
-    pair = contest["against_first"][1]
-    alone = compare(read_json(weak.folders[0] / "results.json"), read_json(best.folders[0] / "results.json"))
+    pair = comparison["against_first"][1]
+    alone = compare(read_json(weak.directories[0] / "results.json"), read_json(best.directories[0] / "results.json"))
     assert {key: pair[key] for key in alone} == alone
     assert pair["holm"] >= pair["overall"]["p_value"]
-    assert contest["systems"][0]["reported"] == pytest.approx(contest["systems"][0]["mean_of_tags"])
+    assert comparison["systems"][0]["reported"] == pytest.approx(comparison["systems"][0]["mean_of_tags"])
 
 
 def test_cost_and_complexity_stand_beside_the_scores(runs):
-    contest = hold(gather([runs["weak"], runs["good-0"], runs["best"]]))
-    cost = contest["systems"][0]["cost"]
+    comparison = compare_systems(load_systems([runs["weak"], runs["good-0"], runs["best"]]))
+    cost = comparison["systems"][0]["cost"]
     assert (cost["input_tokens_per_picture"], cost["devices"]) == (80, {"here": len(METADATA)})
     assert cost["dollars"] == pytest.approx(0.01 * len(METADATA))
-    areas = [contest["complexity"]["systems"][name]["area"] for name in ("weak", "good-0", "best")]
+    areas = [comparison["complexity"]["systems"][name]["area"] for name in ("weak", "good-0", "best")]
     assert areas[0] < areas[1] <= areas[2]
-    assert json.loads(json.dumps(contest)) == contest
-    text = contest_markdown(contest)
+    assert json.loads(json.dumps(comparison)) == comparison
+    text = comparison_markdown(comparison)
     assert f"| complex ({sum(entry['tag'] == 'complex' for entry in METADATA)}) |" in text
-    assert f"${0.01 * len(METADATA):.2f} in all" in text
-    assert "area under pass against complexity" in text
+    assert f"${0.01 * len(METADATA):.2f} in total" in text
+    assert "area under the pass curve" in text
 
 
 def test_the_command_writes_the_report(runs, tmp_path, capsys):
@@ -90,9 +90,12 @@ def test_the_command_writes_the_report(runs, tmp_path, capsys):
 def test_results_without_their_pictures_have_no_complexity(runs, tmp_path):
     for name in ("weak", "best"):
         write_json(tmp_path / f"{name}.json", load_results(runs[name]))
-    contest = hold(gather([f"weak={tmp_path / 'weak.json'}", f"best={tmp_path / 'best.json'}"]))
-    assert contest["complexity"] is None
-    assert contest["systems"][0]["overall"] == hold(gather([runs["weak"], runs["best"]]))["systems"][0]["overall"]
+    comparison = compare_systems(load_systems([f"weak={tmp_path / 'weak.json'}", f"best={tmp_path / 'best.json'}"]))
+    assert comparison["complexity"] is None
+    assert (
+        comparison["systems"][0]["overall"]
+        == compare_systems(load_systems([runs["weak"], runs["best"]]))["systems"][0]["overall"]
+    )
 
 
 def test_scores_in_a_unit_of_their_own(runs):
@@ -101,26 +104,28 @@ def test_scores_in_a_unit_of_their_own(runs):
         results["unit"] = "0 to 10"
         for entry in results["pictures"]:
             entry.update(score=8.5 if entry["correct"] else 2.5, correct=None)
-    contest = hold([Contestant(name, (), (results,)) for name, results in (("a", first), ("b", second))])
+    comparison = compare_systems(
+        [SystemResults(name, (), (results,)) for name, results in (("a", first), ("b", second))]
+    )
     right = sum(entry["score"] > 5 for entry in first["pictures"]) / len(METADATA)
-    overall = contest["systems"][0]["overall"]
+    overall = comparison["systems"][0]["overall"]
     assert overall["score"] == pytest.approx(2.5 + 6 * right)
     assert 2.5 < overall["interval"][0] < overall["score"] < overall["interval"][1] < 8.5
-    assert (contest["unit"], contest["complexity"]) == ("0 to 10", None)
+    assert (comparison["unit"], comparison["complexity"]) == ("0 to 10", None)
 
 
 def test_what_makes_no_comparison_is_refused(runs, tmp_path):
-    with pytest.raises(UsageError, match="give two systems at least"):
-        gather([runs["good-0"], runs["good-1"]])
+    with pytest.raises(UsageError, match="give at least two systems"):
+        load_systems([runs["good-0"], runs["good-1"]])
     with pytest.raises(UsageError, match="the same system with the same seed"):
-        gather([runs["weak"], runs["best"], runs["weak"]])
+        load_systems([runs["weak"], runs["best"], runs["weak"]])
     with pytest.raises(UsageError, match="two systems are called x"):
-        gather([f"x={runs['weak']}", f"x={runs['best']}"])
+        load_systems([f"x={runs['weak']}", f"x={runs['best']}"])
     with pytest.raises(ClvrError, match="no such file"):
-        gather([runs["weak"], str(tmp_path / "none")])
+        load_systems([runs["weak"], str(tmp_path / "none")])
     other = made(tmp_path / "other", 8, judge="strict")
     with pytest.raises(ClvrError, match="judge differs"):
-        hold(gather([runs["weak"], other]))
+        compare_systems(load_systems([runs["weak"], other]))
     fewer = made(tmp_path / "fewer", 9, prompts=METADATA[:5])
     with pytest.raises(ClvrError, match="in one result only"):
-        hold(gather([runs["weak"], fewer]))
+        compare_systems(load_systems([runs["weak"], fewer]))
