@@ -126,7 +126,7 @@ def planned(
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
     pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier, **loading)
-    sized = {} if size is None else {"height": size[0], "width": size[1]}
+    height, width = size or (None, None)
     accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
     if mode == "open-loop":
         accepts = "none"
@@ -142,7 +142,7 @@ def planned(
     def draw_all(prompts: list[str], seeds: list[int]) -> list[Drawn]:
         before = _usage(chosen)
         trajectories = pipeline.run(
-            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, **sized
+            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, height=height, width=width
         )
         shares = _shares(before, _usage(chosen), len(prompts))
         return [
