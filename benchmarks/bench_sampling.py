@@ -11,11 +11,11 @@ import diffusers
 import jax
 import numpy as np
 import torch
-from clvr_jax.configs.shapes_vae import MODEL as VAE
 from contest import arguments, contest, folder_of, show
 from flax import nnx
 from PIL import Image
 
+from clvr_jax.configs.shapes_vae import MODEL as VAE
 from clvr_jax.data.text import bucket_for, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from clvr_jax.configs import prompted_synth
 from endpoint import endpoint
 
+from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.beam_pipeline import run_pipeline
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.intake import item_to_json

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from flax import nnx
 
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import encoder_flops
 from clvr_jax.data.sft_examples import DrawingExamples
@@ -28,7 +28,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import velocity_field
-from clvr_jax.sharding import MeshConfig, replicate, process_allgather
+from clvr_jax.sharding import MeshConfig, process_allgather, replicate
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 

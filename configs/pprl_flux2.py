@@ -19,12 +19,12 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.configs import qwen3_vl_judge
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
-from clvr_jax.convert.lora import save_lora
 from flax import nnx
 
 from clvr_jax import rl
+from clvr_jax.configs import qwen3_vl_judge
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
+from clvr_jax.convert.lora import save_lora
 from clvr_jax.costs.flops import flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
 from clvr_jax.data.histories import fit_history
@@ -54,7 +54,7 @@ from clvr_jax.rl import (
     collect_rollout,
     loss_and_grads,
 )
-from clvr_jax.sharding import MeshConfig, replicate, process_allgather
+from clvr_jax.sharding import MeshConfig, process_allgather, replicate
 from clvr_jax.training.plan import Program
 
 fit = rl.fit

@@ -18,9 +18,8 @@ Source: arXiv 2605.14876, Proxy Prompt RL.
 import dataclasses
 from pathlib import Path
 
-from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
-
 from clvr_jax import rl
+from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.models.lora import LoRAConfig

@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from clvr_jax.configs import shapes_rollouts
 
 from clvr_jax import cli
 from clvr_jax.arguments import run_script
+from clvr_jax.configs import shapes_rollouts
 from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.configs.qwen3_vl_sft import PRESETS
-from clvr_jax.convert.architectures import QWEN3_VL
 from flax import nnx
 
+from clvr_jax.configs.qwen3_vl_sft import PRESETS
+from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.costs.flops import Flops, decoder_flops, qwen3_vl_flops
 from clvr_jax.errors import UsageError
 from clvr_jax.sharding import MeshConfig

@@ -19,10 +19,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.convert.hub import local_directory
 from flax import nnx
 
+from clvr_jax.convert.architectures import QWEN3_VL
+from clvr_jax.convert.hub import local_directory
 from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
 from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader

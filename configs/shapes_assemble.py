@@ -6,10 +6,9 @@ python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
 import shutil
 from pathlib import Path
 
+from clvr_jax.arguments import run_script
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import load_model, save_model
-
-from clvr_jax.arguments import run_script
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, replacing, write_json
 

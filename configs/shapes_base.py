@@ -20,9 +20,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.configs.shapes_vae import MODEL as VAE
 from flax import nnx
 
+from clvr_jax.configs.shapes_vae import MODEL as VAE
 from clvr_jax.data.shapes import Example, continued_example, drawing_example, editing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2

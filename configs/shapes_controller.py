@@ -22,11 +22,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
 from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
-from flax import nnx
-
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
 from clvr_jax.data.shapes_verification import (

@@ -17,7 +17,6 @@ from functools import partial
 from clvr_jax.configs import shapes_base, shapes_sft
 from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.configs.shapes_base import Kind, batch
-
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.training.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig

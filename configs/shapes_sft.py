@@ -23,9 +23,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
 from flax import nnx
 
+from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
 from clvr_jax.data.histories import fit_history
 from clvr_jax.data.sft_examples import conversation, target_places
 from clvr_jax.data.shapes import Example, simulate_trajectory

@@ -19,11 +19,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+
 from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
-from flax import nnx
-
 from clvr_jax.data.shapes import Image, drawing_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.attention import attention

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.architectures import FLUX2_VAE
-from clvr_jax.convert.models import save_model
 from flax import nnx
 
+from clvr_jax.convert.architectures import FLUX2_VAE
+from clvr_jax.convert.models import save_model
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify
 from clvr_jax.training.objectives import autoencoder_loss
 from clvr_jax.training.trainer import Task, TrainConfig

@@ -9,6 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
 from clvr_jax.convert import (
     autoencoder_kl,
     autoencoder_kl_flux2,
@@ -20,9 +23,6 @@ from clvr_jax.convert import (
 )
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
-from flax import nnx
-from jax.typing import DTypeLike
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.models.autoencoder_kl import AutoencoderKL

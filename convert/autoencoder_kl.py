@@ -7,7 +7,6 @@ from typing import Any, TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl import AutoencoderKLConfig
 

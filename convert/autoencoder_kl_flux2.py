@@ -6,7 +6,6 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping, Rule
-
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 
 KEY_MAPPING = KeyMapping(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))

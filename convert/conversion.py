@@ -19,13 +19,13 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import numpy as np
+
 from clvr_jax.convert.disk import empty
 from clvr_jax.convert.journal import Journal, reading, resumable, states
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
 from clvr_jax.convert.tensors import FLOATS, bits, preallocate_files, write_tensor
-
 from clvr_jax.outputs import check_destination
 
 _TILE, _LINE = (512, 8192), 64

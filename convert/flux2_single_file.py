@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
 from clvr_jax.convert.tensors import StoredTensor, TensorSpec
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig

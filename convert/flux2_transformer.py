@@ -6,7 +6,6 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
-
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
 KEY_MAPPING = KeyMapping(stacked=("transformer_blocks", "single_transformer_blocks"))

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
+from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
 from clvr_jax.errors import ClvrError, UsageError
 
 _BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*")

@@ -7,12 +7,12 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from clvr_jax.convert.lora_file import Factors, read_factors, write_factors
-from clvr_jax.convert.lora_names import component
-from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
+from clvr_jax.convert.lora_file import Factors, read_factors, write_factors
+from clvr_jax.convert.lora_names import component
+from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Path as TreePath

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.numpy import save
+
 from clvr_jax.convert.lora_config import METADATA, PEFT_NAME, AdapterConfig
 from clvr_jax.convert.lora_names import TEXT_ENCODER, KeyAlias, component, key_aliases, without_prefix
 from clvr_jax.convert.tensors import StoredTensor, read_header
-from safetensors.numpy import save
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import write_atomically
 from clvr_jax.trees import some

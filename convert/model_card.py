@@ -23,7 +23,6 @@ from clvr_jax.convert.architectures import (
     find_architecture,
     torch_class,
 )
-
 from clvr_jax.files import read_json, write_atomically
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig

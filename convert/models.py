@@ -10,15 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from flax import nnx
+from jax.sharding import Sharding, SingleDeviceSharding
+from jax.typing import DTypeLike
+
 from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.lora import pairs_by_path, part_of_change
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
-from flax import nnx
-from jax.sharding import Sharding, SingleDeviceSharding
-from jax.typing import DTypeLike
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import located, read_json, replacing
 from clvr_jax.models.lora import LoRAPair

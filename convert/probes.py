@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from clvr_jax.convert.architectures import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -20,7 +21,6 @@ from clvr_jax.convert.architectures import (
     UNET,
     Architecture,
 )
-
 from clvr_jax.models.autoencoder_blocks import Autoencoder, AutoencoderConfig
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig

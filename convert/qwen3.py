@@ -7,7 +7,6 @@ from typing import Any
 from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3Config
 

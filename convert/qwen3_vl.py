@@ -9,7 +9,6 @@ from typing import Any
 from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from typing import Any
 
-from clvr_jax.convert.planning import Conversion
 from rich.table import Table
+
+from clvr_jax.convert.planning import Conversion
 
 
 def conversion_table(conversion: Conversion) -> Table:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import ml_dtypes
 import numpy as np
-from clvr_jax.convert.disk import PAGE, put
 from safetensors import SafetensorError, safe_open
 
+from clvr_jax.convert.disk import PAGE, put
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 

@@ -6,7 +6,6 @@ from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
-
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 # Fields of diffusers' config that our UNet does not have, and the only values that it supports.

@@ -17,15 +17,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+from jax.sharding import SingleDeviceSharding
+from rich.table import Table
+
 from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES, Inputs
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, FLOATS, model_file
-from flax import nnx
-from jax.sharding import SingleDeviceSharding
-from rich.table import Table
-
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import read_json
 

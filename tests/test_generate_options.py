@@ -19,8 +19,8 @@ from clvr_jax.reasoning import Trajectory
 from tests.providers.conftest import server  # noqa: F401
 from tests.providers.server import Reply
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, draw, stop
-from tests.test_cli import PROMPT, _own_places, complaint, drawing_model  # noqa: F401
 from tests.rl.pprl_toy import small_qwen3_vl
+from tests.test_cli import PROMPT, _own_places, complaint, drawing_model  # noqa: F401
 
 REPLY = "Draw it.<|image_gen|><|im_end|>"
 

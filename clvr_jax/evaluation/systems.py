@@ -129,7 +129,11 @@ def planned(
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
     pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier, **loading)
+<<<<<<< HEAD
     sized: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
+=======
+    height, width = size or (None, None)
+>>>>>>> options
     accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
     if mode == "open-loop":
         accepts = "none"
@@ -145,7 +149,7 @@ def planned(
     def generate(prompts: list[str], seeds: list[int]) -> list[SystemOutput]:
         before = _usage(chosen)
         trajectories = pipeline.run(
-            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, **sized
+            prompts, seeds, limits, controller=used, verifier=checks, verification=accepts, height=height, width=width
         )
         shares = _usage_per_prompt(before, _usage(chosen), len(prompts))
         return [

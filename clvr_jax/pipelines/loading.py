@@ -23,7 +23,7 @@ from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
 from clvr_jax.files import read_json
-from clvr_jax.sharding import MeshLayout, MeshConfig, active_layout
+from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Tree
 
 P = ParamSpec("P")

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from clvr_jax.convert import flux2_transformer, unet_2d_condition
-from clvr_jax.convert.rules import KeyMapping, entries
 from flax import nnx
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
+from clvr_jax.convert import flux2_transformer, unet_2d_condition
+from clvr_jax.convert.rules import KeyMapping, entries
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
 from tests.models import test_flux2_transformer as flux2

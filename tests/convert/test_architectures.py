@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
+
 from clvr_jax.convert import clip_text
 from clvr_jax.convert.architectures import (
     ARCHITECTURES,
@@ -24,8 +26,6 @@ from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import FLOATS, stored_tensors, write_tensors
-from safetensors.torch import load_file, save_file
-
 from clvr_jax.errors import ClvrError, UsageError
 from tests.models import test_autoencoder_kl as vae
 from tests.models import test_autoencoder_kl_flux2 as flux2_vae

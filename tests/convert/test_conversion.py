@@ -8,6 +8,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
+
 from clvr_jax.convert import conversion as module
 from clvr_jax.convert import models, tensors
 from clvr_jax.convert.architectures import architecture_of
@@ -17,8 +19,6 @@ from clvr_jax.convert.orbax_tree import PARAMS
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import stored_tensors, write_tensors
-from safetensors.numpy import load_file
-
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED

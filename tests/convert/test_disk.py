@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from clvr_jax.convert.disk import PAGE, empty, put
 from clvr_jax.convert.tensors import FLOATS, TensorSpec, preallocate_files
 

@@ -6,15 +6,15 @@ import jax
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.lora import load_lora, save_lora
-from clvr_jax.convert.lora_file import FILE_NAME
-from clvr_jax.convert.lora_names import key_aliases
-from clvr_jax.convert.unet_2d_condition import config_to_dict
 from flax import nnx
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import clvr_jax as clvr
+from clvr_jax.convert.lora import load_lora, save_lora
+from clvr_jax.convert.lora_file import FILE_NAME
+from clvr_jax.convert.lora_names import key_aliases
+from clvr_jax.convert.unet_2d_condition import config_to_dict
 from clvr_jax.models.lora import init_lora, is_pair
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 from clvr_jax.trees import leaves_by_path

@@ -2,6 +2,8 @@ import dataclasses
 import json
 
 import pytest
+from huggingface_hub import ModelCard
+
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL, UNET
 from clvr_jax.convert.model_card import (
     APACHE,
@@ -15,8 +17,6 @@ from clvr_jax.convert.model_card import (
     license_of_all,
     model_card,
 )
-from huggingface_hub import ModelCard
-
 from clvr_jax.models.autoencoder_kl import AutoencoderKLConfig
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig

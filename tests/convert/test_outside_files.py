@@ -7,6 +7,8 @@ import shutil
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
+
 from clvr_jax.convert.architectures import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -20,8 +22,6 @@ from clvr_jax.convert.configs import section
 from clvr_jax.convert.orbax_tree import open_tree
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.tensors import read_header, stored_tensors, write_tensors
-from safetensors.numpy import load_file
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.pipelines.flux2 import Flux2Settings

@@ -12,6 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from flax import nnx
+from rich.console import Console
+from safetensors.numpy import load_file
+
 from clvr_jax.convert.architectures import (
     ARCHITECTURES,
     AUTOENCODER_KL,
@@ -29,10 +33,6 @@ from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, write_tensors
 from clvr_jax.convert.verify import TOLERANCE, Agreement, agreement_list, agreement_table, compare, verify
-from flax import nnx
-from rich.console import Console
-from safetensors.numpy import load_file
-
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
 from tests.models import (

@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import numpy as np
+
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.tensors import FLOATS, stored_tensors, write_tensors
-
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
 CONFIG = Flux2TransformerConfig(

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+
+import clvr_jax as clvr
 from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.lora_file import FILE_NAME, Factors, write_factors
 from clvr_jax.convert.planning import plan as plan_conversion
 from clvr_jax.convert.tensors import stored_tensors
-
-import clvr_jax as clvr
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging import streaming
 from clvr_jax.merging.methods import Settings

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from clvr_jax.convert.rules import KeyMapping, state_from_torch
 from flax import nnx
+
+from clvr_jax.convert.rules import KeyMapping, state_from_torch
 
 TOLERANCE = 2e-5
 

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_to_dict
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
 
+from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_to_dict
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_positions import Grids, merged_tokens
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig

@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.autoencoder_kl import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
+from clvr_jax.convert.autoencoder_kl import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error

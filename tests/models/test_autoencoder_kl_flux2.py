@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.autoencoder_kl_flux2 import KEY_MAPPING, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
+from clvr_jax.convert.autoencoder_kl_flux2 import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify, unpatchify
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error

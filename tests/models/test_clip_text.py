@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
+
 from clvr_jax.convert.architectures import CLIP_TEXT, CLIP_TEXT_PROJECTED
 from clvr_jax.convert.clip_text import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
-from flax import nnx
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
 from tests.models.parity import TOLERANCE, load_tensors, randomize, relative_error

@@ -4,10 +4,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
+from clvr_jax.convert.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clvr_jax.convert.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from flax import nnx
 
+from clvr_jax.convert.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_layers import empty_cache, inverse_frequencies

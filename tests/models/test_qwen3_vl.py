@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
-from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
 
+from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_layers import inverse_frequencies
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig

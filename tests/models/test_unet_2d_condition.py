@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.rules import check_keys, entries, state_to_torch
-from clvr_jax.convert.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from flax import nnx
 
+from clvr_jax.convert.rules import check_keys, entries, state_to_torch
+from clvr_jax.convert.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error

@@ -7,11 +7,11 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.models import save_model
 from flax import nnx
 from PIL import Image
 
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
+from clvr_jax.convert.models import save_model
 from clvr_jax.data.text import load_tokenizer, train_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config

@@ -75,6 +75,7 @@ def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(controller, answered_alone,
     np.testing.assert_allclose(logprobs, answered_alone[1], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):  # noqa: F811
     path = str(folders(True, "euler"))
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from clvr_jax.convert.clip_text import config_to_dict as clip_dict
-from clvr_jax.convert.unet_2d_condition import config_to_dict as unet_dict
 from PIL import Image
 
 from clvr_jax.cli import main
+from clvr_jax.convert.clip_text import config_to_dict as clip_dict
+from clvr_jax.convert.unet_2d_condition import config_to_dict as unet_dict
 from clvr_jax.data.clip_tokens import make_clip_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.clip_text import CLIPTextConfig

@@ -6,12 +6,12 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import StoredTensor, stored_tensors
-from flax import nnx
-
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.folder import load_text_encoder, save_text_encoder

@@ -9,7 +9,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.recipe_files import plain, rebuilt
 from clvr_jax.rl import GRPOConfig, PPRLConfig, PPRLState
-from clvr_jax.sharding import MeshLayout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.optimizer import AdamWConfig
 from clvr_jax.trees import dotted, leaves_by_path

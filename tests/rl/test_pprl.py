@@ -21,7 +21,7 @@ from clvr_jax.reasoning.images import read_png
 from clvr_jax.reasoning.tools import ProviderError
 from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads
 from clvr_jax.rl.algorithms.diffusion_nft import old_decay
-from clvr_jax.sharding import MeshLayout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.recipes import export_run
 from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task

@@ -8,15 +8,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from PIL import Image
+
+from clvr_jax import rl
 from clvr_jax.configs import pprl_flux2, pprl_shapes
 from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import load_lora
-from flax import nnx
-from PIL import Image
-
 from clvr_jax.data.histories import token_count
-from clvr_jax import rl
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset

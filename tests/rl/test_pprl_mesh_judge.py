@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import pprl_flux2
 
+from clvr_jax.configs import pprl_flux2
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshVisionLanguageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
-from clvr_jax.sharding import MeshLayout, MeshConfig
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_dataset, make_task, small_qwen3_vl
 
 ROOT = Path(__file__).parents[2]

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from clvr_jax.configs import pprl_shapes_experiment as experiment
 
 from clvr_jax import cli
+from clvr_jax.configs import pprl_shapes_experiment as experiment
 from clvr_jax.evaluation.shapes import run, shapes_judge
 from clvr_jax.evaluation.systems import Oracle
 from clvr_jax.reasoning import Budget, Drawing

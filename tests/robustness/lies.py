@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.configs import prompted_synth
-
 from clvr_jax.data.engine.beam_pipeline import _Synthesize
 from clvr_jax.data.engine.intake import item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore

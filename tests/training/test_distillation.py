@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clvr_jax.configs import flux2_distill
-from clvr_jax.configs.flux2_distill import pipeline_task
 from flax import nnx
 
+from clvr_jax.configs import flux2_distill
+from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError

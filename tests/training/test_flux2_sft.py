@@ -5,9 +5,9 @@ import json
 
 import jax
 import pytest
-from clvr_jax.configs import flux2_sft
 from flax import nnx
 
+from clvr_jax.configs import flux2_sft
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_base
 from flax import nnx
 
+from clvr_jax.configs import shapes_base
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3

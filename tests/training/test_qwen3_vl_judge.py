@@ -5,9 +5,9 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import pprl_flux2, qwen3_vl_judge
 from flax import nnx
 
+from clvr_jax.configs import pprl_flux2, qwen3_vl_judge
 from clvr_jax.errors import UsageError
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from clvr_jax.configs import qwen3_vl_sft
 from flax import nnx
 
+from clvr_jax.configs import qwen3_vl_sft
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.sft_examples import record_conversation

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+
 from clvr_jax.configs import (
     shapes_assemble,
     shapes_base,
@@ -15,8 +17,6 @@ from clvr_jax.configs import (
     shapes_sft,
     shapes_text_encoder,
 )
-from flax import nnx
-
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset

@@ -5,8 +5,8 @@ import jax
 import numpy as np
 import pytest
 import torch
-from clvr_jax.configs import shapes_sd
 
+from clvr_jax.configs import shapes_sd
 from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import drawing_example
 from clvr_jax.pipelines.folder import load_vae

@@ -29,7 +29,6 @@ from clvr_jax.worlds.shapes.metadata import parse_metadata
 from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.scene import CELLS
 
-
 GeneratorText = Callable[[str, Sequence[str]], str]
 """Makes the text that the image generator reads of a prompt and the replies so far."""
 

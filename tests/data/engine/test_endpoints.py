@@ -4,9 +4,9 @@ import dataclasses
 import json
 
 import pytest
-from clvr_jax.configs import prompted_synth
 
 from clvr_jax import cli
+from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.metering import Meter
 from clvr_jax.data.engine.roles import PromptItem

@@ -5,8 +5,8 @@ import json
 import threading
 
 import pytest
-from clvr_jax.configs import prompted_synth
 
+from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.beam_pipeline import _Synthesize
 from clvr_jax.data.engine.intake import item_to_json
 from clvr_jax.data.engine.metering import Meter, StoppedError

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-from clvr_jax.configs import shapes_sft
 
+from clvr_jax.configs import shapes_sft
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew

@@ -6,10 +6,10 @@ import json
 import jax
 import numpy as np
 import pytest
-from clvr_jax.configs import paper
-from clvr_jax.convert.tensors import stored_tensors
 from flax import nnx
 
+from clvr_jax.configs import paper
+from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
