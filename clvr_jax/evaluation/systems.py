@@ -129,11 +129,7 @@ def planned(
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
     pipeline = ClosedLoopPipeline.from_pretrained(model, verifier=verifier, **loading)
-<<<<<<< HEAD
-    sized: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
-=======
     height, width = size or (None, None)
->>>>>>> options
     accepts: VerificationMode = verification or ("separate" if controller is None else "controller")
     if mode == "open-loop":
         accepts = "none"
