@@ -131,8 +131,8 @@ class Config:
     """Share of simulated images that pass through the autoencoder."""
     vae_noise: float = 0.15
     """Noise added to their latents, whose scale is 1."""
-    blur_share: float = 0.05
-    """Share of simulated images with something out of focus, labeled by the detector."""
+    blur_share: float = 0.2
+    """Share of simulated images with one or two objects out of focus, labeled by the detector."""
     tint_share: float = 0.5
     """Share of simulated images whose objects have slightly other colors and softer edges."""
     error_rate: float = 0.5
@@ -216,8 +216,9 @@ class Batches:
                 canvas = random_canvas(rng)
                 image = tinted(canvas, rng) if rng.random() < config.tint_share else canvas.render()
                 pairs.append((image, canvas.reading()))
-                if rng.random() < config.blur_share:
-                    image = blurred(pairs[-1][0], rng)
+                occupied = [item.cell for item in canvas.scene.objects]
+                if occupied and rng.random() < config.blur_share:
+                    image = blurred(image, rng, occupied)
                     pairs[-1] = (image, detect(image))
         decoded = [row for row in range(count) if rng.random() < config.vae_share * (1 - config.generated_share)]
         for begin in range(0, len(decoded), ROWS_DECODED):

@@ -159,11 +159,11 @@ def noisy(image: Image, rng: np.random.Generator) -> Image:
     return np.clip(np.round(changed), 0, 255).astype(np.uint8)
 
 
-def blurred(image: Image, rng: np.random.Generator) -> Image:
-    """The image with one or two cells out of focus, as generators leave objects unfinished."""
+def blurred(image: Image, rng: np.random.Generator, cells: Sequence[str] = CELLS) -> Image:
+    """The image with one or two of the cells out of focus, as generators leave objects unfinished."""
     changed = image.copy()
-    for cell in rng.permutation(len(CELLS))[: int(rng.integers(1, 3))]:
-        x, y = cell_center(CELLS[cell])
+    for index in rng.permutation(len(cells))[: int(rng.integers(1, 3))]:
+        x, y = cell_center(cells[index])
         half = CELL_SIZE / 2
         rows, columns = (slice(max(round(value - half), 0), round(value + half)) for value in (y, x))
         sigma = rng.uniform(1.0, 4.0)
