@@ -107,7 +107,7 @@ def drawing_model(tmp_path_factory) -> Path:
         num_key_value_heads=1,
         head_dim=8,
         rope_theta=10_000.0,
-        max_position_embeddings=256,
+        max_position_embeddings=640,
         tie_word_embeddings=True,
     )
     transformer = Flux2TransformerConfig(
@@ -126,7 +126,7 @@ def drawing_model(tmp_path_factory) -> Path:
         AutoencoderKLFlux2(vae, rngs=rngs),
         Qwen3(encoder, rngs=rngs),
         load_tokenizer(folder / "words"),
-        Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128,), sample_size=64, num_inference_steps=2),
+        Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128, 640), sample_size=64, num_inference_steps=2),
     ).save_pretrained(str(folder / "model"))
     return folder / "model"
 
