@@ -61,9 +61,10 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
 
 @contextmanager
 def new_directory(destination: Path, work: str) -> Iterator[Path]:
-    """A locked temporary directory that becomes `destination` when the block ends well, and is removed otherwise.
+    """A path in a locked temporary directory; what the block makes there becomes `destination` when it ends well.
 
-    What a killed process left in it is removed as well.
+    Nothing is left otherwise, and what a killed process left is removed as well. The path does not exist at first, since
+    those who write models create or replace the directory themselves.
 
     Args:
       destination: the new directory; must not exist.
@@ -78,12 +79,10 @@ def new_directory(destination: Path, work: str) -> Iterator[Path]:
         with locked(temporary, destination):
             try:
                 _clear(temporary)
-                yield temporary
-                (temporary / LOCK).unlink()
-                temporary.rename(destination)
-            except BaseException:
+                yield temporary / destination.name
+                (temporary / destination.name).rename(destination)
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise
     except OSError as error:
         raise ClvrError(f"{destination}: cannot be written ({error.strerror or error})") from error
 

@@ -94,7 +94,8 @@ def test_the_export_of_a_run_appears_when_it_is_complete(tmp_path, capsys):
     train(recipe, recipe.config, tmp_path / "run")
     export, temporary = ["convert", "run", "exported", "--to", "torch"], tmp_path / ".exported.export"
     with new_directory(tmp_path / "exported", "export") as folder:
-        assert folder == temporary
+        assert folder == temporary / "exported"
+        folder.mkdir()
         assert main(export) == 1
         assert f"exported: process {os.getpid()} " in capsys.readouterr().err
     (tmp_path / "exported").rmdir()
@@ -110,6 +111,7 @@ def test_the_export_of_a_run_appears_when_it_is_complete(tmp_path, capsys):
 def test_an_export_that_fails_leaves_nothing(tmp_path):
     for error in (ClvrError("no room"), KeyboardInterrupt()):
         with pytest.raises(type(error)), new_directory(tmp_path / "exported", "export") as folder:
+            folder.mkdir()
             fail(folder, error)
     (tmp_path / "exported").mkdir()
     with pytest.raises(UsageError, match="exists already"), new_directory(tmp_path / "exported", "export"):
