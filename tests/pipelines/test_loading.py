@@ -141,7 +141,7 @@ def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path): 
 
 def test_a_lora_of_another_model_and_a_weight_that_is_no_number_are_refused(folder, folders, loras):  # noqa: F811
     _, ((_, file), _) = loras
-    with pytest.raises(ClvrError, match="no LoRA of a unet"):
+    with pytest.raises(ClvrError, match="not a LoRA of this unet"):
         SDXLPipeline.from_pretrained(str(folders(True, "euler")), lora=[file])
     with pytest.raises(UsageError, match="finite number"):
         Flux2Pipeline.from_pretrained(str(folder), lora=[(file, float("nan"))])
