@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clvr_jax.console import console, progress
+from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json, write_json
 from clvr_jax.rl.config import PPRLConfig
@@ -103,7 +103,7 @@ def _train(runner: EpochRunner, saver: _Saver, state: PPRLState, last: int) -> P
             except StopRequestedError:
                 saver.save(state)
                 saver.checkpoints.wait()
-                console.print(f"{task.name}: asked to stop; epoch {epoch} is saved, --resume continues from it")
+                asked.report(task.name, f"epoch {epoch}")
                 break
             except ScoringError as error:
                 saver.save(state)
