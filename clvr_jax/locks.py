@@ -63,7 +63,7 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
 def new_directory(destination: Path, work: str) -> Iterator[Path]:
     """A path in a locked temporary directory; what the block makes there becomes `destination` when it ends well.
 
-    Nothing is left otherwise, and what a killed process left is removed as well. The path does not exist at first, since
+    Nothing is left otherwise, and what a killed process left is removed as well. The path does not exist at first:
     those who write models create or replace the directory themselves.
 
     Args:

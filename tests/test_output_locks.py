@@ -48,6 +48,7 @@ def _done(capsys):
 
 
 def fail(directory, error):
+    directory.mkdir(exist_ok=True)
     (directory / "half").write_text("")
     raise error
 
@@ -111,7 +112,6 @@ def test_the_export_of_a_run_appears_when_it_is_complete(tmp_path, capsys):
 def test_an_export_that_fails_leaves_nothing(tmp_path):
     for error in (ClvrError("no room"), KeyboardInterrupt()):
         with pytest.raises(type(error)), new_directory(tmp_path / "exported", "export") as folder:
-            folder.mkdir()
             fail(folder, error)
     (tmp_path / "exported").mkdir()
     with pytest.raises(UsageError, match="exists already"), new_directory(tmp_path / "exported", "export"):
