@@ -105,7 +105,8 @@ def test_a_refusal_is_an_outcome_and_is_not_asked_for_again(server, synth):
 
 def test_a_run_in_which_everything_fails_stops_early_and_says_why(server, synth):
     server.script = [failure(503, "overloaded")]
-    with pytest.raises(ClvrError, match=r"[56] prompts failed .* no prompt is lost, run it again .* HTTP 503: overloaded"):
+    # A sixth may have failed before the run stops, since two are in flight.
+    with pytest.raises(ClvrError, match=r"[56] prompts failed .* no prompt is lost, run it .* HTTP 503: overloaded"):
         synth(ITEMS, in_flight=2, max_failures=5)
     assert len(server.seen) <= 5 + 2
 
