@@ -2,8 +2,8 @@
 
 The lock is a hidden file in the directory, locked with the system's `flock`, which ends with its process however that
 ends. The file says which process it is, for the message to the other one. A file of a dead process is stale and is
-taken over. About processes of another host the time of the file decides, which a living one renews: a run that was
-killed with its host goes on elsewhere without help.
+taken over. For processes of another host the time of the file decides, which a living one renews: a run that was
+killed with its host can be resumed on another one without help.
 
 Processes that divide the work on one directory into shares hold a lock for each share. They never wait for each other,
 but no share runs twice, and nobody else runs beside them.
@@ -87,8 +87,8 @@ def new_directory(destination: Path, work: str) -> Iterator[Path]:
         raise ClvrError(f"{destination}: cannot be written ({error.strerror or error})") from error
 
 
-def _clear(folder: Path) -> None:
-    for path in folder.iterdir():
+def _clear(directory: Path) -> None:
+    for path in directory.iterdir():
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         elif path.name != LOCK:
@@ -96,23 +96,23 @@ def _clear(folder: Path) -> None:
 
 
 @contextmanager
-def locked(folder: Path, out: Path | None = None, share: Share = (0, 1)) -> Iterator[None]:
+def locked(directory: Path, out: Path | None = None, share: Share = (0, 1)) -> Iterator[None]:
     """Holds the lock of a directory while the block runs.
 
     Args:
-      folder: an existing directory.
-      out: its name in messages, where that is another one than `folder`: a temporary directory is made for it.
+      directory: an existing directory.
+      out: its name in messages, where that is another one than `directory`: a temporary directory is made for it.
       share: of the work on the directory; the other shares of the same number may run at the same time.
     Raises: ClvrError if another process holds it, or the directory cannot be written.
     """
-    path = folder / (LOCK if share[1] == 1 else f"{LOCK}-{share[0]}-of-{share[1]}")
-    descriptor = _acquired(path, out or folder)
+    path = directory / (LOCK if share[1] == 1 else f"{LOCK}-{share[0]}-of-{share[1]}")
+    descriptor = _acquired(path, out or directory)
     ended = threading.Event()
     beat = threading.Thread(target=_renew, args=(descriptor, ended), daemon=True)
     beat.start()
     try:
         # Its own lock comes first: of two that begin at once, one at least sees the other.
-        _refuse_others(folder, out or folder, share)
+        _refuse_others(directory, out or directory, share)
         yield
     finally:
         ended.set()
@@ -124,9 +124,9 @@ def locked(folder: Path, out: Path | None = None, share: Share = (0, 1)) -> Iter
         os.close(descriptor)
 
 
-def _refuse_others(folder: Path, out: Path, share: Share) -> None:
+def _refuse_others(directory: Path, out: Path, share: Share) -> None:
     """Raises ClvrError if a process works on the directory as a whole beside shares, or with other shares."""
-    for path in sorted(folder.glob(f"{LOCK}*")):
+    for path in sorted(directory.glob(f"{LOCK}*")):
         shares = _shares(path.name)
         if shares not in (None, share[1]) and (holder := _holder(path)) is not None:
             raise ClvrError(_message(path, out, holder))

@@ -251,8 +251,8 @@ class Batches:
 
         if self._config.dataset is None:
             return [conversation_chat(rng, self._config.error_rate, show) for _ in range(count)]
-        told = recorded(self._config.dataset)
-        chosen = [told[int(rng.integers(len(told)))] for _ in range(count)]
+        conversations = recorded(self._config.dataset)
+        chosen = [conversations[int(rng.integers(len(conversations)))] for _ in range(count)]
         return [reported_chat(rng, *each, lambda images: images) for each in chosen]
 
     def _collate(self, rows: list[Any], kind: str, rng: np.random.Generator) -> dict[str, Any]:

@@ -2,11 +2,17 @@
 
 import os
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from clvr_jax.training.distributed import virtual_devices
+
+if TYPE_CHECKING:
+    from clvr_jax.providers.endpoint import Endpoint
+    from tests.providers.server import LoopbackServer
 
 # A program for a TPU may be compiled, but none is here to be looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,3 +41,85 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture
+def own_directories(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Relative paths are in tmp_path, and the user's cache stays as it is."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="module")
+def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline directory with random weights that generates images of 64 x 64 pixels."""
+    from flax import nnx
+
+    from clvr_jax.data.text import load_tokenizer, train_tokenizer
+    from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+    from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+    from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+    from tests.command_line import PROMPT
+
+    folder = tmp_path_factory.mktemp("drawing")
+    train_tokenizer([PROMPT], 320, folder / "words")
+    rngs = nnx.Rngs(0)
+    vae = AutoencoderKLFlux2Config(
+        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
+    )
+    encoder = Qwen3Config(
+        vocab_size=320,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        rope_theta=10_000.0,
+        max_position_embeddings=640,
+        tie_word_embeddings=True,
+    )
+    transformer = Flux2TransformerConfig(
+        in_channels=vae.token_channels,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=8,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        timestep_guidance_channels=16,
+        axes_dims_rope=(2, 2, 2, 2),
+        guidance_embeds=False,
+    )
+    Flux2Pipeline(
+        Flux2Transformer(transformer, rngs=rngs),
+        AutoencoderKLFlux2(vae, rngs=rngs),
+        Qwen3(encoder, rngs=rngs),
+        load_tokenizer(folder / "words"),
+        Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128, 640), sample_size=64, num_inference_steps=2),
+    ).save_pretrained(str(folder / "model"))
+    return folder / "model"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["LoopbackServer"]:
+    """An HTTP server on loopback that answers as the test says."""
+    from tests.providers.server import KEY, LoopbackServer
+
+    monkeypatch.setenv("LOOPBACK_KEY", KEY)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    running = LoopbackServer()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def endpoint(server: "LoopbackServer") -> Callable[..., "Endpoint"]:
+    """A function that makes an endpoint of that server from other fields of `Endpoint`."""
+    from clvr_jax.providers.endpoint import Endpoint
+
+    def make(**fields: Any) -> Endpoint:
+        values = {"base_url": server.url + "/v1", "key_variable": "LOOPBACK_KEY", "backoff": 0.001, "max_retries": 2}
+        return Endpoint("tiny", **{**values, **fields})
+
+    return make

@@ -14,11 +14,12 @@ from PIL import Image
 
 from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
+from tests.command_line import PROMPT, complaint
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
 from tests.reasoning.test_verified_loop import ScriptedVerifier
 
+pytestmark = pytest.mark.usefixtures("own_directories")
 LINE = str(Path(__file__).parent / "training" / "line_recipe.py")
-PROMPT = "a red circle left of a blue star"
 RECIPE = '''
 """Learns a vector. Second sentence."""
 
@@ -57,13 +58,6 @@ def task(config):
 '''
 
 
-@pytest.fixture(autouse=True)
-def _own_places(tmp_path, tmp_path_factory, monkeypatch):
-    """Relative paths lie in tmp_path, and the user's cache stays as it is."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 @pytest.fixture
 def recipe(tmp_path) -> Path:
     path = tmp_path / "vector.py"
@@ -79,66 +73,6 @@ def model(tmp_path) -> Path:
     (folder / "model_index.json").write_text('{"_class_name": "Flux2KleinPipeline"}')
     (folder / "clvr.json").write_text('{"flux2": {"world": "shapes"}}')
     return folder
-
-
-@pytest.fixture(scope="module")
-def drawing_model(tmp_path_factory) -> Path:
-    """A pipeline folder with random weights that draws 64 x 64 pictures."""
-    from flax import nnx
-
-    from clvr_jax.data.text import load_tokenizer, train_tokenizer
-    from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-    from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-    from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-    from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
-
-    folder = tmp_path_factory.mktemp("drawing")
-    train_tokenizer([PROMPT], 320, folder / "words")
-    rngs = nnx.Rngs(0)
-    vae = AutoencoderKLFlux2Config(
-        block_out_channels=(8, 8, 8, 8), layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=64
-    )
-    encoder = Qwen3Config(
-        vocab_size=320,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        rope_theta=10_000.0,
-        max_position_embeddings=640,
-        tie_word_embeddings=True,
-    )
-    transformer = Flux2TransformerConfig(
-        in_channels=vae.token_channels,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=2,
-        joint_attention_dim=16,
-        timestep_guidance_channels=16,
-        axes_dims_rope=(2, 2, 2, 2),
-        guidance_embeds=False,
-    )
-    Flux2Pipeline(
-        Flux2Transformer(transformer, rngs=rngs),
-        AutoencoderKLFlux2(vae, rngs=rngs),
-        Qwen3(encoder, rngs=rngs),
-        load_tokenizer(folder / "words"),
-        Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128, 640), sample_size=64, num_inference_steps=2),
-    ).save_pretrained(str(folder / "model"))
-    return folder / "model"
-
-
-def complaint(capsys) -> str:
-    """The one line on stderr; nothing may stand on stdout."""
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    lines = captured.err.splitlines()
-    assert len(lines) == 1, captured.err
-    assert lines[0].startswith("clvr: ")
-    return lines[0]
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
@@ -367,7 +301,7 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     captured = capsys.readouterr()
     result = json.loads(captured.out)
     assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
-    assert "step 1 goes on, of 2 candidates" in captured.err
+    assert "step 1 is the best of 2 candidates" in captured.err
 
     script[:] = [draw("Plan: it. Draw it."), again(1)]
     images[:] = [(1, 1, 0.25), (1, 1, 0.75)]

@@ -16,12 +16,12 @@ from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning import Trajectory
-from tests.providers.conftest import server  # noqa: F401
+from tests.command_line import PROMPT, complaint
 from tests.providers.server import Reply
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, draw, stop
 from tests.rl.pprl_toy import small_qwen3_vl
-from tests.test_cli import PROMPT, _own_places, complaint, drawing_model  # noqa: F401
 
+pytestmark = pytest.mark.usefixtures("own_directories")
 REPLY = "Draw it.<|image_gen|><|im_end|>"
 
 
@@ -54,7 +54,7 @@ def photo(tmp_path):
 
 @pytest.mark.slow
 def test_a_generator_and_a_qwen3_vl_run_the_loop_together_on_two_devices(
-    drawing_model,  # noqa: F811
+    drawing_model,
     controller,
     photo,
     tmp_path,
@@ -79,7 +79,7 @@ def test_a_generator_and_a_qwen3_vl_run_the_loop_together_on_two_devices(
 
 
 @pytest.mark.slow
-def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):  # noqa: F811
+def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):
     def said(text):
         return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {}})
 
@@ -96,7 +96,7 @@ def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_sample_writes_an_image_for_each_prompt_and_seed(drawing_model, tmp_path, capsys):  # noqa: F811
+def test_sample_writes_an_image_for_each_prompt_and_seed(drawing_model, tmp_path, capsys):
     Path("prompts.txt").write_text(f"{PROMPT}\n\na green square\n")
     sample = ["--model", str(drawing_model), "--steps", "1", "--size", "32"]
     several = ["--prompts", "prompts.txt", "--num-images", "2", "--seed", "5", "--out", "images", "--json"]
@@ -116,7 +116,7 @@ def test_sample_writes_an_image_for_each_prompt_and_seed(drawing_model, tmp_path
     assert Path("one.png").read_bytes() != Path(results[0]["image"]).read_bytes()
 
 
-def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, monkeypatch, capsys):  # noqa: F811
+def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, monkeypatch, capsys):
     class Scripted(ClosedLoopPipeline):
         def run(self, prompts, seeds, budget, **options):
             from clvr_jax.reasoning import run
@@ -155,6 +155,7 @@ def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, mon
             "does not divide the 2 heads of transformer; choose axes whose product is one of 1",
         ),
         (["--prompts", "text.png"], 2, "exclude each other"),
+        (["--num-images", "10001"], 2, "at most 10000"),
         (["--num-images", "0"], 2, "--num-images"),
         (["more words"], 2, "one text in quotes"),
         (["--controller", "other"], 1, "a llama, not a qwen3_vl"),
@@ -164,7 +165,7 @@ def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, mon
         (["--controller-tokens", "0"], 2, "--controller-tokens"),
     ],
 )
-def test_bad_options_fail_in_one_line_before_weights_are_read(arguments, code, said, drawing_model, tmp_path, capsys):  # noqa: F811
+def test_bad_options_fail_in_one_line_before_weights_are_read(arguments, code, said, drawing_model, tmp_path, capsys):
     (tmp_path / "text.png").write_text("no image")
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
@@ -177,13 +178,13 @@ def test_bad_options_fail_in_one_line_before_weights_are_read(arguments, code, s
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (None, "cannot be read"),
+        (None, "no such file"),
         (b"\n \n", "holds no prompts"),
         (b"\xff", "not UTF-8"),
         (b"a\n" + b"x" * 100_001, ":2: "),
     ],
 )
-def test_files_of_prompts_are_checked_before_weights_are_read(content, said, drawing_model, capsys):  # noqa: F811
+def test_files_of_prompts_are_checked_before_weights_are_read(content, said, drawing_model, capsys):
     if content is not None:
         Path("prompts.txt").write_bytes(content)
     assert main(["sample", "--prompts", "prompts.txt", "--model", str(drawing_model)]) == 1

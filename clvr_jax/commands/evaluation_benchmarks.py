@@ -70,7 +70,7 @@ class _EvalBenchmark(abc.ABC):
         if not draws and self.system != _Drawer():
             raise UsageError("--score-only and --images draw nothing; leave --model and its options out")
         if self.score_only and (self.images or self.prompts or self.limit or self.samples or self.share):
-            raise UsageError("--score-only scores all that is in --out; no other choice of pictures goes with it")
+            raise UsageError("--score-only scores all that is in --out; no other choice of images goes with it")
         if not draws and not self.scorer:
             raise UsageError(f"{self.scorer_option} says who scores")
 
@@ -87,10 +87,10 @@ class _EvalBenchmark(abc.ABC):
 
     @abc.abstractmethod
     def check_scorer(self) -> None:
-        """Raises ClvrError for what can be told before pictures are drawn."""
+        """Raises ClvrError for what can be known before images are generated."""
 
     @abc.abstractmethod
-    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
+    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         """Scores them."""
 
     def run(self) -> Result:
@@ -114,14 +114,14 @@ class _EvalBenchmark(abc.ABC):
 
         if self.images:
             samples = self.samples or benchmark.samples
-            pictures = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
+            images = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
         elif self.score_only or self._draw(benchmark, share):
-            pictures = load_generated(benchmark, self.out)
+            images = load_generated(benchmark, self.out)
         else:
             advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
             return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: drawn, {advice}")
         with _told(f"{benchmark.title}, scoring") as on_progress:
-            results = self.score(pictures, on_progress)
+            results = self.score(images, on_progress)
         data = {key: value for key, value in results.items() if key != "pictures"}
         return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
 
@@ -138,7 +138,7 @@ class _EvalBenchmark(abc.ABC):
         return jax.process_index(), jax.process_count()
 
     def _draw(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
-        """Draws what is missing. Returns: whether it is to be scored now."""
+        """Generates missing images. Returns: whether it is to be scored now."""
         from clvr_jax.evaluation.benchmarks.images import generate_images
 
         samples = self.samples or benchmark.samples
@@ -213,13 +213,13 @@ class EvalGenEval(_EvalBenchmark):
         check_models(self.detector, self.clip)
 
     @override
-    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
+    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
         from clvr_jax.evaluation.benchmarks.scoring import score_detected
 
         assert self.detector is not None
         assert self.clip is not None
-        return score_detected(pictures, TorchDetector(self.detector, self.clip), on_progress)
+        return score_detected(images, TorchDetector(self.detector, self.clip), on_progress)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -247,13 +247,13 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             self._judge()
 
     @override
-    def score(self, pictures: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
+    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
         from clvr_jax.evaluation.benchmarks.scoring import score_judged
 
         benchmark = self.benchmark()
         assert isinstance(benchmark, JudgedBenchmark)
-        return score_judged(benchmark, pictures, self._judge(), on_progress)
+        return score_judged(benchmark, images, self._judge(), on_progress)
 
     def _judge(self) -> "JudgeModel":
         from clvr_jax.evaluation.benchmarks.judges import endpoint_judge, local_judge

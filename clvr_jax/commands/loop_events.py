@@ -37,13 +37,14 @@ def show_event(event: "Event") -> None:
     elif isinstance(event, PlanVerified) and event.verification.unmet:
         console.print(f"[yellow]  the plan misses:[/] {escape('; '.join(event.verification.unmet))}")
     elif isinstance(event, Chosen):
-        console.print(f"  step {event.number} goes on, of {len(event.among)} candidates")
+        console.print(f"  step {event.number} is the best of {len(event.among)} candidates")
     elif isinstance(event, RolledBack):
         console.print(f"[yellow]  step {event.number} is worse than step {event.to}: back to step {event.to}[/]")
     elif isinstance(event, Finished):
         color = "green" if event.trajectory.outcome == "accepted" else "yellow"
         spent = (
-            f"{len(event.trajectory.drawings)} drawings, {event.trajectory.nfe} NFE, {event.trajectory.seconds:.1f} s"
+            f"{len(event.trajectory.drawings)} generations, {event.trajectory.nfe} NFE, "
+            f"{event.trajectory.seconds:.1f} s"
         )
         console.print(f"[bold {color}]{event.trajectory.outcome}[/]  {spent}")
 

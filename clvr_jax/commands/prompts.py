@@ -10,6 +10,12 @@ import tyro
 from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import read_text
+
+_MOST_IMAGES = 10_000
+"""Most images of one prompt."""
+_MOST_BYTES = 64 << 20
+"""Most bytes of a file of prompts."""
 
 OnePrompt = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
 PromptFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
@@ -37,6 +43,8 @@ def check_given(prompt: tuple[str, ...], prompts: Path | None, num_images: int, 
     at_least_one("--num-images", num_images)
     check_seed(seed)
     check_seed(seed + num_images - 1)
+    if num_images > _MOST_IMAGES:
+        raise UsageError(f"--num-images must be at most {_MOST_IMAGES}, got {num_images}")
 
 
 def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> list[str]:
@@ -48,11 +56,7 @@ def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> l
     if prompts is None:
         check_request(prompt[0], model)
         return list(prompt)
-    try:
-        lines = prompts.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else error.strerror or error
-        raise ClvrError(f"--prompts {prompts}: cannot be read ({reason})") from error
+    lines = read_text(prompts, _MOST_BYTES, "give a text file with one prompt a line").splitlines()
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
         raise ClvrError(f"--prompts {prompts}: holds no prompts; write one a line")

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.console import progress
+from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.statistics import wilson_interval
@@ -23,7 +24,7 @@ from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, Drawer, Drawing, DrawRequest
 from clvr_jax.reasoning.verification import Verifier
 from clvr_jax.worlds.shapes.check import check
-from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
 from clvr_jax.worlds.shapes.metadata import Metadata, has_held_out_pair
 from clvr_jax.worlds.shapes.oracle import parse_plan
@@ -139,7 +140,7 @@ def is_right(plan: Sequence[PlannedObject], metadata: Metadata, seed: int = 0) -
     """Returns whether a plan meets a prompt: by the detector on a rendering of it, and by the exact requirements."""
     rng = np.random.default_rng(seed)
     scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in plan))
-    reading = Reading(tuple(plan))  # type: ignore[arg-type]  # requirements are checked by names and cells
+    reading = Canvas(scene).reading()
     met = all(check_requirement(each, reading)[1] for each in requirements(metadata))
     return bool(plan) and check(detect(render(scene)), metadata).correct, bool(plan) and met
 

@@ -102,7 +102,7 @@ class Checkpoints:
         kept = self._manager.latest_step()
         stays = "no checkpoint is there yet" if kept is None else f"the last complete one is step {kept}"
         return ClvrError(
-            f"{self._folder}: a checkpoint cannot be written ({reason}); {stays}, --resume goes on from it"
+            f"{self._folder}: a checkpoint cannot be written ({reason}); {stays}, --resume continues from it"
         )
 
     def __enter__(self) -> Self:

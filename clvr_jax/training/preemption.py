@@ -24,7 +24,7 @@ class Preemption:
         self._asked = threading.Event()
         self._interrupted = threading.Event()
         self._is_stopped = False
-        self._saved = "a checkpoint is saved, --resume goes on"
+        self._saved = "a checkpoint is saved, --resume continues the run"
 
     @property
     def is_interrupted(self) -> bool:
@@ -59,9 +59,9 @@ class Preemption:
           saved: what is saved, "step 12".
         """
         if self.is_interrupted:
-            self._saved = f"{name}: {saved} is saved, --resume goes on"
+            self._saved = f"{name}: {saved} is saved, --resume continues the run"
         else:
-            console.print(f"{name}: asked to stop; {saved} is saved, --resume goes on")
+            console.print(f"{name}: asked to stop; {saved} is saved, --resume continues the run")
 
     def end(self) -> None:
         """Raises KeyboardInterrupt if Ctrl-C asked.

@@ -12,51 +12,17 @@ from PIL import Image
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import save_model
-from clvr_jax.data.text import load_tokenizer, train_tokenizer
+from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
-from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline
 from clvr_jax.reasoning import DrawRequest
+from tests.pipelines.flux2_settings import LENGTH, SETTINGS
 from tests.reasoning.scripted import ScriptedController
 
-LENGTH = 64
-SETTINGS = Flux2Settings(
-    text_encoder_out_layers=(1, 2, 3), text_buckets=(LENGTH, 2 * LENGTH), sample_size=64, num_inference_steps=8,
-    guidance_scale=3.0,
-)  # fmt: skip
 LONG = "a red circle\nPlan: a red circle, a blue star.<IMG_GEN_1>\nUnmet: star.<IMG_GEN_2>\nAdd a star."
 """A text of the second bucket."""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A pipeline folder with random weights, written by us."""
-    path = tmp_path_factory.mktemp("pipeline")
-    train_tokenizer(["a red circle", "user\n", "assistant\n"], 320, path / "tokenizer")
-    vae = AutoencoderKLFlux2Config(
-        block_out_channels=(16, 24, 32), layers_per_block=1, latent_channels=4, norm_num_groups=8
-    )
-    encoder = Qwen3Config(320, 32, 48, 4, 4, 2, 8, tie_word_embeddings=True)
-    transformer = Flux2TransformerConfig(
-        in_channels=vae.token_channels, num_layers=2, num_single_layers=2, attention_head_dim=16, num_attention_heads=4,
-        joint_attention_dim=96, timestep_guidance_channels=32, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
-    rngs = nnx.Rngs(3)
-    pipeline = Flux2Pipeline(
-        Flux2Transformer(transformer, rngs=rngs),
-        AutoencoderKLFlux2(vae, rngs=rngs),
-        Qwen3(encoder, rngs=rngs),
-        load_tokenizer(path / "tokenizer"),
-        SETTINGS,
-    )
-    generator = np.random.default_rng(0)
-    pipeline.vae.bn.running_mean[...] = generator.normal(size=16).astype(np.float32)
-    pipeline.vae.bn.running_var[...] = generator.uniform(0.5, 2, 16).astype(np.float32)
-    pipeline.save_pretrained(str(path / "model"))
-    return path / "model"
 
 
 def picture(seed, width, height):

@@ -20,8 +20,6 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig
-from tests.pipelines.test_flux2 import folder  # noqa: F401
-from tests.pipelines.test_sdxl import folders  # noqa: F401
 from tests.rl.pprl_toy import small_qwen3_vl
 
 MESHES = {
@@ -50,7 +48,7 @@ def answered(pipeline):
 
 
 @pytest.fixture(scope="module")
-def drawn_alone(folder):  # noqa: F811
+def drawn_alone(folder):
     return drawn(Flux2Pipeline.from_pretrained(str(folder)))
 
 
@@ -60,7 +58,7 @@ def answered_alone(controller):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone, name):  # noqa: F811
+def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone, name):
     pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=MESHES[name])
     np.testing.assert_allclose(drawn(pipeline), drawn_alone, atol=1e-5)
     weights = jax.tree.leaves(nnx.state(pipeline.transformer))
@@ -76,7 +74,7 @@ def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(controller, answered_alone,
 
 
 @pytest.mark.slow
-def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):  # noqa: F811
+def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):
     path = str(folders(True, "euler"))
     options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
     alone = SDXLPipeline.from_pretrained(path)("a red circle", **options).images
@@ -84,7 +82,7 @@ def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):  # noqa: F
     np.testing.assert_allclose(mesh("a red circle", **options).images, alone, atol=1e-5)
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, controller):  # noqa: F811
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, controller):
     with pytest.raises(UsageError, match=r"tensor 8 shards heads 8 ways.* 4 heads of transformer; .* one of 1, 2, 4"):
         Flux2Pipeline.from_pretrained(str(folder), mesh=MeshConfig(tensor=8))
     with pytest.raises(UsageError, match=r"sequence 2 x tensor 4|tensor 4 x sequence 2"):
@@ -96,7 +94,7 @@ def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_rea
 
 
 @pytest.fixture(scope="module")
-def loras(folder, tmp_path_factory):  # noqa: F811
+def loras(folder, tmp_path_factory):
     """A pipeline's transformer, and two LoRA trees of it with their files."""
     transformer = Flux2Pipeline.from_pretrained(str(folder)).transformer
     place, made = tmp_path_factory.mktemp("loras"), []
@@ -114,7 +112,7 @@ def loras(folder, tmp_path_factory):  # noqa: F811
 
 
 @pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, devices=4)])
-def test_loras_are_added_with_their_weights(folder, loras, mesh):  # noqa: F811
+def test_loras_are_added_with_their_weights(folder, loras, mesh):
     transformer, ((first, first_file), (second, second_file)) = loras
     expected = apply_delta(apply_delta(nnx.state(transformer), first, 0.5), second)
     pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=mesh, lora=[(first_file, 0.5), second_file])
@@ -125,7 +123,7 @@ def test_loras_are_added_with_their_weights(folder, loras, mesh):  # noqa: F811
     )
 
 
-def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path):  # noqa: F811
+def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path):
     from clvr_jax.convert.conversion import convert
     from clvr_jax.convert.planning import plan
 
@@ -139,7 +137,7 @@ def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path): 
     )
 
 
-def test_a_lora_of_another_model_and_a_weight_that_is_no_number_are_refused(folder, folders, loras):  # noqa: F811
+def test_a_lora_of_another_model_and_a_weight_that_is_no_number_are_refused(folder, folders, loras):
     _, ((_, file), _) = loras
     with pytest.raises(ClvrError, match="not a LoRA of this unet"):
         SDXLPipeline.from_pretrained(str(folders(True, "euler")), lora=[file])
@@ -149,7 +147,7 @@ def test_a_lora_of_another_model_and_a_weight_that_is_no_number_are_refused(fold
         Flux2Pipeline.from_pretrained(str(folder), lora=["absent.safetensors"])
 
 
-def test_the_dtype_is_the_checkpoints_own_on_an_accelerator(folder, tmp_path, monkeypatch):  # noqa: F811
+def test_the_dtype_is_the_checkpoints_own_on_an_accelerator(folder, tmp_path, monkeypatch):
     pipeline = Flux2Pipeline.from_pretrained(str(folder), None)
     assert pipeline.transformer.x_embedder.kernel.dtype == jnp.float32  # on a CPU
     pipeline.save_pretrained(str(tmp_path / "half"), "bfloat16")
@@ -162,7 +160,7 @@ def test_the_dtype_is_the_checkpoints_own_on_an_accelerator(folder, tmp_path, mo
     assert Flux2Pipeline.from_pretrained(str(tmp_path / "half"), "float32").vae.bn.running_var.dtype == jnp.float32
 
 
-def test_sizes_that_do_not_divide_are_refused_with_the_nearest(folder):  # noqa: F811
+def test_sizes_that_do_not_divide_are_refused_with_the_nearest(folder):
     pipeline = Flux2Pipeline.from_pretrained(str(folder))
     with pytest.raises(UsageError, match=r"size 50 x 61: .* multiples of 8 pixels; the nearest size is 48 x 64"):
         pipeline("a red circle", height=50, width=61)

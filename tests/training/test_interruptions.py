@@ -82,7 +82,7 @@ def test_ctrl_c_saves_first_and_says_how_to_go_on(undisturbed, tmp_path):
     _, told = process.communicate(timeout=100)
     assert process.returncode == 130, told
     (saved,) = (int(path.name) for path in (out / "checkpoints").iterdir())
-    assert told.splitlines()[-1] == f"clvr: interrupted; line: step {saved} is saved, --resume goes on"
+    assert told.splitlines()[-1] == f"clvr: interrupted; line: step {saved} is saved, --resume continues the run"
     assert not (out / ".lock").exists()
     assert run(TRAIN, out, "--resume").returncode == 0
     assert losses(out) == losses(undisturbed)
@@ -121,7 +121,7 @@ def test_the_launcher_hands_on_that_it_is_asked_to_stop(tmp_path):
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 143
-    assert "is saved, --resume goes on" in said
+    assert "is saved, --resume continues the run" in said
     assert [path.name for path in (out / "checkpoints").iterdir() if path.name.isdigit()]
 
 

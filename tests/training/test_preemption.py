@@ -40,7 +40,7 @@ def test_the_first_ctrl_c_saves_and_the_run_goes_on_from_there(tmp_path, capfd):
             press_ctrl_c()
         return task.batches(step)
 
-    with pytest.raises(KeyboardInterrupt, match=r"interrupted; line: step \d+ is saved, --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match=r"interrupted; line: step \d+ is saved, --resume continues the run"):
         fit(dataclasses.replace(task, batches=batches), TRAIN, tmp_path)
     (step,) = saved_steps(tmp_path)
     assert "press Ctrl-C again to end at once" in capfd.readouterr().err
@@ -57,7 +57,7 @@ def test_a_ctrl_c_inside_a_callback_of_jax_saves_too(tmp_path):
         return task.loss(params, frozen, batch, key)
 
     config = dataclasses.replace(TRAIN, steps=1)  # it comes once, and in the last step
-    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved, --resume goes on"):
+    with pytest.raises(KeyboardInterrupt, match="a checkpoint is saved, --resume continues the run"):
         fit(dataclasses.replace(task, loss=loss), config, tmp_path)
     assert saved_steps(tmp_path) == [1]
 

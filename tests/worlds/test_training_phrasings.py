@@ -63,11 +63,11 @@ def test_wide_metadata_are_valid_and_keep_what_is_asked_for(tier):
     rng = np.random.default_rng(SEED)
     for _ in range(100):
         asked = sample_complex(rng, tier, False)
-        told = rephrase(asked, rng)
-        assert parse_metadata(told) == told
-        assert canonical_key(told) == canonical_key(asked)
-        assert not has_held_out_pair(told)
-        assert 0 <= told["phrasing"] < len(STYLES)
+        reworded = rephrase(asked, rng)
+        assert parse_metadata(reworded) == reworded
+        assert canonical_key(reworded) == canonical_key(asked)
+        assert not has_held_out_pair(reworded)
+        assert 0 <= reworded["phrasing"] < len(STYLES)
 
 
 def test_items_are_in_the_order_of_their_first_mention_with_anchors_directly_before_what_refers_to_them():

@@ -1,4 +1,4 @@
-"""Noun phrases, references and clauses of training prompts, told by a `Teller` that knows what has been mentioned.
+"""Noun phrases, references and clauses of training prompts, made by a `Teller` that knows what has been mentioned.
 
 The direction of a relation: what is placed (the figure) owns it, whether it comes before or after its anchor (ground).
 The one exception: if a clause places a known item relative to a new one ("the circle is below a red star"), the new

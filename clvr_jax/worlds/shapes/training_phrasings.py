@@ -1,7 +1,7 @@
-"""Wide phrasings of training prompts: the same requests as `grammar`, told in many more ways.
+"""Wide phrasings of training prompts: the same requests as `grammar`, in many more words.
 
-A model that has only read the seven templates of `grammar` reads nothing else. Here objects are listed, told one by
-one or in tables; a relation may stand before or after its subject, be told from the side of its anchor, or refer to a
+A model that has only read the seven templates of `grammar` reads nothing else. Here objects are listed, stated one by
+one or in tables; a relation may stand before or after its subject, be stated from the side of its anchor, or refer to a
 pronoun. Words are in `training_words`, clauses in `training_clauses`, layouts in `training_styles`. The evaluation set
 "second" has a grammar of its own, which must never be copied from here or to here.
 

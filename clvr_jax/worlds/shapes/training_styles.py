@@ -1,7 +1,7 @@
-"""Styles of training prompts: each tells an include list in one layout of text.
+"""Styles of training prompts: each words an include list in one layout of text.
 
 A style may introduce the items in any order, as long as a relation names its anchor no later than in the clause in
-which it is told; `Teller.mentioned` says afterwards in which order they came.
+which it is stated; `Teller.mentioned` says afterwards in which order they came.
 """
 
 from __future__ import annotations
@@ -28,52 +28,52 @@ _FILLERS_BETWEEN = tuple(text for text in words.FILLERS if "it" not in text.spli
 """Fillers after which "it" still means an object."""
 
 
-def _statements(t: Teller, subject_first: float, told: set[int]) -> Iterator[int]:
+def _statements(t: Teller, subject_first: float, covered: set[int]) -> Iterator[int]:
     """Indices of items to make a statement about, in order; a subject may come before an anchor that is new.
 
-    told: the items that need no more statement; the caller may add to it.
+    covered: the items that need no more statement; the caller may add to it.
     """
     for index in range(len(t.include)):
-        if index in told:
+        if index in covered:
             continue
         if not t.is_known(index) and t.chance(subject_first):
-            child = _early_child(t, index, told)
+            child = _early_child(t, index, covered)
             if child is not None:
-                told.add(child)
+                covered.add(child)
                 yield child
-        told.add(index)
+        covered.add(index)
         if not t.is_known(index) or t.has_where(index):
             yield index
 
 
-def _early_child(t: Teller, index: int, told: set[int]) -> int | None:
-    """An item that may be told before its new anchor: the anchor must not need a new anchor of its own."""
+def _early_child(t: Teller, index: int, covered: set[int]) -> int | None:
+    """An item that may be stated before its new anchor: the anchor must not need a new anchor of its own."""
     if t.anchor(index) >= 0 and not t.is_known(t.anchor(index)):
         return None
-    children = [i for i in range(len(t.include)) if t.anchor(i) == index and i not in told and not t.is_known(i)]
+    children = [i for i in range(len(t.include)) if t.anchor(i) == index and i not in covered and not t.is_known(i)]
     return t.pick(children) if children else None
 
 
 def _clauses(t: Teller, subject_first: float = 0.15) -> list[str]:
-    told: set[int] = set()
+    covered: set[int] = set()
     clauses = []
-    for index in _statements(t, subject_first, told):
-        other = _alike(t, index, told)
+    for index in _statements(t, subject_first, covered):
+        other = _alike(t, index, covered)
         if other is None or t.chance(0.4):
             clauses.append(t.clause(index))
         else:
-            told.add(other)
+            covered.add(other)
             clauses.append(_pair(t, index, other))
     return clauses
 
 
-def _alike(t: Teller, index: int, told: set[int]) -> int | None:
+def _alike(t: Teller, index: int, covered: set[int]) -> int | None:
     """A new single object with the same relation to the same known anchor as this one."""
     item = t.include[index]
     if t.is_known(index) or item.get("position") is None or not t.is_known(t.anchor(index)):
         return None
     for other in range(len(t.include)):
-        is_new = other != index and other not in told and not t.is_known(other)
+        is_new = other != index and other not in covered and not t.is_known(other)
         if is_new and _relation_only(t, other) == _relation_only(t, index) is not None:
             return other
     return None
@@ -267,20 +267,22 @@ def objects_then_bullets(t: Teller) -> str:
 # --- around an anchor -------------------------------------------------------------------------------------------------
 
 
-def _around(t: Teller, index: int, told: set[int]) -> list[int]:
-    return [i for i in range(len(t.include)) if t.anchor(i) == index and i not in told and "place" not in t.include[i]]
+def _around(t: Teller, index: int, covered: set[int]) -> list[int]:
+    return [
+        i for i in range(len(t.include)) if t.anchor(i) == index and i not in covered and "place" not in t.include[i]
+    ]
 
 
 def nested(t: Teller) -> str:
     """An anchor together with what stands around it: "a red star with a blue circle to its left"."""
-    head, told, groups = opener(t), set[int](), []
+    head, covered, groups = opener(t), set[int](), []
     for index in range(len(t.include)):
-        if index in told:
+        if index in covered:
             continue
         text = with_where(t, index, is_clause=False)
         # After "left of the circle" a pronoun could mean the circle.
-        around = _around(t, index, told) if t.anchor(index) < 0 else []
-        told.update((index, *around))
+        around = _around(t, index, covered) if t.anchor(index) < 0 else []
+        covered.update((index, *around))
         if around:
             sides = _sides(t, index, around)
             text += f" {_with(t, index)} {listed(t, sides)}"

@@ -1,3 +1,0 @@
-from tests.providers.conftest import endpoint, server
-
-__all__ = ["endpoint", "server"]
