@@ -56,7 +56,7 @@ def pairs_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tu
     return found
 
 
-def part_of_change(pairs: Sequence[tuple[LoRAPair, float]], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
+def delta_slice(pairs: Sequence[tuple[LoRAPair, float]], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
     """Computes a part of what LoRAs add to a kernel, weight * scale * a b, summed, on the host in float32.
 
     Args:

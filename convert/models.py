@@ -15,7 +15,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from clvr_jax.convert.architectures import Architecture
-from clvr_jax.convert.lora import pairs_by_path, part_of_change
+from clvr_jax.convert.lora import delta_slice, pairs_by_path
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
@@ -130,14 +130,14 @@ def _adapted_part(
     parts = []
     for layer in layers:
         values = entry.transform.from_torch(stored[entry.keys[layer or 0]].open())[own].astype(np.float32)
-        parts.append((values + part_of_change(pairs, layer, own)).astype(target, order="C"))
+        parts.append((values + delta_slice(pairs, layer, own)).astype(target, order="C"))
     return np.stack(parts) if entry.stacked else parts[0]
 
 
 @jax.jit
 def _with_loras(leaf: jax.Array, pairs: tuple[LoRAPair, ...], weights: tuple[float, ...]) -> jax.Array:
-    change = sum(weight * pair.product() for pair, weight in zip(pairs, weights, strict=True))
-    return (leaf.astype(jnp.float32) + change).astype(leaf.dtype)
+    delta = sum(weight * pair.product() for pair, weight in zip(pairs, weights, strict=True))
+    return (leaf.astype(jnp.float32) + delta).astype(leaf.dtype)
 
 
 def _restore(
