@@ -32,6 +32,7 @@ from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
+from clvr_jax.data.shapes_distractors import distractor_image
 from clvr_jax.data.shapes_verification import (
     Chat,
     blurred,
@@ -60,6 +61,7 @@ from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import COLORS
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
@@ -128,8 +130,10 @@ class Config:
     """Share of plans in these batches; the others are lists of requirements."""
     conversation_batch: int = 8
     """Conversations in a batch."""
+    distractor_share: float = 0.35
+    """Share of described images whose objects have colors and shapes that no prompt names."""
     generated_share: float = 0.4
-    """Share of described images that a generator made; the others are simulated."""
+    """Share of the other images that a generator made; the rest are simulated."""
     vae_share: float = 0.4
     """Share of simulated images that pass through the autoencoder."""
     vae_noise: float = 0.15
@@ -167,8 +171,8 @@ class Batches:
         self._answers = np.array([tokenizer.encode(f" {word}")[0] for word in ("yes", "no")])
         self._period = tokenizer.encode(".")[0]
         self._shapes = {
-            "image": Shape(config.image_batch, 16, 96, image_slots=1),
-            "comparison": Shape(config.comparison_batch, 64, 384),
+            "image": Shape(config.image_batch, 16, 112, image_slots=1),
+            "comparison": Shape(config.comparison_batch, 64, 448),
             "prompt": Shape(config.prompt_batch, 48, 240),
             "conversation": Shape(config.conversation_batch, 96, 576, image_slots=6),
         }
@@ -209,6 +213,22 @@ class Batches:
 
     def _images(self, rng: np.random.Generator, count: int) -> list[Chat]:
         config = self._config
+        distractors = int(rng.binomial(count, config.distractor_share))
+        chats = []
+        for _ in range(distractors):
+            image, description = distractor_image(rng)
+            chats.append(description_chat(noisy(image, rng), description))
+        for row, (image, reading) in enumerate(self._read_images(rng, count - distractors)):
+            shown = noisy(image, rng)
+            is_question = row % 8 == 0
+            chats.append(
+                question_chat(rng, shown, reading) if is_question else description_chat(shown, describe(reading))
+            )
+        return chats
+
+    def _read_images(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, Reading]]:
+        """Samples images of the world and what they show."""
+        config = self._config
         generated, readings = labeled_images(config.images)
         pairs: list[tuple[np.ndarray, Reading]] = []
         for _ in range(count):
@@ -231,10 +251,7 @@ class Batches:
                 reading = detect(image)
                 if not has_held_out_object(reading):
                     pairs[row] = (image, reading)
-        return [
-            (question_chat if row % 8 == 0 else description_chat)(rng, noisy(image, rng), reading)
-            for row, (image, reading) in enumerate(pairs)
-        ]
+        return pairs
 
     def _comparisons(self, rng: np.random.Generator, count: int) -> list[Chat]:
         return [comparisons_chat(rng, self._config.comparisons) for _ in range(count)]

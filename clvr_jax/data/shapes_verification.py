@@ -73,7 +73,7 @@ BARE_CHECKLIST = 0.5
 """Share of plans that are made from requirements below a prompt that asks for nothing."""
 _TINT = 44.0
 """Greatest distance of an object's color from the named one, in units of the channels, which have 256 levels."""
-_SOFTNESS = 0.6
+_SOFTNESS = 0.9
 """Greatest standard deviation of the blur of soft edges, in pixels."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
@@ -191,9 +191,9 @@ def _same_content(first: Reading, second: Reading) -> bool:
     return describe(first) == describe(second)
 
 
-def description_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:
+def description_chat(image: Image, description: str) -> Chat:
     """What an image shows, seen alone."""
-    return Chat(_said(verification.description_messages(), describe(reading)), (image,), is_corruptible=True)
+    return Chat(_said(verification.description_messages(), description), (image,), is_corruptible=True)
 
 
 def question_chat(rng: np.random.Generator, image: Image, reading: Reading) -> Chat:

@@ -1,8 +1,8 @@
 """Reading what a verifier answers: how probable its yes is, and whether its evidence supports it.
 
-Evidence quotes clauses of a description, as in "red star top left; blue cross top". A model that was trained to quote
-is held to it: a yes that rests on a clause the description does not have, or that does not name what is required, is
-no yes.
+Evidence quotes clauses of a description, as in "red star top left; blue cross top", or counts all of them one by one,
+as in "one: red star top left; two: blue cross top". A model that was trained to quote is held to it: a yes that rests
+on a clause the description does not have, or that does not name what is required, is no yes.
 """
 
 import math
@@ -18,6 +18,7 @@ _RELATION = re.compile(
     r"\b(?:left of|right of|in front of|next to|above|below|under|over|behind|beside|between|near)\b"
 )
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_ENUMERATED = re.compile(rf"^(?:{'|'.join(_NUMBERS)}): ")
 _FUNCTION_WORDS = frozenset(
     ("a", "an", "the", "of", "to", "in", "on", "at", "and", "with", "object", "objects", *_NUMBERS)
 )
@@ -63,7 +64,7 @@ def evidence_probability(description: Answer, evidence: str) -> float:
     """
     if not description.tokens:
         return 1.0
-    quoted = {clause for clause, _, _ in _clause_spans(evidence)}
+    quoted = {_ENUMERATED.sub("", clause) for clause, _, _ in _clause_spans(evidence)}
     spans = _clause_spans(description.text)
     known = {clause for clause, _, _ in spans}
     relevant = [span for span in spans if span[0] in quoted] if quoted and quoted <= known else spans
@@ -77,10 +78,12 @@ def evidence_probability(description: Answer, evidence: str) -> float:
 
 
 def invents(description: str, evidence: str) -> bool:
-    """Whether evidence holds a clause that the description does not, apart from numbers of objects."""
-    known = {clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)}
+    """Whether evidence holds a clause that the description does not, or counts its clauses wrongly one by one."""
+    known = [clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)]
     quoted = [clause for clause, _, _ in _clause_spans(evidence) if not _COUNTED.fullmatch(clause)]
-    return not set(quoted) <= known
+    if any(_ENUMERATED.match(clause) for clause in quoted):
+        return quoted != [f"{number}: {clause}" for number, clause in zip(_NUMBERS, known, strict=False)]
+    return not set(quoted) <= set(known)
 
 
 def names_required(requirement: str, evidence: str) -> bool:

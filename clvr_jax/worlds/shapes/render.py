@@ -44,11 +44,18 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     if shape not in _VERTICES:
         raise ClvrError(f"render: unknown shape {shape!r}; known: circle, {', '.join(_VERTICES)}")
     corners = _VERTICES[shape] * np.float32(radius)
-    return _polygon_distance(x, y, corners)
+    return polygon_distance(x, y, corners)
 
 
-def _polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np.ndarray:
-    """Exact signed distance to a simple polygon; the leading axis of the intermediate arrays runs over its edges."""
+def polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np.ndarray:
+    """Exact signed distance to a simple polygon in pixels, negative inside.
+
+    Args:
+      x, y: offsets in pixels, arrays that broadcast to one shape.
+      corners_n2: corners (x, y) in pixels, in order around the polygon.
+    Returns: float32 array of the broadcast shape.
+    """
+    # The leading axis of the intermediate arrays runs over the edges.
     ones = (1,) * max(np.ndim(x), np.ndim(y))
     edges = np.roll(corners_n2, -1, axis=0) - corners_n2
     ax, ay = (corners_n2[:, i].reshape(-1, *ones) for i in (0, 1))

@@ -18,6 +18,8 @@ from clvr_jax.worlds.shapes.layout import counts
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.scene import CELLS
 
+_UNCLEAR = "something unclear"
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -88,26 +90,26 @@ def requirements(metadata: Metadata) -> tuple[ShapesRequirement, ...]:
 def describe(reading: Reading) -> str:
     """Describes an image in words: "I see red star top left; something unclear top."."""
     clear = {item.cell: str(item) for item in reading.objects}
-    seen = [clear.get(cell, f"something unclear {cell}") for cell in CELLS if cell in clear or cell in reading.unclear]
+    seen = [clear.get(cell, f"{_UNCLEAR} {cell}") for cell in CELLS if cell in clear or cell in reading.unclear]
     return f"I see {'; '.join(seen) or 'nothing'}."
 
 
 def check_requirement(requirement: ShapesRequirement, reading: Reading) -> tuple[str, bool]:
     """Holds a requirement against what an image shows.
 
-    A relation is judged by cells, see `counts`: an object diagonally beside its anchor counts, as for the checker.
+    A relation is judged by cells, see `counts`: an object diagonally beside its anchor counts, as for the checker. The
+    evidence for the number of all objects counts them one by one, "one: red star top left; two: blue circle top", which
+    a small model learns where it fails to count at a glance.
 
     Returns: the evidence in words, and whether the requirement is met.
     """
-    unclear = [f"something unclear {cell}" for cell in reading.unclear]
     if requirement.thing is None:
-        evidence = [total_objects(len(reading.objects)), *unclear]
-        return "; ".join(evidence), len(reading.objects) == requirement.total and not unclear
+        return _enumerated(reading), len(reading.objects) == requirement.total and not reading.unclear
     if requirement.cell:
         clear = {item.cell: item for item in reading.objects}
         item = clear.get(requirement.cell)
         if item is None:
-            kind = "something unclear" if requirement.cell in reading.unclear else "nothing"
+            kind = _UNCLEAR if requirement.cell in reading.unclear else "nothing"
             return f"{kind} {requirement.cell}", False
         return str(item), item.shape == requirement.thing.shape and requirement.thing.color in (None, item.color)
     own = _cells(requirement.thing, reading)
@@ -122,6 +124,23 @@ def check_requirement(requirement: ShapesRequirement, reading: Reading) -> tuple
         for chosen in itertools.combinations([cell for cell in own if cell not in held], requirement.thing.count)
     )
     return "; ".join(evidence), met
+
+
+def _enumerated(reading: Reading) -> str:
+    """Counts the clear objects one by one, in the order of the description or the plan."""
+    numbers = itertools.count(1)
+    items = []
+    for item in _seen(reading):
+        items.append(item if item.startswith(_UNCLEAR) else f"{counted(next(numbers))}: {item}")
+    return "; ".join(items) or "nothing"
+
+
+def _seen(reading: Reading) -> list[str]:
+    """Names the objects of a reading and its unclear cells; in reading order if there are unclear cells."""
+    if not reading.unclear:
+        return [str(item) for item in reading.objects]
+    clear = {item.cell: str(item) for item in reading.objects}
+    return [clear.get(cell, f"{_UNCLEAR} {cell}") for cell in CELLS if cell in clear or cell in reading.unclear]
 
 
 def _cells(thing: Thing, reading: Reading) -> list[str]:

@@ -103,17 +103,24 @@ def reading_order(cells: Iterable[str]) -> list[str]:
 
 
 def place(color: str, shape: str, cell: str, rng: np.random.Generator) -> SceneObject:
-    """Puts an object into a cell with random size and position.
+    """Puts an object into a cell with random size and position, see `sample_position`."""
+    return SceneObject(color, shape, cell, *sample_position(cell, rng))
+
+
+def sample_position(cell: str, rng: np.random.Generator) -> tuple[float, float, float]:
+    """Samples where an object lies in its cell.
 
     The radius is uniform in RADIUS_RANGE; the center moves only so far that objects of neighboring cells keep two
     pixels of background between them.
+
+    Returns: x and y of the center, and the radius, in pixels.
     """
     radius, across, down = rng.random(3).tolist()
     low, high = RADIUS_RANGE
     radius = low + (high - low) * radius
     reach = CELL_SIZE / 2 - radius - _MARGIN
     x, y = cell_center(cell)
-    return SceneObject(color, shape, cell, x + (2 * across - 1) * reach, y + (2 * down - 1) * reach, radius)
+    return x + (2 * across - 1) * reach, y + (2 * down - 1) * reach, radius
 
 
 def sample_pair(rng: np.random.Generator, allow_held_out: bool = False) -> tuple[str, str]:

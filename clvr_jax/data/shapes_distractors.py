@@ -1,0 +1,159 @@
+"""Images of things that no prompt of the shapes world names, from which the verifier learns what "clear" means.
+
+The world has 40 pairs of color and shape. A verifier that has seen 36 of them clear and countless blurred and mixed
+things learns the list of the 36 instead of what sets clear from unclear, and calls the pairs kept for evaluation
+unclear. Eight more colors and eight more shapes make five times as many pairs, each of them rare.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+from scipy import ndimage
+
+from clvr_jax.worlds.shapes.render import polygon_distance, signed_distance
+from clvr_jax.worlds.shapes.scene import (
+    BACKGROUND,
+    CANVAS,
+    CELL_SIZE,
+    CELLS,
+    COLORS,
+    HELD_OUT_PAIRS,
+    SHAPES,
+    cell_center,
+    sample_position,
+)
+
+MORE_COLORS: dict[str, tuple[int, int, int]] = {
+    "pink": (245, 150, 190),
+    "tan": (205, 170, 120),
+    "gray": (140, 140, 140),
+    "lime": (150, 220, 40),
+    "navy": (20, 30, 100),
+    "olive": (120, 120, 30),
+    "teal": (20, 110, 110),
+    "lilac": (200, 150, 250),
+}
+"""Colors of distractors; each is at least 70 levels from the named colors and from the others."""
+_SOFT = 0.9
+"""Greatest standard deviation in pixels of a blur that leaves an object clear: the detector's limit is about 1.1."""
+_BLURRED = (1.5, 4.0)
+"""Range of the blur that makes an object unclear."""
+_TINT = 25.0
+"""Greatest distance of an object's color from its name's color, in levels of the channels."""
+
+Distance = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+"""(x offsets, y offsets, radius), all in pixels -> signed distance in pixels, negative inside."""
+
+
+def _polygon(*corners: tuple[float, float]) -> Distance:
+    corners_n2 = np.array(corners, np.float32)
+    return lambda x, y, radius: polygon_distance(x, y, corners_n2 * np.float32(radius))
+
+
+def _heart() -> Distance:
+    turns = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = np.sin(turns) ** 3
+    y = -(13 * np.cos(turns) - 5 * np.cos(2 * turns) - 2 * np.cos(3 * turns) - np.cos(4 * turns)) / 16 - 0.1
+    return _polygon(*zip(x.tolist(), y.tolist(), strict=True))
+
+
+def _ring(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    return np.abs(np.sqrt(x * x + y * y) - 0.75 * radius) - 0.25 * radius
+
+
+def _moon(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
+    bite = 0.85 * radius - np.sqrt((x - 0.55 * radius) ** 2 + y * y)
+    return np.maximum(signed_distance("circle", x, y, radius), bite)
+
+
+MORE_SHAPES: dict[str, Distance] = {
+    "kite": _polygon((0, -1), (0.75, 0), (0, 1), (-0.75, 0)),
+    "heart": _heart(),
+    "ring": _ring,
+    "moon": _moon,
+    "bar": _polygon((-1, -0.4), (1, -0.4), (1, 0.4), (-1, 0.4)),
+    "arrow": _polygon((-1, -0.3), (0, -0.3), (0, -0.9), (1, 0), (0, 0.9), (0, 0.3), (-1, 0.3)),
+    "wedge": _polygon((-1, -0.95), (1, -0.95), (0, 0.95)),
+    "bow": _polygon((-0.9, -0.95), (0.9, -0.95), (0.15, 0), (0.9, 0.95), (-0.9, 0.95), (-0.15, 0)),
+}
+"""Shapes of distractors."""
+
+
+def distractor_image(rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """Draws 0 to 7 objects of all colors and shapes, some out of focus or mixed of two.
+
+    Args:
+      rng: numpy generator; the same state gives the same image.
+    Returns: uint8 (64, 64, 3), and the description of the image. No clear object is a pair kept for evaluation.
+    """
+    image = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.float32)
+    number = int(rng.choice(10, p=(0.02, 0.08, 0.15, 0.23, 0.25, 0.17, 0.08, 0.02, 0.0, 0.0)))
+    chosen = sorted(int(index) for index in rng.permutation(len(CELLS))[:number])
+    clauses = []
+    for index in chosen:
+        cell = CELLS[index]
+        color, shape = _sample_pair(rng)
+        patch = _patch(rng, color, shape, cell)
+        kind = rng.choice(3, p=(0.72, 0.14, 0.14))
+        if kind == 0:
+            sigma = rng.uniform(0, _SOFT)
+        elif kind == 1:
+            sigma = rng.uniform(*_BLURRED)
+        else:
+            sigma, patch = rng.uniform(0, _SOFT), _mixed(rng, patch, shape, cell)
+        rows, columns = _area(cell)
+        image[rows, columns] = ndimage.gaussian_filter(patch, (sigma, sigma, 0), mode="nearest")
+        clauses.append(f"{color} {shape} {cell}" if kind == 0 else f"something unclear {cell}")
+    return np.clip(np.round(image), 0, 255).astype(np.uint8), f"I see {'; '.join(clauses) or 'nothing'}."
+
+
+def _sample_pair(rng: np.random.Generator) -> tuple[str, str]:
+    while True:
+        pair = (_COLOR_NAMES[int(rng.integers(len(_COLOR_NAMES)))], _SHAPE_NAMES[int(rng.integers(len(_SHAPE_NAMES)))])
+        if pair not in HELD_OUT_PAIRS:
+            return pair
+
+
+def _area(cell: str) -> tuple[slice, slice]:
+    """Rows and columns of the canvas that belong to a cell."""
+    x, y = cell_center(cell)
+    half = CELL_SIZE / 2
+    return slice(round(y - half), round(y + half)), slice(round(x - half), round(x + half))
+
+
+def _patch(rng: np.random.Generator, color: str, shape: str, cell: str) -> np.ndarray:
+    """Draws one object on the background: float32 (height, width, 3) of its cell."""
+    center_x, center_y, radius = sample_position(cell, rng)
+    rows, columns = _area(cell)
+    x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] + np.float32(0.5 - center_x)
+    y = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] + np.float32(0.5 - center_y)
+    more = MORE_SHAPES.get(shape)
+    distance = signed_distance(shape, x, y, radius) if more is None else more(x, y, radius)
+    alpha = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
+    direction = rng.normal(size=3)
+    tint = rng.uniform(0, _TINT) * direction / np.linalg.norm(direction)
+    background = np.array(BACKGROUND, np.float32)
+    return (background + alpha * (np.array(_COLORS[color]) + tint - background)).astype(np.float32)
+
+
+def _mixed(rng: np.random.Generator, patch: np.ndarray, shape: str, cell: str) -> np.ndarray:
+    """Mixes an object with another one: halves of both, or a blend."""
+    while (pair := _sample_pair(rng))[1] == shape:  # a blend of two colors of one shape would be a clear object
+        pass
+    other = _patch(rng, *pair, cell)
+    if rng.random() < 0.5:
+        share = rng.uniform(0.3, 0.7)
+        return share * patch + (1 - share) * other
+    mixed = patch.copy()
+    if rng.random() < 0.5:
+        mixed[len(mixed) // 2 :] = other[len(mixed) // 2 :]
+    else:
+        mixed[:, mixed.shape[1] // 2 :] = other[:, mixed.shape[1] // 2 :]
+    return mixed
+
+
+_COLORS = {**COLORS, **MORE_COLORS}
+_COLOR_NAMES = tuple(_COLORS)
+_SHAPE_NAMES = (*SHAPES, *MORE_SHAPES)
