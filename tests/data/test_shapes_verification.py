@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
     comparisons_chat,
@@ -14,8 +15,11 @@ from clvr_jax.data.shapes_verification import (
     training_metadata,
 )
 from clvr_jax.reasoning.model_verifier import read_requirements
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
+from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
+from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
 
 SEED = 3
 
@@ -76,3 +80,36 @@ def test_a_conversation_ends_with_a_reply_to_a_report():
             if isinstance(message["content"], list)
             for part in message["content"]
         )
+
+
+def test_distractors_are_labeled_as_the_detector_sees_them():
+    rng = np.random.default_rng(SEED)
+    clear = unclear = 0
+    for _ in range(300):
+        image, description = distractor_image(rng)
+        seen = detect(image)
+        for clause in description.removeprefix("I see ").removesuffix(".").split("; "):
+            if clause.startswith("something unclear "):
+                unclear += 1
+                cell = clause.removeprefix("something unclear ")
+                assert cell not in {item.cell for item in seen.objects}
+            elif clause != "nothing" and not set(clause.split()) & (MORE_COLORS.keys() | MORE_SHAPES.keys()):
+                clear += 1
+                assert clause in map(str, seen.objects)
+                assert tuple(clause.split()[:2]) not in HELD_OUT_PAIRS
+    assert (clear, unclear) > (50, 100)
+
+
+def test_the_number_of_objects_is_counted_one_by_one():
+    objects = (
+        DetectedObject("red", "star", "top left", 10, 10, 8),
+        DetectedObject("blue", "circle", "center", 32, 32, 8),
+    )
+    two = ShapesRequirement(total=2)
+    assert check_requirement(two, Reading(objects)) == ("one: red star top left; two: blue circle center", True)
+    assert check_requirement(two, Reading(objects[::-1]))[0] == "one: blue circle center; two: red star top left"
+    assert check_requirement(two, Reading(objects, ("top",))) == (
+        "one: red star top left; something unclear top; two: blue circle center",
+        False,
+    )
+    assert check_requirement(two, Reading()) == ("nothing", False)

@@ -122,6 +122,13 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
     assert found.requirements[0].met is True, "large models may say it in other words"
     assert not invents("I see red star top; blue cross left.", "blue cross left; two objects")
     assert not invents("Plan: red star top; blue cross left.", "red star top")
+    assert not invents("I see red star top; blue cross left.", "one: red star top; two: blue cross left")
+    for miscounted in (
+        "one: red star top",
+        "one: red star top; three: blue cross left",
+        "one: a; two: blue cross left",
+    ):
+        assert invents("I see red star top; blue cross left.", miscounted)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
