@@ -76,7 +76,7 @@ def compare(title: str, model: str, batch: int, references: int, rounds: int, ta
         np.float32
     )
     prompts = [PROMPT] * batch
-    draw = partial(
+    generate = partial(
         theirs,
         prompt=prompts,
         image=images or None,
@@ -90,8 +90,8 @@ def compare(title: str, model: str, batch: int, references: int, rounds: int, ta
         output_type="np",
     )
     made = ours(prompts, images, latents=latents, height=side, width=side, output_type="np").images
-    difference = np.abs(made - draw().images).max() * 255
-    result = contest(lambda: ours(prompts, images, latents=latents, height=side, width=side), draw, rounds)
+    difference = np.abs(made - generate().images).max() * 255
+    result = contest(lambda: ours(prompts, images, latents=latents, height=side, width=side), generate, rounds)
     show(f"{title}, {batch} x {side} px, {references} references", result, target)
     print(f"    largest difference of a pixel: {difference:.3f} / 255")
 

@@ -26,9 +26,9 @@ from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.beam_pipeline import run_pipeline
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.intake import item_to_json
-from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.recipes import RecipeWorkshop, SynthConfig, Workshop, load_synth_recipe
+from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthConfig, WorkerContext, load_synth_recipe
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.providers.endpoint import Endpoint
 from tests.data.engine.obliging_server import reply_to
@@ -55,7 +55,7 @@ def main() -> None:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text("".join(item_to_json(_item(number)) + "\n" for number in range(options.prompts)))
         recipe = load_synth_recipe(Path(prompted_synth.__file__))
-        run_pipeline(str(prompts), str(store.folder), RecipeWorkshop.of(recipe, config), synth)
+        run_pipeline(str(prompts), str(store.folder), RecipeWorkerContext.of(recipe, config), synth)
         requests, in_flight = server.seen()
         assert len(store.ids()) == options.prompts
         middle = in_flight[len(in_flight) // 4 : -len(in_flight) // 4]
@@ -78,10 +78,10 @@ def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _one(workshop: Workshop, store: OutcomeStore, number: int) -> tuple[float, float]:
+def _one(workshop: WorkerContext, store: OutcomeStore, number: int) -> tuple[float, float]:
     """Seconds of a prompt, and of them those in calls of models."""
-    item, meter, began = _item(number), Meter(), time.monotonic()
-    outcome = synthesize(item, workshop.crew(item, meter), meter.tool(workshop.image_tool))
+    item, meter, began = _item(number), UsageTracker(), time.monotonic()
+    outcome = synthesize(item, workshop.crew(item, meter), meter.tool(workshop.image_model))
     assert outcome.stage == "kept", outcome.detail
     store.write(outcome, meter.to_json(), time.monotonic() - began)
     return time.monotonic() - began, meter.total.seconds

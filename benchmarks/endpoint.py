@@ -16,7 +16,7 @@ from typing import Any
 LOOK = 0.05
 """Seconds between two looks at how many requests it has in hand."""
 
-Answer = Callable[[str, dict[str, Any]], dict[str, Any]]
+ChatResponse = Callable[[str, dict[str, Any]], dict[str, Any]]
 """(path, JSON of the request) -> JSON of the response; importable, for it runs in the other process."""
 
 
@@ -34,7 +34,7 @@ class Endpoint:
 
 
 @contextmanager
-def endpoint(answer: Answer, delay: float) -> Iterator[Endpoint]:
+def endpoint(answer: ChatResponse, delay: float) -> Iterator[Endpoint]:
     """Serves on loopback until the block ends; `delay`: seconds from a request to its answer."""
     context = multiprocessing.get_context("spawn")
     ours, its = context.Pipe()
@@ -47,11 +47,11 @@ def endpoint(answer: Answer, delay: float) -> Iterator[Endpoint]:
         process.join()
 
 
-def _run(pipe: Connection, answer: Answer, delay: float) -> None:
+def _run(pipe: Connection, answer: ChatResponse, delay: float) -> None:
     asyncio.run(_serve(pipe, answer, delay))
 
 
-async def _serve(pipe: Connection, answer: Answer, delay: float) -> None:
+async def _serve(pipe: Connection, answer: ChatResponse, delay: float) -> None:
     requests = in_hand = 0
     looks: list[int] = []
 

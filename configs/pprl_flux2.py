@@ -40,8 +40,8 @@ from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import decode, encode_references, encode_text, velocity_field
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
-from clvr_jax.providers.local import MeshVisionLanguageModel
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+from clvr_jax.providers.local import MeshChatModel
+from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.teacher import vlm_teacher
 from clvr_jax.rl import (
@@ -149,7 +149,7 @@ def task(config: Config) -> rl.PPRLTask:
     teacher = None
     if config.teacher_url:
         writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
-        teacher = vlm_teacher(OpenAIVisionLanguageModel(writer), steps)
+        teacher = vlm_teacher(OpenAIChatModel(writer), steps)
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
     return dataclasses.replace(task, teacher=teacher)
@@ -164,7 +164,7 @@ def reward_of(config: Config) -> Reward:
         )
     if not config.judge:
         served = [
-            OpenAIVisionLanguageModel(Endpoint(name, config.reward_url, config.reward_key or None))
+            OpenAIChatModel(Endpoint(name, config.reward_url, config.reward_key or None))
             for name in (config.reward_model, config.edit_reward_model)
         ]
         picture = UnifiedReward(served[0])
@@ -180,11 +180,9 @@ def reward_of(config: Config) -> Reward:
     return MeshReward(UnifiedReward(judge), UnifiedRewardEdit(edit_judge))
 
 
-def _judge(config: Config, model: str) -> MeshVisionLanguageModel:
+def _judge(config: Config, model: str) -> MeshChatModel:
     """Loads a Qwen3-VL on the mesh that answers as many questions at once as a call has images."""
-    return MeshVisionLanguageModel(
-        Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.microbatch_size
-    )
+    return MeshChatModel(Qwen3VLPipeline.from_pretrained(model, config.dtype), model, config.train.microbatch_size)
 
 
 def flux2_task(

@@ -77,9 +77,9 @@ def main(
             for split in splits:
                 pictures = _pictures(out, name, split, seed)
                 if not (pictures / "results.json").exists():
-                    drawer = model if name == START else str(run / "export")
+                    image_generator = model if name == START else str(run / "export")
                     few = ("--limit", str(limit)) if limit else ()
-                    _clvr(*evaluation(drawer, split, seed, max_steps, pictures), *few)
+                    _clvr(*evaluation(image_generator, split, seed, max_steps, pictures), *few)
     told, page = report(out, names, splits, seeds)
     write_json(out / "report.json", told)
     write_atomically(out / "report.md", page.encode())
@@ -135,7 +135,7 @@ class Marks:
 def marks(trajectory: Trajectory) -> Iterator[Marks]:
     """Yields the scores of each image whose reply requests edits in the language of the world."""
     judge = ShapesJudge()
-    for step in trajectory.drawings:
+    for step in trajectory.generated:
         edits = parse_edits(step.reasoning)
         assert step.image is not None
         source = trajectory.steps[step.references[-1]].image if step.references else None

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Literal
 
 from clvr_jax.data.engine.intake import read_prompts
-from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.prompted_roles import prompted_crew
-from clvr_jax.data.engine.recipes import SynthConfig, Workshop
-from clvr_jax.data.engine.roles import Crew, PromptItem
+from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
+from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.errors import UsageError
+from clvr_jax.interfaces import ChatModel, ImageModel
 from clvr_jax.providers.endpoint import Endpoint
-from clvr_jax.reasoning.tools import ImageTool, VisionLanguageModel
 
 _GEMINI = "https://generativelanguage.googleapis.com/v1beta/openai"
 _ARK = "https://ark.cn-beijing.volces.com/api/v3"
@@ -87,45 +87,45 @@ def evaluation_prompts(config: Config) -> Iterator[str]:
 
 @dataclasses.dataclass(frozen=True)
 class _Models:
-    director: VisionLanguageModel
-    verifier: VisionLanguageModel
-    second_judge: VisionLanguageModel
-    image_tool: ImageTool
+    director: ChatModel
+    verifier: ChatModel
+    second_judge: ChatModel
+    image_model: ImageModel
 
-    def crew(self, item: PromptItem, meter: Meter) -> Crew:
+    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
         verifier = meter.model("verifier", self.verifier)
         judges = meter.model("first judge", self.verifier), meter.model("second judge", self.second_judge)
         return prompted_crew(meter.model("director", self.director), verifier, judges)
 
 
-def workshop(config: Config) -> Workshop:
+def worker_context(config: Config) -> WorkerContext:
     """Connections to the endpoints, and models that are loaded here."""
-    image_tool = _image_tool(config)
+    image_model = _image_tool(config)
     if config.local_vlm:
         from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-        from clvr_jax.providers.local import LocalVisionLanguageModel
+        from clvr_jax.providers.local import LocalChatModel
 
-        local = LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(config.local_vlm), config.local_vlm)
-        return _Models(local, local, local, image_tool)
-    from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        local = LocalChatModel(Qwen3VLPipeline.from_pretrained(config.local_vlm), config.local_vlm)
+        return _Models(local, local, local, image_model)
+    from clvr_jax.providers.openai_chat import OpenAIChatModel
 
     director, verifier, judge = (
-        OpenAIVisionLanguageModel(endpoint, thought_tokens=config.thought_tokens)
+        OpenAIChatModel(endpoint, thought_tokens=config.thought_tokens)
         for endpoint in (config.director, config.verifier, config.second_judge)
     )
-    return _Models(director, verifier, judge, image_tool)
+    return _Models(director, verifier, judge, image_model)
 
 
-def _image_tool(config: Config) -> ImageTool:
+def _image_tool(config: Config) -> ImageModel:
     if config.local_images:
         from clvr_jax.pipelines.flux2 import Flux2Pipeline
-        from clvr_jax.providers.local import LocalImageTool
+        from clvr_jax.providers.local import LocalImageModel
 
-        return LocalImageTool(Flux2Pipeline.from_pretrained(config.local_images), config.local_images)
-    from clvr_jax.providers.openai_images import OpenAIImageTool
+        return LocalImageModel(Flux2Pipeline.from_pretrained(config.local_images), config.local_images)
+    from clvr_jax.providers.openai_images import OpenAIImageModel
 
     size = (config.image_size[0], config.image_size[1]) if config.image_size else None
-    return OpenAIImageTool(
+    return OpenAIImageModel(
         config.images,
         size=size,
         references=config.image_references,

@@ -18,13 +18,13 @@ from clvr_jax.compilation import keep_compiled_programs
 from clvr_jax.console import progress
 from clvr_jax.evaluation.systems import Oracle
 from clvr_jax.files import write_atomically
+from clvr_jax.image_io import pixels
 from clvr_jax.outputs import check_file
-from clvr_jax.pipelines.closed_loop import Flux2Drawer
+from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import Metadata
@@ -97,7 +97,7 @@ def _one_shot(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: int)
             reply = strip_action(first_reply(plan(metadata), limit=len(plan(metadata))))
             texts.append(f"{metadata['prompt']}\n{reply}" if rng.random() < PLANNED_SHARE else metadata["prompt"])
         seeds = [int(value) for value in rng.integers(2**31, size=BATCH)]
-        made = pipeline.draw_each(texts, [[]] * BATCH, seeds, num_inference_steps=steps)
+        made = pipeline.generate_each(texts, [[]] * BATCH, seeds, num_inference_steps=steps)
         images += [pixels(image) for image in made.images]
     return images[:count]
 
@@ -110,9 +110,9 @@ def _in_the_loop(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: i
         metadata = list({entry["prompt"]: entry for entry in (_metadata(rng) for _ in range(BATCH))}.values())
         seeds = [int(value) for value in rng.integers(2**31, size=len(metadata))]
         budget = Budget(max_steps=7, max_rollbacks=0)
-        generator = Flux2Drawer(pipeline, steps)
+        generator = Flux2ImageGenerator(pipeline, steps)
         done = loop.run([entry["prompt"] for entry in metadata], Oracle(metadata), generator, budget, seeds)
-        images += [pixels(step.image) for each in done for step in each.drawings if step.image is not None]
+        images += [pixels(step.image) for each in done for step in each.generated if step.image is not None]
     return images
 
 

@@ -19,7 +19,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems import Oracle
 from clvr_jax.files import read_json, write_json
 from clvr_jax.outputs import check_folder
-from clvr_jax.pipelines.closed_loop import Flux2Drawer
+from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
@@ -53,7 +53,7 @@ def main(
         write_json(path, identity)
     elif (found := read_json(path)) != identity:
         raise UsageError(f"{out}: holds trajectories of {found}, not of {identity}; choose another --out")
-    drawer = Flux2Drawer(Flux2Pipeline.from_pretrained(model), steps)
+    image_generator = Flux2ImageGenerator(Flux2Pipeline.from_pretrained(model), steps)
     chosen: dict[str, Any] = {"weights": {"complex": 1.0}, "tiers": tiers} if tiers else {}
     with progress("shapes rollouts", count) as advance:
         for start in range(0, count, batch):
@@ -63,7 +63,7 @@ def main(
                 metadata = [train_prompt(np.random.default_rng((seed, number)), **chosen) for number in numbers]
                 prompts = [entry["prompt"] for entry in metadata]
                 budget = Budget(max_steps=8, max_rollbacks=0)
-                trajectories = loop.run(prompts, Oracle(metadata), drawer, budget, list(numbers), model=model)
+                trajectories = loop.run(prompts, Oracle(metadata), image_generator, budget, list(numbers), model=model)
                 for directory, trajectory in zip(directories, trajectories, strict=True):
                     trajectory.save(directory)
             advance(numbers.stop)

@@ -31,9 +31,9 @@ from clvr_jax.data.sft_examples import conversation, target_places
 from clvr_jax.data.shapes import Example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.image_io import pixels
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
-from clvr_jax.reasoning.images import pixels
 from clvr_jax.training.trainer import Task, TrainConfig
 
 

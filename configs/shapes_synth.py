@@ -22,12 +22,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from clvr_jax.data.engine.metering import Meter
-from clvr_jax.data.engine.recipes import SynthConfig, Workshop
-from clvr_jax.data.engine.roles import Crew, PromptItem
+from clvr_jax.data.engine.metering import UsageTracker
+from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
+from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.providers.local import LocalImageTool
+from clvr_jax.providers.local import LocalImageModel
 from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts as shapes_evaluation_prompts
 
@@ -72,12 +72,14 @@ corrections = needed_corrections
 class _ShapesWorkshop:
     def __init__(self, config: Config):
         self._pipeline = pipeline = Flux2Pipeline.from_pretrained(config.model)
-        self.image_tool = LocalImageTool(pipeline, config.model, steps=config.steps, max_batch=config.batch, wait=0.02)
+        self.image_model = LocalImageModel(
+            pipeline, config.model, steps=config.steps, max_batch=config.batch, wait=0.02
+        )
 
-    def crew(self, item: PromptItem, meter: Meter) -> Crew:
+    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
         return shapes_crew(item, text=lambda prompt, replies: self._pipeline.fit_history(prompt, replies).text)
 
 
-def workshop(config: Config) -> Workshop:
+def worker_context(config: Config) -> WorkerContext:
     """The image generator, and exact roles."""
     return _ShapesWorkshop(config)

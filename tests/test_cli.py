@@ -15,7 +15,7 @@ from PIL import Image
 from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.command_line import PROMPT, complaint
-from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
+from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop
 from tests.reasoning.test_verified_loop import ScriptedVerifier
 
 pytestmark = pytest.mark.usefixtures("own_directories")
@@ -263,7 +263,7 @@ def test_the_help_of_a_recipe_lists_its_options(recipe, capsys):
 def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp_path, capsys):
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
-    script = ["no action token here", draw("Plan: it. Draw it."), again(1), stop(), again(2)]
+    script = ["no action token here", generate("Plan: it. Draw it."), again(1), stop(), again(2)]
 
     class Scripted(ClosedLoopPipeline):
         def run(self, prompts, seeds, budget, *, nfe, verification, on_event):
@@ -303,7 +303,7 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     assert (result["outcome"], result["drawings"], result["nfe"], result["unmet"]) == ("accepted", 2, 8, [])
     assert "step 1 is the best of 2 candidates" in captured.err
 
-    script[:] = [draw("Plan: it. Draw it."), again(1)]
+    script[:] = [generate("Plan: it. Draw it."), again(1)]
     images[:] = [(1, 1, 0.25), (1, 1, 0.75)]
     assert main(["generate", PROMPT, "--model", str(model), "--out", "third", "--json"]) == 0
     captured = capsys.readouterr()

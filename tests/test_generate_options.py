@@ -18,7 +18,7 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning import Trajectory
 from tests.command_line import PROMPT, complaint
 from tests.providers.server import Reply
-from tests.reasoning.scripted import CountingDrawer, ScriptedController, draw, stop
+from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
 from tests.rl.pprl_toy import small_qwen3_vl
 
 pytestmark = pytest.mark.usefixtures("own_directories")
@@ -83,7 +83,7 @@ def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):
     def said(text):
         return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {}})
 
-    server.script = [said(draw("Plan: a circle. Draw it.")), said(stop())]
+    server.script = [said(generate("Plan: a circle. Draw it.")), said(stop())]
     endpoint = ["--controller-url", f"{server.url}/v1", "--controller-model", "tiny"]
     endpoint += ["--controller-key-variable", "LOOPBACK_KEY", "--verification", "controller"]
     assert main(["generate", PROMPT, "--model", str(drawing_model), *endpoint, "--size", "32", "--json"]) == 0
@@ -121,7 +121,7 @@ def test_generate_writes_a_directory_for_each_prompt_and_seed(drawing_model, mon
         def run(self, prompts, seeds, budget, **options):
             from clvr_jax.reasoning import run
 
-            replies = ["no action"] * 3 if seeds == [1] and prompts == ["b"] else [draw(), stop()]
+            replies = ["no action"] * 3 if seeds == [1] and prompts == ["b"] else [generate(), stop()]
             return run(prompts, ScriptedController({prompts[0]: replies}), CountingDrawer(), budget, seeds)
 
     monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name, **options: Scripted(None, None))

@@ -41,7 +41,7 @@ def all_commands(commands: dict[str, type[Any]] = COMMANDS, prog: str = "clvr") 
 
 def commands_of(recipe: str) -> list[type[RecipeCommand]]:
     text = (CONFIGS / f"{recipe}.py").read_text()
-    return [Synth] if "\ndef workshop(" in text else [Train, Plan]
+    return [Synth] if "\ndef worker_context(" in text else [Train, Plan]
 
 
 def without_sentence(parsed: Callable[..., Any]) -> list[str]:

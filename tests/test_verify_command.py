@@ -13,9 +13,9 @@ from PIL import Image
 from clvr_jax.cli import main, parse
 from clvr_jax.commands.verifying import Verify
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import ChatResponse, ProviderError, Token, Usage
 from clvr_jax.pipelines.verifier import Verifier
 from clvr_jax.reasoning.model_verifier import ModelVerifier
-from clvr_jax.reasoning.tools import Answer, ProviderError, Token, Usage
 from tests.providers.server import KEY, LoopbackServer, completion
 
 PROMPT = "a red circle and a blue star"
@@ -30,7 +30,7 @@ class ScriptedModel:
         self._with_probabilities = with_probabilities
         self.images = []
 
-    def ask_all(self, questions):
+    def chat_all(self, questions):
         return [self._answer(question) for question in questions]
 
     def _answer(self, question):
@@ -40,20 +40,20 @@ class ScriptedModel:
             self.images.append(np.asarray(image))
             sees_red = image[0, 0].tolist() == [255, 0, 0]
             if content[-1]["type"] == "image":
-                return Answer("I see red circle." if sees_red else "I see nothing.", Usage(calls=1))
+                return ChatResponse("I see red circle." if sees_red else "I see nothing.", Usage(calls=1))
             content = f"{'I see red circle' if sees_red else 'nothing'}\n{content[-1]['text']}"
         elif content.startswith("Required of:"):
             items = [] if "hello" in content else re.findall(r"\b(?:red|blue|green) \w+", content)
-            return Answer(f"Required: {'; '.join(items) or 'nothing'}.", Usage(calls=1))
+            return ChatResponse(f"Required: {'; '.join(items) or 'nothing'}.", Usage(calls=1))
         description, required = content.split("\nRequired: ")
         if "vague" in required:
-            return Answer("Who knows.")
+            return ChatResponse("Who knows.")
         is_met = required.rstrip(".") in description
         end = " yes" if is_met else " no"
         other = " no" if is_met else " yes"
         evidence = description.removeprefix("I see ").rstrip(".") + "."
         tokens = (Token(evidence, 0.0), Token(end, math.log(0.9), {end: math.log(0.9), other: math.log(0.1)}))
-        return Answer(evidence + end, Usage(calls=1), tokens if self._with_probabilities else None)
+        return ChatResponse(evidence + end, Usage(calls=1), tokens if self._with_probabilities else None)
 
 
 @pytest.fixture(autouse=True)

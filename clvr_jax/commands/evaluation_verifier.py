@@ -125,7 +125,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         """The verifier, and what identifies it."""
         if self.judge:
             from clvr_jax.providers.endpoint import Endpoint, Prices
-            from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+            from clvr_jax.providers.openai_chat import OpenAIChatModel
             from clvr_jax.reasoning.model_verifier import ModelVerifier
 
             endpoint = Endpoint(
@@ -137,7 +137,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
                 max_seconds=self.judge_max_seconds,
             )
             mode = self.mode or "ask"
-            verifier = ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.judge_tokens or 512)
+            verifier = ModelVerifier(OpenAIChatModel(endpoint), mode, max_tokens=self.judge_tokens or 512)
             return verifier, {"model": endpoint.name, "revision": self.judge_revision, "mode": mode}
         from clvr_jax.merging.digests import Digests
         from clvr_jax.pipelines.verifier import Verifier, controller_directory

@@ -138,7 +138,7 @@ class Generate:
             "outcome": trajectory.outcome,
             "unmet": None if trajectory.unmet is None else list(trajectory.unmet),
             "verification": None if trajectory.verification is None else trajectory.verification.to_dict(),
-            "drawings": len(trajectory.drawings),
+            "drawings": len(trajectory.generated),
             "nfe": made.nfe,
             "seconds": round(made.seconds, 3),
             "unseen_words": unseen_words(self.model, wanted.prompt),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def show_event(event: "Event") -> None:
     """Prints what the loop does as it does it."""
     from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
-    from clvr_jax.reasoning.events import Chosen, Drawn, Finished, PlanVerified, Replied, RolledBack, Verified
+    from clvr_jax.reasoning.events import Finished, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 
     if isinstance(event, Replied) and event.error:
         console.print(f"[yellow]  not understood:[/] {escape(event.error)}")
@@ -23,10 +23,10 @@ def show_event(event: "Event") -> None:
         text = Text("  " + strip_action(event.text))
         span = unmet_span(text.plain)
         if span:
-            met = parse(event.text, has_picture=True).unmet == ()
+            met = parse(event.text, has_image=True).unmet == ()
             text.stylize("bold green" if met else "bold yellow", *span)
         console.print(text)
-    elif isinstance(event, Drawn):
+    elif isinstance(event, Generated):
         again = f", attempt {event.step.redraw + 1}" if event.step.redraw else ""
         console.print(f"[bold]step {event.number}[/]  {event.step.nfe} NFE  {event.step.seconds:.1f} s{again}")
         if event.step.left_out:
@@ -36,14 +36,14 @@ def show_event(event: "Event") -> None:
         console.print(_verification_text(event.verification))
     elif isinstance(event, PlanVerified) and event.verification.unmet:
         console.print(f"[yellow]  the plan misses:[/] {escape('; '.join(event.verification.unmet))}")
-    elif isinstance(event, Chosen):
+    elif isinstance(event, Selected):
         console.print(f"  step {event.number} is the best of {len(event.among)} candidates")
     elif isinstance(event, RolledBack):
         console.print(f"[yellow]  step {event.number} is worse than step {event.to}: back to step {event.to}[/]")
     elif isinstance(event, Finished):
         color = "green" if event.trajectory.outcome == "accepted" else "yellow"
         spent = (
-            f"{len(event.trajectory.drawings)} generations, {event.trajectory.nfe} NFE, "
+            f"{len(event.trajectory.generated)} generations, {event.trajectory.nfe} NFE, "
             f"{event.trajectory.seconds:.1f} s"
         )
         console.print(f"[bold {color}]{event.trajectory.outcome}[/]  {spent}")

@@ -148,13 +148,13 @@ class ImageOptions:
             if (kind := class_of(path)) != FLUX2:
                 raise UsageError(f"--image: {model} is a {kind}, which takes no images; FLUX.2 models do")
         check_model_size(self.height_and_width(), model)
-        from clvr_jax.reasoning.images import read_image
+        from clvr_jax.image_io import read_image
 
         return [read_image(path) for path in self.image]
 
     def arguments(self, images: "list[np.ndarray]") -> dict[str, Any]:
         """Arguments of a pipeline's call; only those that are given, as not every pipeline takes all of them."""
-        from clvr_jax.reasoning.images import as_pil
+        from clvr_jax.image_io import as_pil
 
         size = self.height_and_width()
         given: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}
@@ -216,16 +216,16 @@ class ControllerOptions:
             chosen = {"controller": self.controller, "max_reply_tokens": self.controller_tokens}
             return {**{name: value for name, value in chosen.items() if value is not None}, "verifier": verifier}
         from clvr_jax.providers.endpoint import Endpoint
-        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, AskedController
-        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, ChatModelController
+        from clvr_jax.providers.openai_chat import OpenAIChatModel
         from clvr_jax.reasoning.model_verifier import ModelVerifier
 
-        model = OpenAIVisionLanguageModel(
+        model = OpenAIChatModel(
             Endpoint(self.controller_model or "", self.controller_url, self.controller_key_variable or None)
         )
         tokens = self.controller_tokens or MAX_REPLY_TOKENS
         checks = ModelVerifier(model, "ask", max_tokens=tokens) if is_verified and verifier is None else verifier
-        return {"controller": AskedController(model, max_tokens=tokens), "verifier": checks}
+        return {"controller": ChatModelController(model, max_tokens=tokens), "verifier": checks}
 
 
 Loading = Annotated[LoadOptions, tyro.conf.arg(name="")]

@@ -87,8 +87,8 @@ class Sample:
     def _sample(self, pipe: Any, wanted: Wanted, given: "list[np.ndarray]", file: Path) -> dict[str, Any]:
         """Generates one image and writes it; the result as data."""
         from clvr_jax.files import write_atomically
+        from clvr_jax.image_io import encode_png
         from clvr_jax.pipelines.world import unseen_words
-        from clvr_jax.reasoning.images import encode_png
 
         began = time.monotonic()
         made = pipe(

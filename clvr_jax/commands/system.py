@@ -15,8 +15,8 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.systems import System
+    from clvr_jax.interfaces import ChatModel, ImageModel
     from clvr_jax.reasoning.protocols import Controller
-    from clvr_jax.reasoning.tools import ImageTool, VisionLanguageModel
 
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
@@ -204,16 +204,16 @@ class SystemOptions:
                     "--controller oracle reads pictures of the shapes world only; it is for clvr eval shapes"
                 )
             return Oracle([dict(entry) for entry in metadata]), "oracle"
-        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, AskedController
+        from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController
 
         model, tokens = self._controller_model(), self.controller_tokens or MAX_REPLY_TOKENS
-        return AskedController(model, None if self.mode == "closed-loop" else REWRITE_PROMPT, tokens), model.name
+        return ChatModelController(model, None if self.mode == "closed-loop" else REWRITE_PROMPT, tokens), model.name
 
-    def _controller_model(self) -> "VisionLanguageModel":
+    def _controller_model(self) -> "ChatModel":
         from clvr_jax.providers.endpoint import Endpoint, Prices
-        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        from clvr_jax.providers.openai_chat import OpenAIChatModel
 
-        return OpenAIVisionLanguageModel(
+        return OpenAIChatModel(
             Endpoint(
                 self.controller_model or "",
                 self.controller_endpoint or "",
@@ -224,11 +224,11 @@ class SystemOptions:
             )
         )
 
-    def _tool(self) -> "ImageTool":
+    def _tool(self) -> "ImageModel":
         from clvr_jax.providers.endpoint import Endpoint, Prices
-        from clvr_jax.providers.openai_images import OpenAIImageTool
+        from clvr_jax.providers.openai_images import OpenAIImageModel
 
-        return OpenAIImageTool(
+        return OpenAIImageModel(
             Endpoint(
                 self.model,
                 self.endpoint or "",

@@ -61,7 +61,7 @@ class EndpointOptions:
     def verifier(self, mode: Literal["describe", "ask"]) -> "ModelVerifier":
         """Connects to the server. Raises: ClvrError if the key or the openai package is missing."""
         from clvr_jax.providers.endpoint import Endpoint, Prices
-        from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+        from clvr_jax.providers.openai_chat import OpenAIChatModel
         from clvr_jax.reasoning.model_verifier import ModelVerifier
 
         endpoint = Endpoint(
@@ -72,7 +72,7 @@ class EndpointOptions:
             prices=Prices(*self.prices),
             max_seconds=self.max_seconds,
         )
-        return ModelVerifier(OpenAIVisionLanguageModel(endpoint), mode, max_tokens=self.max_tokens or 512)
+        return ModelVerifier(OpenAIChatModel(endpoint), mode, max_tokens=self.max_tokens or 512)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Verify:
     def run(self) -> Result:
         """Reads the images, has them checked, and reports requirement by requirement."""
         from clvr_jax.data.text import check_prompt
-        from clvr_jax.reasoning.images import read_image
+        from clvr_jax.image_io import read_image
 
         check_prompt(self.prompt)
         images = [read_image(path) for path in self.images]

@@ -10,7 +10,7 @@ from typing import Any
 
 from clvr_jax.data.text import prompt_tokens
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.context import conditioning_text
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ def fit_history(tokenizer: Any, prompt: str, replies: Sequence[str], limit: int 
 
     Args:
       tokenizer: of the text encoder, with a chat template.
-      prompt, replies: see `reasoning.context.drawing_text`.
+      prompt, replies: see `reasoning.context.conditioning_text`.
       limit: most tokens that the generator reads, the chat template included; None if any number.
     Raises: ClvrError if the prompt and the current instruction alone are longer.
     """
     for left_out in range(len(replies) or 1):
-        text = drawing_text(prompt, replies, left_out)
+        text = conditioning_text(prompt, replies, left_out)
         length = token_count(tokenizer, text)
         if limit is None or length <= limit:
             return FittedHistory(text, length, left_out)

@@ -16,8 +16,8 @@ from PIL import Image
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.context import drawing_text
-from clvr_jax.reasoning.images import Picture, as_pil, pixels
+from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.reasoning.context import conditioning_text
 
 LATE = 4
 """Steps from this one on are one kind."""
@@ -79,7 +79,7 @@ class ProxySteps:
                 replies.append(step.reasoning)
                 proxies = record.proxies[at] if record.proxies else None
                 if proxies is not None or is_live:
-                    text = drawing_text(record.trajectory.prompt, replies)
+                    text = conditioning_text(record.trajectory.prompt, replies)
                     steps.append(ProxyStep(len(steps), number, history, text, step.reasoning, proxies))
                 history = (*history, at)
         if not steps:
@@ -129,7 +129,7 @@ class ProxySteps:
         told = self._dataset[step.record].trajectory.steps
         return [self._scaled(step, told[place].image) for place in places]
 
-    def _scaled(self, step: ProxyStep, picture: Picture | None) -> np.ndarray:
+    def _scaled(self, step: ProxyStep, picture: ImageLike | None) -> np.ndarray:
         assert picture is not None
         image = as_pil(picture)
         if image.width != image.height:

@@ -21,9 +21,9 @@ from clvr_jax.data.text import bucket_for, encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
 from clvr_jax.reasoning.context import chat_messages
-from clvr_jax.reasoning.images import Picture, as_pil, pixels
 from clvr_jax.reasoning.trajectory import Trajectory, Verdict
 
 
@@ -246,9 +246,9 @@ class ConversationExamples:
         return chat_messages(prompt, replies, len(replies) - 1, self._system)
 
 
-def _history(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
+def _history(trajectory: Trajectory) -> tuple[list[str], list[ImageLike]]:
     """Replies that led to a picture, and the pictures, without those that were rolled back."""
-    kept = [(step.reasoning + step.action, step.image) for step in trajectory.drawings if not step.rolled_back]
+    kept = [(step.reasoning + step.action, step.image) for step in trajectory.generated if not step.rolled_back]
     return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
 
 
@@ -260,7 +260,7 @@ def target_places(record: TrajectoryRecord) -> list[int]:
     return [place for place, number in enumerate(kept) if number in record.generator_targets]
 
 
-def record_conversation(record: TrajectoryRecord) -> tuple[list[str], list[Picture]]:
+def record_conversation(record: TrajectoryRecord) -> tuple[list[str], list[ImageLike]]:
     """Returns the replies of a record and the pictures between them; a verification example ends with its verdict."""
     if not record.is_verification:
         return conversation(record.trajectory)
@@ -275,7 +275,7 @@ def verdict_reply(verdict: Verdict) -> str:
     return verdict.reasoning + (IMAGE_GEN if verdict.unmet else TERMINATE)
 
 
-def conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
+def conversation(trajectory: Trajectory) -> tuple[list[str], list[ImageLike]]:
     """All replies, the last one terminating or not, and the pictures between them."""
     replies, pictures = _history(trajectory)
     if trajectory.steps and trajectory.steps[-1].action == TERMINATE:
@@ -283,7 +283,7 @@ def conversation(trajectory: Trajectory) -> tuple[list[str], list[Picture]]:
     return replies, pictures[: max(len(replies) - 1, 0)]
 
 
-def _size(picture: Picture) -> tuple[int, int]:
+def _size(picture: ImageLike) -> tuple[int, int]:
     """Height and width, without decoding."""
     return picture.shape[:2] if isinstance(picture, np.ndarray) else (as_pil(picture).height, as_pil(picture).width)
 
@@ -296,7 +296,7 @@ def _picture_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:
     return sizes[0] if sizes else ()
 
 
-def _decoded(sample: Sample, pictures: Sequence[Picture]) -> list[np.ndarray]:
+def _decoded(sample: Sample, pictures: Sequence[ImageLike]) -> list[np.ndarray]:
     try:
         return [pixels(picture) for picture in pictures]
     except ClvrError as error:

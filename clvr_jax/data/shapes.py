@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata
@@ -86,7 +86,7 @@ class ShapesTrajectory:
 
     def example(self, step: int) -> Example:
         """The drawing of step `step` (from 0) under everything that came before it."""
-        text = drawing_text(self.prompt, self.replies[: step + 1])
+        text = conditioning_text(self.prompt, self.replies[: step + 1])
         return Example(text, self.canvases[:step], self.targets[step])
 
 

@@ -19,9 +19,9 @@ from scipy import ndimage
 from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.image_io import pixels
 from clvr_jax.reasoning import verification
 from clvr_jax.reasoning.context import Message, chat_messages, prompt_with_requirements, requirements_line
-from clvr_jax.reasoning.images import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan

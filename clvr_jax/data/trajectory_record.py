@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike, encode_png, lazy_image
 from clvr_jax.json_input import JsonObject, parse_json, parse_object
-from clvr_jax.reasoning.images import Picture, encode_png, lazy_image
 from clvr_jax.reasoning.trajectory import Step, Trajectory, run_from_json, step_run_from_json, verdict_from_json
 
 SCHEMA = "1.1.0"
@@ -223,7 +223,7 @@ def _proxy_from_example(row: Mapping[str, bytes]) -> ProxyPrompts | None:
     return ProxyPrompts(_str(row["p_t2i"]), _str(row["p_i2i"]), _integers(row["i_ref"], "i_ref"))
 
 
-def _picture(png: bytes) -> Picture | None:
+def _picture(png: bytes) -> ImageLike | None:
     return lazy_image(png) if png else None
 
 

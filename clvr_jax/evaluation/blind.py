@@ -11,9 +11,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clvr_jax.reasoning.images import Picture, as_pil
+from clvr_jax.image_io import ImageLike, as_pil
+from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Controller, Conversation
-from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.verification import Verification, Verifier
 from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS
 
@@ -22,7 +22,7 @@ Color = tuple[int, int, int]
 WHITE: Color = (255, 255, 255)
 
 
-def blank_image(image: Picture, color: Color | None = None) -> np.ndarray:
+def blank_image(image: ImageLike, color: Color | None = None) -> np.ndarray:
     """Returns a blank image, uint8 (height, width, 3), of the same size as `image`.
 
     Args:
@@ -60,7 +60,7 @@ class BlindVerifier(Verifier):
         """Derives requirements as the verifier does."""
         return self._verifier.derive(prompts)
 
-    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[Picture]) -> list[Verification]:
+    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[ImageLike]) -> list[Verification]:
         """Checks blank images."""
         return self._verifier.check(requirements, [blank_image(image, self._color) for image in images])
 

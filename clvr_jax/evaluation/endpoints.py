@@ -11,19 +11,19 @@ from typing import Any
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.evaluation.systems import Mode, System, budget_for_mode, non_default_fields
-from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, AskedController, ToolDrawer
+from clvr_jax.interfaces import ChatModel, ImageModel, ImageRequest, ProviderError, Usage
+from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController, ImageModelGenerator
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, ProviderError, Usage, VisionLanguageModel
 
 _WAVES = 8
 
 
 def endpoint_system(
-    tool: ImageTool,
+    tool: ImageModel,
     mode: Mode = "one-shot",
     budget: Budget | None = None,
-    controller: VisionLanguageModel | None = None,
+    controller: ChatModel | None = None,
     in_flight: int = 16,
     controller_tokens: int | None = None,
 ) -> System:
@@ -33,7 +33,7 @@ def endpoint_system(
     which can be resumed later; a missing or truncated reply of the controller is such a failure.
 
     Args:
-      tool: generates the images, such as an `OpenAIImageTool`.
+      tool: generates the images, such as an `OpenAIImageModel`.
       mode: as in `systems.planned`; "one-shot" sends the prompt as it is.
       budget: limits per prompt.
       controller: plans and judges by the instructions of the loop; needed for all modes but one-shot.
@@ -52,7 +52,7 @@ def endpoint_system(
     plan_prompt = None if mode == "closed-loop" else REWRITE_PROMPT
 
     def generate_one(prompt: str, seed: int) -> SystemOutput:
-        generator, planner = ToolDrawer(tool), AskedController(controller, plan_prompt, tokens)
+        generator, planner = ImageModelGenerator(tool), ChatModelController(controller, plan_prompt, tokens)
         try:
             (trajectory,) = run([prompt], planner, generator, limits, seed, model=tool.name)
         except ProviderError as error:
@@ -66,9 +66,9 @@ def endpoint_system(
     return _concurrent(generate_one, settings, tool.name, in_flight)
 
 
-def _one_shot(tool: ImageTool, prompt: str, seed: int) -> SystemOutput:
+def _one_shot(tool: ImageModel, prompt: str, seed: int) -> SystemOutput:
     try:
-        result = tool.draw(ImageTask(prompt, seed=seed))
+        result = tool.generate(ImageRequest(prompt, seed=seed))
     except ProviderError as error:
         return _refused(error, error.usage)
     return SystemOutput(result.image, result.usage.nfe or None, result.usage)

@@ -15,8 +15,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.system_output import SystemOutput, image_seed
 from clvr_jax.evaluation.systems import System
 from clvr_jax.file_names import listed_file
+from clvr_jax.image_io import read_image
 from clvr_jax.json_input import parse_object, read_lines, read_object
-from clvr_jax.reasoning.images import read_image
 
 _PROMPT_KEYS = ("prompt", "text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -21,7 +21,7 @@ from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.statistics import wilson_interval
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.protocols import Controller, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
@@ -62,12 +62,12 @@ class PlannedPrompt:
     meets_requirements: bool
 
 
-class BlankCanvas(Drawer):
+class BlankCanvas(ImageGenerator):
     """An image generator that returns the empty canvas and evaluates no network."""
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         """Returns one blank image for each request."""
-        return [Drawing(np.full((CANVAS, CANVAS, 3), BACKGROUND, np.uint8), 0) for _ in requests]
+        return [GeneratedImage(np.full((CANVAS, CANVAS, 3), BACKGROUND, np.uint8), 0) for _ in requests]
 
 
 def plan_prompts(

@@ -28,8 +28,8 @@ from typing_extensions import override
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.files import write_atomically, write_json, write_text
+from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
-from clvr_jax.reasoning.images import Picture, encode_png, pixels, read_image
 from clvr_jax.reasoning.trajectory import Trajectory
 
 _IDENTITY = "benchmark.json"
@@ -113,7 +113,7 @@ class Record:
             has_image=output.image is not None,
             nfe=output.nfe,
             seconds=seconds,
-            steps=None if trajectory is None else len(trajectory.drawings),
+            steps=None if trajectory is None else len(trajectory.generated),
             outcome=output.outcome if trajectory is None else trajectory.outcome,
             input_tokens=None if usage is None else usage.input_tokens,
             output_tokens=None if usage is None else usage.output_tokens,
@@ -280,7 +280,7 @@ def _has_images(entry: Path) -> bool:
     return entry.name.isdigit() or entry.name in ("images", "prompts")
 
 
-def _encode(image: Picture, suffix: str) -> bytes:
+def _encode(image: ImageLike, suffix: str) -> bytes:
     if suffix == ".png":
         return encode_png(image)
     buffer = io.BytesIO()

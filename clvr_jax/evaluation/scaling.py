@@ -19,7 +19,7 @@ from clvr_jax.evaluation.generation import complete_samples
 from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.shapes import Judge, shapes_judge
 from clvr_jax.evaluation.statistics import clustered_interval
-from clvr_jax.reasoning.images import pixels
+from clvr_jax.image_io import pixels
 from clvr_jax.reasoning.trajectory import Trajectory, best_step
 
 TIME_POINTS = 16

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.images import Picture
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 
 GenerateFn = Callable[[list[str], list[int]], Iterable[Any]]
@@ -31,7 +31,7 @@ class SystemOutput:
       seconds: wall time of this prompt alone; None if it shares the time of its batch.
     """
 
-    image: Picture | None = field(repr=False)
+    image: ImageLike | None = field(repr=False)
     nfe: int | None = None
     usage: Usage | None = None
     trajectory: Trajectory | None = None

@@ -14,13 +14,13 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier
 from clvr_jax.evaluation.open_loop import OpenLoopController
 from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput
+from clvr_jax.image_io import pixels
+from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.loading import lora_path
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.images import pixels
-from clvr_jax.reasoning.protocols import Controller, Conversation, Drawing
-from clvr_jax.reasoning.tools import Usage
+from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage
 from clvr_jax.reasoning.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
@@ -80,8 +80,8 @@ def one_shot(
         **_loaded(pipeline, size, loading),
     }
 
-    def generate(prompts: list[str], seeds: list[int]) -> list[Drawing]:
-        output = pipeline.draw_each(
+    def generate(prompts: list[str], seeds: list[int]) -> list[GeneratedImage]:
+        output = pipeline.generate_each(
             prompts,
             [[]] * len(prompts),
             seeds,
@@ -90,7 +90,7 @@ def one_shot(
             height=height,
             width=width,
         )
-        return [Drawing(image, output.nfe) for image in output.images]
+        return [GeneratedImage(image, output.nfe) for image in output.images]
 
     return System(generate, settings, _device())
 

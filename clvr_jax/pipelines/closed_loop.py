@@ -10,6 +10,8 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import flux2_heads
 from clvr_jax.pipelines.images import check_size
@@ -22,10 +24,8 @@ from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
-from clvr_jax.reasoning.images import Picture, as_pil, pixels
-from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.thoughts import strip_thoughts
-from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.reasoning.verification import VerificationMode, Verifier
 
@@ -74,7 +74,7 @@ class VLMController(Controller):
         return answers
 
 
-class Flux2Drawer(Drawer):
+class Flux2ImageGenerator(ImageGenerator):
     """A FLUX.2 pipeline that draws under the whole history.
 
     steps, guidance: the model's own if None.
@@ -92,10 +92,10 @@ class Flux2Drawer(Drawer):
         self._height = None if size is None else size[0]
         self._width = None if size is None else size[1]
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
-        """See `Drawer`."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
+        """See `ImageGenerator`."""
         histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
-        output = self._pipeline.draw_each(
+        output = self._pipeline.generate_each(
             [history.text for history in histories],
             [[as_pil(image) for image in request.images] for request in requests],
             [request.seed for request in requests],
@@ -105,7 +105,7 @@ class Flux2Drawer(Drawer):
             width=self._width,
         )
         return [
-            Drawing(image, output.nfe, history.left_out)
+            GeneratedImage(image, output.nfe, history.left_out)
             for image, history in zip(output.images, histories, strict=True)
         ]
 
@@ -152,8 +152,8 @@ class ClosedLoopPipeline:
             unless `controller` is given.
           dtype: of weights and computation; None is each checkpoint's own on an accelerator, and float32 on a CPU.
           controller: plans and decides: a Qwen3-VL (see `pipelines.verifier.controller_directory`), or any controller,
-            such as `providers.loop_roles.AskedController` for an endpoint; the model's own if None. A Qwen3-VL that was
-            not trained for the loop gets `SYSTEM_PROMPT`.
+            such as `providers.loop_roles.ChatModelController` for an endpoint; the model's own if None. A Qwen3-VL that
+            was not trained for the loop gets `SYSTEM_PROMPT`.
           verifier: checks images: a Qwen3-VL, or any verifier. If None, a Qwen3-VL that is the controller does so, in
             fresh conversations.
           mesh: all models are placed on it, and compute there; the default device if None.
@@ -201,7 +201,7 @@ class ClosedLoopPipeline:
         nfe: int | None = None,
         verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
-        images: Sequence[Picture] = (),
+        images: Sequence[ImageLike] = (),
         height: int | None = None,
         width: int | None = None,
     ) -> ClosedLoopOutput:
@@ -237,7 +237,7 @@ class ClosedLoopPipeline:
         nfe: int | None = None,
         verification: VerificationMode = "separate",
         on_event: Callable[[Event], None] | None = None,
-        images: Sequence[Sequence[Picture]] | None = None,
+        images: Sequence[Sequence[ImageLike]] | None = None,
         height: int | None = None,
         width: int | None = None,
     ) -> list[Trajectory]:
@@ -258,7 +258,7 @@ class ClosedLoopPipeline:
             check_size(*size, self.flux.vae.config.token_pixels)
         steps = None if nfe is None else self.flux.steps_for(nfe)
         self.flux.check_prompts(prompts)  # now, not after the controller has worked for minutes
-        drawer = Flux2Drawer(self.flux, steps, size=size)
+        image_generator = Flux2ImageGenerator(self.flux, steps, size=size)
         checks = (verifier or self.verifier) if verification == "separate" else None
         if verification == "separate" and checks is None:
             raise ClvrError(
@@ -267,7 +267,7 @@ class ClosedLoopPipeline:
         return loop.run(
             prompts,
             chosen,
-            drawer,
+            image_generator,
             budget,
             seeds,
             on_event,

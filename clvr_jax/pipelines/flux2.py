@@ -162,7 +162,7 @@ class Flux2Pipeline(Components):
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if latents is None:
             noise_keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(len(prompts)))
-        return self.draw(
+        return self.generate(
             prompts,
             [list(images)] * len(prompts),
             noise=jnp.asarray(latents) if latents is not None else noise_keys,
@@ -174,7 +174,7 @@ class Flux2Pipeline(Components):
         )
 
     @on_mesh
-    def draw(
+    def generate(
         self,
         prompts: Sequence[str],
         references: Sequence[Sequence[Image.Image]],
@@ -238,7 +238,7 @@ class Flux2Pipeline(Components):
         nfe = steps * (2 if use_guidance else 1)
         return Flux2Output([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
 
-    def draw_each(
+    def generate_each(
         self,
         prompts: Sequence[str],
         references: Sequence[Sequence[Image.Image]],
@@ -260,7 +260,7 @@ class Flux2Pipeline(Components):
         pictures: dict[int, Any] = {}
         nfe = 0
         for rows in [part for group in groups.values() for part in _powers_of_two(group)]:
-            output = self.draw(
+            output = self.generate(
                 [prompts[index] for index in rows],
                 [references[index] for index in rows],
                 jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in rows]),
@@ -308,7 +308,7 @@ class Flux2Pipeline(Components):
         for length in sorted(set(lengths)):
             rows = [row for row, each in enumerate(lengths) if each == length]
             picked, shown = [prompts[row] for row in rows], [references[row] for row in rows]
-            output = self.draw(picked, shown, noise[jnp.asarray(rows)], **options)
+            output = self.generate(picked, shown, noise[jnp.asarray(rows)], **options)
             nfe = output.nfe
             images.update(zip(rows, output.images, strict=True))
         ordered = [images[row] for row in range(len(prompts))]

@@ -11,12 +11,12 @@ from jax.typing import DTypeLike
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
+from clvr_jax.image_io import pixels
+from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.pipelines.loading import Mesh
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
-from clvr_jax.reasoning.images import pixels
 from clvr_jax.reasoning.model_verifier import ModelVerifier
-from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
 from clvr_jax.reasoning.verification import Mode
 
 TRAINED_FOR_LOOP = "loop"
@@ -25,7 +25,7 @@ MAX_ROWS = 64
 """Conversations in one call: more of them need more memory and gain no speed."""
 
 
-class PipelineModel(VisionLanguageModel):
+class PipelineModel(ChatModel):
     """A `Qwen3VLPipeline` that answers many questions in few calls; questions of one kind share calls."""
 
     def __init__(self, pipeline: Qwen3VLPipeline, name: str):
@@ -36,24 +36,24 @@ class PipelineModel(VisionLanguageModel):
         """As it was given."""
         return self._name
 
-    def ask(self, question: Question) -> Answer:
+    def chat(self, question: ChatRequest) -> ChatResponse:
         """Answers one question."""
-        return self.ask_all([question])[0]
+        return self.chat_all([question])[0]
 
-    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+    def chat_all(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
         """Answers questions in order; each samples with its own seed, whatever other questions there are."""
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, question in enumerate(questions):
             key = (question.max_tokens, question.top_logprobs, len(question.images), question.temperature)
             groups.setdefault(key, []).append(index)
-        answers: dict[int, Answer] = {}
+        answers: dict[int, ChatResponse] = {}
         for indices in groups.values():
             for begin in range(0, len(indices), MAX_ROWS):
                 part = indices[begin : begin + MAX_ROWS]
                 answers.update(zip(part, self._answers([questions[index] for index in part]), strict=True))
         return [answers[index] for index in range(len(questions))]
 
-    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
         first = questions[0]
         answered = self._pipeline.answer_all(
             [question.messages for question in questions],
@@ -66,8 +66,10 @@ class PipelineModel(VisionLanguageModel):
         return [_answer(one) for one in answered]
 
 
-def _answer(one: ChatAnswer) -> Answer:
-    return Answer(one.text, Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens), one.tokens)
+def _answer(one: ChatAnswer) -> ChatResponse:
+    return ChatResponse(
+        one.text, Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens), one.tokens
+    )
 
 
 class Verifier(ModelVerifier):

@@ -21,13 +21,13 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor,
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.files import read_json, replacing, write_json
+from clvr_jax.interfaces import Token
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
-from clvr_jax.reasoning.tools import Token
 from clvr_jax.sharding import MeshLayout, process_allgather
 
 

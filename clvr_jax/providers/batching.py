@@ -13,7 +13,7 @@ Request = TypeVar("Request")
 Result = TypeVar("Result")
 
 
-class Gathered(Generic[Request, Result]):
+class DynamicBatcher(Generic[Request, Result]):
     """A function of many requests, called with one at a time from many threads.
 
     Requests that arrive within `wait` seconds of the first, or while the last batch runs, share a call. It runs in a

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interfaces import Fault, ProviderError, Usage
 from clvr_jax.providers.bounded import count, read_object
 from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
-from clvr_jax.reasoning.tools import Fault, ProviderError, Usage
 from clvr_jax.redaction import Secrets, redact_url
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from clvr_jax.interfaces import Fault, ProviderError, Usage
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.tools import Fault, ProviderError, Usage
 
 SHOWN = 300
 """Characters of a failure's words in an error."""

@@ -13,21 +13,21 @@ from PIL import Image
 
 from clvr_jax.data.text import check_prompt
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.providers.batching import Gathered
+from clvr_jax.image_io import as_pil, pixels
+from clvr_jax.interfaces import (
+    ChatModel,
+    ChatRequest,
+    ChatResponse,
+    ImageModel,
+    ImageRequest,
+    ImageResponse,
+    ProviderError,
+    Usage,
+)
+from clvr_jax.providers.batching import DynamicBatcher
 from clvr_jax.providers.failures import NoReplyError
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import as_pil, pixels
 from clvr_jax.reasoning.thoughts import strip_thoughts
-from clvr_jax.reasoning.tools import (
-    Answer,
-    ImageTask,
-    ImageTool,
-    Made,
-    ProviderError,
-    Question,
-    Usage,
-    VisionLanguageModel,
-)
 
 
 class ManyChatsPipeline(Protocol):
@@ -56,10 +56,10 @@ class ChatPipeline(ManyChatsPipeline, Protocol):
         ...
 
 
-class DrawPipeline(Protocol):
+class ImagePipeline(Protocol):
     """What is used of `pipelines.flux2.Flux2Pipeline`; outputs have `images` (PIL) and `nfe` (of each of them)."""
 
-    def draw_each(
+    def generate_each(
         self,
         prompts: Sequence[str],
         references: Sequence[Sequence[Image.Image]],
@@ -86,26 +86,26 @@ class DrawPipeline(Protocol):
         ...
 
 
-class LocalVisionLanguageModel(VisionLanguageModel):
+class LocalChatModel(ChatModel):
     """Our Qwen3-VL. Greedy questions that wait together share a call; every sampled one has its own, and its own seed.
 
     Args:
       pipeline: a `Qwen3VLPipeline`.
       name: model and revision, as it is recorded.
-      max_batch, wait: see `batching.Gathered`.
+      max_batch, wait: see `batching.DynamicBatcher`.
     """
 
     def __init__(self, pipeline: ChatPipeline, name: str, max_batch: int = 8, wait: float = 0.005):
         self._pipeline, self._name = pipeline, name
-        self._gathered = Gathered(self._answers, max_batch, wait)
+        self._gathered = DynamicBatcher(self._answers, max_batch, wait)
 
     @property
     def name(self) -> str:
         """As it was given."""
         return self._name
 
-    def ask(self, question: Question) -> Answer:
-        """See `VisionLanguageModel`.
+    def chat(self, question: ChatRequest) -> ChatResponse:
+        """See `ChatModel`.
 
         Raises: ProviderError "rejected" for a chat that the pipeline cannot read; NoReplyError for a thought without a
           reply.
@@ -134,13 +134,13 @@ class LocalVisionLanguageModel(VisionLanguageModel):
         """Answers what waits, then takes no more."""
         self._gathered.close()
 
-    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
         # One call has one temperature and one seed, and samples its rows in turn: sampled rows must be alone.
         groups: dict[tuple[int, ...], list[int]] = {}
         for index, question in enumerate(questions):
             alone = () if question.temperature == 0 else (index,)
             groups.setdefault((question.max_tokens, question.top_logprobs, *alone), []).append(index)
-        found: dict[int, Answer] = {}
+        found: dict[int, ChatResponse] = {}
         for rows in groups.values():
             first = questions[rows[0]]
             answers = self._pipeline.answer_all(
@@ -151,11 +151,13 @@ class LocalVisionLanguageModel(VisionLanguageModel):
                 first.seed,
                 first.top_logprobs,
             )
-            found.update({row: Answer(one.text, tokens=one.tokens) for row, one in zip(rows, answers, strict=True)})
+            found.update(
+                {row: ChatResponse(one.text, tokens=one.tokens) for row, one in zip(rows, answers, strict=True)}
+            )
         return [found[index] for index in range(len(questions))]
 
 
-class MeshVisionLanguageModel(VisionLanguageModel):
+class MeshChatModel(ChatModel):
     """Our Qwen3-VL, spread over the active layout; greedy.
 
     Where there are several processes, all of them ask the same questions in the same order, each in one thread.
@@ -176,12 +178,12 @@ class MeshVisionLanguageModel(VisionLanguageModel):
         """As it was given."""
         return self._name
 
-    def ask(self, question: Question) -> Answer:
-        """See `VisionLanguageModel`."""
-        return self.ask_all([question])[0]
+    def chat(self, question: ChatRequest) -> ChatResponse:
+        """See `ChatModel`."""
+        return self.chat_all([question])[0]
 
-    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
-        """See `VisionLanguageModel`; those with as many pictures share calls. A thought without a reply is "".
+    def chat_all(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
+        """See `ChatModel`; those with as many pictures share calls. A thought without a reply is "".
 
         Raises: ProviderError "rejected" for a chat that cannot be read, or one that is to be answered by chance.
         """
@@ -190,7 +192,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
             if question.temperature:
                 raise ProviderError(f"{self._name}: is asked greedily on a mesh, not at a temperature", "rejected")
             alike.setdefault((len(question.images), question.max_tokens, question.top_logprobs), []).append(index)
-        found: dict[int, Answer] = {}
+        found: dict[int, ChatResponse] = {}
         for indices in alike.values():
             for begin in range(0, len(indices), self._batch):
                 part = indices[begin : begin + self._batch]
@@ -198,7 +200,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
                 found.update(zip(part, answers, strict=True))
         return [found[index] for index in range(len(questions))]
 
-    def _answers(self, questions: Sequence[Question]) -> list[Answer]:
+    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
         began, first = time.monotonic(), questions[0]
         filled = [*questions, *[questions[-1]] * (self._batch - len(questions))]
         shown = [[pixels(image) for image in question.images] for question in filled]
@@ -214,7 +216,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
         seconds = (time.monotonic() - began) / len(questions)
         return [
             without_thought(
-                Answer(
+                ChatResponse(
                     one.text,
                     Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
                     one.tokens,
@@ -224,7 +226,7 @@ class MeshVisionLanguageModel(VisionLanguageModel):
         ]
 
 
-def without_thought(answer: Answer) -> Answer:
+def without_thought(answer: ChatResponse) -> ChatResponse:
     """Returns the reply behind a model's thought, with its tokens; "" for a thought without a reply."""
     text = strip_thoughts(answer.text) or ""
     if text == answer.text:
@@ -236,19 +238,19 @@ def without_thought(answer: Answer) -> Answer:
     return dataclasses.replace(answer, text=text, tokens=tuple(tokens) if answer.tokens and is_whole else None)
 
 
-class LocalImageTool(ImageTool):
+class LocalImageModel(ImageModel):
     """Our FLUX.2. Tasks that wait together are drawn together where their shapes agree.
 
     Args:
       pipeline: a `Flux2Pipeline`.
       name: model and revision, as it is recorded.
       steps, guidance: of the sampler; the model's own if None.
-      max_batch, wait: see `batching.Gathered`.
+      max_batch, wait: see `batching.DynamicBatcher`.
     """
 
     def __init__(
         self,
-        pipeline: DrawPipeline,
+        pipeline: ImagePipeline,
         name: str,
         steps: int | None = None,
         guidance: float | None = None,
@@ -257,15 +259,15 @@ class LocalImageTool(ImageTool):
     ):
         self._pipeline, self._name = pipeline, name
         self._sampler: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-        self._gathered = Gathered(self._draw_all, max_batch, wait)
+        self._gathered = DynamicBatcher(self._draw_all, max_batch, wait)
 
     @property
     def name(self) -> str:
         """As it was given."""
         return self._name
 
-    def draw(self, task: ImageTask) -> Made:
-        """See `ImageTool`. The picture is (height, width, 3) uint8.
+    def generate(self, task: ImageRequest) -> ImageResponse:
+        """See `ImageModel`. The picture is (height, width, 3) uint8.
 
         Raises: ProviderError "rejected" for a prompt, size or reference that the pipeline cannot use.
         """
@@ -277,13 +279,13 @@ class LocalImageTool(ImageTool):
             )
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
-        return Made(picture, Usage(calls=1, pictures=1, nfe=nfe, seconds=time.monotonic() - began))
+        return ImageResponse(picture, Usage(calls=1, pictures=1, nfe=nfe, seconds=time.monotonic() - began))
 
     def close(self) -> None:
         """Draws what waits, then takes no more."""
         self._gathered.close()
 
-    def _draw_all(self, tasks: Sequence[ImageTask]) -> list[tuple[np.ndarray, int]]:
+    def _draw_all(self, tasks: Sequence[ImageRequest]) -> list[tuple[np.ndarray, int]]:
         made: dict[int, tuple[np.ndarray, int]] = {}
         together = []
         for index, task in enumerate(tasks):
@@ -301,7 +303,7 @@ class LocalImageTool(ImageTool):
             )
             made[index] = (pixels(output.images[0]), output.nfe)
         if together:
-            output = self._pipeline.draw_each(
+            output = self._pipeline.generate_each(
                 [tasks[index].prompt for index in together],
                 [[as_pil(image) for image in tasks[index].references] for index in together],
                 [tasks[index].seed for index in together],

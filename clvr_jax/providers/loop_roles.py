@@ -6,9 +6,9 @@ import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
+from clvr_jax.interfaces import ChatModel, ChatRequest, ImageModel, ImageRequest, ProviderError, Usage
 from clvr_jax.reasoning.actions import IMAGE_GEN, SYSTEM_PROMPT, strip_action
-from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, ProviderError, Question, Usage, VisionLanguageModel
+from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 1024
@@ -22,7 +22,7 @@ paragraph.
 """
 
 
-class AskedController(Controller):
+class ChatModelController(Controller):
     """A general-purpose model, told the loop's contract; greedy at first, sampling when it has to try again.
 
     Args:
@@ -34,7 +34,7 @@ class AskedController(Controller):
     usage: what all replies have cost so far.
     """
 
-    def __init__(self, model: VisionLanguageModel, plan_prompt: str | None = None, max_tokens: int = MAX_REPLY_TOKENS):
+    def __init__(self, model: ChatModel, plan_prompt: str | None = None, max_tokens: int = MAX_REPLY_TOKENS):
         self._model, self._plan_prompt, self._max_tokens = model, plan_prompt, max_tokens
         self._lock = threading.Lock()
         self.usage = Usage()
@@ -48,7 +48,7 @@ class AskedController(Controller):
 
     def _reply(self, conversation: Conversation) -> str:
         plans = not conversation.replies and self._plan_prompt is not None
-        question = Question(
+        question = ChatRequest(
             conversation.messages(self._plan_prompt if plans else SYSTEM_PROMPT),
             conversation.images,
             self._max_tokens,
@@ -56,7 +56,7 @@ class AskedController(Controller):
             seed=conversation.seed,
         )
         try:
-            answer = self._model.ask(question)
+            answer = self._model.chat(question)
         except ProviderError as error:
             self._pay(error.usage)
             raise
@@ -68,25 +68,25 @@ class AskedController(Controller):
             self.usage += usage
 
 
-class ToolDrawer(Drawer):
+class ImageModelGenerator(ImageGenerator):
     """An image tool that is given the whole history: its words, and its pictures as references.
 
     usage: what all drawings have cost so far.
     """
 
-    def __init__(self, tool: ImageTool):
+    def __init__(self, tool: ImageModel):
         self._tool = tool
         self.usage = Usage()
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
-        """See `Drawer`. Raises: ProviderError."""
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
+        """See `ImageGenerator`. Raises: ProviderError."""
         return [self._draw(request) for request in requests]
 
-    def _draw(self, request: DrawRequest) -> Drawing:
+    def _draw(self, request: GenerationRequest) -> GeneratedImage:
         try:
-            made = self._tool.draw(ImageTask(request.text, request.images, seed=request.seed))
+            made = self._tool.generate(ImageRequest(request.text, request.images, seed=request.seed))
         except ProviderError as error:
             self.usage += error.usage
             raise
         self.usage += made.usage
-        return Drawing(made.image, made.usage.nfe)
+        return GeneratedImage(made.image, made.usage.nfe)

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
+from clvr_jax.image_io import EncodedPicture, ImageLike, encode_png
+from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, ProviderError, Token, Usage
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import EncodedPicture, Picture, encode_png
 from clvr_jax.reasoning.thoughts import strip_thoughts
-from clvr_jax.reasoning.tools import Answer, ProviderError, Question, Token, Usage, VisionLanguageModel
 
 MAX_TOP_LOGPROBS = 20
 """Most alternatives to a token that the API may be asked for."""
@@ -33,7 +33,7 @@ _LOWEST, _ROUNDING = 1e9, 1e-3
 """Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
 
-class OpenAIVisionLanguageModel(VisionLanguageModel):
+class OpenAIChatModel(ChatModel):
     """A model behind `/chat/completions`; may be asked from many threads at once.
 
     Images are sent as base64, every one with every question. Probabilities of tokens are asked for where a question
@@ -83,7 +83,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         """Says which fields are not sent as they were asked for, since the server refused them."""
         return self._adaptation.notes
 
-    def ask(self, question: Question) -> Answer:
+    def chat(self, question: ChatRequest) -> ChatResponse:
         """Asks one question.
 
         Raises: ProviderError; UsageError if image parts and images differ in number.
@@ -94,7 +94,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         while True:
             sent = self._adaptation.adapted(wanted)
             try:
-                answer = self._ask(question, sent)
+                answer = self._chat(question, sent)
             except ProviderError as error:
                 if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
                     raise
@@ -107,13 +107,13 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             usage = dataclasses.replace(usage, calls=1, retries=usage.retries + requests)
             return dataclasses.replace(answer, usage=usage)
 
-    def ask_all(self, questions: Sequence[Question]) -> list[Answer]:
+    def chat_all(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
         """Asks questions side by side, at most the endpoint's `max_in_flight` at a time; answers are in order."""
         if len(questions) < 2:
-            return [self.ask(question) for question in questions]
+            return [self.chat(question) for question in questions]
         threads = ThreadPoolExecutor(min(len(questions), self._connection.endpoint.max_in_flight))
         try:
-            return list(threads.map(self.ask, questions))
+            return list(threads.map(self.chat, questions))
         finally:
             threads.shutdown(cancel_futures=True)
 
@@ -121,7 +121,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         """Closes the connections to the server."""
         self._connection.close()
 
-    def _request(self, question: Question) -> dict[str, Any]:
+    def _request(self, question: ChatRequest) -> dict[str, Any]:
         """The request's body with every field that is wanted."""
         request: dict[str, Any] = {
             "model": self._connection.endpoint.model,
@@ -136,7 +136,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
             request["response_format"] = {"type": "json_object"}
         return request
 
-    def _ask(self, question: Question, sent: Mapping[str, Any]) -> Answer:
+    def _chat(self, question: ChatRequest, sent: Mapping[str, Any]) -> ChatResponse:
         request = {**sent, **self._extra}
         # Not client.chat.completions.create: its typed requests and answers cost as much again as the rest of a call,
         # and with 64 threads that is what limits the number of calls in flight.
@@ -147,7 +147,7 @@ class OpenAIVisionLanguageModel(VisionLanguageModel):
         return dataclasses.replace(answer, usage=usage)
 
 
-def chat_messages(messages: Sequence[Message], images: Sequence[Picture]) -> list[Message]:
+def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[Message]:
     """Messages in the endpoint's form: the k-th {"type": "image"} part becomes the k-th picture, as a data URL.
 
     Raises: UsageError if there are more or fewer pictures than such parts, or for parts of another kind.
@@ -168,13 +168,13 @@ def chat_messages(messages: Sequence[Message], images: Sequence[Picture]) -> lis
     return converted
 
 
-def picture_url(picture: Picture) -> str:
+def picture_url(picture: ImageLike) -> str:
     """The picture as a data URL: of the file that it is, else of a PNG."""
     file = picture if isinstance(picture, EncodedPicture) else EncodedPicture(encode_png(picture), "png")
     return f"data:image/{file.kind};base64,{base64.b64encode(file.content).decode()}"
 
 
-def read_completion(body: Mapping[str, Any], question: Question, prices: Prices) -> tuple[Answer, Usage]:
+def read_completion(body: Mapping[str, Any], question: ChatRequest, prices: Prices) -> tuple[ChatResponse, Usage]:
     """Reads a chat completion: its text with the probabilities of its tokens, and its price.
 
     `tokens` is None if the question did not ask for them, or if the server sent none that fit the text.
@@ -205,7 +205,7 @@ def read_completion(body: Mapping[str, Any], question: Question, prices: Prices)
         raise Failure(what, "down", can_retry=True, usage=usage, is_no_reply=True)
     content = reply
     tokens = read_tokens(choice.get("logprobs"), content) if question.top_logprobs > 0 else None
-    return Answer(content, tokens=tokens), usage
+    return ChatResponse(content, tokens=tokens), usage
 
 
 def read_tokens(logprobs: object, text: str) -> tuple[Token, ...] | None:

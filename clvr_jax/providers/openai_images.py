@@ -9,14 +9,14 @@ from typing import Any, Literal
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import decode_image, encode_png
+from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError, Usage
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.base64_text import decode_base64
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
 from clvr_jax.providers.openai_chat import picture_url
-from clvr_jax.reasoning.images import decode_image, encode_png
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, ProviderError, Usage
 
 _OPTIONAL = (
     OptionalFields(("response_format",)),
@@ -24,7 +24,7 @@ _OPTIONAL = (
 )
 
 
-class OpenAIImageTool(ImageTool):
+class OpenAIImageModel(ImageModel):
     """A model behind `/images/generations` and `/images/edits`; may be asked from many threads at once.
 
     Args:
@@ -72,19 +72,19 @@ class OpenAIImageTool(ImageTool):
         """Says which fields are not sent as they were asked for, since the server refused them."""
         return self._adaptation.notes
 
-    def draw(self, task: ImageTask) -> Made:
-        """See `ImageTool`. The picture is (height, width, 3) uint8. Raises: ProviderError."""
+    def generate(self, task: ImageRequest) -> ImageResponse:
+        """See `ImageModel`. The picture is (height, width, 3) uint8. Raises: ProviderError."""
         self._check(task)
         size = task.size or self._size
         entry, usage = self._entry(task, size)
         content, usage = self._content(entry, usage)
         try:
-            return Made(decode_picture(content, size), usage)
+            return ImageResponse(decode_picture(content, size), usage)
         except Failure as error:
             failure = error
         raise self._connection.error(failure.message, failure.fault, usage)
 
-    def _entry(self, task: ImageTask, size: tuple[int, int] | None) -> tuple[dict[str, Any], Usage]:
+    def _entry(self, task: ImageRequest, size: tuple[int, int] | None) -> tuple[dict[str, Any], Usage]:
         """What the server answers, and what it cost; fields that it refuses by name are left out from then on."""
         wanted: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": task.prompt, "n": 1}
         if size is not None:
@@ -108,7 +108,7 @@ class OpenAIImageTool(ImageTool):
                 continue
             return entry, rejected + usage
 
-    def _sender(self, task: ImageTask, fields: Mapping[str, Any]) -> Callable[[Any], str]:
+    def _sender(self, task: ImageRequest, fields: Mapping[str, Any]) -> Callable[[Any], str]:
         """What sends one request: it may be called several times."""
         request = {**fields}
         extra = {**self._extra, **({"seed": request.pop("seed")} if "seed" in request else {})}
@@ -135,7 +135,7 @@ class OpenAIImageTool(ImageTool):
         """Closes the connections to the server."""
         self._connection.close()
 
-    def _check(self, task: ImageTask) -> None:
+    def _check(self, task: ImageRequest) -> None:
         if not task.prompt.strip():
             raise self._connection.error("the prompt is empty; say what to draw", "rejected")
         if len(task.prompt) > self._max_prompt:

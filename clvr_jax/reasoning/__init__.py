@@ -2,9 +2,9 @@
 
 from clvr_jax.reasoning.actions import IMAGE_GEN, SYSTEM_PROMPT, TERMINATE, ParseError, Reply, parse
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.context import chat_messages, drawing_text
+from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.loop import run
-from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
 
 __all__ = [
@@ -14,16 +14,16 @@ __all__ = [
     "Budget",
     "Controller",
     "Conversation",
-    "DrawRequest",
-    "Drawer",
-    "Drawing",
+    "GeneratedImage",
+    "GenerationRequest",
+    "ImageGenerator",
     "ParseError",
     "Reply",
     "Step",
     "Trajectory",
     "Verdict",
     "chat_messages",
-    "drawing_text",
+    "conditioning_text",
     "parse",
     "run",
 ]

@@ -95,13 +95,13 @@ class Reply:
         return self.reasoning + self.action
 
 
-def parse(text: str, has_picture: bool) -> Reply:
+def parse(text: str, has_image: bool) -> Reply:
     """Reads a controller's reply.
 
     Args:
       text: the raw reply; end-of-turn tokens after the action are ignored.
       has_picture: whether the controller saw a picture, so that a verdict (`Unmet: ...`) is due.
-    Returns: the reply; `unmet` is None exactly if `has_picture` is false.
+    Returns: the reply; `unmet` is None exactly if `has_image` is false.
     Raises: ParseError for no action token or more than one, text after it, no reasoning to draw from, and, when a
       picture exists, for no verdict, two verdicts, an empty one, or one that says "nothing" next to other items.
     """
@@ -117,7 +117,7 @@ def parse(text: str, has_picture: bool) -> Reply:
     reasoning = reasoning.strip()
     if rest.strip():
         raise ParseError(f"controller reply: text after {action}: {_short(rest)}")
-    if not has_picture:
+    if not has_image:
         if action == IMAGE_GEN and not reasoning:
             raise ParseError(f"controller reply: {action} without a word on what to draw")
         return Reply(reasoning, action)

@@ -79,15 +79,15 @@ class Account:
         self.nfe += nfe
         self._dearest = max(self._dearest, nfe)
 
-    def affordable(self, drawings: int) -> int:
+    def affordable(self, generated: int) -> int:
         """How many of so many drawings of one reply may be begun now; the price of the first ever shows what it is."""
         budget = self.budget
-        drawings = min(drawings, budget.max_steps - self.steps)
+        generated = min(generated, budget.max_steps - self.steps)
         if budget.max_nfe is None:
-            return drawings
+            return generated
         if not self.steps:
-            return min(drawings, 1)
-        return min(drawings, max(0, budget.max_nfe - self.nfe) // self._dearest) if self._dearest else drawings
+            return min(generated, 1)
+        return min(generated, max(0, budget.max_nfe - self.nfe) // self._dearest) if self._dearest else generated
 
     def spent(self, seconds: float) -> str | None:
         """Which limit forbids another drawing: "step limit", "nfe limit", "time limit", or None if none does.

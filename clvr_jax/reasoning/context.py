@@ -8,13 +8,10 @@ Source: arXiv 2605.14876, closed-loop inference.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import Message
 from clvr_jax.reasoning.actions import strip_action
-
-Message = dict[str, Any]
-"""{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
 
 
 def image_mark(number: int) -> str:
@@ -22,7 +19,7 @@ def image_mark(number: int) -> str:
     return f"<IMG_GEN_{number}>"
 
 
-def drawing_text(prompt: str, replies: Sequence[str], left_out: int = 0) -> str:
+def conditioning_text(prompt: str, replies: Sequence[str], left_out: int = 0) -> str:
     """What the diffusion model reads when it draws image t.
 
     Args:

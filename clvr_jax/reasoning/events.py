@@ -19,7 +19,7 @@ class Replied:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Generated:
     """A picture was drawn: step number `number` with its picture, price and time."""
 
     index: int
@@ -37,7 +37,7 @@ class RolledBack:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Selected:
     """Of the pictures `among`, drawn after the same reply, that of step `number` goes on."""
 
     index: int
@@ -71,4 +71,4 @@ class Finished:
     trajectory: Trajectory
 
 
-Event = Replied | Drawn | Verified | PlanVerified | Chosen | RolledBack | Finished
+Event = Replied | Generated | Verified | PlanVerified | Selected | RolledBack | Finished

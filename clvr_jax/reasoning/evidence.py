@@ -8,7 +8,7 @@ on a clause the description does not have, or that does not name what is require
 import math
 import re
 
-from clvr_jax.reasoning.tools import Answer
+from clvr_jax.interfaces import ChatResponse
 
 ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
 """The last word of an answer."""
@@ -24,7 +24,7 @@ _FUNCTION_WORDS = frozenset(
 )
 
 
-def answer_probability(answer: Answer) -> float | None:
+def answer_probability(answer: ChatResponse) -> float | None:
     """Returns the probability of yes against no where the answer says one of them; None without token probabilities.
 
     A word may be written with several tokens, and the space before it may be a token of its own. Such a space does not
@@ -57,7 +57,7 @@ def answer_probability(answer: Answer) -> float | None:
     return None
 
 
-def evidence_probability(description: Answer, evidence: str) -> float:
+def evidence_probability(description: ChatResponse, evidence: str) -> float:
     """Returns the probability of the clauses that evidence quotes; of all clauses if it quotes none, or others too.
 
     Returns: the product of the probabilities of their tokens; 1 if the description has no token probabilities.

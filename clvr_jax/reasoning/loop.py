@@ -25,11 +25,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
-from clvr_jax.reasoning.events import Chosen, Drawn, Event, Finished, PlanVerified, Replied, RolledBack, Verified
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.protocols import Controller, Conversation, Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.events import Event, Finished, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
+from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.trajectory import (
     ACCEPTED,
     GAVE_UP,
@@ -52,7 +52,7 @@ differences of probabilities send nobody back. Verdicts count whole items."""
 def run(
     prompts: Sequence[str],
     controller: Controller,
-    drawer: Drawer,
+    image_generator: ImageGenerator,
     budget: Budget | None = None,
     seeds: int | Sequence[int] = 0,
     on_event: Callable[[Event], None] | None = None,
@@ -61,7 +61,7 @@ def run(
     verifier: Verifier | None = None,
     model: str = "",
     versions: Mapping[str, str] | None = None,
-    images: Sequence[Sequence[Picture]] | None = None,
+    images: Sequence[Sequence[ImageLike]] | None = None,
 ) -> list[Trajectory]:
     """Runs the closed loop for a batch of prompts.
 
@@ -115,7 +115,7 @@ def run(
             _check_count("controller", len(texts), len(asked))
             share = (time.monotonic() - called) / len(asked)
             for (state, number, _), text in zip(asked, texts, strict=True):
-                state.hear(number, text, share)
+                state.receive_reply(number, text, share)
         if verifier is not None:
             _verify_plans(active, verifier)
         elapsed = time.monotonic() - started
@@ -123,11 +123,11 @@ def run(
             state.decide(elapsed)
         while requests := [(state, request) for state in active for request in state.requests()]:
             called = time.monotonic()
-            drawings = drawer.draw([request for _, request in requests])
-            _check_count("drawer", len(drawings), len(requests))
+            generated = image_generator.generate([request for _, request in requests])
+            _check_count("drawer", len(generated), len(requests))
             share = (time.monotonic() - called) / len(requests)
-            for (state, request), drawing in zip(requests, drawings, strict=True):
-                state.receive(request, drawing, share)
+            for (state, request), generated_image in zip(requests, generated, strict=True):
+                state.receive(request, generated_image, share)
         if verifier is not None:
             _verify_images(active, verifier, started)
         for state in active:
@@ -200,7 +200,7 @@ class _Run:
         notify: Callable[[Event], None],
         mode: VerificationMode,
         required: tuple[str, ...],
-        given: tuple[Picture, ...],
+        given: tuple[ImageLike, ...],
     ):
         self._given = given
         self.index = index
@@ -232,12 +232,12 @@ class _Run:
             return []
         return [(number, self._conversation(number)) for number, draft in self._table.items() if draft is None]
 
-    def hear(self, number: int, text: str, seconds: float) -> None:
+    def receive_reply(self, number: int, text: str, seconds: float) -> None:
         """Takes the controller's reply to the picture of step `number`; one that cannot be read is asked for again."""
         self._seconds += seconds
         attempt = self._attempts.get(number, 0)
         try:
-            reply = parse(text, has_picture=number != _FIRST)
+            reply = parse(text, has_image=number != _FIRST)
         except ParseError as error:
             self._notify(Replied(self.index, attempt, text, str(error)))
             self._attempts[number] = attempt + 1
@@ -287,7 +287,7 @@ class _Run:
             return []
         return [number for number in self._table if number != _FIRST and self._steps[number].verification is None]
 
-    def image(self, number: int) -> Picture:
+    def image(self, number: int) -> ImageLike:
         """The image of a step."""
         image = self._steps[number].image
         assert image is not None
@@ -347,7 +347,7 @@ class _Run:
             return
         self._begin(draft)
 
-    def requests(self) -> list[DrawRequest]:
+    def requests(self) -> list[GenerationRequest]:
         """What to draw now: as many candidates of the next step as can be paid for."""
         if self._draft is None:
             return []
@@ -357,35 +357,35 @@ class _Run:
             for extra in range(self._account.affordable(self._wanted))
         ]
         replies = (*replies, self._draft.reply.text)
-        requests = [DrawRequest(self._prompt, replies, images, seed, len(self._given)) for seed in seeds]
+        requests = [GenerationRequest(self._prompt, replies, images, seed, len(self._given)) for seed in seeds]
         if not requests:
             self._draft = None
             if self._budget.stop_when == "drawn":
                 self._finish(STEP_LIMIT)
         return requests
 
-    def receive(self, request: DrawRequest, drawing: Drawing, seconds: float) -> None:
+    def receive(self, request: GenerationRequest, generated_image: GeneratedImage, seconds: float) -> None:
         """Takes a picture that was asked for."""
         assert self._draft is not None
         self._seconds += seconds
-        self._account.charge(drawing.nfe)
+        self._account.charge(generated_image.nfe)
         step = Step(
             reasoning=self._draft.reply.reasoning,
             action=self._draft.reply.action,
             references=tuple(self._path),
-            image=drawing.image,
-            nfe=drawing.nfe,
+            image=generated_image.image,
+            nfe=generated_image.nfe,
             seconds=self._take_seconds(),
             attempts=self._draft.attempts,
             redraw=self._draft.redraw + len(self._table),
             seed=request.seed,
-            left_out=drawing.left_out,
+            left_out=generated_image.left_out,
         )
         number = len(self._steps)
         self._table[number] = None
         self._wanted -= 1
         self._steps.append(step)
-        self._notify(Drawn(self.index, number, step))
+        self._notify(Generated(self.index, number, step))
 
     def finished(self, model: str, versions: Mapping[str, str]) -> Trajectory | None:
         """The trajectory once the prompt is done, None before."""
@@ -404,7 +404,7 @@ class _Run:
         report = "" if verification is None else verification.report
         return Conversation(self._prompt, replies, images, seed, attempt, report, self.required, len(self._given))
 
-    def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[Picture, ...]]:
+    def _history(self, path: Sequence[int]) -> tuple[tuple[str, ...], tuple[ImageLike, ...]]:
         """Replies with action tokens of some steps; and the user's own images with those of the steps."""
         steps = [self._steps[number] for number in path]
         made = tuple(step.image for step in steps if step.image is not None)
@@ -434,7 +434,7 @@ class _Run:
             if number != chosen:
                 self._steps[number] = replace(self._steps[number], rolled_back=True)
         if len(numbers) > 1:
-            self._notify(Chosen(self.index, chosen, tuple(numbers)))
+            self._notify(Selected(self.index, chosen, tuple(numbers)))
         self._path.append(chosen)
         return chosen
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import get_args
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, invents, names_required
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.tools import Answer, Question, Usage, VisionLanguageModel
 from clvr_jax.reasoning.verification import (
     COMPARISON_PROMPT,
     DESCRIPTION_PROMPT,
@@ -39,7 +39,7 @@ class ModelVerifier(Verifier):
     """A vision-language model as the verifier.
 
     Args:
-      model: any `VisionLanguageModel`; all questions of a stage are asked together.
+      model: any `ChatModel`; all questions of a stage are asked together.
       mode: "describe" or "ask", see the module.
       is_instructed: whether system prompts explain the task; False for models that were trained for it.
       max_tokens: of a description or a list of requirements; answers to comparisons get half of it.
@@ -49,7 +49,7 @@ class ModelVerifier(Verifier):
 
     def __init__(
         self,
-        model: VisionLanguageModel,
+        model: ChatModel,
         mode: Mode = "describe",
         *,
         is_instructed: bool = True,
@@ -78,7 +78,7 @@ class ModelVerifier(Verifier):
     def verify(
         self,
         prompts: Sequence[str],
-        images: Sequence[Picture],
+        images: Sequence[ImageLike],
         requirements: Sequence[Sequence[str]] | None = None,
     ) -> list[Verification]:
         """Checks every image against its prompt.
@@ -107,9 +107,9 @@ class ModelVerifier(Verifier):
         found: dict[int, tuple[str, ...]] = {}
         for attempt in range(self._retries + 1):
             missing = [index for index in range(len(prompts)) if index not in found]
-            answers = self._ask(
+            answers = self._chat(
                 [
-                    Question(
+                    ChatRequest(
                         requirements_messages(prompts[index], system),
                         max_tokens=self._max_tokens,
                         temperature=_RETRY_TEMPERATURE if attempt else 0.0,
@@ -129,7 +129,7 @@ class ModelVerifier(Verifier):
                     )
         return [found[index] for index in range(len(prompts))]
 
-    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[Picture]) -> list[Verification]:
+    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[ImageLike]) -> list[Verification]:
         """Checks every image against its requirements, alone and in fresh conversations.
 
         Raises: ClvrError if there are not as many lists of requirements as images; ProviderError.
@@ -137,18 +137,18 @@ class ModelVerifier(Verifier):
         _same_number(len(requirements), len(images), "images")
         if self._mode == "describe":
             system = self._system(DESCRIPTION_PROMPT)
-            described = self._ask(
+            described = self._chat(
                 [
-                    Question(description_messages(system), [image], self._max_tokens, top_logprobs=_TOP_LOGPROBS)
+                    ChatRequest(description_messages(system), [image], self._max_tokens, top_logprobs=_TOP_LOGPROBS)
                     for image in images
                 ]
             )
             return self._compare(requirements, described)
         system = self._system(QUESTION_PROMPT)
         pairs = [(row, text) for row, texts in enumerate(requirements) for text in texts]
-        answers = self._ask(
+        answers = self._chat(
             [
-                Question(
+                ChatRequest(
                     question_messages(text, system), [images[row]], self._max_tokens // 2, top_logprobs=_TOP_LOGPROBS
                 )
                 for row, text in pairs
@@ -160,15 +160,15 @@ class ModelVerifier(Verifier):
     def check_plans(self, requirements: Sequence[Sequence[str]], plans: Sequence[str]) -> list[Verification]:
         """Checks plans in words, each as if it were a description that is certain."""
         _same_number(len(requirements), len(plans), "plans")
-        return self._compare(requirements, [Answer(plan) for plan in plans])
+        return self._compare(requirements, [ChatResponse(plan) for plan in plans])
 
-    def _compare(self, requirements: Sequence[Sequence[str]], described: Sequence[Answer]) -> list[Verification]:
+    def _compare(self, requirements: Sequence[Sequence[str]], described: Sequence[ChatResponse]) -> list[Verification]:
         system = self._system(COMPARISON_PROMPT)
         descriptions = [answer.text.strip() for answer in described]
         pairs = [(row, text) for row, texts in enumerate(requirements) for text in texts]
-        answers = self._ask(
+        answers = self._chat(
             [
-                Question(
+                ChatRequest(
                     comparison_messages(descriptions[row], text, system),
                     max_tokens=self._max_tokens // 2,
                     top_logprobs=_TOP_LOGPROBS,
@@ -181,7 +181,7 @@ class ModelVerifier(Verifier):
         ]
         return self._gathered(requirements, checked, descriptions)
 
-    def _checked(self, requirement: str, answer: Answer, description: Answer | None = None) -> Requirement:
+    def _checked(self, requirement: str, answer: ChatResponse, description: ChatResponse | None = None) -> Requirement:
         text = answer.text.strip()
         match = ANSWER.search(text)
         if match is None:
@@ -217,8 +217,8 @@ class ModelVerifier(Verifier):
     def _system(self, prompt: str) -> str | None:
         return prompt if self._is_instructed else None
 
-    def _ask(self, questions: Sequence[Question]) -> list[Answer]:
-        answers = self._model.ask_all(questions) if questions else []
+    def _chat(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
+        answers = self._model.chat_all(questions) if questions else []
         for answer in answers:
             self.usage += answer.usage
         return answers

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.html_pages import render_page
+from clvr_jax.image_io import ImageLike, encode_png, pixels
 from clvr_jax.reasoning.actions import plan_items, unmet_span
-from clvr_jax.reasoning.images import Picture, encode_png, pixels
 
 if TYPE_CHECKING:
     from clvr_jax.reasoning.trajectory import Step, Trajectory
@@ -90,8 +90,8 @@ def _is_verified(steps: Sequence[Step]) -> bool:
 
 
 def _facts(trajectory: Trajectory) -> dict[str, str]:
-    dropped = sum(step.rolled_back for step in trajectory.drawings)
-    pictures = str(len(trajectory.drawings)) + (f" ({dropped} rolled back)" if dropped else "")
+    dropped = sum(step.rolled_back for step in trajectory.generated)
+    pictures = str(len(trajectory.generated)) + (f" ({dropped} rolled back)" if dropped else "")
     return {
         "Model": trajectory.model or "not recorded",
         "Pictures": pictures,
@@ -105,7 +105,7 @@ def _result(trajectory: Trajectory) -> dict[str, Any] | None:
     """The result as an embedded image with its caption; None if nothing was drawn."""
     if trajectory.best is None or trajectory.image is None:
         return None
-    caption = f"Picture {trajectory.best + 1} of {len(trajectory.drawings)}"
+    caption = f"Picture {trajectory.best + 1} of {len(trajectory.generated)}"
     if (count := _unmet_count(trajectory.steps[trajectory.best])) is not None:
         caption += f", {count}"
     return {**_embedded(trajectory.image, _RESULT_WIDTH, f"The result: {caption}"), "caption": caption}
@@ -283,7 +283,7 @@ def _price(step: Step) -> list[str]:
     return parts
 
 
-def _embedded(picture: Picture, width: int, alt: str) -> dict[str, Any]:
+def _embedded(picture: ImageLike, width: int, alt: str) -> dict[str, Any]:
     """The picture as an embedded PNG: a small one enlarged by a whole factor to about `width` pixels, others as is."""
     height_px, width_px = pixels(picture).shape[:2]
     small = max(height_px, width_px) <= _SMALL

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning import context
 from clvr_jax.reasoning.actions import GIVEN_IMAGES_PROMPT
-from clvr_jax.reasoning.images import Picture
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Conversation:
 
     prompt: str
     replies: tuple[str, ...] = ()
-    images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
     seed: int = 0
     attempt: int = 0
     report: str = ""
@@ -56,7 +56,7 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class DrawRequest:
+class GenerationRequest:
     """A history that waits for its next picture.
 
     Attributes:
@@ -69,7 +69,7 @@ class DrawRequest:
 
     prompt: str
     replies: tuple[str, ...]
-    images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
     seed: int = 0
     num_given: int = 0
 
@@ -81,17 +81,17 @@ class DrawRequest:
     @property
     def text(self) -> str:
         """What the diffusion model reads; see context.drawing_text."""
-        return context.drawing_text(self.prompt, self.replies)
+        return context.conditioning_text(self.prompt, self.replies)
 
 
 @dataclass(frozen=True)
-class Drawing:
+class GeneratedImage:
     """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice).
 
     left_out: how many replies, the oldest, the image generator did not read, because the history was too long for it.
     """
 
-    image: Picture = field(repr=False, compare=False)
+    image: ImageLike = field(repr=False, compare=False)
     nfe: int
     left_out: int = 0
 
@@ -111,9 +111,9 @@ class Controller(Protocol):
         ...
 
 
-class Drawer(Protocol):
+class ImageGenerator(Protocol):
     """Draws and edits: usually a diffusion model. Requests of one batch may differ in their number of references."""
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         """One drawing for every request, in order; it depends on its own request and seed only."""
         ...

@@ -22,9 +22,9 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.file_names import is_regular_file
+from clvr_jax.image_io import ImageLike, encode_png, read_image
 from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
-from clvr_jax.reasoning.images import Picture, encode_png, read_image
 from clvr_jax.reasoning.verification import Verification
 
 FORMAT = 1
@@ -76,7 +76,7 @@ class Step:
     reasoning: str
     action: str
     references: tuple[int, ...] = ()
-    image: Picture | None = field(default=None, repr=False, compare=False)
+    image: ImageLike | None = field(default=None, repr=False, compare=False)
     verdict: Verdict | None = None
     nfe: int = 0
     seconds: float = 0.0
@@ -136,7 +136,7 @@ class Trajectory:
     versions: Mapping[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     error: str | None = None
-    given_images: tuple[Picture, ...] = field(default=(), repr=False, compare=False)
+    given_images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.outcome not in OUTCOMES:
@@ -154,7 +154,7 @@ class Trajectory:
         return best_step(self.steps)
 
     @property
-    def image(self) -> Picture | None:
+    def image(self) -> ImageLike | None:
         """The result: the picture of step `best`."""
         return None if self.best is None else self.steps[self.best].image
 
@@ -179,7 +179,7 @@ class Trajectory:
         return sum(step.nfe for step in self.steps)
 
     @property
-    def drawings(self) -> tuple[Step, ...]:
+    def generated(self) -> tuple[Step, ...]:
         """The steps that drew a picture."""
         return tuple(step for step in self.steps if step.image is not None)
 

@@ -19,8 +19,8 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.context import Message
-from clvr_jax.reasoning.images import Picture
 
 Mode = Literal["describe", "ask"]
 VerificationMode = Literal["separate", "controller", "none"]
@@ -193,7 +193,7 @@ class Verifier(Protocol):
         """The requirements of every prompt, in order; () for a prompt that asks for nothing that can be checked."""
         ...
 
-    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[Picture]) -> list[Verification]:
+    def check(self, requirements: Sequence[Sequence[str]], images: Sequence[ImageLike]) -> list[Verification]:
         """Checks every image against its requirements."""
         ...
 

@@ -5,10 +5,10 @@ The same sums as those of `proxy`; what differs is who asks, and when: all proce
 
 from collections.abc import Sequence
 
-from clvr_jax.reasoning.tools import Question, VisionLanguageModel
+from clvr_jax.interfaces import ChatModel, ChatRequest
 from clvr_jax.rewards.proxy import check_replies, combined
 from clvr_jax.rewards.reward import Case, Marks, Reward, Scores
-from clvr_jax.rewards.unified_reward import Inquiry, UnifiedReward, UnifiedRewardEdit, read_marks
+from clvr_jax.rewards.unified_reward import JudgePrompt, UnifiedReward, UnifiedRewardEdit, read_marks
 
 
 class MeshReward(Reward):
@@ -19,7 +19,7 @@ class MeshReward(Reward):
       edit: judge of edits; None for "simple RL", whose pictures are judged by the last text alone.
     """
 
-    is_on_mesh = True
+    runs_on_devices = True
 
     def __init__(self, picture: UnifiedReward, edit: UnifiedRewardEdit | None = None):
         self._picture, self._edit = picture, edit
@@ -41,9 +41,9 @@ class MeshReward(Reward):
         return case.last_text if self._edit is None else case.proxies.p_t2i
 
 
-def _marked(model: VisionLanguageModel, inquiries: Sequence[Inquiry]) -> list[Marks]:
-    questions: list[Question] = [question for inquiry in inquiries for question in inquiry.questions]
-    answers = iter(model.ask_all(questions))
+def _marked(model: ChatModel, inquiries: Sequence[JudgePrompt]) -> list[Marks]:
+    questions: list[ChatRequest] = [question for inquiry in inquiries for question in inquiry.questions]
+    answers = iter(model.chat_all(questions))
     marks = [read_marks(inquiry, [next(answers).text for _ in inquiry.questions]) for inquiry in inquiries]
     check_replies(marks, model.name)
     return marks

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from clvr_jax.errors import UsageError
-from clvr_jax.reasoning.tools import ProviderError
+from clvr_jax.interfaces import ProviderError
 from clvr_jax.rewards.reward import Case, EditJudge, Marks, PictureJudge, Reward, Scores
 
 

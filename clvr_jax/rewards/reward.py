@@ -12,9 +12,9 @@ import numpy as np
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.tools import ProviderError
 
 
 @dataclass(frozen=True)
@@ -26,9 +26,9 @@ class Case:
     may read.
     """
 
-    picture: Picture = field(repr=False)
+    picture: ImageLike = field(repr=False)
     proxies: ProxyPrompts
-    references: Sequence[Picture] = field(default=(), repr=False)
+    references: Sequence[ImageLike] = field(default=(), repr=False)
     last_text: str = ""
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ UNREADABLE = Marks(math.nan)
 class PictureJudge(Protocol):
     """R_T2I: how well a picture shows a text. Called from many threads at once."""
 
-    def picture(self, picture: Picture, text: str) -> Marks:
+    def picture(self, picture: ImageLike, text: str) -> Marks:
         """Its mark. Raises: ProviderError if the judge cannot be asked at all."""
         ...
 
@@ -66,7 +66,7 @@ class PictureJudge(Protocol):
 class EditJudge(Protocol):
     """R_I2I: how well a picture is an edit of another. Called from many threads at once."""
 
-    def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
+    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
         """Its mark. Raises: ProviderError if the judge cannot be asked at all."""
         ...
 
@@ -145,7 +145,7 @@ class Reward(Protocol):
     the same cases in the same order, and all get the same scores.
     """
 
-    is_on_mesh: bool = False
+    runs_on_devices: bool = False
 
     def scores(self, cases: Sequence[Case]) -> Scores:
         """One score a case; batches may be scored at the same time from several threads.
@@ -164,9 +164,9 @@ class WeightedReward(Reward):
     def __init__(self, rewards: Mapping[str, tuple[float, Reward]]):
         if not rewards or not all(math.isfinite(weight) for weight, _ in rewards.values()):
             raise UsageError("WeightedReward: needs at least one reward, and finite weights")
-        if len(places := {reward.is_on_mesh for _, reward in rewards.values()}) > 1:
+        if len(places := {reward.runs_on_devices for _, reward in rewards.values()}) > 1:
             raise UsageError("WeightedReward: rewards on the mesh are asked by all processes, others by one; not mixed")
-        self._rewards, self.is_on_mesh = dict(rewards), places.pop()
+        self._rewards, self.runs_on_devices = dict(rewards), places.pop()
 
     def scores(self, cases: Sequence[Case]) -> Scores:
         """See `Reward`."""

@@ -6,7 +6,7 @@ of a controller's reply. A text that is neither cannot be marked.
 
 from collections.abc import Iterable, Sequence
 
-from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.image_io import ImageLike, pixels
 from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
@@ -27,7 +27,7 @@ SUCCESS_WEIGHT = 0.6
 class ShapesJudge(PictureJudge, EditJudge):
     """Both judges at once; marks lie in [0, 1] and are finer than right or wrong."""
 
-    def picture(self, picture: Picture, text: str) -> Marks:
+    def picture(self, picture: ImageLike, text: str) -> Marks:
         """Objects that are right, of those asked for and those nobody asked for.
 
         A text of edits says nothing about the cells it does not name: of it only the edits are marked. The part "right"
@@ -40,7 +40,7 @@ class ShapesJudge(PictureJudge, EditJudge):
         value = _success(asked, reading) if asked else _agreement(expected, reading)
         return Marks(value, {"right": float(value == 1)})
 
-    def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
+    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
         """0.6 share of edits that were made + 0.4 agreement of all other cells with the source.
 
         Cells in which the source is unclear and which no edit names are left out.

@@ -15,16 +15,16 @@ from clvr_jax.data.engine.prompted_roles import distilled
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import ChatModel, ProviderError
 from clvr_jax.json_input import parse_object, stream_lines
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.tools import ProviderError, VisionLanguageModel
 from clvr_jax.rewards.reward import is_of_one_answer
 
 Teacher = Callable[[ProxyStep], ProxyPrompts]
 """Called from many threads. Raises: AnswerError if its answer cannot be used; ProviderError."""
 
 
-def vlm_teacher(model: VisionLanguageModel, steps: ProxySteps) -> Teacher:
+def vlm_teacher(model: ChatModel, steps: ProxySteps) -> Teacher:
     """A model that reads what the policy is conditioned on: the request, all replies, the pictures before the step."""
 
     def teach(step: ProxyStep) -> ProxyPrompts:
@@ -35,7 +35,7 @@ def vlm_teacher(model: VisionLanguageModel, steps: ProxySteps) -> Teacher:
     return teach
 
 
-class LiveProxies:
+class ProxyPromptCache:
     """What a teacher wrote, and what it is writing; a step is asked about once, also by a run that goes on.
 
     Args:
@@ -52,7 +52,7 @@ class LiveProxies:
     def begin(self, steps: Iterable[ProxyStep], pool: Executor) -> None:
         """Has the steps asked about that are not known yet; those of an earlier call are waited for no more."""
         unknown = {key: step for step in steps if (key := _key(step)) not in self._known}
-        self._asked = {key: pool.submit(self._ask, key, step) for key, step in unknown.items()}
+        self._asked = {key: pool.submit(self._chat, key, step) for key, step in unknown.items()}
 
     def of(self, step: ProxyStep) -> ProxyPrompts | None:
         """The proxies of a step that was begun, waited for; None if the teacher's answer cannot be used.
@@ -71,7 +71,7 @@ class LiveProxies:
                 return None
             raise
 
-    def _ask(self, key: str, step: ProxyStep) -> ProxyPrompts:
+    def _chat(self, key: str, step: ProxyStep) -> ProxyPrompts:
         found = self._teacher(step)
         with self._writing:
             with self._path.open("a") as file:

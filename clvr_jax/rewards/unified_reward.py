@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from clvr_jax.errors import UsageError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.tools import ProviderError, Question, VisionLanguageModel
 from clvr_jax.rewards.reward import EditJudge, Marks, PictureJudge, is_of_one_answer, problem_of
 
 AXES = ("Alignment", "Coherence", "Style")
@@ -54,10 +54,10 @@ Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifac
 
 
 @dataclass(frozen=True)
-class Inquiry:
+class JudgePrompt:
     """What a judge asks about one picture, and what follows from as many answers; "" is one that is none."""
 
-    questions: Sequence[Question]
+    questions: Sequence[ChatRequest]
     read: Callable[[Sequence[str]], Marks]
 
 
@@ -70,20 +70,20 @@ class UnifiedReward(PictureJudge):
       max_tokens: of an answer.
     """
 
-    def __init__(self, model: VisionLanguageModel, form: Literal["acs", "final"] = "acs", max_tokens: int = 512):
+    def __init__(self, model: ChatModel, form: Literal["acs", "final"] = "acs", max_tokens: int = 512):
         if form not in ("acs", "final"):
             raise UsageError(f"UnifiedReward: form must be acs or final, got {form!r}")
         self.model, self._max_tokens = model, max_tokens
         self._text, self._read = {"acs": (_ACS, read_acs), "final": (_FINAL, read_final)}[form]
 
-    def picture(self, picture: Picture, text: str) -> Marks:
+    def picture(self, picture: ImageLike, text: str) -> Marks:
         """See `PictureJudge`."""
         return _asked(self.model, self.inquiry(picture, text))
 
-    def inquiry(self, picture: Picture, text: str) -> Inquiry:
+    def inquiry(self, picture: ImageLike, text: str) -> JudgePrompt:
         """For `picture`, by those who ask about many together."""
         question = _question(self._text.format(text=text), (picture,), self._max_tokens)
-        return Inquiry([question], lambda answers: self._read(answers[0]))
+        return JudgePrompt([question], lambda answers: self._read(answers[0]))
 
 
 class UnifiedRewardEdit(EditJudge):
@@ -95,22 +95,22 @@ class UnifiedRewardEdit(EditJudge):
         out.
     """
 
-    def __init__(self, model: VisionLanguageModel, quality: float = 0.0, max_tokens: int = 512):
+    def __init__(self, model: ChatModel, quality: float = 0.0, max_tokens: int = 512):
         if not 0 <= quality <= 1:
             raise UsageError(f"UnifiedRewardEdit: quality must lie in [0, 1], got {quality}")
         self.model, self._quality, self._max_tokens = model, quality, max_tokens
 
-    def edit(self, source: Picture, edited: Picture, instruction: str) -> Marks:
+    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
         """See `EditJudge`."""
         return _asked(self.model, self.inquiry(source, edited, instruction))
 
-    def inquiry(self, source: Picture, edited: Picture, instruction: str) -> Inquiry:
+    def inquiry(self, source: ImageLike, edited: ImageLike, instruction: str) -> JudgePrompt:
         """For `edit`, by those who ask about many together."""
         made = _question(_EDIT.format(text=instruction), (source, edited), self._max_tokens, is_json=True)
         if self._quality == 0:
-            return Inquiry([made], lambda answers: read_edit(answers[0]))
+            return JudgePrompt([made], lambda answers: read_edit(answers[0]))
         looks = _question(_QUALITY, (edited,), self._max_tokens, is_json=True)
-        return Inquiry([made, looks], self._both)
+        return JudgePrompt([made, looks], self._both)
 
     def _both(self, answers: Sequence[str]) -> Marks:
         made, looks = read_edit(answers[0]), read_quality(answers[1])
@@ -118,14 +118,14 @@ class UnifiedRewardEdit(EditJudge):
         return Marks(value, {**made.parts, **looks.parts})
 
 
-def _question(text: str, pictures: Sequence[Picture], max_tokens: int, is_json: bool = False) -> Question:
+def _question(text: str, pictures: Sequence[ImageLike], max_tokens: int, is_json: bool = False) -> ChatRequest:
     content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    return Question([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
+    return ChatRequest([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
 
 
-def _asked(model: VisionLanguageModel, inquiry: Inquiry) -> Marks:
+def _asked(model: ChatModel, inquiry: JudgePrompt) -> Marks:
     try:
-        answers = [model.ask(question).text for question in inquiry.questions]
+        answers = [model.chat(question).text for question in inquiry.questions]
     except ProviderError as error:
         if is_of_one_answer(error):
             return Marks(math.nan, problem=problem_of(error))
@@ -133,7 +133,7 @@ def _asked(model: VisionLanguageModel, inquiry: Inquiry) -> Marks:
     return read_marks(inquiry, answers)
 
 
-def read_marks(inquiry: Inquiry, answers: Sequence[str]) -> Marks:
+def read_marks(inquiry: JudgePrompt, answers: Sequence[str]) -> Marks:
     """Reads the answers to an inquiry; marks that are not a number say whether there was no reply or no mark in it."""
     marks = inquiry.read(answers)
     if not math.isnan(marks.value):

@@ -20,7 +20,7 @@ import numpy as np
 from clvr_jax.data.proxy_steps import ProxyStep
 from clvr_jax.errors import ClvrError
 from clvr_jax.rewards.reward import Scores
-from clvr_jax.rewards.teacher import LiveProxies
+from clvr_jax.rewards.teacher import ProxyPromptCache
 from clvr_jax.rl.advantages import Advantages, group_advantages
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.jitted_steps import JittedSteps
@@ -69,7 +69,7 @@ class EpochRunner:
         self.jitted = JittedSteps(task.policy, config, layout)
         self.base = jax.device_put(task.base, layout.parameters(task.base))
         self.frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
-        live = LiveProxies(task.teacher, out / "proxies.jsonl") if task.teacher else None
+        live = ProxyPromptCache(task.teacher, out / "proxies.jsonl") if task.teacher else None
         self.scorer = Scorer(task.reward, task.steps, config.group_size, live)
 
     def run(self, state: PPRLState, epoch: int, asked: Preemption) -> tuple[PPRLState, dict[str, float]]:

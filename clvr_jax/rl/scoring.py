@@ -16,8 +16,8 @@ from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
 from clvr_jax.rewards.reward import Case, Reward, Scores
-from clvr_jax.rewards.teacher import LiveProxies
-from clvr_jax.training.distributed import from_process_0
+from clvr_jax.rewards.teacher import ProxyPromptCache
+from clvr_jax.training.distributed import broadcast_from_host0
 
 
 class ScoringError(ClvrError):
@@ -35,7 +35,7 @@ class Scorer:
     reward: Reward
     steps: ProxySteps
     group_size: int
-    live: LiveProxies | None = None
+    live: ProxyPromptCache | None = None
 
     @contextmanager
     def epoch(self, steps: Sequence[ProxyStep]) -> Iterator["EpochScores"]:
@@ -61,7 +61,7 @@ class EpochScores:
 
         Raises: ScoringError on every process, if a judge on the mesh fails.
         """
-        if self._scorer.reward.is_on_mesh:
+        if self._scorer.reward.runs_on_devices:
             try:
                 found = self._score(steps, images, self._broadcast_proxies(steps))
             except ClvrError as error:
@@ -76,10 +76,10 @@ class EpochScores:
 
         Raises: ScoringError on every process, if the judge or the proxy-prompt generator cannot be reached.
         """
-        if self._scorer.reward.is_on_mesh:
+        if self._scorer.reward.runs_on_devices:
             return self._joined()
         try:
-            serialized = from_process_0(lambda: self._joined().to_json())
+            serialized = broadcast_from_host0(lambda: self._joined().to_json())
         except ClvrError as error:
             raise ScoringError(str(error)) from error
         return Scores.from_json(serialized)
@@ -96,7 +96,7 @@ class EpochScores:
         """Returns the same on every process: only process 0 has a generator."""
         if self._scorer.live is None:
             return [step.proxies for step in steps]
-        serialized = from_process_0(lambda: [one and asdict(one) for one in self._proxies(steps)])
+        serialized = broadcast_from_host0(lambda: [one and asdict(one) for one in self._proxies(steps)])
         return [one and ProxyPrompts(one["p_t2i"], one["p_i2i"], tuple(one["i_ref"])) for one in serialized]
 
     def _score(self, steps: Sequence[ProxyStep], images: np.ndarray, proxies: Sequence[ProxyPrompts | None]) -> Scores:

@@ -54,7 +54,7 @@ class Cluster:
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
 
 
-def from_process_0(make: Callable[[], Any]) -> Any:
+def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     """What process 0 makes, a JSON value, on every process; all must call it.
 
     Raises: ClvrError on every process, if it was raised in process 0.

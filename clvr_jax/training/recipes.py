@@ -23,7 +23,7 @@ from clvr_jax.outputs import check_folder
 from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
-from clvr_jax.training.distributed import from_process_0
+from clvr_jax.training.distributed import broadcast_from_host0
 from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
 
 RECIPE = "recipe.json"
@@ -123,7 +123,7 @@ def run_lock(out: Path) -> Iterator[None]:
         def hold() -> None:
             stack.enter_context(locked_output(out))
 
-        from_process_0(hold)
+        broadcast_from_host0(hold)
         yield
 
 

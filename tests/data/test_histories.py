@@ -6,7 +6,7 @@ from clvr_jax.data.histories import fit_history, token_count
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.context import drawing_text
+from clvr_jax.reasoning.context import conditioning_text
 
 PROMPT = "a red star above a blue circle"
 REPLIES = [f"Unmet: a {color} cross at the top. Add it. <|image_gen|>" for color in ("red", "blue", "green", "cyan")]
@@ -18,24 +18,24 @@ def tokenizer():
 
 
 def test_a_history_that_fits_is_whole(tokenizer):
-    whole = drawing_text(PROMPT, REPLIES)
+    whole = conditioning_text(PROMPT, REPLIES)
     for limit in (token_count(tokenizer, whole), None):
         fitted = fit_history(tokenizer, PROMPT, REPLIES, limit)
         assert (fitted.text, fitted.left_out) == (whole, 0)
 
 
 def test_the_oldest_replies_are_left_out_first_and_no_more_than_needed(tokenizer):
-    lengths = [token_count(tokenizer, drawing_text(PROMPT, REPLIES, left_out)) for left_out in range(4)]
+    lengths = [token_count(tokenizer, conditioning_text(PROMPT, REPLIES, left_out)) for left_out in range(4)]
     assert lengths == sorted(lengths, reverse=True)
     for left_out in (1, 2, 3):
         for limit in (lengths[left_out], lengths[left_out - 1] - 1):
             fitted = fit_history(tokenizer, PROMPT, REPLIES, limit)
             assert (fitted.left_out, fitted.length) == (left_out, lengths[left_out])
-            assert fitted.text == drawing_text(PROMPT, REPLIES, left_out)
+            assert fitted.text == conditioning_text(PROMPT, REPLIES, left_out)
 
 
 def test_a_prompt_that_does_not_fit_is_an_error(tokenizer):
-    needed = token_count(tokenizer, drawing_text(PROMPT, REPLIES, 3))
+    needed = token_count(tokenizer, conditioning_text(PROMPT, REPLIES, 3))
     message = rf"the prompt and the current instruction take {needed} tokens, more than the {needed - 1} .*shorten"
     with pytest.raises(ClvrError, match=message) as caught:
         fit_history(tokenizer, PROMPT, REPLIES, needed - 1)

@@ -11,9 +11,9 @@ from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.text import load_tokenizer, prompt_tokens
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import encode_png
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
-from clvr_jax.reasoning.images import encode_png
 from tests.data.simulated import simulated
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
@@ -39,7 +39,7 @@ def few(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def drawings(few, tokenizer):
+def generated(few, tokenizer):
     return DrawingExamples(few, tokenizer, dropout=0.1)
 
 
@@ -112,9 +112,9 @@ def test_a_conversation_teaches_what_was_kept(tmp_path, tokenizer):
 
 def test_little_of_an_epoch_is_padding(dataset, tokenizer):
     """Real texts of the shapes world, padded for real to the lengths that the samples promise."""
-    drawings = DrawingExamples(dataset, tokenizer, dropout=0.0)
+    generated = DrawingExamples(dataset, tokenizer, dropout=0.0)
     conversations = ConversationExamples(dataset, tokenizer, PROCESSOR)
-    for examples, name in ((drawings, "mask"), (conversations, "attention_mask_bt")):
+    for examples, name in ((generated, "mask"), (conversations, "attention_mask_bt")):
         loader = BatchLoader(examples, 8)
         masks = [loader(step)[name] for step in range(loader.plan.steps(1))]
         share = 1 - sum(mask.sum() for mask in masks) / sum(mask.size for mask in masks)
@@ -133,14 +133,14 @@ def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
         assert batch.get("grid_thw", ()) == sample.shape[0]
 
 
-def test_given_buckets_are_the_pipelines(few, tokenizer, drawings, capsys):
+def test_given_buckets_are_the_pipelines(few, tokenizer, generated, capsys):
     examples = DrawingExamples(few, tokenizer, text_buckets=(96, 192))
     batches = list(map(BatchLoader(examples, 16), range(12)))
     assert {batch["ids"].shape[1] for batch in batches} == {96, 192}
-    longer = [sample.length > 192 for sample in drawings.samples]
+    longer = [sample.length > 192 for sample in generated.samples]
     assert 0 < sum(longer) == examples.left_out
     assert f"{sum(longer)} of {len(longer)} histories are longer than 192 tokens" in capsys.readouterr().err
-    for fitted, whole, is_longer in zip(examples.samples, drawings.samples, longer, strict=True):
+    for fitted, whole, is_longer in zip(examples.samples, generated.samples, longer, strict=True):
         assert fitted.length <= 192 if is_longer else fitted.length == whole.length
     with pytest.raises(ClvrError, match=r"trajectory \w+, image 0: the prompt and the current instruction take \d+"):
         DrawingExamples(few, tokenizer, text_buckets=(40,))
@@ -199,11 +199,11 @@ def test_processes_hold_the_rows_of_one_batch(request, kind):
             np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), value, err_msg=name)
 
 
-def test_processes_that_do_not_divide_a_batch_are_refused(drawings):
+def test_processes_that_do_not_divide_a_batch_are_refused(generated):
     with pytest.raises(UsageError, match="batch_size 8 is no multiple of the 3 processes"):
-        BatchLoader(drawings, 8, process_index=0, process_count=3)
+        BatchLoader(generated, 8, process_index=0, process_count=3)
     with pytest.raises(UsageError, match="process_index 2 of 2"):
-        BatchLoader(drawings, 8, process_index=2, process_count=2)
+        BatchLoader(generated, 8, process_index=2, process_count=2)
 
 
 @pytest.mark.parametrize("kind", ["drawings", "conversations"])
@@ -246,9 +246,9 @@ def test_worker_processes_change_nothing(conversations, workers):
     batches.close()
 
 
-def test_the_position_in_other_batches_is_refused(drawings):
-    state = Batches(BatchLoader(drawings, 8, seed=1)).state()
-    for other in (BatchLoader(drawings, 8, seed=2), BatchLoader(drawings, 16, seed=1)):
+def test_the_position_in_other_batches_is_refused(generated):
+    state = Batches(BatchLoader(generated, 8, seed=1)).state()
+    for other in (BatchLoader(generated, 8, seed=2), BatchLoader(generated, 16, seed=1)):
         with pytest.raises(ClvrError, match="belongs to other batches"):
             Batches(other).restore(state)
 

@@ -17,8 +17,8 @@ from clvr_jax.data.trajectory_dataset import (
 )
 from clvr_jax.data.trajectory_record import SCHEMA, ProxyPrompts, TrajectoryRecord, record_to_example
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import pixels
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
-from clvr_jax.reasoning.images import pixels
 
 
 def noise(seed, height=8, width=8):

@@ -7,9 +7,9 @@ import pytest
 from PIL import Image
 
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier, blank_image
-from clvr_jax.reasoning.images import EncodedPicture, pixels
+from clvr_jax.image_io import EncodedPicture, pixels
+from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Conversation
-from clvr_jax.reasoning.tools import Usage
 from clvr_jax.reasoning.verification import Requirement, Verification
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, sample_scene_random

@@ -3,7 +3,7 @@
 import numpy as np
 
 from clvr_jax.evaluation import compare, run, shapes_judge
-from clvr_jax.reasoning import Budget, Drawing, parse
+from clvr_jax.reasoning import Budget, GeneratedImage, parse
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import OracleController, apply_edits, parse_edits
@@ -25,7 +25,7 @@ class Oracle:
 class ClumsyDrawer:
     """Does the edits it reads but forgets an object of the new canvas now and then."""
 
-    def draw(self, requests):
+    def generate(self, requests):
         return [self._one(request) for request in requests]
 
     def _one(self, request):
@@ -33,7 +33,7 @@ class ClumsyDrawer:
         before = detect(request.images[-1]) if request.images else ()
         objects = apply_edits(before, parse_edits(request.replies[-1]))
         kept = [item for item in objects if rng.random() > 0.15]
-        return Drawing(render(Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in kept))), 4)
+        return GeneratedImage(render(Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in kept))), 4)
 
 
 def test_closed_loop_mends_what_a_clumsy_drawer_does(tmp_path):
@@ -57,4 +57,4 @@ def test_closed_loop_mends_what_a_clumsy_drawer_does(tmp_path):
 def test_oracle_speaks_the_words_of_the_contract():
     for entry in METADATA:
         text = OracleController({entry["prompt"]: entry}).reply(entry["prompt"], [], [])
-        assert parse(text, has_picture=False).text == text
+        assert parse(text, has_image=False).text == text

@@ -99,9 +99,9 @@ def test_an_endpoint_alone_and_planned_by_another(server, endpoint, tmp_path, ca
 
     server.script = [answer]
     url = server.url + "/v1"
-    draw = ["eval", "shapes", "--model", "gpt-image-1", "--endpoint", url, "--key-variable", "LOOPBACK_KEY"]
-    draw += ["--prompts", "few.jsonl", "--json", "--picture-price", "0.1", "--picture-size", "64", "64"]
-    assert main([*draw, "--out", "alone"]) == 0
+    generate = ["eval", "shapes", "--model", "gpt-image-1", "--endpoint", url, "--key-variable", "LOOPBACK_KEY"]
+    generate += ["--prompts", "few.jsonl", "--json", "--picture-price", "0.1", "--picture-size", "64", "64"]
+    assert main([*generate, "--out", "alone"]) == 0
     summary = json.loads(capsys.readouterr().out)["summary"]
     count = len(METADATA)
     assert summary["overall"]["over_pictures"]["correct"] == count - 1
@@ -110,7 +110,7 @@ def test_an_endpoint_alone_and_planned_by_another(server, endpoint, tmp_path, ca
 
     planner = ["--controller", "endpoint", "--controller-endpoint", url, "--controller-model", "qwen"]
     planner += ["--controller-key-variable", "LOOPBACK_KEY", "--controller-prices", "1000", "0"]
-    assert main([*draw, *planner, "--mode", "closed-loop", "--max-steps", "2", "--out", "planned"]) == 0
+    assert main([*generate, *planner, "--mode", "closed-loop", "--max-steps", "2", "--out", "planned"]) == 0
     cost = json.loads(capsys.readouterr().out)["summary"]["cost"]
     assert cost["outcomes"] == {"accepted": count}
     # A plan and a look, 11 tokens read and 7 written each.

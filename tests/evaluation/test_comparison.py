@@ -9,7 +9,7 @@ from clvr_jax.evaluation.comparison import SystemResults, compare_systems, load_
 from clvr_jax.evaluation.comparison_report import comparison_markdown
 from clvr_jax.evaluation.shapes import Judge, Judgment
 from clvr_jax.files import read_json, write_json
-from clvr_jax.reasoning.tools import Made, Usage
+from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from tests.reasoning.scripted import picture
 
@@ -22,7 +22,7 @@ def made(out, skill, seed=0, samples=1, prompts=METADATA, judge="bright"):
     def draw_all(texts, seeds):
         usage = Usage(input_tokens=10 * skill, dollars=0.01)
         return [
-            Made(picture(200 if len(text.split()) < skill or own % 7 == 0 else 0), usage)
+            ImageResponse(picture(200 if len(text.split()) < skill or own % 7 == 0 else 0), usage)
             for text, own in zip(texts, seeds, strict=True)
         ]
 

@@ -6,12 +6,12 @@ import pytest
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation import Judge, Judgment, run
 from clvr_jax.evaluation.endpoints import endpoint_system
+from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.loop_roles import REWRITE_PROMPT
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.providers.openai_images import OpenAIImageTool
+from clvr_jax.providers.openai_chat import OpenAIChatModel
+from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning import SYSTEM_PROMPT, Budget
-from clvr_jax.reasoning.tools import ProviderError
 from tests.providers.server import completion, failure, pictures, png
 
 METADATA = [{"tag": "colors", "include": [], "prompt": f"p {number}"} for number in range(6)]
@@ -43,7 +43,7 @@ def test_one_shot_with_a_refusal_and_what_it_costs(server, endpoint, tmp_path):
 
     bright = pictures(png(flat(255)), usage={"input_tokens": 9, "output_tokens": 100})
     server.script = [answer]
-    system = endpoint_system(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))), in_flight=3)
+    system = endpoint_system(OpenAIImageModel(endpoint(prices=Prices(picture=0.04))), in_flight=3)
     results = go(system, tmp_path)
     assert [entry["correct"] for entry in results["pictures"]] == [True, True, True, False, True, True]
     refused, drawn = results["pictures"][3], results["pictures"][4]
@@ -61,7 +61,7 @@ def test_a_failing_server_ends_the_run_and_nothing_is_paid_twice(server, endpoin
 
     fails = True
     server.script = [answer]
-    system = endpoint_system(OpenAIImageTool(endpoint()), in_flight=1)
+    system = endpoint_system(OpenAIImageModel(endpoint()), in_flight=1)
     with pytest.raises(ProviderError, match="no key"):
         go(system, tmp_path)
     fails = False
@@ -92,13 +92,13 @@ class Both:
 
 def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
     server.script = [both := Both()]
-    tool = OpenAIImageTool(endpoint(prices=Prices(picture=0.01)))
-    vlm = OpenAIVisionLanguageModel(endpoint(prices=Prices(input_tokens=1e4)))
+    tool = OpenAIImageModel(endpoint(prices=Prices(picture=0.01)))
+    vlm = OpenAIChatModel(endpoint(prices=Prices(input_tokens=1e4)))
     with pytest.raises(UsageError, match="controller"):
         endpoint_system(tool, "closed-loop")
     loop = endpoint_system(tool, "closed-loop", Budget(max_steps=5), vlm, in_flight=1)
     (first,) = loop.generate(["p"], [1])
-    assert (len(first.trajectory.drawings), first.trajectory.outcome) == (3, "accepted")
+    assert (len(first.trajectory.generated), first.trajectory.outcome) == (3, "accepted")
     assert set(both.systems) == {SYSTEM_PROMPT}
     # Three pictures, and a plan and three looks of 11 tokens read and 7 written each.
     assert (first.usage.pictures, first.usage.input_tokens, first.usage.output_tokens) == (3, 44, 28)
@@ -111,5 +111,5 @@ def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
 
     best = endpoint_system(tool, "best-of", Budget(candidates=3), vlm)
     (chosen,) = best.generate(["p"], [1])
-    assert (len(chosen.trajectory.drawings), chosen.trajectory.verdict.score) == (3, 0)
+    assert (len(chosen.trajectory.generated), chosen.trajectory.verdict.score) == (3, 0)
     assert best.settings["candidates"] == best.settings["max_steps"] == 3

@@ -37,7 +37,7 @@ def test_what_is_read_off_is_what_a_smaller_budget_gives(candidates):
         for curve, smaller in zip(whole, go(max_steps=steps), strict=True):
             expected = smaller.image is not None and value_of(smaller.image) % 2 == 1
             assert curve.correct_after(steps) == expected
-            if smaller.drawings:
+            if smaller.generated:
                 assert curve.nfe[min(steps, len(curve.nfe)) - 1] == smaller.nfe
 
 

@@ -12,13 +12,13 @@ from PIL import Image
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import Judge, Judgment, run, score, shapes_judge
 from clvr_jax.evaluation.run_directory import RunDirectory
-from clvr_jax.reasoning import Budget, Drawing, Trajectory
+from clvr_jax.interfaces import ImageResponse, Usage
+from clvr_jax.reasoning import Budget, GeneratedImage, Trajectory
 from clvr_jax.reasoning import run as run_loop
-from clvr_jax.reasoning.tools import Made, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, SceneObject, cell_center
-from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop
+from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop
 
 METADATA = [
     {
@@ -52,7 +52,7 @@ class Draw:
         if self.fail_after is not None and len(self.asked) >= self.fail_after:
             raise KeyboardInterrupt
         self.asked += list(zip(prompts, seeds, strict=True))
-        return [Drawing(np.full((4, 4, 3), seed % 256, np.uint8), 4) for seed in seeds]
+        return [GeneratedImage(np.full((4, 4, 3), seed % 256, np.uint8), 4) for seed in seeds]
 
 
 def go(out, draw_all=None, judge=JUDGE, **changes):
@@ -184,7 +184,7 @@ def test_another_judge_scores_the_same_pictures(tmp_path):
 
 def test_closed_loop_keeps_its_trajectories(tmp_path):
     def draw_all(prompts, seeds):
-        script = {prompt: [draw(), again(1), stop()] for prompt in prompts}
+        script = {prompt: [generate(), again(1), stop()] for prompt in prompts}
         script["p 3"] = ["?"]
         return run_loop(prompts, ScriptedController(script), CountingDrawer(5), Budget(max_parse_retries=0), seeds)
 
@@ -220,7 +220,9 @@ def test_plain_pictures_are_fine_and_wrong_answers_are_not(tmp_path):
 def test_what_endpoints_charge_is_written_down(tmp_path):
     usage = Usage(calls=1, input_tokens=20, pictures=1, dollars=0.04)
     picture = np.full((3, 3, 3), 255, np.uint8)
-    results = go(tmp_path, lambda prompts, seeds: [Made(picture, usage)] * len(prompts), device="somewhere else")
+    results = go(
+        tmp_path, lambda prompts, seeds: [ImageResponse(picture, usage)] * len(prompts), device="somewhere else"
+    )
     entry, cost = results["pictures"][0], results["summary"]["cost"]
     assert (entry["input_tokens"], entry["dollars"], entry["device"]) == (20, 0.04, "somewhere else")
     assert (cost["dollars"], cost["devices"]) == (pytest.approx(0.2), {"somewhere else": 5})

@@ -3,8 +3,8 @@ import pytest
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.shapes import shapes_prompts
 from clvr_jax.evaluation.systems import Oracle, _identity, _usage_per_prompt, budget_for_mode, non_default_fields
+from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning import Budget, Conversation, parse
-from clvr_jax.reasoning.tools import Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
 
@@ -20,7 +20,7 @@ def test_the_oracle_plans_what_each_prompt_asks_for():
     entries = evaluation_prompts("complex")[:2]
     replies = Oracle(entries).reply([Conversation(entry["prompt"]) for entry in reversed(entries)])
     for entry, reply in zip(reversed(entries), replies, strict=True):
-        plan = parse(reply, has_picture=False).reasoning
+        plan = parse(reply, has_image=False).reasoning
         for item in entry["include"]:
             assert item["color"] + " " + item["class"] in plan
 

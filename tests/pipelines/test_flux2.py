@@ -15,9 +15,9 @@ from clvr_jax.convert.models import save_model
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline
-from clvr_jax.reasoning import DrawRequest
+from clvr_jax.reasoning import GenerationRequest
 from tests.pipelines.flux2_settings import LENGTH, SETTINGS
 from tests.reasoning.scripted import ScriptedController
 
@@ -93,10 +93,10 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
 def test_a_row_does_not_depend_on_its_batch(folder):
     pipeline = Flux2Pipeline.from_pretrained(str(folder))
     prompts = ["a red circle", "a blue star", "a green cross above it"]
-    together = pipeline.draw_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
+    together = pipeline.generate_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
     for index, prompt in enumerate(prompts):
         images = [picture(0, 64, 64)] if index == 1 else []
-        alone = pipeline.draw_each([prompt], [images], [4 + index], num_inference_steps=2)
+        alone = pipeline.generate_each([prompt], [images], [4 + index], num_inference_steps=2)
         difference = np.abs(np.asarray(together.images[index], int) - np.asarray(alone.images[0], int))
         assert difference.max() <= 1
 
@@ -158,17 +158,19 @@ def test_what_a_history_lost_is_told(shared):
     class Generator:
         fit_history = shared.fit_history
 
-        def draw_each(self, texts, references, seeds, **options):
+        def generate_each(self, texts, references, seeds, **options):
             generated.extend(texts)
             return Flux2Output([picture(0, 16, 16) for _ in texts], 4)
 
     reply = "Unmet: a blue star. Add it.<|image_gen|>"
-    requests = [DrawRequest("a red circle", (reply,) * count, (picture(0, 16, 16),) * (count - 1)) for count in (6, 1)]
-    drawings = Flux2Drawer(Generator()).draw(requests)
+    requests = [
+        GenerationRequest("a red circle", (reply,) * count, (picture(0, 16, 16),) * (count - 1)) for count in (6, 1)
+    ]
+    generated = Flux2ImageGenerator(Generator()).generate(requests)
     fitted = [shared.fit_history(request.prompt, request.replies) for request in requests]
     assert generated == [history.text for history in fitted]
-    assert [drawing.left_out for drawing in drawings] == [history.left_out for history in fitted]
-    assert drawings[0].left_out > drawings[1].left_out == 0
+    assert [generated_image.left_out for generated_image in generated] == [history.left_out for history in fitted]
+    assert generated[0].left_out > generated[1].left_out == 0
 
 
 def test_a_prompt_that_is_too_long_is_refused_before_the_controller_works(shared):

@@ -35,8 +35,8 @@ def test_a_reply_is_what_stands_behind_the_thought(text, reply):
 
 
 def test_a_draft_in_an_unfinished_thought_is_never_carried_out():
-    drawer = CountingDrawer()
+    image_generator = CountingDrawer()
     controller = VLMController(Thinker("<think>\nI could draw a dog. <|image_gen|>"))
-    (trajectory,) = run(["a cat"], controller, drawer, Budget(max_parse_retries=1), verification="controller")
+    (trajectory,) = run(["a cat"], controller, image_generator, Budget(max_parse_retries=1), verification="controller")
     assert trajectory.outcome == UNPARSEABLE
-    assert not drawer.calls
+    assert not image_generator.calls

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.providers.batching import Gathered
+from clvr_jax.providers.batching import DynamicBatcher
 
 
 class Squares:
@@ -21,7 +21,7 @@ class Squares:
         return [number**2 for number in numbers]
 
 
-def ask_all(gathered, numbers):
+def chat_all(gathered, numbers):
     """Every number from a thread of its own; exceptions in the place of results."""
 
     def ask(number):
@@ -36,29 +36,29 @@ def ask_all(gathered, numbers):
 
 def test_callers_share_a_batch_and_get_their_own_results():
     squares = Squares()
-    with Gathered(squares, max_batch=64, wait=2) as gathered:
-        assert ask_all(gathered, list(range(64))) == [number**2 for number in range(64)]
+    with DynamicBatcher(squares, max_batch=64, wait=2) as gathered:
+        assert chat_all(gathered, list(range(64))) == [number**2 for number in range(64)]
     assert sorted(squares.batches[0]) == list(range(64))
     assert len(squares.batches) == 1
 
 
 def test_a_full_batch_does_not_wait():
-    with Gathered(Squares(), max_batch=4, wait=60) as gathered:
+    with DynamicBatcher(Squares(), max_batch=4, wait=60) as gathered:
         began = time.monotonic()
-        ask_all(gathered, [1, 2, 3, 4])
+        chat_all(gathered, [1, 2, 3, 4])
         assert time.monotonic() - began < 30
 
 
 def test_no_batch_is_larger_than_allowed():
     squares = Squares()
-    with Gathered(squares, max_batch=3, wait=0.2) as gathered:
-        assert ask_all(gathered, list(range(10))) == [number**2 for number in range(10)]
+    with DynamicBatcher(squares, max_batch=3, wait=0.2) as gathered:
+        assert chat_all(gathered, list(range(10))) == [number**2 for number in range(10)]
     assert max(map(len, squares.batches)) <= 3
 
 
 def test_one_caller_waits_for_company_only_so_long():
     squares = Squares()
-    with Gathered(squares, max_batch=8, wait=0.05) as gathered:
+    with DynamicBatcher(squares, max_batch=8, wait=0.05) as gathered:
         began = time.monotonic()
         assert gathered(7) == 49
         assert 0.05 <= time.monotonic() - began < 5
@@ -75,7 +75,7 @@ def test_who_comes_while_a_batch_runs_shares_the_next():
         go.wait(20)
         return list(numbers)
 
-    with Gathered(slow, max_batch=8, wait=0) as gathered, ThreadPoolExecutor(4) as pool:
+    with DynamicBatcher(slow, max_batch=8, wait=0) as gathered, ThreadPoolExecutor(4) as pool:
         first = pool.submit(gathered, 0)
         running.wait(20)
         others = [pool.submit(gathered, number) for number in (1, 2, 3)]
@@ -87,15 +87,15 @@ def test_who_comes_while_a_batch_runs_shares_the_next():
 
 
 def test_each_caller_gets_its_own_exception():
-    with Gathered(Squares(), max_batch=5, wait=2) as gathered:
-        good, bad, fine, worse, last = ask_all(gathered, [3, -1, 4, -2, 5])
+    with DynamicBatcher(Squares(), max_batch=5, wait=2) as gathered:
+        good, bad, fine, worse, last = chat_all(gathered, [3, -1, 4, -2, 5])
     assert (good, fine, last) == (9, 16, 25)
     assert (str(bad), str(worse)) == ("negative: -1", "negative: -2")
 
 
 def test_a_result_too_few_is_an_error_for_whoever_has_none():
     with (
-        Gathered(lambda numbers: [], max_batch=1) as gathered,
+        DynamicBatcher(lambda numbers: [], max_batch=1) as gathered,
         pytest.raises(ClvrError, match=r"1 requests .* 0 results"),
     ):
         gathered(1)
@@ -105,7 +105,7 @@ def test_even_an_exit_reaches_its_caller():
     def leave(numbers):
         raise SystemExit(3)
 
-    with Gathered(leave, max_batch=1) as gathered:
+    with DynamicBatcher(leave, max_batch=1) as gathered:
         with pytest.raises(SystemExit):
             gathered(1)
         with pytest.raises(SystemExit):
@@ -120,7 +120,7 @@ def test_closing_answers_what_waits_and_takes_no_more():
         go.wait(20)
         return list(numbers)
 
-    gathered = Gathered(slow, max_batch=1, wait=0)
+    gathered = DynamicBatcher(slow, max_batch=1, wait=0)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(gathered, number) for number in range(3)]
         started.wait(20)
@@ -141,4 +141,4 @@ def test_closing_answers_what_waits_and_takes_no_more():
 @pytest.mark.parametrize(("max_batch", "wait"), [(0, 0.1), (4, -1)])
 def test_numbers_that_make_no_sense_are_a_usage_error(max_batch, wait):
     with pytest.raises(UsageError):
-        Gathered(Squares(), max_batch, wait)
+        DynamicBatcher(Squares(), max_batch, wait)

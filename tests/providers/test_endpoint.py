@@ -10,17 +10,17 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interfaces import ChatRequest, ProviderError, Usage
 from clvr_jax.providers.endpoint import Endpoint, Prices, retry_after, status_failure
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.reasoning.tools import ProviderError, Question, Usage
+from clvr_jax.providers.openai_chat import OpenAIChatModel
 from tests.providers.server import KEY, Reply, completion, failure
 
-QUESTION = Question([{"role": "user", "content": "How many circles?"}])
+QUESTION = ChatRequest([{"role": "user", "content": "How many circles?"}])
 
 
 def error_of(model):
     with pytest.raises(ProviderError) as caught:
-        model.ask(QUESTION)
+        model.chat(QUESTION)
     return caught.value
 
 
@@ -30,10 +30,10 @@ def error_of(model):
 def test_at_most_and_at_least_fifty_in_flight(server, endpoint):
     server.hold_until(50)
     server.script = [lambda seen: completion(seen.json["messages"][0]["content"], (3, 2))]
-    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=50))
+    model = OpenAIChatModel(endpoint(max_in_flight=50))
     texts = [f"question {number}" for number in range(128)]
     with ThreadPoolExecutor(64) as pool:
-        answers = list(pool.map(lambda text: model.ask(Question([{"role": "user", "content": text}])), texts))
+        answers = list(pool.map(lambda text: model.chat(ChatRequest([{"role": "user", "content": text}])), texts))
     assert [answer.text for answer in answers] == texts
     assert server.peak == 50
     total = sum((answer.usage for answer in answers), start=Usage())
@@ -43,10 +43,10 @@ def test_at_most_and_at_least_fifty_in_flight(server, endpoint):
 
 def test_a_place_is_free_again_after_a_failure(server, endpoint):
     server.script = [failure(401)] * 3 + [completion("Two.")]
-    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=1))
+    model = OpenAIChatModel(endpoint(max_in_flight=1))
     for _ in range(3):
         error_of(model)
-    assert model.ask(QUESTION).text == "Two."
+    assert model.chat(QUESTION).text == "Two."
 
 
 # --- the key ----------------------------------------------------------------------------------------------------------
@@ -64,7 +64,7 @@ def test_a_place_is_free_again_after_a_failure(server, endpoint):
 )
 def test_the_key_is_in_no_error(server, endpoint, reply):
     server.script = [reply]
-    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    error = error_of(OpenAIChatModel(endpoint()))
     shown = "".join(traceback.format_exception(error)) + repr(error)
     assert KEY[:12] not in shown
     assert error.__cause__ is None
@@ -78,14 +78,14 @@ def test_an_absent_key_is_one_clear_line(server, endpoint, monkeypatch, value):
     else:
         monkeypatch.setenv("LOOPBACK_KEY", value)
     with pytest.raises(ClvrError, match="LOOPBACK_KEY is not set") as caught:
-        OpenAIVisionLanguageModel(endpoint())
+        OpenAIChatModel(endpoint())
     assert "\n" not in str(caught.value)
 
 
 def test_a_key_that_is_none_is_not_shown(server, endpoint, monkeypatch):
     monkeypatch.setenv("LOOPBACK_KEY", "sk-a\nsk-b")
     with pytest.raises(ClvrError, match="LOOPBACK_KEY holds no key") as caught:
-        OpenAIVisionLanguageModel(endpoint())
+        OpenAIChatModel(endpoint())
     assert "sk-" not in str(caught.value)
 
 
@@ -93,14 +93,14 @@ def test_other_servers_do_not_learn_the_organization(server, endpoint, monkeypat
     monkeypatch.setenv("OPENAI_ORG_ID", "org-secret")
     monkeypatch.setenv("OPENAI_PROJECT_ID", "proj-secret")
     server.script = [completion("Two.")]
-    OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    OpenAIChatModel(endpoint()).chat(QUESTION)
     assert "secret" not in str(server.seen[0].headers)
 
 
 def test_without_the_openai_package_the_extra_is_named(endpoint, monkeypatch):
     monkeypatch.setitem(sys.modules, "openai", None)
     with pytest.raises(ClvrError, match=r"pip install 'clvr-jax\[endpoints\]'"):
-        OpenAIVisionLanguageModel(endpoint())
+        OpenAIChatModel(endpoint())
 
 
 # --- small things -----------------------------------------------------------------------------------------------------
@@ -137,7 +137,7 @@ def test_an_error_survives_a_trip_between_processes():
 def test_no_thread_is_left_behind(server, endpoint):
     server.script = [completion("Two.")]
     before = {thread for thread in threading.enumerate() if "process_request" not in thread.name}
-    OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    OpenAIChatModel(endpoint()).chat(QUESTION)
     assert {thread for thread in threading.enumerate() if "process_request" not in thread.name} == before
 
 

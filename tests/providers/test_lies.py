@@ -13,25 +13,25 @@ from itertools import repeat
 import numpy as np
 import pytest
 
+from clvr_jax.interfaces import ChatRequest, ImageRequest, ProviderError
 from clvr_jax.providers.bounded import count, read_object
 from clvr_jax.providers.download import _is_public
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.failures import Failure, NoReplyError, retry_after, retry_delay
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.providers.openai_images import OpenAIImageTool
+from clvr_jax.providers.openai_chat import OpenAIChatModel
+from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.thoughts import strip_thoughts
-from clvr_jax.reasoning.tools import ImageTask, ProviderError, Question
 from clvr_jax.redaction import redact_url, redact_urls
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
 
-QUESTION = Question([{"role": "user", "content": "How many circles?"}], max_tokens=55)
-TASK = ImageTask("a red circle")
+QUESTION = ChatRequest([{"role": "user", "content": "How many circles?"}], max_tokens=55)
+TASK = ImageRequest("a red circle")
 IMAGE = picture(24, 32)
 
 
 def ask(endpoint, **fields):
-    return OpenAIVisionLanguageModel(endpoint(**fields)).ask(QUESTION)
+    return OpenAIChatModel(endpoint(**fields)).chat(QUESTION)
 
 
 def error_of(call, *arguments, **fields):
@@ -143,9 +143,9 @@ HEADS = [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.1 200 OK
 def test_a_server_that_drips_is_left_after_the_deadline(monkeypatch, head):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     with dripping(head) as url:
-        model = OpenAIVisionLanguageModel(Endpoint("tiny", url, None, max_seconds=0.3, max_retries=1, backoff=0.001))
+        model = OpenAIChatModel(Endpoint("tiny", url, None, max_seconds=0.3, max_retries=1, backoff=0.001))
         began = time.monotonic()
-        error = error_of(model.ask, QUESTION)
+        error = error_of(model.chat, QUESTION)
     assert 0.6 <= time.monotonic() - began < 20
     assert error.fault == "down"
     assert "no complete response within 0.3 s" in str(error)
@@ -155,7 +155,7 @@ def test_a_server_that_drips_is_left_after_the_deadline(monkeypatch, head):
 def test_an_image_that_drips_is_left_after_the_deadline(server, endpoint, head):
     with dripping(head) as url:
         server.script = [pictures(url + "/1.png")]
-        error = error_of(OpenAIImageTool(endpoint(max_seconds=0.3, max_retries=0)).draw, TASK)
+        error = error_of(OpenAIImageModel(endpoint(max_seconds=0.3, max_retries=0)).generate, TASK)
     assert "no complete response within 0.3 s" in str(error)
 
 
@@ -268,11 +268,11 @@ def test_an_image_in_the_own_network_is_fetched_only_if_its_host_is_allowed(serv
     try:
         address = other.url.replace("127.0.0.1", "localhost") + "/1.png"
         server.script, other.script = [pictures(address)], [Reply(png(IMAGE))]
-        error = error_of(OpenAIImageTool(endpoint()).draw, TASK)
+        error = error_of(OpenAIImageModel(endpoint()).generate, TASK)
         assert "own network" in str(error)
         assert "image_hosts" in str(error)
         assert other.seen == []
-        made = OpenAIImageTool(endpoint(image_hosts=("localhost",))).draw(TASK)
+        made = OpenAIImageModel(endpoint(image_hosts=("localhost",))).generate(TASK)
         assert np.array_equal(made.image, IMAGE)
     finally:
         other.close()
@@ -284,7 +284,7 @@ def test_an_image_that_moves_to_another_host_is_refused(server, endpoint):
         pictures(server.url + "/1.png"),
         Reply(status=302, headers={"Location": f"http://localhost:{port}/2.png"}),
     ]
-    assert "redirects to another host, localhost" in str(error_of(OpenAIImageTool(endpoint()).draw, TASK))
+    assert "redirects to another host, localhost" in str(error_of(OpenAIImageModel(endpoint()).generate, TASK))
     assert len(server.seen) == 2
 
 
@@ -329,10 +329,10 @@ def gpt5(seen):
 
 def test_fields_that_a_server_refuses_by_name_are_adapted_once_and_told(server, endpoint, capsys):
     server.script = [gpt5]
-    model = OpenAIVisionLanguageModel(endpoint())
-    answer = model.ask(QUESTION)
+    model = OpenAIChatModel(endpoint())
+    answer = model.chat(QUESTION)
     assert (answer.text, answer.usage.calls, answer.usage.retries, len(server.seen)) == ("Two.", 1, 3, 4)
-    assert model.ask(QUESTION).text == "Two."
+    assert model.chat(QUESTION).text == "Two."
     assert set(server.seen[-1].json) == {"model", "messages", "max_completion_tokens"}
     assert len(server.seen) == 5
     assert [note.split(";")[0] for note in model.adapted] == [
@@ -380,8 +380,8 @@ def test_a_server_that_takes_neither_name_of_the_limit_is_asked_twice(server, en
 def test_an_image_server_that_refuses_a_field_is_asked_without_it(server, endpoint):
     refusal = failure(400, "Unknown parameter: 'response_format'.", param="response_format")
     server.script = [lambda seen: refusal if "response_format" in seen.json else pictures(png(IMAGE))]
-    tool = OpenAIImageTool(endpoint(), response_format="b64_json", sends_seed=True)
-    made = tool.draw(TASK)
+    tool = OpenAIImageModel(endpoint(), response_format="b64_json", sends_seed=True)
+    made = tool.generate(TASK)
     assert np.array_equal(made.image, IMAGE)
     assert (made.usage.calls, made.usage.retries) == (1, 1)
     assert tool.adapted == ("response_format left out",)
@@ -389,7 +389,7 @@ def test_an_image_server_that_refuses_a_field_is_asked_without_it(server, endpoi
 
 def test_an_answer_with_a_path_says_which_option_helps(server, endpoint):
     server.script = [pictures("/home/user/.xinference/image/1.png")]
-    assert "response format to b64_json" in str(error_of(OpenAIImageTool(endpoint()).draw, TASK))
+    assert "response format to b64_json" in str(error_of(OpenAIImageModel(endpoint()).generate, TASK))
 
 
 def test_a_byte_order_mark_is_skipped(server, endpoint):
@@ -402,7 +402,7 @@ def test_base64_of_the_other_alphabet_is_read(server, endpoint):
     assert "-" in text
     assert "_" in text
     server.script = [Reply({"data": [{"b64_json": text}]})]
-    assert np.array_equal(OpenAIImageTool(endpoint()).draw(TASK).image, IMAGE)
+    assert np.array_equal(OpenAIImageModel(endpoint()).generate(TASK).image, IMAGE)
 
 
 @pytest.mark.parametrize("text", ["", "\ufeff", "[" * 100_000, "<html>", "[]", "7", '{"a": 1', "data: {}\n\n"])
@@ -425,11 +425,11 @@ def test_no_lie_escapes_as_another_error(server, endpoint):
         Reply(body, status)
         for body, status in zip(bodies * 2, [*repeat(200, len(bodies)), *repeat(400, len(bodies))], strict=True)
     ]
-    model = OpenAIVisionLanguageModel(endpoint(max_retries=0))
+    model = OpenAIChatModel(endpoint(max_retries=0))
     messages = []
     for _ in server.script:
         try:
-            assert model.ask(QUESTION).text == "x"
+            assert model.chat(QUESTION).text == "x"
         except ProviderError as error:
             messages.append(str(error))
     assert max(map(len, messages)) < 500

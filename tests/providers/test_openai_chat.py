@@ -9,27 +9,27 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import UsageError
+from clvr_jax.interfaces import ChatRequest, ProviderError, Token
 from clvr_jax.providers.endpoint import Endpoint, Prices
 from clvr_jax.providers.failures import NoReplyError
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel, read_tokens
-from clvr_jax.reasoning.tools import ProviderError, Question, Token
+from clvr_jax.providers.openai_chat import OpenAIChatModel, read_tokens
 from tests.providers.server import KEY, Reply, completion, failure, picture
 
-QUESTION = Question([{"role": "user", "content": "How many circles?"}], temperature=0.7, seed=123, max_tokens=55)
-JSON_QUESTION = Question([{"role": "user", "content": "As JSON."}], is_json=True)
-SURE_QUESTION = Question([{"role": "user", "content": "Is it red?"}], top_logprobs=5)
+QUESTION = ChatRequest([{"role": "user", "content": "How many circles?"}], temperature=0.7, seed=123, max_tokens=55)
+JSON_QUESTION = ChatRequest([{"role": "user", "content": "As JSON."}], is_json=True)
+SURE_QUESTION = ChatRequest([{"role": "user", "content": "Is it red?"}], top_logprobs=5)
 
 
 def error_of(model, question=QUESTION):
     with pytest.raises(ProviderError) as caught:
-        model.ask(question)
+        model.chat(question)
     assert "\n" not in str(caught.value)
     return caught.value
 
 
 def test_an_answer_with_what_it_cost(server, endpoint):
     server.script = [completion("Two.", (1000, 500))]
-    answer = OpenAIVisionLanguageModel(endpoint(prices=Prices(input_tokens=2.0, output_tokens=8.0))).ask(QUESTION)
+    answer = OpenAIChatModel(endpoint(prices=Prices(input_tokens=2.0, output_tokens=8.0))).chat(QUESTION)
     assert answer.text == "Two."
     assert (answer.usage.calls, answer.usage.retries) == (1, 0)
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (1000, 500)
@@ -39,7 +39,7 @@ def test_an_answer_with_what_it_cost(server, endpoint):
 
 def test_the_request_says_what_the_question_says(server, endpoint):
     server.script = [completion("Two.")]
-    OpenAIVisionLanguageModel(endpoint(), extra={"top_k": 5}).ask(QUESTION)
+    OpenAIChatModel(endpoint(), extra={"top_k": 5}).chat(QUESTION)
     (seen,) = server.seen
     assert seen.path == "/v1/chat/completions"
     assert seen.headers["authorization"] == f"Bearer {KEY}"
@@ -55,17 +55,17 @@ def test_the_request_says_what_the_question_says(server, endpoint):
 
 def test_what_a_server_does_not_take_is_left_out(server, endpoint):
     server.script = [completion("Two.")]
-    model = OpenAIVisionLanguageModel(endpoint(), token_limit="max_completion_tokens", omit=("temperature", "seed"))
-    model.ask(QUESTION)
+    model = OpenAIChatModel(endpoint(), token_limit="max_completion_tokens", omit=("temperature", "seed"))
+    model.chat(QUESTION)
     assert set(server.seen[0].json) == {"model", "messages", "max_completion_tokens"}
     with pytest.raises(UsageError, match="top_p"):
-        OpenAIVisionLanguageModel(endpoint(), omit=("top_p",))
+        OpenAIChatModel(endpoint(), omit=("top_p",))
 
 
 def test_models_that_think_may_be_given_more_tokens(server, endpoint):
     server.script = [completion("Two."), completion("Tw", finish="length")]
-    model = OpenAIVisionLanguageModel(endpoint(), thought_tokens=1000)
-    model.ask(QUESTION)
+    model = OpenAIChatModel(endpoint(), thought_tokens=1000)
+    model.chat(QUESTION)
     assert server.seen[0].json["max_tokens"] == 1055
     assert "max_tokens=1055" in str(error_of(model))
 
@@ -78,7 +78,7 @@ def test_pictures_arrive_in_order_and_unchanged(server, endpoint):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "and"}]},
         {"role": "user", "content": [{"type": "image"}]},
     ]
-    OpenAIVisionLanguageModel(endpoint()).ask(Question(messages, images))
+    OpenAIChatModel(endpoint()).chat(ChatRequest(messages, images))
     sent = server.seen[0].json["messages"]
     assert sent[1]["content"][1] == {"type": "text", "text": "and"}
     for part, image in zip([sent[1]["content"][0], sent[2]["content"][0]], images, strict=True):
@@ -88,22 +88,22 @@ def test_pictures_arrive_in_order_and_unchanged(server, endpoint):
 
 
 def test_another_number_of_pictures_is_an_error_before_any_request(server, endpoint):
-    question = Question([{"role": "user", "content": [{"type": "image"}]}], [])
+    question = ChatRequest([{"role": "user", "content": [{"type": "image"}]}], [])
     with pytest.raises(UsageError, match="1 image parts in the messages but 0 images"):
-        OpenAIVisionLanguageModel(endpoint()).ask(question)
+        OpenAIChatModel(endpoint()).chat(question)
     assert server.seen == []
 
 
 @pytest.mark.parametrize("text", ["赤い円が二つ 🔴🔴 دائرتان", "x" * 50_000, "円" * 50_000])
 def test_other_scripts_and_long_prompts_pass(server, endpoint, text):
     server.script = [completion(text)]
-    answer = OpenAIVisionLanguageModel(endpoint()).ask(Question([{"role": "user", "content": text}]))
+    answer = OpenAIChatModel(endpoint()).chat(ChatRequest([{"role": "user", "content": text}]))
     assert server.seen[0].json["messages"][0]["content"] == text
     assert answer.text == text
 
 
 def test_a_broken_half_of_a_character_is_rejected(server, endpoint):
-    error = error_of(OpenAIVisionLanguageModel(endpoint()), Question([{"role": "user", "content": "a \ud83d b"}]))
+    error = error_of(OpenAIChatModel(endpoint()), ChatRequest([{"role": "user", "content": "a \ud83d b"}]))
     assert error.fault == "rejected"
     assert "Unicode" in str(error)
 
@@ -117,7 +117,7 @@ def test_a_closed_port_is_down(monkeypatch):
         port = free.getsockname()[1]
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     endpoint = Endpoint("tiny", f"http://127.0.0.1:{port}/v1", None, max_retries=3, backoff=0.001)
-    error = error_of(OpenAIVisionLanguageModel(endpoint))
+    error = error_of(OpenAIChatModel(endpoint))
     assert error.fault == "down"
     assert (error.usage.calls, error.usage.retries) == (1, 3)
     assert f"tiny (127.0.0.1:{port})" in str(error)
@@ -126,7 +126,7 @@ def test_a_closed_port_is_down(monkeypatch):
 
 def test_a_slow_server_is_down_after_bounded_retries(server, endpoint):
     server.script = [Reply(completion("late").content, delay=1.5)]
-    model = OpenAIVisionLanguageModel(endpoint(timeout=0.2, max_retries=1))
+    model = OpenAIChatModel(endpoint(timeout=0.2, max_retries=1))
     began = time.monotonic()
     error = error_of(model)
     assert time.monotonic() - began < 1.5
@@ -138,7 +138,7 @@ def test_a_slow_server_is_down_after_bounded_retries(server, endpoint):
 @pytest.mark.parametrize("status", [408, 500, 502, 503])
 def test_a_server_error_passes(server, endpoint, status):
     server.script = [failure(status), failure(status), completion("Two.", (10, 5))]
-    answer = OpenAIVisionLanguageModel(endpoint(prices=Prices(1e6, 1e6))).ask(QUESTION)
+    answer = OpenAIChatModel(endpoint(prices=Prices(1e6, 1e6))).chat(QUESTION)
     assert len(server.seen) == 3
     assert answer.usage.retries == 2
     # Counted once, though it was asked three times.
@@ -147,7 +147,7 @@ def test_a_server_error_passes(server, endpoint, status):
 
 def test_retries_are_bounded(server, endpoint):
     server.script = [failure(500, "CUDA out of memory")]
-    error = error_of(OpenAIVisionLanguageModel(endpoint(max_retries=4)))
+    error = error_of(OpenAIChatModel(endpoint(max_retries=4)))
     assert len(server.seen) == 5
     assert error.fault == "down"
     assert "CUDA out of memory" in str(error)
@@ -155,13 +155,13 @@ def test_retries_are_bounded(server, endpoint):
 
 def test_no_retry_if_none_is_wanted(server, endpoint):
     server.script = [failure(500)]
-    error_of(OpenAIVisionLanguageModel(endpoint(max_retries=0)))
+    error_of(OpenAIChatModel(endpoint(max_retries=0)))
     assert len(server.seen) == 1
 
 
 def test_retry_after_is_honoured(server, endpoint):
     server.script = [failure(429, headers={"Retry-After": "1"}), completion("Two.")]
-    answer = OpenAIVisionLanguageModel(endpoint()).ask(QUESTION)
+    answer = OpenAIChatModel(endpoint()).chat(QUESTION)
     first, second = server.seen
     assert 1.0 <= second.time - first.time < 5
     assert answer.usage.retries == 1
@@ -170,12 +170,12 @@ def test_retry_after_is_honoured(server, endpoint):
 
 def test_one_callers_rate_limit_holds_the_others_back(server, endpoint):
     server.script = [failure(429, headers={"retry-after-ms": "600"}), completion("Two.")]
-    model = OpenAIVisionLanguageModel(endpoint())
+    model = OpenAIChatModel(endpoint())
     with ThreadPoolExecutor(1) as pool:
-        limited = pool.submit(model.ask, QUESTION)
+        limited = pool.submit(model.chat, QUESTION)
         while model._connection._not_before == 0:
             time.sleep(0.01)
-        model.ask(QUESTION)
+        model.chat(QUESTION)
         limited.result()
     assert len(server.seen) == 3
     assert min(seen.time for seen in server.seen[1:]) - server.seen[0].time >= 0.6
@@ -183,7 +183,7 @@ def test_one_callers_rate_limit_holds_the_others_back(server, endpoint):
 
 def test_too_long_a_retry_after_gives_up_at_once(server, endpoint):
     server.script = [failure(429, headers={"Retry-After": "3600"})]
-    error = error_of(OpenAIVisionLanguageModel(endpoint(max_wait=10)))
+    error = error_of(OpenAIChatModel(endpoint(max_wait=10)))
     assert error.fault == "limited"
     assert "3600 s" in str(error)
     assert len(server.seen) == 1
@@ -191,29 +191,29 @@ def test_too_long_a_retry_after_gives_up_at_once(server, endpoint):
 
 def test_rate_limits_without_end_are_limited(server, endpoint):
     server.script = [failure(429)]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+    assert error_of(OpenAIChatModel(endpoint())).fault == "limited"
     assert len(server.seen) == 3
 
 
 def test_no_money_left_is_not_retried(server, endpoint):
     server.script = [failure(429, code="insufficient_quota")]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+    assert error_of(OpenAIChatModel(endpoint())).fault == "limited"
     assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize("content", [b"", b"  \n", b'{"choices": [', b"<html>Bad gateway</html>", b"[1, 2]"])
 def test_a_body_that_is_none_is_retried_and_is_no_reply(server, endpoint, content):
     server.script = [Reply(content)]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "down"
+    assert error_of(OpenAIChatModel(endpoint())).fault == "down"
     assert len(server.seen) == 3
     server.script = [Reply(content)] * 4 + [completion("Two.")]
-    assert OpenAIVisionLanguageModel(endpoint()).ask(QUESTION).text == "Two."
+    assert OpenAIChatModel(endpoint()).chat(QUESTION).text == "Two."
 
 
 @pytest.mark.parametrize("choices", [None, [], [None], [{}], "no"])
 def test_no_choices_are_retried_and_are_no_reply(server, endpoint, choices):
     server.script = [Reply({"choices": choices, "usage": {"prompt_tokens": 9, "completion_tokens": None}})]
-    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    error = error_of(OpenAIChatModel(endpoint()))
     assert error.fault == "down"
     assert len(server.seen) == 3
     assert error.usage.input_tokens == 27
@@ -221,7 +221,7 @@ def test_no_choices_are_retried_and_are_no_reply(server, endpoint, choices):
 
 def test_an_error_under_status_200_is_an_error(server, endpoint):
     server.script = [Reply({"error": {"code": 429, "message": "upstream is busy"}})]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "limited"
+    assert error_of(OpenAIChatModel(endpoint())).fault == "limited"
 
 
 # --- faults that do not pass ------------------------------------------------------------------------------------------
@@ -230,7 +230,7 @@ def test_an_error_under_status_200_is_an_error(server, endpoint):
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 413, 422])
 def test_rejected_requests_are_not_retried(server, endpoint, status):
     server.script = [failure(status, "no such model")]
-    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    error = error_of(OpenAIChatModel(endpoint()))
     assert error.fault == "rejected"
     assert f"HTTP {status}" in str(error)
     assert len(server.seen) == 1
@@ -247,20 +247,20 @@ def test_rejected_requests_are_not_retried(server, endpoint, status):
 )
 def test_refusals_are_told_apart(server, endpoint, reply):
     server.script = [reply]
-    assert error_of(OpenAIVisionLanguageModel(endpoint())).fault == "refused"
+    assert error_of(OpenAIChatModel(endpoint())).fault == "refused"
     assert len(server.seen) == 1
 
 
 def test_a_refusal_costs_what_it_costs(server, endpoint):
     server.script = [completion(None, (100, 3), refusal="No.")]
-    error = error_of(OpenAIVisionLanguageModel(endpoint(prices=Prices(1e6, 1e6))))
+    error = error_of(OpenAIChatModel(endpoint(prices=Prices(1e6, 1e6))))
     assert (error.usage.calls, error.usage.input_tokens, error.usage.dollars) == (1, 100, 103)
 
 
 @pytest.mark.parametrize("text", ["", "Final Score: 3"])
 def test_a_reply_that_is_cut_is_none_and_says_where_the_tokens_went(server, endpoint, text):
     server.script = [completion(text, finish="length")]
-    error = error_of(OpenAIVisionLanguageModel(endpoint()))
+    error = error_of(OpenAIChatModel(endpoint()))
     assert isinstance(error, NoReplyError)
     assert error.fault == "down"
     assert "max_tokens=55" in str(error)
@@ -273,23 +273,23 @@ def test_a_reply_that_is_cut_is_none_and_says_where_the_tokens_went(server, endp
 @pytest.mark.parametrize("text", ['{"ok": true}', "Sure! There are two circles."])
 def test_json_is_asked_for_and_what_comes_is_for_the_caller_to_read(server, endpoint, text):
     server.script = [completion(text)]
-    assert OpenAIVisionLanguageModel(endpoint()).ask(JSON_QUESTION).text == text
+    assert OpenAIChatModel(endpoint()).chat(JSON_QUESTION).text == text
     assert server.seen[0].json["response_format"] == {"type": "json_object"}
 
 
 def test_a_server_without_json_mode_is_asked_without_it_from_then_on(server, endpoint):
     server.script = [failure(400, "response_format is not supported"), completion('{"ok": 1}')]
-    model = OpenAIVisionLanguageModel(endpoint())
-    answer = model.ask(JSON_QUESTION)
+    model = OpenAIChatModel(endpoint())
+    answer = model.chat(JSON_QUESTION)
     assert answer.text == '{"ok": 1}'
     assert (answer.usage.calls, answer.usage.retries, answer.usage.input_tokens) == (1, 1, 11)
-    model.ask(JSON_QUESTION)
+    model.chat(JSON_QUESTION)
     assert ["response_format" in seen.json for seen in server.seen] == [True, False, False]
 
 
 def test_json_mode_can_be_switched_off(server, endpoint):
     server.script = [completion('{"ok": 1}')]
-    OpenAIVisionLanguageModel(endpoint(), json_mode=False).ask(JSON_QUESTION)
+    OpenAIChatModel(endpoint(), json_mode=False).chat(JSON_QUESTION)
     assert "response_format" not in server.seen[0].json
 
 
@@ -312,7 +312,7 @@ RED = [entry("It"), entry(" is red", -0.25), entry(".", -0.125), entry(" yes", -
 
 def test_probabilities_of_tokens_are_asked_for_and_read(server, endpoint):
     server.script = [with_logprobs("It is red. yes", RED)]
-    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    answer = OpenAIChatModel(endpoint()).chat(SURE_QUESTION)
     assert (server.seen[0].json["logprobs"], server.seen[0].json["top_logprobs"]) == (True, 5)
     assert answer.text == "It is red. yes"
     assert answer.tokens == (
@@ -327,34 +327,34 @@ def test_probabilities_of_tokens_are_asked_for_and_read(server, endpoint):
 def test_probabilities_of_a_thought_are_left_out(server, endpoint):
     thought = [entry("<think>"), entry("no"), entry("</think>"), entry("\n\n")]
     server.script = [with_logprobs("<think>no</think>\n\nIt is red. yes", [*thought, *RED])]
-    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    answer = OpenAIChatModel(endpoint()).chat(SURE_QUESTION)
     assert answer.text == "It is red. yes"
     assert "".join(token.text for token in answer.tokens) == answer.text
 
 
 def test_no_more_alternatives_are_asked_for_than_the_api_allows_and_none_without_need(server, endpoint):
     server.script = [with_logprobs("It is red. yes", RED)]
-    model = OpenAIVisionLanguageModel(endpoint())
-    model.ask(Question([{"role": "user", "content": "Is it red?"}], top_logprobs=500))
+    model = OpenAIChatModel(endpoint())
+    model.chat(ChatRequest([{"role": "user", "content": "Is it red?"}], top_logprobs=500))
     assert server.seen[0].json["top_logprobs"] == 20
-    assert model.ask(QUESTION).tokens is None
+    assert model.chat(QUESTION).tokens is None
     assert not {"logprobs", "top_logprobs"} & set(server.seen[1].json)
 
 
 def test_a_server_that_rejects_probabilities_is_asked_without_them_from_then_on(server, endpoint):
     server.script = [failure(400, "Unrecognized request argument supplied: top_logprobs"), completion("It is red. yes")]
-    model = OpenAIVisionLanguageModel(endpoint())
-    answer = model.ask(SURE_QUESTION)
+    model = OpenAIChatModel(endpoint())
+    answer = model.chat(SURE_QUESTION)
     assert (answer.text, answer.tokens) == ("It is red. yes", None)
     assert (answer.usage.calls, answer.usage.retries, answer.usage.input_tokens) == (1, 1, 11)
-    model.ask(SURE_QUESTION)
+    model.chat(SURE_QUESTION)
     assert ["logprobs" in seen.json for seen in server.seen] == [True, False, False]
 
 
 def test_json_mode_and_probabilities_can_be_rejected_one_after_the_other(server, endpoint):
     server.script = [failure(400, "no response_format"), failure(422, "no logprobs here"), completion("{}")]
-    model = OpenAIVisionLanguageModel(endpoint())
-    answer = model.ask(Question(JSON_QUESTION.messages, is_json=True, top_logprobs=5))
+    model = OpenAIChatModel(endpoint())
+    answer = model.chat(ChatRequest(JSON_QUESTION.messages, is_json=True, top_logprobs=5))
     assert (answer.text, answer.usage.calls, answer.usage.retries) == ("{}", 1, 2)
     sent = [("response_format" in seen.json, "logprobs" in seen.json) for seen in server.seen]
     assert sent == [(True, True), (False, True), (False, False)]
@@ -363,8 +363,8 @@ def test_json_mode_and_probabilities_can_be_rejected_one_after_the_other(server,
 def test_other_rejections_are_not_taken_for_that(server, endpoint):
     passing = with_logprobs("It is red. yes", RED)
     server.script = [failure(400, "no such model"), failure(500, "logprobs failed"), passing]
-    assert error_of(OpenAIVisionLanguageModel(endpoint()), SURE_QUESTION).fault == "rejected"
-    assert OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION).tokens is not None
+    assert error_of(OpenAIChatModel(endpoint()), SURE_QUESTION).fault == "rejected"
+    assert OpenAIChatModel(endpoint()).chat(SURE_QUESTION).tokens is not None
     assert len(server.seen) == 3
 
 
@@ -391,7 +391,7 @@ def test_other_rejections_are_not_taken_for_that(server, endpoint):
 )
 def test_malformed_probabilities_are_none(entries, server, endpoint):
     server.script = [with_logprobs("It is red. yes", entries)]
-    answer = OpenAIVisionLanguageModel(endpoint()).ask(SURE_QUESTION)
+    answer = OpenAIChatModel(endpoint()).chat(SURE_QUESTION)
     assert (answer.text, answer.tokens) == ("It is red. yes", None)
     assert len(server.seen) == 1
 
@@ -421,15 +421,15 @@ def test_probabilities_a_little_above_one_are_one():
 def test_many_questions_are_asked_side_by_side_and_answered_in_order(server, endpoint):
     server.script = [lambda seen: completion(seen.json["messages"][0]["content"])]
     server.hold_until(4)
-    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=4))
-    answers = model.ask_all([Question([{"role": "user", "content": str(number)}]) for number in range(12)])
+    model = OpenAIChatModel(endpoint(max_in_flight=4))
+    answers = model.chat_all([ChatRequest([{"role": "user", "content": str(number)}]) for number in range(12)])
     assert [answer.text for answer in answers] == [str(number) for number in range(12)]
     assert server.peak == 4
-    assert model.ask_all([]) == []
+    assert model.chat_all([]) == []
 
 
 def test_one_failure_among_many_questions_is_raised(server, endpoint):
     server.script = [lambda seen: failure(400, "no") if "3" in seen.body.decode() else completion("yes")]
-    model = OpenAIVisionLanguageModel(endpoint(max_in_flight=2))
+    model = OpenAIChatModel(endpoint(max_in_flight=2))
     with pytest.raises(ProviderError):
-        model.ask_all([Question([{"role": "user", "content": str(number)}], seed=1) for number in range(12)])
+        model.chat_all([ChatRequest([{"role": "user", "content": str(number)}], seed=1) for number in range(12)])

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import UsageError
+from clvr_jax.interfaces import ImageRequest, ProviderError
 from clvr_jax.providers import download as download_module
 from clvr_jax.providers.endpoint import Prices
-from clvr_jax.providers.openai_images import OpenAIImageTool
-from clvr_jax.reasoning.tools import ImageTask, ProviderError
+from clvr_jax.providers.openai_images import OpenAIImageModel
 from tests.providers.server import KEY, Reply, failure, picture, pictures, png
 
 IMAGE = picture(24, 32)
@@ -17,7 +17,7 @@ IMAGE = picture(24, 32)
 
 def error_of(tool, task=None):
     with pytest.raises(ProviderError) as caught:
-        tool.draw(task or ImageTask("a red circle"))
+        tool.generate(task or ImageRequest("a red circle"))
     assert "\n" not in str(caught.value)
     assert caught.value.__context__ is None
     return caught.value
@@ -36,8 +36,8 @@ def fields_of(seen):
 def test_a_picture_from_words(server, endpoint):
     told = {"input_tokens": 40, "output_tokens": 1000, "total_tokens": 1040}
     server.script = [pictures(png(IMAGE), usage=told)]
-    tool = OpenAIImageTool(endpoint(prices=Prices(1.0, 2.0, picture=0.04)), extra={"quality": "high"})
-    made = tool.draw(ImageTask("a red circle", size=(24, 32)))
+    tool = OpenAIImageModel(endpoint(prices=Prices(1.0, 2.0, picture=0.04)), extra={"quality": "high"})
+    made = tool.generate(ImageRequest("a red circle", size=(24, 32)))
     assert np.array_equal(made.image, IMAGE)
     (seen,) = server.seen
     assert seen.path == "/v1/images/generations"
@@ -50,22 +50,24 @@ def test_a_picture_from_words(server, endpoint):
 
 def test_the_seed_is_sent_where_it_is_known(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    OpenAIImageTool(endpoint(), sends_seed=True, response_format="b64_json").draw(ImageTask("a circle", seed=77))
+    OpenAIImageModel(endpoint(), sends_seed=True, response_format="b64_json").generate(
+        ImageRequest("a circle", seed=77)
+    )
     assert server.seen[0].json["seed"] == 77
     assert server.seen[0].json["response_format"] == "b64_json"
 
 
 def test_the_tools_own_size_holds_where_the_task_has_none(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    OpenAIImageTool(endpoint(), size=(24, 32)).draw(ImageTask("a circle"))
-    OpenAIImageTool(endpoint()).draw(ImageTask("a circle"))
+    OpenAIImageModel(endpoint(), size=(24, 32)).generate(ImageRequest("a circle"))
+    OpenAIImageModel(endpoint()).generate(ImageRequest("a circle"))
     assert [seen.json.get("size") for seen in server.seen] == ["32x24", None]
 
 
 def test_several_references_are_uploaded_in_order(server, endpoint):
     references = [picture(8, 8, 1), picture(9, 7, 2), picture(10, 10, 3)]
     server.script = [pictures(png(IMAGE))]
-    OpenAIImageTool(endpoint(), sends_seed=True).draw(ImageTask("make it 青い", references, seed=5))
+    OpenAIImageModel(endpoint(), sends_seed=True).generate(ImageRequest("make it 青い", references, seed=5))
     (seen,) = server.seen
     assert seen.path == "/v1/images/edits"
     sent = fields_of(seen)
@@ -78,13 +80,13 @@ def test_several_references_are_uploaded_in_order(server, endpoint):
 
 def test_one_reference_is_no_list(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    OpenAIImageTool(endpoint()).draw(ImageTask("make it blue", [IMAGE]))
+    OpenAIImageModel(endpoint()).generate(ImageRequest("make it blue", [IMAGE]))
     assert [name for name, file, _ in fields_of(server.seen[0]) if file] == ["image"]
 
 
 def test_an_upload_is_whole_again_after_a_failure(server, endpoint):
     server.script = [failure(500), pictures(png(IMAGE))]
-    made = OpenAIImageTool(endpoint()).draw(ImageTask("make it blue", [IMAGE, IMAGE]))
+    made = OpenAIImageModel(endpoint()).generate(ImageRequest("make it blue", [IMAGE, IMAGE]))
     first, second = map(fields_of, server.seen)
     assert first == second
     assert made.usage.retries == 1
@@ -92,8 +94,8 @@ def test_an_upload_is_whole_again_after_a_failure(server, endpoint):
 
 def test_references_as_seedream_takes_them(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    tool = OpenAIImageTool(endpoint(), references="generations")
-    tool.draw(ImageTask("make it blue", [IMAGE, picture(4, 4)]))
+    tool = OpenAIImageModel(endpoint(), references="generations")
+    tool.generate(ImageRequest("make it blue", [IMAGE, picture(4, 4)]))
     (seen,) = server.seen
     assert seen.path == "/v1/images/generations"
     sent = [url.removeprefix("data:image/png;base64,") for url in seen.json["image"]]
@@ -105,7 +107,7 @@ def test_references_as_seedream_takes_them(server, endpoint):
 
 def test_a_picture_behind_a_url(server, endpoint):
     server.script = [pictures(server.url + "/made/1.png?signature=abc"), Reply(png(IMAGE))]
-    made = OpenAIImageTool(endpoint(prices=Prices(picture=0.04))).draw(ImageTask("a circle"))
+    made = OpenAIImageModel(endpoint(prices=Prices(picture=0.04))).generate(ImageRequest("a circle"))
     assert np.array_equal(made.image, IMAGE)
     assert (made.usage.calls, made.usage.pictures, made.usage.dollars) == (1, 1, 0.04)
     assert server.seen[1].path == "/made/1.png?signature=abc"
@@ -114,7 +116,7 @@ def test_a_picture_behind_a_url(server, endpoint):
 
 def test_a_download_is_retried_without_a_second_picture(server, endpoint):
     server.script = [pictures(server.url + "/1.png"), Reply(status=503), Reply(png(IMAGE))]
-    made = OpenAIImageTool(endpoint(prices=Prices(picture=0.04))).draw(ImageTask("a circle"))
+    made = OpenAIImageModel(endpoint(prices=Prices(picture=0.04))).generate(ImageRequest("a circle"))
     assert [seen.path for seen in server.seen] == ["/v1/images/generations", "/1.png", "/1.png"]
     assert (made.usage.calls, made.usage.retries, made.usage.dollars) == (1, 1, 0.04)
 
@@ -122,7 +124,7 @@ def test_a_download_is_retried_without_a_second_picture(server, endpoint):
 @pytest.mark.parametrize(("status", "fault", "requests"), [(500, "down", 4), (404, "malformed", 2)])
 def test_a_picture_that_is_not_there(server, endpoint, status, fault, requests):
     server.script = [pictures(server.url + "/1.png?signature=abc"), Reply(status=status)]
-    error = error_of(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))))
+    error = error_of(OpenAIImageModel(endpoint(prices=Prices(picture=0.04))))
     assert error.fault == fault
     assert error.usage.dollars == 0.04
     assert "signature" not in str(error)
@@ -131,19 +133,19 @@ def test_a_picture_that_is_not_there(server, endpoint, status, fault, requests):
 
 def test_a_url_may_be_the_picture(server, endpoint):
     server.script = [pictures("data:image/png;base64," + base64.b64encode(png(IMAGE)).decode())]
-    assert np.array_equal(OpenAIImageTool(endpoint()).draw(ImageTask("a circle")).image, IMAGE)
+    assert np.array_equal(OpenAIImageModel(endpoint()).generate(ImageRequest("a circle")).image, IMAGE)
 
 
 @pytest.mark.parametrize("url", ["file:///etc/hostname", "/etc/hostname", "ftp://127.0.0.1/a.png", "http://[::1"])
 def test_no_other_address_is_opened(server, endpoint, url):
     server.script = [pictures(url)]
-    assert error_of(OpenAIImageTool(endpoint())).fault == "malformed"
+    assert error_of(OpenAIImageModel(endpoint())).fault == "malformed"
 
 
 def test_a_download_without_end_is_cut(server, endpoint, monkeypatch):
     monkeypatch.setattr(download_module, "MAX_BYTES", 100)
     server.script = [pictures(server.url + "/1.png"), Reply(png(IMAGE))]
-    assert "more than 100 bytes" in str(error_of(OpenAIImageTool(endpoint())))
+    assert "more than 100 bytes" in str(error_of(OpenAIImageModel(endpoint())))
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
@@ -151,7 +153,7 @@ def test_a_download_without_end_is_cut(server, endpoint, monkeypatch):
 
 def test_a_wrong_size_is_malformed_and_names_both(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    error = error_of(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))), ImageTask("a circle", size=(64, 48)))
+    error = error_of(OpenAIImageModel(endpoint(prices=Prices(picture=0.04))), ImageRequest("a circle", size=(64, 48)))
     assert error.fault == "malformed"
     assert "64 x 48" in str(error)
     assert "24 x 32" in str(error)
@@ -163,20 +165,20 @@ def test_a_wrong_size_is_malformed_and_names_both(server, endpoint):
 @pytest.mark.parametrize("content", [b"not a picture", b"", png(IMAGE)[:60], png(IMAGE)[:-200]])
 def test_what_does_not_decode_is_malformed(server, endpoint, content):
     server.script = [pictures(content or b"\0")]
-    error = error_of(OpenAIImageTool(endpoint()))
+    error = error_of(OpenAIImageModel(endpoint()))
     assert error.fault == "malformed"
     assert "no picture" in str(error)
 
 
 def test_broken_base64_is_malformed(server, endpoint):
     server.script = [Reply({"data": [{"b64_json": "???not base64"}]})]
-    assert error_of(OpenAIImageTool(endpoint())).fault == "malformed"
+    assert error_of(OpenAIImageModel(endpoint())).fault == "malformed"
 
 
 @pytest.mark.parametrize("body", [{}, {"data": []}, {"data": None}, {"data": [{"revised_prompt": "a"}]}])
 def test_an_answer_without_a_picture_is_retried_and_is_none(server, endpoint, body):
     server.script = [Reply(body)]
-    error = error_of(OpenAIImageTool(endpoint(prices=Prices(picture=0.04))))
+    error = error_of(OpenAIImageModel(endpoint(prices=Prices(picture=0.04))))
     assert error.fault == "down"
     assert error.usage.dollars == 0
     assert len(server.seen) == 3
@@ -187,20 +189,20 @@ def test_an_answer_without_a_picture_is_retried_and_is_none(server, endpoint, bo
 )
 def test_refusals_are_told_apart(server, endpoint, code):
     server.script = [failure(400, code=code)]
-    assert error_of(OpenAIImageTool(endpoint())).fault == "refused"
+    assert error_of(OpenAIImageModel(endpoint())).fault == "refused"
     assert len(server.seen) == 1
 
 
 @pytest.mark.parametrize(
     ("task", "words"),
     [
-        (ImageTask("x" * 50_000), "50000 characters"),
-        (ImageTask("  \n"), "empty"),
-        (ImageTask("a circle", [IMAGE] * 17), "17 references"),
+        (ImageRequest("x" * 50_000), "50000 characters"),
+        (ImageRequest("  \n"), "empty"),
+        (ImageRequest("a circle", [IMAGE] * 17), "17 references"),
     ],
 )
 def test_what_cannot_be_drawn_is_rejected_before_any_request(server, endpoint, task, words):
-    error = error_of(OpenAIImageTool(endpoint()), task)
+    error = error_of(OpenAIImageModel(endpoint()), task)
     assert error.fault == "rejected"
     assert words in str(error)
     assert server.seen == []
@@ -208,22 +210,22 @@ def test_what_cannot_be_drawn_is_rejected_before_any_request(server, endpoint, t
 
 def test_a_server_may_allow_longer_prompts(server, endpoint):
     server.script = [pictures(png(IMAGE))]
-    OpenAIImageTool(endpoint(), max_prompt=100_000).draw(ImageTask("円" * 50_000))
+    OpenAIImageModel(endpoint(), max_prompt=100_000).generate(ImageRequest("円" * 50_000))
     assert server.seen[0].json["prompt"] == "円" * 50_000
 
 
 def test_a_server_that_finds_the_prompt_too_long_rejects(server, endpoint):
     server.script = [failure(400, "prompt is too long", code="string_above_max_length")]
-    assert error_of(OpenAIImageTool(endpoint())).fault == "rejected"
+    assert error_of(OpenAIImageModel(endpoint())).fault == "rejected"
 
 
 def test_the_key_is_in_no_error(server, endpoint):
     server.script = [failure(401, f"Incorrect API key provided: {KEY}")]
-    error = error_of(OpenAIImageTool(endpoint()))
+    error = error_of(OpenAIImageModel(endpoint()))
     assert error.fault == "rejected"
     assert KEY not in str(error)
 
 
 def test_unknown_ways_to_send_references_are_a_usage_error(endpoint):
     with pytest.raises(UsageError, match="edits and generations"):
-        OpenAIImageTool(endpoint(), references="mail")
+        OpenAIImageModel(endpoint(), references="mail")

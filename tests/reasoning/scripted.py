@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from clvr_jax.reasoning import Conversation, Drawing, DrawRequest
+from clvr_jax.reasoning import Conversation, GeneratedImage, GenerationRequest
 
 SIZE = 8
 
@@ -17,7 +17,7 @@ def value_of(image) -> int:
     return int(np.asarray(image)[0, 0, 0])
 
 
-def draw(text: str = "Draw it.") -> str:
+def generate(text: str = "Draw it.") -> str:
     return f"{text}<|image_gen|>"
 
 
@@ -46,16 +46,16 @@ class CountingDrawer:
 
     def __init__(self, nfe: int = 4):
         self.nfe = nfe
-        self.calls: list[list[DrawRequest]] = []
+        self.calls: list[list[GenerationRequest]] = []
 
     @property
-    def requests(self) -> list[DrawRequest]:
+    def requests(self) -> list[GenerationRequest]:
         return [request for call in self.calls for request in call]
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         self.calls.append(list(requests))
         first = len(self.requests) - len(requests)
-        return [Drawing(picture(first + number + 1), self.nfe) for number in range(len(requests))]
+        return [GeneratedImage(picture(first + number + 1), self.nfe) for number in range(len(requests))]
 
 
 class NoisyController:
@@ -68,7 +68,7 @@ class NoisyController:
         if np.random.default_rng(conversation.seed).random() < 0.3:
             return "hm"
         if not conversation.images:
-            return draw(f"Plan for {conversation.prompt}.")
+            return generate(f"Plan for {conversation.prompt}.")
         unmet = value_of(conversation.images[-1]) % 5
         return again(unmet) if unmet else stop()
 
@@ -76,9 +76,9 @@ class NoisyController:
 class NoisyDrawer:
     """Draws a random number of unmet items that depends on the request."""
 
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         return [self._one(request) for request in requests]
 
-    def _one(self, request: DrawRequest) -> Drawing:
+    def _one(self, request: GenerationRequest) -> GeneratedImage:
         rng = np.random.default_rng([request.seed, len(request.text), *(value_of(image) for image in request.images)])
-        return Drawing(picture(int(rng.integers(250))), int(rng.integers(1, 5)))
+        return GeneratedImage(picture(int(rng.integers(250))), int(rng.integers(1, 5)))

@@ -15,7 +15,7 @@ from clvr_jax.reasoning.actions import (
 
 
 def test_first_reply_has_no_verdict():
-    reply = parse(" Plan: red circle left. Draw a red circle at the left. <|image_gen|>\n", has_picture=False)
+    reply = parse(" Plan: red circle left. Draw a red circle at the left. <|image_gen|>\n", has_image=False)
     assert reply == Reply("Plan: red circle left. Draw a red circle at the left.", IMAGE_GEN, None)
     assert reply.text == "Plan: red circle left. Draw a red circle at the left.<|image_gen|>"
 
@@ -41,7 +41,7 @@ def test_first_reply_has_no_verdict():
 )
 def test_verdict_sentence(sentence, unmet):
     for action in (IMAGE_GEN, TERMINATE):
-        assert parse(f"I see red circle top left. {sentence}{action}", has_picture=True).unmet == unmet
+        assert parse(f"I see red circle top left. {sentence}{action}", has_image=True).unmet == unmet
 
 
 @pytest.mark.parametrize(
@@ -62,24 +62,24 @@ def test_verdict_sentence(sentence, unmet):
 )
 def test_broken_replies_are_no_verdicts(text, complaint):
     with pytest.raises(ParseError, match=complaint) as caught:
-        parse(text, has_picture=True)
+        parse(text, has_image=True)
     assert "\n" not in str(caught.value)
     assert isinstance(caught.value, ClvrError)
 
 
 def test_first_reply_must_say_what_to_draw():
     with pytest.raises(ParseError, match="without a word"):
-        parse("  <|image_gen|>", has_picture=False)
-    assert parse("<|terminate|>", has_picture=False).action == TERMINATE
+        parse("  <|image_gen|>", has_image=False)
+    assert parse("<|terminate|>", has_image=False).action == TERMINATE
 
 
 def test_end_of_turn_tokens_are_ignored():
-    assert parse("Unmet: nothing.<|terminate|><|im_end|>\n", has_picture=True).unmet == ()
+    assert parse("Unmet: nothing.<|terminate|><|im_end|>\n", has_image=True).unmet == ()
 
 
 def test_long_broken_reply_is_quoted_shortly():
     with pytest.raises(ParseError) as caught:
-        parse("word " * 1000, has_picture=False)
+        parse("word " * 1000, has_image=False)
     assert len(str(caught.value)) < 200
 
 
@@ -98,7 +98,7 @@ def test_examples_in_system_prompt_keep_the_contract():
     examples = SYSTEM_PROMPT.split("Example of a ")[1:]
     assert len(examples) == 3
     for number, example in enumerate(examples):
-        reply = parse(example.split(":\n", 1)[1], has_picture=number > 0)
+        reply = parse(example.split(":\n", 1)[1], has_image=number > 0)
         assert reply.action == (TERMINATE if number == 2 else IMAGE_GEN)
         assert (reply.unmet == ()) == (number == 2)
 

@@ -1,19 +1,19 @@
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning import Conversation, DrawRequest, chat_messages, drawing_text
+from clvr_jax.reasoning import Conversation, GenerationRequest, chat_messages, conditioning_text
 from tests.reasoning.scripted import picture
 
 
 def test_drawing_text_marks_every_earlier_image():
-    text = drawing_text("a cat", ["Plan.<|image_gen|>", "Unmet: b.<|image_gen|>", "Unmet: c. Add c.<|image_gen|>"])
+    text = conditioning_text("a cat", ["Plan.<|image_gen|>", "Unmet: b.<|image_gen|>", "Unmet: c. Add c.<|image_gen|>"])
     assert text == "a cat\nPlan.<IMG_GEN_1>\nUnmet: b.<IMG_GEN_2>\nUnmet: c. Add c."
 
 
 def test_drawing_text_of_first_picture_has_no_mark():
-    assert drawing_text("a cat", ["Plan."]) == "a cat\nPlan."
+    assert conditioning_text("a cat", ["Plan."]) == "a cat\nPlan."
     with pytest.raises(ClvrError, match="no reply"):
-        drawing_text("a cat", [])
+        conditioning_text("a cat", [])
 
 
 def test_chat_alternates_and_ends_with_the_picture_to_judge():
@@ -45,17 +45,19 @@ def test_requests_check_their_images():
     with pytest.raises(ClvrError, match="each reply has one"):
         Conversation("a", ("r",), ())
     with pytest.raises(ClvrError, match="one image less"):
-        DrawRequest("a", ("r",), (picture(0),))
-    assert DrawRequest("a", ("r", "s<|image_gen|>"), (picture(0),)).text == "a\nr<IMG_GEN_1>\ns"
+        GenerationRequest("a", ("r",), (picture(0),))
+    assert GenerationRequest("a", ("r", "s<|image_gen|>"), (picture(0),)).text == "a\nr<IMG_GEN_1>\ns"
     assert len(Conversation("a", ("r",), (picture(0),)).messages("rules")) == 4
 
 
 def test_a_reply_that_is_left_out_leaves_the_mark_of_its_image():
     replies = ["Plan.<|image_gen|>", "Unmet: b.<|image_gen|>", "Unmet: c. Add c.<|image_gen|>"]
-    assert drawing_text("a cat", replies, left_out=1) == "a cat\n<IMG_GEN_1>\nUnmet: b.<IMG_GEN_2>\nUnmet: c. Add c."
-    assert drawing_text("a cat", replies, left_out=2) == "a cat\n<IMG_GEN_1>\n<IMG_GEN_2>\nUnmet: c. Add c."
+    assert (
+        conditioning_text("a cat", replies, left_out=1) == "a cat\n<IMG_GEN_1>\nUnmet: b.<IMG_GEN_2>\nUnmet: c. Add c."
+    )
+    assert conditioning_text("a cat", replies, left_out=2) == "a cat\n<IMG_GEN_1>\n<IMG_GEN_2>\nUnmet: c. Add c."
     with pytest.raises(ClvrError, match="3 of 3 replies left out"):
-        drawing_text("a cat", replies, left_out=3)
+        conditioning_text("a cat", replies, left_out=3)
 
 
 def test_the_users_own_images_come_first_and_are_no_results():
@@ -65,6 +67,6 @@ def test_the_users_own_images_come_first_and_are_no_results():
     assert "do not judge them" in messages[0]["content"]
     assert messages[1]["content"] == [{"type": "image"}, {"type": "image"}, {"type": "text", "text": "a cat"}]
     assert messages[-1]["content"] == [{"type": "image"}]
-    assert DrawRequest("a", ("r", "s"), (picture(7), picture(0)), num_given=1).text == "a\nr<IMG_GEN_1>\ns"
+    assert GenerationRequest("a", ("r", "s"), (picture(7), picture(0)), num_given=1).text == "a\nr<IMG_GEN_1>\ns"
     with pytest.raises(ClvrError, match="each reply has one"):
         Conversation("a", ("r",), (picture(0),), num_given=1)

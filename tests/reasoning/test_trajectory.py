@@ -51,7 +51,7 @@ def test_save_and_load_give_the_same(tmp_path):
     ]
     loaded = Trajectory.load(folder)
     assert loaded == trajectory
-    for ours, theirs in zip(trajectory.drawings, loaded.drawings, strict=True):
+    for ours, theirs in zip(trajectory.generated, loaded.generated, strict=True):
         np.testing.assert_array_equal(ours.image, theirs.image)
     data = json.loads((folder / "trajectory.json").read_text())
     assert (data["best"], data["image"], data["nfe"], data["outcome"]) == (2, "step_02.png", 12, "accepted")
@@ -130,8 +130,8 @@ def test_killed_save_leaves_a_whole_trajectory_or_none(tmp_path, exists):
             seen.add("none")
             continue
         trajectory = Trajectory.load(target)
-        values = {int(step.image[0, 0, 0]) for step in trajectory.drawings}
-        assert (values, len(trajectory.drawings)) in (({100}, 3), ({200}, 2))
+        values = {int(step.image[0, 0, 0]) for step in trajectory.generated}
+        assert (values, len(trajectory.generated)) in (({100}, 3), ({200}, 2))
         seen |= values
         if done.returncode == 0:
             break

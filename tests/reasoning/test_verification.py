@@ -5,20 +5,20 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interfaces import ChatResponse, Token
 from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names_required
 from clvr_jax.reasoning.model_verifier import ModelVerifier, read_requirements
-from clvr_jax.reasoning.tools import Answer, Token
 from clvr_jax.reasoning.verification import Requirement, Verification
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
 
-def answer(*parts: tuple[str, float], **top: float) -> Answer:
+def answer(*parts: tuple[str, float], **top: float) -> ChatResponse:
     """An answer of tokens with probabilities; `top` are the likeliest tokens at the last one."""
     tokens = [Token(text, math.log(p)) for text, p in parts]
     last = tokens[-1]
     tokens[-1] = Token(last.text, last.logprob, {**{f" {word}": math.log(p) for word, p in top.items()}})
-    return Answer("".join(text for text, _ in parts), tokens=tuple(tokens))
+    return ChatResponse("".join(text for text, _ in parts), tokens=tuple(tokens))
 
 
 class ScriptedModel:
@@ -29,10 +29,10 @@ class ScriptedModel:
     def __init__(self, reply):
         self.reply, self.questions = reply, []
 
-    def ask_all(self, questions):
+    def chat_all(self, questions):
         self.questions += questions
         found = [self.reply(question) for question in questions]
-        return [each if isinstance(each, Answer) else Answer(each) for each in found]
+        return [each if isinstance(each, ChatResponse) else ChatResponse(each) for each in found]
 
 
 def text_of(question) -> str:
@@ -85,7 +85,7 @@ def test_the_probability_is_that_of_yes_against_no():
     said = answer(("A dog", 0.9), (".", 0.9), (" yes", 0.6), yes=0.6, no=0.2)
     assert answer_probability(said) == pytest.approx(0.75)
     in_pieces = answer(("A dog.", 0.9), (" y", 0.6), y=0.6, n=0.3)
-    assert answer_probability(Answer(in_pieces.text + "es", tokens=(*in_pieces.tokens, Token("es", 0.0)))) == (
+    assert answer_probability(ChatResponse(in_pieces.text + "es", tokens=(*in_pieces.tokens, Token("es", 0.0)))) == (
         pytest.approx(0.6 / 0.9)
     )
 
@@ -93,10 +93,12 @@ def test_the_probability_is_that_of_yes_against_no():
 def test_a_space_that_is_a_token_of_its_own_leads_to_the_word_that_is_spelled_so():
     """The tokenizer of shapes-tiny writes " yes" as three tokens and " no" as one."""
     space = Token(" ", math.log(0.6), {" ": math.log(0.6), " no": math.log(0.4)})
-    yes = Answer("A dog. yes", tokens=(Token("A dog.", 0.0), space, Token("y", 0.0, {"y": 0.0}), Token("es", 0.0)))
+    yes = ChatResponse(
+        "A dog. yes", tokens=(Token("A dog.", 0.0), space, Token("y", 0.0, {"y": 0.0}), Token("es", 0.0))
+    )
     assert answer_probability(yes) == pytest.approx(0.6)
     no = Token(" no", math.log(0.7), {" no": math.log(0.7), " ": math.log(0.3)})
-    assert answer_probability(Answer("A dog. no", tokens=(Token("A dog.", 0.0), no))) == pytest.approx(0.3)
+    assert answer_probability(ChatResponse("A dog. no", tokens=(Token("A dog.", 0.0), no))) == pytest.approx(0.3)
 
 
 def test_evidence_is_as_certain_as_the_clauses_it_quotes():
@@ -104,7 +106,7 @@ def test_evidence_is_as_certain_as_the_clauses_it_quotes():
     assert evidence_probability(described, "red star top") == pytest.approx(0.9)
     assert evidence_probability(described, "blue cross left; red star top") == pytest.approx(0.45)
     assert evidence_probability(described, "no green circle") == pytest.approx(0.45)
-    assert evidence_probability(Answer("I see red star top."), "red star top") == 1.0
+    assert evidence_probability(ChatResponse("I see red star top."), "red star top") == 1.0
 
 
 def test_evidence_that_a_trained_model_invents_is_no_evidence():
@@ -135,7 +137,7 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
 def test_doubt_about_the_description_never_turns_a_no_into_a_yes(threshold):
     def reply(question):
         if question.images:
-            return Answer("I see red star top.", tokens=(Token("I see red star top.", -1000.0),))
+            return ChatResponse("I see red star top.", tokens=(Token("I see red star top.", -1000.0),))
         return answer(("no blue star.", 1.0), (" no", 1.0), no=1.0)
 
     verifier = ModelVerifier(ScriptedModel(reply), is_instructed=False, threshold=threshold)

@@ -8,7 +8,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Budget, run
 from clvr_jax.reasoning.events import PlanVerified, RolledBack, Verified
 from clvr_jax.reasoning.verification import Requirement, Verification
-from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, draw, stop, value_of
+from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop, value_of
 
 REQUIRED = ("one", "two", "three")
 
@@ -40,32 +40,34 @@ class ScriptedVerifier:
 
 
 def run_one(replies, images, budget=None, plans=(), required=REQUIRED):
-    controller, drawer = ScriptedController({"p": replies}), CountingDrawer()
+    controller, image_generator = ScriptedController({"p": replies}), CountingDrawer()
     verifier = ScriptedVerifier(images, plans, required)
     events = []
-    (trajectory,) = run(["p"], controller, drawer, budget, 0, events.append, verification="separate", verifier=verifier)
+    (trajectory,) = run(
+        ["p"], controller, image_generator, budget, 0, events.append, verification="separate", verifier=verifier
+    )
     assert not controller.script["p"], "the loop did not ask for every reply"
     assert not verifier.script, "the loop did not show every image"
-    return trajectory, controller, drawer, verifier, events
+    return trajectory, controller, image_generator, verifier, events
 
 
 def test_only_the_verifier_accepts():
-    trajectory, controller, *_ = run_one([draw(), again(0)], [(1, 1, 0.2), (1, 0.9, 0.8)])
+    trajectory, controller, *_ = run_one([generate(), again(0)], [(1, 1, 0.2), (1, 0.9, 0.8)])
     assert trajectory.outcome == "accepted"
-    assert [step.verification.accepted for step in trajectory.drawings] == [False, True]
+    assert [step.verification.accepted for step in trajectory.generated] == [False, True]
     assert trajectory.verification.probability == 0.8
-    assert [step.verdict for step in trajectory.drawings] == [None, None]
+    assert [step.verdict for step in trajectory.generated] == [None, None]
     assert len(controller.calls) == 2, "nothing is asked of the controller once an image is accepted"
 
 
 def test_a_controller_that_finds_nothing_unmet_is_not_believed():
-    trajectory, *_ = run_one([draw(), stop()], [(1, 1, 0.2)])
+    trajectory, *_ = run_one([generate(), stop()], [(1, 1, 0.2)])
     assert trajectory.outcome == "gave up"
     assert trajectory.unmet == ("three",)
 
 
 def test_the_report_stands_beside_the_latest_image_only():
-    _, controller, *_ = run_one([draw(), again(1), again(1)], [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
+    _, controller, *_ = run_one([generate(), again(1), again(1)], [(1, 0, 0), (1, 1, 0), (1, 1, 1)])
     first, second, third = (call[0] for call in controller.calls)
     assert first.report == ""
     assert second.report == "I see it. Unmet: two; three."
@@ -74,37 +76,39 @@ def test_the_report_stands_beside_the_latest_image_only():
 
 
 def test_the_controller_reads_what_will_be_verified():
-    _, controller, *_ = run_one([draw(), again(1)], [(1, 0, 0), (1, 1, 1)])
+    _, controller, *_ = run_one([generate(), again(1)], [(1, 0, 0), (1, 1, 1)])
     assert [call[0].requirements for call in controller.calls] == [REQUIRED, REQUIRED]
     assert controller.calls[1][0].messages()[0]["content"] == "p\nRequired: one; two; three."
 
 
 def test_a_clearly_worse_image_is_rolled_back_without_asking_the_controller():
-    trajectory, controller, drawer, _, events = run_one([draw(), again(1)], [(1, 1, 0), (0, 0, 0), (1, 1, 1)])
+    trajectory, controller, image_generator, _, events = run_one(
+        [generate(), again(1)], [(1, 1, 0), (0, 0, 0), (1, 1, 1)]
+    )
     assert (trajectory.outcome, len(controller.calls)) == ("accepted", 2)
-    assert [step.rolled_back for step in trajectory.drawings] == [False, True, False]
+    assert [step.rolled_back for step in trajectory.generated] == [False, True, False]
     assert [event for event in events if isinstance(event, RolledBack)] == [RolledBack(0, 1, 0)]
-    assert drawer.requests[2].text == drawer.requests[1].text
+    assert image_generator.requests[2].text == image_generator.requests[1].text
 
 
 def test_a_slightly_less_certain_image_is_not_rolled_back():
-    trajectory, *_ = run_one([draw(), again(1), again(1)], [(0.9, 0.9, 0), (0.8, 0.8, 0), (1, 1, 1)])
+    trajectory, *_ = run_one([generate(), again(1), again(1)], [(0.9, 0.9, 0), (0.8, 0.8, 0), (1, 1, 1)])
     assert not any(step.rolled_back for step in trajectory.steps)
 
 
 def test_the_most_probable_candidate_is_kept():
     budget = Budget(max_steps=3, candidates=3)
-    trajectory, *_ = run_one([draw()], [(1, 0.6, 0.1), (1, 0.9, 0.1), (1, 0.2, 0.1)], budget)
+    trajectory, *_ = run_one([generate()], [(1, 0.6, 0.1), (1, 0.9, 0.1), (1, 0.2, 0.1)], budget)
     assert (trajectory.outcome, trajectory.best, value_of(trajectory.image)) == ("step limit", 1, 2)
 
 
 def test_a_spent_budget_ends_before_the_controller_is_asked():
-    trajectory, controller, *_ = run_one([draw()], [(1, 0, 0)], Budget(max_steps=1))
+    trajectory, controller, *_ = run_one([generate()], [(1, 0, 0)], Budget(max_steps=1))
     assert (trajectory.outcome, len(controller.calls)) == ("step limit", 1)
 
 
 def test_plans_are_made_again_until_one_meets_all():
-    plans = [draw(f"Plan: {name}; b.") for name in "xyz"]
+    plans = [generate(f"Plan: {name}; b.") for name in "xyz"]
     trajectory, controller, _, verifier, events = run_one(plans, [(1, 1, 1)], plans=[(1, 0, 0), (1, 1, 0), (1, 1, 1)])
     assert verifier.seen_plans == ["Plan: x; b.", "Plan: y; b.", "Plan: z; b."]
     assert trajectory.steps[0].reasoning == "Plan: z; b."
@@ -114,7 +118,7 @@ def test_plans_are_made_again_until_one_meets_all():
 
 
 def test_the_best_plan_is_carried_out_when_none_meets_all():
-    plans = [draw(f"Plan: {name}.") for name in "xyz"]
+    plans = [generate(f"Plan: {name}.") for name in "xyz"]
     budget = Budget(max_plan_retries=2)
     trajectory, *_ = run_one(plans, [(1, 1, 1)], budget, plans=[(1, 0, 0), (1, 1, 0), (0, 0, 0)])
     assert trajectory.steps[0].reasoning == "Plan: y."
@@ -124,29 +128,29 @@ def test_the_best_plan_is_carried_out_when_none_meets_all():
 def test_replies_that_cannot_be_read_after_a_plan_end_in_the_best_plan(plan_retries):
     """Not in a run without end, and not in a run without an image."""
     failures = 2 if plan_retries == 1 else 1
-    plans = [draw("Plan: x."), *([draw("Plan: y.")] if plan_retries == 4 else []), *["hm"] * failures]
+    plans = [generate("Plan: x."), *([generate("Plan: y.")] if plan_retries == 4 else []), *["hm"] * failures]
     budget = Budget(max_plan_retries=plan_retries)
     trajectory, *_ = run_one(plans, [(1, 1, 1)], budget, plans=[(1, 1, 0), (1, 0, 0)])
     assert (trajectory.outcome, trajectory.steps[0].reasoning) == ("accepted", "Plan: x.")
 
 
 def test_a_prompt_without_requirements_is_never_accepted():
-    trajectory, *_ = run_one([draw(), stop()], [()], required=())
+    trajectory, *_ = run_one([generate(), stop()], [()], required=())
     assert trajectory.outcome == "unverified"
     assert trajectory.verification.accepted is None
 
 
 def test_every_image_is_verified_alone():
-    _, _, _, verifier, events = run_one([draw(), again(1)], [(1, 0, 0), (1, 1, 1)])
+    _, _, _, verifier, events = run_one([generate(), again(1)], [(1, 0, 0), (1, 1, 1)])
     assert verifier.seen == [1, 2]
     assert [event.number for event in events if isinstance(event, Verified)] == [0, 1]
 
 
 def test_without_verification_the_controllers_stop_is_no_accept():
-    controller, drawer = ScriptedController({"p": [draw(), again(1), stop()]}), CountingDrawer()
-    (trajectory,) = run(["p"], controller, drawer, verification="none")
+    controller, image_generator = ScriptedController({"p": [generate(), again(1), stop()]}), CountingDrawer()
+    (trajectory,) = run(["p"], controller, image_generator, verification="none")
     assert (trajectory.outcome, trajectory.best) == ("unverified", 1)
-    assert [step.unmet for step in trajectory.drawings] == [None, None]
+    assert [step.unmet for step in trajectory.generated] == [None, None]
 
 
 def test_candidates_need_somebody_who_looks():
@@ -163,7 +167,7 @@ def test_separate_verification_needs_a_verifier():
 
 def test_a_batch_gives_what_single_prompts_give():
     images = {"a": [(1, 0, 0), (1, 1, 1)], "b": [(1, 1, 1)], "c": [(1, 1, 0), (0, 0, 0), (1, 1, 1)]}
-    replies = {"a": [draw(), again(1)], "b": [draw()], "c": [draw(), again(1)]}
+    replies = {"a": [generate(), again(1)], "b": [generate()], "c": [generate(), again(1)]}
 
     class ByPrompt(ScriptedVerifier):
         def derive(self, prompts):

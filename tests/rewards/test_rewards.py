@@ -9,7 +9,7 @@ import pytest
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.tools import Answer, ProviderError, VisionLanguageModel
+from clvr_jax.interfaces import ChatModel, ChatResponse, ProviderError
 from clvr_jax.rewards import (
     Case,
     LastTextReward,
@@ -45,7 +45,7 @@ class Judge:
         return Marks(math.nan if source[0, 0, 0] == 255 else source[0, 0, 0] / 100, {"success": source[0, 0, 0] / 10})
 
 
-def drawing(value=50, said="said"):
+def generated_image(value=50, said="said"):
     return Case(picture(value), ProxyPrompts("whole"), last_text=said)
 
 
@@ -55,7 +55,7 @@ def edit(value, *sources):
 
 
 def test_a_first_drawing_is_judged_by_its_text_and_an_edit_half_by_the_mean_over_its_sources():
-    found = ProxyReward(Judge(), Judge()).scores([drawing(50), edit(50, 10, 30), edit(20, 90)])
+    found = ProxyReward(Judge(), Judge()).scores([generated_image(50), edit(50, 10, 30), edit(20, 90)])
     np.testing.assert_allclose(found.values, [0.5, 0.5 * 0.5 + 0.5 * 0.2, 0.5 * 0.2 + 0.5 * 0.9])
     np.testing.assert_allclose(found.parts["t2i"], [0.5, 0.5, 0.2])
     np.testing.assert_allclose(found.parts["i2i"], [np.nan, 0.2, 0.9])
@@ -63,7 +63,7 @@ def test_a_first_drawing_is_judged_by_its_text_and_an_edit_half_by_the_mean_over
     np.testing.assert_allclose(found.parts["t2i/style"], [3.0, 3.0, 3.0])
 
 
-class Reader(VisionLanguageModel):
+class Reader(ChatModel):
     """Answers as UnifiedReward does, by what it is shown and told; `calls`: texts of each call."""
 
     name = "reader"
@@ -71,25 +71,25 @@ class Reader(VisionLanguageModel):
     def __init__(self):
         self.calls = []
 
-    def ask(self, question):
+    def chat(self, question):
         return self._answer(question)
 
-    def ask_all(self, questions):
+    def chat_all(self, questions):
         self.calls.append([question.messages[0]["content"][-1]["text"] for question in questions])
         return [self._answer(question) for question in questions]
 
     def _answer(self, question):
         shades = [int(image[0, 0, 0]) for image in question.images]
         if question.is_json:
-            return Answer(f'{{"score": [{sum(shades) % 26}, {shades[-1] % 20}]}}')
+            return ChatResponse(f'{{"score": [{sum(shades) % 26}, {shades[-1] % 20}]}}')
         text = question.messages[0]["content"][-1]["text"]
         scores = (shades[0] % 7, 1 + shades[0] % 3, 1 + len(text) % 5)  # of these 1 to 5 can be read
-        return Answer("".join(f"{axis} Score (1-5): {score}\n" for axis, score in zip(AXES, scores, strict=True)))
+        return ChatResponse("".join(f"{axis} Score (1-5): {score}\n" for axis, score in zip(AXES, scores, strict=True)))
 
 
 @pytest.mark.parametrize("quality", [0.0, 0.5])
 def test_a_judge_on_the_mesh_says_what_it_says_elsewhere_and_is_asked_once_about_a_batch(quality):
-    cases = [drawing(24), edit(33, 10, 30), edit(4, 90), drawing(70), edit(24, 24)]
+    cases = [generated_image(24), edit(33, 10, 30), edit(4, 90), generated_image(70), edit(24, 24)]
     judges = UnifiedReward(Reader()), UnifiedRewardEdit(Reader(), quality)
     expected = ProxyReward(*judges).scores(cases)
     reward = MeshReward(*judges)
@@ -109,7 +109,7 @@ def test_a_judge_on_the_mesh_says_what_it_says_elsewhere_and_is_asked_once_about
 
 def test_rewards_on_the_mesh_are_not_mixed_with_others():
     there = MeshReward(UnifiedReward(Reader()))
-    assert WeightedReward({"one": (1.0, there), "two": (0.5, there)}).is_on_mesh
+    assert WeightedReward({"one": (1.0, there), "two": (0.5, there)}).runs_on_devices
     with pytest.raises(UsageError, match="not mixed"):
         WeightedReward({"one": (1.0, there), "two": (1.0, LastTextReward(Judge()))})
 
@@ -122,18 +122,20 @@ def test_scores_travel_whole():
 
 
 def test_what_cannot_be_read_is_never_zero():
-    found = ProxyReward(Judge(), Judge()).scores([drawing(255), edit(50, 10, 255), edit(255, 10), drawing(0)])
+    found = ProxyReward(Judge(), Judge()).scores(
+        [generated_image(255), edit(50, 10, 255), edit(255, 10), generated_image(0)]
+    )
     np.testing.assert_array_equal(np.isnan(found.values), [True, True, True, False])
     assert found.values[3] == 0
     weighted = WeightedReward({"one": (2.0, ProxyReward(Judge(), Judge())), "two": (0.0, LastTextReward(Judge()))})
-    found = weighted.scores([drawing(255), drawing(50)])
+    found = weighted.scores([generated_image(255), generated_image(50)])
     np.testing.assert_array_equal(found.values, [np.nan, 1.0])
     assert {"one", "two", "one/t2i", "one/t2i/style", "two/t2i"} <= set(found.parts)
 
 
 def test_the_ablation_reads_the_last_text_alone():
     judge = Judge()
-    found = LastTextReward(judge).scores([drawing(40, "draw a circle"), edit(40, 10)])
+    found = LastTextReward(judge).scores([generated_image(40, "draw a circle"), edit(40, 10)])
     assert sorted(judge.asked) == ["", "draw a circle"]
     np.testing.assert_allclose(found.values, [0.4, 0.4])
 
@@ -150,7 +152,7 @@ def test_judges_are_asked_at_the_same_time():
             together.wait()
             return Marks(0.0)
 
-    found = ProxyReward(Waiting(), Waiting(), in_flight=6).scores([drawing(), edit(1, 2, 3), edit(1, 2)])
+    found = ProxyReward(Waiting(), Waiting(), in_flight=6).scores([generated_image(), edit(1, 2, 3), edit(1, 2)])
     np.testing.assert_allclose(found.values, [1.0, 0.5, 0.5])
 
 
@@ -162,7 +164,7 @@ def test_where_a_judge_is_down_nobody_else_is_asked():
 
     judge = Down()
     with pytest.raises(ProviderError, match="cannot be reached"):
-        ProxyReward(judge, judge, in_flight=1).scores([drawing()] * 200)
+        ProxyReward(judge, judge, in_flight=1).scores([generated_image()] * 200)
     assert len(judge.asked) < 200
 
 

@@ -8,9 +8,9 @@ import pytest
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
-from clvr_jax.reasoning.tools import ProviderError
-from clvr_jax.rewards.teacher import LiveProxies, vlm_teacher
+from clvr_jax.rewards.teacher import ProxyPromptCache, vlm_teacher
 from tests.data.engine.test_prompted_roles import Scripted
 
 FIRST = {"p_t2i": "a red circle", "p_i2i": "", "i_ref": []}
@@ -47,12 +47,12 @@ def test_the_teacher_sees_what_the_policy_is_conditioned_on(steps):
 
 def test_a_step_is_asked_about_once_also_by_a_run_that_goes_on(steps, tmp_path):
     path, model = tmp_path / "proxies.jsonl", Scripted(FIRST, EDIT)
-    live = LiveProxies(vlm_teacher(model, steps), path)
+    live = ProxyPromptCache(vlm_teacher(model, steps), path)
     first = asked(live, steps.steps)
     assert asked(live, steps.steps) == first
     with path.open("a") as file:
         file.write('{"step": "0-')  # killed while it wrote
-    again = LiveProxies(vlm_teacher(Scripted(), steps), path)
+    again = ProxyPromptCache(vlm_teacher(Scripted(), steps), path)
     assert asked(again, steps.steps) == first
     assert [one.i_ref for one in first] == [(), (0,)]
 
@@ -60,7 +60,7 @@ def test_a_step_is_asked_about_once_also_by_a_run_that_goes_on(steps, tmp_path):
 def test_an_answer_that_cannot_be_used_leaves_its_step_without_proxies_and_is_asked_for_again(steps, tmp_path):
     useless = {**EDIT, "i_ref": [1]}  # was rolled back
     model = Scripted(FIRST, useless, "no JSON", EDIT)
-    live = LiveProxies(vlm_teacher(model, steps), tmp_path / "proxies.jsonl")
+    live = ProxyPromptCache(vlm_teacher(model, steps), tmp_path / "proxies.jsonl")
     assert [one is None for one in asked(live, steps.steps)] == [False, True]
     assert "i_ref is [1]; it must list earlier pictures, of 0" in model.text(2)
     assert asked(live, steps.steps)[1] == ProxyPrompts(EDIT["p_t2i"], EDIT["p_i2i"], (0,))
@@ -72,7 +72,7 @@ def test_a_teacher_that_refuses_loses_the_step_and_one_that_is_gone_says_so(step
     def teach(step):
         raise ProviderError("teacher (localhost): no", fault)
 
-    live = LiveProxies(teach, tmp_path / "proxies.jsonl")
+    live = ProxyPromptCache(teach, tmp_path / "proxies.jsonl")
     if is_lost:
         assert asked(live, steps.steps) == [None, None]
     else:

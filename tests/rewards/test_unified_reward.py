@@ -7,8 +7,8 @@ import pytest
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import UsageError
+from clvr_jax.interfaces import ChatResponse, ProviderError
 from clvr_jax.providers.failures import NoReplyError
-from clvr_jax.reasoning.tools import Answer, ProviderError
 from clvr_jax.rewards import UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.proxy import LastTextReward
 from clvr_jax.rewards.reward import Case, Scores
@@ -26,12 +26,12 @@ class Model:
     def __init__(self, *answers):
         self.answers, self.questions = list(answers), []
 
-    def ask(self, question):
+    def chat(self, question):
         self.questions.append(question)
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        return Answer(answer)
+        return ChatResponse(answer)
 
 
 def test_the_three_forms_are_read():

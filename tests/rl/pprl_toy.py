@@ -17,9 +17,9 @@ from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.providers.local import MeshVisionLanguageModel
+from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
-from clvr_jax.rewards.unified_reward import Inquiry
+from clvr_jax.rewards.unified_reward import JudgePrompt
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
@@ -79,7 +79,7 @@ def _weighed(inquiry):
     def read(answers):
         return Marks(sum(zlib.crc32(answer.encode()) for answer in answers) % 1000 / 1000)
 
-    return Inquiry(inquiry.questions, read)
+    return JudgePrompt(inquiry.questions, read)
 
 
 class _Pictures(UnifiedReward):
@@ -94,7 +94,7 @@ class _Edits(UnifiedRewardEdit):
 
 def judged_on_the_mesh(folder):
     """Both judges are a Qwen3-VL of a folder, on the active layout."""
-    model = MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(folder), "judge", batch=8)
+    model = MeshChatModel(Qwen3VLPipeline.from_pretrained(folder), "judge", batch=8)
     return MeshReward(_Pictures(model, max_tokens=4), _Edits(model, max_tokens=4))
 
 

@@ -14,7 +14,7 @@ import pytest
 from clvr_jax.configs import pprl_flux2
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.providers.local import MeshVisionLanguageModel
+from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
@@ -104,7 +104,7 @@ def test_two_processes_judge_together(dataset, judge, alone, tmp_path):
 
 
 def test_a_judge_whose_answers_cannot_be_read_ends_the_run_with_its_state_kept(dataset, judge, tmp_path):
-    model = MeshVisionLanguageModel(Qwen3VLPipeline.from_pretrained(judge), "judge", batch=8)
+    model = MeshChatModel(Qwen3VLPipeline.from_pretrained(judge), "judge", batch=8)
     reward = MeshReward(UnifiedReward(model, max_tokens=2), UnifiedRewardEdit(model, max_tokens=2))
     task = make_task(dataset, changed(epochs=1), reward)
     with pytest.raises(ClvrError, match=r"epoch 1 cannot be scored .*none of 48 samples.*epoch 0 is saved"):
@@ -121,4 +121,4 @@ def test_the_recipe_says_who_judges(judge):
         pprl_flux2.reward_of(dataclasses.replace(config, judge=str(judge)))
     simple = pprl_flux2.reward_of(dataclasses.replace(config, judge=str(judge), simple=True))
     assert isinstance(simple, MeshReward)
-    assert not pprl_flux2.reward_of(dataclasses.replace(config, reward_url="http://localhost:1/v1")).is_on_mesh
+    assert not pprl_flux2.reward_of(dataclasses.replace(config, reward_url="http://localhost:1/v1")).runs_on_devices

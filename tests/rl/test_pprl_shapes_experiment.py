@@ -9,7 +9,7 @@ from clvr_jax import cli
 from clvr_jax.configs import pprl_shapes_experiment as experiment
 from clvr_jax.evaluation.shapes import run, shapes_judge
 from clvr_jax.evaluation.systems import Oracle
-from clvr_jax.reasoning import Budget, Drawing
+from clvr_jax.reasoning import Budget, GeneratedImage
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
@@ -27,7 +27,7 @@ class Forgetful:
     def __init__(self, chance, seed=0):
         self.rng, self.chance, self.forgotten = np.random.default_rng(seed), chance, {}
 
-    def draw(self, requests):
+    def generate(self, requests):
         return [self._one(request) for request in requests]
 
     def _one(self, request):
@@ -38,19 +38,19 @@ class Forgetful:
         lost = [item.cell in named for item, is_lost in things.items() if is_lost]
         self.forgotten[request.seed] = (not any(lost), all(lost) if request.images else None)
         kept = [place(item.color, item.shape, item.cell, self.rng) for item, is_lost in things.items() if not is_lost]
-        return Drawing(render(Scene(tuple(kept))), 4)
+        return GeneratedImage(render(Scene(tuple(kept))), 4)
 
 
-def loop(drawer):
-    return lambda prompts, seeds: run_loop(prompts, Oracle(PROMPTS), drawer, BUDGET, seeds)
+def loop(image_generator):
+    return lambda prompts, seeds: run_loop(prompts, Oracle(PROMPTS), image_generator, BUDGET, seeds)
 
 
 def test_a_drawing_is_told_by_its_edits_and_by_all_else():
-    drawer = Forgetful(0.1)
+    image_generator = Forgetful(0.1)
     seen = []
-    for trajectory in loop(drawer)([entry["prompt"] for entry in PROMPTS], list(range(len(PROMPTS)))):
+    for trajectory in loop(image_generator)([entry["prompt"] for entry in PROMPTS], list(range(len(PROMPTS)))):
         found = [(each.success, each.preservation) for each in experiment.marks(trajectory)]
-        assert found == [drawer.forgotten[step.seed] for step in trajectory.drawings]
+        assert found == [image_generator.forgotten[step.seed] for step in trajectory.generated]
         seen += found
     assert {(True, True), (False, True), (True, False), (True, None)} <= set(seen)
 

@@ -33,8 +33,8 @@ from clvr_jax.evaluation.benchmarks.judging import JudgeModel
 from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from clvr_jax.evaluation.endpoints import endpoint_system
 from clvr_jax.providers.endpoint import Endpoint
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
-from clvr_jax.providers.openai_images import OpenAIImageTool
+from clvr_jax.providers.openai_chat import OpenAIChatModel
+from clvr_jax.providers.openai_images import OpenAIImageModel
 from tests.data.engine.obliging_server import answer
 from tests.evaluation.benchmarks.samples import IMAGINE, Painter, write_lines
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
@@ -130,7 +130,7 @@ def prompts_used_up(connection: Endpoint, out: Path) -> int:
         **dict.fromkeys(("director", "verifier", "second_judge", "images"), connection),
         image_size=(8, 8),
     )
-    function = _Synthesize(lambda: prompted_synth.workshop(config), str(out), SynthConfig(in_flight=2))
+    function = _Synthesize(lambda: prompted_synth.worker_context(config), str(out), SynthConfig(in_flight=2))
     function.setup()
     try:
         for item in ITEMS:
@@ -151,7 +151,7 @@ def judged_images(out: Path) -> BenchmarkImages:
 
 def scores_invented(connection: Endpoint, images: BenchmarkImages) -> int:
     """How many scores a judge gives that said nothing."""
-    judge = JudgeModel(OpenAIVisionLanguageModel(connection), in_flight=4)
+    judge = JudgeModel(OpenAIChatModel(connection), in_flight=4)
     try:
         results = score_judged(ImagineBench(), images, judge)
     except ClvrError:
@@ -163,7 +163,7 @@ def images_invented(connection: Endpoint, out: Path) -> int:
     """How many images, or records of none, an image generator leaves that made nothing."""
     benchmark = ImagineBench()
     items = benchmark.read(write_lines(out.with_suffix(".jsonl"), IMAGINE))
-    system = endpoint_system(OpenAIImageTool(connection), in_flight=4)
+    system = endpoint_system(OpenAIImageModel(connection), in_flight=4)
     with contextlib.suppress(ClvrError):
         generate_images(benchmark, items, system, out, settings={}, samples=1)
     return len(list(out.rglob("*.png"))) + len(list(out.rglob("records/*")))

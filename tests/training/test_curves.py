@@ -8,7 +8,7 @@ import pytest
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import write_json
-from clvr_jax.reasoning.images import read_png
+from clvr_jax.image_io import read_png
 from clvr_jax.training.curves import curves, write_plot
 
 

@@ -25,7 +25,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-from clvr_jax.reasoning.context import chat_messages, drawing_text
+from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
@@ -176,9 +176,9 @@ def test_a_step_has_all_earlier_pictures_as_references(step):
 def dataset(tmp_path_factory):
     """Trajectories of one and of two drawings."""
     pictures = [np.full((64, 64, 3), value, np.uint8) for value in (10, 20)]
-    drawings = [Step(f"Draw {n}. ", "<|image_gen|>", tuple(range(n)), picture) for n, picture in enumerate(pictures)]
+    generated = [Step(f"Draw {n}. ", "<|image_gen|>", tuple(range(n)), picture) for n, picture in enumerate(pictures)]
     stop = Step("Unmet: nothing. ", "<|terminate|>")
-    told = [Trajectory(f"prompt {n}", (*drawings[:n], stop), "accepted", "m", 0, {}, 0.0) for n in (1, 2)]
+    told = [Trajectory(f"prompt {n}", (*generated[:n], stop), "accepted", "m", 0, {}, 0.0) for n in (1, 2)]
     folder = tmp_path_factory.mktemp("data") / "dataset"
     write_dataset(folder, told)
     return folder
@@ -189,10 +189,10 @@ def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that
     first, second = shapes_sft.recorded_kinds(shapes_sft.recorded_examples(dataset, tokenizer))[1:]
     rng = np.random.default_rng(0)
     assert {first.example(rng).text for _ in range(20)} == {
-        drawing_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)
+        conditioning_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)
     }
     example = second.example(rng)
-    assert example.text == drawing_text("prompt 2", ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>"])
+    assert example.text == conditioning_text("prompt 2", ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>"])
     assert [int(picture.mean()) for picture in (*example.references, example.target)] == [10, 20]
     assert [kind.share for kind in (first, second)] == [share for share, _ in shapes_sft.STEPS[:2]]
 

@@ -18,15 +18,15 @@ from apache_beam.utils.shared import Shared
 from clvr_jax.data.engine.engine import UNREADABLE, synthesize
 from clvr_jax.data.engine.health import Health, Held
 from clvr_jax.data.engine.intake import item_from_json
-from clvr_jax.data.engine.metering import Meter, StoppedError
+from clvr_jax.data.engine.metering import StoppedError, UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.recipes import SynthConfig, Workshop
+from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.tools import ProviderError
+from clvr_jax.interfaces import ProviderError
 
 
-def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Workshop], config: SynthConfig) -> None:
+def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], WorkerContext], config: SynthConfig) -> None:
     """Works on every prompt that has no outcome yet; returns when all were tried.
 
     A prompt that a provider fails has none then, but a note of why; the next run works on it again.
@@ -54,14 +54,14 @@ def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], Worksh
 class _Process:
     """What all copies of the function in one worker process share: the models, and whether they work."""
 
-    def __init__(self, make_workshop: Callable[[], Workshop], max_failures: int):
-        self.workshop, self.health = make_workshop(), Health(max_failures)
+    def __init__(self, make_workshop: Callable[[], WorkerContext], max_failures: int):
+        self.worker_context, self.health = make_workshop(), Health(max_failures)
 
 
 class _Synthesize(beam.DoFn):
     """Lines of prompts -> nothing; what comes of them lies in the store."""
 
-    def __init__(self, make_workshop: Callable[[], Workshop], outcomes: str, config: SynthConfig):
+    def __init__(self, make_workshop: Callable[[], WorkerContext], outcomes: str, config: SynthConfig):
         self._make_workshop, self._outcomes, self._config = make_workshop, outcomes, config
         # Models are loaded once in a process, however many copies of this Beam makes in it.
         self._shared = Shared()
@@ -114,12 +114,12 @@ class _Synthesize(beam.DoFn):
                 raise error
 
     def _finish(self, item: PromptItem) -> None:
-        meter, began = Meter(stop=self._health.stop), time.monotonic()
+        meter, began = UsageTracker(stop=self._health.stop), time.monotonic()
         try:
             meter.begin()
-            crew = self._process.workshop.crew(item, meter)
-            tool = meter.tool(self._process.workshop.image_tool)
-            outcome = synthesize(item, crew, tool, self._config.settings, self._config.seed)
+            roles = self._process.worker_context.roles(item, meter)
+            tool = meter.tool(self._process.worker_context.image_model)
+            outcome = synthesize(item, roles, tool, self._config.settings, self._config.seed)
         except StoppedError:
             return
         except ProviderError as error:

@@ -22,15 +22,15 @@ from typing import Literal
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, read_turn
 from clvr_jax.data.engine.records import RecordWriter, Retry, TranslationError, failed, wrong_images
-from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
+from clvr_jax.data.engine.roles import Check, Event, History, PromptItem, Roles
 from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName, check_machine
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError
 from clvr_jax.reasoning.actions import ParseError
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.tools import ImageTask, ImageTool, Made, ProviderError
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]
 STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept")
@@ -82,13 +82,13 @@ class _DiscardedError(Exception):
 
 
 def synthesize(
-    item: PromptItem, crew: Crew, image_tool: ImageTool, settings: Settings | None = None, seed: int = 0
+    item: PromptItem, roles: Roles, image_model: ImageModel, settings: Settings | None = None, seed: int = 0
 ) -> Outcome:
     """Makes the trajectory of one prompt.
 
     Args:
       item: the prompt.
-      crew: who plays the roles for it.
+      roles: who plays the roles for it.
       image_tool: what draws.
       settings: budgets.
       seed: of the run; with the prompt's id it decides every other seed, so that a prompt gives the same wherever and
@@ -99,7 +99,7 @@ def synthesize(
       of the prompt, and says nothing about it.
     """
     settings = settings or Settings()
-    making = _Making(item, crew, image_tool, settings, derive_seed(seed, item.id))
+    making = _Making(item, roles, image_model, settings, derive_seed(seed, item.id))
     try:
         return making.outcome()
     except ClvrError as error:
@@ -117,13 +117,13 @@ def is_transport_fault(error: Exception) -> bool:
 class _Making:
     """A trajectory while it is made."""
 
-    def __init__(self, item: PromptItem, crew: Crew, image_tool: ImageTool, settings: Settings, seed: int):
+    def __init__(self, item: PromptItem, roles: Roles, image_model: ImageModel, settings: Settings, seed: int):
         self.history = History(item)
         self.stage: Stage | None = None
         self.verification: tuple[TrajectoryRecord, ...] = ()
-        self._crew, self._image_tool, self._settings, self._seed = crew, image_tool, settings, seed
-        self._writer = RecordWriter(crew.translator, image_tool.name, seed, settings.versions)
-        self._made: list[Made] = []
+        self._crew, self._image_tool, self._settings, self._seed = roles, image_model, settings, seed
+        self._writer = RecordWriter(roles.translator, image_model.name, seed, settings.versions)
+        self._made: list[ImageResponse] = []
         self._retries: list[Retry] = []
 
     def outcome(self) -> Outcome:
@@ -229,7 +229,7 @@ class _Making:
             raise failure
         return failure
 
-    def _checked(self, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+    def _checked(self, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
         if not self._settings.verify:
             return ()
         checks = self._crew.verifier.check(self.history, turn, questions, picture)
@@ -240,7 +240,7 @@ class _Making:
         return checks
 
     def _retry(
-        self, state: StateName, turn: Turn, shown: tuple[Picture, ...], questions: tuple[str, ...], number: int
+        self, state: StateName, turn: Turn, shown: tuple[ImageLike, ...], questions: tuple[str, ...], number: int
     ) -> None:
         """Generates an image that came out wrong again, with other seeds, until one is right or the budget is spent.
 
@@ -296,8 +296,8 @@ class _Making:
         self.verification = tuple(self._writer.verification(self.history, replies, self._retries, False))
         return record
 
-    def _draw(self, prompt: str, references: tuple[Picture, ...], seed: int) -> Made:
-        return self._image_tool.draw(ImageTask(prompt, references, seed=seed))
+    def _draw(self, prompt: str, references: tuple[ImageLike, ...], seed: int) -> ImageResponse:
+        return self._image_tool.generate(ImageRequest(prompt, references, seed=seed))
 
     def _note(self, event: Event) -> None:
         self.history = replace(self.history, events=(*self.history.events, event))

@@ -4,15 +4,15 @@ import dataclasses
 import threading
 from dataclasses import dataclass, field
 
-from clvr_jax.reasoning.tools import (
-    Answer,
-    ImageTask,
-    ImageTool,
-    Made,
+from clvr_jax.interfaces import (
+    ChatModel,
+    ChatRequest,
+    ChatResponse,
+    ImageModel,
+    ImageRequest,
+    ImageResponse,
     ProviderError,
-    Question,
     Usage,
-    VisionLanguageModel,
 )
 
 
@@ -21,13 +21,13 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Meter:
+class UsageTracker:
     """The bill of one prompt, worked on by one thread.
 
     Attributes:
       usage: for each role, all its calls, failed ones included.
       stop: once it is set, the next call raises StoppedError.
-      adapted: for each server, which fields of requests it refused, see `OpenAIVisionLanguageModel.adapted`.
+      adapted: for each server, which fields of requests it refused, see `OpenAIChatModel.adapted`.
     """
 
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Meter:
         if self.stop.is_set():
             raise StoppedError
 
-    def note(self, provider: VisionLanguageModel | ImageTool) -> None:
+    def note(self, provider: ChatModel | ImageModel) -> None:
         """Writes down how a provider's requests had to be adapted, if it says so."""
         if notes := getattr(provider, "adapted", ()):
             self.adapted[provider.name] = tuple(notes)
@@ -48,13 +48,13 @@ class Meter:
         """Puts a call on the bill."""
         self.usage[role] = self.usage.get(role, Usage()) + usage
 
-    def model(self, role: str, model: VisionLanguageModel) -> VisionLanguageModel:
+    def model(self, role: str, model: ChatModel) -> ChatModel:
         """The model, metered."""
-        return _MeteredModel(role, model, self)
+        return _MeteredChatModel(role, model, self)
 
-    def tool(self, tool: ImageTool) -> ImageTool:
+    def tool(self, tool: ImageModel) -> ImageModel:
         """The image tool, metered as the role "draw"."""
-        return _MeteredTool("draw", tool, self)
+        return _MeteredImageModel("draw", tool, self)
 
     @property
     def total(self) -> Usage:
@@ -70,19 +70,19 @@ class Meter:
 
 
 @dataclass(frozen=True)
-class _MeteredModel(VisionLanguageModel):
+class _MeteredChatModel(ChatModel):
     role: str
-    model: VisionLanguageModel
-    meter: Meter
+    model: ChatModel
+    meter: UsageTracker
 
     @property
     def name(self) -> str:
         return self.model.name
 
-    def ask(self, question: Question) -> Answer:
+    def chat(self, question: ChatRequest) -> ChatResponse:
         self.meter.begin()
         try:
-            answer = self.model.ask(question)
+            answer = self.model.chat(question)
         except ProviderError as error:
             self.meter.add(self.role, error.usage)
             raise
@@ -93,19 +93,19 @@ class _MeteredModel(VisionLanguageModel):
 
 
 @dataclass(frozen=True)
-class _MeteredTool(ImageTool):
+class _MeteredImageModel(ImageModel):
     role: str
-    tool: ImageTool
-    meter: Meter
+    tool: ImageModel
+    meter: UsageTracker
 
     @property
     def name(self) -> str:
         return self.tool.name
 
-    def draw(self, task: ImageTask) -> Made:
+    def generate(self, task: ImageRequest) -> ImageResponse:
         self.meter.begin()
         try:
-            made = self.tool.draw(task)
+            made = self.tool.generate(task)
         except ProviderError as error:
             self.meter.add(self.role, error.usage)
             raise

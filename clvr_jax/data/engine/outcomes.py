@@ -29,9 +29,9 @@ from clvr_jax.data.engine.engine import Outcome
 from clvr_jax.data.engine.roles import Event, History
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import Fault
 from clvr_jax.json_input import JsonObject, parse_object
 from clvr_jax.reasoning.actions import IMAGE_GEN
-from clvr_jax.reasoning.tools import Fault
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
 _FORMAT = 1
@@ -299,7 +299,7 @@ def _packed(
         "seconds": round(seconds, 4),
         "adapted": {server: list(notes) for server, notes in sorted(adapted.items())},
         "pictures": len(history.pictures),
-        "steps": len(record.trajectory.drawings) if record else 0,
+        "steps": len(record.trajectory.generated) if record else 0,
         "turns": len(history.events),
         "events": [_event_to_json(event) for event in history.events],
         "checklists": record.checklists if record else (),

@@ -11,14 +11,14 @@ from importlib import resources
 from typing import Any, Literal, TypeVar
 
 from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn
-from clvr_jax.data.engine.roles import Check, Crew, Event, History, Validation
+from clvr_jax.data.engine.roles import Check, Event, History, Roles, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ChatModel, ChatRequest
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
-from clvr_jax.reasoning.images import Picture
 from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.tools import Question, VisionLanguageModel
 
 TEMPLATES_VERSION = 2
 """Goes up with every change of a template."""
@@ -43,7 +43,7 @@ Read = TypeVar("Read")
 class PromptedDirector:
     """Plans and acts. temperature: above 0, so that a turn that failed is not simply said again."""
 
-    model: VisionLanguageModel
+    model: ChatModel
     temperature: float = 0.7
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
@@ -58,15 +58,15 @@ class PromptedDirector:
             complaint=f"Your last answer could not be used: {error}\n" if error else "",
         )
         shown = [history.pictures[number] for number in history.path]
-        question = Question(_chat(text, len(shown)), shown, 1024, self.temperature, seed, is_json=True)
-        return self.model.ask(question).text
+        question = ChatRequest(_chat(text, len(shown)), shown, 1024, self.temperature, seed, is_json=True)
+        return self.model.chat(question).text
 
 
 @dataclass(frozen=True)
 class PromptedVerifier:
     """Looks at pictures without having drawn them."""
 
-    model: VisionLanguageModel
+    model: ChatModel
 
     def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
         """See `Verifier`."""
@@ -84,7 +84,7 @@ class PromptedVerifier:
 
         return _asked(self.model, text, _references(history, turn), read)
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
         """See `Verifier`."""
         before = _references(history, turn)
         shown = f"You see {len(before) + 1} pictures; the last one was made from the others." if before else ""
@@ -121,9 +121,11 @@ class PromptedVerifier:
 class PromptedJudge:
     """Compares two pictures."""
 
-    model: VisionLanguageModel
+    model: ChatModel
 
-    def prefer(self, prompt: str, first: Picture, second: Picture, seed: int) -> Literal["first", "second", "neither"]:
+    def prefer(
+        self, prompt: str, first: ImageLike, second: ImageLike, seed: int
+    ) -> Literal["first", "second", "neither"]:
         """See `Judge`."""
 
         def read(data: dict[str, Any]) -> Literal["first", "second", "neither"]:
@@ -140,7 +142,7 @@ class PromptedJudge:
 class PromptedTranslator:
     """Tells what was done as the loop's controller would have, and writes the proxy prompts."""
 
-    model: VisionLanguageModel
+    model: ChatModel
 
     def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
         """See `Translator`."""
@@ -173,7 +175,7 @@ class PromptedTranslator:
         def read(data: dict[str, Any]) -> str:
             (said,) = _texts({"text": [data.get("text")]}, "text")
             try:
-                unmet = parse(said + IMAGE_GEN, has_picture=True).unmet
+                unmet = parse(said + IMAGE_GEN, has_image=True).unmet
             except ParseError as error:
                 raise AnswerError(str(error)) from error
             return said + (IMAGE_GEN if unmet else TERMINATE)
@@ -193,7 +195,7 @@ class PromptedTranslator:
 
 
 def distilled(
-    model: VisionLanguageModel, request: str, story: str, earlier: Sequence[int], pictures: Sequence[Picture]
+    model: ChatModel, request: str, story: str, earlier: Sequence[int], pictures: Sequence[ImageLike]
 ) -> ProxyPrompts:
     """The proxy prompts of one step of a trajectory.
 
@@ -220,11 +222,9 @@ def distilled(
     return _asked(model, text, pictures, read)
 
 
-def prompted_crew(
-    director: VisionLanguageModel, verifier: VisionLanguageModel, judges: Sequence[VisionLanguageModel] = ()
-) -> Crew:
+def prompted_crew(director: ChatModel, verifier: ChatModel, judges: Sequence[ChatModel] = ()) -> Roles:
     """All roles by models; the director tells at the end what was done."""
-    return Crew(
+    return Roles(
         PromptedDirector(director),
         PromptedVerifier(verifier),
         PromptedTranslator(director),
@@ -257,9 +257,9 @@ def told(events: Sequence[Event]) -> str:
 
 
 def _asked(
-    model: VisionLanguageModel,
+    model: ChatModel,
     text: str,
-    pictures: Sequence[Picture],
+    pictures: Sequence[ImageLike],
     read: Callable[[dict[str, Any]], Read],
     seed: int = 0,
     max_tokens: int = 1024,
@@ -271,7 +271,7 @@ def _asked(
 
     def once(text: str, temperature: float, seed: int) -> Read:
         chat = _chat(text, len(pictures))
-        answer = model.ask(Question(chat, pictures, max_tokens, temperature, seed, is_json=True)).text
+        answer = model.chat(ChatRequest(chat, pictures, max_tokens, temperature, seed, is_json=True)).text
         return read(read_json_object(answer))
 
     try:
@@ -286,7 +286,7 @@ def _chat(text: str, pictures: int) -> list[dict[str, Any]]:
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
-def _references(history: History, turn: Turn) -> list[Picture]:
+def _references(history: History, turn: Turn) -> list[ImageLike]:
     numbers = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
     return [history.pictures[number] for number in numbers]
 

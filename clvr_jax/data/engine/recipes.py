@@ -3,7 +3,7 @@
 A recipe has `CONFIG`, a dataclass instance with a field `synth` of type `SynthConfig`, and these functions:
 
     prompts(config) -> the prompts, as `PromptItem`
-    workshop(config) -> what makes trajectories of them, a `Workshop`; called once in each worker process
+    worker_context(config) -> what makes trajectories of them, a `WorkerContext`; called once in each worker process
     evaluation_prompts(config) -> texts that must not be learned from; may be left out
     audit(record) -> for each picture of a record that is a target whether it is right, where a program can tell; may be
         left out
@@ -21,12 +21,12 @@ from typing import Any, Protocol
 
 from clvr_jax.data.engine.engine import Settings
 from clvr_jax.data.engine.intake import MAX_CHARACTERS
-from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.prompted_roles import TEMPLATES_VERSION
-from clvr_jax.data.engine.roles import Crew, PromptItem
+from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.reasoning.tools import ImageTool
+from clvr_jax.interfaces import ImageModel
 from clvr_jax.recipe_files import import_recipe, plain, rebuilt
 from clvr_jax.redaction import redact_urls
 
@@ -80,15 +80,15 @@ class SynthConfig:
         return Settings(self.max_turns, self.max_pictures, self.verify, self.keep_mistakes, versions=versions)
 
 
-class Workshop(Protocol):
+class WorkerContext(Protocol):
     """The models of a worker process."""
 
     @property
-    def image_tool(self) -> ImageTool:
+    def image_model(self) -> ImageModel:
         """What draws, for all prompts."""
         ...
 
-    def crew(self, item: PromptItem, meter: Meter) -> Crew:
+    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
         """Who plays the roles for a prompt; models are metered, `meter.model(role, model)`."""
         ...
 
@@ -110,7 +110,7 @@ class SynthRecipe:
 def load_synth_recipe(path: Path) -> SynthRecipe:
     """Reads a recipe file. Raises: ClvrError, one line, if it cannot be imported or is no recipe of the engine."""
     module = import_recipe(path)
-    if lacking := [name for name in ("CONFIG", "prompts", "workshop") if not hasattr(module, name)]:
+    if lacking := [name for name in ("CONFIG", "prompts", "worker_context") if not hasattr(module, name)]:
         raise ClvrError(
             f"{path}: not a recipe of the data engine, it defines no {' and no '.join(lacking)}; see "
             "configs/shapes_synth.py"
@@ -131,25 +131,25 @@ def load_synth_recipe(path: Path) -> SynthRecipe:
 
 
 @dataclass(frozen=True)
-class RecipeWorkshop:
-    """Makes a recipe's workshop, wherever it is called: the recipe travels as text, its config as JSON."""
+class RecipeWorkerContext:
+    """Makes a recipe's worker_context, wherever it is called: the recipe travels as text, its config as JSON."""
 
     name: str
     text: str
     config: str
 
     @classmethod
-    def of(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkshop":
+    def of(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkerContext":
         """That of a recipe with a config, which need not be its own."""
         return cls(recipe.name, recipe.path.read_text(encoding="utf-8"), json.dumps(plain(config)))
 
-    def __call__(self) -> Workshop:
+    def __call__(self) -> WorkerContext:
         """Loads the models."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"{self.name}.py"
             path.write_text(self.text, encoding="utf-8")
             module = import_recipe(path)
-        return module.workshop(rebuilt(module.CONFIG, json.loads(self.config)))
+        return module.worker_context(rebuilt(module.CONFIG, json.loads(self.config)))
 
 
 def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:

@@ -14,9 +14,9 @@ from typing import Any
 from clvr_jax.data.engine.roles import Check, Event, History, Translator
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.interfaces import ImageResponse
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, Reply, parse
-from clvr_jax.reasoning.images import Picture
-from clvr_jax.reasoning.tools import Made
 from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
 
 
@@ -32,7 +32,7 @@ class Retry:
     """
 
     wrong: int
-    image: Picture
+    image: ImageLike
     event: Event
 
 
@@ -55,7 +55,7 @@ class RecordWriter:
         texts, wrong = self.translator.replies(history, accepted), wrong_images(history)
         if len(texts) != len(history.path) + 1:
             raise TranslationError(f"{len(history.path)} images got {len(texts)} replies")
-        read = [parse(text, has_picture=number > 0) for number, text in enumerate(texts)]
+        read = [parse(text, has_image=number > 0) for number, text in enumerate(texts)]
         if any(reply.action != IMAGE_GEN for reply in read[:-1]) or (read[-1].action == TERMINATE) != accepted:
             raise TranslationError("the replies do not draw each image and then stop exactly if it is accepted")
         if bool(read[-1].unmet) == accepted:
@@ -65,7 +65,7 @@ class RecordWriter:
                 raise TranslationError(f"image {image} failed its checklist, but the reply to it has nothing unmet")
         return read
 
-    def trajectory(self, history: History, replies: Sequence[Reply], made: Sequence[Made]) -> TrajectoryRecord:
+    def trajectory(self, history: History, replies: Sequence[Reply], made: Sequence[ImageResponse]) -> TrajectoryRecord:
         """Returns the path as the loop would have gone it. Raises: TranslationError, or what the translator raises."""
         proxies = self.translator.proxies(history)
         if len(proxies) != len(history.path):
@@ -119,7 +119,7 @@ class RecordWriter:
             try:
                 right = _with_image(before, retry)
                 told = tuple(reply.text for reply in replies[: place + 1])
-                verdict = parse(self.translator.verdict(right, told), has_picture=True)
+                verdict = parse(self.translator.verdict(right, told), has_image=True)
                 example = self._example(right, replies[: place + 1], verdict, is_wrong=False)
             except ClvrError:
                 continue

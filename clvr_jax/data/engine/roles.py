@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
-from clvr_jax.reasoning.images import Picture
+from clvr_jax.image_io import ImageLike
 
 
 @dataclass(frozen=True)
@@ -71,12 +71,12 @@ class History:
     """
 
     item: PromptItem
-    pictures: tuple[Picture, ...] = field(default=(), repr=False)
+    pictures: tuple[ImageLike, ...] = field(default=(), repr=False)
     path: tuple[int, ...] = ()
     events: tuple[Event, ...] = ()
 
     @property
-    def latest(self) -> Picture | None:
+    def latest(self) -> ImageLike | None:
         """The picture that the path ends in."""
         return self.pictures[self.path[-1]] if self.path else None
 
@@ -96,7 +96,7 @@ class Verifier(Protocol):
         """Questions that the picture of a drawing turn must answer with yes; at least one."""
         ...
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
         """One check for each question."""
         ...
 
@@ -108,7 +108,9 @@ class Verifier(Protocol):
 class Judge(Protocol):
     """Compares two pictures without knowing where they come from."""
 
-    def prefer(self, prompt: str, first: Picture, second: Picture, seed: int) -> Literal["first", "second", "neither"]:
+    def prefer(
+        self, prompt: str, first: ImageLike, second: ImageLike, seed: int
+    ) -> Literal["first", "second", "neither"]:
         """The one that meets the request better."""
         ...
 
@@ -134,7 +136,7 @@ class Translator(Protocol):
 
 
 @dataclass(frozen=True)
-class Crew:
+class Roles:
     """All roles for one prompt. judges: two that know nothing of each other; none, and nothing is compared."""
 
     director: Director

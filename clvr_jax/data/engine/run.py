@@ -21,7 +21,7 @@ from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, item_to_json, sift
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.recipes import RecipeWorkshop, SynthRecipe, comparable, identity
+from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthRecipe, comparable, identity
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
@@ -149,7 +149,7 @@ def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Cou
 def _run(recipe: SynthRecipe, config: Any, out: Path, store: OutcomeStore) -> None:
     from clvr_jax.data.engine.beam_pipeline import run_pipeline
 
-    make_workshop = RecipeWorkshop.of(recipe, config)
+    make_workshop = RecipeWorkerContext.of(recipe, config)
     run_pipeline(str((out / _PROMPTS).absolute()), str(store.folder), make_workshop, config.synth)
 
 

@@ -13,14 +13,14 @@ from typing import Any, Literal
 import numpy as np
 
 from clvr_jax.data.engine.actions import ActionName, Turn
-from clvr_jax.data.engine.roles import Check, Crew, History, PromptItem, Validation
+from clvr_jax.data.engine.roles import Check, History, PromptItem, Roles, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.shapes_proxies import exact_proxies
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike, pixels
 from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.context import drawing_text
-from clvr_jax.reasoning.images import Picture, pixels
+from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import article
@@ -33,8 +33,8 @@ GeneratorText = Callable[[str, Sequence[str]], str]
 """Makes the text that the image generator reads of a prompt and the replies so far."""
 
 
-def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = drawing_text) -> Crew:
-    """The exact crew for a prompt of the shapes world.
+def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = conditioning_text) -> Roles:
+    """The exact roles for a prompt of the shapes world.
 
     Args:
       item: with the prompt's metadata.
@@ -44,7 +44,7 @@ def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = draw
     Raises: ClvrError for metadata that is none of this world.
     """
     exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata, text)
-    return Crew(exact, exact, exact, (exact,) * judges)
+    return Roles(exact, exact, exact, (exact,) * judges)
 
 
 def right_pictures(record: TrajectoryRecord) -> tuple[bool, ...]:
@@ -117,7 +117,7 @@ class _Exact:
             for cell in cells
         )
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: Picture) -> tuple[Check, ...]:
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
         """See `Verifier`."""
         reading = _read(picture)
         seen = {item.cell: article(f"{item.color} {item.shape}") for item in reading.objects}
@@ -138,7 +138,9 @@ class _Exact:
         verdict = check(_read(history.latest), parse_metadata(self.metadata))
         return Validation(verdict.correct, verdict.reasons, "; ".join(verdict.reasons))
 
-    def prefer(self, prompt: str, first: Picture, second: Picture, seed: int) -> Literal["first", "second", "neither"]:
+    def prefer(
+        self, prompt: str, first: ImageLike, second: ImageLike, seed: int
+    ) -> Literal["first", "second", "neither"]:
         """See `Judge`: a right picture before a wrong one, else the one with fewer faults against the request."""
         faults = [len(check(_read(one), parse_metadata(self.metadata)).reasons) for one in (first, second)]
         if faults[0] == faults[1]:
@@ -178,7 +180,7 @@ class _Exact:
         return apply_edits(before, parse_edits(self._replies(history)[-1]))
 
 
-def _read(picture: Picture) -> Reading:
+def _read(picture: ImageLike) -> Reading:
     values = pixels(picture)
     return _reading(values.tobytes(), values.shape)
 

@@ -17,8 +17,8 @@ from typing import Any
 
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.files import replacing
+from clvr_jax.image_io import encode_png
 from clvr_jax.reasoning.context import image_mark
-from clvr_jax.reasoning.images import encode_png
 
 RECORDS, IMAGES = "sharegpt.jsonl", "images"
 
@@ -51,7 +51,7 @@ def write_sharegpt(records: Iterable[TrajectoryRecord], folder: Path) -> int:
         with (temporary / RECORDS).open("w", encoding="utf-8", errors="backslashreplace") as lines:
             for record in records:
                 entry = sharegpt_entry(record)
-                kept = [step.image for step in record.trajectory.drawings if not step.rolled_back]
+                kept = [step.image for step in record.trajectory.generated if not step.rolled_back]
                 for name, picture in zip(entry["images"], kept, strict=True):
                     assert picture is not None
                     (temporary / name).write_bytes(encode_png(picture))

@@ -13,8 +13,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
 from clvr_jax.evaluation.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.file_names import file_name
+from clvr_jax.image_io import EncodedPicture, read_encoded
 from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
-from clvr_jax.reasoning.images import EncodedPicture, read_encoded
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Asked:
+class JudgeQuestion:
     """A question to a judge about one image.
 
     Attributes:
@@ -171,7 +171,7 @@ class JudgedBenchmark(Benchmark):
         return 3
 
     @abc.abstractmethod
-    def questions(self, item: Item) -> list[Asked]:
+    def questions(self, item: Item) -> list[JudgeQuestion]:
         """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
 
     @abc.abstractmethod

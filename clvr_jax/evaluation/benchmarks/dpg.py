@@ -19,15 +19,15 @@ from PIL import Image
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Score, rubric
+from clvr_jax.evaluation.benchmarks.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, rubric
 from clvr_jax.evaluation.benchmarks.imaginebench import Rules
 from clvr_jax.evaluation.benchmarks.replies import yes_or_no
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.run_directory import FileLayout, RunDirectory
 from clvr_jax.file_names import file_name
 from clvr_jax.files import write_atomically
+from clvr_jax.image_io import EncodedPicture, as_pil, encode_png, read_encoded, read_image
 from clvr_jax.json_input import read_text
-from clvr_jax.reasoning.images import EncodedPicture, as_pil, encode_png, read_encoded, read_image
 
 _FILES = {"dpg_bench/dpg_bench.csv": "98457fc9901943f51ff9a30367250fc292533bed"}
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -148,11 +148,11 @@ class DPG(JudgedBenchmark):
         return _grid_path(directory, items[index])
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
+    def questions(self, item: Item) -> list[JudgeQuestion]:
         """Returns one question at a time, as the official judge is asked."""
         text = rubric("dpg")
         return [
-            Asked(str(question["id"]), text.format(question=question["text"]), yes_or_no, 16)
+            JudgeQuestion(str(question["id"]), text.format(question=question["text"]), yes_or_no, 16)
             for question in self._counted(item)
         ]
 

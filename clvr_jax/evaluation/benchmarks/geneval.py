@@ -19,8 +19,8 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.run_directory import FileLayout, GenEvalLayout
 from clvr_jax.files import read_json, write_json
+from clvr_jax.image_io import EncodedPicture
 from clvr_jax.json_input import JsonObject
-from clvr_jax.reasoning.images import EncodedPicture
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
 

@@ -30,8 +30,8 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import (
     objects_to_color,
 )
 from clvr_jax.files import read_json
+from clvr_jax.image_io import EncodedPicture, as_pil
 from clvr_jax.merging.digests import Digests
-from clvr_jax.reasoning.images import EncodedPicture, as_pil
 
 MULTIPLE = 32
 MOST_DETECTIONS = 100

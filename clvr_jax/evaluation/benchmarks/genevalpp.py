@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Asked, Item, JudgedBenchmark, Score, read_entries, rubric
+from clvr_jax.evaluation.benchmarks.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, read_entries, rubric
 from clvr_jax.evaluation.benchmarks.replies import json_score
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.reasoning.answers import read_json_object
@@ -48,9 +48,9 @@ class GenEvalPP(JudgedBenchmark):
         return items
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
+    def questions(self, item: Item) -> list[JudgeQuestion]:
         text = rubric("genevalpp").format(prompt=item.prompt, checklist="\n".join(checklist(item.record)))
-        return [Asked("verdict", text, _verdict, 200, is_json=True)]
+        return [JudgeQuestion("verdict", text, _verdict, 200, is_json=True)]
 
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:

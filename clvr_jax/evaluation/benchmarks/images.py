@@ -12,7 +12,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
 from clvr_jax.evaluation.generation import LISTED, complete_samples, generate_missing
 from clvr_jax.evaluation.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems import System
-from clvr_jax.reasoning.images import check_image
+from clvr_jax.image_io import check_image
 
 SampleIndex = tuple[int, int]
 """Index of the prompt and of the sample, both from 0."""

@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
-    Asked,
     Item,
     JudgedBenchmark,
+    JudgeQuestion,
     Score,
     check_unique_ids,
     read_entries,
@@ -96,9 +96,9 @@ class ImagineBench(JudgedBenchmark):
         return check_unique_ids(items)
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
+    def questions(self, item: Item) -> list[JudgeQuestion]:
         text = rubric("imaginebench").format(prompt=item.prompt, explanation=item.record["note"])
-        return [Asked("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
+        return [JudgeQuestion("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
 
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:

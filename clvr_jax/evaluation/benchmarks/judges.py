@@ -33,12 +33,12 @@ def endpoint_judge(
       in_flight, max_tokens: as in `JudgeModel`.
     Raises: ClvrError if the key or the openai package is missing.
     """
-    from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+    from clvr_jax.providers.openai_chat import OpenAIChatModel
 
     endpoint = Endpoint(
         model, url, key_variable, max_in_flight=in_flight, prices=prices or Prices(), max_seconds=max_seconds
     )
-    return JudgeModel(OpenAIVisionLanguageModel(endpoint), revision, in_flight, max_tokens)
+    return JudgeModel(OpenAIChatModel(endpoint), revision, in_flight, max_tokens)
 
 
 def check_local(model: str) -> Path:
@@ -59,12 +59,10 @@ def local_judge(model: str, *, in_flight: int = 64, max_tokens: int | None = Non
     """
     from clvr_jax.merging.digests import Digests
     from clvr_jax.pipelines.vlm import Qwen3VLPipeline
-    from clvr_jax.providers.local import LocalVisionLanguageModel
+    from clvr_jax.providers.local import LocalChatModel
 
     directory = check_local(model)
     at = directory.resolve().name
     revision = at if _COMMIT.fullmatch(at) else Digests({"judge": directory}).finish()["judge"][:16]
     name = Path(model).name if Path(model).exists() else model
-    return JudgeModel(
-        LocalVisionLanguageModel(Qwen3VLPipeline.from_pretrained(directory), name), revision, in_flight, max_tokens
-    )
+    return JudgeModel(LocalChatModel(Qwen3VLPipeline.from_pretrained(directory), name), revision, in_flight, max_tokens)

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Asked
+from clvr_jax.evaluation.benchmarks.benchmark import JudgeQuestion
+from clvr_jax.image_io import EncodedPicture
+from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
 from clvr_jax.json_input import JsonObject, parse_object, shown
 from clvr_jax.outputs import name_for
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.images import EncodedPicture
-from clvr_jax.reasoning.tools import ProviderError, Question, Usage, VisionLanguageModel
 
 
 @dataclass(frozen=True)
@@ -29,23 +29,23 @@ class JudgeModel:
     max_tokens: of a reply, for models that think before they answer; the benchmark's own number if None.
     """
 
-    model: VisionLanguageModel
+    model: ChatModel
     revision: str | None = None
     in_flight: int = 64
     max_tokens: int | None = None
 
 
 @dataclass(frozen=True)
-class Subject:
+class JudgeTask:
     """A picture to be looked at: its name in the file of answers, how it is read, and what is asked about it."""
 
     name: str
     load: Callable[[], EncodedPicture]
-    questions: Sequence[Asked]
+    questions: Sequence[JudgeQuestion]
 
 
 @dataclass(frozen=True)
-class Said:
+class JudgeReply:
     """A judge's reply.
 
     text: None if it gave none; then `error` says why, and `fault` whether it refused or what came is no reply.
@@ -67,7 +67,7 @@ class Judged:
       found: name of the question -> what was read; None if nothing could be.
       usage: of all replies that were used, those of earlier runs included.
       is_refused: whether the judge's policy refused a question to the end.
-      adapted: see `Said`, of all replies.
+      adapted: see `JudgeReply`, of all replies.
     """
 
     found: Mapping[str, Any]
@@ -100,11 +100,11 @@ class AnswerFile:
         except OSError as error:
             raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
-    def get(self, key: str) -> Said | None:
+    def get(self, key: str) -> JudgeReply | None:
         """A reply that was given before."""
         return self._said.get(key)
 
-    def add(self, key: str, subject: str, question: str, said: Said) -> None:
+    def add(self, key: str, subject: str, question: str, said: JudgeReply) -> None:
         """Writes a reply down. Raises: ClvrError if that fails."""
         usage = {name: value for name, value in dataclasses.asdict(said.usage).items() if value}
         entry: dict[str, Any] = {
@@ -133,9 +133,9 @@ class AnswerFile:
         self._file.close()
 
 
-def ask_all(
+def chat_all(
     judge: JudgeModel,
-    subjects: Sequence[Subject],
+    subjects: Sequence[JudgeTask],
     answers: AnswerFile,
     attempts: int,
     on_progress: Callable[[int, int], None] | None = None,
@@ -156,7 +156,7 @@ def ask_all(
     """
     done, lock = 0, threading.Lock()
 
-    def look(subject: Subject) -> Judged:
+    def look(subject: JudgeTask) -> Judged:
         nonlocal done
         picture = subject.load()
         found, replies, is_refused = {}, [], False
@@ -187,8 +187,8 @@ def ask_all(
 
 
 def _answer(
-    judge: JudgeModel, subject: str, picture: EncodedPicture, asked: Asked, answers: AnswerFile, attempts: int
-) -> tuple[Any, list[Said]]:
+    judge: JudgeModel, subject: str, picture: EncodedPicture, asked: JudgeQuestion, answers: AnswerFile, attempts: int
+) -> tuple[Any, list[JudgeReply]]:
     """What one question found out, None if nothing could be read; and the replies, one at least."""
     complaint, replies = "", []
     for attempt in range(attempts):
@@ -208,19 +208,19 @@ def _answer(
     return None, replies
 
 
-def _said(judge: JudgeModel, picture: EncodedPicture, text: str, asked: Asked) -> Said:
+def _said(judge: JudgeModel, picture: EncodedPicture, text: str, asked: JudgeQuestion) -> JudgeReply:
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    question = Question(
+    question = ChatRequest(
         [{"role": "user", "content": content}], [picture], judge.max_tokens or asked.max_tokens, is_json=asked.is_json
     )
     try:
-        answer = judge.model.ask(question)
+        answer = judge.model.chat(question)
     except ProviderError as error:
         # Of this one picture; of all other faults the next call would suffer too.
         if error.fault in ("malformed", "refused"):
-            return Said(None, str(error), error.usage, error.fault, _adapted(judge))
+            return JudgeReply(None, str(error), error.usage, error.fault, _adapted(judge))
         raise
-    return Said(answer.text, None, answer.usage, adapted=_adapted(judge))
+    return JudgeReply(answer.text, None, answer.usage, adapted=_adapted(judge))
 
 
 def _adapted(judge: JudgeModel) -> tuple[str, ...]:
@@ -234,7 +234,7 @@ def _key(picture: EncodedPicture, text: str, attempt: int) -> str:
     return digest.hexdigest()
 
 
-def _read_lines(path: Path) -> Iterator[tuple[str, Said]]:
+def _read_lines(path: Path) -> Iterator[tuple[str, JudgeReply]]:
     try:
         lines = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -254,7 +254,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, Said]]:
             raise ClvrError(f"{path}:{number}: not a reply of a judge ({error}); remove the line") from error
 
 
-def _stored(entry: JsonObject) -> Said:
+def _stored(entry: JsonObject) -> JudgeReply:
     """A reply as `AnswerFile.add` wrote it."""
     usage = entry.nested("usage")
     if unknown := usage.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
@@ -263,7 +263,7 @@ def _stored(entry: JsonObject) -> Said:
     if fault not in (None, "refused", "malformed"):
         raise ClvrError(f"fault must be refused or malformed, got {shown(fault)}")
     numbers: dict[str, Any] = {name: usage.number(name, low=0) for name in usage.content}
-    return Said(
+    return JudgeReply(
         entry.optional("reply", entry.text),
         entry.optional("error", entry.text),
         Usage(**numbers),

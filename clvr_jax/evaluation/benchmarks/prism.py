@@ -15,9 +15,9 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
-    Asked,
     Item,
     JudgedBenchmark,
+    JudgeQuestion,
     Score,
     benchmark_files,
     read_entries,
@@ -66,12 +66,12 @@ class Prism(JudgedBenchmark):
         return f"{file_name(track)}/{file_name(number)}"
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
+    def questions(self, item: Item) -> list[JudgeQuestion]:
         alignment = rubric("prism_alignment").format(prompt=item.prompt, focus=_FOCUS[item.tag])
         aesthetic = rubric("prism_aesthetic").format(prompt=item.prompt)
         return [
-            Asked("alignment", alignment, _score, 4096, is_json=True),
-            Asked("aesthetic", aesthetic, _score, 4096, is_json=True),
+            JudgeQuestion("alignment", alignment, _score, 4096, is_json=True),
+            JudgeQuestion("aesthetic", aesthetic, _score, 4096, is_json=True),
         ]
 
     @override

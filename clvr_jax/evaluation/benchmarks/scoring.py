@@ -11,12 +11,12 @@ from typing import Any
 from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, JudgedBenchmark, Score, rubric
 from clvr_jax.evaluation.benchmarks.geneval import Detector, recorded_score
 from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, SampleIndex
-from clvr_jax.evaluation.benchmarks.judging import AnswerFile, JudgeModel, Subject, ask_all
+from clvr_jax.evaluation.benchmarks.judging import AnswerFile, JudgeModel, JudgeTask, chat_all
 from clvr_jax.evaluation.benchmarks.summary import summarize
 from clvr_jax.evaluation.report import mean_cost
 from clvr_jax.files import write_json
-from clvr_jax.reasoning.images import read_encoded
-from clvr_jax.reasoning.tools import Usage
+from clvr_jax.image_io import read_encoded
+from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.trajectory import package_versions
 
 Progress = Callable[[int, int], None]
@@ -41,11 +41,11 @@ def score_judged(
         asked = benchmark.questions(item)
         if path is not None and asked:
             load = partial(benchmark.judge_image, path, sample, images.samples)
-            subjects.append(Subject(f"{item.id}/{sample}", load, asked))
+            subjects.append(JudgeTask(f"{item.id}/{sample}", load, asked))
             indices.append((index, sample))
     answers = AnswerFile(images.directory.root / "replies", judge)
     try:
-        judged = ask_all(judge, subjects, answers, benchmark.attempts, on_progress)
+        judged = chat_all(judge, subjects, answers, benchmark.attempts, on_progress)
     finally:
         answers.close()
     replies = dict(zip(indices, judged, strict=True))

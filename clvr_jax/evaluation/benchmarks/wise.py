@@ -16,9 +16,9 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import (
-    Asked,
     Item,
     JudgedBenchmark,
+    JudgeQuestion,
     Score,
     benchmark_files,
     check_unique_ids,
@@ -80,8 +80,8 @@ class WiseLegacy(_Wise):
     shares: ClassVar = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1, "CHEMISTRY": 0.1}
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
-        return [Asked("scores", self._text(item), legacy_scores, 2000)]
+    def questions(self, item: Item) -> list[JudgeQuestion]:
+        return [JudgeQuestion("scores", self._text(item), legacy_scores, 2000)]
 
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
@@ -113,8 +113,8 @@ class WiseVerified(_Wise):
     }
 
     @override
-    def questions(self, item: Item) -> list[Asked]:
-        return [Asked("score", self._text(item), verified_score, 2000)]
+    def questions(self, item: Item) -> list[JudgeQuestion]:
+        return [JudgeQuestion("score", self._text(item), verified_score, 2000)]
 
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:

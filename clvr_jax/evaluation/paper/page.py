@@ -246,7 +246,7 @@ def _strip(measured: Measured, plot_dir: Path) -> Lines:
     trajectory = RunDirectory(loop.directories[0]).trajectory(looped["index"], looped["sample"])
     if trajectory is None:
         return
-    steps = [step.image for step in trajectory.drawings if not step.rolled_back]
+    steps = [step.image for step in trajectory.generated if not step.rolled_back]
     plots.image_strip(plot_dir / "strip.png", [first, *steps])
     yield "\n## One prompt\n"
     yield f"*{plain(looped['prompt'])}*: the base in one shot, and the images of the merged model's loop in order.\n"

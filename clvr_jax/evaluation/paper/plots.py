@@ -9,8 +9,8 @@ from PIL import Image
 
 from clvr_jax.evaluation.paper.tables import Found, accuracy, by_tier
 from clvr_jax.evaluation.statistics import Interval
+from clvr_jax.image_io import as_pil
 from clvr_jax.plots import new_figure
-from clvr_jax.reasoning.images import as_pil
 
 
 def accuracy_bars(path: Path, labels: Mapping[str, str], found: Found) -> None:

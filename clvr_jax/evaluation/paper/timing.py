@@ -11,25 +11,25 @@ import jax
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2Drawer
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.protocols import Drawer, Drawing, DrawRequest
+from clvr_jax.reasoning.protocols import GeneratedImage, GenerationRequest, ImageGenerator
 
 
-class _TimedGenerator(Drawer):
+class _TimedGenerator(ImageGenerator):
     """An image generator that measures its total seconds, and those of diffusion: the transformer's evaluations."""
 
     def __init__(self, pipeline: Flux2Pipeline):
         pipeline = copy.copy(pipeline)
         pipeline._denoise, self._denoise = self._timed_denoise, pipeline._denoise
-        self._generator = Flux2Drawer(pipeline)
+        self._generator = Flux2ImageGenerator(pipeline)
         self.seconds = self.diffusion_seconds = 0.0
 
     @override
-    def draw(self, requests: Sequence[DrawRequest]) -> list[Drawing]:
+    def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         began = time.perf_counter()
-        images = self._generator.draw(requests)
+        images = self._generator.generate(requests)
         self.seconds += time.perf_counter() - began
         return images
 
@@ -64,7 +64,7 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
             )
             seconds = time.perf_counter() - began
             if is_timed:
-                found.append({"prompt": prompt, "drawings": len(trajectory.drawings), "nfe": trajectory.nfe,
+                found.append({"prompt": prompt, "drawings": len(trajectory.generated), "nfe": trajectory.nfe,
                               "seconds": seconds, "drawing_seconds": generator.seconds,
                               "diffusion_seconds": generator.diffusion_seconds})  # fmt: skip
     return found

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import RIGHT, Case, ShapesPrompt
-from clvr_jax.reasoning.images import pixels
+from clvr_jax.image_io import pixels
 from clvr_jax.reasoning.loop import derive_seed
-from clvr_jax.reasoning.protocols import Drawer, DrawRequest
+from clvr_jax.reasoning.protocols import GenerationRequest, ImageGenerator
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.oracle import first_reply
 from clvr_jax.worlds.shapes.scene import CANVAS
@@ -17,7 +17,7 @@ WRONG = "wrong"
 
 
 def generated_cases(
-    generator: Drawer,
+    generator: ImageGenerator,
     name: str,
     prompts: Sequence[ShapesPrompt],
     seed: int = 0,
@@ -37,7 +37,7 @@ def generated_cases(
     """
     for begin in range(0, len(prompts), batch_size):
         batch = prompts[begin : begin + batch_size]
-        for prompt, output in zip(batch, generator.draw([_request(prompt, seed) for prompt in batch]), strict=True):
+        for prompt, output in zip(batch, generator.generate([_request(prompt, seed) for prompt in batch]), strict=True):
             image = pixels(output.image)
             if image.shape[:2] != (CANVAS, CANVAS):
                 height, width = image.shape[:2]
@@ -51,18 +51,18 @@ def generated_cases(
             on_progress(begin + len(batch))
 
 
-def load_generator(model: str) -> Drawer:
+def load_generator(model: str) -> ImageGenerator:
     """Loads a FLUX.2 generator: a shipped name, a directory in diffusers layout, or a Hugging Face id.
 
     Raises: ClvrError.
     """
-    from clvr_jax.pipelines.closed_loop import Flux2Drawer
+    from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
-    return Flux2Drawer(Flux2Pipeline.from_pretrained(model))
+    return Flux2ImageGenerator(Flux2Pipeline.from_pretrained(model))
 
 
-def _request(prompt: ShapesPrompt, seed: int) -> DrawRequest:
+def _request(prompt: ShapesPrompt, seed: int) -> GenerationRequest:
     planned = plan(prompt.metadata)
     text = prompt.metadata["prompt"]
-    return DrawRequest(text, (first_reply(planned, limit=len(planned)),), (), derive_seed(seed, "verifier", text))
+    return GenerationRequest(text, (first_reply(planned, limit=len(planned)),), (), derive_seed(seed, "verifier", text))

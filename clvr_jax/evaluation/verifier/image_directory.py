@@ -14,8 +14,8 @@ import numpy as np
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import RIGHT, Case
 from clvr_jax.file_names import listed_file
+from clvr_jax.image_io import image_size, pixels, read_image
 from clvr_jax.json_input import JsonObject, parse_object, read_lines, shown
-from clvr_jax.reasoning.images import image_size, pixels, read_image
 
 LABELS = "labels.jsonl"
 GROUP = "images"
@@ -30,7 +30,7 @@ def labeled_images(directory: Path) -> list[Case]:
     """Reads labels.jsonl and the header of each image; images are decoded when they are needed.
 
     Raises: ClvrError, one line with the line number of labels.jsonl, for anything that is not as described above, for
-      images outside the directory, and for images that are too large; see `reasoning.images.read_image`.
+      images outside the directory, and for images that are too large; see `image_io.read_image`.
     """
     advice = "the directory of --images needs one"
     lines = read_lines(directory / LABELS, _MAX_LABEL_BYTES, advice)
@@ -43,7 +43,7 @@ def labeled_images(directory: Path) -> list[Case]:
 
 
 def load_image(case: Case) -> np.ndarray:
-    """Reads the image of a case, uint8 (height, width, 3), as `reasoning.images.read_image` does.
+    """Reads the image of a case, uint8 (height, width, 3), as `image_io.read_image` does.
 
     Raises: ClvrError for a file that cannot be decoded.
     """

@@ -17,8 +17,8 @@ from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
 from clvr_jax.evaluation.verifier.report import markdown
 from clvr_jax.files import read_json, write_json, write_text
-from clvr_jax.reasoning.protocols import Drawer
-from clvr_jax.reasoning.tools import ProviderError, Usage
+from clvr_jax.interfaces import ProviderError, Usage
+from clvr_jax.reasoning.protocols import ImageGenerator
 from clvr_jax.reasoning.trajectory import package_versions
 from clvr_jax.reasoning.verification import Verification, Verifier
 
@@ -38,7 +38,7 @@ def evaluate(
     *,
     count: int = 300,
     seed: int = 0,
-    generators: Mapping[str, Callable[[], Drawer]] | None = None,
+    generators: Mapping[str, Callable[[], ImageGenerator]] | None = None,
     images: Sequence[Case] = (),
     settings: Mapping[str, Any] | None = None,
     batch_size: int = BATCH_SIZE,
@@ -96,7 +96,7 @@ def check_out(out: Path) -> None:
         raise ClvrError(f"{path}: holds results of the benchmark {found!r}; choose another --out")
 
 
-def _shapes_cases(count: int, seed: int, generators: Mapping[str, Callable[[], Drawer]]) -> list[Case]:
+def _shapes_cases(count: int, seed: int, generators: Mapping[str, Callable[[], ImageGenerator]]) -> list[Case]:
     prompts = sample_prompts(count, seed)
     cases = [*rendered_cases(prompts, seed), *control_cases(prompts, seed)]
     for name, load in generators.items() if prompts else ():

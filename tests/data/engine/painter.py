@@ -3,7 +3,7 @@
 import numpy as np
 
 from clvr_jax.data.engine.roles import PromptItem
-from clvr_jax.reasoning.tools import Made, Usage
+from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
 from clvr_jax.worlds.shapes.prompts import train_prompt
@@ -27,7 +27,7 @@ class Painter:
 
     name = "painter"
 
-    def draw(self, task):
+    def generate(self, task):
         self.calls.append((task.prompt, len(task.references), task.seed))
         before = detect(task.references[-1]) if task.references else ()
         rng, things = np.random.default_rng(task.seed), []
@@ -36,7 +36,7 @@ class Painter:
             is_wrong = self.wrong and self.objects % self.wrong == 0
             color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
             things.append(place(color, one.shape, one.cell, rng))
-        return Made(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))
+        return ImageResponse(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))
 
 
 class ErrsAt(Painter):
@@ -46,7 +46,7 @@ class ErrsAt(Painter):
         super().__init__()
         self.numbers = numbers
 
-    def draw(self, task):
+    def generate(self, task):
         is_wrong = len(self.calls) in self.numbers
-        made = super().draw(task)
-        return Painter(wrong=len(detect(made.image).objects)).draw(task) if is_wrong else made
+        made = super().generate(task)
+        return Painter(wrong=len(detect(made.image).objects)).generate(task) if is_wrong else made

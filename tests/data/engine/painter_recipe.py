@@ -38,22 +38,22 @@ class SlowPainter(Painter):
         super().__init__()
         self.config = config
 
-    def draw(self, task):
+    def generate(self, task):
         time.sleep(self.config.seconds)
         # One of nine pictures is wrong, whichever and whenever; not the k-th, which would depend on the others.
         is_wrong = derive_seed(task.seed, "wrong") % 9 == 0
-        return Painter(wrong=1 if is_wrong else 0).draw(task)
+        return Painter(wrong=1 if is_wrong else 0).generate(task)
 
 
 class PainterWorkshop:
     def __init__(self, config):
-        self.config, self.image_tool = config, SlowPainter(config)
+        self.config, self.image_model = config, SlowPainter(config)
 
-    def crew(self, item, meter):
+    def roles(self, item, meter):
         with self.config.log.open("a") as log:
             log.write(item.id + "\n")
         return shapes_crew(item)
 
 
-def workshop(config):
+def worker_context(config):
     return PainterWorkshop(config)

@@ -8,11 +8,11 @@ import pytest
 from clvr_jax import cli
 from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
-from clvr_jax.reasoning.tools import ProviderError
 from tests.data.engine.obliging_server import answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
@@ -31,8 +31,8 @@ def made(server, endpoint):
             **dict.fromkeys(("director", "verifier", "second_judge", "images"), connection),
             image_size=(8, 8),
         )
-        workshop, meter = prompted_synth.workshop(config), Meter()
-        outcome = synthesize(ITEM, workshop.crew(ITEM, meter), meter.tool(workshop.image_tool))
+        worker_context, meter = prompted_synth.worker_context(config), UsageTracker()
+        outcome = synthesize(ITEM, worker_context.roles(ITEM, meter), meter.tool(worker_context.image_model))
         return outcome, meter
 
     return make

@@ -6,14 +6,14 @@ import pytest
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, read_turn, to_json
 from clvr_jax.data.engine.engine import STAGES, Settings, synthesize
-from clvr_jax.data.engine.roles import Crew, PromptItem, Validation
+from clvr_jax.data.engine.roles import PromptItem, Roles, Validation
 from clvr_jax.data.engine.shapes_roles import shapes_crew
 from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces import ImageResponse, ProviderError
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.context import drawing_text
-from clvr_jax.reasoning.tools import Made, ProviderError
+from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.metadata import parse_metadata
@@ -28,12 +28,12 @@ class OneShot(Painter):
         super().__init__()
         self.prompt, self.result = prompt, result
 
-    def draw(self, task):
-        return Made(self.result) if task.prompt == self.prompt else super().draw(task)
+    def generate(self, task):
+        return ImageResponse(self.result) if task.prompt == self.prompt else super().generate(task)
 
 
 class Down(Painter):
-    def draw(self, task):
+    def generate(self, task):
         raise ProviderError("image tool: 429, tried 5 times", "limited")
 
 
@@ -119,13 +119,13 @@ def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step
 def test_a_generator_that_reads_little_is_given_the_history_as_it_fits():
     """Here the last reply alone, which is all that the painter looks at: the trajectory is the same."""
     one, painter = item(0), Painter()
-    crew = shapes_crew(one, text=lambda prompt, replies: drawing_text(prompt, replies, len(replies) - 1))
-    drawn = synthesize(one, crew, painter, seed=5).record.trajectory.drawings
-    assert drawn == synthesize(one, shapes_crew(one), Painter(), seed=5).record.trajectory.drawings
+    roles = shapes_crew(one, text=lambda prompt, replies: conditioning_text(prompt, replies, len(replies) - 1))
+    drawn = synthesize(one, roles, painter, seed=5).record.trajectory.generated
+    assert drawn == synthesize(one, shapes_crew(one), Painter(), seed=5).record.trajectory.generated
     assert len(drawn) > 1
     for number, (text, references, _) in enumerate(painter.calls[: len(drawn)]):
         replies = [step.reasoning for step in drawn[: number + 1]]
-        assert text == drawing_text(one.prompt, replies, left_out=number)
+        assert text == conditioning_text(one.prompt, replies, left_out=number)
         assert references == number
 
 
@@ -139,7 +139,7 @@ def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_i
         without = synthesize(one, shapes_crew(one, judges=0), Painter(wrong=5), Settings(verify=False), seed=1)
         if without.record:
             canvas = ()
-            for step in without.record.trajectory.drawings:
+            for step in without.record.trajectory.generated:
                 canvas = apply_edits(canvas, parse_edits(step.reasoning))
                 seen = {(thing.color, thing.shape, thing.cell) for thing in detect(step.image).objects}
                 wrong_without += seen != {(thing.color, thing.shape, thing.cell) for thing in canvas}
@@ -151,8 +151,8 @@ def test_what_one_shot_draws_as_well_is_no_reason_for_a_trajectory():
     one = item(0)
     done = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=1)
     result = done.record.trajectory.image
-    crew = shapes_crew(one)
-    outcome = synthesize(one, crew, OneShot(one.prompt, result), seed=1)
+    roles = shapes_crew(one)
+    outcome = synthesize(one, roles, OneShot(one.prompt, result), seed=1)
     assert (outcome.record, outcome.stage, outcome.reason) == (None, "accepted", "consensus")
     assert STAGES.index("accepted") < STAGES.index("preferred")
 
@@ -171,12 +171,12 @@ class Confused:
 
 def test_a_director_gets_one_more_turn_and_hears_what_was_wrong():
     one = item(1)
-    crew = shapes_crew(one)
-    once, twice = Confused(crew.director, 1), Confused(crew.director, 2)
-    kept = synthesize(one, Crew(once, crew.verifier, crew.translator), Painter())
+    roles = shapes_crew(one)
+    once, twice = Confused(roles.director, 1), Confused(roles.director, 2)
+    kept = synthesize(one, Roles(once, roles.verifier, roles.translator), Painter())
     assert kept.record
     assert ["no JSON object" in complaint for complaint in once.complaints] == [True]
-    lost = synthesize(one, Crew(twice, crew.verifier, crew.translator), Painter())
+    lost = synthesize(one, Roles(twice, roles.verifier, roles.translator), Painter())
     assert (lost.record, lost.stage, lost.reason) == (None, None, "invalid action")
 
 
@@ -198,22 +198,22 @@ class BackOnce:
 
 def test_a_validation_may_lead_back_and_what_was_drawn_in_between_is_not_told():
     one = item(2)
-    crew = shapes_crew(one)
+    roles = shapes_crew(one)
     outcome = synthesize(
-        one, Crew(crew.director, BackOnce(crew.verifier), crew.translator), Painter(), Settings(max_pictures=16)
+        one, Roles(roles.director, BackOnce(roles.verifier), roles.translator), Painter(), Settings(max_pictures=16)
     )
-    straight = synthesize(one, Crew(crew.director, crew.verifier, crew.translator), Painter())
+    straight = synthesize(one, Roles(roles.director, roles.verifier, roles.translator), Painter())
     assert len(outcome.history.pictures) > len(outcome.history.path)
     assert len(outcome.record.trajectory.steps) == len(straight.record.trajectory.steps)
 
 
 def test_budgets_and_providers_that_fail_are_told_apart():
     one = item(3)
-    crew = shapes_crew(one)
-    assert synthesize(one, crew, Painter(), Settings(max_pictures=1)).reason == "budget"
-    assert synthesize(one, crew, Painter(), Settings(max_turns=2)).reason == "budget"
+    roles = shapes_crew(one)
+    assert synthesize(one, roles, Painter(), Settings(max_pictures=1)).reason == "budget"
+    assert synthesize(one, roles, Painter(), Settings(max_turns=2)).reason == "budget"
     with pytest.raises(ProviderError, match="429, tried 5 times"):  # no outcome of the prompt
-        synthesize(one, crew, Down())
+        synthesize(one, roles, Down())
     with pytest.raises(ClvrError):
         shapes_crew(PromptItem("x", "a cat", {"tag": "cat"}))
 

@@ -9,7 +9,7 @@ import pytest
 from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.beam_pipeline import _Synthesize
 from clvr_jax.data.engine.intake import item_to_json
-from clvr_jax.data.engine.metering import Meter, StoppedError
+from clvr_jax.data.engine.metering import StoppedError, UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig, load_synth_recipe
 from clvr_jax.data.engine.roles import PromptItem
@@ -35,7 +35,7 @@ def synth(tmp_path, endpoint):
 
     def run(items, **fields):
         store = tmp_path / "outcomes"
-        function = _Synthesize(lambda: prompted_synth.workshop(config), str(store), SynthConfig(**fields))
+        function = _Synthesize(lambda: prompted_synth.worker_context(config), str(store), SynthConfig(**fields))
         function.setup()
         try:
             for item in items:
@@ -137,7 +137,7 @@ def test_a_full_disk_ends_the_run_and_nothing_more_is_asked(server, synth, monke
 
 def test_a_stopped_run_asks_nothing():
     stop = threading.Event()
-    meter = Meter(stop=stop)
+    meter = UsageTracker(stop=stop)
     meter.begin()
     stop.set()
     with pytest.raises(StoppedError):

@@ -15,10 +15,10 @@ from clvr_jax.data.sft_examples import ConversationExamples, DrawingExamples, re
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import pixels
+from clvr_jax.interfaces import ImageResponse
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, parse
-from clvr_jax.reasoning.images import pixels
-from clvr_jax.reasoning.tools import Made
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import plan
@@ -82,7 +82,7 @@ def test_a_mistake_stays_in_the_history_and_is_corrected(number, wrong, mistakes
     assert steps[at + 1].references == tuple(range(at + 1))
     assert check(detect(record.trajectory.image), metadata).correct
     assert right_pictures(record) == (True,) * len(record.generator_targets)
-    assert len(record.generator_targets) == len(record.trajectory.drawings) - 1
+    assert len(record.generator_targets) == len(record.trajectory.generated) - 1
 
 
 def test_a_retry_that_is_right_makes_a_pair_that_shares_the_history(outcomes):
@@ -123,7 +123,7 @@ def test_without_keeping_mistakes_one_discards_the_trajectory():
 
 def test_a_right_final_verdict_ends_the_conversation():
     one = item(0)
-    last = len(made(0).record.trajectory.drawings) - 1
+    last = len(made(0).record.trajectory.generated) - 1
     wrong, right = made(0, last).verification
     assert record_conversation(wrong)[0][-1].endswith(IMAGE_GEN)
     assert record_conversation(right)[0][-1].endswith(f"Unmet: nothing.{TERMINATE}")
@@ -133,8 +133,8 @@ def test_a_right_final_verdict_ends_the_conversation():
 def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_images, tokenizer):
     assert len(wrong_images) == 3
     dataset = TrajectoryDataset(folder)
-    drawings = DrawingExamples(dataset, tokenizer, dropout=0.0)
-    batches = [drawings.batch([sample], [np.random.default_rng(0)]) for sample in drawings.samples]
+    generated = DrawingExamples(dataset, tokenizer, dropout=0.0)
+    batches = [generated.batch([sample], [np.random.default_rng(0)]) for sample in generated.samples]
     targets = [(batch["references"][0], batch["target"][0]) for batch in batches]
     recorded = shapes_sft.recorded_examples(folder, tokenizer)
     targets_of_shapes = [(example.references, example.target) for example in recorded]
@@ -175,10 +175,10 @@ def test_an_image_that_shows_what_a_later_step_would_add_is_no_target_and_no_cor
     class Hasty(ErrsAt):
         """Makes the whole plan in its first call."""
 
-        def draw(self, task):
+        def generate(self, task):
             is_first = not self.calls
-            done = super().draw(task)
-            return Made(render(Scene(tuple(place(*each, rng) for each in planned)))) if is_first else done
+            done = super().generate(task)
+            return ImageResponse(render(Scene(tuple(place(*each, rng) for each in planned)))) if is_first else done
 
     rng = np.random.default_rng(0)
     planned = [(each.color, each.shape, each.cell) for each in plan(parse_metadata(one.metadata))][:3]

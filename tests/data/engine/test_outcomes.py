@@ -10,20 +10,20 @@ import pytest
 from clvr_jax.data.engine import outcomes
 from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, warning
 from clvr_jax.data.engine.engine import Settings, synthesize
-from clvr_jax.data.engine.metering import Meter
+from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
 from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import pixels, read_png
+from clvr_jax.interfaces import ProviderError, Usage
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
-from clvr_jax.reasoning.images import pixels, read_png
-from clvr_jax.reasoning.tools import ProviderError, Usage
 from tests.data.engine.painter import Painter, item
 
 
 def made(store, number, wrong=0, **options):
-    one, meter = item(number), Meter()
+    one, meter = item(number), UsageTracker()
     outcome = synthesize(one, shapes_crew(one), meter.tool(Painter(wrong)), Settings(**options), seed=5)
     store.write(outcome, meter.to_json(), 1.5)
     return outcome
@@ -43,7 +43,7 @@ def test_a_kept_outcome_gives_its_record_back(tmp_path):
     assert list(record.checklists) == list(outcome.record.checklists)
     assert record.metadata == outcome.record.metadata
     assert record.trajectory == outcome.record.trajectory
-    for got, wanted in zip(record.trajectory.drawings, outcome.record.trajectory.drawings, strict=True):
+    for got, wanted in zip(record.trajectory.generated, outcome.record.trajectory.generated, strict=True):
         np.testing.assert_array_equal(got.image, pixels(wanted.image))
     assert right_pictures(record) == (True,) * finished.steps
 
@@ -53,7 +53,7 @@ def test_a_discarded_outcome_shows_how_it_went_and_gives_no_record(tmp_path):
     outcome = made(store, 0, wrong=3)
     finished, trajectory = store.read(outcome.item.id), store.trajectory(outcome.item.id)
     assert (finished.is_kept, finished.reason) == (False, "passive verification")
-    assert trajectory.drawings[-1].verdict.unmet
+    assert trajectory.generated[-1].verdict.unmet
     assert trajectory.error.startswith("passive verification: Is ")
     assert finished.content["events"][0]["turn"]["action"] == "INITIAL_GENERATION"
     with pytest.raises(ClvrError, match="was not kept"):
@@ -177,10 +177,10 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
 
 
 def test_failed_calls_are_on_the_bill():
-    meter = Meter()
+    meter = UsageTracker()
 
     class Refusing(Painter):
-        def draw(self, task):
+        def generate(self, task):
             raise ProviderError("refused", "refused", Usage(calls=1, dollars=0.04, seconds=2.0))
 
     one = item(0)
@@ -222,4 +222,4 @@ def test_sharegpt_records_say_where_each_picture_stands(tmp_path):
     assert [turn["value"] for turn in said[2::2]] == [f"<IMG_GEN_{n + 1}>" for n in range(len(entry["images"]))]
     assert write_sharegpt([outcome.record], tmp_path / "share") == 1
     first = read_png(tmp_path / "share" / entry["images"][0])
-    np.testing.assert_array_equal(first, pixels(outcome.record.trajectory.drawings[0].image))
+    np.testing.assert_array_equal(first, pixels(outcome.record.trajectory.generated[0].image))

@@ -15,11 +15,11 @@ from clvr_jax.data.engine.prompted_roles import (
     PromptedVerifier,
     template,
 )
-from clvr_jax.data.engine.roles import Check, Crew, Event, History, PromptItem
+from clvr_jax.data.engine.roles import Check, Event, History, PromptItem, Roles
 from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.interfaces import ChatResponse
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.tools import Answer
 from tests.data.engine.painter import ErrsAt, item
 
 PICTURES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
@@ -41,10 +41,10 @@ class Scripted:
     def __init__(self, *answers):
         self.answers, self.asked = list(answers), []
 
-    def ask(self, question):
+    def chat(self, question):
         self.asked.append(question)
         answer = self.answers.pop(0)
-        return Answer(answer if isinstance(answer, str) else json.dumps(answer))
+        return ChatResponse(answer if isinstance(answer, str) else json.dumps(answer))
 
     def text(self, number=-1):
         return self.asked[number].messages[0]["content"][-1]["text"]
@@ -143,30 +143,32 @@ class Truthful:
     name = "truthful"
 
     def __init__(self, one):
-        self.crew, self.history = shapes_crew(one), None
+        self.roles, self.history = shapes_crew(one), None
 
-    def ask(self, question):
+    def chat(self, question):
         text = question.messages[0]["content"][-1]["text"]
         if text.startswith("You make an image"):
             allowed = tuple(re.findall(r"^- (\w+):", text, re.MULTILINE))
-            return Answer(self.crew.director.turn(self.history, "inspect", allowed, 0))
+            return ChatResponse(self.roles.director.turn(self.history, "inspect", allowed, 0))
         if text.startswith("An image tool"):
-            return Answer(json.dumps({"questions": self.crew.verifier.checklist(self.history, None)}))
+            return ChatResponse(json.dumps({"questions": self.roles.verifier.checklist(self.history, None)}))
         if "Answer each of these questions" in text:
             questions = tuple(re.findall(r"^\d+\. (.*)$", text, re.MULTILINE))
-            checks = self.crew.verifier.check(self.history, None, questions, question.images[-1])
+            checks = self.roles.verifier.check(self.history, None, questions, question.images[-1])
             answers = [{"answer": "yes" if check.passed else "no", "evidence": check.evidence} for check in checks]
-            return Answer(json.dumps({"answers": answers}))
+            return ChatResponse(json.dumps({"answers": answers}))
         if "Tell it again" in text:
-            replies = self.crew.translator.replies(self.history, True)
-            return Answer(json.dumps({"texts": [strip_action(reply) for reply in replies]}))
+            replies = self.roles.translator.replies(self.history, True)
+            return ChatResponse(json.dumps({"texts": [strip_action(reply) for reply in replies]}))
         if "Write the next text" in text:
-            return Answer(json.dumps({"text": strip_action(self.crew.translator.verdict(self.history, ()))}))
+            return ChatResponse(json.dumps({"text": strip_action(self.roles.translator.verdict(self.history, ()))}))
         if "write two short texts" in text:
-            proxy = self.crew.translator.proxies(self.history)[len(question.images) - 1]
-            return Answer(json.dumps({"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": list(proxy.i_ref)}))
-        found = self.crew.verifier.validate(self.history)
-        return Answer(json.dumps({"accepted": found.accepted, "gaps": list(found.gaps), "feedback": found.feedback}))
+            proxy = self.roles.translator.proxies(self.history)[len(question.images) - 1]
+            return ChatResponse(json.dumps({"p_t2i": proxy.p_t2i, "p_i2i": proxy.p_i2i, "i_ref": list(proxy.i_ref)}))
+        found = self.roles.verifier.validate(self.history)
+        return ChatResponse(
+            json.dumps({"accepted": found.accepted, "gaps": list(found.gaps), "feedback": found.feedback})
+        )
 
 
 class Watching:
@@ -189,7 +191,7 @@ def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make(wrong):
     one = item(1)
     model = Truthful(one)
     roles = (PromptedDirector(model), PromptedVerifier(model), PromptedTranslator(model))
-    told = synthesize(one, Crew(*(Watching(role, model) for role in roles)), ErrsAt(*wrong), seed=2)
+    told = synthesize(one, Roles(*(Watching(role, model) for role in roles)), ErrsAt(*wrong), seed=2)
     exact = synthesize(one, shapes_crew(one, judges=0), ErrsAt(*wrong), seed=2)
     assert (told.reason, told.detail) == (exact.reason, exact.detail)
     assert told.verification == exact.verification

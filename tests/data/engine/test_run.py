@@ -116,8 +116,8 @@ def test_failures_of_a_worker_are_one_line(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("x = 1", "no CONFIG and no prompts and no workshop"),
-        ("CONFIG, prompts, workshop = 1, 2, 3", "field `synth`"),
+        ("x = 1", "no CONFIG and no prompts and no worker_context"),
+        ("CONFIG, prompts, worker_context = 1, 2, 3", "field `synth`"),
         (
             "from tests.data.engine.painter_recipe import *\ndef prompts(config): return []",
             "no prompts to work on",

@@ -22,7 +22,7 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
 from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.scoring import score_detected
-from clvr_jax.reasoning.images import EncodedPicture, encode_png
+from clvr_jax.image_io import EncodedPicture, encode_png
 from tests.evaluation.benchmarks.samples import GENEVAL, Painter, write_lines
 
 DOG = OBJECTS.index("dog")

@@ -18,7 +18,7 @@ from clvr_jax.evaluation.benchmarks.prism import Prism
 from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
 from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.evaluation.systems import System
-from clvr_jax.reasoning.images import as_pil
+from clvr_jax.image_io import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, Painter, write_lines
 

@@ -20,7 +20,7 @@ from clvr_jax.evaluation.benchmarks.scoring import score_judged
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.providers.endpoint import Prices
-from clvr_jax.providers.openai_chat import OpenAIVisionLanguageModel
+from clvr_jax.providers.openai_chat import OpenAIChatModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVALPP, IMAGINE, Painter, write_lines
 from tests.providers.server import Reply, completion, failure
@@ -31,7 +31,7 @@ GOOD = "Fantasy Fulfillment: 8\nIdentity Preservation: 9\nAesthetic Quality: 7"
 @pytest.fixture
 def judge(endpoint):
     def make(in_flight=4, **fields):
-        model = OpenAIVisionLanguageModel(endpoint(max_in_flight=in_flight, prices=Prices(1.0, 2.0), **fields))
+        model = OpenAIChatModel(endpoint(max_in_flight=in_flight, prices=Prices(1.0, 2.0), **fields))
         return JudgeModel(model, "weights-1", in_flight)
 
     return make

@@ -106,13 +106,13 @@ def test_phrasings_are_compared_apart(found):
 def test_times_are_medians_by_number_of_drawings():
     times = [
         {
-            "drawings": drawings,
-            "nfe": 4 * drawings,
+            "drawings": generated,
+            "nfe": 4 * generated,
             "seconds": seconds,
             "drawing_seconds": seconds / 2,
             "diffusion_seconds": seconds / 4,
         }
-        for drawings, seconds in ((1, 1.0), (2, 3.0), (2, 5.0), (2, 40.0), (0, 9.0))
+        for generated, seconds in ((1, 1.0), (2, 3.0), (2, 5.0), (2, 40.0), (0, 9.0))
     ]
     groups = times_by_image_count(times)
     assert list(groups) == [1, 2]

@@ -3,8 +3,8 @@
 import math
 
 from clvr_jax.evaluation.verifier.cases import ShapesPrompt
-from clvr_jax.reasoning.images import pixels
-from clvr_jax.reasoning.tools import Answer, Token, VisionLanguageModel
+from clvr_jax.image_io import pixels
+from clvr_jax.interfaces import ChatModel, ChatResponse, Token
 from clvr_jax.reasoning.verification import Requirement, Verification
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.oracle import parse_plan
@@ -39,7 +39,7 @@ class ExactVerifier:
         return Verification(tuple(found), describe(reading), "describe", self.name)
 
 
-class YesModel(VisionLanguageModel):
+class YesModel(ChatModel):
     """Lists one requirement, describes nothing, and answers yes to everything, with a probability or without."""
 
     name = "yes"
@@ -47,13 +47,13 @@ class YesModel(VisionLanguageModel):
     def __init__(self, probability: float | None = 0.9):
         self._probability = probability
 
-    def ask(self, question):
+    def chat(self, question):
         text = question.messages[-1]["content"]
         if isinstance(text, str) and text.startswith("Required of: "):
-            return Answer("Required: one thing.")
+            return ChatResponse("Required: one thing.")
         if question.images and len(text) == 1:
-            return Answer("I see nothing.")
+            return ChatResponse("I see nothing.")
         if self._probability is None:
-            return Answer("there it is. yes")
+            return ChatResponse("there it is. yes")
         yes, no = math.log(self._probability), math.log(1 - self._probability)
-        return Answer("there it is. yes", tokens=(Token("there it is.", 0.0), Token(" yes", yes, {" no": no})))
+        return ChatResponse("there it is. yes", tokens=(Token("there it is.", 0.0), Token(" yes", yes, {" no": no})))

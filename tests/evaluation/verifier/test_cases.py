@@ -11,7 +11,7 @@ from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, ShapesPrompt,
 from clvr_jax.evaluation.verifier.cases import sample_prompts as sample
 from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.reading import read_description
-from clvr_jax.reasoning.protocols import Drawing
+from clvr_jax.reasoning.protocols import GeneratedImage
 from clvr_jax.worlds.shapes.metadata import has_held_out_pair
 from clvr_jax.worlds.shapes.oracle import parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import is_reserved
@@ -146,7 +146,7 @@ class Forgetful:
     def __init__(self):
         self.requests = []
 
-    def draw(self, requests):
+    def generate(self, requests):
         rng = np.random.default_rng(0)
         found = []
         for request in requests:
@@ -155,7 +155,7 @@ class Forgetful:
             shown = planned[: -1 if len(self.requests) % 2 else None]
             self.requests.append(request)
             found.append(
-                Drawing(render(Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in shown))), 4)
+                GeneratedImage(render(Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in shown))), 4)
             )
         return found
 
@@ -173,8 +173,8 @@ def test_generated_images_are_labeled_by_the_detector(prompts):
 
 def test_generators_of_other_worlds_are_refused(prompts):
     class Large:
-        def draw(self, requests):
-            return [Drawing(np.zeros((32, 48, 3), np.uint8), 1) for _ in requests]
+        def generate(self, requests):
+            return [GeneratedImage(np.zeros((32, 48, 3), np.uint8), 1) for _ in requests]
 
     with pytest.raises(ClvrError, match=r"large: generates images of 48 x 32 pixels.*--images"):
         list(generated_cases(Large(), "large", prompts))

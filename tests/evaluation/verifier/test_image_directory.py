@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax import image_io
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.image_directory import labeled_images, load_image
-from clvr_jax.reasoning import images
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_images_that_are_too_large_are_refused_by_their_header(directory, monkey
     write(directory, {**GOOD, "image": "bomb.png"})
     with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*bomb.png"):
         labeled_images(directory)
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(image_io, "MAX_FILE_BYTES", 10)
     write(directory, GOOD)
     with pytest.raises(ClvrError, match=r"labels.jsonl:1: .*a.png: has .* MiB"):
         labeled_images(directory)

@@ -14,8 +14,8 @@ from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, rendered_case
 from clvr_jax.evaluation.verifier.image_directory import labeled_images
 from clvr_jax.evaluation.verifier.report import rich_results
 from clvr_jax.evaluation.verifier.run import check_cases, evaluate
+from clvr_jax.interfaces import ChatResponse, ProviderError
 from clvr_jax.reasoning.model_verifier import ModelVerifier
-from clvr_jax.reasoning.tools import Answer, ProviderError
 from tests.evaluation.verifier.scripted import ExactVerifier, YesModel
 from tests.evaluation.verifier.test_cases import Forgetful
 
@@ -87,13 +87,13 @@ def test_a_verifier_without_probabilities_is_reported_so(tmp_path):
 class Choosy(YesModel):
     """Lists no requirements of some prompts and refuses some images."""
 
-    def ask(self, question):
+    def chat(self, question):
         text = question.messages[-1]["content"]
         if isinstance(text, str) and text.startswith("Required of: ") and self.is_odd(text):
-            return Answer("I would rather not.")
+            return ChatResponse("I would rather not.")
         if question.images and np.asarray(question.images[0]).std() < 1:
             raise ProviderError("not this one", self.fault)
-        return super().ask(question)
+        return super().chat(question)
 
     fault = "refused"
 

@@ -43,11 +43,11 @@ class EncodedPicture:
     kind: Literal["png", "jpeg"]
 
 
-Picture = np.ndarray | Image.Image | EncodedPicture
+ImageLike = np.ndarray | Image.Image | EncodedPicture
 """(height, width, 3) uint8, a PIL image of any mode, or a file's bytes."""
 
 
-def pixels(picture: Picture) -> np.ndarray:
+def pixels(picture: ImageLike) -> np.ndarray:
     """The image as (height, width, 3) uint8; transparent parts of a PIL image or a file become white.
 
     Raises: ClvrError for arrays of another shape or dtype, and for a damaged file.
@@ -63,12 +63,12 @@ def pixels(picture: Picture) -> np.ndarray:
     return picture
 
 
-def as_pil(picture: Picture) -> Image.Image:
+def as_pil(picture: ImageLike) -> Image.Image:
     """The image as a PIL image: a PIL image as it is, so that FLUX.2 reads references as diffusers does; else RGB."""
     return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))
 
 
-def encode_png(picture: Picture) -> bytes:
+def encode_png(picture: ImageLike) -> bytes:
     """The picture as the bytes of an RGB PNG file."""
     if isinstance(picture, EncodedPicture) and picture.kind == "png":
         return picture.content

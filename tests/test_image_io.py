@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax import image_io
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning import images
-from clvr_jax.reasoning.images import as_pil, pixels, read_encoded, read_image
+from clvr_jax.image_io import as_pil, pixels, read_encoded, read_image
 
 RED, WHITE = (250, 10, 10), (255, 255, 255)
 
@@ -81,7 +81,7 @@ def _png_head(width, height):
 @pytest.mark.parametrize("side", [8200, 10_000, 60_000])
 def test_the_size_is_checked_before_pixels_are_decoded(side, tmp_path, recwarn):
     (tmp_path / "bomb.png").write_bytes(_png_head(side, side))
-    assert f"{images.MAX_PIXELS:,}" in message(tmp_path / "bomb.png")
+    assert f"{image_io.MAX_PIXELS:,}" in message(tmp_path / "bomb.png")
     assert not recwarn
 
 
@@ -170,14 +170,14 @@ def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", never)
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(page)
-    for read in (read_image, read_encoded, images.check_image, images.image_size):
+    for read in (read_image, read_encoded, image_io.check_image, image_io.image_size):
         with pytest.raises(ClvrError, match="not a readable image; expected is PNG, JPEG or WebP"):
             read(tmp_path / "a.png")
-    for decode in (images.decode_image, images.lazy_image):
+    for decode in (image_io.decode_image, image_io.lazy_image):
         with pytest.raises(ClvrError, match=r"server: not a readable image; expected is PNG, JPEG or WebP"):
             decode(page, "server")
     with pytest.raises(ClvrError, match="expected is PNG, JPEG or WebP"):
-        pixels(images.EncodedPicture(page, "png"))
+        pixels(image_io.EncodedPicture(page, "png"))
 
 
 def _encoded(image, kind="PNG", **options):
@@ -196,12 +196,12 @@ def test_encoded_images_are_read_as_files_are(tmp_path):
         _encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"), _encoded(rgba, "WEBP", lossless=True),
     ):  # fmt: skip
         (tmp_path / "a").write_bytes(content)
-        assert np.array_equal(images.decode_image(content), read_image(tmp_path / "a"))
-    assert images.decode_image(_encoded(rgba)).tolist() == [[list(RED), list(WHITE)]]
-    assert images.decode_image(_encoded(rgba, exif=exif)).shape == (2, 1, 3)
-    assert images.decode_image(_encoded(sixteen, exif=exif))[:, 0, 0].tolist() == [0, 128, 255]
-    assert f"{images.MAX_PIXELS:,}" in _complaint_of(images.decode_image, _png_head(9000, 9000))
-    assert f"{images.MAX_PIXELS:,}" in _complaint_of(images.lazy_image, _png_head(9000, 9000))
+        assert np.array_equal(image_io.decode_image(content), read_image(tmp_path / "a"))
+    assert image_io.decode_image(_encoded(rgba)).tolist() == [[list(RED), list(WHITE)]]
+    assert image_io.decode_image(_encoded(rgba, exif=exif)).shape == (2, 1, 3)
+    assert image_io.decode_image(_encoded(sixteen, exif=exif))[:, 0, 0].tolist() == [0, 128, 255]
+    assert f"{image_io.MAX_PIXELS:,}" in _complaint_of(image_io.decode_image, _png_head(9000, 9000))
+    assert f"{image_io.MAX_PIXELS:,}" in _complaint_of(image_io.lazy_image, _png_head(9000, 9000))
 
 
 def _complaint_of(function, *arguments):
@@ -232,10 +232,10 @@ def test_references_stay_as_diffusers_has_them():
 
 def test_damage_behind_a_good_header_is_one_line(tmp_path):
     content = _encoded(Image.fromarray(noise(64, 64)))
-    cut = images.lazy_image(content[: len(content) // 2])
+    cut = image_io.lazy_image(content[: len(content) // 2])
     assert cut.size == (64, 64)
     assert "not a readable image" in _complaint_of(pixels, cut)
-    assert "not a readable image" in _complaint_of(as_pil, images.EncodedPicture(content[: len(content) // 2], "png"))
+    assert "not a readable image" in _complaint_of(as_pil, image_io.EncodedPicture(content[: len(content) // 2], "png"))
 
 
 def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):
@@ -243,5 +243,5 @@ def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):
     assert "not a file" in message(tmp_path / "pipe")  # and does not wait for a writer
     assert "no such image" in _complaint_of(read_image, tmp_path / "a\0b.png")
     Image.fromarray(noise()).save(tmp_path / "a.png")
-    monkeypatch.setattr(images, "MAX_FILE_BYTES", 10)
+    monkeypatch.setattr(image_io, "MAX_FILE_BYTES", 10)
     assert "MiB; at most" in message(tmp_path / "a.png")
