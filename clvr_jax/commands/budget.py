@@ -1,4 +1,4 @@
-"""What a drawing may cost: the options of every command that runs the closed loop."""
+"""The limits of the closed loop: options of every command that runs it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -31,15 +31,20 @@ class BudgetOptions:
     that accepts the image always stops the loop."""
     candidates: int = 1
     """Generate this many images at each step and keep the best verified one; each of them counts as a step."""
+    max_plan_retries: int = 16
+    """Ask for this many further plans while the verifier finds that the plan misses a requirement; the best plan is
+    carried out. 0 takes the first plan."""
 
     def __post_init__(self) -> None:
         at_least_one("--max-steps", self.max_steps)
         at_least_one("--max-nfe", self.max_nfe)
         at_least_one("--candidates", self.candidates)
+        if self.max_plan_retries < 0:
+            raise UsageError(f"--max-plan-retries must be 0 or more, got {self.max_plan_retries}")
         if self.max_seconds is not None and not self.max_seconds > 0:
             raise UsageError(f"--max-seconds must be above 0, got {self.max_seconds}")
         if self.stop_when == "drawn" and self.candidates > 1:
-            raise UsageError("--stop-when drawn never judges; leave --candidates out")
+            raise UsageError("--stop-when drawn verifies nothing; leave --candidates out")
 
     def budget(self) -> "Budget":
         """The same as the loop takes it."""
@@ -51,6 +56,7 @@ class BudgetOptions:
             max_seconds=self.max_seconds,
             stop_when=self.stop_when,
             candidates=self.candidates,
+            max_plan_retries=self.max_plan_retries,
         )
 
 

@@ -33,7 +33,7 @@ class EvalPlanning:
     them. The others are the evaluation sets of `clvr eval shapes`."""
     limit: Count = None
     """Use at most this many prompts, spread evenly over the set; all of them, or 96 of own ones, if not given."""
-    retries: int = 4
+    retries: int = 16
     """Sample a plan that misses a requirement again at most this many times, as the loop does."""
     seed: int = 0
     """The same seed gives the same plans."""

@@ -9,7 +9,7 @@ from typing import Any
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import Usage
-from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectory import Trajectory
 
 GenerateFn = Callable[[list[str], list[int]], Iterable[Any]]

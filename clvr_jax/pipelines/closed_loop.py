@@ -197,6 +197,7 @@ class ClosedLoopPipeline:
         max_seconds: float | None = None,
         stop_when: StopWhen = "controller",
         candidates: int = 1,
+        max_plan_retries: int = Budget.max_plan_retries,
         seed: int = 0,
         nfe: int | None = None,
         verification: VerificationMode = "separate",
@@ -209,7 +210,7 @@ class ClosedLoopPipeline:
 
         Args:
           prompt: describes the image, or the change of the given images.
-          max_steps, max_nfe, max_seconds, stop_when, candidates: see `Budget`.
+          max_steps, max_nfe, max_seconds, stop_when, candidates, max_plan_retries: see `Budget`.
           seed: the same seed gives the same trajectory.
           nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
           verification: who accepts an image, see `reasoning.loop.run`.
@@ -219,7 +220,14 @@ class ClosedLoopPipeline:
         Raises: UsageError for limits or a size that make no sense.
         """
         began = time.monotonic()
-        budget = Budget(max_steps, max_nfe, max_seconds, stop_when=stop_when, candidates=candidates)
+        budget = Budget(
+            max_steps,
+            max_nfe,
+            max_seconds,
+            stop_when=stop_when,
+            candidates=candidates,
+            max_plan_retries=max_plan_retries,
+        )
         options: dict[str, Any] = {"nfe": nfe, "verification": verification, "on_event": on_event}
         options |= {"images": [images], "height": height, "width": width} if images or height or width else {}
         (trajectory,) = self.run([prompt], [seed], budget, **options)

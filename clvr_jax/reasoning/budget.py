@@ -1,4 +1,4 @@
-"""What one prompt may cost, and the account that says when it is spent."""
+"""Limits on the cost of one prompt, and the account of what has been spent."""
 
 from __future__ import annotations
 
@@ -12,25 +12,24 @@ StopWhen = Literal["controller", "verified", "drawn"]
 
 @dataclass(frozen=True)
 class Budget:
-    """Hard limits for one prompt. When one is reached the last picture is still judged, then the best one is returned.
+    """Limits for one prompt. When one is reached, the last image is still verified, and the best image is returned.
 
-    The first drawing is always made: nobody knows its price before.
+    The first image is always generated, since its cost is not known before.
 
     Attributes:
-      max_steps: drawings, rolled-back ones and other candidates included.
-      max_nfe: network evaluations. A drawing is not begun if it would exceed the limit at the price of the dearest
-        drawing so far. None: no limit.
-      max_seconds: wall-clock seconds since the run began, of the whole batch; no further drawing begins after that.
-        None: no limit.
-      max_parse_retries: how often a reply that cannot be parsed is asked for again, per reply.
-      max_rollbacks: how often the loop returns to the same picture after a worse one before it continues from the
+      max_steps: generated images, including candidates and images that are rolled back.
+      max_nfe: network evaluations (NFE); None: no limit. A generation does not start if it would exceed the limit at
+        the highest cost of an image so far.
+      max_seconds: wall-clock seconds since the loop began, for the whole batch; None: no limit. No generation starts
+        after that.
+      max_parse_retries: further replies requested for each reply that cannot be parsed.
+      max_rollbacks: how often the loop returns to the same image after a worse one before it continues from the
         latest; 0 never rolls back.
-      max_plan_retries: how often a plan that the verifier finds to miss a requirement is made again before the best of
-        the plans is carried out; 0 takes every plan as it is. Without effect where no verifier checks plans.
-      candidates: images generated for each reply, as many of them as the limits allow. Each is verified, the best one
-        goes on.
-      stop_when: "controller" stops when the controller says so; "verified" also as soon as it finds nothing unmet,
-        though it would draw on; "drawn" after the first picture, which nobody looks at.
+      max_plan_retries: further plans requested while the verifier finds that the plan misses a requirement; the best
+        plan is carried out. 0 takes the first plan. No effect without a separate verifier.
+      candidates: images generated from each reply, within the limits. The best verified one is kept.
+      stop_when: "controller" stops when the controller says so; "verified" also as soon as the controller finds nothing
+        unmet; "drawn" after the first image, without verification.
     """
 
     max_steps: int = 8
@@ -38,7 +37,7 @@ class Budget:
     max_seconds: float | None = None
     max_parse_retries: int = 2
     max_rollbacks: int = 2
-    max_plan_retries: int = 4
+    max_plan_retries: int = 16
     candidates: int = 1
     stop_when: StopWhen = "controller"
 
@@ -61,36 +60,41 @@ class Budget:
                 f"budget: stop_when must be one of {', '.join(get_args(StopWhen))}, got {self.stop_when!r}"
             )
         if self.stop_when == "drawn" and self.candidates > 1:
-            raise UsageError(f"budget: stop_when drawn never judges, so {self.candidates} candidates make no sense")
+            raise UsageError(
+                f"budget: stop_when drawn verifies nothing, so it cannot choose among {self.candidates} candidates"
+            )
 
 
 @dataclass
 class Account:
-    """What has been spent of a budget."""
+    """The steps and NFE that have been spent of a budget."""
 
     budget: Budget
     steps: int = 0
     nfe: int = 0
-    _dearest: int = 0
+    _highest_nfe: int = 0
 
     def charge(self, nfe: int) -> None:
-        """Books one drawing."""
+        """Adds the cost of one image."""
         self.steps += 1
         self.nfe += nfe
-        self._dearest = max(self._dearest, nfe)
+        self._highest_nfe = max(self._highest_nfe, nfe)
 
-    def affordable(self, generated: int) -> int:
-        """How many of so many drawings of one reply may be begun now; the price of the first ever shows what it is."""
+    def affordable(self, count: int) -> int:
+        """Returns how many of `count` images may be generated now.
+
+        Under a limit on NFE only one as long as the cost of an image is unknown.
+        """
         budget = self.budget
-        generated = min(generated, budget.max_steps - self.steps)
+        count = min(count, budget.max_steps - self.steps)
         if budget.max_nfe is None:
-            return generated
+            return count
         if not self.steps:
-            return min(generated, 1)
-        return min(generated, max(0, budget.max_nfe - self.nfe) // self._dearest) if self._dearest else generated
+            return min(count, 1)
+        return min(count, max(0, budget.max_nfe - self.nfe) // self._highest_nfe) if self._highest_nfe else count
 
     def spent(self, seconds: float) -> str | None:
-        """Which limit forbids another drawing: "step limit", "nfe limit", "time limit", or None if none does.
+        """Returns the limit that forbids another image: "step limit", "nfe limit", "time limit", or None.
 
         Args:
           seconds: wall-clock time since the run began.
@@ -98,7 +102,7 @@ class Account:
         budget = self.budget
         if self.steps >= budget.max_steps:
             return "step limit"
-        if budget.max_nfe is not None and self.steps and self.nfe + self._dearest > budget.max_nfe:
+        if budget.max_nfe is not None and self.steps and self.nfe + self._highest_nfe > budget.max_nfe:
             return "nfe limit"
         if budget.max_seconds is not None and self.steps and seconds >= budget.max_seconds:
             return "time limit"

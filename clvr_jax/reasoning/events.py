@@ -1,4 +1,4 @@
-"""What the loop reports while it runs, for progress displays. `index` is the prompt's place in the batch."""
+"""Events that the loop reports while it runs, for progress displays. `index` is the position of the prompt."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from clvr_jax.reasoning.verification import Verification
 
 @dataclass(frozen=True)
 class Replied:
-    """The controller replied. `text` is raw; `error` says why it could not be parsed, None if it could."""
+    """The controller replied.
+
+    Attributes:
+      attempt: number of earlier replies at this step.
+      text: the raw reply.
+      error: why the reply could not be parsed; None if it could.
+    """
 
     index: int
     attempt: int
@@ -20,7 +26,7 @@ class Replied:
 
 @dataclass(frozen=True)
 class Generated:
-    """A picture was drawn: step number `number` with its picture, price and time."""
+    """The image of step `number` was generated."""
 
     index: int
     number: int
@@ -29,7 +35,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """Step `number` was worse than step `to`; the history goes back there, to draw again if the budget allows."""
+    """Step `number` was worse than step `to`, which the loop returns to."""
 
     index: int
     number: int
@@ -38,7 +44,7 @@ class RolledBack:
 
 @dataclass(frozen=True)
 class Selected:
-    """Of the pictures `among`, drawn after the same reply, that of step `number` goes on."""
+    """Step `number` was selected from the candidates `among`, which were generated from one reply."""
 
     index: int
     number: int
@@ -56,7 +62,7 @@ class Verified:
 
 @dataclass(frozen=True)
 class PlanVerified:
-    """The plan of reply `attempt` was verified; one that meets all requirements, or the best one, is carried out."""
+    """The plan in reply `attempt` was verified. The first accepted plan, or else the best one, is carried out."""
 
     index: int
     attempt: int
@@ -65,7 +71,7 @@ class PlanVerified:
 
 @dataclass(frozen=True)
 class Finished:
-    """A prompt has left the batch."""
+    """The loop has ended for this prompt."""
 
     index: int
     trajectory: Trajectory

@@ -1,4 +1,4 @@
-"""What the loop asks of a controller and of a drawer, always for a batch of prompts at once."""
+"""The roles of the closed loop, always for a batch of prompts: the controller and the image generator."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from typing import Protocol
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
-from clvr_jax.reasoning import context
+from clvr_jax.interfaces import Message
 from clvr_jax.reasoning.actions import GIVEN_IMAGES_PROMPT
+from clvr_jax.reasoning.context import chat_messages, conditioning_text
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A history that waits for the controller's next reply.
+    """A history that the controller continues by one reply.
 
     Attributes:
       prompt: the user's request.
-      replies: the replies that led here, with action tokens, oldest first.
-      images: the user's own images, then the picture that each reply led to; the last one of those is to be judged.
-      seed: 31-bit seed of this call; another attempt has another seed.
-      report: the verifier's report on the last image, "" if there is none.
-      requirements: what the verifier checks, () if nobody derived requirements.
-      attempt: 0 at first; n if the n replies before could not be parsed. A controller that decodes greedily should
-        sample from attempt 1 on, or it repeats itself.
+      replies: all replies so far, with action tokens, oldest first.
+      images: the user's own images, then the image generated after each reply. The last one is to be judged.
+      seed: 31-bit seed of this call; each attempt has its own.
+      attempt: number of replies that could not be used; 0 at first. A controller that decodes greedily should sample
+        from attempt 1 on, or it repeats itself.
+      report: the verifier's report on the last image; "" if there is none.
+      requirements: what the verifier checks; () without a verifier.
       num_given: how many of the images are the user's own.
     """
 
@@ -38,32 +39,33 @@ class Conversation:
     num_given: int = 0
 
     def __post_init__(self) -> None:
-        made = len(self.images) - self.num_given
-        if made != len(self.replies) or self.num_given < 0:
-            raise ClvrError(f"conversation: {len(self.replies)} replies but {made} images; each reply has one")
+        num_generated = len(self.images) - self.num_given
+        if num_generated != len(self.replies) or self.num_given < 0:
+            raise ClvrError(f"conversation: {len(self.replies)} replies but {num_generated} images; each reply has one")
 
-    def messages(self, system: str | None = None) -> list[context.Message]:
-        """The chat that the controller continues; see context.chat_messages.
+    def messages(self, system: str | None = None) -> list[Message]:
+        """Returns the chat that the controller continues.
 
-        system: the system prompt; what the user's own images are follows it, if there are any.
+        Args:
+          system: the system prompt, if any. An explanation of the user's own images is added to it.
         """
         if system is not None and self.num_given:
             system += GIVEN_IMAGES_PROMPT
-        made = len(self.images) - self.num_given
-        return context.chat_messages(
-            self.prompt, self.replies, made, system, self.report, self.requirements, self.num_given
+        num_generated = len(self.images) - self.num_given
+        return chat_messages(
+            self.prompt, self.replies, num_generated, system, self.report, self.requirements, self.num_given
         )
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """A history that waits for its next picture.
+    """A history whose next image is to be generated.
 
     Attributes:
       prompt: the user's request.
-      replies: r_1 .. r_t, with action tokens; r_t is what to draw now.
-      images: the references in order: the user's own images, then pictures 1 .. t - 1.
-      seed: 31-bit seed of this drawing.
+      replies: r_1 .. r_t with action tokens; r_t holds the current instruction.
+      images: the references in order: the user's own images, then the generated images 1 .. t - 1.
+      seed: 31-bit seed of the noise.
       num_given: how many of the images are the user's own.
     """
 
@@ -74,21 +76,24 @@ class GenerationRequest:
     num_given: int = 0
 
     def __post_init__(self) -> None:
-        made = len(self.images) - self.num_given
-        if made != len(self.replies) - 1 or self.num_given < 0:
-            raise ClvrError(f"draw request: {len(self.replies)} replies need one image less, got {made}")
+        num_generated = len(self.images) - self.num_given
+        if num_generated != len(self.replies) - 1 or self.num_given < 0:
+            raise ClvrError(f"generation request: {len(self.replies)} replies need one image less, got {num_generated}")
 
     @property
     def text(self) -> str:
-        """What the diffusion model reads; see context.drawing_text."""
-        return context.conditioning_text(self.prompt, self.replies)
+        """The text that conditions the diffusion model."""
+        return conditioning_text(self.prompt, self.replies)
 
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """A picture and its price: `nfe` forwards of the diffusion network (guidance counts twice).
+    """An image and its cost.
 
-    left_out: how many replies, the oldest, the image generator did not read, because the history was too long for it.
+    Attributes:
+      image: the image.
+      nfe: forward passes of the diffusion network; classifier-free guidance counts twice.
+      left_out: number of the oldest replies that did not fit into the generator's text length.
     """
 
     image: ImageLike = field(repr=False, compare=False)
@@ -97,23 +102,26 @@ class GeneratedImage:
 
     def __post_init__(self) -> None:
         if self.nfe < 0 or self.left_out < 0:
-            raise ClvrError(f"drawing: nfe and left_out must be >= 0, got {self.nfe} and {self.left_out}")
+            raise ClvrError(f"generated image: nfe and left_out must be >= 0, got {self.nfe} and {self.left_out}")
 
 
 class Controller(Protocol):
-    """Plans, judges and decides: usually a vision-language model."""
+    """Plans, verifies and corrects; usually a vision-language model."""
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """One raw reply (reasoning and action token) for every conversation, in order.
+        """Returns one raw reply (reasoning and action token) for every conversation, in order.
 
-        The reply must depend on its own conversation and seed only, not on the rest of the batch.
+        A reply must depend on its own conversation and seed only, not on the rest of the batch.
         """
         ...
 
 
 class ImageGenerator(Protocol):
-    """Draws and edits: usually a diffusion model. Requests of one batch may differ in their number of references."""
+    """Generates and edits images; usually a diffusion model."""
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
-        """One drawing for every request, in order; it depends on its own request and seed only."""
+        """Returns one image for every request, in order. Requests of a batch may differ in their number of references.
+
+        An image must depend on its own request and seed only, not on the rest of the batch.
+        """
         ...

@@ -47,7 +47,7 @@ def right(entry):
         (["--controller", "endpoint", "--mode", "closed-loop"], "--controller-model"),
         (["--endpoint", "http://x/v1", "--picture-size", "64"], "height and width"),
         (["--mode", "closed-loop", "--max-seconds", "0"], "--max-seconds"),
-        (["--mode", "closed-loop", "--stop-when", "drawn", "--candidates", "2"], "never judges"),
+        (["--mode", "closed-loop", "--stop-when", "drawn", "--candidates", "2"], "verifies nothing"),
         (["--in-flight", "0"], "--in-flight"),
     ],
 )

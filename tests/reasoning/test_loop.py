@@ -6,7 +6,7 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Budget, Trajectory, run
 from clvr_jax.reasoning.events import Finished, Generated, Replied, RolledBack, Selected
-from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.seeds import derive_seed
 from tests.reasoning.scripted import (
     CountingDrawer,
     NoisyController,
@@ -343,7 +343,7 @@ def test_wrong_calls_are_named():
         def generate(self, requests):
             return super().generate(requests)[1:]
 
-    with pytest.raises(ClvrError, match="drawer was asked for 1 results and returned 0"):
+    with pytest.raises(ClvrError, match="image generator was asked for 1 results and returned 0"):
         run(["p"], ScriptedController({"p": [generate()]}), Short())
 
 

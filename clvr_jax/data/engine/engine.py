@@ -30,7 +30,7 @@ from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError
 from clvr_jax.reasoning.actions import ParseError
 from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.seeds import derive_seed
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]
 STAGES: tuple[Stage, ...] = ("drawn", "verified", "accepted", "preferred", "kept")

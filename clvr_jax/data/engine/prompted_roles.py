@@ -18,7 +18,7 @@ from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
-from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.seeds import derive_seed
 
 TEMPLATES_VERSION = 2
 """Goes up with every change of a template."""

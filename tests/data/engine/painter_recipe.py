@@ -9,7 +9,7 @@ import numpy as np
 from clvr_jax.data.engine.recipes import SynthConfig
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
-from clvr_jax.reasoning.loop import derive_seed
+from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.worlds.shapes.prompts import train_prompt
 from tests.data.engine.painter import Painter
 

@@ -1,0 +1,357 @@
+"""The state of one prompt in the closed loop: its history, its candidates, and what happens next.
+
+The loop asks every state what it needs (a reply, a verified plan, images, a verification), makes one batched call for
+all of them, and hands the results back. Nothing in a state depends on other prompts of the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from clvr_jax.image_io import ImageLike
+from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
+from clvr_jax.reasoning.budget import Account, Budget
+from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
+from clvr_jax.reasoning.protocols import Conversation, GeneratedImage, GenerationRequest
+from clvr_jax.reasoning.seeds import derive_seed
+from clvr_jax.reasoning.trajectory import (
+    ACCEPTED,
+    GAVE_UP,
+    STEP_LIMIT,
+    UNPARSEABLE,
+    UNVERIFIED,
+    Step,
+    Trajectory,
+    Verdict,
+    best_step,
+)
+from clvr_jax.reasoning.verification import Verification, VerificationMode, plan_text
+
+ROLLBACK_MARGIN = 0.5
+"""Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
+changes of probabilities do not cause a roll-back."""
+
+
+_NO_IMAGE = -1
+"""The number that stands for the missing image before the first reply."""
+
+
+@dataclass(frozen=True)
+class _PendingReply:
+    """A reply whose images are still to be generated.
+
+    Attributes:
+      reply: what the controller replied.
+      attempts: how many replies were sampled until one could be parsed.
+      redraw: how many images were generated from this reply before.
+    """
+
+    reply: Reply
+    attempts: int = 1
+    redraw: int = 0
+
+
+class PromptState:
+    """The loop's state of one prompt.
+
+    `_history` holds the numbers of the steps that form the current history, oldest first. `_candidates` maps the images
+    that were generated from the latest reply, numbered from `_first_candidate` on, to the controller's reply to each;
+    None where the reply is still due.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        prompt: str,
+        seed: int,
+        budget: Budget,
+        notify: Callable[[Event], None],
+        mode: VerificationMode,
+        required: tuple[str, ...],
+        given: tuple[ImageLike, ...],
+    ):
+        self._user_images = given
+        self.index = index
+        self.required = required
+        self._mode = mode
+        self._plans: list[tuple[float, int, _PendingReply]] = []
+        self._is_plan_settled = False
+        self._prompt = prompt
+        self._seed = seed
+        self._budget = budget
+        self._account = Account(budget)
+        self._notify = notify
+        self._steps: list[Step] = []
+        self._history: list[int] = []
+        self._candidates: dict[int, _PendingReply | None] = {_NO_IMAGE: None}
+        self._first_candidate = 0
+        self._attempts: dict[int, int] = {}
+        self._pending: _PendingReply | None = None
+        self._num_wanted = 0
+        self._rollbacks: dict[int, int] = {}
+        self._seconds = 0.0
+        self._booked_seconds = 0.0
+        self._outcome: str | None = None
+        self._error: str | None = None
+
+    def conversations(self) -> list[tuple[int, Conversation]]:
+        """Returns the conversations that wait for a reply, each with the number of its latest step."""
+        if self._pending is not None:  # after a roll-back an earlier reply is carried out again
+            return []
+        return [(number, self._conversation(number)) for number, reply in self._candidates.items() if reply is None]
+
+    def receive_reply(self, number: int, text: str, seconds: float) -> None:
+        """Stores the controller's reply to the image of step `number`; an unreadable one is requested again."""
+        self._seconds += seconds
+        attempt = self._attempts.get(number, 0)
+        try:
+            reply = parse(text, has_image=number != _NO_IMAGE)
+        except ParseError as error:
+            self._notify(Replied(self.index, attempt, text, str(error)))
+            self._attempts[number] = attempt + 1
+            if attempt < self._budget.max_parse_retries:
+                return
+            if number == _NO_IMAGE and self._plans:  # a plan that misses a requirement is better than none
+                self._settle_plan()
+                return
+            self._error = str(error)
+            del self._candidates[number]
+            return
+        self._notify(Replied(self.index, attempt, text, None))
+        self._candidates[number] = _PendingReply(reply, attempts=attempt + 1)
+        if number != _NO_IMAGE and self._mode == "controller":
+            verdict = Verdict(reply.unmet or (), reply.reasoning)
+            self._steps[number] = replace(self._steps[number], verdict=verdict)
+
+    def unverified_plan(self) -> str | None:
+        """Returns the plan of the first reply if the verifier still has to check it, else None."""
+        first = self._candidates.get(_NO_IMAGE)
+        if first is None or not self.required or first.reply.action == TERMINATE or self._is_plan_settled:
+            return None
+        return plan_text(plan_items(first.reply.reasoning))
+
+    def receive_plan_verification(self, verification: Verification, seconds: float) -> None:
+        """Stores a verified plan; requests another one if it misses a requirement and retries are left."""
+        self._seconds += seconds
+        first, attempt = self._candidates[_NO_IMAGE], self._attempts.get(_NO_IMAGE, 0)
+        assert first is not None
+        self._notify(PlanVerified(self.index, attempt, verification))
+        # Among equal scores the earliest wins: the first plan is greedy, later ones are sampled.
+        self._plans.append((verification.score, -len(self._plans), first))
+        if verification.accepted or len(self._plans) > self._budget.max_plan_retries:
+            self._settle_plan()
+        else:
+            self._candidates[_NO_IMAGE] = None
+            self._attempts[_NO_IMAGE] = attempt + 1
+
+    def _settle_plan(self) -> None:
+        """Carries out the plan with the best score."""
+        self._candidates[_NO_IMAGE] = max(self._plans, key=lambda plan: plan[:2])[2]
+        self._is_plan_settled = True
+
+    def unverified_images(self) -> list[int]:
+        """Returns the numbers of the candidates that the verifier has not checked; [] once the loop has ended."""
+        if self._outcome is not None:
+            return []
+        images = [number for number in self._candidates if number != _NO_IMAGE]
+        return [number for number in images if self._steps[number].verification is None]
+
+    def image(self, number: int) -> ImageLike:
+        """Returns the image of a step."""
+        image = self._steps[number].image
+        assert image is not None
+        return image
+
+    def receive_verification(self, number: int, verification: Verification, seconds: float) -> None:
+        """Stores the verification of the image of step `number`."""
+        self._seconds += seconds
+        self._steps[number] = replace(self._steps[number], verification=verification)
+        self._notify(Verified(self.index, number, verification))
+
+    def select(self, elapsed: float) -> None:
+        """Accepts the best verified candidate, rolls back, or passes it on to the controller."""
+        chosen = self._select_best()
+        self._candidates = {chosen: None}
+        verification = self._steps[chosen].verification
+        assert verification is not None
+        if verification.accepted:
+            self._finish(ACCEPTED)
+            return
+        limit = self._account.spent(elapsed)
+        if limit is not None:
+            self._finish(limit)
+            return
+        target = self._rollback_target()
+        if target is not None:
+            self._start(self._roll_back(target))
+
+    def decide(self, elapsed: float) -> None:
+        """Ends the loop, or starts what the controller asked for, once every candidate has its reply."""
+        if self._pending is not None or self._outcome is not None:
+            return
+        replies = {number: pending for number, pending in self._candidates.items() if pending is not None}
+        if len(replies) < len(self._candidates):
+            return
+        if not replies:
+            self._finish(UNPARSEABLE)
+            return
+        self._error = None  # another candidate could be read
+        if _NO_IMAGE in replies:
+            pending = replies[_NO_IMAGE]
+        else:  # a separate verifier has already selected one
+            pending = replies[self._history[-1] if self._mode == "separate" else self._select_best()]
+        reply = pending.reply
+        verified = self._mode == "controller" and self._budget.stop_when == "verified" and reply.unmet == ()
+        if reply.action == TERMINATE or verified:
+            last = Step(reply.reasoning, TERMINATE, seconds=self._unbooked_seconds(), attempts=pending.attempts)
+            self._steps.append(last)
+            self._finish(self._outcome_of_stop(reply))
+            return
+        if self._mode == "controller":
+            target = self._rollback_target()
+            if target is not None:
+                pending = self._roll_back(target)
+        limit = self._account.spent(elapsed)
+        if limit is not None:
+            self._finish(limit)
+            return
+        self._start(pending)
+
+    def requests(self) -> list[GenerationRequest]:
+        """Returns the requests for the next images: as many candidates as the budget allows."""
+        if self._pending is None:
+            return []
+        replies, images = self._replies_and_images(self._history)
+        seeds = [
+            derive_seed(self._seed, "draw", len(self._steps) + extra)
+            for extra in range(self._account.affordable(self._num_wanted))
+        ]
+        replies = (*replies, self._pending.reply.text)
+        requests = [GenerationRequest(self._prompt, replies, images, seed, len(self._user_images)) for seed in seeds]
+        if not requests:
+            self._pending = None
+            if self._budget.stop_when == "drawn":
+                self._finish(STEP_LIMIT)
+        return requests
+
+    def receive_image(self, request: GenerationRequest, generated: GeneratedImage, seconds: float) -> None:
+        """Stores a generated image as a step."""
+        assert self._pending is not None
+        self._seconds += seconds
+        self._account.charge(generated.nfe)
+        step = Step(
+            reasoning=self._pending.reply.reasoning,
+            action=self._pending.reply.action,
+            references=tuple(self._history),
+            image=generated.image,
+            nfe=generated.nfe,
+            seconds=self._unbooked_seconds(),
+            attempts=self._pending.attempts,
+            redraw=self._pending.redraw + len(self._candidates),
+            seed=request.seed,
+            left_out=generated.left_out,
+        )
+        number = len(self._steps)
+        self._candidates[number] = None
+        self._num_wanted -= 1
+        self._steps.append(step)
+        self._notify(Generated(self.index, number, step))
+
+    def finished(self, model: str, versions: Mapping[str, str]) -> Trajectory | None:
+        """Returns the trajectory once the loop has ended, None before."""
+        if self._outcome is None:
+            return None
+        steps = tuple(self._steps)
+        return Trajectory(
+            self._prompt,
+            steps,
+            self._outcome,
+            model,
+            self._seed,
+            versions,
+            self._seconds,
+            self._error,
+            self._user_images,
+        )
+
+    def _conversation(self, number: int) -> Conversation:
+        replies, images = self._replies_and_images(self._history if number == _NO_IMAGE else [*self._history, number])
+        attempt = self._attempts.get(number, 0)
+        seed = derive_seed(self._seed, "reply", number + 1, attempt)
+        verification = None if number == _NO_IMAGE else self._steps[number].verification
+        report = "" if verification is None else verification.report
+        return Conversation(self._prompt, replies, images, seed, attempt, report, self.required, len(self._user_images))
+
+    def _replies_and_images(self, numbers: Sequence[int]) -> tuple[tuple[str, ...], tuple[ImageLike, ...]]:
+        """Returns the replies of steps with action tokens, and the user's images followed by the steps' images."""
+        steps = [self._steps[number] for number in numbers]
+        generated = tuple(step.image for step in steps if step.image is not None)
+        return tuple(step.reasoning + step.action for step in steps), (*self._user_images, *generated)
+
+    def _start(self, pending: _PendingReply) -> None:
+        """Starts the generation that a reply asks for."""
+        self._candidates, self._attempts, self._first_candidate = {}, {}, len(self._steps)
+        self._pending, self._num_wanted = pending, self._budget.candidates
+
+    def _outcome_of_stop(self, reply: Reply) -> str:
+        """Returns the outcome of a loop that the controller ends."""
+        if not self._history:
+            return GAVE_UP
+        if self._mode == "controller":
+            return GAVE_UP if reply.unmet else ACCEPTED
+        # If there was something to verify, the image was not accepted: the loop would have ended before.
+        return GAVE_UP if self.required else UNVERIFIED
+
+    def _select_best(self) -> int:
+        """Appends the best candidate to the history, drops the others, and returns its number."""
+        numbers = range(self._first_candidate, len(self._steps))  # including those whose verdict could not be read
+        best = best_step(self._steps[numbers.start :])
+        assert best is not None
+        chosen = numbers[best]
+        for number in numbers:
+            if number != chosen:
+                self._steps[number] = replace(self._steps[number], rolled_back=True)
+        if len(numbers) > 1:
+            self._notify(Selected(self.index, chosen, tuple(numbers)))
+        self._history.append(chosen)
+        return chosen
+
+    def _rollback_target(self) -> int | None:
+        """Returns the best earlier step if the latest is worse and the loop may return there once more, else None."""
+        if not self._history:
+            return None
+        last = self._history[-1]
+        best, latest = best_step(self._steps[:last]), self._steps[last].score
+        if best is None or latest is None:
+            return None
+        best_score = self._steps[best].score
+        if best_score is None or latest > best_score - ROLLBACK_MARGIN:
+            return None
+        return best if self._rollbacks.get(best, 0) < self._budget.max_rollbacks else None
+
+    def _roll_back(self, target: int) -> _PendingReply:
+        """Drops the history after step `target`; returns the reply that followed it, to be carried out again."""
+        # A step is dropped as soon as it is worse than an earlier one, so the best image is always in the history.
+        length = self._history.index(target) + 1
+        dropped = self._history[length:]
+        again = self._steps[dropped[0]]
+        for number in dropped:
+            self._steps[number] = replace(self._steps[number], rolled_back=True)
+        self._notify(RolledBack(self.index, dropped[-1], target))
+        self._history = self._history[:length]
+        self._rollbacks[target] = self._rollbacks.get(target, 0) + 1
+        same = (again.references, again.reasoning)
+        redraws = [step.redraw for step in self._steps if (step.references, step.reasoning) == same]
+        return _PendingReply(Reply(again.reasoning, again.action), again.attempts, max(redraws) + 1)
+
+    def _unbooked_seconds(self) -> float:
+        """Returns the time since the last call, which the next step is charged for."""
+        seconds, self._booked_seconds = self._seconds - self._booked_seconds, self._seconds
+        return seconds
+
+    def _finish(self, outcome: str) -> None:
+        self._outcome = outcome
+        if self._steps:  # the last verification may have led to no step of its own
+            last = self._steps[-1]
+            self._steps[-1] = replace(last, seconds=last.seconds + self._unbooked_seconds())
