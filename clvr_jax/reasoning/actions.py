@@ -1,8 +1,8 @@
-"""The words of the closed loop: what a controller replies and how a reply is read.
+"""The controller's replies: their contract, the system prompt that explains it, and the parser.
 
-A reply is reasoning text followed by exactly one action token: `<|image_gen|>` (draw or edit again) or `<|terminate|>`
-(stop). Once a picture exists the reasoning holds one sentence `Unmet: a; b.` (or `Unmet: nothing.`): the verdict on the
-latest picture. A reply that breaks these rules raises ParseError; it is never taken for an accept.
+A reply is reasoning text followed by exactly one action token: `<|image_gen|>` (generate or edit) or `<|terminate|>`
+(stop). Once an image exists, the reasoning holds one sentence `Unmet: a; b.` (or `Unmet: nothing.`), the verdict on the
+latest image. A reply that breaks these rules raises ParseError; it never counts as an accept.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Reply:
     Attributes:
       reasoning: the text before the action token, without surrounding white space.
       action: IMAGE_GEN or TERMINATE.
-      unmet: what the latest picture lacks, () if nothing; None in a reply made before there was a picture.
+      unmet: what the latest image lacks, () if nothing; None in a reply before the first image.
     """
 
     reasoning: str
@@ -91,7 +91,7 @@ class Reply:
 
     @property
     def text(self) -> str:
-        """The reply as it stands in a conversation: reasoning and action token."""
+        """The reply in a conversation: reasoning and action token."""
         return self.reasoning + self.action
 
 
@@ -100,10 +100,10 @@ def parse(text: str, has_image: bool) -> Reply:
 
     Args:
       text: the raw reply; end-of-turn tokens after the action are ignored.
-      has_picture: whether the controller saw a picture, so that a verdict (`Unmet: ...`) is due.
+      has_image: whether the controller saw an image, so that a verdict (`Unmet: ...`) is due.
     Returns: the reply; `unmet` is None exactly if `has_image` is false.
-    Raises: ParseError for no action token or more than one, text after it, no reasoning to draw from, and, when a
-      picture exists, for no verdict, two verdicts, an empty one, or one that says "nothing" next to other items.
+    Raises: ParseError for no action token or more than one, text after it, no instruction, and, when an
+      image exists, for no verdict, two verdicts, an empty one, or one that says "nothing" next to other items.
     """
     for token in _END_OF_TURN:
         text = text.replace(token, "")
@@ -119,25 +119,25 @@ def parse(text: str, has_image: bool) -> Reply:
         raise ParseError(f"controller reply: text after {action}: {_short(rest)}")
     if not has_image:
         if action == IMAGE_GEN and not reasoning:
-            raise ParseError(f"controller reply: {action} without a word on what to draw")
+            raise ParseError(f"controller reply: {action} without an instruction")
         return Reply(reasoning, action)
     return Reply(reasoning, action, _unmet(reasoning))
 
 
 def unmet_span(reasoning: str) -> tuple[int, int] | None:
-    """Where the sentence `Unmet: ...` stands in a reasoning text: (start, end), or None."""
+    """Returns (start, end) of the sentence `Unmet: ...` in a reasoning text, or None."""
     match = _UNMET.search(reasoning)
     return match.span() if match else None
 
 
 def plan_items(reasoning: str) -> tuple[str, ...]:
-    """The items of the sentence `Plan: a; b.`, () if there is none: for display, the loop does not depend on it."""
+    """Returns the items of the sentence `Plan: a; b.`; () if there is none."""
     match = _PLAN.search(reasoning)
     return tuple(_split(match["items"])) if match else ()
 
 
 def strip_action(reply: str) -> str:
-    """A reply without its action token and surrounding white space."""
+    """Returns a reply without its action token and surrounding white space."""
     for action in ACTIONS:
         reply = reply.replace(action, "")
     return reply.strip()
@@ -147,7 +147,7 @@ def _unmet(reasoning: str) -> tuple[str, ...]:
     sentences = _UNMET.findall(reasoning)
     if not sentences:
         raise ParseError(
-            f"controller reply: a picture exists but there is no sentence `Unmet: ...` in {_short(reasoning)}"
+            f"controller reply: an image exists but there is no sentence `Unmet: ...` in {_short(reasoning)}"
         )
     if len(sentences) > 1:
         raise ParseError(

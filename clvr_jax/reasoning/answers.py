@@ -14,7 +14,7 @@ class AnswerError(ClvrError):
 def read_json_object(text: str) -> dict[str, Any]:
     """The one JSON object in a model's answer.
 
-    A code fence around it, or words before and after it, are put up with: models add them whatever they are told.
+    A code fence around it, and text before and after it, are accepted, since models add them in spite of instructions.
     Raises: AnswerError if there is none, or it is cut off.
     """
     fenced = re.search(r"```(?:json)?\s*(\{.*\})\s*```", text, re.DOTALL | re.IGNORECASE)

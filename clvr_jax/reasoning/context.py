@@ -1,7 +1,7 @@
-"""Trajectory-accumulative conditioning: how a history becomes the text and messages that the models read.
+"""Trajectory-accumulative conditioning: the history as the text and messages that the models read.
 
-The diffusion model reads the prompt, every reasoning text so far and marks where the earlier images stand; the images
-themselves enter as references in the same order. The controller reads the same history as a chat.
+The diffusion model reads the prompt and every reasoning text so far, with a mark in place of each earlier image; the
+images themselves enter as references in the same order. The controller reads the same history as a chat.
 Source: arXiv 2605.14876, closed-loop inference.
 """
 
@@ -15,12 +15,12 @@ from clvr_jax.reasoning.actions import strip_action
 
 
 def image_mark(number: int) -> str:
-    """The mark that stands in the drawing text for the image of step `number`, counted from 1."""
+    """Returns the mark in the conditioning text for the image of step `number`, counted from 1."""
     return f"<IMG_GEN_{number}>"
 
 
 def conditioning_text(prompt: str, replies: Sequence[str], left_out: int = 0) -> str:
-    """What the diffusion model reads when it draws image t.
+    """Returns the text that conditions the generation of image t.
 
     Args:
       prompt: the user's request.
@@ -30,9 +30,11 @@ def conditioning_text(prompt: str, replies: Sequence[str], left_out: int = 0) ->
     Returns: "{prompt}\\n{r_1}<IMG_GEN_1>\\n ... \\n{r_t}", replies without action tokens.
     """
     if not replies:
-        raise ClvrError("drawing text: no reply yet; the controller says what to draw before anything is drawn")
+        raise ClvrError("conditioning text: no reply yet; the controller replies before the first image is generated")
     if not 0 <= left_out < len(replies):
-        raise ClvrError(f"drawing text: {left_out} of {len(replies)} replies left out; the last one says what to draw")
+        raise ClvrError(
+            f"conditioning text: {left_out} of {len(replies)} replies left out; the last one is the instruction"
+        )
     *earlier, last = (strip_action(reply) for reply in replies)
     kept = ["" if number < left_out else reply for number, reply in enumerate(earlier)]
     marked = [reply + image_mark(number) for number, reply in enumerate(kept, start=1)]
@@ -58,15 +60,15 @@ def chat_messages(
     requirements: Sequence[str] = (),
     num_given: int = 0,
 ) -> list[Message]:
-    """The history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
+    """Returns the history as the controller's chat: user prompt, then (assistant reply, user image) for every step.
 
     Args:
       prompt: the user's request.
       replies: the replies so far, with their action tokens.
-      num_images: how many of them have been drawn: all (the next reply is due), or all but the last (the chat ends with
+      num_images: how many of them have an image: all (the next reply is due), or all but the last (the chat ends with
         the assistant's reply, as a training target does).
       system: optional system prompt, e.g. `actions.SYSTEM_PROMPT` for a model that was not trained on the contract.
-      report: the verifier's report on the latest image, which stands beside it; "" if there is none.
+      report: the verifier's report on the latest image, which follows it; "" if there is none.
       requirements: what the verifier will check, listed below the prompt; () if nobody derived them.
       num_given: number of the user's own images, which come before all others, in front of the prompt.
     Returns: messages; image k is the k-th {"type": "image"} part.

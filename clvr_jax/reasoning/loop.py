@@ -4,7 +4,7 @@
     (r_t, a_t) = controller(c_{t-1})
     a_t = <|terminate|>  ->  done
     a_t = <|image_gen|>  ->  x_t = generator(c_{t-1} + r_t),  c_t = c_{t-1} + r_t + x_t
-    verifier(x_t) finds every requirement met  ->  accepted; else its report stands beside x_t in c_t
+    verifier(x_t) finds every requirement met  ->  accepted; else its report is added to x_t in c_t
 
 Every round makes one batched call of the controller, the generator and the verifier for all prompts that are not done.
 The generator is called twice if a limit on NFE applies to several candidates: the first image shows what one costs. The

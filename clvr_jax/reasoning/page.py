@@ -1,6 +1,6 @@
-"""A trajectory as one self-contained HTML page: inline style, embedded pictures, no script, no network.
+"""A trajectory as one self-contained HTML page: inline style, embedded images, no script, no network.
 
-This module says what the page shows, as plain values; page.html says how, and escapes every value.
+This module computes the values that the page shows; the template page.html lays them out and escapes them.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 _OUTCOME_NOTES = {
     "accepted": "The verification found every requirement met.",
     "gave up": "The controller stopped although not everything is met.",
-    "step limit": "The budget of steps is spent; this is the best picture so far.",
-    "nfe limit": "The budget of network evaluations is spent; this is the best picture so far.",
-    "time limit": "The time is up; this is the best picture so far.",
+    "step limit": "The budget of steps is spent; this is the best image so far.",
+    "nfe limit": "The budget of network evaluations is spent; this is the best image so far.",
+    "time limit": "The time is up; this is the best image so far.",
     "unparseable": "The controller's reply could not be read, which never counts as an accept.",
     "unverified": "The controller stopped; nothing was verified.",
 }
-_ACCEPTED_BY_CONTROLLER = "The controller looked at the last picture and found nothing unmet."
+_ACCEPTED_BY_CONTROLLER = "The controller judged the last image and found nothing unmet."
 """The note of an accepted trajectory without a separate verification."""
-_SMALL = 128  # pictures up to this side are enlarged by whole pixels
+_SMALL = 128  # images up to this side are enlarged by whole pixels
 _STEP_WIDTH, _RESULT_WIDTH = 220, 380
 _LONG_PROMPT = 140
 
 
 def render(trajectory: Trajectory) -> str:
-    """The page as HTML text. Everything that comes from models, users or files is escaped."""
+    """Returns the page as HTML. Everything that comes from models, users or files is escaped."""
     steps = trajectory.steps
     items = _items(steps)
     return render_page(
@@ -91,10 +91,10 @@ def _is_verified(steps: Sequence[Step]) -> bool:
 
 def _facts(trajectory: Trajectory) -> dict[str, str]:
     dropped = sum(step.rolled_back for step in trajectory.generated)
-    pictures = str(len(trajectory.generated)) + (f" ({dropped} rolled back)" if dropped else "")
+    images = str(len(trajectory.generated)) + (f" ({dropped} rolled back)" if dropped else "")
     return {
         "Model": trajectory.model or "not recorded",
-        "Pictures": pictures,
+        "Images": images,
         "Network evaluations": str(trajectory.nfe),
         "Time": _seconds(trajectory.seconds),
         "Seed": str(trajectory.seed),
@@ -102,10 +102,10 @@ def _facts(trajectory: Trajectory) -> dict[str, str]:
 
 
 def _result(trajectory: Trajectory) -> dict[str, Any] | None:
-    """The result as an embedded image with its caption; None if nothing was drawn."""
+    """The result as an embedded image with its caption; None if there is no image."""
     if trajectory.best is None or trajectory.image is None:
         return None
-    caption = f"Picture {trajectory.best + 1} of {len(trajectory.generated)}"
+    caption = f"Image {trajectory.best + 1} of {len(trajectory.generated)}"
     if (count := _unmet_count(trajectory.steps[trajectory.best])) is not None:
         caption += f", {count}"
     return {**_embedded(trajectory.image, _RESULT_WIDTH, f"The result: {caption}"), "caption": caption}
@@ -201,7 +201,7 @@ def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[st
         end, sign, style = ("Accepted", "✓", "stop accepted") if accepted else ("Stopped", "■", "stop")
         return {**shown, "end": end, "sign": sign, "style": style, "badges": _attempts(step)}
     count = _unmet_count(step)
-    alt = f"Picture {number + 1}" + (f", {count}" if count is not None else "")
+    alt = f"Image {number + 1}" + (f", {count}" if count is not None else "")
     is_verified = _is_verified(trajectory.steps)
     return {
         **shown,
@@ -232,13 +232,13 @@ def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
 
 
 def _reasoning(text: str) -> tuple[str, str]:
-    """Reasoning in two parts: its verdict sentence with what comes before, which is set back, and what to draw."""
+    """Splits reasoning in two: up to the verdict sentence, which is set back, and the instruction."""
     span = unmet_span(text)
     return ("", text) if span is None else (text[: span[1]], text[span[1] :])
 
 
 def _checklist(steps: Sequence[Step], number: int, items: dict[str, int]) -> list[dict[str, str]]:
-    """What this picture lacks, and what it has gained over the picture it was made from."""
+    """Lists what this image lacks, and what it has gained over its last reference."""
     step = steps[number]
     if step.unmet is None or not items:
         return []
@@ -277,23 +277,23 @@ def _price(step: Step) -> list[str]:
     if step.image is not None:
         parts.insert(0, f"{step.nfe} NFE")
         if step.references:
-            parts.append("made from " + ", ".join(str(reference + 1) for reference in step.references))
+            parts.append("references " + ", ".join(str(reference + 1) for reference in step.references))
         if step.seed is not None:
             parts.append(f"seed {step.seed}")
     return parts
 
 
-def _embedded(picture: ImageLike, width: int, alt: str) -> dict[str, Any]:
-    """The picture as an embedded PNG: a small one enlarged by a whole factor to about `width` pixels, others as is."""
-    height_px, width_px = pixels(picture).shape[:2]
+def _embedded(image: ImageLike, width: int, alt: str) -> dict[str, Any]:
+    """The image as an embedded PNG: a small one enlarged by a whole factor to about `width` pixels, others as is."""
+    height_px, width_px = pixels(image).shape[:2]
     small = max(height_px, width_px) <= _SMALL
     factor = max(1, round(width / width_px)) if small else 1
-    png = base64.b64encode(encode_png(picture)).decode()
+    png = base64.b64encode(encode_png(image)).decode()
     return {"is_small": small, "width": width_px * factor, "height": height_px * factor, "alt": alt, "png": png}
 
 
 def _unmet_count(step: Step) -> str | None:
-    """How many things the image lacks, in words; None if nobody looked."""
+    """Returns the number of unmet items in words; None if the image was not judged."""
     if step.unmet is None:
         return None
     if step.verification is not None and not step.verification.requirements:

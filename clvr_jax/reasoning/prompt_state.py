@@ -34,7 +34,7 @@ changes of probabilities do not cause a roll-back."""
 
 
 _NO_IMAGE = -1
-"""The number that stands for the missing image before the first reply."""
+"""The step number of the first reply, which judges no image."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
-"""What happened on the way to a picture: steps with reasoning, pictures and verdicts, and how it ended.
+"""Trajectories of the closed loop: steps with reasoning, images and verifications, and the outcome.
 
-A saved trajectory is a folder: `trajectory.json`, `step_00.png` ... and an `index.html` that shows it without a server.
+A saved trajectory is a directory with `trajectory.json`, `step_00.png` ... and an `index.html` that shows it without a
+server.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE, U
 
 @dataclass(frozen=True)
 class Verdict:
-    """The controller's judgment of one picture: what it lacks, () if nothing, and the text that says so."""
+    """The controller's judgment of one image: the unmet items, () if there are none, and the reasoning."""
 
     unmet: tuple[str, ...]
     reasoning: str = ""
@@ -53,24 +54,24 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Step:
-    """One action: a drawing, or the decision to stop (then `image` is None).
+    """One action of the controller: an image generation, or the decision to stop (then `image` is None).
 
     Attributes:
       reasoning: what the controller wrote before its action.
       action: actions.IMAGE_GEN or actions.TERMINATE.
-      references: the steps whose pictures the drawer was given, in order.
-      image: the picture drawn.
-      verdict: the controller's own judgment of that image, from its next reply; None if it made none.
-      nfe: forwards of the diffusion network.
+      references: the steps whose images were references of the generation, in order.
+      image: the generated image.
+      verdict: the controller's own judgment of that image, from its next reply; None without one.
+      nfe: forward passes of the diffusion network.
       seconds: wall time of the calls that led here, each divided by the number of prompts it served.
-      rolled_back: the picture was worse than an earlier one and the loop went back, or another candidate of the same
-        step was preferred; it is not part of the history of later steps.
-      attempts: replies asked for until one could be parsed, 1 if the first could.
-      redraw: how many times the same reply had been drawn from the same history before.
-      seed: seed of the drawing, None for a stop.
-      verification: what the verifier found out about that image, requirement by requirement; None if none looked.
-      left_out: how many replies, the oldest of the history, the image generator did not read, because the history was
-        too long for it; its prompt, its images and the reply of this step it always reads.
+      rolled_back: whether the image was dropped from the history, because it was worse than an earlier one or because
+        another candidate of the step was better.
+      attempts: replies requested until one could be parsed; 1 if the first could.
+      redraw: how many images had been generated from the same reply and history before.
+      seed: seed of the generation; None for a stop.
+      verification: the verifier's result for the image, requirement by requirement; None without a verifier.
+      left_out: number of the oldest replies that did not fit into the generator's text length. The prompt, the images
+        and the reply of this step are never left out.
     """
 
     reasoning: str
@@ -95,16 +96,16 @@ class Step:
 
     @property
     def unmet(self) -> tuple[str, ...] | None:
-        """What the image lacks: by the verification, else by the controller's verdict; None if nobody looked."""
+        """The unmet requirements by the verification, else by the controller's verdict; None without either."""
         if self.verification is not None:
             return self.verification.unmet
         return None if self.verdict is None else self.verdict.unmet
 
     @property
     def score(self) -> float | None:
-        """How good the image is, more is better; None if nobody looked.
+        """The quality of the image, higher is better; None if the image was not judged.
 
-        By the verification it is the expected number of met requirements, else minus the number of unmet items.
+        It is the expected number of met requirements by the verification, else minus the number of unmet items.
         """
         if self.verification is not None:
             return self.verification.score
@@ -113,14 +114,14 @@ class Step:
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The whole way of one prompt.
+    """All steps of the loop for one prompt.
 
     Attributes:
       prompt: the user's request.
       steps: all steps in the order they happened, rolled-back ones included.
       outcome: one of OUTCOMES. Only ACCEPTED means that a verification found everything met; UNVERIFIED that the
         controller stopped and nothing was verified.
-      model: what drew it, for the reader.
+      model: the model that generated the images.
       seed: the seed of the run.
       versions: package versions and the like.
       seconds: wall time of all calls for this prompt, each divided by the number of prompts it served.
@@ -144,18 +145,16 @@ class Trajectory:
         for number, step in enumerate(self.steps):
             for reference in step.references:
                 if not 0 <= reference < number or self.steps[reference].image is None:
-                    raise ClvrError(
-                        f"trajectory: step {number} refers to step {reference}, which is no earlier picture"
-                    )
+                    raise ClvrError(f"trajectory: step {number} refers to step {reference}, which is no earlier image")
 
     @property
     def best(self) -> int | None:
-        """Index of the step whose picture is the result; None if nothing was drawn."""
+        """Index of the step whose image is the result; None if there is no image."""
         return best_step(self.steps)
 
     @property
     def image(self) -> ImageLike | None:
-        """The result: the picture of step `best`."""
+        """The result: the image of step `best`."""
         return None if self.best is None else self.steps[self.best].image
 
     @property
@@ -170,34 +169,34 @@ class Trajectory:
 
     @property
     def unmet(self) -> tuple[str, ...] | None:
-        """What the result lacks; None if nobody looked."""
+        """The unmet requirements of the result; None if it was not judged."""
         return None if self.best is None else self.steps[self.best].unmet
 
     @property
     def nfe(self) -> int:
-        """Network evaluations of all drawings."""
+        """Network evaluations (NFE) of all steps."""
         return sum(step.nfe for step in self.steps)
 
     @property
     def generated(self) -> tuple[Step, ...]:
-        """The steps that drew a picture."""
+        """The steps that generated an image."""
         return tuple(step for step in self.steps if step.image is not None)
 
-    def save(self, folder: str | os.PathLike[str]) -> Path:
-        """Writes the trajectory to a folder, completely or not at all.
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes the trajectory to a directory, completely or not at all.
 
-        All files are written to a hidden temporary folder first. A new folder then gets its name by one rename. In an
-        existing folder `trajectory.json` goes first and comes last, so that a save that is killed leaves either a whole
-        trajectory or none; files that are not part of a trajectory stay.
+        All files are written to a hidden temporary directory first. A new directory is then renamed. In an existing one
+        `trajectory.json` is removed first and written last, so that a killed save leaves a whole trajectory or none.
+        Files that are not part of a trajectory are kept.
 
-        Raises: ClvrError, one line, if the folder cannot be written; nothing is left behind then.
+        Raises: ClvrError, one line, if the directory cannot be written; nothing is left behind then.
         """
-        folder = Path(folder)
-        _write_folder(folder, self.files())
-        return folder
+        directory = Path(directory)
+        _write_directory(directory, self.files())
+        return directory
 
     def files(self) -> dict[str, bytes]:
-        """The files of a saved trajectory, by name; `trajectory.json` is the last."""
+        """Returns the files of a saved trajectory by name; `trajectory.json` is the last."""
         from clvr_jax.reasoning.page import render
 
         files = {
@@ -216,11 +215,13 @@ class Trajectory:
         return {**files, "trajectory.json": text.encode("utf-8", "backslashreplace")}
 
     @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Trajectory:
-        """Reads a saved trajectory; pictures are uint8 arrays. ClvrError if something is missing or malformed."""
-        path = Path(folder) / "trajectory.json"
+    def load(cls, directory: str | os.PathLike[str]) -> Trajectory:
+        """Reads a saved trajectory; images are uint8 arrays. Raises: ClvrError if a file is missing or malformed."""
+        path = Path(directory) / "trajectory.json"
         if not is_regular_file(path):
-            raise ClvrError(f"{folder}: no trajectory.json here; not a trajectory, or one whose saving was cut short")
+            raise ClvrError(
+                f"{directory}: no trajectory.json here; not a trajectory, or one whose saving was cut short"
+            )
         entry = read_object(path)
         if entry.content.get("format") != FORMAT:
             raise ClvrError(f"{path}: not a trajectory of format {FORMAT}")
@@ -232,7 +233,7 @@ class Trajectory:
             raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of trajectory.json; pictures are file names."""
+        """Returns the content of trajectory.json; images are file names."""
         names = _image_names(self.steps)
         return {
             "format": FORMAT,
@@ -252,10 +253,9 @@ class Trajectory:
 
 
 def best_step(steps: Sequence[Step]) -> int | None:
-    """The image with the best score, the latest among equals; see `Step.score`.
+    """Returns the index of the step whose image has the best score, the latest among equals; see `Step.score`.
 
-    An image that nobody looked at is the best only if nobody looked at any, and then the latest is. None if there is no
-    image.
+    If no image was judged, it is the latest image; None if there is no image.
     """
     judged = [
         (step.score, number) for number, step in enumerate(steps) if step.score is not None and step.image is not None
@@ -341,7 +341,7 @@ def verdict_from_json(entry: JsonObject) -> Verdict:
     return Verdict(entry.texts("unmet"), entry.text("reasoning"))
 
 
-def _step_from_json(entry: JsonObject, folder: Path) -> Step:
+def _step_from_json(entry: JsonObject, directory: Path) -> Step:
     name = entry.optional("image", entry.text)
     if name is not None and not re.fullmatch(r"step_\d{1,9}\.png", name):
         raise ClvrError(f"{entry.where}: an image must be named step_<number>.png, got {name!r:.80}")
@@ -353,39 +353,39 @@ def _step_from_json(entry: JsonObject, folder: Path) -> Step:
             reasoning=entry.text("reasoning"),
             action=entry.text("action"),
             references=entry.integers("references"),
-            image=None if name is None else read_image(folder / name),
+            image=None if name is None else read_image(directory / name),
             verdict=None if verdict is None else verdict_from_json(verdict),
             verification=None if checked is None else Verification.from_dict(checked.content),
             left_out=entry.integer("left_out", 0, low=0),
             **step_run_from_json(entry),
         )
     except ClvrError as error:
-        raise error if str(error).startswith(str(folder)) else ClvrError(f"{entry.where}: {error}") from error
+        raise error if str(error).startswith(str(directory)) else ClvrError(f"{entry.where}: {error}") from error
 
 
-def _write_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Puts `files` into `folder`; trajectory.json is the last of them and marks the folder as whole."""
+def _write_directory(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Puts `files` into `directory`; trajectory.json is the last of them and marks the directory as whole."""
     remains: list[Path] = []
     try:
-        exists = folder.is_dir()
-        # Inside an existing folder: the same file system for sure, and its parent need not be writable.
-        place, name = folder if exists else folder.parent, f".{folder.name or 'trajectory'}"
+        exists = directory.is_dir()
+        # Inside an existing directory: the same file system for sure, and its parent need not be writable.
+        place, name = directory if exists else directory.parent, f".{directory.name or 'trajectory'}"
         temporary = place / f"{name}.{uuid.uuid4().hex[:12]}.saving"
         remains = [temporary, *place.glob(f"{glob.escape(name)}.*.saving")]  # the others are of saves that were killed
         temporary.mkdir(parents=True)
         for file, content in files.items():
             (temporary / file).write_bytes(content)
         if not exists:
-            temporary.rename(folder)
+            temporary.rename(directory)
             return
-        (folder / "trajectory.json").unlink(missing_ok=True)
-        for stale in (*folder.glob("step_*.png"), *folder.glob("given_*.png")):
+        (directory / "trajectory.json").unlink(missing_ok=True)
+        for stale in (*directory.glob("step_*.png"), *directory.glob("given_*.png")):
             if re.fullmatch(r"(step|given)_\d+\.png", stale.name) and stale.name not in files:
                 stale.unlink()
         for file in files:
-            (temporary / file).replace(folder / file)
+            (temporary / file).replace(directory / file)
     except OSError as error:
-        raise ClvrError(f"{folder}: cannot save the trajectory ({error.strerror or error})") from error
+        raise ClvrError(f"{directory}: cannot save the trajectory ({error.strerror or error})") from error
     finally:
         for path in remains:
             shutil.rmtree(path, ignore_errors=True)

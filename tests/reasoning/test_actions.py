@@ -68,7 +68,7 @@ def test_broken_replies_are_no_verdicts(text, complaint):
 
 
 def test_first_reply_must_say_what_to_draw():
-    with pytest.raises(ParseError, match="without a word"):
+    with pytest.raises(ParseError, match="without an instruction"):
         parse("  <|image_gen|>", has_image=False)
     assert parse("<|terminate|>", has_image=False).action == TERMINATE
 

@@ -111,7 +111,7 @@ def test_page_tells_the_story():
 def test_checklist_counts_what_is_unmet_in_every_picture():
     text = Page(render(make())).text
     board = text[text.index("Checklist") : text.index("How it came about")]
-    assert board.strip() == "Checklist Picture 1 2 3 red dot ✓ ○ ✓ blue dot ○ ○ ✓ unmet 1 2 0"
+    assert board.strip() == "Checklist Image 1 2 3 red dot ✓ ○ ✓ blue dot ○ ○ ✓ unmet 1 2 0"
 
 
 @pytest.mark.parametrize("outcome", OUTCOMES)
@@ -162,7 +162,7 @@ def test_the_board_shows_requirements_with_their_probabilities():
     page = Page(render(verified()))
     assert not page.open
     assert board_of(page.text) == (
-        "Requirements Picture 1 2 red dot ✓ >0.99 ✓ 0.90 blue dot ○ 0.25 ✓ 0.75 green dot ? ✓ unmet 2 0 met, expected "
+        "Requirements Image 1 2 red dot ✓ >0.99 ✓ 0.90 blue dot ○ 0.25 ✓ 0.75 green dot ? ✓ unmet 2 0 met, expected "
         "1.25 2.65"
     )
     widths = [each["style"] for each in page.all("span") if "style" in each]
@@ -187,7 +187,7 @@ def test_a_step_shows_requirement_by_requirement_who_checked_and_on_what_evidenc
         "Description I see all dots.",
     ):
         assert part in steps, part
-    assert "Picture 2 of 2, nothing unmet" in text
+    assert "Image 2 of 2, nothing unmet" in text
 
 
 def test_what_a_step_has_gained_is_marked():
@@ -198,7 +198,7 @@ def test_what_a_step_has_gained_is_marked():
 def test_the_note_says_who_accepted():
     assert "The verification found every requirement met." in Page(render(verified())).text
     alone = Page(render(make())).text
-    assert "The controller looked at the last picture and found nothing unmet." in alone
+    assert "The controller judged the last image and found nothing unmet." in alone
     assert "verification" not in alone
     unverified = Page(render(Trajectory("p", (Step("Unmet: nothing.", TERMINATE),), "unverified"))).text
     assert "The controller stopped; nothing was verified." in unverified

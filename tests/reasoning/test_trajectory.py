@@ -184,7 +184,7 @@ def test_broken_folders_are_named(tmp_path):
     broken(lambda data: data.update(outcome="fine"), "outcome must be one of")
     broken(lambda data: data["steps"][0].update(image="../../secret.png"), "step_<number>")
     broken(lambda data: data["steps"][0].update(image="step_09.png"), "no such image")
-    broken(lambda data: data["steps"][0].update(references=[2]), "no earlier picture")
+    broken(lambda data: data["steps"][0].update(references=[2]), "no earlier image")
     broken(lambda data: data["steps"][0].update(verdict=3), r"steps\[0\]: verdict must be a JSON object, got 3")
     path.write_text("{")
     with pytest.raises(ClvrError, match="not JSON"):
