@@ -117,7 +117,7 @@ def test_checklist_counts_what_is_unmet_in_every_picture():
 @pytest.mark.parametrize("outcome", OUTCOMES)
 def test_every_outcome_can_be_shown_without_any_picture(outcome):
     page = Page(render(Trajectory("p", (), outcome)))
-    assert "No picture was drawn." in page.text
+    assert "No image was generated." in page.text
     assert not page.open
 
 
