@@ -42,7 +42,7 @@ class ModelVerifier(Verifier):
       model: any `ChatModel`; all questions of a stage are asked together.
       mode: "describe" or "ask", see the module.
       is_instructed: whether system prompts explain the task; False for models that were trained for it.
-      max_tokens: of a description or a list of requirements; answers to comparisons get half of it.
+      max_tokens: of each answer. An answer may quote the whole description.
       threshold: the least probability at which a requirement counts as met.
       retries: how often a list of requirements that cannot be read is asked for again, at a temperature.
     """
@@ -149,7 +149,7 @@ class ModelVerifier(Verifier):
         answers = self._chat(
             [
                 ChatRequest(
-                    question_messages(text, system), [images[row]], self._max_tokens // 2, top_logprobs=_TOP_LOGPROBS
+                    question_messages(text, system), [images[row]], self._max_tokens, top_logprobs=_TOP_LOGPROBS
                 )
                 for row, text in pairs
             ]
@@ -170,7 +170,7 @@ class ModelVerifier(Verifier):
             [
                 ChatRequest(
                     comparison_messages(descriptions[row], text, system),
-                    max_tokens=self._max_tokens // 2,
+                    max_tokens=self._max_tokens,
                     top_logprobs=_TOP_LOGPROBS,
                 )
                 for row, text in pairs
