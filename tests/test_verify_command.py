@@ -201,7 +201,7 @@ def test_failures_of_a_model_exit_with_1(scripted, capsys, monkeypatch):
     def fail(questions):
         raise ProviderError("scripted: no memory", "down")
 
-    monkeypatch.setattr(scripted, "ask_all", fail)
+    monkeypatch.setattr(scripted, "chat_all", fail)
     assert complaint(capsys, PROMPT, save("red.png")) == (1, "clvr: scripted: no memory")
 
 
