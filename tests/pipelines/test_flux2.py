@@ -153,13 +153,13 @@ def test_the_last_instruction_decides_at_any_length(shared):
 
 
 def test_what_a_history_lost_is_told(shared):
-    generated = []
+    read = []
 
     class Generator:
         fit_history = shared.fit_history
 
         def generate_each(self, texts, references, seeds, **options):
-            generated.extend(texts)
+            read.extend(texts)
             return Flux2Output([picture(0, 16, 16) for _ in texts], 4)
 
     reply = "Unmet: a blue star. Add it.<|image_gen|>"
@@ -168,7 +168,7 @@ def test_what_a_history_lost_is_told(shared):
     ]
     generated = Flux2ImageGenerator(Generator()).generate(requests)
     fitted = [shared.fit_history(request.prompt, request.replies) for request in requests]
-    assert generated == [history.text for history in fitted]
+    assert read == [history.text for history in fitted]
     assert [generated_image.left_out for generated_image in generated] == [history.left_out for history in fitted]
     assert generated[0].left_out > generated[1].left_out == 0
 
