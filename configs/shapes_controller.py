@@ -7,13 +7,14 @@ generators themselves, labeled by the detector (`configs/shapes_images.py`).
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 
-The shipped controller was not made by this one command. It continues an earlier one, and what was learned on the way
-is in docs/verification.md. From an average of three earlier points: 2,091 steps at nearly the peak learning rates
-(1e-3 and 4e-3), two thirds of the batches prompts, and 1,059 steps in which the rates fell to .08 of the peak. The
-EMA at step 2,000 and the last one were averaged by half, but the vision tower is that of step 2,000, since unknown
-pairs are read worse as the learning rate falls. From there 465 steps with `--train.learning-rate 8e-4
---train.muon-learning-rate 3e-3 --train.ema-decay 0.995 --kinds image image comparison image prompt image image
-comparison`, averaged with their start by .4 and .6 (`scripts/average_weights.py`).
+The shipped controller continues an earlier one (earlier versions of this file say how that was made):
+
+    clvr train configs/shapes_controller.py --start EARLIER --train.steps 3200 --train.learning-rate 1e-3
+        --train.muon-learning-rate 4e-3 --train.final-learning-rate 0.6 --train.warmup 0.02 --train.ema-decay 0.998
+        --plan-share 0.42 --kinds prompt image prompt comparison prompt image prompt conversation image prompt
+        comparison prompt image --out runs/shapes_controller
+
+which took 97 minutes on two cores that were shared with other work. docs/verification.md says what it reaches.
 """
 
 import dataclasses

@@ -23,6 +23,8 @@ TRAINED_FOR_LOOP = "loop"
 """Value of "contract" in the clvr.json of a Qwen3-VL that was trained for the loop and needs no system prompts."""
 MAX_ROWS = 64
 """Conversations in one call: more of them need more memory and gain no speed."""
+MAX_TRAINED_TOKENS = 96
+"""Limit of an answer by a model that was trained for the loop: the evidence for nine objects has 75 tokens."""
 
 
 class PipelineModel(ChatModel):
@@ -104,7 +106,7 @@ class Verifier(ModelVerifier):
             PipelineModel(pipeline, name),
             chosen,
             is_instructed=not is_trained,
-            max_tokens=96 if is_trained else 512,
+            max_tokens=MAX_TRAINED_TOKENS if is_trained else 512,
         )
 
 

@@ -185,7 +185,7 @@ def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
         DrawingExamples(few, tokenizer, dropout=2)
 
 
-@pytest.mark.parametrize("kind", ["drawings", "conversations"])
+@pytest.mark.parametrize("kind", ["generated", "conversations"])
 def test_processes_hold_the_rows_of_one_batch(request, kind):
     examples = request.getfixturevalue(kind)
     whole = BatchLoader(examples, 8)
@@ -206,7 +206,7 @@ def test_processes_that_do_not_divide_a_batch_are_refused(generated):
         BatchLoader(generated, 8, process_index=2, process_count=2)
 
 
-@pytest.mark.parametrize("kind", ["drawings", "conversations"])
+@pytest.mark.parametrize("kind", ["generated", "conversations"])
 @pytest.mark.parametrize("stop", [0, 2, 40])
 def test_a_restored_input_goes_on_where_it_was(request, kind, stop):
     """At the start, in the middle of the first epoch, and beyond it; with other threads and half of the processes."""

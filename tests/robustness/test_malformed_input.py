@@ -43,10 +43,10 @@ def _run_directory(root: Path) -> None:
     """A finished run of the closed loop on one prompt."""
     pixels = np.full((64, 64, 3), 200, np.uint8)
     checked = Verification((Requirement("red circle", True, 0.9, "it is red"),), "I see a circle.", "describe", "v")
-    generate = Step("Plan: red circle. Draw.", IMAGE_GEN, (), pixels, Verdict(("x",), "r"), 4, 0.5, seed=1)
+    first = Step("Plan: red circle. Draw.", IMAGE_GEN, (), pixels, Verdict(("x",), "r"), 4, 0.5, seed=1)
     edit = Step("Unmet: x. Add.", IMAGE_GEN, (0,), pixels, Verdict(()), 4, 0.5, seed=2, verification=checked)
     trajectory = Trajectory(
-        PROMPT, (generate, edit, Step("Unmet: nothing.", TERMINATE)), "accepted", "m", 0, {"a": "1"}, 1.0
+        PROMPT, (first, edit, Step("Unmet: nothing.", TERMINATE)), "accepted", "m", 0, {"a": "1"}, 1.0
     )
     folder = RunDirectory(root)
     identity = {"benchmark": "shapes", "settings": {"mode": "x"}, "seed": 0, "samples": 1}

@@ -114,13 +114,13 @@ class Teller:
         shape = item["class"] if item["count"] == 1 else words.PLURALS[item["class"]]
         if "color" not in item:
             return str(shape)
-        color, generate = item["color"], self._random() * self._noun_share
-        if generate > 0.22:
+        color, draw = item["color"], self._random() * self._noun_share
+        if draw > 0.22:
             return f"{color} {shape}"
-        if generate > 0.12:
+        if draw > 0.12:
             form = self.brief(words.COLORED_AFTER)
             return form.format(n=shape, c=color, **{"is": "is" if item["count"] == 1 else "are"})
-        if generate > 0.06:
+        if draw > 0.06:
             return self.pick(words.COLORED_BEFORE).format(n=shape, c=color)
         return f"{self.pick(words.NEUTRAL_ADJECTIVES)} {color} {shape}"
 
@@ -177,12 +177,12 @@ class Teller:
         shape = item["class"] if one else words.PLURALS[item["class"]]
         number = "" if one or self.chance(0.5) else words.NUMBERS[count - 1] + " "
         article = "the" if self.chance(0.92) else "that" if one else "those"
-        color, generate = item.get("color"), self._random()
+        color, draw = item.get("color"), self._random()
         if color is None:
             return f"{article} {number}{shape}"
-        if generate < 0.3 and sum(other["class"] == item["class"] for other in self.include) == 1:
+        if draw < 0.3 and sum(other["class"] == item["class"] for other in self.include) == 1:
             return f"{article} {number}{shape}"
-        if generate < 0.36 and sum(other.get("color") == color for other in self.include) == 1:
+        if draw < 0.36 and sum(other.get("color") == color for other in self.include) == 1:
             return f"{article} {number}{color} {'one' if one else 'ones'}"
         return f"{article} {number}{color} {shape}"
 
@@ -265,14 +265,14 @@ class Teller:
         known, target = self.is_known(index), self.anchor(index)
         if not self.has_where(index):
             return words.NOWHERE_NEW
-        generate = self._random()
-        if target >= 0 and "place" not in self.include[index] and generate < 0.4:
-            if generate < 0.12:
+        draw = self._random()
+        if target >= 0 and "place" not in self.include[index] and draw < 0.4:
+            if draw < 0.12:
                 return words.RELATE_DIRECTED[self.include[index]["position"][0]]
-            if generate < 0.22 and not known and self.is_known(target):
+            if draw < 0.22 and not known and self.is_known(target):
                 return words.INVERSE_NEW
-            return words.RELATE_NEW if not known and generate < 0.27 else words.RELATE_ANY
-        return words.WHERE_ANY if known or generate > 0.75 else words.WHERE_NEW
+            return words.RELATE_NEW if not known and draw < 0.27 else words.RELATE_ANY
+        return words.WHERE_ANY if known or draw > 0.75 else words.WHERE_NEW
 
     def fill(self, template: str, index: int) -> str:
         """Fills the slots of a template about an item, from left to right."""

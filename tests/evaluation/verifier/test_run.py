@@ -194,7 +194,7 @@ def test_bad_command_lines_are_one_line(arguments, said, tmp_path, capsys):
 
 
 def test_the_command_measures_a_model_behind_an_endpoint(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("clvr_jax.providers.openai_chat.OpenAIVisionLanguageModel", lambda endpoint: YesModel())
+    monkeypatch.setattr("clvr_jax.providers.openai_chat.OpenAIChatModel", lambda endpoint: YesModel())
     monkeypatch.setattr("clvr_jax.commands.evaluation_verifier.prepare_jax", lambda: None)
     endpoint = ["--judge", "yes", "--judge-url", "http://localhost/v1", "--judge-key-variable", ""]
     assert main(["eval", "verifier", *endpoint, "--count", "4", "--out", str(tmp_path / "out"), "--json"]) == 0
