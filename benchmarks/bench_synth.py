@@ -80,11 +80,11 @@ def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
 
 def _one(workshop: WorkerContext, store: OutcomeStore, number: int) -> tuple[float, float]:
     """Seconds of a prompt, and of them those in calls of models."""
-    item, meter, began = _item(number), UsageTracker(), time.monotonic()
-    outcome = synthesize(item, workshop.crew(item, meter), meter.tool(workshop.image_model))
+    item, tracker, began = _item(number), UsageTracker(), time.monotonic()
+    outcome = synthesize(item, workshop.crew(item, tracker), tracker.image_model(workshop.image_model))
     assert outcome.stage == "kept", outcome.detail
-    store.write(outcome, meter.to_json(), time.monotonic() - began)
-    return time.monotonic() - began, meter.total.seconds
+    store.write(outcome, tracker.to_json(), time.monotonic() - began)
+    return time.monotonic() - began, tracker.total.seconds
 
 
 if __name__ == "__main__":

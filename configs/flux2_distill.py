@@ -23,7 +23,7 @@ from clvr_jax.configs.flux2_sft import abstract_batch
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import encoder_flops
-from clvr_jax.data.sft_examples import DrawingExamples
+from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -81,7 +81,7 @@ def task(config: Config) -> Task:
     if not config.model:
         raise ClvrError("flux2_distill: --model is missing; give a directory or a Hugging Face id of a base model")
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
-    examples = DrawingExamples(
+    examples = GenerationExamples(
         TrajectoryDataset(config.dataset), pipe.tokenizer, dropout=0.0, text_buckets=pipe.settings.text_buckets
     )
     batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))

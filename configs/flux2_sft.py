@@ -19,7 +19,7 @@ from flax import nnx
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
 from clvr_jax.costs.flops_images import encoder_flops
-from clvr_jax.data.sft_examples import DrawingExamples
+from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.errors import ClvrError
@@ -86,7 +86,7 @@ def task(config: Config) -> Task:
     unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
     transformer_def, tokenizer = nnx.graphdef(pipe.transformer), pipe.tokenizer
     settings, schedule, source = pipe.settings, pipe.schedule, pipe.text_encoder_source
-    examples = DrawingExamples(
+    examples = GenerationExamples(
         TrajectoryDataset(config.dataset), tokenizer, dropout=config.dropout, text_buckets=settings.text_buckets
     )
 

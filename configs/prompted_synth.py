@@ -18,7 +18,7 @@ from typing import Literal
 
 from clvr_jax.data.engine.intake import read_prompts
 from clvr_jax.data.engine.metering import UsageTracker
-from clvr_jax.data.engine.prompted_roles import prompted_crew
+from clvr_jax.data.engine.prompted_roles import make_prompted_roles
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
 from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.errors import UsageError
@@ -92,10 +92,10 @@ class _Models:
     second_judge: ChatModel
     image_model: ImageModel
 
-    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
-        verifier = meter.model("verifier", self.verifier)
-        judges = meter.model("first judge", self.verifier), meter.model("second judge", self.second_judge)
-        return prompted_crew(meter.model("director", self.director), verifier, judges)
+    def roles(self, item: PromptItem, tracker: UsageTracker) -> Roles:
+        verifier = tracker.model("verifier", self.verifier)
+        judges = tracker.model("first judge", self.verifier), tracker.model("second judge", self.second_judge)
+        return make_prompted_roles(tracker.model("director", self.director), verifier, judges)
 
 
 def worker_context(config: Config) -> WorkerContext:

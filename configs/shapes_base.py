@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.configs.shapes_vae import MODEL as VAE
-from clvr_jax.data.shapes import Example, continued_example, drawing_example, editing_example, planned_example
+from clvr_jax.data.shapes import Example, continued_example, editing_example, generation_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
@@ -86,8 +86,8 @@ class Kind:
 
 
 KINDS = (
-    Kind(0.27, 32, partial(drawing_example, weights=SIMPLE)),
-    Kind(0.17, 24, partial(drawing_example, weights=COMPLEX)),
+    Kind(0.27, 32, partial(generation_example, weights=SIMPLE)),
+    Kind(0.17, 24, partial(generation_example, weights=COMPLEX)),
     Kind(0.30, 32, planned_example),
     Kind(0.18, 24, editing_example),
     Kind(0.08, 16, continued_example),
@@ -138,8 +138,8 @@ def examples(rng: np.random.Generator, kinds: tuple[Kind, ...]) -> list[Example]
 def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:
     """Examples with equally many references -> a batch; the texts that are `dropped` become the empty one.
 
-    Unlike the pipeline and `DrawingExamples`, which pad every text to its own bucket, all are padded to the bucket of
-    the longest: batches of these recipes are not sorted by length, and the model learns to read a text in any bucket.
+    Unlike the pipeline and `GenerationExamples`, which pad every text to its own bucket, all are padded to the bucket
+    of the longest: batches of these recipes are not sorted by length, and the model learns to read texts in any bucket.
     """
     texts = ["" if drop else example.text for example, drop in zip(examples, dropped, strict=True)]
     ids, mask = encode_prompts(tokenizer, texts, SETTINGS.text_buckets)

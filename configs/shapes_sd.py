@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
-from clvr_jax.data.shapes import drawing_example
+from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.models.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
@@ -125,7 +125,7 @@ def models(config: Config) -> tuple[UNet2DCondition, CLIPText, Any]:
 def batch(step: int, config: Config, tokenizer: Any) -> dict[str, np.ndarray]:
     """Returns the batch of a step: ids (b, LENGTH) and "pictures" (b, 64, 64, 3) as uint8."""
     rng = np.random.default_rng((config.train.seed, step))
-    drawn = [drawing_example(rng, PROMPTS) for _ in range(config.batch_size)]
+    drawn = [generation_example(rng, PROMPTS) for _ in range(config.batch_size)]
     texts = ["" if rng.random() < config.dropout else example.text for example in drawn]
     return {"ids": encode_clip(tokenizer, texts, LENGTH), "pictures": np.stack([example.target for example in drawn])}
 

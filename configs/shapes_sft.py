@@ -25,9 +25,9 @@ import jax
 import numpy as np
 from flax import nnx
 
-from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_example, drawing_loss
+from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_loss, generation_example
 from clvr_jax.data.histories import fit_history
-from clvr_jax.data.sft_examples import conversation, target_places
+from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -50,7 +50,7 @@ def step_example(rng: np.random.Generator, step: int) -> Example:
 # Share and batch size of each step: later ones are rarer and longer.
 STEPS = ((0.20, 24), (0.22, 20), (0.20, 16), (0.12, 12), (0.07, 8), (0.04, 8), (0.03, 6), (0.02, 6))
 # The plain prompts keep what the base could do in one shot.
-PLAIN = Kind(0.10, 24, drawing_example)
+PLAIN = Kind(0.10, 24, generation_example)
 KINDS = (
     PLAIN,
     *(Kind(share, size, partial(step_example, step=step)) for step, (share, size) in enumerate(STEPS)),
@@ -80,7 +80,7 @@ def recorded_examples(dataset: Path, tokenizer: Any) -> list[Example]:
     for _, record in TrajectoryDataset(dataset).scan():
         replies, images = conversation(record.trajectory)
         shown = tuple(pixels(image) for image in images)
-        for place in [place for place in target_places(record) if place < len(shown)]:
+        for place in [place for place in target_indices(record) if place < len(shown)]:
             told = record.trajectory.prompt, replies[: place + 1]
             text = fit_history(tokenizer, *told, max(SETTINGS.text_buckets)).text
             examples.append(Example(text, shown[:place], shown[place]))

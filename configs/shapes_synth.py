@@ -25,7 +25,7 @@ import numpy as np
 from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
 from clvr_jax.data.engine.roles import PromptItem, Roles
-from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.providers.local import LocalImageModel
 from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt
@@ -65,21 +65,21 @@ def evaluation_prompts(config: Config) -> Iterator[str]:
         yield from (metadata["prompt"] for metadata in shapes_evaluation_prompts(name))
 
 
-audit = right_pictures
+audit = correct_images
 corrections = needed_corrections
 
 
-class _ShapesWorkshop:
+class _ShapesContext:
     def __init__(self, config: Config):
         self._pipeline = pipeline = Flux2Pipeline.from_pretrained(config.model)
         self.image_model = LocalImageModel(
             pipeline, config.model, steps=config.steps, max_batch=config.batch, wait=0.02
         )
 
-    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
-        return shapes_crew(item, text=lambda prompt, replies: self._pipeline.fit_history(prompt, replies).text)
+    def roles(self, item: PromptItem, tracker: UsageTracker) -> Roles:
+        return make_shapes_roles(item, text=lambda prompt, replies: self._pipeline.fit_history(prompt, replies).text)
 
 
 def worker_context(config: Config) -> WorkerContext:
     """The image generator, and exact roles."""
-    return _ShapesWorkshop(config)
+    return _ShapesContext(config)

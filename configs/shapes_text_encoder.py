@@ -24,7 +24,7 @@ from flax import nnx
 from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
-from clvr_jax.data.shapes import Image, drawing_example, planned_example
+from clvr_jax.data.shapes import Image, generation_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.attention import attention
 from clvr_jax.models.qwen3 import Qwen3
@@ -47,8 +47,8 @@ class Config:
 CONFIG = Config()
 KINDS = (
     Kind(0.5, 64, planned_example),
-    Kind(0.25, 64, partial(drawing_example, weights=SIMPLE)),
-    Kind(0.25, 48, partial(drawing_example, weights=COMPLEX)),
+    Kind(0.25, 64, partial(generation_example, weights=SIMPLE)),
+    Kind(0.25, 48, partial(generation_example, weights=COMPLEX)),
 )
 """Texts that name all objects of their image, half of them with places; an instruction to edit names fewer."""
 

@@ -27,6 +27,15 @@ BANNED = {
 CLEAN = (
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
+    "clvr_jax/data/engine/actions.py",
+    "clvr_jax/data/engine/beam_pipeline.py",
+    "clvr_jax/data/engine/engine.py",
+    "clvr_jax/data/engine/health.py",
+    "clvr_jax/data/engine/intake.py",
+    "clvr_jax/data/engine/metering.py",
+    "clvr_jax/data/engine/prompted_roles.py",
+    "clvr_jax/data/engine/roles.py",
+    "clvr_jax/data/engine/states.py",
     "clvr_jax/diffusion/forward_process.py",
     "clvr_jax/evaluation",
     "clvr_jax/interfaces",
@@ -77,6 +86,9 @@ EXCEPTIONS = {
             "wise_verified",
         )
     },
+    # The texts that models read: prompts, and the errors that are sent back to them.
+    "clvr_jax/data/engine/actions.py": ("picture", "pictures"),
+    "clvr_jax/data/engine/prompted_roles.py": ("picture", "pictures", "drawing"),
     "clvr_jax/evaluation/benchmarks/judging.py": None,  # not revised yet
     "clvr_jax/interfaces/usage.py": ("pictures",),  # a field in results on disk
     "clvr_jax/reasoning/verification.py": ("stands",),  # a prompt

@@ -69,7 +69,7 @@ def padding_share(samples: Sequence[Sample]) -> float:
     return 1 - sum(min(sample.length, sample.padded) for sample in samples) / sum(sample.padded for sample in samples)
 
 
-class DrawingExamples:
+class GenerationExamples:
     """Every right drawing of a trajectory under all that came before it: n right pictures make n samples.
 
     The text holds the prompt and all replies so far, earlier pictures as marks; these are the references. The target
@@ -108,7 +108,7 @@ class DrawingExamples:
             Sample(number, record.id, step, (step, *size), length)
             for number, record in dataset.scan(max_corrupt)
             for size in [_picture_size(record.id, record.trajectory)]
-            for step, length in zip(target_places(record), self._lengths(record), strict=True)
+            for step, length in zip(target_indices(record), self._lengths(record), strict=True)
         ]
         self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
         if self.left_out:
@@ -118,7 +118,7 @@ class DrawingExamples:
             )
 
     def _lengths(self, record: TrajectoryRecord) -> list[int]:
-        fitted = [self._fitted(record.id, record.trajectory, step) for step in target_places(record)]
+        fitted = [self._fitted(record.id, record.trajectory, step) for step in target_indices(record)]
         self.left_out += sum(history.left_out > 0 for history in fitted)
         return [history.length for history in fitted]
 
@@ -252,7 +252,7 @@ def _history(trajectory: Trajectory) -> tuple[list[str], list[ImageLike]]:
     return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
 
 
-def target_places(record: TrajectoryRecord) -> list[int]:
+def target_indices(record: TrajectoryRecord) -> list[int]:
     """Places, among the pictures that were not rolled back, of those that the diffusion model may learn."""
     kept = [
         number for number, step in enumerate(record.trajectory.steps) if step.image is not None and not step.rolled_back

@@ -1,6 +1,6 @@
 """The input of supervised fine-tuning: batches by number, and a Grain pipeline over them whose position is one number.
 
-    loader = BatchLoader(DrawingExamples(TrajectoryDataset(folder), tokenizer), batch_size=32)
+    loader = BatchLoader(GenerationExamples(TrajectoryDataset(folder), tokenizer), batch_size=32)
     batches = Batches(loader)
 
 `loader(step)` is the batch of a step; `next(batches)` gives one after another, prepared ahead.

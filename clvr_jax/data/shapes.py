@@ -114,7 +114,7 @@ def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
     return image
 
 
-def drawing_example(rng: np.random.Generator, weights: dict[str, float] | None = None) -> Example:
+def generation_example(rng: np.random.Generator, weights: dict[str, float] | None = None) -> Example:
     """Text to image: a training prompt and a picture that satisfies it.
 
     What the prompt leaves free is as the canonical plan has it, a habit: a small transformer that has to choose among
@@ -138,7 +138,7 @@ def editing_example(rng: np.random.Generator) -> Example:
     planned = plan(train_prompt(rng, {"complex": 0.7, "counting": 0.15, "color_attr": 0.15}), rng)
     while True:
         start = Canvas(_scene([item for item in planned if rng.random() < 0.6], rng))
-        canvas = spoiled_canvas(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
+        canvas = corrupted_canvas(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
         wanted = compare(planned, canvas.reading()).edits
         if wanted:
             break
@@ -183,7 +183,7 @@ def simulate_trajectory(
         perfect = canvas = _edited(canvas, edits, rng)
         if rng.random() < error_rate:
             touched = tuple(edit.cell for edit in edits) if rng.random() < 0.7 else CELLS
-            canvas = spoiled_canvas(perfect, rng, errors=1 + int(rng.random() < 0.2), cells=touched)
+            canvas = corrupted_canvas(perfect, rng, errors=1 + int(rng.random() < 0.2), cells=touched)
         targets.append(perfect.render())
         canvases.append(canvas.render())
         reading = canvas.reading()
@@ -203,7 +203,7 @@ def _edited(canvas: Canvas, edits: Sequence[Edit], rng: np.random.Generator) -> 
     return Canvas(edited_scene(canvas.scene, edits, rng), smudges, canvas.seed)
 
 
-def spoiled_canvas(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
+def corrupted_canvas(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
     """The canvas with mistakes of the kinds a diffusion model makes, each in one of `cells`."""
     objects = {item.cell: item for item in canvas.scene.objects}
     smudges = set(canvas.smudges)

@@ -17,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.sft_examples import conversation
-from clvr_jax.data.shapes import Canvas, simulate_trajectory, spoiled_canvas
+from clvr_jax.data.shapes import Canvas, corrupted_canvas, simulate_trajectory
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
 from clvr_jax.reasoning import verification
@@ -150,7 +150,7 @@ def random_canvas(rng: np.random.Generator) -> Canvas:
     """A scene of 0 to 9 objects, often with blurred or mixed things in it."""
     number = int(rng.choice(10, p=(0.03, 0.05, 0.08, 0.12, 0.16, 0.18, 0.16, 0.1, 0.07, 0.05)))
     canvas = Canvas(sample_scene_random(rng, number), seed=int(rng.integers(2**31)))
-    return spoiled_canvas(canvas, rng, int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1))), CELLS)
+    return corrupted_canvas(canvas, rng, int(rng.choice(4, p=(0.4, 0.3, 0.2, 0.1))), CELLS)
 
 
 def noisy(image: Image, rng: np.random.Generator) -> Image:
@@ -309,7 +309,7 @@ def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequ
         objects = plan(metadata, rng if rng.random() < 0.5 else None)
         scene = Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in objects))
         canvas = Canvas(scene, seed=int(rng.integers(2**31)))
-        reading = spoiled_canvas(canvas, rng, int(rng.integers(0, 4)), CELLS).reading()
+        reading = corrupted_canvas(canvas, rng, int(rng.integers(0, 4)), CELLS).reading()
     if reading.unclear or not reading.objects or rng.random() < 0.6:
         return reading, describe(reading), options
     order = rng.permutation(len(reading.objects))  # a plan, which is checked before an image is generated

@@ -11,7 +11,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 
-from clvr_jax.data.engine.prompted_roles import distilled
+from clvr_jax.data.engine.prompted_roles import write_proxy_prompts
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
@@ -30,7 +30,7 @@ def vlm_teacher(model: ChatModel, steps: ProxySteps) -> Teacher:
     def teach(step: ProxyStep) -> ProxyPrompts:
         told = zip(step.history, steps.replies(step), strict=True)
         story = [*(f"picture {number}: {reply}" for number, reply in told), f"the step in question: {step.last_text}"]
-        return distilled(model, steps.prompt(step), "\n".join(story), step.history, steps.references(step))
+        return write_proxy_prompts(model, steps.prompt(step), "\n".join(story), step.history, steps.references(step))
 
     return teach
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.sft_examples import ConversationExamples, DrawingExamples, padding_share
+from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, padding_share
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.text import load_tokenizer, prompt_tokens
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
@@ -40,7 +40,7 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def generated(few, tokenizer):
-    return DrawingExamples(few, tokenizer, dropout=0.1)
+    return GenerationExamples(few, tokenizer, dropout=0.1)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +82,7 @@ def decode(tokenizer, ids, mask):
 
 
 def test_a_drawing_has_all_that_was_kept_before_it(tmp_path, tokenizer):
-    examples = DrawingExamples(small(tmp_path, rolled_back_once()), tokenizer, dropout=0.0)
+    examples = GenerationExamples(small(tmp_path, rolled_back_once()), tokenizer, dropout=0.0)
     assert [sample.step for sample in examples.samples] == [0, 1, 2]
     loader = BatchLoader(examples, 2)
     last = next(batch for batch in map(loader, range(9)) if batch["references"].shape[1] == 2)
@@ -112,7 +112,7 @@ def test_a_conversation_teaches_what_was_kept(tmp_path, tokenizer):
 
 def test_little_of_an_epoch_is_padding(dataset, tokenizer):
     """Real texts of the shapes world, padded for real to the lengths that the samples promise."""
-    generated = DrawingExamples(dataset, tokenizer, dropout=0.0)
+    generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
     conversations = ConversationExamples(dataset, tokenizer, PROCESSOR)
     for examples, name in ((generated, "mask"), (conversations, "attention_mask_bt")):
         loader = BatchLoader(examples, 8)
@@ -134,7 +134,7 @@ def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
 
 
 def test_given_buckets_are_the_pipelines(few, tokenizer, generated, capsys):
-    examples = DrawingExamples(few, tokenizer, text_buckets=(96, 192))
+    examples = GenerationExamples(few, tokenizer, text_buckets=(96, 192))
     batches = list(map(BatchLoader(examples, 16), range(12)))
     assert {batch["ids"].shape[1] for batch in batches} == {96, 192}
     longer = [sample.length > 192 for sample in generated.samples]
@@ -143,7 +143,7 @@ def test_given_buckets_are_the_pipelines(few, tokenizer, generated, capsys):
     for fitted, whole, is_longer in zip(examples.samples, generated.samples, longer, strict=True):
         assert fitted.length <= 192 if is_longer else fitted.length == whole.length
     with pytest.raises(ClvrError, match=r"trajectory \w+, image 0: the prompt and the current instruction take \d+"):
-        DrawingExamples(few, tokenizer, text_buckets=(40,))
+        GenerationExamples(few, tokenizer, text_buckets=(40,))
 
 
 def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
@@ -157,7 +157,7 @@ def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
         return Trajectory("a cat", tuple(steps), "step limit")
 
     dataset = small(tmp_path, told("one blue star"), told("one red star"))
-    examples = DrawingExamples(dataset, tokenizer, dropout=0.0, text_buckets=(256, 384))
+    examples = GenerationExamples(dataset, tokenizer, dropout=0.0, text_buckets=(256, 384))
     assert examples.left_out > 0
     ends = [sample for sample in examples.samples if sample.step == 7]
     batch = examples.batch(ends, [np.random.default_rng(0)] * 2)
@@ -168,8 +168,8 @@ def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
 
 
 def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
-    examples = DrawingExamples(few, tokenizer, dropout=0.25)
-    loader, kept = BatchLoader(examples, 16), BatchLoader(DrawingExamples(few, tokenizer, dropout=0.0), 16)
+    examples = GenerationExamples(few, tokenizer, dropout=0.25)
+    loader, kept = BatchLoader(examples, 16), BatchLoader(GenerationExamples(few, tokenizer, dropout=0.0), 16)
     empty = len(prompt_tokens(tokenizer, [""])[0])
     dropped = []
     for step in range(20):
@@ -182,7 +182,7 @@ def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
     assert 0.17 < np.mean(dropped) < 0.33
     assert_equal(loader(3), loader(3))
     with pytest.raises(UsageError, match="dropout"):
-        DrawingExamples(few, tokenizer, dropout=2)
+        GenerationExamples(few, tokenizer, dropout=2)
 
 
 @pytest.mark.parametrize("kind", ["generated", "conversations"])
@@ -256,18 +256,18 @@ def test_the_position_in_other_batches_is_refused(generated):
 def test_what_cannot_be_learned_from_is_named(tmp_path, tokenizer):
     silent = small(tmp_path / "a", Trajectory("?", (), "unparseable"))
     with pytest.raises(ClvrError, match="nothing to learn from in 1 trajectories"):
-        DrawingExamples(silent, tokenizer)
+        GenerationExamples(silent, tokenizer)
     told = rolled_back_once()
     mixed = replace(told, steps=(told.steps[0], replace(told.steps[2], image=picture(1, 32)), told.steps[4]))
     mixed = replace(mixed, steps=(mixed.steps[0], replace(mixed.steps[1], references=(0,)), mixed.steps[2]))
     with pytest.raises(ClvrError, match="trajectory 00000000: pictures of 32 x 32, 64 x 64 pixels"):
-        DrawingExamples(small(tmp_path / "b", mixed), tokenizer)
+        GenerationExamples(small(tmp_path / "b", mixed), tokenizer)
 
 
 def test_a_picture_that_breaks_while_it_is_read_stops_the_run_in_one_line(tmp_path, tokenizer, monkeypatch):
     """Its head is whole, and more is not read when lengths are."""
     monkeypatch.setattr("clvr_jax.data.trajectory_record.encode_png", lambda picture: encode_png(picture)[:-40])
-    examples = DrawingExamples(small(tmp_path, rolled_back_once()), tokenizer)
+    examples = GenerationExamples(small(tmp_path, rolled_back_once()), tokenizer)
     with pytest.raises(ClvrError) as stopped:
         next(Batches(BatchLoader(examples, 2)))
     assert str(stopped.value).startswith("trajectory 00000000, record 0: broken image (")

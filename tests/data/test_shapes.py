@@ -1,6 +1,6 @@
 import numpy as np
 
-from clvr_jax.data.shapes import drawing_example, editing_example, simulate_trajectory
+from clvr_jax.data.shapes import editing_example, generation_example, simulate_trajectory
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import parse_edits
@@ -14,7 +14,7 @@ def pairs(reading):
 
 def test_a_drawing_satisfies_its_prompt_without_a_pair_that_is_held_out():
     for seed in range(200):
-        example, metadata = drawing_example(np.random.default_rng(seed)), train_prompt(np.random.default_rng(seed))
+        example, metadata = generation_example(np.random.default_rng(seed)), train_prompt(np.random.default_rng(seed))
         reading = detect(example.target)
         assert example.text == metadata["prompt"]
         assert check(reading, metadata).correct, metadata

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.rewards import Case, LastTextReward, ProxyReward, ShapesJudge
 from clvr_jax.rewards.shapes import described
 from clvr_jax.worlds.shapes.layout import PlannedObject
@@ -91,7 +91,7 @@ def test_the_data_engine_s_proxies_give_its_own_pictures_full_marks(number):
     from clvr_jax.data.engine.engine import synthesize
 
     one = item(number)
-    record = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=1).record
+    record = synthesize(one, make_shapes_roles(one, judges=0), Painter(), seed=1).record
     steps = record.trajectory.steps
     cases = [
         Case(step.image, proxies, [steps[at].image for at in proxies.i_ref], step.reasoning)

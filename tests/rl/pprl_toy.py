@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.diffusion import FlowProcess, euler_solve
@@ -45,7 +45,7 @@ CONFIG = PPRLConfig(
 
 def make_dataset(folder, count=12):
     """Trajectories of the data engine, with proxy prompts."""
-    made = (synthesize(item(n), shapes_crew(item(n), judges=0), Painter(), seed=n).record for n in range(count))
+    made = (synthesize(item(n), make_shapes_roles(item(n), judges=0), Painter(), seed=n).record for n in range(count))
     write_dataset(folder, made)
     return folder
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from clvr_jax.configs import qwen3_vl_sft
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.data.sft_examples import record_conversation
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_all_logits_and_a_frozen_tower_is_no_parameter(datas
 
 def test_the_verification_examples_of_a_dataset_are_learned_unless_they_are_left_out(tmp_path):
     one = item(0)
-    outcome = synthesize(one, shapes_crew(one), ErrsAt(0), seed=5)
+    outcome = synthesize(one, make_shapes_roles(one), ErrsAt(0), seed=5)
     write_dataset(tmp_path / "data", [outcome.record, *outcome.verification])
     last_turns = {record_conversation(example)[0][-1] + "<|im_end|>" for example in outcome.verification}
     for verification, found in ((True, last_turns), (False, set())):

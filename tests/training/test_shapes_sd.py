@@ -8,7 +8,7 @@ import torch
 
 from clvr_jax.configs import shapes_sd
 from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
-from clvr_jax.data.shapes import drawing_example
+from clvr_jax.data.shapes import generation_example
 from clvr_jax.pipelines.folder import load_vae
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
@@ -46,7 +46,7 @@ def test_the_autoencoder_without_batch_norm_is_the_same_with_latents_of_unit_var
     flux = load_vae(shapes_sd.CONFIG.vae)
     plain = shapes_sd.without_batch_norm(flux)
     rng = np.random.default_rng(0)
-    pictures = np.stack([drawing_example(rng).target for _ in range(64)]).astype(np.float32) / 127.5 - 1
+    pictures = np.stack([generation_example(rng).target for _ in range(64)]).astype(np.float32) / 127.5 - 1
     latents = plain.encode_scaled(pictures)
     assert np.asarray(latents).std() == pytest.approx(1, abs=0.1)
     assert np.array_equal(plain.encode(pictures), flux.encode(pictures))

@@ -1,6 +1,6 @@
-"""What the controller of the data engine may do, and how its turn is read.
+"""The actions of the planner of the data engine, and the parser of its turns.
 
-A turn is one JSON object: what it perceives, why it acts, and one action with its parameters.
+A turn is one JSON object: what the planner perceives, why it acts, and one action with its parameters.
 
     {"perceive": "...", "reason": "...", "action": "IMAGE_EDIT", "parameters": {"prompt": "...", "ref_img_list": [0]}}
 
@@ -20,7 +20,7 @@ _LONGEST_PROMPT = 8000
 
 @dataclass(frozen=True)
 class InitialGeneration:
-    """Draw a first picture from words."""
+    """Generates a first image from text."""
 
     prompt: str
     name: ActionName = "INITIAL_GENERATION"
@@ -28,7 +28,12 @@ class InitialGeneration:
 
 @dataclass(frozen=True)
 class ImageEdit:
-    """Draw the next picture from earlier ones. ref_img_list: their numbers, from 0, in the order they are shown."""
+    """Generates the next image from earlier ones.
+
+    Attributes:
+      prompt: the edit instruction.
+      ref_img_list: numbers of the reference images, from 0, in the order in which they are given.
+    """
 
     prompt: str
     ref_img_list: tuple[int, ...]
@@ -37,14 +42,14 @@ class ImageEdit:
 
 @dataclass(frozen=True)
 class ResultValidation:
-    """Have the latest picture checked against the request."""
+    """Asks for a validation of the latest image against the request."""
 
     name: ActionName = "RESULT_VALIDATION"
 
 
 @dataclass(frozen=True)
 class EndTrajectory:
-    """The latest picture is the result."""
+    """Ends the trajectory with the latest image as the result."""
 
     name: ActionName = "END_TRAJECTORY"
 
@@ -54,21 +59,28 @@ Action = InitialGeneration | ImageEdit | ResultValidation | EndTrajectory
 
 @dataclass(frozen=True)
 class Turn:
-    """PERCEIVE, REASON, ACT. perceive: what is there, against what is wanted. reason: why this action."""
+    """A turn of the planner: PERCEIVE, REASON, ACT.
+
+    Attributes:
+      perceive: a comparison of the latest image with the request.
+      reason: why the planner chose this action.
+      action: the action and its parameters.
+    """
 
     perceive: str
     reason: str
     action: Action
 
 
-def read_turn(text: str, allowed: tuple[ActionName, ...], pictures: int) -> Turn:
-    """Reads a turn.
+def read_turn(text: str, allowed: tuple[ActionName, ...], num_images: int) -> Turn:
+    """Parses a turn.
 
     Args:
-      text: the model's answer; a code fence around the object, or words before and after it, are put up with.
-      allowed: actions of the state it is in.
-      pictures: how many there are to refer to.
-    Raises: AnswerError for no object, another action than those allowed, or parameters that make no sense.
+      text: the model's reply; a code fence around the object and words before and after it are ignored.
+      allowed: actions of the current state.
+      num_images: number of images that may be references.
+    Raises: AnswerError if there is no object, the action is not allowed, or its parameters are invalid. Its message is
+      sent back to the model.
     """
     data = read_json_object(text)
     perceive, reason = (_text(data, name) for name in ("perceive", "reason"))
@@ -78,11 +90,11 @@ def read_turn(text: str, allowed: tuple[ActionName, ...], pictures: int) -> Turn
     parameters = data.get("parameters", {})
     if not isinstance(parameters, dict):
         raise AnswerError(f"parameters must be an object, got {type(parameters).__name__}")
-    return Turn(perceive, reason, _action(name, parameters, pictures))
+    return Turn(perceive, reason, _action(name, parameters, num_images))
 
 
 def to_json(turn: Turn) -> dict[str, Any]:
-    """A turn as the model would have written it, for the log that is kept with a trajectory."""
+    """Returns a turn as the JSON object that the model writes, for the log of a trajectory."""
     parameters: Mapping[str, Any] = {}
     if isinstance(turn.action, InitialGeneration):
         parameters = {"prompt": turn.action.prompt}
@@ -96,11 +108,12 @@ def to_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _action(name: ActionName, parameters: Mapping[str, Any], pictures: int) -> Action:
+def _action(name: ActionName, parameters: Mapping[str, Any], num_images: int) -> Action:
+    """Parses an action. The words of its errors are read by models and must not change."""
     known = {"INITIAL_GENERATION": {"prompt"}, "IMAGE_EDIT": {"prompt", "ref_img_list"}}.get(name, set())
-    if surplus := sorted(parameters.keys() - known):
+    if unexpected := sorted(parameters.keys() - known):
         takes = f"takes {', '.join(sorted(known))}" if known else "takes no parameters"
-        raise AnswerError(f"{name} {takes}, got also {', '.join(surplus)}")
+        raise AnswerError(f"{name} {takes}, got also {', '.join(unexpected)}")
     if name == "RESULT_VALIDATION":
         return ResultValidation()
     if name == "END_TRAJECTORY":
@@ -114,8 +127,8 @@ def _action(name: ActionName, parameters: Mapping[str, Any], pictures: int) -> A
     is_list = isinstance(references, list) and all(type(number) is int for number in references)
     if not is_list or not references:
         raise AnswerError(f"ref_img_list must be a list of picture numbers, not empty, got {references!r}")
-    if len(set(references)) != len(references) or not all(0 <= number < pictures for number in references):
-        raise AnswerError(f"ref_img_list is {references}; it must name different pictures of 0..{pictures - 1}")
+    if len(set(references)) != len(references) or not all(0 <= number < num_images for number in references):
+        raise AnswerError(f"ref_img_list is {references}; it must name different pictures of 0..{num_images - 1}")
     return ImageEdit(prompt, tuple(references))
 
 

@@ -1,9 +1,9 @@
-"""The engine at scale: one function of a prompt, run by Apache Beam on this machine, Dataflow, Flink or Spark.
+"""The Apache Beam pipeline of the data engine, which runs on this machine, Dataflow, Flink or Spark.
 
-    prompts.jsonl -> spread over workers -> synthesize each -> one outcome file for each
+    prompts.jsonl -> distributed to the workers -> synthesize each -> one outcome file for each
 
-Every worker keeps many prompts in flight, since most of the time of a prompt is spent waiting for models. A prompt
-whose outcome is there is not worked on again, so a pipeline that died, or a bundle that Beam does twice, costs nothing.
+Every worker keeps many prompts in flight, since a prompt mostly waits for models. A prompt that has an outcome is
+skipped, so an interrupted pipeline, or a bundle that Beam runs twice, repeats no work.
 """
 
 import shlex
@@ -26,44 +26,44 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ProviderError
 
 
-def run_pipeline(prompts: str, outcomes: str, make_workshop: Callable[[], WorkerContext], config: SynthConfig) -> None:
-    """Works on every prompt that has no outcome yet; returns when all were tried.
+def run_pipeline(prompts: str, outcomes: str, make_context: Callable[[], WorkerContext], config: SynthConfig) -> None:
+    """Synthesizes every prompt that has no outcome yet; returns when each was attempted once.
 
-    A prompt that a provider fails has none then, but a note of why; the next run works on it again.
+    A prompt for which a provider failed gets no outcome but a record of the failure; the next run retries it.
 
     Args:
       prompts: JSON lines as `intake.item_to_json` writes them, where all workers can read them.
-      outcomes: folder or bucket that all workers can write.
-      make_workshop: called once in each worker process; must be picklable for workers elsewhere.
+      outcomes: directory or bucket that all workers can write.
+      make_context: called once in each worker process; must be picklable for workers on other machines.
       config: budgets, prompts in flight, and the options of Beam.
-    Raises: ClvrError if too many prompts in a row fail; whatever a worker raised that is no outcome of a prompt, as far
-      as Beam lets it through.
+    Raises: ClvrError if too many consecutive prompts fail; any other exception of a worker in the form in which Beam
+      passes it on.
     """
     try:
         with beam.Pipeline(options=PipelineOptions(shlex.split(config.beam))) as pipeline:
             (
                 pipeline
                 | "read prompts" >> beam.io.ReadFromText(prompts)
-                | "spread them" >> beam.Reshuffle()
-                | "synthesize" >> beam.ParDo(_Synthesize(make_workshop, outcomes, config))
+                | "reshuffle" >> beam.Reshuffle()
+                | "synthesize" >> beam.ParDo(_Synthesize(make_context, outcomes, config))
             )
     except ClvrError as error:
         raise ClvrError(str(error).partition(" [while running")[0]) from error
 
 
 class _Process:
-    """What all copies of the function in one worker process share: the models, and whether they work."""
+    """The state that all copies of the function in one worker process share: the models and their health."""
 
-    def __init__(self, make_workshop: Callable[[], WorkerContext], max_failures: int):
-        self.worker_context, self.health = make_workshop(), Health(max_failures)
+    def __init__(self, make_context: Callable[[], WorkerContext], max_failures: int):
+        self.worker_context, self.health = make_context(), Health(max_failures)
 
 
 class _Synthesize(beam.DoFn):
-    """Lines of prompts -> nothing; what comes of them lies in the store."""
+    """A function from lines of prompts to nothing; it writes the outcomes to the store."""
 
-    def __init__(self, make_workshop: Callable[[], WorkerContext], outcomes: str, config: SynthConfig):
-        self._make_workshop, self._outcomes, self._config = make_workshop, outcomes, config
-        # Models are loaded once in a process, however many copies of this Beam makes in it.
+    def __init__(self, make_context: Callable[[], WorkerContext], outcomes: str, config: SynthConfig):
+        self._make_workshop, self._outcomes, self._config = make_context, outcomes, config
+        # Models are loaded once per process, although Beam makes several copies of this object in it.
         self._shared = Shared()
 
     def setup(self) -> None:
@@ -75,7 +75,7 @@ class _Synthesize(beam.DoFn):
         self._running: set[Future[None]] = set()
 
     def process(self, line: str) -> Iterator[None]:
-        """Begins a prompt, once there is room for it. Raises: ClvrError if the run stops."""
+        """Starts a prompt as soon as fewer than `in_flight` are running. Raises: ClvrError if the run stops."""
         item = item_from_json(line)
         if item.id not in self._store:
             self._collect(at_most=self._config.in_flight - 1)
@@ -83,7 +83,7 @@ class _Synthesize(beam.DoFn):
         return iter(())
 
     def finish_bundle(self) -> None:
-        """A bundle is done when its prompts are. Raises: ClvrError if the run stops."""
+        """Waits for all prompts of the bundle. Raises: ClvrError if the run stops."""
         self._collect(at_most=0)
         held, is_written = self._health.take_held()
         for each in held:
@@ -94,18 +94,21 @@ class _Synthesize(beam.DoFn):
                 self._store.write_failed(each.outcome.item.id, "malformed", detail, each.usage)
 
     def teardown(self) -> None:
-        """Lets what runs come to its end."""
+        """Waits for the prompts that are running."""
         self._pool.shutdown()
 
     def _collect(self, at_most: int) -> None:
-        """Waits until at most so many prompts run. Raises: ClvrError if the run stops, once nothing runs any more."""
+        """Waits until at most `at_most` prompts are running.
+
+        Raises: ClvrError if the run stops, after the last running prompt has ended.
+        """
         while len(self._running) > at_most:
             done, self._running = wait(self._running, return_when=FIRST_COMPLETED)
             error = next((error for future in done if (error := future.exception()) is not None), None)
             if error is None and (verdict := self._health.verdict) is not None:
                 error = ClvrError(verdict)
             if error is not None:
-                # What is still made could not be kept, or would fail as well.
+                # The outcomes of the other prompts could not be written, or would fail as well.
                 self._health.stop.set()
                 for future in self._running:
                     future.cancel()
@@ -114,19 +117,19 @@ class _Synthesize(beam.DoFn):
                 raise error
 
     def _finish(self, item: PromptItem) -> None:
-        meter, began = UsageTracker(stop=self._health.stop), time.monotonic()
+        tracker, began = UsageTracker(stop=self._health.stop), time.monotonic()
         try:
-            meter.begin()
-            roles = self._process.worker_context.roles(item, meter)
-            tool = meter.tool(self._process.worker_context.image_model)
+            tracker.begin()
+            roles = self._process.worker_context.roles(item, tracker)
+            tool = tracker.image_model(self._process.worker_context.image_model)
             outcome = synthesize(item, roles, tool, self._config.settings, self._config.seed)
         except StoppedError:
             return
         except ProviderError as error:
-            self._store.write_failed(item.id, error.fault, str(error), meter.to_json())
+            self._store.write_failed(item.id, error.fault, str(error), tracker.to_json())
             self._health.failed(str(error))
             return
-        held = Held(outcome, meter.to_json(), time.monotonic() - began, meter.adapted)
+        held = Held(outcome, tracker.to_json(), time.monotonic() - began, tracker.adapted)
         if outcome.reason in UNREADABLE:
             self._health.hold(held)
             return

@@ -1,4 +1,4 @@
-"""Whether the providers of a worker process work at all, told from what comes of its prompts."""
+"""The health of the providers of a worker process, estimated from the outcomes of its prompts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from clvr_jax.data.engine.engine import Outcome
 
 @dataclass(frozen=True)
 class Held:
-    """An outcome that is not written yet, with what `OutcomeStore.write` takes."""
+    """An outcome that is not written yet; the attributes are the arguments of `OutcomeStore.write`."""
 
     outcome: Outcome
     usage: Mapping[str, Mapping[str, float]]
@@ -20,16 +20,16 @@ class Held:
 
 
 class Health:
-    """Counts prompts that failed one after the other; may be used from many threads.
+    """A counter of consecutive failures; it may be used from many threads.
 
-    An outcome that says only that replies could not be read is held back until another prompt shows that the models
-    work: a server that replies nonsense to everyone must not use up all prompts.
+    An outcome of replies that could not be parsed is held back until another prompt shows that the models work: a
+    server that replies nonsense to every request must not use up all prompts.
 
     Args:
-      limit: failures in a row that end the run.
+      limit: number of consecutive failures that ends the run.
 
     Attributes:
-      stop: set once the run ends; what is in flight ends at its next call.
+      stop: set once the run ends; prompts in flight stop before their next call.
     """
 
     def __init__(self, limit: int):
@@ -41,34 +41,34 @@ class Health:
 
     @property
     def verdict(self) -> str | None:
-        """Why the run stops; None as long as it may go on."""
+        """The reason why the run stops; None while it may continue."""
         if self._in_a_row < self._limit:
             return None
         return (
-            f"synth: {self._in_a_row} prompts failed one after the other, so the run stops; no prompt is lost, run it "
-            f"again once this is mended: {self._last}"
+            f"synth: {self._in_a_row} prompts failed in a row, so the run stops; no prompt is lost, run it again "
+            f"once the cause is fixed: {self._last}"
         )
 
     def failed(self, detail: str) -> None:
-        """Counts a prompt that a provider failed."""
+        """Counts a prompt for which a provider failed."""
         with self._lock:
             self._count(detail)
 
     def hold(self, held: Held) -> None:
-        """Counts a prompt whose replies could not be read, and holds its outcome back."""
+        """Counts a prompt whose replies could not be parsed, and holds its outcome back."""
         with self._lock:
             self._held.append(held)
             self._count(f"{held.outcome.reason}: {held.outcome.detail}")
 
     def worked(self) -> list[Held]:
-        """Counts a prompt that came to its end; returns the outcomes that may be written now."""
+        """Counts a prompt that was finished; returns the held outcomes, which may be written now."""
         with self._lock:
             self._works, self._in_a_row = True, 0
             held, self._held = self._held, []
             return held
 
     def take_held(self) -> tuple[list[Held], bool]:
-        """Returns the outcomes that are still held back at the end, and whether they may be written."""
+        """Returns the outcomes that are still held back at the end of a bundle, and whether they may be written."""
         with self._lock:
             held, self._held = self._held, []
             return held, self._works and self._in_a_row < self._limit

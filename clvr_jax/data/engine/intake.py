@@ -1,7 +1,7 @@
-"""Which prompts are worked on: read from a file, cleaned of what is empty, too long, doubled or kept for evaluation.
+"""The prompts of a run: read from a file, without those that are empty, too long, duplicates or evaluation prompts.
 
-A prompt counts as an evaluation prompt also if it is nearly one: its five-letter pieces are compared, which works alike
-in every script. What is refused is counted, like everything that is discarded later.
+Near duplicates of evaluation prompts are refused as well. They are found by their character 5-grams, which work alike
+in every script. Refused prompts are counted, like those that are discarded later.
 """
 
 import hashlib
@@ -18,75 +18,87 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JsonObject, check_unicode, parse_object, shown, stream_lines
 
 MAX_CHARACTERS = 8000
-"""Of a prompt; longer ones are refused. Image tools take no more."""
+"""Maximum length of a prompt in characters; longer ones are refused, because image models do not take them."""
 
-_PIECE = 5
+_NGRAM = 5
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
 @dataclass(frozen=True)
 class Refused:
-    """A prompt that is not worked on. reason: "empty", "too long", "duplicate" or "evaluation prompt"."""
+    """A prompt that is not used.
+
+    Attributes:
+      item: the prompt.
+      reason: "empty", "too long", "duplicate" or "evaluation prompt".
+    """
 
     item: PromptItem
     reason: str
 
 
 class EvaluationPrompts:
-    """Prompts that must not be learned from.
+    """A set of prompts that must not occur in training data, near duplicates included.
 
     Args:
-      prompts: all of them.
-      threshold: share of pieces that two prompts have in common (Jaccard index) from which on they count as the same.
+      prompts: all evaluation prompts.
+      threshold: smallest Jaccard index of the 5-grams of two prompts, in (0, 1], at which they count as equal.
+    Raises: ClvrError if the threshold is out of range.
     """
 
     def __init__(self, prompts: Iterable[str], threshold: float = 0.8):
         if not 0 < threshold <= 1:
-            raise ClvrError(f"near-duplicates: the threshold must lie in (0, 1], got {threshold}")
+            raise ClvrError(f"near-duplicates: the threshold must be in (0, 1], got {threshold}")
         self._threshold = threshold
-        self._pieces: list[frozenset[str]] = []
-        self._holders: dict[str, list[int]] = defaultdict(list)
+        self._ngrams: list[frozenset[str]] = []
+        self._index: dict[str, list[int]] = defaultdict(list)
         for text in dict.fromkeys(normalized(prompt) for prompt in prompts):
-            for piece in pieces(text):
-                self._holders[piece].append(len(self._pieces))
-            self._pieces.append(pieces(text))
+            for ngram in ngrams(text):
+                self._index[ngram].append(len(self._ngrams))
+            self._ngrams.append(ngrams(text))
 
     def __len__(self) -> int:
-        return len(self._pieces)
+        return len(self._ngrams)
 
     def __contains__(self, prompt: str) -> bool:
-        """Whether it is one of them, or nearly."""
-        own = pieces(normalized(prompt))
-        shared = Counter(number for piece in own for number in self._holders.get(piece, ()))
+        """Returns whether `prompt` is one of the evaluation prompts, or nearly one."""
+        own = ngrams(normalized(prompt))
+        shared = Counter(number for ngram in own for number in self._index.get(ngram, ()))
         return any(
-            common >= self._threshold * (len(own) + len(self._pieces[number]) - common)
+            common >= self._threshold * (len(own) + len(self._ngrams[number]) - common)
             for number, common in shared.items()
         )
 
 
 def normalized(prompt: str) -> str:
-    """A prompt without what does not count when two are compared: case, forms of characters, punctuation, spaces."""
+    """Returns a prompt in the form in which two are compared: without case, punctuation, spaces, character variants."""
     folded = unicodedata.normalize("NFKC", prompt).casefold()
     return " ".join(re.findall(r"\w+", folded))
 
 
-def pieces(text: str) -> frozenset[str]:
-    """All runs of five characters; the text itself if it is shorter."""
-    return frozenset(text[start : start + _PIECE] for start in range(max(len(text) - _PIECE + 1, 1)))
+def ngrams(text: str) -> frozenset[str]:
+    """Returns the 5-grams of a text by characters; the text itself if it is shorter."""
+    return frozenset(text[start : start + _NGRAM] for start in range(max(len(text) - _NGRAM + 1, 1)))
 
 
-def sift(
+def filter_prompts(
     items: Iterable[PromptItem], evaluation: EvaluationPrompts, max_characters: int = MAX_CHARACTERS
 ) -> Iterator[PromptItem | Refused]:
-    """Each item, or why it is refused; in order, one at a time.
+    """Yields each item, or the reason why it is refused, in order.
 
-    Raises: ClvrError if two items have one id.
+    Args:
+      items: the prompts.
+      evaluation: prompts that must not be used.
+      max_characters: maximum length of a prompt.
+    Raises: ClvrError if two different prompts have the same id.
     """
     ids: dict[str, str] = {}
     texts: set[bytes] = set()
     for item in items:
         if ids.setdefault(item.id, item.prompt) != item.prompt:
-            raise ClvrError(f"prompts: two have the id {item.id!r}: {ids[item.id][:60]!r} and {item.prompt[:60]!r}")
+            raise ClvrError(
+                f"prompts: two prompts have the id {item.id!r}: {ids[item.id][:60]!r} and {item.prompt[:60]!r}"
+            )
         text = normalized(item.prompt)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
         if not text:
@@ -103,10 +115,10 @@ def sift(
 
 
 def read_prompts(path: Path) -> Iterator[PromptItem]:
-    """The prompts of a file: JSON lines {"prompt", "id"?, "metadata"?}, or plain text with a prompt in each line.
+    """Yields the prompts of a file: JSON lines {"prompt", "id"?, "metadata"?}, or text with a prompt in each line.
 
-    An id that is not given depends on the prompt alone, so lines may be added or moved between runs.
-    Raises: ClvrError, one line, if the file is missing, a line is none of these, or an id cannot name a file.
+    A missing id is derived from the prompt alone, so lines may be added or moved between runs.
+    Raises: ClvrError, one line, if the file is missing, a line is invalid, or an id is no valid file name.
     """
     is_json = path.suffix in (".jsonl", ".json")
     for where, line in stream_lines(path, advice="give a file with a prompt in each line"):
@@ -122,12 +134,12 @@ def read_prompts(path: Path) -> Iterator[PromptItem]:
 
 
 def item_to_json(item: PromptItem) -> str:
-    """One line of a file of prompts."""
+    """Returns a prompt as one line of a JSON lines file."""
     return json.dumps({"id": item.id, "prompt": item.prompt, "metadata": dict(item.metadata)})
 
 
 def item_from_json(line: str) -> PromptItem:
-    """The inverse. Raises: ClvrError for a line that is none."""
+    """Returns the prompt of a line that `item_to_json` wrote. Raises: ClvrError if the line is invalid."""
     return _item(line, "a line of prompts")
 
 
@@ -137,11 +149,13 @@ def _item(line: str | bytes, where: str) -> PromptItem:
     prompt = entry.text("prompt")
     id = entry.optional("id", entry.text) if "id" in entry.content else None
     if id is not None and not _ID.fullmatch(id):
-        raise ClvrError(f"{where}: the id {shown(id)} cannot name a file; use letters, digits, and . _ - between them")
+        raise ClvrError(
+            f"{where}: the id {shown(id)} is no valid file name; use letters, digits, and . _ - between them"
+        )
     metadata = entry.nested("metadata", JsonObject({}, where))
     return PromptItem(id or prompt_id(prompt), prompt, dict(metadata.content))
 
 
 def prompt_id(prompt: str) -> str:
-    """An id that depends on the prompt alone."""
+    """Returns an id that depends on the prompt alone."""
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What one prompt costs: providers that write down the price of every call, by the role that made it."""
+"""The usage of one prompt: models that record the cost of every call under the role that made it."""
 
 import dataclasses
 import threading
@@ -17,17 +17,17 @@ from clvr_jax.interfaces import (
 
 
 class StoppedError(Exception):
-    """The run ends, and its prompts are left where they are; no `ClvrError`, which a role might take for its own."""
+    """Raised when the run ends before a prompt is finished. It is no `ClvrError`, which roles catch."""
 
 
 @dataclass
 class UsageTracker:
-    """The bill of one prompt, worked on by one thread.
+    """The usage of one prompt, which one thread synthesizes.
 
     Attributes:
-      usage: for each role, all its calls, failed ones included.
-      stop: once it is set, the next call raises StoppedError.
-      adapted: for each server, which fields of requests it refused, see `OpenAIChatModel.adapted`.
+      usage: role -> usage of all its calls, failed ones included.
+      stop: if it is set, the next call raises StoppedError.
+      adapted: server -> the request fields that it refused; see `OpenAIChatModel.adapted`.
     """
 
     usage: dict[str, Usage] = field(default_factory=dict)
@@ -35,34 +35,34 @@ class UsageTracker:
     adapted: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def begin(self) -> None:
-        """Called before every call. Raises: StoppedError if the run ends."""
+        """Checks before a call that the run continues. Raises: StoppedError if it ends."""
         if self.stop.is_set():
             raise StoppedError
 
     def note(self, provider: ChatModel | ImageModel) -> None:
-        """Writes down how a provider's requests had to be adapted, if it says so."""
+        """Records how the requests of a provider had to be adapted, if it has such a list."""
         if notes := getattr(provider, "adapted", ()):
             self.adapted[provider.name] = tuple(notes)
 
     def add(self, role: str, usage: Usage) -> None:
-        """Puts a call on the bill."""
+        """Adds the usage of a call."""
         self.usage[role] = self.usage.get(role, Usage()) + usage
 
     def model(self, role: str, model: ChatModel) -> ChatModel:
-        """The model, metered."""
-        return _MeteredChatModel(role, model, self)
+        """Returns the model with its usage tracked under `role`."""
+        return _TrackedChatModel(role, model, self)
 
-    def tool(self, tool: ImageModel) -> ImageModel:
-        """The image tool, metered as the role "draw"."""
-        return _MeteredImageModel("draw", tool, self)
+    def image_model(self, model: ImageModel) -> ImageModel:
+        """Returns the image model with its usage tracked under the role "draw"."""
+        return _TrackedImageModel("draw", model, self)
 
     @property
     def total(self) -> Usage:
-        """Everything."""
+        """The usage of all roles together."""
         return sum(self.usage.values(), Usage())
 
     def to_json(self) -> dict[str, dict[str, float]]:
-        """For each role what is not zero."""
+        """Returns role -> the fields of its usage that are not zero."""
         return {
             role: {name: value for name, value in dataclasses.asdict(usage).items() if value}
             for role, usage in sorted(self.usage.items())
@@ -70,46 +70,46 @@ class UsageTracker:
 
 
 @dataclass(frozen=True)
-class _MeteredChatModel(ChatModel):
+class _TrackedChatModel(ChatModel):
     role: str
     model: ChatModel
-    meter: UsageTracker
+    tracker: UsageTracker
 
     @property
     def name(self) -> str:
         return self.model.name
 
-    def chat(self, question: ChatRequest) -> ChatResponse:
-        self.meter.begin()
+    def chat(self, request: ChatRequest) -> ChatResponse:
+        self.tracker.begin()
         try:
-            answer = self.model.chat(question)
+            response = self.model.chat(request)
         except ProviderError as error:
-            self.meter.add(self.role, error.usage)
+            self.tracker.add(self.role, error.usage)
             raise
         finally:
-            self.meter.note(self.model)
-        self.meter.add(self.role, answer.usage)
-        return answer
+            self.tracker.note(self.model)
+        self.tracker.add(self.role, response.usage)
+        return response
 
 
 @dataclass(frozen=True)
-class _MeteredImageModel(ImageModel):
+class _TrackedImageModel(ImageModel):
     role: str
-    tool: ImageModel
-    meter: UsageTracker
+    model: ImageModel
+    tracker: UsageTracker
 
     @property
     def name(self) -> str:
-        return self.tool.name
+        return self.model.name
 
-    def generate(self, task: ImageRequest) -> ImageResponse:
-        self.meter.begin()
+    def generate(self, request: ImageRequest) -> ImageResponse:
+        self.tracker.begin()
         try:
-            made = self.tool.generate(task)
+            response = self.model.generate(request)
         except ProviderError as error:
-            self.meter.add(self.role, error.usage)
+            self.tracker.add(self.role, error.usage)
             raise
         finally:
-            self.meter.note(self.tool)
-        self.meter.add(self.role, made.usage)
-        return made
+            self.tracker.note(self.model)
+        self.tracker.add(self.role, response.usage)
+        return response

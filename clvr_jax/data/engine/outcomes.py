@@ -53,7 +53,7 @@ class Finished:
     detail: str
     usage: Mapping[str, Mapping[str, float]]
     seconds: float
-    pictures: int
+    num_images: int
     steps: int
     turns: int
     content: Mapping[str, Any]
@@ -174,7 +174,7 @@ class OutcomeStore:
             detail=content.text("detail"),
             usage=_usage(content),
             seconds=content.number("seconds", low=0),
-            pictures=content.integer("pictures", low=0),
+            num_images=content.integer("pictures", low=0),
             steps=content.integer("steps", low=0),
             turns=content.integer("turns", low=0),
             content=content.content,
@@ -286,7 +286,7 @@ def _packed(
 ) -> bytes:
     history = outcome.history or History(outcome.item)
     record = outcome.record
-    trajectory = record.trajectory if record else as_it_happened(outcome)
+    trajectory = record.trajectory if record else discarded_trajectory(outcome)
     content = {
         "format": _FORMAT,
         "id": outcome.item.id,
@@ -298,7 +298,7 @@ def _packed(
         "usage": usage,
         "seconds": round(seconds, 4),
         "adapted": {server: list(notes) for server, notes in sorted(adapted.items())},
-        "pictures": len(history.pictures),
+        "pictures": len(history.images),
         "steps": len(record.trajectory.generated) if record else 0,
         "turns": len(history.events),
         "events": [_event_to_json(event) for event in history.events],
@@ -324,14 +324,14 @@ def _packed(
     return buffer.getvalue()
 
 
-def as_it_happened(outcome: Outcome) -> Trajectory | None:
+def discarded_trajectory(outcome: Outcome) -> Trajectory | None:
     """The pictures of a trajectory that was discarded, with what was thought and found; None if there are none."""
     history = outcome.history
-    if history is None or not history.pictures:
+    if history is None or not history.images:
         return None
     steps = []
     for event in history.events:
-        if event.turn is None or event.picture is None:
+        if event.turn is None or event.image_index is None:
             continue
         action = event.turn.action
         assert isinstance(action, InitialGeneration | ImageEdit)
@@ -341,9 +341,9 @@ def as_it_happened(outcome: Outcome) -> Trajectory | None:
                 f"{event.turn.perceive}\n{event.turn.reason}\n{action.prompt}",
                 IMAGE_GEN,
                 action.ref_img_list if isinstance(action, ImageEdit) else (),
-                history.pictures[event.picture],
+                history.images[event.image_index],
                 Verdict(failed) if event.checks else None,
-                rolled_back=event.picture not in history.path,
+                rolled_back=event.image_index not in history.path,
             )
         )
     return Trajectory(outcome.item.prompt, tuple(steps), GAVE_UP, error=f"{outcome.reason}: {outcome.detail}")
@@ -354,7 +354,7 @@ def _event_to_json(event: Event) -> dict[str, Any]:
     return {
         "state": event.state,
         "turn": to_json(event.turn) if event.turn else None,
-        "picture": event.picture,
+        "picture": event.image_index,
         "checks": [[check.question, check.passed, check.evidence] for check in event.checks],
         "validation": validation
         and {

@@ -1,7 +1,7 @@
-"""The roles of the data engine played by vision-language models, through prompt templates.
+"""The roles of the data engine, implemented by vision-language models and prompt templates.
 
-The templates are the files beside this one, in `templates/`; their version is recorded with every trajectory. An answer
-that cannot be read is asked for once more, with what was wrong with it.
+The templates are the files in `templates/`; their version is recorded with every trajectory. A reply that cannot be
+parsed is requested once more, with the error message.
 """
 
 import json
@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from importlib import resources
 from typing import Any, Literal, TypeVar
 
+from typing_extensions import override
+
 from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn
-from clvr_jax.data.engine.roles import Check, Event, History, Roles, Validation
+from clvr_jax.data.engine.roles import Check, Event, History, Judge, Planner, Roles, Translator, Validation, Verifier
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.image_io import ImageLike
@@ -21,7 +23,7 @@ from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.seeds import derive_seed
 
 TEMPLATES_VERSION = 2
-"""Goes up with every change of a template."""
+"""Version of the templates, which increases with every change of one."""
 
 _MOST_QUESTIONS = 12
 _ACTIONS = {
@@ -40,36 +42,41 @@ Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
-class PromptedDirector:
-    """Plans and acts. temperature: above 0, so that a turn that failed is not simply said again."""
+class PromptedPlanner(Planner):
+    """A planner.
+
+    Attributes:
+      model: the vision-language model.
+      temperature: above 0, so that a failed turn is not simply repeated.
+    """
 
     model: ChatModel
     temperature: float = 0.7
 
+    @override
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
-        """See `Director`."""
         error = history.events[-1].error if history.events else ""
         text = template("director").format(
             request=history.item.prompt,
-            events=told(history.events) or "Nothing yet.",
+            events=to_transcript(history.events) or "Nothing yet.",
             pictures=_numbered(history.path) or "there is none yet",
             state=state,
             actions="\n".join(f"- {name}: {_ACTIONS[name]}" for name in allowed),
             complaint=f"Your last answer could not be used: {error}\n" if error else "",
         )
-        shown = [history.pictures[number] for number in history.path]
+        shown = [history.images[number] for number in history.path]
         question = ChatRequest(_chat(text, len(shown)), shown, 1024, self.temperature, seed, is_json=True)
         return self.model.chat(question).text
 
 
 @dataclass(frozen=True)
-class PromptedVerifier:
-    """Looks at pictures without having drawn them."""
+class PromptedVerifier(Verifier):
+    """A verifier."""
 
     model: ChatModel
 
+    @override
     def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
-        """See `Verifier`."""
         assert isinstance(turn.action, InitialGeneration | ImageEdit)
         edit = (
             "It is an edit of the pictures you see." if isinstance(turn.action, ImageEdit) else "It is a first drawing."
@@ -82,10 +89,10 @@ class PromptedVerifier:
                 raise AnswerError(f"{len(questions)} questions; there must be 1 to {_MOST_QUESTIONS}")
             return questions
 
-        return _asked(self.model, text, _references(history, turn), read)
+        return _request_json(self.model, text, _references(history, turn), read)
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
-        """See `Verifier`."""
+    @override
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], image: ImageLike) -> tuple[Check, ...]:
         before = _references(history, turn)
         shown = f"You see {len(before) + 1} pictures; the last one was made from the others." if before else ""
         numbered = "\n".join(f"{number}. {question}" for number, question in enumerate(questions, start=1))
@@ -98,10 +105,10 @@ class PromptedVerifier:
                 raise AnswerError(f"{found} answers to {len(questions)} questions")
             return tuple(_check(question, answer) for question, answer in zip(questions, answers, strict=True))
 
-        return _asked(self.model, text, [*before, picture], read)
+        return _request_json(self.model, text, [*before, image], read)
 
+    @override
     def validate(self, history: History) -> Validation:
-        """See `Verifier`."""
         text = template("validate").format(request=history.item.prompt, pictures=_numbered(history.path))
 
         def read(data: dict[str, Any]) -> Validation:
@@ -114,20 +121,19 @@ class PromptedVerifier:
                 raise AnswerError(f"roll_back_to is {back!r}; it must be null or one of {_numbered(history.path)}")
             return Validation(accepted, gaps, str(data.get("feedback", "")), back)
 
-        return _asked(self.model, text, [history.pictures[number] for number in history.path], read)
+        return _request_json(self.model, text, [history.images[number] for number in history.path], read)
 
 
 @dataclass(frozen=True)
-class PromptedJudge:
-    """Compares two pictures."""
+class PromptedJudge(Judge):
+    """A judge of two images."""
 
     model: ChatModel
 
+    @override
     def prefer(
         self, prompt: str, first: ImageLike, second: ImageLike, seed: int
     ) -> Literal["first", "second", "neither"]:
-        """See `Judge`."""
-
         def read(data: dict[str, Any]) -> Literal["first", "second", "neither"]:
             better = str(data.get("better", "")).strip().lower()
             for choice in ("first", "second", "neither"):
@@ -135,21 +141,21 @@ class PromptedJudge:
                     return choice
             raise AnswerError(f"better is {better!r}; it must be first, second or neither")
 
-        return _asked(self.model, template("judge").format(request=prompt), [first, second], read, seed)
+        return _request_json(self.model, template("judge").format(request=prompt), [first, second], read, seed)
 
 
 @dataclass(frozen=True)
-class PromptedTranslator:
-    """Tells what was done as the loop's controller would have, and writes the proxy prompts."""
+class PromptedTranslator(Translator):
+    """A translator of histories into replies of the controller and proxy prompts."""
 
     model: ChatModel
 
+    @override
     def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
-        """See `Translator`."""
         count = len(history.path) + 1
         text = template("replies").format(
             request=history.item.prompt,
-            events=told(_on_path(history)),
+            events=to_transcript(_on_path(history)),
             pictures=_numbered(history.path),
             count=count,
             last=_LAST_TEXT[accepted],
@@ -161,13 +167,15 @@ class PromptedTranslator:
                 raise AnswerError(f"{len(texts)} texts; there must be {count}")
             return (*(each + IMAGE_GEN for each in texts[:-1]), texts[-1] + (TERMINATE if accepted else IMAGE_GEN))
 
-        return _asked(self.model, text, [history.pictures[number] for number in history.path], read, max_tokens=4096)
+        return _request_json(
+            self.model, text, [history.images[number] for number in history.path], read, max_tokens=4096
+        )
 
+    @override
     def verdict(self, history: History, replies: tuple[str, ...]) -> str:
-        """See `Translator`."""
         text = template("verdict").format(
             request=history.item.prompt,
-            events=told(_on_path(history)),
+            events=to_transcript(_on_path(history)),
             replies="\n".join(map(strip_action, replies)),
             pictures=_numbered(history.path),
         )
@@ -180,34 +188,35 @@ class PromptedTranslator:
                 raise AnswerError(str(error)) from error
             return said + (IMAGE_GEN if unmet else TERMINATE)
 
-        return _asked(self.model, text, [history.pictures[number] for number in history.path], read)
+        return _request_json(self.model, text, [history.images[number] for number in history.path], read)
 
+    @override
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
-        """See `Translator`; one call for each picture."""
-        return tuple(self._proxy(history, place) for place in range(len(history.path)))
+        """Makes one call for each image."""
+        return tuple(self._proxy(history, index) for index in range(len(history.path)))
 
-    def _proxy(self, history: History, place: int) -> ProxyPrompts:
-        known = history.path[: place + 1]
-        events = [event for event in _on_path(history) if event.picture is None or event.picture in known]
-        shown = [history.pictures[number] for number in known]
-        found = distilled(self.model, history.item.prompt, told(events), known[:-1], shown)
+    def _proxy(self, history: History, index: int) -> ProxyPrompts:
+        known = history.path[: index + 1]
+        events = [event for event in _on_path(history) if event.image_index is None or event.image_index in known]
+        shown = [history.images[number] for number in known]
+        found = write_proxy_prompts(self.model, history.item.prompt, to_transcript(events), known[:-1], shown)
         return replace(found, i_ref=tuple(history.path.index(number) for number in found.i_ref))
 
 
-def distilled(
-    model: ChatModel, request: str, story: str, earlier: Sequence[int], pictures: Sequence[ImageLike]
+def write_proxy_prompts(
+    model: ChatModel, request: str, transcript: str, earlier: Sequence[int], images: Sequence[ImageLike]
 ) -> ProxyPrompts:
-    """The proxy prompts of one step of a trajectory.
+    """Returns the proxy prompts of one step of a trajectory.
 
     Args:
-      model: that writes them.
-      request: what the trajectory is for.
-      story: what was said and done up to the step.
-      earlier: numbers of the pictures before the step, by which the story calls them and `i_ref` may.
-      pictures: that the model sees.
-    Raises: AnswerError if it cannot be read, twice; ProviderError.
+      model: writes them.
+      request: prompt of the trajectory.
+      transcript: text that describes all events up to the step.
+      earlier: numbers of the images before the step, as the transcript and `i_ref` use them.
+      images: images that the model receives.
+    Raises: AnswerError if two replies cannot be parsed; ProviderError.
     """
-    text = template("proxies").format(request=request, events=story)
+    text = template("proxies").format(request=request, events=transcript)
 
     def read(data: dict[str, Any]) -> ProxyPrompts:
         p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
@@ -219,26 +228,26 @@ def distilled(
             raise AnswerError("p_i2i and i_ref belong to every picture but the first")
         return ProxyPrompts(p_t2i.strip(), p_i2i.strip(), tuple(i_ref))
 
-    return _asked(model, text, pictures, read)
+    return _request_json(model, text, images, read)
 
 
-def prompted_crew(director: ChatModel, verifier: ChatModel, judges: Sequence[ChatModel] = ()) -> Roles:
-    """All roles by models; the director tells at the end what was done."""
+def make_prompted_roles(planner: ChatModel, verifier: ChatModel, judges: Sequence[ChatModel] = ()) -> Roles:
+    """Returns all roles, implemented by models; the model of the planner is the translator as well."""
     return Roles(
-        PromptedDirector(director),
+        PromptedPlanner(planner),
         PromptedVerifier(verifier),
-        PromptedTranslator(director),
+        PromptedTranslator(planner),
         tuple(map(PromptedJudge, judges)),
     )
 
 
 def template(name: str) -> str:
-    """The text of a template, with its fields in braces."""
+    """Returns the text of a template, with its fields in braces."""
     return resources.files(__package__).joinpath("templates", f"{name}.md").read_text(encoding="utf-8")
 
 
-def told(events: Sequence[Event]) -> str:
-    """What happened, for models to read: one paragraph for each event."""
+def to_transcript(events: Sequence[Event]) -> str:
+    """Returns events as text that models read: one paragraph for each event."""
     lines = []
     for event in events:
         if event.turn is None:
@@ -246,7 +255,9 @@ def told(events: Sequence[Event]) -> str:
         action = event.turn.action
         what = getattr(action, "prompt", "")
         lines.append(
-            f"{action.name}{f' -> picture {event.picture}' if event.picture is not None else ''}: {what}".strip(" :")
+            f"{action.name}{f' -> picture {event.image_index}' if event.image_index is not None else ''}: {what}".strip(
+                " :"
+            )
         )
         lines.append(f"  because: {event.turn.reason}")
         lines += [f"  {check.question} {'yes' if check.passed else 'no'} ({check.evidence})" for check in event.checks]
@@ -256,22 +267,22 @@ def told(events: Sequence[Event]) -> str:
     return "\n".join(lines)
 
 
-def _asked(
+def _request_json(
     model: ChatModel,
     text: str,
-    pictures: Sequence[ImageLike],
+    images: Sequence[ImageLike],
     read: Callable[[dict[str, Any]], Read],
     seed: int = 0,
     max_tokens: int = 1024,
 ) -> Read:
-    """Asks, reads, and asks once more if there was no reply or it could not be read.
+    """Requests a JSON object and parses it; requests it once more if the reply is missing or cannot be parsed.
 
-    Raises: AnswerError if it still cannot be read; ProviderError.
+    Raises: AnswerError if the second reply cannot be parsed; ProviderError.
     """
 
     def once(text: str, temperature: float, seed: int) -> Read:
-        chat = _chat(text, len(pictures))
-        answer = model.chat(ChatRequest(chat, pictures, max_tokens, temperature, seed, is_json=True)).text
+        chat = _chat(text, len(images))
+        answer = model.chat(ChatRequest(chat, images, max_tokens, temperature, seed, is_json=True)).text
         return read(read_json_object(answer))
 
     try:
@@ -281,18 +292,18 @@ def _asked(
         return once(again, 0.7, derive_seed(seed, "again"))
 
 
-def _chat(text: str, pictures: int) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(pictures)]
+def _chat(text: str, num_images: int) -> list[dict[str, Any]]:
+    parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
 def _references(history: History, turn: Turn) -> list[ImageLike]:
     numbers = turn.action.ref_img_list if isinstance(turn.action, ImageEdit) else ()
-    return [history.pictures[number] for number in numbers]
+    return [history.images[number] for number in numbers]
 
 
 def _on_path(history: History) -> list[Event]:
-    return [event for event in history.events if event.picture is None or event.picture in history.path]
+    return [event for event in history.events if event.image_index is None or event.image_index in history.path]
 
 
 def _numbered(path: Sequence[int]) -> str:

@@ -88,8 +88,8 @@ class WorkerContext(Protocol):
         """What draws, for all prompts."""
         ...
 
-    def roles(self, item: PromptItem, meter: UsageTracker) -> Roles:
-        """Who plays the roles for a prompt; models are metered, `meter.model(role, model)`."""
+    def roles(self, item: PromptItem, tracker: UsageTracker) -> Roles:
+        """Who plays the roles for a prompt; models are metered, `tracker.model(role, model)`."""
         ...
 
 

@@ -73,7 +73,7 @@ class RecordWriter:
         steps = [
             Step(
                 *_told(number, reply),
-                history.pictures[image],
+                history.images[image],
                 Verdict(following.unmet or (), following.reasoning),
                 nfe=made[image].usage.nfe,
                 seconds=made[image].usage.seconds,
@@ -135,7 +135,7 @@ class RecordWriter:
             raise TranslationError("a verdict stops exactly if nothing is unmet")
         verdicts = [Verdict(reply.unmet or (), reply.reasoning) for reply in (*replies[1:], verdict)]
         steps = tuple(
-            Step(*_told(number, reply), history.pictures[image], found)
+            Step(*_told(number, reply), history.images[image], found)
             for number, (reply, image, found) in enumerate(zip(replies, history.path, verdicts, strict=True))
         )
         last = len(steps) - 1
@@ -158,7 +158,9 @@ class RecordWriter:
 
 def wrong_images(history: History) -> frozenset[int]:
     """Returns the numbers of the images that failed their checklist."""
-    return frozenset(event.picture for event in history.events if event.picture is not None and failed(event.checks))
+    return frozenset(
+        event.image_index for event in history.events if event.image_index is not None and failed(event.checks)
+    )
 
 
 def failed(checks: Sequence[Check]) -> list[Check]:
@@ -172,7 +174,7 @@ def _told(number: int, reply: Reply) -> tuple[str, str, tuple[int, ...]]:
 
 
 def _checklists(history: History) -> tuple[Any, ...]:
-    checks = {event.picture: event.checks for event in history.events}
+    checks = {event.image_index: event.checks for event in history.events}
     return tuple([[check.question, check.evidence, check.passed] for check in checks[image]] for image in history.path)
 
 
@@ -184,12 +186,12 @@ def _mistakes(history: History) -> tuple[int, ...]:
 def _cut(history: History, length: int) -> History:
     """The history when its path had `length` images: without what happened after the last of them was made."""
     path = history.path[:length]
-    ends = [number for number, event in enumerate(history.events, start=1) if event.picture in path]
-    return History(history.item, history.pictures, path, history.events[: max(ends, default=0)])
+    ends = [number for number, event in enumerate(history.events, start=1) if event.image_index in path]
+    return History(history.item, history.images, path, history.events[: max(ends, default=0)])
 
 
 def _with_image(history: History, retry: Retry) -> History:
     """The history after the right image of a retry."""
-    number = len(history.pictures)
+    number = len(history.images)
     event = Event(retry.event.state, retry.event.turn, number, retry.event.checks)
-    return History(history.item, (*history.pictures, retry.image), (*history.path, number), (*history.events, event))
+    return History(history.item, (*history.images, retry.image), (*history.path, number), (*history.events, event))

@@ -1,7 +1,8 @@
-"""Who takes part in making a trajectory: protocols of five roles, and what they say to each other.
+"""The protocols of the roles of the data engine, and the data that they exchange.
 
-A role is asked about one prompt at a time. Vision-language models play them by prompt templates; in the shapes world a
-program can play them exactly. What a role cannot answer it raises as ClvrError, which discards the trajectory.
+A call concerns one prompt. `prompted_roles` implements the roles with vision-language models and prompt templates,
+`shapes_roles` with exact programs for the shapes world. A role that cannot answer raises ClvrError, which discards the
+trajectory.
 """
 
 from collections.abc import Mapping
@@ -16,7 +17,13 @@ from clvr_jax.image_io import ImageLike
 
 @dataclass(frozen=True)
 class PromptItem:
-    """A request to make a trajectory for. id: unique, decides seeds and files. metadata: as JSON has it, of a world."""
+    """A prompt to synthesize a trajectory for.
+
+    Attributes:
+      id: unique name, which determines seeds and file names.
+      prompt: the user's request.
+      metadata: JSON object, such as the specification of a right image in the shapes world.
+    """
 
     id: str
     prompt: str
@@ -25,7 +32,13 @@ class PromptItem:
 
 @dataclass(frozen=True)
 class Check:
-    """One question of a checklist, answered by looking. passed: yes. evidence: what was seen."""
+    """A question of a checklist and its answer for an image.
+
+    Attributes:
+      question: a yes/no question; a right image is one for which every answer is yes.
+      passed: whether the answer is yes.
+      evidence: what the verifier sees in the image.
+    """
 
     question: str
     passed: bool
@@ -34,10 +47,13 @@ class Check:
 
 @dataclass(frozen=True)
 class Validation:
-    """The latest picture held against the request.
+    """The verification of the latest image against the request.
 
-    accepted: it is met. gaps: what is not. feedback: for the next turn. roll_back_to: number of an earlier picture to
-    go on from, None to keep the latest.
+    Attributes:
+      accepted: whether the image meets the request.
+      gaps: what is unmet.
+      feedback: advice for the next turn.
+      roll_back_to: number of the earlier image to continue from; None to continue from the latest.
     """
 
     accepted: bool
@@ -48,15 +64,20 @@ class Validation:
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened, in order: a turn and what came of it.
+    """A turn and its result.
 
-    turn: PERCEIVE, REASON, ACT. picture: number of the picture it made. checks: of that picture. validation: what it
-    asked for. error: why it was not carried out.
+    Attributes:
+      state: the state in which the turn was taken.
+      turn: PERCEIVE, REASON, ACT; None if it could not be parsed.
+      image_index: number of the image that the turn generated.
+      checks: the checklist of that image, answered.
+      validation: the validation that the turn asked for.
+      error: why the turn was not carried out.
     """
 
     state: StateName
     turn: Turn | None = None
-    picture: int | None = None
+    image_index: int | None = None
     checks: tuple[Check, ...] = ()
     validation: Validation | None = None
     error: str = ""
@@ -64,82 +85,97 @@ class Event:
 
 @dataclass(frozen=True)
 class History:
-    """What every role may see.
+    """The history of a trajectory, which every role may read.
 
-    pictures: all that were made, by number. path: numbers of those that the latest one goes back to, itself included;
-    others were rolled back. events: all that happened.
+    Attributes:
+      item: the prompt.
+      images: all generated images; events and `path` refer to them by index.
+      path: indices of the images that were not rolled back, in order; the last one is the latest image.
+      events: all turns, in order.
     """
 
     item: PromptItem
-    pictures: tuple[ImageLike, ...] = field(default=(), repr=False)
+    images: tuple[ImageLike, ...] = field(default=(), repr=False)
     path: tuple[int, ...] = ()
     events: tuple[Event, ...] = ()
 
     @property
     def latest(self) -> ImageLike | None:
-        """The picture that the path ends in."""
-        return self.pictures[self.path[-1]] if self.path else None
+        """The latest image of the path; None before the first."""
+        return self.images[self.path[-1]] if self.path else None
 
 
-class Director(Protocol):
-    """Plans and acts."""
+class Planner(Protocol):
+    """A role that plans and acts."""
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
-        """The next turn as `actions.read_turn` reads it; the last event says what was wrong with the one before."""
+        """Returns the next turn in the form that `actions.read_turn` parses.
+
+        Args:
+          history: the history; the error of its last event says why the previous turn failed.
+          state: the current state.
+          allowed: actions of the state.
+          seed: 31-bit seed of the sampling.
+        """
         ...
 
 
 class Verifier(Protocol):
-    """Looks at pictures without having drawn them."""
+    """A role that verifies images."""
 
     def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
-        """Questions that the picture of a drawing turn must answer with yes; at least one."""
+        """Returns the questions, at least one, that the image of `turn` must answer with yes."""
         ...
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
-        """One check for each question."""
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], image: ImageLike) -> tuple[Check, ...]:
+        """Returns the answers for `image`, one for each question."""
         ...
 
     def validate(self, history: History) -> Validation:
-        """Whether the latest picture meets the request, when the director asks, and once more at the end."""
+        """Returns whether the latest image meets the request; called when the planner asks, and once at the end."""
         ...
 
 
 class Judge(Protocol):
-    """Compares two pictures without knowing where they come from."""
+    """A role that compares two images without knowing their source."""
 
     def prefer(
         self, prompt: str, first: ImageLike, second: ImageLike, seed: int
     ) -> Literal["first", "second", "neither"]:
-        """The one that meets the request better."""
+        """Returns which image meets the request better."""
         ...
 
 
 class Translator(Protocol):
-    """Turns what was done into what the loop's controller would have said."""
+    """A role that writes a history as replies of the loop's controller, and its proxy prompts."""
 
     def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
-        """One reply in the words of `reasoning.actions` for each picture of the path, and one on the final picture.
+        """Returns a reply with action token for each image of the path, and one on the final image.
 
-        The reply after a wrong picture names what is wrong as unmet and asks for the correction. If the final picture
-        is `accepted`, the last reply ends the trajectory; else it says what is unmet.
+        The reply to a wrong image lists what is unmet and asks for the correction. If the final image is `accepted`,
+        the last reply ends the trajectory; if not, it lists what is unmet.
         """
         ...
 
     def verdict(self, history: History, replies: tuple[str, ...]) -> str:
-        """The reply to the latest picture of the path, after `replies`, one for each picture of the path."""
+        """Returns the reply to the latest image of the path, which follows `replies`, one for each image."""
         ...
 
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
-        """Proxy prompts for each picture of the path; i_ref counts along the path."""
+        """Returns the proxy prompts of each image of the path; `i_ref` holds indices into the path."""
         ...
 
 
 @dataclass(frozen=True)
 class Roles:
-    """All roles for one prompt. judges: two that know nothing of each other; none, and nothing is compared."""
+    """All roles for one prompt.
 
-    director: Director
+    Attributes:
+      planner, verifier, translator: the roles.
+      judges: independent judges; () skips the comparison with one shot.
+    """
+
+    planner: Planner
     verifier: Verifier
     translator: Translator
     judges: tuple[Judge, ...] = ()

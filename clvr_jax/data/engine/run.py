@@ -19,7 +19,7 @@ from typing import Any
 
 from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
-from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, item_to_json, sift
+from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthRecipe, comparable, identity
 from clvr_jax.data.engine.statistics import Statistics
@@ -132,7 +132,7 @@ def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Cou
     settings = config.synth
     evaluation = EvaluationPrompts(recipe.evaluation_prompts(config), settings.near_duplicate)
     lines, ids, refused = [], set(), Counter[str]()
-    for item in sift(recipe.prompts(config), evaluation, settings.max_characters):
+    for item in filter_prompts(recipe.prompts(config), evaluation, settings.max_characters):
         if isinstance(item, Refused):
             refused[item.reason] += 1
         else:
@@ -149,8 +149,8 @@ def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Cou
 def _run(recipe: SynthRecipe, config: Any, out: Path, store: OutcomeStore) -> None:
     from clvr_jax.data.engine.beam_pipeline import run_pipeline
 
-    make_workshop = RecipeWorkerContext.of(recipe, config)
-    run_pipeline(str((out / _PROMPTS).absolute()), str(store.folder), make_workshop, config.synth)
+    make_context = RecipeWorkerContext.of(recipe, config)
+    run_pipeline(str((out / _PROMPTS).absolute()), str(store.folder), make_context, config.synth)
 
 
 def _kept(

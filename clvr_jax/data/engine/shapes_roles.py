@@ -33,7 +33,7 @@ GeneratorText = Callable[[str, Sequence[str]], str]
 """Makes the text that the image generator reads of a prompt and the replies so far."""
 
 
-def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = conditioning_text) -> Roles:
+def make_shapes_roles(item: PromptItem, *, judges: int = 2, text: GeneratorText = conditioning_text) -> Roles:
     """The exact roles for a prompt of the shapes world.
 
     Args:
@@ -47,7 +47,7 @@ def shapes_crew(item: PromptItem, *, judges: int = 2, text: GeneratorText = cond
     return Roles(exact, exact, exact, (exact,) * judges)
 
 
-def right_pictures(record: TrajectoryRecord) -> tuple[bool, ...]:
+def correct_images(record: TrajectoryRecord) -> tuple[bool, ...]:
     """For each picture that is a target whether it is what was asked for, told from the pictures alone."""
     before: Reading | tuple[()] = ()
     right = []
@@ -83,14 +83,13 @@ def needed_corrections(record: TrajectoryRecord) -> int:
 
 @dataclass(frozen=True)
 class _Exact:
-    """All roles at once. plan: the objects to be drawn. text: see `shapes_crew`."""
+    """All roles at once. plan: the objects to be drawn. text: see `make_shapes_roles`."""
 
     plan: tuple[PlannedObject, ...]
     metadata: Mapping[str, Any]
     text: GeneratorText
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
-        """See `Director`."""
         reading = _read(history.latest) if history.latest is not None else None
         asked = self._replies(history)[-1]
         seen = "an empty canvas" if reading is None else strip_action(asked)
@@ -117,9 +116,8 @@ class _Exact:
             for cell in cells
         )
 
-    def check(self, history: History, turn: Turn, questions: tuple[str, ...], picture: ImageLike) -> tuple[Check, ...]:
-        """See `Verifier`."""
-        reading = _read(picture)
+    def check(self, history: History, turn: Turn, questions: tuple[str, ...], image: ImageLike) -> tuple[Check, ...]:
+        reading = _read(image)
         seen = {item.cell: article(f"{item.color} {item.shape}") for item in reading.objects}
         seen |= dict.fromkeys(reading.unclear, "something unclear")
         checks = []
@@ -134,7 +132,7 @@ class _Exact:
     def validate(self, history: History) -> Validation:
         """See `Verifier`: by the request, not by the plan."""
         if history.latest is None:
-            raise ClvrError("shapes engine: there is no picture to validate")
+            raise ClvrError("shapes engine: there is no image to validate")
         verdict = check(_read(history.latest), parse_metadata(self.metadata))
         return Validation(verdict.correct, verdict.reasons, "; ".join(verdict.reasons))
 
@@ -148,17 +146,14 @@ class _Exact:
         return "first" if faults[0] < faults[1] else "second"
 
     def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
-        """See `Translator`."""
         return self._replies(history)
 
     def verdict(self, history: History, replies: tuple[str, ...]) -> str:
-        """See `Translator`."""
         return self._replies(history)[-1]
 
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
-        """See `Translator`."""
         # What there should be after a step depends on what there is before it, mistakes included.
-        canvases = [Reading(), *(_read(history.pictures[number]) for number in history.path)]
+        canvases = [Reading(), *(_read(history.images[number]) for number in history.path)]
         found = []
         for number, (reply, before) in enumerate(zip(self._replies(history)[:-1], canvases, strict=False)):
             edits = parse_edits(reply)
@@ -167,8 +162,8 @@ class _Exact:
 
     def _replies(self, history: History) -> tuple[str, ...]:
         """What was said for each picture of the path, and what is to be said to the latest."""
-        pictures = [_read(history.pictures[number]) for number in history.path]
-        return (first_reply(self.plan), *(next_reply(self.plan, reading) for reading in pictures))
+        readings = [_read(history.images[number]) for number in history.path]
+        return (first_reply(self.plan), *(next_reply(self.plan, reading) for reading in readings))
 
     def _told(self, history: History) -> str:
         """What the drawing model reads."""

@@ -1,12 +1,12 @@
-"""The state machine of the data engine, as plain data.
+"""The state machine of the data engine as plain data.
 
     generate_base_image -> inspect -> refine -> validate -> finalize
 
-A state says which actions the controller may take in it, where each of them leads, and how often it may go wrong there:
-a turn that cannot be read, an action that is not allowed, an image that its checklist does not accept, all count.
-The machine can be drawn, changed and tested without running anything.
+A state lists the actions that the planner may take in it, the next state of each action, and the number of failures
+that it allows. Failures are turns that cannot be parsed, actions that are not allowed, and images that fail their
+checklist. The machine can be changed and tested without running a model.
 
-Source: arXiv 2605.14876, trajectory synthesis; which action leads where is ours.
+Source: arXiv 2605.14876, trajectory synthesis; the transitions are ours.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -24,8 +24,14 @@ END: StateName = "finalize"
 
 @dataclass(frozen=True)
 class State:
-    """One state. actions: where each action that is allowed leads. retries: turns in a row that may fail before the one
-    that discards the trajectory; also how often a wrong image is generated again, for a right one beside it."""
+    """One state.
+
+    Attributes:
+      name: its name.
+      actions: allowed action -> next state.
+      retries: number of consecutive turns that may fail; one more discards the trajectory. Also the number of times
+        that a wrong image is generated again, to obtain a right one for a pair of verification examples.
+    """
 
     name: StateName
     actions: Mapping[ActionName, StateName]
@@ -33,7 +39,7 @@ class State:
 
     @property
     def allowed(self) -> tuple[ActionName, ...]:
-        """The names of its actions."""
+        """The names of the allowed actions."""
         return tuple(self.actions)
 
 
@@ -45,14 +51,17 @@ MACHINE: Mapping[StateName, State] = _machine(
     State("generate_base_image", {"INITIAL_GENERATION": "inspect"}),
     State("inspect", {"IMAGE_EDIT": "refine", "RESULT_VALIDATION": "validate"}),
     State("refine", {"IMAGE_EDIT": "refine", "RESULT_VALIDATION": "validate"}),
-    # Entered when a validation found gaps: they are mended, or the trajectory ends without an accepted picture.
+    # After a validation that found something unmet, the planner corrects it or ends the trajectory unaccepted.
     State("validate", {"IMAGE_EDIT": "refine", "RESULT_VALIDATION": "validate", "END_TRAJECTORY": "finalize"}),
     State("finalize", {}, retries=0),
 )
 
 
 def check_machine(machine: Mapping[StateName, State]) -> None:
-    """Raises: ClvrError if a state leads nowhere, cannot be reached, or cannot reach the end."""
+    """Checks a state machine.
+
+    Raises: ClvrError if a next state does not exist, or a state cannot be reached or cannot reach the end.
+    """
     for name, state in machine.items():
         if absent := sorted(set(state.actions.values()) - machine.keys()):
             raise ClvrError(f"state {name} leads to {', '.join(absent)}, which is no state")

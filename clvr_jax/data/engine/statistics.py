@@ -71,7 +71,7 @@ class Statistics:
         self._verdicts.update(finished.verdicts)
         for server, notes in finished.content.get("adapted", {}).items():
             self._adapted.setdefault(server, set()).update(notes)
-        self._pictures += finished.pictures
+        self._pictures += finished.num_images
         self._turns += finished.turns
         self._seconds += finished.seconds
         for role, usage in finished.usage.items():

@@ -8,7 +8,7 @@ import numpy as np
 
 from clvr_jax.data.engine.recipes import SynthConfig
 from clvr_jax.data.engine.roles import PromptItem
-from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.worlds.shapes.prompts import train_prompt
 from tests.data.engine.painter import Painter
@@ -23,7 +23,7 @@ class Config:
 
 
 CONFIG = Config()
-audit = right_pictures
+audit = correct_images
 corrections = needed_corrections
 
 
@@ -45,15 +45,15 @@ class SlowPainter(Painter):
         return Painter(wrong=1 if is_wrong else 0).generate(task)
 
 
-class PainterWorkshop:
+class PainterContext:
     def __init__(self, config):
         self.config, self.image_model = config, SlowPainter(config)
 
-    def roles(self, item, meter):
+    def roles(self, item, tracker):
         with self.config.log.open("a") as log:
             log.write(item.id + "\n")
-        return shapes_crew(item)
+        return make_shapes_roles(item)
 
 
 def worker_context(config):
-    return PainterWorkshop(config)
+    return PainterContext(config)

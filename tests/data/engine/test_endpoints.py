@@ -31,15 +31,15 @@ def made(server, endpoint):
             **dict.fromkeys(("director", "verifier", "second_judge", "images"), connection),
             image_size=(8, 8),
         )
-        worker_context, meter = prompted_synth.worker_context(config), UsageTracker()
-        outcome = synthesize(ITEM, worker_context.roles(ITEM, meter), meter.tool(worker_context.image_model))
-        return outcome, meter
+        worker_context, tracker = prompted_synth.worker_context(config), UsageTracker()
+        outcome = synthesize(ITEM, worker_context.roles(ITEM, tracker), tracker.image_model(worker_context.image_model))
+        return outcome, tracker
 
     return make
 
 
 def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(made, server):
-    outcome, meter = made([answer], prices=Prices(input_tokens=1.0, output_tokens=2.0, picture=0.03))
+    outcome, tracker = made([answer], prices=Prices(input_tokens=1.0, output_tokens=2.0, picture=0.03))
     assert outcome.stage == "kept", outcome.detail
     record = outcome.record
     assert [step.reasoning.partition(".")[0] for step in record.trajectory.steps] == [
@@ -48,11 +48,11 @@ def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(
         "I see it light",
     ]
     assert record.proxies[1].p_i2i == "make it light"
-    assert meter.usage["draw"].pictures == 3  # and the baseline
-    assert meter.usage["first judge"].calls == meter.usage["second judge"].calls == 2
-    assert meter.total.calls == len(server.seen)
-    calls = meter.total.calls - 3
-    assert meter.total.dollars == pytest.approx(3 * 0.03 + calls * (11 * 1.0 + 7 * 2.0) / 1e6)
+    assert tracker.usage["draw"].pictures == 3  # and the baseline
+    assert tracker.usage["first judge"].calls == tracker.usage["second judge"].calls == 2
+    assert tracker.total.calls == len(server.seen)
+    calls = tracker.total.calls - 3
+    assert tracker.total.dollars == pytest.approx(3 * 0.03 + calls * (11 * 1.0 + 7 * 2.0) / 1e6)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, read_turn, to_json
 from clvr_jax.data.engine.engine import STAGES, Settings, synthesize
 from clvr_jax.data.engine.roles import PromptItem, Roles, Validation
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ImageResponse, ProviderError
@@ -91,7 +91,7 @@ def test_the_machine_leads_from_its_start_to_its_end():
 @pytest.mark.parametrize("number", range(4))
 def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step(number):
     one, painter = item(number), Painter()
-    outcome = synthesize(one, shapes_crew(one), painter, seed=5)
+    outcome = synthesize(one, make_shapes_roles(one), painter, seed=5)
     assert (outcome.stage, outcome.reason) == ("kept", "")
     record = outcome.record
     *drawn, last = record.trajectory.steps
@@ -119,9 +119,9 @@ def test_a_drawer_that_never_errs_gives_a_trajectory_that_is_right_at_every_step
 def test_a_generator_that_reads_little_is_given_the_history_as_it_fits():
     """Here the last reply alone, which is all that the painter looks at: the trajectory is the same."""
     one, painter = item(0), Painter()
-    roles = shapes_crew(one, text=lambda prompt, replies: conditioning_text(prompt, replies, len(replies) - 1))
+    roles = make_shapes_roles(one, text=lambda prompt, replies: conditioning_text(prompt, replies, len(replies) - 1))
     drawn = synthesize(one, roles, painter, seed=5).record.trajectory.generated
-    assert drawn == synthesize(one, shapes_crew(one), Painter(), seed=5).record.trajectory.generated
+    assert drawn == synthesize(one, make_shapes_roles(one), Painter(), seed=5).record.trajectory.generated
     assert len(drawn) > 1
     for number, (text, references, _) in enumerate(painter.calls[: len(drawn)]):
         replies = [step.reasoning for step in drawn[: number + 1]]
@@ -133,10 +133,10 @@ def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_i
     wrong_without = 0
     for number in range(8):
         one = item(number)
-        outcome = synthesize(one, shapes_crew(one), Painter(wrong=5), Settings(keep_mistakes=False), seed=1)
+        outcome = synthesize(one, make_shapes_roles(one), Painter(wrong=5), Settings(keep_mistakes=False), seed=1)
         assert (outcome.record, outcome.reason) == (None, "passive verification")
         assert " at the " in outcome.detail
-        without = synthesize(one, shapes_crew(one, judges=0), Painter(wrong=5), Settings(verify=False), seed=1)
+        without = synthesize(one, make_shapes_roles(one, judges=0), Painter(wrong=5), Settings(verify=False), seed=1)
         if without.record:
             canvas = ()
             for step in without.record.trajectory.generated:
@@ -149,9 +149,9 @@ def test_one_wrong_picture_discards_the_trajectory_and_without_verification_it_i
 
 def test_what_one_shot_draws_as_well_is_no_reason_for_a_trajectory():
     one = item(0)
-    done = synthesize(one, shapes_crew(one, judges=0), Painter(), seed=1)
+    done = synthesize(one, make_shapes_roles(one, judges=0), Painter(), seed=1)
     result = done.record.trajectory.image
-    roles = shapes_crew(one)
+    roles = make_shapes_roles(one)
     outcome = synthesize(one, roles, OneShot(one.prompt, result), seed=1)
     assert (outcome.record, outcome.stage, outcome.reason) == (None, "accepted", "consensus")
     assert STAGES.index("accepted") < STAGES.index("preferred")
@@ -171,8 +171,8 @@ class Confused:
 
 def test_a_director_gets_one_more_turn_and_hears_what_was_wrong():
     one = item(1)
-    roles = shapes_crew(one)
-    once, twice = Confused(roles.director, 1), Confused(roles.director, 2)
+    roles = make_shapes_roles(one)
+    once, twice = Confused(roles.planner, 1), Confused(roles.planner, 2)
     kept = synthesize(one, Roles(once, roles.verifier, roles.translator), Painter())
     assert kept.record
     assert ["no JSON object" in complaint for complaint in once.complaints] == [True]
@@ -198,32 +198,32 @@ class BackOnce:
 
 def test_a_validation_may_lead_back_and_what_was_drawn_in_between_is_not_told():
     one = item(2)
-    roles = shapes_crew(one)
+    roles = make_shapes_roles(one)
     outcome = synthesize(
-        one, Roles(roles.director, BackOnce(roles.verifier), roles.translator), Painter(), Settings(max_pictures=16)
+        one, Roles(roles.planner, BackOnce(roles.verifier), roles.translator), Painter(), Settings(max_images=16)
     )
-    straight = synthesize(one, Roles(roles.director, roles.verifier, roles.translator), Painter())
-    assert len(outcome.history.pictures) > len(outcome.history.path)
+    straight = synthesize(one, Roles(roles.planner, roles.verifier, roles.translator), Painter())
+    assert len(outcome.history.images) > len(outcome.history.path)
     assert len(outcome.record.trajectory.steps) == len(straight.record.trajectory.steps)
 
 
 def test_budgets_and_providers_that_fail_are_told_apart():
     one = item(3)
-    roles = shapes_crew(one)
-    assert synthesize(one, roles, Painter(), Settings(max_pictures=1)).reason == "budget"
+    roles = make_shapes_roles(one)
+    assert synthesize(one, roles, Painter(), Settings(max_images=1)).reason == "budget"
     assert synthesize(one, roles, Painter(), Settings(max_turns=2)).reason == "budget"
     with pytest.raises(ProviderError, match="429, tried 5 times"):  # no outcome of the prompt
         synthesize(one, roles, Down())
     with pytest.raises(ClvrError):
-        shapes_crew(PromptItem("x", "a cat", {"tag": "cat"}))
+        make_shapes_roles(PromptItem("x", "a cat", {"tag": "cat"}))
 
 
 def test_a_prompt_gives_the_same_wherever_it_is_worked_on():
     one, other = item(0), item(1)
     first, second = Painter(), Painter()
-    synthesize(one, shapes_crew(one), first, seed=3)
-    synthesize(other, shapes_crew(other), second, seed=3)
+    synthesize(one, make_shapes_roles(one), first, seed=3)
+    synthesize(other, make_shapes_roles(other), second, seed=3)
     again = Painter()
-    synthesize(one, shapes_crew(one), again, seed=3)
+    synthesize(one, make_shapes_roles(one), again, seed=3)
     assert first.calls == again.calls
     assert {seed for *_, seed in first.calls}.isdisjoint(seed for *_, seed in second.calls)

@@ -137,11 +137,11 @@ def test_a_full_disk_ends_the_run_and_nothing_more_is_asked(server, synth, monke
 
 def test_a_stopped_run_asks_nothing():
     stop = threading.Event()
-    meter = UsageTracker(stop=stop)
-    meter.begin()
+    tracker = UsageTracker(stop=stop)
+    tracker.begin()
     stop.set()
     with pytest.raises(StoppedError):
-        meter.begin()
+        tracker.begin()
 
 
 def test_what_a_server_refuses_is_in_the_outcome(server, synth):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, prompt_id, read_prompts, sift
+from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, prompt_id, read_prompts
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import MAX_LINE_BYTES
@@ -15,7 +15,7 @@ DENSE = "A red circle is above a blue square, and three green stars are to the l
 
 def refused(prompts, evaluation=(), **options):
     items = [PromptItem(f"n{number}", prompt) for number, prompt in enumerate(prompts)]
-    found = sift(items, EvaluationPrompts(evaluation), **options)
+    found = filter_prompts(items, EvaluationPrompts(evaluation), **options)
     return [one.reason if isinstance(one, Refused) else "" for one in found]
 
 
@@ -47,8 +47,8 @@ def test_every_evaluation_prompt_of_the_shapes_world_finds_itself():
 def test_thresholds_and_ids_that_make_no_sense_are_refused():
     with pytest.raises(ClvrError, match="threshold"):
         EvaluationPrompts([], threshold=0)
-    with pytest.raises(ClvrError, match="two have the id 'a'"):
-        list(sift([PromptItem("a", "one"), PromptItem("a", "two")], EvaluationPrompts([])))
+    with pytest.raises(ClvrError, match="two prompts have the id 'a'"):
+        list(filter_prompts([PromptItem("a", "one"), PromptItem("a", "two")], EvaluationPrompts([])))
 
 
 def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
@@ -68,7 +68,7 @@ def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
     [
         ("p.jsonl", b'{"prompt": "a"}\nnot json', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", b'{"text": "a"}', "prompt"),
-        ("p.jsonl", b'{"prompt": "a", "id": "../a"}', "cannot name a file"),
+        ("p.jsonl", b'{"prompt": "a", "id": "../a"}', "no valid file name"),
         ("p.jsonl", b'{"prompt": "a", "metadata": 3}', "metadata must be"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("absent.txt", None, "no such file; give a file with a prompt in each line"),

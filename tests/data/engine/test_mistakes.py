@@ -6,12 +6,12 @@ import pytest
 from clvr_jax.configs import shapes_sft
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.data.engine.sharegpt import sharegpt_entry
 from clvr_jax.data.engine.states import MACHINE
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.sft_examples import ConversationExamples, DrawingExamples, record_conversation
+from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, record_conversation
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
@@ -34,7 +34,7 @@ ALWAYS = range(100)
 def made(number, *wrong, **settings):
     """The outcome of a prompt when the calls `wrong` of the image tool come out wrong. A retry is a call, too."""
     one = item(number)
-    return synthesize(one, shapes_crew(one), ErrsAt(*wrong), Settings(**settings), seed=5)
+    return synthesize(one, make_shapes_roles(one), ErrsAt(*wrong), Settings(**settings), seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_mistake_stays_in_the_history_and_is_corrected(number, wrong, mistakes
     assert steps[at].verdict.unmet
     assert steps[at + 1].references == tuple(range(at + 1))
     assert check(detect(record.trajectory.image), metadata).correct
-    assert right_pictures(record) == (True,) * len(record.generator_targets)
+    assert correct_images(record) == (True,) * len(record.generator_targets)
     assert len(record.generator_targets) == len(record.trajectory.generated) - 1
 
 
@@ -118,7 +118,7 @@ def test_a_trajectory_that_ends_wrong_yields_a_verdict_and_no_target(outcomes):
 def test_without_keeping_mistakes_one_discards_the_trajectory():
     outcome = made(0, 0, keep_mistakes=False)
     assert (outcome.record, outcome.reason, outcome.verification) == (None, "passive verification", ())
-    assert len(outcome.history.pictures) == 1
+    assert len(outcome.history.images) == 1
 
 
 def test_a_right_final_verdict_ends_the_conversation():
@@ -133,7 +133,7 @@ def test_a_right_final_verdict_ends_the_conversation():
 def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_images, tokenizer):
     assert len(wrong_images) == 3
     dataset = TrajectoryDataset(folder)
-    generated = DrawingExamples(dataset, tokenizer, dropout=0.0)
+    generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
     batches = [generated.batch([sample], [np.random.default_rng(0)]) for sample in generated.samples]
     targets = [(batch["references"][0], batch["target"][0]) for batch in batches]
     recorded = shapes_sft.recorded_examples(folder, tokenizer)
@@ -144,7 +144,7 @@ def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_im
         assert not any(is_among(target, wrong_images) for _, target in pairs)
         assert all(any(is_among(wrong, references) for references, _ in pairs) for wrong in wrong_images)
     with pytest.raises(ClvrError, match="nothing to learn from"):
-        DrawingExamples(TrajectoryDataset(folder, VERIFICATION), tokenizer)
+        GenerationExamples(TrajectoryDataset(folder, VERIFICATION), tokenizer)
     steps = ProxySteps(dataset, 64)
     assert any(is_among(image, wrong_images) for step in steps.steps for image in steps.references(step))
     for record in (one.record for one in outcomes if one.record):
@@ -182,7 +182,7 @@ def test_an_image_that_shows_what_a_later_step_would_add_is_no_target_and_no_cor
 
     rng = np.random.default_rng(0)
     planned = [(each.color, each.shape, each.cell) for each in plan(parse_metadata(one.metadata))][:3]
-    outcome = synthesize(one, shapes_crew(one), Hasty(), seed=5)
+    outcome = synthesize(one, make_shapes_roles(one), Hasty(), seed=5)
     assert outcome.record.mistakes == (0,)
     assert needed_corrections(outcome.record) == 0
 

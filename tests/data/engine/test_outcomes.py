@@ -12,7 +12,7 @@ from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, w
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import needed_corrections, right_pictures, shapes_crew
+from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.errors import ClvrError
@@ -23,9 +23,9 @@ from tests.data.engine.painter import Painter, item
 
 
 def made(store, number, wrong=0, **options):
-    one, meter = item(number), UsageTracker()
-    outcome = synthesize(one, shapes_crew(one), meter.tool(Painter(wrong)), Settings(**options), seed=5)
-    store.write(outcome, meter.to_json(), 1.5)
+    one, tracker = item(number), UsageTracker()
+    outcome = synthesize(one, make_shapes_roles(one), tracker.image_model(Painter(wrong)), Settings(**options), seed=5)
+    store.write(outcome, tracker.to_json(), 1.5)
     return outcome
 
 
@@ -37,7 +37,7 @@ def test_a_kept_outcome_gives_its_record_back(tmp_path):
     assert store.ids() == {outcome.item.id}
     finished = store.read(outcome.item.id)
     assert (finished.stage, finished.is_kept, finished.seconds) == ("kept", True, 1.5)
-    assert finished.usage["draw"]["nfe"] == 4 * (finished.pictures + 1)  # and the baseline
+    assert finished.usage["draw"]["nfe"] == 4 * (finished.num_images + 1)  # and the baseline
     record = store.record(finished)
     assert record.proxies == outcome.record.proxies
     assert list(record.checklists) == list(outcome.record.checklists)
@@ -45,7 +45,7 @@ def test_a_kept_outcome_gives_its_record_back(tmp_path):
     assert record.trajectory == outcome.record.trajectory
     for got, wanted in zip(record.trajectory.generated, outcome.record.trajectory.generated, strict=True):
         np.testing.assert_array_equal(got.image, pixels(wanted.image))
-    assert right_pictures(record) == (True,) * finished.steps
+    assert correct_images(record) == (True,) * finished.steps
 
 
 def test_a_discarded_outcome_shows_how_it_went_and_gives_no_record(tmp_path):
@@ -65,7 +65,7 @@ def test_pictures_that_are_not_what_was_asked_for_are_found_in_the_record(tmp_pa
     found = [made(store, number, wrong=5, verify=False) for number in range(10)]
     kept = [outcome.record for outcome in found if outcome.record]
     assert kept
-    assert not all(right for record in kept for right in right_pictures(record))
+    assert not all(right for record in kept for right in correct_images(record))
 
 
 def test_files_that_are_broken_or_absent_are_named(tmp_path):
@@ -140,7 +140,7 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
     for outcome in outcomes:
         if outcome.record:
             statistics.add_corrections(len(outcome.record.mistakes), needed_corrections(outcome.record))
-            statistics.add_audit(right_pictures(outcome.record))
+            statistics.add_audit(correct_images(outcome.record))
     found = statistics.to_json()
     kept = sum(outcome.record is not None for outcome in outcomes)
     assert 3 <= kept <= 6
@@ -177,17 +177,17 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
 
 
 def test_failed_calls_are_on_the_bill():
-    meter = UsageTracker()
+    tracker = UsageTracker()
 
     class Refusing(Painter):
         def generate(self, task):
             raise ProviderError("refused", "refused", Usage(calls=1, dollars=0.04, seconds=2.0))
 
     one = item(0)
-    outcome = synthesize(one, shapes_crew(one), meter.tool(Refusing()))
+    outcome = synthesize(one, make_shapes_roles(one), tracker.image_model(Refusing()))
     assert outcome.reason == "refused"
-    assert meter.total.dollars == 0.04
-    assert meter.to_json() == {"draw": {"calls": 1, "seconds": 2.0, "dollars": 0.04}}
+    assert tracker.total.dollars == 0.04
+    assert tracker.to_json() == {"draw": {"calls": 1, "seconds": 2.0, "dollars": 0.04}}
 
 
 def test_failed_tries_of_a_prompt_are_kept_until_it_has_an_outcome_and_stay_on_its_bill(tmp_path):
@@ -207,7 +207,7 @@ def test_failed_tries_of_a_prompt_are_kept_until_it_has_an_outcome_and_stay_on_i
     outcome = made(store, 1)
     assert store.failed(id) is None
     finished = store.read(id)
-    assert finished.usage["draw"]["calls"] == 2 + len(outcome.history.pictures) + 1
+    assert finished.usage["draw"]["calls"] == 2 + len(outcome.history.images) + 1
 
 
 def test_sharegpt_records_say_where_each_picture_stands(tmp_path):

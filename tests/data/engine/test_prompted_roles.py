@@ -9,14 +9,14 @@ import pytest
 from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, Turn
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.prompted_roles import (
-    PromptedDirector,
     PromptedJudge,
+    PromptedPlanner,
     PromptedTranslator,
     PromptedVerifier,
     template,
 )
 from clvr_jax.data.engine.roles import Check, Event, History, PromptItem, Roles
-from clvr_jax.data.engine.shapes_roles import shapes_crew
+from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.interfaces import ChatResponse
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
@@ -62,8 +62,8 @@ def test_templates_have_fields_and_the_braces_of_their_example(name):
 
 def test_the_director_sees_the_path_the_log_and_what_was_wrong():
     model = Scripted("whatever it says")
-    failed = History(HISTORY.item, HISTORY.pictures, (0, 1), (*HISTORY.events, Event("refine", error="no JSON object")))
-    text = PromptedDirector(model).turn(failed, "refine", ("IMAGE_EDIT", "RESULT_VALIDATION"), seed=7)
+    failed = History(HISTORY.item, HISTORY.images, (0, 1), (*HISTORY.events, Event("refine", error="no JSON object")))
+    text = PromptedPlanner(model).turn(failed, "refine", ("IMAGE_EDIT", "RESULT_VALIDATION"), seed=7)
     assert text == "whatever it says"
     asked = model.asked[0]
     assert (len(asked.images), asked.seed, asked.is_json) == (2, 7, True)
@@ -143,13 +143,13 @@ class Truthful:
     name = "truthful"
 
     def __init__(self, one):
-        self.roles, self.history = shapes_crew(one), None
+        self.roles, self.history = make_shapes_roles(one), None
 
     def chat(self, question):
         text = question.messages[0]["content"][-1]["text"]
         if text.startswith("You make an image"):
             allowed = tuple(re.findall(r"^- (\w+):", text, re.MULTILINE))
-            return ChatResponse(self.roles.director.turn(self.history, "inspect", allowed, 0))
+            return ChatResponse(self.roles.planner.turn(self.history, "inspect", allowed, 0))
         if text.startswith("An image tool"):
             return ChatResponse(json.dumps({"questions": self.roles.verifier.checklist(self.history, None)}))
         if "Answer each of these questions" in text:
@@ -190,9 +190,9 @@ def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make(wrong):
     """Without a mistake, with one that is corrected, and with mistakes until the trajectory is rejected."""
     one = item(1)
     model = Truthful(one)
-    roles = (PromptedDirector(model), PromptedVerifier(model), PromptedTranslator(model))
+    roles = (PromptedPlanner(model), PromptedVerifier(model), PromptedTranslator(model))
     told = synthesize(one, Roles(*(Watching(role, model) for role in roles)), ErrsAt(*wrong), seed=2)
-    exact = synthesize(one, shapes_crew(one, judges=0), ErrsAt(*wrong), seed=2)
+    exact = synthesize(one, make_shapes_roles(one, judges=0), ErrsAt(*wrong), seed=2)
     assert (told.reason, told.detail) == (exact.reason, exact.detail)
     assert told.verification == exact.verification
     assert bool(told.verification) == bool(wrong)

@@ -105,7 +105,7 @@ def test_without_verification_wrong_pictures_are_kept(tmp_path):
 def test_failures_of_a_worker_are_one_line(tmp_path, capfd):
     recipe = tmp_path / "bad_recipe.py"
     text = (ROOT / RECIPE).read_text()
-    recipe.write_text(text.replace("return shapes_crew(item)", 'raise ClvrError(f"{item.id}: the disk is full")'))
+    recipe.write_text(text.replace("return make_shapes_roles(item)", 'raise ClvrError(f"{item.id}: the disk is full")'))
     recipe.write_text("from clvr_jax.errors import ClvrError\n" + recipe.read_text())
     assert cli.main(["synth", str(recipe), "--out", str(tmp_path / "run")]) == 1
     said = capfd.readouterr().err
