@@ -129,7 +129,7 @@ class Config:
     """Plans and lists of requirements in a batch."""
     plan_share: float = 0.4
     """Share of plans in these batches; the others are lists of requirements."""
-    conversation_batch: int = 8
+    conversation_batch: int = 12
     """Conversations in a batch."""
     distractor_share: float = 0.35
     """Share of described images whose objects have colors and shapes that no prompt names."""
@@ -175,7 +175,7 @@ class Batches:
             "image": Shape(config.image_batch, 16, 112, image_slots=1),
             "comparison": Shape(config.comparison_batch, 64, 448),
             "prompt": Shape(config.prompt_batch, 48, 240),
-            "conversation": Shape(config.conversation_batch, 96, 576, image_slots=6),
+            "conversation": Shape(config.conversation_batch, 96, 672, image_slots=6),
         }
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
 
@@ -199,7 +199,10 @@ class Batches:
         examples: list[Any] = []
         while len(examples) < PARTS * shape.rows:
             for chat in make(rng, PARTS * shape.rows - len(examples)):
-                example = supervised_conversation(self._tokenizer, PROCESSOR, chat.messages, chat.images)
+                # The reply before may be wrong, and comparisons share a description: see `shapes_verification`.
+                example = supervised_conversation(
+                    self._tokenizer, PROCESSOR, chat.messages, chat.images, last_only=kind == "conversation"
+                )
                 if kind == "comparison":
                     self._weigh_answers(*example)
                 if len(example[0].input_ids) <= shape.longest:  # longer ones are rare; others take their places
@@ -271,7 +274,11 @@ class Batches:
             return [conversation_chat(rng, self._config.error_rate, show) for _ in range(count)]
         conversations = recorded(self._config.dataset)
         chosen = [conversations[int(rng.integers(len(conversations)))] for _ in range(count)]
-        return [reported_chat(rng, *each, lambda images: images) for each in chosen]
+        ends = [int(rng.integers(1, len(replies))) for _, replies, _ in chosen]
+        return [
+            reported_chat(rng, metadata, replies[: end + 1], images[:end], lambda images: images)
+            for (metadata, replies, images), end in zip(chosen, ends, strict=True)
+        ]
 
     def _collate(self, rows: list[Any], kind: str, rng: np.random.Generator) -> dict[str, Any]:
         shape = self._shapes[kind]

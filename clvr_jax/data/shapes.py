@@ -162,15 +162,18 @@ def simulate_trajectory(
     error_rate: float = 0.3,
     random_plan: bool = True,
     max_steps: int = 8,
+    misread_rate: float = 0.0,
 ) -> ShapesTrajectory:
-    """The oracle against a drawer that spoils a step with probability `error_rate`.
+    """Simulates the oracle with a generator that makes a mistake with probability `error_rate`.
 
     Args:
       rng: numpy generator.
-      metadata: what to draw; a training prompt if None.
-      error_rate: share of steps whose picture is not what was asked for.
-      random_plan: draw a random plan that satisfies the prompt instead of the canonical one.
-      max_steps: pictures at most; the trajectory then ends without the last reply terminating.
+      metadata: of the prompt; a training prompt if None.
+      error_rate: share of steps whose image is not what was requested.
+      random_plan: sample a random plan that satisfies the prompt instead of the canonical one.
+      max_steps: number of images at most; the trajectory then ends without the last reply terminating.
+      misread_rate: share of the replies to images that follow from a wrong reading of the image, as a controller that
+        makes mistakes writes them.
     """
     metadata = train_prompt(rng) if metadata is None else metadata
     planned = plan(metadata, rng if random_plan else None)
@@ -187,9 +190,24 @@ def simulate_trajectory(
         targets.append(perfect.render())
         canvases.append(canvas.render())
         reading = canvas.reading()
+        if misread_rate and rng.random() < misread_rate:
+            misread = _misread(canvas, planned, rng)
+            # A wrong reading never ends the trajectory, so that whatever follows can be corrected.
+            reading = misread if compare(planned, reading).edits and compare(planned, misread).edits else reading
         replies.append(next_reply(planned, reading))
         edits = compare(planned, reading).edits[:MAX_EDITS]
     return ShapesTrajectory(metadata["prompt"], tuple(replies), tuple(canvases), tuple(targets))
+
+
+def _misread(canvas: Canvas, planned: Sequence[PlannedObject], rng: np.random.Generator) -> Reading:
+    """Returns a wrong reading: one cell is taken for what the plan wants there, or for something else."""
+    if rng.random() < 0.5:
+        item = planned[int(rng.integers(len(planned)))]
+        objects = {each.cell: each for each in canvas.scene.objects}
+        objects[item.cell] = place(item.color, item.shape, item.cell, rng)
+        smudges = tuple(cell for cell in canvas.smudges if cell != item.cell)
+        return Canvas(Scene(tuple(objects.values())), smudges).reading()
+    return corrupted_canvas(canvas, rng, 1, CELLS).reading()
 
 
 def _scene(planned: list[PlannedObject] | tuple[PlannedObject, ...], rng: np.random.Generator) -> Scene:

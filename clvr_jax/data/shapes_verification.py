@@ -26,7 +26,7 @@ from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata, parse_metadata
-from clvr_jax.worlds.shapes.oracle import first_reply
+from clvr_jax.worlds.shapes.oracle import first_reply, next_reply, parse_plan
 from clvr_jax.worlds.shapes.prompts import is_reserved, train_prompt
 from clvr_jax.worlds.shapes.render import coverage, window
 from clvr_jax.worlds.shapes.requirements import (
@@ -69,6 +69,14 @@ PLANNED_TIERS = (0.08, 0.13, 0.25, 0.3, 0.1, 0.08, 0.06)
 """The same among plans that are made from requirements alone, which are short enough for many objects."""
 CHECKLIST_MISSING = 0.15
 """Share of the controller's conversations without the requirements, as in loops without a separate verifier."""
+REPORT_MISSING = 0.1
+"""Share of the controller's conversations without the verifier's report, for the same loops."""
+MISREAD_RATE = 0.3
+"""Share of wrong replies in the history of the controller's conversations."""
+CONVERSATION_WIDE_SHARE = 0.35
+"""Share of wide phrasings among the prompts of the controller's conversations, whose plans are given."""
+CONVERSATION_WEIGHTS = {"complex": 0.75, "counting": 0.1, "two_object": 0.05, "position": 0.05, "color_attr": 0.05}
+"""Shares of the tags among the other prompts of conversations: most have several objects, so that mistakes remain."""
 BARE_CHECKLIST = 0.5
 """Share of plans that are made from requirements below a prompt that asks for nothing."""
 _TINT = 44.0
@@ -94,11 +102,14 @@ class Chat:
 
 
 def training_metadata(
-    rng: np.random.Generator, wide_share: float = 0.7, tier_weights: Sequence[float] = WIDE_TIERS
+    rng: np.random.Generator,
+    wide_share: float = 0.7,
+    tier_weights: Sequence[float] = WIDE_TIERS,
+    weights: dict[str, float] = SIMPLE_WEIGHTS,
 ) -> Metadata:
     """Samples a training request for reading and planning, mostly with many objects, in wide phrasings."""
     if rng.random() > wide_share:
-        return train_prompt(rng, SIMPLE_WEIGHTS)
+        return train_prompt(rng, weights)
     while True:
         tier = int(rng.choice(TIERS + DENSE_TIERS, p=tier_weights))
         metadata = wide_metadata(rng, tier, min_relations=min(3, tier - 2) if rng.random() < 0.5 else 1)
@@ -214,16 +225,23 @@ def has_held_out_object(reading: Reading) -> bool:
 def conversation_chat(
     rng: np.random.Generator, error_rate: float, show: Callable[[Sequence[Image]], Sequence[Image]]
 ) -> Chat:
-    """A conversation of the loop, up to a random reply, with the verifier's report beside the last image.
+    """Samples a conversation of the loop up to a random reply, with the verifier's report beside the last image.
+
+    The reply is exact; those before it are often wrong, as a controller's own mistakes are, so that it is learned from
+    the plan and the report and not from the reply before.
 
     Args:
       rng: numpy generator.
-      error_rate: share of steps whose image is not what was asked for.
-      show: (images) -> the images as the model sees them, through an autoencoder say.
+      error_rate: share of steps whose image is not what was requested.
+      show: (images) -> the images as the model sees them, for example through an autoencoder.
     """
-    metadata = training_metadata(rng)
-    trajectory = simulate_trajectory(rng, metadata, error_rate=error_rate, random_plan=False, max_steps=6)
-    return reported_chat(rng, metadata, trajectory.replies, trajectory.canvases, show)
+    metadata = training_metadata(rng, CONVERSATION_WIDE_SHARE, weights=CONVERSATION_WEIGHTS)
+    trajectory = simulate_trajectory(
+        rng, metadata, error_rate=error_rate, random_plan=False, max_steps=6, misread_rate=MISREAD_RATE
+    )
+    last = int(rng.integers(1, len(trajectory.replies)))
+    reply = next_reply(parse_plan(trajectory.replies[0]), detect(trajectory.canvases[last - 1]))
+    return reported_chat(rng, metadata, [*trajectory.replies[:last], reply], trajectory.canvases[:last], show)
 
 
 def reported_chat(
@@ -233,21 +251,23 @@ def reported_chat(
     canvases: Sequence[Image],
     show: Callable[[Sequence[Image]], Sequence[Image]],
 ) -> Chat:
-    """A trajectory up to a random reply, with an exact report beside the last image.
+    """Returns a trajectory up to its last reply, mostly with an exact report beside the last image.
 
     Args:
       rng: numpy generator.
       metadata: of the prompt.
-      replies, canvases: the trajectory; an image follows every reply but the last.
+      replies: replies of the trajectory; the last one is the target.
+      canvases: images that follow the replies but the last.
       show: see `conversation_chat`.
     """
-    last = int(rng.integers(1, len(replies)))
-    messages = chat_messages(metadata["prompt"], replies[: last + 1], last, requirements=_checklist(rng, metadata))
-    reading = detect(canvases[last - 1])
-    unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
-    report = verification.report(describe(reading), unmet)
-    messages[-2] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": report}]}
-    return Chat(messages, show(canvases[:last]))
+    last = len(canvases)
+    messages = chat_messages(metadata["prompt"], replies, last, requirements=_checklist(rng, metadata))
+    if rng.random() >= REPORT_MISSING:
+        reading = detect(canvases[-1])
+        unmet = [str(each) for each in requirements(metadata) if not check_requirement(each, reading)[1]]
+        report = verification.report(describe(reading), unmet)
+        messages[-2] = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": report}]}
+    return Chat(messages, show(canvases))
 
 
 def recorded_conversations(dataset: Path) -> list[tuple[Metadata, list[str], list[Image]]]:

@@ -17,6 +17,7 @@ from clvr_jax.data.shapes_verification import (
 from clvr_jax.reasoning.model_verifier import read_requirements
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.oracle import next_reply, parse_plan
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
 from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
@@ -66,20 +67,23 @@ def test_no_training_prompt_and_no_training_image_holds_a_held_out_pair():
     assert not any(has_held_out_object(random_canvas(rng).reading()) for _ in range(400))
 
 
-def test_a_conversation_ends_with_a_reply_to_a_report():
+def test_a_conversation_ends_with_the_exact_reply_to_its_last_image_whatever_was_replied_before():
     rng = np.random.default_rng(SEED)
-    for _ in range(20):
+    num_reports = num_wrong = 0
+    for _ in range(40):
         chat = conversation_chat(rng, 0.5, lambda images: images)
-        image, report = chat.messages[-2]["content"]
+        image, *report = chat.messages[-2]["content"]
         assert image == {"type": "image"}
-        assert report["text"].startswith("I see ")
-        assert chat.messages[-1]["role"] == "assistant"
-        assert len(chat.images) == sum(
-            part == {"type": "image"}
-            for message in chat.messages
-            if isinstance(message["content"], list)
-            for part in message["content"]
-        )
+        num_reports += len(report)
+        replies = [message["content"] for message in chat.messages if message["role"] == "assistant"]
+        planned = parse_plan(replies[0])
+        exact = [next_reply(planned, detect(each)) for each in chat.images]
+        assert replies[-1] == exact[-1]
+        assert all(part["text"].startswith(replies[-1].split(" Unmet:")[0]) for part in report)
+        num_wrong += sum(reply != right for reply, right in zip(replies[1:-1], exact[:-1], strict=True))
+        assert len(chat.images) == len(replies) - 1
+    assert 30 <= num_reports < 40
+    assert num_wrong > 5
 
 
 def test_distractors_are_labeled_as_the_detector_sees_them():
