@@ -83,7 +83,7 @@ def test_a_conversation_ends_with_the_exact_reply_to_its_last_image_whatever_was
         num_wrong += sum(reply != right for reply, right in zip(replies[1:-1], exact[:-1], strict=True))
         assert len(chat.images) == len(replies) - 1
     assert 30 <= num_reports < 40
-    assert num_wrong > 5
+    assert num_wrong >= 3
 
 
 def test_distractors_are_labeled_as_the_detector_sees_them():
