@@ -1,6 +1,8 @@
 """What all commands share: their result, their options, and what must be set before models are imported."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -40,6 +42,32 @@ Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
 Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Guidance = Annotated[float | None, tyro.conf.arg(metavar="G")]
 Prompt = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
+
+
+@contextmanager
+def results_directory(out: Path | None, benchmark: str) -> Iterator[None]:
+    """Locks the directory that a command writes results.json to; does nothing if there is none.
+
+    Args:
+      out: the directory, or None.
+      benchmark: name under "benchmark" in results.json.
+    Raises: ClvrError if it cannot be written, another process holds it, or it has the results of another benchmark,
+      which would be lost.
+    """
+    if out is None:
+        yield
+        return
+    from clvr_jax.errors import ClvrError
+    from clvr_jax.files import read_json
+    from clvr_jax.locks import locked_output
+    from clvr_jax.outputs import check_folder
+
+    check_folder(out)
+    path = out / "results.json"
+    if path.exists() and (found := read_json(path).get("benchmark")) != benchmark:
+        raise ClvrError(f"{path}: has results of the benchmark {found!r}; choose another --out")
+    with locked_output(out):
+        yield
 
 
 def prepare_jax() -> None:

@@ -1,13 +1,10 @@
 """`clvr eval planning`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
-
-import tyro
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
+from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax, results_directory
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,8 +20,8 @@ class EvalPlanning:
 
     EXAMPLE: ClassVar = "clvr eval planning --model shapes-tiny --split complex --out out/planning"
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Write results.json and planning.md to this directory."""
+    out: Folder = None
+    """Write results.json and planning.md to this directory. If not given, the table is only printed."""
     model: str = "shapes-tiny"
     """Plan and verify with this model: a shipped name, a directory with controller/, or a directory or Hugging Face id
     of a Qwen3-VL."""
@@ -46,25 +43,24 @@ class EvalPlanning:
             raise UsageError(f"--retries must be 0 or more, got {self.retries}")
 
     def run(self) -> Result:
-        """Plans all prompts and writes results.json and planning.md."""
+        """Plans all prompts, and writes the results if there is a directory for them."""
         prepare_jax()
         from rich.table import Table
 
         from clvr_jax.evaluation import planning
         from clvr_jax.files import write_json, write_text
-        from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
 
-        check_folder(self.out)
-        with locked_output(self.out):
+        with results_directory(self.out, planning.BENCHMARK):
             found = self._planned()
-            write_text(self.out / "planning.md", planning.markdown(found))
-            write_json(self.out / "results.json", found)
+            if self.out is not None:
+                write_text(self.out / "planning.md", planning.markdown(found))
+                write_json(self.out / "results.json", found)
         header, *rows = planning.table(found["summary"])
         table = Table(*header, title=f"Planning benchmark: {self.model}")
         for row in rows:
             table.add_row(*row)
-        return Result({key: value for key, value in found.items() if key != "plans"} | {"out": str(self.out)}, table)
+        data = {key: value for key, value in found.items() if key != "plans"}
+        return Result(data if self.out is None else {**data, "out": str(self.out)}, table)
 
     def _planned(self) -> dict[str, Any]:
         """Plans all prompts; returns the content of results.json."""

@@ -1,13 +1,12 @@
 """`clvr eval verifier`."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import tyro
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax, results_directory
 from clvr_jax.commands.judge_options import JudgeOptions
 from clvr_jax.errors import UsageError
 
@@ -22,8 +21,9 @@ _DEFAULT_MODEL = "shapes-tiny"
 class _VerifierOptions:
     """Options for what is verified, and for the model that verifies."""
 
-    out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
-    """Write results.json and verifier.md to this directory, at the end of a complete run."""
+    out: Folder = None
+    """Write results.json and verifier.md to this directory, at the end of a complete run. If not given, the table is
+    only printed."""
     model: str = _DEFAULT_MODEL
     """Verify with this model: a shipped name, a directory with controller/, or a directory or Hugging Face id of a
     Qwen3-VL."""
@@ -82,24 +82,20 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             raise UsageError("--generators names each generator once")
 
     def run(self) -> Result:
-        """Makes the images, has them verified, and writes results.json and verifier.md."""
+        """Makes the images, has them verified, and writes the results if there is a directory for them."""
         prepare_jax()
         from clvr_jax.evaluation.verifier.image_directory import labeled_images
         from clvr_jax.evaluation.verifier.report import rich_results
-        from clvr_jax.evaluation.verifier.run import check_out
-        from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
+        from clvr_jax.evaluation.verifier.run import BENCHMARK
         from clvr_jax.pipelines.registry import resolve
 
-        check_folder(self.out)
-        check_out(self.out)
         images = labeled_images(self.images) if self.images else []
         for name in self.generators:
             resolve(name)
-        with locked_output(self.out):
+        with results_directory(self.out, BENCHMARK):
             results = self._evaluate(images)
         data = {key: value for key, value in results.items() if key != "cases"}
-        return Result({**data, "out": str(self.out)}, rich_results(results))
+        return Result(data if self.out is None else {**data, "out": str(self.out)}, rich_results(results))
 
     def _evaluate(self, images: "list[Case]") -> dict[str, Any]:
         """Has the images verified; returns the content of results.json."""

@@ -32,6 +32,7 @@ from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.requirements import check_requirement, requirements
 from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, Scene, place
 
+BENCHMARK = "planning"
 BATCH_SIZE = 64
 CONTROL = "plans of other prompts (control)"
 COLUMNS = ("", "requirements exact", "plan right", "plan meets the exact requirements")
@@ -225,7 +226,7 @@ def results(
 ) -> dict[str, Any]:
     """Returns the content of results.json."""
     return {
-        "benchmark": "planning",
+        "benchmark": BENCHMARK,
         "model": model,
         "prompts": prompts,
         "seed": seed,

@@ -16,7 +16,7 @@ from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
 from clvr_jax.evaluation.verifier.report import markdown
-from clvr_jax.files import read_json, write_json, write_text
+from clvr_jax.files import write_json, write_text
 from clvr_jax.interfaces import ProviderError, Usage
 from clvr_jax.reasoning.protocols import ImageGenerator
 from clvr_jax.reasoning.trajectory import package_versions
@@ -34,7 +34,7 @@ Reply = TypeVar("Reply")
 
 def evaluate(
     verifier: Verifier,
-    out: Path,
+    out: Path | None,
     *,
     count: int = 300,
     seed: int = 0,
@@ -48,7 +48,7 @@ def evaluate(
 
     Args:
       verifier: checks the images.
-      out: directory for results.json and verifier.md.
+      out: directory for results.json and verifier.md; None writes nothing.
       count: number of prompts of the shapes world, which is the number of images of each kind; 0 for `images` only.
       seed: of prompts, renderings and generated images.
       generators: name -> function that loads the generator; each generates one image for each prompt.
@@ -59,7 +59,6 @@ def evaluate(
     Returns: the content of results.json, with the summary of `metrics.summarize`.
     Raises: ClvrError, one line.
     """
-    check_out(out)
     began = time.monotonic()
     cases = [*_shapes_cases(count, seed, generators or {}), *images]
     if not cases:
@@ -83,17 +82,11 @@ def evaluate(
         "versions": {**package_versions("jax", "scipy"), "shapes detector": SHAPES_JUDGE_VERSION},
         "cases": [each.to_dict() for each in checked],
     }
-    # results.json is written last: where it exists, the run is complete.
-    write_text(out / TABLE, markdown(results))
-    write_json(out / RESULTS, results)
+    if out is not None:
+        write_text(out / TABLE, markdown(results))
+        # results.json is written last: where it exists, the run is complete.
+        write_json(out / RESULTS, results)
     return results
-
-
-def check_out(out: Path) -> None:
-    """Raises ClvrError if a directory holds results of another benchmark, which would be replaced."""
-    path = out / RESULTS
-    if path.exists() and (found := read_json(path).get("benchmark")) != BENCHMARK:
-        raise ClvrError(f"{path}: holds results of the benchmark {found!r}; choose another --out")
 
 
 def _shapes_cases(count: int, seed: int, generators: Mapping[str, Callable[[], ImageGenerator]]) -> list[Case]:

@@ -9,6 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from clvr_jax.cli import main
+from clvr_jax.commands.evaluation_planning import EvalPlanning
+from clvr_jax.commands.evaluation_verifier import EvalVerifier
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.image_directory import labeled_images
@@ -127,10 +129,17 @@ def test_a_run_that_fails_leaves_no_results(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_results_of_another_benchmark_are_not_replaced(tmp_path):
+def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(evaluate(ModelVerifier(YesModel()), None, count=2)["cases"]) == 22
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", [EvalVerifier, EvalPlanning])
+def test_results_of_another_benchmark_are_not_replaced(tmp_path, command):
     (tmp_path / "results.json").write_text('{"benchmark": "shapes"}')
     with pytest.raises(ClvrError, match="benchmark 'shapes'; choose another --out"):
-        evaluate(ModelVerifier(YesModel()), tmp_path, count=4)
+        command(out=tmp_path, model="no model is loaded").run()
 
 
 def test_batches_do_not_change_the_answers():
