@@ -25,6 +25,7 @@ BANNED = {
     r"how-many(th)?": "index, number",
 }
 CLEAN = (
+    "CONTRIBUTING.md",
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
     "clvr_jax/data/engine/actions.py",
@@ -56,6 +57,7 @@ CLEAN = (
     "docs/benchmarks.md",
     "docs/converting.md",
     "docs/data-engine.md",
+    "docs/extending.md",
     "docs/generating.md",
     "docs/gpus.md",
     "docs/pprl.md",
