@@ -60,9 +60,12 @@ CLEAN = (
     "docs/extending.md",
     "docs/generating.md",
     "docs/gpus.md",
+    "docs/merging.md",
     "docs/pprl.md",
+    "docs/speed.md",
     "docs/systems-and-budgets.md",
     "docs/training-on-tpu-pods.md",
+    "docs/training.md",
     "launch",
     "scripts",
 )
