@@ -78,12 +78,10 @@ def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     if not config.model:
         raise ClvrError("flux2_sft: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
-    dtype = config.train.compute_dtype
-    pipe = Flux2Pipeline.from_pretrained(config.model, dtype)
+    pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
-    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
+    vae, text_encoder = _allgathered(pipe.vae), _allgathered(pipe.text_encoder)
     transformer_def, tokenizer = nnx.graphdef(pipe.transformer), pipe.tokenizer
     settings, schedule, source = pipe.settings, pipe.schedule, pipe.text_encoder_source
     examples = GenerationExamples(
@@ -92,18 +90,41 @@ def task(config: Config) -> Task:
 
     def export(ema: Any, directory: Path) -> None:
         transformer = nnx.merge(transformer_def, ema)
-        trained = Flux2Pipeline(transformer, *unchanged, tokenizer, settings, schedule, source)
+        trained = Flux2Pipeline(transformer, vae, text_encoder, tokenizer, settings, schedule, source)
         trained.save_pretrained(str(directory), dtype="bfloat16")
 
+    batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
+    return pipeline_task(config, pipe, params, batches, export)
+
+
+def pipeline_task(
+    config: Any, pipe: Flux2Pipeline, params: Any, batches: Any, export: Callable[[Any, Path], None]
+) -> Task:
+    """Returns the task of training a pipeline's transformer, whose text encoder and VAE stay as they are.
+
+    Args:
+      config: `Config`, or another class with its fields train, remat and shift.
+      pipe: the initial model.
+      params: of the transformer, in the dtype in which they are trained.
+      batches: as the trainer takes them, of the form of `abstract_batch`.
+      export: (params, directory) -> None.
+    """
+    text_encoder_def, text_encoder = nnx.split(pipe.text_encoder)
+    vae_def, vae = nnx.split(pipe.vae)
     return _task(
         config,
-        settings,
+        pipe.settings,
         (pipe.transformer.config, params),
-        (pipe.text_encoder.config, reader_def, reader),
+        (pipe.text_encoder.config, text_encoder_def, text_encoder),
         (pipe.vae.config, vae_def, vae),
-        Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed)),
+        batches,
         export,
     )
+
+
+def _allgathered(model: nnx.Module) -> Any:
+    graphdef, state = nnx.split(model)
+    return nnx.merge(graphdef, process_allgather(state))
 
 
 def abstract_task(config: Config) -> Task:
@@ -134,7 +155,7 @@ def abstract_batch(rows: int, side: int, references: int, text: int) -> dict[str
 
 
 def _task(
-    config: Config,
+    config: Any,
     settings: Flux2Settings,
     transformer: tuple[Flux2TransformerConfig, Any],
     reader: tuple[Qwen3Config, Any, Any],

@@ -1,22 +1,26 @@
 """Loading and saving of LoRA files as LoRA trees of `Flux2Transformer` and `UNet2DCondition`."""
 
-import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.lora_file import Factors, read_factors, write_factors
+from clvr_jax.convert.lora_file import Factors, read_factors
 from clvr_jax.convert.lora_names import component
+from clvr_jax.convert.lora_writing import LoRANames, write_factors, write_original_factors
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.adapters import KernelAdapter, WeightAdapter, is_adapter
 from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Path as TreePath
 from clvr_jax.trees import Tree, dotted, leaves_by_path, some
+
+Adapter = LoRAPair | KernelAdapter
 
 
 def load_lora(
@@ -28,6 +32,9 @@ def load_lora(
     dtype: DTypeLike | None = None,
 ) -> Tree:
     """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS, and detects its format.
+
+    Kernels with LoHa, LoKr, a core tensor or DoRA get a `KernelAdapter` (`clvr_jax.models.adapters`), which can be
+    merged, but not trained or saved.
 
     Args:
       path: the file, or the directory that contains it.
@@ -42,39 +49,47 @@ def load_lora(
     factors = read_factors(path, _shapes(plan), ignore_text_encoder)
     layers = {entry.path: [factors.get(module) for module in _modules(entry)] for entry in plan}
     return unflatten_dict(
-        {entry.path: _pair(entry, layers[entry.path], dtype) for entry in plan if any(layers[entry.path])}
+        {entry.path: _adapter(entry, layers[entry.path], dtype) for entry in plan if any(layers[entry.path])}
     )
 
 
-def pairs_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[LoRAPair, float]]]:
-    """LoRA trees with their weights -> for each path of a kernel, its pairs, on the host, with their weights."""
-    found: dict[TreePath, list[tuple[LoRAPair, float]]] = {}
+def adapters_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[Adapter, float]]]:
+    """LoRA trees with their weights -> for each path of a kernel, its adapters, on the host, with their weights."""
+    found: dict[TreePath, list[tuple[Adapter, float]]] = {}
     for tree, weight in loras:
-        for path, pair in leaves_by_path(tree, is_pair).items():
-            on_host = dataclasses.replace(pair, a=np.asarray(pair.a), b=np.asarray(pair.b))
-            found.setdefault(path, []).append((on_host, weight))
+        for path, adapter in leaves_by_path(tree, is_adapter).items():
+            found.setdefault(path, []).append((jax.tree.map(np.asarray, adapter), weight))
     return found
 
 
-def delta_slice(pairs: Sequence[tuple[LoRAPair, float]], layer: int | None, index: tuple[slice, ...]) -> np.ndarray:
-    """Computes a part of what LoRAs add to a kernel, weight * scale * a b, summed, on the host in float32.
+def delta_slice(
+    adapters: Sequence[tuple[Adapter, float]],
+    layer: int | None,
+    index: tuple[slice, ...],
+    kernel: Callable[[], np.ndarray],
+) -> np.ndarray:
+    """Computes a part of what LoRAs add to a kernel, the weighted sum of their deltas, on the host in float32.
 
     Args:
-      pairs: of one kernel, with their weights.
+      adapters: of one kernel, with their weights.
       layer: of a stack of kernels; None for a kernel that is none.
-      index: of the kernel (of that layer), one slice for each leading axis.
+      index: slices of the kernel (of that layer), one for each leading axis.
+      kernel: returns the complete kernel (of that layer) in float32; called only for a `KernelAdapter`.
     """
     total: Any = np.float32(0)
-    for pair, weight in pairs:
-        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in (pair.a, pair.b))
-        scale = pair.scale if not isinstance(pair.scale, tuple) else pair.scale[layer or 0]
+    for adapter, weight in adapters:
+        if isinstance(adapter, KernelAdapter):
+            total = total + np.float32(weight) * adapter.layer_delta(layer, kernel())[index]
+            continue
+        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in (adapter.a, adapter.b))
+        scale = adapter.scale if not isinstance(adapter.scale, tuple) else adapter.scale[layer or 0]
         *outer, rows, columns = (*index, *[slice(None)] * (a.ndim - len(index)))
         # The `b` of a convolution is the same at every place of the window.
         total = total + np.float32(weight * scale) * (a[(*outer, rows)] @ b[..., columns])
     return total
 
 
-def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any) -> None:
+def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any, names: LoRANames = "diffusers") -> None:
     """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
 
     Trailing ranks in which both factors are zero, and layers without nonzero ranks, are padding and are not written.
@@ -84,10 +99,16 @@ def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any) -> No
         .safetensors.
       lora: the LoRA tree, in the dtype of the file.
       key_mapping, state: as for `load_lora`.
+      names: the tool whose names the tensors get; see `write_factors` and `write_original_factors`.
     Raises: ClvrError for pairs that do not fit this model, or if all factors are zero.
     """
     plan = {entry.path: entry for entry in _adaptable(state, key_mapping)}
-    pairs = leaves_by_path(lora, is_pair)
+    adapters = leaves_by_path(lora, is_adapter)
+    if merged := [dotted(at) for at, adapter in adapters.items() if not is_pair(adapter)]:
+        raise ClvrError(
+            f"{path}: {some(merged, 2)}: only a plain LoRA can be written, not LoHa, LoKr or DoRA; copy the file"
+        )
+    pairs: dict[TreePath, LoRAPair] = adapters
     foreign = [
         f"{dotted(at)} {pair.a.shape} {pair.b.shape} (the model's kernel: {plan[at].shape if at in plan else None})"
         for at, pair in pairs.items()
@@ -98,7 +119,11 @@ def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any) -> No
     factors = {name: own for at, pair in pairs.items() for name, own in _factors(plan[at], pair).items()}
     if not factors:
         raise ClvrError(f"{path}: nothing to write, the LoRA tree has no factor that is not zero")
-    write_factors(path, factors, component(_shapes(plan.values())))
+    shapes = _shapes(plan.values())
+    if names == "diffusers":
+        write_factors(path, factors, component(shapes))
+    else:
+        write_original_factors(path, factors, shapes, names)
 
 
 def _adaptable(state: Any, key_mapping: KeyMapping) -> list[Entry]:
@@ -111,6 +136,15 @@ def _modules(entry: Entry) -> list[str]:
 
 def _shapes(plan: Iterable[Entry]) -> dict[str, tuple[int, ...]]:
     return {module: entry.torch_shape for entry in plan for module in _modules(entry)}
+
+
+def _adapter(entry: Entry, layers: Sequence[Factors | WeightAdapter | None], dtype: DTypeLike | None) -> Adapter:
+    """Returns one adapter for those of each layer; None is a layer that is not adapted."""
+    if not any(isinstance(layer, WeightAdapter) for layer in layers):
+        return _pair(entry, [layer for layer in layers if not isinstance(layer, WeightAdapter)], dtype)
+    general = [layer.as_adapter(entry.torch_shape) if isinstance(layer, Factors) else layer for layer in layers]
+    held = jax.tree.map(lambda tensor: jnp.asarray(tensor, dtype), tuple(general))
+    return KernelAdapter(held, entry.stacked)
 
 
 def _pair(entry: Entry, layers: Sequence[Factors | None], dtype: DTypeLike | None) -> LoRAPair:

@@ -70,6 +70,18 @@ def key_aliases(modules: Collection[str]) -> dict[str, KeyAlias]:
     return names | underscored
 
 
+def original_names(modules: Collection[str]) -> dict[str, KeyAlias]:
+    """Returns the names of the original code (BFL's) for the modules of a FLUX.2 transformer.
+
+    Args:
+      modules: diffusers' names of all modules with a kernel.
+    """
+    groups: dict[str, list[str]] = {}
+    for module in sorted(modules, key=_place_in_qkv):
+        groups.setdefault(_bfl(module), []).append(module)
+    return {name: KeyAlias(tuple(group), group == ["norm_out.linear"]) for name, group in groups.items()}
+
+
 def without_prefix(name: str) -> str:
     """Removes the prefix with the name of the model from a module's name in a file."""
     return _PREFIX.sub("", name)

@@ -15,13 +15,13 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
 from clvr_jax.convert.architectures import Architecture
-from clvr_jax.convert.lora import delta_slice, pairs_by_path
+from clvr_jax.convert.lora import Adapter, adapters_by_path, delta_slice
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import located, read_json, replacing
-from clvr_jax.models.lora import LoRAPair
+from clvr_jax.models.adapters import kernel_delta
 from clvr_jax.sharding import active_layout
 from clvr_jax.trees import Tree
 
@@ -58,11 +58,11 @@ def load_model(
         shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
     placed = leaves_of(shardings) if shardings is not None else dict.fromkeys((entry.path for entry in plan), device)
-    pairs = pairs_by_path(loras)
+    adapters = adapters_by_path(loras)
     if is_tree(directory / PARAMS):
         loaded = _restore(directory / PARAMS, plan, dtype, placed)
         # Orbax places what it reads. One kernel after the other, so that two copies of one are the most there is.
-        for path, own in pairs.items():
+        for path, own in adapters.items():
             loaded[path] = jax.device_put(_with_loras(loaded[path], *zip(*own, strict=True)), placed[path])
     else:
         stored = architecture.canonicalize_keys(
@@ -71,7 +71,7 @@ def load_model(
         check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(directory))
         check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(directory))
         loaded = {
-            entry.path: _leaf(entry, stored, dtype, placed[entry.path], pairs.get(entry.path, ())) for entry in plan
+            entry.path: _leaf(entry, stored, dtype, placed[entry.path], adapters.get(entry.path, ())) for entry in plan
         }
     nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.from_flat_state(loaded.items())))
     return nnx.merge(graphdef, state)
@@ -86,15 +86,15 @@ def _leaf(
     stored: Mapping[str, StoredTensor],
     dtype: DTypeLike,
     sharding: Sharding,
-    pairs: Sequence[tuple[LoRAPair, float]],
+    adapters: Sequence[tuple[Adapter, float]],
 ) -> jax.Array:
     target = _target(entry, dtype)
 
     @functools.cache  # devices with the same shard share one read
     def read(ranges: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
         index = tuple(slice(*ends) for ends in ranges)
-        if pairs:
-            return _adapted_part(entry, stored, index, target, pairs)
+        if adapters:
+            return _adapted_part(entry, stored, index, target, adapters)
         return read_part(entry, stored, index).astype(target, order="C", copy=False)
 
     return jax.make_array_from_callback(
@@ -120,7 +120,7 @@ def _adapted_part(
     stored: Mapping[str, StoredTensor],
     index: tuple[slice, ...],
     target: np.dtype,
-    pairs: Sequence[tuple[LoRAPair, float]],
+    adapters: Sequence[tuple[Adapter, float]],
 ) -> np.ndarray:
     """As `read_part`, with the LoRAs of the leaf added in float32, one layer of a stack after the other."""
     layers: Sequence[int | None] = [None]
@@ -129,14 +129,15 @@ def _adapted_part(
         layers, own = range(len(entry.keys))[index[0] if index else slice(None)], index[1:]
     parts = []
     for layer in layers:
-        values = entry.transform.from_torch(stored[entry.keys[layer or 0]].open())[own].astype(np.float32)
-        parts.append((values + delta_slice(pairs, layer, own)).astype(target, order="C"))
+        kernel = entry.transform.from_torch(stored[entry.keys[layer or 0]].open())
+        delta = delta_slice(adapters, layer, own, functools.partial(kernel.astype, np.float32))
+        parts.append((kernel[own].astype(np.float32) + delta).astype(target, order="C"))
     return np.stack(parts) if entry.stacked else parts[0]
 
 
 @jax.jit
-def _with_loras(leaf: jax.Array, pairs: tuple[LoRAPair, ...], weights: tuple[float, ...]) -> jax.Array:
-    delta = sum(weight * pair.product() for pair, weight in zip(pairs, weights, strict=True))
+def _with_loras(leaf: jax.Array, adapters: tuple[Adapter, ...], weights: tuple[float, ...]) -> jax.Array:
+    delta = sum(weight * kernel_delta(own, leaf) for own, weight in zip(adapters, weights, strict=True))
     return (leaf.astype(jnp.float32) + delta).astype(leaf.dtype)
 
 

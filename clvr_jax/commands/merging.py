@@ -36,8 +36,8 @@ class Merge:
     """Model that was distilled from the base, in the same forms. If it has a scheduler of its own, the merged model
     gets it."""
     align: _Model
-    """Model that was aligned from the base, in the same forms, or its LoRA: a file or directory in the format of
-    diffusers, PEFT, kohya or ai-toolkit."""
+    """Model that was aligned from the base, in the same forms, or its LoRA, DoRA, LoHa or LoKr: a file or directory in
+    the format of diffusers, PEFT, kohya, ai-toolkit or LyCORIS."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Write to this new directory, which appears only when it is complete."""
     distill_weight: _Weight = ("1",)

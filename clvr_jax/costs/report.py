@@ -112,6 +112,124 @@ class Report:
         return table
 
 
+@dataclass(frozen=True)
+class Stage:
+    """One of several programs whose models are in memory together.
+
+    report: memory and time of one call. calls: number of calls in a run. inputs: bytes of its arguments without the
+    weights, on one chip.
+    """
+
+    report: Report
+    calls: int
+    inputs: int
+
+    @property
+    def code(self) -> int:
+        """Bytes of the compiled code on one chip."""
+        memory = self.report.memory
+        return memory.total - memory.arguments - memory.temporaries - memory.output
+
+    @property
+    def working(self) -> int:
+        """Bytes on one chip without weights and code: inputs, temporaries and outputs."""
+        return self.inputs + self.report.memory.temporaries + self.report.memory.output
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of all calls if arithmetic, memory and communication overlap completely."""
+        return self.calls * self.report.roofline.overlapped
+
+    @property
+    def serial(self) -> float:
+        """Seconds of all calls if nothing overlaps."""
+        return self.calls * self.report.roofline.serial
+
+
+@dataclass(frozen=True)
+class JointReport:
+    """Several programs on a topology whose models are in memory together, and which run one after another.
+
+    weights: bytes of each model on one chip. stages: the programs, in the order of their first call.
+    """
+
+    name: str
+    topology: str
+    chips: int
+    mesh: dict[str, int]
+    weights: dict[str, int]
+    stages: tuple[Stage, ...]
+
+    @property
+    def memory(self) -> Memory:
+        """Memory on one chip: weights of all models, code of all programs, and the largest working memory of one."""
+        largest = max(self.stages, key=lambda stage: stage.working)
+        weights, code = sum(self.weights.values()), sum(stage.code for stage in self.stages)
+        own, available = largest.report.memory, largest.report.memory.available
+        total = weights + code + largest.working
+        return Memory(weights + largest.inputs, own.temporaries, own.output, total, available, total <= available)
+
+    @property
+    def overlapped(self) -> float:
+        """Seconds of a run if arithmetic, memory and communication overlap completely in each program."""
+        return sum(stage.overlapped for stage in self.stages)
+
+    @property
+    def serial(self) -> float:
+        """Seconds of a run if nothing overlaps."""
+        return sum(stage.serial for stage in self.stages)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the report with its derived figures, in types that JSON has."""
+        stages = [
+            {
+                **stage.report.to_json(),
+                "calls": stage.calls,
+                "working": stage.working,
+                "code": stage.code,
+                "overlapped": stage.overlapped,
+                "serial": stage.serial,
+            }
+            for stage in self.stages
+        ]
+        return {
+            "name": self.name,
+            "topology": self.topology,
+            "chips": self.chips,
+            "mesh": self.mesh,
+            "weights": self.weights,
+            "memory": asdict(self.memory),
+            "overlapped": self.overlapped,
+            "serial": self.serial,
+            "stages": stages,
+        }
+
+    def table(self) -> Table:
+        """The report for a terminal."""
+        axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
+        total = f"{_seconds(self.overlapped)} if all overlaps, {_seconds(self.serial)} if nothing does"
+        table = Table(
+            *("one chip", "calls", "working memory", "a call", "all calls, overlapped", "not overlapped", "bound by"),
+            title=f"{self.name} on {self.topology}, {axes} ({self.chips} chips)",
+            caption=f"{self.memory.headline}; {total}",
+        )
+        for name, size in self.weights.items():
+            table.add_row(f"weights of {name}", "", _gib(size))
+        table.add_row("code of all programs", "", _gib(sum(stage.code for stage in self.stages)), end_section=True)
+        for stage in self.stages:
+            times = stage.report.roofline
+            table.add_row(
+                stage.report.name,
+                f"{stage.calls:,}",
+                _gib(stage.working),
+                _seconds(times.overlapped),
+                _seconds(stage.overlapped),
+                _seconds(stage.serial),
+                times.bound,
+            )
+        return table
+
+
 def measure(
     compiled: Any,
     text: str,

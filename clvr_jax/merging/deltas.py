@@ -17,6 +17,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.adapters import KernelAdapter, is_adapter, kernel_delta
 from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Path, Tree, by_pattern, dotted, leaves_by_path, some
 
@@ -54,14 +55,15 @@ def apply_delta(base: Tree, delta: Tree, weight: Weight = 1.0) -> Tree:
 
     Args:
       base: full weights.
-      delta: a tree like `base`, as the function `delta` returns it, or a LoRA tree, whose pairs are multiplied out.
+      delta: a tree like `base`, as the function `delta` returns it, or a LoRA tree, whose adapters are multiplied out.
+        The delta of DoRA depends on the base: it is the difference between the adapted kernel and `base`.
       weight: a number, or {pattern: number} for the leaves of `delta` whose path contains a match.
     Returns: a tree like `base`; leaves that a LoRA tree does not adapt are the same arrays.
-    Raises: ClvrError listing leaves that do not match, pairs whose product does not have the kernel's shape, or
+    Raises: ClvrError listing leaves that do not match, adapters whose product does not have the kernel's shape, or
       patterns without a leaf.
     """
-    leaves, deltas = leaves_by_path(base), leaves_by_path(delta, is_pair)
-    low_rank = any(map(is_pair, deltas.values()))
+    leaves, deltas = leaves_by_path(base), leaves_by_path(delta, is_adapter)
+    low_rank = any(map(is_adapter, deltas.values()))
     _check_same({path: leaves[path] for path in leaves.keys() & deltas} if low_rank else leaves, deltas, "delta")
     weights = _weights(weight, deltas)
     return _map(lambda path, leaf: _sum(leaf, deltas[path], weights[path]) if path in deltas else leaf, base)
@@ -97,8 +99,8 @@ def _difference(tuned: jax.Array, base: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _sum(base: jax.Array, delta: jax.Array | LoRAPair, weight: ArrayLike) -> jax.Array:
-    delta = delta.product() if isinstance(delta, LoRAPair) else _at_least_float32(delta)
+def _sum(base: jax.Array, delta: jax.Array | LoRAPair | KernelAdapter, weight: ArrayLike) -> jax.Array:
+    delta = kernel_delta(delta, base) if isinstance(delta, LoRAPair | KernelAdapter) else _at_least_float32(delta)
     return (_at_least_float32(base) + weight * delta).astype(base.dtype)
 
 
@@ -135,6 +137,8 @@ def _kind(leaf: Any) -> str:
 
 
 def _fits(base: Any, other: Any) -> bool:
+    if isinstance(other, KernelAdapter):
+        return other.shape == np.shape(base)
     if not is_pair(other):
         return (_kind(base), np.shape(base)) == (_kind(other), np.shape(other))
     one_each = isinstance(other.scale, float | int) or (len(other.scale),) == np.shape(base)[:-2]
@@ -143,6 +147,8 @@ def _fits(base: Any, other: Any) -> bool:
 
 
 def _described(leaf: Any) -> str:
+    if isinstance(leaf, KernelAdapter):
+        return f"adapter of a kernel {leaf.shape}"
     if not is_pair(leaf):
         return f"{_kind(leaf)} {np.shape(leaf)}"
     return f"LoRA a {np.shape(leaf.a)} b {np.shape(leaf.b)} scale {leaf.scale}"

@@ -21,6 +21,7 @@ from clvr_jax.convert.planning import PipelineComponent, TensorSlice, model_in
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, bits, stored_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.digests import Digests
+from clvr_jax.models.adapters import WeightAdapter
 from clvr_jax.models.lora import LoRAPair
 from clvr_jax.trees import some
 
@@ -107,27 +108,37 @@ class LoRADelta:
     origin: Origin
     base: Weights
     file: Path
-    factors: Mapping[str, Factors] = field(repr=False)
+    factors: Mapping[str, Factors | WeightAdapter] = field(repr=False)
 
     @property
     def dtypes(self) -> list[str]:
-        """The names of the dtypes of its factors."""
-        return sorted({factor.dtype.name for pair in self.factors.values() for factor in (pair.down, pair.up)})
+        """The names of the dtypes of its tensors."""
+        return sorted({tensor.dtype.name for own in self.factors.values() for tensor in own.tensors.values()})
 
     @cached_property
     def digests(self) -> Digests:
         """The sha256 of its file."""
         return Digests({self.file.name: self.file})
 
-    def delta(self, key: str) -> np.ndarray | None:
-        """Returns scale * up down in float32 and in the base's format; None for a tensor that it does not adapt."""
+    def delta(self, key: str, base: np.ndarray) -> np.ndarray | None:
+        """Returns its delta of a tensor in float32 and in the base's format; None for one that it does not adapt.
+
+        Args:
+          key: of the tensor.
+          base: the tensor of the base, which DoRA needs.
+        """
         factors = self.factors.get(key.removesuffix(".weight")) if key.endswith(".weight") else None
         if factors is None:
             return None
-        entry, rank = self.base.slices[key].entry, factors.down.shape[0]
-        pair = LoRAPair(factors.up.reshape(-1, rank), factors.down.reshape(rank, -1), factors.scale)
-        product = np.asarray(pair.product()).reshape(entry.torch_shape)
-        return product if self.base.component.source == "torch" else np.asarray(entry.transform.from_torch(product))
+        entry, is_torch = self.base.slices[key].entry, self.base.component.source == "torch"
+        if isinstance(factors, WeightAdapter):
+            weight = base if is_torch else entry.transform.to_torch(base)
+            product = np.asarray(factors.delta(weight.astype(np.float32)))
+        else:
+            rank = factors.down.shape[0]
+            pair = LoRAPair(factors.up.reshape(-1, rank), factors.down.reshape(rank, -1), factors.scale)
+            product = np.asarray(pair.product()).reshape(entry.torch_shape)
+        return product if is_torch else np.asarray(entry.transform.from_torch(product))
 
 
 def is_weight(tensor_slice: TensorSlice) -> bool:

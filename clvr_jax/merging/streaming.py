@@ -20,7 +20,7 @@ import numpy as np
 
 from clvr_jax.convert.conversion import Buffers, copy_file, shape_in, writer
 from clvr_jax.convert.journal import resumable, states
-from clvr_jax.convert.lora_config import PEFT_CONFIG
+from clvr_jax.convert.lora_config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.planning import TensorSlice
 from clvr_jax.convert.tensors import bits
 from clvr_jax.errors import ClvrError
@@ -109,7 +109,7 @@ def _merged(plan: Merge, tensor_slice: TensorSlice, buffers: Buffers) -> tuple[n
     if not is_weight(tensor_slice):
         return base.astype(tensor_slice.spec.dtype, copy=False), None
     low_rank = isinstance(plan.align, LoRADelta)
-    operands = [base.reshape(-1), plan.distill.values(key, buffers).reshape(-1), _align(plan, key, buffers, base.size)]
+    operands = [base.reshape(-1), plan.distill.values(key, buffers).reshape(-1), _align(plan, key, buffers, base)]
     least = _magnitude_thresholds(operands, low_rank, settings.density, buffers) if settings.method == "ties" else None
     merged = buffers("merged", shape_in(tensor_slice, plan.base.component.source), tensor_slice.spec.dtype)
     flat, sums = merged.reshape(-1), np.zeros(4)
@@ -127,11 +127,11 @@ def _merged(plan: Merge, tensor_slice: TensorSlice, buffers: Buffers) -> tuple[n
     return merged, DeltaStatistics(*map(float, sums))
 
 
-def _align(plan: Merge, key: str, buffers: Buffers, size: int) -> np.ndarray:
+def _align(plan: Merge, key: str, buffers: Buffers, base: np.ndarray) -> np.ndarray:
     if isinstance(plan.align, Weights):
         return plan.align.values(key, buffers).reshape(-1)
-    delta = plan.align.delta(key)
-    return np.broadcast_to(np.float32(0), (size,)) if delta is None else delta.reshape(-1)
+    delta = plan.align.delta(key, base)
+    return np.broadcast_to(np.float32(0), (base.size,)) if delta is None else delta.reshape(-1)
 
 
 def _blocks(operands: list[np.ndarray]) -> Iterator[tuple[slice, list[np.ndarray]]]:
@@ -240,5 +240,5 @@ def _identity(plan: Merge) -> str:
 def _files(side: Weights | LoRADelta) -> set[Path]:
     if isinstance(side, LoRADelta):
         beside = side.file.with_name(PEFT_CONFIG)
-        return {side.file, *([beside] if beside.exists() else [])}
+        return {side.file, *([beside] if beside.exists() else []), *initial_adapters(side.file)}
     return set(side.component.files)

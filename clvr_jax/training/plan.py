@@ -17,7 +17,7 @@ import jax
 from rich.table import Table
 
 from clvr_jax.costs.hardware import Topology, parse_topology, planning_devices
-from clvr_jax.costs.report import Report, elements_per_chip, measure
+from clvr_jax.costs.report import JointReport, Report, Stage, elements_per_chip, measure
 from clvr_jax.costs.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
@@ -41,6 +41,9 @@ class Program:
     data: laid out as a batch. reads: how often a call reads each of `weights`. flops: of a call, all devices together.
     calls: of a run, for the cost line. rows: of `data`, that the mesh must be able to cut; if 0, all leaves have so
     many, otherwise some may have one for several.
+    is_replicated: whether only the batch is sharded, so that the tensor axis does not divide the FLOPs.
+    logical_axes: number of axes -> logical axes, for arrays of `data` that are not sharded as a batch.
+    other_bytes: read in a call besides the weights, all devices together. donates: whether `data` is donated.
     """
 
     name: str
@@ -51,13 +54,29 @@ class Program:
     flops: float
     calls: int = 1
     rows: int = 0
+    is_replicated: bool = False
+    logical_axes: Mapping[int, tuple[str | None, ...]] = dataclasses.field(default_factory=dict)
+    other_bytes: float = 0.0
+    donates: bool = False
+
+    def shardings(self, layout: MeshLayout) -> Tree:
+        """Returns the sharding of each array of `data`."""
+
+        def place(leaf: Any) -> Any:
+            if leaf.ndim in self.logical_axes:
+                return layout.sharding(self.logical_axes[leaf.ndim], leaf.shape)
+            return layout.batch(leaf)
+
+        return jax.tree.map(place, _shapes(self.data))
 
 
-def plan(recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None) -> Report:
+def plan(
+    recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None
+) -> Report | JointReport:
     """Compiles what a recipe runs for chips that need not be here, and says what it costs.
 
     Args:
-      recipe: of a training run, or with a `program`.
+      recipe: of a training run, or with a `program`: one program, or several that are in memory together.
       config: its configuration; `train.mesh`, or `mesh`, says how the chips are used.
       topology: see `costs.hardware.parse_topology`.
       dollars_per_chip_hour: for the cost of the whole run.
@@ -68,7 +87,9 @@ def plan(recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: f
     if recipe.program is not None:
         program = recipe.program(config)
         with MeshLayout(config.mesh.make(planning_devices(chips))).active() as layout:
-            return _plan_program(program, layout, chips, dollars_per_chip_hour)
+            if isinstance(program, Program):
+                return _plan_program(program, layout, chips, dollars_per_chip_hour)
+            return _plan_together(recipe.name, program, layout, chips, dollars_per_chip_hour)
     # A task that is not abstract is made of arrays on this machine; only their shapes are used.
     task = (recipe.abstract_task or recipe.task)(config)
     with MeshLayout(config.train.mesh.make(planning_devices(chips))).active() as layout:
@@ -124,7 +145,12 @@ def search(
     for mesh, batch in itertools.product(meshes(chips), batch_sizes or (getattr(config, "batch_size", None),)):
         changed = _changed(config, mesh, batch)
         try:
-            yield Trial(mesh, batch, plan(recipe, changed, topology, dollars_per_chip_hour=dollars_per_chip_hour))
+            report = plan(recipe, changed, topology, dollars_per_chip_hour=dollars_per_chip_hour)
+            if isinstance(report, JointReport):
+                raise ClvrError(
+                    f"{recipe.name}: --search takes one program, and this recipe plans several; give --mesh instead"
+                )
+            yield Trial(mesh, batch, report)
         except (DoesNotFitError, UsageError) as error:
             yield Trial(mesh, batch, None, str(error))
 
@@ -217,7 +243,8 @@ def _plan_program(program: Program, layout: MeshLayout, chips: Topology, price: 
     weights = {name: _with(_shapes(tree), layout.parameters(tree)) for name, tree in program.weights.items()}
     data = _shapes(program.data)
     check_batch(jax.ShapeDtypeStruct((program.rows,), bool) if program.rows else data, layout, 1)
-    compiled, text = _compiled(jax.jit(program.function), (weights, _with(data, layout.batch(data))), layout)
+    function = jax.jit(program.function, donate_argnums=(1,) if program.donates else ())
+    compiled, text = _compiled(function, (weights, _with(data, program.shardings(layout))), layout)
     tensor = layout.mesh.shape["tensor"]
     traffic = sum(
         program.reads[name] * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / tensor
@@ -230,11 +257,32 @@ def _plan_program(program: Program, layout: MeshLayout, chips: Topology, price: 
         topology=chips,
         mesh=layout.mesh,
         flops=program.flops,
-        hbm_bytes=traffic,
+        hardware_flops=program.flops * chips.devices / layout.batch_shards if program.is_replicated else None,
+        hbm_bytes=traffic + program.other_bytes / chips.devices,
         parameters=elements_per_chip(weights),
         steps=program.calls,
         dollars_per_chip_hour=price,
     )
+
+
+def _plan_together(
+    name: str, programs: Sequence[Program], layout: MeshLayout, chips: Topology, price: float | None
+) -> JointReport:
+    """Compiles each program; a model that several of them read is counted once."""
+    weights: dict[str, int] = {}
+    stages = []
+    for program in programs:
+        weights |= {
+            model: _bytes_per_chip(tree, layout.parameters(_shapes(tree))) for model, tree in program.weights.items()
+        }
+        inputs = _bytes_per_chip(program.data, program.shardings(layout))
+        stages.append(Stage(_plan_program(program, layout, chips, price), program.calls, inputs))
+    return JointReport(name, chips.name, chips.devices, dict(layout.mesh.shape), weights, tuple(stages))
+
+
+def _bytes_per_chip(tree: Tree, shardings: Tree) -> int:
+    placed = jax.tree.leaves(_with(_shapes(tree), shardings))
+    return sum(elements_per_chip(leaf) * leaf.dtype.itemsize for leaf in placed)
 
 
 def _compiled(function: Any, arguments: tuple[Any, ...], layout: MeshLayout) -> tuple[Any, str]:

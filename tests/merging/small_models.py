@@ -1,6 +1,7 @@
 """What the tests of merged folders share: small FLUX.2 transformers that were tuned from one base, in shards."""
 
 import dataclasses
+import hashlib
 import json
 
 import numpy as np
@@ -74,3 +75,7 @@ def edit(folder, change, config=None):
 
 def bits(folder):
     return {key: (s.dtype.name, s.shape, s.open().tobytes()) for key, s in stored_tensors(folder).items()}
+
+
+def sha256(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}

@@ -6,7 +6,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from clvr_jax.convert.flux2_single_file import bfl_key
-from clvr_jax.convert.lora_file import Factors, write_factors
+from clvr_jax.convert.lora_file import Factors
+from clvr_jax.convert.lora_writing import write_factors
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.planning import plan_merge

@@ -1,4 +1,3 @@
-import hashlib
 import json
 import shutil
 
@@ -10,7 +9,6 @@ import torch
 
 import clvr_jax as clvr
 from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.lora_file import FILE_NAME, Factors, write_factors
 from clvr_jax.convert.planning import plan as plan_conversion
 from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
@@ -20,7 +18,7 @@ from clvr_jax.merging.norms import by_layer, total
 from clvr_jax.merging.planning import plan_merge
 from clvr_jax.merging.provenance import write_provenance
 from clvr_jax.merging.streaming import merge
-from tests.merging.small_models import KEY, bits, random_tensors, tensors_of, three_models, tuned, write_model
+from tests.merging.small_models import KEY, bits, random_tensors, sha256, tensors_of, three_models, tuned, write_model
 from tests.merging.test_deltas import ulps
 
 
@@ -127,10 +125,6 @@ def test_a_merge_that_was_killed_goes_on_and_ends_the_same(tmp_path, method):
         assert side.digests.finish() == sha256(path)
 
 
-def sha256(folder):
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.safetensors")}
-
-
 @pytest.mark.parametrize("reach", [64, 2**26])
 def test_the_digests_are_those_of_the_files_in_whatever_order_they_are_read(tmp_path, monkeypatch, reach):
     monkeypatch.setattr("clvr_jax.merging.digests._GAP", reach)
@@ -161,47 +155,6 @@ def test_orbax_folders_merge_to_the_same_numbers(tmp_path):
     assert plan_merge(*inputs).base.digests.finish() == digests
     with pytest.raises(ClvrError, match=r"formats are not mixed: `clvr convert .*distill DIRECTORY --to jax`"):
         plan_merge(inputs[0], paths[1], inputs[2])
-
-
-def lora(folder, shapes, rank=3, alpha=6.0):
-    random = np.random.default_rng(5)
-    factors = {
-        module: Factors(
-            (0.05 * random.normal(size=(rank, shape[1]))).astype(np.float32),
-            (0.05 * random.normal(size=(shape[0], rank))).astype(np.float32),
-            alpha / rank,
-        )
-        for module, shape in shapes.items()
-    }
-    write_factors(folder, factors, "transformer")
-    return factors
-
-
-@pytest.mark.parametrize("layout", ["torch", "jax"])
-@pytest.mark.parametrize("as_file", [False, True])
-def test_a_lora_is_added_as_its_product(tmp_path, layout, as_file):
-    base, distill, _ = three_models(tmp_path, ("bfloat16", "bfloat16", "float32"))
-    origin, tuned_to = tensors_of(base), tensors_of(distill)
-    modules = [key.removesuffix(".weight") for key in origin if ".attn.to_" in key]
-    factors = lora(tmp_path / "lora", {module: origin[f"{module}.weight"].shape for module in modules})
-    align = tmp_path / "lora" / FILE_NAME if as_file else tmp_path / "lora"
-    if layout == "jax":
-        for path in (base, distill):
-            convert(plan_conversion(path, "jax"), tmp_path / "jax" / path.name)
-        base, distill = tmp_path / "jax" / "base", tmp_path / "jax" / "distill"
-    plan = plan_merge(base, distill, align, Settings(align_weight=0.5))
-    sums = merge(plan, tmp_path / "out")
-    if layout == "jax":
-        convert(plan_conversion(tmp_path / "out", "torch"), tmp_path / "torch")
-    for key, ours in tensors_of(tmp_path / ("torch" if layout == "jax" else "out")).items():
-        b, exact = origin[key].astype(np.float64), tuned_to[key].astype(np.float64)
-        module = key.removesuffix(".weight")
-        if module in factors:
-            pair = factors[module]
-            exact = exact + 0.5 * pair.scale * pair.up.astype(np.float64) @ pair.down
-        assert ulps(ours, exact, b) <= 1, key
-        assert (sums[key].align > 0) == (module in factors)
-    assert plan.align.digests.finish() == sha256(tmp_path / "lora")
 
 
 def test_linear_is_the_weighted_average_of_the_two_models(tmp_path):

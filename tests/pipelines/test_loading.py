@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 from PIL import Image
+from safetensors.numpy import save_file
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import save_lora
+from clvr_jax.convert.lora import load_lora, save_lora
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import init_lora, is_pair
@@ -120,6 +121,29 @@ def test_loras_are_added_with_their_weights(folder, loras, mesh):
         lambda one, other: np.testing.assert_allclose(one, other, atol=1e-6),
         nnx.state(pipeline.transformer),
         expected,
+    )
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, devices=4)])
+def test_dora_of_a_kronecker_product_is_added_with_its_weight(folder, loras, tmp_path, mesh):
+    transformer, _ = loras
+    state = nnx.state(transformer)
+    rng = np.random.default_rng(3)
+    tensors = {}
+    for layer in range(transformer.config.num_layers):
+        inputs, outputs = state["transformer_blocks"]["attn"]["to_q"]["kernel"].shape[1:]
+        name = f"lycoris_transformer_blocks_{layer}_attn_to_q"
+        tensors[f"{name}.lokr_w1"] = rng.normal(size=(2, 4)).astype(np.float32)
+        tensors[f"{name}.lokr_w2"] = rng.normal(size=(outputs // 2, inputs // 4)).astype(np.float32)
+        tensors[f"{name}.dora_scale"] = 1 + rng.random(size=(outputs, 1)).astype(np.float32)
+    save_file(tensors, tmp_path / "a.safetensors")
+    lora = load_lora(tmp_path / "a.safetensors", FLUX2_TRANSFORMER.key_mapping(transformer.config), transformer)
+    expected = apply_delta(state, lora, 0.5)
+    pipeline = Flux2Pipeline.from_pretrained(str(folder), mesh=mesh, lora=[(str(tmp_path / "a.safetensors"), 0.5)])
+    changed = nnx.state(pipeline.transformer)
+    jax.tree.map(lambda one, other: np.testing.assert_allclose(one, other, atol=1e-5), changed, expected)
+    assert not np.allclose(
+        *(jax.tree.leaves(tree["transformer_blocks"]["attn"]["to_q"])[0] for tree in (state, changed))
     )
 
 

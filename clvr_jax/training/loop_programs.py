@@ -1,0 +1,311 @@
+"""The programs of a closed loop for the planner: functions, shapes, and numbers of calls and FLOPs."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3_VL, qwen3_hidden_states
+from clvr_jax.costs.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
+from clvr_jax.costs.flops_images import decoder_flops as image_decoder_flops
+from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.data.text import bucket_for
+from clvr_jax.diffusion.schedule import flow_sigmas
+from clvr_jax.errors import UsageError
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+from clvr_jax.models.decoding import CACHE_BUCKET
+from clvr_jax.models.qwen3_vl import DecodeCache, Qwen3VLConfig
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings
+from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
+from clvr_jax.sharding import replicate, with_logical_constraint
+from clvr_jax.training.plan import Program
+
+CONTROLLERS: dict[str, Callable[[], Qwen3VLConfig]] = {
+    "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b,
+    "qwen3-vl-4b": Qwen3VLConfig.qwen3_vl_4b,
+    "qwen3-vl-8b": Qwen3VLConfig.qwen3_vl_8b,
+}
+"""Configurations of the published models, by name."""
+
+_LENGTH_MULTIPLE = 32  # prompts of Qwen3-VL are padded to a multiple of it
+_SHAPE = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """Configuration of a closed loop.
+
+    preset, controller: names of the models in `KLEIN` and `CONTROLLERS`. dtype: dtype of weights and computation.
+    generations: number of images, generated one after the other. size: height and width of an image in pixels. steps:
+    number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens, verification_tokens:
+    numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier, which reads one image
+    at a time.
+    """
+
+    preset: str
+    controller: str
+    dtype: str = "bfloat16"
+    generations: int = 3
+    size: int = 1024
+    steps: int = 4
+    batch: int = 1
+    prompt_tokens: int = 192
+    reply_tokens: int = 192
+    verification_tokens: int = 96
+
+    def __post_init__(self) -> None:
+        counts = (self.generations, self.steps, self.batch, self.prompt_tokens, self.reply_tokens)
+        if min(counts) < 1 or self.verification_tokens < 0:
+            raise UsageError("closed loop: all counts must be at least 1, and verification_tokens at least 0")
+        if self.size < 64 or self.size % 32:
+            raise UsageError(f"closed loop: size must be a multiple of 32 pixels and at least 64, got {self.size}")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+    """A model without values: its configuration, graph definition and abstract weights."""
+
+    config: Any
+    graphdef: Any
+    weights: Any
+
+    @classmethod
+    def of(cls, architecture: Any, config: Any, dtype: str) -> "_Model":
+        return cls(config, *architecture.split(architecture.config_to_dict(config), jnp.dtype(dtype)))
+
+
+def loop_programs(loop: LoopConfig, stages: str = "") -> list[Program]:
+    """Returns the programs of a loop, those of the image generator first; each has only the weights that it reads.
+
+    Args:
+      loop: configuration of the loop.
+      stages: regular expression; only programs whose name contains a match are returned.
+    Raises: UsageError if no name contains a match, or if it is no regular expression.
+    """
+    try:
+        pattern = re.compile(stages)
+    except re.error as error:
+        raise UsageError(f"closed loop: --stages {stages!r} is no regular expression ({error})") from error
+    programs = [*_generation_programs(loop), *_controller_programs(loop)]
+    selected = [program for program in programs if pattern.search(program.name)]
+    if not selected:
+        names = ", ".join(program.name for program in programs)
+        raise UsageError(f"closed loop: --stages {stages!r} matches no stage; the stages are {names}")
+    return selected
+
+
+def _generation_programs(loop: LoopConfig) -> list[Program]:
+    transformer_config, text_encoder_config = KLEIN[loop.preset]
+    settings, vae_config = Flux2Settings(), AutoencoderKLFlux2Config()
+    layers, dtype, b, side = settings.text_encoder_out_layers, jnp.dtype(loop.dtype), loop.batch, loop.size
+    transformer = _Model.of(FLUX2_TRANSFORMER, transformer_config, loop.dtype)
+    text_encoder = _Model.of(qwen3_hidden_states(layers), text_encoder_config, loop.dtype)
+    vae = _Model.of(FLUX2_VAE, vae_config, loop.dtype)
+    grid = (side // vae_config.token_pixels, side // vae_config.token_pixels)
+    image = grid[0] * grid[1]
+    buckets = [
+        bucket_for(min(loop.prompt_tokens + (number + 1) * loop.reply_tokens, max(settings.text_buckets)),
+                   settings.text_buckets)
+        for number in range(loop.generations)
+    ]  # fmt: skip
+
+    def read(weights: Any, data: Any) -> jax.Array:
+        return encode_text(text_encoder.graphdef, weights["text_encoder"], data["ids"], data["mask"], layers)
+
+    def encode(weights: Any, data: Any) -> jax.Array:
+        return encode_images(vae.graphdef, replicate(weights["vae"]), data["image"])
+
+    def to_image(weights: Any, data: Any) -> jax.Array:
+        return decode(vae.graphdef, replicate(weights["vae"]), data["latents"])
+
+    def generate(references: int) -> Callable[[Any, Any], jax.Array]:
+        def run(weights: Any, data: Any) -> jax.Array:
+            return denoise(
+                transformer.graphdef,
+                weights["transformer"],
+                data["noise"],
+                data["text"],
+                data["references"],
+                jnp.asarray(flow_sigmas(loop.steps, image)),
+                jnp.float32(settings.guidance_scale),
+                grid,
+                (grid,) * references,
+            )
+
+        return run
+
+    programs = []
+    for text in sorted(set(buckets)):
+        programs.append(
+            Program(
+                name=f"encode text of {text} tokens",
+                function=read,
+                weights={"text_encoder": text_encoder.weights},
+                data={name: _SHAPE((b, text), jnp.int32) for name in ("ids", "mask")},
+                reads={"text_encoder": 1},
+                flops=qwen3_flops(text_encoder_config, b, text, layers=max(layers), logits=0).forward,
+                calls=buckets.count(text),
+            )
+        )
+    if loop.generations > 1:
+        programs.append(
+            Program(
+                name="encode one reference",
+                function=encode,
+                weights={"vae": vae.weights},
+                data={"image": _SHAPE((b, side, side, 3), dtype)},
+                reads={"vae": 1},
+                flops=encoder_flops(vae_config, b, side, side).forward,
+                calls=sum(range(loop.generations)),
+                is_replicated=True,
+            )
+        )
+    for references, text in enumerate(buckets):
+        tokens = references * image
+        evaluation = flux2_flops(transformer_config, b, text=text, image=image, references=tokens)
+        programs.append(
+            Program(
+                name=f"denoise with {references} references",
+                function=generate(references),
+                weights={"transformer": transformer.weights},
+                data={
+                    "noise": _SHAPE((b, image, transformer_config.in_channels), dtype),
+                    "text": _SHAPE((b, text, transformer_config.joint_attention_dim), dtype),
+                    "references": _SHAPE((b, tokens, vae_config.token_channels), dtype),
+                },
+                reads={"transformer": loop.steps},
+                flops=loop.steps * evaluation.forward,
+            )
+        )
+    programs.append(
+        Program(
+            name="decode image",
+            function=to_image,
+            weights={"vae": vae.weights},
+            data={"latents": _SHAPE((b, *grid, vae_config.token_channels), dtype)},
+            reads={"vae": 1},
+            flops=image_decoder_flops(vae_config, b, side, side).forward,
+            calls=loop.generations,
+            is_replicated=True,
+        )
+    )
+    return programs
+
+
+def _controller_programs(loop: LoopConfig) -> list[Program]:
+    config = CONTROLLERS[loop.controller]()
+    model = _Model.of(QWEN3_VL, config, loop.dtype)
+    replies = [
+        (number, loop.prompt_tokens + number * loop.reply_tokens, loop.reply_tokens)
+        for number in range(loop.generations)
+    ]
+    programs = [
+        _prefill(model, loop, f"controller prefill with {images} images", images, text, new_tokens)
+        for images, text, new_tokens in replies
+    ]
+    longest = [_cache_length(config, loop, images, text, new_tokens) for images, text, new_tokens in replies]
+    programs += [_decode(model, loop, "controller decode step", max(longest), loop.generations * loop.reply_tokens)]
+    if new_tokens := loop.verification_tokens:
+        read = _prefill(model, loop, "verifier prefill with 1 image", 1, 2 * loop.prompt_tokens, new_tokens)
+        cache = _cache_length(config, loop, 1, 2 * loop.prompt_tokens, new_tokens)
+        token = _decode(model, loop, "verifier decode step", cache, loop.generations * new_tokens)
+        programs += [dataclasses.replace(read, calls=loop.generations), token]
+    return programs
+
+
+def _grids(config: Qwen3VLConfig, loop: LoopConfig, images: int) -> tuple[tuple[int, int, int], ...]:
+    patches = loop.size // config.vision.patch_size
+    return ((1, patches, patches),) * (images + images % 2)  # pipelines pad to an even number of images
+
+
+def _tokens(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: int) -> int:
+    """Returns the number of tokens of a conversation, padding included."""
+    patches = loop.size // config.vision.patch_size
+    length = text + images * (patches // config.vision.spatial_merge_size) ** 2
+    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+
+
+def _cache_length(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: int, new_tokens: int) -> int:
+    return -(-(_tokens(config, loop, images, text) + new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
+
+
+def _prefill(model: _Model, loop: LoopConfig, name: str, images: int, text: int, new_tokens: int) -> Program:
+    """Returns the program that computes the cache of a conversation with `images` images."""
+    config, b = model.config, loop.batch
+    grids, tokens = _grids(config, loop, images), _tokens(config, loop, images, text)
+    cache_length = _cache_length(config, loop, images, text, new_tokens)
+
+    def prefill(weights: Any, data: Any) -> tuple[jax.Array, DecodeCache]:
+        module = nnx.merge(model.graphdef, weights["controller"])
+        logits, cache = module.prefill(
+            data["ids"],
+            data.get("pixels"),
+            grids,
+            data["positions"].swapaxes(0, 1),
+            data["mask"],
+            cache_length=cache_length,
+        )
+        return logits, _sharded(cache)
+
+    data = {
+        "ids": _SHAPE((b, tokens), jnp.int32),
+        "mask": _SHAPE((b, tokens), jnp.bool_),
+        "positions": _SHAPE((b, 3, tokens), jnp.int32),
+    }
+    if grids:
+        patches = sum(t * h * w for t, h, w in grids)
+        data["pixels"] = _SHAPE((b, patches, config.vision.patch_features), jnp.float32)
+    return Program(
+        name=name,
+        function=prefill,
+        weights={"controller": model.weights},
+        data=data,
+        reads={"controller": 1},
+        flops=qwen3_vl_flops(config, b, tokens, grids, logits=1).forward,
+    )
+
+
+def _decode(model: _Model, loop: LoopConfig, name: str, cache_length: int, calls: int) -> Program:
+    """Returns the program of one decode step; the pipeline runs it in a loop on the device."""
+    config, b = model.config.text, loop.batch
+    dtype = jnp.dtype(loop.dtype)
+    past = _SHAPE((config.num_hidden_layers, b, config.num_key_value_heads, cache_length, config.head_dim), dtype)
+    seen, position = _SHAPE((b, cache_length), jnp.bool_), _SHAPE((b,), jnp.int32)
+    cache: Any = (past, past, seen, _SHAPE((), jnp.int32), position)
+
+    def decode_step(weights: Any, data: Any) -> tuple[jax.Array, DecodeCache]:
+        module = nnx.merge(model.graphdef, weights["controller"])
+        logits, cache = module.decode_step(data["cache"], data["token"])
+        return jnp.argmax(logits, axis=-1), _sharded(cache)
+
+    flops = decoder_flops(config, config.num_hidden_layers, b, 1, cache_length)
+    head = Flops(outside=2.0 * b * config.hidden_size * config.vocab_size)
+    return Program(
+        name=name,
+        function=decode_step,
+        weights={"controller": model.weights},
+        data={
+            "token": _SHAPE((b,), jnp.int32),
+            "cache": DecodeCache(*cache),
+        },
+        reads={"controller": 1},
+        flops=(flops + head).forward,
+        calls=calls,
+        rows=b,
+        logical_axes={5: _CACHE_AXES},
+        other_bytes=2.0 * past.size * dtype.itemsize,
+        donates=True,
+    )
+
+
+_CACHE_AXES = (None, "batch", "heads", None, None)
+"""Logical axes of the keys and values of a cache: layer, row, head, position, head dimension."""
+
+
+def _sharded(cache: DecodeCache) -> DecodeCache:
+    key, value = (with_logical_constraint(past, *_CACHE_AXES) for past in (cache.key, cache.value))
+    return cache._replace(key=key, value=value)
