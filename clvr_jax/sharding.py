@@ -264,8 +264,13 @@ def process_allgather(tree: Any) -> Any:
 def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
     """Returns the logical axes of a parameter: those of its name, or its larger axis if it is a matrix of another name.
 
-    Vectors are small and are replicated: gathering them would cost more than their memory.
+    Vectors are small and are replicated: gathering them would cost more than their memory. The scales of quantized
+    weights (`models.quantization`) are sharded as the axis of the weights that they belong to.
     """
+    if found := re.search(r"\.(kernel|embedding)_scale$", name):
+        known = next((axes for pattern, axes in _PARAMETERS if re.search(pattern, name.removesuffix("_scale"))), None)
+        own = None if known is None else known[1 if found[1] == "kernel" else 0]
+        return (*[None] * (len(shape) - 1), own)
     known = next((axes for pattern, axes in _PARAMETERS if re.search(pattern, name)), None)
     if known is not None and len(shape) - len(known) in (0, 1):
         return (*[None] * (len(shape) - len(known)), *known)

@@ -29,6 +29,7 @@ from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.quantization import quantize_layers
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
@@ -151,6 +152,14 @@ def qwen3_hidden_states(layers: tuple[int, ...]) -> Architecture:
         canonicalize_keys=lambda tensors, config: qwen3.first_layers(
             qwen3.canonicalize_keys(tensors, config), config, depth(config)
         ),
+    )
+
+
+@functools.cache
+def quantized(architecture: Architecture) -> Architecture:
+    """Returns an architecture whose module has int8 weights; its `entries` are unusable: files have none."""
+    return replace(
+        architecture, module=lambda config, **options: quantize_layers(architecture.module(config, **options))
     )
 
 

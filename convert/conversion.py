@@ -9,7 +9,6 @@ The new directory appears when it is complete, and an interrupted run can be res
 """
 
 import json
-import math
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -20,15 +19,14 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from clvr_jax.convert.disk import empty
+from clvr_jax.convert.blocks import Buffers, copy_block
 from clvr_jax.convert.journal import Journal, reading, resumable, states
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
-from clvr_jax.convert.tensors import FLOATS, bits, preallocate_files, write_tensor
+from clvr_jax.convert.tensors import FLOATS, preallocate_files, write_tensor
 from clvr_jax.outputs import check_destination
 
-_TILE, _LINE = (512, 8192), 64
 _LARGE_BYTES = 256 * 2**20
 _WORKERS = 3
 
@@ -102,7 +100,7 @@ def _converted(
             filled = _seen_as(component.source, values, tensor_slice, to)
             with reading(f"{component.where}: {tensor_slice.spec.key}"):
                 for rows, block in component.read(tensor_slice, partial(buffers, "source")):
-                    _copy(block, filled[rows] if filled.ndim else filled, buffers)
+                    copy_block(block, filled[rows] if filled.ndim else filled, buffers)
             has_nan = _has_nan(values)
             write(tensor_slice, values)
             return tensor_slice, has_nan
@@ -134,21 +132,6 @@ def copy_file(source: Path, target: Path) -> None:
 def _is_large(tensor_slice: TensorSlice) -> bool:
     """Returns whether a slice is so large that only one of its size is processed at a time."""
     return tensor_slice.spec.nbytes > _LARGE_BYTES
-
-
-class Buffers:
-    """Named buffers that are reused: fresh pages from the system would cost more than the computation in them."""
-
-    def __init__(self) -> None:
-        self._blocks: dict[str, np.ndarray] = {}
-
-    def __call__(self, block: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """Returns an uninitialized array; it is valid until its name is requested again."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        if block not in self._blocks or self._blocks[block].size < nbytes:
-            self._blocks.pop(block, None)
-            self._blocks[block] = empty((nbytes,), np.dtype(np.uint8))
-        return self._blocks[block][:nbytes].view(dtype).reshape(shape)
 
 
 def writer(
@@ -185,29 +168,6 @@ def _seen_as(source: Format, values: np.ndarray, tensor_slice: TensorSlice, to: 
     """Returns a view of an array in the destination's axis order that has the source's axis order."""
     transform = tensor_slice.entry.transform
     return values if source == to else transform.to_torch(values) if to == "jax" else transform.from_torch(values)
-
-
-def _copy(values: np.ndarray, target: np.ndarray, buffers: Buffers) -> None:
-    """Copies `values` to `target` of the same shape, and casts if the dtypes differ."""
-    if values.dtype == target.dtype:
-        # As integers: bfloat16 is no native NumPy type, and would be copied element by element.
-        values, target = bits(values), bits(target)
-    if values.ndim != 2 or target.flags.c_contiguous:
-        np.copyto(target, values, casting="unsafe")
-        return
-    # A matrix is transposed in tiles, through a copy of the tile in large pages with an odd number of cache lines per
-    # row: then a column maps neither to one set of cache lines nor to many pages. Four to six times as fast as without
-    # tiles.
-    rows, columns = _TILE
-    width = min(columns, values.shape[1]) * values.dtype.itemsize
-    distance = (width // _LINE + 1 | 1) * _LINE // values.dtype.itemsize
-    spaced = buffers("spaced", (min(rows, len(values)), distance), values.dtype)
-    for row in range(0, values.shape[0], rows):
-        for column in range(0, values.shape[1], columns):
-            tile = np.s_[row : row + rows, column : column + columns]
-            part = spaced[: len(values[tile]), : values[tile].shape[1]]
-            part[...] = values[tile]
-            np.copyto(target[tile], part, casting="unsafe")
 
 
 def _has_nan(values: np.ndarray) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,17 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.architectures import Architecture
-from clvr_jax.convert.lora import Adapter, adapters_by_path, delta_slice
+from clvr_jax.convert.architectures import Architecture, quantized
+from clvr_jax.convert.lora import Adapter, adapters_by_path
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
-from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, leaves_of, state_to_torch
+from clvr_jax.convert.rules import AS_IS, Entry, check_dtypes, check_keys, leaves_of, state_to_torch
+from clvr_jax.convert.shards import Adapters, Index, read_part, read_quantized, scale_index, scaled_axis
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import located, read_json, replacing
 from clvr_jax.models.adapters import kernel_delta
+from clvr_jax.models.quantization import Quantization, is_quantized, scale_path
+from clvr_jax.models.quantization import quantize as quantize_array
 from clvr_jax.sharding import active_layout
 from clvr_jax.trees import Tree
 
@@ -33,8 +36,12 @@ def load_model(
     shardings: Any = None,
     variant: str | None = None,
     loras: Sequence[tuple[Tree, float]] = (),
+    quantize: Quantization | None = None,
+    memory_kind: str | None = None,
 ) -> Any:
     """Loads a model one leaf at a time; reads only this process's shards of a sharded leaf.
+
+    On a CPU the arrays are used as they were read: the peak of memory is the bytes of the parameters and some buffers.
 
     Args:
       directory: contains config.json and either safetensors (one file or shards) or `params/`, which
@@ -45,6 +52,9 @@ def load_model(
         default device if there is none.
       variant: see `model_file`.
       loras: LoRA trees of this model and their weights, which are added to the parameters before they are placed.
+      quantize: "int8" quantizes the weights as they are read, see `models.quantization`; None does not.
+      memory_kind: of the devices, where the parameters are placed: JAX's "pinned_host" keeps them in host memory; None
+        is the devices' own memory.
     Returns: the NNX module.
     Raises: ClvrError for missing or damaged files, or keys or shapes that do not match.
     """
@@ -52,27 +62,42 @@ def load_model(
         raise ClvrError(f"{directory}: no such directory")
     config = read_json(directory / "config.json")
     with located(directory):
-        graphdef, state = architecture.split(config, dtype)
+        graphdef, state = (quantized(architecture) if quantize else architecture).split(config, dtype)
         plan = architecture.entries(config)
     if shardings is None and (layout := active_layout()) is not None:
         shardings = layout.parameters(state)
     device = SingleDeviceSharding(jax.devices()[0])
-    placed = leaves_of(shardings) if shardings is not None else dict.fromkeys((entry.path for entry in plan), device)
+    paths = leaves_of(state)
+    placed = leaves_of(shardings) if shardings is not None else dict.fromkeys(paths, device)
     adapters = adapters_by_path(loras)
+    loaded: dict[Any, jax.Array] = {}
     if is_tree(directory / PARAMS):
-        loaded = _restore(directory / PARAMS, plan, dtype, placed)
+        loaded = _restore(directory / PARAMS, plan, dtype, {entry.path: placed[entry.path] for entry in plan})
         # Orbax places what it reads. One kernel after the other, so that two copies of one are the most there is.
         for path, own in adapters.items():
             loaded[path] = jax.device_put(_with_loras(loaded[path], *zip(*own, strict=True)), placed[path])
+        for entry in plan:
+            if (scale := scale_path(entry.path)) in paths:
+                both = (placed[entry.path], placed[scale])
+                loaded[entry.path], loaded[scale] = jax.device_put(_quantized(loaded.pop(entry.path), entry), both)
+        if memory_kind is not None:
+            for path, leaf in loaded.items():
+                loaded[path] = jax.device_put(leaf, leaf.sharding.with_memory_kind(memory_kind))
     else:
         stored = architecture.canonicalize_keys(
             stored_tensors(directory, variant), architecture.config_from_dict(config)
         )
         check_keys(plan, {key: tensor.shape for key, tensor in stored.items()}, str(directory))
         check_dtypes(plan, {key: tensor.dtype for key, tensor in stored.items()}, str(directory))
-        loaded = {
-            entry.path: _leaf(entry, stored, dtype, placed[entry.path], adapters.get(entry.path, ())) for entry in plan
-        }
+        if memory_kind is not None:
+            placed = {path: sharding.with_memory_kind(memory_kind) for path, sharding in placed.items()}
+        for entry in plan:
+            added, scale = adapters.get(entry.path, []), scale_path(entry.path)
+            if scale in paths:
+                arrays = _quantized_leaf(entry, stored, placed[entry.path], placed[scale], added)
+                loaded[entry.path], loaded[scale] = arrays
+            else:
+                loaded[entry.path] = _leaf(entry, stored, dtype, placed[entry.path], added)
     nnx.replace_by_pure_dict(state, nnx.to_pure_dict(nnx.from_flat_state(loaded.items())))
     return nnx.merge(graphdef, state)
 
@@ -82,57 +107,55 @@ def _target(entry: Entry, dtype: DTypeLike) -> np.dtype:
 
 
 def _leaf(
-    entry: Entry,
-    stored: Mapping[str, StoredTensor],
-    dtype: DTypeLike,
-    sharding: Sharding,
-    adapters: Sequence[tuple[Adapter, float]],
+    entry: Entry, stored: Mapping[str, StoredTensor], dtype: DTypeLike, sharding: Sharding, adapters: Adapters
 ) -> jax.Array:
     target = _target(entry, dtype)
-
-    @functools.cache  # devices with the same shard share one read
-    def read(ranges: tuple[tuple[int | None, int | None], ...]) -> np.ndarray:
-        index = tuple(slice(*ends) for ends in ranges)
-        if adapters:
-            return _adapted_part(entry, stored, index, target, adapters)
-        return read_part(entry, stored, index).astype(target, order="C", copy=False)
-
-    return jax.make_array_from_callback(
-        entry.shape, sharding, lambda index: read(tuple((part.start, part.stop) for part in index or ()))
-    )
+    return _placed(entry.shape, sharding, lambda index: read_part(entry, stored, index, target, adapters))
 
 
-def read_part(entry: Entry, stored: Mapping[str, StoredTensor], index: tuple[slice, ...]) -> np.ndarray:
-    """Reads one device's shard of a leaf, in the file's dtype; no other tensors, rows or columns are read.
+def _quantized_leaf(
+    entry: Entry, stored: Mapping[str, StoredTensor], sharding: Sharding, scale_sharding: Sharding, adapters: Adapters
+) -> tuple[jax.Array, jax.Array]:
+    """Reads and quantizes a parameter: the integers and their scales."""
+    parts: dict[Any, np.ndarray] = {}
+    shape = tuple(entry.shape[axis] for axis in range(len(entry.shape)) if axis != scaled_axis(entry))
 
-    Args:
-      entry: the leaf.
-      stored: key -> location of its tensors.
-      index: of the leaf, one slice per leading axis.
-    """
-    layers, own = (entry.keys[index[0]], index[1:]) if entry.stacked and index else (entry.keys, index)
-    parts = [entry.transform.from_torch(stored[key].open())[own] for key in layers]
-    return np.stack(parts) if entry.stacked else np.asarray(parts[0])
+    def read(index: Index) -> np.ndarray:
+        values, scales = read_quantized(entry, stored, index, adapters)
+        parts[_ends(scale_index(entry, index))] = scales
+        return values
+
+    def scales(index: Index) -> np.ndarray:
+        found = parts.get(_ends(index))
+        if found is None:  # the scales are sharded in another way
+            ends: Index = (*index, *[slice(None)] * (len(shape) - len(index)))
+            *outer, last = ends
+            whole = (*outer, last, slice(None)) if entry.transform is AS_IS else (*outer, slice(None), last)
+            _, found = read_quantized(entry, stored, whole, adapters)
+        return found
+
+    kernel = _placed(entry.shape, sharding, read)
+    return kernel, _placed(shape, scale_sharding, scales)
 
 
-def _adapted_part(
-    entry: Entry,
-    stored: Mapping[str, StoredTensor],
-    index: tuple[slice, ...],
-    target: np.dtype,
-    adapters: Sequence[tuple[Adapter, float]],
-) -> np.ndarray:
-    """As `read_part`, with the LoRAs of the leaf added in float32, one layer of a stack after the other."""
-    layers: Sequence[int | None] = [None]
-    own = index
-    if entry.stacked:
-        layers, own = range(len(entry.keys))[index[0] if index else slice(None)], index[1:]
-    parts = []
-    for layer in layers:
-        kernel = entry.transform.from_torch(stored[entry.keys[layer or 0]].open())
-        delta = delta_slice(adapters, layer, own, functools.partial(kernel.astype, np.float32))
-        parts.append((kernel[own].astype(np.float32) + delta).astype(target, order="C"))
-    return np.stack(parts) if entry.stacked else parts[0]
+def _placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    found: dict[Any, np.ndarray] = {}
+
+    def once(index: Index | None) -> np.ndarray:  # devices with the same shard share one read
+        key = _ends(index or ())
+        if key not in found:
+            found[key] = read(index or ())
+        return found[key]
+
+    return jax.make_array_from_callback(shape, sharding, once)
+
+
+def _ends(index: Index) -> tuple[tuple[int | None, int | None], ...]:
+    return tuple((part.start, part.stop) for part in index)
+
+
+def _quantized(leaf: jax.Array, entry: Entry) -> tuple[jax.Array, jax.Array]:
+    return jax.jit(quantize_array, static_argnums=1, donate_argnums=0)(leaf, scaled_axis(entry))
 
 
 @jax.jit
@@ -174,6 +197,8 @@ def save_model(
       rest: all tensors of the files that the model was read from, if it holds only a part of them: what it lacks is
         copied, and their order is kept.
     """
+    if is_quantized(model):
+        raise ClvrError(f"{directory}: the model is quantized; load it without quantize to save it")
     target = FLOATS[dtype]
     held = state_to_torch(model, architecture.key_mapping(model.config))
     whole: Mapping[str, np.ndarray | StoredTensor]

@@ -11,7 +11,7 @@ from flax import nnx
 from PIL import Image
 
 from clvr_jax.cli import main
-from clvr_jax.commands.model_options import parse_lora
+from clvr_jax.commands.model_options import parse_lora, parse_quantize
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
@@ -211,3 +211,13 @@ def test_a_lora_may_have_a_weight_and_a_colon_in_its_name(tmp_path):
     assert parse_lora("a:-1.5") == ("a", -1.5)
     (tmp_path / "a:2").write_text("")
     assert parse_lora("a:2") == ("a:2", 1.0)
+
+
+def test_models_to_quantize_are_all_or_those_that_are_named(capsys):
+    assert parse_quantize(()) is None
+    assert parse_quantize(("int8",)) == parse_quantize(("transformer:int8", "int8")) == "int8"
+    assert parse_quantize(("controller:int8", "text_encoder:int8")) == {"controller": "int8", "text_encoder": "int8"}
+    for word in ("int4", "vae:int8", "transformer"):
+        assert main(["sample", PROMPT, "--quantize", word]) == 2
+        error = complaint(capsys)
+        assert "give int8, or one of transformer:int8, text_encoder:int8, controller:int8" in error

@@ -88,8 +88,11 @@ class Generate:
         self.control.check(self.model)
         with console.status(f"loading {self.model}"):
             prepare_jax()
+            from clvr_jax.commands.memory_check import check_memory
             from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
+            controller = None if self.control.controller_url else self.control.controller or self.model
+            check_memory(self.model, self.loading, controller, self.verifier)
             roles = self.control.arguments(self.verifier, self.verification == "separate")
             pipe = ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
         if len(wanted) == 1:

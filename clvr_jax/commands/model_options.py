@@ -15,6 +15,8 @@ from clvr_jax.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
+    from clvr_jax.models.quantization import Quantization
+    from clvr_jax.pipelines.loading import Quantize
     from clvr_jax.sharding import MeshConfig
 
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
@@ -61,10 +63,18 @@ class LoadOptions:
     Face ids in the format of diffusers, PEFT, kohya or ai-toolkit."""
     ignore_text_encoder: bool = False
     """Leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise."""
+    quantize: Annotated[tuple[str, ...], tyro.conf.arg(metavar="[MODEL:]int8 ...")] = ()
+    """Store weights as 8-bit integers, in half the memory of bfloat16: int8 for all large models of FLUX.2 and
+    Qwen3-VL, or, for some of them, transformer:int8, text_encoder:int8, controller:int8 (with the verifier). If not
+    given, weights are not quantized."""
+    offload: Literal["components"] | None = None
+    """components: hold transformer, text encoder and controller in host memory, and copy each to the devices while it
+    computes, for devices that cannot hold all of them. If not given, all stay on the devices."""
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
     def __post_init__(self) -> None:
         self.loras()
+        parse_quantize(self.quantize)
         if self.ignore_text_encoder and not self.lora:
             raise UsageError("--ignore-text-encoder is about --lora; leave it out")
 
@@ -79,6 +89,8 @@ class LoadOptions:
             "mesh": self.mesh.config(),
             "lora": self.loras(),
             "ignore_text_encoder": self.ignore_text_encoder,
+            "quantize": parse_quantize(self.quantize),
+            "offload": self.offload,
         }
 
 
@@ -94,6 +106,26 @@ def parse_lora(word: str) -> tuple[str, float]:
     if not name or not math.isfinite(weight):
         raise UsageError(f"--lora {word}: give FILE or FILE:WEIGHT, with a finite weight")
     return name, weight
+
+
+def parse_quantize(words: tuple[str, ...]) -> "Quantize":
+    """Reads the words of --quantize: a format for all models, model -> format for some, None for no words.
+
+    Raises: UsageError for other words.
+    """
+    if not words:
+        return None
+    from clvr_jax.pipelines.loading import QUANTIZED_PARTS
+
+    chosen: dict[str, Quantization] = {}
+    for word in words:
+        part, _, name = word.rpartition(":")
+        if name != "int8" or part not in ("", *QUANTIZED_PARTS):
+            raise UsageError(
+                f"--quantize {word}: give int8, or one of {', '.join(f'{part}:int8' for part in QUANTIZED_PARTS)}"
+            )
+        chosen[part] = "int8"
+    return "int8" if "" in chosen else chosen
 
 
 def parse_size(text: str) -> tuple[int, int]:

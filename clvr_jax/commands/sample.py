@@ -77,8 +77,10 @@ class Sample:
         given = self.images.check(self.model)
         with console.status(f"generating with {self.model}"):
             prepare_jax()
+            from clvr_jax.commands.memory_check import check_memory
             from clvr_jax.pipelines.registry import load_pipeline
 
+            check_memory(self.model, self.loading)
             pipe = load_pipeline(self.model, **self.loading.arguments())
             results = [self._sample(pipe, each, given, file) for each, file in zip(wanted, files, strict=True)]
         data = {"results": results, "out": str(files[0].parent)} if is_directory else results[0]

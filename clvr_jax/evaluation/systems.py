@@ -16,7 +16,7 @@ from clvr_jax.evaluation.open_loop import OpenLoopController
 from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import Usage
-from clvr_jax.pipelines.loading import lora_path
+from clvr_jax.pipelines.loading import lora_path, quantization_of
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
@@ -256,6 +256,7 @@ def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Ma
         **({} if size is None else {"size": list(size)}),
         **({} if dtype == "float32" else {"dtype": dtype}),
         **({"lora": loras} if loras else {}),
+        **({"quantize": quantized} if (quantized := quantization_of(loading.get("quantize"))) else {}),
     }
 
 

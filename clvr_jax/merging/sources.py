@@ -13,7 +13,8 @@ from typing import Literal
 import numpy as np
 
 from clvr_jax.convert.architectures import torch_class
-from clvr_jax.convert.conversion import Buffers, shape_in
+from clvr_jax.convert.blocks import Buffers
+from clvr_jax.convert.conversion import shape_in
 from clvr_jax.convert.journal import reading
 from clvr_jax.convert.lora_file import Factors, find_lora, read_factors
 from clvr_jax.convert.orbax_tree import PARAMS

@@ -18,7 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from clvr_jax.convert.conversion import Buffers, copy_file, shape_in, writer
+from clvr_jax.convert.blocks import Buffers
+from clvr_jax.convert.conversion import copy_file, shape_in, writer
 from clvr_jax.convert.journal import resumable, states
 from clvr_jax.convert.lora_config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.planning import TensorSlice

@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.layers import read_only_weights
 from clvr_jax.models.sampling import UNCHANGED, Sampling, filtered, occurrences, penalize
 
 CACHE_BUCKET = 64
@@ -138,15 +139,21 @@ def _generate(
     model: Decoder = nnx.merge(graphdef, state)
     needed = traced["input_ids_bt"].shape[1] + max_new_tokens
     cache_length = -(-needed // CACHE_BUCKET) * CACHE_BUCKET
-    logits_bv, cache = model.prefill(**traced, **dict(static), cache_length=cache_length)
+    with read_only_weights():
+        logits_bv, cache = model.prefill(**traced, **dict(static), cache_length=cache_length)
     choose = _greedy if draw is None else _sampler(*draw, logits_bv.shape[0], sampling)
     if sampling.repetition_penalty != 1:
         ids_bt = traced["input_ids_bt"]
         is_real_bt = traced.get("attention_mask_bt", jnp.ones(ids_bt.shape, bool)).astype(bool)
         prompt_bv = occurrences(ids_bt, is_real_bt, logits_bv.shape[-1])
         choose = _penalized(choose, prompt_bv, sampling.repetition_penalty)
+
+    def step(cache: Any, token_b: jax.Array) -> tuple[jax.Array, Any]:
+        with read_only_weights():
+            return model.decode_step(cache, token_b)
+
     return decode(
-        model.decode_step,
+        step,
         logits_bv,
         cache,
         choose,

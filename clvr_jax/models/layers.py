@@ -1,6 +1,8 @@
 """Pieces every architecture shares: stacks of equal blocks run by `jax.lax.scan`, and embeddings of numbers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import jax
@@ -65,7 +67,50 @@ def scan_blocks(
         block_state, x = layer
         return step(nnx.merge(graphdef, block_state), carry, x)
 
+    def read_body(carry: Any, layer: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+        index, x = layer
+        block_state, carry = layer_of(state, index, carry)
+        return step(nnx.merge(graphdef, block_state), carry, x)
+
+    if _IS_READ_ONLY.get() and _is_half(state):
+        depth = len(jax.tree.leaves(state)[0])
+        return jax.lax.scan(read_body, carry, (jnp.arange(depth), xs))
     return jax.lax.scan(jax.checkpoint(body, policy=REMAT[remat], prevent_cse=False), carry, (state, xs))
+
+
+_IS_READ_ONLY: ContextVar[bool] = ContextVar("is_read_only", default=False)
+
+
+@contextlib.contextmanager
+def read_only_weights() -> Iterator[None]:
+    """Traces programs inside the context for weights that get no gradients, which saves memory on CPUs.
+
+    Through `layer_of`, the gradient of a stack would be added up in an array of its size at every layer.
+    """
+    token = _IS_READ_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _IS_READ_ONLY.reset(token)
+
+
+def layer_of(stack: Any, index: jax.Array, carry: Any) -> tuple[Any, Any]:
+    """Takes one layer of a stack, inside the loop over layers: its weights, and the carry unchanged.
+
+    XLA's compiler for CPUs has no bfloat16: it would cast the whole stack to float32 in front of the loop, and keep the
+    copy, which is twice as large as the weights. A barrier that the carry passes as well ties the cast to the loop,
+    where only the layer's part of it is computed. Float32 weights and accelerators need no barrier.
+    """
+    if _is_half(stack):
+        stack, carry = jax.lax.platform_dependent(
+            (stack, carry), cpu=jax.lax.optimization_barrier, default=lambda operands: operands
+        )
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack), carry
+
+
+def _is_half(weights: Any) -> bool:
+    """Returns whether there are floating-point weights of 16 bits."""
+    return any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(weights))
 
 
 def sinusoidal_embedding(positions_b: jax.Array, features: int, dtype: DTypeLike = jnp.float32) -> jax.Array:

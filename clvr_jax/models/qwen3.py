@@ -15,7 +15,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.layers import layer_of, scan_blocks, stack_blocks
 from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, causal_mask, rotary_tables
 
 
@@ -168,7 +168,7 @@ class Qwen3(nnx.Module):
 
         def step(x_btd: jax.Array, index: jax.Array) -> jax.Array:
             # Indexing the whole stack, where slicing off the layers wanted would copy their weights.
-            layer = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stacked)
+            layer, x_btd = layer_of(stacked, index, x_btd)
             return nnx.merge(graphdef, layer)(x_btd, rotary, mask)[0]
 
         def keep(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.quantization import QuantizedEmbed, QuantizedLinear, scaled_product
 from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, attend_past, inverse_frequencies
 from clvr_jax.models.qwen3_vl_positions import Grids, mrope_axes
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVision, Qwen3VLVisionConfig, VisionFeatures
@@ -379,7 +380,18 @@ class Qwen3VL(nnx.Module):
         return scan_blocks(self.model.language_model.layers, step, x_btd, numbers, remat=self.remat)
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:
+        head = self.model.language_model.embed_tokens if self.lm_head is None else self.lm_head
+        if isinstance(head, QuantizedEmbed):
+            return self._quantized_logits(x_btd, head.embedding[...], head.embedding_scale[...], is_tied=True)
+        if isinstance(head, QuantizedLinear):
+            return self._quantized_logits(x_btd, head.kernel[...], head.kernel_scale[...], is_tied=False)
         return jnp.matmul(x_btd, self.head_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+
+    @staticmethod
+    def _quantized_logits(x_btd: jax.Array, weights: jax.Array, scale_v: jax.Array, *, is_tied: bool) -> jax.Array:
+        # Decoding is a loop: without the barrier, a cast of all weights would be made before it, and kept.
+        x_btd, weights = jax.lax.optimization_barrier((x_btd, weights))
+        return scaled_product(x_btd, weights.T if is_tied else weights, scale_v)
 
 
 def _take(features_gnd: jax.Array, index_bt: jax.Array) -> jax.Array:

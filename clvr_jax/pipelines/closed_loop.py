@@ -15,7 +15,17 @@ from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.folder import flux2_heads
 from clvr_jax.pipelines.images import check_size
-from clvr_jax.pipelines.loading import LoRA, Mesh, check_heads, layout_of
+from clvr_jax.pipelines.loading import (
+    QUANTIZED_GENERATOR_PARTS,
+    QUANTIZED_PARTS,
+    LoRA,
+    Mesh,
+    Quantize,
+    check_heads,
+    layout_of,
+    quantization_of,
+)
+from clvr_jax.pipelines.offload import Offload, offloader_of
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.pipelines.verifier import Verifier as LoadedVerifier
 from clvr_jax.pipelines.verifier import controller_directory, load_controller
@@ -143,6 +153,8 @@ class ClosedLoopPipeline:
         mesh: Mesh = None,
         lora: Sequence[LoRA] = (),
         ignore_text_encoder: bool = False,
+        quantize: Quantize = None,
+        offload: Offload = None,
         max_reply_tokens: int | None = None,
     ) -> Self:
         """Loads the models of a loop.
@@ -158,6 +170,10 @@ class ClosedLoopPipeline:
             fresh conversations.
           mesh: all models are placed on it, and compute there; the default device if None.
           lora, ignore_text_encoder: see `Flux2Pipeline.from_pretrained`.
+          quantize: "int8" stores the weights of all large models as 8-bit integers; {"controller": "int8"} those of
+            one of transformer, text_encoder and controller, which includes a verifier.
+          offload: "components" holds all large models in host memory, and copies each to the devices while it computes;
+            None leaves them on the devices.
           max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
             and 1024 for others.
         Raises: ClvrError, before any weights are read, for a controller or a verifier that is no Qwen3-VL, and for a
@@ -173,11 +189,18 @@ class ClosedLoopPipeline:
         if layout is not None and class_of(path) == FLUX2:
             heads = flux2_heads(model, transformer)
             check_heads(layout, {**heads, **_heads({part: directory for part, (directory, _) in found.items()})})
+        # Without a Qwen3-VL to load, a format for the controller is an error, not ignored.
+        formats = quantization_of(quantize, QUANTIZED_PARTS if found else QUANTIZED_GENERATOR_PARTS)
+        quantized = formats.pop("controller", None)
         options: dict[str, Any] = {"mesh": layout, "lora": lora, "ignore_text_encoder": ignore_text_encoder}
+        offloader = offloader_of(offload)
+        options |= {"quantize": formats, "offload": offloader}
         flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
-        vlm = load_controller(controller, dtype, layout) if isinstance(controller, str) else None
+        vlm = load_controller(controller, dtype, layout, quantized, offloader) if isinstance(controller, str) else None
         if isinstance(verifier, str) and verifier != controller:
-            verifier = LoadedVerifier.from_pretrained(verifier, dtype, mesh=layout)
+            verifier = LoadedVerifier.from_pretrained(
+                verifier, dtype, mesh=layout, quantize=quantized, offload=offloader
+            )
         if isinstance(controller, str) and vlm is not None:
             _, is_trained = found["controller"]
             if verifier is None or isinstance(verifier, str):

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
+from clvr_jax.pipelines.offload import Offloader, in_host
 from clvr_jax.sharding import MeshLayout, replicate
 
 
@@ -48,6 +49,9 @@ class Components:
     layout: MeshLayout | None = None
     """Where the modules are placed, and programs are traced for; the default device, or the active layout, if None."""
 
+    offloader: Offloader | None = None
+    """Copies modules in host memory to the devices while they compute; None: all are on the devices."""
+
     def __init__(self) -> None:
         self._found: dict[str, tuple[nnx.Module, tuple[Graph, Any]]] = {}
 
@@ -63,4 +67,9 @@ class Components:
             graphdef, state = nnx.split(module)
             split = Graph(graphdef), state
             self._found[name] = module, split
-        return split
+        graph, state = split
+        return graph, self.offloader.on_device(state) if self.offloader and in_host(state) else state
+
+    def _completed(self, result: Any) -> Any:
+        """Waits for a result if the module that computes it leaves the devices afterwards."""
+        return result if self.offloader is None else jax.block_until_ready(result)

@@ -30,7 +30,8 @@ from clvr_jax.pipelines.agreement import check_flux2
 from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
-from clvr_jax.pipelines.loading import LoRA, Mesh, computing_on, layout_of, on_mesh
+from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
+from clvr_jax.pipelines.offload import Offload, offloader_of
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
 
@@ -115,6 +116,8 @@ class Flux2Pipeline(Components):
         mesh: Mesh = None,
         lora: Sequence[LoRA] = (),
         ignore_text_encoder: bool = False,
+        quantize: Quantize = None,
+        offload: Offload = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -126,12 +129,28 @@ class Flux2Pipeline(Components):
           lora: LoRAs of the transformer, each a file, directory or Hugging Face id, alone or with its weight. They are
             added to the weights before those are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
+          quantize: "int8" stores the weights of transformer and text encoder as 8-bit integers (see
+            `models.quantization`), {"transformer": "int8"} those of one of them; a quantized pipeline cannot be saved.
+          offload: "components" holds text encoder and transformer in host memory, and copies each to the devices while
+            it computes; None leaves both on the devices.
         Raises: ClvrError naming what is missing or does not fit.
         """
-        layout = layout_of(mesh)
+        layout, offloader = layout_of(mesh), offloader_of(offload)
         with located(model), computing_on(layout):
-            pipe = cls(*folder.load_flux2(model, dtype, transformer, Flux2Settings, layout, lora, ignore_text_encoder))
-        pipe.layout = layout
+            pipe = cls(
+                *folder.load_flux2(
+                    model,
+                    dtype,
+                    transformer,
+                    Flux2Settings,
+                    layout,
+                    lora,
+                    ignore_text_encoder,
+                    quantize,
+                    offloader is not None,
+                )
+            )
+        pipe.layout, pipe.offloader = layout, offloader
         return pipe
 
     def __call__(
@@ -233,6 +252,7 @@ class Flux2Pipeline(Components):
             grid,
             tuple((h // token, w // token) for h, w in sizes),
         )
+        final = self._completed(final)
         decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
         pictures = np.asarray(decoded, np.float32)
         nfe = steps * (2 if use_guidance else 1)
@@ -328,7 +348,7 @@ class Flux2Pipeline(Components):
             empty_ids, empty_mask = encode_prompts(self.tokenizer, [""], (ids.shape[1],))
             ids = np.concatenate([np.repeat(empty_ids, len(prompts), 0), ids])
             mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
-        return self._encode_text(*self._split("text_encoder"), ids, mask, layers)
+        return self._completed(self._encode_text(*self._split("text_encoder"), ids, mask, layers))
 
     def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> jax.Array:
         """(b, tokens of all references, channels)."""

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from clvr_jax.diffusion import euler_solve, guided
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.layers import read_only_weights
 
 
 def encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
@@ -98,7 +99,8 @@ def denoise(
     def velocity(x: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
         return field(x, jnp.full(x.shape[0], sigma), text)
 
-    if text_btd.shape[0] == latents_btc.shape[0]:
-        return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
-    unconditional, conditional = jnp.split(text_btd, 2)
-    return euler_solve(guided(velocity, conditional, unconditional, guidance), latents_btc, sigmas)
+    with read_only_weights():
+        if text_btd.shape[0] == latents_btc.shape[0]:
+            return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
+        unconditional, conditional = jnp.split(text_btd, 2)
+        return euler_solve(guided(velocity, conditional, unconditional, guidance), latents_btc, sigmas)

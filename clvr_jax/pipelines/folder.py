@@ -21,8 +21,18 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
+from clvr_jax.models.quantization import Quantization, is_quantized
 from clvr_jax.models.qwen3 import Qwen3
-from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
+from clvr_jax.pipelines.loading import (
+    QUANTIZED_GENERATOR_PARTS,
+    LoRA,
+    Quantize,
+    check_heads,
+    quantization_of,
+    read_loras,
+    resolve_dtype,
+)
+from clvr_jax.pipelines.offload import HOST
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
 
@@ -54,10 +64,13 @@ def load_flux2(
     layout: MeshLayout | None = None,
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
+    quantize: Quantize = None,
+    is_offloaded: bool = False,
 ) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
     """Loads the components of a FLUX.2 klein pipeline on the active layout.
 
-    The arguments are those of `Flux2Pipeline.from_pretrained`.
+    The arguments are those of `Flux2Pipeline.from_pretrained`; is_offloaded: transformer and text encoder are placed in
+    host memory.
     Returns: the components, and the directory of the text encoder.
     """
     path, default_transformer = resolve(model)
@@ -75,11 +88,21 @@ def load_flux2(
     settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
     check_heads(layout, flux2_heads(model, chosen))
     dtype = resolve_dtype(dtype, path / chosen)
+    formats = quantization_of(quantize, QUANTIZED_GENERATOR_PARTS)
     loras = read_loras(path / chosen, FLUX2_TRANSFORMER, lora, ignore_text_encoder)
+    memory_kind = HOST if is_offloaded else None
+    layers, encoder_format = settings.text_encoder_out_layers, formats.get("text_encoder")
     return (
-        load_model(path / chosen, FLUX2_TRANSFORMER, dtype, loras=loras),
+        load_model(
+            path / chosen,
+            FLUX2_TRANSFORMER,
+            dtype,
+            loras=loras,
+            quantize=formats.get("transformer"),
+            memory_kind=memory_kind,
+        ),
         load_vae(path / "vae", dtype),
-        load_text_encoder(path / "text_encoder", dtype, settings.text_encoder_out_layers),
+        load_text_encoder(path / "text_encoder", dtype, layers, encoder_format, memory_kind),
         load_tokenizer(path / "tokenizer"),
         settings,
         schedule,
@@ -114,14 +137,22 @@ def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
     return load_model(path, FLUX2_VAE, dtype)
 
 
-def load_text_encoder(path: Path, dtype: DTypeLike = jnp.float32, layers: tuple[int, ...] | None = None) -> Qwen3:
+def load_text_encoder(
+    path: Path,
+    dtype: DTypeLike = jnp.float32,
+    layers: tuple[int, ...] | None = None,
+    quantize: Quantization | None = None,
+    memory_kind: str | None = None,
+) -> Qwen3:
     """A Qwen3 in transformers layout.
 
     layers: the hidden states that will be read; layers above them and the head are neither read nor held, unless the
-    weights are stored as Orbax arrays, which hold all layers in one. None is a whole model.
+    weights are stored as Orbax arrays, which hold all layers in one. None is a whole model. quantize, memory_kind: see
+    `load_model`.
     """
     is_partial = layers is not None and not is_tree(path / PARAMS)
-    return load_model(path, qwen3_hidden_states(layers) if layers and is_partial else QWEN3, dtype)
+    architecture = qwen3_hidden_states(layers) if layers and is_partial else QWEN3
+    return load_model(path, architecture, dtype, quantize=quantize, memory_kind=memory_kind)
 
 
 def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: str) -> None:
@@ -129,6 +160,8 @@ def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: 
 
     Raises: ClvrError if it is not whole and there is no source, or the source has gone or holds another model.
     """
+    if is_quantized(encoder):
+        raise ClvrError(f"{target}: the text encoder is quantized; load it without quantize to save it")
     if encoder.is_whole:
         save_model(target, encoder, QWEN3, dtype)
         return

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
 from clvr_jax.files import read_json
+from clvr_jax.models.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Tree
 
@@ -35,6 +36,15 @@ Mesh = MeshConfig | MeshLayout | None
 LoRA = str | tuple[str, float]
 """A LoRA file, its directory or its Hugging Face id, and its weight, 1 if there is none."""
 
+
+Quantize = Quantization | Mapping[str, Quantization] | None
+"""Which models are quantized: all that can be, those that are named, or none."""
+
+QUANTIZED_PARTS = ("transformer", "text_encoder", "controller")
+"""The models that can be quantized; "controller" is every Qwen3-VL of a loop, the verifier's as well."""
+
+QUANTIZED_GENERATOR_PARTS = ("transformer", "text_encoder")
+"""The models of an image generator that can be quantized."""
 
 SMALL = 10**8
 """Models with fewer parameters are loaded in float32 unless a dtype is given: they are stored in half precision to be
@@ -88,6 +98,25 @@ def stored_dtype(directory: Path) -> np.dtype:
         return FLOATS["float32"]
     most = max(sizes, key=lambda dtype: sizes[dtype], default=FLOATS["float32"])
     return most if most in FLOATS.values() else FLOATS["float32"]
+
+
+def quantization_of(quantize: Quantize, parts: Sequence[str] = QUANTIZED_PARTS) -> dict[str, Quantization]:
+    """Returns the format of each model that is quantized.
+
+    parts: the models that a pipeline has; a format alone quantizes all of them.
+    Raises: UsageError for other models or formats.
+    """
+    if isinstance(quantize, str):
+        quantize = dict.fromkeys(parts, quantize)
+    chosen = dict(quantize or {})
+    formats = get_args(Quantization)
+    for part, name in chosen.items():
+        if part not in parts or name not in formats:
+            raise UsageError(
+                f"quantize: {part} to {name} is not possible; the formats are {', '.join(formats)}, the models "
+                f"{', '.join(parts)}"
+            )
+    return chosen
 
 
 def check_heads(layout: MeshLayout | None, heads: Mapping[str, int]) -> None:

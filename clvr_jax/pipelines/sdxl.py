@@ -27,7 +27,8 @@ from clvr_jax.pipelines import sdxl_folder
 from clvr_jax.pipelines.agreement import check_clip
 from clvr_jax.pipelines.components import Components, jitted
 from clvr_jax.pipelines.images import check_size, to_pil
-from clvr_jax.pipelines.loading import LoRA, Mesh, computing_on, layout_of, on_mesh
+from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
+from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.sdxl_folder import Solver
 
 
@@ -99,6 +100,8 @@ class SDXLPipeline(Components):
         mesh: Mesh = None,
         lora: Sequence[LoRA] = (),
         ignore_text_encoder: bool = False,
+        quantize: Quantize = None,
+        offload: Offload = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -111,8 +114,15 @@ class SDXLPipeline(Components):
           lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
             to the weights before those are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
+          quantize, offload: must be None; they are for FLUX.2 models.
         Raises: ClvrError naming what is missing, does not fit or is not supported.
         """
+        if quantize:
+            raise UsageError(
+                f"quantize: {model} is a Stable Diffusion model, which is not quantized; FLUX.2 models are"
+            )
+        if offload:
+            raise UsageError(f"offload: {model} is a Stable Diffusion model, which stays on the devices; leave it out")
         layout = layout_of(mesh)
         with located(model), computing_on(layout):
             pipe = cls(*sdxl_folder.load_sdxl(model, dtype, SDXLSettings, layout, lora, ignore_text_encoder))

@@ -13,7 +13,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files import read_json
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
+from clvr_jax.models.quantization import Quantization
 from clvr_jax.pipelines.loading import Mesh
+from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.model_verifier import ModelVerifier
@@ -83,7 +85,14 @@ class Verifier(ModelVerifier):
 
     @classmethod
     def from_pretrained(
-        cls, model: str, dtype: DTypeLike | None = "float32", mode: Mode | None = None, *, mesh: Mesh = None
+        cls,
+        model: str,
+        dtype: DTypeLike | None = "float32",
+        mode: Mode | None = None,
+        *,
+        mesh: Mesh = None,
+        quantize: Quantization | None = None,
+        offload: Offload = None,
     ) -> Self:
         """Loads a verifier.
 
@@ -92,10 +101,12 @@ class Verifier(ModelVerifier):
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mode: "describe" or "ask"; "describe" for models trained for the loop and "ask" for others, if None.
           mesh: shards parameters and computation.
+          quantize: "int8" stores the weights as 8-bit integers, see `models.quantization`.
+          offload: see `Qwen3VLPipeline.from_pretrained`.
         Raises: ClvrError for a model without a controller.
         """
         _, is_trained = controller_directory(model)
-        pipeline = load_controller(model, dtype, mesh)
+        pipeline = load_controller(model, dtype, mesh, quantize, offload)
         return cls.of_pipeline(pipeline, model, is_trained, mode)
 
     @classmethod
@@ -110,10 +121,16 @@ class Verifier(ModelVerifier):
         )
 
 
-def load_controller(model: str, dtype: DTypeLike | None = None, mesh: Mesh = None) -> Qwen3VLPipeline:
+def load_controller(
+    model: str,
+    dtype: DTypeLike | None = None,
+    mesh: Mesh = None,
+    quantize: Quantization | None = None,
+    offload: Offload = None,
+) -> Qwen3VLPipeline:
     """Loads the Qwen3-VL of a model; see `controller_directory` and `Qwen3VLPipeline.from_pretrained`."""
     path, _ = controller_directory(model)
-    return Qwen3VLPipeline.from_pretrained(path, dtype, mesh=mesh)
+    return Qwen3VLPipeline.from_pretrained(path, dtype, mesh=mesh, quantize=quantize, offload=offload)
 
 
 def controller_directory(model: str) -> tuple[Path, bool]:

@@ -10,6 +10,7 @@ from typing import Any, Self
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
@@ -23,11 +24,13 @@ from clvr_jax.errors import UsageError
 from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.interfaces import Token
 from clvr_jax.models.decoding import Generation, generate
+from clvr_jax.models.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 from clvr_jax.pipelines.agreement import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
+from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
 from clvr_jax.sharding import MeshLayout, process_allgather
 
 
@@ -52,6 +55,9 @@ class Qwen3VLPipeline:
     layout: MeshLayout | None = None
     """Where the model is placed, and programs are traced for; the default device, or the active layout, if None."""
 
+    offloader: Offloader | None = None
+    """Copies the weights from host memory to the devices while they are used; None: they are on the devices."""
+
     def __init__(
         self,
         model: Qwen3VL,
@@ -61,30 +67,42 @@ class Qwen3VLPipeline:
     ):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.generation = generation or GenerationConfig()
+        self._split: tuple[Qwen3VL, Any, Any] | None = None
         check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, dtype: DTypeLike | None = "float32", *, mesh: Mesh = None) -> Self:
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        dtype: DTypeLike | None = "float32",
+        *,
+        mesh: Mesh = None,
+        quantize: Quantization | None = None,
+        offload: Offload = None,
+    ) -> Self:
         """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and image processor.
 
         Args:
           path: the folder or the id.
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mesh: shards parameters and computation.
+          quantize: "int8" stores the weights as 8-bit integers, see `models.quantization`.
+          offload: "components", or an `Offloader` shared with other pipelines, holds the weights in host memory, and
+            copies them to the devices while they are used; None leaves them on the devices.
 
         What its generation_config.json asks for is obeyed: stop tokens, repetition penalty and, where tokens are drawn
         at a temperature, top-k and top-p.
         Raises: ClvrError naming what is missing or does not fit.
         """
         folder = local_directory(str(path))
-        layout = layout_of(mesh)
+        layout, offloader = layout_of(mesh), offloader_of(offload)
         with computing_on(layout):
             check_heads(layout, qwen3_vl_heads(folder))
             dtype = resolve_dtype(dtype, folder)
-            model = load_model(folder, QWEN3_VL, dtype)
+            model = load_model(folder, QWEN3_VL, dtype, quantize=quantize, memory_kind=HOST if offloader else None)
             generation = GenerationConfig.read(folder, model.config.text.vocab_size)
             pipe = cls(model, load_tokenizer(folder), load_processor(folder), generation)
-        pipe.layout = layout
+        pipe.layout, pipe.offloader = layout, offloader
         return pipe
 
     def chat(
@@ -148,7 +166,7 @@ class Qwen3VLPipeline:
         )
         answer = process_allgather(
             generate(
-                self.model,
+                self._on_device(),
                 batch,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=self.generation.stop_tokens or tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
@@ -173,6 +191,15 @@ class Qwen3VLPipeline:
             ChatAnswer(texts[row], len(rows[row].input_ids), int(lengths[row]), tokens_of[row], bool(stopped[row]))
             for row in range(len(rows))
         ]
+
+    def _on_device(self) -> Qwen3VL:
+        """Returns the model with its weights on the devices."""
+        if self.offloader is None:
+            return self.model
+        if self._split is None or self._split[0] is not self.model:
+            self._split = (self.model, *nnx.split(self.model))
+        _, graphdef, state = self._split
+        return nnx.merge(graphdef, self.offloader.on_device(state))
 
     def _opened_thought(self, input_ids: Sequence[int]) -> str:
         """Returns the tag with which a chat template of a thinking model opens the thought itself, else ""."""

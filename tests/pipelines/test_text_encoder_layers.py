@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from clvr_jax.convert import shards
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import leaves_of
@@ -33,8 +34,9 @@ def directory(request, tmp_path_factory):
 def opened(monkeypatch):
     """The keys of the tensors whose bytes were asked for."""
     keys = set()
-    read = StoredTensor.open
-    monkeypatch.setattr(StoredTensor, "open", lambda self: (keys.add(self.key), read(self))[1])
+    read, opened = shards._read_bytes, StoredTensor.open
+    monkeypatch.setattr(shards, "_read_bytes", lambda tensor, *rest: (keys.add(tensor.key), read(tensor, *rest))[1])
+    monkeypatch.setattr(StoredTensor, "open", lambda self: (keys.add(self.key), opened(self))[1])
     return keys
 
 

@@ -1,0 +1,110 @@
+"""The check of memory before loading: figures are those of the loaded models, and messages name what would fit."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from clvr_jax.cli import main
+from clvr_jax.errors import ClvrError
+from clvr_jax.models.quantization import weight_bytes
+from clvr_jax.pipelines import memory
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+from clvr_jax.pipelines.loading import layout_of
+from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, needed, parts_of
+from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.sharding import MeshConfig
+
+CONTROLLER = SHIPPED / "shapes-tiny" / "controller"
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", {"controller": "int8"}])
+def test_figures_are_the_bytes_of_the_loaded_models(quantize):
+    loop = ClosedLoopPipeline.from_pretrained("shapes-tiny", "bfloat16", quantize=quantize)
+    held = {
+        "transformer": loop.flux.transformer,
+        "text_encoder": loop.flux.text_encoder,
+        "vae": loop.flux.vae,
+        "controller": loop.controller._vlm.model,
+    }
+    parts = parts_of("shapes-tiny", {"controller": CONTROLLER, "verifier": CONTROLLER})
+    assert [part.name for part in parts] == list(held)
+    sizes = bytes_per_device(parts, np.dtype(jnp.bfloat16), quantize)
+    assert sizes == {name: weight_bytes(nnx.state(module)) for name, module in held.items()}
+
+
+def test_a_mesh_divides_what_it_shards():
+    parts = parts_of("shapes-tiny")
+    alone = bytes_per_device(parts, np.dtype(np.float32))
+    sharded = bytes_per_device(parts, np.dtype(np.float32), None, layout_of(MeshConfig(fsdp=4, devices=4)))
+    assert alone["transformer"] / 4 <= sharded["transformer"] < alone["transformer"] / 3.9
+
+
+def test_with_offloading_the_largest_model_counts():
+    parts = parts_of("shapes-tiny", {"controller": CONTROLLER})
+    sizes = bytes_per_device(parts, np.dtype(np.float32))
+    assert needed(parts, sizes, False) == sum(sizes.values())
+    assert needed(parts, sizes, True) == sizes["vae"] + max(sizes.values())
+    assert needed(parts, sizes, True, is_host=True) == sum(sizes.values()) + max(sizes.values())
+
+
+def test_the_message_names_what_would_fit():
+    parts = parts_of("shapes-tiny", {"controller": CONTROLLER})
+    total = needed(parts, bytes_per_device(parts, np.dtype(np.float32)), False)
+
+    def check(free, is_host=False, offload=None, count=1):
+        check_memory(parts, "float32", None, None, offload, DeviceMemory(int(free), is_host, count))
+
+    check(total)
+    message = (
+        r"transformer \S+ MiB \+ text_encoder .* \+ vae .* \+ controller .* in float32 need .* which has .* free; "
+    )
+    with pytest.raises(ClvrError, match=message + r"what would fit: --dtype bfloat16 \(.*\) or --quantize int8 \(.*\)"):
+        check(0.6 * total)
+    with pytest.raises(ClvrError, match=r"fit: --dtype bfloat16 --quantize int8 --offload components \("):
+        check(0.2 * total)
+    with pytest.raises(ClvrError, match=r"fit: --mesh\.fsdp 8 \("):
+        check(0.2 * total, count=jax.device_count())
+    for free, is_host in ((1000, False), (0.2 * total, True)):  # a CPU has no second memory
+        with pytest.raises(ClvrError, match="no dtype, quantization or offloading would make it fit"):
+            check(free, is_host)
+    with pytest.raises(ClvrError, match=r"\+ a copy of the largest in float32 need .* or no --offload \("):
+        check(total, is_host=True, offload="components")
+
+
+@pytest.mark.parametrize("command", ["sample", "generate"])
+def test_commands_say_it_before_they_load(command, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(memory, "device_memory", lambda layout=None: DeviceMemory(1_000_000, is_host=True))
+    monkeypatch.setattr("clvr_jax.convert.models.load_model", None)  # never reached
+    out = tmp_path / "out"
+    assert main([command, "a red circle", "--out", str(out.with_suffix(".png") if command == "sample" else out)]) == 1
+    error = capsys.readouterr().err
+    assert "the weights do not fit" in error
+    assert len(error.strip().splitlines()) <= 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_klein_4b_needs_13_gib_in_bfloat16_and_half_of_it_in_int8(tmp_path):
+    """The published configuration, without weights."""
+    from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
+    from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
+    from clvr_jax.pipelines.flux2 import KLEIN
+
+    transformer, encoder = KLEIN["klein-4b"]
+    for name, family, config in (
+        ("transformer", FLUX2_TRANSFORMER, transformer),
+        ("text_encoder", QWEN3, encoder),
+        ("vae", FLUX2_VAE, AutoencoderKLFlux2Config()),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(family.config_to_dict(config)))
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "Flux2KleinPipeline"}))
+    sizes = bytes_per_device(parts_of(str(tmp_path)), np.dtype(jnp.bfloat16))
+    assert abs(sizes["transformer"] / 2 / 3.876e9 - 1) < 1e-3
+    assert 13.0 < sum(sizes.values()) / 2**30 < 13.4
+    quantized = bytes_per_device(parts_of(str(tmp_path)), np.dtype(jnp.bfloat16), "int8")
+    for name in ("transformer", "text_encoder"):
+        assert quantized[name] < 0.51 * sizes[name]
