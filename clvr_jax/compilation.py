@@ -9,8 +9,9 @@ import jax
 def keep_compiled_programs() -> Path | None:
     """Turns on JAX's persistent compilation cache.
 
-    It lies in the user's cache folder (`$XDG_CACHE_HOME`, else `~/.cache`); `JAX_COMPILATION_CACHE_DIR` overrides that.
-    Returns: the folder, or None if it cannot be written: then every process compiles for itself, which is no error.
+    It is stored in the user's cache directory (`$XDG_CACHE_HOME`, else `~/.cache`), and holds programs that take at
+    least 0.3 seconds to compile; JAX's environment variables override both.
+    Returns: the directory, or None if it cannot be written: then every process compiles for itself, which is no error.
     """
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
@@ -21,7 +22,8 @@ def keep_compiled_programs() -> Path | None:
     if not os.access(folder, os.W_OK):
         return None
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
     return folder
 
 

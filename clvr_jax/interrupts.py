@@ -16,7 +16,10 @@ _interrupted = threading.Event()
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Remembers SIGINT while it lasts, where that is possible: in the main thread, if nobody else handles SIGINT."""
+    """Remembers SIGINT inside the block, where that is possible: in the main thread, if nobody else handles SIGINT.
+
+    The flag is cleared at the end of the block, so that the next call of a program that survives Ctrl-C is not ended.
+    """
     _interrupted.clear()
     is_main = threading.current_thread() is threading.main_thread()
     if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
@@ -27,6 +30,7 @@ def interruptible() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        _interrupted.clear()
 
 
 def is_interrupted() -> bool:

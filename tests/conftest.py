@@ -24,6 +24,7 @@ os.environ.update(virtual_devices(8))
 PROGRAMS = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"clvr-jax-test-programs-{os.getuid()}")
 )
+MIN_COMPILE_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 """Options of the compiler for a program that runs often."""
@@ -34,7 +35,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import jax
 
     jax.config.update("jax_compilation_cache_dir", PROGRAMS)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", float(MIN_COMPILE_SECONDS))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -50,9 +51,9 @@ def own_directories(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, mo
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline directory with random weights that generates images of 64 x 64 pixels."""
+    """A pipeline directory with random weights that generates images of 64 x 64 pixels; tests only read it."""
     from flax import nnx
 
     from clvr_jax.data.text import load_tokenizer, train_tokenizer

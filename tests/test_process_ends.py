@@ -130,6 +130,7 @@ def test_a_swallowed_interrupt_is_never_exit_0_or_another_error(run, capsys):
     for act in (swallowed, turned):
         assert run(act) == 130
         assert capsys.readouterr().err == "clvr: interrupted\n"
+        check_interrupt()  # a program that calls the command is not interrupted again
     assert run() == 0  # the next command knows nothing of it
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     check_interrupt()

@@ -14,6 +14,7 @@ from clvr_jax.rl.algorithms import DiffusionNFT, FlowGRPO, GRPOConfig, NFTConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
+from clvr_jax.training.loop import LoopConfig
 from clvr_jax.training.optimizer import AdamWConfig
 
 Tree = Any
@@ -67,6 +68,8 @@ class PPRLConfig:
     """Configuration of the checkpoints, which are saved at the end of an epoch."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
+    profile: int | None = None
+    """Write a profile of this epoch, counted from 0, to OUT/profile; nothing is profiled if it is not given."""
 
     RENAMED: ClassVar[Mapping[str, str]] = {
         "groups": "prompts_per_epoch",
@@ -108,6 +111,20 @@ class PPRLConfig:
     def microbatch_size(self) -> int:
         """Number of samples in a microbatch."""
         return self.groups_per_microbatch * self.group_size
+
+    def loop(self, name: str) -> LoopConfig:
+        """Returns the fields that the training loop needs, for a task of some name."""
+        return LoopConfig(
+            name=name,
+            unit="epoch",
+            iterations=self.epochs,
+            max_nonfinite_steps=self.max_nonfinite_steps,
+            checkpoint=self.checkpoint,
+            note=lambda metrics: f"reward {metrics['reward']:.3f}  {metrics['seconds']:.1f} s/epoch",
+            wandb=self.wandb,
+            logged_config=dataclasses.asdict(self),
+            profile=range(0) if self.profile is None else range(self.profile, self.profile + 1),
+        )
 
     @property
     def identity(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ All random numbers of an epoch follow from seed and epoch, so an interrupted run
 Source: arXiv 2605.14876 (PPRL).
 """
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,13 +32,11 @@ from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.task import PPRLTask
 from clvr_jax.rl.update import UpdateBatch
 from clvr_jax.sharding import MeshLayout, process_allgather
-from clvr_jax.training.preemption import Preemption
+from clvr_jax.training.graceful_shutdown import GracefulShutdown
+from clvr_jax.training.loop import StopRequestedError, wait_on_cpu
+from clvr_jax.training.prefetch import shard_batch
 
 _GRID_MICROBATCHES = 8
-
-
-class StopRequestedError(Exception):
-    """The run was asked to stop in the middle of an epoch, before its first update."""
 
 
 @dataclass
@@ -72,20 +70,20 @@ class EpochRunner:
         live = ProxyPromptCache(task.teacher, out / "proxies.jsonl") if task.teacher else None
         self.scorer = Scorer(task.reward, task.steps, config.group_size, live)
 
-    def run(self, state: PPRLState, epoch: int, asked: Preemption) -> tuple[PPRLState, dict[str, float]]:
-        """Runs an epoch.
+    def run(self, state: PPRLState, iteration: int, shutdown: GracefulShutdown) -> tuple[PPRLState, dict[str, float]]:
+        """Runs the epoch whose number is `iteration`.
 
         Returns: the state after it, and its metrics.
         Raises: StopRequestedError before the first update, if the run was asked to stop; ScoringError if there are no
           rewards. The state is then still that of the epoch before.
         """
-        watch = Stopwatch()
+        epoch, watch = iteration, Stopwatch()
         # In the order of the dataset, so that nothing depends on the order in which they were chosen.
         steps = sorted(
             self.task.steps.chosen(epoch, self.config.prompts_per_epoch, self.config.seed),
             key=lambda step: step.number,
         )
-        microbatches, scores = self._sample_and_score(state, epoch, steps, asked, watch)
+        microbatches, scores = self._sample_and_score(state, epoch, steps, shutdown, watch)
         advantages, metrics = self._advantages(microbatches, scores)
         self._write_grid(microbatches, epoch)
         with watch("update"):
@@ -93,14 +91,23 @@ class EpochRunner:
             state = jax.block_until_ready(self.jitted.update_old_policy(state))
         return state, {**metrics, **update_metrics, **watch.read()}
 
+    def summarize(self, metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+        """Returns the metrics of an epoch, which are logged after each."""
+        (of_epoch,) = metrics
+        return dict(of_epoch)
+
+    def iterator_state(self) -> dict[str, Any]:
+        """Returns nothing: the steps of an epoch follow from the seed and its number."""
+        return {}
+
     def _sample_and_score(
-        self, state: PPRLState, epoch: int, steps: Sequence[ProxyStep], asked: Preemption, watch: Stopwatch
+        self, state: PPRLState, epoch: int, steps: Sequence[ProxyStep], shutdown: GracefulShutdown, watch: Stopwatch
     ) -> tuple[list[Microbatch], Scores]:
         """Samples images for all steps; while those of one microbatch are scored, those of the next are sampled."""
         microbatches: list[Microbatch] = []
         with thread_pool(1) as preparing, self.scorer.epoch(steps) as scores:
             for index, prepared in enumerate(self._prepare(steps, preparing)):
-                if asked.reached(epoch * self.config.prompts_per_epoch + index):
+                if index and shutdown.should_stop():
                     raise StopRequestedError
                 microbatch = prepared()
                 with watch("sampling"):
@@ -127,9 +134,9 @@ class EpochRunner:
         return [pool.submit(make, part).result for part in parts]
 
     def _sample(self, state: PPRLState, epoch: int, microbatch: Microbatch) -> None:
-        batch = self._shard(RolloutBatch(microbatch.data, self._random_source(epoch, microbatch)))
+        batch = shard_batch(RolloutBatch(microbatch.data, self._random_source(epoch, microbatch)), self.layout)
         microbatch.rollout = self.jitted.rollout(self.base, state.old, self.frozen, batch)
-        self._wait_on_cpu(microbatch.rollout)
+        wait_on_cpu(self.layout, microbatch.rollout)
 
     def _submit(self, microbatch: Microbatch, scores: EpochScores, watch: Stopwatch) -> None:
         assert microbatch.rollout is not None
@@ -171,7 +178,7 @@ class EpochRunner:
                 for inner_step in range(inner_steps if valid_mask[rows].any() else 0):
                     batch = self._update_batch(microbatch, epoch, inner_step, weights[rows], valid_mask[rows])
                     sums = self.jitted.accumulate(state.params, self.base, state.old, sums, batch)
-                    self._wait_on_cpu(sums)
+                    wait_on_cpu(self.layout, sums)
             if float(sums.weight) > 0:
                 state, step_metrics = self.jitted.apply_gradients(state, sums)
                 metrics.append(jax.device_get(step_metrics))
@@ -183,26 +190,12 @@ class EpochRunner:
         assert microbatch.rollout is not None
         padding = (0, self.config.microbatch_size - len(weights))
         rows = np.pad(weights, padding), np.pad(valid_mask, padding), np.int32(inner_step)
-        on_devices = self._shard((*rows, self._random_source(epoch, microbatch)))
+        on_devices = shard_batch((*rows, self._random_source(epoch, microbatch)), self.layout)
         return UpdateBatch(microbatch.rollout.samples, microbatch.rollout.conditions, *on_devices)
 
     def _random_source(self, epoch: int, microbatch: Microbatch) -> RandomSource:
         step_numbers = np.array([step.number for step in microbatch.steps], np.int32)
         return RandomSource(np.int32(self.config.seed), np.int32(epoch), step_numbers)
-
-    def _shard(self, rows: Any) -> Any:
-        """Puts arrays that every process holds on the devices, sharded by rows."""
-
-        def place(leaf: Any) -> jax.Array:
-            leaf = np.asarray(leaf)
-            return jax.make_array_from_callback(leaf.shape, self.layout.batch(leaf), lambda index: leaf[index])
-
-        return jax.tree.map(place, rows)
-
-    def _wait_on_cpu(self, result: Any) -> None:
-        if self.layout.platform == "cpu":
-            # Virtual devices share few threads: programs in flight could wait for one another for ever.
-            jax.block_until_ready(result)
 
     def _write_grid(self, microbatches: Sequence[Microbatch], epoch: int) -> None:
         if not self.config.grid_every or (epoch + 1) % self.config.grid_every:

@@ -11,8 +11,9 @@ from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.rollout import collect_rollout
 from clvr_jax.rl.state import PPRLState
-from clvr_jax.rl.update import GradAccumulator, UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
+from clvr_jax.rl.update import UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
 from clvr_jax.sharding import MeshLayout
+from clvr_jax.training.step import GradAccumulator
 
 Tree = Any
 
@@ -28,7 +29,7 @@ class JittedSteps:
 
     def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: MeshLayout):
         def accumulate(params: Tree, base: Tree, old: Tree, sums: GradAccumulator, batch: UpdateBatch) -> Any:
-            total = jax.tree.map(jnp.add, sums, loss_and_grads(policy, config, params, base, old, batch))
+            total = sums.add(loss_and_grads(policy, config, params, base, old, batch))
             return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))
 
         def apply(state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:

@@ -18,10 +18,13 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.rewards.reward import Case, Reward, Scores
 from clvr_jax.rewards.teacher import ProxyPromptCache
 from clvr_jax.training.distributed import broadcast_from_host0
+from clvr_jax.training.loop import IterationError
 
 
-class ScoringError(ClvrError):
+class ScoringError(IterationError):
     """The images of an epoch cannot be scored."""
+
+    problem = "cannot be scored"
 
 
 @dataclass(frozen=True)

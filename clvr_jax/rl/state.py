@@ -31,6 +31,11 @@ class PPRLState(TrainState):
     old: Tree
 
     @override
+    @property
+    def iteration(self) -> Any:
+        return self.epoch
+
+    @override
     @classmethod
     def _initial(cls, params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Any]:
         old = jax.tree.map(jnp.copy, params)

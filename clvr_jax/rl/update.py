@@ -19,6 +19,7 @@ from clvr_jax.rl.random_keys import LOSS, TIMESTEPS, RandomSource, sample_keys
 from clvr_jax.rl.rollout import repeat_for_samples
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.training import step
+from clvr_jax.training.step import GradAccumulator
 
 Tree = Any
 
@@ -37,14 +38,6 @@ class UpdateBatch(NamedTuple):
     valid_mask: Any
     inner_step: Any
     source: RandomSource
-
-
-class GradAccumulator(NamedTuple):
-    """Sums over valid samples: gradients, metrics, and the number of samples as weight."""
-
-    grads: Tree
-    metrics: Metrics
-    weight: jax.Array
 
 
 def loss_and_grads(
@@ -79,7 +72,7 @@ def loss_and_grads(
 
 def apply_gradients(config: PPRLConfig, state: PPRLState, sums: GradAccumulator) -> tuple[PPRLState, Metrics]:
     """Takes one optimizer step on the mean over valid samples; one that is not finite changes only the counters."""
-    grads, metrics = (jax.tree.map(lambda leaf: leaf / sums.weight, tree) for tree in (sums.grads, sums.metrics))
+    grads, metrics = sums.mean()
     next_state, norm = step.apply_gradients(state, grads, metrics["loss"], config.optimizer.make(), config.ema_decay)
     return next_state, {**metrics, "grad_norm": norm}
 

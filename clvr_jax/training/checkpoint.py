@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: Orbax, the newest kept, written in the background, restored onto any mesh."""
+"""Checkpoints of a training run: written by Orbax in the background, and restored onto any mesh."""
 
 import dataclasses
 import logging
@@ -33,34 +33,35 @@ class CheckpointConfig:
 
 
 class Checkpoints:
-    """The checkpoint folder of one run.
+    """The checkpoint directory of one run.
 
     Args:
-      folder: made if it does not exist.
-      keep: how many of the newest stay.
+      directory: created if it does not exist.
+      max_to_keep: number of the newest checkpoints that are kept.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
-        self._folder = folder.absolute()
+    def __init__(self, directory: Path, max_to_keep: int = 2):
+        self._directory = directory.absolute()
         for name in ("absl", "asyncio"):
             logging.getLogger(name).addFilter(_is_not_from_writing)
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True)
+        options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         try:
-            self._manager = ocp.CheckpointManager(self._folder, options=options)
+            self._manager = ocp.CheckpointManager(self._directory, options=options)
         except OSError as error:
-            raise ClvrError(f"{folder}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
+            raise ClvrError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
 
     def restore_or(self, state: Tree, *, resume: bool) -> tuple[Tree, Mapping[str, Any]]:
-        """The newest checkpoint if there is one and `resume` is set, else `state`; and the input's position.
+        """Restores the newest checkpoint if there is one and `resume` is set.
 
         Args:
-          state: as it would be at step 0; what is restored is laid out as it is, whatever mesh it was saved from.
+          state: of step 0; a checkpoint is restored with its shardings, whatever mesh it was saved from.
           resume: whether there may be checkpoints.
+        Returns: the restored state, or `state`; and the state of the data iterator, empty if there is none.
         Raises: UsageError if there are checkpoints and `resume` is not set; ClvrError if one is of another model.
         """
         step = self._manager.latest_step()
         if step is not None and not resume:
-            raise _occupied(self._folder, step)
+            raise _occupied(self._directory, step)
         self._remove_torn()
         if step is None:
             return state, {}
@@ -70,28 +71,28 @@ class Checkpoints:
             found = self._manager.restore(step, args=wanted)
         except (ValueError, KeyError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise ClvrError(f"{self._folder}/{step}: not a checkpoint of this recipe ({reason})") from error
+            raise ClvrError(f"{self._directory}/{step}: not a checkpoint of this recipe ({reason})") from error
         return found["state"], found["input"] or {}
 
     def _remove_torn(self) -> None:
-        """Removes checkpoints that a killed run left half written; nothing else would ever do it."""
+        """Removes checkpoints that a killed run left incomplete; nothing else would ever remove them."""
         if jax.process_index() == 0:
-            for path in self._folder.glob("*.orbax-checkpoint-tmp*"):
+            for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, state: Tree, position: Mapping[str, Any]) -> None:
-        """Starts saving; returns as soon as the state is copied.
+    def save(self, step: int, state: Tree, iterator_state: Mapping[str, Any]) -> None:
+        """Starts to save a state and that of the data iterator; returns when they are copied.
 
-        Raises: ClvrError if this or an earlier one could not be written; the last complete one stays.
+        Raises: ClvrError if this or an earlier checkpoint could not be written; the last complete one is kept.
         """
-        both = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(position)))
+        both = ocp.args.Composite(state=ocp.args.StandardSave(state), input=ocp.args.JsonSave(dict(iterator_state)))
         try:
             self._manager.save(step, args=both)
         except (OSError, ValueError, RuntimeError) as error:
             raise self._failed(error) from error
 
     def wait(self) -> None:
-        """Returns when what was begun is on the disk. Raises: as `save`."""
+        """Returns when all checkpoints are written. Raises: as `save`."""
         try:
             self._manager.wait_until_finished()
         except (OSError, ValueError, RuntimeError) as error:
@@ -99,10 +100,10 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> ClvrError:
         reason = (str(error).splitlines() or [""])[0][:200]
-        kept = self._manager.latest_step()
-        stays = "no checkpoint is there yet" if kept is None else f"the last complete one is step {kept}"
+        newest = self._manager.latest_step()
+        left = "no checkpoint is there yet" if newest is None else f"the last complete one is step {newest}"
         return ClvrError(
-            f"{self._folder}: a checkpoint cannot be written ({reason}); {stays}, --resume continues from it"
+            f"{self._directory}: a checkpoint cannot be written ({reason}); {left}, --resume continues from it"
         )
 
     def __enter__(self) -> Self:
@@ -126,46 +127,46 @@ def _is_not_from_writing(record: logging.LogRecord) -> bool:
     return not any("/orbax/" in Path(frame.filename).as_posix() for frame in traceback.extract_tb(trace))
 
 
-def refuse_occupied(folder: Path, *, resume: bool) -> None:
-    """Checks, before anything is built or written, that a run may begin where it is asked to.
+def refuse_occupied(directory: Path, *, resume: bool) -> None:
+    """Checks, before anything is built or written, that a run may begin in a directory.
 
     Args:
-      folder: `checkpoints/` of the run.
+      directory: `checkpoints/` of the run.
       resume: whether there may be checkpoints.
     Raises: UsageError if there are checkpoints and `resume` is not set.
     """
-    steps = [int(path.name) for path in folder.glob("*") if path.name.isdecimal()] if folder.is_dir() else []
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdecimal()] if directory.is_dir() else []
     if steps and not resume:
-        raise _occupied(folder.absolute(), max(steps))
+        raise _occupied(directory.absolute(), max(steps))
 
 
-def _occupied(folder: Path, step: int) -> UsageError:
-    return UsageError(f"{folder} already holds step {step}; add --resume to continue it or choose another --out")
+def _occupied(directory: Path, step: int) -> UsageError:
+    return UsageError(f"{directory} already holds step {step}; add --resume to continue it or choose another --out")
 
 
-def restore_part(folder: Path, part: str, abstract: Tree) -> tuple[Tree, int]:
-    """One part of the newest checkpoint of a run, without reading the others: "params" or "ema", say.
+def restore_part(directory: Path, part: str, abstract: Tree) -> tuple[Tree, int]:
+    """Reads one part of the newest checkpoint of a run, such as "params" or "ema", without the others.
 
     Args:
-      folder: `checkpoints/` of the run.
+      directory: `checkpoints/` of the run.
       part: a field of the saved state.
       abstract: its tree of shapes, dtypes and shardings.
-    Returns: the tree, and the step that it is of.
+    Returns: the tree, and the step of the checkpoint.
     Raises: ClvrError if there is no checkpoint, or it is of another model.
     """
-    with ocp.CheckpointManager(folder.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
+    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
-            raise ClvrError(f"{folder}: holds no checkpoint")
+            raise ClvrError(f"{directory}: holds no checkpoint")
         shardings = ocp.checkpoint_utils.construct_restore_args({part: abstract})
         wanted = ocp.args.PyTreeRestore({part: abstract}, restore_args=shardings, partial_restore=True)
         try:
             found = manager.restore(step, args=ocp.args.Composite(state=wanted))
         except (ValueError, KeyError, FileNotFoundError) as error:
             reason = str(error).splitlines()[0][:200]
-            raise ClvrError(f"{folder}/{step}: not a checkpoint of this model ({reason})") from error
-        # Orbax gives back what was asked for where the checkpoint has nothing.
+            raise ClvrError(f"{directory}/{step}: not a checkpoint of this model ({reason})") from error
+        # Where the checkpoint has nothing, Orbax returns what was asked for.
         leaves = leaves_by_path(found["state"][part])
         if absent := [dotted(at) for at, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:
-            raise ClvrError(f"{folder}/{step}: not a checkpoint of this model (it lacks {some(absent)})")
+            raise ClvrError(f"{directory}/{step}: not a checkpoint of this model (it lacks {some(absent)})")
         return found["state"][part], step

@@ -1,4 +1,4 @@
-"""Curves of runs: what their `metrics.jsonl` say, runs that differ in nothing but the seed as one line with a band."""
+"""Curves of runs from their `metrics.jsonl`; runs that differ only in the seed are one line with a band."""
 
 import io
 import json
@@ -20,7 +20,7 @@ from clvr_jax.training.recipes import RECIPE
 from clvr_jax.trees import some
 
 USUAL = ("loss", "reward", "reward_t2i", "reward_i2i", "parts/t2i/right", "kl", "norm_ratio", "zero_variance_groups")
-"""Shown if nothing else is asked for, as far as a run has them."""
+"""Metrics that are shown by default, as far as a run has them."""
 _WIDTH, _HEIGHT = 4.8, 3.2
 
 
@@ -28,8 +28,8 @@ _WIDTH, _HEIGHT = 4.8, 3.2
 class Curve:
     """A metric of runs of one kind.
 
-    name: of the run; of several that of the first, without the number that ends it. steps: (n,) that all of them have
-    the metric at. values: (runs, n).
+    name: of the run; for several runs that of the first, without the number at its end. steps: (n,) at which all runs
+    have the metric. values: (runs, n).
     """
 
     name: str
@@ -38,9 +38,9 @@ class Curve:
 
 
 def read_metrics(run: Path) -> dict[str, dict[int, float]]:
-    """metric -> step -> value, of a run that may not be finished.
+    """Reads metric -> step -> value of a run, which need not be finished.
 
-    Raises: ClvrError if the folder holds no metrics, or something else.
+    Raises: ClvrError if the directory holds no metrics, or a file that is none.
     """
     path = run / "metrics.jsonl"
     found: dict[str, dict[int, float]] = {}
@@ -65,20 +65,20 @@ def read_metrics(run: Path) -> dict[str, dict[int, float]]:
 
 
 def _metric(row: JsonObject, name: str) -> float:
-    """A metric, which need not be finite: a run may diverge."""
+    """Returns a metric, which need not be finite: a run may diverge."""
     value = row.content[name]
     is_special = isinstance(value, float) and not math.isfinite(value)
     return value if is_special else float(row.number(name))
 
 
 def curves(runs: Sequence[Path], metrics: Sequence[str] = (), smooth: int = 1) -> dict[str, list[Curve]]:
-    """metric -> a curve for each kind of run that has it.
+    """Returns metric -> a curve for each kind of run that has it.
 
     Args:
-      runs: folders; those whose recipe and configuration differ in nothing but the seed are of one kind.
-      metrics: names, those of USUAL if none are given.
-      smooth: the mean over so many entries up to each.
-    Raises: ClvrError for a folder without metrics, UsageError for a metric that no run has.
+      runs: directories; those whose recipe and configuration differ only in the seed are of one kind.
+      metrics: names; those of USUAL if none are given.
+      smooth: number of entries, up to each, that it is averaged over.
+    Raises: ClvrError for a directory without metrics, UsageError for a metric that no run has.
     """
     found = {run: read_metrics(run) for run in runs}
     known = dict.fromkeys(name for own in found.values() for name in own)
@@ -99,13 +99,13 @@ def curves(runs: Sequence[Path], metrics: Sequence[str] = (), smooth: int = 1) -
 
 
 def _kind(run: Path) -> str:
-    """Equal for runs that differ in nothing but the seed."""
+    """Returns a text that is equal for runs that differ only in the seed."""
     if not (run / RECIPE).exists():
         return str(run.absolute())
-    told = read_object(run / RECIPE)
-    config = told.nested("config", JsonObject({}, ""))
+    recipe = read_object(run / RECIPE)
+    config = recipe.nested("config", JsonObject({}, ""))
     train = config.nested("train", JsonObject({}, ""))
-    kind = {**told.content, "config": {**_without_seed(config), "train": _without_seed(train)}}
+    kind = {**recipe.content, "config": {**_without_seed(config), "train": _without_seed(train)}}
     return json.dumps(kind, sort_keys=True)
 
 
@@ -124,9 +124,9 @@ def _curve(runs: Sequence[Path], rows: Sequence[Mapping[int, float]], smooth: in
 
 
 def write_plot(path: Path, found: Mapping[str, Sequence[Curve]]) -> None:
-    """One panel a metric; of several runs of a kind their mean, and a band from the least to the greatest.
+    """Plots one panel for each metric; several runs of a kind as their mean, and a band from the least to the greatest.
 
-    Raises: ClvrError if matplotlib is not installed, or the file cannot be written as its ending says.
+    Raises: ClvrError if matplotlib is not installed, or the file cannot be written in the format of its suffix.
     """
     if not can_plot():
         raise ClvrError("plots need matplotlib: pip install 'clvr-jax[plots]'")
@@ -159,7 +159,7 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def summary(found: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
-    """For each metric and kind: runs, last step, and mean, least and greatest of the runs there."""
+    """Returns for each metric and kind: number of runs, last step, and mean, least and greatest of the runs there."""
     return {
         metric: {
             line.name: {

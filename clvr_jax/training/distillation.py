@@ -1,6 +1,6 @@
 """Few-step distillation: a student with exactly the teacher's parameters learns to follow its guided path in few steps.
 
-The student's noise levels cut the way from noise to picture into windows. The teacher's ODE leads from a state at the
+The student's noise levels divide the path from noise to image into windows. The teacher's ODE leads from a state at the
 start of a window to its end in small steps; the student learns the one velocity that leads there in a straight line:
 
     target = (x_end - x_start) / (sigma_end - sigma_start)        x_t = x_start + (t - sigma_start) target
@@ -10,8 +10,8 @@ where t is the window's start half the time, as when sampling, and else anywhere
 teacher's path, so that the student needs none. Nothing is added to the network: what distillation changed is a
 difference of weights, which can be merged.
 
-Every row goes through all windows, so that no evaluation of the teacher serves only to come to a state. Half of the
-rows go on from where the teacher came, half from where the student's own step leads: what it meets when it samples.
+Every row goes through all windows, so that no evaluation of the teacher serves only to reach a state. Half of the rows
+continue from the teacher's state, half from the state that the student's own step leads to, as when it samples.
 
 Source: piecewise rectified flow (PeRFlow, arXiv 2405.07510); the student's own states are ours.
 """
@@ -32,7 +32,7 @@ Field = Callable[[jax.Array, jax.Array, Tree], jax.Array]
 """(latents (b, t, c), timesteps (b,), condition: a tree of arrays of b rows) -> velocity (b, t, c)."""
 
 _HALF = 0.5
-"""Share of rows that go on from the student's states, and of timesteps at the start of their window."""
+"""Share of rows that continue from the student's states, and of timesteps at the start of their window."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class DistillConfig:
 
     @property
     def passes(self) -> int:
-        """Evaluations of the teacher a substep."""
+        """Returns the number of evaluations of the teacher in each substep."""
         return 2 if self.guidance > 1 else 1
 
 
@@ -75,7 +75,7 @@ def distillation_loss(
     config: DistillConfig,
     key: jax.Array,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of a student, whose parameters are differentiated, on the paths from some noise.
+    """Computes the loss of a student, whose parameters are differentiated, on the paths from some noise.
 
     Args:
       network: weights -> field.
@@ -89,7 +89,7 @@ def distillation_loss(
     """
     row_key, time_key = jax.random.split(key)
     count = noise_btc.shape[0]
-    # Where the student stands is not differentiated, only what it says there.
+    # The states of the student are not differentiated, only its velocity there.
     own = _at_all(network(jax.lax.stop_gradient(params)))
     guide = _at_all(network(teacher))
     path = follow_windows(
@@ -115,12 +115,12 @@ def follow_windows(
     sigmas: ArrayLike,
     substeps: int,
 ) -> Windows:
-    """Goes through all windows.
+    """Follows the teacher or the student through all windows.
 
     Args:
-      teacher: guided. student: as it samples.
-      noise_btc: where the paths begin.
-      follows_student_b: rows whose next window begins where the student's step leads, and not the teacher's.
+      teacher: with guidance. student: as it samples.
+      noise_btc: starts of the paths.
+      follows_student_b: rows whose next window begins where the student's step leads, not the teacher's.
       sigmas: (n + 1,) decreasing: the ends of the n windows.
       substeps: of the teacher in each window, equally long.
     """
@@ -134,14 +134,14 @@ def follow_windows(
         return following, Windows(x_btc, end)
 
     _, found = jax.lax.scan(through, noise_btc, levels_ns)
-    # Rows first, so that all windows of a row lie where the row lies.
+    # Rows first, so that all windows of a row are on the same device.
     return Windows(*(jax.lax.stop_gradient(states).swapaxes(0, 1) for states in found))
 
 
 def window_loss(
     student: Callable[[jax.Array, jax.Array], jax.Array], path: Windows, sigmas: ArrayLike, key: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The squared distance of the student to the straight way through each window.
+    """Computes the squared distance of the student to the straight path through each window.
 
     Args:
       student: (x_t of (b * n, t, c), timesteps (b * n,)) -> (b * n, t, c); the n windows of a row follow each other.
@@ -164,7 +164,7 @@ def window_loss(
 
 
 def _at_all(field: Field) -> Callable[[jax.Array, jax.Array, Tree], jax.Array]:
-    """The same at one timestep for all rows, as solvers take it."""
+    """Returns the field at one timestep for all rows, as solvers take it."""
 
     def velocity(x: jax.Array, sigma: jax.Array, condition: Tree) -> jax.Array:
         return field(x, jnp.full(x.shape[0], sigma), condition)

@@ -1,4 +1,4 @@
-"""Several processes, one program: who coordinates, and what happens when one is lost."""
+"""Runs of several processes: how they find each other, and how one of them decides for all."""
 
 import json
 import os
@@ -13,14 +13,14 @@ from jax.experimental import multihost_utils
 from clvr_jax.errors import ClvrError, UsageError
 
 HEARTBEAT_SECONDS = 30
-"""A process that is silent for so long is lost, and the others end."""
+"""A process that sends nothing for so many seconds is lost, and the others end."""
 
 
 @dataclass(frozen=True)
 class Cluster:
     """Address of process 0 as host:port, number of processes, and which of them this is.
 
-    All None: TPU VMs, GKE, SLURM and Open MPI say it themselves; without any of them this is the only process.
+    All None: TPU VMs, GKE, SLURM and Open MPI provide them; without any of these this is the only process.
     """
 
     coordinator: str | None = None
@@ -35,9 +35,9 @@ class Cluster:
             raise UsageError(f"process {self.process} of {self.processes}: must be in 0..{self.processes - 1}")
 
     def initialize(self) -> None:
-        """Joins the processes; must come before JAX touches a device.
+        """Joins the processes; must be called before JAX uses a device.
 
-        Raises: ClvrError, one line, if they do not come together.
+        Raises: ClvrError, one line, if they cannot be joined.
         """
         if self.coordinator is None and not _is_managed():
             return
@@ -55,31 +55,38 @@ class Cluster:
 
 
 def broadcast_from_host0(make: Callable[[], Any]) -> Any:
-    """What process 0 makes, a JSON value, on every process; all must call it.
+    """Returns a JSON value that process 0 makes on every process; all processes must call it.
 
     Raises: ClvrError on every process, if it was raised in process 0.
     """
     if jax.process_count() == 1:
         return make()
-    told = b""
+    message = b""
     if jax.process_index() == 0:
         try:
-            told = json.dumps({"made": make()}).encode()
+            message = json.dumps({"made": make()}).encode()
         except ClvrError as error:
-            told = json.dumps({"failed": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(told))))
-    bytes_n = multihost_utils.broadcast_one_to_all(np.frombuffer(told or bytes(size), np.uint8))
+            message = json.dumps({"failed": str(error)}).encode()
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
+    bytes_n = multihost_utils.broadcast_one_to_all(np.frombuffer(message or bytes(size), np.uint8))
     found = json.loads(np.asarray(bytes_n).tobytes())
     if "failed" in found:
         raise ClvrError(found["failed"])
     return found["made"]
 
 
+def broadcast_decision(decision: bool) -> bool:
+    """Returns process 0's decision on every process: clocks differ, and all processes must begin a save together."""
+    if jax.process_count() == 1:
+        return decision
+    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
+
+
 def virtual_devices(count: int) -> dict[str, str]:
-    """Environment of a process in which the CPU plays `count` devices; must be set before JAX touches a device.
+    """Returns the environment of a process whose CPU is `count` virtual devices; set it before JAX uses a device.
 
     XLA keeps as many threads as there are devices or cores. Devices that wait for one another in a collective can hold
-    all of them while the last one waits for a free thread to end its matrix product: the program stands still for ever.
+    all of them while the last one waits for a free thread to end its matrix product: the program waits for ever.
     With NPROC, the number of cores that XLA believes in, there are always threads left. A busy machine may still be
     slow: XLA's patience of 40 seconds is raised.
     """
@@ -90,12 +97,12 @@ def virtual_devices(count: int) -> dict[str, str]:
 
 
 def _is_managed() -> bool:
-    """Whether the environment says that there are several processes, in one of the ways that JAX understands."""
+    """Returns whether the environment describes several processes in one of the ways that JAX understands."""
     several = any(int(os.environ.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "NNODES"))
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS", "")
     return several or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or _is_tpu_vm()
 
 
 def _is_tpu_vm() -> bool:
-    """A TPU VM of a slice with several hosts finds the others through its metadata server."""
+    """Returns whether this is a TPU VM, which finds the other hosts of its slice through its metadata server."""
     return "TPU_ACCELERATOR_TYPE" in os.environ or os.path.exists("/dev/accel0") or os.path.exists("/dev/vfio/0")

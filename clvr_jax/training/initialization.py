@@ -1,4 +1,4 @@
-"""How a network starts that is trained from nothing: its initial weights, some of them scaled."""
+"""Initialization of networks that are trained from scratch: initial weights, some of them scaled."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,9 +13,9 @@ def scaled(params: Tree, factors: Mapping[str, float]) -> Tree:
 
     Args:
       params: pytree, such as the state of an NNX module.
-      factors: regular expressions, searched in paths like "layers.self_attn.o_proj.kernel", and what they multiply by.
+      factors: regular expression, searched in paths like "layers.self_attn.o_proj.kernel" -> factor.
     Returns: a tree of the same structure; leaves without a pattern are the same arrays.
-    Raises: ClvrError for a pattern that is the first for no leaf: it would be a rule that does nothing.
+    Raises: ClvrError for a pattern that is the first for no leaf, and so would do nothing.
     """
     chosen = by_pattern(factors, leaves_by_path(params), None)
 

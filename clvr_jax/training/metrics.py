@@ -1,4 +1,4 @@
-"""Metrics of a run: one JSON object a line, TensorBoard events, Weights & Biases if asked for; and how fast it goes."""
+"""Metrics of a run, as lines of JSON, TensorBoard events and in Weights & Biases; and its throughput."""
 
 import json
 import time
@@ -18,29 +18,29 @@ from clvr_jax.sharding import MeshLayout
 
 
 class MetricLog:
-    """Appends to `metrics.jsonl` and TensorBoard events in `folder`; a resumed run drops the steps it will redo.
+    """Appends to `metrics.jsonl` and TensorBoard events in `directory`; a resumed run drops the steps it will redo.
 
     Only process 0 writes.
 
     Args:
-      folder: of the run.
-      start: step that it begins or goes on at.
+      directory: of the run.
+      start: step that it begins or resumes at.
       wandb: project of Weights & Biases, "" for none; needs the package of that name.
       name, config: of the run, for Weights & Biases.
     """
 
     def __init__(
-        self, folder: Path, start: int, wandb: str = "", name: str = "", config: Mapping[str, Any] | None = None
+        self, directory: Path, start: int, wandb: str = "", name: str = "", config: Mapping[str, Any] | None = None
     ):
         self._is_writer = jax.process_index() == 0
-        self._wandb = _wandb_run(wandb, name, folder, config or {}) if wandb and self._is_writer else None
+        self._wandb = _wandb_run(wandb, name, directory, config or {}) if wandb and self._is_writer else None
         if not self._is_writer:
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / "metrics.jsonl"
+        directory.mkdir(parents=True, exist_ok=True)
+        path = directory / "metrics.jsonl"
         write_atomically(path, b"".join(line + b"\n" for line in _lines_up_to(start, path)))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start, flush_secs=30)
+        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start, flush_secs=30)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of one step."""
@@ -67,7 +67,7 @@ class MetricLog:
 
 
 def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:
-    """The lines of earlier steps, none if there is no file."""
+    """Yields the lines of earlier steps, none if there is no file."""
     for where, line in stream_lines(path) if path.exists() else ():
         try:
             is_kept = parse_object(line, where).integer("step") <= start
@@ -77,21 +77,21 @@ def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _wandb_run(project: str, name: str, folder: Path, config: Mapping[str, Any]) -> Any:
+def _wandb_run(project: str, name: str, directory: Path, config: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
         raise ClvrError("logging to Weights & Biases needs its package: pip install wandb") from error
-    return wandb.init(project=project, name=name, dir=str(folder), config=dict(config), resume="allow")
+    return wandb.init(project=project, name=name, dir=str(directory), config=dict(config), resume="allow")
 
 
 class Throughput:
-    """How fast steps go between two readings.
+    """The throughput of the steps between two readings.
 
     Args:
       flops: batch -> model FLOPs of its step; None: not known.
-      tokens: batch -> its tokens.
-      layout: the devices that share the work.
+      tokens: batch -> its number of tokens; None: not known.
+      layout: of the devices that share the work.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Throughput:
         self._tokens += self._tokens_of(batch) if self._tokens_of else 0
 
     def read(self) -> dict[str, float]:
-        """seconds_per_step, and where known tokens_per_second and model_flop_utilization, since the last reading."""
+        """Returns seconds_per_step since the last reading; where known tokens_per_second and model_flop_utilization."""
         seconds = time.monotonic() - self._since
         found = {"seconds_per_step": seconds / self._steps}
         if self._tokens_of:
@@ -122,11 +122,11 @@ class Throughput:
         self._steps, self._flops, self._tokens, self._since = 0, 0.0, 0, time.monotonic()
 
 
-# What JAX calls the chips of `costs.hardware`.
+# JAX's name of a chip -> its name in `costs.hardware`.
 _CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100"}
 
 
 def peak_flops(layout: MeshLayout) -> float | None:
-    """bfloat16 FLOP/s of all devices together by their data sheets, None for devices that have none here."""
+    """Returns the bfloat16 FLOP/s of all devices together by their data sheets; None if the data sheet is not known."""
     chip = _CHIPS.get(layout.mesh.devices.flat[0].device_kind)
     return None if chip is None else CHIPS[chip].peak_flops * layout.mesh.size

@@ -1,4 +1,4 @@
-"""Losses as functions of functions: they take a velocity, an encoder, logits; they know no model.
+"""Losses as functions of a velocity, an encoder or logits; they know no model.
 
 Convention of flow matching: x_t = (1 - t) x_0 + t noise, t = 1 is noise, velocity = noise - x_0. Noise prediction keeps
 that of `NoiseSchedule`.
@@ -15,9 +15,9 @@ Velocity = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def sample_timesteps(key: jax.Array, batch: int, shift: float) -> jax.Array:
-    """(batch,) timesteps in (0, 1): uniform, pushed towards noise by `shift` as the sampler's schedule is.
+    """Samples (batch,) timesteps in (0, 1): uniform, and shifted towards noise as the sampler's schedule is.
 
-    t = shift u / (1 + (shift - 1) u); shift 1 leaves them uniform. The draws are stratified over the batch, which keeps
+    t = shift u / (1 + (shift - 1) u); shift 1 leaves them uniform. They are stratified over the batch, which keeps
     their distribution and lowers the variance of the loss.
     """
     strata = (jnp.arange(batch) + jax.random.uniform(key, (batch,))) / batch
@@ -25,7 +25,7 @@ def sample_timesteps(key: jax.Array, batch: int, shift: float) -> jax.Array:
 
 
 def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, shift: float) -> jax.Array:
-    """Mean squared error of the velocity at random timesteps (rectified flow).
+    """Computes the mean squared error of the velocity at random timesteps (rectified flow).
 
     Args:
       velocity: (x_t of (b, t, c), timesteps of (b,)) -> (b, t, c).
@@ -45,10 +45,11 @@ def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, sh
 def noise_prediction_loss(
     predict: Callable[[jax.Array, jax.Array], jax.Array], x0: jax.Array, key: jax.Array, schedule: NoiseSchedule
 ) -> jax.Array:
-    """Mean squared error of the noise, or of v = sqrt(alpha) noise - sqrt(1 - alpha) x_0, at random timesteps.
+    """Computes the mean squared error of the noise or of v = sqrt(alpha) noise - sqrt(1 - alpha) x_0, at random steps.
 
     Args:
-      predict: (noisy latents (b, ...), timesteps (b,) int32) -> what `schedule.prediction_type` says, (b, ...).
+      predict: (noisy latents (b, ...), timesteps (b,) int32) -> (b, ...), the prediction of type
+        `schedule.prediction_type`.
       x0: (b, ...) clean latents of about unit variance.
       key: for noise and timesteps; these are uniform over the schedule's, stratified over the batch.
       schedule: noise levels.
@@ -75,14 +76,14 @@ def autoencoder_loss(
     key: jax.Array,
     kl_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Reconstruction (absolute and squared error) plus a weak pull of the posterior towards a unit normal.
+    """Computes the reconstruction error (absolute and squared) plus the weighted KL divergence to a unit normal.
 
     Args:
       moments: images -> posterior mean and log-variance.
       decode: latents -> images.
       images_bhwc: in [-1, 1].
       key: for the posterior's noise.
-      kl_weight: weight of the divergence, which is counted in nats a pixel value.
+      kl_weight: weight of the divergence, in nats for each pixel value.
     Returns: scalar loss and its parts.
     """
     mean, log_variance = moments(images_bhwc)
@@ -97,13 +98,13 @@ def autoencoder_loss(
 def next_token_loss(
     logits_btv: jax.Array, tokens_bt: jax.Array, weights_bt: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of each next token, averaged over the tokens that count.
+    """Computes the cross entropy of each next token, averaged over the tokens to be learned.
 
     Args:
       logits_btv: at position i they predict token i + 1.
       tokens_bt: int32.
       weights_bt: 1 at tokens to be learned, 0 elsewhere; the weight of token i is that of predicting it.
-    Returns: scalar loss; the share of counted tokens whose most likely prediction is right, and their number, which is
+    Returns: scalar loss; the share of these tokens whose most likely prediction is right, and their number, which is
       the weight of the loss (see `training.step.Loss`).
     """
     logits, targets, weights = logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:], weights_bt[:, 1:]

@@ -1,4 +1,4 @@
-"""Optimisers and schedules of a run."""
+"""Optimizers and learning-rate schedules."""
 
 import dataclasses
 from typing import Any
@@ -39,10 +39,10 @@ class OptimizerConfig:
         if self.steps < 1:
             raise UsageError(f"{type(self).__name__}: steps must be at least 1, got {self.steps}")
         if not 0 <= self.warmup < 1:
-            raise UsageError(f"{type(self).__name__}: warmup must lie in [0, 1), got {self.warmup}")
+            raise UsageError(f"{type(self).__name__}: warmup must be in [0, 1), got {self.warmup}")
 
     def optimizer(self) -> optax.GradientTransformation:
-        """The optax rule."""
+        """Returns the optimizer."""
         if self.muon_learning_rate > 0:
             rule = optax.contrib.muon(
                 self._schedule(self.muon_learning_rate),
@@ -97,12 +97,12 @@ class AdamWConfig:
 
 
 def _is_matrix(params: Tree) -> Tree:
-    """Biases and norm scales are not decayed."""
+    """Returns which parameters are decayed: matrices, not biases and norm scales."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
 def _block_matrices(params: Tree) -> Tree:
-    """Muon's dimension numbers: kernels (layer, in, out) of scanned blocks; None, so AdamW, for everything else."""
+    """Returns Muon's dimension numbers of the kernels (layer, in, out) of scanned blocks; None (AdamW) for the rest."""
 
     def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
         is_stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "kernel" for key in path)

@@ -1,7 +1,7 @@
-"""What a program will cost on chips that are not here: compiled for a topology from shapes alone.
+"""Planning: what a program will cost on other chips, found by compiling it for their topology from shapes alone.
 
-A training recipe is planned through its real train step, other programs (a sampler, a roll-out) as a recipe describes
-them. `search` tries several meshes and batch sizes.
+A training recipe is planned by its real train step, other programs (a sampler, a rollout) as a recipe describes them.
+`search` tries several meshes and batch sizes.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from clvr_jax.costs.report import JointReport, Report, Stage, elements_per_chip,
 from clvr_jax.costs.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
-from clvr_jax.training.feed import Input, check_batch
+from clvr_jax.training.prefetch import DataIterator, check_batch
 from clvr_jax.training.recipes import Recipe
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task
@@ -30,17 +30,17 @@ Tree = Any
 
 
 class DoesNotFitError(ClvrError):
-    """The compiler found no way to run the program in a chip's memory."""
+    """The program does not fit into a chip's memory."""
 
 
 @dataclass(frozen=True)
 class Program:
     """A function with shapes for its arguments.
 
-    name: for people. function: (weights, data) -> anything, not jitted. weights: trees by name, laid out as parameters;
-    data: laid out as a batch. reads: how often a call reads each of `weights`. flops: of a call, all devices together.
-    calls: of a run, for the cost line. rows: of `data`, that the mesh must be able to cut; if 0, all leaves have so
-    many, otherwise some may have one for several.
+    name: shown in reports. function: (weights, data) -> anything, not jitted. weights: trees by name, sharded as
+    parameters; data: sharded as a batch. reads: number of times that a call reads each of `weights`. flops: of a call,
+    on all devices together. calls: of a run, for the cost. rows: number of rows of `data`, which the mesh must divide;
+    0 if all leaves have the same number, otherwise some may have one row for several.
     is_replicated: whether only the batch is sharded, so that the tensor axis does not divide the FLOPs.
     logical_axes: number of axes -> logical axes, for arrays of `data` that are not sharded as a batch.
     other_bytes: read in a call besides the weights, all devices together. donates: whether `data` is donated.
@@ -73,15 +73,15 @@ class Program:
 def plan(
     recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None
 ) -> Report | JointReport:
-    """Compiles what a recipe runs for chips that need not be here, and says what it costs.
+    """Compiles the program of a recipe for chips that this machine need not have, and estimates its cost.
 
     Args:
       recipe: of a training run, or with a `program`: one program, or several that are in memory together.
-      config: its configuration; `train.mesh`, or `mesh`, says how the chips are used.
+      config: its configuration; `train.mesh`, or `mesh`, is the mesh of the chips.
       topology: see `costs.hardware.parse_topology`.
       dollars_per_chip_hour: for the cost of the whole run.
-    Raises: UsageError for a mesh or batch that cannot be cut so; DoesNotFitError if the compiler finds no room;
-      ClvrError if there is no compiler for the topology.
+    Raises: UsageError for a mesh or batch that cannot be sharded; DoesNotFitError if the program does not fit into the
+      chips' memory; ClvrError if there is no compiler for the topology.
     """
     chips = parse_topology(topology)
     if recipe.program is not None:
@@ -90,7 +90,7 @@ def plan(
             if isinstance(program, Program):
                 return _plan_program(program, layout, chips, dollars_per_chip_hour)
             return _plan_together(recipe.name, program, layout, chips, dollars_per_chip_hour)
-    # A task that is not abstract is made of arrays on this machine; only their shapes are used.
+    # A task that is not abstract has arrays on this machine; only their shapes are used.
     task = (recipe.abstract_task or recipe.task)(config)
     with MeshLayout(config.train.mesh.make(planning_devices(chips))).active() as layout:
         return _plan_step(task, config.train, layout, chips, dollars_per_chip_hour)
@@ -98,7 +98,7 @@ def plan(
 
 @dataclass(frozen=True)
 class Trial:
-    """One mesh and batch size that was tried: its report, or why there is none."""
+    """One mesh and batch size that was tried: its report, or the reason why there is none."""
 
     mesh: MeshConfig
     batch_size: int | None
@@ -107,17 +107,17 @@ class Trial:
 
     @property
     def name(self) -> str:
-        """`fsdp 16 x tensor 4, batch 64`."""
+        """Returns the mesh and batch size, `fsdp 16 x tensor 4, batch 64`."""
         return f"{mesh_name(self.mesh)}, batch {self.batch_size}" if self.batch_size else mesh_name(self.mesh)
 
     @property
     def summary(self) -> str:
-        """The name and what came of it, for a line of progress."""
+        """Returns the name and the result, for a line of progress."""
         report = self.report
         return f"{self.name}: {self.reason if report is None else report.headline}"
 
     def to_json(self) -> dict[str, Any]:
-        """In types that JSON has."""
+        """Returns the trial as JSON values."""
         report = self.report.to_json() if self.report else None
         return {"mesh": dataclasses.asdict(self.mesh), "batch_size": self.batch_size, "report": report,
                 "reason": self.reason}  # fmt: skip
@@ -131,12 +131,12 @@ def search(
     batch_sizes: Sequence[int] = (),
     dollars_per_chip_hour: float | None = None,
 ) -> Iterator[Trial]:
-    """Plans a recipe on every mesh worth trying, with every batch size; the best first needs `ranked`.
+    """Plans a recipe on every mesh worth trying, with every batch size, in no order; see `ranked`.
 
     Args:
       recipe, config, topology, dollars_per_chip_hour: see `plan`.
       batch_sizes: to try; the configuration's own if empty.
-    Yields: a trial as soon as it is done; each takes the compiler up to some minutes.
+    Yields: each trial when it is done; it may take the compiler some minutes.
     Raises: UsageError if batch sizes are given and the configuration has none.
     """
     if batch_sizes and not hasattr(config, "batch_size"):
@@ -156,7 +156,7 @@ def search(
 
 
 def ranked(trials: Sequence[Trial]) -> list[Trial]:
-    """Those that fit by model FLOP utilization, best first; then the others."""
+    """Returns the trials that fit by model FLOP utilization, best first; then the others."""
 
     def key(trial: Trial) -> tuple[bool, float]:
         report = trial.report
@@ -166,7 +166,7 @@ def ranked(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def trials_table(trials: Sequence[Trial]) -> Table:
-    """Trials for a terminal, one line each."""
+    """Returns a table of trials for a terminal, one line each."""
     table = Table("mesh", "memory", "step", "bound by", "utilization", "cost")
     for trial in trials:
         report = trial.report
@@ -186,7 +186,7 @@ def trials_table(trials: Sequence[Trial]) -> Table:
 
 
 def meshes(chips: Topology) -> list[MeshConfig]:
-    """Meshes worth trying: FSDP alone, with parts of tokens or of heads, and with copies where chips are many."""
+    """Returns meshes worth trying: FSDP alone, with sequence or tensor shards, and on many chips with model copies."""
     count = chips.devices
     inner = [(1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (1, 4), (1, 8)]
     found = [
@@ -194,12 +194,12 @@ def meshes(chips: Topology) -> list[MeshConfig]:
         for sequence, tensor in inner
         if count % (sequence * tensor) == 0
     ]
-    # Beyond a few dozen chips, gathers over all of them are long; copies of the model add up gradients once a step.
+    # Beyond a few dozen chips, gathering over all of them is slow; copies of the model sum their gradients once a step.
     return found + [MeshConfig(data=count // inside, fsdp=inside) for inside in (32, 64) if count // inside > 1]
 
 
 def mesh_name(mesh: MeshConfig) -> str:
-    """`fsdp 16 x tensor 4`."""
+    """Returns the axes of a mesh with more than one device, `fsdp 16 x tensor 4`."""
     sizes = {axis: getattr(mesh, axis) for axis in MESH_AXES}
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
 
@@ -217,12 +217,12 @@ def _plan_step(task: Task, train: Any, layout: MeshLayout, chips: Topology, pric
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
     state = _with(state, state.shardings(layout))
     frozen = _with(_shapes(task.frozen), layout.parameters(task.frozen))
-    batch = _shapes(next(task.batches) if isinstance(task.batches, Input) else task.batches(0))
+    batch = _shapes(next(task.batches) if isinstance(task.batches, DataIterator) else task.batches(0))
     check_batch(batch, layout, train.accumulate)
     step = make_train_step(task.loss, optimizer, train.step, layout)
     compiled, text = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
     held, read = (elements_per_chip(tree) for tree in (state.params, frozen))
-    # Products that are cut along the heads need only their part of each weight; all others gather it.
+    # Products that are sharded by heads need only their shard of each weight; all others gather it.
     gathered = sum(leaf.size for leaf in jax.tree.leaves(task.params)) / layout.mesh.shape["tensor"]
     return measure(
         compiled,
@@ -286,13 +286,12 @@ def _bytes_per_chip(tree: Tree, shardings: Tree) -> int:
 
 
 def _compiled(function: Any, arguments: tuple[Any, ...], layout: MeshLayout) -> tuple[Any, str]:
-    """The program, and its text."""
+    """Returns the compiled program, and its text."""
     lowered = function.trace(*arguments).lower(lowering_platforms=(layout.platform,))
-    with tempfile.TemporaryDirectory(prefix="clvr-plan-") as folder:
-        # XLA cannot always read back what libtpu made (asynchronous collectives of v6e), so the text is taken where it
-        # is written.
+    with tempfile.TemporaryDirectory(prefix="clvr-plan-") as directory:
+        # XLA cannot always parse the program of libtpu (asynchronous collectives of v6e), so its text is dumped.
         is_tpu = layout.platform == "tpu"
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if is_tpu else {}
+        options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True} if is_tpu else {}
         try:
             compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
@@ -301,12 +300,12 @@ def _compiled(function: Any, arguments: tuple[Any, ...], layout: MeshLayout) -> 
             raise _does_not_fit(str(error)) from error
         if not is_tpu:
             return compiled, compiled.as_text()
-        texts = sorted(Path(folder).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
-        return compiled, texts[-1].read_text()  # beside it small ones, of programs that the compiler runs itself
+        texts = sorted(Path(directory).glob("*.after_optimizations.txt"), key=lambda path: path.stat().st_size)
+        return compiled, texts[-1].read_text()  # the others are small programs that the compiler runs itself
 
 
 def _does_not_fit(said: str) -> DoesNotFitError:
-    # The compiler says it in one of two ways, with what the temporaries alone need or with all of it.
+    # The compiler's message has one of two forms, with the size of the temporaries or of everything.
     found = re.search(r"\(([\d.]+[KMGT])\) exceeds available HBM \(([\d.]+[KMGT])\)", said)
     found = found or re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", said)
     needs = f"needs {found[1]}iB of {found[2]}iB" if found else said.splitlines()[0][:120]

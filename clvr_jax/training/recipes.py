@@ -1,9 +1,9 @@
-"""Recipes: Python files that say what is trained. This loads one and runs it.
+"""Recipes: Python files that define what is trained. This module loads and runs them.
 
 A recipe has `CONFIG`, a dataclass instance whose field `train` is a `TrainConfig`, and `task(config)`, which returns
-the `Task` for such a config. Both are all the trainer needs, so a recipe may lie anywhere. One that another loop trains
-names it as `fit`, called as the trainer's; `task` and `train` are then what this loop takes. One that is planned by
-`program(config)` instead of a train step has that and `CONFIG.mesh`; without `task` it is only planned.
+the `Task` for such a config. The trainer needs nothing else, so a recipe may be stored anywhere. A recipe of RL names
+`rl.fit` as its `fit`; its `task` and `train` are then a `PPRLTask` and a `PPRLConfig`. A recipe that is planned by
+`program(config)`, not by a train step, has that function and `CONFIG.mesh`; without `task` it is only planned.
 """
 
 import contextlib
@@ -24,19 +24,20 @@ from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import broadcast_from_host0
-from clvr_jax.training.trainer import Task, TrainConfig, fit, mesh_of
+from clvr_jax.training.loop import mesh_of
+from clvr_jax.training.trainer import Task, TrainConfig, fit
 
 RECIPE = "recipe.json"
-"""Of a run: which recipe it is of, and with what configuration."""
+"""File of a run that names its recipe and holds its configuration."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a recipe file says.
+    """The content of a recipe file.
 
     name: of the file, without suffix. config: its CONFIG. task: config -> what to train. description: first line of the
-    file's docstring. path: the file. abstract_task: as task, with shapes in place of arrays, if the recipe has it.
-    program: config -> `plan.Program`, of a recipe that is planned by it. fit: the loop that trains it.
+    file's docstring. path: of the file. abstract_task: as `task`, with shapes in place of arrays, if the recipe has it.
+    program: config -> `plan.Program`, of a recipe that is planned by it. fit: trains the task.
     """
 
     name: str
@@ -88,8 +89,8 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
     Args:
       recipe: what to run.
       config: the recipe's config, with overrides.
-      out: folder of the run, see `fit`; checked before anything is built.
-      resume: go on from the newest checkpoint in `out`.
+      out: directory of the run, see `fit`; checked before anything is built.
+      resume: continue from the newest checkpoint in `out`.
     Returns: {"recipe", "out", "export", "steps"} for JSON.
     """
     check_folder(out)
@@ -100,10 +101,10 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
 
     with run_lock(out):
         refuse_occupied(out / "checkpoints", resume=resume)
-        with mesh_of(config.train), exits_refused(recipe.path):
-            # What a recipe loads is laid out over the mesh as it is read.
+        with mesh_of(config.train.mesh), exits_refused(recipe.path):
+            # Weights that a recipe loads are sharded over the mesh while they are read.
             task = recipe.task(config)
-            # The recipe of a finished run must stay until nothing refuses this one.
+            # The recipe.json of a finished run is not overwritten before this run is known to begin.
             if "on_begin" in inspect.signature(recipe.fit).parameters:
                 state = recipe.fit(task, config.train, out, resume=resume, on_begin=on_begin)
             else:
@@ -127,35 +128,35 @@ def run_lock(out: Path) -> Iterator[None]:
         yield
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run, which need not be finished."""
-    return (folder / RECIPE).exists() and (folder / "checkpoints").is_dir()
+def is_run(directory: Path) -> bool:
+    """Returns whether a directory is that of a run, which need not be finished."""
+    return (directory / RECIPE).exists() and (directory / "checkpoints").is_dir()
 
 
 def export_run(run: Path, destination: Path, part: str = "ema") -> int:
-    """Writes the newest checkpoint of a run as its recipe exports it: folders that PyTorch loads.
+    """Writes the newest checkpoint of a run as its recipe exports it: directories that PyTorch loads.
 
     Args:
-      run: folder of the run; its recipe must still be where it was.
-      destination: the new folder.
-      part: "ema", the average, or "params".
+      run: directory of the run; its recipe must still be where it was.
+      destination: the new directory.
+      part: "ema", the EMA of the parameters, or "params".
     Returns: the step that was exported.
     Raises: ClvrError if it is no run, holds no checkpoint, the recipe is gone or another one now, or another process
       writes to `destination`; UsageError if `destination` exists.
     """
     if not is_run(run):
-        raise ClvrError(f"{run}: not the folder of a run, which holds {RECIPE} and checkpoints/")
-    with new_directory(destination, "export") as folder:
-        return _export_part(run, folder, part)
+        raise ClvrError(f"{run}: not the directory of a run, which holds {RECIPE} and checkpoints/")
+    with new_directory(destination, "export") as directory:
+        return _export_part(run, directory, part)
 
 
-def _export_part(run: Path, folder: Path, part: str) -> int:
+def _export_part(run: Path, directory: Path, part: str) -> int:
     """Writes a part of the newest checkpoint; returns its step."""
     made = read_object(run / RECIPE)
     recipe = load_recipe(made.text("recipe"))
     with located(run / RECIPE):
         config = rebuilt(recipe.config, dict(made.nested("config").content))
-    # On the devices that are here, whatever the run had.
+    # On the devices of this machine, whatever devices the run had.
     with MeshLayout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)
         shardings = layout.parameters(task.params)
@@ -164,5 +165,5 @@ def _export_part(run: Path, folder: Path, part: str) -> int:
         )
         params, step = restore_part(run / "checkpoints", part, wanted)
         with without_layout():
-            task.export(params, folder)
+            task.export(params, directory)
     return step

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: losses of what a trajectory teaches, as functions of functions; they know no model."""
+"""Supervised fine-tuning: losses on the images and texts of a trajectory; they take functions and know no model."""
 
 from collections.abc import Callable, Mapping
 
@@ -14,17 +14,17 @@ Field = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 
 def drawing_loss(
     encode_text: Callable[[jax.Array, jax.Array], jax.Array],
-    encode_pictures: Callable[[jax.Array], jax.Array],
+    encode_images: Callable[[jax.Array], jax.Array],
     field: Callable[[jax.Array], Field],
     data: Mapping[str, jax.Array],
     key: jax.Array,
     shift: float,
 ) -> jax.Array:
-    """Flow matching on the latents of the next drawing, given everything said and drawn before it.
+    """Computes the flow-matching loss of the next image, given all earlier texts and images.
 
     Args:
       encode_text: (ids, mask), each (b, s) -> (b, s, d).
-      encode_pictures: in [-1, 1], (b, h, w, 3) -> latent tokens (b, t, c).
+      encode_images: in [-1, 1], (b, h, w, 3) -> latent tokens (b, t, c).
       field: tokens of all references (b, references * t, c) -> the velocity beside them.
       data: ids and mask; target (b, h, w, 3) and references (b, n, h, w, 3), uint8, of one size.
       key: for noise and timesteps. shift: see `sample_timesteps`.
@@ -32,13 +32,13 @@ def drawing_loss(
     Source: supervised fine-tuning of CLVR (arXiv 2605.14876): condition c_t, target x_t.
     """
     text_bsd = encode_text(data["ids"], data["mask"])
-    pictures = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
+    images = jnp.concatenate([data["target"][:, None], data["references"]], axis=1)
 
-    def encode(pictures_bhwc: jax.Array) -> jax.Array:
-        return jax.lax.stop_gradient(encode_pictures(pictures_bhwc.astype(jnp.float32) / 127.5 - 1))
+    def encode(images_bhwc: jax.Array) -> jax.Array:
+        return jax.lax.stop_gradient(encode_images(images_bhwc.astype(jnp.float32) / 127.5 - 1))
 
-    # One picture of every row after the other: large ones need more memory in the encoder than all the rest does.
-    tokens_nbtc = jax.lax.map(encode, pictures.swapaxes(0, 1))
+    # One image of every row after the other: the encoder needs more memory for large images than everything else.
+    tokens_nbtc = jax.lax.map(encode, images.swapaxes(0, 1))
     x0_btc, references_bntc = tokens_nbtc[0], tokens_nbtc[1:].swapaxes(0, 1)
     velocity = field(references_bntc.reshape(x0_btc.shape[0], -1, x0_btc.shape[-1]))
     return flow_matching_loss(lambda x, t: velocity(x, t, text_bsd), x0_btc, key, shift)
@@ -47,12 +47,12 @@ def drawing_loss(
 def conversation_loss(
     states_btd: jax.Array, head_dv: jax.Array, data: Mapping[str, jax.Array], block: int
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Cross entropy of what the assistant says; no logits are made for what is only read.
+    """Computes the cross entropy of the assistant's tokens; no logits are computed for tokens that are only read.
 
     Args:
       states_btd: final states of the language model; states @ head are logits.
       head_dv: matrix to the vocabulary.
-      data: input_ids_bt; weights_bt, 1 at tokens to be learned; learned_bk, where those are, filled up with 0.
+      data: input_ids_bt; weights_bt, 1 at tokens to be learned; learned_bk, their positions, padded with 0.
       block: see `next_token_loss_in_blocks`.
     Returns: as `objectives.next_token_loss`.
     Source: supervised fine-tuning of CLVR (arXiv 2605.14876), the controller's reasoning and actions.

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,11 @@ class TrainState:
     opt_state: Tree
     skipped: Any
     skipped_in_a_row: Any
+
+    @property
+    def iteration(self) -> Any:
+        """Number of finished iterations of the training loop."""
+        return self.step
 
     @classmethod
     def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None) -> Self:
@@ -73,6 +78,23 @@ class TrainState:
 
 
 State = TypeVar("State", bound=TrainState)
+
+
+class GradAccumulator(NamedTuple):
+    """Sums over the rows of microbatches: gradients, metrics, and the weight of the rows (their number, say)."""
+
+    grads: Tree
+    metrics: Metrics
+    weight: jax.Array
+
+    def add(self, other: "GradAccumulator") -> "GradAccumulator":
+        """Returns the sums with those of another microbatch added."""
+        return jax.tree.map(jnp.add, self, other)
+
+    def mean(self) -> tuple[Tree, Metrics]:
+        """Returns gradients and metrics of the mean over all rows."""
+        grads, metrics = (jax.tree.map(lambda leaf: leaf / self.weight, tree) for tree in (self.grads, self.metrics))
+        return grads, metrics
 
 
 def apply_gradients(
@@ -126,59 +148,53 @@ class StepConfig:
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, config: StepConfig, layout: MeshLayout | None = None
 ) -> Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]:
-    """(state, frozen, batch) -> (state, metrics), jitted; the old state is donated.
+    """Returns the jitted function (state, frozen, batch) -> (state, metrics), which donates the old state.
 
     A step whose loss or gradients are not finite leaves everything but the counters as it was.
     """
 
     def train_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, metrics = _gradients(loss, config, state.params, frozen, batch, key)
-        following, norm = apply_gradients(state, grads, metrics["loss"], optimizer, config.ema_decay)
-        return following, {**metrics, "grad_norm": norm, "skipped": following.skipped}
+        grads, metrics = _mean_gradients(loss, config, state.params, frozen, batch, key)
+        next_state, norm = apply_gradients(state, grads, metrics["loss"], optimizer, config.ema_decay)
+        metrics = {**metrics, "grad_norm": norm, "skipped": next_state.skipped}
+        if layout is not None:
+            next_state = jax.lax.with_sharding_constraint(next_state, next_state.shardings(layout))
+        return next_state, metrics
 
-    if layout is None:
-        return jax.jit(train_step, donate_argnums=0)
-
-    @partial(jax.jit, donate_argnums=0)
-    def laid_out_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
-        following, metrics = train_step(state, frozen, batch)
-        return jax.lax.with_sharding_constraint(following, following.shardings(layout)), metrics
-
-    return laid_out_step
+    return jax.jit(train_step, donate_argnums=0)
 
 
-def _gradients(
+def _mean_gradients(
     loss: Loss, config: StepConfig, params: Tree, frozen: Tree, batch: Any, key: jax.Array
 ) -> tuple[Tree, Metrics]:
-    """Gradients and metrics of the mean over the whole batch, in parts if asked for."""
+    """Returns gradients and metrics of the mean over the whole batch, which is split into microbatches if asked for."""
 
-    def total(params: Tree, part: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
-        mean, metrics = loss(_cast(params, config.compute_dtype), frozen, part, key)
+    def weighted_loss(params: Tree, rows: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+        mean, metrics = loss(_cast(params, config.compute_dtype), frozen, rows, key)
         weight = jnp.asarray(metrics.pop(WEIGHT, 1.0), jnp.float32)
         return mean.astype(jnp.float32) * weight, (weight, {**metrics, "loss": mean})
 
-    gradient = jax.value_and_grad(total, has_aux=True)
+    gradient = jax.value_and_grad(weighted_loss, has_aux=True)
     if config.accumulate == 1:
         (_, (weight, metrics)), grads = gradient(params, batch, key)
         return jax.tree.map(lambda leaf: leaf / weight, grads), metrics
 
-    def cut(leaf: jax.Array) -> jax.Array:
-        # Every part takes some rows of every device, so that no row moves.
+    def split(leaf: jax.Array) -> jax.Array:
+        # Every microbatch takes some rows of every device, so that no row is sent to another.
         return leaf.reshape(-1, config.accumulate, *leaf.shape[1:]).swapaxes(0, 1)
 
-    def contribution(number: jax.Array, rows: Any) -> tuple[Tree, jax.Array, Metrics]:
-        (_, (weight, metrics)), grads = gradient(params, rows, jax.random.fold_in(key, number))
-        return grads, weight, jax.tree.map(lambda value: value * weight, metrics)
+    def loss_and_grads(index: jax.Array, rows: Any) -> GradAccumulator:
+        (_, (weight, metrics)), grads = gradient(params, rows, jax.random.fold_in(key, index))
+        return GradAccumulator(grads, jax.tree.map(lambda value: value * weight, metrics), weight)
 
-    parts = (jnp.arange(config.accumulate), jax.tree.map(cut, batch))
-    shapes = jax.eval_shape(contribution, *jax.tree.map(lambda leaf: leaf[0], parts))
-    nothing = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-    sums, _ = jax.lax.scan(lambda sums, part: (jax.tree.map(jnp.add, sums, contribution(*part)), None), nothing, parts)
-    grads, weight, metrics = sums
-    return jax.tree.map(lambda leaf: leaf / weight, (grads, metrics))
+    microbatches = (jnp.arange(config.accumulate), jax.tree.map(split, batch))
+    shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda leaf: leaf[0], microbatches))
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    sums, _ = jax.lax.scan(lambda sums, rows: (sums.add(loss_and_grads(*rows)), None), zeros, microbatches)
+    return sums.mean()
 
 
 def _cast(params: Tree, dtype: str) -> Tree:
-    """Floating-point leaves in another dtype; cast where they lie, so that what is gathered is already small."""
+    """Casts floating-point leaves, which stay sharded: what is gathered from other devices is already small."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)

@@ -38,7 +38,7 @@ CONFIG = PPRLConfig(
     optimizer=AdamWConfig(learning_rate=3e-3),
     lora=LoRAConfig(rank=3, alpha=3.0),
     grid_every=2,
-    checkpoint=CheckpointConfig(save_interval_minutes=0.0),
+    checkpoint=CheckpointConfig(save_interval_minutes=100.0),
     mesh=MeshConfig(devices=1),
 )
 

@@ -24,14 +24,9 @@ from clvr_jax.rl.algorithms.diffusion_nft import old_decay
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import restore_part
 from clvr_jax.training.recipes import export_run
-from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import CONFIG, Brightness, changed, make_task
 
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("data") / "trajectories")
 
 
 @pytest.fixture(scope="module")
@@ -163,13 +158,14 @@ def test_what_is_left_behind(dataset, undisturbed):
 
 
 def test_the_policy_that_samples_follows_the_one_that_trains(dataset, tmp_path):
-    config = changed(epochs=1)
+    config = changed(epochs=1, profile=0)
     task = make_task(dataset, config)
     state = fit(task, config, tmp_path)
     d = float(old_decay(2))
     expected = jax.tree.map(lambda start, now: d * start + (1 - d) * now, task.params, state.params)
     assert_close(state.old, expected, 1e-6)
     assert norm(jax.tree.map(jnp.subtract, state.params, task.params)) > 0
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
 @pytest.mark.parametrize("rank", [3, 0])
@@ -182,7 +178,6 @@ def test_the_reward_rises(dataset, tmp_path, rank):
         timesteps_per_sample=4,
         optimizer={"learning_rate": 1e-2},
         group_size=16,
-        checkpoint={"save_interval_minutes": 9.0},
     )
     fit(make_task(dataset, config), config, tmp_path)
     means = [row["reward"] for row in rows(tmp_path)]
@@ -255,7 +250,7 @@ def test_an_endpoint_that_dies_ends_the_run_and_the_rest_is_as_if_it_had_not(dat
 
     dying = Brightness(spoil)
     with pytest.raises(ClvrError, match=r"epoch 3 cannot be scored \(judge .*epoch 2 is saved, --resume continues"):
-        fit(make_task(dataset, reward=dying), changed(checkpoint={"save_interval_minutes": 100.0}), tmp_path)
+        fit(make_task(dataset, reward=dying), CONFIG, tmp_path)
     assert_same(fit(make_task(dataset), CONFIG, tmp_path, resume=True), undisturbed[1])
     assert rows(tmp_path) == rows(undisturbed[0])
 
@@ -269,7 +264,7 @@ def test_a_run_that_is_asked_to_stop_drops_the_epoch_it_is_in(dataset, undisturb
 
     asking = Brightness(spoil)
     asking.asked = False
-    state = fit(make_task(dataset, reward=asking), changed(checkpoint={"save_interval_minutes": 100.0}), tmp_path)
+    state = fit(make_task(dataset, reward=asking), CONFIG, tmp_path)
     stopped = int(state.epoch)
     assert stopped < 4
     assert f"asked to stop; epoch {stopped} is saved" in capfd.readouterr().err
@@ -285,7 +280,7 @@ def test_gradients_that_are_not_finite_change_nothing_and_many_end_the_run(datas
             return super().corrupt(x0, noise, t) * jnp.nan
 
     poisoned = dataclasses.replace(task.policy, forward_process=Poisoned())
-    with pytest.raises(ClvrError, match="4 updates in a row are not finite, up to epoch 2"):
+    with pytest.raises(ClvrError, match="4 steps in a row are not finite, up to epoch 2"):
         fit(dataclasses.replace(task, policy=poisoned), config, tmp_path)
 
 

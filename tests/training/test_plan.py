@@ -26,6 +26,11 @@ def changed(config=drawing_recipe.CONFIG, mesh=None, **changes):
     return dataclasses.replace(config, train=train, **changes)
 
 
+SMALL = changed(mesh=MeshConfig(fsdp=4, tensor=2), depth=1)
+# The same configuration on a command line, so that the program is compiled once.
+SMALL_OPTIONS = ["--train.mesh.fsdp", "4", "--train.mesh.tensor", "2", "--depth", "1"]
+
+
 def test_a_small_recipe_compiles_for_v6e_and_depth_changes_neither_program_nor_messages():
     """1,024 picture tokens, so that attention is the TPU's kernel, as at full size."""
     recipe = load_recipe(RECIPE)
@@ -42,8 +47,8 @@ def test_a_small_recipe_compiles_for_v6e_and_depth_changes_neither_program_nor_m
 
 def test_the_plan_of_a_cpu_counts_what_the_recipe_counts():
     recipe = load_recipe(RECIPE)
-    report = plan(recipe, changed(mesh=MeshConfig(fsdp=4, tensor=2)), "cpu:8", dollars_per_chip_hour=2.0)
-    task = drawing_recipe.task(drawing_recipe.CONFIG)
+    report = plan(recipe, SMALL, "cpu:8", dollars_per_chip_hour=2.0)
+    task = drawing_recipe.task(SMALL)
     size = sum(leaf.size for leaf in jax.tree.leaves(task.params))
     assert report.flops == task.flops(task.batches(0))
     assert size / 8 < report.parameters < size / 6  # vectors are whole everywhere
@@ -106,9 +111,7 @@ def test_meshes_and_batches_that_cannot_be_are_refused():
 
 def test_the_command_writes_its_report(tmp_path, capsys):
     out = tmp_path / "report.json"
-    assert (
-        main(["plan", RECIPE, "--topology", "cpu:8", "--out", str(out), "--side", "2", "--depth", "1", "--json"]) == 0
-    )
+    assert main(["plan", RECIPE, "--topology", "cpu:8", "--out", str(out), *SMALL_OPTIONS, "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
     assert printed["chips"] == 8

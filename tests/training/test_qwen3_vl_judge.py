@@ -36,7 +36,7 @@ def test_it_says_what_decoding_says(monkeypatch):
     assert {name: leaf.shape for name, leaf in data.items()} == {
         name: leaf.shape for name, leaf in program.data.items()
     }
-    said = program.function({"judge": nnx.state(model)}, data)
+    said = jax.jit(program.function)({"judge": nnx.state(model)}, data)
     assert np.array_equal(said, generate(model, batch, max_new_tokens=6).tokens_bn)
 
 

@@ -19,8 +19,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig, MeshLayout
-from clvr_jax.training.feed import feed
 from clvr_jax.training.objectives import next_token_loss
+from clvr_jax.training.prefetch import prefetch
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.data.engine.painter import ErrsAt, item
@@ -124,13 +124,13 @@ def test_grids_are_part_of_the_shape_of_a_batch(dataset):
     """They pass the way to the devices as they are, and another number of pictures is another program."""
     task = qwen3_vl_sft.task(tiny(dataset))
     with MeshLayout(MeshConfig(fsdp=4, devices=4).make()).active() as layout:
-        fed = [fed.batch for fed in feed(task.batches, layout, range(6), 1)]
-    grids = [batch.get("grid_thw", ()) for batch in fed]
+        batches = [batch for batch, _ in prefetch(task.batches, layout, range(6), 1)]
+    grids = [batch.get("grid_thw", ()) for batch in batches]
     assert len(set(grids)) > 1
     assert all(set(own) <= {(1, 8, 8)} for own in grids)
     programs = jax.jit(lambda batch: jnp.float32(len(batch.get("grid_thw", ()))))
-    assert [int(programs(batch)) for batch in fed] == [len(own) for own in grids]
-    for batch in fed:
+    assert [int(programs(batch)) for batch in batches] == [len(own) for own in grids]
+    for batch in batches:
         rows, patches = batch["pixel_values"].shape[:2] if "pixel_values" in batch else (4, 0)
         assert (rows, patches) == (4, 64 * len(batch.get("grid_thw", ())))
         said = np.take_along_axis(np.asarray(batch["weights_bt"]), np.asarray(batch["learned_bk"]), axis=1)

@@ -16,8 +16,13 @@ from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.worlds.shapes.grammar import vocabulary
 
 
-def test_a_step_has_the_shapes_of_its_state():
-    task, optimizer = shapes_sd.task(shapes_sd.CONFIG), shapes_sd.CONFIG.train.optimizer()
+@pytest.fixture(scope="module")
+def task():
+    return shapes_sd.task(shapes_sd.CONFIG)
+
+
+def test_a_step_has_the_shapes_of_its_state(task):
+    optimizer = shapes_sd.CONFIG.train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), task.params)
     step = make_train_step(task.loss, optimizer, shapes_sd.CONFIG.train.step)
     following, metrics = jax.eval_shape(step, state, task.frozen, task.batches(0))
@@ -26,9 +31,9 @@ def test_a_step_has_the_shapes_of_its_state():
 
 
 @pytest.mark.slow
-def test_the_export_draws_the_same_here_and_in_diffusers(tmp_path):
+def test_the_export_draws_the_same_here_and_in_diffusers(task, tmp_path):
     """With weights as those of a run that has begun: at its start many are zero, and so is what it draws."""
-    task, random = shapes_sd.task(shapes_sd.CONFIG), np.random.default_rng(1)
+    random = np.random.default_rng(1)
     begun = jax.tree.map(lambda leaf: leaf + 0.02 * random.normal(size=leaf.shape).astype(leaf.dtype), task.params)
     task.export(begun, tmp_path / "export")
     folder = str(tmp_path / "export")

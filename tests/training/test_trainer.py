@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,8 @@ import pytest
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import restore_part
-from clvr_jax.training.trainer import Task, TrainConfig, fit
+from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
+from clvr_jax.trees import dotted, leaves_by_path
 
 ONE_DEVICE = MeshConfig(devices=1)
 
@@ -177,3 +180,33 @@ def test_the_average_is_read_back_without_the_optimizer(tmp_path):
         restore_part(tmp_path / "checkpoints", "ema", {"v": wanted["w"]})
     with pytest.raises(ClvrError, match="holds no checkpoint"):
         restore_part(tmp_path / "nothing", "ema", wanted)
+
+
+@pytest.mark.parametrize(("first", "stop_after"), [(3, None), (3, 4)])
+def test_a_profile_is_written_even_of_a_run_that_ends_in_it(tmp_path, first, stop_after):
+    fit(make_task(), dataclasses.replace(CONFIG, steps=7, profile=first), tmp_path, stop_after=stop_after)
+    assert list((tmp_path / "profile").rglob("*.xplane.pb"))
+    jax.profiler.start_trace(str(tmp_path / "again"))  # an error while another trace is open
+    jax.profiler.stop_trace()
+
+
+def test_a_run_that_is_asked_to_stop_logs_and_saves_its_last_step_whatever_the_intervals(tmp_path):
+    task = make_task()
+
+    def batches(step):
+        if step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return task.batches(step)
+
+    config = dataclasses.replace(CONFIG, log_every=100, save_minutes=1000.0)
+    state = fit(dataclasses.replace(task, batches=batches), config, tmp_path)
+    (row,) = losses(tmp_path)
+    assert row[0] == int(state.step) < 6
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [str(row[0])]
+
+
+def test_checkpoints_keep_the_names_of_their_arrays():
+    """Checkpoints of earlier versions are found by them."""
+    state = TrainState.create({"w": jnp.zeros(3)}, CONFIG.optimizer())
+    names = {dotted(path).split(".")[0] for path in leaves_by_path(state)}
+    assert names == {"step", "params", "ema", "opt_state", "skipped", "skipped_in_a_row"}

@@ -7,8 +7,9 @@ import threading
 
 import jax
 import pytest
+from jax.experimental import multihost_utils
 
-from clvr_jax.training.preemption import preemption
+from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.trainer import fit
 from tests.training import line_recipe
 
@@ -83,14 +84,24 @@ def test_the_second_ctrl_c_ends_at_once(tmp_path):
 
 def test_sigint_that_is_ignored_stays_ignored():
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with preemption() as asked:
+    with graceful_shutdown() as shutdown:
         press_ctrl_c()
-        assert not asked.reached(0)
+        assert not shutdown.should_stop()
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_sigterm_is_no_interruption():
-    with preemption() as asked:
+    with graceful_shutdown() as shutdown:
         os.kill(os.getpid(), signal.SIGTERM)
-        assert asked.reached(0)
-        assert not asked.is_interrupted
+        assert shutdown.should_stop()
+        assert not shutdown.is_interrupted
+
+
+def test_processes_number_their_sync_points_without_gaps(monkeypatch):
+    """The coordination service picks the number of a future one, which a run with gaps might never reach."""
+    numbers = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda n: numbers.append(n) or n == 3)
+    shutdown = GracefulShutdown()
+    assert [shutdown.should_stop() for _ in range(6)] == [False] * 3 + [True] * 3
+    assert numbers == list(range(6))

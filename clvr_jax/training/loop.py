@@ -1,0 +1,268 @@
+"""The training loop of every run: resume, iterate, log, save, stop and export.
+
+An iteration is one optimizer step of SFT and distillation, or one epoch of RL:
+
+    state = checkpoint or initial state
+    for iteration in range(state.iteration, config.iterations):
+        stop here, with a checkpoint, if SIGTERM or Ctrl-C asked for it
+        state, metrics = runner.run(state, iteration)
+        every log_every iterations: log the metrics, end the run if too many steps were not finite, save if it is due
+    export the EMA of the parameters
+
+The state is a pytree. The data of an iteration depends on the seed and its number alone, or the state of the data
+iterator is saved with the state: a run that is killed and resumed gives the same bits as one that was not.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import jax
+
+from clvr_jax.console import Advance, progress
+from clvr_jax.errors import ClvrError
+from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
+from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
+from clvr_jax.training.distributed import broadcast_decision
+from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
+from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.step import State
+
+Tree = Any
+
+
+class StopRequestedError(Exception):
+    """The run was asked to stop in the middle of an iteration, which has not changed the state."""
+
+
+class IterationError(ClvrError):
+    """An iteration cannot be completed, for a reason outside of the run; it has not changed the state."""
+
+    problem: ClassVar[str] = "cannot be completed"
+    """Predicate of the error message, whose subject is the iteration."""
+
+
+class Runner(Protocol[State]):
+    """Runs the iterations of a run, one after the other."""
+
+    def run(self, state: State, iteration: int, shutdown: GracefulShutdown) -> tuple[State, Mapping[str, Any]]:
+        """Runs one iteration.
+
+        Args:
+          state: before it; its arrays may be donated.
+          iteration: number of finished iterations.
+          shutdown: may be asked in the middle of an iteration that takes long.
+        Returns: the state after it, and its metrics, which may still be computed.
+        Raises: StopRequestedError; IterationError.
+        """
+        ...
+
+    def summarize(self, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+        """Returns what is logged of the iterations since the last call."""
+        ...
+
+    def iterator_state(self) -> Mapping[str, Any]:
+        """Returns the state of the data iterator after the last iteration, as JSON values."""
+        ...
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Configuration of the loop, as the configurations of SFT and RL make it.
+
+    name: of the task. unit: of iterations, "step" or "epoch". iterations: number of them in the run. log_every: number
+    of iterations between logs. max_nonfinite_steps: the run ends after so many optimizer steps in a row whose loss or
+    gradients are not finite. note: logged metrics -> text of the progress line. wandb: project of Weights & Biases, ""
+    for none. logged_config: the configuration that is logged there. profile: iterations that are profiled.
+    """
+
+    name: str
+    unit: str
+    iterations: int
+    max_nonfinite_steps: int
+    checkpoint: CheckpointConfig
+    note: Callable[[Mapping[str, float]], str]
+    log_every: int = 1
+    wandb: str = ""
+    logged_config: Mapping[str, Any] = field(default_factory=dict)
+    profile: range = range(0)
+
+
+def run_loop(
+    config: LoopConfig,
+    create: Callable[[], State],
+    make_runner: Callable[[range, Mapping[str, Any]], contextlib.AbstractContextManager[Runner[State]]],
+    export: Callable[[State, Path], None],
+    out: Path,
+    *,
+    resume: bool = False,
+    stop_after: int | None = None,
+    on_begin: Callable[[], None] | None = None,
+) -> State:
+    """Trains; checkpoints, metrics, profiles and the exported model are stored in `out`.
+
+    Args:
+      config: of the loop.
+      create: () -> state of iteration 0 on the devices; a checkpoint is restored with the same shardings.
+      make_runner: (iterations that will be run, state of the data iterator or {}) -> context of the runner.
+      export: (final state, directory) -> None.
+      out: directory of the run: `checkpoints/`, `metrics.jsonl`, TensorBoard events, `profile/`, `export/`.
+      resume: continue from the newest checkpoint in `out`; without it an `out` that holds one is an error.
+      stop_after: stop (with a checkpoint) once so many iterations are done.
+      on_begin: called when nothing refuses the run any more, before its first iteration.
+    Returns: the final state; the saved state of a run that was asked to stop (SIGTERM).
+    Raises: KeyboardInterrupt after Ctrl-C, once the state is saved; ClvrError if an iteration cannot be completed or
+      too many optimizer steps in a row are not finite.
+    """
+    # Made here, so that no caller holds this state, whose memory is free once a checkpoint is restored.
+    state = create()
+    with Checkpoints(out / "checkpoints", config.checkpoint.max_to_keep) as checkpoints:
+        state, iterator_state = checkpoints.restore_or(state, resume=resume)
+        if on_begin is not None:
+            on_begin()
+        start, end = int(state.iteration), min(config.iterations, stop_after or config.iterations)
+        if start < end:
+            with (
+                MetricLog(out, start, config.wandb, config.name, config.logged_config) as log,
+                progress(config.name, config.iterations, start) as advance,
+                graceful_shutdown() as shutdown,
+                _profiler(out / "profile", config.profile) as profile,
+                make_runner(range(start, end), iterator_state) as runner,
+            ):
+                saver = _Saver(config.checkpoint, checkpoints, start)
+                loop = _Loop(config, runner, saver, log, advance, profile, out)
+                state = loop.run(state, range(start, end), shutdown)
+    if int(state.iteration) == config.iterations:
+        export(state, out / "export")
+    return state
+
+
+@dataclass
+class _Loop:
+    """The loop, with everything that it reports to."""
+
+    config: LoopConfig
+    runner: Runner[Any]
+    saver: "_Saver"
+    log: MetricLog
+    advance: Advance
+    profile: Callable[[int], None]
+    out: Path
+
+    def run(self, state: Any, iterations: range, shutdown: GracefulShutdown) -> Any:
+        """Runs iterations, or fewer if the run is asked to stop."""
+        config, pending = self.config, list[Mapping[str, Any]]()
+        for iteration in iterations:
+            try:
+                if shutdown.should_stop():
+                    raise StopRequestedError
+                self.profile(iteration)
+                state, metrics = self.runner.run(state, iteration, shutdown)
+            except StopRequestedError:
+                self._log(state, iteration, pending)
+                self.saver.save(state, self.runner.iterator_state())
+                self.saver.checkpoints.wait()
+                shutdown.report(config.name, f"{config.unit} {iteration}")
+                break
+            except IterationError as error:
+                self.saver.save(state, self.runner.iterator_state())
+                raise ClvrError(
+                    f"{config.name}: {config.unit} {iteration + 1} {error.problem} ({error}); {config.unit} "
+                    f"{iteration} is saved, --resume continues from it"
+                ) from error
+            pending.append(metrics)
+            is_last = iteration + 1 == iterations.stop
+            if (iteration + 1) % config.log_every == 0 or is_last:
+                self._log(state, iteration + 1, pending)
+                pending = []
+                if is_last or self.saver.is_due():
+                    self.saver.save(state, self.runner.iterator_state())
+        return state
+
+    def _log(self, state: Any, iteration: int, pending: Sequence[Mapping[str, Any]]) -> None:
+        """Logs the metrics of the last iterations, and ends a run that no longer learns."""
+        if not pending:
+            return
+        metrics = self.runner.summarize(pending)
+        self.log.write(iteration, metrics)
+        self.advance(iteration, self.config.note(metrics))
+        if (skipped := int(state.skipped_in_a_row)) >= self.config.max_nonfinite_steps:
+            raise ClvrError(
+                f"{self.config.name}: loss or gradients of {skipped} steps in a row are not finite, up to "
+                f"{self.config.unit} {iteration}; resume the last checkpoint in {self.out / 'checkpoints'} with a "
+                "smaller learning rate"
+            )
+
+
+class _Saver:
+    """Saves checkpoints: at most one of each iteration, and not before the interval has passed unless asked to.
+
+    start: iteration that the run begins or resumes at.
+    """
+
+    def __init__(self, config: CheckpointConfig, checkpoints: Checkpoints, start: int):
+        self.checkpoints, self._seconds = checkpoints, 60 * config.save_interval_minutes
+        # The state that a run begins with has not been saved yet.
+        self._saved, self._saved_at = start if start else -1, time.monotonic()
+
+    def is_due(self) -> bool:
+        """Returns whether the interval has passed, as process 0 decides."""
+        return broadcast_decision(time.monotonic() - self._saved_at > self._seconds)
+
+    def save(self, state: Any, iterator_state: Mapping[str, Any]) -> None:
+        """Saves a state unless it was saved before."""
+        if (iteration := int(state.iteration)) != self._saved:
+            self.checkpoints.save(iteration, state, iterator_state)
+            self._saved, self._saved_at = iteration, time.monotonic()
+
+
+@contextlib.contextmanager
+def _profiler(directory: Path, profiled: range) -> Iterator[Callable[[int], None]]:
+    """Yields a function that is called before each iteration, and traces those in `profiled` as far as they are run."""
+    is_tracing = False
+
+    def before(iteration: int) -> None:
+        nonlocal is_tracing
+        if is_tracing and iteration not in profiled:
+            jax.profiler.stop_trace()
+            is_tracing = False
+        elif profiled and iteration == profiled[0]:
+            jax.profiler.start_trace(str(directory))
+            is_tracing = True
+
+    try:
+        yield before
+    finally:
+        if is_tracing:
+            jax.profiler.stop_trace()
+
+
+@contextlib.contextmanager
+def mesh_of(mesh: MeshConfig) -> Iterator[MeshLayout]:
+    """Activates the layout of a run; a layout that is active already is taken as it is."""
+    layout = active_layout()
+    if layout is not None:
+        yield layout
+        return
+    with MeshLayout(mesh.make()).active() as layout:
+        yield layout
+
+
+def export_in_process_0(export: Callable[[Tree, Path], None], tree: Tree, directory: Path) -> None:
+    """Exports a tree in process 0, which first gets the shards of all hosts."""
+    tree = process_allgather(tree)
+    if jax.process_index() == 0:
+        with without_layout():
+            export(tree, directory)
+
+
+def wait_on_cpu(layout: MeshLayout, result: Any) -> None:
+    """Waits for a result if the devices are CPUs.
+
+    Virtual devices share few threads: programs in flight could wait for one another for ever.
+    """
+    if layout.platform == "cpu":
+        jax.block_until_ready(result)
