@@ -31,7 +31,7 @@ from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthConfig, WorkerContext, load_synth_recipe
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.providers.endpoint import Endpoint
-from tests.data.engine.obliging_server import reply_to
+from tests.data.engine.cooperative_server import reply_to
 from tests.providers.server import KEY
 
 
@@ -55,7 +55,7 @@ def main() -> None:
         prompts = Path(folder) / "prompts.jsonl"
         prompts.write_text("".join(item_to_json(_item(number)) + "\n" for number in range(options.prompts)))
         recipe = load_synth_recipe(Path(prompted_synth.__file__))
-        run_pipeline(str(prompts), str(store.folder), RecipeWorkerContext.of(recipe, config), synth)
+        run_pipeline(str(prompts), str(store.directory), RecipeWorkerContext.from_recipe(recipe, config), synth)
         requests, in_flight = server.seen()
         assert len(store.ids()) == options.prompts
         middle = in_flight[len(in_flight) // 4 : -len(in_flight) // 4]

@@ -43,7 +43,7 @@ from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.rewards import LastTextReward, MeshReward, ProxyReward, Reward, UnifiedReward, UnifiedRewardEdit
-from clvr_jax.rewards.teacher import vlm_teacher
+from clvr_jax.rewards.proxy_prompt_generator import vlm_proxy_prompt_generator
 from clvr_jax.rl import (
     DiffusionPolicy,
     PPRLConfig,
@@ -149,7 +149,7 @@ def task(config: Config) -> rl.PPRLTask:
     teacher = None
     if config.teacher_url:
         writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
-        teacher = vlm_teacher(OpenAIChatModel(writer), steps)
+        teacher = vlm_proxy_prompt_generator(OpenAIChatModel(writer), steps)
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
     return dataclasses.replace(task, teacher=teacher)

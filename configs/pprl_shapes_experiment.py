@@ -142,9 +142,9 @@ def marks(trajectory: Trajectory) -> Iterator[Marks]:
         if not edits:
             continue
         if source is None:
-            yield Marks(judge.picture(step.image, canvas_text(apply_edits((), edits))).value == 1, None)
+            yield Marks(judge.score_image(step.image, canvas_text(apply_edits((), edits))).value == 1, None)
         else:
-            parts = judge.edit(source, step.image, edit_text(edits)).parts
+            parts = judge.score_edit(source, step.image, edit_text(edits)).parts
             yield Marks(parts["success"] == 1, parts["preservation"] == 1)
 
 

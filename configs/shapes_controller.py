@@ -33,22 +33,24 @@ from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
+from clvr_jax.data.shapes_augmentation import (
+    add_noise,
+    blur_cells,
+    has_held_out_object,
+    random_canvas,
+    vary_appearance,
+)
 from clvr_jax.data.shapes_distractors import distractor_image
 from clvr_jax.data.shapes_verification import (
     Chat,
-    blurred,
     comparisons_chat,
     conversation_chat,
     description_chat,
-    has_held_out_object,
-    noisy,
     plan_chat,
     question_chat,
-    random_canvas,
     recorded_conversations,
     reported_chat,
     requirements_chat,
-    tinted,
 )
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
@@ -221,9 +223,9 @@ class Batches:
         chats = []
         for _ in range(distractors):
             image, description = distractor_image(rng)
-            chats.append(description_chat(noisy(image, rng), description))
+            chats.append(description_chat(add_noise(image, rng), description))
         for row, (image, reading) in enumerate(self._read_images(rng, count - distractors)):
-            shown = noisy(image, rng)
+            shown = add_noise(image, rng)
             is_question = row % 8 == 0
             chats.append(
                 question_chat(rng, shown, reading) if is_question else description_chat(shown, describe(reading))
@@ -241,11 +243,11 @@ class Batches:
                 pairs.append((generated[number], readings[number]))
             else:
                 canvas = random_canvas(rng)
-                image = tinted(canvas, rng) if rng.random() < config.tint_share else canvas.render()
+                image = vary_appearance(canvas, rng) if rng.random() < config.tint_share else canvas.render()
                 pairs.append((image, canvas.reading()))
                 occupied = [item.cell for item in canvas.scene.objects]
                 if occupied and rng.random() < config.blur_share:
-                    image = blurred(image, rng, occupied)
+                    image = blur_cells(image, rng, occupied)
                     pairs[-1] = (image, detect(image))
         decoded = [row for row in range(count) if rng.random() < config.vae_share * (1 - config.generated_share)]
         for begin in range(0, len(decoded), ROWS_DECODED):

@@ -28,23 +28,16 @@ CLEAN = (
     "CONTRIBUTING.md",
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
-    "clvr_jax/data/engine/actions.py",
-    "clvr_jax/data/engine/beam_pipeline.py",
-    "clvr_jax/data/engine/engine.py",
-    "clvr_jax/data/engine/health.py",
-    "clvr_jax/data/engine/intake.py",
-    "clvr_jax/data/engine/metering.py",
-    "clvr_jax/data/engine/prompted_roles.py",
-    "clvr_jax/data/engine/roles.py",
-    "clvr_jax/data/engine/states.py",
-    "clvr_jax/data/image_pairs.py",
+    "clvr_jax/data",
     "clvr_jax/diffusion/forward_process.py",
     "clvr_jax/evaluation",
     "clvr_jax/interfaces",
     "clvr_jax/models/adapters.py",
     "clvr_jax/reasoning",
+    "clvr_jax/rewards",
     "clvr_jax/rl",
     "clvr_jax/training",
+    "clvr_jax/worlds",
     "configs/closed_loop.py",
     "configs/flux2_distill.py",
     "configs/flux2_lora.py",
@@ -75,6 +68,9 @@ CLEAN = (
     "docs/training.md",
     "launch",
     "scripts",
+    "tests/data",
+    "tests/rewards",
+    "tests/worlds",
 )
 EXCEPTIONS = {
     "docs/benchmarks.md": ("drawings", "folder"),  # a rule of GenEval++; --judge FOLDER
@@ -98,6 +94,38 @@ EXCEPTIONS = {
             "wise_verified",
         )
     },
+    # The texts that models read: the grammars of prompts, and a reply of the oracle.
+    "clvr_jax/worlds/shapes/grammar.py": ("picture", "drawing"),
+    "clvr_jax/worlds/shapes/oracle.py": ("picture",),
+    "clvr_jax/worlds/shapes/second_grammar.py": ("stands", "lies", "drawing"),
+    "clvr_jax/worlds/shapes/training_words.py": ("picture", "drawing"),
+    # The texts that models read: the questions of judges.
+    "clvr_jax/rewards/proxy_prompt_generator.py": ("picture",),
+    "clvr_jax/rewards/unified_reward.py": ("picture", "pictures"),
+    # The templates of prompts.
+    **{
+        f"clvr_jax/data/engine/templates/{name}.md": None
+        for name in ("check", "checklist", "director", "judge", "proxies", "replies", "validate", "verdict")
+    },
+    "clvr_jax/data/shapes_verification.py": ("picture",),  # prompts of training chats
+    # The attribute `TrajectoryDataset.folder`, and arguments that are not renamed yet.
+    "clvr_jax/data/proxy_steps.py": ("folder",),
+    "clvr_jax/data/sft_examples.py": ("folder",),
+    "clvr_jax/data/text.py": ("folder",),
+    "clvr_jax/data/trajectory_dataset.py": ("folder",),
+    # Texts of models, of requests and of errors in tests, and names of the test server.
+    "tests/data/engine/cooperative_server.py": ("pictures",),
+    "tests/data/engine/exact_generator.py": ("pictures",),
+    "tests/data/engine/test_endpoints.py": ("picture", "pictures"),
+    "tests/data/engine/test_engine.py": ("picture", "pictures"),
+    "tests/data/engine/test_faults.py": ("picture", "pictures"),
+    "tests/data/engine/test_intake.py": ("picture",),
+    "tests/data/engine/test_prompted_roles.py": ("picture",),
+    "tests/data/test_conversations.py": ("painter",),
+    "tests/rewards/test_proxy_prompt_generator.py": ("picture", "pictures"),
+    "tests/rewards/test_shapes.py": ("picture",),
+    "tests/rewards/test_unified_reward.py": ("picture",),
+    "tests/worlds/test_second_grammar.py": ("stands", "lies"),
     # The texts that models read: prompts, and the errors that are sent back to them.
     "clvr_jax/data/engine/actions.py": ("picture", "pictures"),
     "clvr_jax/data/engine/prompted_roles.py": ("picture", "pictures", "drawing"),

@@ -1,1 +1,1 @@
-"""Data: text and pictures as the models take them, and training examples."""
+"""Data: preprocessing of text and images, and training examples."""

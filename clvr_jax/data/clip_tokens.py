@@ -1,4 +1,4 @@
-"""Prompts as CLIP's text encoders read them, and CLIP tokenizers for small worlds."""
+"""Tokens of prompts for CLIP's text encoders, and CLIP tokenizers for small worlds."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,18 +12,20 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
 def encode_clip(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
-    """Prompts between start and end of text, cut or padded on the right with the tokenizer's own padding.
+    """Tokenizes prompts with start and end of text, truncated or padded on the right with the tokenizer's padding.
 
-    Padding is seen by the UNet, so it belongs to the model: SDXL's second tokenizer has "!", the others end of text.
+    The UNet reads the padding, so it is part of the model: SDXL's second tokenizer pads with "!", all others with end
+      of
+    text.
 
     Args:
       tokenizer: transformers `CLIPTokenizer`.
       prompts: texts; "" is the unconditional one.
       length: tokens of a row, 77 for the published models.
-    Returns: ids (batch, length) int32; a text that was cut still ends with its end of text.
+    Returns: ids (batch, length) int32; a truncated text still ends with end of text.
     """
     ids = np.full((len(prompts), length), tokenizer.pad_token_id, np.int32)
-    # Cut here: a fast tokenizer that is asked to truncate remembers it, and would write it into what it saves.
+    # Truncated here: a fast tokenizer would keep the truncation as a setting and save it with its files.
     for row, tokens in zip(ids, tokenizer(list(prompts))["input_ids"], strict=True):
         row[: len(tokens)] = tokens[:length]
         if len(tokens) > length:
@@ -32,19 +34,19 @@ def encode_clip(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarr
 
 
 def make_clip_tokenizer(words: Iterable[str], length: int) -> Any:
-    """A `CLIPTokenizer` that has each of the words as one token; every other text still becomes bytes.
+    """Makes a `CLIPTokenizer` in which each of the words is one token; all other text is encoded as bytes.
 
     Args:
-      words: lower case, since CLIP reads no other.
+      words: the words, in lower case, since CLIP lower-cases its input.
       length: `model_max_length`, to which diffusers pads.
     Returns: the tokenizer; start and end of text have the largest ids, as in the published vocabulary.
     """
-    learner = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
-    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # More entries than there can be pairs: learning ends when every word is whole.
+    bpe = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    # The limit is larger than the number of possible merges, so that training ends when each word is one token.
     trainer = trainers.BpeTrainer(vocab_size=2**16, end_of_word_suffix=_WORD_END, show_progress=False)
-    learner.train_from_iterator(sorted(set(words)), trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(learner.to_str())["model"]["merges"]]
+    bpe.train_from_iterator(sorted(set(words)), trainer)
+    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = dict.fromkeys([*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_SPECIAL])
 

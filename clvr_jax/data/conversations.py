@@ -1,4 +1,4 @@
-"""Conversations as Qwen3-VL reads them, and which of their tokens it learns to say."""
+"""Tokens, patches and loss weights of conversations for Qwen3-VL."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ Message = Mapping[str, Any]
 
 IMAGE_PAD = "<|image_pad|>"
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-"""What ends a reply, as in Qwen3-VL's generation_config.json: the end of a turn, or of everything."""
+"""Tokens that end a reply, as in Qwen3-VL's generation_config.json: end of turn, and end of text."""
 
-_SAID = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
+_ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.DOTALL)
 
 
 def read_conversation(
@@ -28,9 +28,15 @@ def read_conversation(
     *,
     add_generation_prompt: bool = True,
 ) -> Conversation:
-    """Messages and pictures -> token ids with one placeholder for each visual token, and patches.
+    """Converts messages and images to token ids, with one placeholder per visual token, and patches.
 
-    Raises: UsageError if the messages hold another number of image parts than there are pictures.
+    Args:
+      tokenizer: tokenizer of the model, with a chat template.
+      image_processor: makes the patches.
+      messages: the messages.
+      images: one image for each image part of the messages, in order.
+      add_generation_prompt: end with the start of the assistant's next turn.
+    Raises: UsageError if the numbers of image parts and images differ.
     """
     text, pixel_values, grids = _expanded(tokenizer, image_processor, messages, images, add_generation_prompt)
     return Conversation(tokenizer(text)["input_ids"], pixel_values, grids)
@@ -44,11 +50,14 @@ def supervised_conversation(
     *,
     last_only: bool = False,
 ) -> tuple[Conversation, np.ndarray]:
-    """A whole conversation to learn from, and a weight for each of its tokens.
+    """Converts a whole conversation for supervised training.
 
-    Returns: the conversation, and (tokens,) float32: 1 at what the assistant says and at the end of its turns, 0 at
-      everything it only reads. With `last_only` the weight is 1 in the assistant's last turn only.
-    Raises: as `read_conversation`.
+    Args:
+      tokenizer, image_processor, messages, images: see `read_conversation`.
+      last_only: train on the assistant's last turn only.
+    Returns: the conversation, and loss weights (tokens,) float32: 1 in the assistant's turns, end of turn included, and
+      0 elsewhere.
+    Raises: UsageError, see `read_conversation`.
     """
     text, pixel_values, grids = _expanded(tokenizer, image_processor, messages, images, False)
     ids, weights = supervised_tokens(tokenizer, text, last_only=last_only)
@@ -56,13 +65,13 @@ def supervised_conversation(
 
 
 def supervised_tokens(tokenizer: Any, text: str, *, last_only: bool = False) -> tuple[list[int], np.ndarray]:
-    """The tokens of a whole chat as text, and their weights as `supervised_conversation` has them."""
+    """Returns the tokens of a whole chat in text form, and their loss weights, see `supervised_conversation`."""
     read = tokenizer(text, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in read["offset_mapping"]])
     weights = np.zeros(len(begins), np.float32)
-    turns = list(_SAID.finditer(text))
-    for said in turns[-1:] if last_only else turns:
-        weights[(begins >= said.start(1)) & (begins < said.end(1))] = 1
+    turns = list(_ASSISTANT_TURN.finditer(text))
+    for turn in turns[-1:] if last_only else turns:
+        weights[(begins >= turn.start(1)) & (begins < turn.end(1))] = 1
     return read["input_ids"], weights
 
 
@@ -75,9 +84,12 @@ def collate_conversations(
     length_multiple: int = 32,
     image_slots: int = 0,
 ) -> dict[str, Any]:
-    """Supervised conversations as one batch, every array with its rows first, as a mesh cuts them.
+    """Collates supervised conversations into a batch; the batch axis of every array is the first, to be sharded.
 
-    Returns: what `batch_conversations` returns, but positions_b3t for positions_3bt; and weights_bt float32.
+    Args:
+      examples: conversations and their loss weights.
+      image_token_id, merge, pad_token, length_multiple, image_slots: see `batch_conversations`.
+    Returns: the dict of `batch_conversations`, with positions_b3t in place of positions_3bt, and weights_bt float32.
     """
     batch = batch_conversations(
         [conversation for conversation, _ in examples],
@@ -101,11 +113,11 @@ def _expanded(
     images: Sequence[ImageLike],
     add_generation_prompt: bool,
 ) -> tuple[str, np.ndarray | None, tuple[tuple[int, int, int], ...]]:
-    """The chat as text with one placeholder for each visual token, the patches and their grids."""
+    """Returns the chat as text with one placeholder per visual token, the patches, and their grids."""
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=add_generation_prompt)
     pieces = text.split(IMAGE_PAD)
     if len(pieces) - 1 != len(images):
-        raise UsageError(f"chat: the messages have {len(pieces) - 1} image parts, {len(images)} pictures were given")
+        raise UsageError(f"chat: the messages have {len(pieces) - 1} image parts, but {len(images)} images were given")
     if not images:
         return text, None, ()
     pixel_values, grids = image_processor(images)

@@ -1,7 +1,7 @@
-"""Histories as an image generator reads them: whole, or without their oldest replies where they are too long for it.
+"""The conditioning text of an image generator: a history without its oldest replies if it is too long.
 
-Pipelines, supervised fine-tuning, distillation, RL and the data engine all make the generator's text here, so that a
-model is trained on what it is given later.
+Pipelines, supervised fine-tuning, distillation, RL and the data engine all make this text here, so that training and
+inference agree.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,12 @@ from clvr_jax.reasoning.context import conditioning_text
 
 @dataclass(frozen=True)
 class FittedHistory:
-    """The text of a history that fits.
+    """The conditioning text of a history.
 
-    text: what the image generator reads. length: its tokens, chat template included. left_out: how many replies, the
-    oldest, are not part of it.
+    Attributes:
+      text: the text that the image generator reads.
+      length: number of its tokens, chat template included.
+      left_out: number of replies, the oldest ones, that are not part of it.
     """
 
     text: str
@@ -27,15 +29,15 @@ class FittedHistory:
 
 
 def fit_history(tokenizer: Any, prompt: str, replies: Sequence[str], limit: int | None) -> FittedHistory:
-    """Returns the history with as many replies as fit, the latest ones.
+    """Returns the history with as many of the latest replies as fit.
 
-    The oldest replies are left out first, whole replies at a time; the prompt, the marks of the images and the last
-    reply, which is the current instruction, never are.
+    Whole replies are left out, the oldest first; never the prompt, the marks of the images, or the last reply, which is
+    the current instruction.
 
     Args:
-      tokenizer: of the text encoder, with a chat template.
+      tokenizer: tokenizer of the text encoder, with a chat template.
       prompt, replies: see `reasoning.context.conditioning_text`.
-      limit: most tokens that the generator reads, the chat template included; None if any number.
+      limit: maximum number of tokens, the chat template included; None for no limit.
     Raises: ClvrError if the prompt and the current instruction alone are longer.
     """
     for left_out in range(len(replies) or 1):

@@ -1,8 +1,8 @@
-"""The steps of trajectories that Proxy Prompt RL draws for: those with proxy prompts, in a mixture of kinds.
+"""The trajectory steps for which Proxy Prompt RL generates images: those with proxy prompts, in a mixture of kinds.
 
-In the paper's, half of them are first drawings; of the edits, steps 1, 2, 3 and 4 or later come equally often. What
-was rolled back is part of no history. The recorded image of a step itself is never used, so a wrong one is no target;
-it is history of the steps that correct it.
+In the paper's mixture, half of the steps are first images; of the edits, steps 1, 2, 3 and 4 or later are equally
+frequent. Steps that were rolled back are part of no history. The recorded image of a step itself is not used, so a
+wrong image is never a target, but it is part of the history of the steps that correct it.
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """
 
@@ -20,17 +20,21 @@ from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.reasoning.context import conditioning_text
 
 LATE = 4
-"""Steps from this one on are one kind."""
+"""The kind of this step and of all later ones."""
 PAPER_MIXTURE = (0, 1, 0, 2, 0, 3, 0, LATE)
 
 
 @dataclass(frozen=True)
 class ProxyStep:
-    """A step to draw for, the key of a group.
+    """A step for which a group of images is generated.
 
-    number: among all steps of the dataset that have proxies. record: of the dataset. history: earlier steps of the
-    trajectory whose pictures condition the drawing, in order. text: that conditions it, whole, however long it is.
-    last_text: what was said last. proxies: the dataset's, None where it has none.
+    Attributes:
+      number: index among all steps of `ProxySteps`.
+      record: index of its record in the dataset.
+      history: indices of the earlier steps of the trajectory whose images condition the generation, in order.
+      text: the conditioning text, not truncated.
+      last_text: the last reply.
+      proxies: the proxy prompts of the dataset, None without them.
     """
 
     number: int
@@ -42,18 +46,21 @@ class ProxyStep:
 
     @property
     def kind(self) -> int:
-        """0 for a first drawing, 1 to 3 for an early edit, 4 for a later one."""
+        """0 for a first image, 1 to 3 for an early edit, 4 for a later one."""
         return min(len(self.history), LATE)
 
 
 class ProxySteps:
-    """The steps of a dataset that have proxy prompts: `steps`, those of an epoch, and their pictures.
+    """The steps of a dataset that have proxy prompts.
+
+    Attributes:
+      steps: all of them, in order.
 
     Args:
-      dataset: of trajectories.
-      size: pixels of a side of what is drawn; square pictures of another size are scaled to it.
-      mixture: the kinds of steps, in turns; see `ProxyStep.kind`.
-      is_live: a teacher writes proxy prompts when they are needed, so every step that drew something is taken.
+      dataset: the trajectories.
+      size: side of the generated images in pixels; recorded square images of another size are scaled to it.
+      mixture: kinds of steps, which alternate in this order; see `ProxyStep.kind`.
+      is_live: a proxy-prompt generator writes proxy prompts during training, so all steps with an image are included.
       max_corrupt: see `TrajectoryDataset.scan`.
     Raises: ClvrError if there is no such step; UsageError for kinds that do not exist.
     """
@@ -67,7 +74,7 @@ class ProxySteps:
         max_corrupt: int = 16,
     ):
         if not mixture or not set(mixture) <= set(range(LATE + 1)):
-            raise UsageError(f"mixture {tuple(mixture)}: kinds of steps are 0 (first drawings) to {LATE}, at least one")
+            raise UsageError(f"mixture {tuple(mixture)}: kinds of steps are 0 (first images) to {LATE}, at least one")
         self._dataset, self._size, self._mixture = dataset, size, tuple(mixture)
         steps: list[ProxyStep] = []
         for number, record in dataset.scan(max_corrupt):
@@ -83,66 +90,66 @@ class ProxySteps:
                     steps.append(ProxyStep(len(steps), number, history, text, step.reasoning, proxies))
                 history = (*history, at)
         if not steps:
-            how = "make a dataset that has them with `clvr synth`, or have a teacher write them"
-            lack = "drew anything" if is_live else f"has proxy prompts, which the rewards read; {how}"
+            how = "make a dataset that has them with `clvr synth`, or use a proxy-prompt generator"
+            lack = "has an image" if is_live else f"has proxy prompts, which the rewards read; {how}"
             raise ClvrError(f"{dataset.folder}: no step of {len(dataset)} trajectories {lack}")
         self.steps = tuple(steps)
 
-    def chosen(self, epoch: int, count: int, seed: int) -> tuple[ProxyStep, ...]:
-        """The `count` different steps of an epoch, a function of seed and epoch alone.
+    def sample(self, epoch: int, count: int, seed: int) -> tuple[ProxyStep, ...]:
+        """Samples `count` different steps for an epoch, as a function of seed and epoch.
 
-        A kind that has too few leaves its place to another, edits to edits first. The mixture goes on where the last
-        epoch ended, so it holds over all of them whatever `count` is.
+        If a kind has too few steps, another kind takes its place; for an edit, other edits come first. The mixture
+        continues from one epoch to the next, so that it is exact over many epochs for any `count`.
 
         Raises: UsageError if there are fewer than `count` steps.
         """
         if count > len(self.steps):
-            raise UsageError(f"{self._dataset.folder}: {len(self.steps)} steps can be drawn for, {count} are asked for")
+            raise UsageError(f"{self._dataset.folder}: {len(self.steps)} steps can be used, {count} are requested")
         rng = np.random.default_rng((seed, epoch))
         waiting: dict[int, list[ProxyStep]] = defaultdict(list)
-        for place in rng.permutation(len(self.steps)):
-            waiting[self.steps[place].kind].append(self.steps[place])
+        for index in rng.permutation(len(self.steps)):
+            waiting[self.steps[index].kind].append(self.steps[index])
         found = []
         for slot in range(epoch * count, (epoch + 1) * count):
-            kinds = _in_place_of(self._mixture[slot % len(self._mixture)])
+            kinds = _substitutes(self._mixture[slot % len(self._mixture)])
             found.append(next(waiting[kind] for kind in kinds if waiting[kind]).pop())
         return tuple(found)
 
     def references(self, step: ProxyStep) -> list[np.ndarray]:
-        """The pictures that condition the drawing, (size, size, 3) uint8 each."""
+        """Returns the images that condition the generation, (size, size, 3) uint8 each."""
         return self._at(step, step.history)
 
     def prompt(self, step: ProxyStep) -> str:
-        """What the step's trajectory is for."""
+        """Returns the prompt of the step's trajectory."""
         return self._dataset[step.record].trajectory.prompt
 
     def replies(self, step: ProxyStep) -> list[str]:
-        """What was said before each picture of the step's history."""
-        told = self._dataset[step.record].trajectory.steps
-        return [told[place].reasoning for place in step.history]
+        """Returns the reply before each image of the step's history."""
+        recorded = self._dataset[step.record].trajectory.steps
+        return [recorded[index].reasoning for index in step.history]
 
-    def edited(self, step: ProxyStep, proxies: ProxyPrompts) -> list[np.ndarray]:
-        """The pictures that the step is to edit, those of I_ref."""
+    def sources(self, step: ProxyStep, proxies: ProxyPrompts) -> list[np.ndarray]:
+        """Returns the images that the step edits, those of I_ref, (size, size, 3) uint8 each."""
         return self._at(step, proxies.i_ref)
 
-    def _at(self, step: ProxyStep, places: Sequence[int]) -> list[np.ndarray]:
-        told = self._dataset[step.record].trajectory.steps
-        return [self._scaled(step, told[place].image) for place in places]
+    def _at(self, step: ProxyStep, indices: Sequence[int]) -> list[np.ndarray]:
+        recorded = self._dataset[step.record].trajectory.steps
+        return [self._scaled(step, recorded[index].image) for index in indices]
 
-    def _scaled(self, step: ProxyStep, picture: ImageLike | None) -> np.ndarray:
-        assert picture is not None
-        image = as_pil(picture)
+    def _scaled(self, step: ProxyStep, recorded: ImageLike | None) -> np.ndarray:
+        assert recorded is not None
+        image = as_pil(recorded)
         if image.width != image.height:
             raise ClvrError(
-                f"{self._dataset.folder}: record {step.record} has pictures of {image.width} x {image.height} pixels; "
-                "PPRL draws squares"
+                f"{self._dataset.folder}: record {step.record} has images of {image.width} x {image.height} pixels; "
+                "PPRL needs square images"
             )
         if image.width != self._size:
             image = image.resize((self._size, self._size), Image.Resampling.LANCZOS)
         return pixels(image)
 
 
-def _in_place_of(kind: int) -> tuple[int, ...]:
-    """All kinds, in the order in which they take the place of this one."""
+def _substitutes(kind: int) -> tuple[int, ...]:
+    """Returns all kinds in the order in which they are tried for this one."""
     edits = range(1, LATE + 1)
     return (0, *edits) if kind == 0 else (*edits[kind - 1 :], *edits[: kind - 1], 0)

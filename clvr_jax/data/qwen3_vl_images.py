@@ -1,6 +1,6 @@
-"""Pictures -> what the vision tower of Qwen3-VL reads: resized, normalized, cut into patches. NumPy and PIL only.
+"""Image preprocessing for the vision tower of Qwen3-VL: resizing, normalization, patches. NumPy and PIL only.
 
-Source of the arithmetic: transformers `Qwen2VLImageProcessorPil`, which Qwen3-VL's processor is, bit for bit.
+Source: transformers `Qwen2VLImageProcessorPil`, the processor of Qwen3-VL; the results are equal bit for bit.
 """
 
 import dataclasses
@@ -19,19 +19,22 @@ from clvr_jax.json_input import JsonObject, shown
 MAX_ASPECT_RATIO = 200
 
 PROCESSOR_NAME, NESTED_NAME = "preprocessor_config.json", "processor_config.json"
-"""Files with the image processor: of transformers 4, and of transformers 5, which reads both."""
+"""Files of the image processor in transformers 4 and in transformers 5, which reads both."""
 
 ImageLike = Image.Image | np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLImageProcessor:
-    """Turns pictures of any size into patches; the defaults are those of the released Qwen3-VL models.
+    """Converts images of any size to patches; the defaults are those of the released Qwen3-VL models.
 
-    patch_size: pixels along one side of a patch; temporal_patch_size: frames in a patch (a picture is repeated).
-    merge_size: patches along one side of what becomes one token.
-    min_pixels, max_pixels: bounds on height x width after resizing.
-    image_mean, image_std: of each channel, for pixels in [0, 1].
+    Attributes:
+      patch_size: side of a patch in pixels.
+      temporal_patch_size: number of frames in a patch; an image is repeated.
+      merge_size: side in patches of the square that becomes one token.
+      min_pixels, max_pixels: bounds on height x width after resizing.
+      image_mean, image_std: mean and standard deviation of each channel, for pixels in [0, 1].
+    Raises: ClvrError for values out of range.
     """
 
     patch_size: int = 16
@@ -52,17 +55,17 @@ class Qwen3VLImageProcessor:
 
     @property
     def factor(self) -> int:
-        """Sides after resizing are multiples of this many pixels: one token's side."""
+        """Side of a token in pixels; sides after resizing are multiples of it."""
         return self.patch_size * self.merge_size
 
     def __call__(self, images: Sequence[ImageLike]) -> tuple[np.ndarray, tuple[tuple[int, int, int], ...]]:
-        """Resizes (bicubic), normalizes and cuts each picture.
+        """Resizes (bicubic), normalizes and divides each image into patches.
 
         Args:
-          images: PIL pictures of any mode (transparency is laid on white) or uint8 arrays (h, w), (h, w, 1 | 3 | 4).
-        Returns: pixel_values (patches of all pictures, 3 * temporal * patch * patch) float32 and grid_thw, the
-          (1, rows, columns) of patches of each picture.
-        Raises: ClvrError for an empty list, an array of another kind, or a picture longer than 200 times its width.
+          images: PIL images of any mode (transparency is blended with white) or uint8 arrays (h, w), (h, w, 1 | 3 | 4).
+        Returns: pixel_values (patches of all images, 3 * temporal * patch * patch) float32, and grid_thw, the
+          (1, rows, columns) of patches of each image.
+        Raises: ClvrError for an empty list, an array of another kind, or an aspect ratio above 200.
         """
         if not images:
             raise ClvrError("image processor: no images given")
@@ -70,16 +73,20 @@ class Qwen3VLImageProcessor:
         return np.concatenate(patches), grids
 
     def tokens(self, height: int, width: int) -> int:
-        """Tokens that a picture of this many pixels takes in the prompt."""
+        """Returns the number of tokens of an image of this size in pixels."""
         rows, columns = self.resized(height, width)
         return rows * columns // self.factor**2
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Sides, in pixels, that a picture is resized to: multiples of `factor` within the bounds, near its aspect."""
+        """Returns the height and width in pixels to which an image is resized.
+
+        They are multiples of `factor`, within the bounds on pixels, and close to the aspect ratio of the image.
+        Raises: ClvrError for an aspect ratio above 200.
+        """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise ClvrError(
-                f"image processor: a picture of {width} x {height} pixels is too long, the sides may differ by "
-                f"{MAX_ASPECT_RATIO} times at most"
+                f"image processor: the aspect ratio of an image of {width} x {height} pixels is above "
+                f"{MAX_ASPECT_RATIO}; crop it"
             )
         factor = self.factor
         sides = [round(side / factor) * factor for side in (height, width)]
@@ -92,9 +99,9 @@ class Qwen3VLImageProcessor:
         return sides[0], sides[1]
 
     def _patches(self, image: ImageLike) -> tuple[np.ndarray, tuple[int, int, int]]:
-        picture = _rgb(image)
-        height, width = self.resized(picture.height, picture.width)
-        pixels_hwc = np.asarray(picture.resize((width, height), resample=Image.Resampling.BICUBIC))
+        rgb = _rgb(image)
+        height, width = self.resized(rgb.height, rgb.width)
+        pixels_hwc = np.asarray(rgb.resize((width, height), resample=Image.Resampling.BICUBIC))
         normalized_chw = np.stack([table[pixels_hwc[..., i]] for i, table in enumerate(self._tables())])
 
         patch, merge = self.patch_size, self.merge_size
@@ -105,37 +112,38 @@ class Qwen3VLImageProcessor:
         return np.broadcast_to(blocks, frames).reshape(rows * columns, -1), (1, rows, columns)
 
     def _tables(self) -> np.ndarray:
-        """(3, 256): a byte's normalized value in each channel, rounded as the reference rounds."""
+        """Returns (3, 256) the normalized value of each byte in each channel, with the rounding of the reference."""
         unit = (np.arange(256, dtype=np.float64) * (1 / 255)).astype(np.float32)
         mean, std = (np.array(values, dtype=np.float32)[:, None] for values in (self.image_mean, self.image_std))
         return (unit - mean) / std
 
 
-def load_processor(folder: Path) -> Qwen3VLImageProcessor:
-    """Returns the image processor of a Qwen3-VL directory, in the layout of transformers 4 or 5.
+def load_processor(directory: Path) -> Qwen3VLImageProcessor:
+    """Loads the image processor of a Qwen3-VL directory, in the layout of transformers 4 or 5.
 
     Version 5 writes one `processor_config.json` with the fields under `image_processor`, and reads it first; version 4
     writes `preprocessor_config.json`, which both read.
-    Raises: ClvrError if there is neither, or the processor does other steps than ours.
+    Raises: ClvrError if there is neither, or the processor has steps that are not supported.
     """
-    nested = folder / NESTED_NAME
+    nested = directory / NESTED_NAME
     if nested.exists() and (found := read_json(nested).get("image_processor")) is not None:
         if not isinstance(found, Mapping):
             raise ClvrError(f"{nested}: image_processor is {shown(found)}; it must be an object")
         with located(nested):
             return processor_from_dict(found)
-    file = folder / PROCESSOR_NAME
+    file = directory / PROCESSOR_NAME
     if not file.exists():
-        raise ClvrError(f"{folder}: holds neither {PROCESSOR_NAME} nor {NESTED_NAME} with image_processor")
+        raise ClvrError(f"{directory}: holds neither {PROCESSOR_NAME} nor {NESTED_NAME} with image_processor")
     with located(file):
         return processor_from_dict(read_json(file))
 
 
 def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
-    """`preprocessor_config.json` of transformers -> Qwen3VLImageProcessor.
+    """Converts the content of transformers' `preprocessor_config.json` to a Qwen3VLImageProcessor.
 
-    Bounds are read from `size` (shortest_edge, longest_edge: numbers of pixels there) or min_pixels and max_pixels.
-    Raises: ClvrError for a processor that does other steps than ours.
+    Bounds are read from `size` (shortest_edge and longest_edge, which are numbers of pixels) or min_pixels and
+    max_pixels.
+    Raises: ClvrError for a processor with steps that are not supported.
     """
     given = _typed(given)
     for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
@@ -155,13 +163,13 @@ def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
 
 
 def _typed(given: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same fields, their types and ranges checked; null is as absent."""
+    """Validates the types and ranges of the fields, and returns those that are not null."""
     fields = JsonObject({name: value for name, value in given.items() if value is not None}, "image processor")
     size = fields.nested("size", None)
-    for place in (fields, size):
+    for owner in (fields, size):
         for name in ("min_pixels", "max_pixels", "shortest_edge", "longest_edge"):
-            if place is not None:
-                place.integer(name, None, low=1, high=2**31 - 1)
+            if owner is not None:
+                owner.integer(name, None, low=1, high=2**31 - 1)
     for name in ("patch_size", "temporal_patch_size", "merge_size"):
         fields.integer(name, None, low=1, high=4096)
     for name in ("rescale_factor", "resample"):
@@ -179,7 +187,7 @@ def _typed(given: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def processor_to_dict(processor: Qwen3VLImageProcessor) -> dict[str, Any]:
-    """Qwen3VLImageProcessor -> `preprocessor_config.json` that transformers' processor reads."""
+    """Converts a Qwen3VLImageProcessor to the content of `preprocessor_config.json` for transformers' processor."""
     return {
         "image_processor_type": "Qwen2VLImageProcessorFast",
         "processor_class": "Qwen3VLProcessor",

@@ -1,7 +1,7 @@
-"""Trajectories as training examples: drawings for the diffusion model, conversations for the controller.
+"""Training examples from trajectories: images for the diffusion model, conversations for the controller.
 
-What was rolled back is part of no example: neither a target nor history. A wrong image is history, never a target of
-the diffusion model; the verdict on it and the correction are targets of the controller.
+Steps that were rolled back are part of no example, neither as target nor as history. A wrong image is history, never a
+target of the diffusion model; the verdict on it and the correction are targets of the controller.
 Source: arXiv 2605.14876, supervised fine-tuning and trajectory-accumulative conditioning.
 """
 
@@ -29,11 +29,16 @@ from clvr_jax.reasoning.trajectory import Trajectory, Verdict
 
 @dataclass(frozen=True)
 class Sample:
-    """Where an example lies in a dataset, and its shape.
+    """The position of an example in a dataset, and its shape.
 
-    record: number in the dataset. id: of that record. step: which of its pictures is the target, from 0.
-    shape: what else must be equal in a batch. length: tokens. padded: tokens with padding. learned: tokens that are
-    learned to be said, room for the most that a sample of its bucket has.
+    Attributes:
+      record: index of the record in the dataset.
+      id: id of that record.
+      step: index of the target among the images of the record.
+      shape: further values that must be equal in a batch.
+      length: number of tokens.
+      padded: number of tokens with padding.
+      learned: number of tokens with loss; the size for a batch of its bucket.
     """
 
     record: int
@@ -46,47 +51,60 @@ class Sample:
 
     @property
     def bucket(self) -> tuple[Any, ...]:
-        """Samples of one bucket make batches of one shape."""
+        """The key of samples that may share a batch: they have the same shapes after padding."""
         return (*self.shape, self.padded)
 
 
 @jax.tree_util.register_static
 class StaticGrids(tuple[tuple[int, int, int], ...]):
-    """Image grids as part of a batch's shape: for JAX a node without arrays, so a step is compiled for them."""
+    """Image grids as static data of a batch: a pytree without leaves, so that steps are compiled for each value."""
 
 
 class Examples(Protocol):
-    """Samples known by their shapes, and what makes a batch of those that share a bucket."""
+    """Samples with known shapes, which are loaded as batches.
+
+    Attributes:
+      samples: all samples.
+    """
 
     samples: tuple[Sample, ...]
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
-        """Reads the samples, all of one bucket, each with a generator of its own."""
+        """Loads a batch.
+
+        Args:
+          samples: samples of one bucket.
+          rngs: one random generator for each sample.
+        """
 
 
 def padding_share(samples: Sequence[Sample]) -> float:
-    """Share of padding among the tokens of all samples, in [0, 1]."""
+    """Returns the share of padding among the tokens of all samples, in [0, 1]."""
     return 1 - sum(min(sample.length, sample.padded) for sample in samples) / sum(sample.padded for sample in samples)
 
 
 class GenerationExamples:
-    """Every right drawing of a trajectory under all that came before it: n right pictures make n samples.
+    """Examples for the diffusion model: each right image of a trajectory, conditioned on all previous steps.
 
-    The text holds the prompt and all replies so far, earlier pictures as marks; these are the references. The target
-    is the picture that was drawn.
+    The text has the prompt and all replies so far, with marks for the earlier images, which are the references. The
+    target is the image of the step.
+
+    Attributes:
+      samples: one sample for each right image.
+      left_out: number of samples without their oldest replies.
 
     Args:
-      dataset: the pictures of a trajectory must be of one size.
-      tokenizer: of the text encoder.
-      dropout: share of texts replaced by the empty one, for guidance. The references stay.
-      text_buckets: lengths that texts are padded to, each to its own, as the pipeline does; a history that is longer
-        loses its oldest replies, as in the pipeline. () chooses the fewest that keep padding under `max_padding`,
-        multiples of 8 where that is possible.
+      dataset: the trajectories; the images of a trajectory must have one size.
+      tokenizer: tokenizer of the text encoder.
+      dropout: share of texts, in [0, 1], that are replaced by the empty text, for classifier-free guidance; the
+        references stay.
+      text_buckets: lengths to which texts are padded, each to the smallest that holds it; a history that is longer
+        loses its oldest replies, as in the pipeline. () chooses the fewest lengths that keep padding below
+        `max_padding`, multiples of 8 if possible.
+      max_padding: share of padding for `text_buckets` = (), in [0, 1).
       max_corrupt: see `TrajectoryDataset.scan`.
-    Raises: UsageError for a dropout outside of [0, 1]; ClvrError if there is no drawing, pictures differ in size, or a
+    Raises: UsageError for a dropout outside of [0, 1]; ClvrError if there is no image, images differ in size, or a
       prompt with its instruction is longer than all buckets.
-
-    left_out: how many samples are without their oldest replies.
     """
 
     def __init__(
@@ -100,14 +118,14 @@ class GenerationExamples:
         max_corrupt: int = 16,
     ):
         if not 0 <= dropout <= 1:
-            raise UsageError(f"drawing examples: dropout must lie in [0, 1], got {dropout}")
+            raise UsageError(f"generation examples: dropout must be in [0, 1], got {dropout}")
         self._dataset, self._tokenizer, self._dropout = dataset, tokenizer, dropout
         self._limit = max(text_buckets, default=None)
         self.left_out = 0
         samples = [
             Sample(number, record.id, step, (step, *size), length)
             for number, record in dataset.scan(max_corrupt)
-            for size in [_picture_size(record.id, record.trajectory)]
+            for size in [_image_size(record.id, record.trajectory)]
             for step, length in zip(target_indices(record), self._lengths(record), strict=True)
         ]
         self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
@@ -123,7 +141,7 @@ class GenerationExamples:
         return [history.length for history in fitted]
 
     def _fitted(self, name: str, trajectory: Trajectory, step: int) -> FittedHistory:
-        """The text of image `step`."""
+        """Returns the conditioning text of image `step`."""
         replies, _ = _history(trajectory)
         try:
             return fit_history(self._tokenizer, trajectory.prompt, replies[: step + 1], self._limit)
@@ -131,33 +149,35 @@ class GenerationExamples:
             raise ClvrError(f"trajectory {name}, image {step}: {error}") from error
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, np.ndarray]:
-        """ids and mask (b, t) int32, references (b, r, h, w, 3) and target (b, h, w, 3) uint8."""
-        texts, pictures = [], []
+        """Returns ids and mask (b, t) int32, references (b, r, h, w, 3) and target (b, h, w, 3) uint8."""
+        texts, images = [], []
         for sample, rng in zip(samples, rngs, strict=True):
             trajectory = self._dataset[sample.record].trajectory
             _, shown = _history(trajectory)
             text = self._fitted(sample.id, trajectory, sample.step).text
             texts.append("" if rng.random() < self._dropout else text)
-            pictures.append(np.stack(_decoded(sample, shown[: sample.step + 1])))
+            images.append(np.stack(_decoded(sample, shown[: sample.step + 1])))
         ids, mask = encode_prompts(self._tokenizer, texts, (samples[0].padded,))
-        drawn = np.stack(pictures)
+        drawn = np.stack(images)
         return {"ids": ids, "mask": mask, "references": drawn[:, :-1], "target": drawn[:, -1]}
 
 
 class ConversationExamples:
-    """Every trajectory as one conversation; what the assistant says in it is learned, reasoning and actions.
+    """Examples for the controller: each trajectory is one conversation with loss on the assistant's turns.
 
-    Verdicts on wrong images and corrections are learned as everything else. Of a verification example only the last
-    turn is learned, the verdict on its latest image.
+    Reasoning, verdicts on wrong images, corrections and actions all have loss. A verification example has loss on its
+    last turn only, the verdict on its latest image.
+
+    Attributes:
+      samples: one sample for each conversation.
 
     Args:
-      dataset: trajectories in which nothing was said make no sample. A last picture that nothing was said about is
-        left out.
+      dataset: the trajectories. Those without replies make no sample; a last image without a reply is left out.
       tokenizer, image_processor: of the controller.
-      verification: the split of verification examples, to be learned as well; None for none.
+      verification: the split of verification examples; None for none.
       system: optional system prompt, see `chat_messages`.
-      max_padding, length_multiple: conversations are padded to the fewest lengths that keep padding under this share,
-        multiples of `length_multiple` where that is possible.
+      max_padding, length_multiple: conversations are padded to the fewest lengths that keep the share of padding below
+        `max_padding`, multiples of `length_multiple` if possible.
       max_corrupt: see `TrajectoryDataset.scan`.
     Raises: ClvrError if there is no conversation.
     """
@@ -192,36 +212,37 @@ class ConversationExamples:
         )
 
     def _record(self, number: int) -> TrajectoryRecord:
-        """Record `number`; verification examples are counted after the trajectories."""
+        """Returns record `number`; verification examples come after the trajectories."""
         if self._verification is not None and number >= len(self._dataset):
             return self._verification[number - len(self._dataset)]
         return self._dataset[number]
 
     def _shapes(self, record: TrajectoryRecord) -> Iterator[tuple[tuple[tuple[int, int, int], ...], int, int]]:
-        """The patch grids, the number of tokens and of learned ones of the conversation, if there is one."""
-        replies, pictures = record_conversation(record)
+        """Yields the patch grids, the number of tokens and the number with loss, if the record has a conversation."""
+        replies, images = record_conversation(record)
         if not replies:
             return
         processor = self._image_processor
-        sides = [processor.resized(height, width) for height, width in map(_size, pictures)]
+        sides = [processor.resized(height, width) for height, width in map(_size, images)]
         grids = tuple((1, rows // processor.patch_size, columns // processor.patch_size) for rows, columns in sides)
         messages = self._messages(record.trajectory.prompt, replies)
         text = self._tokenizer.apply_chat_template(messages, tokenize=False)
         shown = sum(rows * columns // processor.merge_size**2 for _, rows, columns in grids)
         ids, weights = supervised_tokens(self._tokenizer, text, last_only=record.is_verification)
-        yield grids, len(ids) - len(pictures) + shown, int(weights.sum())
+        yield grids, len(ids) - len(images) + shown, int(weights.sum())
 
     def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
-        """What `collate_conversations` returns, grid_thw, the same for all rows of a bucket, as `StaticGrids`.
+        """Returns the dict of `collate_conversations`, with grid_thw, which is equal for all rows, as `StaticGrids`.
 
-        And learned_bk (b, k) int32: which tokens are learned, in order, then 0, which never is.
+        It also has learned_bk (b, k) int32: the positions of tokens with loss in order, padded with 0, a position that
+        never has loss.
         """
         conversations = []
         for sample in samples:
             record = self._record(sample.record)
-            replies, pictures = record_conversation(record)
+            replies, images = record_conversation(record)
             messages = self._messages(record.trajectory.prompt, replies)
-            shown = _decoded(sample, pictures)
+            shown = _decoded(sample, images)
             conversations.append(
                 supervised_conversation(
                     self._tokenizer, self._image_processor, messages, shown, last_only=record.is_verification
@@ -247,27 +268,27 @@ class ConversationExamples:
 
 
 def _history(trajectory: Trajectory) -> tuple[list[str], list[ImageLike]]:
-    """Replies that led to a picture, and the pictures, without those that were rolled back."""
+    """Returns the replies that led to an image, and the images, without steps that were rolled back."""
     kept = [(step.reasoning + step.action, step.image) for step in trajectory.generated if not step.rolled_back]
-    return [reply for reply, _ in kept], [picture for _, picture in kept if picture is not None]
+    return [reply for reply, _ in kept], [image for _, image in kept if image is not None]
 
 
 def target_indices(record: TrajectoryRecord) -> list[int]:
-    """Places, among the pictures that were not rolled back, of those that the diffusion model may learn."""
+    """Returns the targets of the diffusion model, as indices among the images that were not rolled back."""
     kept = [
         number for number, step in enumerate(record.trajectory.steps) if step.image is not None and not step.rolled_back
     ]
-    return [place for place, number in enumerate(kept) if number in record.generator_targets]
+    return [index for index, number in enumerate(kept) if number in record.generator_targets]
 
 
 def record_conversation(record: TrajectoryRecord) -> tuple[list[str], list[ImageLike]]:
-    """Returns the replies of a record and the pictures between them; a verification example ends with its verdict."""
+    """Returns the replies of a record and the images between them; a verification example ends with its verdict."""
     if not record.is_verification:
         return conversation(record.trajectory)
-    replies, pictures = _history(record.trajectory)
+    replies, images = _history(record.trajectory)
     verdict = record.trajectory.steps[-1].verdict
     assert verdict is not None
-    return [*replies, verdict_reply(verdict)], pictures
+    return [*replies, verdict_reply(verdict)], images
 
 
 def verdict_reply(verdict: Verdict) -> str:
@@ -276,29 +297,29 @@ def verdict_reply(verdict: Verdict) -> str:
 
 
 def conversation(trajectory: Trajectory) -> tuple[list[str], list[ImageLike]]:
-    """All replies, the last one terminating or not, and the pictures between them."""
-    replies, pictures = _history(trajectory)
+    """Returns all replies, whether the last one terminates or not, and the images between them."""
+    replies, images = _history(trajectory)
     if trajectory.steps and trajectory.steps[-1].action == TERMINATE:
         replies.append(trajectory.steps[-1].reasoning + TERMINATE)
-    return replies, pictures[: max(len(replies) - 1, 0)]
+    return replies, images[: max(len(replies) - 1, 0)]
 
 
-def _size(picture: ImageLike) -> tuple[int, int]:
-    """Height and width, without decoding."""
-    return picture.shape[:2] if isinstance(picture, np.ndarray) else (as_pil(picture).height, as_pil(picture).width)
+def _size(image: ImageLike) -> tuple[int, int]:
+    """Returns height and width in pixels, without decoding."""
+    return image.shape[:2] if isinstance(image, np.ndarray) else (as_pil(image).height, as_pil(image).width)
 
 
-def _picture_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:
-    sizes = sorted({_size(picture) for picture in _history(trajectory)[1]})
+def _image_size(name: str, trajectory: Trajectory) -> tuple[int, ...]:
+    sizes = sorted({_size(image) for image in _history(trajectory)[1]})
     if len(sizes) > 1:
         found = ", ".join(f"{width} x {height}" for height, width in sizes)
-        raise ClvrError(f"trajectory {name}: pictures of {found} pixels; write the dataset with one size a trajectory")
+        raise ClvrError(f"trajectory {name}: images of {found} pixels; all images of a trajectory must have one size")
     return sizes[0] if sizes else ()
 
 
-def _decoded(sample: Sample, pictures: Sequence[ImageLike]) -> list[np.ndarray]:
+def _decoded(sample: Sample, images: Sequence[ImageLike]) -> list[np.ndarray]:
     try:
-        return [pixels(picture) for picture in pictures]
+        return [pixels(image) for image in images]
     except ClvrError as error:
         raise ClvrError(f"trajectory {sample.id}, record {sample.record}: broken image ({error})") from error
 
@@ -306,8 +327,8 @@ def _decoded(sample: Sample, pictures: Sequence[ImageLike]) -> list[np.ndarray]:
 def _padded(
     dataset: TrajectoryDataset, samples: Sequence[Sample], bounds: Sequence[int], max_padding: float, multiple: int
 ) -> tuple[Sample, ...]:
-    """The samples with their padded lengths: the next of `bounds`, which are chosen if there are none."""
+    """Returns the samples with padded lengths: the smallest of `bounds` that holds them; () chooses the bounds."""
     if not samples:
-        raise ClvrError(f"{dataset.folder}: nothing to learn from in {len(dataset)} trajectories")
+        raise ClvrError(f"{dataset.folder}: no training example in {len(dataset)} trajectories")
     bounds = bounds or length_bounds([sample.length for sample in samples], max_padding, multiple)
     return tuple(replace(sample, padded=bucket_for(sample.length, bounds)) for sample in samples)

@@ -1,9 +1,9 @@
-"""The input of supervised fine-tuning: batches by number, and a Grain pipeline over them whose position is one number.
+"""The input pipeline of supervised fine-tuning: batches by step, and a Grain iterator whose state is the step.
 
-    loader = BatchLoader(GenerationExamples(TrajectoryDataset(folder), tokenizer), batch_size=32)
+    loader = BatchLoader(GenerationExamples(TrajectoryDataset(directory), tokenizer), batch_size=32)
     batches = Batches(loader)
 
-`loader(step)` is the batch of a step; `next(batches)` gives one after another, prepared ahead.
+`loader(step)` returns the batch of a step; `next(batches)` returns the batches in order, from a prefetch buffer.
 """
 
 import hashlib
@@ -20,17 +20,23 @@ from clvr_jax.errors import ClvrError, UsageError
 
 _ENDLESS = 2**48
 _ROWS = 2
-"""What the random generators of rows are for, beside those of `BatchPlan`."""
+"""Stream of the random generators of rows, different from the streams of `BatchPlan`."""
 
 
 class BatchLoader:
     """(step) -> this process's rows of the global batch of that step, which has one shape on all processes.
 
+    Attributes:
+      plan: the batch plan.
+      fingerprint: equal for loaders of the same global batches; compared between processes and with a saved state.
+
     Args:
-      examples: what batches are made of.
+      examples: the examples.
       batch_size: rows of a global batch, a multiple of `process_count`.
-      seed: of order and dropout.
-      process_index, process_count: jax's if None. A run goes on with another number of processes on the same batches.
+      seed: seed of order and dropout.
+      process_index, process_count: those of JAX if None. A resumed run may have another number of processes; the global
+        batches are the same.
+    Raises: UsageError for a process index out of range, or a batch size that is no multiple of the process count.
     """
 
     def __init__(
@@ -53,10 +59,9 @@ class BatchLoader:
         self._rows = range(batch_size)[index * batch_size // count : (index + 1) * batch_size // count]
         content = repr((batch_size, seed, examples.samples)).encode(errors="backslashreplace")
         self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
-        """Equal for loaders of the same global batches: to compare between processes, and with a saved position."""
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """The rows of step `step`, from 0: a function of the loader's arguments and the step alone."""
+        """Returns the rows of step `step`, from 0, as a function of the loader's arguments and the step."""
         numbers = self.plan(step)
         samples = [self._examples.samples[numbers[row]] for row in self._rows]
         rngs = [np.random.default_rng((self.plan.seed, _ROWS, step, row)) for row in self._rows]
@@ -64,10 +69,15 @@ class BatchLoader:
 
 
 class Batches(Iterator[dict[str, Any]]):
-    """The batches of a loader one after another, prepared ahead by Grain; they never end.
+    """An endless iterator over the batches of a loader, prefetched by Grain.
 
-    threads: that prepare batches. prefetch: batches prepared ahead in a process. workers: processes that do it in
-    place of this one, 0 for none. None of them changes what comes.
+    Args:
+      loader: makes the batches.
+      threads: number of threads that prepare batches.
+      prefetch: size of the prefetch buffer of a process, in batches.
+      workers: number of worker processes that prepare batches; 0 uses threads of this process. No batch depends on
+        threads, prefetch or workers.
+    Raises: UsageError for threads or prefetch below 1, or negative workers.
     """
 
     def __init__(self, loader: BatchLoader, *, threads: int = 4, prefetch: int = 8, workers: int = 0):
@@ -88,24 +98,24 @@ class Batches(Iterator[dict[str, Any]]):
         return _copied(batch) if self._workers else batch
 
     def state(self) -> dict[str, Any]:
-        """The position after the latest batch, as JSON has it."""
+        """Returns the iterator state after the latest batch, in types of JSON."""
         return {"step": self._step, "input": self._loader.fingerprint}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Goes on after the batch that `state` was taken at.
+        """Continues after the batch at which `state` was saved.
 
-        Raises: ClvrError if it is the position in other data, or in other batches of it.
+        Raises: ClvrError if the state belongs to other data or other batches.
         """
         if state.get("input") != self._loader.fingerprint:
             raise ClvrError(
-                "batches: the saved position belongs to other batches; restore it with the dataset, tokenizer, batch "
+                "batches: the saved state belongs to other batches; restore it with the dataset, tokenizer, batch "
                 "size and seed it was saved with"
             )
         self.close()
         self._step = int(state["step"])
 
     def close(self) -> None:
-        """Stops what is prepared ahead; the next batch starts it again."""
+        """Stops prefetching; the next batch starts it again."""
         iterator, self._iterator = self._iterator, None
         if iterator is not None:
             iterator.close()
@@ -117,7 +127,7 @@ class Batches(Iterator[dict[str, Any]]):
         threads = min(self._threads, self._prefetch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
         if self._workers:
-            # Grain reads flags of absl here, which nothing parses in a program without absl.app.
+            # Grain reads absl flags here, which are not parsed in a program without absl.app.
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))
@@ -125,5 +135,5 @@ class Batches(Iterator[dict[str, Any]]):
 
 
 def _copied(batch: dict[str, Any]) -> dict[str, Any]:
-    """Arrays of a worker lie in memory it shares, which would outlive a program that ends while it holds them."""
+    """Copies arrays out of shared memory of a worker, which would not be freed if the program ended while using it."""
     return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}

@@ -1,4 +1,4 @@
-"""Training examples from the shapes world: pictures to draw, pictures to edit, and whole trajectories of the oracle."""
+"""Training examples of the shapes world: generation, editing, and whole trajectories of the oracle."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -38,7 +38,7 @@ Image = np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-    """One picture to learn: text and references that condition it, and the target."""
+    """A training example of an image generator: conditioning text, reference images, and the target image."""
 
     text: str
     references: tuple[Image, ...]
@@ -47,21 +47,27 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Canvas:
-    """A picture whose content is known without looking: a scene, and cells that show something unreadable."""
+    """An image with known content.
+
+    Attributes:
+      scene: the objects.
+      smudges: cells that show something unclear.
+      seed: seed of the pixels of unclear cells.
+    """
 
     scene: Scene
     smudges: tuple[str, ...] = ()
     seed: int = 0
 
     def render(self) -> Image:
-        """The picture; the same canvas gives the same pixels."""
+        """Renders the image, uint8 (64, 64, 3); equal canvases have equal pixels."""
         image = render(self.scene)
         for cell in self.smudges:
             image = _smudged(image, cell, np.random.default_rng((self.seed, CELLS.index(cell))))
         return image
 
     def reading(self) -> Reading:
-        """What a perfect detector would say."""
+        """Returns the reading of a perfect detector."""
         objects = {item.cell: item for item in self.scene.objects}
         found = tuple(
             DetectedObject(item.color, item.shape, cell, item.x, item.y, item.radius)
@@ -73,10 +79,13 @@ class Canvas:
 
 @dataclasses.dataclass(frozen=True)
 class ShapesTrajectory:
-    """A trajectory of the oracle, whose drawer may have erred.
+    """A trajectory of the oracle with an image generator that may make mistakes.
 
-    replies: r_1 .. r_n, the last one terminates. canvases: what was drawn after each of the first n - 1 replies.
-    targets: what should have been drawn.
+    Attributes:
+      prompt: the prompt.
+      replies: r_1 .. r_n; the last one terminates, unless the maximum number of steps was reached.
+      canvases: the images after each of the first n - 1 replies.
+      targets: the images that these replies requested.
     """
 
     prompt: str
@@ -85,15 +94,15 @@ class ShapesTrajectory:
     targets: tuple[Image, ...]
 
     def example(self, step: int) -> Example:
-        """The drawing of step `step` (from 0) under everything that came before it."""
+        """Returns the example of step `step`, from 0, conditioned on all previous steps."""
         text = conditioning_text(self.prompt, self.replies[: step + 1])
         return Example(text, self.canvases[:step], self.targets[step])
 
 
 def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
-    """Paints something no object looks like into a cell: halves of two objects, or a blend of two."""
+    """Renders something unclear into a cell: halves of two objects, or a blend of two."""
     pairs = [sample_pair(rng), sample_pair(rng)]
-    while pairs[0][1] == pairs[1][1]:  # a blend of a red and a blue star is a purple star, which is clear
+    while pairs[0][1] == pairs[1][1]:  # a blend of a red and a blue star would be a clear purple star
         pairs[1] = sample_pair(rng)
     first, second = (render(Scene((place(*pair, cell, rng),))) for pair in pairs)
     x, y = cell_center(cell)
@@ -115,17 +124,17 @@ def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
 
 
 def generation_example(rng: np.random.Generator, weights: dict[str, float] | None = None) -> Example:
-    """Text to image: a training prompt and a picture that satisfies it.
+    """Samples an example of text-to-image generation: a training prompt and an image that satisfies it.
 
-    What the prompt leaves free is as the canonical plan has it, a habit: a small transformer that has to choose among
-    nine places and eight colors first draws a little of everything.
+    Cells and colors that the prompt leaves open are those of the canonical plan: a small transformer that must choose
+    among nine places and eight colors generates blends of them at first.
     """
     metadata = train_prompt(rng, weights)
     return Example(metadata["prompt"], (), render(_scene(plan(metadata), rng)))
 
 
 def planned_example(rng: np.random.Generator) -> Example:
-    """Text to image in the words of a first step: one to three objects, each with its place."""
+    """Samples an example of text-to-image generation in the words of a first step: one to three objects with places."""
     planned = tuple(
         PlannedObject(*sample_pair(rng), CELLS[cell]) for cell in rng.permutation(len(CELLS))[: rng.integers(1, 4)]
     )
@@ -134,20 +143,20 @@ def planned_example(rng: np.random.Generator) -> Example:
 
 
 def editing_example(rng: np.random.Generator) -> Example:
-    """An instruction of one or two edits on a picture; everything else stays as it is."""
+    """Samples an example of editing: one or two edits of an image, in which everything else stays equal."""
     planned = plan(train_prompt(rng, {"complex": 0.7, "counting": 0.15, "color_attr": 0.15}), rng)
     while True:
         start = Canvas(_scene([item for item in planned if rng.random() < 0.6], rng))
         canvas = corrupted_canvas(start, rng, errors=int(rng.integers(0, 3)), cells=CELLS)
-        wanted = compare(planned, canvas.reading()).edits
-        if wanted:
+        options = compare(planned, canvas.reading()).edits
+        if options:
             break
-    chosen = [wanted[i] for i in sorted(rng.permutation(len(wanted))[: int(rng.integers(1, MAX_EDITS + 1))])]
+    chosen = [options[i] for i in sorted(rng.permutation(len(options))[: int(rng.integers(1, MAX_EDITS + 1))])]
     return Example(edit_text(chosen), (canvas.render(),), _edited(canvas, chosen, rng).render())
 
 
 def continued_example(rng: np.random.Generator) -> Example:
-    """An instruction at the end of a conversation, on its latest picture: a long text that asks for little."""
+    """Samples an example with the text of a whole conversation and its latest image as the only reference."""
     while True:
         trajectory = simulate_trajectory(rng)
         if len(trajectory.canvases) > 1:
@@ -168,12 +177,12 @@ def simulate_trajectory(
 
     Args:
       rng: numpy generator.
-      metadata: of the prompt; a training prompt if None.
+      metadata: metadata of the prompt; None samples a training prompt.
       error_rate: share of steps whose image is not what was requested.
       random_plan: sample a random plan that satisfies the prompt instead of the canonical one.
-      max_steps: number of images at most; the trajectory then ends without the last reply terminating.
-      misread_rate: share of the replies to images that follow from a wrong reading of the image, as a controller that
-        makes mistakes writes them.
+      max_steps: maximum number of images; a trajectory that reaches it ends without a terminating reply.
+      misread_rate: share of the replies to images that are based on a wrong reading, as those of a controller that
+        makes mistakes.
     """
     metadata = train_prompt(rng) if metadata is None else metadata
     planned = plan(metadata, rng if random_plan else None)
@@ -200,7 +209,7 @@ def simulate_trajectory(
 
 
 def _misread(canvas: Canvas, planned: Sequence[PlannedObject], rng: np.random.Generator) -> Reading:
-    """Returns a wrong reading: one cell is taken for what the plan wants there, or for something else."""
+    """Samples a wrong reading, in which one cell shows what the plan requires there, or something else."""
     if rng.random() < 0.5:
         item = planned[int(rng.integers(len(planned)))]
         objects = {each.cell: each for each in canvas.scene.objects}
@@ -215,28 +224,35 @@ def _scene(planned: list[PlannedObject] | tuple[PlannedObject, ...], rng: np.ran
 
 
 def _edited(canvas: Canvas, edits: Sequence[Edit], rng: np.random.Generator) -> Canvas:
-    """The canvas after perfect edits. A smudge that no edit names stays: only what was asked for may change."""
+    """Returns the canvas after perfect edits. Unclear cells that no edit names stay."""
     touched = {edit.cell for edit in edits}
     smudges = tuple(cell for cell in canvas.smudges if cell not in touched)
     return Canvas(edited_scene(canvas.scene, edits, rng), smudges, canvas.seed)
 
 
 def corrupted_canvas(canvas: Canvas, rng: np.random.Generator, errors: int, cells: tuple[str, ...]) -> Canvas:
-    """The canvas with mistakes of the kinds a diffusion model makes, each in one of `cells`."""
+    """Returns the canvas with simulated mistakes of a diffusion model.
+
+    Args:
+      canvas: the canvas.
+      rng: samples the mistakes.
+      errors: number of mistakes, each in a different cell; at most the number of cells.
+      cells: the cells in which mistakes may occur.
+    """
     objects = {item.cell: item for item in canvas.scene.objects}
     smudges = set(canvas.smudges)
     for cell in (cells[i] for i in rng.permutation(len(cells))[:errors]):
-        spoil = _SPOILS[int(rng.integers(len(_SPOILS)))]
+        corruption = _CORRUPTIONS[int(rng.integers(len(_CORRUPTIONS)))]
         smudges.discard(cell)
-        item = spoil(objects.pop(cell, None), cell, rng)
+        item = corruption(objects.pop(cell, None), cell, rng)
         if item is not None:
             objects[cell] = item
-        elif spoil is _smudge:
+        elif corruption is _smudge:
             smudges.add(cell)
     return Canvas(Scene(tuple(objects.values())), tuple(reading_order(smudges)), int(rng.integers(2**31)))
 
 
-Spoil = Callable[[SceneObject | None, str, np.random.Generator], SceneObject | None]
+Corruption = Callable[[SceneObject | None, str, np.random.Generator], SceneObject | None]
 
 
 def _drop(item: SceneObject | None, cell: str, rng: np.random.Generator) -> None:
@@ -269,4 +285,4 @@ def _reshaped(item: SceneObject | None, cell: str, rng: np.random.Generator) -> 
             return dataclasses.replace(item, shape=shape)
 
 
-_SPOILS: tuple[Spoil, ...] = (_drop, _smudge, _other, _recolored, _reshaped)
+_CORRUPTIONS: tuple[Corruption, ...] = (_drop, _smudge, _other, _recolored, _reshaped)

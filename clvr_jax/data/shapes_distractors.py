@@ -1,8 +1,8 @@
-"""Images of things that no prompt of the shapes world names, from which the verifier learns what "clear" means.
+"""Images with colors and shapes that no prompt of the shapes world names, to train the verifier on clear and unclear.
 
-The world has 40 pairs of color and shape. A verifier that has seen 36 of them clear and countless blurred and mixed
-things learns the list of the 36 instead of what sets clear from unclear, and calls the pairs kept for evaluation
-unclear. Eight more colors and eight more shapes make five times as many pairs, each of them rare.
+The world has 40 pairs of color and shape. A verifier that is trained on 36 clear pairs, and on blurred and mixed
+objects as unclear, memorizes the 36 pairs and describes the held-out pairs as unclear. Eight additional colors and
+eight additional shapes make five times as many pairs, each of them rare.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ MORE_COLORS: dict[str, tuple[int, int, int]] = {
     "teal": (20, 110, 110),
     "lilac": (200, 150, 250),
 }
-"""Colors of distractors; each is at least 70 levels from the named colors and from the others."""
+"""Additional colors; each is at least 70 levels from the named colors and from the others."""
 _SOFT = 0.9
-"""Greatest standard deviation in pixels of a blur that leaves an object clear: the detector's limit is about 1.1."""
+"""Greatest standard deviation, in pixels, of a blur that leaves an object clear; the detector's limit is about 1.1."""
 _BLURRED = (1.5, 4.0)
-"""Range of the blur that makes an object unclear."""
+"""Range of the standard deviation, in pixels, of a blur that makes an object unclear."""
 _TINT = 25.0
-"""Greatest distance of an object's color from its name's color, in levels of the channels."""
+"""Greatest distance of an object's color from the color of its name, in levels of the channels."""
 
 Distance = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 """(x offsets, y offsets, radius), all in pixels -> signed distance in pixels, negative inside."""
@@ -78,15 +78,15 @@ MORE_SHAPES: dict[str, Distance] = {
     "wedge": _polygon((-1, -0.95), (1, -0.95), (0, 0.95)),
     "bow": _polygon((-0.9, -0.95), (0.9, -0.95), (0.15, 0), (0.9, 0.95), (-0.9, 0.95), (-0.15, 0)),
 }
-"""Shapes of distractors."""
+"""Additional shapes."""
 
 
 def distractor_image(rng: np.random.Generator) -> tuple[np.ndarray, str]:
-    """Draws 0 to 7 objects of all colors and shapes, some out of focus or mixed of two.
+    """Samples an image of 0 to 7 objects of all colors and shapes, some of them blurred or mixed with another.
 
     Args:
       rng: numpy generator; the same state gives the same image.
-    Returns: uint8 (64, 64, 3), and the description of the image. No clear object is a pair kept for evaluation.
+    Returns: the image, uint8 (64, 64, 3), and its description. No clear object is one of HELD_OUT_PAIRS.
     """
     image = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.float32)
     number = int(rng.choice(10, p=(0.02, 0.08, 0.15, 0.23, 0.25, 0.17, 0.08, 0.02, 0.0, 0.0)))
@@ -117,14 +117,14 @@ def _sample_pair(rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _area(cell: str) -> tuple[slice, slice]:
-    """Rows and columns of the canvas that belong to a cell."""
+    """Returns the rows and columns of the canvas that belong to a cell."""
     x, y = cell_center(cell)
     half = CELL_SIZE / 2
     return slice(round(y - half), round(y + half)), slice(round(x - half), round(x + half))
 
 
 def _patch(rng: np.random.Generator, color: str, shape: str, cell: str) -> np.ndarray:
-    """Draws one object on the background: float32 (height, width, 3) of its cell."""
+    """Renders one object on the background: float32 (height, width, 3) of its cell."""
     center_x, center_y, radius = sample_position(cell, rng)
     rows, columns = _area(cell)
     x = np.arange(columns.start, columns.stop, dtype=np.float32)[None, :] + np.float32(0.5 - center_x)

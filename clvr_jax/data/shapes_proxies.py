@@ -1,7 +1,7 @@
-"""Exact proxy prompts for trajectories of the shapes world, whatever went wrong in them: a dataset for Proxy Prompt RL.
+"""Exact proxy prompts for trajectories of the shapes world with mistakes: a dataset for Proxy Prompt RL.
 
-What the data engine keeps holds no mistakes; a policy that draws such steps is almost always right, and groups of equal
-rewards teach nothing. In roll-outs of the oracle (`configs/shapes_rollouts.py`) pictures are what was really drawn.
+The targets of the data engine have no mistakes. A policy is almost always right on such steps, and groups with equal
+rewards have no gradient. Rollouts of the oracle (`configs/shapes_rollouts.py`) have the images that a model generated.
 
     python -m clvr_jax.data.shapes_proxies --source runs/shapes_rollouts --out data/shapes_steps
 """
@@ -20,22 +20,22 @@ from clvr_jax.worlds.shapes.oracle import Edit, apply_edits, canvas_text, edit_t
 
 
 def exact_proxies(canvas: Iterable[PlannedObject], edits: Sequence[Edit], edited: int | None) -> ProxyPrompts:
-    """The proxies of a step.
+    """Returns the proxy prompts of a step.
 
     Args:
-      canvas: the objects that there should be after it.
-      edits: what it does.
-      edited: the step whose picture it edits, None for a first drawing.
+      canvas: the objects that the image should show after the step.
+      edits: the edits of the step.
+      edited: index of the step whose image is edited, None for a first image.
     """
     words = canvas_text(canvas)
     return ProxyPrompts(words) if edited is None else ProxyPrompts(words, edit_text(edits), (edited,))
 
 
 def with_exact_proxies(record: TrajectoryRecord) -> TrajectoryRecord:
-    """A record with proxies for every step that drew something that the words of its reply ask for.
+    """Returns a record with proxy prompts for each step that has an image and whose reply requests edits.
 
-    The canvas after a step is what its edits make of the picture before it, read by the detector. Steps that were
-    rolled back have none.
+    The canvas after a step is the previous image, as the detector reads it, after the step's edits. Steps that were
+    rolled back have no proxy prompts.
     """
     latest: int | None = None
     before = Reading()

@@ -1,4 +1,4 @@
-"""Text for the models: chat template, token buckets, and the small tokenizer of the embedded models."""
+"""Text preprocessing: chat template, length buckets, and the small tokenizer of the shipped models."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -12,26 +12,26 @@ from clvr_jax.errors import ClvrError
 
 MAX_PROMPT_CHARACTERS = 20_000
 
-# Qwen's control tokens in Qwen's order; the loop's own follow.
+# Qwen's control tokens in Qwen's order, then the tokens of the loop.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
     "<|image_pad|>", "<|video_pad|>", "<think>", "</think>", "<|image_gen|>", "<|terminate|>",
     *(f"<IMG_GEN_{number}>" for number in range(1, 9)),
 )  # fmt: skip
 
-# Files that hold a vocabulary: one of the fast tokenizers, or the two of transformers 4.
+# Files with the vocabulary: of fast tokenizers, or of transformers 4.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
 
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
-"""Begin and end of a turn in Qwen's chat template."""
+"""Start and end of a turn in Qwen's chat template."""
 
-# Qwen's own split: contractions, words with their leading space, single digits, runs of punctuation, line ends.
+# The pre-tokenization of Qwen: contractions, words with a leading space, single digits, runs of punctuation, line ends.
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
-# The parts of Qwen3's template that are used here: turns, images inside a turn, and the empty thought that switches
-# thinking off.
+# The parts of Qwen3's template that are used here: turns, images in a turn, and the empty thought that disables
+# thinking.
 CHAT_TEMPLATE = """{%- for message in messages -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}{{- message.content -}}
@@ -47,13 +47,13 @@ CHAT_TEMPLATE = """{%- for message in messages -%}
 {%- endif -%}"""
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None:
-    """Trains a byte-level BPE with Qwen's special tokens and writes it as a transformers tokenizer folder.
+def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
+    """Trains a byte-level BPE with Qwen's special tokens and writes it as a transformers tokenizer.
 
     Args:
-      texts: what it should be good at; every other text still becomes bytes.
-      vocab_size: with the 256 bytes and the special tokens.
-      folder: created; files in it are replaced.
+      texts: the training texts; all other text can be encoded as bytes.
+      vocab_size: size of the vocabulary, with the 256 bytes and the special tokens.
+      directory: output directory, which is created; files in it are replaced.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -71,8 +71,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
     )
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL_TOKENS])
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / "tokenizer.json"))
+    directory.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(directory / "tokenizer.json"))
     config = {
         "tokenizer_class": "Qwen2Tokenizer",
         "add_prefix_space": False,
@@ -85,7 +85,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: Path) -> None
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
     }
-    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -130,15 +130,15 @@ def check_tokenizer(tokenizer: Any, embeddings: int, tokens: Iterable[str] = ())
             "tokenizer and model belong to different checkpoints"
         )
     if tokenizer.pad_token_id is None:
-        raise ClvrError("the tokenizer names no pad_token, to pad prompts with; add it to tokenizer_config.json")
-    if lacking := [token for token in tokens if token not in vocabulary]:
-        raise ClvrError(f"the tokenizer has no token {', '.join(lacking)}; it belongs to another model")
+        raise ClvrError("the tokenizer has no pad_token; add it to tokenizer_config.json")
+    if missing := [token for token in tokens if token not in vocabulary]:
+        raise ClvrError(f"the tokenizer has no token {', '.join(missing)}; it belongs to another model")
 
 
 def check_prompt(prompt: str) -> None:
-    """Raises ClvrError for a prompt that is empty or too long to be meant."""
+    """Raises ClvrError for a prompt that is empty or longer than MAX_PROMPT_CHARACTERS."""
     if not prompt.strip():
-        raise ClvrError("the prompt is empty; say what to draw")
+        raise ClvrError("the prompt is empty; describe the image to generate")
     if len(prompt) > MAX_PROMPT_CHARACTERS:
         raise ClvrError(
             f"the prompt has {len(prompt):,} characters, more than the {MAX_PROMPT_CHARACTERS:,} allowed; shorten it"
@@ -146,14 +146,14 @@ def check_prompt(prompt: str) -> None:
 
 
 def bucket_for(length: int, buckets: Sequence[int]) -> int:
-    """The smallest bucket that holds `length` tokens. Raises: ClvrError if none does."""
+    """Returns the smallest bucket that holds `length` tokens. Raises: ClvrError if none does."""
     if length > max(buckets):
         raise ClvrError(f"the text takes {length:,} tokens, more than the {max(buckets):,} that are read; shorten it")
     return min(bucket for bucket in buckets if bucket >= length)
 
 
 def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
-    """The token ids of each prompt as the FLUX.2 text encoder reads it: one user turn, thinking off."""
+    """Returns the token ids of each prompt for the FLUX.2 text encoder: one user turn, thinking disabled."""
     texts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
@@ -164,16 +164,18 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as `prompt_tokens`, padded on the right to one length. Nothing is cut: see `histories.fit_history`.
+    """Tokenizes prompts as `prompt_tokens` does, padded on the right to one length.
+
+    Prompts are never truncated; `histories.fit_history` shortens histories.
 
     Args:
       tokenizer: transformers tokenizer with a chat template.
       prompts: user texts; the empty text is the unconditional one.
-      buckets: lengths to pad to; all prompts take the smallest that holds the longest of them.
+      buckets: lengths to pad to; all prompts are padded to the smallest one that holds the longest prompt.
     Returns: ids and mask, each (batch, bucket) int32.
     Raises: ClvrError for a prompt that is longer than all buckets.
     """
-    # Padded here: a fast tokenizer that is asked to pad remembers it, and would write it into what it saves.
+    # Padded here: a fast tokenizer would keep the padding as a setting and save it with its files.
     rows = prompt_tokens(tokenizer, prompts)
     length = bucket_for(max(map(len, rows)), buckets)
     ids = np.full((len(rows), length), tokenizer.pad_token_id, np.int32)

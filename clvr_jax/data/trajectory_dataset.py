@@ -1,9 +1,9 @@
-"""Trajectories as a TFDS dataset: a folder of array_record shards and TFDS's own description, without TensorFlow.
+"""Trajectory datasets in TFDS format: a directory of array_record shards with TFDS metadata, without TensorFlow.
 
     python -m clvr_jax.data.trajectory_dataset --source runs/shapes_rollouts --out data/trajectories
 
-`tfds.builder_from_directory(folder).as_data_source("train")` reads the same folder. The split "train" holds
-trajectories, the split "verification", if there is one, histories with a verdict on their latest image.
+`tfds.builder_from_directory(directory).as_data_source("train")` reads the same directory. The split "train" has the
+trajectories; the split "verification", if there is one, has histories with a verdict on their latest image.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,7 +29,7 @@ SPLIT, VERIFICATION = "train", "verification"
 
 
 def write_dataset(
-    folder: Path,
+    directory: Path,
     trajectories: Iterable[Trajectory | TrajectoryRecord],
     *,
     shard_bytes: int = 2**28,
@@ -38,23 +38,23 @@ def write_dataset(
     """Writes a dataset completely or not at all, one trajectory at a time.
 
     Args:
-      folder: must not exist yet, or be empty, unless `overwrite` is set; then it is replaced once the new one is
-        complete.
-      trajectories: a bare trajectory is named after its place. Records that are verification examples make a split of
-        their own.
-      shard_bytes: a shard is closed once it holds this many.
-    Returns: number of trajectories written, without verification examples.
-    Raises: ClvrError, one line, if there is nothing to write, `folder` is taken or the disk is full; nothing is left
-      behind then, nor after an error of the iterable.
+      directory: output directory. It must not exist or be empty, unless `overwrite` is set.
+      trajectories: records, or trajectories, whose ids are their indices. Verification examples are written to a split
+        of their own.
+      shard_bytes: size in bytes at which a shard is closed.
+      overwrite: replace an existing directory once the new dataset is complete.
+    Returns: the number of trajectories, without verification examples.
+    Raises: ClvrError, one line, if there is no trajectory, the directory exists, or the disk is full. After an error,
+      also of the iterable, nothing is left on disk.
     """
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ClvrError(f"{folder}: already exists; choose another place or remove it")
+    if not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ClvrError(f"{directory}: already exists; choose another directory or remove it")
     import tensorflow_datasets as tfds  # slow to import
 
     features = record_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    with replacing(folder) as temporary:
-        splits = {split: _Shards(folder, temporary, split, shard_bytes) for split in (SPLIT, VERIFICATION)}
+    with replacing(directory) as temporary:
+        splits = {split: _Shards(directory, temporary, split, shard_bytes) for split in (SPLIT, VERIFICATION)}
         for number, given in enumerate(trajectories):
             record = TrajectoryRecord(f"{number:08d}", given) if isinstance(given, Trajectory) else given
             shards = splits[VERIFICATION if record.is_verification else SPLIT]
@@ -62,24 +62,26 @@ def write_dataset(
         for shards in splits.values():
             shards.close()
         if not splits[SPLIT].lengths:
-            raise ClvrError(f"{folder}: there are no trajectories to write")
+            raise ClvrError(f"{directory}: there are no trajectories to write")
         tfds.folder_dataset.write_metadata(
             data_dir=temporary,
             features=features,
-            split_infos=[shards.named() for shards in splits.values() if shards.lengths],
+            split_infos=[shards.finalize() for shards in splits.values() if shards.lengths],
             version=SCHEMA,
             description="Trajectories of closed-loop verified reasoning, written by clvr-jax.",
-            check_data=False,  # it would read with TensorFlow
+            check_data=False,  # the check needs TensorFlow
         )
     return sum(splits[SPLIT].lengths)
 
 
 class _Shards:
-    """The serialized records of a split, one after another, in files of limited size; their final names need their
-    number."""
+    """A writer of the serialized records of a split to files of limited size.
 
-    def __init__(self, folder: Path, temporary: Path, split: str, shard_bytes: int):
-        self._folder, self._temporary, self._split, self._shard_bytes = folder, temporary, split, shard_bytes
+    Final names contain the number of shards, so that shards are renamed at the end.
+    """
+
+    def __init__(self, directory: Path, temporary: Path, split: str, shard_bytes: int):
+        self._directory, self._temporary, self._split, self._shard_bytes = directory, temporary, split, shard_bytes
         self._writer: Any = None
         self._written = 0
         self.lengths: list[int] = []
@@ -93,7 +95,7 @@ class _Shards:
 
         try:
             if self._writer is None:
-                # A group of its own for each record: what is read at random must not be unpacked with its neighbors.
+                # One record per group: random access would otherwise decompress neighboring records, too.
                 self._writer = ArrayRecordWriter(str(self.path(len(self.lengths))), "group_size:1")
                 self.lengths.append(0)
             self._writer.write(record)
@@ -106,7 +108,7 @@ class _Shards:
             self.close()
 
     def close(self) -> None:
-        """Ends the current shard, if there is one."""
+        """Closes the current shard, if there is one."""
         writer, self._writer, self._written = self._writer, None, 0
         try:
             if writer is not None:
@@ -114,8 +116,8 @@ class _Shards:
         except RuntimeError as error:
             raise self._unwritable(error) from error
 
-    def named(self) -> Any:
-        """Gives the closed shards their final names; returns the description of the split for TFDS."""
+    def finalize(self) -> Any:
+        """Renames the closed shards to their final names and returns the split info for TFDS."""
         import tensorflow_datasets as tfds  # slow to import
 
         names = tfds.core.ShardedFileTemplate(
@@ -129,20 +131,26 @@ class _Shards:
         )
 
     def _unwritable(self, error: RuntimeError) -> ClvrError:
-        return ClvrError(f"{self._folder}: cannot be written ({str(error).partition(';')[0]})")
+        return ClvrError(f"{self._directory}: cannot be written ({str(error).partition(';')[0]})")
 
 
 class CorruptRecordError(ClvrError):
-    """A record that cannot be read; the message says which and why."""
+    """A record cannot be read; the message has its index and the reason."""
 
 
 class TrajectoryDataset:
-    """The trajectories of a dataset by number: `len(dataset)` and `dataset[number]`, from several threads or processes.
+    """A trajectory dataset with random access, `len(dataset)` and `dataset[number]`, for several threads or processes.
 
-    folder: of a dataset that `write_dataset` or TFDS wrote with a schema that can be read.
-    split: "train" or "verification".
-    Raises: ClvrError, one line, if there is no dataset, it holds something else, is of another schema, is empty, or
-      lacks a shard.
+    Attributes:
+      folder: directory of the dataset.
+      split: name of the split.
+      has_verification: whether the dataset has verification examples.
+
+    Args:
+      folder: directory of a dataset that `write_dataset` or TFDS wrote with a readable schema.
+      split: "train" or "verification".
+    Raises: ClvrError, one line, if there is no dataset, it is another kind of dataset, has another schema, is empty, or
+      a shard is missing.
     """
 
     def __init__(self, folder: Path, split: str = SPLIT):
@@ -185,7 +193,7 @@ class TrajectoryDataset:
         return len(self._source)
 
     def __getitem__(self, number: int) -> TrajectoryRecord:
-        """Record `number`, from 0. Raises: IndexError past the end, CorruptRecordError for what cannot be read."""
+        """Returns record `number`, from 0. Raises: IndexError past the end; CorruptRecordError if it cannot be read."""
         from google.protobuf.message import DecodeError
 
         if not 0 <= number < len(self):
@@ -197,9 +205,9 @@ class TrajectoryDataset:
             raise CorruptRecordError(f"{self.folder}: record {number} cannot be read ({reason})") from error
 
     def scan(self, max_corrupt: int = 16) -> Iterator[tuple[int, TrajectoryRecord]]:
-        """All readable records with their numbers, in order; how many were corrupt is said on stderr at the end.
+        """Yields all readable records with their indices, in order, and reports the number of corrupt ones on stderr.
 
-        Raises: ClvrError once more than `max_corrupt` records were corrupt.
+        Raises: ClvrError after more than `max_corrupt` corrupt records.
         """
         corrupt: list[CorruptRecordError] = []
         with progress("reading trajectories", len(self)) as advance:
@@ -218,11 +226,11 @@ class TrajectoryDataset:
             console.print(f"{self.folder}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
 
 
-def saved_trajectories(folder: Path) -> Iterator[TrajectoryRecord]:
-    """The trajectories saved in folders inside `folder`, in the order of names; ClvrError if there is none."""
-    paths = sorted(folder.glob("*/trajectory.json"))
+def saved_trajectories(directory: Path) -> Iterator[TrajectoryRecord]:
+    """Yields the trajectories that are saved in subdirectories, sorted by name. Raises: ClvrError if there is none."""
+    paths = sorted(directory.glob("*/trajectory.json"))
     if not paths:
-        raise ClvrError(f"{folder}: no saved trajectories in the folders inside")
+        raise ClvrError(f"{directory}: no saved trajectories in its subdirectories")
     for path in paths:
         yield TrajectoryRecord(path.parent.name, Trajectory.load(path.parent))
 

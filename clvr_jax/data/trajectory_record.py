@@ -1,6 +1,6 @@
-"""A trajectory as one record of a dataset: what is kept, and how it becomes the features of TFDS and comes back.
+"""Records of trajectory datasets, and their conversion to and from TFDS features.
 
-Source of what is kept: arXiv 2605.14876, trajectory synthesis (checklists) and Proxy Prompt RL (proxies).
+Source of the content: arXiv 2605.14876, trajectory synthesis (checklists) and Proxy Prompt RL (proxy prompts).
 """
 
 import json
@@ -16,18 +16,21 @@ from clvr_jax.json_input import JsonObject, parse_json, parse_object
 from clvr_jax.reasoning.trajectory import Step, Trajectory, run_from_json, step_run_from_json, verdict_from_json
 
 SCHEMA = "1.1.0"
-"""Version of the features below, and of the TFDS dataset that holds them; goes up with every change."""
+"""Version of the features below and of TFDS datasets with them; it increases with each change."""
 
 READABLE_SCHEMAS = ("1.0.0", SCHEMA)
-"""Versions that this module reads. In 1.0.0 nothing is marked: every image is right and may be a target."""
+"""Versions that this module reads. In 1.0.0 no image is marked as wrong: all are right and may be targets."""
 
 
 @dataclass(frozen=True)
 class ProxyPrompts:
-    """What reward models read in place of the long history of a step.
+    """Short texts for reward models in place of the long history of a step.
 
-    p_t2i: the whole canvas as it should be after the step. p_i2i: the edit of the step, "" for a first drawing.
-    i_ref: the earlier steps whose pictures are edited, () for a first drawing.
+    Attributes:
+      p_t2i: description of the whole image after the step; not empty.
+      p_i2i: edit instruction of the step, "" for a first image.
+      i_ref: indices of the earlier steps whose images are edited, () for a first image.
+    Raises: ClvrError if p_t2i is empty, or only one of p_i2i and i_ref is.
     """
 
     p_t2i: str
@@ -43,19 +46,19 @@ class ProxyPrompts:
 
 @dataclass(frozen=True)
 class TrajectoryRecord:
-    """A trajectory and what its makers know about it.
+    """A trajectory with its metadata.
 
     Attributes:
-      id: names the record to people; unique by their care.
-      trajectory: what happened.
-      metadata: of the prompt, as JSON has it, e.g. the world's specification of a right picture.
-      checklists: for each step what its picture was checked on, as JSON has it, or None; () if no step has one. The
-        data engine writes [question, evidence, whether it passed] for each question; a pair without the last means
-        that it passed.
+      id: name of the record for users; uniqueness is not checked.
+      trajectory: the trajectory.
+      metadata: metadata of the prompt in types of JSON, for example the specification of a right image.
+      checklists: for each step the checklist of its image in types of JSON, or None; () if no step has one. The data
+        engine writes [question, evidence, whether it passed] for each question; a pair without the last value passed.
       proxies: for each step its proxy prompts, or None; () if no step has them.
-      mistakes: numbers of the steps whose image is wrong: context of later steps, never a target of an image generator.
-      is_verification: the record is an example of verification: a history, its latest image, and the verdict on that
-        image, which alone is a target. No image of it is one.
+      mistakes: indices of the steps whose image is wrong: context of later steps, never a target of an image generator.
+      is_verification: the record is a verification example: a history, its latest image, and the verdict on that image,
+        which is the only target. None of its images is a target.
+    Raises: ClvrError for fields that do not fit together.
     """
 
     id: str
@@ -69,7 +72,7 @@ class TrajectoryRecord:
     def __post_init__(self) -> None:
         steps = self.trajectory.steps
         if self.trajectory.given_images:
-            raise ClvrError(f"trajectory {self.id}: starts from images of the user's own, which a record does not hold")
+            raise ClvrError(f"trajectory {self.id}: starts from images of the user, which records cannot store")
         for name, given in (("checklists", self.checklists), ("proxies", self.proxies)):
             if given and len(given) != len(steps):
                 raise ClvrError(f"trajectory {self.id}: {len(steps)} steps but {len(given)} {name}")
@@ -77,7 +80,7 @@ class TrajectoryRecord:
             for reference in () if proxy is None else proxy.i_ref:
                 if not 0 <= reference < number or steps[reference].image is None:
                     raise ClvrError(
-                        f"trajectory {self.id}: i_ref of step {number} is {reference}, which is no earlier picture"
+                        f"trajectory {self.id}: i_ref of step {number} is {reference}, which is no earlier image"
                     )
         for number in self.mistakes:
             if not 0 <= number < len(steps) or steps[number].image is None:
@@ -87,9 +90,9 @@ class TrajectoryRecord:
 
     @property
     def generator_targets(self) -> tuple[int, ...]:
-        """Numbers of the steps whose image an image generator may learn: right ones that were not rolled back.
+        """Indices of the steps whose image may be a target of an image generator: right and not rolled back.
 
-        Everything that trains an image generator on recorded images takes its targets from here.
+        All training of image generators on recorded images takes its targets from here.
         """
         if self.is_verification:
             return ()
@@ -102,9 +105,10 @@ class TrajectoryRecord:
 
 
 def record_features() -> Any:
-    """The features of a record, as TFDS describes them.
+    """Returns the TFDS features of a record.
 
-    What has no fixed form is JSON, lists of numbers too: without TensorFlow TFDS writes no lists inside of lists.
+    Values without a fixed shape are JSON, and so are lists of numbers: without TensorFlow, TFDS cannot write nested
+      lists.
     """
     import tensorflow_datasets as tfds  # slow to import
 
@@ -135,7 +139,7 @@ def record_features() -> Any:
 
 
 def record_to_example(record: TrajectoryRecord) -> dict[str, Any]:
-    """A record -> bytes for each of `record_features`."""
+    """Converts a record to the values of `record_features`, bytes each."""
     trajectory = record.trajectory
     run = {name: getattr(trajectory, name) for name in ("model", "seed", "seconds", "error")}
     nothing = (None,) * len(trajectory.steps)
@@ -155,10 +159,10 @@ def record_to_example(record: TrajectoryRecord) -> dict[str, Any]:
 
 
 def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
-    """The inverse of `record_to_example`, for features as TFDS reads them: a sequence of steps is a dict of lists.
+    """Inverts `record_to_example`, for features as TFDS reads them, where the sequence of steps is a dict of lists.
 
-    Pictures are PIL images that are decoded when their pixels are first asked for; their sizes are known before.
-    Raises: KeyError, ValueError, TypeError, OSError or ClvrError if the example is none of ours.
+    Images are PIL images whose size is known and whose pixels are decoded at the first access.
+    Raises: KeyError, ValueError, TypeError, OSError or ClvrError if the example has other features.
     """
     columns = example["steps"]
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
@@ -211,7 +215,7 @@ def _step_from_example(row: Mapping[str, bytes], run: JsonObject) -> Step:
         reasoning=_str(row["reasoning"]),
         action=_str(row["action"]),
         references=_integers(row["references"], run.where),
-        image=_picture(row["image"]),
+        image=_image(row["image"]),
         verdict=None if found is None else verdict_from_json(found),
         **step_run_from_json(run),
     )
@@ -223,7 +227,7 @@ def _proxy_from_example(row: Mapping[str, bytes]) -> ProxyPrompts | None:
     return ProxyPrompts(_str(row["p_t2i"]), _str(row["p_i2i"]), _integers(row["i_ref"], "i_ref"))
 
 
-def _picture(png: bytes) -> ImageLike | None:
+def _image(png: bytes) -> ImageLike | None:
     return lazy_image(png) if png else None
 
 
@@ -235,7 +239,7 @@ def _json(content: Any) -> bytes:
     return json.dumps(content).encode()
 
 
-# A prompt from the command line may hold lone surrogates: bytes that were no UTF-8.
+# A prompt from the command line may have lone surrogates, for bytes that are not UTF-8.
 def _text(text: str) -> bytes:
     return text.encode("utf-8", "surrogatepass")
 

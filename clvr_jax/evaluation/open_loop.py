@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.protocols import Controller, Conversation
-from clvr_jax.worlds.shapes.oracle import DRAW_TOKEN, first_reply, parse_plan
+from clvr_jax.worlds.shapes.oracle import IMAGE_GEN, first_reply, parse_plan
 
 
 class OpenLoopController(Controller):
@@ -36,4 +36,4 @@ def request_whole_plan(reply: str) -> str:
         plan = parse_plan(reply)
     except ClvrError:
         return reply
-    return first_reply(plan, limit=len(plan)) if DRAW_TOKEN in reply else reply
+    return first_reply(plan, limit=len(plan)) if IMAGE_GEN in reply else reply

@@ -1,49 +1,54 @@
-"""Proxy Prompt RL's reward by reward models of our own, spread over the devices that train.
+"""The reward of Proxy Prompt RL with judges that run on the training devices.
 
-The same sums as those of `proxy`; what differs is who asks, and when: all processes, all questions of a batch together.
+It computes the same values as `proxy`. All processes call the judges, with all questions of a batch in one call.
 """
 
 from collections.abc import Sequence
 
+from typing_extensions import override
+
 from clvr_jax.interfaces import ChatModel, ChatRequest
-from clvr_jax.rewards.proxy import check_replies, combined
-from clvr_jax.rewards.reward import Case, Marks, Reward, Scores
-from clvr_jax.rewards.unified_reward import JudgePrompt, UnifiedReward, UnifiedRewardEdit, read_marks
+from clvr_jax.rewards.proxy import check_replies, combine_scores
+from clvr_jax.rewards.reward import Reward, RewardInput, Score, Scores
+from clvr_jax.rewards.unified_reward import JudgePrompt, UnifiedReward, UnifiedRewardEdit, read_score
 
 
 class MeshReward(Reward):
-    """R_T2I and R_I2I of two judges whose models are on the mesh; logged as `ProxyReward` does.
+    """Combines R_T2I and R_I2I of two judges whose models are on the mesh; the parts are those of `ProxyReward`.
 
     Args:
-      picture: judge of pictures by their text.
-      edit: judge of edits; None for "simple RL", whose pictures are judged by the last text alone.
+      image: judge of images by their text.
+      edit: judge of edits; None for "simple RL", where images are judged by the last text alone.
     """
 
     runs_on_devices = True
 
-    def __init__(self, picture: UnifiedReward, edit: UnifiedRewardEdit | None = None):
-        self._picture, self._edit = picture, edit
+    def __init__(self, image: UnifiedReward, edit: UnifiedRewardEdit | None = None):
+        self._image, self._edit = image, edit
 
-    def scores(self, cases: Sequence[Case]) -> Scores:
-        """See `Reward`."""
-        pictures = [self._picture.inquiry(case.picture, self._text(case)) for case in cases]
-        marks_t2i = iter(_marked(self._picture.model, pictures))
+    @override
+    def scores(self, inputs: Sequence[RewardInput]) -> Scores:
+        prompts = [self._image.judge_prompt(item.image, self._text(item)) for item in inputs]
+        scores_t2i = iter(_score_all(self._image.model, prompts))
         if self._edit is None:
-            return Scores.of([combined(one) for one in marks_t2i])
+            return Scores.stack([combine_scores(one) for one in scores_t2i])
         edit = self._edit
         edits = [
-            [edit.inquiry(source, case.picture, case.proxies.p_i2i) for source in case.references] for case in cases
+            [edit.judge_prompt(source, item.image, item.proxies.p_i2i) for source in item.references] for item in inputs
         ]
-        marks_i2i = iter(_marked(edit.model, [one for of_case in edits for one in of_case]))
-        return Scores.of([combined(next(marks_t2i), *(next(marks_i2i) for _ in of_case)) for of_case in edits])
+        scores_i2i = iter(_score_all(edit.model, [one for of_item in edits for one in of_item]))
+        return Scores.stack(
+            [combine_scores(next(scores_t2i), *(next(scores_i2i) for _ in of_item)) for of_item in edits]
+        )
 
-    def _text(self, case: Case) -> str:
-        return case.last_text if self._edit is None else case.proxies.p_t2i
+    def _text(self, item: RewardInput) -> str:
+        return item.last_text if self._edit is None else item.proxies.p_t2i
 
 
-def _marked(model: ChatModel, inquiries: Sequence[JudgePrompt]) -> list[Marks]:
-    questions: list[ChatRequest] = [question for inquiry in inquiries for question in inquiry.questions]
+def _score_all(model: ChatModel, prompts: Sequence[JudgePrompt]) -> list[Score]:
+    """Returns one score for each prompt, from one batch of all their questions. Raises: see `check_replies`."""
+    questions: list[ChatRequest] = [question for prompt in prompts for question in prompt.questions]
     answers = iter(model.chat_all(questions))
-    marks = [read_marks(inquiry, [next(answers).text for _ in inquiry.questions]) for inquiry in inquiries]
-    check_replies(marks, model.name)
-    return marks
+    scores = [read_score(prompt, [next(answers).text for _ in prompt.questions]) for prompt in prompts]
+    check_replies(scores, model.name)
+    return scores

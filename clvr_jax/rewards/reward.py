@@ -1,6 +1,7 @@
-"""The protocols: judges mark one picture, rewards score a batch of them.
+"""Interfaces of rewards: a judge scores one image, a reward scores a batch.
 
-What cannot be scored is NaN and stays NaN through every sum: such a sample leaves its group, it is not a bad one.
+A score that is missing is NaN, and so is every sum with it: the sample is removed from its group instead of counting as
+a bad one.
 """
 
 import math
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from typing_extensions import override
 
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
@@ -18,15 +20,18 @@ from clvr_jax.reasoning.answers import AnswerError
 
 
 @dataclass(frozen=True)
-class Case:
-    """A picture that a policy drew, and what there is to judge it by.
+class RewardInput:
+    """An image of the policy and the context to score it by.
 
-    picture: (h, w, 3) uint8. proxies: short texts that stand for the history. references: the pictures that were to be
-    edited, one for each of `proxies.i_ref`. last_text: what the controller said last, all that a reward without proxies
-    may read.
+    Attributes:
+      image: (h, w, 3) uint8.
+      proxies: short texts in place of the history.
+      references: the images to be edited, one for each of `proxies.i_ref`.
+      last_text: the last reply of the controller, the only text that a reward without proxies may use.
+    Raises: ClvrError if the numbers of references and of `proxies.i_ref` differ.
     """
 
-    picture: ImageLike = field(repr=False)
+    image: ImageLike = field(repr=False)
     proxies: ProxyPrompts
     references: Sequence[ImageLike] = field(default=(), repr=False)
     last_text: str = ""
@@ -40,11 +45,14 @@ Problem = Literal["no_reply", "refused", "unreadable"]
 
 
 @dataclass(frozen=True)
-class Marks:
-    """A judge's mark of one picture, NaN if there is none; and what it is made of, by name.
+class Score:
+    """A judge's score of one image.
 
-    problem: why there is none: the judge gave no reply, refused, or gave a reply that cannot be read. None of these is
-    a bad mark.
+    Attributes:
+      value: the score; NaN if there is none.
+      parts: components of the score by name, for the metrics.
+      problem: why there is no score: the judge gave no reply, refused, or its reply cannot be parsed. None of these
+        counts as a low score.
     """
 
     value: float
@@ -52,29 +60,46 @@ class Marks:
     problem: Problem | None = None
 
 
-UNREADABLE = Marks(math.nan)
+UNREADABLE = Score(math.nan)
 
 
-class PictureJudge(Protocol):
-    """R_T2I: how well a picture shows a text. Called from many threads at once."""
+class ImageJudge(Protocol):
+    """Computes R_T2I: how well an image shows a text. It is called from many threads at once."""
 
-    def picture(self, picture: ImageLike, text: str) -> Marks:
-        """Its mark. Raises: ProviderError if the judge cannot be asked at all."""
+    def score_image(self, image: ImageLike, text: str) -> Score:
+        """Scores an image.
+
+        Args:
+          image: (h, w, 3) uint8, or a PIL image.
+          text: what the image should show.
+        Raises: ProviderError if the judge cannot be reached.
+        """
         ...
 
 
 class EditJudge(Protocol):
-    """R_I2I: how well a picture is an edit of another. Called from many threads at once."""
+    """Computes R_I2I: how well an image is an edit of another. It is called from many threads at once."""
 
-    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
-        """Its mark. Raises: ProviderError if the judge cannot be asked at all."""
+    def score_edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Score:
+        """Scores an edit.
+
+        Args:
+          source: the image before the edit.
+          edited: the image after it.
+          instruction: the edit instruction.
+        Raises: ProviderError if the judge cannot be reached.
+        """
         ...
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Of n cases. values: (n,) float64, NaN where there is none. parts: what they are made of, each (n,), NaN where it
-    has no say."""
+    """The scores of n inputs.
+
+    Attributes:
+      values: (n,) float64, NaN where there is no score.
+      parts: components of the scores by name, each (n,), NaN where a score has no such component.
+    """
 
     values: np.ndarray
     parts: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -85,21 +110,21 @@ class Scores:
             raise ClvrError(f"scores: values are {self.values.shape}, parts {shapes}; all must be (n,)")
 
     @classmethod
-    def of(cls, marks: Sequence[Marks]) -> "Scores":
-        """Marks as arrays; a part that only some have is NaN elsewhere.
+    def stack(cls, scores: Sequence[Score]) -> "Scores":
+        """Returns n scores as arrays; a part that only some of them have is NaN elsewhere.
 
-        Where marks are missing, the parts "no_reply", "refused" and "unreadable" are 1 for the cases they hold
-        for, else 0: their means in the metrics are shares.
+        If scores are missing, the parts "no_reply", "refused" and "unreadable" are 1 for the inputs with this problem
+        and 0 for the others, so that their means in the metrics are shares.
         """
-        names = {name: None for one in marks for name in one.parts}
-        parts = {name: np.array([one.parts.get(name, math.nan) for one in marks]) for name in names}
-        for problem in dict.fromkeys(one.problem for one in marks if one.problem is not None):
-            parts[problem] = np.array([float(one.problem == problem) for one in marks])
-        return cls(np.array([one.value for one in marks], np.float64), parts)
+        names = {name: None for one in scores for name in one.parts}
+        parts = {name: np.array([one.parts.get(name, math.nan) for one in scores]) for name in names}
+        for problem in dict.fromkeys(one.problem for one in scores if one.problem is not None):
+            parts[problem] = np.array([float(one.problem == problem) for one in scores])
+        return cls(np.array([one.value for one in scores], np.float64), parts)
 
     @classmethod
-    def joined(cls, scores: Sequence["Scores"]) -> "Scores":
-        """Batches one after the other."""
+    def concatenate(cls, scores: Sequence["Scores"]) -> "Scores":
+        """Returns the scores of several batches as one, in order."""
         names = {name: None for one in scores for name in one.parts}
         parts = {
             name: np.concatenate([one.parts.get(name, np.full(len(one.values), math.nan)) for one in scores])
@@ -108,72 +133,81 @@ class Scores:
         return cls(np.concatenate([one.values for one in scores]), parts)
 
     def to_json(self) -> dict[str, Any]:
-        """In types that JSON has; NaN as Python writes it."""
+        """Returns the scores in types of JSON; NaN as Python writes it."""
         return {"values": self.values.tolist(), "parts": {name: part.tolist() for name, part in self.parts.items()}}
 
     @classmethod
-    def from_json(cls, told: Mapping[str, Any]) -> "Scores":
-        """What `to_json` gave."""
-        parts = {name: np.array(part, np.float64) for name, part in told["parts"].items()}
-        return cls(np.array(told["values"], np.float64), parts)
+    def from_json(cls, data: Mapping[str, Any]) -> "Scores":
+        """Returns the scores that `to_json` serialized."""
+        parts = {name: np.array(part, np.float64) for name, part in data["parts"].items()}
+        return cls(np.array(data["values"], np.float64), parts)
 
-    def among(self, places_n: np.ndarray) -> "Scores":
-        """These at the places where a mask is true; elsewhere there is none."""
+    def scatter(self, mask_n: np.ndarray) -> "Scores":
+        """Returns scores of all entries of a mask: these where it is true, NaN elsewhere.
 
-        def spread(values: np.ndarray) -> np.ndarray:
-            wide = np.full(len(places_n), math.nan)
-            wide[places_n] = values
-            return wide
+        Args:
+          mask_n: (n,) bool, with as many true entries as there are scores.
+        """
 
-        return Scores(spread(self.values), {name: spread(part) for name, part in self.parts.items()})
+        def scatter(values: np.ndarray) -> np.ndarray:
+            scattered = np.full(len(mask_n), math.nan)
+            scattered[mask_n] = values
+            return scattered
+
+        return Scores(scatter(self.values), {name: scatter(part) for name, part in self.parts.items()})
 
 
-def is_of_one_answer(error: ProviderError) -> bool:
-    """Whether a fault is that of one answer; all others the next call will suffer, too."""
+def is_single_reply_error(error: ProviderError) -> bool:
+    """Returns whether an error concerns a single reply; all other errors would affect the next call, too."""
     return isinstance(error, AnswerError) or error.fault in ("malformed", "refused")
 
 
-def problem_of(error: ProviderError) -> Problem:
-    """Why there is no mark after a fault of one answer."""
+def problem_from_error(error: ProviderError) -> Problem:
+    """Returns the problem of a score whose reply failed with an error of `is_single_reply_error`."""
     return "refused" if error.fault == "refused" else "no_reply"
 
 
 class Reward(Protocol):
-    """What policies are optimized for.
+    """The objective of a policy.
 
-    is_on_mesh: it runs programs on the devices that train. Then all processes call it, each in its main thread, with
-    the same cases in the same order, and all get the same scores.
+    Attributes:
+      runs_on_devices: the reward runs programs on the training devices. All processes must then call it in their main
+        threads, with the same inputs in the same order, and all receive the same scores.
     """
 
     runs_on_devices: bool = False
 
-    def scores(self, cases: Sequence[Case]) -> Scores:
-        """One score a case; batches may be scored at the same time from several threads.
+    def scores(self, inputs: Sequence[RewardInput]) -> Scores:
+        """Returns one score for each input. It may be called from several threads at the same time.
 
-        Raises: ProviderError if the judge cannot be asked at all (an endpoint that is down, a key that is refused).
+        Raises: ProviderError if a judge cannot be reached (an endpoint that is down, a key that is refused).
         """
         ...
 
 
 class WeightedReward(Reward):
-    """A weighted sum of rewards, each of them and their parts logged under its name; NaN where any of them is.
+    """A weighted sum of rewards, NaN where any of them is NaN; the values and parts of each are parts under its name.
 
-    rewards: name -> (weight, reward).
+    Args:
+      rewards: name -> (weight, reward), at least one; weights are finite.
+    Raises: UsageError for no rewards, weights that are not finite, or rewards of which only some run on the devices.
     """
 
     def __init__(self, rewards: Mapping[str, tuple[float, Reward]]):
         if not rewards or not all(math.isfinite(weight) for weight, _ in rewards.values()):
             raise UsageError("WeightedReward: needs at least one reward, and finite weights")
-        if len(places := {reward.runs_on_devices for _, reward in rewards.values()}) > 1:
-            raise UsageError("WeightedReward: rewards on the mesh are asked by all processes, others by one; not mixed")
-        self._rewards, self.runs_on_devices = dict(rewards), places.pop()
+        if len(kinds := {reward.runs_on_devices for _, reward in rewards.values()}) > 1:
+            raise UsageError(
+                "WeightedReward: rewards that run on the devices are called by all processes, others by one; not mixed"
+            )
+        self._rewards, self.runs_on_devices = dict(rewards), kinds.pop()
 
-    def scores(self, cases: Sequence[Case]) -> Scores:
-        """See `Reward`."""
-        values = np.zeros(len(cases))
+    @override
+    def scores(self, inputs: Sequence[RewardInput]) -> Scores:
+        values = np.zeros(len(inputs))
         parts: dict[str, np.ndarray] = {}
         for name, (weight, reward) in self._rewards.items():
-            found = reward.scores(cases)
+            found = reward.scores(inputs)
             values = values + weight * found.values
             parts |= {name: found.values, **{f"{name}/{part}": array for part, array in found.parts.items()}}
         return Scores(values, parts)

@@ -1,13 +1,13 @@
-"""The reward of the shapes world: a program reads picture and text, and marks each cell.
+"""The judge of the shapes world: a program that parses image and text, and compares them cell by cell.
 
-Texts are read by the world's own grammar: a description as the exact translator writes p_T2I, or the edits of p_I2I or
-of a controller's reply. A text that is neither cannot be marked.
+Texts are parsed by the grammar of the oracle: a description, as the exact translator writes p_T2I, or edits, as in
+p_I2I and in the replies of controllers. Any other text has no score.
 """
 
 from collections.abc import Iterable, Sequence
 
 from clvr_jax.image_io import ImageLike, pixels
-from clvr_jax.rewards.reward import UNREADABLE, EditJudge, Marks, PictureJudge
+from clvr_jax.rewards.reward import UNREADABLE, EditJudge, ImageJudge, Score
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
 from clvr_jax.worlds.shapes.oracle import (
@@ -21,46 +21,45 @@ from clvr_jax.worlds.shapes.oracle import (
 )
 
 SUCCESS_WEIGHT = 0.6
-"""Of doing the edit; the rest is of leaving everything else alone, as for UnifiedReward-Edit."""
+"""Weight of the success of an edit; the rest is the weight of preservation, as in UnifiedReward-Edit."""
 
 
-class ShapesJudge(PictureJudge, EditJudge):
-    """Both judges at once; marks lie in [0, 1] and are finer than right or wrong."""
+class ShapesJudge(ImageJudge, EditJudge):
+    """Judges both images and edits by a program; scores are in [0, 1]."""
 
-    def picture(self, picture: ImageLike, text: str) -> Marks:
-        """Objects that are right, of those asked for and those nobody asked for.
+    def score_image(self, image: ImageLike, text: str) -> Score:
+        """Returns the number of right objects divided by the number of requested and additional objects.
 
-        A text of edits says nothing about the cells it does not name: of it only the edits are marked. The part "right"
-        is 1 where nothing is left to be desired, else 0.
+        For a text of edits, only the cells that it names count. The part "right" is 1 if the score is 1, else 0.
         """
-        reading, asked = detect(pixels(picture)), parse_edits(text)
-        expected = () if asked else described(text)
+        reading, requested = detect(pixels(image)), parse_edits(text)
+        expected = () if requested else parse_description(text)
         if expected is None:
             return UNREADABLE
-        value = _success(asked, reading) if asked else _agreement(expected, reading)
-        return Marks(value, {"right": float(value == 1)})
+        value = _success(requested, reading) if requested else _agreement(expected, reading)
+        return Score(value, {"right": float(value == 1)})
 
-    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
-        """0.6 share of edits that were made + 0.4 agreement of all other cells with the source.
+    def score_edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Score:
+        """Returns 0.6 x the share of edits that were made + 0.4 x the agreement of all other cells with the source.
 
-        Cells in which the source is unclear and which no edit names are left out.
+        Cells that are unclear in the source and that no edit names are ignored.
         """
-        asked = parse_edits(instruction)
-        if not asked or edit_text(asked) != instruction:
+        requested = parse_edits(instruction)
+        if not requested or edit_text(requested) != instruction:
             return UNREADABLE
         before, after = (detect(pixels(one)) for one in (source, edited))
-        named = {edit.cell for edit in asked}
-        kept = [item for item in apply_edits(before, asked) if item.cell not in named]
+        named = {edit.cell for edit in requested}
+        kept = [item for item in apply_edits(before, requested) if item.cell not in named]
         parts = {
-            "success": _success(asked, after),
+            "success": _success(requested, after),
             "preservation": _agreement(kept, _without(after, named.union(before.unclear))),
         }
         value = SUCCESS_WEIGHT * parts["success"] + (1 - SUCCESS_WEIGHT) * parts["preservation"]
-        return Marks(value, parts)
+        return Score(value, parts)
 
 
-def described(text: str) -> tuple[PlannedObject, ...] | None:
-    """The objects of a description, "a red circle at the top, a blue star at the left"; None if it is none."""
+def parse_description(text: str) -> tuple[PlannedObject, ...] | None:
+    """Parses a description, "a red circle at the top, a blue star at the left"; returns None for any other text."""
     if text == EMPTY_CANVAS:
         return ()
     found = apply_edits((), parse_edits(f"Draw {text}."))
@@ -68,14 +67,14 @@ def described(text: str) -> tuple[PlannedObject, ...] | None:
 
 
 def _agreement(expected: Sequence[PlannedObject], reading: Reading) -> float:
-    """Right objects of all that are expected or extra, in [0, 1]; 1 if there is to be nothing and is nothing."""
+    """Returns the share of right objects among all expected or additional ones, in [0, 1]; 1 if there are none."""
     found = compare(expected, reading)
     size = len(expected) + len(found.extra) + len(found.unclear)
     return len(found.met) / size if size else 1.0
 
 
 def _success(edits: Sequence[Edit], reading: Reading) -> float:
-    """Share of edits whose cell shows what they leave there."""
+    """Returns the share of edits, in [0, 1], whose cell shows their result."""
     seen: dict[str, PlannedObject | None] = dict.fromkeys(reading.unclear)
     seen |= {item.cell: PlannedObject(item.color, item.shape, item.cell) for item in reading.objects}
     made = [seen.get(edit.cell) == edit.object if edit.object is not None else edit.cell not in seen for edit in edits]
@@ -83,7 +82,7 @@ def _success(edits: Sequence[Edit], reading: Reading) -> float:
 
 
 def _without(reading: Reading, cells: Iterable[str]) -> Reading:
-    """What is seen outside of some cells."""
+    """Returns the content of an image outside of some cells."""
     hidden = frozenset(cells)
     return Reading(
         tuple(item for item in reading.objects if item.cell not in hidden),

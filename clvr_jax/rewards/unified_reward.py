@@ -1,9 +1,10 @@
-"""UnifiedReward and UnifiedReward-Edit over any vision-language model: an endpoint, or our own Qwen3-VL.
+"""UnifiedReward and UnifiedReward-Edit on any vision-language model: an endpoint, or a Qwen3-VL of this package.
 
-One user turn, pictures first, then text, greedy. The questions are in our words around the published fields; answers
-are read strictly: a field that is missing, said twice or out of range makes the picture unmarked, never bad.
+A question is one user turn, images first, then text, decoded greedily. Its wording is that of this package around the
+published fields. Replies are parsed strictly: if a field is missing, occurs twice or is out of range, the image has no
+score.
 
-Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, the answers that their checkpoints were taught.
+Source: UnifiedReward 2.0 (arXiv 2503.05236) and UnifiedReward-Edit, whose checkpoints were trained on these replies.
 """
 
 import math
@@ -12,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from typing_extensions import override
+
 from clvr_jax.errors import UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
-from clvr_jax.rewards.reward import EditJudge, Marks, PictureJudge, is_of_one_answer, problem_of
+from clvr_jax.rewards.reward import EditJudge, ImageJudge, Score, is_single_reply_error, problem_from_error
 
 AXES = ("Alignment", "Coherence", "Style")
 _NUMBER = r"(\d+(?:\.\d+)?)(?![\d.]*\d)"
@@ -55,19 +58,29 @@ Answer with one JSON object: {"reasoning": "...", "score": [naturalness, artifac
 
 @dataclass(frozen=True)
 class JudgePrompt:
-    """What a judge asks about one picture, and what follows from as many answers; "" is one that is none."""
+    """The questions of a judge about one image.
+
+    Attributes:
+      questions: the requests for the model.
+      read: parses the replies, one for each question ("" if there is none), into a score.
+    """
 
     questions: Sequence[ChatRequest]
-    read: Callable[[Sequence[str]], Marks]
+    read: Callable[[Sequence[str]], Score]
 
 
-class UnifiedReward(PictureJudge):
-    """R_T2I in [0, 1]; public attribute: `model`.
+class UnifiedReward(ImageJudge):
+    """Computes R_T2I in [0, 1].
+
+    Attributes:
+      model: the model.
 
     Args:
-      model: that answers, from several threads at once.
-      form: "acs" asks for alignment, coherence and style, the value is (mean - 1) / 4; "final" for one score.
-      max_tokens: of an answer.
+      model: a vision-language model, which is called from several threads at once.
+      form: "acs" requests scores of alignment, coherence and style, and the value is (mean - 1) / 4; "final" requests
+        one score s, and the value is (s - 1) / 4.
+      max_tokens: maximum number of tokens of a reply.
+    Raises: UsageError for another form.
     """
 
     def __init__(self, model: ChatModel, form: Literal["acs", "final"] = "acs", max_tokens: int = 512):
@@ -76,97 +89,108 @@ class UnifiedReward(PictureJudge):
         self.model, self._max_tokens = model, max_tokens
         self._text, self._read = {"acs": (_ACS, read_acs), "final": (_FINAL, read_final)}[form]
 
-    def picture(self, picture: ImageLike, text: str) -> Marks:
-        """See `PictureJudge`."""
-        return _asked(self.model, self.inquiry(picture, text))
+    @override
+    def score_image(self, image: ImageLike, text: str) -> Score:
+        return _chat(self.model, self.judge_prompt(image, text))
 
-    def inquiry(self, picture: ImageLike, text: str) -> JudgePrompt:
-        """For `picture`, by those who ask about many together."""
-        question = _question(self._text.format(text=text), (picture,), self._max_tokens)
+    def judge_prompt(self, image: ImageLike, text: str) -> JudgePrompt:
+        """Returns the questions of `score_image`, for callers that batch the questions about many images."""
+        question = _question(self._text.format(text=text), (image,), self._max_tokens)
         return JudgePrompt([question], lambda answers: self._read(answers[0]))
 
 
 class UnifiedRewardEdit(EditJudge):
-    """R_I2I in [0, 1]: (.6 success + .4 minimality) / 25; public attribute: `model`.
+    """Computes R_I2I in [0, 1]: (.6 success + .4 minimality) / 25.
+
+    Attributes:
+      model: the model.
 
     Args:
-      model, max_tokens: see `UnifiedReward`.
-      quality: weight of a second question about the edited picture alone, (naturalness + artifacts) / 50; 0 leaves it
-        out.
+      model: see `UnifiedReward`.
+      quality: weight in [0, 1] of a second question about the edited image alone, (naturalness + artifacts) / 50; 0
+        omits the question.
+      max_tokens: see `UnifiedReward`.
+    Raises: UsageError for a weight out of range.
     """
 
     def __init__(self, model: ChatModel, quality: float = 0.0, max_tokens: int = 512):
         if not 0 <= quality <= 1:
-            raise UsageError(f"UnifiedRewardEdit: quality must lie in [0, 1], got {quality}")
+            raise UsageError(f"UnifiedRewardEdit: quality must be in [0, 1], got {quality}")
         self.model, self._quality, self._max_tokens = model, quality, max_tokens
 
-    def edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Marks:
-        """See `EditJudge`."""
-        return _asked(self.model, self.inquiry(source, edited, instruction))
+    @override
+    def score_edit(self, source: ImageLike, edited: ImageLike, instruction: str) -> Score:
+        return _chat(self.model, self.judge_prompt(source, edited, instruction))
 
-    def inquiry(self, source: ImageLike, edited: ImageLike, instruction: str) -> JudgePrompt:
-        """For `edit`, by those who ask about many together."""
+    def judge_prompt(self, source: ImageLike, edited: ImageLike, instruction: str) -> JudgePrompt:
+        """Returns the questions of `score_edit`, for callers that batch the questions about many images."""
         made = _question(_EDIT.format(text=instruction), (source, edited), self._max_tokens, is_json=True)
         if self._quality == 0:
             return JudgePrompt([made], lambda answers: read_edit(answers[0]))
         looks = _question(_QUALITY, (edited,), self._max_tokens, is_json=True)
         return JudgePrompt([made, looks], self._both)
 
-    def _both(self, answers: Sequence[str]) -> Marks:
+    def _both(self, answers: Sequence[str]) -> Score:
         made, looks = read_edit(answers[0]), read_quality(answers[1])
         value = (1 - self._quality) * made.value + self._quality * looks.value
-        return Marks(value, {**made.parts, **looks.parts})
+        return Score(value, {**made.parts, **looks.parts})
 
 
-def _question(text: str, pictures: Sequence[ImageLike], max_tokens: int, is_json: bool = False) -> ChatRequest:
-    content = [*({"type": "image"} for _ in pictures), {"type": "text", "text": text}]
-    return ChatRequest([{"role": "user", "content": content}], pictures, max_tokens, is_json=is_json)
+def _question(text: str, images: Sequence[ImageLike], max_tokens: int, is_json: bool = False) -> ChatRequest:
+    content = [*({"type": "image"} for _ in images), {"type": "text", "text": text}]
+    return ChatRequest([{"role": "user", "content": content}], images, max_tokens, is_json=is_json)
 
 
-def _asked(model: ChatModel, inquiry: JudgePrompt) -> Marks:
+def _chat(model: ChatModel, judge_prompt: JudgePrompt) -> Score:
     try:
-        answers = [model.chat(question).text for question in inquiry.questions]
+        answers = [model.chat(question).text for question in judge_prompt.questions]
     except ProviderError as error:
-        if is_of_one_answer(error):
-            return Marks(math.nan, problem=problem_of(error))
+        if is_single_reply_error(error):
+            return Score(math.nan, problem=problem_from_error(error))
         raise
-    return read_marks(inquiry, answers)
+    return read_score(judge_prompt, answers)
 
 
-def read_marks(inquiry: JudgePrompt, answers: Sequence[str]) -> Marks:
-    """Reads the answers to an inquiry; marks that are not a number say whether there was no reply or no mark in it."""
-    marks = inquiry.read(answers)
-    if not math.isnan(marks.value):
-        return marks
-    return replace(marks, problem="unreadable" if all(answer.strip() for answer in answers) else "no_reply")
+def read_score(judge_prompt: JudgePrompt, answers: Sequence[str]) -> Score:
+    """Parses the replies to the questions of a prompt.
+
+    Args:
+      judge_prompt: the questions.
+      answers: one reply for each question; "" if there is none.
+    Returns: the score; if it is NaN, with the problem "no_reply" or "unreadable".
+    """
+    score = judge_prompt.read(answers)
+    if not math.isnan(score.value):
+        return score
+    return replace(score, problem="unreadable" if all(answer.strip() for answer in answers) else "no_reply")
 
 
-def read_acs(answer: str) -> Marks:
-    """`Alignment Score (1-5): x` and so on, each once -> (mean - 1) / 4; parts are the scores as given."""
+def read_acs(answer: str) -> Score:
+    """Parses `Alignment Score (1-5): x` and so on, each once, into (mean - 1) / 4; the parts are the scores, 1 to 5."""
     scores = {axis.lower(): _field(answer, rf"{axis} Score \(1-5\): *") for axis in AXES}
-    return Marks((sum(scores.values()) / len(scores) - 1) / 4, scores)
+    return Score((sum(scores.values()) / len(scores) - 1) / 4, scores)
 
 
-def read_final(answer: str) -> Marks:
-    """`Final Score: x`, once -> (x - 1) / 4."""
+def read_final(answer: str) -> Score:
+    """Parses `Final Score: x`, once, into (x - 1) / 4."""
     score = _field(answer, r"Final Score: *")
-    return Marks((score - 1) / 4, {"final": score})
+    return Score((score - 1) / 4, {"final": score})
 
 
-def read_edit(answer: str) -> Marks:
-    """{"score": [success, minimality]} -> (.6 success + .4 minimality) / 25."""
+def read_edit(answer: str) -> Score:
+    """Parses {"score": [success, minimality]} into (.6 success + .4 minimality) / 25."""
     success, minimality = _pair(answer)
-    return Marks((0.6 * success + 0.4 * minimality) / 25, {"success": success, "minimality": minimality})
+    return Score((0.6 * success + 0.4 * minimality) / 25, {"success": success, "minimality": minimality})
 
 
-def read_quality(answer: str) -> Marks:
-    """{"score": [naturalness, artifacts]} -> their sum / 50."""
+def read_quality(answer: str) -> Score:
+    """Parses {"score": [naturalness, artifacts]} into their sum / 50."""
     naturalness, artifacts = _pair(answer)
-    return Marks((naturalness + artifacts) / 50, {"naturalness": naturalness, "artifacts": artifacts})
+    return Score((naturalness + artifacts) / 50, {"naturalness": naturalness, "artifacts": artifacts})
 
 
 def _field(answer: str, label: str) -> float:
-    """The number in 1..5 behind a label that occurs once, else NaN."""
+    """Returns the number in 1..5 after a label that occurs once, else NaN."""
     found = re.findall(label + _NUMBER, answer)
     if len(found) != 1 or len(re.findall(label, answer)) != 1 or not 1 <= float(found[0]) <= 5:
         return math.nan
@@ -174,7 +198,7 @@ def _field(answer: str, label: str) -> float:
 
 
 def _pair(answer: str) -> tuple[float, float]:
-    """The two numbers in 0..25 under "score" of the JSON object in an answer, else NaN."""
+    """Returns the two numbers in 0..25 of "score" of the JSON object in a reply, else NaN."""
     try:
         score: Any = read_json_object(answer).get("score")
     except AnswerError:

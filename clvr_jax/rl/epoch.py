@@ -19,8 +19,8 @@ import numpy as np
 
 from clvr_jax.data.proxy_steps import ProxyStep
 from clvr_jax.errors import ClvrError
+from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache
 from clvr_jax.rewards.reward import Scores
-from clvr_jax.rewards.teacher import ProxyPromptCache
 from clvr_jax.rl.advantages import Advantages, group_advantages
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.jitted_steps import JittedSteps
@@ -80,7 +80,7 @@ class EpochRunner:
         epoch, watch = iteration, Stopwatch()
         # In the order of the dataset, so that nothing depends on the order in which they were chosen.
         steps = sorted(
-            self.task.steps.chosen(epoch, self.config.prompts_per_epoch, self.config.seed),
+            self.task.steps.sample(epoch, self.config.prompts_per_epoch, self.config.seed),
             key=lambda step: step.number,
         )
         microbatches, scores = self._sample_and_score(state, epoch, steps, shutdown, watch)

@@ -15,8 +15,8 @@ import numpy as np
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
-from clvr_jax.rewards.reward import Case, Reward, Scores
-from clvr_jax.rewards.teacher import ProxyPromptCache
+from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache
+from clvr_jax.rewards.reward import Reward, RewardInput, Scores
 from clvr_jax.training.distributed import broadcast_from_host0
 from clvr_jax.training.loop import IterationError
 
@@ -45,7 +45,7 @@ class Scorer:
         """Opens the scores of an epoch, and starts writing the proxy prompts for its steps."""
         with thread_pool(8) as scoring, thread_pool(16) as writing:
             if self.live and jax.process_index() == 0:
-                self.live.begin(steps, writing)
+                self.live.request(steps, writing)
             yield EpochScores(self, scoring)
 
 
@@ -88,12 +88,12 @@ class EpochScores:
         return Scores.from_json(serialized)
 
     def _joined(self) -> Scores:
-        return Scores.joined([scores() for scores in self._pending])
+        return Scores.concatenate([scores() for scores in self._pending])
 
     def _proxies(self, steps: Sequence[ProxyStep]) -> list[ProxyPrompts | None]:
         """Returns the proxy prompts of each step; None where the generator's reply cannot be used."""
         live = self._scorer.live
-        return [live.of(step) if live else step.proxies for step in steps]
+        return [live.get(step) if live else step.proxies for step in steps]
 
     def _broadcast_proxies(self, steps: Sequence[ProxyStep]) -> list[ProxyPrompts | None]:
         """Returns the same on every process: only process 0 has a generator."""
@@ -110,9 +110,9 @@ class EpochScores:
                 continue
             rows = slice(index * scorer.group_size, (index + 1) * scorer.group_size)
             has_proxies[rows] = True
-            sources = scorer.steps.edited(step, prompts)
-            cases += [Case(image, prompts, sources, step.last_text) for image in images[rows]]
-        return scorer.reward.scores(cases).among(has_proxies)
+            sources = scorer.steps.sources(step, prompts)
+            cases += [RewardInput(image, prompts, sources, step.last_text) for image in images[rows]]
+        return scorer.reward.scores(cases).scatter(has_proxies)
 
 
 @contextmanager

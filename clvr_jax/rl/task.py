@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptGenerator
 from clvr_jax.rewards.reward import Reward
-from clvr_jax.rewards.teacher import Teacher
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 
@@ -36,7 +36,7 @@ class PPRLTask:
     bucket: Callable[[ProxyStep], Hashable]
     reward: Reward
     save: Callable[[Tree, Tree, Path], None]
-    teacher: Teacher | None = None
+    teacher: ProxyPromptGenerator | None = None
 
     @property
     def params(self) -> Tree:

@@ -1,1 +1,1 @@
-"""Small worlds whose pictures a program can draw, read and check."""
+"""Small synthetic worlds whose images a program can render, detect and check."""

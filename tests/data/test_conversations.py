@@ -22,31 +22,31 @@ def tokenizer():
     return load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
 
 
-def pictures(count):
+def images(count):
     return list(np.random.default_rng(0).integers(0, 256, (count, 64, 64, 3), np.uint8))
 
 
-def test_only_what_the_assistant_says_is_learned(tokenizer):
+def test_only_the_assistants_turns_have_loss(tokenizer):
     messages = chat_messages(PROMPT, REPLIES, 2, system="You direct a painter.")
-    conversation, weights = supervised_conversation(tokenizer, PROCESSOR, messages, pictures(2))
+    conversation, weights = supervised_conversation(tokenizer, PROCESSOR, messages, images(2))
     learned = tokenizer.decode(np.asarray(conversation.input_ids)[weights > 0])
     assert learned == "".join(f"{reply}<|im_end|>" for reply in REPLIES)
     assert conversation.grid_thw == ((1, 8, 8),) * 2
 
 
-def test_what_is_learned_follows_what_inference_reads(tokenizer):
-    """Up to the last reply a training conversation has the very tokens of the prompt that asks for this reply."""
-    whole, weights = supervised_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES, 2), pictures(2))
-    asked = read_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES[:2], 2), pictures(2))
+def test_training_tokens_equal_inference_tokens(tokenizer):
+    """Checks that a training conversation, up to its last reply, has the tokens of the prompt for this reply."""
+    whole, weights = supervised_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES, 2), images(2))
+    asked = read_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES[:2], 2), images(2))
     assert whole.input_ids[: len(asked.input_ids)] == asked.input_ids
     assert weights[len(asked.input_ids)] == 1
     assert weights[len(asked.input_ids) - 1] == 0
     assert np.array_equal(whole.pixel_values, asked.pixel_values)
 
 
-def test_weights_stay_with_their_tokens_in_a_batch(tokenizer):
+def test_weights_belong_to_their_tokens_in_a_batch(tokenizer):
     examples = [
-        supervised_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES[: n + 1], n), pictures(n))
+        supervised_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES[: n + 1], n), images(n))
         for n in (0, 2)
     ]
     batch = collate_conversations(
@@ -64,6 +64,6 @@ def test_weights_stay_with_their_tokens_in_a_batch(tokenizer):
         assert not batch["weights_bt"][row][~batch["attention_mask_bt"][row]].any()
 
 
-def test_pictures_and_image_parts_must_agree(tokenizer):
-    with pytest.raises(UsageError, match="2 image parts, 1 pictures"):
-        read_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES, 2), pictures(1))
+def test_images_and_image_parts_must_agree(tokenizer):
+    with pytest.raises(UsageError, match="2 image parts, but 1 images"):
+        read_conversation(tokenizer, PROCESSOR, chat_messages(PROMPT, REPLIES, 2), images(1))

@@ -1,4 +1,4 @@
-"""What an image generator is given of a history that is too long for it."""
+"""Tests of conditioning texts of histories that are too long."""
 
 import pytest
 
@@ -17,7 +17,7 @@ def tokenizer():
     return load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
 
 
-def test_a_history_that_fits_is_whole(tokenizer):
+def test_a_history_that_fits_is_complete(tokenizer):
     whole = conditioning_text(PROMPT, REPLIES)
     for limit in (token_count(tokenizer, whole), None):
         fitted = fit_history(tokenizer, PROMPT, REPLIES, limit)
@@ -59,7 +59,7 @@ def test_histories_of_any_length_differ_if_their_last_instruction_does(tokenizer
     assert bool(fitted.left_out) == (rounds == 40)
 
 
-def test_nothing_is_cut_silently(tokenizer):
+def test_nothing_is_truncated_silently(tokenizer):
     needed = token_count(tokenizer, PROMPT)
     assert encode_prompts(tokenizer, [PROMPT], (8, needed))[0].shape == (1, needed)
     with pytest.raises(ClvrError, match=f"takes {needed} tokens, more than the {needed - 1} that are read; shorten"):

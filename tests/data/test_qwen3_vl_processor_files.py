@@ -11,13 +11,13 @@ from clvr_jax.errors import ClvrError
 OURS = Qwen3VLImageProcessor(patch_size=8, min_pixels=4096, max_pixels=65_536, image_mean=(0.1, 0.2, 0.3))
 
 
-def test_both_layouts_are_read_and_the_nested_one_first_as_transformers_does(tmp_path):
+def test_both_layouts_are_read_with_the_nested_one_first(tmp_path):
     flat, nested = tmp_path / "preprocessor_config.json", tmp_path / "processor_config.json"
     with pytest.raises(ClvrError, match=r"neither preprocessor_config\.json nor processor_config\.json"):
         load_processor(tmp_path)
     flat.write_text(json.dumps(processor_to_dict(OURS)))
     assert load_processor(tmp_path) == OURS
-    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(tmp_path))  # what we write, transformers 5 reads
+    theirs = Qwen2VLImageProcessorPil.from_pretrained(str(tmp_path))  # transformers 5 reads our files
     assert (theirs.patch_size, list(theirs.image_mean)) == (8, [0.1, 0.2, 0.3])
     nested.write_text(json.dumps({"processor_class": "Qwen3VLProcessor"}))
     assert load_processor(tmp_path) == OURS
@@ -40,7 +40,7 @@ def test_both_layouts_are_read_and_the_nested_one_first_as_transformers_does(tmp
         ({"rescale_factor": "x"}, "rescale_factor must be a number"),
     ],
 )
-def test_values_of_other_types_are_refused_by_name(tmp_path, fields, message):
+def test_errors_of_invalid_values_name_the_field(tmp_path, fields, message):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**processor_to_dict(OURS), **fields}))
     with pytest.raises(ClvrError, match=message) as caught:
         load_processor(tmp_path)

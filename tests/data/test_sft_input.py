@@ -26,16 +26,16 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "trajectories"
-    write_dataset(folder, (simulated(seed) for seed in range(300)))
-    return TrajectoryDataset(folder)
+    directory = tmp_path_factory.mktemp("data") / "trajectories"
+    write_dataset(directory, (simulated(seed) for seed in range(300)))
+    return TrajectoryDataset(directory)
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "few"
-    write_dataset(folder, (simulated(seed) for seed in range(1000, 1030)))
-    return TrajectoryDataset(folder)
+    directory = tmp_path_factory.mktemp("data") / "few"
+    write_dataset(directory, (simulated(seed) for seed in range(1000, 1030)))
+    return TrajectoryDataset(directory)
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +48,12 @@ def conversations(few, tokenizer):
     return ConversationExamples(few, tokenizer, PROCESSOR)
 
 
-def small(folder: Path, *trajectories) -> TrajectoryDataset:
-    write_dataset(folder / "set", trajectories)
-    return TrajectoryDataset(folder / "set")
+def small(directory: Path, *trajectories) -> TrajectoryDataset:
+    write_dataset(directory / "set", trajectories)
+    return TrajectoryDataset(directory / "set")
 
 
-def picture(value, side=64):
+def gray(value, side=64):
     return np.full((side, side, 3), value, np.uint8)
 
 
@@ -61,10 +61,10 @@ def rolled_back_once():
     return Trajectory(
         "a cat",
         (
-            Step("Draw a cat.", IMAGE_GEN, (), picture(0)),
-            Step("Add ears.", IMAGE_GEN, (0,), picture(1), rolled_back=True),
-            Step("Add ears.", IMAGE_GEN, (0,), picture(2), redraw=1),
-            Step("Add a tail.", IMAGE_GEN, (0, 2), picture(3)),
+            Step("Draw a cat.", IMAGE_GEN, (), gray(0)),
+            Step("Add ears.", IMAGE_GEN, (0,), gray(1), rolled_back=True),
+            Step("Add ears.", IMAGE_GEN, (0,), gray(2), redraw=1),
+            Step("Add a tail.", IMAGE_GEN, (0, 2), gray(3)),
             Step("Unmet: nothing.", TERMINATE),
         ),
         "accepted",
@@ -81,7 +81,7 @@ def decode(tokenizer, ids, mask):
     return tokenizer.decode(ids[mask.astype(bool)])
 
 
-def test_a_drawing_has_all_that_was_kept_before_it(tmp_path, tokenizer):
+def test_an_image_is_conditioned_on_all_previous_steps(tmp_path, tokenizer):
     examples = GenerationExamples(small(tmp_path, rolled_back_once()), tokenizer, dropout=0.0)
     assert [sample.step for sample in examples.samples] == [0, 1, 2]
     loader = BatchLoader(examples, 2)
@@ -90,12 +90,12 @@ def test_a_drawing_has_all_that_was_kept_before_it(tmp_path, tokenizer):
     assert last["references"][0, :, 0, 0, 0].tolist() == [0, 2]
     assert last["target"][0, 0, 0].tolist() == [3] * 3
     text = "a cat\nDraw a cat.<IMG_GEN_1>\nAdd ears.<IMG_GEN_2>\nAdd a tail."
-    said = decode(tokenizer, last["ids"][0], last["mask"][0])
-    assert said == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    decoded = decode(tokenizer, last["ids"][0], last["mask"][0])
+    assert decoded == f"<|im_start|>user\n{text}<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
     assert last["mask"][0].sum() == examples.samples[2].length
 
 
-def test_a_conversation_teaches_what_was_kept(tmp_path, tokenizer):
+def test_a_conversation_has_all_steps_that_were_not_rolled_back(tmp_path, tokenizer):
     unheard = Trajectory("a dog", rolled_back_once().steps[:1], "step limit")
     silent = Trajectory("?", (), "unparseable")
     examples = ConversationExamples(small(tmp_path, rolled_back_once(), unheard, silent), tokenizer, PROCESSOR)
@@ -110,8 +110,8 @@ def test_a_conversation_teaches_what_was_kept(tmp_path, tokenizer):
     np.testing.assert_allclose(shown, np.array([0, 2, 3]) / 127.5 - 1, atol=1e-6)
 
 
-def test_little_of_an_epoch_is_padding(dataset, tokenizer):
-    """Real texts of the shapes world, padded for real to the lengths that the samples promise."""
+def test_padding_is_a_small_share_of_an_epoch(dataset, tokenizer):
+    """Pads real texts of the shapes world to the lengths of their samples."""
     generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
     conversations = ConversationExamples(dataset, tokenizer, PROCESSOR)
     for examples, name in ((generated, "mask"), (conversations, "attention_mask_bt")):
@@ -121,11 +121,11 @@ def test_little_of_an_epoch_is_padding(dataset, tokenizer):
         assert share < 0.15
         assert share == pytest.approx(padding_share(examples.samples), abs=0.02)
         assert {mask.shape[1] for mask in masks} <= {sample.padded for sample in examples.samples}
-        assert len({sample.bucket for sample in examples.samples}) < 48  # each is a program to compile
+        assert len({sample.bucket for sample in examples.samples}) < 48  # each needs a compilation
 
 
 def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
-    """Counted with one token for a picture, then as the model reads it."""
+    """Compares lengths computed with one token per image with those of the batches."""
     for sample in conversations.samples[:20]:
         batch = conversations.batch([sample], [])
         assert batch["attention_mask_bt"].sum() == sample.length
@@ -133,7 +133,7 @@ def test_the_lengths_of_the_plan_are_those_of_the_batches(conversations):
         assert batch.get("grid_thw", ()) == sample.shape[0]
 
 
-def test_given_buckets_are_the_pipelines(few, tokenizer, generated, capsys):
+def test_given_buckets_are_used_as_in_the_pipeline(few, tokenizer, generated, capsys):
     examples = GenerationExamples(few, tokenizer, text_buckets=(96, 192))
     batches = list(map(BatchLoader(examples, 16), range(12)))
     assert {batch["ids"].shape[1] for batch in batches} == {96, 192}
@@ -146,17 +146,17 @@ def test_given_buckets_are_the_pipelines(few, tokenizer, generated, capsys):
         GenerationExamples(few, tokenizer, text_buckets=(40,))
 
 
-def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
-    """Long histories that differ in their last instruction only, and what a model is given of them."""
+def test_the_latest_instruction_is_never_left_out(tokenizer, tmp_path):
+    """Uses long histories that differ in their last instruction only."""
 
-    def told(last):
+    def trajectory(last):
         replies = [f"Unmet: {'a red star at the top left, ' * (2 * n + 1)}. Add it." for n in range(7)]
         steps = [
-            Step(reply, IMAGE_GEN, tuple(range(n)), picture(n, 8)) for n, reply in enumerate([*replies, f"Add {last}."])
+            Step(reply, IMAGE_GEN, tuple(range(n)), gray(n, 8)) for n, reply in enumerate([*replies, f"Add {last}."])
         ]
         return Trajectory("a cat", tuple(steps), "step limit")
 
-    dataset = small(tmp_path, told("one blue star"), told("one red star"))
+    dataset = small(tmp_path, trajectory("one blue star"), trajectory("one red star"))
     examples = GenerationExamples(dataset, tokenizer, dropout=0.0, text_buckets=(256, 384))
     assert examples.left_out > 0
     ends = [sample for sample in examples.samples if sample.step == 7]
@@ -167,7 +167,7 @@ def test_the_latest_instruction_is_always_read(tokenizer, tmp_path):
         assert f"<IMG_GEN_7>\nAdd {last}." in text
 
 
-def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
+def test_dropout_removes_texts_and_keeps_images(few, tokenizer):
     examples = GenerationExamples(few, tokenizer, dropout=0.25)
     loader, kept = BatchLoader(examples, 16), BatchLoader(GenerationExamples(few, tokenizer, dropout=0.0), 16)
     empty = len(prompt_tokens(tokenizer, [""])[0])
@@ -186,7 +186,7 @@ def test_dropout_empties_texts_and_keeps_pictures(few, tokenizer):
 
 
 @pytest.mark.parametrize("kind", ["generated", "conversations"])
-def test_processes_hold_the_rows_of_one_batch(request, kind):
+def test_processes_have_the_rows_of_one_batch(request, kind):
     examples = request.getfixturevalue(kind)
     whole = BatchLoader(examples, 8)
     parts = [BatchLoader(examples, 8, process_index=index, process_count=4) for index in range(4)]
@@ -199,7 +199,7 @@ def test_processes_hold_the_rows_of_one_batch(request, kind):
             np.testing.assert_array_equal(np.concatenate([row[name] for row in rows]), value, err_msg=name)
 
 
-def test_processes_that_do_not_divide_a_batch_are_refused(generated):
+def test_process_counts_that_do_not_divide_a_batch_are_errors(generated):
     with pytest.raises(UsageError, match="batch_size 8 is no multiple of the 3 processes"):
         BatchLoader(generated, 8, process_index=0, process_count=3)
     with pytest.raises(UsageError, match="process_index 2 of 2"):
@@ -208,8 +208,8 @@ def test_processes_that_do_not_divide_a_batch_are_refused(generated):
 
 @pytest.mark.parametrize("kind", ["generated", "conversations"])
 @pytest.mark.parametrize("stop", [0, 2, 40])
-def test_a_restored_input_goes_on_where_it_was(request, kind, stop):
-    """At the start, in the middle of the first epoch, and beyond it; with other threads and half of the processes."""
+def test_a_restored_iterator_resumes_at_its_state(request, kind, stop):
+    """Restores at the start, in the first epoch, and after it, with other threads and half of the processes."""
     loader = BatchLoader(request.getfixturevalue(kind), 4, seed=5, process_index=0, process_count=1)
     half = BatchLoader(request.getfixturevalue(kind), 4, seed=5, process_index=0, process_count=2)
     assert (loader.plan.epoch(stop) > 0) == (stop == 40)
@@ -235,7 +235,7 @@ def test_a_restored_input_goes_on_where_it_was(request, kind, stop):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_change_nothing(conversations, workers):
+def test_worker_processes_do_not_change_batches(conversations, workers):
     loader = BatchLoader(conversations, 8)
     batches = Batches(loader, threads=2, prefetch=2, workers=workers)
     for step in (0, 1, 2):
@@ -246,27 +246,29 @@ def test_worker_processes_change_nothing(conversations, workers):
     batches.close()
 
 
-def test_the_position_in_other_batches_is_refused(generated):
+def test_a_state_of_other_batches_is_an_error(generated):
     state = Batches(BatchLoader(generated, 8, seed=1)).state()
     for other in (BatchLoader(generated, 8, seed=2), BatchLoader(generated, 16, seed=1)):
         with pytest.raises(ClvrError, match="belongs to other batches"):
             Batches(other).restore(state)
 
 
-def test_what_cannot_be_learned_from_is_named(tmp_path, tokenizer):
+def test_errors_of_unusable_data_name_the_cause(tmp_path, tokenizer):
     silent = small(tmp_path / "a", Trajectory("?", (), "unparseable"))
-    with pytest.raises(ClvrError, match="nothing to learn from in 1 trajectories"):
+    with pytest.raises(ClvrError, match="no training example in 1 trajectories"):
         GenerationExamples(silent, tokenizer)
-    told = rolled_back_once()
-    mixed = replace(told, steps=(told.steps[0], replace(told.steps[2], image=picture(1, 32)), told.steps[4]))
+    trajectory = rolled_back_once()
+    mixed = replace(
+        trajectory, steps=(trajectory.steps[0], replace(trajectory.steps[2], image=gray(1, 32)), trajectory.steps[4])
+    )
     mixed = replace(mixed, steps=(mixed.steps[0], replace(mixed.steps[1], references=(0,)), mixed.steps[2]))
-    with pytest.raises(ClvrError, match="trajectory 00000000: pictures of 32 x 32, 64 x 64 pixels"):
+    with pytest.raises(ClvrError, match="trajectory 00000000: images of 32 x 32, 64 x 64 pixels"):
         GenerationExamples(small(tmp_path / "b", mixed), tokenizer)
 
 
-def test_a_picture_that_breaks_while_it_is_read_stops_the_run_in_one_line(tmp_path, tokenizer, monkeypatch):
-    """Its head is whole, and more is not read when lengths are."""
-    monkeypatch.setattr("clvr_jax.data.trajectory_record.encode_png", lambda picture: encode_png(picture)[:-40])
+def test_an_image_that_cannot_be_decoded_stops_the_run_with_one_line(tmp_path, tokenizer, monkeypatch):
+    """Truncates an image whose header, which is all that is read for lengths, is intact."""
+    monkeypatch.setattr("clvr_jax.data.trajectory_record.encode_png", lambda image: encode_png(image)[:-40])
     examples = GenerationExamples(small(tmp_path, rolled_back_once()), tokenizer)
     with pytest.raises(ClvrError) as stopped:
         next(Batches(BatchLoader(examples, 2)))

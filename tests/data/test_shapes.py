@@ -12,7 +12,7 @@ def pairs(reading):
     return {item.cell: (item.color, item.shape) for item in reading.objects}
 
 
-def test_a_drawing_satisfies_its_prompt_without_a_pair_that_is_held_out():
+def test_a_generation_example_satisfies_its_prompt_without_held_out_pairs():
     for seed in range(200):
         example, metadata = generation_example(np.random.default_rng(seed)), train_prompt(np.random.default_rng(seed))
         reading = detect(example.target)
@@ -21,7 +21,7 @@ def test_a_drawing_satisfies_its_prompt_without_a_pair_that_is_held_out():
         assert not HELD_OUT_PAIRS & set(pairs(reading).values())
 
 
-def test_an_edit_changes_what_the_text_says_and_nothing_else():
+def test_an_editing_example_changes_only_what_its_text_requests():
     rng = np.random.default_rng(0)
     for _ in range(100):
         example = editing_example(rng)
@@ -32,11 +32,11 @@ def test_an_edit_changes_what_the_text_says_and_nothing_else():
             c: p for c, p in pairs(after).items() if c not in touched
         }, example.text
         for edit in edits:
-            wanted = (edit.object.color, edit.object.shape) if edit.object else None
-            assert pairs(after).get(edit.cell) == wanted, example.text
+            expected = (edit.object.color, edit.object.shape) if edit.object else None
+            assert pairs(after).get(edit.cell) == expected, example.text
 
 
-def test_a_trajectory_that_terminates_shows_what_was_asked_for():
+def test_the_last_image_of_a_terminated_trajectory_is_right():
     rng = np.random.default_rng(1)
     for _ in range(40):
         metadata = train_prompt(rng)
@@ -46,7 +46,7 @@ def test_a_trajectory_that_terminates_shows_what_was_asked_for():
         assert len(trajectory.replies) == len(trajectory.canvases) + 1
 
 
-def test_an_example_is_conditioned_on_what_came_before_only():
+def test_an_example_is_conditioned_on_previous_steps_only():
     rng = np.random.default_rng(2)
     trajectory = next(t for t in (simulate_trajectory(rng) for _ in range(50)) if len(t.canvases) > 2)
     example = trajectory.example(2)

@@ -1,4 +1,4 @@
-"""Proxies of trajectories with mistakes: the right picture gets all marks, the one drawn gets what it is worth."""
+"""Tests of exact proxy prompts of trajectories with mistakes."""
 
 import dataclasses
 
@@ -13,41 +13,41 @@ from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory
-from clvr_jax.rewards import Case, ProxyReward, ShapesJudge
+from clvr_jax.rewards import ProxyReward, RewardInput, ShapesJudge
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
 
 def simulated(seed, error_rate=0.5):
-    """A trajectory of a drawer that errs, and what it should have drawn."""
+    """Returns a trajectory of an image generator that makes mistakes, and the requested images."""
     rng = np.random.default_rng(seed)
-    told = simulate_trajectory(rng, train_prompt(rng, {"complex": 1.0}, DENSE_TIERS), error_rate=error_rate)
+    source = simulate_trajectory(rng, train_prompt(rng, {"complex": 1.0}, DENSE_TIERS), error_rate=error_rate)
     steps = tuple(
         Step(strip_action(reply), "<|image_gen|>", tuple(range(at)), canvas)
-        for at, (reply, canvas) in enumerate(zip(told.replies, told.canvases, strict=False))
+        for at, (reply, canvas) in enumerate(zip(source.replies, source.canvases, strict=False))
     )
-    return TrajectoryRecord(str(seed), Trajectory(told.prompt, steps, GAVE_UP)), told.targets
+    return TrajectoryRecord(str(seed), Trajectory(source.prompt, steps, GAVE_UP)), source.targets
 
 
-def test_the_right_picture_gets_all_marks_and_another_fewer():
+def test_right_images_have_full_scores_and_wrong_ones_lower_scores():
     reward, wrong = ProxyReward(ShapesJudge(), ShapesJudge(), in_flight=1), 0
     for seed in range(8):
         record, targets = simulated(seed)
         steps = record.trajectory.steps
         for at, proxies in enumerate(with_exact_proxies(record).proxies):
-            before = [steps[place].image for place in proxies.i_ref]
+            before = [steps[index].image for index in proxies.i_ref]
             assert proxies.i_ref == ((at - 1,) if at else ())
-            cases = [Case(picture, proxies, before) for picture in (targets[at], steps[at].image)]
-            right, drawn = reward.scores(cases).values
-            if not detect(targets[at]).unclear:  # what is unclear and not asked about stays, and counts
+            cases = [RewardInput(image, proxies, before) for image in (targets[at], steps[at].image)]
+            right, generated = reward.scores(cases).values
+            if not detect(targets[at]).unclear:  # unclear cells that no edit names stay, and lower the score
                 assert right == 1.0
-                wrong += drawn < 1.0
-                assert (drawn == 1.0) == np.array_equal(targets[at], steps[at].image)
+                wrong += generated < 1.0
+                assert (generated == 1.0) == np.array_equal(targets[at], steps[at].image)
     assert wrong > 10
 
 
-def test_what_was_rolled_back_has_no_proxies_and_is_edited_by_none():
+def test_rolled_back_steps_have_no_proxies_and_are_not_edited():
     record, _ = simulated(3, error_rate=0.0)
     steps = list(record.trajectory.steps)
     steps[1] = dataclasses.replace(steps[1], rolled_back=True)
@@ -58,7 +58,7 @@ def test_what_was_rolled_back_has_no_proxies_and_is_edited_by_none():
     assert found[2].i_ref == (0,)
 
 
-def test_saved_roll_outs_become_a_dataset_of_steps(tmp_path, capsys):
+def test_saved_rollouts_become_a_dataset_of_steps(tmp_path, capsys):
     for seed in (0, 1):
         simulated(seed)[0].trajectory.save(tmp_path / "source" / str(seed))
     main(tmp_path / "source", tmp_path / "dataset")

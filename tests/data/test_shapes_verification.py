@@ -1,16 +1,15 @@
-"""What the small verifier learns from is exact, balanced, and without held-out pairs."""
+"""Tests that the training chats of the small verifier are exact, balanced, and without held-out pairs."""
 
 import numpy as np
 import pytest
 
+from clvr_jax.data.shapes_augmentation import has_held_out_object, random_canvas
 from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
     comparisons_chat,
     conversation_chat,
-    has_held_out_object,
     plan_chat,
-    random_canvas,
     requirements_chat,
     training_metadata,
 )
@@ -29,7 +28,7 @@ def texts(messages, role):
     return [message["content"] for message in messages if message["role"] == role]
 
 
-def test_comparisons_share_one_description_and_are_met_about_half_of_the_time():
+def test_comparisons_share_one_description_and_half_of_them_are_met():
     rng = np.random.default_rng(SEED)
     chats = [comparisons_chat(rng, 5) for _ in range(300)]
     answers = [text.rsplit(" ", 1)[1] for chat in chats for text in texts(chat.messages, "assistant")]
@@ -44,7 +43,7 @@ def test_comparisons_share_one_description_and_are_met_about_half_of_the_time():
         assert len(set(asked)) == len(asked)
 
 
-def test_the_controller_mostly_reads_the_requirements_of_its_prompt():
+def test_most_plans_have_the_requirements_in_their_input():
     rng = np.random.default_rng(SEED)
     asked = [texts(plan_chat(rng).messages, "user")[0] for _ in range(400)]
     without = [text for text in asked if "\nRequired: " not in text]
@@ -53,21 +52,21 @@ def test_the_controller_mostly_reads_the_requirements_of_its_prompt():
     assert all(read_requirements(text.split("\n")[-1]) for text in asked if text not in without)
 
 
-def test_requirements_can_be_read():
+def test_requirements_can_be_parsed():
     rng = np.random.default_rng(SEED)
     for _ in range(200):
         chat = requirements_chat(rng)
         assert read_requirements(texts(chat.messages, "assistant")[0]) is not None
 
 
-def test_no_training_prompt_and_no_training_image_holds_a_held_out_pair():
+def test_no_training_prompt_or_image_has_a_held_out_pair():
     rng = np.random.default_rng(SEED)
     prompts: list[Metadata] = [training_metadata(rng) for _ in range(400)]
     assert not any(has_held_out_pair(metadata) for metadata in prompts)
     assert not any(has_held_out_object(random_canvas(rng).reading()) for _ in range(400))
 
 
-def test_a_conversation_ends_with_the_exact_reply_to_its_last_image_whatever_was_replied_before():
+def test_a_conversation_ends_with_the_exact_reply_also_after_wrong_replies():
     rng = np.random.default_rng(SEED)
     num_reports = num_wrong = 0
     for _ in range(40):
@@ -86,7 +85,7 @@ def test_a_conversation_ends_with_the_exact_reply_to_its_last_image_whatever_was
     assert num_wrong >= 3
 
 
-def test_distractors_are_labeled_as_the_detector_sees_them():
+def test_distractor_labels_agree_with_the_detector():
     rng = np.random.default_rng(SEED)
     clear = unclear = 0
     for _ in range(300):

@@ -25,7 +25,7 @@ def noise(seed, height=8, width=8):
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
-def trajectory(seed=0, pictures=2, side=8):
+def trajectory(seed=0, num_images=2, side=8):
     steps = [
         Step(
             f"Reply {number}: «draw».",
@@ -40,17 +40,17 @@ def trajectory(seed=0, pictures=2, side=8):
             redraw=number,
             seed=2**62 + number,
         )
-        for number in range(pictures)
+        for number in range(num_images)
     ]
     stop = Step("Unmet: nothing.", TERMINATE)
     return Trajectory("a cat \udcff", (*steps, stop), "accepted", "toy", seed, {"numpy": "2"}, 1 / 3)
 
 
 def full_record():
-    told = trajectory()
+    source = trajectory()
     return TrajectoryRecord(
         "first",
-        told,
+        source,
         {"tag": "complex", "include": [{"class": "star", "count": 2}]},
         ([{"item": "a cat", "met": True}], None, None),
         (ProxyPrompts("a cat"), ProxyPrompts("a cat and a dog", "add a dog", (0,)), None),
@@ -58,33 +58,33 @@ def full_record():
 
 
 def assert_same(ours, theirs):
-    assert ours == theirs  # everything but the pictures
+    assert ours == theirs  # everything but the images
     for one, other in zip(ours.trajectory.steps, theirs.trajectory.steps, strict=True):
         assert (one.image is None) == (other.image is None)
         if one.image is not None:
             np.testing.assert_array_equal(pixels(one.image), pixels(other.image))
 
 
-def corrupt(folder, png):
-    """Damages the record that holds these bytes of a picture."""
-    (shard,) = folder.glob("*.array_record-*")
+def corrupt(directory, png):
+    """Damages the record that contains these bytes of an image."""
+    (shard,) = directory.glob("*.array_record-*")
     content = bytearray(shard.read_bytes())
     content[content.index(png) + 20] ^= 255
     shard.write_bytes(content)
 
 
-def picture_bytes(folder, number):
-    """Bytes that stand in record `number` only."""
+def image_bytes(directory, number):
+    """Returns bytes that occur in record `number` only."""
     import tensorflow_datasets as tfds
 
-    return tfds.builder_from_directory(folder).as_data_source("train")[number]["steps"]["image"][0][40:140]
+    return tfds.builder_from_directory(directory).as_data_source("train")[number]["steps"]["image"][0][40:140]
 
 
-def test_what_is_written_comes_back(tmp_path):
+def test_records_round_trip(tmp_path):
     records = [
         full_record(),
-        TrajectoryRecord("nothing said", Trajectory("?", (), "unparseable", error="no action token")),
-        TrajectoryRecord("one picture", trajectory(seed=7, pictures=1, side=33)),
+        TrajectoryRecord("no reply", Trajectory("?", (), "unparseable", error="no action token")),
+        TrajectoryRecord("one image", trajectory(seed=7, num_images=1, side=33)),
     ]
     assert write_dataset(tmp_path / "deep" / "set", records) == 3
     dataset = TrajectoryDataset(tmp_path / "deep" / "set")
@@ -97,28 +97,28 @@ def test_what_is_written_comes_back(tmp_path):
         dataset[3]
 
 
-def test_tfds_reads_the_folder_and_nothing_imports_tensorflow(tmp_path):
+def test_tfds_reads_the_directory_and_nothing_imports_tensorflow(tmp_path):
     script = """if True:
         import sys
         from pathlib import Path
         from tests.data.test_trajectory_dataset import full_record, trajectory
         from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
-        folder = Path(sys.argv[1])
-        write_dataset(folder, [full_record(), trajectory(5)])
+        directory = Path(sys.argv[1])
+        write_dataset(directory, [full_record(), trajectory(5)])
         import tensorflow_datasets as tfds
-        builder = tfds.builder_from_directory(folder)
+        builder = tfds.builder_from_directory(directory)
         assert str(builder.info.full_name) == "trajectories/1.1.0", builder.info.full_name
         assert builder.info.splits["train"].num_examples == 2
         example = builder.as_data_source("train")[0]
         assert example["prompt"].startswith(b"a cat")
         assert [image[:4] for image in example["steps"]["image"]] == [b"\\x89PNG", b"\\x89PNG", b""]
-        assert len(TrajectoryDataset(folder)) == 2
+        assert len(TrajectoryDataset(directory)) == 2
         assert "tensorflow" not in sys.modules
     """
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "set")], check=True)
 
 
-def test_a_dataset_of_the_first_schema_holds_no_mistakes(tmp_path, monkeypatch):
+def test_a_dataset_of_the_first_schema_has_no_mistakes(tmp_path, monkeypatch):
     module = "clvr_jax.data.trajectory_dataset"
 
     def example_of_old(record):
@@ -141,14 +141,14 @@ def test_a_dataset_of_the_first_schema_holds_no_mistakes(tmp_path, monkeypatch):
         TrajectoryDataset(tmp_path / "set", VERIFICATION)
 
 
-def test_marks_that_fit_no_image_are_refused():
+def test_mistakes_without_an_image_are_errors():
     with pytest.raises(ClvrError, match="mistakes has step 2, which has no image"):
         replace(full_record(), mistakes=(2,))
     with pytest.raises(ClvrError, match="ends with an image and the verdict on it"):
         replace(full_record(), is_verification=True)
 
 
-def test_shards_are_written_while_trajectories_come(tmp_path):
+def test_shards_are_written_incrementally(tmp_path):
     seen = []
 
     def come():
@@ -165,7 +165,7 @@ def test_shards_are_written_while_trajectories_come(tmp_path):
     assert len(list((tmp_path / "set").glob("trajectories-train.array_record-*-of-00005"))) == 5
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
     def breaks():
         yield trajectory()
         raise KeyboardInterrupt
@@ -191,13 +191,13 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
         except ClvrError as error:
             print(error)
     """
-    folder = tmp_path / "set"
-    done = subprocess.run([sys.executable, "-c", script, str(folder)], check=True, capture_output=True, text=True)
-    assert done.stdout.splitlines() == [f"{folder}: cannot be written (write() failed: File too large)"]
+    directory = tmp_path / "set"
+    done = subprocess.run([sys.executable, "-c", script, str(directory)], check=True, capture_output=True, text=True)
+    assert done.stdout.splitlines() == [f"{directory}: cannot be written (write() failed: File too large)"]
     assert not list(tmp_path.iterdir())
 
 
-def test_an_existing_folder_is_never_written_over(tmp_path):
+def test_an_existing_directory_is_not_overwritten(tmp_path):
     (tmp_path / "set").mkdir()
     write_dataset(tmp_path / "set", [trajectory()])
     with pytest.raises(ClvrError, match="already exists"):
@@ -205,7 +205,7 @@ def test_an_existing_folder_is_never_written_over(tmp_path):
     assert len(TrajectoryDataset(tmp_path / "set")) == 1
 
 
-def test_saved_folders_become_a_dataset(tmp_path, capsys):
+def test_saved_trajectories_become_a_dataset(tmp_path, capsys):
     for name in ("b", "a"):
         replace(trajectory(ord(name)), prompt=f"prompt {name}").save(tmp_path / "saved" / name)
     main(tmp_path / "saved", tmp_path / "set")
@@ -219,18 +219,18 @@ def test_saved_folders_become_a_dataset(tmp_path, capsys):
     assert not (tmp_path / "other").exists()
 
 
-def test_what_is_no_dataset_of_ours_is_named_in_one_line(tmp_path):
-    folder = tmp_path / "set"
+def test_errors_of_other_directories_are_one_line(tmp_path):
+    directory = tmp_path / "set"
     with pytest.raises(ClvrError, match="no trajectory dataset here; make one") as missing:
-        TrajectoryDataset(folder)
+        TrajectoryDataset(directory)
     assert "\n" not in str(missing.value)
-    write_dataset(folder, [trajectory(number) for number in range(3)], shard_bytes=1)
-    description = folder / "dataset_info.json"
+    write_dataset(directory, [trajectory(number) for number in range(3)], shard_bytes=1)
+    description = directory / "dataset_info.json"
     info = json.loads(description.read_text())
     assert info["version"] == SCHEMA
-    (folder / "trajectories-train.array_record-00001-of-00003").rename(tmp_path / "elsewhere")
+    (directory / "trajectories-train.array_record-00001-of-00003").rename(tmp_path / "elsewhere")
     with pytest.raises(ClvrError, match="00001-of-00003: this shard of the dataset is missing"):
-        TrajectoryDataset(folder)
+        TrajectoryDataset(directory)
     for change, complaint in (
         ({"version": "0.9.0"}, "its schema is 0.9.0, this clvr-jax reads"),
         ({"name": "mnist"}, "'mnist', not of 'trajectories'"),
@@ -238,18 +238,18 @@ def test_what_is_no_dataset_of_ours_is_named_in_one_line(tmp_path):
     ):
         description.write_text(json.dumps({**info, **change}))
         with pytest.raises(ClvrError, match=complaint):
-            TrajectoryDataset(folder)
+            TrajectoryDataset(directory)
     description.write_text("{")
     with pytest.raises(ClvrError, match="not JSON"):
-        TrajectoryDataset(folder)
+        TrajectoryDataset(directory)
 
 
-def test_corrupt_records_are_left_out_counted_and_limited(tmp_path, capsys):
-    folder = tmp_path / "set"
-    write_dataset(folder, [trajectory(10 * number, side=64) for number in range(5)])
+def test_corrupt_records_are_skipped_counted_and_limited(tmp_path, capsys):
+    directory = tmp_path / "set"
+    write_dataset(directory, [trajectory(10 * number, side=64) for number in range(5)])
     for number in (1, 3):
-        corrupt(folder, picture_bytes(folder, number))
-    dataset = TrajectoryDataset(folder)
+        corrupt(directory, image_bytes(directory, number))
+    dataset = TrajectoryDataset(directory)
     with pytest.raises(CorruptRecordError, match="record 3 cannot be read") as broken:
         dataset[3]
     assert "\n" not in str(broken.value)
@@ -259,11 +259,11 @@ def test_corrupt_records_are_left_out_counted_and_limited(tmp_path, capsys):
         list(dataset.scan(max_corrupt=1))
 
 
-def test_records_are_checked_when_made():
-    told = trajectory()
+def test_records_are_validated():
+    source = trajectory()
     with pytest.raises(ClvrError, match="3 steps but 1 checklists"):
-        TrajectoryRecord("x", told, checklists=(None,))
-    with pytest.raises(ClvrError, match="i_ref of step 1 is 1, which is no earlier picture"):
-        TrajectoryRecord("x", told, proxies=(None, ProxyPrompts("a", "b", (1,)), None))
+        TrajectoryRecord("x", source, checklists=(None,))
+    with pytest.raises(ClvrError, match="i_ref of step 1 is 1, which is no earlier image"):
+        TrajectoryRecord("x", source, proxies=(None, ProxyPrompts("a", "b", (1,)), None))
     with pytest.raises(ClvrError, match="p_i2i and i_ref go together"):
         ProxyPrompts("a", "b")

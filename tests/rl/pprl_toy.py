@@ -18,13 +18,13 @@ from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
-from clvr_jax.rewards import Marks, MeshReward, Reward, Scores, UnifiedReward, UnifiedRewardEdit
+from clvr_jax.rewards import MeshReward, Reward, Score, Scores, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.unified_reward import JudgePrompt
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.optimizer import AdamWConfig
-from tests.data.engine.test_engine import Painter, item
+from tests.data.engine.test_engine import ExactGenerator, item
 
 TOKENS, CHANNELS, SIDE = 4, 6, 4
 SIGMAS = np.array([1.0, 0.8, 0.5, 0.2, 0.0], np.float32)
@@ -45,7 +45,9 @@ CONFIG = PPRLConfig(
 
 def make_dataset(folder, count=12):
     """Trajectories of the data engine, with proxy prompts."""
-    made = (synthesize(item(n), make_shapes_roles(item(n), judges=0), Painter(), seed=n).record for n in range(count))
+    made = (
+        synthesize(item(n), make_shapes_roles(item(n), judges=0), ExactGenerator(), seed=n).record for n in range(count)
+    )
     write_dataset(folder, made)
     return folder
 
@@ -58,7 +60,7 @@ class Brightness(Reward):
 
     def scores(self, cases):
         self.cases += cases
-        values = np.array([self.spoil(case, float(np.mean(case.picture)) / 255) for case in cases])
+        values = np.array([self.spoil(case, float(np.mean(case.image)) / 255) for case in cases])
         return Scores(values, {"brightness": values})
 
 
@@ -73,23 +75,23 @@ def small_qwen3_vl(folder):
     return folder
 
 
-def _weighed(inquiry):
+def _weighed(judge_prompt):
     """A mark for whatever is said: a model that knows nothing says nothing that UnifiedReward would read."""
 
     def read(answers):
-        return Marks(sum(zlib.crc32(answer.encode()) for answer in answers) % 1000 / 1000)
+        return Score(sum(zlib.crc32(answer.encode()) for answer in answers) % 1000 / 1000)
 
-    return JudgePrompt(inquiry.questions, read)
+    return JudgePrompt(judge_prompt.questions, read)
 
 
 class _Pictures(UnifiedReward):
-    def inquiry(self, *given):
-        return _weighed(super().inquiry(*given))
+    def judge_prompt(self, *given):
+        return _weighed(super().judge_prompt(*given))
 
 
 class _Edits(UnifiedRewardEdit):
-    def inquiry(self, *given):
-        return _weighed(super().inquiry(*given))
+    def judge_prompt(self, *given):
+        return _weighed(super().judge_prompt(*given))
 
 
 def judged_on_the_mesh(folder):

@@ -101,8 +101,8 @@ def test_samples_that_do_not_count_teach_nothing(dataset):
 
 def test_the_order_in_which_steps_are_chosen_changes_nothing(dataset, undisturbed, tmp_path):
     task = make_task(dataset)
-    straight = task.steps.chosen
-    task.steps.chosen = lambda *given: straight(*given)[::-1]
+    straight = task.steps.sample
+    task.steps.sample = lambda *given: straight(*given)[::-1]
     assert_same(fit(task, CONFIG, tmp_path), undisturbed[1])
 
 
@@ -187,7 +187,7 @@ def test_the_reward_rises(dataset, tmp_path, rank):
 def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     """Those of one step altogether, one of another; not a number or infinite, it is the same."""
     config = changed(epochs=1)
-    lost = make_task(dataset).steps.chosen(0, CONFIG.prompts_per_epoch, CONFIG.seed)[0]
+    lost = make_task(dataset).steps.sample(0, CONFIG.prompts_per_epoch, CONFIG.seed)[0]
     states = []
     for place, missing in enumerate((np.nan, np.inf, -np.inf)):
         seen = []
@@ -196,7 +196,7 @@ def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
             if case.last_text == lost.last_text:
                 return missing
             seen.append(case)
-            return missing if np.mean(case.picture) > 150 else value
+            return missing if np.mean(case.image) > 150 else value
 
         out = tmp_path / str(place)
         states.append(fit(make_task(dataset, config, Brightness(spoil)), config, out))
@@ -212,7 +212,7 @@ def test_proxies_of_a_teacher_are_those_that_are_rewarded_and_kept(dataset, tmp_
     """One step's cannot be had: its group drops out, the others are as with the dataset's own."""
     config = changed(epochs=2)
     task = make_task(dataset, config)
-    lost = task.steps.chosen(0, config.prompts_per_epoch, config.seed)[0]
+    lost = task.steps.sample(0, config.prompts_per_epoch, config.seed)[0]
     asked = []
 
     def teach(step):
@@ -311,7 +311,7 @@ def test_a_microbatch_that_cannot_be_sharded_and_too_many_groups_are_refused(dat
     with pytest.raises(UsageError, match="6 rows cannot be cut into 8 parts"):
         fit(make_task(dataset, config), config, tmp_path / "a")
     config = changed(prompts_per_epoch=900)
-    with pytest.raises(UsageError, match="steps can be drawn for, 900 are asked for"):
+    with pytest.raises(UsageError, match="steps can be used, 900 are requested"):
         fit(make_task(dataset, config), config, tmp_path / "b")
 
 

@@ -70,7 +70,7 @@ def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge
 
 def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
     """Those of the dataset, but for a step of which the teacher says nothing of use."""
-    lost = make_task(dataset).steps.chosen(0, changed().prompts_per_epoch, changed().seed)[0]
+    lost = make_task(dataset).steps.sample(0, changed().prompts_per_epoch, changed().seed)[0]
 
     def teach(step):
         if step == lost:

@@ -35,7 +35,7 @@ from clvr_jax.evaluation.endpoints import endpoint_system
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel
-from tests.data.engine.obliging_server import answer
+from tests.data.engine.cooperative_server import answer
 from tests.evaluation.benchmarks.samples import IMAGINE, Painter, write_lines
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
 from tests.robustness.corpus import png_head

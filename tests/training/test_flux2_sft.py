@@ -14,14 +14,14 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
-from tests.data.simulated import TWO_PICTURES, simulated
+from tests.data.simulated import TWO_IMAGES, simulated
 
 TRAIN = dataclasses.replace(flux2_sft.CONFIG.train, steps=3, log_every=1, mesh=MeshConfig(devices=1))
 
 
 @pytest.mark.slow
 def test_a_dataset_is_trained_on_and_the_result_is_a_pipeline(tmp_path):
-    write_dataset(tmp_path / "data", map(simulated, TWO_PICTURES))
+    write_dataset(tmp_path / "data", map(simulated, TWO_IMAGES))
     config = dataclasses.replace(
         flux2_sft.CONFIG, model="shapes-tiny-sft", dataset=tmp_path / "data", batch_size=4, train=TRAIN
     )

@@ -23,7 +23,7 @@ from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.prefetch import prefetch
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
-from tests.data.engine.painter import ErrsAt, item
+from tests.data.engine.exact_generator import MistakesAt, item
 from tests.data.simulated import simulated
 
 ONE = MeshConfig(devices=1)
@@ -105,7 +105,7 @@ def test_the_loss_is_that_of_all_logits_and_a_frozen_tower_is_no_parameter(datas
 
 def test_the_verification_examples_of_a_dataset_are_learned_unless_they_are_left_out(tmp_path):
     one = item(0)
-    outcome = synthesize(one, make_shapes_roles(one), ErrsAt(0), seed=5)
+    outcome = synthesize(one, make_shapes_roles(one), MistakesAt(0), seed=5)
     write_dataset(tmp_path / "data", [outcome.record, *outcome.verification])
     last_turns = {record_conversation(example)[0][-1] + "<|im_end|>" for example in outcome.verification}
     for verification, found in ((True, last_turns), (False, set())):

@@ -11,7 +11,7 @@ from clvr_jax.cli import main
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from tests.data.simulated import TWO_PICTURES, simulated
+from tests.data.simulated import TWO_IMAGES, simulated
 from tests.rl.pprl_toy import small_qwen3_vl
 from tests.training.test_interruptions import ROOT, losses, run
 
@@ -27,7 +27,7 @@ OPTIONS = [
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data") / "trajectories"
-    write_dataset(folder, map(simulated, TWO_PICTURES))
+    write_dataset(folder, map(simulated, TWO_IMAGES))
     return folder
 
 

@@ -70,7 +70,7 @@ def test_relations_of_one_pair() -> None:
     )
 
 
-def test_any_assignment_counts() -> None:
+def test_any_assignment_is_accepted() -> None:
     seen = reading("red circle left", "red circle right", "blue square center", "blue square bottom right")
     assert reasons(seen, item("square"), item("circle", position=["above", 0])) == ()
     assert reasons(seen, item("square"), item("circle", position=["below", 0])) == ("circle not below square",)
@@ -99,25 +99,25 @@ def test_conflicts_that_no_single_item_shows_are_reported() -> None:
     )
 
 
-def test_unclear_cells_count_as_nothing() -> None:
+def test_unclear_cells_are_ignored() -> None:
     assert reasons(reading("red circle left", unclear=("top",)), item("circle")) == ()
     assert reasons(reading(unclear=("top",)), item("circle")) == ("missing: circle",)
 
 
-def test_geometry_is_genevals() -> None:
-    def thing(x: float, y: float) -> DetectedObject:
+def test_geometry_follows_geneval() -> None:
+    def circle_at(x: float, y: float) -> DetectedObject:
         return DetectedObject("red", "circle", "center", x, y, 8.0)
 
-    assert relations(thing(10, 32), thing(32, 32)) == {"left of"}
-    assert relations(thing(32, 50), thing(32, 32)) == {"below"}
-    assert relations(thing(32, 35), thing(32, 32)) == frozenset()
-    assert relations(thing(10.67, 10.67), thing(32, 32)) == {"left of", "above"}
+    assert relations(circle_at(10, 32), circle_at(32, 32)) == {"left of"}
+    assert relations(circle_at(32, 50), circle_at(32, 32)) == {"below"}
+    assert relations(circle_at(32, 35), circle_at(32, 32)) == frozenset()
+    assert relations(circle_at(10.67, 10.67), circle_at(32, 32)) == {"left of", "above"}
     # 16 right and 27 up: (16 - 3.2) / 31.4 is not enough for "right of".
-    assert relations(thing(48, 5), thing(32, 32)) == {"above"}
-    assert relations(thing(32, 32), thing(32, 32)) == frozenset()
+    assert relations(circle_at(48, 5), circle_at(32, 32)) == {"above"}
+    assert relations(circle_at(32, 32), circle_at(32, 32)) == frozenset()
 
 
-def test_relations_of_cells_survive_any_jitter() -> None:
+def test_relations_of_cells_hold_for_all_positions_in_the_cells() -> None:
     rng = np.random.default_rng(0)
     for _ in range(3000):
         first, second = (CELLS[index] for index in rng.permutation(9)[:2])
@@ -127,7 +127,7 @@ def test_relations_of_cells_survive_any_jitter() -> None:
             assert not holds(relation, first, second) or relation in relations(*seen)
 
 
-def test_relations_of_cells_count_where_the_checker_counts_them() -> None:
+def test_relations_of_cells_agree_with_the_checker() -> None:
     rng = np.random.default_rng(1)
     agree = []
     for _ in range(3000):
@@ -139,7 +139,7 @@ def test_relations_of_cells_count_where_the_checker_counts_them() -> None:
 
 
 @pytest.mark.parametrize("tag", TAGS)
-def test_scenes_and_plans_for_a_metadata_satisfy_it_in_pixels(tag: str) -> None:
+def test_rendered_scenes_and_plans_satisfy_their_metadata(tag: str) -> None:
     rng = np.random.default_rng(12)
     for _ in range(60):
         metadata = sample_metadata(rng, tag, allow_held_out=True)
@@ -149,8 +149,8 @@ def test_scenes_and_plans_for_a_metadata_satisfy_it_in_pixels(tag: str) -> None:
             assert len(scene.objects) == sum(entry["count"] for entry in metadata["include"])
 
 
-def test_damage_to_a_complex_scene_is_noticed() -> None:
-    """Losing an object, or any change of color or shape, makes a complex scene wrong: all of it is asked for."""
+def test_any_change_of_a_complex_scene_is_detected() -> None:
+    """Checks that a complex scene is wrong after removing an object or changing its color or shape."""
     rng = np.random.default_rng(13)
     for _ in range(60):
         metadata = sample_metadata(rng, "complex")

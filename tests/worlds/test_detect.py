@@ -38,8 +38,8 @@ def tint(image: np.ndarray, rng: np.random.Generator, most: float = 12) -> np.nd
 
 
 def exact(scene: Scene, reading: Reading) -> bool:
-    drawn = {item.cell: (item.color, item.shape) for item in scene.objects}
-    return drawn == {item.cell: (item.color, item.shape) for item in reading.objects} and not reading.unclear
+    rendered = {item.cell: (item.color, item.shape) for item in scene.objects}
+    return rendered == {item.cell: (item.color, item.shape) for item in reading.objects} and not reading.unclear
 
 
 def exact_share(number: int, seed: int, change: Change | None = None) -> float:
@@ -52,12 +52,12 @@ def exact_share(number: int, seed: int, change: Change | None = None) -> float:
     return hits / number
 
 
-def test_clean_pictures_are_read_exactly() -> None:
+def test_clean_images_are_detected_exactly() -> None:
     assert exact_share(400, seed=0) == 1.0
 
 
 @pytest.mark.slow
-def test_ten_thousand_clean_pictures() -> None:
+def test_ten_thousand_clean_images() -> None:
     assert exact_share(10_000, seed=1) >= 0.995
 
 
@@ -73,11 +73,11 @@ def test_ten_thousand_clean_pictures() -> None:
     ],
     ids=["noise", "blur", "tint", "strong noise", "blur and noise", "blur, noise and tint"],
 )
-def test_degraded_pictures_are_read(change: Change) -> None:
+def test_degraded_images_are_detected(change: Change) -> None:
     assert exact_share(150, seed=2, change=change) >= 0.99
 
 
-def test_full_canvases_are_read() -> None:
+def test_full_canvases_are_detected() -> None:
     rng = np.random.default_rng(3)
     for _ in range(30):
         scene = sample_scene_random(rng, 9)
@@ -94,17 +94,17 @@ def test_position_and_size_are_measured_to_a_fraction_of_a_pixel() -> None:
             assert (seen.x, seen.y, seen.radius) == pytest.approx((item.x, item.y, item.radius), abs=0.15)
 
 
-def test_objects_come_in_reading_order() -> None:
+def test_objects_are_in_reading_order() -> None:
     reading = detect(render(sample_scene_random(np.random.default_rng(5), 9)))
     assert [item.cell for item in reading.objects] == list(CELLS)
 
 
-def test_an_empty_canvas_reads_empty() -> None:
+def test_an_empty_canvas_has_no_objects() -> None:
     assert detect(render(Scene())) == Reading()
     assert detect(noise(render(Scene()), np.random.default_rng(6), 10)) == Reading()
 
 
-# --- what is no object ------------------------------------------------------------------------------------------
+# --- unclear objects ------------------------------------------------------------------------------------------
 
 
 def mask(item: SceneObject) -> np.ndarray:
@@ -112,18 +112,18 @@ def mask(item: SceneObject) -> np.ndarray:
     return coverage(item.shape, pixels[None, :] - item.x, pixels[:, None] - item.y, item.radius)
 
 
-def painted(*layers: tuple[np.ndarray, tuple[float, ...]]) -> np.ndarray:
+def composed(*layers: tuple[np.ndarray, tuple[float, ...]]) -> np.ndarray:
     image = np.full((64, 64, 3), BACKGROUND, np.float32)
     for alpha, color in layers:
         image += alpha[..., None] * (np.array(color, np.float32) - image)
     return to_image(image)
 
 
-def test_an_unclear_thing_does_not_hide_its_neighbors() -> None:
+def test_an_unclear_cell_does_not_hide_its_neighbors() -> None:
     star = SceneObject("red", "star", "top left", *cell_center("top left"), 8.0)
     cross = SceneObject("blue", "cross", "top", *cell_center("top"), 8.0)
     half = mask(cross) * (np.arange(64) < 32)
-    reading = detect(painted((mask(star), COLORS["red"]), (half, COLORS["blue"])))
+    reading = detect(composed((mask(star), COLORS["red"]), (half, COLORS["blue"])))
     assert [str(item) for item in reading.objects] == ["red star top left"]
     assert reading.unclear == ("top",)
 
@@ -132,7 +132,7 @@ def random_single(rng: np.random.Generator) -> SceneObject:
     return sample_scene_random(rng, 1).objects[0]
 
 
-def test_half_drawn_objects_are_unclear() -> None:
+def test_incomplete_objects_are_unclear() -> None:
     rng = np.random.default_rng(7)
     accepted = 0
     for _ in range(200):
@@ -140,7 +140,7 @@ def test_half_drawn_objects_are_unclear() -> None:
         angle = rng.uniform(0, 2 * np.pi)
         pixels = np.arange(64) + 0.5
         side = (pixels[None, :] - item.x) * np.cos(angle) + (pixels[:, None] - item.y) * np.sin(angle)
-        reading = detect(painted((mask(item) * (side < 0), COLORS[item.color])))
+        reading = detect(composed((mask(item) * (side < 0), COLORS[item.color])))
         assert reading.objects or reading.unclear == (item.cell,)
         accepted += len(reading.objects)
     assert accepted <= 4
@@ -150,7 +150,7 @@ def test_faded_objects_are_unclear() -> None:
     rng = np.random.default_rng(8)
     for _ in range(50):
         item = random_single(rng)
-        assert detect(painted((0.6 * mask(item), COLORS[item.color]))) == Reading((), (item.cell,))
+        assert detect(composed((0.6 * mask(item), COLORS[item.color]))) == Reading((), (item.cell,))
 
 
 def test_mixtures_of_two_colors_are_unclear() -> None:
@@ -161,9 +161,9 @@ def test_mixtures_of_two_colors_are_unclear() -> None:
         if item.color == other.color:
             continue
         mixed = (np.array(COLORS[item.color]) + COLORS[other.color]) / 2
-        accepted += len(detect(painted((mask(item), tuple(mixed)))).objects)
+        accepted += len(detect(composed((mask(item), tuple(mixed)))).objects)
         left = mask(item) * (np.arange(64) + 0.5 < item.x)
-        sides = painted((mask(item), COLORS[item.color]), (left, COLORS[other.color]))
+        sides = composed((mask(item), COLORS[item.color]), (left, COLORS[other.color]))
         assert detect(sides) == Reading((), (item.cell,))
     # Half red and half yellow *is* about orange.
     assert accepted <= 16
@@ -177,38 +177,38 @@ def test_mixtures_of_two_shapes_are_unclear() -> None:
         if item.shape == other.shape:
             continue
         both = SceneObject(item.color, other.shape, item.cell, item.x, item.y, item.radius)
-        accepted += len(detect(painted((0.5 * mask(item) + 0.5 * mask(both), COLORS[item.color]))).objects)
+        accepted += len(detect(composed((0.5 * mask(item) + 0.5 * mask(both), COLORS[item.color]))).objects)
     # A square with soft corners is nearly a circle.
     assert accepted <= 6
 
 
 def test_objects_of_wrong_size_or_between_cells_are_unclear() -> None:
     for radius in (4.0, 12.0):
-        reading = detect(painted((mask(SceneObject("red", "circle", "center", 32.0, 32.0, radius)), COLORS["red"])))
+        reading = detect(composed((mask(SceneObject("red", "circle", "center", 32.0, 32.0, radius)), COLORS["red"])))
         assert reading == Reading((), ("center",))
     between = SceneObject("red", "circle", "center", 64 / 3, 32.0, 8.0)
-    assert detect(painted((mask(between), COLORS["red"]))) == Reading((), ("left", "center"))
+    assert detect(composed((mask(between), COLORS["red"]))) == Reading((), ("left", "center"))
 
 
 def test_merged_objects_are_unclear_in_both_cells() -> None:
     left = SceneObject("green", "square", "left", 14.0, 32.0, 9.0)
     right = SceneObject("green", "square", "center", 28.0, 32.0, 9.0)
-    reading = detect(painted((mask(left), COLORS["green"]), (mask(right), COLORS["green"])))
+    reading = detect(composed((mask(left), COLORS["green"]), (mask(right), COLORS["green"])))
     assert reading == Reading((), ("left", "center"))
 
 
-def test_noise_blobs_are_hardly_ever_objects() -> None:
+def test_noise_blobs_are_rarely_detected_as_objects() -> None:
     rng = np.random.default_rng(11)
     accepted = 0
     for _ in range(200):
         field = ndimage.gaussian_filter(rng.normal(size=(64, 64)), rng.uniform(1.5, 5))
         alpha = np.clip((field / field.std() - 1.2) * 3, 0, 1)
-        accepted += len(detect(painted((alpha, COLORS[random_single(rng).color]))).objects)
+        accepted += len(detect(composed((alpha, COLORS[random_single(rng).color]))).objects)
     assert accepted <= 8
     assert len(detect(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).objects) == 0
 
 
-def test_wrong_input_is_refused() -> None:
+def test_invalid_input_is_an_error() -> None:
     with pytest.raises(ClvrError, match=r"float32 \(64, 64, 3\)"):
         detect(np.zeros((64, 64, 3), np.float32))
     with pytest.raises(ClvrError, match=r"uint8 \(32, 64, 3\)"):

@@ -57,7 +57,7 @@ def test_phrasings_of_a_tag_differ(tag: str) -> None:
         sample_metadata(rng, tag, phrasing=99)
 
 
-def test_tags_ask_for_what_geneval_asks_for() -> None:
+def test_tags_have_the_requests_of_geneval() -> None:
     rng = np.random.default_rng(5)
     for _ in range(100):
         assert [set(entry) for entry in sample_metadata(rng, "single_object")["include"]] == [{"class", "count"}]
@@ -91,7 +91,7 @@ def test_complex_prompts_fix_the_number_of_every_shape(tier: int) -> None:
     assert all(relations[relation] > 10 for relation in RELATIONS)
 
 
-def test_prompts_say_what_the_metadata_says() -> None:
+def test_prompts_state_their_metadata() -> None:
     rng = np.random.default_rng(0)
     position = request(item("square", color="blue"), item("circle", position=["left of", 0]), tag="position")
     for index in range(len(PHRASINGS["position"])):
@@ -107,7 +107,7 @@ def test_prompts_say_what_the_metadata_says() -> None:
     assert phrase(request(item("cross", 3, color="orange"), tag="counting"), rng, 6).startswith("exactly three orange")
 
 
-def test_unknown_tags_and_tiers_are_refused() -> None:
+def test_unknown_tags_and_tiers_are_errors() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ClvrError, match="unknown tag 'colour'"):
         sample_metadata(rng, "colour")
@@ -146,13 +146,13 @@ def test_unknown_tags_and_tiers_are_refused() -> None:
         (request(item("circle"), tier="high"), "tier must be a whole number"),
     ],
 )
-def test_broken_metadata_says_what_is_wrong(broken: Any, message: str) -> None:
+def test_errors_of_invalid_metadata_name_the_cause(broken: Any, message: str) -> None:
     with pytest.raises(ClvrError, match=message) as caught:
         parse_metadata(broken)
     assert "\n" not in str(caught.value)
 
 
-def test_parsing_copies_and_keeps_what_it_does_not_know() -> None:
+def test_parsing_copies_and_keeps_unknown_keys() -> None:
     raw = request(item("circle"), item("star", position=["above", 0]), author="me")
     parsed = parse_metadata(raw)
     parsed["include"][1]["position"][0] = "below"
@@ -160,19 +160,19 @@ def test_parsing_copies_and_keeps_what_it_does_not_know() -> None:
     assert parsed["author"] == "me"
 
 
-def test_canonical_key_ignores_the_telling_and_keeps_the_request() -> None:
+def test_canonical_key_depends_on_the_request_not_on_the_wording() -> None:
     square, circle = item("square", color="blue"), item("circle", color="red")
-    told = request(square, {**circle, "position": ["left of", 0]}, prompt="one")
+    reworded = request(square, {**circle, "position": ["left of", 0]}, prompt="one")
     other_side = request(circle, {**square, "position": ["right of", 0]}, prompt="two", tag="position", phrasing=3)
     mirrored = request(square, {**circle, "position": ["right of", 0]})
-    assert canonical_key(told) == canonical_key(other_side)
-    assert canonical_key(told) != canonical_key(mirrored)
-    assert canonical_key(told) != canonical_key(request(square, circle))
+    assert canonical_key(reworded) == canonical_key(other_side)
+    assert canonical_key(reworded) != canonical_key(mirrored)
+    assert canonical_key(reworded) != canonical_key(request(square, circle))
     assert canonical_key(request(circle)) != canonical_key(request(circle, exclude=[item("circle", 2)]))
     assert canonical_key(request(circle)) != canonical_key(request({**circle, "place": "top"}))
 
 
-def test_plans_leave_out_diagonal_neighbors() -> None:
+def test_plans_avoid_diagonal_neighbors() -> None:
     assert holds("left of", "left", "center")
     assert holds("left of", "top left", "right")
     assert not holds("left of", "top left", "center")
@@ -189,7 +189,7 @@ def test_canonical_plans_follow_the_stated_preference() -> None:
 
     assert cells(item("circle", 4)) == ["center", "left", "right", "top"]
     assert cells(item("circle"), item("star", position=["below", 0])) == ["top", "center"]
-    # What others are placed beside stays at the opposite edge: here there is nothing to undo.
+    # The anchor is at the edge opposite to its relations, so that no backtracking is needed.
     beside = (item("star", position=["left of", 0]), item("cross", position=["below", 0]))
     assert cells(item("circle"), *beside) == ["top right", "top", "right"]
     assert cells(item("star"), item("circle", place="center")) == ["left", "center"]
@@ -199,7 +199,7 @@ def test_canonical_plans_follow_the_stated_preference() -> None:
     assert [str(thing) for thing in plan(request(item("star")))] == ["red star center"]
 
 
-def test_impossible_arrangements_are_an_error() -> None:
+def test_impossible_arrangements_are_errors() -> None:
     impossible = request(item("star", place="top"), item("circle", position=["above", 0]))
     with pytest.raises(ClvrError, match="no arrangement of the 3 x 3 cells satisfies the prompt 'a prompt'"):
         plan(impossible)

@@ -39,7 +39,7 @@ def seen(*names: str, unclear: tuple[str, ...] = ()) -> Reading:
 PLAN = tuple(map(planned, ("red circle top left", "blue square center", "green star bottom right")))
 
 
-def test_first_reply_plans_all_and_draws_two() -> None:
+def test_first_reply_plans_all_objects_and_requests_two() -> None:
     assert first_reply(PLAN) == (
         "Plan: red circle top left; blue square center; green star bottom right. "
         "Draw a red circle at the top left and a blue square at the center.<|image_gen|>"
@@ -97,11 +97,11 @@ def test_first_reply_plans_all_and_draws_two() -> None:
         ),
     ],
 )
-def test_next_reply_keeps_the_contract(reading: Reading, reply: str) -> None:
+def test_next_reply(reading: Reading, reply: str) -> None:
     assert next_reply(PLAN, reading) == reply
 
 
-def test_compare_sorts_out_what_is_there() -> None:
+def test_compare_classifies_all_cells() -> None:
     difference = compare(PLAN, seen("red circle top left", "blue cross center", "red star top", unclear=("left",)))
     assert difference.met == PLAN[:1]
     assert difference.wrong == ((PLAN[1], planned("blue cross center")),)
@@ -112,7 +112,7 @@ def test_compare_sorts_out_what_is_there() -> None:
     assert len(difference.unmet) == 4
 
 
-def test_plans_and_edits_survive_the_way_through_text() -> None:
+def test_plans_and_edits_round_trip_as_text() -> None:
     rng = np.random.default_rng(1)
     for _ in range(300):
         things = random_plan(rng)
@@ -150,7 +150,7 @@ def test_applying_all_edits_meets_the_plan() -> None:
         assert len(compare(things, seen(*map(str, step))).unmet) <= max(len(difference.unmet) - 2, 0)
 
 
-def test_edited_scenes_keep_the_rest_bit_for_bit() -> None:
+def test_edited_scenes_keep_other_objects_bit_for_bit() -> None:
     rng = np.random.default_rng(3)
     scene = Scene(tuple(place(*name, rng) for name in (("red", "circle", "top"), ("blue", "star", "left"))))
     changes = (
@@ -167,24 +167,24 @@ def test_edited_scenes_keep_the_rest_bit_for_bit() -> None:
     assert edited_scene(scene, gone, rng) == Scene()
 
 
-def test_senseless_edits_are_refused() -> None:
+def test_invalid_edits_are_errors() -> None:
     with pytest.raises(ClvrError, match="unknown kind 'move'"):
         Edit("move", "top")
-    with pytest.raises(ClvrError, match="makes no sense"):
+    with pytest.raises(ClvrError, match="is invalid"):
         Edit("add", "top")
-    with pytest.raises(ClvrError, match="makes no sense"):
+    with pytest.raises(ClvrError, match="is invalid"):
         Edit("remove", "top")
     with pytest.raises(ClvrError, match="add at top, but"):
         Edit("add", "top", object=planned("red star left"))
-    with pytest.raises(ClvrError, match="draws, nothing else"):
+    with pytest.raises(ClvrError, match="only edits of kind draw"):
         edit_text((Edit("clear", "top"),), first=True)
-    with pytest.raises(ClvrError, match="belongs to the first step"):
+    with pytest.raises(ClvrError, match="needs first=True"):
         edit_text(first_edits(PLAN))
     with pytest.raises(ClvrError, match="limit of 0"):
         edits(PLAN, seen(), limit=0)
 
 
-def test_replies_without_a_proper_plan_are_refused() -> None:
+def test_replies_without_a_valid_plan_are_errors() -> None:
     with pytest.raises(ClvrError, match="no sentence 'Plan"):
         parse_plan("Draw a red circle.<|image_gen|>")
     with pytest.raises(ClvrError, match="'red circle' is not"):
@@ -193,18 +193,18 @@ def test_replies_without_a_proper_plan_are_refused() -> None:
         parse_plan("Plan: red circle top; blue star top.")
 
 
-def test_controller_says_what_it_lacks() -> None:
+def test_errors_of_the_controller_name_what_is_missing() -> None:
     controller = OracleController({})
     with pytest.raises(ClvrError, match="no metadata for the prompt 'x'"):
         controller.reply("x", [], [])
-    with pytest.raises(ClvrError, match="no picture to judge"):
+    with pytest.raises(ClvrError, match="no image to verify"):
         controller.reply("x", [first_reply(PLAN)], [])
 
 
 def run_loop(
     controller: OracleController, prompt: str, rng: np.random.Generator, slip: float = 0.0, most: int = 8
 ) -> tuple[list[str], list[np.ndarray]]:
-    """A drawer that does what the words say, except that it draws something else with probability `slip`."""
+    """Runs the loop with an image generator that makes a mistake with probability `slip` and is exact otherwise."""
     replies: list[str] = []
     images: list[np.ndarray] = []
     scene = Scene()
@@ -212,18 +212,18 @@ def run_loop(
         replies.append(controller.reply(prompt, replies, images))
         if replies[-1].endswith("<|terminate|>"):
             break
-        changes = [slipped(edit, rng) if rng.random() < slip else edit for edit in parse_edits(replies[-1])]
+        changes = [mistaken(edit, rng) if rng.random() < slip else edit for edit in parse_edits(replies[-1])]
         scene = edited_scene(scene, changes, rng)
         images.append(render(scene))
     return replies, images
 
 
-def slipped(edit: Edit, rng: np.random.Generator) -> Edit:
+def mistaken(edit: Edit, rng: np.random.Generator) -> Edit:
     cell = CELLS[int(rng.integers(9))]
     return Edit("add", cell, object=PlannedObject(*sample_pair(rng), cell))
 
 
-def test_a_perfect_drawer_satisfies_the_evaluation_prompts() -> None:
+def test_the_loop_with_an_exact_generator_satisfies_the_evaluation_prompts() -> None:
     everything = evaluation_prompts("eval") + evaluation_prompts("complex") + evaluation_prompts("dense")[::5]
     controller = OracleController({metadata["prompt"]: metadata for metadata in everything})
     rng = np.random.default_rng(4)
@@ -236,7 +236,7 @@ def test_a_perfect_drawer_satisfies_the_evaluation_prompts() -> None:
         assert all(len(re.findall(r"<\|\w+\|>", reply)) == 1 for reply in replies)
 
 
-def test_random_plans_satisfy_the_checker_too() -> None:
+def test_random_plans_satisfy_the_checker() -> None:
     rng = np.random.default_rng(5)
     for _ in range(200):
         metadata = train_prompt(rng)
@@ -244,7 +244,7 @@ def test_random_plans_satisfy_the_checker_too() -> None:
         assert check(detect(render(scene)), metadata).correct
 
 
-def test_the_oracle_mends_what_a_careless_drawer_spoils() -> None:
+def test_the_oracle_corrects_the_mistakes_of_an_image_generator() -> None:
     rng = np.random.default_rng(6)
     metadata_set = [train_prompt(rng) for _ in range(100)]
     controller = OracleController({metadata["prompt"]: metadata for metadata in metadata_set})

@@ -61,12 +61,12 @@ def test_evaluation_sets_are_the_same_in_another_process() -> None:
     assert json.loads(out) == [evaluation_prompts(name) for name in ("second", "dense", "complex", "eval")]
 
 
-def test_changing_a_returned_set_changes_nothing() -> None:
+def test_returned_sets_are_copies() -> None:
     evaluation_prompts("eval")[0]["include"][0]["class"] = "changed"
     assert evaluation_prompts("eval")[0]["include"][0]["class"] != "changed"
 
 
-def test_training_prompts_never_meet_the_evaluation() -> None:
+def test_training_prompts_are_not_evaluation_prompts() -> None:
     rng = np.random.default_rng(0)
     everything = evaluation_prompts("eval") + evaluation_prompts("complex") + evaluation_prompts("second")
     texts = {" ".join(words(metadata["prompt"])) for metadata in everything}
@@ -86,7 +86,7 @@ def test_training_prompts_never_meet_the_evaluation() -> None:
     assert len(singles) > 50
 
 
-def test_dense_training_prompts_never_meet_the_evaluation_either() -> None:
+def test_dense_training_prompts_are_not_evaluation_prompts() -> None:
     rng = np.random.default_rng(1)
     keys = {canonical_key(metadata) for metadata in evaluation_prompts("dense")}
     tiers: Counter[int] = Counter()
@@ -99,7 +99,7 @@ def test_dense_training_prompts_never_meet_the_evaluation_either() -> None:
     assert min(tiers.values()) > 110
 
 
-def test_training_weights_are_obeyed_and_checked() -> None:
+def test_training_weights_are_respected_and_validated() -> None:
     rng = np.random.default_rng(0)
     assert {train_prompt(rng, {"colors": 2.0, "complex": 0})["tag"] for _ in range(20)} == {"colors"}
     with pytest.raises(ClvrError, match="tag 'colour'"):
@@ -110,7 +110,7 @@ def test_training_weights_are_obeyed_and_checked() -> None:
         train_prompt(rng, {"colors": 0.0})
 
 
-def test_unknown_sets_are_refused() -> None:
+def test_unknown_sets_are_errors() -> None:
     with pytest.raises(ClvrError, match="unknown set 'test'; known: eval, complex, dense, second"):
         evaluation_prompts("test")
 
@@ -124,7 +124,7 @@ def test_files_round_trip(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 20
 
 
-def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
+def test_errors_of_invalid_files_name_file_and_line(tmp_path: Path) -> None:
     path = tmp_path / "prompts.jsonl"
     good = json.dumps(evaluation_prompts("eval")[0])
     path.write_text(f"{good}\n\n{{oops\n")
@@ -142,4 +142,4 @@ def test_broken_files_name_file_and_line(tmp_path: Path) -> None:
     with pytest.raises(ClvrError, match="no such file"):
         read_prompts(tmp_path / "missing.jsonl")
     with pytest.raises(ClvrError, match="cannot write prompts"):
-        write_prompts(tmp_path / "no" / "folder.jsonl", [])
+        write_prompts(tmp_path / "no" / "directory.jsonl", [])

@@ -27,12 +27,12 @@ def test_cells_are_named_row_by_row() -> None:
     assert reading_order(["bottom", "center", "top right", "top left"]) == ["top left", "top right", "center", "bottom"]
 
 
-def test_held_out_pairs_spread_over_colors_and_shapes() -> None:
+def test_held_out_pairs_have_different_colors_and_shapes() -> None:
     assert len(HELD_OUT_PAIRS) == 4
     assert len({color for color, _ in HELD_OUT_PAIRS}) == len({shape for _, shape in HELD_OUT_PAIRS}) == 4
 
 
-def test_random_scenes_keep_to_the_rules() -> None:
+def test_random_scenes_are_valid() -> None:
     rng = np.random.default_rng(0)
     scenes = [sample_scene_random(rng) for _ in range(500)]
     sizes = np.bincount([len(scene.objects) for scene in scenes], minlength=7)
@@ -53,7 +53,7 @@ def test_the_same_seed_gives_the_same_scene() -> None:
 
 
 def test_neighbors_keep_background_between_them() -> None:
-    """Between two objects of a full row or column there is a line of pixels of pure background."""
+    """Checks that two objects of a full row or column are separated by a line of pixels of pure background."""
     rng = np.random.default_rng(1)
     for _ in range(100):
         foreground = (render(sample_scene_random(rng, 9)) != BACKGROUND).any(axis=-1)
@@ -65,7 +65,7 @@ def test_neighbors_keep_background_between_them() -> None:
                 assert (~foreground[start:stop, band].any(axis=1)).any()
 
 
-def test_render_paints_palette_color_on_background() -> None:
+def test_render_puts_the_palette_color_on_the_background() -> None:
     for color, shape in itertools.product(COLORS, SHAPES):
         image = render(Scene((SceneObject(color, shape, "right", *cell_center("right"), 8.0),)))
         assert image.shape == (64, 64, 3)
@@ -79,7 +79,7 @@ def test_render_paints_palette_color_on_background() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_coverage_is_the_share_of_each_pixel(shape: str) -> None:
-    """Against brute force: 16 x 16 samples a pixel. The distance field is exact on straight edges, soft at corners."""
+    """Compares with 16 x 16 samples per pixel; the distance field is exact at straight edges and softer at corners."""
     pixels = np.arange(-12, 12, dtype=np.float32) + 0.5
     analytic = coverage(shape, pixels[None, :] - 0.3, pixels[:, None] + 0.2, 8.3)
     fine = (np.arange(24 * 16, dtype=np.float32) + 0.5) / 16 - 12
@@ -98,14 +98,14 @@ def test_shapes_are_distinct_at_the_smallest_radius() -> None:
         assert overlap < 0.87, (first, second, overlap)
 
 
-def test_objects_off_the_canvas_are_cut() -> None:
+def test_objects_outside_the_canvas_are_cropped() -> None:
     image = render(Scene((SceneObject("red", "circle", "top left", -20.0, 3.0, 8.0),)))
     assert (image == BACKGROUND).all()
     image = render(Scene((SceneObject("red", "circle", "bottom right", 64.0, 64.0, 8.0),)))
     assert tuple(image[63, 63]) == COLORS["red"]
 
 
-def test_wrong_scenes_are_refused() -> None:
+def test_invalid_scenes_are_errors() -> None:
     rng = np.random.default_rng(0)
     with pytest.raises(ClvrError, match="unknown color 'pink'"):
         place("pink", "circle", "top", rng)

@@ -226,11 +226,11 @@ def test_the_table_has_every_style() -> None:
     assert NUM_STYLES >= 8
 
 
-def test_styles_are_drawn_when_none_is_given() -> None:
+def test_styles_are_sampled_by_default() -> None:
     rng = np.random.default_rng(0)
-    drawn = Counter(second_phrase({"tag": "complex", "include": TREE}, rng)[1] for _ in range(700))
-    assert set(drawn) == set(range(NUM_STYLES))
-    assert min(drawn.values()) > 20
+    sampled = Counter(second_phrase({"tag": "complex", "include": TREE}, rng)[1] for _ in range(700))
+    assert set(sampled) == set(range(NUM_STYLES))
+    assert min(sampled.values()) > 20
 
 
 def test_every_prompt_names_all_items_relations_and_places() -> None:
@@ -298,7 +298,7 @@ def test_no_other_prompt_has_its_text_or_its_request() -> None:
         assert canonical_key(metadata) not in requests
 
 
-def test_metadata_that_it_cannot_say_are_refused() -> None:
+def test_metadata_that_it_cannot_express_are_errors() -> None:
     rng = np.random.default_rng(0)
 
     def say(include: list[dict[str, Any]], tag: str = "complex", style: int | None = None) -> None:

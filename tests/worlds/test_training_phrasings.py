@@ -1,4 +1,4 @@
-"""Wide phrasings ask for exactly their metadata, and their include lists follow from their texts."""
+"""Tests that wide phrasings state exactly their metadata, and that include lists follow from the texts."""
 
 import re
 import time
@@ -12,7 +12,7 @@ from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS
-from clvr_jax.worlds.shapes.training_clauses import Teller
+from clvr_jax.worlds.shapes.training_clauses import TextBuilder
 from clvr_jax.worlds.shapes.training_phrasings import STYLES, _anchors_first, rephrase, wide_metadata
 
 SEED = 5
@@ -30,7 +30,7 @@ def words_of(text):
 
 
 def skeleton(text):
-    """The text without colors and shapes."""
+    """Returns the text without colors and shapes."""
     text = re.sub(rf"\b({'|'.join(COLORS)})\b", "C", text.lower())
     return re.sub(r"\b(circle|square|triangle|star|crosse?)s?\b", "S", text)
 
@@ -43,23 +43,23 @@ def test_no_prompt_of_the_second_evaluation_set_is_worded_like_a_training_prompt
     assert not trained & evaluated
 
 
-def test_every_style_tells_all_objects_at_every_tier():
+def test_every_style_states_all_objects_at_every_tier():
     rng = np.random.default_rng(SEED)
     for style in STYLES:
         for tier in (*TIERS, *DENSE_TIERS):
-            teller = Teller(sample_complex(rng, tier, False)["include"], rng)
-            text = style(teller)
+            builder = TextBuilder(sample_complex(rng, tier, False)["include"], rng)
+            text = style(builder)
             found = words_of(text)
-            assert sorted(teller.mentioned) == list(range(len(teller.include)))
+            assert sorted(builder.mentioned) == list(range(len(builder.include)))
             assert not re.search(r"[{}]|  ", text), text
-            for item in teller.include:
+            for item in builder.include:
                 assert item["color"] in found, text
                 assert item["class"] in found or training_words.PLURALS[item["class"]] in found, text
                 assert item["count"] == 1 or set(NUMBERS[item["count"]]) & set(found), text
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_wide_metadata_are_valid_and_keep_what_is_asked_for(tier):
+def test_wide_metadata_are_valid_and_keep_the_request(tier):
     rng = np.random.default_rng(SEED)
     for _ in range(100):
         asked = sample_complex(rng, tier, False)
@@ -70,7 +70,7 @@ def test_wide_metadata_are_valid_and_keep_what_is_asked_for(tier):
         assert 0 <= reworded["phrasing"] < len(STYLES)
 
 
-def test_items_are_in_the_order_of_their_first_mention_with_anchors_directly_before_what_refers_to_them():
+def test_items_are_in_the_order_of_their_first_mention_with_anchors_directly_before_their_first_reference():
     star = {"class": "star", "count": 1, "color": "red", "position": ["above", 0]}
     circle, cross = {"class": "circle", "count": 1, "color": "blue"}, {"class": "cross", "count": 1, "color": "black"}
     square = {"class": "square", "count": 1, "color": "red", "position": ["left of", 1]}
@@ -80,34 +80,34 @@ def test_items_are_in_the_order_of_their_first_mention_with_anchors_directly_bef
     assert _anchors_first(include, [2, 3, 1, 0])[3]["position"] == ["left of", 2]
 
 
-def test_the_first_mentions_in_the_text_are_in_the_order_of_the_teller():
+def test_the_first_mentions_in_the_text_are_in_the_order_of_the_text_builder():
     rng = np.random.default_rng(SEED)
     checked = 0
     while checked < 300:
         include = sample_complex(rng, 4, False)["include"]
         if len({item["color"] for item in include}) < len(include):
             continue
-        teller = Teller(include, rng)
-        text = words_of(STYLES[checked % len(STYLES)](teller))
-        places = [text.index(include[index]["color"]) for index in teller.mentioned]
+        builder = TextBuilder(include, rng)
+        text = words_of(STYLES[checked % len(STYLES)](builder))
+        places = [text.index(include[index]["color"]) for index in builder.mentioned]
         assert places == sorted(places), " ".join(text)
         checked += 1
 
 
-def test_a_pronoun_is_used_only_where_one_object_can_be_meant():
+def test_pronouns_can_refer_to_one_object_only():
     rng = np.random.default_rng(SEED)
     include = [{"class": "star", "count": 1, "color": color} for color in ("red", "blue")]
     include += [{"class": "cross", "count": 2, "color": "red"}]
-    teller = Teller(include, rng)
-    teller.a(0)
-    teller.a(2)
-    teller.end_clause()
-    assert [teller.is_pronoun_clear(index) for index in range(3)] == [True, False, True]
-    teller.a(0)
-    teller.a(1)
-    teller.end_clause()
-    assert not any(map(teller.is_pronoun_clear, range(3)))
-    references = {teller.the(index) for index in (0, 1) for _ in range(100)}
+    builder = TextBuilder(include, rng)
+    builder.a(0)
+    builder.a(2)
+    builder.end_clause()
+    assert [builder.is_pronoun_clear(index) for index in range(3)] == [True, False, True]
+    builder.a(0)
+    builder.a(1)
+    builder.end_clause()
+    assert not any(map(builder.is_pronoun_clear, range(3)))
+    references = {builder.the(index) for index in (0, 1) for _ in range(100)}
     assert not references & {"the star", "the red one", "that star"}
     assert "the blue one" in references
 
@@ -141,6 +141,6 @@ def test_prompts_are_short_and_no_call_is_slow():
     assert np.percentile(lengths, 95) < 420
 
 
-def test_an_unknown_tier_is_refused():
+def test_an_unknown_tier_is_an_error():
     with pytest.raises(ClvrError, match="tier 2 must be one of"):
         wide_metadata(np.random.default_rng(0), 2)

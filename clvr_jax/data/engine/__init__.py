@@ -1,1 +1,1 @@
-"""The data engine: prompts become verified trajectories through turns of a vision-language model and an image tool."""
+"""The data engine: synthesizes verified trajectories with a vision-language model and an image generator."""

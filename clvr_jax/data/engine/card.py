@@ -1,4 +1,4 @@
-"""The statistics of a run, for people: a page without scripts, and the card of the dataset."""
+"""The statistics of a run for readers: an HTML page without scripts, and the dataset card."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ _USAGE = ("calls", "retries", "input_tokens", "output_tokens", "pictures", "nfe"
 
 
 def statistics_page(found: Mapping[str, Any]) -> str:
-    """statistics.json as an HTML page; everything that comes from models or users is escaped."""
+    """Renders statistics.json as an HTML page; all text of models and users is escaped."""
     verification = found["verification"]
     discarded = found["discarded"].items()
     return render_page(
@@ -35,7 +35,7 @@ def statistics_page(found: Mapping[str, Any]) -> str:
             *((reason, entry["prompts"]) for reason, entry in discarded),
             *((f"refused: {why}", count) for why, count in found["refused"].items()),
         ],
-        lengths=[(f"{steps} pictures", count) for steps, count in found["steps"].items()],
+        lengths=[(f"{steps} images", count) for steps, count in found["steps"].items()],
         by_number=[(f"{number} corrections", count) for number, count in found["corrections"]["by_number"].items()],
         verdicts=[(name, verification[key]) for name, key in _VERDICTS],
         usage=usage_rows(found),
@@ -47,7 +47,7 @@ def statistics_page(found: Mapping[str, Any]) -> str:
 
 
 def dataset_card(found: Mapping[str, Any]) -> str:
-    """dataset_card.md: what the dataset is, how it was made, how to read it."""
+    """Writes dataset_card.md: the content of the dataset, how it was made, and how to read it."""
     stages = [
         (STAGE_NAMES[name], f"{entry['prompts']:,}", f"{entry['share']:.1%}") for name, entry in found["stages"].items()
     ]
@@ -58,83 +58,85 @@ def dataset_card(found: Mapping[str, Any]) -> str:
     lengths = [(steps, f"{count:,}") for steps, count in found["steps"].items()]
     corrections = [(number, f"{count:,}") for number, count in found["corrections"]["by_number"].items()]
     verdicts = [(name, f"{found['verification'][key]:,}") for name, key in _VERDICTS]
-    checked = "Every picture was checked on it; the" if found["verified"] else "Pictures were not checked; the"
+    verified = "Every image was verified with it; the" if found["verified"] else "Images were not verified; the"
     sections = [
         "---\ntags: [text-to-image, image-editing, reasoning, clvr-jax]\n---",
         f"# {found['recipe']}: verified trajectories",
         found["description"],
         headline(found),
-        "A record is a prompt, the steps that led to its picture (reasoning, action, picture, verdict, the checklist "
-        "that the picture was checked on, proxy prompts for reward models), and how it ended. "
-        f"{checked} result was accepted once more and preferred to a picture drawn in one shot.",
-        "Wrong images are in it as context: the field `run` of their step has `is_mistake` true. Never train an image "
-        "generator to make one. The reply after it, a verdict and a correction, is for the controller to learn.",
-        "The split `verification` holds examples for the controller only: a history, its latest image, and the verdict "
+        "A record has a prompt, the steps that led to its image (reasoning, action, image, verdict, the checklist of "
+        "the image, proxy prompts for reward models), and the outcome. "
+        f"{verified} result was accepted by a final validation and preferred to a one-shot image.",
+        "The dataset contains wrong images as context: the field `run` of their step has `is_mistake` true. Never use "
+        "them as targets of an image generator. The reply after a wrong image, a verdict and a correction, is a target "
+        "of the controller.",
+        "The split `verification` has examples for the controller only: a history, its latest image, and the verdict "
         "on that image. A pair is one history with a wrong and with a right image; its ids end in `-wrong` and "
         "`-right`. No image of this split is a target of an image generator.",
-        "## Reading it\n\n```python\nimport tensorflow_datasets as tfds\n\n"
+        "## How to read the dataset\n\n```python\nimport tensorflow_datasets as tfds\n\n"
         'builder = tfds.builder_from_directory("dataset")\n'
         'trajectories = builder.as_data_source("train")\n'
         'examples = builder.as_data_source("verification")  # if there are any\n'
         "```\n\nor `clvr_jax.data.trajectory_dataset.TrajectoryDataset`. "
-        f"Schema {SCHEMA}; pictures are PNG files. `clvr train` takes the folder as it is.",
-        "## How far the prompts came\n\n" + _table([("", "prompts", "share"), *stages]),
-        "## Why the others did not\n\n" + _table([("", "prompts", "share"), *discarded, *refused]),
-        "## Pictures in a trajectory\n\n" + _table([("pictures", "trajectories"), *lengths]),
+        f"Schema {SCHEMA}; images are PNG files. `clvr train` reads the directory directly.",
+        "## Stages that prompts reached\n\n" + _table([("", "prompts", "share"), *stages]),
+        "## Reasons for discarded prompts\n\n" + _table([("", "prompts", "share"), *discarded, *refused]),
+        "## Images per trajectory\n\n" + _table([("images", "trajectories"), *lengths]),
         f"## Corrections\n\n{corrections_sentence(found)}\n\n"
         + _table([("corrections", "trajectories"), *corrections]),
         f"## Verification examples\n\n{pairs_sentence(found)}\n\n" + _table([("latest image", "examples"), *verdicts]),
-        "## What it cost\n\n" + _table(usage_rows(found)),
-        "## Limits\n\nThe models that made it may have biases and licences of their own, which pass on to what is "
-        "trained on it. Prompts that are, or nearly are, evaluation prompts known to the recipe were left out.",
+        "## Usage\n\n" + _table(usage_rows(found)),
+        "## Limits\n\nThe models that generated the dataset may have biases and licenses, which also apply to models "
+        "trained on it. Prompts equal or similar to evaluation prompts known to the recipe were left out.",
     ]  # fmt: skip
     return "\n\n".join(sections) + "\n"
 
 
 def headline(found: Mapping[str, Any]) -> str:
-    """The result in a sentence or two."""
+    """Returns the result in one or two sentences."""
     share = found["trajectories"] / max(found["prompts"], 1)
     text = f"{found['trajectories']:,} trajectories of {found['prompts']:,} prompts ({share:.1%})."
     if audit := found["audit"]:
-        wrong, pictures = audit["wrong"], audit["pictures"]
-        text += f" Read by a program, {wrong:,} of their {pictures:,} target images are wrong ({wrong / pictures:.2%})."
+        wrong, images = audit["wrong"], audit["pictures"]
+        text += f" By an exact check, {wrong:,} of their {images:,} target images are wrong ({wrong / images:.2%})."
     return text
 
 
 def corrections_sentence(found: Mapping[str, Any]) -> str:
-    """The wrong images in what was kept, in a sentence."""
+    """Returns sentences about the wrong images and corrections in the dataset."""
     corrections = found["corrections"]
     return (
         f"{corrections['wrong_images']:,} wrong images are part of the trajectories. {corrections['total']:,} of them "
-        "had to be corrected; others, if any, show more of the request than their step asked for. That is "
-        f"{corrections['per_trajectory']:.2f} corrections in a trajectory, and {corrections['share']:.1%} of the "
-        "trajectories hold at least one."
+        "had to be corrected; others, if any, show more of the request than their step required. There are "
+        f"{corrections['per_trajectory']:.2f} corrections per trajectory, and {corrections['share']:.1%} of the "
+        "trajectories have at least one."
     )
 
 
 def pairs_sentence(found: Mapping[str, Any]) -> str:
-    """The verification examples in a sentence."""
+    """Returns a sentence about the verification examples."""
     verification = found["verification"]
     count = verification["right"] + verification["wrong"]
     return f"{count:,} examples, among them {verification['pairs']:,} counterfactual pairs."
 
 
 def warning(found: Mapping[str, Any]) -> str | None:
-    """What a user must know before training a controller on the dataset, None if there is nothing."""
+    """Returns a warning for users who train a controller on the dataset, None if there is no reason for one."""
     if found["corrections"]["total"]:
         return None
     return (
-        "warning: the dataset holds no correction. A controller trained on it does not learn to look at images, since "
-        "its verdicts follow from the text; make more trajectories, and do not give --synth.no-keep-mistakes"
+        "warning: the dataset has no correction. A controller trained on it does not learn to inspect images, since "
+        "its verdicts follow from the text; make more trajectories, and do not use --synth.no-keep-mistakes"
     )
 
 
 def usage_rows(found: Mapping[str, Any]) -> list[Row]:
-    """A table of what each role cost; columns that are zero everywhere are left out."""
+    """Returns a table of the usage of each role; columns of zeros are left out."""
     usage = {**found["usage"], "all": found["total"]}
     columns = [name for name in _USAGE if any(entry.get(name) for entry in usage.values())]
     rows = [(role, *(_number(entry.get(name, 0)) for name in columns)) for role, entry in usage.items()]
-    return [("", *(name.replace("_", " ") for name in columns)), *rows]
+    names = ("images" if name == "pictures" else name.replace("_", " ") for name in columns)
+    return [("", *names), *rows]
 
 
 def _number(value: float) -> str:

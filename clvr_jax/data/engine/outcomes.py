@@ -1,11 +1,11 @@
-"""Finished prompts on disk: one zip file for each, written whole or not at all, so that a run can be killed anywhere.
+"""Outcomes of prompts on disk: one zip file each, written atomically, so that a run can be killed at any time.
 
-    outcomes/3f/shapes-00018.failed.json: why a prompt has no outcome yet, and what its tries cost
+    outcomes/3f/shapes-00018.failed.json: why a prompt has no outcome yet, and the usage of its attempts
     outcomes/3f/shapes-00017.zip:  outcome.json, and trajectory/ as a saved trajectory, index.html included;
-                                   verification/0/ and so on, the verification examples, in the same form
+                                   verification/0/ and so on, the verification examples, in the same format
 
-What was kept and what was discarded lie side by side; a discarded one tells how far it came and why it went no further.
-The folder may be a bucket (gs://...), where the workers of a Beam runner can all reach it.
+Kept and discarded prompts are stored alike; the outcome of a discarded one has the stage that it reached and the
+reason. The directory may be a bucket (gs://...) that all workers of a Beam runner can access.
 """
 
 import hashlib
@@ -40,11 +40,18 @@ _JSON, _TRAJECTORY, _VERIFICATION = "outcome.json", "trajectory", "verification"
 
 
 @dataclass(frozen=True)
-class Finished:
-    """What outcome.json says of a finished prompt.
+class FinishedPrompt:
+    """The content of the outcome.json of a finished prompt.
 
-    stage, reason, detail: see `engine.Outcome`. usage: by role. seconds: from its first call to its last.
-    pictures, steps: drawn in all, and kept. content: all of it.
+    Attributes:
+      id: id of the prompt.
+      stage, reason, detail: see `engine.Outcome`.
+      usage: usage by role.
+      seconds: time from the first call to the last.
+      num_images: number of images in the history.
+      steps: number of images in the trajectory, 0 without one.
+      turns: number of turns of the planner.
+      content: the whole JSON object.
     """
 
     id: str
@@ -60,21 +67,25 @@ class Finished:
 
     @property
     def is_kept(self) -> bool:
-        """Whether it made a trajectory."""
+        """Whether the prompt has a trajectory."""
         return self.stage == "kept"
 
     @property
     def verdicts(self) -> tuple[bool, ...]:
-        """For each verification example whether its latest image is right."""
+        """Whether the latest image is right, for each verification example."""
         examples = self.content["verification"]
         return tuple(len(entry["checklists"]) - 1 not in entry["mistakes"] for entry in examples)
 
 
 @dataclass(frozen=True)
-class Failed:
+class FailedPrompt:
     """Why a prompt has no outcome yet.
 
-    fault: of the provider, see `ProviderError`. detail: in words. usage: by role, of all tries.
+    Attributes:
+      id: id of the prompt.
+      fault: fault of the provider, see `ProviderError`.
+      detail: description of the fault.
+      usage: usage by role, of all attempts.
     """
 
     id: str
@@ -84,14 +95,18 @@ class Failed:
 
 
 class OutcomeStore:
-    """The outcomes in a folder, by the ids of their prompts."""
+    """The outcomes in a directory, by the ids of their prompts.
 
-    def __init__(self, folder: str | os.PathLike[str]):
-        self.folder = epath.Path(folder)
+    Attributes:
+      directory: the directory, or a bucket.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]):
+        self.directory = epath.Path(directory)
 
     def path(self, id: str) -> epath.Path:
-        """Where an outcome lies; spread over 256 folders, since there may be many."""
-        return self.folder / hashlib.sha256(id.encode()).hexdigest()[:2] / f"{id}.zip"
+        """Returns the path of an outcome; outcomes are distributed over 256 subdirectories."""
+        return self.directory / hashlib.sha256(id.encode()).hexdigest()[:2] / f"{id}.zip"
 
     def __contains__(self, id: str) -> bool:
         return self.path(id).exists()
@@ -103,48 +118,48 @@ class OutcomeStore:
         seconds: float,
         adapted: Mapping[str, Sequence[str]] | None = None,
     ) -> None:
-        """Keeps an outcome; what failed tries of the prompt cost is part of its usage.
+        """Stores an outcome; the usage of failed attempts at the prompt is added to its usage.
 
         Args:
-          outcome: of a prompt.
-          usage: by role.
-          seconds: that it took.
+          outcome: outcome of a prompt.
+          usage: usage by role.
+          seconds: time of the prompt.
           adapted: for each server the fields of requests that it refused.
-        Raises: ClvrError, one line, if it cannot be written; then nothing is left behind.
+        Raises: ClvrError, one line, if the file cannot be written; then nothing is left on disk.
         """
         id = outcome.item.id
         if (failed := self.failed(id)) is not None:
-            usage = _added(failed.usage, usage)
-        self._put(self.path(id), _packed(outcome, usage, seconds, adapted or {}))
+            usage = _sum_usage(failed.usage, usage)
+        self._write_atomically(self.path(id), _pack(outcome, usage, seconds, adapted or {}))
         if failed is not None:
             self._failed_path(id).unlink(missing_ok=True)
 
     def write_failed(self, id: str, fault: Fault, detail: str, usage: Mapping[str, Mapping[str, float]]) -> None:
-        """Keeps why a prompt has no outcome, and what that cost. Raises: as `write` does."""
+        """Stores why a prompt has no outcome, and the usage of the attempt. Raises: ClvrError, see `write`."""
         if (before := self.failed(id)) is not None:
-            usage = _added(before.usage, usage)
+            usage = _sum_usage(before.usage, usage)
         content = {"id": id, "fault": fault, "detail": detail, "usage": usage}
-        self._put(self._failed_path(id), json.dumps(content, indent=1).encode())
+        self._write_atomically(self._failed_path(id), json.dumps(content, indent=1).encode())
 
-    def failed(self, id: str) -> Failed | None:
-        """Why a prompt has no outcome yet; None if nobody tried, or the note is damaged."""
+    def failed(self, id: str) -> FailedPrompt | None:
+        """Returns why a prompt has no outcome yet; None if it was not attempted, or the file is damaged."""
         path = self._failed_path(id)
         try:
             content = parse_object(path.read_bytes(), str(path))
-            return Failed(id, content.text("fault"), content.text("detail"), _usage(content))
+            return FailedPrompt(id, content.text("fault"), content.text("detail"), _usage(content))
         except (OSError, ClvrError):
             return None
 
     def remove(self, id: str) -> None:
-        """Forgets an outcome, so that the prompt is worked on again."""
+        """Removes an outcome, so that the prompt is processed again."""
         self.path(id).unlink(missing_ok=True)
 
     def _failed_path(self, id: str) -> epath.Path:
         path = self.path(id)
         return path.parent / f"{id}.failed.json"
 
-    def _put(self, path: epath.Path, content: bytes) -> None:
-        # On one machine a rename is what makes a file appear whole; in a bucket files always do.
+    def _write_atomically(self, path: epath.Path, content: bytes) -> None:
+        # On a local disk a rename is atomic; in a bucket files are written atomically anyway.
         temporary = path.parent / f".{uuid.uuid4().hex}.tmp"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,21 +168,21 @@ class OutcomeStore:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise ClvrError(
-                f"{path}: cannot be written ({error.strerror or error}); finished prompts are kept, run it again"
+                f"{path}: cannot be written ({error.strerror or error}); finished prompts are stored, run it again"
             ) from error
 
     def ids(self) -> set[str]:
-        """All that are finished."""
-        if not self.folder.exists():
+        """Returns the ids of all finished prompts."""
+        if not self.directory.exists():
             return set()
-        return {path.stem for shard in self.folder.iterdir() for path in shard.iterdir() if path.suffix == ".zip"}
+        return {path.stem for shard in self.directory.iterdir() for path in shard.iterdir() if path.suffix == ".zip"}
 
-    def read(self, id: str) -> Finished:
-        """What is said of one. Raises: ClvrError if it is not there or cannot be read."""
-        with self._opened(id) as archive:
+    def read(self, id: str) -> FinishedPrompt:
+        """Reads the outcome of a prompt. Raises: ClvrError if it does not exist or cannot be read."""
+        with self._open(id) as archive:
             content = parse_object(archive.read(_JSON), f"{self.path(id)}: {_JSON}")
         _check_examples(content)
-        return Finished(
+        return FinishedPrompt(
             id=id,
             stage=content.optional("stage", content.text),
             reason=content.text("reason"),
@@ -181,20 +196,23 @@ class OutcomeStore:
         )
 
     def trajectory(self, id: str) -> Trajectory | None:
-        """How it went, for a page: what was kept as it is told, what was discarded as it happened, None if nothing was
-        drawn. Raises: as `read` does."""
+        """Loads the trajectory of a prompt, kept or discarded, for display.
+
+        Returns: the trajectory; None if it has no image. Discarded trajectories also have images that were rolled back.
+        Raises: ClvrError, see `read`.
+        """
         return self._load(id, _TRAJECTORY)
 
-    def _load(self, id: str, place: str) -> Trajectory | None:
-        with self._opened(id) as archive, tempfile.TemporaryDirectory() as folder:
-            names = [name for name in archive.namelist() if name.startswith(f"{place}/")]
+    def _load(self, id: str, prefix: str) -> Trajectory | None:
+        with self._open(id) as archive, tempfile.TemporaryDirectory() as directory:
+            names = [name for name in archive.namelist() if name.startswith(f"{prefix}/")]
             if not names:
                 return None
-            archive.extractall(folder, names)
-            return Trajectory.load(Path(folder) / place)
+            archive.extractall(directory, names)
+            return Trajectory.load(Path(directory) / prefix)
 
-    def record(self, finished: Finished) -> TrajectoryRecord:
-        """The record of one that was kept. Raises: as `read` does."""
+    def record(self, finished: FinishedPrompt) -> TrajectoryRecord:
+        """Returns the record of a kept prompt. Raises: ClvrError if the prompt was not kept; see also `read`."""
         trajectory = self.trajectory(finished.id)
         if trajectory is None or not finished.is_kept:
             raise ClvrError(f"{self.path(finished.id)}: was not kept")
@@ -212,8 +230,8 @@ class OutcomeStore:
             tuple(content["mistakes"]),
         )
 
-    def verification(self, finished: Finished) -> Iterator[TrajectoryRecord]:
-        """Yields the verification examples of one, kept or not. Raises: as `read` does."""
+    def verification(self, finished: FinishedPrompt) -> Iterator[TrajectoryRecord]:
+        """Yields the verification examples of a prompt, kept or discarded. Raises: ClvrError, see `read`."""
         for number, entry in enumerate(finished.content["verification"]):
             trajectory = self._load(finished.id, f"{_VERIFICATION}/{number}")
             if trajectory is None:
@@ -228,7 +246,7 @@ class OutcomeStore:
             )
 
     @contextmanager
-    def _opened(self, id: str) -> Iterator[zipfile.ZipFile]:
+    def _open(self, id: str) -> Iterator[zipfile.ZipFile]:
         path = self.path(id)
         try:
             with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
@@ -237,20 +255,22 @@ class OutcomeStore:
                 yield archive
         except FileNotFoundError:
             raise ClvrError(f"{path}: no such outcome") from None
-        # RuntimeError: encrypted, or packed in a way that Python does not know. KeyError: no such member.
+        # RuntimeError: the archive is encrypted, or its compression is not supported. KeyError: a member is missing.
         except (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, KeyError) as error:
-            raise ClvrError(f"{path}: cannot be read ({error}); remove it, and the prompt is done again") from error
+            raise ClvrError(
+                f"{path}: cannot be read ({error}); remove it, and the prompt is processed again"
+            ) from error
 
 
 def _usage(content: JsonObject) -> dict[str, dict[str, float]]:
-    """Usage by role."""
-    bill = content.nested("usage")
-    roles = {role: bill.nested(role) for role in bill.content}
+    """Returns the usage by role."""
+    stored = content.nested("usage")
+    roles = {role: stored.nested(role) for role in stored.content}
     return {role: {name: usage.number(name) for name in usage.content} for role, usage in roles.items()}
 
 
 def _check_examples(content: JsonObject) -> None:
-    """Raises ClvrError unless the fields are there from which records are made."""
+    """Raises ClvrError unless the fields that records need are present and have valid types."""
     content.nested("metadata")
     content.integers("mistakes")
     for example in content.objects("verification"):
@@ -270,18 +290,18 @@ def _check_examples(content: JsonObject) -> None:
             proxy.integers("i_ref")
 
 
-def _added(*bills: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Bills by role, added up."""
+def _sum_usage(*usages: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Returns the sums of usages by role."""
     total: dict[str, dict[str, float]] = {}
-    for bill in bills:
-        for role, usage in bill.items():
+    for by_role in usages:
+        for role, usage in by_role.items():
             own = total.setdefault(role, {})
             for name, value in usage.items():
                 own[name] = own.get(name, 0) + value
     return dict(sorted(total.items()))
 
 
-def _packed(
+def _pack(
     outcome: Outcome, usage: Mapping[str, Mapping[str, float]], seconds: float, adapted: Mapping[str, Sequence[str]]
 ) -> bytes:
     history = outcome.history or History(outcome.item)
@@ -325,7 +345,7 @@ def _packed(
 
 
 def discarded_trajectory(outcome: Outcome) -> Trajectory | None:
-    """The pictures of a trajectory that was discarded, with what was thought and found; None if there are none."""
+    """Returns the images of a discarded trajectory with the turns and failed checks; None if there is no image."""
     history = outcome.history
     if history is None or not history.images:
         return None

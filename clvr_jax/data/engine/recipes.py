@@ -1,14 +1,13 @@
-"""Recipes of the data engine: Python files that say which prompts, which models, and how hard they are pressed.
+"""Recipes of the data engine: Python files that define prompts, models and limits.
 
 A recipe has `CONFIG`, a dataclass instance with a field `synth` of type `SynthConfig`, and these functions:
 
     prompts(config) -> the prompts, as `PromptItem`
-    worker_context(config) -> what makes trajectories of them, a `WorkerContext`; called once in each worker process
-    evaluation_prompts(config) -> texts that must not be learned from; may be left out
-    audit(record) -> for each picture of a record that is a target whether it is right, where a program can tell; may be
-        left out
-    corrections(record) -> how many wrong images of a record had to be corrected, where a program can tell; if it is
-        left out, all of them count
+    worker_context(config) -> the models, a `WorkerContext`; called once in each worker process
+    evaluation_prompts(config) -> texts that must not be in the dataset; optional
+    audit(record) -> whether each target image of a record is right, by an exact check; optional
+    corrections(record) -> number of wrong images of a record that had to be corrected, by an exact check; optional, all
+        wrong images count by default
 """
 
 import dataclasses
@@ -30,28 +29,29 @@ from clvr_jax.interfaces import ImageModel
 from clvr_jax.recipe_files import import_recipe, plain, rebuilt
 from clvr_jax.redaction import redact_urls
 
-_HOW_MANY = ("count", "prompts")
-_HOW_FAST = ("in_flight", "beam", "max_failures")
+_COUNT_FIELDS = ("count", "prompts")
+_SPEED_FIELDS = ("in_flight", "beam", "max_failures")
 _ENDPOINT = {"model", "base_url", "key_variable"}
 
 
 @dataclass(frozen=True)
 class SynthConfig:
-    """How trajectories are made.
+    """The configuration of a synthesis run.
 
     Attributes:
-      seed: of the run; with a prompt's id it decides every other seed.
+      seed: seed of the run; all other seeds are derived from it and the id of a prompt.
       max_turns, max_pictures: budget of a prompt, see `engine.Settings`.
-      verify: passive verification; without it only for measuring what it is worth.
+      verify: passive verification of each image; disabled only to measure its effect.
       keep_mistakes: a wrong image stays in the history as context, never as a target of the image generator, and is
         corrected; without it one wrong image discards the trajectory, as in the paper.
-      max_characters: of a prompt; longer ones are refused.
+      max_characters: maximum length of a prompt; longer prompts are refused.
       near_duplicate: see `intake.EvaluationPrompts`.
-      in_flight: prompts at once in each worker process.
-      beam: options of Apache Beam in one string, e.g. "--runner=DataflowRunner --project=P --region=R".
-      max_failures: prompts that may fail one after the other, with no outcome between them, before the run stops; a
-        provider that is down would else be asked about every prompt.
-      outcomes: folder or bucket that all workers reach; OUT/outcomes if empty, which is right on one machine.
+      in_flight: number of concurrent prompts in each worker process.
+      beam: options of Apache Beam in one string, for example "--runner=DataflowRunner --project=P --region=R".
+      max_failures: number of consecutive prompts that may fail, without an outcome between them, before the run stops;
+        otherwise a provider that is down would be called for each prompt.
+      outcomes: directory or bucket that all workers can access; empty is OUT/outcomes, for one machine.
+    Raises: UsageError for values out of range.
     """
 
     seed: int = 0
@@ -71,11 +71,11 @@ class SynthConfig:
             if getattr(self, name) < 1:
                 raise UsageError(f"synth: {name} must be at least 1, got {getattr(self, name)}")
         if not 0 < self.near_duplicate <= 1:
-            raise UsageError(f"synth: near_duplicate must lie in (0, 1], got {self.near_duplicate}")
+            raise UsageError(f"synth: near_duplicate must be in (0, 1], got {self.near_duplicate}")
 
     @property
     def settings(self) -> Settings:
-        """As the engine takes them."""
+        """The settings of the engine."""
         versions = {"templates": str(TEMPLATES_VERSION)}
         return Settings(self.max_turns, self.max_pictures, self.verify, self.keep_mistakes, versions=versions)
 
@@ -85,17 +85,17 @@ class WorkerContext(Protocol):
 
     @property
     def image_model(self) -> ImageModel:
-        """What draws, for all prompts."""
+        """The image generator of all prompts."""
         ...
 
     def roles(self, item: PromptItem, tracker: UsageTracker) -> Roles:
-        """Who plays the roles for a prompt; models are metered, `tracker.model(role, model)`."""
+        """Returns the roles for a prompt; their models must be wrapped by `tracker.model(role, model)`."""
         ...
 
 
 @dataclass(frozen=True)
 class SynthRecipe:
-    """What a recipe file says; see the top of this file."""
+    """The content of a recipe file, see the docstring of this module."""
 
     name: str
     config: Any
@@ -110,9 +110,9 @@ class SynthRecipe:
 def load_synth_recipe(path: Path) -> SynthRecipe:
     """Reads a recipe file. Raises: ClvrError, one line, if it cannot be imported or is no recipe of the engine."""
     module = import_recipe(path)
-    if lacking := [name for name in ("CONFIG", "prompts", "worker_context") if not hasattr(module, name)]:
+    if missing := [name for name in ("CONFIG", "prompts", "worker_context") if not hasattr(module, name)]:
         raise ClvrError(
-            f"{path}: not a recipe of the data engine, it defines no {' and no '.join(lacking)}; see "
+            f"{path}: not a recipe of the data engine, it defines no {' and no '.join(missing)}; see "
             "configs/shapes_synth.py"
         )
     config = module.CONFIG
@@ -132,39 +132,46 @@ def load_synth_recipe(path: Path) -> SynthRecipe:
 
 @dataclass(frozen=True)
 class RecipeWorkerContext:
-    """Makes a recipe's worker_context, wherever it is called: the recipe travels as text, its config as JSON."""
+    """A serializable function that makes a recipe's worker context in any process.
+
+    Attributes:
+      name: name of the recipe.
+      text: content of the recipe file.
+      config: the config as JSON.
+    """
 
     name: str
     text: str
     config: str
 
     @classmethod
-    def of(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkerContext":
-        """That of a recipe with a config, which need not be its own."""
+    def from_recipe(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkerContext":
+        """Returns the function for a recipe with a config, which may differ from `CONFIG`."""
         return cls(recipe.name, recipe.path.read_text(encoding="utf-8"), json.dumps(plain(config)))
 
     def __call__(self) -> WorkerContext:
         """Loads the models."""
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"{self.name}.py"
+        with tempfile.TemporaryDirectory() as directory:
+            path = Path(directory) / f"{self.name}.py"
             path.write_text(self.text, encoding="utf-8")
             module = import_recipe(path)
         return module.worker_context(rebuilt(module.CONFIG, json.loads(self.config)))
 
 
 def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
-    """What must be the same when a run goes on.
+    """Returns the values that must be equal when a run is resumed.
 
-    It is everything but how many prompts there are, how fast it goes, and how endpoints are called: a key, a time limit
-    or a price may be corrected. Logins in addresses are left out, for this is written down.
+    These are all values except the number of prompts, the speed, and the calls of endpoints: a key, a timeout or a
+      price
+    may be changed. Credentials in URLs are redacted, since the result is stored.
     """
-    values = {name: value for name, value in plain(config).items() if name not in _HOW_MANY}
-    values["synth"] = {name: value for name, value in values["synth"].items() if name not in _HOW_FAST}
+    values = {name: value for name, value in plain(config).items() if name not in _COUNT_FIELDS}
+    values["synth"] = {name: value for name, value in values["synth"].items() if name not in _SPEED_FIELDS}
     return comparable({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
 
 
 def comparable(value: Any) -> Any:
-    """An identity, also one of an earlier version, with the model and the redacted address of each endpoint only."""
+    """Returns an identity, possibly of an earlier version, with only model and redacted URL of each endpoint."""
     if not isinstance(value, dict):
         return redact_urls(value)
     names = ("model", "base_url") if value.keys() >= _ENDPOINT else value.keys()

@@ -1,4 +1,4 @@
-"""Histories of the data engine as records: the trajectory that is kept, and verification examples.
+"""Conversion of histories of the data engine to records: the trajectory, and verification examples.
 
 A verification example is a history, its latest image, and the verdict on that image. Two kinds are made:
 
@@ -21,14 +21,17 @@ from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, V
 
 
 class TranslationError(ClvrError):
-    """Replies that do not fit what was done; the message says how."""
+    """Replies do not fit the history; the message says how."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """A right image of a step whose image in the history is wrong: the same instruction and history, another seed.
+    """A right image for a step whose image in the history is wrong: same instruction and history, another seed.
 
-    wrong: number of the wrong image. event: as it would be in the history, with the checks of the right image.
+    Attributes:
+      wrong: number of the wrong image.
+      image: the right image.
+      event: the event of the step, with the checks of the right image.
     """
 
     wrong: int
@@ -38,7 +41,13 @@ class Retry:
 
 @dataclass(frozen=True)
 class RecordWriter:
-    """Writes the records of one prompt. model: name of the image tool. seed, versions: recorded with a trajectory."""
+    """Writes the records of one prompt.
+
+    Attributes:
+      translator: writes the replies of the controller.
+      model: name of the image generator.
+      seed, versions: recorded in the trajectory.
+    """
 
     translator: Translator
     model: str
@@ -46,37 +55,49 @@ class RecordWriter:
     versions: Mapping[str, str]
 
     def replies(self, history: History, accepted: bool) -> list[Reply]:
-        """Returns the replies for each image of the path, and the last one on the final image.
+        """Returns the reply before each image of the path, and the reply after the final image.
 
         Args:
+          history: the history.
           accepted: whether the final image meets the request, so that the last reply ends the trajectory.
-        Raises: TranslationError or ParseError if they do not fit the images or their verdicts.
+        Raises: TranslationError or ParseError if the replies do not fit the images or their verdicts.
         """
         texts, wrong = self.translator.replies(history, accepted), wrong_images(history)
         if len(texts) != len(history.path) + 1:
             raise TranslationError(f"{len(history.path)} images got {len(texts)} replies")
         read = [parse(text, has_image=number > 0) for number, text in enumerate(texts)]
         if any(reply.action != IMAGE_GEN for reply in read[:-1]) or (read[-1].action == TERMINATE) != accepted:
-            raise TranslationError("the replies do not draw each image and then stop exactly if it is accepted")
+            raise TranslationError(
+                "the replies must request each image, and the last one must stop exactly if the final image is accepted"
+            )
         if bool(read[-1].unmet) == accepted:
-            raise TranslationError("the last reply has something unmet exactly if the final image is accepted")
+            raise TranslationError("the last reply must have nothing unmet exactly if the final image is accepted")
         for image, verdict in zip(history.path, read[1:], strict=True):
             if image in wrong and not verdict.unmet:
                 raise TranslationError(f"image {image} failed its checklist, but the reply to it has nothing unmet")
         return read
 
-    def trajectory(self, history: History, replies: Sequence[Reply], made: Sequence[ImageResponse]) -> TrajectoryRecord:
-        """Returns the path as the loop would have gone it. Raises: TranslationError, or what the translator raises."""
+    def trajectory(
+        self, history: History, replies: Sequence[Reply], responses: Sequence[ImageResponse]
+    ) -> TrajectoryRecord:
+        """Returns the path as a trajectory of the loop.
+
+        Args:
+          history: the history, whose final image is accepted.
+          replies: replies of the whole path, see `replies`.
+          responses: response of the image generator for each image of the history.
+        Raises: TranslationError if the numbers of proxy prompts and images differ, and errors of the translator.
+        """
         proxies = self.translator.proxies(history)
         if len(proxies) != len(history.path):
             raise TranslationError(f"{len(history.path)} images got {len(proxies)} proxy prompts")
         steps = [
             Step(
-                *_told(number, reply),
+                *_step_fields(number, reply),
                 history.images[image],
                 Verdict(following.unmet or (), following.reasoning),
-                nfe=made[image].usage.nfe,
-                seconds=made[image].usage.seconds,
+                nfe=responses[image].usage.nfe,
+                seconds=responses[image].usage.seconds,
             )
             for number, (reply, following, image) in enumerate(zip(replies, replies[1:], history.path, strict=False))
         ]
@@ -87,7 +108,7 @@ class RecordWriter:
             self.model,
             self.seed,
             {**package_versions(), **self.versions},
-            sum(one.usage.seconds for one in made),
+            sum(one.usage.seconds for one in responses),
         )
         return TrajectoryRecord(
             history.item.id,
@@ -101,30 +122,33 @@ class RecordWriter:
     def verification(
         self, history: History, replies: Sequence[Reply], retries: Sequence[Retry], is_last_wrong: bool
     ) -> Iterator[TrajectoryRecord]:
-        """Yields the verification examples of a path, see the top of this file.
+        """Yields the verification examples of a path, see the docstring of this module.
 
         A pair for which the translator gives no usable verdict is left out.
 
         Args:
-          replies: of the whole path, as `replies` returns them.
+          history: the history.
+          replies: replies of the whole path, see `replies`.
           retries: right images of steps whose image is wrong; those of steps that were rolled back are left out.
-          is_last_wrong: whether the final image is wrong, and the trajectory is rejected for it.
+          is_last_wrong: whether the trajectory is rejected because the final image is wrong.
         """
         paired = set()
         for retry in retries:
             if retry.wrong not in history.path:
                 continue
-            place = history.path.index(retry.wrong)
-            before = _cut(history, place)
+            position = history.path.index(retry.wrong)
+            before = _truncate(history, position)
             try:
                 right = _with_image(before, retry)
-                told = tuple(reply.text for reply in replies[: place + 1])
-                verdict = parse(self.translator.verdict(right, told), has_image=True)
-                example = self._example(right, replies[: place + 1], verdict, is_wrong=False)
+                texts = tuple(reply.text for reply in replies[: position + 1])
+                verdict = parse(self.translator.verdict(right, texts), has_image=True)
+                example = self._example(right, replies[: position + 1], verdict, is_wrong=False)
             except ClvrError:
                 continue
-            paired.add(place)
-            yield self._example(_cut(history, place + 1), replies[: place + 1], replies[place + 1], is_wrong=True)
+            paired.add(position)
+            yield self._example(
+                _truncate(history, position + 1), replies[: position + 1], replies[position + 1], is_wrong=True
+            )
             yield example
         last = len(history.path) - 1
         if is_last_wrong and last not in paired:
@@ -132,10 +156,10 @@ class RecordWriter:
 
     def _example(self, history: History, replies: Sequence[Reply], verdict: Reply, is_wrong: bool) -> TrajectoryRecord:
         if (verdict.action == TERMINATE) != (not verdict.unmet):
-            raise TranslationError("a verdict stops exactly if nothing is unmet")
+            raise TranslationError("a verdict must stop exactly if nothing is unmet")
         verdicts = [Verdict(reply.unmet or (), reply.reasoning) for reply in (*replies[1:], verdict)]
         steps = tuple(
-            Step(*_told(number, reply), history.images[image], found)
+            Step(*_step_fields(number, reply), history.images[image], found)
             for number, (reply, image, found) in enumerate(zip(replies, history.path, verdicts, strict=True))
         )
         last = len(steps) - 1
@@ -168,8 +192,8 @@ def failed(checks: Sequence[Check]) -> list[Check]:
     return [check for check in checks if not check.passed]
 
 
-def _told(number: int, reply: Reply) -> tuple[str, str, tuple[int, ...]]:
-    """What step `number` of a path said and did, and its references: all images before it."""
+def _step_fields(number: int, reply: Reply) -> tuple[str, str, tuple[int, ...]]:
+    """Returns reasoning, action and references of step `number` of a path; the references are all images before it."""
     return reply.reasoning, IMAGE_GEN, tuple(range(number))
 
 
@@ -180,18 +204,18 @@ def _checklists(history: History) -> tuple[Any, ...]:
 
 def _mistakes(history: History) -> tuple[int, ...]:
     wrong = wrong_images(history)
-    return tuple(place for place, image in enumerate(history.path) if image in wrong)
+    return tuple(position for position, image in enumerate(history.path) if image in wrong)
 
 
-def _cut(history: History, length: int) -> History:
-    """The history when its path had `length` images: without what happened after the last of them was made."""
+def _truncate(history: History, length: int) -> History:
+    """Returns the history up to image `length` of the path, without later events."""
     path = history.path[:length]
     ends = [number for number, event in enumerate(history.events, start=1) if event.image_index in path]
     return History(history.item, history.images, path, history.events[: max(ends, default=0)])
 
 
 def _with_image(history: History, retry: Retry) -> History:
-    """The history after the right image of a retry."""
+    """Returns the history extended by the right image of a retry."""
     number = len(history.images)
     event = Event(retry.event.state, retry.event.turn, number, retry.event.checks)
     return History(history.item, (*history.images, retry.image), (*history.path, number), (*history.events, event))

@@ -1,13 +1,13 @@
 """A run of the engine, from prompts to a dataset.
 
-    OUT/prompts.jsonl      the prompts that are worked on; the others are counted in refused.json
-    OUT/outcomes/          one file for each finished prompt, kept or not; and a note for each that a provider failed
-    OUT/dataset/           what was kept, as a TFDS dataset of trajectories; and verification examples, a split of it
-    OUT/statistics.json    how many got how far, and at what price; statistics.html shows it
-    OUT/dataset_card.md    what the dataset is, for those who find it
+    OUT/prompts.jsonl      the prompts of the run; refused.json has the numbers of refused ones
+    OUT/outcomes/          one file for each finished prompt, kept or discarded; and one for each failed prompt
+    OUT/dataset/           a TFDS dataset of the trajectories, with a split of verification examples
+    OUT/statistics.json    statistics: stages that prompts reached, usage; statistics.html displays them
+    OUT/dataset_card.md    description of the dataset for its users
 
-A run that was stopped anywhere goes on; more prompts may be added. What is already finished is not made again. A
-prompt that a provider failed (no connection, rate limit, no money, no reply) is not finished.
+An interrupted run can be resumed, and prompts may be added. Finished prompts are not processed again. A prompt fails,
+and is not finished, if a provider fails (no connection, rate limit, no credit, no reply).
 """
 
 import threading
@@ -32,21 +32,21 @@ from clvr_jax.outputs import check_folder
 
 _PROMPTS, _REFUSED, _RUN = "prompts.jsonl", "refused.json", "synth.json"
 DATASET, STATISTICS, PAGE, CARD = "dataset", "statistics.json", "statistics.html", "dataset_card.md"
-_SECONDS_BETWEEN_LOOKS = 2.0
+_POLL_SECONDS = 2.0
 
 
 def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
-    """Makes the trajectories of all prompts, and the dataset.
+    """Synthesizes the trajectories of all prompts and writes the dataset.
 
     Args:
-      recipe: which prompts and models.
+      recipe: the prompts and models.
       config: the recipe's config, with overrides.
-      out: folder of the run.
-    Returns: the statistics, as they stand in statistics.json.
-      `unfinished` there counts the prompts that providers failed; the dataset lacks them until the next run.
-    Raises: UsageError if another run is in `out`; ClvrError, one line, if another process works there, if there is no
-      prompt or no trajectory, too many prompts fail in a row, Apache Beam is not installed, or something cannot be
-      written.
+      out: directory of the run.
+    Returns: the content of statistics.json. `unfinished` has the number of failed prompts, which are not in the dataset
+      until the run is resumed.
+    Raises: UsageError if `out` has a run with another config; ClvrError, one line, if another process uses `out`, if
+      there is no prompt or no trajectory, too many consecutive prompts fail, Apache Beam is not installed, or a file
+      cannot be written.
     """
     check_folder(out)
     with locked_output(out):
@@ -54,22 +54,22 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
 
 
 def _synthesize(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
-    """`synthesize_dataset`, with the lock of `out` held."""
+    """Implements `synthesize_dataset`; the caller holds the lock of `out`."""
     store = open_run(recipe, config, out)
-    ids, refused = _take_in(recipe, config, out)
+    ids, refused = _write_prompts(recipe, config, out)
     _forget_failures(store, ids)
     if missing := ids - store.ids():
         if not _has_outcomes(out):
             write_json(out / _RUN, identity(recipe, config))
-        console.print(f"{out}: {len(missing):,} of {len(ids):,} prompts to be worked on")
-        with _watched(store, ids):
+        console.print(f"{out}: {len(missing):,} of {len(ids):,} prompts to process")
+        with _report_progress(store, ids):
             _run(recipe, config, out, store)
     finished = ids & store.ids()
     statistics = Statistics(refused)
     for id in sorted(ids - finished):
         statistics.add_failed(id, store.failed(id))
     try:
-        count = write_dataset(out / DATASET, _kept(recipe, store, sorted(finished), statistics), overwrite=True)
+        count = write_dataset(out / DATASET, _records(recipe, store, sorted(finished), statistics), overwrite=True)
     except ClvrError as error:
         if (unfinished := statistics.unfinished_sentence) is None:
             raise
@@ -88,47 +88,47 @@ def _synthesize(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
 
 
 def open_run(recipe: SynthRecipe, config: Any, out: Path) -> OutcomeStore:
-    """The outcomes in a run's folder. Nothing is written: options may be corrected until there is an outcome.
+    """Opens the outcomes of a run. Nothing is written, so that options may be changed until there is an outcome.
 
-    Raises: UsageError if outcomes of another config are there.
+    Raises: UsageError if there are outcomes of another config.
     """
     check_folder(out)
     if (out / _RUN).exists() and _has_outcomes(out):
-        wanted, usual = identity(recipe, config), identity(recipe, recipe.config)
-        found = _completed(comparable(read_json(out / _RUN)), usual)
-        if differ := sorted(_differences(found, wanted)):
+        expected, defaults = identity(recipe, config), identity(recipe, recipe.config)
+        found = _with_defaults(comparable(read_json(out / _RUN)), defaults)
+        if differ := sorted(_differences(found, expected)):
             raise UsageError(
-                f"{out}: a run with another {', '.join(differ)} is here; give the same options, or another --out"
+                f"{out}: has a run with another {', '.join(differ)}; use the same options, or another --out"
             )
     return OutcomeStore(config.synth.outcomes or out / "outcomes")
 
 
 def _has_outcomes(out: Path) -> bool:
-    """Whether the run in a directory has any outcome yet, wherever it keeps them."""
+    """Returns whether the run in a directory has any outcome, wherever they are stored."""
     if not (out / _RUN).exists():
         return False
     synth = read_json(out / _RUN).get("config", {}).get("synth", {})
     return bool(OutcomeStore(synth.get("outcomes") or out / "outcomes").ids())
 
 
-def _completed(found: Any, usual: Any) -> Any:
-    """An identity that an earlier version wrote, with the usual values of options that it did not have."""
-    if not isinstance(found, dict) or not isinstance(usual, dict):
+def _with_defaults(found: Any, defaults: Any) -> Any:
+    """Returns an identity of an earlier version with default values for the options that it did not have."""
+    if not isinstance(found, dict) or not isinstance(defaults, dict):
         return found
-    return {**usual, **{name: _completed(value, usual.get(name)) for name, value in found.items()}}
+    return {**defaults, **{name: _with_defaults(value, defaults.get(name)) for name, value in found.items()}}
 
 
 def _forget_failures(store: OutcomeStore, ids: set[str]) -> None:
-    """Removes outcomes of an earlier version that only say that a provider failed, so that it is asked again."""
+    """Removes outcomes in which an earlier version stored a failure of a provider, so that these prompts run again."""
     failed = [id for id in sorted(ids & store.ids()) if store.read(id).reason == "provider"]
     for id in failed:
         store.remove(id)
     if failed:
-        console.print(f"{len(failed):,} prompts that a provider failed in an earlier run are worked on again")
+        console.print(f"{len(failed):,} prompts that failed in an earlier run are processed again")
 
 
-def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Counter[str]]:
-    """Writes the prompts that are to be worked on; their ids, and how many were refused for what reason."""
+def _write_prompts(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Counter[str]]:
+    """Writes the prompts of the run. Returns: their ids, and the numbers of refused prompts by reason."""
     settings = config.synth
     evaluation = EvaluationPrompts(recipe.evaluation_prompts(config), settings.near_duplicate)
     lines, ids, refused = [], set(), Counter[str]()
@@ -140,7 +140,7 @@ def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Cou
             lines.append(item_to_json(item))
     if not ids:
         why = ", ".join(f"{count} {reason}" for reason, count in refused.items()) or "the recipe gives none"
-        raise ClvrError(f"{recipe.path}: no prompts to work on ({why})")
+        raise ClvrError(f"{recipe.path}: no prompts to process ({why})")
     write_atomically(out / _PROMPTS, "".join(line + "\n" for line in lines).encode())
     write_json(out / _REFUSED, dict(refused))
     return ids, refused
@@ -149,14 +149,14 @@ def _take_in(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Cou
 def _run(recipe: SynthRecipe, config: Any, out: Path, store: OutcomeStore) -> None:
     from clvr_jax.data.engine.beam_pipeline import run_pipeline
 
-    make_context = RecipeWorkerContext.of(recipe, config)
-    run_pipeline(str((out / _PROMPTS).absolute()), str(store.folder), make_context, config.synth)
+    make_context = RecipeWorkerContext.from_recipe(recipe, config)
+    run_pipeline(str((out / _PROMPTS).absolute()), str(store.directory), make_context, config.synth)
 
 
-def _kept(
+def _records(
     recipe: SynthRecipe, store: OutcomeStore, ids: list[str], statistics: Statistics
 ) -> Iterator[TrajectoryRecord]:
-    """The records in the order of ids, verification examples too; all outcomes are counted on the way."""
+    """Yields the records and verification examples in the order of ids, and adds all outcomes to the statistics."""
     with progress("writing the dataset", len(ids)) as advance:
         for number, id in enumerate(ids, start=1):
             finished = store.read(id)
@@ -173,37 +173,37 @@ def _kept(
 
 
 @contextmanager
-def _watched(store: OutcomeStore, ids: set[str]) -> Iterator[None]:
-    """Shows progress by the outcomes that appear, whoever makes them and wherever."""
-    over, seen, statistics = threading.Event(), set[str](), Statistics()
+def _report_progress(store: OutcomeStore, ids: set[str]) -> Iterator[None]:
+    """Reports progress from the outcomes in the store, which any worker may write."""
+    done, seen, statistics = threading.Event(), set[str](), Statistics()
 
-    def look() -> None:
+    def poll() -> None:
         for id in sorted((store.ids() & ids) - seen):
             seen.add(id)
             statistics.add(store.read(id))
 
     def watch() -> None:
-        while not over.wait(_SECONDS_BETWEEN_LOOKS):
-            look()
+        while not done.wait(_POLL_SECONDS):
+            poll()
             advance(len(seen), statistics.summary)
 
-    look()
+    poll()
     with progress("synthesizing", len(ids), len(seen)) as advance:
         thread = threading.Thread(target=watch, name="watch", daemon=True)
         thread.start()
         try:
             yield
         finally:
-            over.set()
+            done.set()
             thread.join()
-            look()
+            poll()
             advance(len(seen), statistics.summary)
 
 
-def _differences(found: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """Names of the values that differ."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        for key in found.keys() | wanted.keys():
-            yield from _differences(found.get(key), wanted.get(key), f"{name}.{key}" if name else key)
-    elif found != wanted:
+def _differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+    """Yields the names of the values that differ."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        for key in found.keys() | expected.keys():
+            yield from _differences(found.get(key), expected.get(key), f"{name}.{key}" if name else key)
+    elif found != expected:
         yield name.removeprefix("config.")

@@ -1,7 +1,7 @@
-"""The roles of the data engine in the shapes world, played exactly: by its planner, its detector and its grammar.
+"""Exact roles of the data engine in the shapes world: programs that use its plans, its detector and its grammar.
 
-The director speaks as controllers of this world do, and hands the image tool what the drawing model of the loop reads:
-the prompt and all replies so far, with every picture of the path as a reference.
+The planner writes the replies of a controller of this world. The image generator receives the conditioning text of the
+loop, the prompt and all replies so far, with all images of the path as references.
 """
 
 import functools
@@ -30,32 +30,32 @@ from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, 
 from clvr_jax.worlds.shapes.scene import CELLS
 
 GeneratorText = Callable[[str, Sequence[str]], str]
-"""Makes the text that the image generator reads of a prompt and the replies so far."""
+"""(prompt, replies so far) -> the text for the image generator."""
 
 
 def make_shapes_roles(item: PromptItem, *, judges: int = 2, text: GeneratorText = conditioning_text) -> Roles:
-    """The exact roles for a prompt of the shapes world.
+    """Returns the exact roles for a prompt of the shapes world.
 
     Args:
-      item: with the prompt's metadata.
-      judges: how many compare; they read pictures alike, so they never disagree.
-      text: what the image tool is given of a history; for a generator that reads texts up to a length, its pipeline's
-        `fit_history`.
-    Raises: ClvrError for metadata that is none of this world.
+      item: the prompt, with its metadata.
+      judges: number of judges; they are equal, so they never disagree.
+      text: makes the text for the image generator; for a generator with a maximum length, `fit_history` of its
+        pipeline.
+    Raises: ClvrError for metadata that is not of this world.
     """
-    exact = _Exact(tuple(plan(parse_metadata(item.metadata))), item.metadata, text)
+    exact = _ExactRoles(tuple(plan(parse_metadata(item.metadata))), item.metadata, text)
     return Roles(exact, exact, exact, (exact,) * judges)
 
 
 def correct_images(record: TrajectoryRecord) -> tuple[bool, ...]:
-    """For each picture that is a target whether it is what was asked for, told from the pictures alone."""
+    """Returns for each target image whether it shows what its step requested, by the detector."""
     before: Reading | tuple[()] = ()
     right = []
     for number, step in enumerate(record.trajectory.steps):
         if step.image is None or step.rolled_back:
             continue
         wanted = {(one.color, one.shape, one.cell) for one in apply_edits(before, parse_edits(step.reasoning))}
-        before = _read(step.image)
+        before = _detect(step.image)
         seen = {(one.color, one.shape, one.cell) for one in before.objects}
         if number in record.generator_targets:
             right.append(seen == wanted and not before.unclear)
@@ -63,9 +63,10 @@ def correct_images(record: TrajectoryRecord) -> tuple[bool, ...]:
 
 
 def needed_corrections(record: TrajectoryRecord) -> int:
-    """The number of wrong images in a record that had to be corrected.
+    """Returns the number of wrong images in a record that had to be corrected.
 
-    The others show all that their step asked for, and besides only objects that the plan has for later steps.
+    The other wrong images show all that their step requested, and only additional objects that are planned for later
+    steps.
     """
     before: Reading | tuple[()] = ()
     count = 0
@@ -73,7 +74,7 @@ def needed_corrections(record: TrajectoryRecord) -> int:
         if step.image is None or step.rolled_back:
             continue
         wanted = {(one.color, one.shape, one.cell) for one in apply_edits(before, parse_edits(step.reasoning))}
-        before = _read(step.image)
+        before = _detect(step.image)
         if number in record.mistakes:
             planned = {(one.color, one.shape, one.cell) for one in parse_plan(record.trajectory.steps[0].reasoning)}
             seen = {(one.color, one.shape, one.cell) for one in before.objects}
@@ -82,30 +83,38 @@ def needed_corrections(record: TrajectoryRecord) -> int:
 
 
 @dataclass(frozen=True)
-class _Exact:
-    """All roles at once. plan: the objects to be drawn. text: see `make_shapes_roles`."""
+class _ExactRoles:
+    """All roles for one prompt.
+
+    Attributes:
+      plan: the objects of the image.
+      metadata: metadata of the prompt.
+      text: see `make_shapes_roles`.
+    """
 
     plan: tuple[PlannedObject, ...]
     metadata: Mapping[str, Any]
     text: GeneratorText
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
-        reading = _read(history.latest) if history.latest is not None else None
-        asked = self._replies(history)[-1]
-        seen = "an empty canvas" if reading is None else strip_action(asked)
+        reading = _detect(history.latest) if history.latest is not None else None
+        reply = self._replies(history)[-1]
+        seen = "an empty canvas" if reading is None else strip_action(reply)
         if "INITIAL_GENERATION" in allowed:
-            return _turn(seen, "the first objects of the plan", "INITIAL_GENERATION", prompt=self._told(history))
+            return _turn(
+                seen, "the first objects of the plan", "INITIAL_GENERATION", prompt=self._generator_text(history)
+            )
         validations = [event.validation for event in history.events if event.validation]
-        judged = history.events and history.events[-1].validation is not None
-        if judged and validations[-1] and validations[-1].accepted and "END_TRAJECTORY" in allowed:
+        is_validated = history.events and history.events[-1].validation is not None
+        if is_validated and validations[-1] and validations[-1].accepted and "END_TRAJECTORY" in allowed:
             return _turn(seen, "nothing is unmet", "END_TRAJECTORY")
-        if not parse_edits(asked):
+        if not parse_edits(reply):
             return _turn(seen, "nothing seems unmet", "RESULT_VALIDATION")
-        references = {"prompt": self._told(history), "ref_img_list": list(history.path)}
+        references = {"prompt": self._generator_text(history), "ref_img_list": list(history.path)}
         return _turn(seen, "something is unmet", "IMAGE_EDIT", **references)
 
     def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
-        """See `Verifier`: one question for each cell, those that the turn changes first."""
+        """Returns one question for each cell, the cells that the turn changes first."""
         expected = {item.cell: item for item in self._expected(history)}
         changed = [edit.cell for edit in parse_edits(self._replies(history)[-1])]
         cells = [*changed, *(cell for cell in CELLS if cell not in changed)]
@@ -117,12 +126,12 @@ class _Exact:
         )
 
     def check(self, history: History, turn: Turn, questions: tuple[str, ...], image: ImageLike) -> tuple[Check, ...]:
-        reading = _read(image)
+        reading = _detect(image)
         seen = {item.cell: article(f"{item.color} {item.shape}") for item in reading.objects}
         seen |= dict.fromkeys(reading.unclear, "something unclear")
         checks = []
         for question in questions:
-            # Longer names first: "top" is a part of "top left".
+            # Longer names first: "top" is contained in "top left".
             cell = next(cell for cell in sorted(CELLS, key=len, reverse=True) if f" the {cell}" in question)
             there = seen.get(cell)
             wanted = None if "empty" in question else question.partition(" there ")[2].partition(" at the ")[0]
@@ -130,20 +139,20 @@ class _Exact:
         return tuple(checks)
 
     def validate(self, history: History) -> Validation:
-        """See `Verifier`: by the request, not by the plan."""
+        """Validates the latest image against the request; the plan is not used."""
         if history.latest is None:
             raise ClvrError("shapes engine: there is no image to validate")
-        verdict = check(_read(history.latest), parse_metadata(self.metadata))
+        verdict = check(_detect(history.latest), parse_metadata(self.metadata))
         return Validation(verdict.correct, verdict.reasons, "; ".join(verdict.reasons))
 
     def prefer(
         self, prompt: str, first: ImageLike, second: ImageLike, seed: int
     ) -> Literal["first", "second", "neither"]:
-        """See `Judge`: a right picture before a wrong one, else the one with fewer faults against the request."""
-        faults = [len(check(_read(one), parse_metadata(self.metadata)).reasons) for one in (first, second)]
-        if faults[0] == faults[1]:
+        """Prefers a right image to a wrong one, else the image with fewer violations of the request."""
+        violations = [len(check(_detect(one), parse_metadata(self.metadata)).reasons) for one in (first, second)]
+        if violations[0] == violations[1]:
             return "neither"
-        return "first" if faults[0] < faults[1] else "second"
+        return "first" if violations[0] < violations[1] else "second"
 
     def replies(self, history: History, accepted: bool) -> tuple[str, ...]:
         return self._replies(history)
@@ -152,8 +161,8 @@ class _Exact:
         return self._replies(history)[-1]
 
     def proxies(self, history: History) -> tuple[ProxyPrompts, ...]:
-        # What there should be after a step depends on what there is before it, mistakes included.
-        canvases = [Reading(), *(_read(history.images[number]) for number in history.path)]
+        # The expected content after a step depends on the content before it, mistakes included.
+        canvases = [Reading(), *(_detect(history.images[number]) for number in history.path)]
         found = []
         for number, (reply, before) in enumerate(zip(self._replies(history)[:-1], canvases, strict=False)):
             edits = parse_edits(reply)
@@ -161,28 +170,28 @@ class _Exact:
         return tuple(found)
 
     def _replies(self, history: History) -> tuple[str, ...]:
-        """What was said for each picture of the path, and what is to be said to the latest."""
-        readings = [_read(history.images[number]) for number in history.path]
+        """Returns the reply before each image of the path, and the reply to the latest image."""
+        readings = [_detect(history.images[number]) for number in history.path]
         return (first_reply(self.plan), *(next_reply(self.plan, reading) for reading in readings))
 
-    def _told(self, history: History) -> str:
-        """What the drawing model reads."""
+    def _generator_text(self, history: History) -> str:
+        """Returns the text for the image generator."""
         return self.text(history.item.prompt, self._replies(history))
 
     def _expected(self, history: History) -> tuple[PlannedObject, ...]:
-        """The canvas after the edits that are asked for now."""
-        before = _read(history.latest) if history.latest is not None else ()
+        """Returns the canvas after the current edits."""
+        before = _detect(history.latest) if history.latest is not None else ()
         return apply_edits(before, parse_edits(self._replies(history)[-1]))
 
 
-def _read(picture: ImageLike) -> Reading:
-    values = pixels(picture)
+def _detect(image: ImageLike) -> Reading:
+    values = pixels(image)
     return _reading(values.tobytes(), values.shape)
 
 
 @functools.lru_cache(maxsize=4096)
 def _reading(content: bytes, shape: tuple[int, ...]) -> Reading:
-    """Every role reads every picture of the path at every turn, and reading takes longer than all else they do."""
+    """Detects objects. The results are cached, since each role reads each image of the path at each turn."""
     return detect(np.frombuffer(content, np.uint8).reshape(shape))
 
 

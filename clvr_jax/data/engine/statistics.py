@@ -1,24 +1,24 @@
-"""What a run of the engine came to: how many prompts got how far, why the others did not, how long, at what price."""
+"""Statistics of a run of the engine: stages that prompts reached, reasons for discarded ones, time, usage."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from clvr_jax.data.engine.engine import STAGES
-from clvr_jax.data.engine.outcomes import Failed, Finished
+from clvr_jax.data.engine.outcomes import FailedPrompt, FinishedPrompt
 
 _EXAMPLES = 3
 STAGE_NAMES = {
-    "drawn": "an image right",
-    "verified": "images right or corrected",
+    "drawn": "a correct image",
+    "verified": "images correct or corrected",
     "accepted": "result accepted",
-    "preferred": "preferred to one shot",
-    "kept": "told as a trajectory",
+    "preferred": "preferred to one-shot",
+    "kept": "written as a trajectory",
 }
 
 
 class Statistics:
-    """Adds up outcomes, one at a time; what has been added can be asked for at any moment."""
+    """Accumulates outcomes one at a time; the statistics so far are available at any time."""
 
     def __init__(self, refused: Mapping[str, int] | None = None):
         self._refused = dict(refused or {})
@@ -30,15 +30,15 @@ class Statistics:
         self._corrections: Counter[int] = Counter()
         self._wrong_images = 0
         self._verdicts: Counter[bool] = Counter()
-        self._pictures, self._turns, self._seconds = 0, 0, 0.0
+        self._images, self._turns, self._seconds = 0, 0, 0.0
         self._usage: dict[str, Counter[str]] = {}
         self._audited, self._wrong = 0, 0
         self._faults: Counter[str] = Counter()
         self._failed: list[str] = []
         self._adapted: dict[str, set[str]] = {}
 
-    def add_failed(self, id: str, failed: Failed | None) -> None:
-        """Counts a prompt that has no outcome yet; `failed` says why, None if it was not reached."""
+    def add_failed(self, id: str, failed: FailedPrompt | None) -> None:
+        """Counts a prompt without an outcome; `failed` has the reason, None if the prompt was not reached."""
         self._faults[failed.fault if failed else "not reached"] += 1
         if failed is None:
             return
@@ -48,14 +48,14 @@ class Statistics:
 
     @property
     def unfinished_sentence(self) -> str | None:
-        """How many prompts have no outcome and why, for people; None if all have one."""
+        """The number of prompts without an outcome, with a reason; None if all have one."""
         if not self._faults:
             return None
         count = self._faults.total()
         why = f" ({self._failed[0]})" if self._failed else ""
-        return f"{count:,} prompt{'s have' if count > 1 else ' has'} no outcome yet{why}; run it again to go on"
+        return f"{count:,} prompt{'s have' if count > 1 else ' has'} no outcome yet{why}; run it again to resume"
 
-    def add(self, finished: Finished) -> None:
+    def add(self, finished: FinishedPrompt) -> None:
         """Counts one outcome."""
         self._finished += 1
         if finished.stage is not None:
@@ -71,7 +71,7 @@ class Statistics:
         self._verdicts.update(finished.verdicts)
         for server, notes in finished.content.get("adapted", {}).items():
             self._adapted.setdefault(server, set()).update(notes)
-        self._pictures += finished.num_images
+        self._images += finished.num_images
         self._turns += finished.turns
         self._seconds += finished.seconds
         for role, usage in finished.usage.items():
@@ -83,30 +83,30 @@ class Statistics:
         self._corrections[corrected] += 1
 
     def add_audit(self, right: Sequence[bool]) -> None:
-        """Counts the pictures of one kept trajectory by what a program says of them."""
+        """Counts the images of one kept trajectory; `right` has the result of an exact check for each."""
         self._audited += len(right)
         self._wrong += len(right) - sum(right)
 
     @property
     def finished(self) -> int:
-        """Prompts that were worked on to their end."""
+        """Number of prompts with an outcome."""
         return self._finished
 
     @property
     def kept(self) -> int:
-        """Trajectories."""
+        """Number of kept trajectories."""
         return self._reached["kept"]
 
     @property
     def summary(self) -> str:
-        """In a few words, for the line of progress."""
+        """A short summary for the progress line."""
         if not self._finished:
             return ""
         worst = "".join(f", {count} {reason}" for reason, count in self._reasons.most_common(2))
         return f"{self.kept} kept ({self.kept / self._finished:.1%}){worst}"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it; shares are of the finished prompts."""
+        """Returns all statistics in types of JSON; shares are relative to the finished prompts."""
         total: Counter[str] = Counter()
         for usage in self._usage.values():
             total.update(usage)
@@ -140,13 +140,13 @@ class Statistics:
                 "share": corrected / trajectories,
                 "by_number": {str(count): times for count, times in sorted(self._corrections.items())},
             },
-            # A right image is in an example only if it has a wrong counterpart.
+            # An example has a right image only if it has a counterpart with a wrong image.
             "verification": {
                 "right": self._verdicts[True],
                 "wrong": self._verdicts[False],
                 "pairs": self._verdicts[True],
             },
-            "pictures": self._pictures,
+            "pictures": self._images,
             "turns": self._turns,
             "usage": {role: dict(usage) for role, usage in sorted(self._usage.items())},
             "total": dict(total),

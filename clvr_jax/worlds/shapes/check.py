@@ -1,7 +1,7 @@
-"""Decides whether a picture shows what a metadata asks for, by GenEval's rules.
+"""Decides whether an image shows what the metadata of a prompt asks for, by GenEval's rules.
 
-Source: evaluation/evaluate_images.py of djghosh13/geneval (counts, exclusions, relative position); instead of its first
-`count` objects of a class, any choice of objects that satisfies everything counts.
+Source: evaluation/evaluate_images.py of djghosh13/geneval (counts, exclusions, relative position). GenEval takes the
+first `count` objects of a class; here the image is correct if any choice of objects satisfies all items.
 """
 
 from __future__ import annotations
@@ -23,17 +23,22 @@ _Group = tuple[DetectedObject, ...]
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a picture is correct; if not, every reason as one short phrase."""
+    """The result of a check.
+
+    Attributes:
+      correct: whether the image is correct.
+      reasons: one short phrase for each reason why it is not; () if it is.
+    """
 
     correct: bool
     reasons: tuple[str, ...] = ()
 
 
 def relations(subject: DetectedObject, anchor: DetectedObject) -> frozenset[str]:
-    """Where the subject lies as seen from the anchor: a subset of RELATIONS; diagonal neighbors may have two.
+    """Returns the relations of the subject to the anchor, a subset of RELATIONS; diagonal neighbors may have two.
 
-    The offset of the centers shrinks by a tenth of both sizes; a direction counts if more than half of the full offset
-    remains in it.
+    The offset of the centers is reduced by a tenth of both sizes. A relation holds if more than half of the full offset
+    remains in its direction.
     """
     offsets = (subject.x - anchor.x, subject.y - anchor.y)
     distance = math.hypot(*offsets)
@@ -49,15 +54,16 @@ def relations(subject: DetectedObject, anchor: DetectedObject) -> frozenset[str]
 
 
 def check(reading: Reading, metadata: Metadata) -> Verdict:
-    """Compares a reading with a metadata.
+    """Checks the detected objects of an image against the metadata of a prompt.
 
-    Correct means: distinct objects can be assigned to the include items so that class, color, count (at least), place
-    and relations all hold (a relation between groups holds for every pair), and no exclude count is reached. Unclear
-    cells count as nothing.
+    An image is correct if distinct objects can be assigned to the include items so that class, color, count (at least),
+    place and relations all hold (a relation between groups holds for every pair), and no exclude count is reached.
+    Unclear cells are ignored.
 
     Args:
-      reading: what `detect` returned.
+      reading: the detected objects, see `detect`.
       metadata: as `parse_metadata` returns it.
+    Returns: the verdict with all reasons.
     """
     reasons = _excess(reading.objects, metadata)
     if not _assign(reading.objects, metadata["include"], ()):
@@ -68,9 +74,10 @@ def check(reading: Reading, metadata: Metadata) -> Verdict:
 
 
 def _excess(objects: Sequence[DetectedObject], metadata: Metadata) -> list[str]:
+    """Returns the reasons for which the exclude list is violated."""
     reasons = []
     for item in metadata.get("exclude", ()):
-        found = sum(thing.shape == item["class"] for thing in objects)
+        found = sum(obj.shape == item["class"] for obj in objects)
         if found >= item["count"]:
             allowed = item["count"] - 1
             limit = f"at most {counted(allowed)}" if allowed else "none"
@@ -79,51 +86,53 @@ def _excess(objects: Sequence[DetectedObject], metadata: Metadata) -> list[str]:
 
 
 def _assign(objects: Sequence[DetectedObject], include: list[dict[str, Any]], groups: tuple[_Group, ...]) -> bool:
-    """Whether the items from number len(groups) on can get groups of their own that fit the earlier ones."""
+    """Returns whether the items from index len(groups) on can be assigned groups that fit the earlier ones."""
     if len(groups) == len(include):
         return True
     item = include[len(groups)]
-    taken = {id(thing) for group in groups for thing in group}
-    options = [thing for thing in objects if id(thing) not in taken and _matches(thing, item, place=True)]
+    taken = {id(obj) for group in groups for obj in group}
+    options = [obj for obj in objects if id(obj) not in taken and _matches(obj, item, place=True)]
     return any(
         _related(group, item, groups) and _assign(objects, include, (*groups, group))
         for group in itertools.combinations(options, item["count"])
     )
 
 
-def _matches(thing: DetectedObject, item: dict[str, Any], place: bool) -> bool:
+def _matches(obj: DetectedObject, item: dict[str, Any], place: bool) -> bool:
+    """Returns whether an object has the class and color of an item, and with `place` its place."""
     return (
-        thing.shape == item["class"]
-        and item.get("color", thing.color) == thing.color
-        and (not place or item.get("place", thing.cell) == thing.cell)
+        obj.shape == item["class"]
+        and item.get("color", obj.color) == obj.color
+        and (not place or item.get("place", obj.cell) == obj.cell)
     )
 
 
 def _related(group: _Group, item: dict[str, Any], groups: Sequence[_Group]) -> bool:
+    """Returns whether the relation of an item holds between a group and the group of its anchor."""
     if "position" not in item:
         return True
     relation, target = item["position"]
-    return all(relation in relations(thing, anchor) for thing in group for anchor in groups[target])
+    return all(relation in relations(obj, anchor) for obj in group for anchor in groups[target])
 
 
 def _lacks(objects: Sequence[DetectedObject], include: list[dict[str, Any]]) -> list[str]:
-    """Reasons that can be told from one item, or from one item and its anchor."""
+    """Returns the reasons that follow from one item, or from one item and its anchor."""
     reasons = []
-    present = [[thing for thing in objects if _matches(thing, item, place=False)] for item in include]
-    for item, things in zip(include, present, strict=True):
-        if len(things) < item["count"]:
-            if things:
-                reasons.append(f"{_named(item, len(things))} instead of {counted(item['count'])}")
+    present = [[obj for obj in objects if _matches(obj, item, place=False)] for item in include]
+    for item, matching in zip(include, present, strict=True):
+        if len(matching) < item["count"]:
+            if matching:
+                reasons.append(f"{_named(item, len(matching))} instead of {counted(item['count'])}")
             else:
                 reasons.append(f"missing: {_named(item, item['count'])}")
-        elif "place" in item and item["place"] not in {thing.cell for thing in things}:
+        elif "place" in item and item["place"] not in {obj.cell for obj in matching}:
             reasons.append(f"{_named(item, 1)} not at the {item['place']}")
         elif "position" in item:
             relation, target = item["position"]
             anchor = include[target]
             possible = any(
-                all(relation in relations(thing, other) for thing in group for other in others)
-                for group in itertools.combinations(things, item["count"])
+                all(relation in relations(obj, other) for obj in group for other in others)
+                for group in itertools.combinations(matching, item["count"])
                 for others in itertools.combinations(present[target], anchor["count"])
             )
             if len(present[target]) >= anchor["count"] and not possible:
@@ -132,6 +141,6 @@ def _lacks(objects: Sequence[DetectedObject], include: list[dict[str, Any]]) -> 
 
 
 def _named(item: dict[str, Any], number: int) -> str:
-    """'red circle' for one, 'two red circles' for more."""
+    """Returns 'red circle' for one object, 'two red circles' for more."""
     text = counted(number, item["class"], item.get("color"))
     return text.removeprefix("one ") if number == 1 and item["count"] == 1 else text

@@ -1,9 +1,9 @@
-"""Reads pictures of the shapes world back into objects.
+"""Detects the objects in images of the shapes world.
 
-Classical vision: pixels that differ from the background form connected components; each component gets the nearest
-palette color and is compared with all five shapes, whose position and size follow from its mass and centroid. What
-does not match one color and one shape well, and clearly better than any other, is reported as unclear instead of
-guessed.
+The detector is classical vision: pixels that differ from the background form connected components; each component is
+assigned the nearest palette color and compared with all five shapes, whose position and size follow from its mass and
+centroid. A component that does not match one color and one shape well, and clearly better than all others, is reported
+as unclear.
 """
 
 from __future__ import annotations
@@ -30,24 +30,25 @@ from clvr_jax.worlds.shapes.scene import (
     reading_order,
 )
 
-# Largest channel difference to the background; half a covered pixel of any palette color differs by about 105.
+# Threshold on the largest channel difference from the background; a pixel that is half covered by a palette color
+# differs by about 105.
 _FOREGROUND = 50
 _SPECK = 6
 _MAX_COLOR_DISTANCE = 48.0
 _MIN_COLOR_MARGIN = 18.0
-# Least overlap with the template, in the order of SHAPES: outlines that are short for their area lose less to blur.
+# Least overlap with the template, in the order of SHAPES; blur reduces it less for compact shapes.
 _MIN_MATCH = (0.91, 0.9, 0.86, 0.81, 0.84)
 _MIN_SHAPE_MARGIN = 0.04
 _RADIUS_SLACK = 1.0
 _MAX_OFFSET = 5.5
 _MAX_EXTENT = 24
-# Widths of the templates' edges in pixels: as drawn, and soft as after an autoencoder. The better match counts.
+# Widths of the templates' edges in pixels: as rendered, and softer, as after an autoencoder. The better match is used.
 _EDGES = (1.2, 2.0)
 
 
 @dataclass(frozen=True)
 class DetectedObject:
-    """An object read from a picture; center (x, y) and radius in pixels."""
+    """An object detected in an image; center (x, y) and radius in pixels."""
 
     color: str
     shape: str
@@ -65,9 +66,11 @@ class DetectedObject:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a picture shows: objects in reading order, and cells with something that is no clear object.
+    """The detected content of an image. A cell occurs at most once in the two attributes together.
 
-    A cell occurs at most once, in one of the two.
+    Attributes:
+      objects: the clear objects, in reading order.
+      unclear: cells that show something that is no clear object, in reading order.
     """
 
     objects: tuple[DetectedObject, ...] = ()
@@ -82,11 +85,12 @@ class Reading:
 
 
 def detect(image: np.ndarray) -> Reading:
-    """Finds the objects of a picture.
+    """Detects the objects in an image.
 
     Args:
       image: uint8 (64, 64, 3), RGB.
-    Returns: a Reading; objects that are faded, half drawn, merged, of a mixed color or between two cells are unclear.
+    Returns: the objects and the unclear cells. Objects that are faded, incomplete, merged, of a mixed color or between
+      two cells are unclear.
     Raises: ClvrError for other shapes or dtypes.
     """
     image = np.asarray(image)
@@ -114,14 +118,14 @@ def detect(image: np.ndarray) -> Reading:
 def _read_component(
     difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
 ) -> DetectedObject | None:
-    """The object that a component shows, None if that is unclear."""
+    """Returns the object that a component shows, None if it is unclear."""
     rows, columns = box
     if max(own.shape) > _MAX_EXTENT or min(own.shape) < RADIUS_RANGE[0]:
         return None
     color, rgb = _read_color(difference[box][own])
     if color is None:
         return None
-    # The smoothed edge continues outside of the component: look two pixels further, but not into other components.
+    # The smoothed edge extends beyond the component: include two more pixels, but none of other components.
     rows = slice(max(rows.start - 2, 0), min(rows.stop + 2, CANVAS))
     columns = slice(max(columns.start - 2, 0), min(columns.stop + 2, CANVAS))
     near = labels[rows, columns]
@@ -140,7 +144,7 @@ def _read_component(
 
 
 def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
-    """Palette color of a component (None if unclear) and its measured difference to the background."""
+    """Returns the palette color of a component (None if unclear) and its measured difference from the background."""
     strength = np.abs(difference_n3).max(axis=-1)
     core = difference_n3[strength >= 0.8 * np.partition(strength, int(0.8 * len(strength)))[int(0.8 * len(strength))]]
     rgb = np.median(core, axis=0).astype(np.float32)
@@ -148,7 +152,7 @@ def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
     first, second = np.partition(distances, 1)[:2]
     if first > _MAX_COLOR_DISTANCE or second - first < _MIN_COLOR_MARGIN:
         return None, rgb
-    # One object has one color: another palette color may not be closer for a good part of its core.
+    # An object has one color: at most a fifth of its core may be closer to another palette color.
     nearest = ((core[:, None] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
     best = int(distances.argmin())
     if np.count_nonzero(nearest != best) > 0.2 * len(core):
@@ -157,7 +161,13 @@ def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
 
 
 def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | None, float, float, float]:
-    """Shape (None if unclear), center and radius from the mass and centroid of `alpha` (h, w) at pixel centers x, y."""
+    """Returns shape (None if unclear), center x and y, and radius in pixels of a component.
+
+    Args:
+      alpha: (h, w) share of each pixel that the component covers.
+      x: (w,) pixel centers.
+      y: (h,) pixel centers.
+    """
     table = _templates()
     columns, rows = alpha.sum(axis=0), alpha.sum(axis=1)
     mass = max(float(columns.sum()), 1.0)
@@ -179,7 +189,7 @@ def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | 
 
 
 class _Templates:
-    """Signed distances of the five shapes at radius 1 on a fine grid, to render candidates by table look-up."""
+    """Signed distances of the five shapes at radius 1 on a fine grid, to render candidates by table lookup."""
 
     half, steps = 1.8, 96
 
@@ -195,7 +205,7 @@ class _Templates:
     def distances(
         self, x: np.ndarray, y: np.ndarray, center_x: np.ndarray, center_y: np.ndarray, radius: np.ndarray
     ) -> np.ndarray:
-        """Signed distance (5, h, w) in pixels to every shape at its own center and radius, each (5,)."""
+        """Returns the signed distances (5, h, w) in pixels to each shape at its own center and radius, each (5,)."""
         column = self._index(x, center_x, radius)
         row = self._index(y, center_y, radius)
         shape = np.arange(len(SHAPES))[:, None, None]
@@ -212,7 +222,7 @@ def _templates() -> _Templates:
 
 
 def _grow(mask: np.ndarray) -> np.ndarray:
-    """The mask (h, w) and its eight neighbors."""
+    """Returns the mask (h, w) dilated by one pixel in all eight directions."""
     tall = mask.copy()
     tall[1:] |= mask[:-1]
     tall[:-1] |= mask[1:]
@@ -223,7 +233,7 @@ def _grow(mask: np.ndarray) -> np.ndarray:
 
 
 def _cells_of(own: np.ndarray, box: tuple[slice, slice]) -> set[str]:
-    """Cells that hold a good part of a component, at least the one with most of it."""
+    """Returns the cells with at least 12 pixels of a component, and always the cell with most of it."""
     rows, columns = np.nonzero(own)
     row = ((rows + box[0].start + 0.5) / CELL_SIZE).astype(int)
     column = ((columns + box[1].start + 0.5) / CELL_SIZE).astype(int)

@@ -1,7 +1,7 @@
-"""The language of prompts: samples what to ask for and says it in English.
+"""The first grammar of prompts: samples metadata and writes English prompts for them.
 
-Every tag has several phrasings; their number is `len(PHRASINGS[tag])` and the index of the one used stands in the
-metadata, so that results can be broken down by phrasing. The vocabulary is closed.
+Each tag has several phrasings, `len(PHRASINGS[tag])` in number; the index of the one used is stored in the metadata, so
+that results can be broken down by phrasing. The vocabulary is closed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, place, sa
 
 TIERS = (3, 4, 5, 6)
 DENSE_TIERS = (7, 8, 9)
-"""Numbers of objects that nearly fill the nine cells; no prompt has them unless they are asked for."""
+"""Numbers of objects that nearly fill the nine cells; they are sampled only on request."""
 _NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four", 5: "five", 6: "six", 7: "seven", 8: "eight", 9: "nine"}
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
 _ENDINGS = ("", " on a plain background", " on an empty canvas", " on a light background")
@@ -87,7 +87,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
         "show {b} and put {a} {rel} it{end}",
     ),
     "color_attr": _TWO,
-    # For each of these a function below says how the items are joined.
+    # One function of `_COMPLEX` for each of these joins the items.
     "complex": (
         "{items}{end}",
         "a photo of {items}{end}",
@@ -101,7 +101,7 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 
 
 def vocabulary() -> frozenset[str]:
-    """All words (lower case) that generated prompts use."""
+    """Returns all words, in lower case, that generated prompts use."""
     texts = [*_ENDINGS, *COLORS, *SHAPES, *_PLURALS.values(), *(_NUMBERS[n] for n in (2, 3, 4)), "a an and the are"]
     texts += [text for group in (*_RELATION_WORDS.values(), *_PLACE_WORDS.values()) for text in group]
     texts += [re.sub(r"\{\w+\}", " ", text) for group in PHRASINGS.values() for text in group]
@@ -109,7 +109,7 @@ def vocabulary() -> frozenset[str]:
 
 
 def words(prompt: str) -> list[str]:
-    """The words of a prompt in lower case, without punctuation."""
+    """Returns the words of a prompt in lower case, without punctuation."""
     return re.findall(r"[a-z0-9]+", prompt.lower())
 
 
@@ -120,14 +120,16 @@ def sample_metadata(
     allow_held_out: bool = False,
     phrasing: int | None = None,
 ) -> Metadata:
-    """Draws what to ask for and a prompt that asks for it; always satisfiable.
+    """Samples metadata with a prompt that can be satisfied.
 
     Args:
       rng: numpy generator.
       tag: one of TAGS.
-      tier: number of objects, one of TIERS or DENSE_TIERS; only for `complex`, None draws one of TIERS.
-      allow_held_out: may name HELD_OUT_PAIRS; never set it for training data.
-      phrasing: index into PHRASINGS[tag]; None draws one.
+      tier: number of objects, one of TIERS or DENSE_TIERS; only for `complex`, None samples one of TIERS.
+      allow_held_out: the prompt may name HELD_OUT_PAIRS; never set it for training data.
+      phrasing: index into PHRASINGS[tag]; None samples one.
+    Returns: metadata as `parse_metadata` returns it.
+    Raises: ClvrError for an unknown tag, tier or phrasing.
     """
     if tag not in TAGS:
         raise ClvrError(f"sample_metadata: unknown tag {tag!r}; known: {', '.join(TAGS)}")
@@ -143,9 +145,13 @@ def sample_metadata(
 
 
 def scene_for(metadata: Metadata, rng: np.random.Generator, allow_held_out: bool = False) -> Scene:
-    """A random scene that shows exactly the objects of the metadata, in a random arrangement that satisfies it.
+    """Samples a scene with exactly the objects of the metadata, in a random arrangement that satisfies it.
 
-    Raises: ClvrError if there is none.
+    Args:
+      metadata: as `parse_metadata` returns it.
+      rng: numpy generator.
+      allow_held_out: colors that the metadata leaves open may form HELD_OUT_PAIRS.
+    Raises: ClvrError if no arrangement satisfies the metadata.
     """
     objects = plan(metadata, rng, allow_held_out)
     return Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in objects))
@@ -165,7 +171,7 @@ def _phrasing_index(rng: np.random.Generator, tag: str, phrasing: int | None) ->
 
 
 def _two_pairs(rng: np.random.Generator, allow_held_out: bool) -> tuple[tuple[str, str], tuple[str, str]]:
-    """Two (color, shape) pairs that differ in both."""
+    """Samples two (color, shape) pairs that differ in both."""
     first = sample_pair(rng, allow_held_out)
     while True:
         second = sample_pair(rng, allow_held_out)
@@ -192,7 +198,10 @@ def _sample_simple(rng: np.random.Generator, tag: str, allow_held_out: bool) -> 
 
 
 def sample_complex(rng: np.random.Generator, tier: int, allow_held_out: bool) -> Metadata:
-    """Draws an arrangement first and then says true things about it, so that the result is satisfiable."""
+    """Samples metadata of the tag `complex`, without a prompt, for `tier` objects.
+
+    An arrangement is sampled first and then described by true statements, so that the metadata can be satisfied.
+    """
     while True:
         include = _describe_arrangement(rng, tier, allow_held_out)
         relations = sum("position" in item for item in include)
@@ -238,16 +247,16 @@ def _describe_arrangement(rng: np.random.Generator, tier: int, allow_held_out: b
     return include
 
 
-# --- saying it --------------------------------------------------------------------------------------------------------
+# --- wording ----------------------------------------------------------------------------------------------------------
 
 
 def article(noun: str) -> str:
-    """The noun with its indefinite article."""
+    """Returns the noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
 def counted(number: int, shape: str | None = None, color: str | None = None) -> str:
-    """A number in words with what it counts: `three`, `one red circle`, `two stars`."""
+    """Returns a number from 1 to 9 in words, with the noun that it counts: `three`, `one red circle`, `two stars`."""
     noun = None if shape is None else shape if number == 1 else _PLURALS[shape]
     return " ".join(part for part in (_NUMBERS[number], color, noun) if part)
 
@@ -262,16 +271,17 @@ def _definite(item: dict[str, Any]) -> str:
 
 
 def phrase(metadata: Metadata, rng: np.random.Generator, phrasing: int | None = None) -> str:
-    """An English prompt for a metadata whose "prompt" is ignored (and may be missing).
+    """Writes an English prompt for metadata.
 
     Args:
-      metadata: of one of our tags, shaped as `sample_metadata` shapes it.
-      rng: draws the phrasing and the choices inside it.
-      phrasing: index into PHRASINGS[tag]; None draws one.
+      metadata: as `sample_metadata` returns it; its "prompt" is ignored and may be missing.
+      rng: samples the phrasing and the choices inside it.
+      phrasing: index into PHRASINGS[tag]; None samples one.
+    Raises: ClvrError for a phrasing that does not exist.
     """
     tag, include = metadata["tag"], metadata["include"]
     index = _phrasing_index(rng, tag, phrasing)
-    # Half of all prompts end without a word about the background.
+    # Half of all prompts do not mention the background.
     ending = _ENDINGS[max(int(rng.integers(-3, len(_ENDINGS))), 0)]
     if tag == "complex":
         where = [_where(item, include, rng) for item in include]
@@ -286,7 +296,7 @@ def phrase(metadata: Metadata, rng: np.random.Generator, phrasing: int | None = 
 
 
 def _where(item: dict[str, Any], include: list[dict[str, Any]], rng: np.random.Generator) -> str:
-    """Where the item is in words, possibly nothing."""
+    """Returns the place and the relation of an item in words, "" if it has neither."""
     parts = []
     if "place" in item:
         parts.append(_pick(rng, _PLACE_WORDS[item["place"]]))

@@ -1,4 +1,4 @@
-"""Finds cells for what a metadata asks for."""
+"""Plans: assigns a color and a cell to each object that metadata asks for."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _DIRECTIONS = {"left of": (0, -1), "right of": (0, 1), "above": (-1, 0), "below"
 
 @dataclass(frozen=True)
 class PlannedObject:
-    """An object as controllers speak of it: color, shape, cell."""
+    """An object of a plan: color, shape and cell; `str` gives the words of controllers, "red star top left"."""
 
     color: str
     shape: str
@@ -35,32 +35,32 @@ class PlannedObject:
 
 
 def holds(relation: str, cell: str, anchor: str) -> bool:
-    """Whether a plan may put an object into `cell` for the relation to one in `anchor`.
+    """Returns whether plans may place an object in `cell` so that it has the relation to an object in `anchor`.
 
-    Plans avoid diagonals, which `counts` accepts: nobody should have to ask what was meant.
+    Plans avoid diagonals, which are ambiguous; `counts` accepts them.
     """
     return CELLS.index(cell) in _RELATED[relation][CELLS.index(anchor)]
 
 
 def counts(relation: str, cell: str, anchor: str) -> bool:
-    """Whether an object in `cell` counts as standing in the relation to one in `anchor`.
+    """Returns whether an object in `cell` is accepted as having the relation to an object in `anchor`.
 
-    A diagonal neighbor counts for both directions: the checker, which measures centers by GenEval's rule, accepts .998
-    of them, whatever their sizes and jitter inside the cells.
+    A diagonal neighbor is accepted in both directions: the checker, which measures centers by GenEval's rule, accepts
+    .998 of them over all sizes and positions in the cells.
     """
     ahead, aside = _offsets(relation, CELLS.index(cell), CELLS.index(anchor))
     return ahead > 0 and ahead >= aside
 
 
 def _offsets(relation: str, cell: int, anchor: int) -> tuple[int, int]:
-    """Returns how many cells an object is away from its anchor, in the direction of the relation and across it."""
+    """Returns the distance of an object from its anchor in cells: along the relation (signed), and across it."""
     down, across = _DIRECTIONS[relation]
     rows, columns = cell // 3 - anchor // 3, cell % 3 - anchor % 3
     return (rows * down, abs(columns)) if down else (columns * across, abs(rows))
 
 
 def _related(relation: str, anchor: int) -> tuple[int, ...]:
-    """Cells that stand in the relation to the anchor, nearest aligned cell first."""
+    """Returns the cells that have the relation to the anchor, the nearest aligned cell first."""
     offsets = [(*_offsets(relation, cell, anchor), cell) for cell in range(len(CELLS))]
     return tuple(cell for _, _, cell in sorted((aside, ahead, cell) for ahead, aside, cell in offsets if ahead > aside))
 
@@ -71,19 +71,23 @@ _RELATED = {relation: tuple(_related(relation, anchor) for anchor in range(len(C
 def plan(
     metadata: Metadata, rng: np.random.Generator | None = None, allow_held_out: bool = False
 ) -> tuple[PlannedObject, ...]:
-    """Gives every object of a metadata a color and a cell such that the checker accepts.
+    """Assigns a color and a cell to each object of the metadata so that the checker accepts the result.
 
-    Without `rng` the plan is canonical: objects in the order of the include list; a place is taken literally; an object
-    that others are placed beside stays at the opposite edge, so that there is room for them; otherwise a relation takes
-    the nearest aligned cell on that side of its anchor, and anything else the first free cell of a fixed order that
-    starts at the center; cells named as places stay free for their objects; a dead end is undone step by step. Each
-    cell follows from the requirements that name the object, and a dead end is rare (.07 of requests for six objects,
-    .34 without the room): a small model cannot search. A color nobody asked for is the first of COLORS.
+    Without `rng` the plan is canonical. Objects are placed in the order of the include list, by these rules:
+
+    * an item with a place takes it, and the cell stays free for it until then;
+    * an item with a relation takes a cell on that side of its anchor, the nearest aligned one first;
+    * an item to which later items have relations prefers cells that leave room on those sides, for example the right
+      edge if something is to be left of it;
+    * any other item takes the first free cell of: center, the four sides, the corners.
+
+    If no cell is left, the search backtracks. This is rare (.07 of requests for six objects, .34 without the third
+    rule), since a small model cannot learn to search. A color that the metadata leaves open is the first of COLORS.
 
     Args:
       metadata: as `parse_metadata` returns it.
-      rng: draws a random satisfying plan (colors and cells) instead; the order of the objects stays.
-      allow_held_out: colors nobody asked for may form HELD_OUT_PAIRS (random plans only).
+      rng: samples a random satisfying plan (colors and cells) instead; the order of the objects stays.
+      allow_held_out: colors that the metadata leaves open may form HELD_OUT_PAIRS (random plans only).
     Returns: one PlannedObject per object; the items of the include list in order, groups together.
     Raises: ClvrError if no arrangement satisfies the metadata.
     """
@@ -108,7 +112,7 @@ def _free_color(shape: str, rng: np.random.Generator | None, allow_held_out: boo
 
 
 def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator | None) -> Iterator[list[int]]:
-    """Depth-first search over cells, one object after the other; yields complete assignments in order of preference."""
+    """Searches the cells depth first, object by object; yields complete assignments in order of preference."""
     include = metadata["include"]
     reserved = {CELLS.index(item["place"]) for item in include if "place" in item}
     roomy = [_roomy_order(sides) for sides in _sides_needed(include)]
@@ -144,7 +148,7 @@ def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator
 
 
 def _sides_needed(include: list[dict[str, Any]]) -> list[set[str]]:
-    """Returns the relations in which later items stand to each item."""
+    """Returns for each item the relations that later items have to it."""
     needed: list[set[str]] = [set() for _ in include]
     for item in include:
         if "position" in item:
@@ -154,7 +158,7 @@ def _sides_needed(include: list[dict[str, Any]]) -> list[set[str]]:
 
 
 def _roomy_order(sides: set[str]) -> tuple[int, ...]:
-    """Returns the cells in the order in which they leave room on the sides, () if no side is needed."""
+    """Returns the cells ordered by the room that they leave on the given sides, () if no side is needed."""
     if not sides:
         return ()
     row, column = _opposite(sides, "above", "below"), _opposite(sides, "left of", "right of")
@@ -169,7 +173,7 @@ def _roomy_order(sides: set[str]) -> tuple[int, ...]:
 
 
 def _opposite(sides: set[str], before: str, after: str) -> int | None:
-    """Returns the row or column opposite to the sides needed: 0, 1, 2, or None if neither is."""
+    """Returns the row or column (0, 1, 2) that leaves most room on the sides needed, None if neither is needed."""
     if before in sides:
         return 1 if after in sides else 2
     return 0 if after in sides else None

@@ -1,9 +1,9 @@
-"""What a prompt asks for, as GenEval writes it: validation, comparison, the words of relations.
+"""Metadata of prompts in GenEval's format: validation, comparison, names of relations.
 
-A metadata is a JSON object `{"tag", "include": [{"class", "count", "color"?, "position"?, "place"?}], "exclude"?:
-[{"class", "count"}], "prompt"}`; class is a shape, position is `[relation, index of an earlier include item]`, place
-(our extension) a cell. Prompts of the tag `complex` also carry "tier" (how many objects), generated prompts
-"phrasing" (which template).
+Metadata is a JSON object `{"tag", "include": [{"class", "count", "color"?, "position"?, "place"?}], "exclude"?:
+[{"class", "count"}], "prompt"}`. "class" is a shape, "position" is `[relation, index of an earlier include item]`, and
+"place", an extension of the format, is a cell. Prompts of the tag `complex` also have "tier", the number of objects;
+generated prompts have "phrasing", the index of the template.
 Source: the file format of djghosh13/geneval.
 """
 
@@ -29,12 +29,12 @@ _ITEM_KEYS = frozenset({"class", "count", "color", "position", "place"})
 
 
 def parse_metadata(raw: Mapping[str, Any]) -> Metadata:
-    """Checks a metadata of the shapes world.
+    """Validates metadata of the shapes world.
 
     Args:
       raw: a decoded JSON object. Unknown keys at the top level are kept, inside include and exclude they are errors.
     Returns: a copy that shares nothing with `raw`.
-    Raises: ClvrError, one line that says which key is wrong and what it may be. Callers add file and line.
+    Raises: ClvrError, one line that names the invalid key and the valid values. Callers add file and line.
     """
     if not isinstance(raw, Mapping):
         raise ClvrError(f"metadata must be a JSON object, got {type(raw).__name__}")
@@ -127,20 +127,20 @@ def _integer(value: Any, where: str, low: int) -> None:
 
 
 def colored_pairs(metadata: Metadata) -> Iterator[tuple[str, str]]:
-    """The (color, shape) pairs that the metadata names."""
+    """Returns the (color, shape) pairs that the metadata names."""
     return ((item["color"], item["class"]) for item in metadata["include"] if "color" in item)
 
 
 def has_held_out_pair(metadata: Metadata) -> bool:
-    """Whether the metadata names one of the pairs kept for evaluation."""
+    """Returns whether the metadata names one of HELD_OUT_PAIRS."""
     return any(pair in HELD_OUT_PAIRS for pair in colored_pairs(metadata))
 
 
 def canonical_key(metadata: Metadata) -> str:
-    """A text that is equal for metadata that ask for the same picture.
+    """Returns a text that is equal for all metadata that ask for the same image.
 
-    It does not depend on prompt, tag, phrasing, the order of the items, or on whether a relation is told from its
-    left or its right side. Items with the same color and shape are told apart by count and place only.
+    It does not depend on prompt, tag, phrasing, the order of the items, or the direction in which a relation is written
+    ("a left of b", "b right of a"). Items with the same color and shape are distinguished by count and place only.
     """
     labels = [
         [item.get("color", ""), item["class"], item["count"], item.get("place", "")] for item in metadata["include"]

@@ -1,8 +1,8 @@
-"""Plans, judges and corrects drawings in the shapes world, in the words that controllers use.
+"""An exact controller of the shapes world: plans, verifies and corrects images in the words of trained controllers.
 
-A reply is text and one action token. The first reply holds the plan and draws its first objects; every later one says
-what the last picture shows, what is unmet, and asks for at most two edits, or stops. Edits exist as data (`Edit`) and
-as text.
+A reply is text followed by one action token. The first reply contains the plan and requests its first objects. Each
+later reply describes the last image, lists what is unmet, and requests at most two edits or stops. Edits exist as data
+(`Edit`) and as text.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, SceneObject, cell_index, place
 
-DRAW_TOKEN = "<|image_gen|>"
-STOP_TOKEN = "<|terminate|>"
+IMAGE_GEN = "<|image_gen|>"
+TERMINATE = "<|terminate|>"
 MAX_EDITS = 2
 EMPTY_CANVAS = "an empty picture"
 
@@ -30,10 +30,13 @@ Plan = tuple[PlannedObject, ...]
 
 @dataclass(frozen=True)
 class Edit:
-    """One change of a canvas.
+    """A change of one cell.
 
-    kind: draw (on the empty canvas), add, remove, replace or clear. cell: where. target: what stands there before
-    (remove; replace, where None means something unclear). object: what stands there afterwards (draw, add, replace).
+    Attributes:
+      kind: "draw" (on the empty canvas), "add", "remove", "replace" or "clear".
+      cell: the cell that changes.
+      target: the object in the cell before the edit (remove; replace, where None means something unclear).
+      object: the object in the cell after the edit (draw, add, replace).
     """
 
     kind: str
@@ -46,7 +49,7 @@ class Edit:
         if self.kind not in needs_object:
             raise ClvrError(f"edit: unknown kind {self.kind!r}; known: {', '.join(needs_object)}")
         if (self.object is not None) != needs_object[self.kind] or (self.kind == "remove" and self.target is None):
-            raise ClvrError(f"edit: {self.kind} with target {self.target} and object {self.object} makes no sense")
+            raise ClvrError(f"edit: {self.kind} with target {self.target} and object {self.object} is invalid")
         cell_index(self.cell)
         if any(item is not None and item.cell != self.cell for item in (self.target, self.object)):
             raise ClvrError(
@@ -56,10 +59,16 @@ class Edit:
 
 @dataclass(frozen=True)
 class Diff:
-    """A reading held against a plan. The order is the plan's, then reading order.
+    """The differences of an image from a plan, first in the order of the plan, then in reading order.
 
-    met: planned objects that are there. missing: their cell is empty. wrong: (planned, seen) where the cell shows
-    something else; seen is None if that is unclear. extra: objects in cells the plan leaves empty. unclear: such cells.
+    Attributes:
+      met: planned objects that the image shows.
+      missing: planned objects whose cell is empty.
+      wrong: (planned, seen) for cells that show something else; seen is None if it is unclear.
+      extra: objects in cells that the plan leaves empty.
+      unclear: cells that the plan leaves empty and that show something unclear.
+      edits: one edit for each difference, which together correct the image.
+      unmet: one phrase for each difference, in the order of `edits`.
     """
 
     met: Plan = ()
@@ -72,7 +81,7 @@ class Diff:
 
 
 def compare(plan: Sequence[PlannedObject], reading: Reading) -> Diff:
-    """Holds a reading against a plan. `unmet` names what is not met, `edits` (as many) would mend it."""
+    """Compares the detected content of an image with a plan."""
     seen = {item.cell: PlannedObject(item.color, item.shape, item.cell) for item in reading.objects}
     planned = {item.cell: item for item in plan}
     met, missing, wrong, edits, unmet = [], [], [], [], []
@@ -104,43 +113,49 @@ def compare(plan: Sequence[PlannedObject], reading: Reading) -> Diff:
 
 
 def first_edits(plan: Sequence[PlannedObject], limit: int = MAX_EDITS) -> tuple[Edit, ...]:
-    """The first objects of the plan, to be drawn on the empty canvas."""
+    """Returns the edits that draw the first `limit` objects of the plan on the empty canvas."""
     return tuple(Edit("draw", item.cell, object=item) for item in plan[: _checked(limit)])
 
 
 def edits(plan: Sequence[PlannedObject], reading: Reading, limit: int = MAX_EDITS) -> tuple[Edit, ...]:
-    """What to change next, at most `limit` edits: the plan's objects in order, then what should not be there."""
+    """Returns the next edits, at most `limit`: objects of the plan in order, then removals."""
     return compare(plan, reading).edits[: _checked(limit)]
 
 
 def _checked(limit: int) -> int:
     if limit < 1:
-        raise ClvrError(f"oracle: at least one edit per step is needed, got a limit of {limit}")
+        raise ClvrError(f"oracle: the limit of edits per step must be at least 1, got {limit}")
     return limit
 
 
 # --- edits as text ----------------------------------------------------------------------------------------------------
 
 
-def _thing(item: PlannedObject) -> str:
+def _with_article(item: PlannedObject) -> str:
     return article(f"{item.color} {item.shape}")
 
 
 def canvas_text(objects: Iterable[PlannedObject]) -> str:
-    """A whole canvas in words, which needs no history: "a red circle at the top, a blue star at the left"."""
-    return ", ".join(f"{_thing(item)} at the {item.cell}" for item in objects) or EMPTY_CANVAS
+    """Describes a whole canvas: "a red circle at the top, a blue star at the left"."""
+    return ", ".join(f"{_with_article(item)} at the {item.cell}" for item in objects) or EMPTY_CANVAS
 
 
-def _there(edit: Edit) -> str:
+def _at(edit: Edit) -> str:
     return f"at the {edit.cell}"
 
 
 def edit_text(edits: Sequence[Edit], first: bool = False) -> str:
-    """Edits in words: one sentence `Draw ...` for the empty canvas (`first`), else one sentence per edit."""
+    """Writes edits in words.
+
+    Args:
+      edits: the edits; with `first` at least one, all of kind "draw".
+      first: write one sentence `Draw ...` for the empty canvas, else one sentence per edit.
+    Raises: ClvrError if the kinds of the edits do not fit `first`.
+    """
     if first:
         if not edits or any(edit.kind != "draw" for edit in edits):
-            raise ClvrError("edit_text: the first step draws, nothing else")
-        parts = [f"{_thing(edit.object)} {_there(edit)}" for edit in edits if edit.object]
+            raise ClvrError("edit_text: with first=True there must be at least one edit, and only edits of kind draw")
+        parts = [f"{_with_article(edit.object)} {_at(edit)}" for edit in edits if edit.object]
         return "Draw " + " and ".join([*([", ".join(parts[:-1])] if parts[:-1] else []), parts[-1]]) + "."
     return " ".join(_sentence(edit) for edit in edits)
 
@@ -149,13 +164,13 @@ def _sentence(edit: Edit) -> str:
     if edit.kind == "clear":
         return f"Clear the {edit.cell}."
     if edit.kind == "remove" and edit.target:
-        return f"Remove the {edit.target.color} {edit.target.shape} {_there(edit)}."
+        return f"Remove the {edit.target.color} {edit.target.shape} {_at(edit)}."
     if edit.kind == "add" and edit.object:
-        return f"Add {_thing(edit.object)} {_there(edit)}."
+        return f"Add {_with_article(edit.object)} {_at(edit)}."
     if edit.kind == "replace" and edit.object:
         old = f"{edit.target.color} {edit.target.shape}" if edit.target else _UNCLEAR
-        return f"Replace the {old} {_there(edit)} with {_thing(edit.object)}."
-    raise ClvrError(f"edit_text: {edit.kind} belongs to the first step")
+        return f"Replace the {old} {_at(edit)} with {_with_article(edit.object)}."
+    raise ClvrError(f"edit_text: an edit of kind {edit.kind} needs first=True")
 
 
 _UNCLEAR = "unclear thing"
@@ -175,7 +190,7 @@ _EDIT = re.compile(
 
 
 def parse_edits(reply: str) -> tuple[Edit, ...]:
-    """The edits that a reply asks for, in its order; sentences that are not edits in our words are passed over."""
+    """Parses the edits that a reply requests, in order; sentences that are not edits in this grammar are ignored."""
     found: list[Edit] = []
     for match in _EDIT.finditer(reply):
         if match["draw"]:
@@ -203,29 +218,30 @@ def _object(name: str, cell: str) -> PlannedObject:
 
 
 def first_reply(plan: Sequence[PlannedObject], rng: np.random.Generator | None = None, limit: int = MAX_EDITS) -> str:
-    """The reply to a prompt when there is no picture yet.
+    """Writes the reply to a prompt when there is no image yet.
 
     Args:
-      plan: what to draw in all, at least one object.
-      rng: draws how many objects (1..limit) the first step has; None takes `limit`.
-      limit: the most objects in the first step.
+      plan: all objects of the image, at least one.
+      rng: samples the number of objects (1..limit) of the first step; None takes `limit`.
+      limit: maximum number of objects in the first step.
+    Raises: ClvrError for an empty plan or a limit below 1.
     """
     if not plan:
         raise ClvrError("first_reply: the plan is empty; it needs at least one object")
     if rng is not None:
         limit = int(rng.integers(1, _checked(limit) + 1))
-    return f"Plan: {_listed(plan)}. {edit_text(first_edits(plan, limit), first=True)}{DRAW_TOKEN}"
+    return f"Plan: {_listed(plan)}. {edit_text(first_edits(plan, limit), first=True)}{IMAGE_GEN}"
 
 
 def next_reply(plan: Sequence[PlannedObject], reading: Reading, limit: int = MAX_EDITS) -> str:
-    """The reply to the last picture: what is there, what is unmet, and at most `limit` edits, or the end."""
+    """Writes the reply to the last image: its content, what is unmet, and at most `limit` edits or the stop action."""
     difference = compare(plan, reading)
     clear = {item.cell: str(item) for item in reading.objects}
     seen = [clear.get(cell, f"something unclear {cell}") for cell in CELLS if cell in clear or cell in reading.unclear]
     text = f"I see {_listed(seen)}. Unmet: {_listed(difference.unmet)}."
     if not difference.unmet:
-        return text + STOP_TOKEN
-    return f"{text} {edit_text(difference.edits[: _checked(limit)])}{DRAW_TOKEN}"
+        return text + TERMINATE
+    return f"{text} {edit_text(difference.edits[: _checked(limit)])}{IMAGE_GEN}"
 
 
 def _listed(items: Iterable[object]) -> str:
@@ -233,7 +249,7 @@ def _listed(items: Iterable[object]) -> str:
 
 
 def parse_plan(reply: str) -> Plan:
-    """Recovers the plan from a first reply.
+    """Parses the plan of a first reply.
 
     Raises: ClvrError if there is no `Plan:` sentence, an item is not `color shape cell`, or a cell is used twice.
     """
@@ -255,10 +271,9 @@ def parse_plan(reply: str) -> Plan:
 
 
 def apply_edits(state: Reading | Iterable[PlannedObject | DetectedObject | SceneObject], edits: Iterable[Edit]) -> Plan:
-    """The objects of a canvas after perfect edits, in reading order.
+    """Returns the objects of a canvas after perfect edits, in reading order.
 
-    An edit makes its cell what it says, whatever stood there; unclear cells of a Reading that no edit names are left
-    out.
+    An edit takes effect whatever its cell showed before. Unclear cells of a Reading that no edit names are left out.
     """
     objects = state.objects if isinstance(state, Reading) else state
     canvas = {item.cell: PlannedObject(item.color, item.shape, item.cell) for item in objects}
@@ -271,10 +286,10 @@ def apply_edits(state: Reading | Iterable[PlannedObject | DetectedObject | Scene
 
 
 def edited_scene(scene: Scene, edits: Iterable[Edit], rng: np.random.Generator) -> Scene:
-    """The scene after perfect edits.
+    """Returns the scene after perfect edits.
 
-    Objects that no edit names stay as they are to the last bit. An object that replaces another takes over its
-    position and size; one in an empty cell is placed with the jitter that `rng` draws.
+    Objects that no edit names stay equal bit for bit. An object that replaces another takes over its position and size;
+    an object in an empty cell gets a position and size that `rng` samples.
     """
     canvas = {item.cell: item for item in scene.objects}
     for edit in edits:
@@ -289,26 +304,31 @@ def edited_scene(scene: Scene, edits: Iterable[Edit], rng: np.random.Generator) 
 
 
 class OracleController:
-    """A controller that knows what every prompt means and reads pictures exactly."""
+    """A controller that knows the metadata of each prompt and detects the content of images exactly."""
 
     def __init__(self, requests: Mapping[str, Metadata], limit: int = MAX_EDITS) -> None:
-        """requests: prompt -> metadata, all prompts it will see; limit: edits per step."""
+        """Initializes the controller.
+
+        Args:
+          requests: prompt -> metadata, for all prompts that it will receive.
+          limit: maximum number of edits per step.
+        """
         self._requests = dict(requests)
         self._limit = _checked(limit)
 
     def reply(self, prompt: str, replies: Sequence[str], images: Sequence[np.ndarray]) -> str:
-        """The next reply.
+        """Returns the next reply.
 
         Args:
           prompt: one of the known prompts.
-          replies: what was replied so far, oldest first; the plan is taken from the first.
-          images: uint8 (64, 64, 3) each, the pictures drawn so far; the last one is judged.
-        Raises: ClvrError for an unknown prompt, replies without pictures, or a first reply without a plan.
+          replies: the replies so far, oldest first; the plan is taken from the first.
+          images: uint8 (64, 64, 3) each, the images generated so far; the last one is verified.
+        Raises: ClvrError for an unknown prompt, replies without images, or a first reply without a plan.
         """
         if not replies:
             if prompt not in self._requests:
-                raise ClvrError(f"the oracle has no metadata for the prompt {prompt!r}; give it one of its own")
+                raise ClvrError(f"the oracle has no metadata for the prompt {prompt!r}; add it to `requests`")
             return first_reply(plan(self._requests[prompt]), limit=self._limit)
         if not images:
-            raise ClvrError("the oracle got replies but no picture to judge; pass the pictures drawn so far")
+            raise ClvrError("the oracle got replies but no image to verify; pass the images generated so far")
         return next_reply(parse_plan(replies[0]), detect(images[-1]), self._limit)

@@ -1,4 +1,4 @@
-"""Prompts to train on and prompts to evaluate on, which never overlap, and their files."""
+"""Training prompts and evaluation prompts, which never overlap, and their files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ EVAL_COUNTS = {
     "position": 100,
     "color_attr": 100,
 }
-"""Prompts per tag in the set "eval", as many as GenEval has."""
+"""Number of prompts per tag in the set "eval", the same as in GenEval."""
 COMPLEX_PER_TIER = 75
 DENSE_PER_TIER = 100
 SECOND_PER_TIER = 75
@@ -39,24 +39,24 @@ TRAIN_WEIGHTS: dict[str, float] = {
     "color_attr": 0.12,
     "complex": 0.45,
 }
-# Changing a seed, the grammar or the sampling changes the evaluation sets, and with them the meaning of old scores.
+# A change of a seed, the grammar or the sampling changes the evaluation sets, so that old scores are not comparable.
 _SEEDS = {"eval": 553, "complex": 300, "dense": 789, "second": 2026}
 _HELD_OUT_EVERY = 3
 
 
 def evaluation_prompts(name: str) -> list[Metadata]:
-    """The fixed evaluation prompts.
+    """Returns the fixed evaluation prompts.
 
-    A third of the prompts of every tag with colors name a pair of HELD_OUT_PAIRS, the others do not; phrasings take
-    turns.
+    A third of the prompts of each tag with colors name one of HELD_OUT_PAIRS, the others do not. Phrasings alternate.
 
     Args:
       name: "eval" (553 prompts, GenEval's tags in GenEval's proportions), "complex" (300: 75 for each of 3, 4, 5 and
         6 objects, with "tier"), "dense" (300: 100 for each of 7, 8 and 9 objects, which fill the canvas) or "second"
         (300: 75 for each of 3, 4, 5 and 6 objects, worded by `second_grammar`, which is not used for training;
         "phrasing" is the style).
-    Returns: a new list, the same in every process; all prompts differ, and in "complex", "dense" and "second" all
-        requests.
+    Returns: a new list, the same in every process. All prompts differ; in "complex", "dense" and "second" all requests
+      differ too, see `canonical_key`.
+    Raises: ClvrError for an unknown set.
     """
     if name not in EVALUATION_SETS:
         raise ClvrError(f"evaluation_prompts: unknown set {name!r}; known: {', '.join(EVALUATION_SETS)}")
@@ -78,7 +78,7 @@ def _evaluation_set(name: str) -> list[Metadata]:
     seen: set[str] = set()
     for tag, tier, count in plan:
         for index in range(count):
-            # Both take turns; no number of phrasings is a multiple of three, so the turns are not tied to each other.
+            # No number of phrasings is a multiple of three, so phrasing and held-out pairs are independent.
             phrasing = index % len(PHRASINGS[tag])
             held_out = tag not in ("single_object", "two_object") and index % _HELD_OUT_EVERY == 0
             while True:
@@ -94,8 +94,8 @@ def _evaluation_set(name: str) -> list[Metadata]:
 def _second_set(rng: np.random.Generator) -> list[Metadata]:
     """Samples the set "second".
 
-    Half of the prompts must repeat a color and a shape, and have three relations or more if they have five or six
-    objects; a quarter must have a group, such as "two red stars". Other prompts may have all of this, too.
+    Half of the prompts must repeat a color and a shape, and have at least three relations if they have five or six
+    objects; a quarter must have a group, such as "two red stars". All other prompts may have these properties, too.
     """
     chosen: list[Metadata] = []
     others = [metadata for name in EVALUATION_SETS if name != "second" for metadata in _evaluation_set(name)]
@@ -117,7 +117,12 @@ def _second_set(rng: np.random.Generator) -> list[Metadata]:
 
 
 def _is_of_kind(metadata: Metadata, kind: int) -> bool:
-    """0 and 1: repeats a color and a shape, with three relations if five objects or more; 2: has a group; 3: any."""
+    """Returns whether metadata is of a kind of the set "second".
+
+    Args:
+      kind: 0 or 1: it repeats a color and a shape, and has three relations if it has at least five objects; 2: it has
+        a group; 3: any.
+    """
     include = metadata["include"]
     if kind < 2:
         repeats = all(len({item[key] for item in include}) < len(include) for key in ("color", "class"))
@@ -126,7 +131,7 @@ def _is_of_kind(metadata: Metadata, kind: int) -> bool:
 
 
 def _keys(metadata: Metadata) -> set[str]:
-    """What no other prompt may share: the text, and the request of a complex prompt."""
+    """Returns the keys that no two prompts may share: the text, and the request of a complex prompt."""
     return {_text_key(metadata)} | ({canonical_key(metadata)} if metadata["tag"] == "complex" else set())
 
 
@@ -136,20 +141,23 @@ def _text_key(metadata: Metadata) -> str:
 
 @functools.cache
 def _reserved() -> frozenset[str]:
-    """Texts of all evaluation prompts and canonical requests of the complex ones."""
+    """Returns the keys of all evaluation prompts, see `_keys`."""
     return frozenset(key for name in EVALUATION_SETS for metadata in _evaluation_set(name) for key in _keys(metadata))
 
 
 def train_prompt(
     rng: np.random.Generator, weights: Mapping[str, float] | None = None, tiers: Sequence[int] = TIERS
 ) -> Metadata:
-    """Draws a training prompt: never the text of an evaluation prompt (case and punctuation aside), never the request
-    of a complex one, never a held-out pair.
+    """Samples a training prompt.
+
+    It never has the text of an evaluation prompt (ignoring case and punctuation), the request of a complex evaluation
+    prompt, or a held-out pair.
 
     Args:
       rng: numpy generator.
       weights: tag -> weight, not negative, need not sum to one; None is TRAIN_WEIGHTS.
-      tiers: numbers of objects of complex prompts, equally often; of TIERS and DENSE_TIERS.
+      tiers: numbers of objects of complex prompts, sampled uniformly; of TIERS and DENSE_TIERS.
+    Raises: ClvrError for an unknown tag, an invalid weight, or no weight above 0.
     """
     tags, shares = _shares(tuple((TRAIN_WEIGHTS if weights is None else weights).items()))
     tag = tags[int(np.searchsorted(shares, rng.random(), side="right"))]
@@ -161,7 +169,7 @@ def train_prompt(
 
 
 def is_reserved(metadata: Metadata) -> bool:
-    """Whether the text of a metadata, or the request of a complex one, is kept for evaluation."""
+    """Returns whether the text of the prompt, or its request if it is complex, is in an evaluation set."""
     return bool(_keys(metadata) & _reserved())
 
 
@@ -180,10 +188,10 @@ def _shares(weights: tuple[tuple[str, float], ...]) -> tuple[tuple[str, ...], np
 
 
 def read_prompts(path: str | os.PathLike[str]) -> list[Metadata]:
-    """Reads a JSONL file with one metadata per line; empty lines are skipped.
+    """Reads a JSONL file with the metadata of one prompt per line; empty lines are skipped.
 
-    Raises: ClvrError that names file and line if a line is not JSON or not a metadata of the shapes world, or that the
-    file cannot be read or holds no prompts.
+    Raises: ClvrError with file and line if a line is not JSON or not metadata of the shapes world, and ClvrError if the
+      file cannot be read or contains no prompts.
     """
     found = []
     for where, line in read_lines(Path(path)):
@@ -199,7 +207,10 @@ def read_prompts(path: str | os.PathLike[str]) -> list[Metadata]:
 
 
 def write_prompts(path: str | os.PathLike[str], prompts: Iterable[Metadata]) -> None:
-    """Writes metadata as JSONL, one per line in GenEval's format; an existing file is replaced."""
+    """Writes metadata as JSONL in GenEval's format, one prompt per line; an existing file is replaced.
+
+    Raises: ClvrError if the file cannot be written.
+    """
     text = "".join(json.dumps(metadata) + "\n" for metadata in prompts)
     try:
         Path(path).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Draws scenes: anti-aliased shapes from analytic signed distance fields."""
+"""Renders scenes: anti-aliased shapes from analytic signed distance fields."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, COLORS, Scene, Scen
 
 
 def _star_vertices() -> list[tuple[float, float]]:
-    # Outer radius 1.05 and the shift of .1 center the bounding box on the origin and make it 2 wide.
+    # The outer radius of 1.05 and the shift of .1 make the bounding box 2 wide and center it on the origin.
     turns = [(1.05 if i % 2 == 0 else 0.47, np.pi * (i / 5 - 0.5)) for i in range(10)]
     return [(length * np.cos(angle), length * np.sin(angle) + 0.1) for length, angle in turns]
 
@@ -31,13 +31,14 @@ _VERTICES: dict[str, np.ndarray] = {
 
 
 def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Distance to the outline in pixels, negative inside.
+    """Returns the distance to the outline of a shape in pixels, negative inside.
 
     Args:
       shape: one of SHAPES.
       x, y: offsets from the center of the object in pixels, arrays that broadcast to one shape.
       radius: size of the object in pixels.
     Returns: float32 array of the broadcast shape.
+    Raises: ClvrError for an unknown shape.
     """
     if shape == "circle":
         return np.sqrt(x * x + y * y) - np.float32(radius)
@@ -48,7 +49,7 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
 
 
 def polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np.ndarray:
-    """Exact signed distance to a simple polygon in pixels, negative inside.
+    """Returns the exact signed distance to a simple polygon in pixels, negative inside.
 
     Args:
       x, y: offsets in pixels, arrays that broadcast to one shape.
@@ -63,7 +64,7 @@ def polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np
     px, py = x - ax, y - ay
     along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0.0, 1.0)
     squared = ((px - ex * along) ** 2 + (py - ey * along) ** 2).min(axis=0)
-    # Even-odd rule with a ray to the right: an edge counts if it spans this height and lies right of the point.
+    # Even-odd rule with a ray to the right: an edge counts if it spans this height to the right of the point.
     spans = (py < 0) != (py < ey)
     right = (px * ey < py * ex) == (ey > 0)
     inside = np.logical_xor.reduce(spans & right, axis=0)
@@ -71,17 +72,17 @@ def polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Share of each pixel that the object covers, 0..1; arguments as in `signed_distance`."""
+    """Returns the share of each pixel that the object covers, in [0, 1]; arguments as in `signed_distance`."""
     return np.clip(0.5 - signed_distance(shape, x, y, radius), 0.0, 1.0)
 
 
 def window(item: SceneObject) -> tuple[slice, slice, np.ndarray, np.ndarray]:
-    """The part of the canvas an object can touch.
+    """Returns the part of the canvas that an object can touch.
 
     Returns: row slice, column slice, x offsets (1, w) and y offsets (h, 1) of its pixel centers from the object's
     center.
     """
-    # No corner lies farther out than 1.02 radius in x or y; half a pixel more is the smoothed edge.
+    # No corner is farther than 1.02 radius from the center in x or y; the smoothed edge adds half a pixel.
     reach = 1.02 * item.radius + 0.5
     left, right = (min(max(int(v), 0), CANVAS) for v in (item.x - reach, item.x + reach + 1))
     top, bottom = (min(max(int(v), 0), CANVAS) for v in (item.y - reach, item.y + reach + 1))
@@ -91,9 +92,9 @@ def window(item: SceneObject) -> tuple[slice, slice, np.ndarray, np.ndarray]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draws a scene.
+    """Renders a scene.
 
-    Returns: uint8 (64, 64, 3), RGB; later objects are drawn over earlier ones. Parts off the canvas are cut.
+    Returns: uint8 (64, 64, 3), RGB; later objects cover earlier ones. Parts outside the canvas are cropped.
     """
     image = _BLANK.copy()
     for item in scene.objects:

@@ -1,4 +1,4 @@
-"""What a picture of the shapes world contains: colored shapes in a 3 x 3 grid of cells.
+"""The content of an image of the shapes world: colored shapes in a 3 x 3 grid of cells.
 
 Coordinates are in pixels with the origin at the top left corner of the canvas, x to the right and y down; the center
 of the first pixel is (0.5, 0.5).
@@ -33,8 +33,8 @@ HELD_OUT_PAIRS = frozenset({("purple", "star"), ("cyan", "triangle"), ("orange",
 
 CELL_SIZE = CANVAS / 3
 RADIUS_RANGE = (7.0, 9.0)
-# Two neighbors stay two pixels apart: edges are smoothed over half a pixel on both sides, so at least one full pixel of
-# pure background always separates them.
+# Objects of neighboring cells are at least two pixels apart: edges are smoothed over half a pixel on each side, so that
+# at least one full pixel of pure background separates them.
 _MARGIN = 1.0
 _NUM_OBJECTS_WEIGHTS = (0.2, 0.25, 0.2, 0.15, 0.1, 0.1)
 _CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}
@@ -42,7 +42,7 @@ _CELL_INDEX = {cell: index for index, cell in enumerate(CELLS)}
 
 @dataclass(frozen=True)
 class SceneObject:
-    """One drawn object: named color, shape and cell; center (x, y) and radius in pixels."""
+    """An object to be rendered: names of color, shape and cell; center (x, y) and radius in pixels."""
 
     color: str
     shape: str
@@ -61,7 +61,7 @@ class SceneObject:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture before it is drawn: objects in drawing order, at most one per cell."""
+    """The content of an image: objects in the order in which they are rendered, at most one per cell."""
 
     objects: tuple[SceneObject, ...] = ()
 
@@ -72,46 +72,46 @@ class Scene:
 
 
 def check_names(color: str, shape: str, cell: str) -> None:
-    """Raises ClvrError unless color, shape and cell are names of this world."""
+    """Raises ClvrError unless color, shape and cell are valid names."""
     for kind, value, known in (("color", color, COLORS), ("shape", shape, SHAPES), ("cell", cell, CELLS)):
         if value not in known:
             raise ClvrError(f"shapes world: unknown {kind} {value!r}; known: {', '.join(known)}")
 
 
 def cell_index(cell: str) -> int:
-    """Reading-order index 0..8 of a cell name; ClvrError for other names."""
+    """Returns the index of a cell in reading order, 0..8. Raises: ClvrError for other names."""
     if cell not in _CELL_INDEX:
         raise ClvrError(f"shapes world: unknown cell {cell!r}; known: {', '.join(CELLS)}")
     return _CELL_INDEX[cell]
 
 
 def cell_center(cell: str) -> tuple[float, float]:
-    """Center (x, y) of a cell in pixels."""
+    """Returns the center (x, y) of a cell in pixels."""
     row, column = divmod(cell_index(cell), 3)
     return (column + 0.5) * CELL_SIZE, (row + 0.5) * CELL_SIZE
 
 
 def cell_at(x: float, y: float) -> str:
-    """The cell that contains the pixel position; positions off the canvas count to the nearest cell."""
+    """Returns the cell that contains a position in pixels, the nearest cell for positions outside the canvas."""
     row, column = (min(max(int(value / CELL_SIZE), 0), 2) for value in (y, x))
     return CELLS[3 * row + column]
 
 
 def reading_order(cells: Iterable[str]) -> list[str]:
-    """Cells sorted row by row, left to right."""
+    """Returns the cells sorted row by row, left to right."""
     return sorted(cells, key=cell_index)
 
 
 def place(color: str, shape: str, cell: str, rng: np.random.Generator) -> SceneObject:
-    """Puts an object into a cell with random size and position, see `sample_position`."""
+    """Returns an object in a cell with random size and position, see `sample_position`."""
     return SceneObject(color, shape, cell, *sample_position(cell, rng))
 
 
 def sample_position(cell: str, rng: np.random.Generator) -> tuple[float, float, float]:
-    """Samples where an object lies in its cell.
+    """Samples the position and size of an object in its cell.
 
-    The radius is uniform in RADIUS_RANGE; the center moves only so far that objects of neighboring cells keep two
-    pixels of background between them.
+    The radius is uniform in RADIUS_RANGE. The center is uniform in the range in which objects of neighboring cells have
+    at least two pixels of background between them.
 
     Returns: x and y of the center, and the radius, in pixels.
     """
@@ -124,7 +124,7 @@ def sample_position(cell: str, rng: np.random.Generator) -> tuple[float, float, 
 
 
 def sample_pair(rng: np.random.Generator, allow_held_out: bool = False) -> tuple[str, str]:
-    """Uniform (color, shape); without `allow_held_out` never one of HELD_OUT_PAIRS."""
+    """Samples (color, shape) uniformly; without `allow_held_out` never one of HELD_OUT_PAIRS."""
     pairs = _ALL_PAIRS if allow_held_out else _TRAIN_PAIRS
     return pairs[int(rng.integers(len(pairs)))]
 
@@ -132,12 +132,13 @@ def sample_pair(rng: np.random.Generator, allow_held_out: bool = False) -> tuple
 def sample_scene_random(
     rng: np.random.Generator, num_objects: int | None = None, allow_held_out: bool = False
 ) -> Scene:
-    """A random scene.
+    """Samples a scene.
 
     Args:
       rng: numpy generator; the same state gives the same scene.
-      num_objects: 0..9; None draws 1..6, mostly 1..4.
+      num_objects: 0..9; None samples 1..6, mostly 1..4.
       allow_held_out: also use HELD_OUT_PAIRS; never set it for training data.
+    Raises: ClvrError for a number of objects out of range.
     """
     if num_objects is None:
         num_objects = int(rng.choice(len(_NUM_OBJECTS_WEIGHTS), p=_NUM_OBJECTS_WEIGHTS)) + 1

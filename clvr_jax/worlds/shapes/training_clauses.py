@@ -1,8 +1,9 @@
-"""Noun phrases, references and clauses of training prompts, made by a `Teller` that knows what has been mentioned.
+"""Noun phrases, references and clauses of training prompts, written by a `TextBuilder` that tracks which items the text
+has mentioned.
 
-The direction of a relation: what is placed (the figure) owns it, whether it comes before or after its anchor (ground).
-The one exception: if a clause places a known item relative to a new one ("the circle is below a red star"), the new
-item owns the inverse relation. A pronoun is used only where one item alone can be meant.
+A relation belongs to the item that is placed (the figure), whether it is mentioned before or after its anchor (the
+ground). The one exception: if a clause places a known item relative to a new one ("the circle is below a red star"),
+the inverse relation belongs to the new item. A pronoun is used only if it can refer to one item alone.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ _NONCE_MIDDLES = ("a", "e", "i", "o", "u", "oo", "ee", "arf", "ilb", "onk", "ust
 _NONCE_ENDS = ("x", "ble", "dic", "lo", "nth", "pt", "rm", "ster", "t", "vy", "zle", "n")
 
 
-class Teller:
-    """Words about an include list; draws every choice from `rng`.
+class TextBuilder:
+    """Writes phrases about an include list; all choices are sampled from `rng`.
 
     Attributes:
       include: the items, each after the anchor of its relation.
@@ -45,15 +46,15 @@ class Teller:
     # --- choices ------------------------------------------------------------------------------------------------------
 
     def chance(self, share: float) -> bool:
-        """Whether an event of this probability happens."""
+        """Samples whether an event of this probability, in [0, 1], happens."""
         return self._random() < share
 
     def pick(self, options: Sequence[_T]) -> _T:
-        """One of the options, each equally likely."""
+        """Samples one of the options uniformly."""
         return options[int(self._random() * len(options))]
 
     def brief(self, options: Sequence[str]) -> str:
-        """One of the options; the more objects there are, the more often the shorter one of two."""
+        """Samples one of the options; the more items there are, the more often the shorter one of two samples."""
         one = self.pick(options)
         if self._random() >= self._brevity:
             return one
@@ -61,45 +62,48 @@ class Teller:
         return other if len(other) < len(one) else one
 
     def shuffled(self, indices: Sequence[int]) -> list[int]:
-        """The indices in a random order."""
+        """Returns the indices in a random order."""
         return sorted(indices, key=lambda _: self._random())
 
     def nonce(self) -> str:
-        """A made-up word."""
+        """Samples a made-up word."""
         return self.pick(_NONCE_STARTS) + self.pick(_NONCE_MIDDLES) + self.pick(_NONCE_ENDS)
 
     def filler(self, options: Sequence[str]) -> str:
-        """One of the options with made-up words in its slots."""
+        """Samples one of the options, with made-up words in its slots."""
         text = self.pick(options)
         return text.replace("{nonce}", self.nonce()) if "{nonce}" in text else text
 
     # --- what has been mentioned --------------------------------------------------------------------------------------
 
     def end_clause(self) -> None:
-        """Marks the end of a clause: pronouns of the next one refer to what this one mentioned."""
+        """Ends a clause: pronouns of the next clause refer to the items that this one mentioned."""
         self._before, self._now = self._now, []
 
     def mention(self, index: int) -> None:
-        """Notes that the text names an item here."""
+        """Records that the text mentions an item at this point."""
         if index not in self.mentioned:
             self.mentioned.append(index)
         if index not in self._now:
             self._now.append(index)
 
     def is_known(self, index: int) -> bool:
-        """Whether the text has named the item."""
+        """Returns whether the text has mentioned the item."""
         return index in self.mentioned
 
     def has_where(self, index: int) -> bool:
-        """Whether the item has a place or a relation."""
+        """Returns whether the item has a place or a relation."""
         return "place" in self.include[index] or "position" in self.include[index]
 
     def anchor(self, index: int) -> int:
-        """Index of the anchor of the item's relation, -1 without one."""
+        """Returns the index of the anchor of the item's relation, -1 without one."""
         return int(self.include[index].get("position", (None, -1))[1])
 
     def is_pronoun_clear(self, index: int) -> bool:
-        """Whether "it" or "them" can only mean this item: the clause before named no other of its number."""
+        """Returns whether "it" or "them" can only refer to this item.
+
+        This holds if the previous clause, and this one so far, mentioned no other item of the same grammatical number.
+        """
         one = self.include[index]["count"] == 1
         alike = [other for other in self._before if (self.include[other]["count"] == 1) == one]
         return alike == [index] and not any(
@@ -109,18 +113,18 @@ class Teller:
     # --- noun phrases -------------------------------------------------------------------------------------------------
 
     def noun(self, index: int) -> str:
-        """Color and shape without a number: "red star", "star in red"."""
+        """Returns color and shape without a number: "red star", "star in red"."""
         item = self.include[index]
         shape = item["class"] if item["count"] == 1 else words.PLURALS[item["class"]]
         if "color" not in item:
             return str(shape)
-        color, draw = item["color"], self._random() * self._noun_share
-        if draw > 0.22:
+        color, sample = item["color"], self._random() * self._noun_share
+        if sample > 0.22:
             return f"{color} {shape}"
-        if draw > 0.12:
+        if sample > 0.12:
             form = self.brief(words.COLORED_AFTER)
             return form.format(n=shape, c=color, **{"is": "is" if item["count"] == 1 else "are"})
-        if draw > 0.06:
+        if sample > 0.06:
             return self.pick(words.COLORED_BEFORE).format(n=shape, c=color)
         return f"{self.pick(words.NEUTRAL_ADJECTIVES)} {color} {shape}"
 
@@ -146,7 +150,7 @@ class Teller:
         return any(self.include[other]["class"] == shape for other in self.mentioned if other != index)
 
     def _group_after(self, item: Item) -> str:
-        """A group whose color or number comes after it."""
+        """Returns a phrase for a group with its color or number at the end."""
         number, shape = words.NUMBERS[item["count"] - 1], words.PLURALS[item["class"]]
         if "color" not in item:
             return f"{number} {shape}"
@@ -157,7 +161,7 @@ class Teller:
         ))  # fmt: skip
 
     def bare(self, index: int) -> str:
-        """An item as in a telegram: "red star", "2 blue circles"."""
+        """Mentions an item without an article: "red star", "2 blue circles"."""
         self.mention(index)
         item = self.include[index]
         shape = item["class"] if item["count"] == 1 else words.PLURALS[item["class"]]
@@ -177,12 +181,12 @@ class Teller:
         shape = item["class"] if one else words.PLURALS[item["class"]]
         number = "" if one or self.chance(0.5) else words.NUMBERS[count - 1] + " "
         article = "the" if self.chance(0.92) else "that" if one else "those"
-        color, draw = item.get("color"), self._random()
+        color, sample = item.get("color"), self._random()
         if color is None:
             return f"{article} {number}{shape}"
-        if draw < 0.3 and sum(other["class"] == item["class"] for other in self.include) == 1:
+        if sample < 0.3 and sum(other["class"] == item["class"] for other in self.include) == 1:
             return f"{article} {number}{shape}"
-        if draw < 0.36 and sum(other.get("color") == color for other in self.include) == 1:
+        if sample < 0.36 and sum(other.get("color") == color for other in self.include) == 1:
             return f"{article} {number}{color} {'one' if one else 'ones'}"
         return f"{article} {number}{color} {shape}"
 
@@ -195,14 +199,14 @@ class Teller:
         return self.the(index) if self.is_known(index) else self.a(index)
 
     def figure(self, index: int) -> str:
-        """What the clause places, as a pronoun where the template has room for one."""
+        """Mentions the item that the clause places, perhaps as a pronoun if the template allows one."""
         if self._pronouns and self.is_known(index) and self.is_pronoun_clear(index) and self.chance(0.4):
             self.mention(index)
             return self._pronouns[0 if self.include[index]["count"] == 1 else 1]
         return self.named(index)
 
     def ground(self, index: int) -> str:
-        """The anchor after a preposition, perhaps as a pronoun."""
+        """Mentions an anchor after a preposition, perhaps as a pronoun."""
         if not self.is_known(index):
             return self.a(index)
         one = self.include[index]["count"] == 1
@@ -219,7 +223,7 @@ class Teller:
     # --- where --------------------------------------------------------------------------------------------------------
 
     def relation(self, index: int) -> str:
-        """The relation of an item with its anchor: "left of the blue circle", "to its left"."""
+        """Returns the relation of an item to its anchor: "left of the blue circle", "to its left"."""
         name, target = self.include[index]["position"]
         if self.is_known(target):
             if self.is_pronoun_clear(target) and self.chance(0.5):
@@ -231,17 +235,17 @@ class Teller:
         return f"{self.brief(words.RELATIONS[name])} {self.ground(target)}"
 
     def its(self, index: int, relation: str) -> str:
-        """The side of an item that has just been named, with a pronoun: "to its left"."""
+        """Returns the side of an item that has just been mentioned, with a pronoun: "to its left"."""
         one = self.include[index]["count"] == 1
         form = self.brief(words.ITS_SIDE[relation])
         return form.format(its="its" if one else "their", it="it" if one else "them")
 
     def place(self, index: int) -> str:
-        """The place of an item: "in the top left corner"."""
+        """Returns the place of an item: "in the top left corner"."""
         return self.brief(words.PLACES[self.include[index]["place"]])
 
     def where(self, index: int) -> str:
-        """Where an item is; empty if it has neither place nor relation."""
+        """Returns place and relation of an item in words, "" if it has neither."""
         item = self.include[index]
         parts = [self.place(index)] if "place" in item else []
         if "position" in item:
@@ -251,9 +255,11 @@ class Teller:
     # --- clauses ------------------------------------------------------------------------------------------------------
 
     def clause(self, index: int, plain: bool = False) -> str:
-        """A statement that introduces an item with where it is, or says where a known one is.
+        """Returns a statement that introduces an item with its place or relation, or gives that of a known item.
 
-        plain: a full sentence that can follow "such that"; the item must have a place or a relation.
+        Args:
+          index: the item.
+          plain: return a full sentence that can follow "such that"; the item must have a place or a relation.
         """
         template = self.brief(words.WHERE_PLAIN if plain else self._templates(index))
         self._pronouns = ("it", "they") if template[:4] == "{F} " else ("it", "them") if template in _ORDERS else ()
@@ -265,42 +271,42 @@ class Teller:
         known, target = self.is_known(index), self.anchor(index)
         if not self.has_where(index):
             return words.NOWHERE_NEW
-        draw = self._random()
-        if target >= 0 and "place" not in self.include[index] and draw < 0.4:
-            if draw < 0.12:
+        sample = self._random()
+        if target >= 0 and "place" not in self.include[index] and sample < 0.4:
+            if sample < 0.12:
                 return words.RELATE_DIRECTED[self.include[index]["position"][0]]
-            if draw < 0.22 and not known and self.is_known(target):
+            if sample < 0.22 and not known and self.is_known(target):
                 return words.INVERSE_NEW
-            return words.RELATE_NEW if not known and draw < 0.27 else words.RELATE_ANY
-        return words.WHERE_ANY if known or draw > 0.75 else words.WHERE_NEW
+            return words.RELATE_NEW if not known and sample < 0.27 else words.RELATE_ANY
+        return words.WHERE_ANY if known or sample > 0.75 else words.WHERE_NEW
 
     def fill(self, template: str, index: int) -> str:
         """Fills the slots of a template about an item, from left to right."""
         return _SLOT.sub(lambda match: _SLOTS[match[1]](self, index), template)
 
     def is_one(self, index: int) -> bool:
-        """Whether verbs about the item are singular."""
+        """Returns whether verbs about the item are singular."""
         return bool(self.include[index]["count"] == 1)
 
     def verb(self, index: int) -> str:
-        """Says that the item is somewhere: "is placed", "sit"."""
+        """Returns a verb of position that agrees with the item: "is placed", "sit"."""
         return self.fill(self.brief(words.VERBS), index)
 
     def modal(self, index: int) -> str:
-        """Demands that the item is somewhere: "should be"."""
+        """Returns a modal verb that agrees with the item: "should be"."""
         text = self.brief(words.MODALS)
         return text if self.is_one(index) else words.MODALS_PLURAL.get(text, text)
 
 
-def _agree(one: str, many: str, anchor: bool = False) -> Callable[[Teller, int], str]:
+def _agree(one: str, many: str, anchor: bool = False) -> Callable[[TextBuilder, int], str]:
     return lambda t, i: one if t.is_one(t.anchor(i) if anchor else i) else many
 
 
-def _relation_name(t: Teller, index: int) -> str:
+def _relation_name(t: TextBuilder, index: int) -> str:
     return str(t.include[index]["position"][0])
 
 
-_SLOTS: dict[str, Callable[[Teller, int], str]] = {
+_SLOTS: dict[str, Callable[[TextBuilder, int], str]] = {
     "F": lambda t, i: t.figure(i),
     "F_it": _agree("it", "them"),
     "G": lambda t, i: t.named(t.anchor(i)),

@@ -1,25 +1,25 @@
-"""Layouts of noun phrases with their places: sentences, tables, telegrams, bullets."""
+"""Layouts of noun phrases with their places: sentences, tables, lists of keywords, bullets."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from clvr_jax.worlds.shapes import training_words as words
-from clvr_jax.worlds.shapes.training_clauses import Teller
+from clvr_jax.worlds.shapes.training_clauses import TextBuilder
 
 
 def capital(text: str) -> str:
-    """The text with a capital first letter."""
+    """Returns the text with a capital first letter."""
     return text[:1].upper() + text[1:]
 
 
-def listed(t: Teller, parts: Sequence[str]) -> str:
-    """Parts joined by commas and a last word."""
+def listed(t: TextBuilder, parts: Sequence[str]) -> str:
+    """Joins parts by commas, the last one by a conjunction."""
     return t.pick(words.LAST_JOINTS).join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def opener(t: Teller) -> str:
-    """Words before a list of objects, often none."""
+def opener(t: TextBuilder) -> str:
+    """Samples words before a list of objects, often none."""
     if t.chance(0.4):
         return ""
     if t.chance(0.1):
@@ -27,18 +27,25 @@ def opener(t: Teller) -> str:
     return t.filler(words.OPENERS)
 
 
-def ending(t: Teller) -> str:
-    """Words after the last object, mostly none."""
+def ending(t: TextBuilder) -> str:
+    """Samples words after the last object, mostly none."""
     return t.filler(words.ENDINGS) if t.chance(0.3) else ""
 
 
-def _number(t: Teller) -> str:
+def _number(t: TextBuilder) -> str:
     total = sum(item["count"] for item in t.include)
     return words.NUMBERS[total - 1] if t.chance(0.7) else str(total)
 
 
-def with_where(t: Teller, index: int, form: str = "{} {}", is_clause: bool = True) -> str:
-    """Introduces an item and says where it is: "a red star at the top"; is_clause: nothing follows in its clause."""
+def with_where(t: TextBuilder, index: int, form: str = "{} {}", is_clause: bool = True) -> str:
+    """Introduces an item with its place or relation: "a red star at the top".
+
+    Args:
+      t: writes the text.
+      index: the item.
+      form: template of the item and its place.
+      is_clause: end the clause after the item.
+    """
     subject = t.a(index)
     where = t.where(index) if t.has_where(index) else t.brief(words.ANYWHERE)
     if is_clause:
@@ -46,8 +53,8 @@ def with_where(t: Teller, index: int, form: str = "{} {}", is_clause: bool = Tru
     return form.format(subject, where) if where else subject
 
 
-def inline(t: Teller) -> str:
-    """One sentence of noun phrases, each followed by its place."""
+def inline(t: TextBuilder) -> str:
+    """Writes one sentence of noun phrases, each followed by its place."""
     head, joint = opener(t), t.pick(words.JOINTS)
     form = t.pick(("{} {}", "{} {}", "{} {}", "{} ({})", "{}, {}" if joint in ("; ", " / ") else "{} {}"))
     parts = [with_where(t, index, form) for index in range(len(t.include))]
@@ -55,8 +62,8 @@ def inline(t: Teller) -> str:
     return head + text + ending(t)
 
 
-def where_first(t: Teller) -> str:
-    """Places first: "top left: a red star; below it: a blue circle"."""
+def where_first(t: TextBuilder) -> str:
+    """Writes each place before its item: "top left: a red star; below it: a blue circle"."""
     mark, joint = t.pick((": ", ": ", " - ", ", ", " = ", " -> ")), t.pick(("; ", ". ", "\n", " | "))
     parts = []
     for index in range(len(t.include)):
@@ -70,12 +77,12 @@ def where_first(t: Teller) -> str:
     return t.pick(words.LIST_HEADS) + joint.join(parts)
 
 
-def _labels(t: Teller, index: int) -> tuple[str, ...]:
+def _labels(t: TextBuilder, index: int) -> tuple[str, ...]:
     return words.LABELS[t.include[index]["place"]]
 
 
-def telegram(t: Teller) -> str:
-    """Bare words: "red star top left, blue circle left of red star"."""
+def telegram(t: TextBuilder) -> str:
+    """Writes keywords only: "red star top left, blue circle left of red star"."""
     joint = t.pick((", ", ", ", "; ", " / ", ". ", " + ", "\n", " | "))
     parts = []
     for index in range(len(t.include)):
@@ -90,8 +97,8 @@ def telegram(t: Teller) -> str:
     return t.pick(("", "", *words.LIST_HEADS)) + joint.join(parts)
 
 
-def labeled(t: Teller) -> str:
-    """A label for each item, on lines or behind bullets: "- red star: top left"."""
+def labeled(t: TextBuilder) -> str:
+    """Writes a label for each item, on lines or after bullets: "- red star: top left"."""
     dash = t.pick((": ", " - ", ": ", " -> ", " = ", " ... ", " at: ", " @ "))
     bullet, joint = t.pick((("- ", "\n"), ("* ", "\n"), ("# ", "\n"), ("", "; "), ("", "\n"), ("1. ", "\n"),
                             ("1) ", " "), ("(1) ", ", "), ("a) ", "; "), ("• ", "\n"), ("1: ", "; ")))  # fmt: skip
@@ -109,8 +116,8 @@ def labeled(t: Teller) -> str:
     return head + ("\n" if joint == "\n" and head else " " if head else "") + joint.join(parts)
 
 
-def table(t: Teller) -> str:
-    """Rows of an object and its position."""
+def table(t: TextBuilder) -> str:
+    """Writes rows of an object and its position."""
     what, place = t.pick(words.TABLE_KEYS)
     row = t.pick((f"{what}: {{}}, {place}: {{}}", f"{what}: {{}} {place}: {{}}", "{} | {}", "| {} | {} |",
                   f"{what} = {{}}; {place} = {{}}", "{}, {}", f"[{what}: {{}}; {place}: {{}}]"))  # fmt: skip

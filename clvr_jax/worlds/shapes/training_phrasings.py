@@ -1,16 +1,16 @@
-"""Wide phrasings of training prompts: the same requests as `grammar`, in many more words.
+"""Wide phrasings of training prompts: the requests of `grammar` in many more wordings.
 
-A model that has only read the seven templates of `grammar` reads nothing else. Here objects are listed, stated one by
-one or in tables; a relation may stand before or after its subject, be stated from the side of its anchor, or refer to a
-pronoun. Words are in `training_words`, clauses in `training_clauses`, layouts in `training_styles`. The evaluation set
-"second" has a grammar of its own, which must never be copied from here or to here.
+A model that was trained on the seven templates of `grammar` alone understands no other wording. Here objects are
+listed, stated one by one or in tables; a relation may come before or after its subject, have its anchor as subject, or
+refer to a pronoun. Words are in `training_words`, clauses in `training_clauses`, layouts in `training_styles`. The
+evaluation set "second" has a separate grammar; nothing may be copied between the two.
 
 The include list of a wide prompt follows from its text by these rules:
  1. Items are in the order of their first mention.
- 2. What a clause places owns the relation; but if it is known and its anchor new ("the circle is below a red star"),
-    the new item owns the inverse relation.
- 3. An anchor that is mentioned after what refers to it moves directly before it, with its own anchor before it:
-    "a red star that is above a blue circle" is blue circle, then red star above blue circle.
+ 2. A relation belongs to the item that the clause places; but if that item is known and its anchor new ("the circle is
+    below a red star"), the inverse relation belongs to the new item.
+ 3. An anchor that is mentioned after the item that refers to it moves directly before it, with its own anchor before
+    it: "a red star that is above a blue circle" becomes blue circle, then red star above blue circle.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes import training_words as words
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
 from clvr_jax.worlds.shapes.metadata import Metadata
-from clvr_jax.worlds.shapes.training_clauses import Item, Teller
+from clvr_jax.worlds.shapes.training_clauses import Item, TextBuilder
 from clvr_jax.worlds.shapes.training_lists import capital
 from clvr_jax.worlds.shapes.training_styles import STYLES
 
 _LONG = 370
-"""Characters after which another style is tried: small models read about 150 tokens."""
+"""Length in characters above which another style is tried: small models read about 150 tokens."""
 _TRIES = 3
 
 __all__ = ["STYLES", "rephrase", "wide_metadata"]
@@ -37,13 +37,13 @@ __all__ = ["STYLES", "rephrase", "wide_metadata"]
 def wide_metadata(
     rng: np.random.Generator, tier: int | None = None, min_relations: int = 0, allow_held_out: bool = False
 ) -> Metadata:
-    """Draws a request of the tag `complex` and tells it in one of the wide phrasings.
+    """Samples metadata of the tag `complex` with a prompt in one of the wide phrasings.
 
     Args:
       rng: numpy generator.
-      tier: number of objects, of TIERS or DENSE_TIERS; None draws one of TIERS.
-      min_relations: the least number of relations; it must be possible for the tier.
-      allow_held_out: may name HELD_OUT_PAIRS; never set it for training data.
+      tier: number of objects, of TIERS or DENSE_TIERS; None samples one of TIERS.
+      min_relations: least number of relations; it must be possible for the tier.
+      allow_held_out: the prompt may name HELD_OUT_PAIRS; never set it for training data.
     Returns: metadata whose include list is in the order in which the prompt introduces the objects, anchors first.
     Raises: ClvrError if the tier is none of these.
     """
@@ -57,21 +57,21 @@ def wide_metadata(
 
 
 def rephrase(metadata: Metadata, rng: np.random.Generator) -> Metadata:
-    """Tells a `complex` request in a wide phrasing; "phrasing" is the index into `STYLES`."""
+    """Returns `complex` metadata with a prompt in a wide phrasing; "phrasing" is the index into `STYLES`."""
     include = _anchors_first(metadata["include"], range(len(metadata["include"])))
     if rng.random() < 0.35:
         include = _anchors_first(include, rng.permutation(len(include)).tolist())
     for _ in range(_TRIES):
         style = int(rng.random() * len(STYLES))
-        teller = Teller(include, rng)
-        text = _finished(STYLES[style](teller), teller)
+        builder = TextBuilder(include, rng)
+        text = _finished(STYLES[style](builder), builder)
         if len(text) <= _LONG:
             break
-    return metadata | {"include": _anchors_first(include, teller.mentioned), "prompt": text, "phrasing": style}
+    return metadata | {"include": _anchors_first(include, builder.mentioned), "prompt": text, "phrasing": style}
 
 
 def _anchors_first(include: Sequence[Item], mentioned: Sequence[int]) -> list[Item]:
-    """Copies of the items in the given order, except that an anchor comes directly before the first that needs it."""
+    """Copies the items in the given order, except that an anchor comes directly before the first item that needs it."""
     order: list[int] = []
 
     def add(index: int) -> None:
@@ -89,8 +89,8 @@ def _anchors_first(include: Sequence[Item], mentioned: Sequence[int]) -> list[It
     return items
 
 
-def _finished(text: str, t: Teller) -> str:
-    """The prompt with a title, sentences that ask for nothing, and upper or lower case."""
+def _finished(text: str, t: TextBuilder) -> str:
+    """Returns the prompt, perhaps with a title, sentences without a request, and in upper or lower case."""
     short = len(text) < 260
     if short and t.chance(0.06):
         title = t.pick(words.TITLES).format(t.filler(words.TITLE_NAMES))
@@ -105,7 +105,7 @@ def _finished(text: str, t: Teller) -> str:
         text += t.filler(words.FILLERS) + t.pick((".", ""))
     if t.chance(0.25):
         text = text.rstrip(".")
-    # Upper case has few words among the tokens: about twice as many of them.
+    # Upper case takes about twice as many tokens, since few upper-case words are in the vocabulary.
     if len(text) < 170 and t.chance(0.05):
         text = text.upper()
     elif t.chance(0.15):

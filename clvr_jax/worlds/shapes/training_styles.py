@@ -1,7 +1,7 @@
-"""Styles of training prompts: each words an include list in one layout of text.
+"""Styles of training prompts: each writes an include list in one layout of text.
 
 A style may introduce the items in any order, as long as a relation names its anchor no later than in the clause in
-which it is stated; `Teller.mentioned` says afterwards in which order they came.
+which it is stated; `TextBuilder.mentioned` records the order.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from clvr_jax.worlds.shapes import training_words as words
-from clvr_jax.worlds.shapes.training_clauses import Teller
+from clvr_jax.worlds.shapes.training_clauses import TextBuilder
 from clvr_jax.worlds.shapes.training_lists import (
     capital,
     ending,
@@ -23,15 +23,18 @@ from clvr_jax.worlds.shapes.training_lists import (
     with_where,
 )
 
-Style = Callable[[Teller], str]
+Style = Callable[[TextBuilder], str]
 _FILLERS_BETWEEN = tuple(text for text in words.FILLERS if "it" not in text.split())
-"""Fillers after which "it" still means an object."""
+"""Fillers after which "it" still refers to an object."""
 
 
-def _statements(t: Teller, subject_first: float, covered: set[int]) -> Iterator[int]:
-    """Indices of items to make a statement about, in order; a subject may come before an anchor that is new.
+def _statements(t: TextBuilder, subject_first: float, covered: set[int]) -> Iterator[int]:
+    """Yields the indices of the items to make statements about, in order.
 
-    covered: the items that need no more statement; the caller may add to it.
+    Args:
+      t: writes the text.
+      subject_first: probability that a new item is preceded by an item whose anchor it is.
+      covered: items that need no more statement; the caller may add to it.
     """
     for index in range(len(t.include)):
         if index in covered:
@@ -46,15 +49,15 @@ def _statements(t: Teller, subject_first: float, covered: set[int]) -> Iterator[
             yield index
 
 
-def _early_child(t: Teller, index: int, covered: set[int]) -> int | None:
-    """An item that may be stated before its new anchor: the anchor must not need a new anchor of its own."""
+def _early_child(t: TextBuilder, index: int, covered: set[int]) -> int | None:
+    """Returns an item that may be stated before its new anchor; the anchor must not need a new anchor itself."""
     if t.anchor(index) >= 0 and not t.is_known(t.anchor(index)):
         return None
     children = [i for i in range(len(t.include)) if t.anchor(i) == index and i not in covered and not t.is_known(i)]
     return t.pick(children) if children else None
 
 
-def _clauses(t: Teller, subject_first: float = 0.15) -> list[str]:
+def _clauses(t: TextBuilder, subject_first: float = 0.15) -> list[str]:
     covered: set[int] = set()
     clauses = []
     for index in _statements(t, subject_first, covered):
@@ -67,8 +70,8 @@ def _clauses(t: Teller, subject_first: float = 0.15) -> list[str]:
     return clauses
 
 
-def _alike(t: Teller, index: int, covered: set[int]) -> int | None:
-    """A new single object with the same relation to the same known anchor as this one."""
+def _alike(t: TextBuilder, index: int, covered: set[int]) -> int | None:
+    """Returns a new single object with the same relation to the same known anchor as this one, None without one."""
     item = t.include[index]
     if t.is_known(index) or item.get("position") is None or not t.is_known(t.anchor(index)):
         return None
@@ -79,14 +82,14 @@ def _alike(t: Teller, index: int, covered: set[int]) -> int | None:
     return None
 
 
-def _relation_only(t: Teller, index: int) -> list[object] | None:
-    """The relation of a single object that has no place too, else None."""
+def _relation_only(t: TextBuilder, index: int) -> list[object] | None:
+    """Returns the relation of a single object without a place, else None."""
     item = t.include[index]
     return None if "place" in item or item["count"] > 1 else item.get("position")
 
 
-def _pair(t: Teller, index: int, other: int) -> str:
-    """Two new items with one relation: "left of the circle are a red star and a green cross"."""
+def _pair(t: TextBuilder, index: int, other: int) -> str:
+    """Introduces two new items with one relation: "left of the circle are a red star and a green cross"."""
     if t.chance(0.5):
         where = t.relation(index)
         both = f"{t.a(index)} and {t.a(other)}"
@@ -100,7 +103,7 @@ def _pair(t: Teller, index: int, other: int) -> str:
     return text
 
 
-def _sentence_join(t: Teller, sentences: Sequence[str]) -> str:
+def _sentence_join(t: TextBuilder, sentences: Sequence[str]) -> str:
     stop = t.pick((". ", ". ", ". ", ".\n", "! ", "; "))
     if stop != "; " and t.chance(0.6):
         sentences = [capital(text) for text in sentences]
@@ -110,22 +113,22 @@ def _sentence_join(t: Teller, sentences: Sequence[str]) -> str:
 # --- statements -------------------------------------------------------------------------------------------------------
 
 
-def sentences(t: Teller) -> str:
-    """One sentence for each statement, perhaps with one between them that asks for nothing."""
+def sentences(t: TextBuilder) -> str:
+    """Writes one sentence for each statement, perhaps with a sentence without a request between them."""
     parts = _clauses(t)
     if t.chance(0.12):
         parts.insert(int(t.pick(range(1, len(parts) + 1))), t.filler(_FILLERS_BETWEEN))
     return _sentence_join(t, parts)
 
 
-def one_sentence(t: Teller) -> str:
-    """All statements joined into one sentence."""
+def one_sentence(t: TextBuilder) -> str:
+    """Writes all statements as one sentence."""
     joint = t.pick(words.CLAUSE_JOINTS)
     return joint.join(_clauses(t)) + t.pick(("", "."))
 
 
-def mixed_joints(t: Teller) -> str:
-    """Statements with another joint between any two."""
+def mixed_joints(t: TextBuilder) -> str:
+    """Writes statements with different conjunctions between them."""
     first, *others = _clauses(t)
     for clause in others:
         joint = t.pick((". ", ". ", *words.CLAUSE_JOINTS))
@@ -133,26 +136,26 @@ def mixed_joints(t: Teller) -> str:
     return first + "."
 
 
-def steps(t: Teller) -> str:
-    """Steps: "first, a red star ...; then ...; finally ..."."""
+def steps(t: TextBuilder) -> str:
+    """Writes steps: "first, a red star ...; then ...; finally ..."."""
     clauses = _clauses(t)
     last = len(clauses) - 1
     kinds = [0 if i == 0 else 2 if i == last else 1 for i in range(last + 1)]
     return _sentence_join(t, [t.pick(words.STEPS[k]) + c for k, c in zip(kinds, clauses, strict=True)])
 
 
-def questions(t: Teller) -> str:
-    """Polite questions, each about one or more objects."""
+def questions(t: TextBuilder) -> str:
+    """Writes polite questions, each about one or more objects."""
     form, verb = t.pick(words.QUESTIONS), t.pick(words.QUESTION_VERBS)
     parts = [f"{verb} {with_where(t, index)}" for index in range(len(t.include))]
     size = t.pick((1, 2, len(parts)))
     groups = [parts[begin : begin + size] for begin in range(0, len(parts), size)]
-    asked = [form.format(", ".join(group[:-1]) + (", and " if group[:-1] else "") + group[-1]) for group in groups]
-    return " ".join(map(capital, asked) if t.chance(0.5) else asked)
+    written = [form.format(", ".join(group[:-1]) + (", and " if group[:-1] else "") + group[-1]) for group in groups]
+    return " ".join(map(capital, written) if t.chance(0.5) else written)
 
 
-def demands(t: Teller) -> str:
-    """Statements of what should be where."""
+def demands(t: TextBuilder) -> str:
+    """Writes statements of the positions that objects should have."""
     head = t.pick(("i want ", "we need ", "draw ", "there should be ", "the image must show ", ""))
     parts = []
     for index in _statements(t, 0.25, set()):
@@ -167,8 +170,8 @@ def demands(t: Teller) -> str:
     return _sentence_join(t, parts)
 
 
-def relative(t: Teller) -> str:
-    """Noun phrases with relative clauses: "a red star that is above a blue circle"."""
+def relative(t: TextBuilder) -> str:
+    """Writes noun phrases with relative clauses: "a red star that is above a blue circle"."""
     head, parts = opener(t), []
     for index in _statements(t, 0.6, set()):
         if t.is_known(index):
@@ -179,11 +182,11 @@ def relative(t: Teller) -> str:
         else:
             parts.append(t.a(index))
         t.end_clause()
-    # Clauses about a known anchor are sentences of their own; semicolons keep them apart from noun phrases.
+    # Clauses about a known anchor are separate sentences; semicolons separate them from noun phrases.
     return head + t.pick(("; ", "; ", ". ", ", and ")).join(parts) + ending(t)
 
 
-def _link(t: Teller, index: int) -> str:
+def _link(t: TextBuilder, index: int) -> str:
     link = t.pick(words.RELATIVES)
     if "{verb_ing}" in link:
         return t.pick(("sitting", "lying", "standing", "placed", "located", "positioned", "resting", "appearing"))
@@ -193,8 +196,8 @@ def _link(t: Teller, index: int) -> str:
 # --- objects first ----------------------------------------------------------------------------------------------------
 
 
-def _object_list(t: Teller, order: Sequence[int]) -> str:
-    """The items without places; two neighbors of one color or shape may share it."""
+def _object_list(t: TextBuilder, order: Sequence[int]) -> str:
+    """Lists the items without places; two consecutive items of one color or shape may share the word for it."""
     parts, rest = [], list(order)
     while rest:
         index = rest.pop(0)
@@ -206,8 +209,8 @@ def _object_list(t: Teller, order: Sequence[int]) -> str:
     return listed(t, parts)
 
 
-def _shared(t: Teller, index: int, other: int) -> str:
-    """Two single items in one phrase, empty if they share neither color nor shape."""
+def _shared(t: TextBuilder, index: int, other: int) -> str:
+    """Returns one phrase for two single items, "" if they share neither color nor shape."""
     one, two = t.include[index], t.include[other]
     if one["count"] > 1 or two["count"] > 1 or "color" not in one or "color" not in two:
         return ""
@@ -231,13 +234,13 @@ def _shared(t: Teller, index: int, other: int) -> str:
     return t.pick(forms)
 
 
-def _order(t: Teller) -> list[int]:
+def _order(t: TextBuilder) -> list[int]:
     every = list(range(len(t.include)))
     return t.shuffled(every) if t.chance(0.15) else every
 
 
-def objects_first(t: Teller) -> str:
-    """The objects first, then where they are, in any order."""
+def objects_first(t: TextBuilder) -> str:
+    """Writes the objects first, then their places and relations, in any order."""
     head = opener(t) + _object_list(t, _order(t)) + t.pick((ending(t), "", ""))
     placed = [index for index in range(len(t.include)) if t.has_where(index)]
     if t.chance(0.5):
@@ -250,8 +253,8 @@ def objects_first(t: Teller) -> str:
     return head + stop + rules + clauses + t.pick((".", ""))
 
 
-def objects_then_bullets(t: Teller) -> str:
-    """A list of objects, then short rules on lines: "- red star: left of the blue circle"."""
+def objects_then_bullets(t: TextBuilder) -> str:
+    """Writes a list of objects, then short rules on lines: "- red star: left of the blue circle"."""
     head = t.pick(words.LIST_HEADS) + _object_list(t, _order(t))
     placed = t.shuffled([index for index in range(len(t.include)) if t.has_where(index)])
     mark, bullet = t.pick((": ", " ", " = ", " -> ", " is ")), t.pick(("- ", "* ", "", "> "))
@@ -267,20 +270,20 @@ def objects_then_bullets(t: Teller) -> str:
 # --- around an anchor -------------------------------------------------------------------------------------------------
 
 
-def _around(t: Teller, index: int, covered: set[int]) -> list[int]:
+def _around(t: TextBuilder, index: int, covered: set[int]) -> list[int]:
     return [
         i for i in range(len(t.include)) if t.anchor(i) == index and i not in covered and "place" not in t.include[i]
     ]
 
 
-def nested(t: Teller) -> str:
-    """An anchor together with what stands around it: "a red star with a blue circle to its left"."""
+def nested(t: TextBuilder) -> str:
+    """Writes each anchor together with the items around it: "a red star with a blue circle to its left"."""
     head, covered, groups = opener(t), set[int](), []
     for index in range(len(t.include)):
         if index in covered:
             continue
         text = with_where(t, index, is_clause=False)
-        # After "left of the circle" a pronoun could mean the circle.
+        # After "left of the circle" a pronoun could refer to the circle.
         around = _around(t, index, covered) if t.anchor(index) < 0 else []
         covered.update((index, *around))
         if around:
@@ -291,13 +294,13 @@ def nested(t: Teller) -> str:
     return head + t.pick(("; ", "; ", ". also ", ". then ", ".\n")).join(groups) + ending(t)
 
 
-def _sides(t: Teller, index: int, around: Sequence[int]) -> list[str]:
-    """What stands around an item: "a blue circle to its left", or for all "to its left a blue circle"."""
+def _sides(t: TextBuilder, index: int, around: Sequence[int]) -> list[str]:
+    """Returns phrases for the items around an anchor: "a blue circle to its left", or "to its left a blue circle"."""
     names = [t.include[other]["position"][0] for other in around]
     if t.chance(0.35):
         return [f"{t.its(index, name)} {t.a(other)}" for other, name in zip(around, names, strict=True)]
     sides = [f"{t.a(around[0])} {t.its(index, names[0])}"]
-    # After another object a pronoun could mean that one.
+    # After another object a pronoun could refer to that object.
     sides += [
         f"{t.a(other)} {t.brief(words.RELATIONS[name])} {t.the(index)}"
         for other, name in zip(around[1:], names[1:], strict=True)
@@ -305,13 +308,13 @@ def _sides(t: Teller, index: int, around: Sequence[int]) -> list[str]:
     return sides
 
 
-def _with(t: Teller, index: int) -> str:
+def _with(t: TextBuilder, index: int) -> str:
     link = t.pick(words.WITH)
     return "that have" if link == "that has" and not t.is_one(index) else link
 
 
-def chain(t: Teller) -> str:
-    """Each item seen from the one before where it can be: "a red star, to its left a circle, below that a square"."""
+def chain(t: TextBuilder) -> str:
+    """Writes items relative to the previous one: "a red star, to its left a circle, below that a square"."""
     joint, parts = t.pick((", ", "; ", ", ", " - ", ". ", ", and ")), []
     head = opener(t)
     for index in _depth_first(t):
@@ -331,8 +334,8 @@ def chain(t: Teller) -> str:
     return head + joint.join(parts) + ending(t)
 
 
-def _that(t: Teller, index: int) -> str:
-    """Names the item that was introduced last."""
+def _that(t: TextBuilder, index: int) -> str:
+    """Refers to the item that was introduced last."""
     item = t.include[index]
     last = ("the last one", "the previous one", "the one just named") if t.is_one(index) else ("the last ones",)
     if t.chance(0.3):
@@ -344,8 +347,8 @@ def _that(t: Teller, index: int) -> str:
     return f"{'that' if t.is_one(index) else 'those'} {color}{shape}"
 
 
-def _depth_first(t: Teller) -> list[int]:
-    """The items so that each comes right after its anchor where possible."""
+def _depth_first(t: TextBuilder) -> list[int]:
+    """Returns the items in depth-first order, so that each directly follows its anchor if possible."""
     order: list[int] = []
 
     def add(index: int) -> None:
@@ -364,4 +367,4 @@ STYLES: tuple[Style, ...] = (
     inline, relative, where_first, telegram, labeled, table, sentences, one_sentence, mixed_joints, steps, questions,
     demands, objects_first, objects_then_bullets, nested, chain, sentences, objects_first,
 )  # fmt: skip
-"""Each turns an include list into a prompt; what is here twice is common in what people write."""
+"""Functions that write an include list as a prompt; styles that people use often are here twice."""

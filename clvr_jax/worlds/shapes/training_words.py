@@ -1,10 +1,10 @@
-"""The phrase tables of training prompts: what the styles of `training_styles` choose from.
+"""The phrase tables of training prompts, from which the styles of `training_styles` sample.
 
-Slots of templates, filled from left to right: {F} the item that is placed (figure), {F_it} a pronoun for it, {G} the
+Slots of templates are filled from left to right: {F} the item that is placed (figure), {F_it} a pronoun for it, {G} the
 anchor of its relation (ground), {where} the place or relation of F, {rel} the relation as a preposition, {inv} its
-inverse, {its} the side of G with a pronoun ("to its left"), {alone} without one, {is} {s} {es} {has} agree with F,
-{Gis} {Gs} {Gies} {Ghas} {Gits} with G,
-{verb} says that F stands somewhere, {put} orders to place it, {modal} demands it.
+inverse, {its} the side of G with a pronoun ("to its left"), {alone} the side without a pronoun, {verb} a verb of
+position, {put} an imperative, {modal} a modal verb. {is} {s} {es} {has} agree with F, {Gis} {Gs} {Gies} {Ghas} {Gits}
+with G.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ COLORED_AFTER = (
     "{n} filled with {c}", "{n} of {c} color", "{n} made {c}", "{n} ({c})", "{n} whose color is {c}",
     "{n} drawn in {c}",
 )  # fmt: skip
-"""A color after its noun; no commas, so that they fit everywhere."""
+"""Nouns with the color after them; without commas, so that they fit everywhere."""
 COLORED_BEFORE = ("{c}-colored {n}", "{c} colored {n}", "solid {c} {n}", "{c}-filled {n}", "fully {c} {n}")
 NEUTRAL_ADJECTIVES = ("plain", "flat", "simple", "neat", "clean", "solid", "nice", "crisp", "small", "basic", "tidy")
-"""Adjectives that ask for nothing that could be checked."""
+"""Adjectives that no check depends on."""
 ANOTHER = ("another {n} ({c})", "another {n} in {c}", "one more {n} in {c}", "another {n} that is {c}")
-"""A further object of a shape; "another red star" would be the second red one."""
+"""Phrases for another object of a shape; "another red star" would imply a second red star."""
 SINGLES = ("one", "a single", "1", "exactly one", "just one", "one single", "a lone")
 GROUPS = {
     2: ("a pair of", "a couple of", "a duo of", "exactly two", "2x", "a set of two"),
@@ -63,7 +63,7 @@ RELATIONS = {
         *("to the south of", "directly underneath", "vertically below"),
     ),
 }
-"""Prepositions; what they govern follows."""
+"""Prepositions, which come before the anchor."""
 _ITS_BESIDE = ("to {its} {}", "on {its} {}", "on {its} {} side", "to the {} of {it}", "at {its} {}",
     "on the {} of {it}",
                "{} of {it}", "on {its} {}-hand side")  # fmt: skip
@@ -123,7 +123,7 @@ WHERE_ANY = (
     "{where} {is} {F}", "{where} go{es} {F}", "{where} sit{s} {F}", "let {F} be {where}", "make sure {F} {is} {where}",
     "have {F} sit {where}", "{where} you can see {F}", "you find {F} {where}", "{where}, place {F}", "{where} put {F}",
 )  # fmt: skip
-"""Statements on where F is; F may be new or known."""
+"""Statements about the position of F; F may be new or known."""
 WHERE_NEW = (
     "there {is} {F} {where}", "{where}, there {is} {F}", "there should be {F} {where}", "{where} there {is} {F}",
     "{put} {F} {where}", "{put} {F} {where}", "{where}, {put} {F}", "we see {F} {where}", "the image has {F} {where}",
@@ -136,7 +136,7 @@ RELATE_ANY = (
     "{G} {Ghas} {F} {its}", "{G} {Gis} flanked by {F} {its}",
     "the space {rel} {G} is for {F}", "looking {rel} {G} one finds {F}", "{G} {Ghas} {F} {alone}",
 )  # fmt: skip
-"""Statements on a relation in which F may be new or known, and so may G; F is always what is placed."""
+"""Statements about a relation in which F and G may each be new or known; F is the item that is placed."""
 RELATE_DIRECTED = {
     "left of": ("{F} precede{s} {G} on the left", "the left-hand neighbor of {G} {is} {F}",
     "{G} {Ghas} {F} as left neighbor",
@@ -165,7 +165,7 @@ INVERSE_NEW = (
     "{G} {Gis} {inv} {F}", "{G} lie{Gs} {inv} {F}", "{G} sit{Gs} {inv} {F}", "{G} {Gis} placed {inv} {F}",
     "{F}, and {G} {Gis} {inv} {F_it}", "{put} {F} so that {G} {Gis} {inv} {F_it}",
 )  # fmt: skip
-"""Statements from the side of a known G about a new F: what is new is what the relation belongs to."""
+"""Statements with a known G as subject about a new F; the relation belongs to the new item."""
 NOWHERE_NEW = (
     "there {is} also {F}", "also {F}", "add {F}", "include {F}", "{F} {is} in it too", "{put} {F} anywhere",
     "{F} somewhere", "{F} {is} there as well", "{F} can go anywhere", "do not forget {F}", "{F} wherever there is room",
@@ -255,7 +255,7 @@ PLACES: dict[str, tuple[str, ...]] = {
         *("at the exact center", "in the center of the image", "in the center cell"),
     ),
 }
-"""Phrases for the nine cells; "at the top" without a side is the middle of the top row."""
+"""Phrases for the nine cells; "at the top" without a side means the middle of the top row."""
 LABELS: dict[str, tuple[str, ...]] = {
     **{
         f"{v} {h}": tuple(
@@ -335,7 +335,7 @@ FILLERS = (
     ),
     *("plain background", "we want a calm look", "be precise", "the canvas is small", "this one is for {nonce}"),
 )
-"""Sentences that ask for nothing that could be checked."""
+"""Sentences that no check depends on."""
 JOINTS = (
     ", ",
     ", ",

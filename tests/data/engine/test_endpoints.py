@@ -1,4 +1,4 @@
-"""The engine against a real HTTP server: as it should be, and as servers are."""
+"""Tests of the engine with a real HTTP server, with and without faults of the server."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
-from tests.data.engine.obliging_server import answer
+from tests.data.engine.cooperative_server import answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
 ITEM = PromptItem("one", "a light color")
@@ -21,7 +21,7 @@ ITEM = PromptItem("one", "a light color")
 
 @pytest.fixture
 def made(server, endpoint):
-    """(script) -> the outcome of one prompt, and its bill."""
+    """Returns a function: (replies) -> the outcome of one prompt, and its usage."""
 
     def make(script, **fields):
         server.script = script
@@ -38,7 +38,7 @@ def made(server, endpoint):
     return make
 
 
-def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(made, server):
+def test_a_cooperative_server_gives_a_trajectory_and_all_calls_are_in_the_usage(made, server):
     outcome, tracker = made([answer], prices=Prices(input_tokens=1.0, output_tokens=2.0, picture=0.03))
     assert outcome.stage == "kept", outcome.detail
     record = outcome.record
@@ -56,21 +56,21 @@ def test_a_server_that_obliges_makes_a_trajectory_and_every_call_is_on_the_bill(
 
 
 @pytest.mark.parametrize(
-    ("reply", "reason", "said"),
+    ("reply", "reason", "message"),
     [
         (completion("I would rather not."), "invalid action", "no JSON object"),
         (completion(None, refusal="I cannot help with that."), "refused", "cannot help"),
         (completion('{"perceive": "x", "reason": "y", "action": "DANCE"}'), "invalid action", "DANCE"),
     ],
 )
-def test_a_director_that_is_no_use_discards_the_prompt_and_says_why(made, reply, reason, said):
+def test_unusable_replies_of_the_planner_discard_the_prompt_with_a_reason(made, reply, reason, message):
     outcome, _ = made([reply])
     assert (outcome.record, outcome.stage, outcome.reason) == (None, None, reason)
-    assert said in outcome.detail
+    assert message in outcome.detail
 
 
 @pytest.mark.parametrize(
-    ("reply", "fault", "said"),
+    ("reply", "fault", "message"),
     [
         (failure(500), "down", "500"),
         (failure(429, "slow down"), "limited", "429"),
@@ -79,47 +79,47 @@ def test_a_director_that_is_no_use_discards_the_prompt_and_says_why(made, reply,
         (completion('{"perceive": "x"', finish="length"), "down", "cut at max_tokens"),
     ],
 )
-def test_a_director_that_gives_no_reply_is_no_outcome(made, reply, fault, said):
-    with pytest.raises(ProviderError, match=said) as caught:
+def test_no_reply_of_the_planner_gives_no_outcome(made, reply, fault, message):
+    with pytest.raises(ProviderError, match=message) as caught:
         made([reply])
     assert caught.value.fault == fault
 
 
 @pytest.mark.parametrize(
-    ("reply", "said"),
+    ("reply", "message"),
     [(pictures(png(picture(16, 8))), "asked for a picture of 8 x 8"), (pictures(b"nothing"), "no picture")],
 )
-def test_an_image_tool_that_is_no_use_is_no_outcome(made, reply, said):
-    with pytest.raises(ProviderError, match=said):
+def test_a_failing_image_generator_gives_no_outcome(made, reply, message):
+    with pytest.raises(ProviderError, match=message):
         made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
 
 
-def test_an_image_tool_that_refuses_discards_the_prompt_and_says_why(made):
+def test_a_refusal_of_the_image_generator_discards_the_prompt_with_a_reason(made):
     reply = failure(400, "rejected by our safety system", code="content_policy_violation")
     outcome, _ = made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
     assert (outcome.record, outcome.reason) == (None, "refused")
     assert "safety system" in outcome.detail
 
 
-def test_prose_once_is_asked_for_again(made):
-    spoiled = []
+def test_an_unreadable_reply_is_requested_again(made):
+    replaced = []
 
     def now_and_then(seen):
         text = "" if "/images/" in seen.path else seen.json["messages"][0]["content"][-1]
         kind = text["text"][:40] if isinstance(text, dict) else str(text)[:40]
-        if kind and kind not in spoiled and "Your last answer" not in json.dumps(seen.json):
-            spoiled.append(kind)
+        if kind and kind not in replaced and "Your last answer" not in json.dumps(seen.json):
+            replaced.append(kind)
             return completion("Certainly! Here is what I think.")
         return answer(seen)
 
     outcome, _ = made([now_and_then])
     assert outcome.stage == "kept", outcome.detail
-    assert len(spoiled) >= 6  # every role had its bad moment
+    assert len(replaced) >= 6  # each role had an unreadable reply
 
 
 def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endpoint, capsys):
     server.script = [answer]
-    server.hold_until(50)  # nobody is answered before fifty wait
+    server.hold_until(50)  # no reply before fifty requests are pending
     prompts = tmp_path / "prompts.jsonl"
     texts = [
         *(f"a light color, number {number}" for number in range(64)),
@@ -151,12 +151,12 @@ def test_sixty_four_prompts_keep_fifty_requests_in_flight(tmp_path, server, endp
     assert found["total"]["calls"] == len(server.seen)
 
 
-def test_keys_that_are_absent_are_told_before_anything_is_made(tmp_path, monkeypatch, capsys):
+def test_missing_keys_are_reported_before_any_call(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ARK_API_KEY", "something")
     monkeypatch.delenv("GEMINI_API_KEY", raising=False)
     (tmp_path / "p.txt").write_text("a cat\n")
     options = ["--prompts", str(tmp_path / "p.txt"), "--out", str(tmp_path / "run")]
     assert cli.main(["synth", "configs/prompted_synth.py", *options]) == 1
-    said = capsys.readouterr().err.splitlines()[-1]
-    assert "GEMINI_API_KEY" in said
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "GEMINI_API_KEY" in message
     assert not (tmp_path / "run" / "dataset").exists()

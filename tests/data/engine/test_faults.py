@@ -1,4 +1,4 @@
-"""Faults of providers and of the disk lose no prompt: nothing is stored as finished that a next run should do."""
+"""Tests that faults of providers and of the disk lose no prompt: failed prompts are not stored as finished."""
 
 import dataclasses
 import json
@@ -16,7 +16,7 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.engine.run import _forget_failures, open_run
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import write_json
-from tests.data.engine.obliging_server import answer
+from tests.data.engine.cooperative_server import answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
 ITEMS = [PromptItem(f"p-{number:02d}", f"a light color, number {number}") for number in range(40)]
@@ -25,7 +25,7 @@ IDS = {item.id for item in ITEMS}
 
 @pytest.fixture
 def synth(tmp_path, endpoint):
-    """(items, fields of SynthConfig) -> the store, after one run of the engine's function of a bundle."""
+    """Returns a function: (items, fields of SynthConfig) -> the store after the engine has processed a bundle."""
     connection = endpoint(max_retries=0)
     config = dataclasses.replace(
         prompted_synth.CONFIG,
@@ -49,12 +49,12 @@ def synth(tmp_path, endpoint):
 
 
 def on(path, reply):
-    """A server that lies at one path and obliges elsewhere."""
+    """Returns a server with a given reply at one path and valid replies elsewhere."""
     return lambda seen: reply if path in seen.path else answer(seen)
 
 
 EMPTY = completion(None)
-CHAT_LIES = [
+INVALID_CHAT_REPLIES = [
     *(failure(status) for status in (400, 401, 402, 403, 404, 408, 413, 422, 429, 500, 502, 503, 504, 529)),
     failure(429, code="insufficient_quota"),
     failure(403, type="billing_not_active"),
@@ -70,7 +70,7 @@ CHAT_LIES = [
     Reply(b"\x00\xff\xfe"),
     Reply(b"{}", headers={"Content-Encoding": "br"}),
 ]
-IMAGE_LIES = [
+INVALID_IMAGE_REPLIES = [
     *(failure(status) for status in (401, 429, 503)),
     *(Reply(body) for body in (b"", b"<html>log in</html>", {"data": []}, {"data": [{"b64_json": "?"}]})),
     pictures(b"no image"),
@@ -80,10 +80,10 @@ IMAGE_LIES = [
 ]
 
 
-def test_no_lie_of_a_server_uses_up_a_prompt(server, synth):
-    lies = [*CHAT_LIES, *(on("/images/", lie) for lie in IMAGE_LIES)]
-    for lie in lies:
-        server.script = [lie]
+def test_no_invalid_reply_of_a_server_finishes_a_prompt(server, synth):
+    replies = [*INVALID_CHAT_REPLIES, *(on("/images/", reply) for reply in INVALID_IMAGE_REPLIES)]
+    for reply in replies:
+        server.script = [reply]
         assert synth(ITEMS[:2], in_flight=2).ids() == set()
     store = synth([])
     assert store.failed("p-00").detail
@@ -91,19 +91,19 @@ def test_no_lie_of_a_server_uses_up_a_prompt(server, synth):
     store = synth(ITEMS[:2], in_flight=2)
     assert {store.read(id).stage for id in store.ids()} == {"kept"}
     assert len(store.ids()) == 2
-    assert store.read("p-00").usage["director"]["calls"] > len(CHAT_LIES)  # failed calls are on the bill
+    assert store.read("p-00").usage["director"]["calls"] > len(INVALID_CHAT_REPLIES)  # failed calls are in the usage
 
 
-def test_a_refusal_is_an_outcome_and_is_not_asked_for_again(server, synth):
+def test_a_refusal_is_an_outcome_and_is_not_repeated(server, synth):
     server.script = [completion(None, refusal="I cannot help with that.")]
     store = synth(ITEMS[:1])
     assert store.read("p-00").reason == "refused"
-    asked = len(server.seen)
+    num_requests = len(server.seen)
     synth(ITEMS[:1])
-    assert len(server.seen) == asked
+    assert len(server.seen) == num_requests
 
 
-def test_a_run_in_which_everything_fails_stops_early_and_says_why(server, synth):
+def test_a_run_in_which_all_prompts_fail_stops_early_with_a_reason(server, synth):
     server.script = [failure(503, "overloaded")]
     # A sixth may have failed before the run stops, since two are in flight.
     with pytest.raises(ClvrError, match=r"[56] prompts failed .* no prompt is lost, run it .* HTTP 503: overloaded"):
@@ -111,7 +111,7 @@ def test_a_run_in_which_everything_fails_stops_early_and_says_why(server, synth)
     assert len(server.seen) <= 5 + 2
 
 
-def test_replies_that_cannot_be_read_are_a_prompts_own_fault_once_others_can_be_read(server, synth):
+def test_unreadable_replies_finish_a_prompt_if_replies_to_others_are_readable(server, synth):
     def moody(seen):
         return completion("Certainly!") if "number 1" in seen.body.decode() else answer(seen)
 
@@ -122,7 +122,7 @@ def test_replies_that_cannot_be_read_are_a_prompts_own_fault_once_others_can_be_
     assert (store.read("p-01").reason, store.read("p-02").stage) == ("invalid action", "kept")
 
 
-def test_a_full_disk_ends_the_run_and_nothing_more_is_asked(server, synth, monkeypatch):
+def test_a_full_disk_ends_the_run_without_further_calls(server, synth, monkeypatch):
     def full(self, outcome, *rest):
         raise ClvrError(f"{outcome.item.id}: cannot be written (No space left on device)")
 
@@ -135,7 +135,7 @@ def test_a_full_disk_ends_the_run_and_nothing_more_is_asked(server, synth, monke
     assert len(server.seen) <= 4 * for_one  # not 39 prompts
 
 
-def test_a_stopped_run_asks_nothing():
+def test_a_stopped_run_makes_no_calls():
     stop = threading.Event()
     tracker = UsageTracker(stop=stop)
     tracker.begin()
@@ -144,7 +144,7 @@ def test_a_stopped_run_asks_nothing():
         tracker.begin()
 
 
-def test_what_a_server_refuses_is_in_the_outcome(server, synth):
+def test_refused_fields_of_requests_are_in_the_outcome(server, synth):
     refusal = failure(400, "Unknown parameter: 'seed'.", param="seed")
     server.script = [lambda seen: refusal if b'"seed"' in seen.body else answer(seen)]
     store = synth(ITEMS[:1])
@@ -167,7 +167,7 @@ def director(recipe, **fields):
 
 
 def begun(recipe, config, out):
-    """A run with one outcome."""
+    """Makes a run with one outcome."""
     from clvr_jax.data.engine.recipes import identity
 
     write_json(out / "synth.json", identity(recipe, config))
@@ -176,22 +176,22 @@ def begun(recipe, config, out):
     store.path("p-00").write_bytes(b"")
 
 
-def test_options_may_be_corrected_until_there_is_an_outcome(recipe, tmp_path):
+def test_options_may_be_changed_until_there_is_an_outcome(recipe, tmp_path):
     open_run(recipe, recipe.config, tmp_path)
     assert not (tmp_path / "synth.json").exists()
     write_json(tmp_path / "synth.json", {"recipe": "prompted_synth", "config": {}})
     open_run(recipe, director(recipe, model="other"), tmp_path)
     begun(recipe, recipe.config, tmp_path)
-    with pytest.raises(UsageError, match=r"another director\.model is here"):
+    with pytest.raises(UsageError, match=r"another director\.model"):
         open_run(recipe, director(recipe, model="other"), tmp_path)
 
 
-def test_how_an_endpoint_is_called_may_be_corrected_at_any_time(recipe, tmp_path):
+def test_options_of_endpoint_calls_may_be_changed_at_any_time(recipe, tmp_path):
     begun(recipe, recipe.config, tmp_path)
     open_run(recipe, director(recipe, key_variable="OTHER_KEY", max_wait=600.0, max_retries=9), tmp_path)
 
 
-def test_a_run_of_an_earlier_version_goes_on(recipe, tmp_path):
+def test_a_run_of_an_earlier_version_is_resumed(recipe, tmp_path):
     begun(recipe, recipe.config, tmp_path)
     old = json.loads((tmp_path / "synth.json").read_text())
     del old["config"]["image_format"]
@@ -208,7 +208,7 @@ def test_no_password_is_written(recipe, tmp_path):
     open_run(recipe, config, tmp_path)
 
 
-def test_failures_that_an_earlier_version_stored_as_outcomes_are_worked_on_again(server, synth, monkeypatch):
+def test_failures_that_an_earlier_version_stored_as_outcomes_are_processed_again(server, synth, monkeypatch):
     server.script = [completion(None, refusal="No.")]
     store = synth(ITEMS[:2])
     read = store.read

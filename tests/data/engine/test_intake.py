@@ -1,4 +1,4 @@
-"""Which prompts are worked on, and which are not."""
+"""Tests of the selection of prompts."""
 
 import json
 
@@ -19,13 +19,13 @@ def refused(prompts, evaluation=(), **options):
     return [one.reason if isinstance(one, Refused) else "" for one in found]
 
 
-def test_empty_doubled_and_endless_prompts_are_refused_and_other_scripts_are_not():
+def test_empty_duplicate_and_long_prompts_are_refused_and_other_scripts_are_not():
     texts = ["a cat", "A  Cat!", "", " \n", "...", "x" * 50_000, "一只红色的猫", "красный кот", "🐈", "قطة حمراء"]
     reasons = ["", "duplicate", "empty", "empty", "empty", "too long", "", "", "empty", ""]
     assert refused(texts) == reasons
 
 
-def test_evaluation_prompts_are_found_as_they_are_and_with_a_word_changed():
+def test_evaluation_prompts_are_found_also_with_a_changed_word():
     changed = DENSE.replace("yellow", "orange")
     other = "Two purple crosses are below a cyan star, and a black square is in the center of the picture."
     assert refused([DENSE.upper(), changed, other], [DENSE]) == ["evaluation prompt", "evaluation prompt", ""]
@@ -44,7 +44,7 @@ def test_every_evaluation_prompt_of_the_shapes_world_finds_itself():
     assert "a photo of a wooden house beside a lake, in the style of an old postcard" not in known
 
 
-def test_thresholds_and_ids_that_make_no_sense_are_refused():
+def test_invalid_thresholds_and_ids_are_errors():
     with pytest.raises(ClvrError, match="threshold"):
         EvaluationPrompts([], threshold=0)
     with pytest.raises(ClvrError, match="two prompts have the id 'a'"):
@@ -64,7 +64,7 @@ def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         ("p.jsonl", b'{"prompt": "a"}\nnot json', r"p\.jsonl:2: not JSON"),
         ("p.jsonl", b'{"text": "a"}', "prompt"),
@@ -78,8 +78,8 @@ def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
         ("p.txt", b"a\n" + b"x" * (MAX_LINE_BYTES + 1), r"p\.txt:2: has more than 4096 KiB"),
     ],
 )
-def test_files_that_are_none_of_these_are_told_by_line(tmp_path, name, content, said):
+def test_errors_of_other_files_name_the_line(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ClvrError, match=said):
+    with pytest.raises(ClvrError, match=message):
         list(read_prompts(tmp_path / name))

@@ -1,4 +1,4 @@
-"""Corrected mistakes: context of an image generator, never its target; verdicts on them are targets of a controller."""
+"""Tests of corrected mistakes: context of image generators, never targets; verdicts on them are targets."""
 
 import numpy as np
 import pytest
@@ -25,30 +25,30 @@ from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import parse_metadata
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place
-from tests.data.engine.painter import ErrsAt, item
+from tests.data.engine.exact_generator import MistakesAt, item
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 ALWAYS = range(100)
 
 
 def made(number, *wrong, **settings):
-    """The outcome of a prompt when the calls `wrong` of the image tool come out wrong. A retry is a call, too."""
+    """Returns the outcome of a prompt if the calls `wrong` of the image generator are wrong; retries are calls, too."""
     one = item(number)
-    return synthesize(one, make_shapes_roles(one), ErrsAt(*wrong), Settings(**settings), seed=5)
+    return synthesize(one, make_shapes_roles(one), MistakesAt(*wrong), Settings(**settings), seed=5)
 
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """Mistakes in the first image, in the second, in the first and its retry, in none; and one that ends wrong."""
+    """Returns outcomes with mistakes in the first image, the second, the first and its retry, none, and the last."""
     return [made(0, 0), made(1, 1), made(2, 0, 1), made(3), made(4, *ALWAYS)]
 
 
 @pytest.fixture(scope="module")
-def folder(outcomes, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data") / "dataset"
+def directory(outcomes, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("data") / "dataset"
     records = [record for one in outcomes for record in (one.record, *one.verification) if record]
-    assert write_dataset(folder, records) == 4
-    return folder
+    assert write_dataset(directory, records) == 4
+    return directory
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +85,7 @@ def test_a_mistake_stays_in_the_history_and_is_corrected(number, wrong, mistakes
     assert len(record.generator_targets) == len(record.trajectory.generated) - 1
 
 
-def test_a_retry_that_is_right_makes_a_pair_that_shares_the_history(outcomes):
+def test_a_right_retry_gives_a_pair_with_the_same_history(outcomes):
     assert [len(one.verification) for one in outcomes[:4]] == [2, 2, 0, 0]
     for outcome in outcomes[:2]:
         wrong, right = outcome.verification
@@ -103,7 +103,7 @@ def test_a_retry_that_is_right_makes_a_pair_that_shares_the_history(outcomes):
         assert wrong.generator_targets == right.generator_targets == ()
 
 
-def test_a_trajectory_that_ends_wrong_yields_a_verdict_and_no_target(outcomes):
+def test_a_trajectory_with_a_wrong_last_image_gives_a_verdict_and_no_target(outcomes):
     outcome = outcomes[-1]
     assert (outcome.record, outcome.reason) == (None, "passive verification")
     (example,) = outcome.verification
@@ -115,7 +115,7 @@ def test_a_trajectory_that_ends_wrong_yields_a_verdict_and_no_target(outcomes):
     assert record_conversation(example)[0][-1].endswith(IMAGE_GEN)
 
 
-def test_without_keeping_mistakes_one_discards_the_trajectory():
+def test_without_keep_mistakes_one_mistake_discards_the_trajectory():
     outcome = made(0, 0, keep_mistakes=False)
     assert (outcome.record, outcome.reason, outcome.verification) == (None, "passive verification", ())
     assert len(outcome.history.images) == 1
@@ -130,21 +130,21 @@ def test_a_right_final_verdict_ends_the_conversation():
     assert check(detect(right.trajectory.steps[-1].image), parse_metadata(one.metadata)).correct
 
 
-def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_images, tokenizer):
+def test_no_training_input_has_a_wrong_image_as_target(directory, outcomes, wrong_images, tokenizer):
     assert len(wrong_images) == 3
-    dataset = TrajectoryDataset(folder)
+    dataset = TrajectoryDataset(directory)
     generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
     batches = [generated.batch([sample], [np.random.default_rng(0)]) for sample in generated.samples]
     targets = [(batch["references"][0], batch["target"][0]) for batch in batches]
-    recorded = shapes_sft.recorded_examples(folder, tokenizer)
+    recorded = shapes_sft.recorded_examples(directory, tokenizer)
     targets_of_shapes = [(example.references, example.target) for example in recorded]
     count = sum(len(one.record.generator_targets) for one in outcomes if one.record)
     for pairs in (targets, targets_of_shapes):
         assert len(pairs) == count
         assert not any(is_among(target, wrong_images) for _, target in pairs)
         assert all(any(is_among(wrong, references) for references, _ in pairs) for wrong in wrong_images)
-    with pytest.raises(ClvrError, match="nothing to learn from"):
-        GenerationExamples(TrajectoryDataset(folder, VERIFICATION), tokenizer)
+    with pytest.raises(ClvrError, match="no training example"):
+        GenerationExamples(TrajectoryDataset(directory, VERIFICATION), tokenizer)
     steps = ProxySteps(dataset, 64)
     assert any(is_among(image, wrong_images) for step in steps.steps for image in steps.references(step))
     for record in (one.record for one in outcomes if one.record):
@@ -152,9 +152,9 @@ def test_no_consumer_takes_a_wrong_image_for_a_target(folder, outcomes, wrong_im
         assert entry["wrong_images"] == [entry["images"][at] for at in record.mistakes]
 
 
-def test_the_controller_learns_verdicts_on_mistakes_and_of_examples_the_last_alone(folder, outcomes, tokenizer):
-    verification = TrajectoryDataset(folder, VERIFICATION)
-    examples = ConversationExamples(TrajectoryDataset(folder), tokenizer, PROCESSOR, verification=verification)
+def test_verdicts_on_mistakes_have_loss_and_of_examples_the_last_turn_only(directory, outcomes, tokenizer):
+    verification = TrajectoryDataset(directory, VERIFICATION)
+    examples = ConversationExamples(TrajectoryDataset(directory), tokenizer, PROCESSOR, verification=verification)
     taught = {}
     for sample in examples.samples:
         batch = examples.batch([sample], [])
@@ -169,10 +169,10 @@ def test_the_controller_learns_verdicts_on_mistakes_and_of_examples_the_last_alo
             assert taught[example.id] == record_conversation(example)[0][-1] + "<|im_end|>"
 
 
-def test_an_image_that_shows_what_a_later_step_would_add_is_no_target_and_no_correction():
+def test_an_image_with_objects_of_later_steps_is_no_target_and_needs_no_correction():
     one = item(0)
 
-    class Hasty(ErrsAt):
+    class Hasty(MistakesAt):
         """Makes the whole plan in its first call."""
 
         def generate(self, task):
@@ -187,7 +187,7 @@ def test_an_image_that_shows_what_a_later_step_would_add_is_no_target_and_no_cor
     assert needed_corrections(outcome.record) == 0
 
 
-def test_what_is_stored_comes_back(folder, outcomes, tmp_path):
+def test_stored_outcomes_round_trip(directory, outcomes, tmp_path):
     store = OutcomeStore(tmp_path)
     for outcome in outcomes:
         store.write(outcome, {}, 1.0)
@@ -196,7 +196,7 @@ def test_what_is_stored_comes_back(folder, outcomes, tmp_path):
         assert finished.verdicts == tuple(one.id.endswith("-right") for one in outcome.verification)
         if outcome.record:
             assert store.record(finished) == outcome.record
-    dataset, examples = TrajectoryDataset(folder), TrajectoryDataset(folder, VERIFICATION)
+    dataset, examples = TrajectoryDataset(directory), TrajectoryDataset(directory, VERIFICATION)
     assert dataset.has_verification
     assert [dataset[number].mistakes for number in range(4)] == [(0,), (1,), (0,), ()]
     assert all(examples[number].is_verification for number in range(len(examples)))

@@ -1,4 +1,4 @@
-"""What is kept of a finished prompt comes back as it was, and what cannot be read or written is told."""
+"""Tests of stored outcomes: round trips, statistics, and errors of files that cannot be read or written."""
 
 import json
 import re
@@ -19,17 +19,19 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import pixels, read_png
 from clvr_jax.interfaces import ProviderError, Usage
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
-from tests.data.engine.painter import Painter, item
+from tests.data.engine.exact_generator import ExactGenerator, item
 
 
 def made(store, number, wrong=0, **options):
     one, tracker = item(number), UsageTracker()
-    outcome = synthesize(one, make_shapes_roles(one), tracker.image_model(Painter(wrong)), Settings(**options), seed=5)
+    outcome = synthesize(
+        one, make_shapes_roles(one), tracker.image_model(ExactGenerator(wrong)), Settings(**options), seed=5
+    )
     store.write(outcome, tracker.to_json(), 1.5)
     return outcome
 
 
-def test_a_kept_outcome_gives_its_record_back(tmp_path):
+def test_a_kept_outcome_has_its_record(tmp_path):
     store = OutcomeStore(tmp_path / "outcomes")
     assert store.ids() == set()
     outcome = made(store, 0)
@@ -48,7 +50,7 @@ def test_a_kept_outcome_gives_its_record_back(tmp_path):
     assert correct_images(record) == (True,) * finished.steps
 
 
-def test_a_discarded_outcome_shows_how_it_went_and_gives_no_record(tmp_path):
+def test_a_discarded_outcome_has_a_trajectory_and_no_record(tmp_path):
     store = OutcomeStore(tmp_path)
     outcome = made(store, 0, wrong=3)
     finished, trajectory = store.read(outcome.item.id), store.trajectory(outcome.item.id)
@@ -60,7 +62,7 @@ def test_a_discarded_outcome_shows_how_it_went_and_gives_no_record(tmp_path):
         store.record(finished)
 
 
-def test_pictures_that_are_not_what_was_asked_for_are_found_in_the_record(tmp_path):
+def test_wrong_images_are_found_in_the_record(tmp_path):
     store = OutcomeStore(tmp_path)
     found = [made(store, number, wrong=5, verify=False) for number in range(10)]
     kept = [outcome.record for outcome in found if outcome.record]
@@ -68,19 +70,19 @@ def test_pictures_that_are_not_what_was_asked_for_are_found_in_the_record(tmp_pa
     assert not all(right for record in kept for right in correct_images(record))
 
 
-def test_files_that_are_broken_or_absent_are_named(tmp_path):
+def test_errors_of_damaged_or_missing_files_name_them(tmp_path):
     store = OutcomeStore(tmp_path)
     outcome = made(store, 1)
     path = store.path(outcome.item.id)
     path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(ClvrError, match=r"complex-1\.zip: cannot be read .* done again"):
+    with pytest.raises(ClvrError, match=r"complex-1\.zip: cannot be read .* processed again"):
         store.read(outcome.item.id)
     with pytest.raises(ClvrError, match="no such outcome"):
         store.read("other")
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda content: content.pop("reason"), "outcome.json: lacks reason"),
         (lambda content: content.update(usage={"draw": {"nfe": "x"}}), "usage: draw: nfe must be a number, got 'x'"),
@@ -89,7 +91,7 @@ def test_files_that_are_broken_or_absent_are_named(tmp_path):
         (lambda content: content.update(seconds=10**400), "seconds must be a finite number"),
     ],
 )
-def test_outcomes_that_somebody_changed_are_refused_by_field(tmp_path, change, said):
+def test_errors_of_changed_outcomes_name_the_field(tmp_path, change, message):
     store = OutcomeStore(tmp_path)
     id = made(store, 1).item.id
     with zipfile.ZipFile(store.path(id)) as archive:
@@ -97,11 +99,11 @@ def test_outcomes_that_somebody_changed_are_refused_by_field(tmp_path, change, s
     change(content)
     with zipfile.ZipFile(store.path(id), "w") as archive:
         archive.writestr("outcome.json", json.dumps(content))
-    with pytest.raises(ClvrError, match=re.escape(said)):
+    with pytest.raises(ClvrError, match=re.escape(message)):
         store.read(id)
 
 
-def test_archives_that_are_bombs_or_empty_are_refused(tmp_path, monkeypatch):
+def test_large_or_empty_archives_are_errors(tmp_path, monkeypatch):
     store = OutcomeStore(tmp_path)
     path = store.path("a")
     path.parent.mkdir(parents=True)
@@ -114,9 +116,9 @@ def test_archives_that_are_bombs_or_empty_are_refused(tmp_path, monkeypatch):
         store.read("a")
 
 
-def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_no_partial_outcome(tmp_path, monkeypatch):
     store = OutcomeStore(tmp_path)
-    path_type = type(store.folder)
+    path_type = type(store.directory)
     whole = path_type.write_bytes
 
     def full(path, data):
@@ -129,7 +131,7 @@ def test_a_disk_that_is_full_leaves_no_half_outcome(tmp_path, monkeypatch):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_statistics_count_stages_reasons_and_prices(tmp_path):
+def test_statistics_count_stages_reasons_and_usage(tmp_path):
     store = OutcomeStore(tmp_path)
     outcomes = [made(store, number, wrong=0 if number < 3 else 4) for number in range(6)]
     corrections = [len(outcome.record.mistakes) for outcome in outcomes if outcome.record]
@@ -165,21 +167,21 @@ def test_statistics_count_stages_reasons_and_prices(tmp_path):
     assert "<tr><th>reason</th><th>example</th></tr>" in page
     assert "<h2>Verification examples by verdict</h2>" in page
     assert "| refused: empty | 2 |" in card
-    assert "Every picture was checked" in card
-    assert "Every picture was checked" not in dataset_card({**whole, "verified": False})
+    assert "Every image was verified" in card
+    assert "Every image was verified" not in dataset_card({**whole, "verified": False})
     for text in (page, card):
         assert f"{sum(corrections)} wrong images are part of the trajectories. {sum(corrections)} of them had" in text
         assert f"{len(examples)} examples, among them" in text
         assert "latest image wrong" in text
     assert warning(whole) is None
     none = {**whole, "corrections": {**found["corrections"], "total": 0}}
-    assert "does not learn to look at images" in warning(none)
+    assert "does not learn to inspect images" in warning(none)
 
 
-def test_failed_calls_are_on_the_bill():
+def test_failed_calls_are_in_the_usage():
     tracker = UsageTracker()
 
-    class Refusing(Painter):
+    class Refusing(ExactGenerator):
         def generate(self, task):
             raise ProviderError("refused", "refused", Usage(calls=1, dollars=0.04, seconds=2.0))
 
@@ -190,7 +192,7 @@ def test_failed_calls_are_on_the_bill():
     assert tracker.to_json() == {"draw": {"calls": 1, "seconds": 2.0, "dollars": 0.04}}
 
 
-def test_failed_tries_of_a_prompt_are_kept_until_it_has_an_outcome_and_stay_on_its_bill(tmp_path):
+def test_failed_attempts_are_stored_until_there_is_an_outcome_and_stay_in_its_usage(tmp_path):
     store = OutcomeStore(tmp_path)
     id = item(1).id
     for _ in range(2):
@@ -210,16 +212,16 @@ def test_failed_tries_of_a_prompt_are_kept_until_it_has_an_outcome_and_stay_on_i
     assert finished.usage["draw"]["calls"] == 2 + len(outcome.history.images) + 1
 
 
-def test_sharegpt_records_say_where_each_picture_stands(tmp_path):
+def test_sharegpt_records_name_the_place_of_each_image(tmp_path):
     store = OutcomeStore(tmp_path / "outcomes")
     outcome = made(store, 2)
     entry = sharegpt_entry(outcome.record)
-    said = entry["conversations"]
-    assert said[0] == {"from": "human", "value": outcome.item.prompt}
-    assert [turn["from"] for turn in said] == ["human", "gpt"] * (len(said) // 2)
-    assert all(turn["value"].endswith(IMAGE_GEN) for turn in said[1:-1:2])
-    assert said[-1]["value"].endswith(TERMINATE)
-    assert [turn["value"] for turn in said[2::2]] == [f"<IMG_GEN_{n + 1}>" for n in range(len(entry["images"]))]
+    turns = entry["conversations"]
+    assert turns[0] == {"from": "human", "value": outcome.item.prompt}
+    assert [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2)
+    assert all(turn["value"].endswith(IMAGE_GEN) for turn in turns[1:-1:2])
+    assert turns[-1]["value"].endswith(TERMINATE)
+    assert [turn["value"] for turn in turns[2::2]] == [f"<IMG_GEN_{n + 1}>" for n in range(len(entry["images"]))]
     assert write_sharegpt([outcome.record], tmp_path / "share") == 1
     first = read_png(tmp_path / "share" / entry["images"][0])
     np.testing.assert_array_equal(first, pixels(outcome.record.trajectory.generated[0].image))

@@ -1,4 +1,4 @@
-"""Roles played by a language model: what it is asked, what is made of its answers, and what is asked again."""
+"""Tests of roles of a language model: prompts, parsing of replies, and retries."""
 
 import json
 import re
@@ -20,34 +20,34 @@ from clvr_jax.data.engine.shapes_roles import make_shapes_roles
 from clvr_jax.interfaces import ChatResponse
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError
-from tests.data.engine.painter import ErrsAt, item
+from tests.data.engine.exact_generator import MistakesAt, item
 
-PICTURES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
+IMAGES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))
 TURN = Turn("empty", "begin", InitialGeneration("a red circle"))
 EDIT = Turn("a circle", "a star lacks", ImageEdit("add a star", (0,)))
 HISTORY = History(
     PromptItem("one", "a red circle and a star"),
-    PICTURES[:2],
+    IMAGES[:2],
     (0, 1),
     (Event("generate_base_image", TURN, 0, (Check("Is there a circle?", True, "red"),)), Event("inspect", EDIT, 1)),
 )
 
 
 class Scripted:
-    """Answers what it was given, one after another, and keeps what it was asked."""
+    """Returns the given replies one after the other and records the requests."""
 
     name = "scripted"
 
     def __init__(self, *answers):
-        self.answers, self.asked = list(answers), []
+        self.answers, self.requests = list(answers), []
 
     def chat(self, question):
-        self.asked.append(question)
+        self.requests.append(question)
         answer = self.answers.pop(0)
         return ChatResponse(answer if isinstance(answer, str) else json.dumps(answer))
 
     def text(self, number=-1):
-        return self.asked[number].messages[0]["content"][-1]["text"]
+        return self.requests[number].messages[0]["content"][-1]["text"]
 
 
 @pytest.mark.parametrize(
@@ -60,33 +60,33 @@ def test_templates_have_fields_and_the_braces_of_their_example(name):
     assert "{{" not in filled
 
 
-def test_the_director_sees_the_path_the_log_and_what_was_wrong():
+def test_the_planner_receives_the_path_the_log_and_the_error():
     model = Scripted("whatever it says")
     failed = History(HISTORY.item, HISTORY.images, (0, 1), (*HISTORY.events, Event("refine", error="no JSON object")))
     text = PromptedPlanner(model).turn(failed, "refine", ("IMAGE_EDIT", "RESULT_VALIDATION"), seed=7)
     assert text == "whatever it says"
-    asked = model.asked[0]
-    assert (len(asked.images), asked.seed, asked.is_json) == (2, 7, True)
-    assert asked.temperature > 0
+    request = model.requests[0]
+    assert (len(request.images), request.seed, request.is_json) == (2, 7, True)
+    assert request.temperature > 0
     for part in ("a red circle and a star", "IMAGE_EDIT -> picture 1: add a star", "no JSON object", "0, 1", "refine"):
         assert part in model.text()
     assert "END_TRAJECTORY" not in model.text()
 
 
-def test_a_checklist_is_made_for_the_edit_and_answered_on_the_new_picture():
+def test_a_checklist_is_written_for_the_edit_and_answered_on_the_new_image():
     model = Scripted({"questions": ["Is there a star?", "Is the circle red?"]})
     questions = PromptedVerifier(model).checklist(HISTORY, EDIT)
     assert "add a star" in model.text()
-    assert len(model.asked[0].images) == 1
+    assert len(model.requests[0].images) == 1
     answers = [{"answer": "Yes", "evidence": "a star"}, {"answer": "no", "evidence": "it is blue"}]
     model = Scripted({"answers": answers})
-    checks = PromptedVerifier(model).check(HISTORY, EDIT, questions, PICTURES[2])
+    checks = PromptedVerifier(model).check(HISTORY, EDIT, questions, IMAGES[2])
     assert checks == (Check("Is there a star?", True, "a star"), Check("Is the circle red?", False, "it is blue"))
-    assert model.asked[0].images[-1] is PICTURES[2]
+    assert model.requests[0].images[-1] is IMAGES[2]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ("It looks fine to me.", "no JSON object"),
         ({"answers": [{"answer": "yes"}]}, "1 answers to 2 questions"),
@@ -94,19 +94,19 @@ def test_a_checklist_is_made_for_the_edit_and_answered_on_the_new_picture():
         ({"answers": "yes"}, "no answers"),
     ],
 )
-def test_an_answer_that_cannot_be_read_is_asked_for_once_more(wrong, said):
+def test_an_unreadable_reply_is_requested_once_more(wrong, message):
     questions = ("Is there a star?", "Is the circle red?")
     model = Scripted(wrong, {"answers": ["yes", "no"]})
-    checks = PromptedVerifier(model).check(HISTORY, TURN, questions, PICTURES[0])
+    checks = PromptedVerifier(model).check(HISTORY, TURN, questions, IMAGES[0])
     assert [check.passed for check in checks] == [True, False]
-    assert said in model.text(1)
-    assert model.asked[0].seed != model.asked[1].seed
-    with pytest.raises(AnswerError, match=said):
-        PromptedVerifier(Scripted(wrong, wrong)).check(HISTORY, TURN, questions, PICTURES[0])
+    assert message in model.text(1)
+    assert model.requests[0].seed != model.requests[1].seed
+    with pytest.raises(AnswerError, match=message):
+        PromptedVerifier(Scripted(wrong, wrong)).check(HISTORY, TURN, questions, IMAGES[0])
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         ({"accepted": "true", "gaps": []}, "true or false"),
         ({"accepted": True, "gaps": ["a star"]}, "accepted, but with gaps"),
@@ -114,20 +114,20 @@ def test_an_answer_that_cannot_be_read_is_asked_for_once_more(wrong, said):
         ({"accepted": False, "gaps": "a star"}, "list of texts"),
     ],
 )
-def test_a_validation_that_contradicts_itself_is_refused(wrong, said):
-    with pytest.raises(AnswerError, match=said):
+def test_a_contradictory_validation_is_an_error(wrong, message):
+    with pytest.raises(AnswerError, match=message):
         PromptedVerifier(Scripted(wrong, wrong)).validate(HISTORY)
     right = {"accepted": False, "gaps": ["a star"], "feedback": "add it", "roll_back_to": 0}
     assert PromptedVerifier(Scripted(wrong, right)).validate(HISTORY).roll_back_to == 0
 
 
-def test_a_judge_says_one_of_three_words():
-    assert PromptedJudge(Scripted({"better": " Second "})).prefer("p", *PICTURES[:2], 0) == "second"
+def test_a_judge_replies_with_one_of_three_words():
+    assert PromptedJudge(Scripted({"better": " Second "})).prefer("p", *IMAGES[:2], 0) == "second"
     with pytest.raises(AnswerError, match="first, second or neither"):
-        PromptedJudge(Scripted({"better": "both"}, {"better": "A"})).prefer("p", *PICTURES[:2], 0)
+        PromptedJudge(Scripted({"better": "both"}, {"better": "A"})).prefer("p", *IMAGES[:2], 0)
 
 
-def test_proxy_prompts_name_earlier_pictures_of_the_path():
+def test_proxy_prompts_name_earlier_images_of_the_path():
     first = {"p_t2i": "a red circle", "p_i2i": "", "i_ref": []}
     second = {"p_t2i": "a red circle and a star", "p_i2i": "add a star", "i_ref": [0]}
     found = PromptedTranslator(Scripted(first, second)).proxies(HISTORY)
@@ -138,7 +138,7 @@ def test_proxy_prompts_name_earlier_pictures_of_the_path():
 
 
 class Truthful:
-    """A model that knows the shapes world and answers the templates as its exact roles do."""
+    """A model that answers the templates as the exact roles of the shapes world do."""
 
     name = "truthful"
 
@@ -172,7 +172,7 @@ class Truthful:
 
 
 class Watching:
-    """Hands the history that a role was called with to the model that plays it."""
+    """Passes the history of a call to the model of the role."""
 
     def __init__(self, role, model):
         self.role, self.model = role, model
@@ -186,19 +186,19 @@ class Watching:
 
 
 @pytest.mark.parametrize("wrong", [(), (1,), (1, 3, *range(4, 100))])
-def test_a_truthful_model_makes_the_trajectory_that_exact_roles_make(wrong):
-    """Without a mistake, with one that is corrected, and with mistakes until the trajectory is rejected."""
+def test_a_truthful_model_gives_the_trajectory_of_the_exact_roles(wrong):
+    """Runs without a mistake, with one that is corrected, and with mistakes until the trajectory is rejected."""
     one = item(1)
     model = Truthful(one)
     roles = (PromptedPlanner(model), PromptedVerifier(model), PromptedTranslator(model))
-    told = synthesize(one, Roles(*(Watching(role, model) for role in roles)), ErrsAt(*wrong), seed=2)
-    exact = synthesize(one, make_shapes_roles(one, judges=0), ErrsAt(*wrong), seed=2)
-    assert (told.reason, told.detail) == (exact.reason, exact.detail)
-    assert told.verification == exact.verification
-    assert bool(told.verification) == bool(wrong)
-    assert (told.record is None) == (exact.record is None) == (len(wrong) > 1)
-    if told.record is None:
+    outcome = synthesize(one, Roles(*(Watching(role, model) for role in roles)), MistakesAt(*wrong), seed=2)
+    exact = synthesize(one, make_shapes_roles(one, judges=0), MistakesAt(*wrong), seed=2)
+    assert (outcome.reason, outcome.detail) == (exact.reason, exact.detail)
+    assert outcome.verification == exact.verification
+    assert bool(outcome.verification) == bool(wrong)
+    assert (outcome.record is None) == (exact.record is None) == (len(wrong) > 1)
+    if outcome.record is None:
         return
-    assert told.record.trajectory == exact.record.trajectory
-    assert told.record.proxies == exact.record.proxies
-    assert told.record.checklists == exact.record.checklists
+    assert outcome.record.trajectory == exact.record.trajectory
+    assert outcome.record.proxies == exact.record.proxies
+    assert outcome.record.checklists == exact.record.checklists

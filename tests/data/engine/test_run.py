@@ -1,4 +1,4 @@
-"""The whole way, from prompts to a dataset, through Apache Beam; stopped and gone on with."""
+"""Tests of whole runs, from prompts to a dataset, with Apache Beam; interrupted and resumed."""
 
 import json
 import signal
@@ -14,7 +14,7 @@ from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
 
 ROOT = Path(__file__).parents[3]
-RECIPE = "tests/data/engine/painter_recipe.py"
+RECIPE = "tests/data/engine/synth_recipe.py"
 
 
 @pytest.fixture(autouse=True)
@@ -23,16 +23,16 @@ def _at_the_root(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
-def contents(folder):
-    """What was kept, without what depends on the time."""
-    dataset = TrajectoryDataset(folder / "dataset")
+def contents(directory):
+    """Returns the content of the dataset without values that depend on time."""
+    dataset = TrajectoryDataset(directory / "dataset")
     return [
         (dataset[number].id, dataset[number].proxies, [step.reasoning for step in dataset[number].trajectory.steps])
         for number in range(len(dataset))
     ]
 
 
-def test_a_killed_run_goes_on_and_makes_nothing_twice(tmp_path):
+def test_a_killed_run_is_resumed_and_repeats_nothing(tmp_path):
     out, log = tmp_path / "killed", tmp_path / "log"
     options = ["synth", RECIPE, "--seconds", "0.1", "--out", str(out)]
     with subprocess.Popen([sys.executable, "-m", "clvr_jax.cli", *options], cwd=ROOT) as process:
@@ -57,7 +57,7 @@ def test_a_killed_run_goes_on_and_makes_nothing_twice(tmp_path):
     assert sorted(log.read_text().split()) == [f"p-{number:03d}" for number in range(14)]
 
 
-def test_mistakes_are_kept_to_be_corrected_and_a_dataset_without_any_is_warned_of(tmp_path, capsys):
+def test_mistakes_are_kept_and_a_dataset_without_corrections_gives_a_warning(tmp_path, capsys):
     out, options = tmp_path / "run", ["synth", RECIPE, "--out", str(tmp_path / "run")]
     assert cli.main(options) == 0
     assert "warning" not in capsys.readouterr().err
@@ -70,18 +70,18 @@ def test_mistakes_are_kept_to_be_corrected_and_a_dataset_without_any_is_warned_o
     assert cli.main([*options, "--synth.no-keep-mistakes"]) == 2  # the option is part of the run's identity
     assert "synth.keep_mistakes" in capsys.readouterr().err
     assert cli.main(["synth", RECIPE, "--out", str(tmp_path / "none"), "--synth.no-keep-mistakes"]) == 0
-    assert "does not learn to look at images" in capsys.readouterr().err
+    assert "does not learn to inspect images" in capsys.readouterr().err
     assert not TrajectoryDataset(tmp_path / "none" / "dataset").has_verification
 
 
-def test_the_dataset_its_page_and_its_card_say_the_same(tmp_path, capsys, monkeypatch):
+def test_dataset_page_and_card_agree(tmp_path, capsys, monkeypatch):
     opened = []
     monkeypatch.setattr("webbrowser.open", opened.append)
     out = tmp_path / "run"
     assert cli.main(["synth", RECIPE, "--out", str(out), "--sharegpt", str(tmp_path / "share"), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
+    outcome = json.loads(capsys.readouterr().out)
     found = json.loads((out / "statistics.json").read_text())
-    assert told["trajectories"] == found["trajectories"] == len(TrajectoryDataset(out / "dataset"))
+    assert outcome["trajectories"] == found["trajectories"] == len(TrajectoryDataset(out / "dataset"))
     assert 0 < found["trajectories"] < 12
     assert found["audit"]["wrong"] == 0
     headline = f"{found['trajectories']} trajectories of 12 prompts"
@@ -95,7 +95,7 @@ def test_the_dataset_its_page_and_its_card_say_the_same(tmp_path, capsys, monkey
     assert cli.main(["synth", RECIPE, "--out", str(out), "--inspect", "99"]) == 2
 
 
-def test_without_verification_wrong_pictures_are_kept(tmp_path):
+def test_without_verification_wrong_images_are_kept(tmp_path):
     out = tmp_path / "run"
     assert cli.main(["synth", RECIPE, "--out", str(out), "--synth.no-verify", "--count", "20"]) == 0
     found = json.loads((out / "statistics.json").read_text())
@@ -108,23 +108,23 @@ def test_failures_of_a_worker_are_one_line(tmp_path, capfd):
     recipe.write_text(text.replace("return make_shapes_roles(item)", 'raise ClvrError(f"{item.id}: the disk is full")'))
     recipe.write_text("from clvr_jax.errors import ClvrError\n" + recipe.read_text())
     assert cli.main(["synth", str(recipe), "--out", str(tmp_path / "run")]) == 1
-    said = capfd.readouterr().err
-    assert said.splitlines()[-1].endswith(": the disk is full")
-    assert "Traceback" not in said
+    message = capfd.readouterr().err
+    assert message.splitlines()[-1].endswith(": the disk is full")
+    assert "Traceback" not in message
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         ("x = 1", "no CONFIG and no prompts and no worker_context"),
         ("CONFIG, prompts, worker_context = 1, 2, 3", "field `synth`"),
         (
-            "from tests.data.engine.painter_recipe import *\ndef prompts(config): return []",
-            "no prompts to work on",
+            "from tests.data.engine.synth_recipe import *\ndef prompts(config): return []",
+            "no prompts to process",
         ),
     ],
 )
-def test_recipes_that_are_none_are_told_in_a_line(tmp_path, capsys, content, said):
+def test_errors_of_invalid_recipes_are_one_line(tmp_path, capsys, content, message):
     (tmp_path / "r.py").write_text(content)
     assert cli.main(["synth", str(tmp_path / "r.py"), "--out", str(tmp_path / "out")]) == 1
-    assert said in capsys.readouterr().err
+    assert message in capsys.readouterr().err

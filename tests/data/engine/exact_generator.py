@@ -1,4 +1,4 @@
-"""An image tool of the shapes world that is a program, and prompts for it."""
+"""An exact image generator of the shapes world, and prompts for it."""
 
 import numpy as np
 
@@ -12,35 +12,35 @@ from clvr_jax.worlds.shapes.scene import COLORS, Scene, place
 
 
 def item(number, tag="complex"):
-    """A training prompt of the tag."""
+    """Returns a training prompt of the tag."""
     rng = np.random.default_rng(number)
     while (metadata := train_prompt(rng))["tag"] != tag:
         pass
     return PromptItem(f"{tag}-{number}", metadata["prompt"], metadata)
 
 
-class Painter:
-    """Does what the last line of the text asks for on the last reference; each `wrong`-th object has another color."""
+class ExactGenerator:
+    """Applies the edits of the text's last line to the last reference; each `wrong`-th object has a wrong color."""
 
     def __init__(self, wrong=0):
         self.wrong, self.calls, self.objects = wrong, [], 0
 
-    name = "painter"
+    name = "exact"
 
     def generate(self, task):
         self.calls.append((task.prompt, len(task.references), task.seed))
         before = detect(task.references[-1]) if task.references else ()
-        rng, things = np.random.default_rng(task.seed), []
+        rng, objects = np.random.default_rng(task.seed), []
         for one in apply_edits(before, parse_edits(task.prompt.splitlines()[-1])):
             self.objects += 1
             is_wrong = self.wrong and self.objects % self.wrong == 0
             color = next(name for name in COLORS if name != one.color) if is_wrong else one.color
-            things.append(place(color, one.shape, one.cell, rng))
-        return ImageResponse(render(Scene(tuple(things))), Usage(calls=1, pictures=1, nfe=4))
+            objects.append(place(color, one.shape, one.cell, rng))
+        return ImageResponse(render(Scene(tuple(objects))), Usage(calls=1, pictures=1, nfe=4))
 
 
-class ErrsAt(Painter):
-    """Makes the last object of the canvas wrong in the calls of these numbers, from 0."""
+class MistakesAt(ExactGenerator):
+    """Generates a wrong last object in the calls of these indices, from 0."""
 
     def __init__(self, *numbers):
         super().__init__()
@@ -48,5 +48,5 @@ class ErrsAt(Painter):
 
     def generate(self, task):
         is_wrong = len(self.calls) in self.numbers
-        made = super().generate(task)
-        return Painter(wrong=len(detect(made.image).objects)).generate(task) if is_wrong else made
+        response = super().generate(task)
+        return ExactGenerator(wrong=len(detect(response.image).objects)).generate(task) if is_wrong else response

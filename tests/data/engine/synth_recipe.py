@@ -1,4 +1,4 @@
-"""Trajectories of the shapes world, drawn by a program that errs now and then; a log says for which prompts."""
+"""A synthesis recipe of the shapes world with an image generator that makes some mistakes; a log lists the prompts."""
 
 import dataclasses
 import time
@@ -11,7 +11,7 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.worlds.shapes.prompts import train_prompt
-from tests.data.engine.painter import Painter
+from tests.data.engine.exact_generator import ExactGenerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,21 +33,21 @@ def prompts(config):
         yield PromptItem(f"p-{number:03d}", metadata["prompt"], metadata)
 
 
-class SlowPainter(Painter):
+class SlowGenerator(ExactGenerator):
     def __init__(self, config):
         super().__init__()
         self.config = config
 
     def generate(self, task):
         time.sleep(self.config.seconds)
-        # One of nine pictures is wrong, whichever and whenever; not the k-th, which would depend on the others.
+        # One of nine images is wrong, by its seed; the k-th image would depend on the order of prompts.
         is_wrong = derive_seed(task.seed, "wrong") % 9 == 0
-        return Painter(wrong=1 if is_wrong else 0).generate(task)
+        return ExactGenerator(wrong=1 if is_wrong else 0).generate(task)
 
 
-class PainterContext:
+class GeneratorContext:
     def __init__(self, config):
-        self.config, self.image_model = config, SlowPainter(config)
+        self.config, self.image_model = config, SlowGenerator(config)
 
     def roles(self, item, tracker):
         with self.config.log.open("a") as log:
@@ -56,4 +56,4 @@ class PainterContext:
 
 
 def worker_context(config):
-    return PainterContext(config)
+    return GeneratorContext(config)

@@ -1,6 +1,6 @@
-"""What an OpenAI-compatible server must say for every prompt to become a trajectory of two pictures.
+"""Replies of an OpenAI-compatible server with which each prompt becomes a trajectory of two images.
 
-Pictures are of one color: light if they were edited, dark if they were drawn; the judges like light ones.
+Images have one color: edited ones are light, others are dark; the judges prefer light ones.
 """
 
 import base64
@@ -18,22 +18,22 @@ DARK, LIGHT = (np.full((8, 8, 3), value, np.uint8) for value in (40, 200))
 
 
 def answer(seen: Seen) -> Reply:
-    """The reply to a request as the loopback server has it."""
+    """Returns the reply to a request of the loopback server."""
     return reply_to(seen.path, seen.json)
 
 
 def reply_to(path: str, request: dict[str, Any]) -> Reply:
-    """The reply to a request: its path and its JSON."""
+    """Returns the reply to a request, given by its path and its JSON."""
     if path.endswith("/images/generations"):
         return pictures(png(LIGHT if request.get("image") else DARK))
     parts = request["messages"][0]["content"]
     text = parts if isinstance(parts, str) else parts[-1]["text"]
     urls = [] if isinstance(parts, str) else [part["image_url"]["url"] for part in parts[:-1]]
-    return completion(json.dumps(said(text, [_is_light(url) for url in urls])))
+    return completion(json.dumps(reply_to_template(text, [_is_light(url) for url in urls])))
 
 
-def said(text: str, lights: list[bool]) -> dict:
-    """The answer to a template that was filled in; lights: for each picture shown whether it is a light one."""
+def reply_to_template(text: str, lights: list[bool]) -> dict:
+    """Returns the reply to a filled-in template; `lights` has whether each image is light."""
     if text.startswith("You make an image"):
         return _turn(text, lights)
     if text.startswith("An image tool"):
@@ -64,5 +64,5 @@ def _turn(text: str, lights: list[bool]) -> dict:
 
 
 def _is_light(url: str) -> bool:
-    picture = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
-    return bool(np.asarray(picture).mean() > 100)
+    image = Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2])))
+    return bool(np.asarray(image).mean() > 100)
