@@ -28,7 +28,7 @@ from clvr_jax.commands.sample import Sample
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify
-from clvr_jax.console import complain
+from clvr_jax.console import complain, without_controls
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted
 
@@ -61,13 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt as error:
             complain(str(error) or "interrupted")
             return 130
-        except Exception as error:  # noqa: BLE001 - the last resort: a person reads one line
+        except (SystemExit, GeneratorExit):
+            raise
+        # The last resort: a person reads one line. Panics of libraries in Rust are no `Exception`.
+        except BaseException as error:  # noqa: BLE001
             if debug:
                 traceback.print_exc()
             return _failed(error)
 
 
-def _failed(error: Exception) -> int:
+def _failed(error: BaseException) -> int:
     """Says what went wrong in one line; returns the exit code."""
     if is_interrupted():  # the error is what became of a KeyboardInterrupt inside a callback
         complain("interrupted")
@@ -86,7 +89,8 @@ def _print_result(result: Result, as_json: bool) -> int:
             # JSON has escapes of its own for what the terminal cannot encode.
             print(json.dumps(result.data, ensure_ascii=not _is_unicode(sys.stdout)))
         else:
-            Console(soft_wrap=isinstance(result.text, str), highlight=False).print(result.text, markup=False)
+            text = without_controls(result.text) if isinstance(result.text, str) else result.text
+            Console(soft_wrap=isinstance(text, str), highlight=False).print(text, markup=False)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0

@@ -4,6 +4,7 @@ Progress is never worth the work that it reports on: if stderr is full or closed
 """
 
 import contextlib
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -46,13 +47,26 @@ class _Stderr:
         return int(self._stream.fileno())
 
 
+# ESC and its like, and those that turn the direction of writing; tabs and line breaks are no commands.
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+_MOST_CHARACTERS, _LAST_CHARACTERS = 1800, 400
+"""Characters of a line of error, and of its end, which says what to do."""
+
 console = Console(file=cast(IO[str], _Stderr()), soft_wrap=True, highlight=False)
+
+
+def without_controls(text: str) -> str:
+    """Returns a text with escapes in place of characters that command a terminal; files and servers may send them."""
+    return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def complain(message: str) -> None:
     """Prints one line on stderr, whatever the message holds."""
     stderr = _Stderr()
-    line = " ".join(message.split()).encode("utf-8", "backslashreplace").decode()
+    line = without_controls(" ".join(message.split())).encode("utf-8", "backslashreplace").decode()
+    if len(line) > _MOST_CHARACTERS:  # names from files and servers may have any length
+        line = f"{line[: _MOST_CHARACTERS - _LAST_CHARACTERS]} ... {line[-_LAST_CHARACTERS:]}"
     stderr.write(f"clvr: {line}\n")
     stderr.flush()
 

@@ -27,6 +27,8 @@ MAX_PIXELS = 2**26
 """Most pixels of an image file that is read: 8192 x 8192."""
 MAX_FILE_BYTES = 256 << 20
 """Most bytes of an image file that is read."""
+_STRIP_PIXELS = 2**20
+"""Pixels that are converted to RGB at a time."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _LISTED_FORMATS = "PNG, JPEG or WebP"
 _DECODER_ERRORS = (
@@ -199,8 +201,16 @@ def _upright_array(image: Image.Image, where: str) -> np.ndarray:
 
 
 def _array(image: Image.Image, where: str) -> np.ndarray:
+    """The image as RGB, converted in strips: conversions of a whole image would take several times its memory."""
     try:
-        return np.array(_rgb(image))
+        image.load()
+        array = np.empty((image.height, image.width, 3), np.uint8)
+        rows = max(1, _STRIP_PIXELS // max(1, image.width))
+        for top in range(0, image.height, rows):
+            strip = image.crop((0, top, image.width, min(top + rows, image.height)))
+            strip.format = image.format
+            array[top : top + rows] = np.asarray(_rgb(strip))
+        return array
     except _DECODER_ERRORS as error:
         raise ClvrError(f"{where}: not a readable image ({_reason(error)})") from error
 

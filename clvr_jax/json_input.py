@@ -23,6 +23,8 @@ MAX_LINE_BYTES = 4 << 20
 """Most bytes of a line of a file that is read line by line."""
 MAX_DEPTH = 64
 """Most levels of arrays and objects inside each other; our own files have fewer than ten."""
+MAX_VALUES = 10_000_000
+"""Most values in a JSON text; each takes up to 100 bytes of memory, whatever it takes in the file."""
 MAX_INTEGER = 2**63 - 1
 """Largest absolute value of an integer field unless a field says otherwise."""
 
@@ -143,11 +145,14 @@ def parse_json(text: str | bytes, where: str) -> Any:
     Args:
       text: as UTF-8 if it is bytes.
       where: file and line, for messages.
-    Raises: ClvrError, one line, if it is not JSON, not UTF-8, or has more than `MAX_DEPTH` levels.
+    Raises: ClvrError, one line, if it is not JSON, not UTF-8, or has more than `MAX_DEPTH` levels or `MAX_VALUES`
+      values.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
+        if len(text) > MAX_VALUES and text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
+            raise ClvrError(f"{where}: not JSON that is read: more than {MAX_VALUES:,} values")
         value = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise ClvrError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error

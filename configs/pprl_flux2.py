@@ -121,6 +121,8 @@ class Config:
     """The server's name for the model of --teacher-url."""
     teacher_key: str = ""
     """Environment variable with the key of --teacher-url; empty for a server without keys."""
+    endpoint_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --reward-url or --teacher-url, however slowly it comes."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
     """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     references: int = 3
@@ -148,11 +150,15 @@ def task(config: Config) -> rl.PPRLTask:
     steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
     teacher = None
     if config.teacher_url:
-        writer = Endpoint(config.teacher_model, config.teacher_url, config.teacher_key or None)
+        writer = _endpoint(config, config.teacher_model, config.teacher_url, config.teacher_key)
         teacher = vlm_proxy_prompt_generator(OpenAIChatModel(writer), steps)
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
     return dataclasses.replace(task, teacher=teacher)
+
+
+def _endpoint(config: Config, model: str, url: str, key_variable: str) -> Endpoint:
+    return Endpoint(model, url, key_variable or None, max_seconds=config.endpoint_max_seconds)
 
 
 def reward_of(config: Config) -> Reward:
@@ -164,7 +170,7 @@ def reward_of(config: Config) -> Reward:
         )
     if not config.judge:
         served = [
-            OpenAIChatModel(Endpoint(name, config.reward_url, config.reward_key or None))
+            OpenAIChatModel(_endpoint(config, name, config.reward_url, config.reward_key))
             for name in (config.reward_model, config.edit_reward_model)
         ]
         picture = UnifiedReward(served[0])

@@ -174,12 +174,20 @@ class _File:
             raise ClvrError(
                 f"{self.where}: {key} has {len(shape)} axes, FLUX.2's has {axes}; take the file in bfloat16"
             )
+        if 0 in shape:
+            raise ClvrError(f"{self.where}: {key} has the shape {shape}, so it is not of a FLUX.2 model")
         return shape
 
     def count(self, beginning: str) -> int:
-        """Returns the length of a list of modules: one more than the highest index after `beginning`."""
-        matches = (re.match(re.escape(beginning) + r"(\d+)\.", key) for key in self.tensors)
-        return max((int(match[1]) + 1 for match in matches if match), default=0)
+        """Returns the length of a list of modules: one more than the highest index after `beginning`.
+
+        Raises: ClvrError if it is more than the file has tensors: all tensors of all modules would be listed.
+        """
+        matches = (re.match(re.escape(beginning) + r"(\d{1,9})\.", key) for key in self.tensors)
+        count = max((int(match[1]) + 1 for match in matches if match), default=0)
+        if count > len(self.tensors):
+            raise ClvrError(f"{self.where}: names {beginning}{count - 1} but has only {len(self.tensors):,} tensors")
+        return count
 
     def check(self, expected: set[str]) -> None:
         missing = sorted(expected - self.tensors.keys())

@@ -34,10 +34,13 @@ class Journal:
     def __init__(self, path: Path, work: str, identity: str):
         self._path = path
         self.done: dict[str, Any] = {}
-        if not path.exists():
-            path.write_text(identity + "\n")
-            return
-        first, *lines = path.read_text(errors="replace").split("\n")
+        try:
+            if not path.exists():
+                path.write_text(identity + "\n")
+                return
+            first, *lines = path.read_text(errors="replace").split("\n")
+        except OSError as error:
+            raise ClvrError(f"{path}: cannot be read or written ({error.strerror or error})") from error
         if first != identity:
             raise ClvrError(
                 f"{path.parent}: was begun for another {work}, or its sources have changed since; remove it"

@@ -4,6 +4,7 @@ PEFT's own merge is the reference. An adapter that PEFT merges in a way that is 
 error names the field that causes it.
 """
 
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -40,6 +41,9 @@ _HARMLESS = {
     *("use_dora", "rank_dropout", "module_dropout", "rank_dropout_scale", "use_effective_conv2d", "init_weights"),
     *("decompose_both", "decompose_factor"),
 }
+_LARGEST = 1e9  # of rank and alpha
+# A repeated group may take exponential time to match, many other repetitions a high power of a name's length.
+_REPEATED_GROUP, _MAX_REPETITIONS, _MAX_PATTERN = re.compile(r"\)[*+{]"), 4, 500
 _ADVICE = "merge it into the weights with PEFT (merge_and_unload) and use the result"
 
 
@@ -138,7 +142,7 @@ class AdapterConfig:
     def _of(self, patterns: str, name: str, default: str) -> Any:
         # PEFT matches the end of a name, after a dot.
         own = self.fields.get(patterns) or {}
-        matching = (value for pattern, value in own.items() if re.match(rf"(.*\.)?({pattern})$", name))
+        matching = (value for pattern, value in own.items() if _ending(pattern).match(name))
         return next(matching, self.fields.get(default))
 
 
@@ -150,6 +154,11 @@ def initial_adapters(file: Path) -> list[Path]:
 
 def _initial_places(file: Path, kind: str) -> list[Path]:
     return [directory / f"{kind}_init" / PEFT_NAME for directory in (file.parent, file.parent.parent)]
+
+
+@functools.cache
+def _ending(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"(.*\.)?({pattern})$")
 
 
 def _alphas(header: Mapping[str, str], prefix: str, file: Path) -> dict[str, float]:
@@ -203,8 +212,22 @@ def _check_numbers(fields: Mapping[str, Any], where: str) -> None:
         for key, value in {name: fields.get(name), **own}.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ClvrError(f"{where}: {key} must be a number, got {shown(value)}")
+            if value is not None and not abs(value) <= _LARGEST:
+                raise ClvrError(f"{where}: {key} must be at most {_LARGEST:g} in size, got {shown(value)}")
         for pattern in own:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ClvrError(f"{where}: {patterns} has {pattern[:60]!r}, which is no pattern ({error})") from error
+            _check_pattern(pattern, f"{where}: {patterns} has {pattern[:60]!r}")
+
+
+def _check_pattern(pattern: str, what: str) -> None:
+    """Raises ClvrError unless a regular expression is well formed and matches a name in little time."""
+    plain = re.sub(r"\\.|\[\^?\]?[^\]]*\]", "x", pattern)  # without escapes and sets of characters
+    repetitions = len(re.findall(r"[*+{]", plain))
+    if len(pattern) > _MAX_PATTERN or repetitions > _MAX_REPETITIONS or _REPEATED_GROUP.search(plain):
+        raise ClvrError(
+            f"{what}, a pattern that may take very long to match; write it with at most {_MAX_REPETITIONS} repetitions "
+            f"and no repeated group, in {_MAX_PATTERN} characters"
+        )
+    try:
+        _ending(pattern)
+    except (re.error, OverflowError, RecursionError) as error:  # OverflowError: a{99999999999}
+        raise ClvrError(f"{what}, which is no pattern ({error})") from error

@@ -116,6 +116,7 @@ _Parts = dict[str, StoredTensor]
 def _checked(file: Path, shapes: Mapping[str, tuple[int, ...]], ignore_text_encoder: bool) -> dict[str, _Parts]:
     """Returns name in the file -> its tensors. Raises: ClvrError if a tensor is unknown or does not fit the model."""
     stored = {tensor.key: tensor for tensor in read_header(file)}
+    _check_dtypes(file, stored)
     text = [key for key in stored if TEXT_ENCODER.fullmatch(key)]
     if text and not ignore_text_encoder:
         raise ClvrError(
@@ -315,6 +316,20 @@ def _split(alias: KeyAlias, down: np.ndarray, up: np.ndarray) -> tuple[list[np.n
         if all(blocks[i][j].any() == (i == j) for i in range(count) for j in range(count)):
             return np.split(down, count), [blocks[i][i] for i in range(count)]
     return [down] * count, ups
+
+
+def _check_dtypes(file: Path, stored: Mapping[str, StoredTensor]) -> None:
+    """Raises ClvrError if a factor is stored as integers or booleans (quantized), or an alpha is not one number."""
+    wrong = [
+        f"{key} ({tensor.dtype} {tensor.shape})"
+        for key, tensor in stored.items()
+        if (math.prod(tensor.shape) != 1 if key.endswith(".alpha") else tensor.dtype.kind in "iub")
+    ]
+    if wrong:
+        raise ClvrError(
+            f"{file}: {len(wrong)} of its tensors are of another type or shape: {some(wrong)}; factors must be "
+            "floating-point tensors, an alpha one number"
+        )
 
 
 def _number(tensor: StoredTensor) -> float:

@@ -3,7 +3,8 @@
     python launch/local_cluster.py --processes 2 --devices 4 configs/shapes_vae.py --out runs/try --train.steps 20
 
 runs the same `launch/train.py` that a pod runs. What process 0 prints is shown, what the others print goes to
-logs in a temporary directory, which is named if one fails. Ctrl-C and SIGTERM reach all of them.
+logs in a temporary directory, which is named if one fails. Ctrl-C and SIGTERM reach all of them; the exit code is then
+that of `launch/train.py`: 130 after Ctrl-C, 143 after SIGTERM.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 from clvr_jax.training.distributed import virtual_devices
 
 _TRAIN = Path(__file__).with_name("train.py")
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)  # of a process that was asked to stop
 
 
 def free_port() -> int:
@@ -62,11 +64,12 @@ def main() -> int:
     while any(process.poll() is None for process in started):
         time.sleep(0.2)
     codes = [process.returncode for process in started]
-    if failed := [number for number, code in enumerate(codes) if code]:
+    if failed := [number for number, code in enumerate(codes) if code not in (0, *_STOPPED)]:
         print(f"clvr: process {failed[0]} of {len(codes)} failed; logs are in {logs}", file=sys.stderr)
     else:
         shutil.rmtree(logs)
-    return next((code if code > 0 else 1 for code in codes if code), 0)
+    failures = [codes[number] for number in failed] or [code for code in codes if code]
+    return next((code if code > 0 else 1 for code in failures), 0)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import replacing
+from clvr_jax.outputs import check_destination
 
 WEIGHTS = "model.safetensors"
 
@@ -27,10 +28,12 @@ def average(models: list[tuple[Path, float]], out: Path) -> None:
     Args:
       models: directory and weight of each; the weights add up to 1.
       out: directory that is written, or replaced; the tensors have the dtypes of the first model.
-    Raises: UsageError, ClvrError, one line, for weights that do not add up, or models whose tensors differ.
+    Raises: UsageError, ClvrError, one line, for weights that do not add up, models whose tensors differ, or an `out`
+      inside of one of them.
     """
     if not np.isclose(sum(weight for _, weight in models), 1.0):
         raise UsageError(f"the weights add up to {sum(weight for _, weight in models):g}; they must add up to 1")
+    check_destination(out, *(directory for directory, _ in models))
     first = _tensors(models[0][0])
     total = {name: models[0][1] * tensor.astype(np.float64) for name, tensor in first.items()}
     for directory, weight in models[1:]:

@@ -41,5 +41,8 @@ def test_weights_that_do_not_add_up_and_other_shapes_are_refused(main, tmp_path,
     assert main([f"{first}:half", *out]) == 2
     assert main([f"{first}:0.5", f"{second}:0.5", *out]) == 1
     assert main([f"{first}:0.5", f"{tmp_path / 'none'}:0.5", *out]) == 1
-    assert len(capsys.readouterr().err.splitlines()) == 4
+    assert main([f"{first}:1", "--out", f"{first}/average"]) == 2
+    assert main([f"{first}:1", "--out", "gs://bucket/average"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 6
     assert not (tmp_path / "out").exists()
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["config.json", "model.safetensors"]

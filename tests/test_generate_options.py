@@ -17,7 +17,7 @@ from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning import Trajectory
 from tests.command_line import PROMPT, complaint
-from tests.providers.server import Reply
+from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
 from tests.rl.pprl_toy import small_qwen3_vl
 
@@ -83,12 +83,14 @@ def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):
     def said(text):
         return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {}})
 
-    server.script = [said(generate("Plan: a circle. Draw it.")), said(stop())]
+    refused = failure(400, "Unknown parameter: 'seed'.")
+    server.script = [refused, said(generate("Plan: a circle. Draw it.")), said(stop())]
     endpoint = ["--controller-url", f"{server.url}/v1", "--controller-model", "tiny"]
     endpoint += ["--controller-key-variable", "LOOPBACK_KEY", "--verification", "controller"]
     assert main(["generate", PROMPT, "--model", str(drawing_model), *endpoint, "--size", "32", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert (data["outcome"], Image.open(data["image"]).size) == ("accepted", (32, 32))
+    assert data["adapted"] == ["seed left out; replies may differ from run to run"]
     first = server.seen[0].json["messages"]
     assert first[0]["role"] == "system"
     assert "do not judge them" not in first[0]["content"]

@@ -43,6 +43,12 @@ def test_what_is_no_readable_json(text, said):
     assert said in complaint(parse_json, text, "file:3")
 
 
+def test_many_values_are_refused_before_they_are_made(monkeypatch):
+    monkeypatch.setattr("clvr_jax.json_input.MAX_VALUES", 1000)
+    assert "more than 1,000 values" in complaint(parse_json, "[" + "{}," * 600 + "0]", "file:3")
+    assert parse_json('["' + "a b" * 2000 + '"]', "x") == ["a b" * 2000]
+
+
 def test_json_is_read_as_it_is():
     assert parse_json("\ufeff" + '{"a": [1, "\\ud800"]}', "x") == {"a": [1, "\ud800"]}
     assert parse_json(b'\xef\xbb\xbf{"a": 1}', "x") == {"a": 1}

@@ -16,7 +16,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ChatResponse, ProviderError, Token, Usage
 from clvr_jax.pipelines.verifier import Verifier
 from clvr_jax.reasoning.model_verifier import ModelVerifier
-from tests.providers.server import KEY, LoopbackServer, completion
+from tests.providers.server import KEY, LoopbackServer, completion, failure
 
 PROMPT = "a red circle and a blue star"
 
@@ -348,6 +348,8 @@ def test_an_endpoint_verifies_with_probabilities(server, capsys):
 
 def test_an_endpoint_without_probabilities(server, capsys):
     def without(seen):
+        if "temperature" in seen.json:
+            return failure(400, "Unsupported value: 'temperature' does not support 0 with this model.")
         reply = answer(seen)
         reply.content["choices"][0].pop("logprobs", None)
         return reply
@@ -357,6 +359,7 @@ def test_an_endpoint_without_probabilities(server, capsys):
     _, out, _ = verify(capsys, PROMPT, save("a.png"), *arguments)
     assert "met    no probability  red circle" in out
     assert "No probabilities: the model gives no probabilities of its tokens." in out
+    assert "Requests lacked what the server refuses: temperature left out" in " ".join(out.split())
 
 
 def test_an_endpoint_whose_key_is_missing_fails_in_one_line(monkeypatch, capsys):

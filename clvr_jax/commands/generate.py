@@ -145,6 +145,7 @@ class Generate:
             "nfe": made.nfe,
             "seconds": round(made.seconds, 3),
             "unseen_words": unseen_words(self.model, wanted.prompt),
+            "adapted": list(getattr(pipe.controller, "adapted", ())),
             "out": str(out),
             "image": None if best is None else str(out / f"step_{best:02d}.png"),
             "page": str(page),

@@ -210,6 +210,8 @@ class ControllerOptions:
     controller_tokens: Count = None
     """Allow this many tokens in a reply of the controller. If not given, 384 for a model that was trained for the loop,
     and 1024 for others; models that think first need more."""
+    controller_max_seconds: float = 1200.0
+    """Wait this many seconds at most for a whole reply of --controller-url, however slowly it comes."""
 
     def __post_init__(self) -> None:
         at_least_one("--controller-tokens", self.controller_tokens)
@@ -253,7 +255,12 @@ class ControllerOptions:
         from clvr_jax.reasoning.model_verifier import ModelVerifier
 
         model = OpenAIChatModel(
-            Endpoint(self.controller_model or "", self.controller_url, self.controller_key_variable or None)
+            Endpoint(
+                self.controller_model or "",
+                self.controller_url,
+                self.controller_key_variable or None,
+                max_seconds=self.controller_max_seconds,
+            )
         )
         tokens = self.controller_tokens or MAX_REPLY_TOKENS
         checks = ModelVerifier(model, "ask", max_tokens=tokens) if is_verified and verifier is None else verifier

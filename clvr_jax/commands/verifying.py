@@ -131,9 +131,10 @@ class Verify:
                 _image_data(path, image, verification)
                 for path, image, verification in zip(self.images, images, found, strict=True)
             ],
+            "adapted": list(verifier.adapted),
             "usage": usage,
         }
-        return Result(data, _text(self.images, found, verifier.name))
+        return Result(data, _text(self.images, found, verifier.name, verifier.adapted))
 
     def _verifier(self, images: "Sequence[np.ndarray]") -> "ModelVerifier":
         """Loads the verifier once everything that can be checked without it is checked."""
@@ -210,7 +211,7 @@ def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -
     }
 
 
-def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str) -> RenderableType:
+def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, adapted: Sequence[str]) -> RenderableType:
     """The result for people: a block for each image."""
     parts: list[RenderableType] = []
     for path, verification in zip(paths, found, strict=True):
@@ -226,6 +227,8 @@ def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str) -> 
     checked = [each for verification in found for each in verification.requirements if each.met is not None]
     if checked and all(each.probability is None for each in checked):
         parts.append(Text("No probabilities: the model gives no probabilities of its tokens.", "dim"))
+    if adapted:
+        parts.append(Text(f"Requests lacked what the server refuses: {_printable('; '.join(adapted))}.", "dim"))
     parts.append(Text(f"verified by {_printable(name)}", "dim", overflow="fold"))
     return Group(*parts)
 

@@ -104,8 +104,11 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
         knows_text = bool(tokenizer.tokenize("a"))
-    # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it.
-    except Exception as error:
+    # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it. The
+    # latter is written in Rust, whose panics are no `Exception`.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
         raise ClvrError(f"{folder}: no tokenizer that transformers can read ({reason})") from error
     if not knows_text:

@@ -6,6 +6,7 @@
 trajectories; the split "verification", if there is one, has histories with a verdict on their latest image.
 """
 
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,8 @@ from clvr_jax.data.trajectory_record import (
     record_to_example,
 )
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, replacing
+from clvr_jax.files import replacing
+from clvr_jax.json_input import JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectory import Trajectory
 
 NAME = "trajectories"
@@ -155,20 +157,23 @@ class TrajectoryDataset:
 
     def __init__(self, folder: Path, split: str = SPLIT):
         self.folder, self.split = folder, split
-        if not (folder / "dataset_info.json").exists():
+        description = folder / "dataset_info.json"
+        if not description.exists():
             raise ClvrError(
                 f"{folder}: no trajectory dataset here; make one of saved trajectories with "
                 f"python -m clvr_jax.data.trajectory_dataset --source FOLDER --out {folder}"
             )
-        info = read_json(folder / "dataset_info.json")
-        if info.get("name") != NAME:
-            raise ClvrError(f"{folder}: a dataset of {info.get('name')!r}, not of {NAME!r}")
-        if info.get("version") not in READABLE_SCHEMAS:
+        info = read_object(description)
+        name, version = (info.content.get(key) for key in ("name", "version"))
+        if name != NAME:
+            raise ClvrError(f"{folder}: a dataset of {shown(name)}, not of {NAME!r}")
+        if not isinstance(version, str) or version not in READABLE_SCHEMAS:
             raise ClvrError(
-                f"{folder}: its schema is {info.get('version')}, this clvr-jax reads {' and '.join(READABLE_SCHEMAS)}; "
+                f"{folder}: its schema is {version!s:.40}, this clvr-jax reads {' and '.join(READABLE_SCHEMAS)}; "
                 "write the dataset again with this version, or read it with the one that wrote it"
             )
-        lengths = {entry.get("name"): sum(map(int, entry.get("shardLengths", ()))) for entry in info.get("splits", ())}
+        splits = info.objects("splits") if "splits" in info.content else []
+        lengths = {entry.text("name"): _length(entry) for entry in splits}
         if not lengths.get(split):
             raise ClvrError(
                 f"{folder}: the dataset is empty" + ("" if split == SPLIT else f", it has no split {split}")
@@ -179,12 +184,22 @@ class TrajectoryDataset:
     def _open(self) -> Any:
         import tensorflow_datasets as tfds  # slow to import
 
-        builder = tfds.builder_from_directory(self.folder)
-        # array_record takes a file that is missing for an empty one.
-        for path in builder.info.splits[self.split].filepaths:
-            if not path.exists():
-                raise ClvrError(f"{path}: this shard of the dataset is missing; copy or write the dataset again")
-        return builder.as_data_source(self.split)
+        try:
+            builder = tfds.builder_from_directory(self.folder)
+            paths = [Path(path) for path in builder.info.splits[self.split].filepaths]
+            # array_record takes a file that is missing for an empty one.
+            absent = [path for path in paths if not path.exists()]
+            outside = [path for path in paths if path.parent.resolve() != self.folder.resolve()]
+            source = None if absent or outside else builder.as_data_source(self.split)
+        # A damaged description ends in whatever exception the place raises at which TFDS notices it.
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+            raise ClvrError(f"{self.folder}: not a dataset that TFDS can read ({reason})") from error
+        if outside:
+            raise ClvrError(f"{self.folder}: its description names shards elsewhere ({shown(str(outside[0]))})")
+        if absent:
+            raise ClvrError(f"{absent[0]}: this shard of the dataset is missing; copy or write the dataset again")
+        return source
 
     def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path, str]]:
         return TrajectoryDataset, (self.folder, self.split)
@@ -194,13 +209,12 @@ class TrajectoryDataset:
 
     def __getitem__(self, number: int) -> TrajectoryRecord:
         """Returns record `number`, from 0. Raises: IndexError past the end; CorruptRecordError if it cannot be read."""
-        from google.protobuf.message import DecodeError
-
         if not 0 <= number < len(self):
             raise IndexError(f"{self.folder}: record {number} of {len(self)}")
         try:
             return record_from_example(self._source[number])
-        except (RuntimeError, DecodeError, ValueError, KeyError, TypeError, OSError, ClvrError) as error:
+        # The features of a dataset may be other ones than ours, whatever its name is.
+        except Exception as error:
             reason = str(error).partition(";")[0].partition("\n")[0]
             raise CorruptRecordError(f"{self.folder}: record {number} cannot be read ({reason})") from error
 
@@ -224,6 +238,14 @@ class TrajectoryDataset:
                 advance(number + 1)
         if corrupt:
             console.print(f"{self.folder}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
+
+
+def _length(split: JsonObject) -> int:
+    """Returns the number of records of a split, whose shards have their lengths as texts."""
+    lengths = split.texts("shardLengths") if "shardLengths" in split.content else ()
+    if wrong := [each for each in lengths if not re.fullmatch(r"\d{1,15}", each, re.ASCII)]:
+        raise ClvrError(f"{split.where}: shardLengths must be numbers of records, got {shown(wrong[0])}")
+    return sum(map(int, lengths))
 
 
 def saved_trajectories(directory: Path) -> Iterator[TrajectoryRecord]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, Chat
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run
 
-_WAVES = 8
+_WAVES, _AHEAD = 8, 2
 
 
 def endpoint_system(
@@ -44,7 +45,7 @@ def endpoint_system(
     """
     settings: dict[str, Any] = {"mode": mode, "model": tool.name}
     if mode == "one-shot":
-        return _concurrent(lambda prompt, seed: _one_shot(tool, prompt, seed), settings, tool.name, in_flight)
+        return _concurrent(lambda prompt, seed: _one_shot(tool, prompt, seed), settings, [tool], in_flight)
     if controller is None:
         raise UsageError(f"mode {mode} needs a controller; give a vision-language model")
     limits = budget_for_mode(mode, budget)
@@ -63,7 +64,7 @@ def endpoint_system(
     settings |= {"controller": controller.name, **non_default_fields(limits)}
     if controller_tokens is not None:
         settings["controller_tokens"] = controller_tokens
-    return _concurrent(generate_one, settings, tool.name, in_flight)
+    return _concurrent(generate_one, settings, [tool, controller], in_flight)
 
 
 def _one_shot(tool: ImageModel, prompt: str, seed: int) -> SystemOutput:
@@ -81,19 +82,33 @@ def _refused(error: ProviderError, usage: Usage) -> SystemOutput:
 
 
 def _concurrent(
-    generate_one: Callable[[str, int], SystemOutput], settings: dict[str, Any], device: str, in_flight: int
+    generate_one: Callable[[str, int], SystemOutput],
+    settings: dict[str, Any],
+    providers: Sequence[ImageModel | ChatModel],
+    in_flight: int,
 ) -> System:
+    """Returns the system that generates with several threads; the first of `providers` is its device."""
+
     def timed(prompt: str, seed: int) -> SystemOutput:
         began = time.monotonic()
         output = generate_one(prompt, seed)
-        return replace(output, seconds=time.monotonic() - began)
+        seconds = time.monotonic() - began
+        adapted = tuple(f"{each.name}: {note}" for each in providers for note in getattr(each, "adapted", ()))
+        return replace(output, seconds=seconds, adapted=adapted)
 
     def generate(prompts: list[str], seeds: list[int]) -> Iterator[SystemOutput]:
         threads = ThreadPoolExecutor(in_flight)
+        waiting: deque[Future[SystemOutput]] = deque()
         try:
-            yield from threads.map(timed, prompts, seeds)
+            for prompt, seed in zip(prompts, seeds, strict=True):
+                waiting.append(threads.submit(timed, prompt, seed))
+                # Finished images wait for earlier ones: with no limit a whole batch would be held in memory.
+                if len(waiting) >= _AHEAD * in_flight:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
         finally:
             threads.shutdown(cancel_futures=True)
 
     # Large batches, because connections are idle only at the end of a batch.
-    return System(generate, settings, device, batch_size=_WAVES * in_flight)
+    return System(generate, settings, providers[0].name, batch_size=_WAVES * in_flight)

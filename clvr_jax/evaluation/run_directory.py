@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
@@ -89,6 +89,7 @@ class Record:
       seed: the seed that generated the image.
       has_image: False if the closed loop ended without an image, or an endpoint refused the prompt.
       nfe, seconds, steps, outcome, input_tokens, output_tokens, dollars, device: as in report.ImageScore.
+      adapted: as in SystemOutput; files have it only where it is not empty.
     """
 
     prompt: str
@@ -102,6 +103,7 @@ class Record:
     output_tokens: int | None = None
     dollars: float | None = None
     device: str | None = None
+    adapted: tuple[str, ...] = ()
 
     @classmethod
     def from_output(cls, output: SystemOutput, prompt: str, seed: int, seconds: float, device: str | None) -> Self:
@@ -119,6 +121,7 @@ class Record:
             output_tokens=None if usage is None else usage.output_tokens,
             dollars=None if usage is None else usage.dollars,
             device=device,
+            adapted=output.adapted,
         )
 
     @classmethod
@@ -137,15 +140,25 @@ class Record:
             found[name] = _optional(entry, name, partial(entry.number, low=0))
         for name in ("outcome", "device"):
             found[name] = _optional(entry, name, entry.text)
+        if "adapted" in entry.content:
+            found["adapted"] = entry.texts("adapted")
         return cls(**found)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the content of the record file."""
-        return {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        content = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
+        adapted = content.pop("adapted")
+        return {**content, "adapted": list(adapted)} if adapted else content
 
     def cost(self) -> dict[str, Any]:
         """Returns the fields that a score also has, as keyword arguments of ImageScore."""
-        return {name: value for name, value in asdict(self).items() if name not in ("prompt", "seed", "has_image")}
+        others = ("prompt", "seed", "has_image", "adapted")
+        return {name: value for name, value in asdict(self).items() if name not in others}
+
+
+def adapted_requests(records: Iterable[Record]) -> list[str]:
+    """Returns how the requests of a run differ from those to other servers, each difference once, in order."""
+    return sorted({note for record in records for note in record.adapted})
 
 
 @dataclass(frozen=True)

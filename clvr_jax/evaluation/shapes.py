@@ -13,7 +13,7 @@ import numpy as np
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.generation import complete_samples, generate_missing
 from clvr_jax.evaluation.report import ImageScore, summarize
-from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.run_directory import RunDirectory, adapted_requests
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.evaluation.system_output import GenerateFn
 from clvr_jax.files import write_json
@@ -162,8 +162,8 @@ def measure(
 def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str] | None = None) -> dict[str, Any]:
     """Scores the images of a finished run and writes results.json; it can score a run again with another judge.
 
-    Returns: {"benchmark", "judge", "settings", "seed", "samples", "summary", "pictures", "versions"}; "summary" is the
-      content of report.summarize, "pictures" is a list of ImageScore.
+    Returns: {"benchmark", "judge", "generator_adapted", "settings", "seed", "samples", "summary", "pictures",
+      "versions"}; "summary" is the content of report.summarize, "pictures" is a list of ImageScore.
     Raises: ClvrError if an image is missing, because a score over fewer images is not comparable.
     """
     directory = RunDirectory(Path(out))
@@ -176,6 +176,7 @@ def score(out: str | os.PathLike[str], judge: Judge, versions: Mapping[str, str]
     results = {
         "benchmark": identity["benchmark"],
         "judge": {"name": judge.name, "version": judge.version},
+        "generator_adapted": adapted_requests(directory.record(*each) for each in indices),
         "settings": identity["settings"],
         "seed": identity["seed"],
         "samples": identity["samples"],

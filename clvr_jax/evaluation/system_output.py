@@ -29,6 +29,7 @@ class SystemOutput:
       trajectory: of a closed loop.
       outcome: how the generation ended, if there is no trajectory that records it.
       seconds: wall time of this prompt alone; None if it shares the time of its batch.
+      adapted: which fields the requests to endpoints lacked because their servers refuse them, in words.
     """
 
     image: ImageLike | None = field(repr=False)
@@ -37,6 +38,7 @@ class SystemOutput:
     trajectory: Trajectory | None = None
     outcome: str | None = None
     seconds: float | None = None
+    adapted: tuple[str, ...] = ()
 
     @classmethod
     def from_result(cls, result: Any) -> SystemOutput:

@@ -217,10 +217,11 @@ def _check_records(plan: Merge) -> None:
         of_base = inputs.get("base") if isinstance(inputs, dict) else None
         if not isinstance(of_base, dict) or not isinstance(of_base.get("files"), dict):
             continue
-        if sorted(of_base["files"].values()) != sorted(plan.base.digests.finish().values()):
+        # As texts, because a foreign file may hold values of any type.
+        if sorted(map(str, of_base["files"].values())) != sorted(plan.base.digests.finish().values()):
             raise ClvrError(
                 f"{side.role}: {name} in {side.origin.name} names another base, "
-                f"{of_base.get('source')}, with another sha256; --force merges anyway"
+                f"{of_base.get('source')!s:.200}, with another sha256; --force merges anyway"
             )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import threading
 import time
 import zlib
 from collections.abc import Iterable, Iterator
@@ -13,7 +15,10 @@ from clvr_jax.providers.failures import KEPT, Failure, status_failure
 MAX_COUNT = 10**12
 """Largest number of tokens that is believed."""
 MAX_REDIRECTS = 5
+MAX_VALUES = 100_000
+"""Most values in the JSON of a response, unless its request asks for more: each takes up to 100 bytes of memory."""
 
+_SHARED_BYTES = 32 << 20
 _PIECE = 1 << 16
 _FREE_EXPANSION, _MOST_EXPANSION = 4 << 20, 100
 _MOST_DIGITS = 25
@@ -24,15 +29,95 @@ def count(value: Any) -> int:
     return value if type(value) is int and 0 < value <= MAX_COUNT else 0
 
 
-def read_object(text: str) -> dict[str, Any]:
+class SharedBytes:
+    """Bytes that all responses which are being read may hold together.
+
+    A response that finds none left waits until it is the only one of its kind, and then takes what it needs: large
+    responses are read one after the other, and the memory is bounded by `total` and one response.
+
+    Args:
+      total: number of bytes.
+    """
+
+    def __init__(self, total: int):
+        self._free = total
+        self._lock = threading.Lock()
+        self._beyond = threading.Lock()
+
+    def take(self, count: int) -> bool:
+        """Takes bytes if there are as many; returns whether there were."""
+        with self._lock:
+            if count > self._free:
+                return False
+            self._free -= count
+            return True
+
+    def give_back(self, count: int) -> None:
+        """Gives bytes back."""
+        with self._lock:
+            self._free += count
+
+    def wait_to_go_beyond(self, seconds: float) -> bool:
+        """Waits until no other response takes more than there is; returns whether that came about in time."""
+        return self._beyond.acquire(timeout=max(0.0, seconds))
+
+    def end_beyond(self) -> None:
+        """Lets the next response take more than there is."""
+        self._beyond.release()
+
+
+SHARED_BYTES = SharedBytes(_SHARED_BYTES)
+"""Of all connections of this process."""
+
+
+class HeldBytes:
+    """The bytes that one response holds until it has become an answer.
+
+    Args:
+      shared: what they are taken from.
+    """
+
+    def __init__(self, shared: SharedBytes = SHARED_BYTES):
+        self._shared = shared
+        self._count = 0
+        self._is_beyond = False
+
+    def add(self, count: int, deadline: float) -> None:
+        """Takes bytes. Raises: Failure "down" if that is not possible until the deadline of `time.monotonic()`."""
+        if self._is_beyond:
+            return
+        if self._shared.take(count):
+            self._count += count
+            return
+        if not self._shared.wait_to_go_beyond(deadline - time.monotonic()):
+            raise Failure("other large responses were read until its time was over", "down", can_retry=True)
+        self._is_beyond = True
+
+    def release(self) -> None:
+        """Gives all bytes back."""
+        self._shared.give_back(self._count)
+        self._count = 0
+        if self._is_beyond:
+            self._is_beyond = False
+            self._shared.end_beyond()
+
+
+def read_object(text: str, max_values: int = MAX_VALUES) -> dict[str, Any]:
     """Reads the JSON object of a successful response; a byte-order mark before it is skipped.
 
     Integers of more digits than any field has are read as None.
+
+    Args:
+      text: the body.
+      max_values: most values in it.
     Raises: Failure "down" for anything else, for it is no reply; what an error under a status of 200 says.
     """
     text = text.removeprefix("\ufeff").strip()
     if not text:
         raise Failure("the body is empty", "down", can_retry=True)
+    # Commas and brackets in texts count as well: no reply has so many of them.
+    if len(text) > max_values and text.count(",") + text.count("[") + text.count("{") > max_values:
+        raise Failure(f"the body has more than {max_values:,} values", "down")
     try:
         body = json.loads(text, parse_int=_integer)
     except (ValueError, RecursionError):
@@ -46,7 +131,9 @@ def read_object(text: str) -> dict[str, Any]:
     return body
 
 
-def read_content(chunks: Iterable[bytes], encoding: str, limit: int, deadline: float, seconds: float) -> bytes:
+def read_content(
+    chunks: Iterable[bytes], encoding: str, limit: int, deadline: float, seconds: float, held: HeldBytes | None = None
+) -> bytes:
     """Reads the content of a response, decompressed.
 
     Args:
@@ -54,16 +141,19 @@ def read_content(chunks: Iterable[bytes], encoding: str, limit: int, deadline: f
       encoding: its Content-Encoding; "" for none.
       limit: most bytes after decompression.
       deadline: of `time.monotonic()`; `seconds` is what it is called in the error.
+      held: counts the bytes that are kept.
     Raises: Failure "down".
     """
-    found = bytearray()
+    found = io.BytesIO()  # its content becomes bytes without a copy
     for piece in _decoded(chunks, encoding.strip().lower()):
-        found += piece
-        if len(found) > limit:
+        if found.tell() + len(piece) > limit:
             raise Failure(f"the response has more than {limit:,} bytes", "down")
+        if held is not None:
+            held.add(len(piece), deadline)
+        found.write(piece)
         if time.monotonic() > deadline:
             raise Failure(f"no complete response within {seconds:g} s", "down", can_retry=True)
-    return bytes(found)
+    return found.getvalue()
 
 
 def _decoded(chunks: Iterable[bytes], encoding: str) -> Iterator[bytes]:

@@ -7,11 +7,10 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Set
-from urllib.parse import unquote_to_bytes
 
 import httpx2
 
-from clvr_jax.providers.base64_text import decode_base64
+from clvr_jax.providers.base64_text import read_data_url
 from clvr_jax.providers.failures import Failure, retry_after
 from clvr_jax.providers.http_client import BoundedClient
 
@@ -19,6 +18,7 @@ MAX_BYTES = 64 * 2**20
 """Most bytes of an image that is fetched."""
 
 _ALLOW = "if it is right, add the host to image_hosts of the endpoint"
+_IN_OWN_NETWORK = f"is in the own network and is not fetched; {_ALLOW}"
 
 
 def download(url: str, known_hosts: Set[str], new_client: Callable[[int], BoundedClient]) -> bytes:
@@ -32,7 +32,7 @@ def download(url: str, known_hosts: Set[str], new_client: Callable[[int], Bounde
     Raises: Failure.
     """
     if url.startswith("data:"):
-        return _data(url)
+        return read_data_url(url)
     if not url.startswith(("http://", "https://")):
         raise Failure(
             "the image's address is neither http(s) nor data, perhaps a path on the server's disk; set the response "
@@ -43,6 +43,7 @@ def download(url: str, known_hosts: Set[str], new_client: Callable[[int], Bounde
     try:
         target = httpx2.URL(url)
         client.check_redirect = lambda origin, after: _check_redirect(origin, after, known_hosts)
+        client.check_peer = lambda origin, address: _check_peer(origin, address, known_hosts)
         _check_host(target, known_hosts)
         return _content(client.get(target), target.host)
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError):
@@ -53,12 +54,8 @@ def download(url: str, known_hosts: Set[str], new_client: Callable[[int], Bounde
         failure.message = f"the image at {target.host}: {failure.message}"
         raise
     finally:
+        client.held.release()
         client.close()
-
-
-def _data(url: str) -> bytes:
-    head, _, content = url.partition(",")
-    return decode_base64(content) if head.endswith(";base64") else unquote_to_bytes(content)
 
 
 def _content(response: httpx2.Response, host: str) -> bytes:
@@ -85,9 +82,18 @@ def _check_host(url: httpx2.URL, known_hosts: Set[str]) -> None:
     host = url.host
     if host in known_hosts:
         return
-    is_proxied = url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(host)
-    if any(not _is_public(address) for address in ([host] if is_proxied else _addresses(host))):
-        raise Failure(f"is in the own network and is not fetched; {_ALLOW}", "malformed")
+    if any(not _is_public(address) for address in ([host] if _is_proxied(url) else _addresses(host))):
+        raise Failure(_IN_OWN_NETWORK, "malformed")
+
+
+def _check_peer(url: httpx2.URL, address: str, known_hosts: Set[str]) -> None:
+    """Raises Failure if the connection leads into the own network: a name may have changed its address meanwhile."""
+    if url.host not in known_hosts and not _is_proxied(url) and not _is_public(address):
+        raise Failure(_IN_OWN_NETWORK, "malformed")
+
+
+def _is_proxied(url: httpx2.URL) -> bool:
+    return url.scheme in urllib.request.getproxies() and not urllib.request.proxy_bypass(url.host)
 
 
 def _addresses(host: str) -> list[str]:

@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import Fault, ProviderError, Usage
-from clvr_jax.providers.bounded import count, read_object
+from clvr_jax.providers.bounded import MAX_VALUES, count, read_object
 from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
 from clvr_jax.redaction import Secrets, redact_url
 
@@ -80,7 +80,7 @@ class Endpoint:
     max_in_flight: int = 16
     timeout: float = 120.0
     max_seconds: float = 1200.0
-    max_bytes: int = 128 * 2**20
+    max_bytes: int = 64 * 2**20
     image_hosts: tuple[str, ...] = ()
     max_retries: int = 5
     backoff: float = 0.5
@@ -148,17 +148,21 @@ class Connection:
         self._not_before = 0.0
 
     def call(
-        self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
+        self,
+        send: Callable[[openai.OpenAI], str],
+        read: Callable[[dict[str, Any]], tuple[T, Usage]],
+        max_values: int = MAX_VALUES,
     ) -> tuple[T, Usage]:
         """One answer.
 
         Args:
           send: makes one request and returns the body of the response; may be called several times.
           read: a response's JSON -> the answer and its price; raises Failure for what is no answer.
+          max_values: most values in a response's JSON.
         Returns: the answer, and the price of everything that was tried, as one call.
         Raises: ProviderError.
         """
-        return self._retry(lambda: self._request(send, read), Usage(calls=1))
+        return self._retry(lambda: self._request(send, read, max_values), Usage(calls=1))
 
     def download(self, url: str, spent: Usage) -> tuple[bytes, Usage]:
         """What is found at an http(s) or data URL that the server gave. spent: what the call has cost before.
@@ -204,7 +208,7 @@ class Connection:
                 answer, usage = once()
                 return answer, spent + usage + Usage(retries=attempt, seconds=time.monotonic() - began)
             except Failure as error:
-                failure = error
+                failure = error.without_frames()
             spent += failure.usage
             wait = min(self.endpoint.backoff * 2**attempt, self.endpoint.max_wait) * random.uniform(0.5, 1)
             if failure.wait is not None:
@@ -227,13 +231,21 @@ class Connection:
         raise self.error(message, failure.fault, spent, failure.is_no_reply)
 
     def _request(
-        self, send: Callable[[openai.OpenAI], str], read: Callable[[dict[str, Any]], tuple[T, Usage]]
+        self,
+        send: Callable[[openai.OpenAI], str],
+        read: Callable[[dict[str, Any]], tuple[T, Usage]],
+        max_values: int,
     ) -> tuple[T, Usage]:
+        with self._turn() as client:
+            # Read within the turn: until then the response counts among those that are held in memory.
+            return read(read_object(self._secrets.redact_reply(self._send(send, client)), max_values))
+
+    def _send(self, send: Callable[[openai.OpenAI], str], client: openai.OpenAI) -> str:
+        """Returns the body of a successful response. Raises: Failure."""
         import openai
 
         try:
-            with self._turn() as client:
-                text = send(client)
+            return send(client)
         except openai.APIStatusError as error:
             wait = retry_after(error.response.headers, time.time())
             raise status_failure(error.status_code, error.body, wait) from None
@@ -248,7 +260,6 @@ class Connection:
             raise Failure(f"the openai package says {error}", "rejected") from None
         except UnicodeEncodeError as error:
             raise Failure(f"the text is no valid Unicode ({error.reason}); clean it", "rejected") from None
-        return read(read_object(self._secrets.redact_reply(text)))
 
     @contextmanager
     def _turn(self) -> Iterator[openai.OpenAI]:
@@ -263,7 +274,9 @@ class Connection:
             try:
                 yield client
             finally:
-                if getattr(client._client, "is_usable", True):
+                http_client: Any = client._client
+                http_client.held.release()
+                if http_client.is_usable:
                     self._idle.append(client)
                 else:
                     self._clients.remove(client)

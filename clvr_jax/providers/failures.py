@@ -6,7 +6,7 @@ import email.utils
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from clvr_jax.interfaces import Fault, ProviderError, Usage
 from clvr_jax.reasoning.answers import AnswerError
@@ -45,6 +45,11 @@ class Failure(Exception):  # noqa: N818 - becomes a ProviderError when no retry 
         super().__init__(message)
         self.message, self.fault, self.can_retry, self.wait = message, fault, can_retry, wait
         self.usage, self.is_no_reply = usage or Usage(), is_no_reply
+
+    def without_frames(self) -> Self:
+        """Returns itself without its traceback and causes, whose frames would hold the body of a response in memory."""
+        self.__traceback__ = self.__cause__ = self.__context__ = None
+        return self
 
 
 class NoReplyError(ProviderError, AnswerError):

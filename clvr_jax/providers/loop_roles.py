@@ -39,6 +39,11 @@ class ChatModelController(Controller):
         self._lock = threading.Lock()
         self.usage = Usage()
 
+    @property
+    def adapted(self) -> tuple[str, ...]:
+        """What the requests to the model lacked because its server refuses it, in words; for results."""
+        return tuple(getattr(self._model, "adapted", ()))
+
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """See `Controller`. Raises: ProviderError."""
         if len(conversations) == 1:

@@ -13,7 +13,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.image_io import EncodedPicture, ImageLike, encode_png
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, ProviderError, Token, Usage
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
-from clvr_jax.providers.bounded import count
+from clvr_jax.providers.bounded import MAX_VALUES, count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.context import Message
@@ -29,6 +29,10 @@ _OPTIONAL = (
 )
 _MAX_BYTES = 32 << 20
 """Most bytes of a reply: what is larger than a text with its probabilities is no reply, and many are read at a time."""
+_VALUES_OF_A_TOKEN, _MOST_VALUES = 10, 4_000_000
+"""Values in the JSON of a token or of an alternative to it, with its bytes; and of all of them, at most."""
+_MAX_TEXT, _CHARACTERS_OF_A_TOKEN = 1 << 20, 500
+"""Characters of a reply: no more than the first, or than the second for each token that was asked for."""
 _LOWEST, _ROUNDING = 1e9, 1e-3
 """Logarithms of probabilities lie between minus the first and, by rounding, the second."""
 
@@ -143,8 +147,17 @@ class OpenAIChatModel(ChatModel):
         answer, usage = self._connection.call(
             lambda client: client.post("/chat/completions", cast_to=str, body=request),
             lambda body: read_completion(body, question, self._prices),
+            _max_values(question),
         )
         return dataclasses.replace(answer, usage=usage)
+
+
+def _max_values(question: ChatRequest) -> int:
+    """Most values in the JSON of a response: as many as the tokens that are asked for, with their probabilities."""
+    if question.top_logprobs <= 0:
+        return MAX_VALUES
+    each = _VALUES_OF_A_TOKEN * (1 + min(question.top_logprobs, MAX_TOP_LOGPROBS))
+    return min(MAX_VALUES + question.max_tokens * each, _MOST_VALUES)
 
 
 def chat_messages(messages: Sequence[Message], images: Sequence[ImageLike]) -> list[Message]:
@@ -199,6 +212,14 @@ def read_completion(body: Mapping[str, Any], question: ChatRequest, prices: Pric
         what = "the answer is cut" if content.strip() else "the answer is empty, cut"
         advice = f"{what} at max_tokens={question.max_tokens}; allow more tokens, or have the model think less"
         raise Failure(advice, "down", usage=usage, is_no_reply=True)
+    if len(content) > max(_MAX_TEXT, _CHARACTERS_OF_A_TOKEN * question.max_tokens):
+        # It would be stored, and sent on.
+        raise Failure(
+            f"the answer has {len(content):,} characters, far more than max_tokens={question.max_tokens}",
+            "down",
+            usage=usage,
+            is_no_reply=True,
+        )
     reply = strip_thoughts(content)
     if reply is None or not reply.strip():
         what = "the answer is empty" if not content.strip() else "the answer is a thought without a reply"

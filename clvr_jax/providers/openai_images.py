@@ -9,15 +9,17 @@ from typing import Any, Literal
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import decode_image, encode_png
+from clvr_jax.image_io import decode_image, encode_png, lazy_image
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError, Usage
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
-from clvr_jax.providers.base64_text import decode_base64
+from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
 from clvr_jax.providers.openai_chat import picture_url
 
+_MAX_UNASKED_PIXELS = 2**24
+"""Most pixels of an image for which no size was asked: 4096 x 4096."""
 _OPTIONAL = (
     OptionalFields(("response_format",)),
     OptionalFields(("seed",), consequence="images may differ from run to run"),
@@ -76,16 +78,20 @@ class OpenAIImageModel(ImageModel):
         """See `ImageModel`. The picture is (height, width, 3) uint8. Raises: ProviderError."""
         self._check(task)
         size = task.size or self._size
-        entry, usage = self._entry(task, size)
-        content, usage = self._content(entry, usage)
+        content, usage = self._content(task, size)
+        if isinstance(content, str):
+            content, usage = self._connection.download(content, usage)
         try:
             return ImageResponse(decode_picture(content, size), usage)
         except Failure as error:
             failure = error
         raise self._connection.error(failure.message, failure.fault, usage)
 
-    def _entry(self, task: ImageRequest, size: tuple[int, int] | None) -> tuple[dict[str, Any], Usage]:
-        """What the server answers, and what it cost; fields that it refuses by name are left out from then on."""
+    def _content(self, task: ImageRequest, size: tuple[int, int] | None) -> tuple[bytes | str, Usage]:
+        """Returns the file that the server sends, or its address, and the cost.
+
+        Fields that the server refuses by name are left out from then on.
+        """
         wanted: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": task.prompt, "n": 1}
         if size is not None:
             wanted["size"] = f"{size[1]}x{size[0]}"
@@ -98,15 +104,15 @@ class OpenAIImageModel(ImageModel):
         while True:
             sent = self._adaptation.adapted(wanted)
             try:
-                entry, usage = self._connection.call(
-                    self._sender(task, sent), lambda body: read_picture_entry(body, prices)
+                content, usage = self._connection.call(
+                    self._sender(task, sent), lambda body: _read_content(body, prices)
                 )
             except ProviderError as error:
                 if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
                     raise
                 rejected += dataclasses.replace(error.usage, calls=0, retries=error.usage.retries + 1)
                 continue
-            return entry, rejected + usage
+            return content, rejected + usage
 
     def _sender(self, task: ImageRequest, fields: Mapping[str, Any]) -> Callable[[Any], str]:
         """What sends one request: it may be called several times."""
@@ -147,16 +153,6 @@ class OpenAIImageModel(ImageModel):
                 f"{len(task.references)} references, more than max_references={self._max_references}", "rejected"
             )
 
-    def _content(self, entry: Mapping[str, Any], usage: Usage) -> tuple[bytes, Usage]:
-        """The bytes of the picture that an answer holds or points at."""
-        if not entry.get("b64_json"):
-            return self._connection.download(str(entry["url"]), usage)
-        try:
-            return decode_base64(str(entry["b64_json"])), usage
-        except Failure as error:
-            failure = error
-        raise self._connection.error(failure.message, failure.fault, usage)
-
 
 def read_picture_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str, Any], Usage]:
     """The first entry of an images response, and its price. Raises: Failure "down" if there is none."""
@@ -170,19 +166,45 @@ def read_picture_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[st
     return entry, prices.usage(*tokens, pictures=1)
 
 
+def _read_content(body: Mapping[str, Any], prices: Prices) -> tuple[bytes | str, Usage]:
+    """Returns the file of the image in a response, or its address, and the price. Raises: Failure as it may be none."""
+    entry, usage = read_picture_entry(body, prices)
+    url = "" if entry.get("b64_json") else str(entry["url"])
+    if url and not url.startswith("data:"):
+        return url, usage
+    try:
+        return read_data_url(url) if url else decode_base64(str(entry["b64_json"])), usage
+    except Failure as failure:
+        raise Failure(failure.message, failure.fault, usage=usage) from None
+
+
 def decode_picture(content: bytes, size: tuple[int, int] | None) -> np.ndarray:
     """The bytes of a picture file as (height, width, 3) uint8.
 
-    size: (height, width) that it must have; any if None.
-    Raises: Failure "malformed" if it is no picture or has another size.
+    size: (height, width) that it must have; any of at most `_MAX_UNASKED_PIXELS` pixels if None.
+    Raises: Failure "malformed" if it is no picture or has another size, which is known before it is decoded.
     """
     try:
+        with lazy_image(content, "what was sent") as header:
+            # Upside down or on its side, as EXIF says: the final size may have height and width exchanged.
+            _check_size((header.height, header.width), size, is_upright=False)
         picture = decode_image(content, "what was sent")
     except ClvrError as error:
         raise Failure(f"what was sent is no picture ({len(content)} bytes; {error})", "malformed") from None
-    if size is not None and picture.shape[:2] != tuple(size):
-        height, width = picture.shape[:2]
+    _check_size(picture.shape[:2], size)
+    return picture
+
+
+def _check_size(found: tuple[int, ...], size: tuple[int, int] | None, is_upright: bool = True) -> None:
+    height, width = found
+    if size is None:
+        if height * width > _MAX_UNASKED_PIXELS:
+            raise Failure(
+                f"got a picture of {height} x {width} (height x width) although no size was asked for; more than "
+                f"{_MAX_UNASKED_PIXELS:,} pixels are not taken then, so ask for the size",
+                "malformed",
+            )
+    elif tuple(found) != tuple(size) and (is_upright or sorted(found) != sorted(size)):
         raise Failure(
             f"asked for a picture of {size[0]} x {size[1]} (height x width), got {height} x {width}", "malformed"
         )
-    return picture

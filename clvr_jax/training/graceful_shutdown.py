@@ -13,7 +13,13 @@ from jax.experimental import multihost_utils
 
 from clvr_jax.console import console
 
+_stopped = threading.Event()
 _NOTICE = b"\nclvr: saving a checkpoint first; press Ctrl-C again to end at once\n"
+
+
+def was_stopped() -> bool:
+    """Returns whether a run of this process stopped before its end, because this process or another one was asked."""
+    return _stopped.is_set()
 
 
 class GracefulShutdown:
@@ -64,6 +70,7 @@ class GracefulShutdown:
           name: of the task.
           saved: what is saved, "step 12".
         """
+        _stopped.set()
         if self.is_interrupted:
             self._message = f"{name}: {saved} is saved, --resume continues the run"
         else:

@@ -323,6 +323,27 @@ def without(beginning):
             "1 unexpected: encoder.down_blocks.0.resnets.0.conv1.bias",
         ),
         (autoencoder_shapes(SMALL_AUTOENCODER), lambda s: {}, "it has no tensors"),
+        (
+            transformer_shapes(SMALL),
+            lambda s: {**s, "double_blocks.999999999.img_attn.proj.weight": (256, 256)},
+            "names double_blocks.999999999 but has only",
+        ),
+        (
+            autoencoder_shapes(SMALL_AUTOENCODER),
+            lambda s: {**s, "decoder.up.87654321.block.0.conv1.weight": (8, 8, 3, 3)},
+            "names decoder.up.87654321 but has only",
+        ),
+        (
+            transformer_shapes(SMALL),
+            lambda s: {**s, f"single_blocks.{'9' * 5000}.linear1.weight": (8, 8)},
+            "1 unexpected: single_blocks.9",
+        ),
+        (transformer_shapes(SMALL), lambda s: {**s, "img_in.weight": (0, 12)}, r"has the shape \(0, 12\)"),
+        (
+            transformer_shapes(SMALL),
+            lambda s: {**s, "single_blocks.0.norm.query_norm.scale": (0,)},
+            r"query_norm.scale has the shape \(0,\)",
+        ),
     ],
 )
 def test_what_is_no_whole_model_is_one_clear_error(shapes, spoil, message):

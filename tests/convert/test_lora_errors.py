@@ -90,6 +90,11 @@ FIRST = "transformer.transformer_blocks.0.attn.to_q"
         ),
         (lambda t: (t.clear(), t.update({"text_encoder.x": torch.ones(1)})), "ignore_text_encoder"),
         (lambda t: t.clear(), "contains no LoRA of a transformer"),
+        (
+            lambda t: t.update({FIRST + ".alpha": torch.ones(0)}),
+            rf"1 of its tensors .*{FIRST}\.alpha \(float32 \(0,\)\)",
+        ),
+        (lambda t: t.update({FIRST + A: torch.ones(4, 48, dtype=torch.int64)}), r"lora_A.weight \(int64 \(4, 48\)\)"),
     ],
 )
 def test_files_that_are_not_of_this_model_are_refused_in_one_line(flux2_file, tmp_path, edit, message):
@@ -130,7 +135,11 @@ def test_metadata_that_contradicts_the_tensors_is_refused(flux2_file, tmp_path):
         ({"peft_type": ["LORA"]}, "peft_type a list of 1"),
         ({"a_field_of_tomorrow": 3}, "a_field_of_tomorrow 3"),
         ({"lora_alpha": "x"}, "lora_alpha must be a number"),
+        ({"lora_alpha": 10**400}, "lora_alpha must be at most 1e\\+09 in size"),
         ({"alpha_pattern": {"(": 3}}, "which is no pattern"),
+        ({"alpha_pattern": {"a{99999999999}": 3}}, "which is no pattern"),
+        ({"rank_pattern": {"([a-z_]+.?)+!": 3}}, "a pattern that may take very long to match"),
+        ({"rank_pattern": {".*.*.*.*.*!": 3}}, "at most 4 repetitions and no repeated group"),
         ({"alpha_pattern": [3]}, "alpha_pattern must be an object"),
         ({"use_rslora": "yes"}, "use_rslora must be true or false"),
     ],

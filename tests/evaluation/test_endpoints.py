@@ -1,10 +1,18 @@
 """Systems behind a real HTTP server on loopback."""
 
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation import Judge, Judgment, run
+from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
+from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
+from clvr_jax.evaluation.benchmarks.judging import JudgeModel
+from clvr_jax.evaluation.benchmarks.scoring import score_judged
+from clvr_jax.evaluation.benchmarks.summary import table
 from clvr_jax.evaluation.endpoints import endpoint_system
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
@@ -12,6 +20,8 @@ from clvr_jax.providers.loop_roles import REWRITE_PROMPT
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning import SYSTEM_PROMPT, Budget
+from tests.evaluation.benchmarks.samples import IMAGINE, write_lines
+from tests.evaluation.benchmarks.test_judging import GOOD
 from tests.providers.server import completion, failure, pictures, png
 
 METADATA = [{"tag": "colors", "include": [], "prompt": f"p {number}"} for number in range(6)]
@@ -113,3 +123,57 @@ def test_planned_modes_ask_a_prompted_controller(server, endpoint, tmp_path):
     (chosen,) = best.generate(["p"], [1])
     assert (len(chosen.trajectory.generated), chosen.trajectory.verdict.score) == (3, 0)
     assert best.settings["candidates"] == best.settings["max_steps"] == 3
+
+
+def test_fields_that_a_server_refuses_stand_in_records_and_results(server, endpoint, tmp_path):
+    def answer(seen):
+        if "chat" in seen.path:
+            refused = next((name for name in ("seed", "temperature") if name in seen.json), None)
+            said = completion("Plan: light. Draw light.")
+        else:
+            refused = next((name for name in ("seed", "response_format") if name in seen.json), None)
+            said = pictures(png(flat(255)))
+        return failure(400, f"Unknown parameter: '{refused}'.") if refused else said
+
+    server.script = [answer]
+    tool = OpenAIImageModel(endpoint(), response_format="b64_json", sends_seed=True)
+    image_notes = [
+        f"{tool.name}: response_format left out",
+        f"{tool.name}: seed left out; images may differ from run to run",
+    ]
+    results = go(endpoint_system(tool, in_flight=2), tmp_path / "one-shot")
+    assert results["generator_adapted"] == image_notes
+    record = json.loads((tmp_path / "one-shot" / "00005" / "records" / "0000.json").read_text())
+    assert sorted(record["adapted"]) == image_notes
+    # The run is complete, and a tool that has asked nothing yet knows no notes: those on disk count.
+    again = go(endpoint_system(OpenAIImageModel(endpoint())), tmp_path / "one-shot")
+    assert again["generator_adapted"] == image_notes
+
+    vlm = OpenAIChatModel(replace(endpoint(), model="planner"))
+    planned = go(endpoint_system(tool, "open-loop", None, vlm), tmp_path / "planned")
+    assert planned["generator_adapted"] == sorted([*image_notes, *(f"{vlm.name}: {note}" for note in vlm.adapted)])
+    assert len(vlm.adapted) == 2
+
+    server.script = [pictures(png(flat(255)))]
+    assert go(endpoint_system(OpenAIImageModel(endpoint())), tmp_path / "obeyed")["generator_adapted"] == []
+    record = json.loads((tmp_path / "obeyed" / "00000" / "records" / "0000.json").read_text())
+    assert "adapted" not in record
+
+
+def test_a_benchmark_says_what_requests_for_images_lacked(server, endpoint, tmp_path):
+    def answer(seen):
+        if "chat" in seen.path:
+            return completion(GOOD)
+        return failure(400, "Unknown parameter: 'seed'.") if "seed" in seen.json else pictures(png(flat(255)))
+
+    server.script = [answer]
+    benchmark = ImagineBench()
+    items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", IMAGINE))
+    tool = OpenAIImageModel(endpoint(), sends_seed=True)
+    generate_images(benchmark, items, endpoint_system(tool), tmp_path / "run", settings={}, samples=1)
+    judge = JudgeModel(OpenAIChatModel(endpoint()))
+    results = score_judged(benchmark, load_generated(benchmark, tmp_path / "run"), judge)
+    note = f"{tool.name}: seed left out; images may differ from run to run"
+    assert (results["adapted"], results["generator_adapted"]) == ([], [note])
+    text = table(results, "t").renderables[1].plain
+    assert f"requests differ from those to other servers: {note}" in text

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import shutil
 
 import numpy as np
@@ -133,6 +134,10 @@ def test_an_input_whose_record_names_another_base_is_refused(tmp_path, role, rec
     merge(plan_merge(*inputs), tmp_path / "of the same base")
     near = tuned(tensors_of(paths[0]), 9, 1e-4)
     inputs[0] = write_model(tmp_path / "another" / "base", near)
+    refused(inputs, f"{role}: {record} in .* names another base.*--force")
+    content = json.loads((made / record).read_text())
+    content["inputs"]["base"] |= {"files": {"a": 3, "b": None, "c": []}, "source": ["x"] * 10_000}
+    (made / record).write_text(json.dumps(content))
     refused(inputs, f"{role}: {record} in .* names another base.*--force")
     merge(plan_merge(*inputs, force=True), tmp_path / "forced")
 

@@ -34,6 +34,7 @@ def edit(file, **fields):
         (lambda m: (m / "tokenizer" / "tokenizer.json").unlink(), "neither tokenizer.json nor vocab.json"),
         (lambda m: (m / "tokenizer" / "tokenizer.json").write_text("[]"), "no tokenizer that transformers can read"),
         (lambda m: (m / "tokenizer" / "tokenizer.json").write_text("[" * 100_000), "no tokenizer that"),
+        (lambda m: without_word(m / "tokenizer"), "no tokenizer that"),  # at which tokenizers panics
         (lambda m: train_tokenizer(["a red star"] * 9, 1200, m / "tokenizer"), None),
         (lambda m: larger_vocabulary(m / "tokenizer"), "largest token id is 9000, .* below 640"),
         (lambda m: without_token(m / "tokenizer", "<|im_end|>"), r"has no token <\|im_end\|>"),
@@ -126,6 +127,12 @@ def larger_vocabulary(folder):
     content = json.loads((folder / "tokenizer.json").read_text())
     content["added_tokens"].append({**content["added_tokens"][0], "id": 9000, "content": "<|more|>"})
     content["model"]["vocab"]["<|more|>"] = 9000
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+
+
+def without_word(folder):
+    content = json.loads((folder / "tokenizer.json").read_text())
+    del content["model"]["vocab"]["\u0120background"]
     (folder / "tokenizer.json").write_text(json.dumps(content))
 
 

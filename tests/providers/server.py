@@ -3,9 +3,11 @@
 import base64
 import io
 import json
+import socket
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -18,7 +20,8 @@ KEY = "sk-test-0123456789abcdefghijklmnopqrstuvwxyz"
 
 @dataclass(frozen=True)
 class Reply:
-    """What the server says; content is JSON unless it is bytes."""
+    """What the server says; content is JSON unless it is bytes, or a function that yields bytes for as long as anyone
+    reads them."""
 
     content: Any = b""
     status: int = 200
@@ -112,16 +115,50 @@ class LoopbackServer:
             self._crowd = None
         reply = step(seen) if callable(step) else step
         time.sleep(reply.delay)
-        content = reply.content if isinstance(reply.content, bytes) else json.dumps(reply.content).encode()
+        is_stream = callable(reply.content)
+        is_bytes = is_stream or isinstance(reply.content, bytes)
+        content = reply.content if is_bytes else json.dumps(reply.content).encode()
         with self._changed:
             self._in_flight -= 1
         handler.send_response(reply.status)
         handler.send_header("Content-Type", "application/json")
-        handler.send_header("Content-Length", str(len(content)))
+        handler.close_connection = is_stream
+        handler.send_header(*(("Connection", "close") if is_stream else ("Content-Length", str(len(content)))))
         for name, value in reply.headers.items():
             handler.send_header(name, value)
         handler.end_headers()
-        handler.wfile.write(content)
+        for chunk in content() if is_stream else [content]:
+            handler.wfile.write(chunk)
+
+
+@contextmanager
+def dripping(head: bytes) -> Iterator[str]:
+    """A server that sends `head`, then a byte at a time, until it is closed."""
+    over = threading.Event()
+
+    def drip(connection: socket.socket) -> None:
+        with connection:
+            connection.sendall(head)
+            while not over.wait(0.05):
+                try:
+                    connection.sendall(b"x")
+                except OSError:
+                    return
+
+    def serve() -> None:
+        while not over.is_set():
+            try:
+                connection, _ = listening.accept()
+            except OSError:
+                return
+            threading.Thread(target=drip, args=(connection,), daemon=True).start()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+        finally:
+            over.set()
 
 
 def completion(text: str | None, tokens: tuple[int, int] = (11, 7), finish: str = "stop", **message: Any) -> Reply:

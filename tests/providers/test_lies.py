@@ -1,20 +1,20 @@
 """Servers that lie: what is no reply, what has no end, what leads elsewhere, and what must not be written down."""
 
 import base64
+import contextlib
 import gzip
+import io
 import json
-import socket
-import threading
 import time
 import zlib
-from contextlib import contextmanager
 from itertools import repeat
 
 import numpy as np
 import pytest
+from PIL import ExifTags, Image
 
 from clvr_jax.interfaces import ChatRequest, ImageRequest, ProviderError
-from clvr_jax.providers.bounded import count, read_object
+from clvr_jax.providers.bounded import HeldBytes, SharedBytes, count, read_object
 from clvr_jax.providers.download import _is_public
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.failures import Failure, NoReplyError, retry_after, retry_delay
@@ -23,7 +23,8 @@ from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.redaction import redact_url, redact_urls
-from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
+from tests.providers.server import KEY, LoopbackServer, Reply, completion, dripping, failure, picture, pictures, png
+from tests.robustness.corpus import png_head
 
 QUESTION = ChatRequest([{"role": "user", "content": "How many circles?"}], max_tokens=55)
 TASK = ImageRequest("a red circle")
@@ -104,36 +105,6 @@ def test_a_response_that_expands_like_no_text_is_refused_long_before_the_limit(s
 def test_a_compression_that_is_none_is_down(server, endpoint, headers):
     server.script = [Reply(b"\x1b\x0f\x00", headers=headers)]
     assert error_of(ask, endpoint).fault == "down"
-
-
-@contextmanager
-def dripping(head):
-    """A server that sends `head`, then a byte at a time, until it is closed."""
-    over = threading.Event()
-
-    def drip(connection):
-        with connection:
-            connection.sendall(head)
-            while not over.wait(0.05):
-                try:
-                    connection.sendall(b"x")
-                except OSError:
-                    return
-
-    def serve():
-        while not over.is_set():
-            try:
-                connection, _ = listening.accept()
-            except OSError:
-                return
-            threading.Thread(target=drip, args=(connection,), daemon=True).start()
-
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        threading.Thread(target=serve, daemon=True).start()
-        try:
-            yield f"http://127.0.0.1:{listening.getsockname()[1]}"
-        finally:
-            over.set()
 
 
 HEADS = [b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n", b"HTTP/1.1 200 OK\r\nX-Slow: "]
@@ -276,6 +247,16 @@ def test_an_image_in_the_own_network_is_fetched_only_if_its_host_is_allowed(serv
         assert np.array_equal(made.image, IMAGE)
     finally:
         other.close()
+
+
+def test_a_name_that_changes_its_address_after_the_check_is_refused(server, endpoint, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.setattr("clvr_jax.providers.download._addresses", lambda host: ["93.184.216.34"])
+    there = server.url.replace("127.0.0.1", "localhost") + "/1.png"
+    server.script = [lambda seen: Reply(png(IMAGE)) if seen.path == "/1.png" else pictures(there)]
+    error = error_of(OpenAIImageModel(endpoint()).generate, TASK)
+    assert "is in the own network" in str(error)
+    assert error.fault == "malformed"
 
 
 def test_an_image_that_moves_to_another_host_is_refused(server, endpoint):
@@ -433,3 +414,93 @@ def test_no_lie_escapes_as_another_error(server, endpoint):
         except ProviderError as error:
             messages.append(str(error))
     assert max(map(len, messages)) < 500
+
+
+@pytest.mark.parametrize(
+    ("size", "shape", "message"),
+    [
+        (None, (8000, 8000), "no size was asked for"),
+        ((64, 64), (4000, 4000), "asked for a picture of 64 x 64"),
+        ((64, 64), (64, 65), "asked for a picture of 64 x 64"),
+    ],
+)
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(server, endpoint, monkeypatch, size, shape, message):
+    def decoded(*_):
+        raise AssertionError
+
+    monkeypatch.setattr("clvr_jax.providers.openai_images.decode_image", decoded)
+    server.script = [pictures(png_head(*shape))]
+    error = error_of(OpenAIImageModel(endpoint(), size=size).generate, TASK)
+    assert message in str(error)
+    assert error.fault == "malformed"
+
+
+def test_an_image_on_its_side_has_the_size_that_was_asked_for(server, endpoint):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    buffer = io.BytesIO()
+    Image.new("RGB", (48, 32)).save(buffer, "JPEG", exif=exif)
+    server.script = [pictures(buffer.getvalue())]
+    assert OpenAIImageModel(endpoint(), size=(48, 32)).generate(TASK).image.shape == (48, 32, 3)
+    assert "got 48 x 32" in str(error_of(OpenAIImageModel(endpoint(), size=(32, 48)).generate, TASK))
+
+
+def test_a_body_of_many_values_is_refused_before_it_is_read(server, endpoint):
+    server.script = [Reply(b'{"choices": [' + b"{}," * 200_000 + b"0]}")]
+    assert "more than 100,000 values" in str(error_of(ask, endpoint))
+
+
+def test_as_many_values_are_read_as_tokens_and_probabilities_are_asked_for(server, endpoint):
+    token = {"token": "a", "logprob": -0.5, "bytes": [97]}
+    entries = [{**token, "top_logprobs": [token] * 20}] * 1000
+    reply = completion("a" * 1000).content
+    reply["choices"][0]["logprobs"] = {"content": entries}
+    server.script = [Reply(reply)]
+    model = OpenAIChatModel(endpoint())
+    question = ChatRequest([{"role": "user", "content": "?"}], max_tokens=1000, top_logprobs=20)
+    assert len(model.chat(question).tokens) == 1000
+
+
+@pytest.mark.parametrize("status", [400, 500])
+def test_the_body_of_an_error_is_bounded_too(server, endpoint, status):
+    server.script = [Reply(b"[" + b"{}," * 500_000 + b"0]", status)]
+    assert "more than 1,048,576 bytes" in str(error_of(ask, endpoint))
+
+
+def test_a_reply_far_longer_than_its_tokens_is_no_reply(server, endpoint):
+    server.script = [completion("x" * 2_000_000)]
+    error = error_of(ask, endpoint)
+    assert "characters, far more than max_tokens" in str(error)
+    assert isinstance(error, NoReplyError)
+
+
+def test_large_responses_are_read_one_after_the_other(monkeypatch):
+    shared = SharedBytes(100)
+    first, second, third = (HeldBytes(shared) for _ in range(3))
+    soon = time.monotonic() + 0.05
+    first.add(80, soon)
+    second.add(15, soon)
+    second.add(15, soon)  # more than there is: the only one
+    second.add(10**9, soon)
+    third.add(5, soon)
+    with pytest.raises(Failure, match="other large responses"):
+        third.add(1, time.monotonic() + 0.05)
+    second.release()
+    third.add(1, soon)
+    for each in (first, second, third, third):
+        each.release()
+    third.add(100, soon)
+
+
+def test_the_bytes_of_a_response_count_until_it_is_an_answer(server, endpoint, monkeypatch):
+    shared = SharedBytes(1 << 20)
+    monkeypatch.setattr(HeldBytes.__init__, "__defaults__", (shared,))
+    server.script = [completion("x" * 20_000), failure(400), Reply(b"{"), completion("y")]
+    free = []
+    monkeypatch.setattr(shared, "take", lambda count, take=shared.take: (take(count), free.append(shared._free))[0])
+    model = OpenAIChatModel(endpoint(max_retries=0))
+    for _ in range(4):
+        with contextlib.suppress(ProviderError):
+            model.chat(QUESTION)
+    assert min(free) < (1 << 20) - 20_000
+    assert shared._free == 1 << 20

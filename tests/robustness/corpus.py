@@ -114,10 +114,22 @@ def _encoded(pixels: np.ndarray, kind: str) -> bytes:
     return buffer.getvalue()
 
 
+def large_png(height: int, width: int, mode: str = "RGB") -> bytes:
+    """A black image of a few hundred KB at most, made row by row in little memory."""
+    bits, color, row_bytes = {"RGB": (8, 2, 3 * width), "RGBA": (8, 6, 4 * width), "I;16": (16, 0, 2 * width)}[mode]
+    packer, row = zlib.compressobj(), bytes(1 + row_bytes)
+    packed = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    return _png((b"IHDR", struct.pack(">IIBBBBB", width, height, bits, color, 0, 0, 0)), (b"IDAT", packed))
+
+
 def png_head(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG that says how large it is and has no pixels."""
     head = (b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    parts = [head, *chunks, (b"IDAT", zlib.compress(b"")), (b"IEND", b"")]
+    return _png(head, *chunks, (b"IDAT", zlib.compress(b"")))
+
+
+def _png(*chunks: tuple[bytes, bytes]) -> bytes:
+    parts = [*chunks, (b"IEND", b"")]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in parts
     )

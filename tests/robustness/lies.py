@@ -3,12 +3,14 @@
     python -m tests.robustness.lies
 
 tries every kind on the data engine, on a judge of a benchmark and on an image generator, and prints one JSON object:
-the number of kinds, what was lost and invented, the longest time that one kind took, and the largest memory that the
-process ever had. The largest response becomes 3 GB if it is decompressed.
+the number of kinds, what was lost and invented, the longest time that one kind took, by the clock and of the processor,
+the memory of the process when everything is imported, and the largest memory that it ever had, with the server, which
+is a part of it. The largest response becomes 3 GB if it is decompressed, and some have no end.
 """
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import resource
@@ -38,7 +40,7 @@ from clvr_jax.providers.openai_images import OpenAIImageModel
 from tests.data.engine.cooperative_server import answer
 from tests.evaluation.benchmarks.samples import IMAGINE, Painter, write_lines
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
-from tests.robustness.corpus import png_head
+from tests.robustness.corpus import large_png, png_head
 
 ITEMS = [PromptItem(f"p-{number}", f"a light color, number {number}") for number in range(2)]
 _ELSEWHERE = "http://localhost:1/x"
@@ -51,6 +53,19 @@ def bomb(block: int = 8 << 20, blocks: int = 384) -> Reply:
     first = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)
     more = packer.compress(bytes(block)) + packer.flush(zlib.Z_FULL_FLUSH)
     return Reply(first + more * (blocks - 1), headers={"Content-Encoding": "gzip"})
+
+
+def stream(start: bytes, repeated: bytes, megabytes: int | None = None, end: bytes = b"") -> Reply:
+    """A response that repeats some bytes up to a size, or for as long as anyone reads it."""
+    block = repeated * (65536 // len(repeated))
+
+    def content() -> Iterator[bytes]:
+        yield start
+        for _ in itertools.count() if megabytes is None else range((megabytes << 20) // len(block)):
+            yield block
+        yield end
+
+    return Reply(content)
 
 
 def _choice(**fields: Any) -> Reply:
@@ -78,6 +93,14 @@ CHAT: dict[str, Reply] = {
     "bytes": Reply(b"\x00\xff\xfe"),
     "deep": Reply(b"[" * 100_000),
     "a bomb": bomb(),
+    "no end": stream(b"", b" "),
+    "an error without end": dataclasses.replace(stream(b"", b"{},"), status=500),
+    "an error of many values": dataclasses.replace(stream(b"[", b"{},", 60, b"0]"), status=400),
+    "a long text": stream(b'{"choices": [{"message": {"content": "', b"x", 31, b'"}}], "error": 1}'),
+    "long blanks": stream(b"", b" ", 31, b"{}"),
+    "many values": stream(b'{"choices": [', b"{},", 31, b"0]}"),
+    "many levels": stream(b"", b"[", 31),
+    "many parts": stream(b'{"choices": [{"message": {"content": [', b'{"text":"","type":"text"},', 31, b"0]}}]}"),
     "another compression": Reply(b"{}", headers={"Content-Encoding": "br"}),
     "a false compression": Reply(b"{}", headers={"Content-Encoding": "gzip"}),
     "too slow": Reply(b"{}", delay=0.5),
@@ -97,6 +120,9 @@ CHAT: dict[str, Reply] = {
     "blank content": completion(" \n "),
     "an open thought": completion("<think>it is"),
     "a thought alone": completion("<think>Fantasy Fulfillment: 9</think>"),
+    "prose": completion("Service unavailable, please log in."),
+    "an error as content": completion('{"error": "busy"}'),
+    "a page as content": completion(_HTML.decode()),
     "cut": completion('{"perceive": "x", "rea', finish="length"),
 }
 IMAGES: dict[str, Reply] = {
@@ -109,6 +135,16 @@ IMAGES: dict[str, Reply] = {
     "no image": pictures(b"no image"),
     "half an image": pictures(png(picture(8, 8))[:60]),
     "a huge image": pictures(png_head(60_000, 60_000)),
+    "a large image": pictures(large_png(8000, 8000)),
+    "a large transparent image": pictures(large_png(8000, 8000, "RGBA")),
+    "an image of 16 bits": pictures(large_png(8000, 8000, "I;16")),
+    "an image on its side": pictures(large_png(16000, 2000)),
+    "no end": stream(b"", b" "),
+    "long base64": stream(b'{"data": [{"b64_json": "', b"AAAA", 60, b'"}]}'),
+    "long base64 with spaces": stream(b'{"data": [{"b64_json": "', b"AAA ", 60, b'"}]}'),
+    "long base64, too long": stream(b'{"data": [{"b64_json": "', b"AAAA", 80, b'"}]}'),
+    "a long address": stream(b'{"data": [{"url": "data:image/png;base64,', b"AAAA", 60, b'"}]}'),
+    "many values": stream(b'{"data": [', b"{},", 60, b"0]}"),
     "PostScript": pictures(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n"),
     "a path": pictures("/tmp/1.png"),
     "a file address": pictures("file:///etc/passwd"),
@@ -197,19 +233,20 @@ def _peak() -> int:
 
 def main() -> int:
     """Tries all kinds and prints what came of them."""
-    server, longest, count, lost, invented = LoopbackServer(), 0.0, 0, 0, 0
+    server, longest, busiest, count, lost, invented = LoopbackServer(), 0.0, 0.0, 0, 0, 0
     before = _peak()
     with tempfile.TemporaryDirectory() as root:
         for kind, name, lie in kinds():
-            began = time.monotonic()
+            began, busy = time.monotonic(), time.process_time()
             used_up, made_up = tried(server, kind, name, lie, Path(root))
             count, lost, invented = count + 1, lost + used_up, invented + made_up
-            longest = max(longest, time.monotonic() - began)
+            longest, busiest = max(longest, time.monotonic() - began), max(busiest, time.process_time() - busy)
             if used_up or made_up:
                 print(f"{kind}, {name}: {used_up} prompts lost, {made_up} invented", file=sys.stderr)
     server.close()
-    found = {"kinds": count, "prompts_lost": lost, "invented": invented, "longest_seconds": round(longest, 1)}
-    print(json.dumps({**found, "memory_at_start_mib": before, "peak_memory_mib": _peak()}))
+    found = {"kinds": count, "prompts_lost": lost, "invented": invented}
+    times = {"longest_seconds": round(longest, 1), "longest_processor_seconds": round(busiest, 1)}
+    print(json.dumps({**found, **times, "memory_at_start_mib": before, "peak_memory_mib": _peak()}))
     return int(lost + invented > 0)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.providers.server import LoopbackServer
+from tests.robustness.conftest import SECONDS, SECONDS_ON_A_BUSY_MACHINE
 from tests.robustness.lies import kinds, tried
 
 ALL = bool(os.environ.get("ALL_INPUTS"))
@@ -36,11 +37,12 @@ def test_nothing_is_lost_or_invented(kind, name, lie, tmp_path):
 def test_all_kinds_in_bounded_time_and_memory():
     root = Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.robustness.lies"], cwd=root, capture_output=True, text=True, timeout=600
+        [sys.executable, "-m", "tests.robustness.lies"], cwd=root, capture_output=True, text=True, timeout=1200
     )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found["kinds"] >= 60
     assert (found["prompts_lost"], found["invented"]) == (0, 0)
-    assert found["longest_seconds"] < 20
+    assert found["longest_processor_seconds"] < SECONDS
+    assert found["longest_seconds"] < SECONDS_ON_A_BUSY_MACHINE
     assert found["peak_memory_mib"] < 500

@@ -27,6 +27,7 @@ from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files import read_json, write_atomically, write_json, write_text
+from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.locks import locked_output
 from clvr_jax.outputs import check_folder
 
@@ -107,8 +108,10 @@ def _has_outcomes(out: Path) -> bool:
     """Returns whether the run in a directory has any outcome, wherever they are stored."""
     if not (out / _RUN).exists():
         return False
-    synth = read_json(out / _RUN).get("config", {}).get("synth", {})
-    return bool(OutcomeStore(synth.get("outcomes") or out / "outcomes").ids())
+    empty = JsonObject({}, str(out / _RUN))
+    synth = read_object(out / _RUN).nested("config", empty).nested("synth", empty)
+    outcomes = synth.optional("outcomes", synth.text) if "outcomes" in synth.content else None
+    return bool(OutcomeStore(outcomes or out / "outcomes").ids())
 
 
 def _with_defaults(found: Any, defaults: Any) -> Any:

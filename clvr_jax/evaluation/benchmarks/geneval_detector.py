@@ -29,12 +29,13 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import (
     keep_confident,
     objects_to_color,
 )
-from clvr_jax.files import read_json
 from clvr_jax.image_io import EncodedPicture, as_pil
+from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.merging.digests import Digests
 
 MULTIPLE = 32
 MOST_DETECTIONS = 100
+_MAX_SIDE = 8192
 GRAY = "#999"
 """The color of everything but the object in the crops for CLIP."""
 _MEAN, _STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -62,8 +63,10 @@ class TorchDetector(Detector):
         self._detector = _load(Mask2FormerForUniversalSegmentation, detector).to(self._device)
         self._clip = _load(CLIPModel, clip).to(self._device)
         self._tokenizer = AutoTokenizer.from_pretrained(str(clip))
-        size = read_json(detector / "preprocessor_config.json").get("size", {})
-        self._sides = size.get("shortest_edge", 800), size.get("longest_edge", 1333)
+        processor = read_object(detector / "preprocessor_config.json")
+        size = processor.nested("size") if "size" in processor.content else JsonObject({}, processor.where)
+        sides = (("shortest_edge", 800), ("longest_edge", 1333))
+        self._sides = tuple(size.integer(name, usual, low=1, high=_MAX_SIDE) for name, usual in sides)
         self._names = (detector.resolve().name, clip.resolve().name)
         digests = Digests({"detector": detector, "clip": clip}).finish()
         self._revision = "-".join(digest[:12] for digest in digests.values())
@@ -150,10 +153,11 @@ def check_models(detector: Path, clip: Path) -> None:
     if importlib.util.find_spec("torch") is None:
         raise ClvrError("GenEval's scorer needs PyTorch: pip install 'clvr-jax[torch]'")
     for directory, kind in ((detector, "mask2former"), (clip, "clip")):
-        config = read_json(directory / "config.json")
-        if (found := config.get("model_type")) != kind:
-            raise ClvrError(f"{directory}: has a {found} model, GenEval's scorer needs {kind}")
-        if kind == "mask2former" and (classes := len(config.get("id2label", ()))) != len(OBJECTS):
+        config = read_object(directory / "config.json")
+        if (found := config.content.get("model_type")) != kind:
+            raise ClvrError(f"{directory}: has a {found!s:.60} model, GenEval's scorer needs {kind}")
+        labels = config.nested("id2label").content if "id2label" in config.content else ()
+        if kind == "mask2former" and (classes := len(labels)) != len(OBJECTS):
             raise ClvrError(
                 f"{directory}: the model has {classes} classes, not COCO's {len(OBJECTS)}; use a coco-instance model"
             )

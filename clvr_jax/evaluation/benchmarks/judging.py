@@ -128,6 +128,19 @@ class AnswerFile:
                 raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
             self._said[key] = said
 
+    def put_aside(self) -> Path:
+        """Renames the file, so that every question is asked again; returns its new place.
+
+        Raises: ClvrError if it cannot be renamed.
+        """
+        aside = self._path.with_suffix(".unreadable")
+        try:
+            self._file.close()
+            self._path.replace(aside)
+        except OSError as error:
+            raise ClvrError(f"{self._path}: cannot be renamed ({error.strerror or error}); remove it") from error
+        return aside
+
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
@@ -152,12 +165,14 @@ def chat_all(
       attempts: at least 1.
       on_progress: called with (pictures done, pictures in all).
     Returns: what was said about each picture.
-    Raises: ClvrError if the judge cannot be asked, or a picture cannot be read; replies that came before are kept.
+    Raises: ClvrError if the judge cannot be asked, or a picture cannot be read; replies that came before are kept. Also
+      if not one reply about several pictures can be read: that says something about the server, not about them, so
+      nothing is scored, and the next run asks again.
     """
-    done, lock = 0, threading.Lock()
+    done, lock, said_first = 0, threading.Lock(), ""
 
     def look(subject: JudgeTask) -> Judged:
-        nonlocal done
+        nonlocal done, said_first
         picture = subject.load()
         found, replies, is_refused = {}, [], False
         for asked in subject.questions:
@@ -166,6 +181,7 @@ def chat_all(
             replies += given
         with lock:
             done += 1
+            said_first = said_first or replies[-1].text or ""
             if on_progress:
                 on_progress(done, len(subjects))
         usage = sum((said.usage for said in replies), Usage())
@@ -183,7 +199,19 @@ def chat_all(
                 raise failed
             kept = f"; {done} of {len(subjects)} pictures are judged and kept, run again to go on"
             raise ClvrError(f"{failed}{kept}") from failed
-    return [future.result() for future in futures]
+    judged = [future.result() for future in futures]
+    if len(judged) > 1 and not any(about.is_refused or any(map(_is_read, about.found.values())) for about in judged):
+        first, aside = " ".join(said_first.split())[:120], answers.put_aside()
+        raise ClvrError(
+            f"{judge.model.name}: not one of its replies about {len(judged)} pictures can be read (the first: "
+            f"{first!r}), so nothing is scored; they are kept in {aside}; look after the server, or choose another "
+            "judge, and run again"
+        )
+    return judged
+
+
+def _is_read(value: Any) -> bool:
+    return value is not None
 
 
 def _answer(

@@ -14,6 +14,7 @@ from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.benchmarks.judging import AnswerFile, JudgeModel, JudgeTask, chat_all
 from clvr_jax.evaluation.benchmarks.summary import summarize
 from clvr_jax.evaluation.report import mean_cost
+from clvr_jax.evaluation.run_directory import adapted_requests
 from clvr_jax.files import write_json
 from clvr_jax.image_io import read_encoded
 from clvr_jax.interfaces import Usage
@@ -112,10 +113,10 @@ def results(
       judge: the identity of the judge; scores of different judges are never compared.
       usage: the usage of the judge.
       adapted: fields that requests to the judge lacked because its server refuses them, in words.
-    Returns: {"benchmark", "judge", "adapted", "settings", "seed", "samples", "unit", "faults", "summary", "pictures",
-      "versions"}; "summary" is {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts",
-      "unreadable", "refused", "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"};
-      intervals are 95 %.
+    Returns: {"benchmark", "judge", "adapted", "generator_adapted", "settings", "seed", "samples", "unit", "faults",
+      "summary", "pictures", "versions"}; "generator_adapted" is as `adapted`, of requests for images; "summary" is
+      {"tags": {tag: group}, "overall": group or {"score": None, "reason"}, "parts", "unreadable", "refused",
+      "left_out", "cost", "judging"} with group = {"score", "interval", "prompts", "pictures"}; intervals are 95 %.
     """
     rows = []
     for (index, sample), score in scores.items():
@@ -139,6 +140,7 @@ def results(
         "benchmark": benchmark.scored_as,
         "judge": dict(judge),
         "adapted": list(adapted),
+        "generator_adapted": adapted_requests(images.records.values()),
         **images.provenance,
         "samples": images.samples,
         "unit": benchmark.unit,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
+import time
 import urllib.error
 import urllib.request
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from clvr_jax.compilation import user_cache
 from clvr_jax.errors import ClvrError
 from clvr_jax.files import write_atomically
 
-_TIMEOUT = 10
+_TIMEOUT, _MOST_SECONDS = 10, 300
 _MOST_BYTES = 64 * 2**20
 
 
@@ -72,13 +74,22 @@ def blob_id(content: bytes) -> str:
 def _download(url: str, benchmark: str) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            content: bytes = response.read(_MOST_BYTES + 1)
-    except (urllib.error.URLError, OSError) as error:
-        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            return _content(response)
+    except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
+        reason = " ".join(str(error.reason if isinstance(error, urllib.error.URLError) else error).split())[:200]
         raise ClvrError(
             f"{benchmark}: its prompts cannot be fetched ({reason}); download {url} elsewhere and give --prompts PATH"
         ) from error
-    return content
+
+
+def _content(response: http.client.HTTPResponse) -> bytes:
+    """Reads a response of at most `_MOST_BYTES`, what is longer is cut. Raises: TimeoutError if it takes too long."""
+    content, deadline = bytearray(), time.monotonic() + _MOST_SECONDS
+    while len(content) <= _MOST_BYTES and (piece := response.read1(1 << 16)):
+        content += piece
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"it is not complete after {_MOST_SECONDS} s")
+    return bytes(content)
 
 
 def _cache() -> Path:

@@ -88,7 +88,7 @@ def _notes(results: Mapping[str, Any]) -> list[str]:
         if "dollars" in judging:
             lines[0] += f", ${judging['dollars']:.2f}"
     lines += [f"fault of the official rules, reproduced: {fault}" for fault in results["faults"]]
-    if adapted := results["adapted"]:
+    if adapted := results["adapted"] + results["generator_adapted"]:
         lines.append(f"requests differ from those to other servers: {'; '.join(adapted)}")
     kinds = {
         "unreadable": "no readable reply, counted as failed",

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.console import console
-from clvr_jax.files import read_json, write_json
+from clvr_jax.files import write_json
+from clvr_jax.json_input import read_object
 
 _RECORDS = "stages"
 
@@ -44,7 +45,7 @@ class Stages:
             run_stage(directory)
             # An interrupted stage took longer than this; records of its images have the time before the interruption.
             write_json(record, {"name": name, "inputs": plain, "seconds": round(time.monotonic() - began, 1)})
-        self.seconds[name] = read_json(record)["seconds"]
+        self.seconds[name] = read_object(record).number("seconds")
         return directory
 
 

@@ -11,13 +11,13 @@ from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP, checklist
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, ImagineBench
 from clvr_jax.evaluation.benchmarks.prism import TRACKS, Prism
-from clvr_jax.evaluation.benchmarks.sources import Remote, Source, blob_id, github
+from clvr_jax.evaluation.benchmarks.sources import Remote, Source, _download, blob_id, github
 from clvr_jax.evaluation.benchmarks.summary import summarize
 from clvr_jax.evaluation.benchmarks.wise import LEGACY_AXES, WiseLegacy, WiseVerified
 from clvr_jax.evaluation.statistics import spread
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, write_lines
-from tests.providers.server import Reply
+from tests.providers.server import Reply, dripping
 
 JUDGED = (GenEvalPP(), ImagineBench(), WiseLegacy(), WiseVerified(), Prism(), DPG())
 
@@ -232,3 +232,14 @@ def test_prompts_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
         Source((Remote(server.url + "/b.jsonl", "0" * 40),), license="MIT").fetch("toy")
     with pytest.raises(ClvrError, match=r"cannot be fetched.*--prompts PATH"):
         Source((Remote("http://127.0.0.1:9/c.jsonl", "0" * 40),), license="MIT").fetch("toy")
+
+
+@pytest.mark.parametrize(
+    "head", [b"neither HTTP nor anything else\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"]
+)
+def test_a_server_of_prompts_that_lies_or_drips_ends_in_one_line(head, monkeypatch):
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr("clvr_jax.evaluation.benchmarks.sources._MOST_SECONDS", 0.3)
+    with dripping(head) as url, pytest.raises(ClvrError, match="its prompts cannot be fetched") as caught:
+        _download(f"{url}/prompts.jsonl", "geneval")
+    assert "\n" not in str(caught.value)

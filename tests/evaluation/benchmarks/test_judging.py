@@ -156,6 +156,18 @@ def test_a_picture_without_scores_counts_as_failed_and_is_listed(reply, kind, ot
     assert len(server.seen) == 6
 
 
+def test_a_judge_of_which_no_reply_can_be_read_scores_nothing(server, judge, imagine, tmp_path):
+    server.script = [completion("Service unavailable, please log in.")]
+    with pytest.raises(ClvrError, match=r"not one of its replies about 4 pictures .*'Service unavailable") as caught:
+        score_judged(*imagine, judge())
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out" / "results.json").exists()
+    asked_before = len(server.seen)
+    server.script = [completion(GOOD)]
+    assert score_judged(*imagine, judge())["summary"]["overall"]["score"] == pytest.approx(7.8)
+    assert len(server.seen) == asked_before + 4
+
+
 @pytest.mark.parametrize("reply", [None, "", " \n"])
 def test_a_stored_reply_that_is_none_is_asked_for_again(reply, server, judge, imagine, tmp_path):
     """Earlier versions stored what a dead server said as the judge's reply."""
