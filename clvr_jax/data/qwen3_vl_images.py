@@ -85,7 +85,7 @@ class Qwen3VLImageProcessor:
         """
         if max(height, width) > MAX_ASPECT_RATIO * min(height, width):
             raise ClvrError(
-                f"image processor: the aspect ratio of an image of {width} x {height} pixels is above "
+                f"image processor: an image of {width} x {height} pixels is too long: its aspect ratio is above "
                 f"{MAX_ASPECT_RATIO}; crop it"
             )
         factor = self.factor

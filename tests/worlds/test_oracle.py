@@ -180,7 +180,7 @@ def test_invalid_edits_are_errors() -> None:
         edit_text((Edit("clear", "top"),), first=True)
     with pytest.raises(ClvrError, match="needs first=True"):
         edit_text(first_edits(PLAN))
-    with pytest.raises(ClvrError, match="limit of 0"):
+    with pytest.raises(ClvrError, match="must be at least 1, got 0"):
         edits(PLAN, seen(), limit=0)
 
 
