@@ -15,8 +15,8 @@ The shipped controller continues an earlier one (earlier versions of this file s
         prompt comparison image conversation prompt comparison --out runs/shapes_controller
 
 which was stopped after 1,625 steps, 70 minutes on two cores that were shared with other work. The images were those of
-`configs/shapes_images.py`, with 640 more prompts in the loop. The shipped weights are the average of start and end, which reads
-images better than both (`scripts/average_weights.py`). docs/verification.md says what it reaches.
+`configs/shapes_images.py`, with 640 more prompts in the loop. The shipped weights are the average of start and end
+(`scripts/average_weights.py`), which reads images better than both. docs/verification.md says what it reaches.
 """
 
 import dataclasses
