@@ -1,6 +1,7 @@
 """Eight virtual devices for every test, so that meshes are real; what names no device runs on the first."""
 
 import os
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,8 +32,14 @@ OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_pa
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Turns on the cache of compiled programs that all tests share."""
+    """Turns on the cache of compiled programs that all tests share, and Ctrl-C for tests that send it to a child.
+
+    A shell starts background jobs with SIGINT ignored, the suite may be one, and its children would ignore it as well.
+    """
     import jax
+
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     jax.config.update("jax_compilation_cache_dir", PROGRAMS)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(MIN_COMPILE_SECONDS))
