@@ -26,6 +26,7 @@ BANNED = {
 }
 CLEAN = (
     "CONTRIBUTING.md",
+    "README.md",
     "clvr_jax/arguments.py",
     "clvr_jax/costs",
     "clvr_jax/data",
@@ -66,6 +67,7 @@ CLEAN = (
     "docs/systems-and-budgets.md",
     "docs/training-on-tpu-pods.md",
     "docs/training.md",
+    "docs/verification.md",
     "launch",
     "scripts",
     "tests/data",
