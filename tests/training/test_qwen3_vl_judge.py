@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -23,7 +24,7 @@ def test_it_says_what_decoding_says(monkeypatch):
     rng = np.random.default_rng(0)
     chats = [Conversation(*conversation(rng, GRIDS, text), GRIDS) for text in (9, 20)]
     batch = batch_conversations(chats, image_token_id=SMALL.image_token_id, merge=SMALL.vision.spatial_merge_size)
-    model = Qwen3VL(sizes, rngs=nnx.Rngs(0))
+    model = Qwen3VL(sizes, rngs=nnx.Rngs(0), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)  # as the program computes
     length = batch["input_ids_bt"].shape[1]
     config = qwen3_vl_judge.Config(batch_size=2, images=2, size=64, text=length - 2 * 16, answer=6)
     program = qwen3_vl_judge.program(config)
