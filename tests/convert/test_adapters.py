@@ -13,8 +13,10 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import clvr_jax as clvr
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import adapters_by_path, delta_slice, load_lora, save_lora
 from clvr_jax.convert.lora_names import key_aliases
+from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.convert.rules import entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.adapters import KernelAdapter, is_adapter
@@ -129,6 +131,27 @@ def test_a_part_of_a_kernel_gets_its_part_of_the_delta(tmp_path, name):
         part = delta_slice(adapters, layer, index, lambda kernel=kernel: kernel)
         expected = 0.5 * (np.asarray(whole[path])[layer] - kernel)[index]
         np.testing.assert_allclose(part, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["LoKr", "DoRA"])
+def test_a_model_is_read_with_its_adapter_also_as_int8(tmp_path, name):
+    kind, (config, names) = KINDS["flux2"], CONFIGS[name](FLUX2_TARGETS)
+    model, _, _ = merged_by_peft(kind, config, tmp_path / "lora", names)
+    lora = load_lora(tmp_path / "lora", kind.key_mapping, model)
+    save_model(tmp_path / "model", model, FLUX2_TRANSFORMER)
+    merged = leaves_by_path(clvr.apply_delta(nnx.state(model), lora))
+    read = leaves_by_path(nnx.state(load_model(tmp_path / "model", FLUX2_TRANSFORMER, loras=[(lora, 1.0)])))
+    assert read.keys() == merged.keys()
+    for path, leaf in read.items():
+        np.testing.assert_allclose(leaf, merged[path], atol=BOUND, err_msg=str(path))
+    small = load_model(tmp_path / "model", FLUX2_TRANSFORMER, loras=[(lora, 1.0)], quantize="int8")
+    leaves = leaves_by_path(nnx.state(small))
+    scales = [path for path in leaves if str(path[-1]) == "kernel_scale"]
+    assert len(scales) > 3
+    for at in scales:
+        path, scale = (*at[:-1], "kernel"), np.asarray(leaves[at])[..., None, :]
+        error = np.abs(np.asarray(leaves[path], np.float32) * scale - np.asarray(merged[path]))
+        assert (error <= 0.5 * scale + BOUND).all(), path
 
 
 # LyCORIS' arithmetic in the words of its functional module, for files in its names.

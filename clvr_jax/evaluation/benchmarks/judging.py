@@ -165,8 +165,8 @@ def chat_all(
       attempts: at least 1.
       on_progress: called with (pictures done, pictures in all).
     Returns: what was said about each picture.
-    Raises: ClvrError if the judge cannot be asked, or a picture cannot be read; replies that came before are kept. Also
-      if not one reply about several pictures can be read: that says something about the server, not about them, so
+    Raises: ClvrError if the judge cannot be asked, or an image cannot be read; replies that came before are kept. Also
+      if no reply about several images can be parsed: this is a fault of the server, not of the images, so
       nothing is scored, and the next run asks again.
     """
     done, lock, said_first = 0, threading.Lock(), ""
@@ -203,7 +203,7 @@ def chat_all(
     if len(judged) > 1 and not any(about.is_refused or any(map(_is_read, about.found.values())) for about in judged):
         first, aside = " ".join(said_first.split())[:120], answers.put_aside()
         raise ClvrError(
-            f"{judge.model.name}: not one of its replies about {len(judged)} pictures can be read (the first: "
+            f"{judge.model.name}: none of its replies about {len(judged)} images can be parsed (the first: "
             f"{first!r}), so nothing is scored; they are kept in {aside}; look after the server, or choose another "
             "judge, and run again"
         )
