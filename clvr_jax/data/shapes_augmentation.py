@@ -15,6 +15,10 @@ from clvr_jax.worlds.shapes.scene import CELL_SIZE, CELLS, HELD_OUT_PAIRS, cell_
 
 _TINT = 44.0
 """Greatest distance of an object's color from the named one, in units of the channels, which have 256 levels."""
+_GRADIENT = 120.0
+"""Greatest difference of color between two ends of an object, in the same units."""
+_GRADIENT_SHARE = 0.5
+"""Share of the images whose objects are unevenly colored."""
 _SOFTNESS = 0.9
 """Greatest standard deviation of the blur of soft edges, in pixels."""
 
@@ -45,19 +49,48 @@ def blur_cells(image: Image, rng: np.random.Generator, cells: Sequence[str] = CE
 
 
 def vary_appearance(canvas: Canvas, rng: np.random.Generator) -> Image:
-    """Renders the canvas with slightly different colors and softer edges, without making any object unclear.
+    """Renders the canvas with slightly different or uneven colors and softer edges; no clear object becomes unclear.
 
     With these variations, the verifier cannot learn clear objects as a list of the pairs of the training set.
+    Generators color objects unevenly, most of all pairs that they were not trained on.
     """
-    image = canvas.render().astype(np.float32)
-    for item in canvas.scene.objects:
-        rows, columns, x, y = window(item)
-        direction = rng.normal(size=3)
-        change = rng.uniform(0, _TINT) * direction / np.linalg.norm(direction)
-        image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * change
     sigma = rng.uniform(0.0, _SOFTNESS)
-    changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
-    return changed if _same_content(detect(changed), canvas.reading()) else canvas.render()
+    strength = 1.0 if rng.random() < _GRADIENT_SHARE else 0.0
+    for gradient in (strength, 0.5 * strength, 0.0):
+        image = canvas.render().astype(np.float32)
+        for item in canvas.scene.objects:
+            rows, columns, x, y = window(item)
+            change = rng.uniform(0, _TINT) * random_direction(rng, 3)
+            change = change + gradient * color_gradient(rng, x, y, item.radius, _GRADIENT)
+            image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * change
+        changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
+        if _same_content(detect(changed), canvas.reading()):
+            return changed
+    return canvas.render()
+
+
+def color_gradient(
+    rng: np.random.Generator, x: np.ndarray, y: np.ndarray, radius: float, greatest: float
+) -> np.ndarray:
+    """Samples a change of color that grows along one direction of an object and is 0 in its center.
+
+    Args:
+      rng: numpy generator.
+      x: offsets of the pixels from the center, (1, width).
+      y: the same, (height, 1).
+      radius: of the object, in the same units.
+      greatest: greatest difference of color between two ends of the object, in levels of the channels.
+    Returns: float array (height, width, 3).
+    """
+    along = random_direction(rng, 2)
+    position = np.clip((along[0] * x + along[1] * y) / (2 * radius), -0.5, 0.5)
+    return position[..., None] * (rng.uniform(0, greatest) * random_direction(rng, 3))
+
+
+def random_direction(rng: np.random.Generator, dimensions: int) -> np.ndarray:
+    """Samples a vector of length 1, all directions alike."""
+    direction = rng.normal(size=dimensions)
+    return direction / np.linalg.norm(direction)
 
 
 def _same_content(first: Reading, second: Reading) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
+from clvr_jax.data.shapes_augmentation import color_gradient, random_direction
 from clvr_jax.worlds.shapes.render import polygon_distance, signed_distance
 from clvr_jax.worlds.shapes.scene import (
     BACKGROUND,
@@ -42,6 +43,8 @@ _BLURRED = (1.5, 4.0)
 """Range of the standard deviation, in pixels, of a blur that makes an object unclear."""
 _TINT = 25.0
 """Greatest distance of an object's color from the color of its name, in levels of the channels."""
+_GRADIENT = 80.0
+"""Greatest difference of color between two ends of an object, in the same units."""
 
 Distance = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
 """(x offsets, y offsets, radius), all in pixels -> signed distance in pixels, negative inside."""
@@ -132,8 +135,9 @@ def _patch(rng: np.random.Generator, color: str, shape: str, cell: str) -> np.nd
     more = MORE_SHAPES.get(shape)
     distance = signed_distance(shape, x, y, radius) if more is None else more(x, y, radius)
     alpha = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
-    direction = rng.normal(size=3)
-    tint = rng.uniform(0, _TINT) * direction / np.linalg.norm(direction)
+    tint = rng.uniform(0, _TINT) * random_direction(rng, 3)
+    if rng.random() < 0.4:
+        tint = tint + color_gradient(rng, x, y, radius, _GRADIENT)
     background = np.array(BACKGROUND, np.float32)
     return (background + alpha * (np.array(_COLORS[color]) + tint - background)).astype(np.float32)
 

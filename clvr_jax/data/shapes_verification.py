@@ -69,6 +69,8 @@ CONVERSATION_WIDE_SHARE = 0.35
 """Share of wide phrasings among the prompts of the controller's conversations, whose plans are given."""
 CONVERSATION_WEIGHTS = {"complex": 0.75, "counting": 0.1, "two_object": 0.05, "position": 0.05, "color_attr": 0.05}
 """Shares of the tags among the other prompts of conversations; most have several objects, so that mistakes occur."""
+EMPTY_SHARE = 0.03
+"""Share of descriptions without objects among those that requirements are compared with."""
 BARE_CHECKLIST = 0.5
 """Share of plans from requirements below a prompt without requirements."""
 _NONCE_LETTERS = "abcdefghijklmnopqrstuvwxyz"
@@ -271,7 +273,10 @@ def comparisons_chat(rng: np.random.Generator, count: int) -> Chat:
 def _described(rng: np.random.Generator) -> tuple[Reading, str, tuple[ShapesRequirement, ...]]:
     """Samples a reading, its description or a plan of it, and the requirements of its prompt, () without a prompt."""
     options: tuple[ShapesRequirement, ...] = ()
-    if rng.random() < 0.4:
+    kind = rng.random()
+    if kind < EMPTY_SHARE:
+        return Reading(), describe(Reading()), requirements(training_metadata(rng))
+    if kind < 0.4:
         reading = random_canvas(rng).reading()
     else:
         metadata = training_metadata(rng)
