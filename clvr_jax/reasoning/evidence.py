@@ -2,16 +2,21 @@
 
 Evidence quotes clauses of a description, as in "red star top left; blue cross top", or counts all of them one by one,
 as in "one: red star top left; two: blue cross top". A model that was trained to quote is held to it: a yes that rests
-on a clause the description does not have, or that does not name what is required, is no yes.
+on a clause the description does not have, or that does not name what is required, is no yes, and an answer that
+contradicts the description is asked for again.
 """
 
+import itertools
 import math
 import re
+from collections import Counter
+from collections.abc import Sequence
 
 from clvr_jax.interfaces import ChatResponse
 
 ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
 """The last word of an answer."""
+_DENIAL = re.compile(r"(?:no|nothing) ")
 _COUNTED = re.compile(r"\w+ objects?")
 _WORD = re.compile(r"[^\W_]+")
 _RELATION = re.compile(
@@ -19,6 +24,7 @@ _RELATION = re.compile(
 )
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ENUMERATED = re.compile(rf"^(?:{'|'.join(_NUMBERS)}): ")
+_PLACES = frozenset(("top", "bottom", "left", "right", "center", "middle", "upper", "lower", "corner"))
 _FUNCTION_WORDS = frozenset(
     ("a", "an", "the", "of", "to", "in", "on", "at", "and", "with", "object", "objects", *_NUMBERS)
 )
@@ -77,13 +83,57 @@ def evidence_probability(description: ChatResponse, evidence: str) -> float:
     return math.exp(logprob)
 
 
-def invents(description: str, evidence: str) -> bool:
+def is_consistent(description: str, requirement: str, answer: str) -> bool:
+    """Whether an answer agrees with the description that it quotes; True if it says neither yes nor no.
+
+    A yes must be supported, see `supports`. A no must not deny what the description says ("no red star" although it
+    has "red star top"), nor quote or count what it does not say. Both must quote all objects that the requirement
+    names, unless it names a place.
+    """
+    match = ANSWER.search(answer)
+    if match is None:
+        return True
+    evidence = answer[: match.start()].strip().rstrip(".")
+    if match[1].lower() == "yes":
+        return supports(description, requirement, evidence) and not omits(description, requirement, evidence)
+    clauses = _clauses(evidence)
+    if any(_ENUMERATED.match(clause) for clause in clauses):
+        is_required_number = _counts_to(requirement, clauses)
+        has_uncounted = not all(_ENUMERATED.match(clause) for clause in clauses)
+        return _counts_all(description, clauses) and not (is_required_number and not has_uncounted)
+    denied = [clause for clause in clauses if _DENIAL.match(clause)]
+    quoted = [clause for clause in clauses if clause not in denied]
+    return not (
+        _quotes_unknown(description, requirement, quoted)
+        or any(_is_shown(description, clause) for clause in denied)
+        or omits(description, requirement, evidence)
+    )
+
+
+def supports(description: str, requirement: str, evidence: str) -> bool:
+    """Whether evidence for a yes is in the description and names what is required."""
+    clauses = _clauses(evidence)
+    if any(_ENUMERATED.match(clause) for clause in clauses) and not _counts_to(requirement, clauses):
+        return False
+    return not invents(description, requirement, evidence) and names_required(requirement, evidence)
+
+
+def invents(description: str, requirement: str, evidence: str) -> bool:
     """Whether evidence holds a clause that the description does not, or counts its clauses wrongly one by one."""
-    known = [clause.removeprefix("Plan:").strip() for clause, _, _ in _clause_spans(description)]
-    quoted = [clause for clause, _, _ in _clause_spans(evidence) if not _COUNTED.fullmatch(clause)]
+    quoted = [clause for clause in _clauses(evidence) if not _COUNTED.fullmatch(clause)]
     if any(_ENUMERATED.match(clause) for clause in quoted):
-        return quoted != [f"{number}: {clause}" for number, clause in zip(_NUMBERS, known, strict=False)]
-    return not set(quoted) <= set(known)
+        return not (_counts_all(description, quoted) and all(_ENUMERATED.match(clause) for clause in quoted))
+    return _quotes_unknown(description, requirement, quoted)
+
+
+def omits(description: str, requirement: str, evidence: str) -> bool:
+    """Whether evidence leaves out an object of the description that a requirement without a place names."""
+    words = _WORD.findall(_RELATION.sub(" | ", requirement.lower()))
+    if _PLACES & set(words):
+        return False
+    named = {first + " " + form for first, second in itertools.pairwise(words) for form in _singular_forms(second)}
+    quoted = {_ENUMERATED.sub("", clause) for clause in _clauses(evidence)}
+    return any(" ".join(clause.lower().split()[:2]) in named and clause not in quoted for clause in _known(description))
 
 
 def names_required(requirement: str, evidence: str) -> bool:
@@ -91,6 +141,41 @@ def names_required(requirement: str, evidence: str) -> bool:
     quoted = {form for word in _WORD.findall(evidence.lower()) for form in _singular_forms(word)}
     required = set(_WORD.findall(_RELATION.sub(" ", requirement.lower()))) - _FUNCTION_WORDS
     return all(quoted & _singular_forms(word) for word in required)
+
+
+def _quotes_unknown(description: str, requirement: str, clauses: Sequence[str]) -> bool:
+    """Whether a clause is not in the description, or more often than there; on each side of a relation once."""
+    sides = 2 if _RELATION.search(requirement) else 1
+    return bool(Counter(clauses) - Counter(sides * _known(description)))
+
+
+def _counts_all(description: str, clauses: Sequence[str]) -> bool:
+    """Whether enumerated evidence lists the whole description in order; clauses that do not count have no number."""
+    numbered = [clause.partition(":")[0] for clause in clauses if _ENUMERATED.match(clause)]
+    listed = [_ENUMERATED.sub("", clause) for clause in clauses]
+    return listed == _known(description) and numbered == list(_NUMBERS[: len(numbered)])
+
+
+def _counts_to(requirement: str, clauses: Sequence[str]) -> bool:
+    """Whether enumerated evidence ends at the number that is required."""
+    numbers = [word for word in _WORD.findall(requirement.lower()) if word in _NUMBERS]
+    return bool(numbers) and numbers[0] == [each.partition(":")[0] for each in clauses if _ENUMERATED.match(each)][-1]
+
+
+def _is_shown(description: str, denial: str) -> bool:
+    """Whether the description has what evidence denies: "no red star", or "nothing top left", a place."""
+    negation, *words = denial.split()
+    if negation == "no":
+        return any(set(words) <= set(clause.split()) for clause in _known(description))
+    return any(clause.split()[2:] == words for clause in _known(description))
+
+
+def _known(description: str) -> list[str]:
+    return [clause.removeprefix("Plan:").strip() for clause in _clauses(description)]
+
+
+def _clauses(text: str) -> list[str]:
+    return [clause for clause, _, _ in _clause_spans(text)]
 
 
 def _singular_forms(word: str) -> set[str]:

@@ -6,6 +6,7 @@ the description enters the probability, is here; what is asked is in `verificati
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 from typing import get_args
@@ -13,7 +14,7 @@ from typing import get_args
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
-from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, invents, names_required
+from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, is_consistent, supports
 from clvr_jax.reasoning.verification import (
     COMPARISON_PROMPT,
     DESCRIPTION_PROMPT,
@@ -45,6 +46,8 @@ class ModelVerifier(Verifier):
       max_tokens: of each answer. An answer may quote the whole description.
       threshold: the least probability at which a requirement counts as met.
       retries: how often a list of requirements that cannot be read is asked for again, at a temperature.
+      comparison_retries: how often an answer that contradicts the description is sampled again, if the model was
+        trained to quote it.
     """
 
     def __init__(
@@ -56,6 +59,7 @@ class ModelVerifier(Verifier):
         max_tokens: int = 512,
         threshold: float = 0.5,
         retries: int = 2,
+        comparison_retries: int = 8,
     ):
         if mode not in get_args(Mode):
             raise UsageError(f"verification: the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
@@ -63,6 +67,7 @@ class ModelVerifier(Verifier):
             raise UsageError(f"verification: the threshold must lie between 0 and 1, got {threshold}")
         self._model, self._mode, self._max_tokens = model, mode, max_tokens
         self._is_instructed, self._threshold, self._retries = is_instructed, threshold, retries
+        self._comparison_retries = comparison_retries
         self.usage = Usage()
 
     @property
@@ -166,20 +171,48 @@ class ModelVerifier(Verifier):
         system = self._system(COMPARISON_PROMPT)
         descriptions = [answer.text.strip() for answer in described]
         pairs = [(row, text) for row, texts in enumerate(requirements) for text in texts]
-        answers = self._chat(
-            [
-                ChatRequest(
-                    comparison_messages(descriptions[row], text, system),
-                    max_tokens=self._max_tokens,
-                    top_logprobs=_TOP_LOGPROBS,
-                )
-                for row, text in pairs
-            ]
-        )
+        requests = [
+            ChatRequest(
+                comparison_messages(descriptions[row], text, system),
+                max_tokens=self._max_tokens,
+                top_logprobs=_TOP_LOGPROBS,
+            )
+            for row, text in pairs
+        ]
+        answers = self._chat(requests)
+        if not self._is_instructed:
+            self._ask_again(requests, answers, [(descriptions[row], text) for row, text in pairs])
         checked = [
             self._checked(text, answer, described[row]) for (row, text), answer in zip(pairs, answers, strict=True)
         ]
         return self._gathered(requirements, checked, descriptions)
+
+    def _ask_again(
+        self, requests: Sequence[ChatRequest], answers: list[ChatResponse], pairs: Sequence[tuple[str, str]]
+    ) -> None:
+        """Samples answers that contradict the description again, in place; those that always do stay as they are.
+
+        Args:
+          requests: the comparisons.
+          answers: the answer to each.
+          pairs: description and requirement of each.
+        """
+
+        def is_contradictory(index: int, answer: ChatResponse) -> bool:
+            return not is_consistent(*pairs[index], answer.text.strip())
+
+        remaining = [index for index, answer in enumerate(answers) if is_contradictory(index, answer)]
+        for attempt in range(self._comparison_retries):
+            sampled = self._chat(
+                [
+                    dataclasses.replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt)
+                    for index in remaining
+                ]
+            )
+            for index, answer in zip(remaining, sampled, strict=True):
+                if ANSWER.search(answer.text) and not is_contradictory(index, answer):
+                    answers[index] = answer
+            remaining = [index for index in remaining if is_contradictory(index, answers[index])]
 
     def _checked(self, requirement: str, answer: ChatResponse, description: ChatResponse | None = None) -> Requirement:
         text = answer.text.strip()
@@ -191,7 +224,7 @@ class ModelVerifier(Verifier):
         # A model that was trained to quote supports its yes by a quotation that names what is required.
         is_unsupported = False
         if is_yes and description is not None and not self._is_instructed:
-            is_unsupported = invents(description.text, evidence) or not names_required(requirement, evidence)
+            is_unsupported = not supports(description.text, requirement, evidence)
         probability = answer_probability(answer)
         if probability is None:
             return Requirement(requirement, is_yes and not is_unsupported, None, evidence)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from clvr_jax.data.shapes_augmentation import has_held_out_object, random_canvas
+from clvr_jax.data.shapes_augmentation import has_held_out_object, random_canvas, vary_appearance
 from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
@@ -18,7 +18,7 @@ from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import next_reply, parse_plan
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
-from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
+from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement, describe
 from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
 
 SEED = 3
@@ -101,6 +101,20 @@ def test_distractor_labels_agree_with_the_detector():
                 assert clause in map(str, seen.objects)
                 assert tuple(clause.split()[:2]) not in HELD_OUT_PAIRS
     assert (clear, unclear) > (50, 100)
+
+
+def test_uneven_colors_leave_every_object_as_it_was():
+    rng = np.random.default_rng(SEED)
+    uneven = []
+    for _ in range(60):
+        canvas = random_canvas(rng)
+        image = vary_appearance(canvas, rng)
+        assert describe(detect(image)) == describe(canvas.reading())
+        for item in detect(image).objects:
+            row, column = round(item.y), round(item.x)
+            patch = image[row - 3 : row + 4, column - 3 : column + 4].astype(int)
+            uneven.append(np.ptp(patch, axis=(0, 1)).max() if item.shape == "square" else 0)
+    assert 40 <= max(uneven) < 120, "an object of one color has differences below 10"
 
 
 def test_the_number_of_objects_is_counted_one_by_one():

@@ -4,11 +4,21 @@ import math
 import numpy as np
 import pytest
 
+from clvr_jax.data.shapes_augmentation import random_canvas
+from clvr_jax.data.shapes_verification import random_requirement
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import ChatResponse, Token
-from clvr_jax.reasoning.evidence import answer_probability, evidence_probability, invents, names_required
+from clvr_jax.reasoning.evidence import (
+    answer_probability,
+    evidence_probability,
+    invents,
+    is_consistent,
+    names_required,
+    omits,
+)
 from clvr_jax.reasoning.model_verifier import ModelVerifier, read_requirements
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.verification import Requirement, Verification, comparison_reply
+from clvr_jax.worlds.shapes.requirements import check_requirement, describe
 
 IMAGE = np.zeros((4, 4, 3), np.uint8)
 
@@ -122,15 +132,97 @@ def test_evidence_that_a_trained_model_invents_is_no_evidence():
     assert (found.requirements[0].met, found.requirements[0].probability) == (False, None)
     (found,) = ModelVerifier(ScriptedModel(reply)).check([("red circle",)], [IMAGE])
     assert found.requirements[0].met is True, "large models may say it in other words"
-    assert not invents("I see red star top; blue cross left.", "blue cross left; two objects")
-    assert not invents("Plan: red star top; blue cross left.", "red star top")
-    assert not invents("I see red star top; blue cross left.", "one: red star top; two: blue cross left")
+    assert not invents("I see red star top; blue cross left.", "two objects", "blue cross left; two objects")
+    assert not invents("Plan: red star top; blue cross left.", "red star", "red star top")
+    assert not invents("I see red star top; blue cross left.", "two objects", "one: red star top; two: blue cross left")
     for miscounted in (
         "one: red star top",
         "one: red star top; three: blue cross left",
         "one: a; two: blue cross left",
     ):
-        assert invents("I see red star top; blue cross left.", miscounted)
+        assert invents("I see red star top; blue cross left.", "two objects", miscounted)
+    twice = "red star top; red star top"
+    assert invents("I see red star top.", "two red stars", twice)
+    assert not invents("I see red star top.", "red star above star", twice), "once on each side of a relation"
+
+
+SEEN = "I see red star top; blue cross left; red cross right; something unclear bottom."
+
+
+@pytest.mark.parametrize(
+    ("requirement", "answer", "expected"),
+    [
+        ("red star top", "red star top. yes", True),
+        ("red star top", "blue cross left. yes", False),  # not what is required
+        ("green star", "no green star. no", True),
+        ("red star", "no red star. no", False),  # denies what is shown
+        ("red star top left", "nothing top left. no", True),
+        ("red star top", "nothing top. no", False),
+        ("red star bottom", "something unclear bottom. no", True),
+        ("red star bottom", "green star bottom. no", False),  # not in the description
+        ("red star left of blue cross", "red star top; blue cross left. no", True),
+        ("red star left of blue cross", "blue cross left. no", False),  # leaves out the star
+        ("two red crosses", "no red cross. no", False),
+        ("three objects", "one: red star top; two: blue cross left; three: red cross right. no", False),
+        (
+            "three objects",
+            "one: red star top; two: blue cross left; three: red cross right; something unclear bottom. no",
+            True,
+        ),
+        (
+            "three objects",
+            "one: red star top; two: blue cross left; three: red cross right; something unclear bottom. yes",
+            False,
+        ),
+        ("red star top", "I cannot tell", True),  # no answer is a matter of its own
+    ],
+)
+def test_an_answer_that_contradicts_the_description_is_found(requirement, answer, expected):
+    assert is_consistent(SEEN, requirement, answer) is expected
+
+
+@pytest.mark.parametrize(
+    ("requirement", "said", "expected"),
+    [("two objects", "yes", True), ("two objects", "no", False), ("three objects", "yes", False)],
+)
+def test_a_count_agrees_with_the_answer(requirement, said, expected):
+    counted = "one: red star top; two: blue cross left"
+    assert is_consistent("I see red star top; blue cross left.", requirement, f"{counted}. {said}") is expected
+
+
+def test_exact_answers_are_consistent_with_their_descriptions():
+    rng = np.random.default_rng(5)
+    checked = 0
+    while checked < 600:
+        reading = random_canvas(rng).reading()
+        for requirement in (random_requirement(rng, reading) for _ in range(6)):
+            checked += 1
+            answer = comparison_reply(*check_requirement(requirement, reading))
+            assert is_consistent(describe(reading), str(requirement), answer), (describe(reading), requirement, answer)
+
+
+def test_only_requirements_without_a_place_need_all_objects_of_their_kind():
+    described = "I see red star top; red star left."
+    assert omits(described, "two red stars", "red star top")
+    assert not omits(described, "red star top", "red star top")
+    assert not omits(described, "two red stars", "red star top; red star left")
+
+
+def test_an_answer_that_contradicts_the_description_is_sampled_again():
+    def reply(question):
+        if question.images:
+            return "I see red star top."
+        return "red star top. yes" if question.temperature and question.seed == 2 else "no red star. no"
+
+    model = ScriptedModel(reply)
+    (found,) = ModelVerifier(model, is_instructed=False).check([("red star",)], [IMAGE])
+    assert (found.accepted, len(model.questions)) == (True, 1 + 1 + 3)
+    stubborn = ScriptedModel(lambda question: "I see red star top." if question.images else "no red star. no")
+    (found,) = ModelVerifier(stubborn, is_instructed=False, comparison_retries=2).check([("red star",)], [IMAGE])
+    assert (found.accepted, len(stubborn.questions)) == (False, 1 + 1 + 2)
+    large = ScriptedModel(stubborn.reply)
+    ModelVerifier(large).check([("red star",)], [IMAGE])
+    assert len(large.questions) == 2, "a model that was not trained to quote may say it in other words"
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5])
