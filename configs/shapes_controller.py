@@ -42,7 +42,7 @@ from clvr_jax.data.shapes_augmentation import (
     random_canvas,
     vary_appearance,
 )
-from clvr_jax.data.shapes_distractors import distractor_image
+from clvr_jax.data.shapes_distractors import distractor_image, recolor_objects
 from clvr_jax.data.shapes_verification import (
     Chat,
     comparisons_chat,
@@ -137,6 +137,8 @@ class Config:
     """Conversations in a batch."""
     distractor_share: float = 0.35
     """Share of described images whose objects have colors and shapes that no prompt names."""
+    recolored_share: float = 0.0
+    """Share of the other images whose objects are given other colors, also such as no prompt names."""
     generated_share: float = 0.4
     """Share of the other images that a generator made; the rest are simulated."""
     vae_share: float = 0.4
@@ -227,11 +229,13 @@ class Batches:
             image, description = distractor_image(rng)
             chats.append(description_chat(add_noise(image, rng), description))
         for row, (image, reading) in enumerate(self._read_images(rng, count - distractors)):
-            shown = add_noise(image, rng)
-            is_question = row % 8 == 0
-            chats.append(
-                question_chat(rng, shown, reading) if is_question else description_chat(shown, describe(reading))
-            )
+            if row % 8 == 0:
+                chats.append(question_chat(rng, add_noise(image, rng), reading))
+            elif rng.random() < config.recolored_share:
+                recolored, description = recolor_objects(image, reading, rng)
+                chats.append(description_chat(add_noise(recolored, rng), description))
+            else:
+                chats.append(description_chat(add_noise(image, rng), describe(reading)))
         return chats
 
     def _read_images(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, Reading]]:

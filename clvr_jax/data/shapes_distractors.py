@@ -13,6 +13,12 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.shapes_augmentation import color_gradient, random_direction
+from clvr_jax.worlds.shapes.detect import (
+    MAX_COLOR_DISTANCE,
+    MIN_COLOR_MARGIN,
+    Reading,
+    foreground_components,
+)
 from clvr_jax.worlds.shapes.render import polygon_distance, signed_distance
 from clvr_jax.worlds.shapes.scene import (
     BACKGROUND,
@@ -112,6 +118,65 @@ def distractor_image(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     return np.clip(np.round(image), 0, 255).astype(np.uint8), f"I see {'; '.join(clauses) or 'nothing'}."
 
 
+def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, str]:
+    """Gives the objects of an image other colors, each with the imperfections that it had.
+
+    What makes an object of a generator unclear, uneven color or a ragged outline, then depends on no pair of color and
+    shape. Colors are shifted, so that the distance from the named color, which the detector judges, stays the same.
+
+    Args:
+      image: uint8 (64, 64, 3).
+      reading: what the detector reads in it.
+      rng: numpy generator; the same state gives the same image.
+    Returns: the image and its description. No object is given one of HELD_OUT_PAIRS, and no unclear object a color of
+      these; an object that would be unclear in its new color, or clear only there, keeps its color.
+    """
+    difference = image.astype(np.float32) - np.array(BACKGROUND, np.float32)
+    changed = image.astype(np.float32)
+    clauses = {cell: f"something unclear {cell}" for cell in reading.unclear}
+    clauses |= {item.cell: str(item) for item in reading.objects}
+    labels, number = foreground_components(difference)
+    owners = {int(labels[int(item.y), int(item.x)]): item for item in reading.objects}
+    for label in range(1, number + 1):
+        own = labels == label
+        item = owners.get(label)
+        if np.count_nonzero(own) < _LEAST_RECOLORED:
+            continue
+        rgb = np.median(difference[own], axis=0)
+        distances = np.linalg.norm(_NAMED - rgb, axis=1)
+        name = list(COLORS)[int(distances.argmin())] if item is None else item.color
+        color, shift = _other_color(rng, name, None if item is None else item.shape)
+        if not _keeps_clarity(rgb, shift, item is not None, color):
+            continue
+        coverage = np.clip(difference @ rgb / (rgb @ rgb), 0, 1)
+        near = ndimage.binary_dilation(own, iterations=2) & (own | (labels == 0))
+        changed += (np.where(near, coverage, 0.0)[..., None] * shift).astype(np.float32)
+        if item is not None:
+            clauses[item.cell] = f"{color} {item.shape} {item.cell}"
+    seen = [clauses[cell] for cell in CELLS if cell in clauses]
+    return np.clip(np.round(changed), 0, 255).astype(np.uint8), f"I see {'; '.join(seen) or 'nothing'}."
+
+
+def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
+    """Samples a color, and returns its difference from the named one; without a shape none of HELD_OUT_PAIRS' colors."""
+    held_out = {pair[0] for pair in HELD_OUT_PAIRS if shape in (None, pair[1])}
+    options = [color for color in _COLOR_NAMES if color not in held_out]
+    color = options[int(rng.integers(len(options)))]
+    return color, np.array(_COLORS[color], np.float32) - np.array(_COLORS[name], np.float32)
+
+
+def _keeps_clarity(rgb: np.ndarray, shift: np.ndarray, is_clear: bool, color: str) -> bool:
+    """Whether an object that is shifted to a color is as near to it, compared with all others, as it must be."""
+    distances = np.linalg.norm(_ALL - (rgb + shift), axis=1)
+    own = distances[_COLOR_NAMES.index(color)]
+    others = np.delete(distances, _COLOR_NAMES.index(color)).min()
+    if is_clear:
+        return bool(own <= MAX_COLOR_DISTANCE and others - own >= MIN_COLOR_MARGIN)
+    before = np.sort(np.linalg.norm(_NAMED - rgb, axis=1))
+    is_between = before[0] <= MAX_COLOR_DISTANCE and before[1] - before[0] < MIN_COLOR_MARGIN
+    return not is_between and bool(others >= own or own > MAX_COLOR_DISTANCE)
+
+
 def _sample_pair(rng: np.random.Generator) -> tuple[str, str]:
     while True:
         pair = (_COLOR_NAMES[int(rng.integers(len(_COLOR_NAMES)))], _SHAPE_NAMES[int(rng.integers(len(_SHAPE_NAMES)))])
@@ -159,5 +224,9 @@ def _mixed(rng: np.random.Generator, patch: np.ndarray, shape: str, cell: str) -
 
 
 _COLORS = {**COLORS, **MORE_COLORS}
+_LEAST_RECOLORED = 24
+"""Least number of pixels of an object that is recolored."""
 _COLOR_NAMES = tuple(_COLORS)
 _SHAPE_NAMES = (*SHAPES, *MORE_SHAPES)
+_NAMED = np.array(list(COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)
+_ALL = np.array(list(_COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)

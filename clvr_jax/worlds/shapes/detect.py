@@ -34,8 +34,10 @@ from clvr_jax.worlds.shapes.scene import (
 # differs by about 105.
 _FOREGROUND = 50
 _SPECK = 6
-_MAX_COLOR_DISTANCE = 48.0
-_MIN_COLOR_MARGIN = 18.0
+MAX_COLOR_DISTANCE = 48.0
+"""Greatest distance of a clear object's color from the palette color, in levels of the channels."""
+MIN_COLOR_MARGIN = 18.0
+"""Least difference between the distances from the nearest and the second palette color."""
 # Least overlap with the template, in the order of SHAPES; blur reduces it less for compact shapes.
 _MIN_MATCH = (0.91, 0.9, 0.86, 0.81, 0.84)
 _MIN_SHAPE_MARGIN = 0.04
@@ -97,7 +99,7 @@ def detect(image: np.ndarray) -> Reading:
     if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
         raise ClvrError(f"detect: needs a uint8 image of shape (64, 64, 3), got {image.dtype} {image.shape}")
     difference = image.astype(np.float32) - _BACKGROUND
-    labels, number = ndimage.label(np.abs(difference).max(axis=-1) > _FOREGROUND, structure=_EIGHT)
+    labels, number = foreground_components(difference)
     objects: dict[str, DetectedObject] = {}
     unclear: set[str] = set()
     for label, box in enumerate(ndimage.find_objects(labels, number), start=1):
@@ -113,6 +115,17 @@ def detect(image: np.ndarray) -> Reading:
             objects[found.cell] = found
     clear = [cell for cell in reading_order(objects) if cell not in unclear]
     return Reading(tuple(objects[cell] for cell in clear), tuple(reading_order(unclear)))
+
+
+def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
+    """Labels the connected pixels that differ from the background.
+
+    Args:
+      difference: float (h, w, 3), image minus background.
+    Returns: int labels (h, w), 0 for the background, and the number of components.
+    """
+    labels, number = ndimage.label(np.abs(difference).max(axis=-1) > _FOREGROUND, structure=_EIGHT)
+    return labels, number
 
 
 def _read_component(
@@ -150,7 +163,7 @@ def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
     rgb = np.median(core, axis=0).astype(np.float32)
     distances = np.sqrt(((_PALETTE - rgb) ** 2).sum(axis=-1))
     first, second = np.partition(distances, 1)[:2]
-    if first > _MAX_COLOR_DISTANCE or second - first < _MIN_COLOR_MARGIN:
+    if first > MAX_COLOR_DISTANCE or second - first < MIN_COLOR_MARGIN:
         return None, rgb
     # An object has one color: at most a fifth of its core may be closer to another palette color.
     nearest = ((core[:, None] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
