@@ -158,7 +158,7 @@ def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generato
 
 
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
-    """Samples a color, and returns its difference from the named one; without a shape none of HELD_OUT_PAIRS' colors."""
+    """Samples a color and returns its difference from the named one; without a shape, it is in no held-out pair."""
     held_out = {pair[0] for pair in HELD_OUT_PAIRS if shape in (None, pair[1])}
     options = [color for color in _COLOR_NAMES if color not in held_out]
     color = options[int(rng.integers(len(options)))]

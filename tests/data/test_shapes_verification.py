@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from clvr_jax.data.shapes_augmentation import has_held_out_object, random_canvas, vary_appearance
-from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image
+from clvr_jax.data.shapes_augmentation import blur_cells, has_held_out_object, random_canvas, vary_appearance
+from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image, recolor_objects
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
     comparisons_chat,
@@ -101,6 +101,30 @@ def test_distractor_labels_agree_with_the_detector():
                 assert clause in map(str, seen.objects)
                 assert tuple(clause.split()[:2]) not in HELD_OUT_PAIRS
     assert (clear, unclear) > (50, 100)
+
+
+def test_recolored_objects_stay_as_clear_as_they_were():
+    rng = np.random.default_rng(SEED)
+    unequal = checked = more = 0
+    for _ in range(150):
+        canvas = random_canvas(rng)
+        cells = [item.cell for item in canvas.scene.objects]
+        image = vary_appearance(canvas, rng)
+        image = blur_cells(image, rng, cells) if cells else image
+        reading = detect(image)
+        recolored, description = recolor_objects(image, reading, rng)
+        seen = describe(detect(recolored)).removeprefix("I see ").removesuffix(".").split("; ")
+        for clause in description.removeprefix("I see ").removesuffix(".").split("; "):
+            color, shape = clause.split()[:2] if clause != "nothing" else ("", "")
+            assert (color, shape) not in HELD_OUT_PAIRS
+            if color in MORE_COLORS:
+                more += 1
+            elif clause != "nothing":
+                checked += 1
+                unequal += clause not in seen
+        assert has_held_out_object(detect(recolored)) is False
+    assert min(checked, more) > 200
+    assert unequal <= 0.03 * checked, "pixels are rounded and clipped, which few objects on the border notice"
 
 
 def test_uneven_colors_leave_every_object_as_it_was():
