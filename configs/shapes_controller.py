@@ -38,8 +38,8 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_di
 from clvr_jax.data.shapes_augmentation import (
     add_noise,
     blur_cells,
-    has_held_out_object,
     random_canvas,
+    resembles_held_out_pair,
     vary_appearance,
 )
 from clvr_jax.data.shapes_distractors import distractor_image, recolor_objects
@@ -243,7 +243,7 @@ class Batches:
         config = self._config
         generated, readings = labeled_images(config.images)
         pairs: list[tuple[np.ndarray, Reading]] = []
-        for _ in range(count):
+        while len(pairs) < count:
             if rng.random() < config.generated_share:
                 number = int(rng.integers(len(generated)))
                 pairs.append((generated[number], readings[number]))
@@ -255,14 +255,15 @@ class Batches:
                 if occupied and rng.random() < config.blur_share:
                     image = blur_cells(image, rng, occupied)
                     pairs[-1] = (image, detect(image))
+                if resembles_held_out_pair(image):
+                    pairs.pop()
         decoded = [row for row in range(count) if rng.random() < config.vae_share * (1 - config.generated_share)]
         for begin in range(0, len(decoded), ROWS_DECODED):
             rows = decoded[begin : begin + ROWS_DECODED]
             shown = self._reconstruct(np.stack([pairs[row][0] for row in rows]), int(rng.integers(2**31)))
             for row, image in zip(rows, shown, strict=True):
-                reading = detect(image)
-                if not has_held_out_object(reading):
-                    pairs[row] = (image, reading)
+                if not resembles_held_out_pair(image):
+                    pairs[row] = (image, detect(image))
         return pairs
 
     def _comparisons(self, rng: np.random.Generator, count: int) -> list[Chat]:
@@ -312,7 +313,7 @@ recorded = functools.cache(recorded_conversations)
 
 @functools.cache
 def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
-    """Returns generated images and what the detector reads in them, without those that show a held-out pair."""
+    """Returns generated images and what the detector reads in them, without those that resemble a held-out pair."""
     try:
         with np.load(path) as arrays:
             images = np.concatenate([arrays[name] for name in sorted(arrays)])
@@ -320,9 +321,8 @@ def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
         raise ClvrError(
             f"{path}: no generated images ({error}); run python -m clvr_jax.configs.shapes_images"
         ) from error
-    readings = [detect(image) for image in images]
-    chosen = [index for index, reading in enumerate(readings) if not has_held_out_object(reading)]
-    return images[chosen], [readings[index] for index in chosen]
+    chosen = [index for index, image in enumerate(images) if not resembles_held_out_pair(image)]
+    return images[chosen], [detect(images[index]) for index in chosen]
 
 
 def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.shapes import Canvas, Image, corrupted_canvas
-from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.detect import Reading, detect, nearest_pairs
 from clvr_jax.worlds.shapes.render import coverage, window
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import CELL_SIZE, CELLS, HELD_OUT_PAIRS, cell_center, sample_scene_random
@@ -100,3 +100,12 @@ def _same_content(first: Reading, second: Reading) -> bool:
 def has_held_out_object(reading: Reading) -> bool:
     """Returns whether an image shows one of HELD_OUT_PAIRS."""
     return any((item.color, item.shape) in HELD_OUT_PAIRS for item in reading.objects)
+
+
+def resembles_held_out_pair(image: Image) -> bool:
+    """Returns whether an image shows one of HELD_OUT_PAIRS, or anything unclear that is most like one.
+
+    If training showed unclear objects that look like these pairs, and never clear ones, it would teach that such a pair
+    is unclear.
+    """
+    return not HELD_OUT_PAIRS.isdisjoint(nearest_pairs(image))

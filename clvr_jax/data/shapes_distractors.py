@@ -12,11 +12,12 @@ from collections.abc import Callable
 import numpy as np
 from scipy import ndimage
 
-from clvr_jax.data.shapes_augmentation import color_gradient, random_direction
+from clvr_jax.data.shapes_augmentation import color_gradient, random_direction, resembles_held_out_pair
 from clvr_jax.worlds.shapes.detect import (
     MAX_COLOR_DISTANCE,
     MIN_COLOR_MARGIN,
     Reading,
+    detect,
     foreground_components,
 )
 from clvr_jax.worlds.shapes.render import polygon_distance, signed_distance
@@ -103,19 +104,37 @@ def distractor_image(rng: np.random.Generator) -> tuple[np.ndarray, str]:
     clauses = []
     for index in chosen:
         cell = CELLS[index]
+        is_clear = rng.random() < 0.72
+        color, shape, patch = (
+            _clear_object(rng, cell) if is_clear else ("something", "unclear", _unclear_patch(rng, cell))
+        )
+        image[_area(cell)] = patch
+        clauses.append(f"{color} {shape} {cell}")
+    return np.clip(np.round(image), 0, 255).astype(np.uint8), f"I see {'; '.join(clauses) or 'nothing'}."
+
+
+def _clear_object(rng: np.random.Generator, cell: str) -> tuple[str, str, np.ndarray]:
+    color, shape = _sample_pair(rng)
+    return color, shape, _blurred(_patch(rng, color, shape, cell), rng.uniform(0, _SOFT))
+
+
+def _unclear_patch(rng: np.random.Generator, cell: str) -> np.ndarray:
+    """Samples a blurred object or a mixture of two, which is not most like one of HELD_OUT_PAIRS."""
+    while True:
         color, shape = _sample_pair(rng)
         patch = _patch(rng, color, shape, cell)
-        kind = rng.choice(3, p=(0.72, 0.14, 0.14))
-        if kind == 0:
-            sigma = rng.uniform(0, _SOFT)
-        elif kind == 1:
-            sigma = rng.uniform(*_BLURRED)
+        if rng.random() < 0.5:
+            patch = _blurred(patch, rng.uniform(*_BLURRED))
         else:
-            sigma, patch = rng.uniform(0, _SOFT), _mixed(rng, patch, shape, cell)
-        rows, columns = _area(cell)
-        image[rows, columns] = ndimage.gaussian_filter(patch, (sigma, sigma, 0), mode="nearest")
-        clauses.append(f"{color} {shape} {cell}" if kind == 0 else f"something unclear {cell}")
-    return np.clip(np.round(image), 0, 255).astype(np.uint8), f"I see {'; '.join(clauses) or 'nothing'}."
+            patch = _blurred(_mixed(rng, patch, shape, cell), rng.uniform(0, _SOFT))
+        canvas = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.uint8)
+        canvas[_area(cell)] = np.clip(np.round(patch), 0, 255)
+        if not detect(canvas).objects and not resembles_held_out_pair(canvas):
+            return patch
+
+
+def _blurred(patch: np.ndarray, sigma: float) -> np.ndarray:
+    return ndimage.gaussian_filter(patch, (sigma, sigma, 0), mode="nearest")
 
 
 def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, str]:
@@ -158,9 +177,11 @@ def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generato
 
 
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
-    """Samples a color and returns its difference from the named one; without a shape, it is in no held-out pair."""
-    held_out = {pair[0] for pair in HELD_OUT_PAIRS if shape in (None, pair[1])}
-    options = [color for color in _COLOR_NAMES if color not in held_out]
+    """Samples a color and returns its difference from the named one; without a shape, it is like no held-out pair's."""
+    if shape is None:
+        options = _UNCLEAR_COLORS
+    else:
+        options = [color for color in _COLOR_NAMES if (color, shape) not in HELD_OUT_PAIRS]
     color = options[int(rng.integers(len(options)))]
     return color, np.array(_COLORS[color], np.float32) - np.array(_COLORS[name], np.float32)
 
@@ -228,5 +249,7 @@ _LEAST_RECOLORED = 24
 """Least number of pixels of an object that is recolored."""
 _COLOR_NAMES = tuple(_COLORS)
 _SHAPE_NAMES = (*SHAPES, *MORE_SHAPES)
+_UNCLEAR_COLORS = ("red", "yellow", "blue", "black", "pink", "gray", "navy", "olive")
+"""Colors for objects of no clear shape: none is most like a color of HELD_OUT_PAIRS."""
 _NAMED = np.array(list(COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)
 _ALL = np.array(list(_COLORS.values()), np.float32) - np.array(BACKGROUND, np.float32)

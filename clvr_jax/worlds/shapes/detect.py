@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy import ndimage
@@ -117,6 +118,28 @@ def detect(image: np.ndarray) -> Reading:
     return Reading(tuple(objects[cell] for cell in clear), tuple(reading_order(unclear)))
 
 
+def nearest_pairs(image: np.ndarray) -> set[tuple[str, str]]:
+    """Returns the nearest color and the best matching shape of every component, clear or not.
+
+    Args:
+      image: uint8 (64, 64, 3), RGB.
+    """
+    difference = image.astype(np.float32) - _BACKGROUND
+    labels, number = foreground_components(difference)
+    pairs = set()
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels, number), start=1):
+        own = labels[rows, columns] == label
+        if np.count_nonzero(own) < _SPECK:
+            continue
+        rgb = np.median(difference[rows, columns][own], axis=0)
+        color = _COLOR_NAMES[int(((_PALETTE - rgb) ** 2).sum(axis=-1).argmin())]
+        alpha = np.where(own, (difference[rows, columns] @ rgb) / np.float32(rgb @ rgb), np.float32(0))
+        x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
+        y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
+        pairs.add((color, SHAPES[int(_shape_matches(alpha, x, y).match.argmax())]))
+    return pairs
+
+
 def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
     """Labels the connected pixels that differ from the background.
 
@@ -181,6 +204,23 @@ def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | 
       x: (w,) pixel centers.
       y: (h,) pixel centers.
     """
+    found = _shape_matches(alpha, x, y)
+    match, best = found.match, int(found.match.argmax())
+    second = np.partition(match, -2)[-2]
+    clear = match[best] >= _MIN_MATCH[best] and match[best] - second >= _MIN_SHAPE_MARGIN
+    return (SHAPES[best] if clear else None), found.center_x, float(found.center_y[best]), float(found.radius[best])
+
+
+class _ShapeMatches(NamedTuple):
+    """How well a component matches the five shapes: overlap (5,), center in pixels (y for each shape), radius (5,)."""
+
+    match: np.ndarray
+    center_x: float
+    center_y: np.ndarray
+    radius: np.ndarray
+
+
+def _shape_matches(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> _ShapeMatches:
     table = _templates()
     columns, rows = alpha.sum(axis=0), alpha.sum(axis=1)
     mass = max(float(columns.sum()), 1.0)
@@ -195,10 +235,7 @@ def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | 
         apart = np.abs(expected - alpha).sum(axis=(1, 2))
         total = expected.sum(axis=(1, 2)) + mass
         match = np.maximum(match, (total - apart) / (total + apart))
-    best = int(match.argmax())
-    second = np.partition(match, -2)[-2]
-    clear = match[best] >= _MIN_MATCH[best] and match[best] - second >= _MIN_SHAPE_MARGIN
-    return (SHAPES[best] if clear else None), float(center_x[best]), float(center_y[best]), float(radius[best])
+    return _ShapeMatches(match, float(center_x[0]), center_y, radius)
 
 
 class _Templates:
