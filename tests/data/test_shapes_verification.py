@@ -2,8 +2,15 @@
 
 import numpy as np
 import pytest
+from scipy import ndimage
 
-from clvr_jax.data.shapes_augmentation import blur_cells, has_held_out_object, random_canvas, vary_appearance
+from clvr_jax.data.shapes_augmentation import (
+    blur_cells,
+    has_held_out_object,
+    random_canvas,
+    resembles_held_out_pair,
+    vary_appearance,
+)
 from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image, recolor_objects
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
@@ -18,8 +25,9 @@ from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import next_reply, parse_plan
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
+from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement, describe
-from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS
+from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS, Scene, cell_center, place
 
 SEED = 3
 
@@ -125,6 +133,28 @@ def test_recolored_objects_stay_as_clear_as_they_were():
         assert has_held_out_object(detect(recolored)) is False
     assert min(checked, more) > 200
     assert unequal <= 0.03 * checked, "pixels are rounded and clipped, which few objects on the border notice"
+
+
+def test_no_unclear_object_looks_like_a_held_out_pair():
+    rng = np.random.default_rng(SEED)
+    star = render(Scene((place("purple", "star", "center", rng),)))
+    assert resembles_held_out_pair(star)
+    out_of_focus = ndimage.gaussian_filter(star, (1.5, 1.5, 0))
+    assert detect(out_of_focus).unclear == ("center",)
+    assert resembles_held_out_pair(out_of_focus), "although the detector reads no pair"
+    assert not resembles_held_out_pair(render(Scene((place("blue", "star", "center", rng),))))
+    checked = 0
+    for _ in range(200):
+        image, description = distractor_image(rng)
+        for clause in description.removeprefix("I see ").removesuffix(".").split("; "):
+            if clause.startswith("something unclear"):
+                checked += 1
+                x, y = cell_center(clause.removeprefix("something unclear "))
+                alone = np.full_like(image, 250)
+                rows, columns = (slice(max(round(value) - 10, 0), round(value) + 11) for value in (y, x))
+                alone[rows, columns] = image[rows, columns]
+                assert not resembles_held_out_pair(alone)
+    assert checked > 100
 
 
 def test_uneven_colors_leave_every_object_as_it_was():
