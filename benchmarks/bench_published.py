@@ -20,7 +20,7 @@ from flax import nnx
 
 from clvr_jax.configs import flux2_sample
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.costs.flops import flux2_flops
+from clvr_jax.cost_model.flops import flux2_flops
 from clvr_jax.models.flux2_ids import latent_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.sharding import MeshConfig

@@ -1,6 +1,6 @@
 """Closed-loop verified reasoning for image generation, in JAX.
 
-The public names load on first use, so that `import clvr_jax` stays light.
+The public names are imported on first use, so that `import clvr_jax` is fast.
 """
 
 import importlib
@@ -25,7 +25,7 @@ __all__ = [
     "dswm",
 ]
 
-_HOMES = {
+_MODULES = {
     "ClosedLoopPipeline": "clvr_jax.pipelines.closed_loop",
     "Flux2Pipeline": "clvr_jax.pipelines.flux2",
     "Qwen3VLPipeline": "clvr_jax.pipelines.vlm",
@@ -38,6 +38,6 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

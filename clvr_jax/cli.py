@@ -1,7 +1,7 @@
-"""`clvr ...`: parses, calls one function, prints.
+"""The command `clvr`: parses the command line, runs a command, and prints its result.
 
-Exit codes: 0 done, 1 failed, 2 a command line that makes no sense, 130 interrupted. Progress and errors go to stderr,
-results to stdout. What a command needs is imported when it runs, so that `clvr --help` is quick.
+Exit codes: 0 success, 1 failure, 2 invalid command line, 130 interrupted. Progress and errors are printed to stderr,
+results to stdout. Modules that a command needs are imported when it runs, so that `clvr --help` is fast.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from clvr_jax.commands.sample import Sample
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify
-from clvr_jax.console import complain, without_controls
+from clvr_jax.console import escape_control_characters, print_error
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted
 
@@ -49,62 +49,62 @@ _DESCRIPTION = "Generates images from dense prompts by a loop of planning, gener
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command line; returns the exit code."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    debug = "--debug" in given
-    _escape_what_cannot_be_encoded()
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    _escape_unencodable_characters()
     with interruptible():
         try:
-            command = parse(given)
+            command = parse(arguments)
             result = command.run()
             check_interrupt()
             return _print_result(result, command.common.json)
         except KeyboardInterrupt as error:
-            complain(str(error) or "interrupted")
+            print_error(str(error) or "interrupted")
             return 130
         except (SystemExit, GeneratorExit):
             raise
-        # The last resort: a person reads one line. Panics of libraries in Rust are no `Exception`.
+        # Every error is reported in one line. Panics of Rust libraries are not of class `Exception`.
         except BaseException as error:  # noqa: BLE001
             if debug:
                 traceback.print_exc()
-            return _failed(error)
+            return _report_error(error)
 
 
-def _failed(error: BaseException) -> int:
-    """Says what went wrong in one line; returns the exit code."""
-    if is_interrupted():  # the error is what became of a KeyboardInterrupt inside a callback
-        complain("interrupted")
+def _report_error(error: BaseException) -> int:
+    """Prints an error in one line; returns the exit code."""
+    if is_interrupted():  # a callback turned a KeyboardInterrupt into this error
+        print_error("interrupted")
         return 130
     if isinstance(error, ClvrError):
-        complain(str(error))
+        print_error(str(error))
         return 2 if isinstance(error, UsageError) else 1
-    complain(f"{type(error).__name__}: {error}; --debug shows where")
+    print_error(f"{type(error).__name__}: {error}; --debug prints the traceback")
     return 1
 
 
 def _print_result(result: Result, as_json: bool) -> int:
-    """Prints what a command has to say; returns the exit code."""
+    """Prints the result of a command; returns the exit code."""
     try:
         if as_json:
-            # JSON has escapes of its own for what the terminal cannot encode.
+            # JSON has its own escapes for characters that the terminal cannot encode.
             print(json.dumps(result.data, ensure_ascii=not _is_unicode(sys.stdout)))
         else:
-            text = without_controls(result.text) if isinstance(result.text, str) else result.text
+            text = escape_control_characters(result.text) if isinstance(result.text, str) else result.text
             Console(soft_wrap=isinstance(text, str), highlight=False).print(text, markup=False)
         if sys.stdout is not None:
             sys.stdout.flush()
         return 0
-    except BrokenPipeError:  # whoever read the output has seen enough
+    except BrokenPipeError:  # the reader, such as `head`, has closed the pipe
         _drop_stdout()
         return 0
     except OSError as error:
         _drop_stdout()
-        complain(f"standard output cannot be written ({error.strerror or error}); the command itself was completed")
+        print_error(f"standard output cannot be written ({error.strerror or error}); the command itself was completed")
         return 1
 
 
-def _escape_what_cannot_be_encoded() -> None:
-    """A terminal without UTF-8 shows escapes in place of what it cannot show; the work is not lost for a character."""
+def _escape_unencodable_characters() -> None:
+    """Makes stdout print escapes in place of characters that its encoding lacks, so that no result is lost."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         with contextlib.suppress(ValueError):  # closed
             sys.stdout.reconfigure(errors="backslashreplace")
@@ -115,15 +115,15 @@ def _is_unicode(stream: TextIO | None) -> bool:
 
 
 def _drop_stdout() -> None:
-    """Sends what is still buffered to nowhere; Python would try to write it again when it ends, and fail again."""
+    """Discards buffered output, which Python would try to write again at its exit and fail again."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def parse(arguments: Sequence[str]) -> Any:
-    """The command of a command line: a dataclass with `common` and `run()`.
+    """Parses a command line to a command, a dataclass with `common` and `run()`.
 
-    Raises: UsageError, one line, if it makes no sense; SystemExit(0) after --help.
+    Raises: UsageError, one line, for an invalid command line; SystemExit(0) after --help.
     """
     return _parse(arguments, COMMANDS, "clvr", _DESCRIPTION, Generate.EXAMPLE)
 
@@ -131,11 +131,11 @@ def parse(arguments: Sequence[str]) -> Any:
 def _parse(
     arguments: Sequence[str], commands: Mapping[str, type[Any]], prog: str, description: str | None, example: str
 ) -> Any:
-    """One of `commands`, whose name comes first."""
-    arguments = _common_flags_last(arguments)
+    """Parses a command line that begins with the name of one of `commands`."""
+    arguments = _move_common_flags(arguments)
     if not arguments or arguments[0] not in commands:
         known = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
-        union: Any = Union[known]  # noqa: UP007 - made from a table
+        union: Any = Union[known]  # noqa: UP007 - built from a table
         return read_arguments(union, arguments, prog, description, example)
     name, rest = arguments[0], arguments[1:]
     kind: Any = commands[name]
@@ -146,8 +146,8 @@ def _parse(
     return read_arguments(kind, rest, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
 
 
-def _common_flags_last(arguments: Sequence[str]) -> list[str]:
-    """`clvr --json generate ...` -> `clvr generate --json ...`."""
+def _move_common_flags(arguments: Sequence[str]) -> list[str]:
+    """Moves common flags behind the command: `clvr --json generate ...` -> `clvr generate --json ...`."""
     flags = ("--json", "--debug")
     leading = next((i for i, argument in enumerate(arguments) if argument not in flags), len(arguments))
     return [*arguments[leading : leading + 1], *arguments[:leading], *arguments[leading + 1 :]]

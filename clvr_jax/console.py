@@ -1,6 +1,6 @@
-"""Progress for people: a bar on a terminal, plain lines elsewhere.
+"""Progress and errors on stderr: a progress bar on a terminal, plain lines elsewhere.
 
-Progress is never worth the work that it reports on: if stderr is full or closed, nothing is shown and work goes on.
+If stderr is full or closed, nothing is printed and the work continues.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ from clvr_jax.interrupts import check_interrupt
 
 
 class _Stderr:
-    """The stderr of the moment; what it cannot take is dropped."""
+    """The current sys.stderr; output that cannot be written is dropped."""
 
     @property
     def _stream(self) -> Any:
-        # A progress bar puts a proxy in place of sys.stderr that writes through the console, which writes here.
+        # A progress bar replaces sys.stderr by a proxy that prints to the console, which would write here again.
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
     @property
@@ -47,32 +47,32 @@ class _Stderr:
         return int(self._stream.fileno())
 
 
-# ESC and its like, and those that turn the direction of writing; tabs and line breaks are no commands.
+# Control characters except tab and line break, and those that change the direction of writing.
 _CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
 
-_MOST_CHARACTERS, _LAST_CHARACTERS = 1800, 400
-"""Characters of a line of error, and of its end, which says what to do."""
+_MAX_CHARACTERS, _LAST_CHARACTERS = 1800, 400
+"""Maximum characters of an error, and of its end, which says what to do."""
 
 console = Console(file=cast(IO[str], _Stderr()), soft_wrap=True, highlight=False)
 
 
-def without_controls(text: str) -> str:
-    """Returns a text with escapes in place of characters that command a terminal; files and servers may send them."""
+def escape_control_characters(text: str) -> str:
+    """Returns a text with escapes in place of control characters, which files and servers may contain."""
     return _CONTROLS.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
-def complain(message: str) -> None:
-    """Prints one line on stderr, whatever the message holds."""
+def print_error(message: str) -> None:
+    """Prints a message as one line on stderr."""
     stderr = _Stderr()
-    line = without_controls(" ".join(message.split())).encode("utf-8", "backslashreplace").decode()
-    if len(line) > _MOST_CHARACTERS:  # names from files and servers may have any length
-        line = f"{line[: _MOST_CHARACTERS - _LAST_CHARACTERS]} ... {line[-_LAST_CHARACTERS:]}"
+    line = escape_control_characters(" ".join(message.split())).encode("utf-8", "backslashreplace").decode()
+    if len(line) > _MAX_CHARACTERS:  # names from files and servers may have any length
+        line = f"{line[: _MAX_CHARACTERS - _LAST_CHARACTERS]} ... {line[-_LAST_CHARACTERS:]}"
     stderr.write(f"clvr: {line}\n")
     stderr.flush()
 
 
 class Advance(Protocol):
-    """Tells a progress display that `done` units are finished, with a short note such as the loss."""
+    """Updates a progress display: `done` units are finished; the note is a short text such as the loss."""
 
     def __call__(self, done: int, note: str = "") -> None:
         """Reports that `done` units are finished."""
@@ -80,9 +80,9 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(title: str, total: int, start: int = 0, seconds_between_lines: float = 15.0) -> Iterator[Advance]:
-    """Shows work of `total` units that begins at `start`; yields the function to report with.
+    """Displays the progress of `total` units that begins at `start`; yields the function that updates it.
 
-    On a terminal it draws a bar; elsewhere it prints a line at most every `seconds_between_lines`, and always the last.
+    On a terminal a bar is shown; elsewhere a line is printed at most every `seconds_between_lines`, and at the end.
     """
     if console.is_terminal:
         columns = (

@@ -1,4 +1,4 @@
-"""HTML pages of results: templates in which every value is escaped unless the template itself says otherwise."""
+"""HTML pages of results, from templates in which every value is escaped unless the template marks it as safe."""
 
 from functools import cache
 from importlib import resources
@@ -11,11 +11,11 @@ def render_page(package: str, name: str, **values: Any) -> str:
     """Renders a template of a package.
 
     Args:
-      package: that holds the template, such as "clvr_jax.reasoning".
+      package: contains the template, such as "clvr_jax.reasoning".
       name: file name of the template.
-      values: for the template. Texts, numbers and everything else are escaped where they are inserted, so that nothing
-        that a model, a user or a file says becomes markup or a script.
-    Raises: jinja2.UndefinedError for a value that the template uses and nobody gave.
+      values: for the template. All values are escaped, so that no text of a model, a user or a file becomes markup or a
+        script.
+    Raises: jinja2.UndefinedError for a value that the template uses and that is not given.
     """
     return _template(package, name).render(**values)
 

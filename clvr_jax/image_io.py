@@ -1,7 +1,7 @@
-"""Images as the loop passes them: uint8 arrays, PIL images, or files that nobody has decoded yet; RGB.
+"""Images as uint8 arrays, PIL images or encoded files, and the one reader of image files and encoded images.
 
-This is the one reader of image files and of encoded images from servers and datasets: which decoders run, how large an
-image may be, and how transparency, orientation and other modes become RGB is decided here and nowhere else.
+Only this module decodes images of files, servers and datasets. It decides which decoders run, how large an image may
+be, and how transparency, EXIF orientation and other modes are converted to RGB.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from clvr_jax.errors import ClvrError
 
 MAX_PIXELS = 2**26
-"""Most pixels of an image file that is read: 8192 x 8192."""
+"""Maximum pixels of an image file: 8192 x 8192."""
 MAX_FILE_BYTES = 256 << 20
-"""Most bytes of an image file that is read."""
+"""Maximum size of an image file in bytes."""
 _STRIP_PIXELS = 2**20
 """Pixels that are converted to RGB at a time."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -34,57 +34,60 @@ _LISTED_FORMATS = "PNG, JPEG or WebP"
 _DECODER_ERRORS = (
     OSError, SyntaxError, ValueError, TypeError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
-"""What Pillow raises for damaged files; which of them depends on the format."""
+"""Exceptions of Pillow's decoders for damaged files."""
 
 
 @dataclass(frozen=True)
-class EncodedPicture:
-    """An RGB picture as the bytes of its file: what is only sent on need not be decoded and encoded again."""
+class EncodedImage:
+    """An encoded RGB image, so that an image that is only sent to a server is not decoded and encoded again.
+
+    content: bytes of the file. kind: its format.
+    """
 
     content: bytes = field(repr=False)
     kind: Literal["png", "jpeg"]
 
 
-ImageLike = np.ndarray | Image.Image | EncodedPicture
-"""(height, width, 3) uint8, a PIL image of any mode, or a file's bytes."""
+ImageLike = np.ndarray | Image.Image | EncodedImage
+"""(height, width, 3) uint8, a PIL image of any mode, or an encoded image."""
 
 
-def pixels(picture: ImageLike) -> np.ndarray:
-    """The image as (height, width, 3) uint8; transparent parts of a PIL image or a file become white.
+def pixels(image: ImageLike) -> np.ndarray:
+    """Returns an image as (height, width, 3) uint8; transparent parts become white.
 
     Raises: ClvrError for arrays of another shape or dtype, and for a damaged file.
     """
-    if isinstance(picture, EncodedPicture):
-        return decode_image(picture.content)
-    if isinstance(picture, Image.Image):
-        return _array(picture, "image")
-    if not isinstance(picture, np.ndarray):
-        raise ClvrError(f"picture: expected a numpy array or a PIL image, got {type(picture).__name__}")
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or 0 in picture.shape:
-        raise ClvrError(f"picture: expected uint8 (height, width, 3), got {picture.dtype} {picture.shape}")
-    return picture
+    if isinstance(image, EncodedImage):
+        return decode_image(image.content)
+    if isinstance(image, Image.Image):
+        return _array(image, "image")
+    if not isinstance(image, np.ndarray):
+        raise ClvrError(f"image: expected a numpy array or a PIL image, got {type(image).__name__}")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
+        raise ClvrError(f"image: expected uint8 (height, width, 3), got {image.dtype} {image.shape}")
+    return image
 
 
-def as_pil(picture: ImageLike) -> Image.Image:
-    """The image as a PIL image: a PIL image as it is, so that FLUX.2 reads references as diffusers does; else RGB."""
-    return picture if isinstance(picture, Image.Image) else Image.fromarray(pixels(picture))
+def as_pil(image: ImageLike) -> Image.Image:
+    """Returns a PIL image unchanged, so that FLUX.2 reads references as diffusers does, and others as RGB."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(pixels(image))
 
 
-def encode_png(picture: ImageLike) -> bytes:
-    """The picture as the bytes of an RGB PNG file."""
-    if isinstance(picture, EncodedPicture) and picture.kind == "png":
-        return picture.content
+def encode_png(image: ImageLike) -> bytes:
+    """Encodes an image as RGB PNG."""
+    if isinstance(image, EncodedImage) and image.kind == "png":
+        return image.content
     buffer = io.BytesIO()
-    Image.fromarray(pixels(picture)).save(buffer, format="PNG")
+    Image.fromarray(pixels(image)).save(buffer, format="PNG")
     return buffer.getvalue()
 
 
 def read_image(path: str | os.PathLike[str]) -> np.ndarray:
-    """Reads an image file that anyone may have written.
+    """Reads an image file of any origin.
 
-    Only the decoders of PNG, JPEG and WebP run, and the size is checked before pixels are decoded. The image is turned
-    upright as its EXIF orientation says, transparent parts become white, and 16-bit, palette, grayscale and CMYK images
-    become 8-bit RGB. Of an animation the first frame is read.
+    Only the decoders of PNG, JPEG and WebP run, and the size is checked before pixels are decoded. The EXIF orientation
+    is applied, transparent parts become white, and 16-bit, palette, grayscale and CMYK images become 8-bit RGB. Only
+    the first frame of an animation is read.
 
     Returns: (height, width, 3) uint8.
     Raises: ClvrError, one line, if the file is missing, is not such an image, is damaged, or has more than `MAX_PIXELS`
@@ -95,21 +98,21 @@ def read_image(path: str | os.PathLike[str]) -> np.ndarray:
 
 
 def decode_image(content: bytes, where: str = "image") -> np.ndarray:
-    """Decodes an image that a server or a dataset gave; as `read_image`, with `where` in messages."""
+    """Decodes an image of a server or a dataset like `read_image`, with `where` in messages."""
     with _opened(io.BytesIO(content), where) as image:
         return _upright_array(image, where)
 
 
 def lazy_image(content: bytes, where: str = "image") -> Image.Image:
-    """Reads the header of an encoded image; its pixels are decoded when they are first asked for.
+    """Reads the header of an encoded image, whose pixels are decoded on first use.
 
-    Raises: ClvrError as `read_image`; damage in the pixels is found by `pixels`.
+    Raises: ClvrError as `read_image`; `pixels` raises it for damaged pixels.
     """
     return _checked(io.BytesIO(content), where)
 
 
 def check_image(path: str | os.PathLike[str]) -> None:
-    """Checks format, size and, as far as the format has checksums, the content of an image file.
+    """Checks format and size of an image file, and its content if the format has checksums.
 
     Raises: ClvrError as `read_image`.
     """
@@ -121,37 +124,34 @@ def check_image(path: str | os.PathLike[str]) -> None:
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """(height, width) of an image file as it is stored; nothing is decoded. Raises: ClvrError as `read_image`."""
+    """Returns (height, width) of an image file as stored, without decoding it. Raises: ClvrError as `read_image`."""
     with _opened_file(path) as image:
         return image.height, image.width
 
 
-read_png = read_image
-"""The name under which older code imports `read_image`."""
+def read_encoded(path: Path) -> EncodedImage:
+    """Reads an image file, without decoding it if possible.
 
-
-def read_encoded(path: Path) -> EncodedPicture:
-    """Reads an image file without decoding it where that is possible.
-
-    Returns: the file as it is for an upright 8-bit RGB PNG or JPEG without transparency, else `read_image` as PNG.
-    Raises: ClvrError as `read_image`; damage in the pixels of a file that is passed on as it is stays unnoticed.
+    Returns: the unchanged file of an upright 8-bit RGB PNG or JPEG without transparency; others are decoded by
+      `read_image` and encoded as PNG.
+    Raises: ClvrError as `read_image`; damaged pixels of an unchanged file are not detected.
     """
     with _opened_file(path) as image:
         kind = {"PNG": "png", "JPEG": "jpeg"}.get(image.format or "")
         is_rgb = image.mode == "RGB" and "transparency" not in image.info
-        # Pillow would decode a PNG without EXIF in its head to look for EXIF behind the pixels.
-        as_it_is = is_rgb and ((kind == "png" and "exif" not in image.info) or _orientation(image) == 1)
-    if kind is None or not as_it_is:
-        return EncodedPicture(encode_png(read_image(path)), "png")
+        # To find EXIF after the pixels, Pillow would decode a PNG that has no EXIF before them.
+        is_usable = is_rgb and ((kind == "png" and "exif" not in image.info) or _orientation(image) == 1)
+    if kind is None or not is_usable:
+        return EncodedImage(encode_png(read_image(path)), "png")
     try:
-        return EncodedPicture(path.read_bytes(), "png" if kind == "png" else "jpeg")
+        return EncodedImage(path.read_bytes(), "png" if kind == "png" else "jpeg")
     except OSError as error:
         raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
 @contextmanager
 def _opened_file(path: str | os.PathLike[str]) -> Iterator[Image.Image]:
-    """Opens an image file whose format and size are fine; its pixels are not decoded yet."""
+    """Opens an image file after checks of format and size; its pixels are not decoded yet."""
     where = _named(path)
     try:
         status = os.stat(path)
@@ -172,14 +172,14 @@ def _opened(source: str | os.PathLike[str] | io.BytesIO, where: str) -> Iterator
 
 
 def _checked(source: str | os.PathLike[str] | io.BytesIO, where: str) -> Image.Image:
-    """An image whose header is read and checked; the only place that lets Pillow look at outside bytes."""
+    """Returns an image with a checked header; only here external bytes are passed to Pillow."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # the size is checked below
             # Without `formats` a PostScript file would make Pillow run Ghostscript.
             image = Image.open(source, formats=_FORMATS)
     except UnidentifiedImageError as error:
-        raise ClvrError(f"{where}: not a readable image; expected is {_LISTED_FORMATS}") from error
+        raise ClvrError(f"{where}: not a readable image; it must be {_LISTED_FORMATS}") from error
     except Image.DecompressionBombError as error:
         raise ClvrError(f"{where}: has more than {MAX_PIXELS:,} pixels; make it smaller") from error
     except _DECODER_ERRORS as error:
@@ -201,7 +201,7 @@ def _upright_array(image: Image.Image, where: str) -> np.ndarray:
 
 
 def _array(image: Image.Image, where: str) -> np.ndarray:
-    """The image as RGB, converted in strips: conversions of a whole image would take several times its memory."""
+    """Returns an image as RGB, converted in strips; converting it at once would take several times its memory."""
     try:
         image.load()
         array = np.empty((image.height, image.width, 3), np.uint8)
@@ -216,13 +216,13 @@ def _array(image: Image.Image, where: str) -> np.ndarray:
 
 
 def _named(path: str | os.PathLike[str]) -> str:
-    """A path as messages name it: on one line, and not longer than a line."""
+    """Returns a path for messages, on one line of limited length."""
     text = os.fspath(path)
     return text if len(text) <= 400 and text.isprintable() else f"{text:.400}".encode("unicode_escape").decode()
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1, which is upright, if there is none or its EXIF cannot be read."""
+    """Returns the EXIF orientation, 1 to 8; 1 (upright) if there is none or its EXIF cannot be read."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of damaged EXIF
@@ -233,7 +233,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned or mirrored as its EXIF orientation says."""
+    """Returns the image with its EXIF orientation applied."""
     steps = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
         3: Image.Transpose.ROTATE_180,
@@ -253,8 +253,9 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as 8-bit RGB; transparent parts become white."""
-    # 16-bit grayscale, which Pillow's own conversion would clip at 255. "I" has 32 bits; only PNG fills 16 of them.
+    """Converts an image of any mode to 8-bit RGB; transparent parts become white."""
+    # 16-bit grayscale, which Pillow's conversion would clip at 255. "I" has 32 bits; only PNG uses it for 16-bit
+    # images.
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image).astype(np.int64)
         gray = ((values * 255 + 32767) // 65535).clip(0, 255).astype(np.uint8)

@@ -1,8 +1,8 @@
-"""Ctrl-C that nobody can swallow: a flag beside the exception.
+"""Reliable Ctrl-C: a flag that is set in addition to KeyboardInterrupt.
 
-Python raises KeyboardInterrupt wherever it happens to be. Inside a callback of JAX the exception is turned into another
-error, or only logged, and the run would go on. The flag stays set, so that the next report of progress, or the end of
-the command, ends the run as an interrupted one.
+Python raises KeyboardInterrupt at any point of the program. Inside a callback of JAX the exception becomes another
+error or is only logged, and the run would continue. The flag stays set, so that the next progress report, or the end of
+the command, ends the run as interrupted.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ _interrupted = threading.Event()
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Remembers SIGINT inside the block, where that is possible: in the main thread, if nobody else handles SIGINT.
+    """Records SIGINT inside the block; in the main thread only, and only if no other handler is installed.
 
-    The flag is cleared at the end of the block, so that the next call of a program that survives Ctrl-C is not ended.
+    The flag is cleared at the end of the block, so that a later call in the same process is not interrupted.
     """
     _interrupted.clear()
     is_main = threading.current_thread() is threading.main_thread()
@@ -34,12 +34,12 @@ def interruptible() -> Iterator[None]:
 
 
 def is_interrupted() -> bool:
-    """Whether SIGINT has come, even if its KeyboardInterrupt was swallowed."""
+    """Returns whether SIGINT was received, even if its KeyboardInterrupt was caught elsewhere."""
     return _interrupted.is_set()
 
 
 def check_interrupt() -> None:
-    """Raises KeyboardInterrupt if an earlier one was swallowed."""
+    """Raises KeyboardInterrupt if an earlier one was caught elsewhere."""
     if _interrupted.is_set():
         raise KeyboardInterrupt
 

@@ -1,7 +1,7 @@
-"""JSON that somebody else may have written: read with limits, and checked field by field.
+"""External JSON, read with limits and validated field by field.
 
-Every reader of outside JSON goes through this module, so that a damaged or hostile file ends in one line that says
-which file, which line and which field, and never in Python's own error.
+All external JSON is read by this module, so that a damaged or hostile file ends in an error of one line with the file,
+the line and the field, and never in an error of Python.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from clvr_jax.errors import ClvrError
 
 MAX_BYTES = 256 << 20
-"""Most bytes of a JSON file that is read."""
+"""Maximum size of a JSON file in bytes."""
 MAX_LINE_BYTES = 4 << 20
-"""Most bytes of a line of a file that is read line by line."""
+"""Maximum bytes of a line in a file that is read line by line."""
 MAX_DEPTH = 64
-"""Most levels of arrays and objects inside each other; our own files have fewer than ten."""
+"""Maximum nesting depth of arrays and objects; our own files have fewer than ten levels."""
 MAX_VALUES = 10_000_000
-"""Most values in a JSON text; each takes up to 100 bytes of memory, whatever it takes in the file."""
+"""Maximum number of values in a JSON text; each takes up to 100 bytes of memory."""
 MAX_INTEGER = 2**63 - 1
 """Largest absolute value of an integer field unless a field says otherwise."""
 
@@ -33,10 +33,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class JsonObject:
-    """An object of a JSON file, whose fields are checked as they are read.
+    """An object of a JSON file, whose fields are validated when they are read.
 
-    A method takes the name of a field and returns its value. A field that is absent is an error, unless `default` is
-    given; so is a value of another type or out of range.
+    Each method takes the name of a field and returns its value. An absent field without `default`, a value of another
+    type and a value out of range are errors.
 
     Attributes:
       content: the object.
@@ -47,7 +47,7 @@ class JsonObject:
     where: str
 
     def text(self, key: str, *default: T, max_characters: int | None = None) -> str | T:
-        """A text, at most `max_characters` long."""
+        """Returns a text of at most `max_characters`."""
         if not self._has(key, default):
             return default[0]
         value = self.content[key]
@@ -60,7 +60,7 @@ class JsonObject:
         return value
 
     def integer(self, key: str, *default: T, low: int = -MAX_INTEGER, high: int = MAX_INTEGER) -> int | T:
-        """An integer from `low` to `high`; true and false are none."""
+        """Returns an integer from `low` to `high`; true and false are not integers."""
         if not self._has(key, default):
             return default[0]
         value = self.content[key]
@@ -69,18 +69,18 @@ class JsonObject:
         return value
 
     def number(self, key: str, *default: T, low: float = -math.inf, high: float = math.inf) -> float | T:
-        """A finite number from `low` to `high`."""
+        """Returns a finite number from `low` to `high`."""
         if not self._has(key, default):
             return default[0]
         value = self.content[key]
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self._wrong(key, "a number")
-        if not -1.7e308 < value < 1.7e308 or not low <= value <= high:  # NaN and integers that no float holds, too
+        if not -1.7e308 < value < 1.7e308 or not low <= value <= high:  # also false for NaN and too large integers
             raise self._wrong(key, f"a finite number{_range(low, high)}")
         return value
 
     def boolean(self, key: str, *default: T) -> bool | T:
-        """True or false."""
+        """Returns true or false."""
         if not self._has(key, default):
             return default[0]
         if not isinstance(self.content[key], bool):
@@ -88,7 +88,7 @@ class JsonObject:
         return bool(self.content[key])
 
     def nested(self, key: str, *default: T) -> JsonObject | T:
-        """An object of its own."""
+        """Returns an object."""
         if not self._has(key, default):
             return default[0]
         if not isinstance(self.content[key], Mapping):
@@ -96,7 +96,7 @@ class JsonObject:
         return JsonObject(self.content[key], f"{self.where}: {key}")
 
     def objects(self, key: str) -> list[JsonObject]:
-        """A list of objects."""
+        """Returns a list of objects."""
         values = self._list(key)
         for number, value in enumerate(values):
             if not isinstance(value, Mapping):
@@ -104,21 +104,21 @@ class JsonObject:
         return [JsonObject(value, f"{self.where}: {key}[{number}]") for number, value in enumerate(values)]
 
     def texts(self, key: str) -> tuple[str, ...]:
-        """A list of texts."""
+        """Returns a list of texts."""
         values = self._list(key)
         if not all(isinstance(value, str) for value in values):
             raise self._wrong(key, "a list of texts")
         return tuple(values)
 
     def integers(self, key: str, low: int = 0, high: int = MAX_INTEGER) -> tuple[int, ...]:
-        """A list of integers from `low` to `high`."""
+        """Returns a list of integers from `low` to `high`."""
         values = self._list(key)
         if not all(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high for value in values):
             raise self._wrong(key, f"a list of integers{_range(low, high)}")
         return tuple(values)
 
     def optional(self, key: str, read: Callable[[str], T]) -> T | None:
-        """None if the field is null, else what `read` returns; an absent field is an error."""
+        """Returns None if the field is null, else the result of `read`; an absent field is an error."""
         return None if self.content.get(key, "") is None else read(key)
 
     def _has(self, key: str, default: Sequence[object]) -> bool:
@@ -143,27 +143,27 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """Returns the value of a JSON text; a byte-order mark before it is ignored.
 
     Args:
-      text: as UTF-8 if it is bytes.
+      text: a text, or bytes in UTF-8.
       where: file and line, for messages.
-    Raises: ClvrError, one line, if it is not JSON, not UTF-8, or has more than `MAX_DEPTH` levels or `MAX_VALUES`
-      values.
+    Raises: ClvrError, one line, for a text that is not JSON or not UTF-8, or has more than `MAX_DEPTH` levels or
+      `MAX_VALUES` values.
     """
     try:
         if isinstance(text, bytes):
             text = text.decode("utf-8")
         if len(text) > MAX_VALUES and text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
-            raise ClvrError(f"{where}: not JSON that is read: more than {MAX_VALUES:,} values")
+            raise ClvrError(f"{where}: JSON with more than {MAX_VALUES:,} values is not read")
         value = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise ClvrError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except UnicodeDecodeError as error:
         raise ClvrError(f"{where}: not JSON: not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
-        raise ClvrError(f"{where}: not JSON that is read: more than {MAX_DEPTH} levels") from error
-    except ValueError as error:  # an integer of more digits than Python reads
-        raise ClvrError(f"{where}: not JSON that is read: {' '.join(str(error).split()):.120}") from error
+        raise ClvrError(f"{where}: JSON with more than {MAX_DEPTH} levels is not read") from error
+    except ValueError as error:  # an integer with more digits than Python reads
+        raise ClvrError(f"{where}: JSON that cannot be read: {' '.join(str(error).split()):.120}") from error
     if _is_deeper(value, MAX_DEPTH):
-        raise ClvrError(f"{where}: not JSON that is read: more than {MAX_DEPTH} levels")
+        raise ClvrError(f"{where}: JSON with more than {MAX_DEPTH} levels is not read")
     return value
 
 
@@ -176,20 +176,20 @@ def parse_object(text: str | bytes, where: str) -> JsonObject:
 
 
 def check_unicode(value: Any, where: str) -> None:
-    """Raises ClvrError for JSON whose texts hold lone surrogates, for values that are written to UTF-8 files again."""
+    """Raises ClvrError for JSON with lone surrogates in its texts, which cannot be written to UTF-8 files."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
     except UnicodeEncodeError as error:
-        raise ClvrError(f"{where}: a text is not valid Unicode: it holds a lone surrogate") from error
+        raise ClvrError(f"{where}: a text is not valid Unicode: it contains a lone surrogate") from error
 
 
 def read_text(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> str:
-    """Returns the text of a file of outside data; a byte-order mark is left out.
+    """Returns the text of an external file without byte-order mark.
 
     Args:
       path: of a regular file.
-      max_bytes: most bytes that are read.
-      advice: what to do if there is no such file.
+      max_bytes: maximum size of the file.
+      advice: what to do if there is no such file, for the message.
     Raises: ClvrError, one line, if it is missing, not a regular file, too large, or not UTF-8.
     """
     try:
@@ -219,12 +219,12 @@ def read_lines(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> Iter
 
 
 def stream_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, advice: str = "") -> Iterator[tuple[str, bytes]]:
-    """Yields ("file:line", content) for each line, without its end; the file may be of any size.
+    """Yields ("file:line", content) for each line without line break; the file may have any size.
 
     Args:
       path: of a regular file.
-      max_bytes: most bytes of one line.
-      advice: what to do if there is no such file.
+      max_bytes: maximum bytes of a line.
+      advice: what to do if there is no such file, for the message.
     Raises: ClvrError, one line, if it is missing, not a regular file, cannot be read, or a line is too long.
     """
     try:
@@ -246,7 +246,7 @@ def stream_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, advice: str = "") 
 
 
 def shown(value: object) -> str:
-    """A value as a message quotes it: short, and without the content of lists and objects."""
+    """Returns a short form of a value for messages, without the content of lists and objects."""
     if isinstance(value, Mapping):
         return "an object"
     if isinstance(value, list):
@@ -257,7 +257,7 @@ def shown(value: object) -> str:
 
 
 def _is_deeper(value: Any, levels: int) -> bool:
-    """Whether arrays and objects lie inside each other more than `levels` times; without recursion."""
+    """Returns whether arrays and objects are nested more than `levels` times; without recursion."""
     layer = [value]
     for _ in range(levels):
         layer = [

@@ -1,12 +1,12 @@
-"""A lock on the directory that a command writes to: two runs that write to one --out would destroy each other.
+"""Locks on output directories, so that two runs with the same --out do not overwrite each other's files.
 
-The lock is a hidden file in the directory, locked with the system's `flock`, which ends with its process however that
-ends. The file says which process it is, for the message to the other one. A file of a dead process is stale and is
-taken over. For processes of another host the time of the file decides, which a living one renews: a run that was
-killed with its host can be resumed on another one without help.
+The lock is a hidden file in the directory, locked with `flock`, which the system releases when the process ends. The
+file contains the process, for the message to other processes. The file of a dead process is stale and is taken over. A
+file of another host is stale if its modification time, which a running process renews, is old: a run that was killed
+with its host can be resumed on another host.
 
-Processes that divide the work on one directory into shares hold a lock for each share. They never wait for each other,
-but no share runs twice, and nobody else runs beside them.
+Processes that divide the work on one directory into shares hold one lock per share. They do not wait for each other,
+but no share runs twice, and no process without a share runs at the same time.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from typing import Any
 from clvr_jax.errors import ClvrError, UsageError
 
 LOCK = ".lock"
-"""Name of the file in the directory; that of a share has its numbers behind it."""
+"""Name of the file in the directory; for a share, its numbers are appended."""
 
 Share = tuple[int, int]
 """(k, n): share k, from 0, of n shares."""
 
 _SHARE = re.compile(rf"{re.escape(LOCK)}(?:-\d{{1,9}}-of-(\d{{1,9}}))?")
-_BEAT_SECONDS, _STALE_SECONDS = 20.0, 120.0
+_HEARTBEAT_SECONDS, _STALE_SECONDS = 20.0, 120.0
 
 
 @contextmanager
 def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
-    """Holds the lock of an output directory, which is made first if need be; an empty one is not left behind.
+    """Holds the lock of an output directory, which is created if needed and removed at the end if it is empty.
 
     Args:
       out: the directory.
@@ -46,7 +46,7 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
     Raises: ClvrError if another process holds it, or the directory cannot be written.
     """
     try:
-        was_there = out.is_dir()
+        existed = out.is_dir()
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ClvrError(f"{out}: cannot be written ({error.strerror}); choose another --out") from error
@@ -54,21 +54,21 @@ def locked_output(out: Path, share: Share = (0, 1)) -> Iterator[None]:
         with locked(out, share=share):
             yield
     finally:
-        if not was_there:
+        if not existed:
             with contextlib.suppress(OSError):  # not empty
                 out.rmdir()
 
 
 @contextmanager
 def new_directory(destination: Path, work: str) -> Iterator[Path]:
-    """A path in a locked temporary directory; what the block makes there becomes `destination` when it ends well.
+    """Yields a path in a locked temporary directory, which is renamed to `destination` if the block succeeds.
 
-    Nothing is left otherwise, and what a killed process left is removed as well. The path does not exist at first:
-    those who write models create or replace the directory themselves.
+    Otherwise everything is removed, and so are the files of a killed process. The path does not exist at first, because
+    functions that write models create or replace the directory themselves.
 
     Args:
       destination: the new directory; must not exist.
-      work: "export", say, for the temporary name.
+      work: part of the temporary name, such as "export".
     Raises: UsageError if the destination exists; ClvrError if another process writes it, or it cannot be written.
     """
     if os.path.lexists(destination):
@@ -101,23 +101,23 @@ def locked(directory: Path, out: Path | None = None, share: Share = (0, 1)) -> I
 
     Args:
       directory: an existing directory.
-      out: its name in messages, where that is another one than `directory`: a temporary directory is made for it.
-      share: of the work on the directory; the other shares of the same number may run at the same time.
+      out: directory in messages, if `directory` is a temporary directory for another one.
+      share: of the work on the directory; other shares of the same number of shares may run at the same time.
     Raises: ClvrError if another process holds it, or the directory cannot be written.
     """
     path = directory / (LOCK if share[1] == 1 else f"{LOCK}-{share[0]}-of-{share[1]}")
     descriptor = _acquired(path, out or directory)
     ended = threading.Event()
-    beat = threading.Thread(target=_renew, args=(descriptor, ended), daemon=True)
-    beat.start()
+    heartbeat = threading.Thread(target=_renew, args=(descriptor, ended), daemon=True)
+    heartbeat.start()
     try:
-        # Its own lock comes first: of two that begin at once, one at least sees the other.
+        # After taking its own lock: of two processes that begin at once, at least one sees the other's.
         _refuse_others(directory, out or directory, share)
         yield
     finally:
         ended.set()
-        beat.join()
-        # The name goes first: whoever opens the file later makes another one.
+        heartbeat.join()
+        # Unlinked before it is closed: a process that opens the name later creates a new file.
         with contextlib.suppress(OSError):
             if _is_at(descriptor, path):
                 path.unlink()
@@ -125,7 +125,7 @@ def locked(directory: Path, out: Path | None = None, share: Share = (0, 1)) -> I
 
 
 def _refuse_others(directory: Path, out: Path, share: Share) -> None:
-    """Raises ClvrError if a process works on the directory as a whole beside shares, or with other shares."""
+    """Raises ClvrError if another process works on the complete directory, or with another number of shares."""
     for path in sorted(directory.glob(f"{LOCK}*")):
         shares = _shares(path.name)
         if shares not in (None, share[1]) and (holder := _holder(path)) is not None:
@@ -133,13 +133,13 @@ def _refuse_others(directory: Path, out: Path, share: Share) -> None:
 
 
 def _shares(name: str) -> int | None:
-    """Into how many shares the work is divided whose lock has this name; None if it is no lock."""
+    """Returns the number of shares from the name of a lock file; None if the file is not a lock."""
     found = _SHARE.fullmatch(name)
     return int(found[1] or 1) if found else None
 
 
 def _holder(path: Path) -> dict[str, Any] | None:
-    """What the lock file of a living process says; None, and the file is removed, if its process is dead."""
+    """Returns the content of a running process's lock file; None if its process is dead, and removes the file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -148,7 +148,7 @@ def _holder(path: Path) -> dict[str, Any] | None:
         return {}
     try:
         holder = _read(descriptor)
-        # Shared, so that two that look at once are not taken for holders.
+        # A shared lock, so that two processes that check at once do not take each other for holders.
         if not _flocked(descriptor, holder, fcntl.LOCK_SH) or _is_alive_elsewhere(holder, descriptor):
             return holder
         with contextlib.suppress(OSError):
@@ -159,14 +159,14 @@ def _holder(path: Path) -> dict[str, Any] | None:
 
 
 def _renew(descriptor: int, ended: threading.Event) -> None:
-    """Says to other hosts, every some seconds, that this process is alive."""
-    while not ended.wait(_BEAT_SECONDS):
+    """Renews the modification time of the file, which shows other hosts that this process is running."""
+    while not ended.wait(_HEARTBEAT_SECONDS):
         with contextlib.suppress(OSError):
             os.utime(descriptor)
 
 
 def _acquired(path: Path, out: Path) -> int:
-    """The locked file, open, with this process in it."""
+    """Returns the descriptor of the lock file, locked and with this process as content."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -182,11 +182,11 @@ def _acquired(path: Path, out: Path) -> int:
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # its holder removed it meanwhile
+        os.close(descriptor)  # its holder has removed the file meanwhile
 
 
 def _flocked(descriptor: int, holder: dict[str, Any], operation: int = fcntl.LOCK_EX) -> bool:
-    """Takes the system's lock; where there is none, the process that the file names decides."""
+    """Takes the system's lock; on a file system without locks, checks whether the process in the file is running."""
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -201,7 +201,7 @@ def _is_elsewhere(holder: dict[str, Any]) -> bool:
 
 
 def _is_alive_elsewhere(holder: dict[str, Any], descriptor: int) -> bool:
-    """Whether the file is of another host and was renewed a short while ago."""
+    """Returns whether the file belongs to another host and was renewed recently."""
     return _is_elsewhere(holder) and time.time() - os.fstat(descriptor).st_mtime < _STALE_SECONDS
 
 

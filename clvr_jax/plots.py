@@ -1,4 +1,4 @@
-"""Plots, where matplotlib is installed; the package does without them elsewhere."""
+"""Plots with matplotlib, which is optional."""
 
 import importlib.util
 from typing import TYPE_CHECKING
@@ -8,17 +8,17 @@ if TYPE_CHECKING:
 
 
 def can_plot() -> bool:
-    """Whether matplotlib is installed, which nothing else of the package needs."""
+    """Returns whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
 
 
 def literal(text: object) -> str:
-    """A text for a plot as it is; "$" would begin a formula, and a formula that cannot be read ends the plot."""
+    """Returns a text with escaped "$", which would otherwise begin a formula; an invalid formula is an error."""
     return str(text).replace("$", r"\$")
 
 
 def new_figure(width: float, height: float) -> "Figure":
-    """An empty figure, in inches; it has no window and leaves no state behind."""
-    from matplotlib.figure import Figure  # not pyplot, which has both
+    """Returns an empty figure of a size in inches, without a window and without global state."""
+    from matplotlib.figure import Figure  # pyplot would keep global state
 
     return Figure(figsize=(width, height), layout="constrained")

@@ -1,4 +1,4 @@
-"""Recipes as files: how they are found by name and imported, and their configuration as JSON and back."""
+"""Recipe files: found by name and imported; and conversion of their configuration to JSON and back."""
 
 import dataclasses
 import importlib.util
@@ -14,18 +14,18 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import shown
 
 
-def plain(config: Any) -> Any:
+def config_to_json(config: Any) -> Any:
     """Returns a configuration as plain values that JSON can hold."""
     return json.loads(json.dumps(dataclasses.asdict(config), default=str))
 
 
-def rebuilt(template: Any, values: Any, declared: Any = None, name: str = "the configuration") -> Any:
-    """Returns a configuration of the template's types from plain values; the inverse of `plain`.
+def config_from_json(template: Any, values: Any, declared: Any = None, name: str = "the configuration") -> Any:
+    """Returns a configuration of the template's types from plain values; the inverse of `config_to_json`.
 
     Args:
       template: a configuration, or the value of one of its fields.
-      values: what `plain` returned for a configuration of the same types.
-      declared: the declared type of the field, which decides where the template holds None.
+      values: the result of `config_to_json` for a configuration of the same types.
+      declared: the declared type of the field, used if the template's value is None.
       name: of the field, for messages.
     Raises: ClvrError, one line, for a value of another type than the template's.
 
@@ -37,7 +37,9 @@ def rebuilt(template: Any, values: Any, declared: Any = None, name: str = "the c
         hints = get_type_hints(type(template))
         values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
-            field.name: rebuilt(getattr(template, field.name), values[field.name], hints[field.name], field.name)
+            field.name: config_from_json(
+                getattr(template, field.name), values[field.name], hints[field.name], field.name
+            )
             for field in dataclasses.fields(template)
             if field.name in values
         }
@@ -48,7 +50,7 @@ def rebuilt(template: Any, values: Any, declared: Any = None, name: str = "the c
 
 
 def _check_type(template: Any, values: Any, name: str) -> None:
-    """Compares a plain value with the one in its place; None stands for a field that may be left open."""
+    """Raises ClvrError for a plain value of another type than the template's; None is allowed for optional fields."""
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         expected, fits = "an object", isinstance(values, Mapping)
     elif isinstance(template, bool):
@@ -96,7 +98,7 @@ def find_recipe(name: str | Path) -> Path:
 
 @contextmanager
 def exits_refused(path: Path) -> Iterator[None]:
-    """Turns an exit that the code of a recipe asks for into a ClvrError: the command would end without a result.
+    """Turns a call of sys.exit in the code of a recipe into a ClvrError, as the command would end without a result.
 
     Args:
       path: of the recipe.
@@ -108,7 +110,7 @@ def exits_refused(path: Path) -> Iterator[None]:
 
 
 def exited(path: Path, error: SystemExit) -> ClvrError:
-    """Returns the error that stands for the exit of a recipe."""
+    """Returns the error for a call of sys.exit in a recipe."""
     return ClvrError(
         f"{path}: the recipe calls sys.exit({error.code!r}) and ends without a result; raise an exception instead"
     )
@@ -123,7 +125,7 @@ def import_recipe(path: Path) -> ModuleType:
     if spec is None or spec.loader is None:
         raise ClvrError(f"{path}: not a Python file; a recipe ends in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up there
+    sys.modules[name] = module  # needed by dataclasses
     try:
         spec.loader.exec_module(module)
     except SystemExit as error:

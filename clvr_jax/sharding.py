@@ -148,7 +148,7 @@ class MeshLayout:
 
         Args:
           axes: logical axis of each dimension, None for a dimension that is not sharded.
-          shape: of the array; mesh axes whose product does not divide a dimension are dropped, the last one first.
+          shape: of the array; mesh axes whose product does not divide a dimension are not used, from the last one on.
         Raises: ClvrError if two dimensions use the same mesh axis.
         """
         parts: list[Axes | None] = []

@@ -21,8 +21,8 @@ from flax import nnx
 
 from clvr_jax.configs.flux2_sft import abstract_batch
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
-from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
-from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.cost_model.flops import Flops, flux2_flops, qwen3_flops
+from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.text import encode_prompts
@@ -35,6 +35,7 @@ from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import encode_references, encode_text, velocity_field
 from clvr_jax.sharding import MeshConfig, process_allgather, replicate
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -51,7 +52,7 @@ class Config:
         ema_decay=0.999,
         compute_dtype="bfloat16",
         mesh=MeshConfig(fsdp=-1),
-        save_minutes=20,
+        checkpoint=CheckpointConfig(save_interval_minutes=20),
     )
     """Configuration of the training."""
     distill: DistillConfig = DistillConfig()
@@ -77,7 +78,7 @@ CONFIG = Config()
 
 
 def task(config: Config) -> Task:
-    """The run as the trainer takes it."""
+    """Returns the task for the trainer."""
     if not config.model:
         raise ClvrError("flux2_distill: --model is missing; give a directory or a Hugging Face id of a base model")
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
@@ -112,8 +113,8 @@ def pipeline_task(
         raise ClvrError(f"{name}: the model is distilled already; give its base")
     # Master weights are float32, whatever the directory holds.
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), nnx.state(pipe.transformer))
-    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
+    (text_encoder_def, text_encoder), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(text_encoder_def, process_allgather(text_encoder))
     transformer_def, teacher = nnx.split(pipe.transformer)
     tokenizer, schedule, source = pipe.tokenizer, pipe.schedule, pipe.text_encoder_source
     settings = dataclasses.replace(
@@ -130,7 +131,7 @@ def pipeline_task(
         (train, distill, remat),
         settings,
         (pipe.transformer.config, params, teacher),
-        (pipe.text_encoder.config, reader_def, reader),
+        (pipe.text_encoder.config, text_encoder_def, text_encoder),
         (pipe.vae.config, vae_def, vae),
         lambda length: encode_prompts(tokenizer, [""], (length,)),
         batches,
@@ -139,18 +140,18 @@ def pipeline_task(
 
 
 def abstract_task(config: Config) -> Task:
-    """The same with shapes in place of arrays, to trace, compile and count its step."""
-    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
+    """Returns the same task with shapes in place of arrays, to trace, compile and plan its step."""
+    (transformer_config, text_encoder), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
     encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
-    fields = FLUX2_TRANSFORMER.config_to_dict(sizes)
+    fields = FLUX2_TRANSFORMER.config_to_dict(transformer_config)
     batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
         f"distillation of {config.preset}",
         (config.train, config.distill, config.remat),
         settings,
-        (sizes, FLUX2_TRANSFORMER.split(fields)[1], FLUX2_TRANSFORMER.split(fields, dtype)[1]),
-        (reader, *encoder.split(encoder.config_to_dict(reader), dtype)),
+        (transformer_config, FLUX2_TRANSFORMER.split(fields)[1], FLUX2_TRANSFORMER.split(fields, dtype)[1]),
+        (text_encoder, *encoder.split(encoder.config_to_dict(text_encoder), dtype)),
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda length: (np.zeros((1, length), np.int32), np.ones((1, length), np.int32)),
         lambda step: batch,
@@ -163,7 +164,7 @@ def _task(
     how: tuple[TrainConfig, DistillConfig, str],
     settings: Flux2Settings,
     transformer: tuple[Flux2TransformerConfig, Any, Any],
-    reader: tuple[Qwen3Config, Any, Any],
+    text_encoder: tuple[Qwen3Config, Any, Any],
     autoencoder: tuple[AutoencoderKLFlux2Config, Any, Any],
     empty: Callable[[int], tuple[np.ndarray, np.ndarray]],
     batches: Any,
@@ -173,18 +174,23 @@ def _task(
 
     empty: length -> ids and mask (1, length) of the empty text.
     """
-    (train, distill, remat), (sizes, params, teacher) = how, transformer
-    (reader_sizes, reader_def, reader_state), (vae_sizes, vae_def, vae_state) = reader, autoencoder
-    layers, token = settings.text_encoder_out_layers, vae_sizes.token_pixels
+    (train, distill, remat), (transformer_config, params, teacher) = how, transformer
+    (text_encoder_config, text_encoder_def, text_encoder_state), (vae_config, vae_def, vae_state) = (
+        text_encoder,
+        autoencoder,
+    )
+    layers, token = settings.text_encoder_out_layers, vae_config.token_pixels
     dtype = jnp.dtype(train.compute_dtype)
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=remat)))
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: Flux2Transformer(transformer_config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    )
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
 
         def read(ids: Any, mask: Any) -> jax.Array:
-            return encode_text(reader_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
+            return encode_text(text_encoder_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
 
         def network(weights: Any) -> Field:
             model = nnx.merge(graphdef, weights)
@@ -205,31 +211,31 @@ def _task(
             frozen["teacher"],
             conditional,
             {"text": nothing, "references": references},
-            jax.random.normal(noise_key, (rows, grid[0] * grid[1], sizes.in_channels)),
+            jax.random.normal(noise_key, (rows, grid[0] * grid[1], transformer_config.in_channels)),
             flow_sigmas(distill.steps, grid[0] * grid[1]),
             distill,
             loss_key,
         )
 
     def counted(batch: Any) -> tuple[Flops, Flops]:
-        """Of one evaluation of the transformer for each row, and of the models that read and encode."""
+        """Returns the FLOPs of one evaluation of the transformer for each row, and of text encoder and VAE."""
         rows, side = batch["target"].shape[:2]
         count, image, text = batch["references"].shape[1], (side // token) ** 2, batch["ids"].shape[1]
-        drawn = flux2_flops(sizes, rows, text=text, image=image, references=count * image)
-        read = qwen3_flops(reader_sizes, rows, text, layers=max(layers), logits=0)
-        return drawn, read + encoder_flops(vae_sizes, rows * count, side, side)
+        generator = flux2_flops(transformer_config, rows, text=text, image=image, references=count * image)
+        read = qwen3_flops(text_encoder_config, rows, text, layers=max(layers), logits=0)
+        return generator, read + encoder_flops(vae_config, rows * count, side, side)
 
-    def walked(drawn: Flops) -> float:
-        """Of the teacher's and the student's ways through all windows."""
-        return drawn.forward * distill.steps * (distill.substeps * distill.passes + 1)
+    def rollout_flops(generator: Flops) -> float:
+        """Returns the FLOPs of the teacher's and the student's evaluations in all windows."""
+        return generator.forward * distill.steps * (distill.substeps * distill.passes + 1)
 
     def flops(batch: Any) -> float:
-        drawn, given = counted(batch)
-        return distill.steps * drawn.training + walked(drawn) + given.forward
+        generator, others = counted(batch)
+        return distill.steps * generator.training + rollout_flops(generator) + others.forward
 
     def hardware_flops(batch: Any) -> float:
-        drawn, given = counted(batch)
-        return distill.steps * drawn.hardware(remat, flash=True) + walked(drawn) + given.forward
+        generator, others = counted(batch)
+        return distill.steps * generator.hardware(remat, flash=True) + rollout_flops(generator) + others.forward
 
     def tokens(batch: Any) -> int:
         rows, side = batch["target"].shape[:2]
@@ -238,7 +244,7 @@ def _task(
     return Task(
         name=name,
         params=params,
-        frozen={"teacher": teacher, "text_encoder": reader_state, "vae": vae_state},
+        frozen={"teacher": teacher, "text_encoder": text_encoder_state, "vae": vae_state},
         loss=loss,
         batches=batches,
         export=export,

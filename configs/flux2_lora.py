@@ -10,7 +10,7 @@ A LoRA of a 9B variant of FLUX.2 klein is for non-commercial use only, as its ba
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from flax import nnx
@@ -37,8 +37,8 @@ FILES: dict[LoRANames, str] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Configuration of the run and of its plan."""
+class Config(flux2_sft.FlowMatchingConfig):
+    """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: TrainConfig = TrainConfig(
         steps=1000, learning_rate=1e-4, ema_decay=0.0, compute_dtype="bfloat16", mesh=MeshConfig(fsdp=-1)
@@ -46,28 +46,15 @@ class Config:
     """Configuration of the training."""
     lora: LoRAConfig = LoRAConfig(rank=16, alpha=16.0, targets=(r"transformer_blocks\.(attn|ff|ff_context)\.",))
     """Configuration of the LoRA that is trained; its targets are the attention and the feed-forward layers."""
-    model: str = ""
-    """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
     dataset: Path = Path("data/pairs")
     """Train on this directory: images with captions in text files of the same name, or metadata.jsonl, whose lines have
     file_name and text, or source, instruction and target."""
     size: int = 1024
     """Train at an area of at most this many pixels squared; each image keeps its aspect ratio, up to 2:1."""
     batch_size: int = 4
-    """Number of target images in a step, over all devices."""
-    dropout: float = 0.1
-    """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
-    guidance."""
-    shift: float = 3.0
-    """Shift the training timesteps towards noise by this factor, as the sampler's schedule is shifted; 1 leaves them
-    uniform."""
     remat: str = "full"
-    """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
-    of attention, and "full" nothing, which takes the least memory and the most time."""
     formats: tuple[LoRANames, ...] = ("diffusers",)
     """Write the LoRA under these names, each to a file of its own: diffusers (and PEFT), comfyui or kohya."""
-    preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
-    """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     references: int = 0
     """With `clvr plan` only: plan for this many source images."""
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
-from clvr_jax.costs.flops import flux2_flops, qwen3_flops
-from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops
+from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
-from clvr_jax.costs.flops import Flops, flux2_flops, qwen3_flops
-from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.cost_model.flops import Flops, flux2_flops, qwen3_flops
+from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
@@ -29,29 +29,17 @@ from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.sharding import MeshConfig, process_allgather, replicate
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Config:
-    """Configuration of the run, and of what `clvr plan` compiles."""
+class FlowMatchingConfig:
+    """Options of the recipes that train the transformer of FLUX.2 klein by flow matching: this one and `flux2_lora`."""
 
-    train: TrainConfig = TrainConfig(
-        steps=5000,
-        learning_rate=2e-5,
-        b2=0.999,
-        warmup=0.1,
-        ema_decay=0.999,
-        compute_dtype="bfloat16",
-        mesh=MeshConfig(fsdp=-1),
-        save_minutes=20,
-    )
-    """Configuration of the training."""
     model: str = ""
     """Start from this model: a pipeline directory or a Hugging Face id; it must be given to train."""
-    dataset: Path = Path("data/trajectories")
-    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
     batch_size: int = 64
     """Number of target images in a step, over all devices."""
     dropout: float = 0.1
@@ -65,6 +53,25 @@ class Config:
     of attention, and "full" nothing, which takes the least memory and the most time."""
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
     """With `clvr plan` only: plan for this size of FLUX.2 klein."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(FlowMatchingConfig):
+    """Configuration of the run, and of what `clvr plan` compiles."""
+
+    train: TrainConfig = TrainConfig(
+        steps=5000,
+        learning_rate=2e-5,
+        b2=0.999,
+        warmup=0.1,
+        ema_decay=0.999,
+        compute_dtype="bfloat16",
+        mesh=MeshConfig(fsdp=-1),
+        checkpoint=CheckpointConfig(save_interval_minutes=20),
+    )
+    """Configuration of the training."""
+    dataset: Path = Path("data/trajectories")
+    """Train on this dataset of trajectories, a directory that `clvr synth` wrote."""
     size: int = 1024
     """With `clvr plan` only: plan for images with sides of this many pixels."""
     references: int = 4
@@ -75,7 +82,7 @@ CONFIG = Config()
 
 
 def task(config: Config) -> Task:
-    """The run as the trainer takes it."""
+    """Returns the task for the trainer."""
     if not config.model:
         raise ClvrError("flux2_sft: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
@@ -103,7 +110,7 @@ def pipeline_task(
     """Returns the task of training a pipeline's transformer, whose text encoder and VAE stay as they are.
 
     Args:
-      config: `Config`, or another class with its fields train, remat and shift.
+      config: a `FlowMatchingConfig` with a field `train` of type TrainConfig.
       pipe: the initial model.
       params: of the transformer, in the dtype in which they are trained.
       batches: as the trainer takes them, of the form of `abstract_batch`.
@@ -128,16 +135,16 @@ def _allgathered(model: nnx.Module) -> Any:
 
 
 def abstract_task(config: Config) -> Task:
-    """The same with shapes in place of arrays, to trace, compile and count its step."""
-    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
+    """Returns the same task with shapes in place of arrays, to trace, compile and plan its step."""
+    (transformer_config, text_encoder), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     settings, dtype = Flux2Settings(), jnp.dtype(config.train.compute_dtype)
     encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
     batch = abstract_batch(config.batch_size, config.size, config.references, settings.text_buckets[0])
     return _task(
         config,
         settings,
-        (sizes, FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes))[1]),
-        (reader, *encoder.split(encoder.config_to_dict(reader), dtype)),
+        (transformer_config, FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(transformer_config))[1]),
+        (text_encoder, *encoder.split(encoder.config_to_dict(text_encoder), dtype)),
         (vae, *FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)),
         lambda step: batch,
         lambda ema, directory: None,
@@ -158,27 +165,31 @@ def _task(
     config: Any,
     settings: Flux2Settings,
     transformer: tuple[Flux2TransformerConfig, Any],
-    reader: tuple[Qwen3Config, Any, Any],
+    text_encoder: tuple[Qwen3Config, Any, Any],
     autoencoder: tuple[AutoencoderKLFlux2Config, Any, Any],
     batches: Any,
     export: Callable[[Any, Path], None],
 ) -> Task:
-    """Models are given as configuration, graph and weights; the transformer's graph is made here."""
-    (sizes, params), (reader_sizes, reader_def, reader_state), (vae_sizes, vae_def, vae_state) = (
+    """Models are passed as configuration, graph definition and weights."""
+    (
+        (transformer_config, params),
+        (text_encoder_config, text_encoder_def, text_encoder_state),
+        (vae_config, vae_def, vae_state),
+    ) = (
         transformer,
-        reader,
+        text_encoder,
         autoencoder,
     )
-    layers, token = settings.text_encoder_out_layers, vae_sizes.token_pixels
+    layers, token = settings.text_encoder_out_layers, vae_config.token_pixels
     dtype = jnp.dtype(config.train.compute_dtype)
     transformer_def, _ = nnx.split(
-        nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat))
+        nnx.eval_shape(lambda: Flux2Transformer(transformer_config, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat))
     )
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
-        text_encoder = nnx.merge(reader_def, frozen["text_encoder"])
+        text_encoder = nnx.merge(text_encoder_def, frozen["text_encoder"])
         vae = nnx.merge(vae_def, replicate(frozen["vae"]))
 
         def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -200,29 +211,29 @@ def _task(
         return value, {f"loss_{count}_references": value}
 
     def counted(batch: Any) -> tuple[Flops, Flops]:
-        """Of the model that is trained, and of those that only read and encode."""
+        """Returns the FLOPs of the transformer, and of the text encoder and VAE, which are not trained."""
         rows, side = batch["target"].shape[:2]
         count, image, text = batch["references"].shape[1], (side // token) ** 2, batch["ids"].shape[1]
-        drawn = flux2_flops(sizes, rows, text=text, image=image, references=count * image)
-        read = qwen3_flops(reader_sizes, rows, text, layers=max(layers), logits=0)
-        return drawn, read + encoder_flops(vae_sizes, rows * (count + 1), side, side)
+        generator = flux2_flops(transformer_config, rows, text=text, image=image, references=count * image)
+        read = qwen3_flops(text_encoder_config, rows, text, layers=max(layers), logits=0)
+        return generator, read + encoder_flops(vae_config, rows * (count + 1), side, side)
 
     def flops(batch: Any) -> float:
-        drawn, given = counted(batch)
-        return drawn.training + given.forward
+        generator, others = counted(batch)
+        return generator.training + others.forward
 
     def hardware_flops(batch: Any) -> float:
-        drawn, given = counted(batch)
-        return drawn.hardware(config.remat, flash=True) + given.forward
+        generator, others = counted(batch)
+        return generator.hardware(config.remat, flash=True) + others.forward
 
     def tokens(batch: Any) -> int:
         rows, side = batch["target"].shape[:2]
         return int(rows * (batch["ids"].shape[1] + (1 + batch["references"].shape[1]) * (side // token) ** 2))
 
     return Task(
-        name=f"FLUX.2 SFT, {sizes.num_layers} + {sizes.num_single_layers} blocks",
+        name=f"FLUX.2 SFT, {transformer_config.num_layers} + {transformer_config.num_single_layers} blocks",
         params=params,
-        frozen={"text_encoder": reader_state, "vae": vae_state},
+        frozen={"text_encoder": text_encoder_state, "vae": vae_state},
         loss=loss,
         batches=batches,
         export=export,

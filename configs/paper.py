@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.arguments import at_least_one, check_seed, run_script
-from clvr_jax.compilation import keep_compiled_programs
+from clvr_jax.atomic_io import read_json, write_json
+from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.diagnosis import interactions
 from clvr_jax.evaluation.paper.models import Sources, model_directories
@@ -24,9 +25,8 @@ from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.paper.timing import loop_times, times_by_image_count
 from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.scaling import from_trajectories
-from clvr_jax.files import read_json, write_json
 from clvr_jax.merging.planning import REPORT
-from clvr_jax.outputs import check_file, check_folder
+from clvr_jax.output_paths import check_directory, check_file
 from clvr_jax.plots import can_plot
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.worlds.shapes.metadata import Metadata
@@ -143,9 +143,9 @@ def main(
         check_seed(seed)
     if not can_plot():
         raise ClvrError("the page has plots, and matplotlib is not installed: pip install 'clvr-jax[plots]'")
-    check_folder(out)
+    check_directory(out)
     check_file(page)
-    keep_compiled_programs()
+    enable_compilation_cache()
     stages = Stages(out)
     sources = Sources(base, distilled, sft, pprl, controller, aligned)
     looped = f"{sources.merged}-loop"

@@ -12,9 +12,9 @@ use only.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +25,8 @@ from clvr_jax import rl
 from clvr_jax.configs import qwen3_vl_judge
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_hidden_states
 from clvr_jax.convert.lora import save_lora
-from clvr_jax.costs.flops import flux2_flops, qwen3_flops
-from clvr_jax.costs.flops_images import decoder_flops, encoder_flops
+from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops
+from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.data.histories import fit_history
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.text import encode_prompts
@@ -114,15 +114,16 @@ class Config:
     """With --reward-url: the server's name for the model that judges edits."""
     reward_key: str = ""
     """Environment variable with the key of --reward-url; empty for a server without keys."""
-    teacher_url: str = ""
+    proxy_prompt_url: str = ""
     """Let a model behind this OpenAI-compatible chat API write the proxy prompts during training; the dataset's own are
     used if it is empty."""
-    teacher_model: str = ""
-    """The server's name for the model of --teacher-url."""
-    teacher_key: str = ""
-    """Environment variable with the key of --teacher-url; empty for a server without keys."""
+    proxy_prompt_model: str = ""
+    """The server's name for the model of --proxy-prompt-url."""
+    proxy_prompt_key: str = ""
+    """Environment variable with the key of --proxy-prompt-url; empty for a server without keys."""
     endpoint_max_seconds: float = 1200.0
-    """Wait this many seconds at most for a whole reply of --reward-url or --teacher-url, however slowly it comes."""
+    """Wait this many seconds at most for a whole reply of --reward-url or --proxy-prompt-url, however slowly it comes.
+    """
     preset: Literal["klein-4b", "klein-9b"] = "klein-4b"
     """With `clvr plan` only: plan for this size of FLUX.2 klein."""
     references: int = 3
@@ -131,9 +132,16 @@ class Config:
     """With `clvr plan` only: plan the rollout, the optimizer step (update), or a Qwen3-VL 8B that judges the edits of a
     call on the same devices (reward)."""
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "teacher_url": "proxy_prompt_url",
+        "teacher_model": "proxy_prompt_model",
+        "teacher_key": "proxy_prompt_key",
+    }
+    """Names in `recipe.json` of runs before these fields were renamed -> today's, for `config_from_json`."""
+
     @property
     def mesh(self) -> MeshConfig:
-        """Of the run, and of what is planned."""
+        """The mesh of the run, and of its plan."""
         return self.train.mesh
 
 
@@ -141,20 +149,22 @@ CONFIG = Config()
 
 
 def task(config: Config) -> rl.PPRLTask:
-    """The run as `fit` takes it."""
+    """Returns the task for `fit`."""
     if not config.model:
         raise ClvrError("pprl_flux2: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
     reward = reward_of(config)
-    if bool(config.teacher_url) != bool(config.teacher_model):
-        raise ClvrError("pprl_flux2: --teacher-url and --teacher-model go together: where it is served, and its name")
-    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.teacher_url))
-    teacher = None
-    if config.teacher_url:
-        writer = _endpoint(config, config.teacher_model, config.teacher_url, config.teacher_key)
-        teacher = vlm_proxy_prompt_generator(OpenAIChatModel(writer), steps)
+    if bool(config.proxy_prompt_url) != bool(config.proxy_prompt_model):
+        raise ClvrError(
+            "pprl_flux2: --proxy-prompt-url and --proxy-prompt-model go together: where it is served, and its name"
+        )
+    steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, is_live=bool(config.proxy_prompt_url))
+    generator = None
+    if config.proxy_prompt_url:
+        writer = _endpoint(config, config.proxy_prompt_model, config.proxy_prompt_url, config.proxy_prompt_key)
+        generator = vlm_proxy_prompt_generator(OpenAIChatModel(writer), steps)
     pipe = Flux2Pipeline.from_pretrained(config.model, config.dtype)
     task = flux2_task("PPRL of FLUX.2", pipe, config.train, config.sampler, steps, reward, config.remat)
-    return dataclasses.replace(task, teacher=teacher)
+    return dataclasses.replace(task, proxy_prompt_generator=generator)
 
 
 def _endpoint(config: Config, model: str, url: str, key_variable: str) -> Endpoint:
@@ -205,9 +215,14 @@ def flux2_task(
     if pipe.settings.is_distilled:
         raise ClvrError(f"{name}: the model is distilled; RL blurs such models: train its base, and merge afterwards")
     transformer_def, base = nnx.split(pipe.transformer)
-    (reader_def, reader), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
-    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(reader_def, process_allgather(reader))
-    settings, schedule, tokenizer, sizes = pipe.settings, pipe.schedule, pipe.tokenizer, pipe.transformer.config
+    (text_encoder_def, text_encoder), (vae_def, vae) = nnx.split(pipe.text_encoder), nnx.split(pipe.vae)
+    unchanged = nnx.merge(vae_def, process_allgather(vae)), nnx.merge(text_encoder_def, process_allgather(text_encoder))
+    settings, schedule, tokenizer, transformer_config = (
+        pipe.settings,
+        pipe.schedule,
+        pipe.tokenizer,
+        pipe.transformer.config,
+    )
     source = pipe.text_encoder_source
 
     def ids(chosen: Sequence[ProxyStep]) -> tuple[np.ndarray, np.ndarray]:
@@ -231,16 +246,18 @@ def flux2_task(
         generator.save_pretrained(str(directory), dtype=save_dtype)
         if train.lora.rank:
             # In float32: what RL changes is small beside the spacing of bfloat16 numbers.
-            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.key_mapping(sizes), base)
+            save_lora(directory / "lora", trained, FLUX2_TRANSFORMER.key_mapping(transformer_config), base)
 
-    policy = flux2_policy((sizes, remat), reader_def, (pipe.vae.config, vae_def), settings, sampler, base)
-    frozen = {"text_encoder": reader, "vae": vae}
+    policy = flux2_policy(
+        (transformer_config, remat), text_encoder_def, (pipe.vae.config, vae_def), settings, sampler, base
+    )
+    frozen = {"text_encoder": text_encoder, "vae": vae}
     return rl.PPRLTask(name, train, base, frozen, policy, steps, data, bucket, reward, save)
 
 
 def flux2_policy(
     transformer: tuple[Flux2TransformerConfig, str],
-    reader_def: Any,
+    text_encoder_def: Any,
     autoencoder: tuple[AutoencoderKLFlux2Config, Any],
     settings: Flux2Settings,
     sampler: Sampler,
@@ -249,16 +266,18 @@ def flux2_policy(
     """Returns FLUX.2 as a policy: the velocity of an image's tokens beside its references, guided or not.
 
     Args:
-      transformer: its sizes, and what the backward pass keeps.
-      reader_def: graph of the text encoder. autoencoder: sizes and graph.
+      transformer: its configuration, and the rematerialization policy.
+      text_encoder_def: graph definition of the text encoder. autoencoder: configuration and graph definition.
       settings: of the pipeline. sampler: the rollout. base: weights or their shapes, for their dtype.
     """
-    (sizes, remat), (vae_sizes, vae_def) = transformer, autoencoder
+    (transformer_config, remat), (vae_config, vae_def) = transformer, autoencoder
     dtype = jax.tree.leaves(base)[0].dtype
-    graphdef, _ = nnx.split(nnx.eval_shape(lambda: Flux2Transformer(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=remat)))
-    if sampler.size % vae_sizes.token_pixels:
-        raise UsageError(f"size {sampler.size}: must be a multiple of {vae_sizes.token_pixels} pixels")
-    side = sampler.size // vae_sizes.token_pixels
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: Flux2Transformer(transformer_config, rngs=nnx.Rngs(0), dtype=dtype, remat=remat))
+    )
+    if sampler.size % vae_config.token_pixels:
+        raise UsageError(f"size {sampler.size}: must be a multiple of {vae_config.token_pixels} pixels")
+    side = sampler.size // vae_config.token_pixels
     grid, tokens = (side, side), side * side
     sigmas = flow_sigmas(sampler.steps, tokens)
     layers = settings.text_encoder_out_layers
@@ -267,7 +286,7 @@ def flux2_policy(
         groups = len(data["ids"])
 
         def read(ids: jax.Array, mask: jax.Array) -> jax.Array:
-            return encode_text(reader_def, frozen["text_encoder"], ids, mask, layers)
+            return encode_text(text_encoder_def, frozen["text_encoder"], ids, mask, layers)
 
         found = {
             "text": read(data["ids"], data["mask"]),
@@ -296,7 +315,7 @@ def flux2_policy(
     def decode_images(frozen: Any, latents: jax.Array) -> jax.Array:
         return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
-    shape = (tokens, sizes.in_channels)
+    shape = (tokens, transformer_config.in_channels)
     return DiffusionPolicy(encode_conditions, predictor, solve, decode_images, shape, sigmas[:-1], FlowProcess())
 
 
@@ -307,26 +326,28 @@ def program(config: Config) -> Program:
         return qwen3_vl_judge.program(
             qwen3_vl_judge.Config(config.mesh, batch_size=train.microbatch_size, images=2, size=sampler.size)
         )
-    (sizes, reader), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
+    (transformer_config, text_encoder), vae = KLEIN[config.preset], AutoencoderKLFlux2Config()
     dtype = jnp.dtype(config.dtype)
-    _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(sizes), dtype)
+    _, base = FLUX2_TRANSFORMER.split(FLUX2_TRANSFORMER.config_to_dict(transformer_config), dtype)
     encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
-    reader_def, reader_state = encoder.split(encoder.config_to_dict(reader), dtype)
+    text_encoder_def, text_encoder_state = encoder.split(encoder.config_to_dict(text_encoder), dtype)
     vae_def, vae_state = FLUX2_VAE.split(FLUX2_VAE.config_to_dict(vae), dtype)
-    policy = flux2_policy((sizes, config.remat), reader_def, (vae, vae_def), settings, sampler, base)
+    policy = flux2_policy((transformer_config, config.remat), text_encoder_def, (vae, vae_def), settings, sampler, base)
     params = jax.eval_shape(train.init_params, base)
     groups, rows, text = train.groups_per_microbatch, train.microbatch_size, settings.text_buckets[0]
     shape, passes = jax.ShapeDtypeStruct, 2 if sampler.guidance > 1 else 1
     tokens = (sampler.size // vae.token_pixels) ** 2
     source = RandomSource(shape((), jnp.int32), shape((), jnp.int32), shape((groups,), jnp.int32))
-    evaluation = flux2_flops(sizes, passes * rows, text=text, image=tokens, references=config.references * tokens)
+    evaluation = flux2_flops(
+        transformer_config, passes * rows, text=text, image=tokens, references=config.references * tokens
+    )
     title = f"{config.preset}, PPRL {config.planned}, {groups} x {train.group_size} of {sampler.size} x {sampler.size}"
     if config.planned == "update":
         algorithm = train.make_algorithm(policy)
         conditions = {
-            "text": shape((groups, text, sizes.joint_attention_dim), dtype),
+            "text": shape((groups, text, transformer_config.joint_attention_dim), dtype),
             "references": shape((groups, config.references * tokens, vae.token_channels), dtype),
-            **({"empty": shape((groups, text, sizes.joint_attention_dim), dtype)} if passes == 2 else {}),
+            **({"empty": shape((groups, text, transformer_config.joint_attention_dim), dtype)} if passes == 2 else {}),
         }
         of_sample, inner_step = shape((rows,), jnp.float32), shape((), jnp.int32)
         samples = shape((rows, *algorithm.sample_shape), jnp.float32)
@@ -347,7 +368,7 @@ def program(config: Config) -> Program:
         )
     references = (groups, config.references, sampler.size, sampler.size, 3)
     texts = {name: shape((groups, text), jnp.int32) for name in ("ids", "mask", "empty_ids", "empty_mask")}
-    read = qwen3_flops(reader, passes * groups, text, layers=max(settings.text_encoder_out_layers), logits=0)
+    read = qwen3_flops(text_encoder, passes * groups, text, layers=max(settings.text_encoder_out_layers), logits=0)
     shown = encoder_flops(vae, groups * config.references, sampler.size, sampler.size)
     drawn = decoder_flops(vae, rows, sampler.size, sampler.size)
     return Program(
@@ -360,7 +381,7 @@ def program(config: Config) -> Program:
             {name: weights[name] for name in ("text_encoder", "vae")},
             data,
         ),
-        weights={"base": base, "old": params, "text_encoder": reader_state, "vae": vae_state},
+        weights={"base": base, "old": params, "text_encoder": text_encoder_state, "vae": vae_state},
         data=RolloutBatch({**texts, "references": shape(references, jnp.uint8)}, source),
         reads={"base": sampler.steps, "old": 1, "text_encoder": passes, "vae": 1 + config.references},
         flops=sampler.steps * evaluation.forward + read.forward + shown.forward + drawn.forward,

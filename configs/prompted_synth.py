@@ -76,12 +76,12 @@ CONFIG = Config()
 
 
 def prompts(config: Config) -> Iterator[PromptItem]:
-    """Those of the file."""
+    """Returns the prompts of the file."""
     return read_prompts(config.prompts)
 
 
 def evaluation_prompts(config: Config) -> Iterator[str]:
-    """Those of all files."""
+    """Returns the evaluation prompts of all files."""
     return (item.prompt for path in config.evaluation for item in read_prompts(path))
 
 

@@ -15,7 +15,7 @@ from flax import nnx
 
 from clvr_jax.configs.qwen3_vl_sft import PRESETS
 from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.costs.flops import Flops, decoder_flops, qwen3_vl_flops
+from clvr_jax.cost_model.flops import Flops, decoder_flops, qwen3_vl_flops
 from clvr_jax.errors import UsageError
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.plan import Program

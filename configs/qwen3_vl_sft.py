@@ -23,7 +23,7 @@ from flax import nnx
 
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
-from clvr_jax.costs.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
+from clvr_jax.cost_model.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
 from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
@@ -32,6 +32,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig, process_allgather
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -54,7 +55,7 @@ class Config:
         ema_decay=0.99,
         compute_dtype="bfloat16",
         mesh=MeshConfig(fsdp=-1),
-        save_minutes=20,
+        checkpoint=CheckpointConfig(save_interval_minutes=20),
     )
     """Configuration of the training."""
     model: str = ""
@@ -94,7 +95,7 @@ CONFIG = Config()
 
 
 def task(config: Config) -> Task:
-    """The run as the trainer takes it."""
+    """Returns the task for the trainer."""
     if not config.model:
         raise ClvrError("qwen3_vl_sft: --model is missing; give a directory or a Hugging Face id of Qwen3-VL")
     pipe = Qwen3VLPipeline.from_pretrained(_folder(config.model), "float32")
@@ -104,21 +105,21 @@ def task(config: Config) -> Task:
     examples = ConversationExamples(dataset, pipe.tokenizer, pipe.image_processor, verification=verification)
     params, frozen = _parts(nnx.state(pipe.model), config)
     unchanged = process_allgather(frozen)
-    sizes, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
+    model_config, tokenizer, image_processor = pipe.model.config, pipe.tokenizer, pipe.image_processor
     generation = pipe.generation
 
     def export(ema: Any, directory: Path) -> None:
-        model = nnx.merge(_graph(sizes, config), ema, *unchanged)
+        model = nnx.merge(_graph(model_config, config), ema, *unchanged)
         Qwen3VLPipeline(model, tokenizer, image_processor, generation).save_pretrained(directory, "bfloat16")
 
     batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
-    return _task(config, sizes, params, frozen, batches, export)
+    return _task(config, model_config, params, frozen, batches, export)
 
 
 def abstract_task(config: Config) -> Task:
-    """The same with shapes in place of arrays, to trace, compile and count its step."""
-    sizes = PRESETS[config.preset]
-    vision = sizes.vision
+    """Returns the same task with shapes in place of arrays, to trace, compile and plan its step."""
+    model_config = PRESETS[config.preset]
+    vision = model_config.vision
     side = vision.patch_size * vision.spatial_merge_size
     if config.size % side:
         raise UsageError(f"qwen3_vl_sft: size {config.size} must be a multiple of {side} pixels, a token's side")
@@ -137,8 +138,8 @@ def abstract_task(config: Config) -> Task:
             "pixel_values": jax.ShapeDtypeStruct((b, patches, vision.patch_features), jnp.float32),
             "grid_thw": grids,
         }
-    params, frozen = _parts(QWEN3_VL.split(QWEN3_VL.config_to_dict(sizes))[1], config)
-    return _task(config, sizes, params, frozen, lambda step: batch, lambda ema, directory: None)
+    params, frozen = _parts(QWEN3_VL.split(QWEN3_VL.config_to_dict(model_config))[1], config)
+    return _task(config, model_config, params, frozen, lambda step: batch, lambda ema, directory: None)
 
 
 def _folder(model: str) -> Path:
@@ -146,9 +147,12 @@ def _folder(model: str) -> Path:
     return directory / "controller" if (directory / "controller").is_dir() else directory
 
 
-def _graph(sizes: Qwen3VLConfig, config: Config) -> Any:
+def _graph(model_config: Qwen3VLConfig, config: Config) -> Any:
     dtype = jnp.dtype(config.train.compute_dtype)
-    return nnx.split(nnx.eval_shape(lambda: Qwen3VL(sizes, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat)))[0]
+    graphdef, _ = nnx.split(
+        nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0), dtype=dtype, remat=config.remat))
+    )
+    return graphdef
 
 
 def _is_vision(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -156,7 +160,7 @@ def _is_vision(path: tuple[Any, ...], leaf: Any) -> bool:
 
 
 def _parts(state: nnx.State, config: Config) -> tuple[nnx.State, tuple[nnx.State, ...]]:
-    """What is trained, in float32, and what is not, in the dtype of the computation."""
+    """Returns the trained parameters in float32, and the frozen ones in the compute dtype."""
     if config.train_vision:
         return state, ()
     vision, language = nnx.split_state(state, _is_vision, ...)
@@ -173,13 +177,13 @@ def _cast(leaf: Any, dtype: str) -> Any:
 
 def _task(
     config: Config,
-    sizes: Qwen3VLConfig,
+    model_config: Qwen3VLConfig,
     params: nnx.State,
     frozen: tuple[nnx.State, ...],
     batches: Any,
     export: Callable[[Any, Path], None],
 ) -> Task:
-    graphdef = _graph(sizes, config)
+    graphdef = _graph(model_config, config)
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, params, *frozen)
@@ -193,11 +197,11 @@ def _task(
         return conversation_loss(states_btd, model.head_dv, data, config.loss_block)
 
     def counted(batch: Any) -> tuple[Flops, Flops, Flops]:
-        """Of the language model's blocks, of the logits, and of the vision tower."""
+        """Returns the FLOPs of the language model's blocks, of the logits, and of the vision tower."""
         (rows, length), said = batch["input_ids_bt"].shape, batch["learned_bk"].shape[1]
-        head = Flops(outside=2.0 * rows * said * sizes.text.hidden_size * sizes.text.vocab_size)
-        vision = qwen3_vl_vision_flops(sizes.vision, batch.get("grid_thw", ())) * rows
-        return qwen3_vl_flops(sizes, rows, length, logits=0), head, vision
+        head = Flops(outside=2.0 * rows * said * model_config.text.hidden_size * model_config.text.vocab_size)
+        vision = qwen3_vl_vision_flops(model_config.vision, batch.get("grid_thw", ())) * rows
+        return qwen3_vl_flops(model_config, rows, length, logits=0), head, vision
 
     def flops(batch: Any) -> float:
         language, head, vision = counted(batch)
@@ -210,7 +214,7 @@ def _task(
         return language.hardware(config.remat, flash=True) + head.training + head.forward + seen
 
     return Task(
-        name=f"Qwen3-VL SFT, {sizes.text.num_hidden_layers} layers",
+        name=f"Qwen3-VL SFT, {model_config.text.num_hidden_layers} layers",
         params=params,
         frozen=frozen,
         loss=loss,

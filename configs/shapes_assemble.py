@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from clvr_jax.arguments import run_script
+from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, replacing, write_json
 
 SAMPLING = ("num_inference_steps", "guidance_scale")
 
@@ -37,7 +37,7 @@ def main(
     for directory in (merged, *others.values(), controller):
         if not directory.is_dir():
             raise ClvrError(f"{directory}: no such directory; train it first, see make reproduce")
-    with replacing(out) as temporary:
+    with atomic_directory(out) as temporary:
         left_out = shutil.ignore_patterns("transformer", "merge.json", "recipe.json", "report*", "README.md")
         shutil.copytree(merged, temporary, ignore=left_out, dirs_exist_ok=True)
         shutil.copytree(controller, temporary / "controller")

@@ -29,9 +29,10 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
+from clvr_jax.pipelines.flux2_io import load_text_encoder, load_vae
 from clvr_jax.pipelines.flux2_programs import velocity_field
-from clvr_jax.pipelines.folder import load_text_encoder, load_vae
 from clvr_jax.training import sft
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -99,7 +100,12 @@ class Config:
     """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
-        steps=6500, learning_rate=3e-3, muon_learning_rate=8e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+        steps=6500,
+        learning_rate=3e-3,
+        muon_learning_rate=8e-3,
+        b2=0.98,
+        ema_decay=0.998,
+        checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     """Configuration of the training."""
     vae: Path = Path("runs/shapes_vae/export/vae")

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
@@ -56,12 +57,12 @@ from clvr_jax.data.shapes_verification import (
 )
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
-from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.verifier import TRAINED_FOR_LOOP
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -107,7 +108,12 @@ class Config:
     """Configures the run."""
 
     train: TrainConfig = TrainConfig(
-        steps=6_000, learning_rate=1e-3, muon_learning_rate=4e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+        steps=6_000,
+        learning_rate=1e-3,
+        muon_learning_rate=4e-3,
+        b2=0.98,
+        ema_decay=0.998,
+        checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     tokenizer: Path = Path("runs/shapes_tokenizer")
     """Directory that `configs/shapes_tokenizer.py` wrote."""
@@ -326,7 +332,7 @@ def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
 
 
 def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Callable[[np.ndarray, int], np.ndarray]:
-    """(n, 64, 64, 3) uint8 and a seed -> the same images as the autoencoder shows them, latents slightly off."""
+    """Returns a function of images, uint8 (n, 64, 64, 3), and a seed: their reconstructions from noisy latents."""
     graphdef, state = nnx.split(vae)
 
     @jax.jit

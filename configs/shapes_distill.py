@@ -18,6 +18,7 @@ from clvr_jax.configs import shapes_base, shapes_sft
 from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.configs.shapes_base import Kind, batch
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
 
@@ -39,7 +40,12 @@ class Config:
     """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
-        steps=900, learning_rate=5e-4, muon_learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5
+        steps=900,
+        learning_rate=5e-4,
+        muon_learning_rate=1.5e-3,
+        b2=0.98,
+        ema_decay=0.99,
+        checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     """Configuration of the training."""
     # 16 steps of the teacher in all: its images are no better in 28.

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.arguments import run_script
-from clvr_jax.compilation import keep_compiled_programs
+from clvr_jax.atomic_io import write_atomically
+from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.console import progress
 from clvr_jax.evaluation.systems import Oracle
-from clvr_jax.files import write_atomically
 from clvr_jax.image_io import pixels
-from clvr_jax.outputs import check_file
+from clvr_jax.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
@@ -64,7 +64,7 @@ def main(
       seed: The same seed gives the same prompts and noise.
     """
     check_file(out)
-    keep_compiled_programs()
+    enable_compilation_cache()
     arrays: dict[str, np.ndarray] = {}
     if out.exists():
         with np.load(out) as found:

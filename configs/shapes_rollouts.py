@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.arguments import run_script
+from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.console import progress
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems import Oracle
-from clvr_jax.files import read_json, write_json
-from clvr_jax.outputs import check_folder
+from clvr_jax.output_paths import check_directory
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
@@ -48,7 +48,7 @@ def main(
     """
     identity = {"model": model, "seed": seed, **({"tiers": list(tiers)} if tiers else {})}
     identity |= {"steps": steps} if steps else {}
-    path = check_folder(out) / "rollouts.json"
+    path = check_directory(out) / "rollouts.json"
     if not path.exists():
         write_json(path, identity)
     elif (found := read_json(path)) != identity:

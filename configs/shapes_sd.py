@@ -25,9 +25,10 @@ from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
-from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import noise_prediction_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -61,7 +62,12 @@ class Config:
     """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
-        steps=2000, learning_rate=2e-3, muon_learning_rate=4e-3, b2=0.98, ema_decay=0.998, save_minutes=5
+        steps=2000,
+        learning_rate=2e-3,
+        muon_learning_rate=4e-3,
+        b2=0.98,
+        ema_decay=0.998,
+        checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     """Configuration of the training."""
     vae: Path = SHIPPED / "shapes-tiny" / "vae"

@@ -33,7 +33,8 @@ from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.folder import load_text_encoder, load_transformer, load_vae
+from clvr_jax.pipelines.flux2_io import load_text_encoder, load_transformer, load_vae
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.trainer import Task, TrainConfig
 
 
@@ -58,7 +59,7 @@ KINDS = (
 
 
 def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
-    """As KINDS, with given examples by their number of references."""
+    """Returns kinds like KINDS that choose from the given examples by their number of references."""
 
     def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
         return among[int(rng.integers(len(among)))]
@@ -92,7 +93,12 @@ class Config:
     """Configuration of the run."""
 
     train: TrainConfig = TrainConfig(
-        steps=1200, learning_rate=1e-3, muon_learning_rate=3e-3, b2=0.98, ema_decay=0.995, save_minutes=5
+        steps=1200,
+        learning_rate=1e-3,
+        muon_learning_rate=3e-3,
+        b2=0.98,
+        ema_decay=0.995,
+        checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     """Configuration of the training."""
     base: Path = Path("runs/shapes_base/export")

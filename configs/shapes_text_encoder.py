@@ -28,6 +28,7 @@ from clvr_jax.data.shapes import Image, generation_example, planned_example
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.attention import attention
 from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.worlds.shapes.detect import detect
@@ -38,7 +39,9 @@ from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 class Config:
     """Configuration of the run."""
 
-    train: TrainConfig = TrainConfig(steps=1200, learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, save_minutes=5)
+    train: TrainConfig = TrainConfig(
+        steps=1200, learning_rate=1.5e-3, b2=0.98, ema_decay=0.99, checkpoint=CheckpointConfig(save_interval_minutes=5)
+    )
     """Configuration of the training."""
     tokenizer: Path = Path("runs/shapes_tokenizer")
     """Use this tokenizer, a directory that `configs/shapes_tokenizer.py` wrote."""

@@ -11,7 +11,7 @@ import numpy as np
 from clvr_jax.arguments import run_script
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.text import train_tokenizer
-from clvr_jax.outputs import check_folder
+from clvr_jax.output_paths import check_directory
 
 VOCABULARY = 640
 """Room for bytes, special tokens and about 350 merges; the language of the world needs fewer."""
@@ -33,7 +33,7 @@ def main(out: Path = Path("runs/shapes_tokenizer")) -> None:
     Args:
       out: Write the tokenizer to this directory.
     """
-    train_tokenizer(texts(0, 2000), VOCABULARY, check_folder(out))
+    train_tokenizer(texts(0, 2000), VOCABULARY, check_directory(out))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert import (
     autoencoder_kl,
     autoencoder_kl_flux2,
@@ -24,7 +25,6 @@ from clvr_jax.convert import (
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText

@@ -25,7 +25,7 @@ from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
 from clvr_jax.convert.tensors import FLOATS, preallocate_files, write_tensor
-from clvr_jax.outputs import check_destination
+from clvr_jax.output_paths import check_destination
 
 _LARGE_BYTES = 256 * 2**20
 _WORKERS = 3

@@ -14,6 +14,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
+from clvr_jax.atomic_io import read_json, write_atomically
 from clvr_jax.convert.architectures import (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
@@ -23,7 +24,6 @@ from clvr_jax.convert.architectures import (
     find_architecture,
     torch_class,
 )
-from clvr_jax.files import read_json, write_atomically
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config

@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import atomic_directory, located, read_json
 from clvr_jax.convert.architectures import Architecture, quantized
 from clvr_jax.convert.lora import Adapter, adapters_by_path
 from clvr_jax.convert.orbax_tree import PARAMS, check_tree, is_tree, nested
@@ -21,7 +22,6 @@ from clvr_jax.convert.rules import AS_IS, Entry, check_dtypes, check_keys, leave
 from clvr_jax.convert.shards import Adapters, Index, read_part, read_quantized, scale_index, scaled_axis
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import located, read_json, replacing
 from clvr_jax.models.adapters import kernel_delta
 from clvr_jax.models.quantization import Quantization, is_quantized, scale_path
 from clvr_jax.models.quantization import quantize as quantize_array
@@ -208,6 +208,6 @@ def save_model(
         key: tensor.astype(target, copy=False) if jnp.issubdtype(tensor.dtype, jnp.floating) else tensor
         for key, tensor in opened
     }
-    with replacing(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         (temporary / "config.json").write_text(json.dumps(architecture.config_to_dict(model.config), indent=2) + "\n")
         write_tensors(temporary, tensors, architecture.file_name)

@@ -19,11 +19,11 @@ import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
+from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.convert.disk import put
 from clvr_jax.convert.rules import Entry
 from clvr_jax.convert.tensors import is_file_name
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, write_json
 
 PARAMS = "params"
 """Name of the directory of a model's parameters, beside its config.json."""

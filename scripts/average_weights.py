@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import replacing
-from clvr_jax.outputs import check_destination
+from clvr_jax.output_paths import check_destination
 
 WEIGHTS = "model.safetensors"
 
@@ -46,7 +46,7 @@ def average(models: list[tuple[Path, float]], out: Path) -> None:
             )
         for name, tensor in tensors.items():
             total[name] += weight * tensor.astype(np.float64)
-    with replacing(out) as temporary:
+    with atomic_directory(out) as temporary:
         shutil.copytree(models[0][0], temporary, dirs_exist_ok=True)
         averaged = {name: tensor.astype(first[name].dtype) for name, tensor in total.items()}
         save_file(averaged, temporary / WEIGHTS, metadata={"format": "pt"})

@@ -158,13 +158,13 @@ def test_out_is_checked_before_the_model_is_loaded(model, tmp_path, capsys):
         assert "cannot be written" in complaint(capsys)
     (tmp_path / "folder.png").mkdir()
     assert main(["sample", PROMPT, "--model", str(model), "--out", "folder.png"]) == 1
-    assert "is a folder" in complaint(capsys)
+    assert "is a directory" in complaint(capsys)
 
 
 def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
-    from clvr_jax.outputs import check_folder
+    from clvr_jax.output_paths import check_directory
 
-    check_folder(tmp_path / "a" / "b")
+    check_directory(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -219,7 +219,7 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
 
     monkeypatch.setattr("clvr_jax.commands.prompts.check_request", fail)
     assert main(["sample", PROMPT]) == 1
-    assert complaint(capsys) == "clvr: ValueError: first second; --debug shows where"
+    assert complaint(capsys) == "clvr: ValueError: first second; --debug prints the traceback"
 
 
 def test_interrupting_exits_with_130(monkeypatch, capsys):
@@ -286,7 +286,7 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
     captured = capsys.readouterr()
     assert captured.out == "first/index.html\n"
     assert (tmp_path / "first" / "index.html").is_file()
-    told = ["not understood", "Plan: it.", "step 0", "Unmet: item 0.", "step 1", "Unmet: nothing.", "accepted"]
+    told = ["cannot be parsed", "Plan: it.", "step 0", "Unmet: item 0.", "step 1", "Unmet: nothing.", "accepted"]
     places = [captured.err.index(words) for words in told]
     assert places == sorted(places)
     assert "never saw" not in captured.err
@@ -393,12 +393,12 @@ def test_damaged_weights_fail_in_one_line(drawing_model, capsys):
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path, monkeypatch):
-    from clvr_jax.compilation import keep_compiled_programs
+    from clvr_jax.compilation import enable_compilation_cache
 
     monkeypatch.setattr(jax.config, "update", lambda name, value: None)  # the cache of the tests stays
     monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert keep_compiled_programs() is None
+    assert enable_compilation_cache() is None
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
-    assert keep_compiled_programs() == tmp_path / "other" / "clvr-jax" / "xla"
+    assert enable_compilation_cache() == tmp_path / "other" / "clvr-jax" / "xla"

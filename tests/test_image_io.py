@@ -171,13 +171,13 @@ def test_postscript_never_reaches_ghostscript(tmp_path, monkeypatch):
     page = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
     (tmp_path / "a.png").write_bytes(page)
     for read in (read_image, read_encoded, image_io.check_image, image_io.image_size):
-        with pytest.raises(ClvrError, match="not a readable image; expected is PNG, JPEG or WebP"):
+        with pytest.raises(ClvrError, match="not a readable image; it must be PNG, JPEG or WebP"):
             read(tmp_path / "a.png")
     for decode in (image_io.decode_image, image_io.lazy_image):
-        with pytest.raises(ClvrError, match=r"server: not a readable image; expected is PNG, JPEG or WebP"):
+        with pytest.raises(ClvrError, match=r"server: not a readable image; it must be PNG, JPEG or WebP"):
             decode(page, "server")
-    with pytest.raises(ClvrError, match="expected is PNG, JPEG or WebP"):
-        pixels(image_io.EncodedPicture(page, "png"))
+    with pytest.raises(ClvrError, match="it must be PNG, JPEG or WebP"):
+        pixels(image_io.EncodedImage(page, "png"))
 
 
 def _encoded(image, kind="PNG", **options):
@@ -235,7 +235,7 @@ def test_damage_behind_a_good_header_is_one_line(tmp_path):
     cut = image_io.lazy_image(content[: len(content) // 2])
     assert cut.size == (64, 64)
     assert "not a readable image" in _complaint_of(pixels, cut)
-    assert "not a readable image" in _complaint_of(as_pil, image_io.EncodedPicture(content[: len(content) // 2], "png"))
+    assert "not a readable image" in _complaint_of(as_pil, image_io.EncodedImage(content[: len(content) // 2], "png"))
 
 
 def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):

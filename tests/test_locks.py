@@ -49,7 +49,7 @@ def test_a_lock_of_another_host_holds_while_it_is_renewed(tmp_path):
 
 
 def test_a_living_process_renews_its_lock(tmp_path, monkeypatch):
-    monkeypatch.setattr(locks, "_BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(locks, "_HEARTBEAT_SECONDS", 0.01)
     with locked(tmp_path):
         os.utime(tmp_path / LOCK, (1, 1))
         deadline = time.monotonic() + 30

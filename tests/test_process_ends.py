@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clvr_jax import cli
 from clvr_jax.commands.common import Common, Result
-from clvr_jax.console import complain, console, progress
+from clvr_jax.console import console, print_error, progress
 from clvr_jax.interrupts import check_interrupt
 
 WORDS = "naïve 猫 ✓ …"
@@ -155,7 +155,7 @@ def test_an_interrupt_inside_a_callback_of_jax(run, capsys):
 
 def test_what_commands_a_terminal_is_shown_and_not_sent(monkeypatch, capsys):
     words = "\x1b]0;title\x07 \x9b2J \u202eabc 猫 tab\tend"
-    complain(words)
+    print_error(words)
     assert capsys.readouterr().err == "clvr: \\x1b]0;title\\x07 \\x9b2J \\u202eabc 猫 tab end\n"
     monkeypatch.setattr(cli, "parse", lambda _: Says(words))
     assert cli.main(["fake"]) == 0
@@ -165,7 +165,7 @@ def test_what_commands_a_terminal_is_shown_and_not_sent(monkeypatch, capsys):
 
 
 def test_a_line_of_error_has_an_end_however_long_a_name_is(capsys):
-    complain(f"{'x' * 100_000} is no name; choose another")
+    print_error(f"{'x' * 100_000} is no name; choose another")
     (line,) = capsys.readouterr().err.splitlines()
     assert len(line) < 2000
     assert line.endswith("is no name; choose another")

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.recipe_files import plain, rebuilt
+from clvr_jax.recipe_files import config_from_json, config_to_json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Config:
 
 def test_a_configuration_comes_back_with_its_types():
     config = Config(Path("runs/x"), "x", Inner((3,), Path("b")))
-    assert rebuilt(Config(), plain(config)) == config
-    assert rebuilt(config, plain(Config())) == Config()
+    assert config_from_json(Config(), config_to_json(config)) == config
+    assert config_from_json(config, config_to_json(Config())) == Config()
 
 
 @pytest.mark.parametrize(
@@ -37,4 +37,4 @@ def test_a_configuration_comes_back_with_its_types():
 )
 def test_values_of_another_type_are_refused_by_the_name_of_their_field(values, said):
     with pytest.raises(ClvrError, match=said):
-        rebuilt(Config(), values)
+        config_from_json(Config(), values)

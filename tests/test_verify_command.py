@@ -270,8 +270,8 @@ def test_images_of_another_size_are_named_once_and_checked_all_the_same(scripted
     assert out.count("accepted: yes") == 4
     assert err.splitlines() == [
         "warning: b.png and 1 more: 128 x 128 pixels, resized to 64 x 64 for shapes-tiny",
-        "warning: d.png: 200 x 100 pixels, resized to 80 x 32 for shapes-tiny, which knows images of 64 x 64 only; do "
-        "not rely on the result",
+        "warning: d.png: 200 x 100 pixels, resized to 80 x 32 for shapes-tiny, which was trained on images of "
+        "64 x 64 only; do not rely on the result",
     ]
 
 
@@ -359,7 +359,7 @@ def test_an_endpoint_without_probabilities(server, capsys):
     _, out, _ = verify(capsys, PROMPT, save("a.png"), *arguments)
     assert "met    no probability  red circle" in out
     assert "No probabilities: the model gives no probabilities of its tokens." in out
-    assert "Requests lacked what the server refuses: temperature left out" in " ".join(out.split())
+    assert "Changes to requests that the server required: temperature left out" in " ".join(out.split())
 
 
 def test_an_endpoint_whose_key_is_missing_fails_in_one_line(monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""What `clvr` can do: a file for each kind of command. A command is a dataclass of its options with a `run`."""
+"""The commands of `clvr`, one file for each kind. A command is a dataclass of its options with a method `run`."""

@@ -1,4 +1,4 @@
-"""The limits of the closed loop: options of every command that runs it."""
+"""Options for the limits of the closed loop, for every command that runs it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -47,7 +47,7 @@ class BudgetOptions:
             raise UsageError("--stop-when drawn verifies nothing; leave --candidates out")
 
     def budget(self) -> "Budget":
-        """The same as the loop takes it."""
+        """Returns the limits as the loop takes them."""
         from clvr_jax.reasoning.budget import Budget
 
         return Budget(

@@ -1,4 +1,4 @@
-"""What all commands share: their result, their options, and what must be set before models are imported."""
+"""The common parts of all commands: results, options, and settings that precede the import of models."""
 
 import os
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from rich.console import RenderableType
 
 @dataclass(frozen=True)
 class Result:
-    """What a command has to say: `data` with --json, else `text`."""
+    """The result of a command. data: printed with --json. text: printed otherwise."""
 
     data: dict[str, Any]
     text: RenderableType
@@ -39,7 +39,7 @@ class CommandGroup:
 
 Flags = Annotated[Common, tyro.conf.arg(name="")]
 Count = Annotated[int | None, tyro.conf.arg(metavar="N")]
-Folder = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
+Directory = Annotated[Path | None, tyro.conf.arg(metavar="DIR")]
 Guidance = Annotated[float | None, tyro.conf.arg(metavar="G")]
 Prompt = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
 
@@ -57,12 +57,12 @@ def results_directory(out: Path | None, benchmark: str) -> Iterator[None]:
     if out is None:
         yield
         return
+    from clvr_jax.atomic_io import read_json
     from clvr_jax.errors import ClvrError
-    from clvr_jax.files import read_json
     from clvr_jax.locks import locked_output
-    from clvr_jax.outputs import check_folder
+    from clvr_jax.output_paths import check_directory
 
-    check_folder(out)
+    check_directory(out)
     path = out / "results.json"
     if path.exists() and (found := read_json(path).get("benchmark")) != benchmark:
         raise ClvrError(f"{path}: has results of the benchmark {found!r}; choose another --out")
@@ -71,8 +71,8 @@ def results_directory(out: Path | None, benchmark: str) -> Iterator[None]:
 
 
 def prepare_jax() -> None:
-    """Settings that must come before models are imported."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it advises everyone to install PyTorch
-    from clvr_jax.compilation import keep_compiled_programs
+    """Makes the settings that must precede the import of models."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # the advice to install PyTorch
+    from clvr_jax.compilation import enable_compilation_cache
 
-    keep_compiled_programs()
+    enable_compilation_cache()

@@ -9,7 +9,7 @@ import tyro
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.outputs import check_folder
+from clvr_jax.output_paths import check_directory
 
 if TYPE_CHECKING:
     from clvr_jax.convert.planning import Conversion
@@ -43,19 +43,19 @@ class Convert:
     common: Flags = field(default_factory=Common)
 
     def run(self) -> Result:
-        """Plans, and converts unless it is a dry run."""
+        """Plans the conversion, and converts unless it is a dry run."""
         from clvr_jax.convert.conversion import convert
         from clvr_jax.convert.hub import local_directory, model_files
         from clvr_jax.convert.planning import plan
         from clvr_jax.convert.report import conversion_table, tensor_list
 
         if not self.dry_run:
-            check_folder(self.destination)  # before anything is fetched
+            check_directory(self.destination)  # before anything is downloaded
         prepare_jax()
         if self.verify:
             from clvr_jax.convert.verify import check_torch
 
-            check_torch()  # before minutes are spent
+            check_torch()  # before the conversion, which takes minutes
         source = local_directory(self.source, allow_patterns=model_files(self.variant))
         if (source / "checkpoints").is_dir():
             return self._export(source)
@@ -74,19 +74,19 @@ class Convert:
 
             not_finite = convert(conversion, self.destination, card=card, resume=self.resume, on_tensor=on_tensor)
         for name in not_finite:
-            console.print(f"[yellow]warning:[/] {name} holds NaN", highlight=False)
+            console.print(f"[yellow]warning:[/] {name} contains NaN", highlight=False)
         for name, kind in conversion.without_module.items():
-            console.print(f"[yellow]note:[/] {name}/ was copied as it is: no module here reads a {kind}")
+            console.print(f"[yellow]note:[/] {name}/ was copied unchanged: there is no JAX module for a {kind}")
         data |= {"out": str(self.destination), "nan": not_finite, "copied": dict(conversion.without_module)}
         return self._verified(data, source) if self.verify else Result(data, str(self.destination))
 
     def _export(self, run: Path) -> Result:
-        """Writes what a run has trained so far."""
+        """Exports the newest checkpoint of a training run."""
         from clvr_jax.training.recipes import export_run
 
         if self.to != "torch" or self.dry_run or self.dtype or self.verify:
             raise UsageError(
-                f"{run}: a training run is exported with --to torch and no other option; convert that then"
+                f"{run}: a training run is exported with --to torch and no other option; convert the export then"
             )
         with console.status(f"exporting {run}"):
             step = export_run(run, self.destination)
@@ -94,7 +94,7 @@ class Convert:
         return Result(data, str(self.destination))
 
     def _card(self, source: Path, conversion: "Conversion") -> str:
-        """The model card; says on the way what may not be done with the model."""
+        """Returns the model card, and prints a note if the license is non-commercial."""
         from importlib.metadata import version
 
         from clvr_jax.convert.model_card import Provenance, license_of_all, model_card
@@ -105,19 +105,19 @@ class Convert:
         options = [f"--{name} {value}" for name in ("dtype", "variant") if (value := getattr(self, name))]
         command = " ".join(["clvr convert", self.source, str(self.destination), f"--to {self.to}", *options])
         revision = None if Path(self.source).expanduser().exists() else source.name
-        made = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
-        return model_card(self.destination.name, made, conversion.models)
+        provenance = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
+        return model_card(self.destination.name, provenance, conversion.models)
 
     def _verified(self, data: dict[str, Any], source: Path) -> Result:
-        """Compares the two frameworks on what was written."""
+        """Compares the outputs of the converted models in PyTorch and in JAX."""
         from clvr_jax.convert.verify import agreement_list, agreement_table, verify
 
-        torch_folder = self.destination if self.to == "torch" else source
-        jax_folder = self.destination if self.to == "jax" or source.is_file() else source
+        torch_directory = self.destination if self.to == "torch" else source
+        jax_directory = self.destination if self.to == "jax" or source.is_file() else source
         with console.status("running both frameworks") as status:
             agreements = verify(
-                torch_folder,
-                jax_folder,
+                torch_directory,
+                jax_directory,
                 dtype=self.dtype,
                 variant=self.variant,
                 on_model=lambda name: status.update(f"comparing {name}"),

@@ -31,7 +31,7 @@ class Curves:
         at_least_one("the number of runs", len(self.runs))
 
     def run(self) -> Result:
-        """Reads, plots, and says where the curves end."""
+        """Writes the plot, and returns the last values of the curves."""
         from rich.table import Table
 
         from clvr_jax.training.curves import curves, summary, write_plot

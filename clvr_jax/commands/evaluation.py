@@ -1,4 +1,4 @@
-"""`clvr eval ...`: the table of what is measured and compared, one line each."""
+"""`clvr eval ...`: the table of its commands."""
 
 from dataclasses import dataclass
 from typing import Any, ClassVar

@@ -1,4 +1,4 @@
-"""`clvr eval geneval` and its kin: draw in the official layout, then score."""
+"""`clvr eval geneval` and the other published benchmarks: images in the official layout, and their scores."""
 
 import abc
 import contextlib
@@ -12,7 +12,7 @@ import tyro
 from typing_extensions import override
 
 from clvr_jax.arguments import at_least_one
-from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.judge_options import JudgeOptions
 from clvr_jax.commands.system import SystemOptions
 from clvr_jax.console import console, progress
@@ -27,8 +27,8 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class _Drawer(SystemOptions):
-    """Of a run that need not draw."""
+class _OptionalSystem(SystemOptions):
+    """Options for the system of a run that need not generate images."""
 
     model: str = ""
     """Generate with this model: a shipped name, a directory in diffusers layout, or a Hugging Face id. With --endpoint
@@ -37,11 +37,11 @@ class _Drawer(SystemOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class _EvalBenchmark(abc.ABC):
-    """What the benchmarks have in common: generates the images that are missing, and scores them with a scorer."""
+    """Base of the benchmarks: generates the missing images, and scores all of them."""
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Write the images in the official layout, their scores and results.json to this directory."""
-    system: Annotated[_Drawer, tyro.conf.arg(name="")] = field(default_factory=_Drawer)
+    system: Annotated[_OptionalSystem, tyro.conf.arg(name="")] = field(default_factory=_OptionalSystem)
     prompts: Annotated[Path | None, tyro.conf.arg(metavar="PATH")] = None
     """Read the prompts from this official file, or from a directory of such files; downloaded if not given and if its
     license allows."""
@@ -54,7 +54,7 @@ class _EvalBenchmark(abc.ABC):
     given."""
     score_only: bool = False
     """Generate nothing, and score the images in --out."""
-    images: Folder = None
+    images: Directory = None
     """Generate nothing, and score external images: a directory in the official layout. The results are written to
     --out."""
     common: Flags = field(default_factory=Common)
@@ -64,43 +64,45 @@ class _EvalBenchmark(abc.ABC):
         at_least_one("--samples", self.samples)
         if self.share and not _is_share(self.share):
             raise UsageError(f"--share {self.share}: give K/N with K below N, such as 0/4")
-        draws = not (self.score_only or self.images)
-        if draws and not self.system.model:
-            raise UsageError("--model says what draws; or give --score-only or --images DIR")
-        if not draws and self.system != _Drawer():
-            raise UsageError("--score-only and --images draw nothing; leave --model and its options out")
+        generates = not (self.score_only or self.images)
+        if generates and not self.system.model:
+            raise UsageError("--model is missing; or give --score-only or --images DIR, which generate nothing")
+        if not generates and self.system != _OptionalSystem():
+            raise UsageError("--score-only and --images generate nothing; leave --model and its options out")
         if self.score_only and (self.images or self.prompts or self.limit or self.samples or self.share):
-            raise UsageError("--score-only scores all that is in --out; no other choice of images goes with it")
-        if not draws and not self.scorer:
-            raise UsageError(f"{self.scorer_option} says who scores")
+            raise UsageError(
+                "--score-only scores all images in --out; leave --images, --prompts, --limit, --samples and --share out"
+            )
+        if not generates and not self.scorer:
+            raise UsageError(f"the scorer is missing; give {self.scorer_option}")
 
     scorer_option: ClassVar[str]
 
     @property
     @abc.abstractmethod
     def scorer(self) -> bool:
-        """Whether the command line says who scores."""
+        """Whether a scorer is given."""
 
     @abc.abstractmethod
     def benchmark(self) -> "Benchmark":
-        """The benchmark."""
+        """Returns the benchmark."""
 
     @abc.abstractmethod
     def check_scorer(self) -> None:
-        """Raises ClvrError for what can be known before images are generated."""
+        """Raises ClvrError for a scorer that cannot be used, before images are generated."""
 
     @abc.abstractmethod
     def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
-        """Scores them."""
+        """Scores all images; returns the content of results.json."""
 
     def run(self) -> Result:
-        """Draws, scores, and writes results.json."""
+        """Generates and scores the images, and writes results.json."""
         prepare_jax()
         from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
+        from clvr_jax.output_paths import check_directory
 
         benchmark = self.benchmark()
-        check_folder(self.out)
+        check_directory(self.out)
         if self.scorer:
             self.check_scorer()
         share = (0, 1) if self.images or self.score_only else self._share()
@@ -115,12 +117,12 @@ class _EvalBenchmark(abc.ABC):
         if self.images:
             samples = self.samples or benchmark.samples
             images = load_external(benchmark, self._items(benchmark), self.images, samples, self.out)
-        elif self.score_only or self._draw(benchmark, share):
+        elif self.score_only or self._generate(benchmark, share):
             images = load_generated(benchmark, self.out)
         else:
-            advice = f"not scored; {self.scorer_option} with --score-only does that, or the official scorer"
-            return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: drawn, {advice}")
-        with _told(f"{benchmark.title}, scoring") as on_progress:
+            advice = f"not scored; score with {self.scorer_option} --score-only, or with the official scorer"
+            return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: generated, {advice}")
+        with _progress_on_first_report(f"{benchmark.title}, scoring") as on_progress:
             results = self.score(images, on_progress)
         data = {key: value for key, value in results.items() if key != "pictures"}
         return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
@@ -137,8 +139,8 @@ class _EvalBenchmark(abc.ABC):
         Cluster().initialize()
         return jax.process_index(), jax.process_count()
 
-    def _draw(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
-        """Generates missing images. Returns: whether it is to be scored now."""
+    def _generate(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
+        """Generates missing images; returns whether they are scored by this process."""
         from clvr_jax.evaluation.benchmarks.images import generate_images
 
         samples = self.samples or benchmark.samples
@@ -146,7 +148,7 @@ class _EvalBenchmark(abc.ABC):
         self.system.check()
         items = self._items(benchmark)
         system = self.system.build()
-        with _told(f"{benchmark.title}, {self.system.title}") as on_progress:
+        with _progress_on_first_report(f"{benchmark.title}, {self.system.title}") as on_progress:
             generate_images(
                 benchmark,
                 items,
@@ -181,16 +183,16 @@ class EvalGenEval(_EvalBenchmark):
         "--clip clip-vit-large-patch14"
     )
 
-    detector: Folder = None
+    detector: Directory = None
     """Directory of facebook/mask2former-swin-small-coco-instance; nothing is scored if not given. It needs PyTorch, as
     --clip does."""
-    clip: Folder = None
+    clip: Directory = None
     """Directory of openai/clip-vit-large-patch14, which goes with --detector."""
     scorer_option: ClassVar = "--detector DIR --clip DIR"
 
     def __post_init__(self) -> None:
         if (self.detector is None) != (self.clip is None):
-            raise UsageError("--detector and --clip score together; give both")
+            raise UsageError("--detector and --clip must be given together; give both")
         super().__post_init__()
 
     @property
@@ -361,8 +363,8 @@ def _is_share(text: str) -> bool:
 
 
 @contextlib.contextmanager
-def _told(title: str) -> Iterator[Progress]:
-    """A progress display that begins with the first report."""
+def _progress_on_first_report(title: str) -> Iterator[Progress]:
+    """Yields a function that reports progress; the display begins with the first report."""
     with contextlib.ExitStack() as stack:
         advance: Any = None
 

@@ -28,11 +28,11 @@ class EvalCompare:
         from clvr_jax.evaluation.comparison import compare_systems, load_systems
         from clvr_jax.evaluation.comparison_report import systems_table, write_comparison
         from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
+        from clvr_jax.output_paths import check_directory
         from clvr_jax.plots import can_plot
 
         systems = load_systems(self.results)
-        check_folder(self.out)
+        check_directory(self.out)
         comparison = compare_systems(systems)
         with locked_output(self.out):
             files = write_comparison(comparison, self.out)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax, results_directory
+from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax, results_directory
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ class EvalPlanning:
 
     EXAMPLE: ClassVar = "clvr eval planning --model shapes-tiny --split complex --out out/planning"
 
-    out: Folder = None
+    out: Directory = None
     """Write results.json and planning.md to this directory. If not given, the table is only printed."""
     model: str = "shapes-tiny"
     """Plan and verify with this model: a shipped name, a directory with controller/, or a directory or Hugging Face id
@@ -47,8 +47,8 @@ class EvalPlanning:
         prepare_jax()
         from rich.table import Table
 
+        from clvr_jax.atomic_io import write_json, write_text
         from clvr_jax.evaluation import planning
-        from clvr_jax.files import write_json, write_text
 
         with results_directory(self.out, planning.BENCHMARK):
             found = self._planned()

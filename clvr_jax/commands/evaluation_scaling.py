@@ -62,7 +62,7 @@ class EvalScaling:
         if not self.model and not self.results:
             raise UsageError("give --model, or directories of finished runs")
         if len(set(self.modes)) < len(self.modes) or not self.modes:
-            raise UsageError("--modes names each system once, and one at least")
+            raise UsageError("--modes must name at least one mode, and each mode once")
 
     def run(self) -> Result:
         """Generates missing images, computes the curves, and writes the report."""
@@ -70,13 +70,13 @@ class EvalScaling:
         from clvr_jax.evaluation.run_directory import RunDirectory
         from clvr_jax.evaluation.scaling_report import scaling_table
         from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
+        from clvr_jax.output_paths import check_directory
         from clvr_jax.plots import can_plot
 
         given = {name: RunDirectory(path) for name, path in map(parse_named_path, self.results)}
         for directory in given.values():
             directory.identity()
-        check_folder(self.out)
+        check_directory(self.out)
         with locked_output(self.out):
             scaling, files = self._report(given)
         if not can_plot():

@@ -10,7 +10,7 @@ import tyro
 from rich.console import Group
 
 from clvr_jax.arguments import at_least_one
-from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.system import Systems
 from clvr_jax.console import progress
 
@@ -32,7 +32,7 @@ class EvalShapes:
     """Use the prompts of this file, in the format of GenEval's metadata, in place of --split."""
     limit: Count = None
     """Use at most this many prompts, spread evenly over the set; all of them if not given."""
-    against: Folder = None
+    against: Directory = None
     """Compare with the run in this directory, on the same prompts and in pairs; no comparison if not given."""
     common: Flags = field(default_factory=Common)
 
@@ -40,18 +40,18 @@ class EvalShapes:
         at_least_one("--limit", self.limit)
 
     def run(self) -> Result:
-        """Draws, scores, and writes results.json."""
+        """Generates and scores the images, and writes results.json."""
         prepare_jax()
         from clvr_jax.evaluation.compare import compare, comparison_table, load_results
         from clvr_jax.evaluation.report import rich_table
         from clvr_jax.evaluation.shapes import shapes_prompts
         from clvr_jax.locks import locked_output
-        from clvr_jax.outputs import check_folder
+        from clvr_jax.output_paths import check_directory
 
-        other = load_results(self.against) if self.against else None  # before minutes are spent
+        other = load_results(self.against) if self.against else None  # before generation, which takes minutes
         self.system.check()
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
-        check_folder(self.out)
+        check_directory(self.out)
         prompts = self.prompts.name if self.prompts else self.split
         title = f"shapes {prompts}, {self.system.title}"
         with locked_output(self.out):
@@ -65,7 +65,7 @@ class EvalShapes:
         return Result({**data, "out": str(self.out), "comparison": comparison}, both)
 
     def _measure(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
-        """Generates what is missing and scores it; returns the content of results.json."""
+        """Generates and scores missing images; returns the content of results.json."""
         from clvr_jax.evaluation.shapes import measure
 
         system = self.system.build(metadata)

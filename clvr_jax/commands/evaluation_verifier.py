@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax, results_directory
+from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax, results_directory
 from clvr_jax.commands.judge_options import JudgeOptions
 from clvr_jax.errors import UsageError
 
@@ -21,7 +21,7 @@ _DEFAULT_MODEL = "shapes-tiny"
 class _VerifierOptions:
     """Options for what is verified, and for the model that verifies."""
 
-    out: Folder = None
+    out: Directory = None
     """Write results.json and verifier.md to this directory, at the end of a complete run. If not given, the table is
     only printed."""
     model: str = _DEFAULT_MODEL
@@ -37,7 +37,7 @@ class _VerifierOptions:
     generators: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...")] = ()
     """Verify images of these generators as well: shipped names such as shapes-tiny shapes-tiny-sft shapes-tiny-base, or
     directories. Each generates one image for each prompt. None if not given."""
-    images: Folder = None
+    images: Directory = None
     """Verify the labeled images of this directory as well, with a line {"image", "prompt", "label"} for each in
     labels.jsonl. None if not given."""
     count: int = 300
@@ -51,7 +51,7 @@ class _VerifierOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalVerifier(JudgeOptions, _VerifierOptions):
-    """Measures a verifier: which right images it rejects, which wrong images it accepts, and whether it looks at all.
+    """Measures a verifier: which right images it rejects, and which wrong images and controls it accepts.
 
     The images are renderings of the shapes world with exactly one mistake, controls that must be rejected (noise, a
     blank canvas, the image of another prompt), and, if you name them, images of generators and labeled images of your
@@ -71,7 +71,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         check_seed(self.seed)
         at_least_one("--batch-size", self.batch_size)
         if self.judge and not self.judge_url:
-            raise UsageError(f"--judge goes with --judge-url URL; a model of ours is --model {self.judge}")
+            raise UsageError(f"--judge needs --judge-url URL; for a model on this machine give --model {self.judge}")
         if self.judge and self.model != _DEFAULT_MODEL:
             raise UsageError("--model and --judge name two verifiers; give one of them")
         if self.count < 0 or (self.count == 0 and not self.images):
@@ -82,7 +82,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             raise UsageError("--generators names each generator once")
 
     def run(self) -> Result:
-        """Makes the images, has them verified, and writes the results if there is a directory for them."""
+        """Prepares and verifies the images, and writes the results if there is a directory for them."""
         prepare_jax()
         from clvr_jax.evaluation.verifier.image_directory import labeled_images
         from clvr_jax.evaluation.verifier.report import rich_results
@@ -98,7 +98,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         return Result(data if self.out is None else {**data, "out": str(self.out)}, rich_results(results))
 
     def _evaluate(self, images: "list[Case]") -> dict[str, Any]:
-        """Has the images verified; returns the content of results.json."""
+        """Verifies the images; returns the content of results.json."""
         from functools import partial
 
         from clvr_jax.evaluation.verifier.generated import load_generator
@@ -118,7 +118,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         )
 
     def _verifier(self) -> "tuple[ModelVerifier, dict[str, Any]]":
-        """The verifier, and what identifies it."""
+        """Returns the verifier and its identity."""
         if self.judge:
             from clvr_jax.providers.endpoint import Endpoint, Prices
             from clvr_jax.providers.openai_chat import OpenAIChatModel

@@ -9,7 +9,7 @@ import tyro
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.budget import BudgetOptions, Limits
-from clvr_jax.commands.common import Common, Count, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.loop_events import show_event
 from clvr_jax.commands.model_options import (
     Control,
@@ -20,12 +20,12 @@ from clvr_jax.commands.model_options import (
     LoadOptions,
 )
 from clvr_jax.commands.prompts import (
+    ImageTask,
     OnePrompt,
     PromptFile,
-    Wanted,
-    check_given,
+    check_prompt_options,
+    image_tasks,
     read_prompts,
-    wanted_images,
 )
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
@@ -67,23 +67,23 @@ class Generate:
     """Number of network evaluations (NFE) for each image; the model's own number if not given."""
     seed: int = 0
     """The same seed gives the same image."""
-    out: Folder = None
+    out: Directory = None
     """Write trajectory.json, the images and index.html to this directory; a new one below out/ if not given."""
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        check_given(self.prompt, self.prompts, self.num_images, self.seed)
+        check_prompt_options(self.prompt, self.prompts, self.num_images, self.seed)
         at_least_one("--nfe", self.nfe)
         if self.verifier and self.verification != "separate":
-            raise UsageError(f"--verifier is not asked with --verification {self.verification}; leave one of them out")
+            raise UsageError(f"--verifier is not used with --verification {self.verification}; leave one of them out")
 
     def run(self) -> Result:
-        """Runs the loop for every image that is wanted, and saves each trajectory."""
-        from clvr_jax.outputs import check_folder
+        """Runs the loop for every image, and saves each trajectory."""
+        from clvr_jax.output_paths import check_directory
 
-        wanted = wanted_images(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
-        out = self.out or Path("out") / self._name(wanted)
-        check_folder(out)
+        tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
+        out = self.out or Path("out") / self._name(tasks)
+        check_directory(out)
         given = self.images.check(self.model)
         self.control.check(self.model)
         with console.status(f"loading {self.model}"):
@@ -95,68 +95,68 @@ class Generate:
             check_memory(self.model, self.loading, controller, self.verifier)
             roles = self.control.arguments(self.verifier, self.verification == "separate")
             pipe = ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
-        if len(wanted) == 1:
-            data, error = self._generate(pipe, wanted[0], given, out)
+        if len(tasks) == 1:
+            data, error = self._generate(pipe, tasks[0], given, out)
             if error:
                 raise ClvrError(error)
             return Result(data, data["page"])
         results, errors = [], []
-        for each in wanted:
-            console.print(f"[bold]{each.name}[/]  seed {each.seed}", highlight=False)
-            data, error = self._generate(pipe, each, given, out / each.name)
+        for task in tasks:
+            console.print(f"[bold]{task.name}[/]  seed {task.seed}", highlight=False)
+            data, error = self._generate(pipe, task, given, out / task.name)
             results.append(data)
             errors += [error] if error else []
         for error in errors:
             console.print(f"[yellow]warning:[/] {error}", highlight=False)
-        if len(errors) == len(wanted):
-            raise ClvrError(f"{out}: none of the {len(wanted)} trajectories has an image")
+        if len(errors) == len(tasks):
+            raise ClvrError(f"{out}: none of the {len(tasks)} trajectories has an image")
         return Result({"results": results, "out": str(out)}, "\n".join(data["page"] for data in results))
 
     def _generate(
-        self, pipe: "ClosedLoopPipeline", wanted: Wanted, given: "list[np.ndarray]", out: Path
+        self, pipe: "ClosedLoopPipeline", task: ImageTask, given: "list[np.ndarray]", out: Path
     ) -> tuple[dict[str, Any], str | None]:
-        """Runs the loop once and saves the trajectory: the result as data, and an error if it has no image."""
+        """Runs the loop once and saves the trajectory; returns the result, and an error if it has no image."""
         from clvr_jax.pipelines.world import unseen_words
 
         with console.status("generating"):
-            made = pipe(
-                wanted.prompt,
+            output = pipe(
+                task.prompt,
                 **dataclasses.asdict(self.budget),
-                seed=wanted.seed,
+                seed=task.seed,
                 nfe=self.nfe,
                 verification=self.verification,
                 on_event=show_event,
                 **self.images.arguments(given),
             )
-        trajectory = made.trajectory
+        trajectory = output.trajectory
         page = trajectory.save(out) / "index.html"
         best = trajectory.best
         error = None
         if best is None:
             error = f"no image was generated ({trajectory.outcome}: {trajectory.error}); {page} shows what happened"
         return {
-            "prompt": wanted.prompt,
+            "prompt": task.prompt,
             "model": self.model,
-            "seed": wanted.seed,
+            "seed": task.seed,
             "outcome": trajectory.outcome,
             "unmet": None if trajectory.unmet is None else list(trajectory.unmet),
             "verification": None if trajectory.verification is None else trajectory.verification.to_dict(),
             "drawings": len(trajectory.generated),
-            "nfe": made.nfe,
-            "seconds": round(made.seconds, 3),
-            "unseen_words": unseen_words(self.model, wanted.prompt),
+            "nfe": output.nfe,
+            "seconds": round(output.seconds, 3),
+            "unseen_words": unseen_words(self.model, task.prompt),
             "adapted": list(getattr(pipe.controller, "adapted", ())),
             "out": str(out),
             "image": None if best is None else str(out / f"step_{best:02d}.png"),
             "page": str(page),
         }, error
 
-    def _name(self, wanted: list[Wanted]) -> str:
-        """The name of the output directory if none is given: it depends on all that decides about the images."""
-        from clvr_jax.outputs import name_for
+    def _name(self, tasks: list[ImageTask]) -> str:
+        """Returns the default name of the output directory, which depends on all options that affect the images."""
+        from clvr_jax.output_paths import output_name
 
         settings = [self.model, self.seed, self.budget, self.nfe, self.verification, self.verifier]
-        more = (self.control, self.images, self.loading, [(each.prompt, each.seed) for each in wanted[1:]])
+        more = (self.control, self.images, self.loading, [(task.prompt, task.seed) for task in tasks[1:]])
         if more != (ControllerOptions(), ImageOptions(), LoadOptions(), []):
             settings.append(more)
-        return name_for(wanted[0].prompt, *settings)
+        return output_name(tasks[0].prompt, *settings)

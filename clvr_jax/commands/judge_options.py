@@ -35,10 +35,10 @@ class JudgeOptions:
     """Send at most this many questions to the judge at a time."""
 
     def check_judge(self) -> None:
-        """Raises UsageError for options that make no sense together."""
+        """Raises UsageError for options that contradict each other."""
         at_least_one("--judge-tokens", self.judge_tokens)
         at_least_one("--judge-in-flight", self.judge_in_flight)
         if len(self.judge_prices) not in (0, 2):
-            raise UsageError("--judge-prices are two, of tokens read and written")
+            raise UsageError("--judge-prices must be two prices, of input and output tokens")
         if not self.judge and (self.judge_url or self.judge_revision or self.judge_prices):
-            raise UsageError("--judge says which model of the server scores")
+            raise UsageError("--judge is missing; give the server's name for the model that scores")

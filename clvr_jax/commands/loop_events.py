@@ -1,4 +1,4 @@
-"""What people read on the terminal while the closed loop runs."""
+"""The display of the closed loop's events on a terminal."""
 
 from typing import TYPE_CHECKING
 
@@ -13,12 +13,12 @@ if TYPE_CHECKING:
 
 
 def show_event(event: "Event") -> None:
-    """Prints what the loop does as it does it."""
+    """Prints an event of the loop."""
     from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
     from clvr_jax.reasoning.events import Finished, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 
     if isinstance(event, Replied) and event.error:
-        console.print(f"[yellow]  not understood:[/] {escape(event.error)}")
+        console.print(f"[yellow]  cannot be parsed:[/] {escape(event.error)}")
     elif isinstance(event, Replied):
         text = Text("  " + strip_action(event.text))
         span = unmet_span(text.plain)
@@ -50,7 +50,7 @@ def show_event(event: "Event") -> None:
 
 
 def _verification_text(verification: "Verification") -> Text:
-    """One line for each requirement: whether it is met, how sure the verifier is, and on what evidence."""
+    """Returns one line for each requirement: whether it is met, its probability, and the evidence."""
     text = Text(f"  {verification.description}" if verification.description else "")
     for each in verification.requirements:
         mark, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "red")}[each.met]

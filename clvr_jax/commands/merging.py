@@ -12,20 +12,20 @@ from clvr_jax.arguments import check_seed
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.console import console, progress
 from clvr_jax.errors import UsageError
-from clvr_jax.outputs import check_folder
+from clvr_jax.output_paths import check_directory
 
 if TYPE_CHECKING:
     from clvr_jax.merging.norms import DeltaStatistics
     from clvr_jax.merging.planning import Merge as Planned
     from clvr_jax.merging.sources import Origin
 
-_Model = Annotated[str, tyro.conf.arg(metavar="FOLDER")]
+_Model = Annotated[str, tyro.conf.arg(metavar="DIR")]
 _Weight = Annotated[tuple[str, ...], tyro.conf.arg(metavar="W|PATTERN=W")]
 
 
 @dataclass(frozen=True)
 class Merge:
-    """Adds to a base the weight deltas of distillation and of alignment (DSWM), one tensor at a time."""
+    """Merges models by adding the weight deltas of distillation and alignment to a base (DSWM), tensor by tensor."""
 
     EXAMPLE: ClassVar = "clvr merge --base klein-base --distill klein --align runs/pprl/lora --out klein-clvr"
 
@@ -67,7 +67,7 @@ class Merge:
     common: Flags = field(default_factory=Common)
 
     def run(self) -> Result:
-        """Plans, and merges unless it is a dry run."""
+        """Plans the merge, and merges unless it is a dry run."""
         weights = (
             parse_weight("--distill-weight", self.distill_weight),
             parse_weight("--align-weight", self.align_weight),
@@ -76,7 +76,7 @@ class Merge:
         if self.out.exists() and not self.dry_run:
             raise UsageError(f"{self.out}: exists already; choose another name or remove it")
         if not self.dry_run:
-            check_folder(self.out)  # before anything is fetched
+            check_directory(self.out)  # before anything is downloaded
         from clvr_jax.convert.lora_file import FILE_NAME, PEFT_NAME
         from clvr_jax.merging.methods import Settings
         from clvr_jax.merging.planning import plan_merge
@@ -100,7 +100,7 @@ class Merge:
         if self.dry_run:
             return Result({**data, "plan": plan_list(plan), "copied": list(plan.copied)}, plan_table(plan))
         if self.report:
-            _say_whether_plots()
+            _note_missing_plots()
         with progress(f"merging into {self.out}", tensors) as advance:
             count = 0
 
@@ -114,22 +114,22 @@ class Merge:
                 self.out,
                 resume=self.resume,
                 on_tensor=on_tensor,
-                finish=lambda folder, sums: self._finish(plan, folder, sums),
+                finish=lambda directory, sums: self._finish(plan, directory, sums),
             )
         return self._result(data, sums)
 
-    def _finish(self, plan: "Planned", folder: Path, sums: Mapping[str, "DeltaStatistics"]) -> None:
+    def _finish(self, plan: "Planned", directory: Path, sums: Mapping[str, "DeltaStatistics"]) -> None:
         """Writes merge.json, model card and report; prints a warning for a non-commercial license."""
         from clvr_jax.convert.model_card import license_of_all
         from clvr_jax.merging.provenance import models_in, write_provenance
         from clvr_jax.merging.report import write_report
 
-        terms = license_of_all(models_in(folder))
+        terms = license_of_all(models_in(directory))
         if terms.commercial is False:
             console.print(f"[yellow]license:[/] {terms.notice}", highlight=False)
-        write_provenance(plan, folder, self.out.name, self._command(), sums)
+        write_provenance(plan, directory, self.out.name, self._command(), sums)
         if self.report:
-            write_report(folder, sums)
+            write_report(directory, sums)
 
     def _command(self) -> str:
         defaults = {"distill_weight": ("1",), "align_weight": ("1",), "method": "dswm", "density": None, "seed": 0}
@@ -151,9 +151,11 @@ class Merge:
 
 
 def parse_weight(option: str, given: tuple[str, ...]) -> float | dict[str, float]:
-    """("0.5",) is a number for all tensors; ("attn=0.5", "0") is {"attn": 0.5, "": 0}, where "" is found in every key.
+    """Parses weights: ("0.5",) is one number for all tensors, ("attn=0.5", "0") is {"attn": 0.5, "": 0}.
 
-    Raises: UsageError for what is neither a number nor PATTERN=NUMBER, or no regular expression, or given twice.
+    The pattern "" matches every key.
+    Raises: UsageError for a word that is neither a number nor PATTERN=NUMBER, a pattern that is not a regular
+      expression, and a pattern with two weights.
     """
     weights: dict[str, float] = {}
     for word in given:
@@ -171,12 +173,15 @@ def parse_weight(option: str, given: tuple[str, ...]) -> float | dict[str, float
     if not weights:
         raise UsageError(f"{option}: give a number, or PATTERN=NUMBER")
     if "" in weights:
-        weights[""] = weights.pop("")  # for what no pattern is found in
+        weights[""] = weights.pop("")  # the last one, for keys that no other pattern matches
     return weights[""] if list(weights) == [""] else weights
 
 
 def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
-    """A path, or a Hugging Face id, as a place; with `also`, its transformer, scheduler and those files are enough."""
+    """Returns the directory of a path or a Hugging Face id.
+
+    With `also`, only transformer, scheduler and these files are downloaded.
+    """
     from clvr_jax.convert.hub import local_directory, model_files
     from clvr_jax.merging.sources import GENERATORS, Origin
 
@@ -188,7 +193,7 @@ def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
     return Origin(source, path, None if Path(source).expanduser().exists() else path.name)
 
 
-def _say_whether_plots() -> None:
+def _note_missing_plots() -> None:
     from clvr_jax.merging.report import can_plot
 
     if not can_plot():

@@ -1,4 +1,4 @@
-"""Options for the models of a command: how they are loaded, what they are given, and who controls the loop."""
+"""Options for the models of a command: loading, images, and the controller of the loop."""
 
 import math
 import re
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 
-_MOST_PIXELS = 2**15
+_MAX_SIDE = 2**15
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MeshOptions:
     """Use only the first so many devices; all devices are used if not given."""
 
     def config(self) -> "MeshConfig | None":
-        """The mesh; None if no option is given. Raises: UsageError for sizes that make no sense."""
+        """Returns the mesh; None if no option is given. Raises: UsageError for invalid sizes."""
         sizes = {name: value for name, value in vars(self).items() if value is not None}
         if not sizes:
             return None
@@ -76,14 +76,14 @@ class LoadOptions:
         self.loras()
         parse_quantize(self.quantize)
         if self.ignore_text_encoder and not self.lora:
-            raise UsageError("--ignore-text-encoder is about --lora; leave it out")
+            raise UsageError("--ignore-text-encoder has no effect without --lora; leave it out")
 
     def loras(self) -> tuple[tuple[str, float], ...]:
-        """Each LoRA with its weight."""
+        """Returns each LoRA with its weight."""
         return tuple(parse_lora(word) for word in self.lora)
 
     def arguments(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained`."""
+        """Returns the arguments of `from_pretrained`."""
         return {
             "dtype": self.dtype,
             "mesh": self.mesh.config(),
@@ -95,21 +95,23 @@ class LoadOptions:
 
 
 def parse_lora(word: str) -> tuple[str, float]:
-    """Reads FILE or FILE:WEIGHT. Raises: UsageError for an empty name, or a weight that is no finite number."""
+    """Parses FILE or FILE:WEIGHT. Raises: UsageError for an empty name, or a weight that is not a finite number."""
     name, colon, number = word.rpartition(":")
     if not colon or Path(word).exists():
         name, number = word, "1"
     try:
         weight = float(number)
     except ValueError:
-        raise UsageError(f"--lora {word}: {number!r} is no weight; give FILE or FILE:WEIGHT, such as a:0.8") from None
+        raise UsageError(
+            f"--lora {word}: {number!r} is not a weight; give FILE or FILE:WEIGHT, such as a:0.8"
+        ) from None
     if not name or not math.isfinite(weight):
         raise UsageError(f"--lora {word}: give FILE or FILE:WEIGHT, with a finite weight")
     return name, weight
 
 
 def parse_quantize(words: tuple[str, ...]) -> "Quantize":
-    """Reads the words of --quantize: a format for all models, model -> format for some, None for no words.
+    """Parses the words of --quantize: a format for all models, model -> format for some, None without words.
 
     Raises: UsageError for other words.
     """
@@ -129,12 +131,12 @@ def parse_quantize(words: tuple[str, ...]) -> "Quantize":
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Reads HEIGHTxWIDTH or one number for both, in pixels. Raises: UsageError for anything else."""
+    """Parses HEIGHTxWIDTH or one number for both, in pixels. Raises: UsageError for anything else."""
     found = re.fullmatch(r"(\d{1,5})(?:x(\d{1,5}))?", text)
     height, width = (int(found[1]), int(found[2] or found[1])) if found else (0, 0)
-    if not 1 <= min(height, width) <= max(height, width) <= _MOST_PIXELS:
+    if not 1 <= min(height, width) <= max(height, width) <= _MAX_SIDE:
         raise UsageError(
-            f"--size {text}: give HEIGHTxWIDTH in pixels, such as 512x768, or one number, up to {_MOST_PIXELS}"
+            f"--size {text}: give HEIGHTxWIDTH in pixels, such as 512x768, or one number, up to {_MAX_SIDE}"
         )
     return height, width
 
@@ -151,7 +153,7 @@ def check_model_size(size: tuple[int, int] | None, model: str) -> None:
 
 @dataclass(frozen=True)
 class ImageOptions:
-    """Options for the images that are generated, and for those that are given."""
+    """Options for the size of generated images, and for images of your own."""
 
     size: Annotated[str | None, tyro.conf.arg(metavar="HxW")] = None
     """Generate images of this height and width in pixels, or of this number for both. If not given, the size of the
@@ -164,14 +166,14 @@ class ImageOptions:
         self.height_and_width()
 
     def height_and_width(self) -> tuple[int, int] | None:
-        """The size in pixels, None if not given. Raises: UsageError for a text that is no size."""
+        """Returns the size in pixels, None if not given. Raises: UsageError for an invalid size."""
         return None if self.size is None else parse_size(self.size)
 
     def check(self, model: str) -> "list[np.ndarray]":
         """Checks the size against a model's configuration and reads the given images, before any weights are read.
 
-        Raises: UsageError for a size that the model cannot generate, and for images given to a model that takes none;
-          ClvrError for a file that is no image.
+        Raises: UsageError for a size that the model cannot generate, and for images with a model that takes none;
+          ClvrError for a file that is not an image.
         """
         if self.image:
             from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
@@ -185,7 +187,7 @@ class ImageOptions:
         return [read_image(path) for path in self.image]
 
     def arguments(self, images: "list[np.ndarray]") -> dict[str, Any]:
-        """Arguments of a pipeline's call; only those that are given, as not every pipeline takes all of them."""
+        """Returns the arguments of a pipeline's call; only given ones, because not all pipelines take all of them."""
         from clvr_jax.image_io import as_pil
 
         size = self.height_and_width()
@@ -216,14 +218,15 @@ class ControllerOptions:
     def __post_init__(self) -> None:
         at_least_one("--controller-tokens", self.controller_tokens)
         if bool(self.controller_url) != bool(self.controller_model):
-            raise UsageError("--controller-url URL and --controller-model NAME go together")
+            raise UsageError("--controller-url URL and --controller-model NAME must be given together")
         if self.controller and self.controller_url:
             raise UsageError("--controller and --controller-url name two controllers; give one of them")
 
     def check(self, model: str) -> None:
         """Checks the models of the loop before any weights are read.
 
-        Raises: UsageError for a model that is no FLUX.2; ClvrError for a controller that is no Qwen3-VL, or none.
+        Raises: UsageError for a model that is not a FLUX.2; ClvrError for a controller that is missing or not a
+          Qwen3-VL.
         """
         from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 
@@ -239,7 +242,7 @@ class ControllerOptions:
             controller_directory(self.controller or model)
 
     def arguments(self, verifier: str | None, is_verified: bool) -> dict[str, Any]:
-        """Arguments of `ClosedLoopPipeline.from_pretrained`.
+        """Returns the arguments of `ClosedLoopPipeline.from_pretrained`.
 
         Args:
           verifier: the model that verifies; if None, the controller does so, in fresh conversations.
@@ -263,8 +266,10 @@ class ControllerOptions:
             )
         )
         tokens = self.controller_tokens or MAX_REPLY_TOKENS
-        checks = ModelVerifier(model, "ask", max_tokens=tokens) if is_verified and verifier is None else verifier
-        return {"controller": ChatModelController(model, max_tokens=tokens), "verifier": checks}
+        chosen_verifier: Any = verifier
+        if is_verified and verifier is None:
+            chosen_verifier = ModelVerifier(model, "ask", max_tokens=tokens)
+        return {"controller": ChatModelController(model, max_tokens=tokens), "verifier": chosen_verifier}
 
 
 Loading = Annotated[LoadOptions, tyro.conf.arg(name="")]

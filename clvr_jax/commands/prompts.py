@@ -1,4 +1,4 @@
-"""What is to be generated: one prompt of the command line, or those of a file, and how many images of each."""
+"""The prompts of a command, from the command line or a file, and the images to generate for each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,26 +12,26 @@ from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import read_text
 
-_MOST_IMAGES = 10_000
-"""Most images of one prompt."""
-_MOST_BYTES = 64 << 20
-"""Most bytes of a file of prompts."""
+_MAX_IMAGES = 10_000
+"""Maximum number of images for one prompt."""
+_MAX_BYTES = 64 << 20
+"""Maximum size of a file of prompts in bytes."""
 
 OnePrompt = Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="PROMPT")]
 PromptFile = Annotated[Path | None, tyro.conf.arg(metavar="FILE")]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """One image: its prompt, its seed, and the name of its file or directory among several, without suffix."""
+class ImageTask:
+    """One image to generate: its prompt, its seed, and the name of its file or directory, without suffix."""
 
     prompt: str
     seed: int
     name: str
 
 
-def check_given(prompt: tuple[str, ...], prompts: Path | None, num_images: int, seed: int) -> None:
-    """Raises UsageError unless exactly one prompt or one file of prompts is given, with counts that make sense."""
+def check_prompt_options(prompt: tuple[str, ...], prompts: Path | None, num_images: int, seed: int) -> None:
+    """Raises UsageError unless one prompt or one file of prompts is given, with valid numbers."""
     if not prompt and prompts is None:
         raise UsageError("give a PROMPT in quotes, or --prompts FILE with one prompt a line")
     if prompt and prompts is not None:
@@ -43,12 +43,12 @@ def check_given(prompt: tuple[str, ...], prompts: Path | None, num_images: int, 
     at_least_one("--num-images", num_images)
     check_seed(seed)
     check_seed(seed + num_images - 1)
-    if num_images > _MOST_IMAGES:
-        raise UsageError(f"--num-images must be at most {_MOST_IMAGES}, got {num_images}")
+    if num_images > _MAX_IMAGES:
+        raise UsageError(f"--num-images must be at most {_MAX_IMAGES}, got {num_images}")
 
 
 def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> list[str]:
-    """The prompts, each checked as far as that needs no model; warns of words that a small model never saw.
+    """Returns the prompts after checks that need no model; warns of words that a small model never saw.
 
     Raises: ClvrError, one line that names the file and the line, for a prompt that is empty or too long, or a file that
       cannot be read or has none.
@@ -56,10 +56,10 @@ def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> l
     if prompts is None:
         check_request(prompt[0], model)
         return list(prompt)
-    lines = read_text(prompts, _MOST_BYTES, "give a text file with one prompt a line").splitlines()
+    lines = read_text(prompts, _MAX_BYTES, "give a text file with one prompt a line").splitlines()
     found = [(number, line.strip()) for number, line in enumerate(lines, start=1) if line.strip()]
     if not found:
-        raise ClvrError(f"--prompts {prompts}: holds no prompts; write one a line")
+        raise ClvrError(f"--prompts {prompts}: contains no prompts; write one a line")
     for number, text in found:
         try:
             check_request(text, model)
@@ -68,19 +68,20 @@ def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> l
     return [text for _, text in found]
 
 
-def wanted_images(prompts: Sequence[str], num_images: int, seed: int) -> list[Wanted]:
-    """All images: those of a prompt have the seeds `seed`, `seed` + 1 and so on, and each its own name."""
-    from clvr_jax.outputs import name_for
+def image_tasks(prompts: Sequence[str], num_images: int, seed: int) -> list[ImageTask]:
+    """Returns all images to generate: those of a prompt have the seeds `seed`, `seed` + 1 and so on."""
+    from clvr_jax.output_paths import output_name
 
     pairs = [(prompt, seed + number) for prompt in prompts for number in range(num_images)]
     digits = max(3, len(str(len(pairs) - 1)))
     return [
-        Wanted(prompt, own, f"{index:0{digits}d}-{name_for(prompt, own)}") for index, (prompt, own) in enumerate(pairs)
+        ImageTask(prompt, own, f"{index:0{digits}d}-{output_name(prompt, own)}")
+        for index, (prompt, own) in enumerate(pairs)
     ]
 
 
 def check_request(prompt: str, model: str) -> list[str]:
-    """Checks what needs no model; warns of words the model never saw and returns them."""
+    """Checks a prompt without a model; warns of words that the model never saw, and returns them."""
     from clvr_jax.data.text import check_prompt
     from clvr_jax.pipelines.world import unseen_words
 

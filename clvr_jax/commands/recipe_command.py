@@ -29,7 +29,7 @@ class RecipeCommand(abc.ABC):
     """Run this recipe: a name such as shapes_vae, or a Python file that defines CONFIG. Give it before the options."""
 
     def run(self) -> Result:
-        """Runs the command with the config of the recipe."""
+        """Runs the command with the recipe's configuration."""
         recipe = self.load(find_recipe(self.config))
         return self.run_recipe(recipe, recipe.config)
 
@@ -37,7 +37,7 @@ class RecipeCommand(abc.ABC):
     def load(path: Path) -> Any:
         """Reads a recipe file; returns an object with `config` and `description`.
 
-        The recipes are those of training; a command with recipes of its own overrides this.
+        The default is for training recipes; a command with other recipes overrides this.
         """
         prepare_jax()
         from clvr_jax.training.recipes import load_recipe
@@ -46,7 +46,7 @@ class RecipeCommand(abc.ABC):
 
     @abc.abstractmethod
     def run_recipe(self, recipe: Any, config: Any) -> Result:
-        """Runs the command with a config, which need not be the recipe's own."""
+        """Runs the command with a configuration: the recipe's, or the recipe's with overrides."""
 
 
 Kind = TypeVar("Kind", bound=RecipeCommand)

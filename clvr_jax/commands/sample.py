@@ -11,12 +11,12 @@ from clvr_jax.arguments import at_least_one, check_guidance
 from clvr_jax.commands.common import Common, Count, Flags, Guidance, Result, prepare_jax
 from clvr_jax.commands.model_options import ImageOptions, Images, Loading, LoadOptions
 from clvr_jax.commands.prompts import (
+    ImageTask,
     OnePrompt,
     PromptFile,
-    Wanted,
-    check_given,
+    check_prompt_options,
+    image_tasks,
     read_prompts,
-    wanted_images,
 )
 from clvr_jax.console import console
 from clvr_jax.errors import UsageError
@@ -53,7 +53,7 @@ class Sample:
     common: Flags = field(default_factory=Common)
 
     def __post_init__(self) -> None:
-        check_given(self.prompt, self.prompts, self.num_images, self.seed)
+        check_prompt_options(self.prompt, self.prompts, self.num_images, self.seed)
         at_least_one("--steps", self.steps)
         check_guidance(self.guidance)
         is_png = self.out is None or self.out.suffix.lower() == ".png"
@@ -61,19 +61,19 @@ class Sample:
             raise UsageError(f"--out {self.out}: images are written as PNG; end the name in .png")
 
     def run(self) -> Result:
-        """Generates and writes every image that is wanted."""
-        from clvr_jax.outputs import check_file, check_folder
+        """Generates and writes all images."""
+        from clvr_jax.output_paths import check_directory, check_file
 
-        wanted = wanted_images(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
+        tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
         is_directory = self.prompts is not None or self.num_images > 1
-        name = self._name(wanted)
+        name = self._name(tasks)
         if not is_directory:
             files = [check_file(self.out or Path("out") / f"{name}.png")]
         else:
             if self.out is not None and self.out.suffix.lower() == ".png":
-                raise UsageError(f"--out {self.out}: {len(wanted)} images need a directory; give its name")
-            out = check_folder(self.out or Path("out") / name)
-            files = [out / f"{each.name}.png" for each in wanted]
+                raise UsageError(f"--out {self.out}: {len(tasks)} images need a directory; give its name")
+            out = check_directory(self.out or Path("out") / name)
+            files = [out / f"{task.name}.png" for task in tasks]
         given = self.images.check(self.model)
         with console.status(f"generating with {self.model}"):
             prepare_jax()
@@ -82,42 +82,42 @@ class Sample:
 
             check_memory(self.model, self.loading)
             pipe = load_pipeline(self.model, **self.loading.arguments())
-            results = [self._sample(pipe, each, given, file) for each, file in zip(wanted, files, strict=True)]
+            results = [self._sample(pipe, task, given, file) for task, file in zip(tasks, files, strict=True)]
         data = {"results": results, "out": str(files[0].parent)} if is_directory else results[0]
         return Result(data, "\n".join(str(file) for file in files))
 
-    def _sample(self, pipe: Any, wanted: Wanted, given: "list[np.ndarray]", file: Path) -> dict[str, Any]:
-        """Generates one image and writes it; the result as data."""
-        from clvr_jax.files import write_atomically
+    def _sample(self, pipe: Any, task: ImageTask, given: "list[np.ndarray]", file: Path) -> dict[str, Any]:
+        """Generates and writes one image; returns the result."""
+        from clvr_jax.atomic_io import write_atomically
         from clvr_jax.image_io import encode_png
         from clvr_jax.pipelines.world import unseen_words
 
         began = time.monotonic()
-        made = pipe(
-            wanted.prompt,
+        output = pipe(
+            task.prompt,
             num_inference_steps=self.steps,
             guidance_scale=self.guidance,
-            seed=wanted.seed,
+            seed=task.seed,
             **self.images.arguments(given),
         )
         seconds = time.monotonic() - began
-        write_atomically(file, encode_png(made.images[0]))
+        write_atomically(file, encode_png(output.images[0]))
         return {
-            "prompt": wanted.prompt,
+            "prompt": task.prompt,
             "model": self.model,
-            "seed": wanted.seed,
-            "nfe": made.nfe,
+            "seed": task.seed,
+            "nfe": output.nfe,
             "seconds": round(seconds, 3),
-            "unseen_words": unseen_words(self.model, wanted.prompt),
+            "unseen_words": unseen_words(self.model, task.prompt),
             "image": str(file),
         }
 
-    def _name(self, wanted: list[Wanted]) -> str:
-        """The name of the output if none is given: it depends on all that decides about the images."""
-        from clvr_jax.outputs import name_for
+    def _name(self, tasks: list[ImageTask]) -> str:
+        """Returns the default name of the output, which depends on all options that affect the images."""
+        from clvr_jax.output_paths import output_name
 
         settings = [self.model, self.seed, self.steps, self.guidance]
-        more = (self.images, self.loading, [(each.prompt, each.seed) for each in wanted[1:]])
+        more = (self.images, self.loading, [(task.prompt, task.seed) for task in tasks[1:]])
         if more != (ImageOptions(), LoadOptions(), []):
             settings.append(more)
-        return name_for(wanted[0].prompt, *settings)
+        return output_name(tasks[0].prompt, *settings)

@@ -6,39 +6,39 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-from clvr_jax.commands.common import Common, Flags, Folder, Result, prepare_jax
+from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.recipe_command import RecipeCommand
 from clvr_jax.errors import ClvrError, UsageError
 
 
 @dataclass(frozen=True)
 class Synth(RecipeCommand):
-    """Makes verified trajectories for the prompts of a recipe. The same command resumes an interrupted run."""
+    """Synthesizes verified trajectories for the prompts of a recipe. The same command resumes an interrupted run."""
 
     NAME: ClassVar = "synth"
     EXAMPLE: ClassVar = "clvr synth shapes_synth --count 200 --out runs/synth"
     OVERRIDE: ClassVar = "--out runs/synth"
     RECIPE_OVERRIDES: ClassVar = {"count": "200"}
 
-    out: Folder = None
+    out: Directory = None
     """Write outcomes, dataset, statistics and dataset card to this directory; runs/NAME-OF-RECIPE if not given."""
     inspect: str = ""
-    """Open the page of this finished prompt, given by its id or by its number (from 0, in the order of ids), and make
-    nothing."""
-    sharegpt: Folder = None
+    """Open the page of this finished prompt, given by its id or by its number (from 0, in the order of ids), and
+    synthesize nothing."""
+    sharegpt: Directory = None
     """Write the accepted trajectories to this directory as ShareGPT records as well; not written if not given."""
     common: Flags = field(default_factory=Common)
 
     @staticmethod
     def load(path: Path) -> Any:
-        """A recipe of the data engine."""
+        """Loads a recipe of the data engine."""
         prepare_jax()
         from clvr_jax.data.engine.recipes import load_synth_recipe
 
         return load_synth_recipe(path)
 
     def run_recipe(self, recipe: Any, config: Any) -> Result:
-        """Makes them, or shows one."""
+        """Synthesizes the trajectories, or opens the page of one."""
         from clvr_jax.console import console
         from clvr_jax.data.engine.card import headline, warning
         from clvr_jax.data.engine.run import DATASET, PAGE, synthesize_dataset
@@ -70,22 +70,22 @@ class Synth(RecipeCommand):
         elif self.inspect.isdecimal() and int(self.inspect) < len(ids):
             id = ids[int(self.inspect)]
         else:
-            raise UsageError(f"--inspect {self.inspect}: {out} has {len(ids)} finished prompts, and none of that name")
+            raise UsageError(f"--inspect {self.inspect}: {out} has {len(ids)} finished prompts, but not this one")
         finished, trajectory = store.read(id), store.trajectory(id)
         if trajectory is None:
-            raise ClvrError(f"{id}: discarded before anything was drawn ({finished.reason}: {finished.detail})")
+            raise ClvrError(f"{id}: discarded before the first image ({finished.reason}: {finished.detail})")
         page = trajectory.save(out / "inspected" / id) / "index.html"
         webbrowser.open(page.absolute().as_uri())
         return Result({**finished.content, "page": str(page)}, str(page))
 
 
 def _load_beam(debug: bool) -> None:
-    """Imports Apache Beam without what it has to say; errors of workers reach us anyhow.
+    """Imports Apache Beam without its log messages; errors of workers are raised in any case.
 
     Raises: ClvrError if it is not installed.
     """
     logging.getLogger("apache_beam").setLevel(logging.INFO if debug else logging.CRITICAL)
-    logging.disable(logging.WARNING)  # it complains on the root logger about what it does not find
+    logging.disable(logging.WARNING)  # it logs warnings about optional packages to the root logger
     try:
         import apache_beam  # noqa: F401
     except ImportError as error:

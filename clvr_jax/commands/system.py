@@ -1,4 +1,4 @@
-"""Which system a benchmark measures: the options of every `clvr eval` that draws."""
+"""Options for the system that a benchmark measures, for every `clvr eval` command that generates images."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ import tyro
 
 from clvr_jax.arguments import at_least_one, check_guidance, check_seed
 from clvr_jax.commands.budget import BudgetOptions, Limits
-from clvr_jax.commands.common import Count, Folder, Guidance
+from clvr_jax.commands.common import Count, Directory, Guidance
 from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
 
@@ -56,7 +56,7 @@ class SystemOptions:
     loading: Loading = field(default_factory=LoadOptions)
     seed: int = 0
     """The same seed gives the same images."""
-    pictures: Folder = None
+    pictures: Directory = None
     """Score the images of this directory in place of generating: either metadata.jsonl with file_name and prompt in
     each line, or the directories of GenEval."""
     endpoint: Url = None
@@ -104,26 +104,28 @@ class SystemOptions:
         check_guidance(self.guidance)
         check_seed(self.seed)
         if self.mode == "one-shot" and self.budget != BudgetOptions():
-            raise UsageError("--max-steps, --candidates and the like are for the loop; one-shot draws each prompt once")
+            raise UsageError("--max-steps, --candidates and other limits are for the loop, not for --mode one-shot")
         if self.mode != "one-shot" and (self.steps is not None or self.guidance is not None):
-            raise UsageError("--steps and --guidance are for one-shot; the others draw as their model was trained to")
-        looks = self.verification is not None or self.verifier is not None or self.blind
-        if looks and (self.mode not in ("closed-loop", "best-of") or self.endpoint or self.pictures):
+            raise UsageError("--steps and --guidance are for --mode one-shot; other modes use the model's own")
+        verifies = self.verification is not None or self.verifier is not None or self.blind
+        if verifies and (self.mode not in ("closed-loop", "best-of") or self.endpoint or self.pictures):
             raise UsageError("--verification, --verifier and --blind are for our own models in the loop or best-of")
         if self.verifier and self.verification not in (None, "separate"):
-            raise UsageError(f"--verifier is not asked with --verification {self.verification}; leave one of them out")
+            raise UsageError(f"--verifier is not used with --verification {self.verification}; leave one of them out")
         if self.verification == "none" and self.mode == "best-of":
             raise UsageError("--mode best-of cannot choose with --verification none")
         if self.mode == "open-loop" and self.budget != BudgetOptions():
-            raise UsageError("--max-steps, --candidates and the like are for the loop; open-loop draws each plan once")
+            raise UsageError("--max-steps, --candidates and other limits are for the loop, not for --mode open-loop")
         if self.mode == "best-of":
-            usual = dataclasses.replace(BudgetOptions(), candidates=self.budget.candidates, max_nfe=self.budget.max_nfe)
-            if self.budget != usual:
+            allowed = dataclasses.replace(
+                BudgetOptions(), candidates=self.budget.candidates, max_nfe=self.budget.max_nfe
+            )
+            if self.budget != allowed:
                 raise UsageError(
                     "--mode best-of takes --candidates and --max-nfe; the other limits are for closed-loop"
                 )
             if self.budget.candidates < 2:
-                raise UsageError("--mode best-of chooses among several drawings; give --candidates 2 or more")
+                raise UsageError("--mode best-of chooses among several images; give --candidates 2 or more")
         if self.size is not None:
             parse_size(self.size)
         if (self.endpoint or self.pictures) and (self.size is not None or self.loading != LoadOptions()):
@@ -131,23 +133,23 @@ class SystemOptions:
         if self.endpoint and self.pictures:
             raise UsageError("--endpoint and --pictures are two systems; give one of them")
         if self.pictures and self.mode != "one-shot":
-            raise UsageError("--pictures are there already; --mode does not apply")
+            raise UsageError("--pictures scores existing images; leave --mode out")
         if self.endpoint and (self.steps is not None or self.guidance is not None):
             raise UsageError("--steps and --guidance are for our own models; endpoints have their own")
         if self.endpoint and self.mode != "one-shot" and self.controller != "endpoint":
             raise UsageError(f"--mode {self.mode} with --endpoint needs --controller endpoint, which plans for it")
         if (self.controller == "endpoint") != bool(self.controller_endpoint and self.controller_model):
-            raise UsageError("--controller endpoint goes with --controller-endpoint URL and --controller-model NAME")
+            raise UsageError("--controller endpoint needs --controller-endpoint URL and --controller-model NAME")
         if len(self.picture_size) not in (0, 2) or len(self.controller_prices) not in (0, 2):
-            raise UsageError("--picture-size is height and width, --controller-prices two prices")
+            raise UsageError("--picture-size must be height and width, and --controller-prices two prices")
 
     @property
     def title(self) -> str:
-        """For people."""
+        """The system's name in messages and tables."""
         return self.model if self.pictures else f"{self.model}, {self.mode}"
 
     def check(self) -> None:
-        """Raises ClvrError for what can be told before a model is loaded."""
+        """Raises ClvrError for errors that are found without loading a model."""
         from clvr_jax.pipelines.registry import resolve
 
         if not self.endpoint and not self.pictures:
@@ -159,9 +161,10 @@ class SystemOptions:
         return None if self.size is None else parse_size(self.size)
 
     def build(self, metadata: Sequence[Mapping[str, Any]] = ()) -> "System":
-        """The system, its models loaded.
+        """Loads the models and returns the system.
 
-        metadata: of the prompts, in the shapes world; the oracle needs it.
+        Args:
+          metadata: of the prompts, in the shapes world; the oracle needs it.
         Raises: ClvrError.
         """
         if self.pictures:
@@ -173,7 +176,7 @@ class SystemOptions:
 
             controller = self._controller_model() if self.mode != "one-shot" else None
             return endpoint_system(
-                self._tool(), self.mode, self.budget.budget(), controller, self.in_flight, self.controller_tokens
+                self._image_model(), self.mode, self.budget.budget(), controller, self.in_flight, self.controller_tokens
             )
         from clvr_jax.evaluation.systems import one_shot, planned
 
@@ -201,7 +204,7 @@ class SystemOptions:
 
             if not metadata:
                 raise UsageError(
-                    "--controller oracle reads pictures of the shapes world only; it is for clvr eval shapes"
+                    "--controller oracle reads images of the shapes world only; it is for clvr eval shapes"
                 )
             return Oracle([dict(entry) for entry in metadata]), "oracle"
         from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController
@@ -224,7 +227,7 @@ class SystemOptions:
             )
         )
 
-    def _tool(self) -> "ImageModel":
+    def _image_model(self) -> "ImageModel":
         from clvr_jax.providers.endpoint import Endpoint, Prices
         from clvr_jax.providers.openai_images import OpenAIImageModel
 

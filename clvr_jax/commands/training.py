@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import tyro
 
-from clvr_jax.commands.common import Common, Flags, Folder, Result
+from clvr_jax.commands.common import Common, Directory, Flags, Result
 from clvr_jax.commands.recipe_command import RecipeCommand
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from clvr_jax.training.plan import Trial
     from clvr_jax.training.recipes import Recipe
 
-_MOST_CHIPS = 1 << 16  # a larger number is a slip, and planning for it would not end
+_MAX_CHIPS = 1 << 16  # planning for a larger number, which must be a typing error, would not end
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Train(RecipeCommand):
     OVERRIDE: ClassVar = "--out runs/try"
     RECIPE_OVERRIDES: ClassVar = {"train.steps": "500", "train.epochs": "2"}
 
-    out: Folder = None
+    out: Directory = None
     """Write checkpoints, metrics and the exported weights to this directory; runs/NAME-OF-RECIPE if not given."""
     resume: bool = False
     """Resume from the newest checkpoint in --out; without it a run starts at step 0."""
     common: Flags = field(default_factory=Common)
 
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
-        """Trains."""
+        """Trains the recipe."""
         from clvr_jax.training.recipes import train
 
         result = train(recipe, config, self.out or Path("runs") / recipe.name, resume=self.resume)
@@ -65,14 +65,14 @@ class Plan(RecipeCommand):
     common: Flags = field(default_factory=Common)
 
     def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
-        """Compiles and reports."""
-        from clvr_jax.files import write_json
+        """Compiles the recipe and returns its report."""
+        from clvr_jax.atomic_io import write_json
         from clvr_jax.training.plan import plan
 
         if not self.topology:
-            raise UsageError("--topology says which chips: v6e:16x16, v5p-128, cpu:8 ...")
-        if math.prod(int(side) for side in re.findall(r"\d+", self.topology.partition(":")[2])) > _MOST_CHIPS:
-            raise UsageError(f"--topology {self.topology}: no machine has more than {_MOST_CHIPS:,} chips")
+            raise UsageError("--topology is missing; give the chips, such as v6e:16x16, v5p-128 or cpu:8")
+        if math.prod(int(side) for side in re.findall(r"\d+", self.topology.partition(":")[2])) > _MAX_CHIPS:
+            raise UsageError(f"--topology {self.topology}: give at most {_MAX_CHIPS:,} chips")
         if self.search:
             result = self._search(recipe, config)
         else:
@@ -83,7 +83,7 @@ class Plan(RecipeCommand):
         return result
 
     def _search(self, recipe: "Recipe", config: Any) -> Result:
-        from clvr_jax.costs.hardware import parse_topology
+        from clvr_jax.cost_model.hardware import parse_topology
         from clvr_jax.training.plan import meshes, ranked, search, trials_table
 
         total = len(meshes(parse_topology(self.topology))) * max(len(self.batch_sizes), 1)

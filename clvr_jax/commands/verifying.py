@@ -1,4 +1,4 @@
-"""`clvr verify`: is what the prompt asks for in the images, requirement by requirement?"""
+"""`clvr verify`: checks images against a prompt, requirement by requirement."""
 
 import time
 from collections.abc import Sequence
@@ -52,11 +52,11 @@ class EndpointOptions:
         at_least_one("--in-flight", self.in_flight)
         at_least_one("--max-tokens", self.max_tokens)
         if bool(self.url) != bool(self.endpoint_model):
-            raise UsageError("--url URL and --endpoint-model NAME go together")
+            raise UsageError("--url URL and --endpoint-model NAME must be given together")
         if not self.url and (self.max_tokens or self.prices):
             raise UsageError("--max-tokens and --prices are for --url")
         if len(self.prices) not in (0, 2):
-            raise UsageError("--prices are two, of tokens read and written")
+            raise UsageError("--prices must be two prices, of input and output tokens")
 
     def verifier(self, mode: Literal["describe", "ask"]) -> "ModelVerifier":
         """Connects to the server. Raises: ClvrError if the key or the openai package is missing."""
@@ -111,7 +111,7 @@ class Verify:
             raise UsageError("--model and --url name two verifiers; give one of them")
 
     def run(self) -> Result:
-        """Reads the images, has them checked, and reports requirement by requirement."""
+        """Reads and verifies the images, and returns the report."""
         from clvr_jax.data.text import check_prompt
         from clvr_jax.image_io import read_image
 
@@ -137,7 +137,7 @@ class Verify:
         return Result(data, _text(self.images, found, verifier.name, verifier.adapted))
 
     def _verifier(self, images: "Sequence[np.ndarray]") -> "ModelVerifier":
-        """Loads the verifier once everything that can be checked without it is checked."""
+        """Loads the verifier, after all checks that do not need it."""
         if self.endpoint.url:
             return self.endpoint.verifier(self.mode or "ask")
         from clvr_jax.pipelines.verifier import Verifier, controller_directory
@@ -152,12 +152,12 @@ class Verify:
 
 
 def _requirement_text(text: str) -> str:
-    """A requirement as the verifier takes it: on one line and without the period that ends its question."""
+    """Returns a requirement on one line and without a final period, as the verifier takes it."""
     return " ".join(text.split()).rstrip(". ")
 
 
 def _check_sizes(model: str, directory: Path, paths: Sequence[Path], images: "Sequence[np.ndarray]") -> None:
-    """Raises ClvrError for an image that the model cannot read, and warns where it was trained for one size only."""
+    """Raises ClvrError for an image that the model cannot read; warns if one is resized to the only trained size."""
     from math import isqrt
 
     from clvr_jax.data.qwen3_vl_images import load_processor
@@ -179,7 +179,7 @@ def _check_sizes(model: str, directory: Path, paths: Sequence[Path], images: "Se
         more = f" and {len(same) - 1} more" if len(same) > 1 else ""
         note = f"{same[0]}{more}: {width} x {height} pixels, resized to {columns} x {rows} for {model}"
         if rows != columns:
-            note += f", which knows images of {side} x {side} only; do not rely on the result"
+            note += f", which was trained on images of {side} x {side} only; do not rely on the result"
         _warn(note)
 
 
@@ -212,7 +212,7 @@ def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -
 
 
 def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, adapted: Sequence[str]) -> RenderableType:
-    """The result for people: a block for each image."""
+    """Returns the result for a terminal, with a block for each image."""
     parts: list[RenderableType] = []
     for path, verification in zip(paths, found, strict=True):
         parts.append(_heading(path, verification))
@@ -228,7 +228,7 @@ def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, ada
     if checked and all(each.probability is None for each in checked):
         parts.append(Text("No probabilities: the model gives no probabilities of its tokens.", "dim"))
     if adapted:
-        parts.append(Text(f"Requests lacked what the server refuses: {_printable('; '.join(adapted))}.", "dim"))
+        parts.append(Text(f"Changes to requests that the server required: {_printable('; '.join(adapted))}.", "dim"))
     parts.append(Text(f"verified by {_printable(name)}", "dim", overflow="fold"))
     return Group(*parts)
 
@@ -253,5 +253,5 @@ def _cells(requirement: "Requirement") -> list[Text]:
 
 
 def _printable(text: str) -> str:
-    """Text of a model or a user on one line, without characters that would control a terminal."""
+    """Returns a text on one line, without characters that would control a terminal."""
     return "".join(each if each.isprintable() else "\N{REPLACEMENT CHARACTER}" for each in " ".join(text.split()))

@@ -16,12 +16,12 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from clvr_jax.atomic_io import located
 from clvr_jax.data.histories import token_count
 from clvr_jax.data.sft_examples import Sample
 from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import listed_file
-from clvr_jax.files import located
 from clvr_jax.image_io import read_image
 from clvr_jax.json_input import parse_object, read_lines, read_text
 

@@ -92,7 +92,7 @@ class ProxySteps:
         if not steps:
             how = "make a dataset that has them with `clvr synth`, or use a proxy-prompt generator"
             lack = "has an image" if is_live else f"has proxy prompts, which the rewards read; {how}"
-            raise ClvrError(f"{dataset.folder}: no step of {len(dataset)} trajectories {lack}")
+            raise ClvrError(f"{dataset.directory}: no step of {len(dataset)} trajectories {lack}")
         self.steps = tuple(steps)
 
     def sample(self, epoch: int, count: int, seed: int) -> tuple[ProxyStep, ...]:
@@ -104,7 +104,7 @@ class ProxySteps:
         Raises: UsageError if there are fewer than `count` steps.
         """
         if count > len(self.steps):
-            raise UsageError(f"{self._dataset.folder}: {len(self.steps)} steps can be used, {count} are requested")
+            raise UsageError(f"{self._dataset.directory}: {len(self.steps)} steps can be used, {count} are requested")
         rng = np.random.default_rng((seed, epoch))
         waiting: dict[int, list[ProxyStep]] = defaultdict(list)
         for index in rng.permutation(len(self.steps)):
@@ -141,7 +141,7 @@ class ProxySteps:
         image = as_pil(recorded)
         if image.width != image.height:
             raise ClvrError(
-                f"{self._dataset.folder}: record {step.record} has images of {image.width} x {image.height} pixels; "
+                f"{self._dataset.directory}: record {step.record} has images of {image.width} x {image.height} pixels; "
                 "PPRL needs square images"
             )
         if image.width != self._size:

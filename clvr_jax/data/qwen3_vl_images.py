@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from clvr_jax.atomic_io import located, read_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import located, read_json
 from clvr_jax.json_input import JsonObject, shown
 
 MAX_ASPECT_RATIO = 200

@@ -131,8 +131,8 @@ class GenerationExamples:
         self.samples = _padded(dataset, samples, text_buckets, max_padding, multiple=8)
         if self.left_out:
             console.print(
-                f"{dataset.folder}: {self.left_out} of {len(samples)} histories are longer than {self._limit} tokens; "
-                "their oldest replies are left out"
+                f"{dataset.directory}: {self.left_out} of {len(samples)} histories are longer than {self._limit} "
+                "tokens; their oldest replies are left out"
             )
 
     def _lengths(self, record: TrajectoryRecord) -> list[int]:
@@ -329,6 +329,6 @@ def _padded(
 ) -> tuple[Sample, ...]:
     """Returns the samples with padded lengths: the smallest of `bounds` that holds them; () chooses the bounds."""
     if not samples:
-        raise ClvrError(f"{dataset.folder}: no training example in {len(dataset)} trajectories")
+        raise ClvrError(f"{dataset.directory}: no training example in {len(dataset)} trajectories")
     bounds = bounds or length_bounds([sample.length for sample in samples], max_padding, multiple)
     return tuple(replace(sample, padded=bucket_for(sample.length, bounds)) for sample in samples)

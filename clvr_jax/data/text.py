@@ -88,21 +88,21 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """Returns the transformers tokenizer in `folder`, which holds tokenizer.json, or vocab.json and merges.txt.
+def load_tokenizer(directory: Path) -> Any:
+    """Returns the transformers tokenizer in `directory`, which holds tokenizer.json, or vocab.json and merges.txt.
 
     Raises: ClvrError, one line, if these are missing or cannot be read, or if the tokenizer knows no text.
     """
     # transformers makes up an empty tokenizer where the vocabulary is missing: every prompt would become no tokens.
-    if not any(all((folder / name).is_file() for name in names) for names in _VOCABULARIES):
+    if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
         raise ClvrError(
-            f"{folder}: no tokenizer, it holds neither tokenizer.json nor vocab.json and merges.txt; "
+            f"{directory}: no tokenizer, it holds neither tokenizer.json nor vocab.json and merges.txt; "
             "copy them from the model that it belongs to"
         )
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         knows_text = bool(tokenizer.tokenize("a"))
     # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it. The
     # latter is written in Rust, whose panics are no `Exception`.
@@ -110,9 +110,11 @@ def load_tokenizer(folder: Path) -> Any:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-        raise ClvrError(f"{folder}: no tokenizer that transformers can read ({reason})") from error
+        raise ClvrError(f"{directory}: no tokenizer that transformers can read ({reason})") from error
     if not knows_text:
-        raise ClvrError(f"{folder}: the tokenizer has no token for any text; its vocabulary is damaged, copy it again")
+        raise ClvrError(
+            f"{directory}: the tokenizer has no token for any text; its vocabulary is damaged, copy it again"
+        )
     return tokenizer
 
 

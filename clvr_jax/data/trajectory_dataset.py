@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.arguments import run_script
+from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.console import console, progress
 from clvr_jax.data.trajectory_record import (
     READABLE_SCHEMAS,
@@ -22,7 +23,6 @@ from clvr_jax.data.trajectory_record import (
     record_to_example,
 )
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import replacing
 from clvr_jax.json_input import JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectory import Trajectory
 
@@ -55,7 +55,7 @@ def write_dataset(
 
     features = record_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
-    with replacing(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         splits = {split: _Shards(directory, temporary, split, shard_bytes) for split in (SPLIT, VERIFICATION)}
         for number, given in enumerate(trajectories):
             record = TrajectoryRecord(f"{number:08d}", given) if isinstance(given, Trajectory) else given
@@ -144,39 +144,39 @@ class TrajectoryDataset:
     """A trajectory dataset with random access, `len(dataset)` and `dataset[number]`, for several threads or processes.
 
     Attributes:
-      folder: directory of the dataset.
+      directory: directory of the dataset.
       split: name of the split.
       has_verification: whether the dataset has verification examples.
 
     Args:
-      folder: directory of a dataset that `write_dataset` or TFDS wrote with a readable schema.
+      directory: directory of a dataset that `write_dataset` or TFDS wrote with a readable schema.
       split: "train" or "verification".
     Raises: ClvrError, one line, if there is no dataset, it is another kind of dataset, has another schema, is empty, or
       a shard is missing.
     """
 
-    def __init__(self, folder: Path, split: str = SPLIT):
-        self.folder, self.split = folder, split
-        description = folder / "dataset_info.json"
+    def __init__(self, directory: Path, split: str = SPLIT):
+        self.directory, self.split = directory, split
+        description = directory / "dataset_info.json"
         if not description.exists():
             raise ClvrError(
-                f"{folder}: no trajectory dataset here; make one of saved trajectories with "
-                f"python -m clvr_jax.data.trajectory_dataset --source FOLDER --out {folder}"
+                f"{directory}: no trajectory dataset here; make one of saved trajectories with "
+                f"python -m clvr_jax.data.trajectory_dataset --source DIR --out {directory}"
             )
         info = read_object(description)
         name, version = (info.content.get(key) for key in ("name", "version"))
         if name != NAME:
-            raise ClvrError(f"{folder}: a dataset of {shown(name)}, not of {NAME!r}")
+            raise ClvrError(f"{directory}: a dataset of {shown(name)}, not of {NAME!r}")
         if not isinstance(version, str) or version not in READABLE_SCHEMAS:
             raise ClvrError(
-                f"{folder}: its schema is {version!s:.40}, this clvr-jax reads {' and '.join(READABLE_SCHEMAS)}; "
+                f"{directory}: its schema is {version!s:.40}, this clvr-jax reads {' and '.join(READABLE_SCHEMAS)}; "
                 "write the dataset again with this version, or read it with the one that wrote it"
             )
         splits = info.objects("splits") if "splits" in info.content else []
         lengths = {entry.text("name"): _length(entry) for entry in splits}
         if not lengths.get(split):
             raise ClvrError(
-                f"{folder}: the dataset is empty" + ("" if split == SPLIT else f", it has no split {split}")
+                f"{directory}: the dataset is empty" + ("" if split == SPLIT else f", it has no split {split}")
             )
         self.has_verification = lengths.get(VERIFICATION, 0) > 0
         self._source = self._open()
@@ -185,24 +185,24 @@ class TrajectoryDataset:
         import tensorflow_datasets as tfds  # slow to import
 
         try:
-            builder = tfds.builder_from_directory(self.folder)
+            builder = tfds.builder_from_directory(self.directory)
             paths = [Path(path) for path in builder.info.splits[self.split].filepaths]
             # array_record takes a file that is missing for an empty one.
             absent = [path for path in paths if not path.exists()]
-            outside = [path for path in paths if path.parent.resolve() != self.folder.resolve()]
+            outside = [path for path in paths if path.parent.resolve() != self.directory.resolve()]
             source = None if absent or outside else builder.as_data_source(self.split)
         # A damaged description ends in whatever exception the place raises at which TFDS notices it.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
-            raise ClvrError(f"{self.folder}: not a dataset that TFDS can read ({reason})") from error
+            raise ClvrError(f"{self.directory}: not a dataset that TFDS can read ({reason})") from error
         if outside:
-            raise ClvrError(f"{self.folder}: its description names shards elsewhere ({shown(str(outside[0]))})")
+            raise ClvrError(f"{self.directory}: its description names shards elsewhere ({shown(str(outside[0]))})")
         if absent:
             raise ClvrError(f"{absent[0]}: this shard of the dataset is missing; copy or write the dataset again")
         return source
 
     def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path, str]]:
-        return TrajectoryDataset, (self.folder, self.split)
+        return TrajectoryDataset, (self.directory, self.split)
 
     def __len__(self) -> int:
         return len(self._source)
@@ -210,13 +210,13 @@ class TrajectoryDataset:
     def __getitem__(self, number: int) -> TrajectoryRecord:
         """Returns record `number`, from 0. Raises: IndexError past the end; CorruptRecordError if it cannot be read."""
         if not 0 <= number < len(self):
-            raise IndexError(f"{self.folder}: record {number} of {len(self)}")
+            raise IndexError(f"{self.directory}: record {number} of {len(self)}")
         try:
             return record_from_example(self._source[number])
         # The features of a dataset may be other ones than ours, whatever its name is.
         except Exception as error:
             reason = str(error).partition(";")[0].partition("\n")[0]
-            raise CorruptRecordError(f"{self.folder}: record {number} cannot be read ({reason})") from error
+            raise CorruptRecordError(f"{self.directory}: record {number} cannot be read ({reason})") from error
 
     def scan(self, max_corrupt: int = 16) -> Iterator[tuple[int, TrajectoryRecord]]:
         """Yields all readable records with their indices, in order, and reports the number of corrupt ones on stderr.
@@ -232,12 +232,12 @@ class TrajectoryDataset:
                     corrupt.append(error)
                     if len(corrupt) > max_corrupt:
                         raise ClvrError(
-                            f"{self.folder}: {len(corrupt)} of the first {number + 1} records are corrupt, more than "
-                            f"{max_corrupt}; write the dataset again (first: {corrupt[0]})"
+                            f"{self.directory}: {len(corrupt)} of the first {number + 1} records are corrupt, more "
+                            f"than {max_corrupt}; write the dataset again (first: {corrupt[0]})"
                         ) from error
                 advance(number + 1)
         if corrupt:
-            console.print(f"{self.folder}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
+            console.print(f"{self.directory}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
 
 
 def _length(split: JsonObject) -> int:

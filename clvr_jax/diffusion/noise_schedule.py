@@ -104,16 +104,16 @@ class NoiseSchedule:
 
     @property
     def alphas(self) -> np.ndarray:
-        """(num_train_timesteps,) float32, decreasing: the share of the picture in the variance at each timestep."""
+        """(num_train_timesteps,) float32, decreasing: the fraction of the signal in the variance at each timestep."""
         power = 2 if self.beta_schedule == "scaled_linear" else 1
         ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
-        # Rounded to float32 where PyTorch rounds: a thousand factors rounded otherwise differ in the sixth digit.
+        # Rounded to float32 where PyTorch rounds; otherwise a thousand factors differ in the sixth digit.
         betas = np.linspace(*ends, self.num_train_timesteps, dtype=np.float32) ** power
         return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
 
     @property
     def sigmas(self) -> np.ndarray:
-        """(num_train_timesteps,) float32, increasing: noise over picture, sqrt((1 - alpha) / alpha)."""
+        """(num_train_timesteps,) float32, increasing: the noise-to-signal ratio sqrt((1 - alpha) / alpha)."""
         return np.sqrt((1 - self.alphas) / self.alphas)
 
     def euler_timesteps(self, steps: int) -> np.ndarray:

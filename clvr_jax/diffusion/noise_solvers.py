@@ -39,7 +39,7 @@ def euler_noise_solve(
         _, epsilon = _clean_and_noise(predict(scaled, timestep), scaled, alpha, schedule)
         return x + ((next_sigma - sigma) * epsilon).astype(x.dtype), None
 
-    # "leading" does not begin at the last timestep: there the picture, of variance 1, is still to be seen.
+    # "leading" does not begin at the last timestep, so that the initial variance includes that of the image, 1.
     start = jnp.sqrt(sigmas[0] ** 2 + 1) if schedule.timestep_spacing == "leading" else sigmas[0]
     start_x = (start * noise).astype(noise.dtype)
     return jax.lax.scan(step, start_x, (jnp.asarray(timesteps), sigmas[:-1], sigmas[1:]))[0]
@@ -73,7 +73,7 @@ def lcm_solve(
     key: jax.Array | None = None,
     step_noise: jax.Array | None = None,
 ) -> jax.Array:
-    """Multistep sampling of a latent consistency model: jump to the picture, add fresh noise, jump again.
+    """Multistep sampling of a latent consistency model: predict the image, add noise, predict again.
 
     Args:
       predict, noise, schedule: as for `euler_noise_solve`.

@@ -23,11 +23,11 @@ _UNREAD = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 def empirical_mu(image_tokens: int, steps: int) -> float:
     """The exponent of the shift.
 
-    Two straight lines in the number of tokens, fitted by the model's authors at 10 and at 200 steps, and a straight
-    line in the number of steps between them; large pictures use the second alone.
+    Two linear functions of the number of tokens, fitted by the model's authors at 10 and at 200 steps, with linear
+    interpolation in the number of steps; large images use the second only.
 
     Args:
-      image_tokens: tokens of the picture being drawn, references not counted.
+      image_tokens: number of tokens of the generated image, without references.
       steps: solver steps.
     Source: compute_empirical_mu (Flux2KleinPipeline, diffusers).
     """

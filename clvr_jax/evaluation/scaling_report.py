@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clvr_jax.atomic_io import write_json, write_text
 from clvr_jax.evaluation.markdown import plain, table_lines
-from clvr_jax.files import write_json, write_text
 from clvr_jax.plots import can_plot, literal, new_figure
 
 if TYPE_CHECKING:

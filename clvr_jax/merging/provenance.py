@@ -18,6 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.atomic_io import read_json, write_json, write_text
 from clvr_jax.convert.architectures import torch_class
 from clvr_jax.convert.model_card import (
     FORMATS,
@@ -27,7 +28,6 @@ from clvr_jax.convert.model_card import (
     models_and_license,
     titles,
 )
-from clvr_jax.files import read_json, write_json, write_text
 from clvr_jax.merging.norms import DeltaStatistics, total
 from clvr_jax.merging.planning import MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights

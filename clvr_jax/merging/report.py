@@ -6,8 +6,8 @@ from typing import Any
 
 from rich.table import Table
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.report import readable_size
-from clvr_jax.files import write_json
 from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight

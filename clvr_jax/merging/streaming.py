@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.blocks import Buffers
 from clvr_jax.convert.conversion import copy_file, shape_in, writer
 from clvr_jax.convert.journal import resumable, states
@@ -25,13 +26,12 @@ from clvr_jax.convert.lora_config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.planning import TensorSlice
 from clvr_jax.convert.tensors import bits
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.merging.deltas import delta_of
 from clvr_jax.merging.methods import magnitude_threshold, merge_block, random_key
 from clvr_jax.merging.norms import DeltaStatistics, layer_of, total
 from clvr_jax.merging.planning import MERGE, OLD_MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights, is_weight
-from clvr_jax.outputs import check_destination
+from clvr_jax.output_paths import check_destination
 
 MAX_RELATIVE_DISTANCE = 1.0
 """Largest |delta| / |base| of a layer that was tuned from this base; for two random layers it is 1.4."""

@@ -1,1 +1,1 @@
-"""Models, tokenizer and sampler made usable."""
+"""Pipelines: models with their tokenizer and sampler, placed on a mesh."""

@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.folder import flux2_heads
+from clvr_jax.pipelines.flux2_io import flux2_heads
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
@@ -41,16 +41,21 @@ from clvr_jax.reasoning.verification import VerificationMode, Verifier
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 384
-"""Most tokens of a reply of a model that was trained for the loop."""
+"""Maximum tokens of a reply of a model that was trained for the loop."""
 MAX_UNTRAINED_REPLY_TOKENS = 1024
-"""The same of a model that was not: it lists and explains at length."""
+"""Maximum tokens of a reply of another model; such models list and explain at length."""
 
 
 class VLMController(Controller):
-    """A vision-language model that plans, judges and decides; greedy at first, sampling when it has to try again.
+    """A vision-language model as controller. First attempts are decoded greedily, retries are sampled.
 
-    system: system prompt, for models that were not trained on the loop's contract (`reasoning.actions.SYSTEM_PROMPT`).
-    usage: what all replies have cost so far.
+    Args:
+      vlm: the model.
+      system: system prompt, for models that were not trained for the loop (`reasoning.actions.SYSTEM_PROMPT`).
+      max_new_tokens: maximum length of a reply.
+
+    Attributes:
+      usage: cost of all replies so far.
     """
 
     def __init__(self, vlm: Qwen3VLPipeline, system: str | None = None, max_new_tokens: int = MAX_REPLY_TOKENS):
@@ -58,9 +63,9 @@ class VLMController(Controller):
         self.usage = Usage()
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Replies to all conversations: first attempts greedily in one call, retries sampled in another.
+        """Returns the replies to all conversations: first attempts are decoded in one call, retries in another.
 
-        A thought is no part of a reply; "", which nobody can read, stands for a thought without a reply.
+        Thoughts are removed; a thought without a reply becomes "", which is then retried because it cannot be parsed.
         """
         answers: dict[int, ChatAnswer] = {}
         for is_retry in (False, True):
@@ -68,7 +73,7 @@ class VLMController(Controller):
             if rows:
                 temperature = RETRY_TEMPERATURE if is_retry else 0.0
                 answers.update(zip(rows, self._answers([conversations[i] for i in rows], temperature), strict=True))
-        # Drafts in a thought look like actions, and must never be carried out.
+        # Drafts in a thought look like actions and must not be executed.
         return [strip_thoughts(answers[index].text) or "" for index in range(len(conversations))]
 
     def _answers(self, conversations: Sequence[Conversation], temperature: float) -> list[ChatAnswer]:
@@ -85,10 +90,12 @@ class VLMController(Controller):
 
 
 class Flux2ImageGenerator(ImageGenerator):
-    """A FLUX.2 pipeline that draws under the whole history.
+    """A FLUX.2 pipeline as image generator, conditioned on the complete history.
 
-    steps, guidance: the model's own if None.
-    size: height and width in pixels; if None, those of the first reference, and the model's own without references.
+    Args:
+      pipeline: the pipeline.
+      steps, guidance: of the solver; the model's own if None.
+      size: height and width in pixels; if None, those of the first reference, and the model's own without references.
     """
 
     def __init__(
@@ -103,7 +110,7 @@ class Flux2ImageGenerator(ImageGenerator):
         self._width = None if size is None else size[1]
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
-        """See `ImageGenerator`."""
+        """Returns an image for each request."""
         histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
         output = self._pipeline.generate_each(
             [history.text for history in histories],
@@ -122,7 +129,10 @@ class Flux2ImageGenerator(ImageGenerator):
 
 @dataclasses.dataclass(frozen=True)
 class ClosedLoopOutput:
-    """image: the best picture (PIL), None if there is none. trajectory: what happened. nfe, seconds: in all."""
+    """The result of a loop.
+
+    image: the best image (PIL), None if there is none. trajectory: all steps. nfe, seconds: of the complete loop.
+    """
 
     image: Image.Image | None
     trajectory: Trajectory
@@ -131,10 +141,11 @@ class ClosedLoopOutput:
 
 
 class ClosedLoopPipeline:
-    """Prompt in, image and trajectory out.
+    """Generates an image and its trajectory from a prompt.
 
-    Components are public attributes: `flux` generates images; `controller` plans and decides, None for a directory
-    without `controller/`, which then needs one at every call; `verifier` checks images, None where nobody can.
+    Components are public attributes: `flux` generates images; `controller` plans and decides; `verifier` checks images.
+    A directory without `controller/` has neither controller nor verifier unless they are given; then every call of
+    `run` needs a controller.
     """
 
     def __init__(
@@ -183,7 +194,7 @@ class ClosedLoopPipeline:
         layout = layout_of(mesh)
         if controller is None and (path / "controller").is_dir():
             controller = model
-        # What can be wrong with the small files is found before the large ones are read, which takes minutes.
+        # Configurations are checked before weights are read, which takes minutes.
         names = {"controller": controller, "verifier": verifier}
         found = {part: controller_directory(name) for part, name in names.items() if isinstance(name, str)}
         if layout is not None and class_of(path) == FLUX2:
@@ -235,12 +246,12 @@ class ClosedLoopPipeline:
           prompt: describes the image, or the change of the given images.
           max_steps, max_nfe, max_seconds, stop_when, candidates, max_plan_retries: see `Budget`.
           seed: the same seed gives the same trajectory.
-          nfe: network evaluations of each drawing, which guidance counts twice; the model's own if None.
+          nfe: network evaluations for each image, two a step with guidance; the model's own if None.
           verification: who accepts an image, see `reasoning.loop.run`.
-          on_event: called as things happen.
+          on_event: called with each event of the loop.
           images: the user's own images to edit or to combine, references of every step in this order.
           height, width: of the generated images, both or none; those of the first reference, else the model's, if None.
-        Raises: UsageError for limits or a size that make no sense.
+        Raises: UsageError for invalid limits or an invalid size.
         """
         began = time.monotonic()
         budget = Budget(
@@ -275,23 +286,23 @@ class ClosedLoopPipeline:
         """Runs the loop for several prompts together.
 
         Args: as in `__call__`, and
-          controller, verifier: take the place of the pipeline's own.
-          images: the user's own images of each prompt; None: there are none.
+          controller, verifier: used in place of the pipeline's own.
+          images: the user's own images for each prompt; None: no images.
         Raises: ClvrError without a controller, or without a verifier where `verification` needs one.
         """
         chosen = controller or self.controller
         if chosen is None:
-            raise ClvrError(f"{self.model or 'pipeline'}: the folder has no controller/; give a controller")
+            raise ClvrError(f"{self.model or 'pipeline'}: the directory has no controller/; give a controller")
         if (height is None) != (width is None):
-            raise UsageError("height and width go together; give both or none")
+            raise UsageError("height and width must be given together; give both or none")
         size = None if height is None or width is None else (height, width)
         if size is not None:
             check_size(*size, self.flux.vae.config.token_pixels)
         steps = None if nfe is None else self.flux.steps_for(nfe)
-        self.flux.check_prompts(prompts)  # now, not after the controller has worked for minutes
+        self.flux.check_prompts(prompts)  # before the controller runs, which takes minutes
         image_generator = Flux2ImageGenerator(self.flux, steps, size=size)
-        checks = (verifier or self.verifier) if verification == "separate" else None
-        if verification == "separate" and checks is None:
+        chosen_verifier = (verifier or self.verifier) if verification == "separate" else None
+        if verification == "separate" and chosen_verifier is None:
             raise ClvrError(
                 f"{self.model or 'pipeline'}: there is no verifier; give one or choose verification controller or none"
             )
@@ -303,13 +314,13 @@ class ClosedLoopPipeline:
             seeds,
             on_event,
             verification=verification,
-            verifier=checks,
+            verifier=chosen_verifier,
             model=self.model,
             images=images,
         )
 
 
 def _heads(directories: Mapping[str, Path]) -> dict[str, int]:
-    """Attention heads of the Qwen3-VL models in some directories, by what messages call them."""
+    """Returns the attention heads of several Qwen3-VL models by their names in messages."""
     heads = [qwen3_vl_heads(directory, part) for part, directory in directories.items()]
     return {name: count for own in heads for name, count in own.items()}

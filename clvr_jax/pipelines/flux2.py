@@ -1,8 +1,8 @@
-"""FLUX.2 klein made usable: prompt and reference images in, picture out.
+"""The pipeline of FLUX.2 klein: from a prompt and reference images to an image.
 
-Four jitted programs - encode text, encode references, denoise, decode - each compiled once for a shape. Shapes are kept
-few: text is padded to a bucket, the batch to a power of two, references are grouped by number and size.
-Source of the order of things: diffusers `Flux2KleinPipeline`.
+Four jitted functions (encode text, encode references, denoise, decode) are compiled once for each shape. To keep the
+shapes few, text is padded to a bucket and the batch to a power of two, and references are grouped by number and size.
+Source: diffusers `Flux2KleinPipeline`.
 """
 
 import dataclasses
@@ -17,41 +17,41 @@ import numpy as np
 from jax.typing import DTypeLike
 from PIL import Image
 
+from clvr_jax.atomic_io import located
 from clvr_jax.data.histories import FittedHistory, fit_history, token_count
 from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-from clvr_jax.pipelines import folder
-from clvr_jax.pipelines.agreement import check_flux2
-from clvr_jax.pipelines.components import Components, jitted
+from clvr_jax.pipelines import flux2_io
+from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
+from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
-
+"""Larger references are scaled down to this number of pixels."""
 
 KLEIN = {
     "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
     "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
 }
-"""The published models: sizes of transformer and text encoder."""
+"""Configurations of transformer and text encoder of the published models."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Flux2Settings:
-    """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of FLUX.2 klein.
+    """Settings of a pipeline in `clvr.json` and `model_index.json`; the defaults are those of FLUX.2 klein.
 
-    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: lengths that texts are padded
-    to (padding is attended to, so these belong to the model); a history that is longer than all of them loses its
-    oldest replies. sample_size: pixels of a side if none is asked for. is_distilled: guidance is never used.
-    num_inference_steps, guidance_scale: what the model is meant to be run with. world: of the small models, the world
-    whose language is all they know.
+    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: numbers of tokens that texts
+    are padded to (padding is attended to, so these belong to the model); a history that is longer than all of them
+    loses its oldest replies. sample_size: height and width in pixels if none are given. is_distilled: guidance is never
+    used. num_inference_steps, guidance_scale: the model's defaults. world: the only world whose language a small model
+    knows, "" for other models.
     """
 
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
@@ -64,26 +64,29 @@ class Flux2Settings:
 
     def __post_init__(self) -> None:
         if not self.text_buckets or not 1 <= min(self.text_buckets) <= max(self.text_buckets) <= 2**17:
-            raise ClvrError(f"text_buckets {self.text_buckets}: give lengths from 1 to {2**17}")
+            raise ClvrError(f"text_buckets {self.text_buckets}: give numbers of tokens from 1 to {2**17}")
         if not 1 <= self.num_inference_steps <= 1000 or not 1 <= self.sample_size <= 2**15:
             raise ClvrError("num_inference_steps must be from 1 to 1000, and sample_size from 1 to 32768")
 
 
 @dataclasses.dataclass(frozen=True)
 class Flux2Output:
-    """images: PIL images, or float32 (b, h, w, 3) in [0, 1]. nfe: transformer forwards spent on each image."""
+    """Generated images.
+
+    images: PIL images, or float32 (b, h, w, 3) in [0, 1]. nfe: number of transformer evaluations for each image.
+    """
 
     images: Any
     nfe: int
 
 
-class Flux2Pipeline(Components):
-    """Text to image and editing with references.
+class Flux2Pipeline(JittedPipeline):
+    """Generates images from text, and edits reference images.
 
-    Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`,
-    `schedule` (noise levels of the solver). Replacing `transformer` by one of the same configuration (after a merge,
-    say) does not compile anything again. A text encoder is loaded without the layers that are never read;
-    `text_encoder_source` is the directory that they are copied from when the pipeline is saved.
+    Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`, `schedule` (noise
+    levels of the solver). Replacing `transformer` by one of the same configuration, such as a merged one, compiles
+    nothing again. A text encoder is loaded without the layers that are never used; `text_encoder_source` is the
+    directory that they are copied from when the pipeline is saved.
     """
 
     def __init__(
@@ -101,10 +104,10 @@ class Flux2Pipeline(Components):
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
         self.text_encoder_source = text_encoder_source
-        self._encode_text = jitted(encode_text, static_argnums=(0, 4))
-        self._encode_images = jitted(encode_images, gathers_weights=True, static_argnums=0)
-        self._decode = jitted(decode, gathers_weights=True, static_argnums=0)
-        self._denoise = jitted(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
+        self._encode_text = jit_module(encode_text, static_argnums=(0, 4))
+        self._encode_images = jit_module(encode_images, replicate_weights=True, static_argnums=0)
+        self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
+        self._denoise = jit_module(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
     @classmethod
     def from_pretrained(
@@ -122,23 +125,23 @@ class Flux2Pipeline(Components):
         """Loads a pipeline.
 
         Args:
-          model: a shipped name ("shapes-tiny", "shapes-tiny-base", ...) or a folder in diffusers layout.
+          model: a shipped name ("shapes-tiny", "shapes-tiny-base", ...) or a directory in diffusers layout.
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
-          transformer: subfolder to take the transformer from, if not `transformer`.
-          mesh: shards parameters and computation; every parameter is placed as `clvr_jax.sharding` says.
+          transformer: subdirectory of the transformer; the model's own, usually `transformer`, if None.
+          mesh: shards parameters and computation by the rules of `clvr_jax.sharding`.
           lora: LoRAs of the transformer, each a file, directory or Hugging Face id, alone or with its weight. They are
-            added to the weights before those are placed.
+            added to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
           quantize: "int8" stores the weights of transformer and text encoder as 8-bit integers (see
-            `models.quantization`), {"transformer": "int8"} those of one of them; a quantized pipeline cannot be saved.
+            `models.quantization`), {"transformer": "int8"} those of one model; a quantized pipeline cannot be saved.
           offload: "components" holds text encoder and transformer in host memory, and copies each to the devices while
             it computes; None leaves both on the devices.
-        Raises: ClvrError naming what is missing or does not fit.
+        Raises: ClvrError that names what is missing or does not match.
         """
         layout, offloader = layout_of(mesh), offloader_of(offload)
         with located(model), computing_on(layout):
             pipe = cls(
-                *folder.load_flux2(
+                *flux2_io.load_flux2(
                     model,
                     dtype,
                     transformer,
@@ -166,16 +169,16 @@ class Flux2Pipeline(Components):
         latents: np.ndarray | jax.Array | None = None,
         output_type: Literal["pil", "np"] = "pil",
     ) -> Flux2Output:
-        """Draws one picture for each prompt.
+        """Generates one image for each prompt.
 
         Args:
           prompt: a text or several.
           images: references in order, shared by all prompts.
-          num_inference_steps, guidance_scale: the model's own if None; guidance 1 and distilled models cost one forward
-            a step, other guidance two.
-          height, width: pixels; the first reference's, else the model's, if None.
-          seed: the same seed gives the same noise; picture i of a batch has noise of its own.
-          latents: noise as diffusers takes it, (b, token_channels, height / 16, width / 16) for FLUX.2.
+          num_inference_steps, guidance_scale: the model's own if None. A step takes one network evaluation with
+            guidance 1 and with distilled models, and two with other guidance.
+          height, width: in pixels; those of the first reference, else the model's, if None.
+          seed: the same seed gives the same noise; every image of a batch has its own noise.
+          latents: noise in the layout of diffusers, (b, token_channels, height / 16, width / 16) for FLUX.2.
           output_type: "pil", or "np" for float32 (b, h, w, 3) in [0, 1].
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
@@ -205,13 +208,17 @@ class Flux2Pipeline(Components):
         width: int | None = None,
         output_type: Literal["pil", "np"] = "pil",
     ) -> Flux2Output:
-        """As `__call__`, but every row has references of its own, equal in number and sizes, and noise of its own.
+        """Generates images like `__call__`, with references and noise for each row.
 
-        noise: (b,) random keys, or latents (b, c, h, w).
+        Args:
+          prompts: (b,) texts.
+          references: of each row; all rows have references of the same number and sizes.
+          noise: (b,) random keys, or latents (b, c, h, w).
+          num_inference_steps, guidance_scale, height, width, output_type: as in `__call__`.
         """
         if len(set(lengths := self._lengths(prompts))) > 1:
             # Padding is attended to: in the bucket of a longer row, a text would give another image than alone.
-            return self._draw_apart(
+            return self._generate_by_length(
                 lengths,
                 prompts,
                 references,
@@ -252,11 +259,11 @@ class Flux2Pipeline(Components):
             grid,
             tuple((h // token, w // token) for h, w in sizes),
         )
-        final = self._completed(final)
+        final = self._wait_if_offloaded(final)
         decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
-        pictures = np.asarray(decoded, np.float32)
+        images = np.asarray(decoded, np.float32)
         nfe = steps * (2 if use_guidance else 1)
-        return Flux2Output([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
+        return Flux2Output([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
 
     def generate_each(
         self,
@@ -269,15 +276,16 @@ class Flux2Pipeline(Components):
         height: int | None = None,
         width: int | None = None,
     ) -> Flux2Output:
-        """Pictures for rows that have nothing in common, each as it would be drawn alone from its seed.
+        """Generates an image for each of several independent rows; a batch does not change an image.
 
-        Rows are drawn together if their texts fall into the same bucket (padding is attended to, so a text among longer
-        ones would be another text) and their references agree in number and sizes; six of them as four and two.
+        Rows share a call if their texts have the same bucket (padding is attended to, so that a text padded to the
+        bucket of a longer one would give another image) and their references have the same number and sizes. The number
+        of rows in a call is a power of two: six rows are computed as four and two.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, (length, images) in enumerate(zip(self._lengths(prompts), references, strict=True)):
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
-        pictures: dict[int, Any] = {}
+        generated: dict[int, Any] = {}
         nfe = 0
         for rows in [part for group in groups.values() for part in _powers_of_two(group)]:
             output = self.generate(
@@ -290,29 +298,32 @@ class Flux2Pipeline(Components):
                 width=width,
             )
             nfe = output.nfe
-            pictures.update(zip(rows, output.images, strict=True))
-        return Flux2Output([pictures[index] for index in range(len(prompts))], nfe)
+            generated.update(zip(rows, output.images, strict=True))
+        return Flux2Output([generated[index] for index in range(len(prompts))], nfe)
 
     def fit_history(self, prompt: str, replies: Sequence[str]) -> FittedHistory:
-        """Returns the text of a history, without its oldest replies if it is too long; see `histories.fit_history`."""
+        """Returns the text of a history, without its oldest replies if it is too long (`histories.fit_history`)."""
         return fit_history(self.tokenizer, prompt, replies, max(self.settings.text_buckets))
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
-        """Raises ClvrError for a prompt that is empty, or longer than the text encoder reads."""
+        """Raises ClvrError for a prompt that is empty, or longer than the largest bucket."""
         self._lengths(prompts)
 
     def steps_for(self, nfe: int) -> int:
-        """Solver steps that `nfe` network evaluations pay for under the model's own guidance; UsageError if none."""
-        price = 2 if self.settings.guidance_scale > 1 and not self.settings.is_distilled else 1
-        if nfe < price or nfe % price:
-            raise UsageError(f"nfe must be a positive multiple of {price} (guidance costs two a step), got {nfe}")
-        return nfe // price
+        """Returns the number of solver steps with `nfe` network evaluations under the model's own guidance.
+
+        Raises: UsageError if there is no such number.
+        """
+        per_step = 2 if self.settings.guidance_scale > 1 and not self.settings.is_distilled else 1
+        if nfe < per_step or nfe % per_step:
+            raise UsageError(f"nfe must be a positive multiple of {per_step} (with guidance, two a step), got {nfe}")
+        return nfe // per_step
 
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:
-        """Writes a diffusers folder that `Flux2KleinPipeline.from_pretrained` loads too."""
-        folder.save_flux2(path, self, dtype)
+        """Writes a directory in diffusers layout, which `Flux2KleinPipeline.from_pretrained` loads too."""
+        flux2_io.save_flux2(path, self, dtype)
 
-    def _draw_apart(
+    def _generate_by_length(
         self,
         lengths: Sequence[int],
         prompts: Sequence[str],
@@ -320,38 +331,42 @@ class Flux2Pipeline(Components):
         noise: jax.Array,
         **options: Any,
     ) -> Flux2Output:
-        """As `draw`, with one call for the rows of each text length."""
+        """Generates images like `generate`, with one call for the rows of each bucket."""
         if len(noise) != len(prompts):
-            raise UsageError(f"{len(prompts)} prompts but noise for {len(noise)}; give each its own")
+            raise UsageError(f"{len(prompts)} prompts but noise for {len(noise)}; give noise for each prompt")
         images: dict[int, Any] = {}
         nfe = 0
         for length in sorted(set(lengths)):
             rows = [row for row, each in enumerate(lengths) if each == length]
-            picked, shown = [prompts[row] for row in rows], [references[row] for row in rows]
-            output = self.generate(picked, shown, noise[jnp.asarray(rows)], **options)
+            output = self.generate(
+                [prompts[row] for row in rows],
+                [references[row] for row in rows],
+                noise[jnp.asarray(rows)],
+                **options,
+            )
             nfe = output.nfe
             images.update(zip(rows, output.images, strict=True))
         ordered = [images[row] for row in range(len(prompts))]
         return Flux2Output(np.stack(ordered) if options["output_type"] == "np" else ordered, nfe)
 
     def _lengths(self, prompts: Sequence[str]) -> list[int]:
-        """The bucket of each prompt. Raises: ClvrError for one that is empty or too long."""
+        """Returns the bucket of each prompt, in tokens. Raises: ClvrError for a prompt that is empty or too long."""
         for text in prompts:
             check_prompt(text)
         return [bucket_for(token_count(self.tokenizer, text), self.settings.text_buckets) for text in prompts]
 
     def _text(self, prompts: list[str], use_guidance: bool) -> jax.Array:
-        """(b or 2 b, length, d): conditions, preceded by the unconditional ones if guidance is used."""
+        """Returns text conditions (b, length, d); with guidance (2 b, length, d), the unconditional ones first."""
         buckets, layers = self.settings.text_buckets, self.settings.text_encoder_out_layers
         ids, mask = encode_prompts(self.tokenizer, prompts, buckets)
         if use_guidance:
             empty_ids, empty_mask = encode_prompts(self.tokenizer, [""], (ids.shape[1],))
             ids = np.concatenate([np.repeat(empty_ids, len(prompts), 0), ids])
             mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
-        return self._completed(self._encode_text(*self._split("text_encoder"), ids, mask, layers))
+        return self._wait_if_offloaded(self._encode_text(*self._split("text_encoder"), ids, mask, layers))
 
     def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> jax.Array:
-        """(b, tokens of all references, channels)."""
+        """Returns the latent tokens of all references, (b, tokens, channels)."""
         channels = self.transformer.config.in_channels
         encoded = [
             self._encode_images(*self._split("vae"), np.stack([row[i] for row in pixels])).reshape(
@@ -371,9 +386,9 @@ class Flux2Pipeline(Components):
 
 
 def _powers_of_two(rows: list[int]) -> list[list[int]]:
-    """Cuts the rows into the fewest parts of 1, 2, 4, ... rows: the sizes that are compiled, none of them padded.
+    """Splits rows into the fewest parts of 1, 2, 4, ... rows, which are the batch sizes that are compiled.
 
-    A few pictures fill any device, so an idle row costs as much as a real one.
+    No part is padded: a few images use a device fully, so a padded row would cost as much as another image.
     """
     parts = []
     while rows:
@@ -386,7 +401,9 @@ def _powers_of_two(rows: list[int]) -> list[list[int]]:
 def _common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
     sizes = [[image.shape[:2] for image in row] for row in pixels]
     if any(row != sizes[0] for row in sizes):
-        raise UsageError("rows of one batch must have the same number and sizes of references; draw them apart")
+        raise UsageError(
+            "rows of one batch must have references of the same number and sizes; generate the others in another batch"
+        )
     return [(int(h), int(w)) for h, w in sizes[0]]
 
 

@@ -1,6 +1,6 @@
-"""The programs that FLUX.2 is made of, to be jitted: encode text, encode references, denoise, decode.
+"""The functions of FLUX.2 that are jitted: encode text, encode references, denoise, decode.
 
-Pipelines, training and the planner trace the same ones. Models enter as graph and weights.
+Pipelines, training and the planner trace the same functions. Models are passed as graph definition and state.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,30 +19,30 @@ from clvr_jax.models.layers import read_only_weights
 
 
 def encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
-    """(b, t) ids and mask -> (b, t, layers * d), the hidden states at `layers` side by side."""
+    """Returns the hidden states at `layers`, concatenated: ids and mask (b, t) -> (b, t, layers * d)."""
     return jnp.concatenate(nnx.merge(graphdef, state).hidden_states(ids, mask, layers), axis=-1)
 
 
 def encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
-    """(b, h, w, 3) in [-1, 1] -> (b, h / 16, w / 16, c) latent tokens."""
+    """Encodes images to latent tokens: (b, h, w, 3) in [-1, 1] -> (b, h / 16, w / 16, c)."""
     return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
 
 
-def encode_references(graphdef: Any, state: Any, pictures_bnhwc: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Pictures as data has them, (b, n, h, w, 3) uint8, -> (b, tokens of all n, c), as `velocity_field` takes them."""
+def encode_references(graphdef: Any, state: Any, images_bnhwc: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Encodes n references of each row to latent tokens: uint8 (b, n, h, w, 3) -> (b, tokens of all n, c)."""
 
-    def encode(pictures_bhwc: jax.Array) -> jax.Array:
-        tokens_bhwc = encode_images(graphdef, state, (pictures_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype))
-        return tokens_bhwc.reshape(len(pictures_bhwc), -1, tokens_bhwc.shape[-1])
+    def encode(images_bhwc: jax.Array) -> jax.Array:
+        tokens_bhwc = encode_images(graphdef, state, (images_bhwc.astype(jnp.float32) / 127.5 - 1).astype(dtype))
+        return tokens_bhwc.reshape(len(images_bhwc), -1, tokens_bhwc.shape[-1])
 
-    # One picture of every row after the other: large ones need more memory in the encoder than all the rest does.
-    tokens_nbtc = jax.lax.map(encode, pictures_bnhwc.swapaxes(0, 1))
+    # One reference of every row at a time: the encoder's activations for all n need more memory than all the rest.
+    tokens_nbtc = jax.lax.map(encode, images_bnhwc.swapaxes(0, 1))
     number, rows, each, channels = tokens_nbtc.shape
     return tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
 
 
 def decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
-    """(b, h / 16, w / 16, c) latent tokens -> (b, h, w, 3) in [0, 1], float32."""
+    """Decodes latent tokens to images: (b, h / 16, w / 16, c) -> float32 (b, h, w, 3) in [0, 1]."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
 
@@ -53,14 +53,15 @@ def velocity_field(
     grid: tuple[int, int],
     reference_sizes: Sequence[tuple[int, int]],
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
-    """The velocity of a picture's tokens beside its references.
+    """Returns the velocity function of an image's tokens, given its references.
 
     Args:
       transformer: the model.
       references_btc: (b, tokens of all references, c), possibly none.
-      grid: (height, width) of the picture in tokens.
-      reference_sizes: the same of each reference.
-    Returns: (latents_btc, timesteps (b,), text_btd) -> (b, t, c). Rows beyond b repeat the references.
+      grid: (height, width) of the image in tokens.
+      reference_sizes: (height, width) of each reference in tokens.
+    Returns: (latents_btc, timesteps (b,), text_btd) -> (b, t, c). The number of rows may be a multiple of b; the
+      references are repeated.
     """
     image_ids = np.concatenate([latent_ids(*grid), reference_ids(list(reference_sizes))])
 
@@ -85,12 +86,15 @@ def denoise(
     grid: tuple[int, int],
     reference_sizes: tuple[tuple[int, int], ...],
 ) -> jax.Array:
-    """Solves the flow from noise to pictures.
+    """Integrates the flow from noise to images.
 
     Args:
-      graphdef, state: the transformer, split.
-      latents_btc: noise. text_btd: conditions, b of them, or 2 b, unconditional ones first, for guidance.
-      references_btc: tokens of all references. sigmas: (steps + 1,), 1 to 0. guidance: scalar, unused without.
+      graphdef, state: of the transformer.
+      latents_btc: noise.
+      text_btd: conditions (b, ...), or (2 b, ...) with the unconditional ones first, for guidance.
+      references_btc: tokens of all references.
+      sigmas: (steps + 1,) noise levels, from 1 to 0.
+      guidance: scalar, the guidance scale; not used without unconditional rows.
       grid, reference_sizes: see `velocity_field`.
     Returns: (b, t, c) clean latents.
     """

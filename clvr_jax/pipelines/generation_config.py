@@ -1,18 +1,18 @@
-"""How a checkpoint asks to be decoded from: transformers' `generation_config.json`."""
+"""The decoding settings of a checkpoint: transformers' `generation_config.json`."""
 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import write_json
 from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.models.sampling import UNCHANGED, Sampling
 
 FILE = "generation_config.json"
 
-# Fields that would change replies, with the values that change nothing. What is not obeyed is refused by name.
+# Fields that are not supported and would change replies, with the values that change nothing; others are refused.
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
@@ -40,11 +40,11 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 
 @dataclasses.dataclass(frozen=True)
 class GenerationConfig:
-    """What a checkpoint says about decoding.
+    """Decoding settings of a checkpoint.
 
-    stop_tokens: ids of the tokens that end a reply; () for a checkpoint that names none. sampling: how tokens are
-    chosen. content: of the file, to write it again; None without one. `do_sample`, `temperature` and the lengths in it
-    are not used, because the caller always says at which temperature and how long a reply is to be.
+    stop_tokens: ids of the tokens that end a reply; () if the checkpoint has none. sampling: how tokens are chosen.
+    content: of the file, to write it again; None without a file. Its `do_sample`, `temperature` and lengths are not
+    used, because the caller always gives the temperature and the maximum length of a reply.
     """
 
     stop_tokens: tuple[int, ...] = ()
@@ -53,9 +53,9 @@ class GenerationConfig:
 
     @classmethod
     def read(cls, directory: Path, vocab_size: int) -> Self:
-        """Reads the file of a model directory; without one nothing is asked for.
+        """Reads the file of a model directory; without a file all settings are neutral.
 
-        Raises: ClvrError for fields of a wrong type or range, and for one that is not supported and would matter.
+        Raises: ClvrError for fields of a wrong type or range, and for a field that is not supported and not neutral.
         """
         file = directory / FILE
         if not file.is_file():
@@ -64,7 +64,7 @@ class GenerationConfig:
         for name, neutral in _NEUTRAL.items():
             if (value := entry.content.get(name)) not in neutral:
                 raise ClvrError(
-                    f"{file}: {name} is {value!r:.40}, which is not supported; remove it if replies may do without"
+                    f"{file}: {name} is {value!r:.40}, which is not supported; remove it to decode without it"
                 )
         names = ("top_k", "top_p", "repetition_penalty")
         given: dict[str, Any] = {
@@ -78,13 +78,13 @@ class GenerationConfig:
             raise error if str(error).startswith(str(file)) else ClvrError(f"{file}: {error}") from error
 
     def write(self, directory: Path) -> None:
-        """Writes the file as it was read, if there was one."""
+        """Writes the file as it was read, if there was a file."""
         if self.content is not None:
             write_json(directory / FILE, dict(self.content))
 
 
 def _stop_tokens(entry: JsonObject, vocab_size: int) -> tuple[int, ...]:
-    """The ids in `eos_token_id`, which is one, a list, or absent."""
+    """Returns the ids in `eos_token_id`, which is an id, a list of ids, or absent."""
     if entry.content.get("eos_token_id") is None:
         return ()
     if isinstance(entry.content["eos_token_id"], list):

@@ -1,4 +1,4 @@
-"""Pictures between PIL and arrays."""
+"""Conversion of images between PIL and the arrays of the models."""
 
 import math
 
@@ -13,7 +13,7 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
     Args:
       height, width: in pixels.
-      multiple: in pixels: the patch that one token or latent stands for.
+      multiple: in pixels: the side of the patch of one token or latent.
     """
     sides = height, width
     if any(side < 1 or side % multiple for side in sides):
@@ -24,12 +24,12 @@ def check_size(height: int, width: int, multiple: int) -> None:
 
 
 def prepare_reference(image: Image.Image, multiple: int, max_pixels: int) -> np.ndarray:
-    """A reference as the autoencoder takes it: shrunk if too large, cropped in the middle to multiples.
+    """Returns a reference as the autoencoder takes it: scaled down if too large, center-cropped to multiples.
 
     Args:
       image: any size and mode.
       multiple: sides of the result are multiples of it.
-      max_pixels: larger pictures are scaled down (Lanczos) to about this area, smaller ones never up.
+      max_pixels: larger images are scaled down (Lanczos) to about this area; smaller ones are not scaled up.
     Returns: float32 (h, w, 3) in [-1, 1].
     Source: Flux2ImageProcessor (diffusers).
     """
@@ -48,5 +48,5 @@ def prepare_reference(image: Image.Image, multiple: int, max_pixels: int) -> np.
 
 
 def to_pil(image_hwc: np.ndarray) -> Image.Image:
-    """Float32 (h, w, 3) in [0, 1] -> PIL image, rounded to the nearest of 256 levels."""
+    """Converts float32 (h, w, 3) in [0, 1] to a PIL image, rounded to the nearest of 256 levels."""
     return Image.fromarray(np.round(image_hwc * 255).astype(np.uint8))

@@ -1,4 +1,4 @@
-"""How the models of a pipeline are loaded: dtype, mesh, and the LoRAs that are added to their weights."""
+"""Options for loading the models of a pipeline: dtype, mesh, quantization, and LoRAs that are added to the weights."""
 
 import contextlib
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.lora import load_lora
@@ -22,7 +23,6 @@ from clvr_jax.convert.lora_file import FILE_NAME
 from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
-from clvr_jax.files import read_json
 from clvr_jax.models.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Tree
@@ -34,8 +34,7 @@ Mesh = MeshConfig | MeshLayout | None
 """Where a model is placed: on a mesh to be made, on one that exists, or on the default device."""
 
 LoRA = str | tuple[str, float]
-"""A LoRA file, its directory or its Hugging Face id, and its weight, 1 if there is none."""
-
+"""A LoRA: its file, directory or Hugging Face id, alone (weight 1) or with its weight."""
 
 Quantize = Quantization | Mapping[str, Quantization] | None
 """Which models are quantized: all that can be, those that are named, or none."""
@@ -57,7 +56,7 @@ def layout_of(mesh: Mesh) -> MeshLayout | None:
 
 
 def computing_on(layout: MeshLayout | None) -> AbstractContextManager[Any]:
-    """While this lasts, models are loaded and programs are traced for `layout`; None changes nothing."""
+    """Returns a context in which models are loaded and programs are traced for `layout`; None changes nothing."""
     return contextlib.nullcontext() if layout is None else layout.active()
 
 
@@ -172,5 +171,5 @@ def read_loras(
 
 
 def lora_path(name: str) -> Path:
-    """Returns the file or directory of a LoRA on this machine; a Hugging Face id is fetched. Raises: ClvrError."""
+    """Returns the file or directory of a LoRA on this machine; a Hugging Face id is downloaded. Raises: ClvrError."""
     return local_directory(name, allow_patterns=(FILE_NAME, PEFT_NAME, PEFT_CONFIG))

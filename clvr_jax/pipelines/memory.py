@@ -1,4 +1,4 @@
-"""Memory that models need, from their configurations, and that devices have: compared before weights are read."""
+"""The memory that the weights of models need, compared with the free memory of the devices before they are loaded."""
 
 import dataclasses
 import math
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
@@ -22,7 +23,6 @@ from clvr_jax.convert.architectures import (
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.models.quantization import SCALE
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.loading import Quantize, quantization_of, resolve_dtype
@@ -36,7 +36,7 @@ GIB = 2**30
 class Part:
     """One model of a pipeline.
 
-    name: in messages. directory: contains its config.json. architecture: of its module. quantize_as: its name in
+    name: in messages. directory: contains config.json. architecture: of the module. quantize_as: its name in
     `loading.QUANTIZED_PARTS`, "" if it is never quantized. is_offloaded: whether `offload` moves it to host memory.
     """
 
@@ -52,7 +52,7 @@ def parts_of(model: str, vision_language: Mapping[str, Path] | None = None) -> l
 
     Args:
       model: a shipped name or a directory in diffusers layout.
-      vision_language: what messages call each further Qwen3-VL -> its directory; equal directories are one model.
+      vision_language: name in messages -> directory of each further Qwen3-VL; equal directories are one model.
     """
     path, chosen = resolve(model)
     further = {directory: name for name, directory in reversed(list((vision_language or {}).items()))}
@@ -86,7 +86,7 @@ def bytes_per_device(
         found[part.name] = 0
         for path, leaf in leaves.items():
             shape = leaf.shape if placed is None else placed[path].shard_shape(leaf.shape)
-            # As `load_model` casts: all that is not an integer, but the scales of quantized weights.
+            # `load_model` casts floating-point arrays, except the scales of quantized weights.
             is_cast = jnp.issubdtype(leaf.dtype, jnp.floating) and not str(path[-1]).endswith(SCALE)
             found[part.name] += math.prod(shape) * (dtype if is_cast else np.dtype(leaf.dtype)).itemsize
     return found
@@ -150,7 +150,7 @@ def check_memory(
     offload: str | None,
     device: DeviceMemory | None = None,
 ) -> None:
-    """Checks that the weights of all models fit the memory that is free.
+    """Checks that the weights of all models fit in the free memory.
 
     Activations come on top of the weights; `clvr plan` compiles the programs and gives them as well.
 
@@ -175,11 +175,11 @@ def check_memory(
         what += " + a copy of the largest" if offload else ""
     raise ClvrError(
         f"the weights do not fit: {what} in {chosen} need {_gib(total)} of a device, which has {_gib(device.free)} "
-        f"free; {_what_fits(parts, chosen, quantize, layout, offload, device)}"
+        f"free; {_options_that_fit(parts, chosen, quantize, layout, offload, device)}"
     )
 
 
-def _what_fits(
+def _options_that_fit(
     parts: list[Part],
     dtype: np.dtype,
     quantize: Quantize,

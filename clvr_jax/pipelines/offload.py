@@ -12,9 +12,9 @@ HOST = "pinned_host"
 
 
 class Offloader:
-    """A copy on the devices of one of several models in host memory.
+    """Holds a copy of one model at a time on the devices, of several models in host memory.
 
-    A model that is used again without another in between is not copied again.
+    A model that is used twice in a row is copied once.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class Offloader:
         self._copy: Tree = None
 
     def on_device(self, weights: Tree) -> Tree:
-        """Returns a copy of a model's weights on the devices, after freeing that of another model.
+        """Returns a copy of a model's weights on the devices, after freeing the copy of another model.
 
         Args:
           weights: in host memory; leaves on the devices are returned as they are. The computations with the copy of
@@ -40,7 +40,7 @@ Offload = Literal["components"] | Offloader | None
 
 
 def offloader_of(offload: Offload) -> Offloader | None:
-    """Returns the offloader to use, None for None. Raises: UsageError for another word than "components"."""
+    """Returns the offloader to use, None for None. Raises: UsageError for another text than "components"."""
     if offload is None or isinstance(offload, Offloader):
         return offload
     if offload != "components":

@@ -1,4 +1,4 @@
-"""Names of models that come with the package, how a name or path becomes a folder, and a folder a pipeline."""
+"""Models that are shipped with the package, and the lookup from a name to a directory and to a pipeline class."""
 
 import dataclasses
 import importlib
@@ -7,9 +7,9 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.json_input import shown
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
@@ -17,22 +17,22 @@ SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
 
 @dataclasses.dataclass(frozen=True)
 class Shipped:
-    """A model in the package: its folder, and the subfolder its transformer is in."""
+    """A model in the package: its directory, and the subdirectory of its transformer."""
 
-    folder: str
+    directory: str
     transformer: str = "transformer"
 
 
 MODELS = {
     "shapes-tiny": Shipped("shapes-tiny"),
-    # The same pipeline in more steps: before it learned to follow trajectories, what merges start from; and after, what
-    # reinforcement learning starts from.
+    # The same pipeline before distillation, which takes more steps: the base of merges; and the base after SFT on
+    # trajectories, from which RL starts.
     "shapes-tiny-base": Shipped("shapes-tiny", transformer="transformer_base"),
     "shapes-tiny-sft": Shipped("shapes-tiny", transformer="transformer_sft"),
 }
 
 FLUX2 = "Flux2KleinPipeline"
-"""The class that takes images and runs in the closed loop."""
+"""diffusers' class of the pipelines that take images and run in the closed loop."""
 
 PIPELINES = {
     FLUX2: "clvr_jax.pipelines.flux2.Flux2Pipeline",
@@ -40,19 +40,19 @@ PIPELINES = {
     "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
     "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
 }
-"""diffusers' class, as model_index.json names it -> ours that reads its folder and draws."""
+"""diffusers' class in model_index.json -> our class of the same pipeline."""
 
 
 def load_pipeline(model: str, dtype: DTypeLike | None = "float32", **options: Any) -> Any:
-    """The pipeline of a shipped name or a folder, of the class that reads it.
+    """Loads the pipeline of a shipped name, a directory or a Hugging Face id.
 
-    Args: those of that class' `from_pretrained`.
-    Raises: ClvrError for a folder of a class that is not in `PIPELINES`, and what `from_pretrained` raises.
+    Args: of the class's `from_pretrained`.
+    Raises: ClvrError for a class that is not in `PIPELINES`, and the errors of `from_pretrained`.
     """
     path, _ = resolve(model)
     kind = class_of(path)
     if kind not in PIPELINES:
-        raise ClvrError(f"{path}: a {kind}; what can be drawn with is {', '.join(PIPELINES)}")
+        raise ClvrError(f"{path}: a {kind}, which is not supported; the supported pipelines are {', '.join(PIPELINES)}")
     module, _, name = PIPELINES[kind].rpartition(".")
     return getattr(importlib.import_module(module), name).from_pretrained(model, dtype, **options)
 
@@ -78,7 +78,7 @@ def read_settings(path: Path, *sections: str) -> dict[str, dict[str, Any]]:
     file = path / "clvr.json"
     given = read_json(file) if file.exists() else {}
     if unknown := sorted(given.keys() - set(sections)):
-        raise ClvrError(f"{file}: unknown {', '.join(unknown)[:80]}; it may hold {' and '.join(sections)}")
+        raise ClvrError(f"{file}: unknown {', '.join(unknown)[:80]}; it may contain {' and '.join(sections)}")
     if wrong := [name for name, section in given.items() if not isinstance(section, dict)]:
         raise ClvrError(f"{file}: {wrong[0]} must be an object")
     return given
@@ -93,18 +93,19 @@ def class_of(path: Path) -> str:
 
 
 def resolve(model: str) -> tuple[Path, str]:
-    """Model name, folder or Hugging Face id -> (pipeline folder, subfolder of the transformer).
+    """Returns the pipeline directory of a shipped name, directory or Hugging Face id, and its transformer's name.
 
-    Raises: ClvrError for what is none of them or cannot be fetched, and for a folder without model_index.json.
+    Raises: ClvrError for another name, for an id that cannot be downloaded, and for a directory without
+      model_index.json.
     """
     if model in MODELS:
-        path, transformer = SHIPPED / MODELS[model].folder, MODELS[model].transformer
+        path, transformer = SHIPPED / MODELS[model].directory, MODELS[model].transformer
     elif "/" not in model and not Path(model).exists():
         raise ClvrError(
-            f"{model}: no such model; give a diffusers folder, a Hugging Face id or one of {', '.join(MODELS)}"
+            f"{model}: no such model; give a diffusers directory, a Hugging Face id or one of {', '.join(MODELS)}"
         )
     else:
         path, transformer = local_directory(model), "transformer"
     if not (path / "model_index.json").exists():
-        raise ClvrError(f"{path}: not a pipeline folder, model_index.json is missing")
+        raise ClvrError(f"{path}: not a pipeline directory, model_index.json is missing")
     return path, transformer

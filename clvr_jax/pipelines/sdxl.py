@@ -1,7 +1,7 @@
-"""Stable Diffusion XL, 1 and 2 made usable: prompt in, picture out.
+"""The pipeline of Stable Diffusion XL, 1 and 2: from a prompt to an image.
 
-Three jitted programs - encode text, denoise, decode - each compiled once for a shape; the batch is padded to a power of
-two. Source of the order of things: diffusers `StableDiffusionXLPipeline` and `StableDiffusionPipeline`.
+Three jitted functions (encode text, denoise, decode) are compiled once for each shape; the batch is padded to a power
+of two. Source: diffusers `StableDiffusionXLPipeline` and `StableDiffusionPipeline`.
 """
 
 import dataclasses
@@ -15,30 +15,30 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import located
 from clvr_jax.data.clip_tokens import encode_clip
 from clvr_jax.data.text import check_prompt
 from clvr_jax.diffusion import NoiseSchedule, ddim_solve, euler_noise_solve, guided, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import located
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
-from clvr_jax.pipelines import sdxl_folder
-from clvr_jax.pipelines.agreement import check_clip
-from clvr_jax.pipelines.components import Components, jitted
+from clvr_jax.pipelines import sdxl_io
+from clvr_jax.pipelines.compatibility import check_clip
 from clvr_jax.pipelines.images import check_size, to_pil
+from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload
-from clvr_jax.pipelines.sdxl_folder import Solver
+from clvr_jax.pipelines.sdxl_io import Solver
 
 
 @dataclasses.dataclass(frozen=True)
 class SDXLSettings:
-    """What a folder says beside the weights (`clvr.json`, `model_index.json`); the defaults are those of SDXL.
+    """Settings of a pipeline in `clvr.json` and `model_index.json`; the defaults are those of SDXL.
 
-    num_inference_steps, guidance_scale: what the model is meant to be run with. force_zeros_for_empty_prompt: without a
-    negative prompt SDXL is guided away from zeros, not from the empty text. world: of the small models, the world whose
-    language is all they know.
+    num_inference_steps, guidance_scale: the model's defaults. force_zeros_for_empty_prompt: without a negative prompt,
+    the unconditional text features are zeros (SDXL), not those of the empty text. world: the only world whose language
+    a small model knows, "" for other models.
     """
 
     num_inference_steps: int = 50
@@ -49,14 +49,17 @@ class SDXLSettings:
 
 @dataclasses.dataclass(frozen=True)
 class SDXLOutput:
-    """images: as `output_type` says. nfe: UNet forwards spent on each image."""
+    """Generated images.
+
+    images: in the form of `output_type`. nfe: number of UNet evaluations for each image.
+    """
 
     images: Any
     nfe: int
 
 
 class Conditions(NamedTuple):
-    """What the UNet is told beside latents and timestep; its own argument names, None for what it does not take."""
+    """Conditions of the UNet, under its own argument names; None for those that it does not take."""
 
     text_bsd: jax.Array
     text_embeds_bd: jax.Array | None = None
@@ -64,12 +67,12 @@ class Conditions(NamedTuple):
     timestep_cond_bd: jax.Array | None = None
 
 
-class SDXLPipeline(Components):
-    """Text to image with Stable Diffusion: two text encoders make it SDXL, one makes it Stable Diffusion 1 or 2.
+class SDXLPipeline(JittedPipeline):
+    """Generates images from text with SDXL (two text encoders) or Stable Diffusion 1 or 2 (one).
 
     Components are public attributes: `unet`, `vae`, `text_encoders`, `tokenizers`, `scheduler` (the content of
-    scheduler_config.json), `settings`. Replacing `unet` by one of the same configuration (after a merge, say) does not
-    compile anything again.
+    scheduler_config.json), `settings`. Replacing `unet` by one of the same configuration, such as a merged one,
+    compiles nothing again.
     """
 
     def __init__(
@@ -86,10 +89,10 @@ class SDXLPipeline(Components):
         self.unet, self.vae = unet, vae
         self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
         self.scheduler, self.settings = dict(scheduler), settings
-        self.schedule, self.solver = sdxl_folder.read_scheduler(scheduler)
+        self.schedule, self.solver = sdxl_io.read_scheduler(scheduler)
         self._encode_text = jax.jit(_encode_text, static_argnums=0)
-        self._denoise = jitted(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
-        self._decode = jitted(_decode, gathers_weights=True, static_argnums=0)
+        self._denoise = jit_module(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
+        self._decode = jit_module(_decode, replicate_weights=True, static_argnums=0)
 
     @classmethod
     def from_pretrained(
@@ -106,26 +109,26 @@ class SDXLPipeline(Components):
         """Loads a pipeline.
 
         Args:
-          model: a folder in diffusers layout: `StableDiffusionXLPipeline`, `StableDiffusionPipeline` or
+          model: a directory in diffusers layout: `StableDiffusionXLPipeline`, `StableDiffusionPipeline` or
             `LatentConsistencyModelPipeline`. A safety checker in it is not used.
           dtype: of weights and computation; noise levels and latents stay in float32. None is the checkpoint's own on
             an accelerator, and float32 on a CPU.
-          mesh: shards parameters and computation; every parameter is placed as `clvr_jax.sharding` says.
+          mesh: shards parameters and computation by the rules of `clvr_jax.sharding`.
           lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
-            to the weights before those are placed.
+            to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
           quantize, offload: must be None; they are for FLUX.2 models.
-        Raises: ClvrError naming what is missing, does not fit or is not supported.
+        Raises: ClvrError that names what is missing, does not match or is not supported.
         """
         if quantize:
             raise UsageError(
-                f"quantize: {model} is a Stable Diffusion model, which is not quantized; FLUX.2 models are"
+                f"quantize: {model} is a Stable Diffusion model, which cannot be quantized; FLUX.2 models can"
             )
         if offload:
             raise UsageError(f"offload: {model} is a Stable Diffusion model, which stays on the devices; leave it out")
         layout = layout_of(mesh)
         with located(model), computing_on(layout):
-            pipe = cls(*sdxl_folder.load_sdxl(model, dtype, SDXLSettings, layout, lora, ignore_text_encoder))
+            pipe = cls(*sdxl_io.load_sdxl(model, dtype, SDXLSettings, layout, lora, ignore_text_encoder))
         pipe.layout = layout
         return pipe
 
@@ -144,18 +147,19 @@ class SDXLPipeline(Components):
         solver: Solver | None = None,
         output_type: Literal["pil", "np", "latent"] = "pil",
     ) -> SDXLOutput:
-        """Draws one picture for each prompt.
+        """Generates one image for each prompt.
 
         Args:
-          prompt: a text or several; what is longer than CLIP reads is cut.
-          negative_prompt: what to be guided away from, one text for all prompts or one for each.
-          num_inference_steps, guidance_scale: the model's own if None; guidance above 1 costs two forwards a step,
-            unless the UNet was taught to follow it in one (latent consistency models).
-          height, width: pixels; the model's own if None.
-          seed: the same seed gives the same noise; picture i of a batch has noise of its own.
-          latents: noise of unit variance as diffusers takes it, (b, 4, height / 8, width / 8) for published models.
-          solver: the one that follows the model's scheduler if None.
-          output_type: "pil", "np" for float32 (b, h, w, 3) in [0, 1], or "latent" for float32 latents shaped as noise.
+          prompt: a text or several; texts longer than CLIP's context are truncated.
+          negative_prompt: guides away from this text; one for all prompts or one for each.
+          num_inference_steps, guidance_scale: the model's own if None. A step with guidance above 1 takes two network
+            evaluations, unless the UNet takes the guidance scale as an input (latent consistency models).
+          height, width: in pixels; the model's own if None.
+          seed: the same seed gives the same noise; every image of a batch has its own noise.
+          latents: noise of unit variance in diffusers' layout, (b, 4, height / 8, width / 8) for published models.
+          solver: that of the model's scheduler if None.
+          output_type: "pil", "np" for float32 (b, h, w, 3) in [0, 1], or "latent" for float32 latents of the noise's
+            shape.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         for text in prompts:
@@ -197,15 +201,15 @@ class SDXLPipeline(Components):
         nfe = steps * (2 if use_guidance else 1)
         if output_type == "latent":
             return SDXLOutput(np.asarray(final[:batch], np.float32).transpose(0, 3, 1, 2), nfe)
-        pictures = np.asarray(self._decode(*self._split("vae"), final)[:batch], np.float32)
-        return SDXLOutput([to_pil(picture) for picture in pictures] if output_type == "pil" else pictures, nfe)
+        images = np.asarray(self._decode(*self._split("vae"), final)[:batch], np.float32)
+        return SDXLOutput([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
 
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:
-        """Writes a diffusers folder that `StableDiffusionXLPipeline` or `StableDiffusionPipeline` loads too."""
-        sdxl_folder.save_sdxl(path, self, dtype)
+        """Writes a directory in diffusers layout, which diffusers' pipeline of the same class loads too."""
+        sdxl_io.save_sdxl(path, self, dtype)
 
     def _text(self, prompts: list[str]) -> Conditions:
-        """Conditions without what `_added` gives."""
+        """Returns the text conditions; the others are None."""
         ids = tuple(
             encode_clip(tokenizer, prompts, min(tokenizer.model_max_length, encoder.config.max_position_embeddings))
             for tokenizer, encoder in zip(self.tokenizers, self.text_encoders, strict=True)
@@ -214,7 +218,7 @@ class SDXLPipeline(Components):
         return Conditions(*self._encode_text(graphdefs, states, ids))
 
     def _negatives(self, negative_prompt: str | Sequence[str] | None, batch: int) -> list[str] | None:
-        """The negative prompt of every row, None for zeros."""
+        """Returns the negative prompt of every row; None if their text features are zeros."""
         if negative_prompt is None:
             zeros = len(self.text_encoders) == 2 and self.settings.force_zeros_for_empty_prompt
             return None if zeros else [""] * batch
@@ -224,9 +228,9 @@ class SDXLPipeline(Components):
         return negatives
 
     def _added(self, size: tuple[int, int], guidance: float, rows: int) -> dict[str, jax.Array]:
-        """Conditions that are no text, the same for all rows."""
+        """Returns the conditions besides the text, which are the same for all rows."""
         added = {}
-        if self.unet.add_embedding is not None:  # the picture is as large as it ever was, and nothing was cropped
+        if self.unet.add_embedding is not None:  # original size and target size are equal, and nothing was cropped
             added["time_ids_b6"] = jnp.tile(jnp.asarray([*size, 0, 0, *size], jnp.float32), (rows, 1))
         if self.unet.config.time_cond_proj_dim is not None:
             embedding = guidance_embedding(guidance, self.unet.config.time_cond_proj_dim)
@@ -251,22 +255,22 @@ class SDXLPipeline(Components):
 
 
 def solver_timesteps(schedule: NoiseSchedule, solver: Solver, steps: int) -> np.ndarray:
-    """(steps,) decreasing timesteps of a solver."""
-    of = {"euler": schedule.euler_timesteps, "ddim": schedule.ddim_timesteps, "lcm": schedule.lcm_timesteps}
-    if solver not in of:
-        raise UsageError(f"solver {solver!r}: it must be one of {', '.join(of)}")
-    return of[solver](steps)
+    """Returns the (steps,) decreasing timesteps of a solver."""
+    timesteps = {"euler": schedule.euler_timesteps, "ddim": schedule.ddim_timesteps, "lcm": schedule.lcm_timesteps}
+    if solver not in timesteps:
+        raise UsageError(f"solver {solver!r}: it must be one of {', '.join(timesteps)}")
+    return timesteps[solver](steps)
 
 
 @partial(jax.jit, static_argnums=(1, 2))
 def step_noise(keys: jax.Array, steps: int, shape: tuple[int, int, int]) -> jax.Array:
-    """(steps - 1, b, h, w, c): the fresh noise of LCM, which in every row depends on the row's key alone."""
+    """Returns the noise that LCM adds between steps, (steps - 1, b, h, w, c); each row depends on its own key only."""
     rows = jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, 1), (steps - 1, *shape)))(keys)
     return rows.swapaxes(0, 1)
 
 
 def guidance_embedding(guidance: float, features: int) -> np.ndarray:
-    """(features,) float32: sines, then cosines, of 1000 (guidance - 1), at frequencies from 1 down to 1/10000.
+    """Returns float32 (features,): sines, then cosines, of 1000 (guidance - 1) at frequencies from 1 down to 1/10000.
 
     Source: get_guidance_scale_embedding (LatentConsistencyModelPipeline, diffusers).
     """
@@ -282,8 +286,8 @@ def _check_components(
     config = unet.config
     if not len(tokenizers) == len(text_encoders) == (2 if config.addition_embed_type else 1):
         raise ClvrError(
-            f"{len(text_encoders)} text encoders and {len(tokenizers)} tokenizers; a UNet that takes the pooled text "
-            "(addition_embed_type, SDXL) needs two of each, another needs one"
+            f"{len(text_encoders)} text encoders and {len(tokenizers)} tokenizers; a UNet that takes pooled text "
+            "features (addition_embed_type, SDXL) needs two of each, other UNets need one"
         )
     for tokenizer, encoder in zip(tokenizers, text_encoders, strict=True):
         check_clip(tokenizer, encoder.config)
@@ -301,7 +305,8 @@ def _check_components(
     for what, (wanted, found) in pairs.items():
         if wanted != found:
             raise ClvrError(
-                f"the UNet is made for {wanted} {what}, the others make {found}; they do not belong together"
+                f"the UNet takes {wanted} {what}, the other components give {found}; they belong to different "
+                "checkpoints"
             )
 
 
@@ -314,7 +319,7 @@ def _encode_text(graphdefs: Any, states: Any, ids: tuple[jax.Array, ...]) -> tup
     outputs = [nnx.merge(*part)(tokens) for *part, tokens in zip(graphdefs, states, ids, strict=True)]
     if len(outputs) == 1:
         return outputs[0].last_hidden_state_btd, None
-    # SDXL reads both one layer before their ends.
+    # SDXL uses the penultimate hidden states of both text encoders.
     hidden = jnp.concatenate([output.hidden_states_lbtd[-2] for output in outputs], axis=-1)
     return hidden, outputs[-1].text_embeds_bp
 

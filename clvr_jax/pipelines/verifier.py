@@ -1,4 +1,4 @@
-"""The verifier of images: a Qwen3-VL of any size behind the questions of `reasoning.verification`."""
+"""A Qwen3-VL as verifier of images, with the prompts of `reasoning.verification`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any, Self
 
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.models.quantization import Quantization
@@ -24,56 +24,55 @@ from clvr_jax.reasoning.verification import Mode
 TRAINED_FOR_LOOP = "loop"
 """Value of "contract" in the clvr.json of a Qwen3-VL that was trained for the loop and needs no system prompts."""
 MAX_ROWS = 64
-"""Conversations in one call: more of them need more memory and gain no speed."""
+"""Maximum number of conversations in one call; more would need more memory and gain no speed."""
 MAX_TRAINED_TOKENS = 96
-"""Limit of an answer by a model that was trained for the loop: the evidence for nine objects has 75 tokens."""
+"""Maximum length of a reply of a model that was trained for the loop; the evidence for nine objects has 75 tokens."""
 
 
 class PipelineModel(ChatModel):
-    """A `Qwen3VLPipeline` that answers many questions in few calls; questions of one kind share calls."""
+    """A `Qwen3VLPipeline` as `ChatModel`; requests with the same settings and number of images share calls."""
 
     def __init__(self, pipeline: Qwen3VLPipeline, name: str):
         self._pipeline, self._name = pipeline, name
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The name that was given."""
         return self._name
 
-    def chat(self, question: ChatRequest) -> ChatResponse:
-        """Answers one question."""
-        return self.chat_all([question])[0]
+    def chat(self, request: ChatRequest) -> ChatResponse:
+        """Returns the response to one request."""
+        return self.chat_all([request])[0]
 
-    def chat_all(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
-        """Answers questions in order; each samples with its own seed, whatever other questions there are."""
+    def chat_all(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
+        """Returns the responses in the order of the requests; each is sampled with its own seed."""
         groups: dict[tuple[Any, ...], list[int]] = {}
-        for index, question in enumerate(questions):
-            key = (question.max_tokens, question.top_logprobs, len(question.images), question.temperature)
+        for index, request in enumerate(requests):
+            key = (request.max_tokens, request.top_logprobs, len(request.images), request.temperature)
             groups.setdefault(key, []).append(index)
-        answers: dict[int, ChatResponse] = {}
+        responses: dict[int, ChatResponse] = {}
         for indices in groups.values():
             for begin in range(0, len(indices), MAX_ROWS):
                 part = indices[begin : begin + MAX_ROWS]
-                answers.update(zip(part, self._answers([questions[index] for index in part]), strict=True))
-        return [answers[index] for index in range(len(questions))]
+                responses.update(zip(part, self._responses([requests[index] for index in part]), strict=True))
+        return [responses[index] for index in range(len(requests))]
 
-    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
-        first = questions[0]
-        answered = self._pipeline.answer_all(
-            [question.messages for question in questions],
-            [[pixels(image) for image in question.images] for question in questions],
+    def _responses(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
+        first = requests[0]
+        answers = self._pipeline.answer_all(
+            [request.messages for request in requests],
+            [[pixels(image) for image in request.images] for request in requests],
             first.max_tokens,
             first.temperature,
-            [question.seed for question in questions],
+            [request.seed for request in requests],
             first.top_logprobs,
         )
-        return [_answer(one) for one in answered]
+        return [_response(answer) for answer in answers]
 
 
-def _answer(one: ChatAnswer) -> ChatResponse:
-    return ChatResponse(
-        one.text, Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens), one.tokens
-    )
+def _response(answer: ChatAnswer) -> ChatResponse:
+    usage = Usage(calls=1, input_tokens=answer.input_tokens, output_tokens=answer.output_tokens)
+    return ChatResponse(answer.text, usage, answer.tokens)
 
 
 class Verifier(ModelVerifier):
@@ -134,16 +133,16 @@ def load_controller(
 
 
 def controller_directory(model: str) -> tuple[Path, bool]:
-    """Finds the Qwen3-VL of a model: (its directory, whether it was trained for the loop).
+    """Finds the Qwen3-VL of a model.
 
     Args:
       model: a shipped name, a pipeline directory with `controller/`, or a Qwen3-VL directory or Hugging Face id.
-    Returns: the directory; and what its clvr.json says of "contract", or, without that file, whether it is the
-      `controller/` of a pipeline.
+    Returns: its directory, and whether it was trained for the loop: by "contract" in its clvr.json or, without that
+      file, if it is the `controller/` of a pipeline.
     Raises: ClvrError if there is none.
     """
     if model in MODELS:
-        path = SHIPPED / MODELS[model].folder / "controller"
+        path = SHIPPED / MODELS[model].directory / "controller"
     elif "/" not in model and not Path(model).exists():
         raise ClvrError(f"{model}: no such model; give a directory, a Hugging Face id or one of {', '.join(MODELS)}")
     else:
@@ -169,7 +168,7 @@ def controller_directory(model: str) -> tuple[Path, bool]:
         given = read_json(settings)
         if given != {"contract": TRAINED_FOR_LOOP}:
             raise ClvrError(
-                f'{settings}: holds {str(given)[:80]}; all it may say is {{"contract": "{TRAINED_FOR_LOOP}"}}'
+                f'{settings}: contains {str(given)[:80]}; it may only contain {{"contract": "{TRAINED_FOR_LOOP}"}}'
             )
         return path, True
     return path, path.name == "controller"

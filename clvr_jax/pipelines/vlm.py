@@ -1,4 +1,4 @@
-"""A chat with Qwen3-VL: messages and images in, text out."""
+"""The pipeline of Qwen3-VL: from a conversation with images to the assistant's next message."""
 
 import functools
 import re
@@ -14,6 +14,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
+from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
@@ -21,13 +22,12 @@ from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_con
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
-from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.interfaces import Token
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
-from clvr_jax.pipelines.agreement import check_qwen3_vl
+from clvr_jax.pipelines.compatibility import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
@@ -36,10 +36,11 @@ from clvr_jax.sharding import MeshLayout, process_allgather
 
 @dataclass(frozen=True)
 class ChatAnswer:
-    """The assistant's message, and how many tokens were read (visual ones included) and written for it.
+    """The assistant's message.
 
-    tokens: of the text, with probabilities, None unless they were asked for. is_complete: whether the message ended by
-    itself; if not, it was cut at the limit of new tokens.
+    input_tokens: number of tokens of the conversation, visual tokens included. output_tokens: number of tokens that
+    were generated. tokens: of the text, with probabilities; None unless requested. is_complete: whether the message
+    ended with a stop token; if not, it was truncated at the limit of new tokens.
     """
 
     text: str
@@ -50,10 +51,10 @@ class ChatAnswer:
 
 
 class Qwen3VLPipeline:
-    """A vision-language model with its tokenizer and image preprocessing, all public attributes."""
+    """A vision-language model with its tokenizer and image processor, which are public attributes."""
 
     layout: MeshLayout | None = None
-    """Where the model is placed, and programs are traced for; the default device, or the active layout, if None."""
+    """The layout that the model is placed on and programs are traced for; None: the active one, else one device."""
 
     offloader: Offloader | None = None
     """Copies the weights from host memory to the devices while they are used; None: they are on the devices."""
@@ -80,28 +81,28 @@ class Qwen3VLPipeline:
         quantize: Quantization | None = None,
         offload: Offload = None,
     ) -> Self:
-        """Loads a folder in transformers layout, or a Hugging Face id: weights, tokenizer and image processor.
+        """Loads weights, tokenizer and image processor.
 
         Args:
-          path: the folder or the id.
+          path: a directory in transformers layout, or a Hugging Face id.
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mesh: shards parameters and computation.
           quantize: "int8" stores the weights as 8-bit integers, see `models.quantization`.
           offload: "components", or an `Offloader` shared with other pipelines, holds the weights in host memory, and
             copies them to the devices while they are used; None leaves them on the devices.
 
-        What its generation_config.json asks for is obeyed: stop tokens, repetition penalty and, where tokens are drawn
-        at a temperature, top-k and top-p.
-        Raises: ClvrError naming what is missing or does not fit.
+        Stop tokens, repetition penalty and, for sampling at a temperature, top-k and top-p are those of
+        generation_config.json.
+        Raises: ClvrError that names what is missing or does not match.
         """
-        folder = local_directory(str(path))
+        directory = local_directory(str(path))
         layout, offloader = layout_of(mesh), offloader_of(offload)
         with computing_on(layout):
-            check_heads(layout, qwen3_vl_heads(folder))
-            dtype = resolve_dtype(dtype, folder)
-            model = load_model(folder, QWEN3_VL, dtype, quantize=quantize, memory_kind=HOST if offloader else None)
-            generation = GenerationConfig.read(folder, model.config.text.vocab_size)
-            pipe = cls(model, load_tokenizer(folder), load_processor(folder), generation)
+            check_heads(layout, qwen3_vl_heads(directory))
+            dtype = resolve_dtype(dtype, directory)
+            model = load_model(directory, QWEN3_VL, dtype, quantize=quantize, memory_kind=HOST if offloader else None)
+            generation = GenerationConfig.read(directory, model.config.text.vocab_size)
+            pipe = cls(model, load_tokenizer(directory), load_processor(directory), generation)
         pipe.layout, pipe.offloader = layout, offloader
         return pipe
 
@@ -113,14 +114,14 @@ class Qwen3VLPipeline:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> str:
-        """The assistant's next message.
+        """Returns the assistant's next message.
 
         Args:
           messages: the conversation so far; image k is the k-th {"type": "image"} part.
-          images: PIL pictures or uint8 arrays (h, w, 3).
-          max_new_tokens: most tokens of the answer; a longer one is cut.
-          temperature: 0 takes the likeliest token.
-          seed: of the draws, where temperature is above 0.
+          images: PIL images or uint8 arrays (h, w, 3).
+          max_new_tokens: maximum length of the message; a longer one is truncated.
+          temperature: 0 decodes greedily.
+          seed: of the sampling, for temperatures above 0.
         """
         return self.chat_all([messages], [images], max_new_tokens, temperature, seed)[0]
 
@@ -132,7 +133,7 @@ class Qwen3VLPipeline:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> list[str]:
-        """As `chat`, for several conversations in one call; they may differ in length and number of pictures."""
+        """Returns the next message of several conversations, which may differ in length and number of images."""
         answers = self.answer_all(conversations, images, max_new_tokens, temperature, seed)
         return [answer.text for answer in answers]
 
@@ -146,20 +147,23 @@ class Qwen3VLPipeline:
         seed: int | Sequence[int] = 0,
         top_logprobs: int = 0,
     ) -> list[ChatAnswer]:
-        """As `chat_all`, with the numbers of tokens and, for `top_logprobs` above 0, the tokens' probabilities.
+        """Returns the next messages with numbers of tokens and, if requested, probabilities of tokens.
 
-        seed: one for all conversations, or one for each; then an answer is the one that its conversation gets alone.
+        Args:
+          conversations, images, max_new_tokens, temperature: as in `chat`, for each conversation.
+          seed: one for all conversations, or one for each; with one for each, a batch does not change an answer.
+          top_logprobs: number of most probable tokens returned for each position; 0 returns no probabilities.
         """
         if len(conversations) != len(images):
-            raise UsageError(f"chat: {len(conversations)} conversations but pictures for {len(images)}")
-        rows = [self.prepare(messages, shown) for messages, shown in zip(conversations, images, strict=True)]
-        # Another batch size is another program: few sizes, the room filled with copies of the last row.
+            raise UsageError(f"chat: {len(conversations)} conversations but images for {len(images)}")
+        rows = [self.prepare(messages, own) for messages, own in zip(conversations, images, strict=True)]
+        # Each batch size is compiled: few sizes are used, and a batch is padded with copies of the last row.
         padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
         vision = self.model.config.vision
         most = max(len(row.grid_thw) for row in padded)
         batch = batch_conversations(
             padded,
-            image_slots=most + most % 2,  # as a conversation grows, every second picture needs a new program
+            image_slots=most + most % 2,  # a growing conversation is compiled for every second image only
             image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
             merge=vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
@@ -202,17 +206,17 @@ class Qwen3VLPipeline:
         return nnx.merge(graphdef, self.offloader.on_device(state))
 
     def _opened_thought(self, input_ids: Sequence[int]) -> str:
-        """Returns the tag with which a chat template of a thinking model opens the thought itself, else ""."""
+        """Returns the opening tag of a thought if the chat template already put it into the prompt, else ""."""
         found = re.search(r"<think>\s*\Z", self.tokenizer.decode(input_ids[-4:]))
         return found[0] if found else ""
 
     def _tokens(self, answer: Generation, counts: Sequence[int]) -> list[tuple[Token, ...]]:
-        """Returns the first `counts[row]` tokens of every row, each with the likeliest tokens at its position."""
+        """Returns the first `counts[row]` tokens of every row, each with the most probable tokens at its position."""
         assert answer.logprobs is not None
         ids, chosen = np.asarray(answer.tokens_bn).tolist(), np.asarray(answer.logprobs.chosen_bn).tolist()
         top_ids = np.asarray(answer.logprobs.top_tokens_bnk).tolist()
         top = np.asarray(answer.logprobs.top_bnk).tolist()
-        # A call meets few distinct tokens many times, and decoding one takes longer than a step of a small model.
+        # Few distinct tokens occur many times, and the tokenizer takes longer for one than a small model for a step.
         text = functools.cache(lambda token: self.tokenizer.decode([token]))
         return [
             tuple(
@@ -233,22 +237,22 @@ class Qwen3VLPipeline:
         *,
         add_generation_prompt: bool = True,
     ) -> Conversation:
-        """Messages and pictures -> token ids with one placeholder for each visual token, and patches.
+        """Returns the token ids of a conversation, with one placeholder for each visual token, and the image patches.
 
-        Raises: UsageError if the messages hold another number of image parts than there are pictures.
+        Raises: UsageError if the number of image parts in the messages is not that of the images.
         """
         return read_conversation(
             self.tokenizer, self.image_processor, messages, images, add_generation_prompt=add_generation_prompt
         )
 
     def save_pretrained(self, path: str | Path, dtype: str = "float32") -> None:
-        """Writes a folder in transformers layout that `from_pretrained` and PyTorch's class load.
+        """Writes a directory in transformers layout, which `from_pretrained` and PyTorch's class load.
 
         Args:
-          path: the folder, replaced if it exists; it appears only when it is complete.
+          path: the directory, replaced if it exists; it appears only when it is complete.
           dtype: of the weights, "float32", "float16" or "bfloat16".
         """
-        with replacing(Path(path)) as temporary:
+        with atomic_directory(Path(path)) as temporary:
             save_model(temporary, self.model, QWEN3_VL, dtype)
             self.tokenizer.save_pretrained(str(temporary))
             write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
@@ -260,13 +264,13 @@ def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
 
     Args:
       directory: of the model.
-      name: what messages call it.
+      name: of the model in messages.
     """
     config = QWEN3_VL.config_from_dict(read_json(directory / "config.json"))
     return {name: config.text.num_attention_heads, f"{name}'s vision tower": config.vision.num_heads}
 
 
 def _row_keys(seeds: Sequence[int], rows: int) -> jax.Array:
-    """(rows,) keys, each the stream that the first row has for its seed; the last one again for rows without a seed."""
+    """Returns (rows,) keys, each that of a single conversation with its seed; rows without a seed repeat the last."""
     filled = [*seeds, *[seeds[-1]] * (rows - len(seeds))]
     return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in filled])

@@ -1,16 +1,16 @@
-"""The world a model was trained for, and the words it never saw."""
+"""The vocabulary of small models that were trained for one world."""
 
-from clvr_jax.files import read_json
+from clvr_jax.atomic_io import read_json
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.worlds.shapes.grammar import vocabulary, words
 
 
 def unseen_words(model: str, prompt: str) -> list[str]:
-    """Words of `prompt` that a small model never saw in training, in order; none for models without a world.
+    """Returns the words of a prompt that a small model never saw in training, in order; [] for models without a world.
 
     Args:
-      model: shipped name or folder; its clvr.json names the world.
-      prompt: what is to be drawn.
+      model: shipped name or directory; its clvr.json names the world.
+      prompt: describes the image.
     """
     path, _ = resolve(model)
     settings = path / "clvr.json"

@@ -1,1 +1,1 @@
-"""Who looks and who draws: two protocols, over endpoints and over our own pipelines."""
+"""Chat models and image models behind OpenAI-compatible endpoints, and our own pipelines under the same interfaces."""

@@ -1,4 +1,4 @@
-"""Many callers, one batch: what is faster together is gathered for a moment."""
+"""Dynamic batching: requests of many threads are collected for a short time and computed in one call."""
 
 import threading
 import time
@@ -14,33 +14,31 @@ Result = TypeVar("Result")
 
 
 class DynamicBatcher(Generic[Request, Result]):
-    """A function of many requests, called with one at a time from many threads.
+    """Collects requests of many threads and calls a function with batches of them.
 
-    Requests that arrive within `wait` seconds of the first, or while the last batch runs, share a call. It runs in a
-    thread of its own, so what a caller sets for its own thread (`jax.default_device`, say) does not reach it. Each
-    caller gets its own result or its own exception: a batch that fails is done again one request at a time, so nobody
-    suffers from another's request.
+    Requests that arrive within `wait` seconds of the first, or while the previous batch runs, share a call. The
+    function runs in its own thread, where settings of a caller's thread such as `jax.default_device` do not apply. Each
+    caller receives its own result or exception: a batch that fails is computed again one request at a time.
 
     Args:
-      function: requests -> as many results, in order. The result for a request must not depend on the others; then
-        neither does what a caller gets.
-      max_batch: most requests of one call.
-      wait: seconds for which the first request waits for company.
+      function: requests -> results in the same order. The result for a request must not depend on the others.
+      max_batch: maximum number of requests in one call.
+      wait: seconds that the first request waits for others.
     """
 
     def __init__(self, function: Callable[[Sequence[Request]], Sequence[Result]], max_batch: int, wait: float = 0.005):
         if max_batch < 1 or wait < 0:
-            raise UsageError(f"gathering: max_batch must be at least 1 and wait at least 0, got {max_batch} and {wait}")
+            raise UsageError(f"batching: max_batch must be at least 1 and wait at least 0, got {max_batch} and {wait}")
         self._function, self._max_batch, self._wait = function, max_batch, wait
         self._waiting: deque[tuple[Request, Future[Result], float]] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        # A daemon: a program that ends without close() is not held up by it.
-        self._thread = threading.Thread(target=self._work, name="gathered", daemon=True)
+        # A daemon, so that a program can end without close().
+        self._thread = threading.Thread(target=self._work, name="dynamic-batcher", daemon=True)
         self._thread.start()
 
     def __call__(self, request: Request) -> Result:
-        """The function's result for this request. Raises: what the function raised for it; ClvrError once closed."""
+        """Returns the function's result for a request. Raises: the function's exception; ClvrError if closed."""
         future: Future[Result] = Future()
         with self._changed:
             if self._closed:
@@ -50,7 +48,7 @@ class DynamicBatcher(Generic[Request, Result]):
         return future.result()
 
     def close(self) -> None:
-        """Takes no more requests, and returns when those that wait are answered. May be called again."""
+        """Refuses further requests, and returns when all waiting ones are complete. May be called again."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -73,7 +71,7 @@ class DynamicBatcher(Generic[Request, Result]):
                     future.set_result(result)
 
     def _next_batch(self) -> list[tuple[Request, Future[Result], float]]:
-        """The oldest requests; none once everything is done and closed."""
+        """Returns the oldest requests; [] if there are none and the batcher is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._closed)
             if self._waiting:
@@ -87,7 +85,7 @@ class DynamicBatcher(Generic[Request, Result]):
             if len(results) != len(requests):
                 raise ClvrError(f"a batch of {len(requests)} requests came back with {len(results)} results")
             return [(result, None) for result in results]
-        except BaseException as error:  # noqa: BLE001 - whatever it is, someone waits for it
+        except BaseException as error:  # noqa: BLE001 - every exception is passed to the waiting caller
             if len(requests) == 1:
                 return [(None, error)]
         return [outcome for request in requests for outcome in self._outcomes([request])]

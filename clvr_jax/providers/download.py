@@ -1,4 +1,4 @@
-"""Images behind an address that a server gives: fetched without keys, within bounds, and not from the own network."""
+"""Download of images from URLs that a server returns: without keys, within limits, and not from the local network."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ from clvr_jax.providers.failures import Failure, retry_after
 from clvr_jax.providers.http_client import BoundedClient
 
 MAX_BYTES = 64 * 2**20
-"""Most bytes of an image that is fetched."""
+"""Maximum size of a downloaded image in bytes."""
 
 _ALLOW = "if it is right, add the host to image_hosts of the endpoint"
-_IN_OWN_NETWORK = f"is in the own network and is not fetched; {_ALLOW}"
+_IN_LOCAL_NETWORK = f"is in the local network and is not downloaded from; {_ALLOW}"
 
 
 def download(url: str, known_hosts: Set[str], new_client: Callable[[int], BoundedClient]) -> bytes:
-    """Fetches what is found at an http(s) or data URL.
+    """Downloads the content of an http(s) or data URL.
 
     Args:
-      url: it is shown in no error, for it may be a password to what it points at.
-      known_hosts: hosts that may be in the own network, and that redirects may lead to: the endpoint's own, and those
-        that the user allows.
-      new_client: most bytes of a response -> a client for it.
+      url: never part of an error message, because it may give access to the image.
+      known_hosts: hosts that may be in the local network and that redirects may lead to: the endpoint's own host, and
+        those that the user allows.
+      new_client: maximum number of bytes of a response -> a client.
     Raises: Failure.
     """
     if url.startswith("data:"):
         return read_data_url(url)
     if not url.startswith(("http://", "https://")):
         raise Failure(
-            "the image's address is neither http(s) nor data, perhaps a path on the server's disk; set the response "
+            "the image's URL is neither http(s) nor data, perhaps a path on the server's disk; set the response "
             "format to b64_json",
             "malformed",
         )
@@ -47,9 +47,9 @@ def download(url: str, known_hosts: Set[str], new_client: Callable[[int], Bounde
         _check_host(target, known_hosts)
         return _content(client.get(target), target.host)
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError):
-        raise Failure("the image's address makes no sense", "malformed") from None
+        raise Failure("the image's URL is invalid", "malformed") from None
     except httpx2.HTTPError as error:
-        raise Failure(f"the image at {target.host} cannot be fetched ({error})", "down", can_retry=True) from None
+        raise Failure(f"the image at {target.host} cannot be downloaded ({error})", "down", can_retry=True) from None
     except Failure as failure:
         failure.message = f"the image at {target.host}: {failure.message}"
         raise
@@ -62,7 +62,7 @@ def _content(response: httpx2.Response, host: str) -> bytes:
     status = response.status_code
     if response.is_success:
         return response.content
-    message = f"cannot be fetched (HTTP {status})"
+    message = f"cannot be downloaded (HTTP {status})"
     if status in (408, 425, 429) or status >= 500:
         raise Failure(message, "down", can_retry=True, wait=retry_after(response.headers, time.time()))
     raise Failure(message, "malformed")
@@ -75,21 +75,21 @@ def _check_redirect(origin: httpx2.URL, target: httpx2.URL, known_hosts: Set[str
 
 
 def _check_host(url: httpx2.URL, known_hosts: Set[str]) -> None:
-    """Raises Failure for a host of the own network that is not known.
+    """Raises Failure for a host of the local network that is not known.
 
-    A proxy resolves names itself, so behind one only the host as it is written can be checked.
+    A proxy resolves names itself; with a proxy only literal addresses can be checked.
     """
     host = url.host
     if host in known_hosts:
         return
     if any(not _is_public(address) for address in ([host] if _is_proxied(url) else _addresses(host))):
-        raise Failure(_IN_OWN_NETWORK, "malformed")
+        raise Failure(_IN_LOCAL_NETWORK, "malformed")
 
 
 def _check_peer(url: httpx2.URL, address: str, known_hosts: Set[str]) -> None:
-    """Raises Failure if the connection leads into the own network: a name may have changed its address meanwhile."""
+    """Raises Failure if a connection leads into the local network, as a name may resolve differently a second time."""
     if url.host not in known_hosts and not _is_proxied(url) and not _is_public(address):
-        raise Failure(_IN_OWN_NETWORK, "malformed")
+        raise Failure(_IN_LOCAL_NETWORK, "malformed")
 
 
 def _is_proxied(url: httpx2.URL) -> bool:

@@ -1,4 +1,4 @@
-"""One OpenAI-compatible server: how hard it may be pressed, what it costs, and what its failures mean."""
+"""A connection to one OpenAI-compatible server: limits, retries, prices and errors."""
 
 from __future__ import annotations
 
@@ -32,46 +32,43 @@ _MAX_IN_FLIGHT = 1000  # connections that the openai package opens at most
 
 @dataclass(frozen=True)
 class Prices:
-    """A price list in dollars. input_tokens, output_tokens: of a million. picture: of each picture returned."""
+    """Prices in dollars. input_tokens, output_tokens: of a million tokens. picture: of each returned image."""
 
     input_tokens: float = 0.0
     output_tokens: float = 0.0
     picture: float = 0.0
 
     def __post_init__(self) -> None:
-        if not all(
-            math.isfinite(price) and price >= 0 for price in (self.input_tokens, self.output_tokens, self.picture)
-        ):
+        prices = (self.input_tokens, self.output_tokens, self.picture)
+        if not all(math.isfinite(price) and price >= 0 for price in prices):
             raise UsageError(f"prices must be finite and at least 0, got {self}")
 
-    def usage(self, input_tokens: int = 0, output_tokens: int = 0, pictures: int = 0) -> Usage:
-        """Tokens and pictures with what they cost."""
-        dollars = (
-            input_tokens * self.input_tokens + output_tokens * self.output_tokens
-        ) / 1e6 + pictures * self.picture
-        return Usage(input_tokens=input_tokens, output_tokens=output_tokens, pictures=pictures, dollars=dollars)
+    def usage(self, input_tokens: int = 0, output_tokens: int = 0, images: int = 0) -> Usage:
+        """Returns numbers of tokens and images with their cost."""
+        dollars = (input_tokens * self.input_tokens + output_tokens * self.output_tokens) / 1e6 + images * self.picture
+        return Usage(input_tokens=input_tokens, output_tokens=output_tokens, pictures=images, dollars=dollars)
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a model is served, and how it may be called.
+    """Address of a served model, and limits for calls to it.
 
     Attributes:
-      model: as the server names it.
+      model: the server's name for the model.
       base_url: up to and including the version, e.g. http://localhost:8000/v1 for vLLM,
         https://generativelanguage.googleapis.com/v1beta/openai for Gemini.
-      key_variable: environment variable that holds the key; None for servers without keys.
-      max_in_flight: requests at once; further callers wait for their turn.
-      timeout: seconds without a byte from the server.
-      max_seconds: for a whole response, however it is spread over time.
-      max_bytes: of a whole response, decompressed.
-      image_hosts: hosts besides that of base_url that images may be fetched from although they are in the own network,
-        and that addresses of images may redirect to.
-      max_retries: requests after the first, for faults that may pass: no connection, timeouts, server errors, rate
-        limits, empty or broken bodies.
-      backoff: seconds before the first retry, doubled for each further one and cut at random to a half at most.
-      max_wait: seconds before any retry at most. A server that asks for more patience (Retry-After) is not retried.
-      prices: what the server charges.
+      key_variable: environment variable with the key; None for servers without keys.
+      max_in_flight: maximum number of concurrent requests; further callers wait.
+      timeout: maximum seconds without a byte from the server.
+      max_seconds: maximum seconds for a complete response.
+      max_bytes: maximum size of a complete response, decompressed.
+      image_hosts: hosts besides that of base_url that images may be downloaded from although they are in the local
+        network, and that URLs of images may redirect to.
+      max_retries: maximum number of requests after the first, for temporary faults: no connection, timeouts, server
+        errors, rate limits, empty or broken bodies.
+      backoff: seconds before the first retry, doubled for each further one, with a random factor from 0.5 to 1.
+      max_wait: maximum seconds before a retry; there is no retry if the server requests more (Retry-After).
+      prices: of the server.
     """
 
     model: str
@@ -89,10 +86,10 @@ class Endpoint:
 
     def __post_init__(self) -> None:
         if not self.model:
-            raise UsageError("endpoint: model is empty; give the name that the server knows the model by")
-        if not _is_address(self.base_url):
+            raise UsageError("endpoint: model is empty; give the server's name for the model")
+        if not _is_http_url(self.base_url):
             raise UsageError(
-                f"endpoint: base_url must be an http:// or https:// address, got {redact_url(self.base_url)!r}"
+                f"endpoint: base_url must be an http:// or https:// URL, got {redact_url(self.base_url)!r}"
             )
         if not 1 <= self.max_in_flight <= _MAX_IN_FLIGHT:
             raise UsageError(f"endpoint: max_in_flight must be in 1 .. {_MAX_IN_FLIGHT}, got {self.max_in_flight}")
@@ -108,19 +105,19 @@ class Endpoint:
 
     @property
     def host(self) -> str:
-        """Server and port, without a password that may stand in the address."""
+        """Host and port, without a login in the URL."""
         return urlsplit(self.base_url).netloc.rpartition("@")[2]
 
     @property
     def name(self) -> str:
-        """The model and who serves it."""
+        """Model and host."""
         return f"{self.model} ({self.host})"
 
 
 class Connection:
-    """Calls one endpoint from many threads: takes turns, retries, counts, and says what went wrong.
+    """Calls one endpoint from many threads, with a limit on concurrent requests, retries, usage and clear errors.
 
-    Raises: ClvrError when made, if the openai package or the key is missing.
+    Raises: ClvrError when created, if the openai package or the key is missing.
     """
 
     def __init__(self, endpoint: Endpoint):
@@ -136,13 +133,13 @@ class Connection:
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
         self._secrets = Secrets(self._key, endpoint.base_url)
-        # To read all certificates takes a while, so it is done once.
+        # Loading all certificates takes a while, so it is done once.
         self._new_http_client = partial(
             BoundedClient, seconds=endpoint.max_seconds, verify=httpx2.create_ssl_context(), timeout=endpoint.timeout
         )
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
-        # One client for each request in flight, the last used first. One that is shared looks through all of its
-        # connections at every request, under a lock: with 64 of them that is felt.
+        # One client for each concurrent request, the most recently used first. A shared client searches all of its
+        # connections at every request under a lock, which is slow with 64 of them.
         self._clients: list[openai.OpenAI] = []
         self._idle: list[openai.OpenAI] = []
         self._not_before = 0.0
@@ -153,21 +150,27 @@ class Connection:
         read: Callable[[dict[str, Any]], tuple[T, Usage]],
         max_values: int = MAX_VALUES,
     ) -> tuple[T, Usage]:
-        """One answer.
+        """Makes one request, with retries.
 
         Args:
           send: makes one request and returns the body of the response; may be called several times.
-          read: a response's JSON -> the answer and its price; raises Failure for what is no answer.
-          max_values: most values in a response's JSON.
-        Returns: the answer, and the price of everything that was tried, as one call.
+          read: a response's JSON -> the result and its usage; raises Failure for a response without a result.
+          max_values: maximum number of values in a response's JSON.
+        Returns: the result, and the usage of all attempts, as one call.
         Raises: ProviderError.
         """
         return self._retry(lambda: self._request(send, read, max_values), Usage(calls=1))
 
     def download(self, url: str, spent: Usage) -> tuple[bytes, Usage]:
-        """What is found at an http(s) or data URL that the server gave. spent: what the call has cost before.
+        """Downloads the content of an http(s) or data URL that the server returned, with retries.
 
-        The key is not sent, nor is the URL shown: it may be a password to what it points at.
+        The key is not sent, and errors do not contain the URL, which may give access to the image.
+
+        Args:
+          url: of the content.
+          spent: usage of the call so far.
+        Returns: the content, and the usage of the call.
+        Raises: ProviderError.
         """
         from clvr_jax.providers.download import download
 
@@ -175,7 +178,7 @@ class Connection:
         return self._retry(lambda: (download(url, hosts, self._new_http_client), Usage()), spent)
 
     def error(self, message: str, fault: Fault, usage: Usage | None = None, is_no_reply: bool = False) -> ProviderError:
-        """The error that says so, on one line and without the key."""
+        """Returns an error with a message on one line, without the key."""
         kind = NoReplyError if is_no_reply else ProviderError
         return kind(self._one_line(f"{self.endpoint.name}: {message}"), fault, usage)
 
@@ -196,7 +199,7 @@ class Connection:
             http_client=self._new_http_client(endpoint.max_bytes),
         )
         if not (urlsplit(endpoint.base_url).hostname or "").endswith("openai.com"):
-            # The package takes these from the environment; they are nobody else's business.
+            # The package reads these from the environment; they must not be sent to other servers.
             client.organization = client.project = None
         return client
 
@@ -216,15 +219,15 @@ class Connection:
             if not failure.can_retry or attempt == self.endpoint.max_retries or wait > self.endpoint.max_wait:
                 break
             if failure.wait is not None:
-                # One caller's rate limit is everyone's: the others need not find out one by one.
+                # The rate limit applies to all callers, so that all of them wait.
                 self._not_before = max(self._not_before, time.monotonic() + failure.wait)
             time.sleep(wait)
             attempt += 1
-        # Raised here, not above: the causes, which a traceback would show, may hold the request and with it the key.
+        # Raised outside of the handler: a traceback would show the causes, which may contain the request with the key.
         message = self._one_line(failure.message)
         message = message if len(message) <= SHOWN else message[:SHOWN] + " ..."
         if failure.can_retry and wait > self.endpoint.max_wait:
-            message += f"; it asks to wait {wait:.0f} s, more than max_wait={self.endpoint.max_wait:g}"
+            message += f"; it requests a wait of {wait:.0f} s, more than max_wait={self.endpoint.max_wait:g}"
         elif attempt:
             message += f" (after {attempt} {'retries' if attempt > 1 else 'retry'})"
         spent += Usage(retries=attempt, seconds=time.monotonic() - began)
@@ -237,7 +240,7 @@ class Connection:
         max_values: int,
     ) -> tuple[T, Usage]:
         with self._turn() as client:
-            # Read within the turn: until then the response counts among those that are held in memory.
+            # Parsed before the client is released: until then the response counts as held in memory.
             return read(read_object(self._secrets.redact_reply(self._send(send, client)), max_values))
 
     def _send(self, send: Callable[[openai.OpenAI], str], client: openai.OpenAI) -> str:
@@ -250,20 +253,22 @@ class Connection:
             wait = retry_after(error.response.headers, time.time())
             raise status_failure(error.status_code, error.body, wait) from None
         except openai.APITimeoutError:
-            raise Failure(f"no answer within {self.endpoint.timeout:g} s", "down", can_retry=True) from None
+            raise Failure(f"no response within {self.endpoint.timeout:g} s", "down", can_retry=True) from None
         except openai.APIConnectionError as error:
             if isinstance(error.__cause__, Failure):
                 raise error.__cause__ from None
             reason = str(error.__cause__ or error)
             raise Failure(f"cannot be reached ({reason})", "down", can_retry=True) from None
         except openai.OpenAIError as error:
-            raise Failure(f"the openai package says {error}", "rejected") from None
+            raise Failure(f"the openai package reports {error}", "rejected") from None
         except UnicodeEncodeError as error:
-            raise Failure(f"the text is no valid Unicode ({error.reason}); clean it", "rejected") from None
+            raise Failure(
+                f"the text is not valid Unicode ({error.reason}); remove such characters", "rejected"
+            ) from None
 
     @contextmanager
     def _turn(self) -> Iterator[openai.OpenAI]:
-        """A client that nobody else uses meanwhile."""
+        """Yields a client that no other thread uses meanwhile."""
         self._wait_for_turn()
         try:
             try:
@@ -285,7 +290,7 @@ class Connection:
 
     def _wait_for_turn(self) -> None:
         while True:
-            if (wait := self._not_before - time.monotonic()) > 0:  # even to sleep for no time costs
+            if (wait := self._not_before - time.monotonic()) > 0:  # even sleep(0) takes time
                 time.sleep(wait)
             self._turns.acquire()
             if time.monotonic() >= self._not_before:
@@ -296,7 +301,7 @@ class Connection:
         return self._secrets.redact(" ".join(text.split()))
 
 
-def _is_address(url: str) -> bool:
+def _is_http_url(url: str) -> bool:
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
@@ -312,5 +317,7 @@ def _read_key(endpoint: Endpoint) -> str | None:
     if not key:
         raise ClvrError(f"{endpoint.name}: the environment variable {variable} is not set; put the server's key there")
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise ClvrError(f"{endpoint.name}: the environment variable {variable} holds no key (spaces or odd characters)")
+        raise ClvrError(
+            f"{endpoint.name}: the environment variable {variable} is not a key (spaces or unprintable characters)"
+        )
     return key

@@ -1,4 +1,4 @@
-"""What went wrong with one request: faults, what a server's error means, and how long it asks to wait."""
+"""Failures of single requests: their kind, the meaning of a server's error, and the requested wait before a retry."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from clvr_jax.interfaces import Fault, ProviderError, Usage
 from clvr_jax.reasoning.answers import AnswerError
 
 SHOWN = 300
-"""Characters of a failure's words in an error."""
+"""Maximum characters of a failure's message in an error."""
 KEPT = 2000
-"""Characters that are kept before secrets are taken out: cut first, a piece of a secret could stay."""
+"""Characters that are kept before secrets are redacted; truncated to fewer, a part of a secret could remain."""
 MAX_SECONDS = 1e9
-"""Longest time that a server can ask to wait; longer ones are read as this."""
+"""Longest wait that a server can request; longer ones are read as this."""
 
 _POLICY = ("content_filter", "content_policy", "moderation", "policyviolation", "sensitivecontent", "safety")
 _OUT_OF_MONEY = ("insufficient_quota", "billing")
@@ -24,13 +24,15 @@ _DURATION = re.compile(r"(\d{1,12}(?:\.\d{1,12})?)s")
 
 
 class Failure(Exception):  # noqa: N818 - becomes a ProviderError when no retry is left
-    """One request that came to nothing.
+    """One failed request.
 
     Attributes:
+      message: what happened.
+      fault: kind of failure, see `ProviderError`.
       can_retry: whether the same request may succeed later.
-      wait: seconds that the server asks to wait, if it does.
-      usage: what the request cost.
-      is_no_reply: whether the server was reached and its model said nothing that counts as a reply.
+      wait: seconds that the server requests before a retry; None if it does not.
+      usage: cost of the request.
+      is_no_reply: whether the model responded, but without a reply.
     """
 
     def __init__(
@@ -53,15 +55,15 @@ class Failure(Exception):  # noqa: N818 - becomes a ProviderError when no retry 
 
 
 class NoReplyError(ProviderError, AnswerError):
-    """A model's reply that is none: empty, cut at max_tokens, or a thought without an end.
+    """A response without a reply: empty, truncated at max_tokens, or an unfinished thought.
 
-    It is an `AnswerError` since the model may be asked again, and a `ProviderError` of fault "down" since nothing
-    follows from it: not that an image is bad, nor that a reply cannot be read.
+    It is an `AnswerError`, because the model may be asked again, and a `ProviderError` with fault "down", because it
+    means neither that an image is rejected nor that a reply cannot be parsed.
     """
 
 
 def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Returns the seconds that a response's headers ask to wait, in any of three ways; None if they do not.
+    """Returns the seconds that a response's headers request before a retry, in any of three forms; None without them.
 
     Args:
       headers: of the response.
@@ -84,7 +86,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 
 def retry_delay(details: object) -> float | None:
-    """Returns the seconds that the details of a Google error ask to wait; None if they do not.
+    """Returns the seconds that the details of a Google error request before a retry; None without them.
 
     Source: google.rpc.RetryInfo in its JSON form, a duration such as "34.07s".
     """
@@ -98,12 +100,12 @@ def retry_delay(details: object) -> float | None:
 
 
 def status_failure(status: int, body: object, wait: float | None = None) -> Failure:
-    """Returns what an HTTP status and the body of an error mean.
+    """Returns the failure that an HTTP status and the body of an error mean.
 
     Args:
       status: 400 .. 599.
       body: the error object, or the body as text.
-      wait: seconds that the headers ask to wait; those that the body names count as well.
+      wait: seconds that the headers request before a retry; the longest of this and the body's is used.
     """
     if isinstance(body, list) and body:  # Gemini's
         body = body[0].get("error", body[0]) if isinstance(body[0], dict) else body[0]

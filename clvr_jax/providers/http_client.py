@@ -1,4 +1,4 @@
-"""The HTTP client under the openai package: every response is read within bounds, redirects stay on their host."""
+"""The HTTP client of the openai package, with limits on every response, and redirects to the same host only."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from clvr_jax.providers.bounded import MAX_REDIRECTS, HeldBytes, read_content
 from clvr_jax.providers.failures import Failure
 
 _MAX_ERROR_BYTES = 1 << 20
-"""Most bytes of the body of an error, which the openai package reads as JSON of any number of values."""
+"""Maximum bytes of an error's body, which the openai package parses as JSON with any number of values."""
 
 
 class BoundedClient(openai.DefaultHttpxClient):
-    """A client for one request at a time that reads whole responses.
+    """A client for one request at a time that reads complete responses.
 
     Args:
-      limit: most bytes of a response after decompression.
-      seconds: for a whole request, from its first byte to the last one of the response.
+      limit: maximum number of bytes of a response after decompression.
+      seconds: time limit of a request, from its first byte to the last byte of the response.
       settings: of `httpx2.Client`.
 
     Attributes:
-      is_usable: whether another request may be sent; not after one that ran out of time, for it is closed then.
-      held: the bytes of the last response, which count until they are released.
+      is_usable: whether another request may be sent; a client that timed out is closed.
+      held: accounts for the bytes of the last response until they are released.
       check_redirect: raises Failure for a redirect that must not be followed, given the addresses before and after.
       check_peer: raises Failure for a response that must not be read, given its address and the peer's IP address.
     """
@@ -37,7 +37,7 @@ class BoundedClient(openai.DefaultHttpxClient):
 
     def __init__(self, limit: int, seconds: float, **settings: Any):
         super().__init__(follow_redirects=False, **settings)
-        self.headers["accept-encoding"] = "gzip, deflate"  # what `read_content` decompresses within bounds
+        self.headers["accept-encoding"] = "gzip, deflate"  # the encodings that `read_content` decompresses
         self.is_usable = True
         self.held = HeldBytes()
         self.check_redirect = same_host
@@ -47,13 +47,13 @@ class BoundedClient(openai.DefaultHttpxClient):
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Sends a request and reads its response.
 
-        Raises: Failure for a response that breaks a bound; httpx2's own errors.
+        Raises: Failure for a response that exceeds a limit; httpx2's own errors.
         """
         self.held.release()
         deadline = time.monotonic() + self._seconds
-        # The time between two bytes is bounded by httpx2. A server that sends one now and then, in the headers too, is
-        # ended from outside: its next byte meets a closed connection.
-        timer = threading.Timer(self._seconds, self._give_up)
+        # httpx2 limits only the time between two bytes. The timer closes the connection to a server that sends single
+        # bytes, in the headers or in the body, for too long.
+        timer = threading.Timer(self._seconds, self._time_out)
         timer.daemon = True
         timer.start()
         try:
@@ -66,7 +66,7 @@ class BoundedClient(openai.DefaultHttpxClient):
             timer.cancel()
             timer.join()
 
-    def _give_up(self) -> None:
+    def _time_out(self) -> None:
         self.is_usable = False
         self.close()
 
@@ -83,7 +83,7 @@ class BoundedClient(openai.DefaultHttpxClient):
                     encoding = response.headers.get("content-encoding", "")
                     limit = min(self._limit, _MAX_ERROR_BYTES) if response.is_error else self._limit
                     content = read_content(response.iter_raw(), encoding, limit, deadline, self._seconds, self.held)
-                    return _whole(response, content, request)
+                    return _with_content(response, content, request)
                 self.check_redirect(request.url, target.url)
                 request = target
             finally:
@@ -92,7 +92,7 @@ class BoundedClient(openai.DefaultHttpxClient):
 
 
 def same_host(origin: httpx2.URL, target: httpx2.URL) -> None:
-    """Raises Failure for a redirect to another host, or from https to http: prompts go where the user sends them."""
+    """Raises Failure for a redirect to another host or from https to http, where prompts must not be sent."""
     if target.host != origin.host:
         raise Failure(f"redirects to another host, {target.host}; if it is right, give its address as base_url", "down")
     if origin.scheme == "https" != target.scheme:
@@ -103,8 +103,8 @@ def any_peer(url: httpx2.URL, address: str) -> None:
     """Accepts every response."""
 
 
-class _WholeResponse(httpx2.Response):
-    """A response whose text is decoded without a second copy of it."""
+class _CompleteResponse(httpx2.Response):
+    """A response whose text is decoded without a second copy."""
 
     @property
     def text(self) -> str:
@@ -112,11 +112,11 @@ class _WholeResponse(httpx2.Response):
         return self.content.decode("utf-8", "replace")
 
 
-def _whole(response: httpx2.Response, content: bytes, request: httpx2.Request) -> httpx2.Response:
-    """The response with its content, which is decompressed already; JSON is UTF-8, whatever the headers say."""
+def _with_content(response: httpx2.Response, content: bytes, request: httpx2.Request) -> httpx2.Response:
+    """Returns the response with its decompressed content; JSON is read as UTF-8 whatever its Content-Type."""
     hidden = ("content-encoding", "content-length", "transfer-encoding")
     headers = [(name, value) for name, value in response.headers.multi_items() if name.lower() not in hidden]
     headers = [(name, value.partition(";")[0] if name == "content-type" else value) for name, value in headers]
-    return _WholeResponse(
+    return _CompleteResponse(
         response.status_code, headers=headers, content=content, request=request, extensions=response.extensions
     )

@@ -1,6 +1,6 @@
-"""Our own pipelines as providers: calls from many threads become batches.
+"""Our own pipelines as chat and image models: requests of many threads are computed in batches.
 
-The pipelines are given, not imported; what is asked of them is written down here.
+The pipelines are not imported; protocols describe the methods that are used.
 """
 
 import dataclasses
@@ -30,8 +30,8 @@ from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.thoughts import strip_thoughts
 
 
-class ManyChatsPipeline(Protocol):
-    """What is used of `pipelines.vlm.Qwen3VLPipeline` on a mesh."""
+class BatchChatPipeline(Protocol):
+    """The method of `pipelines.vlm.Qwen3VLPipeline` that is used on a mesh."""
 
     def answer_all(
         self,
@@ -42,22 +42,22 @@ class ManyChatsPipeline(Protocol):
         seed: int = 0,
         top_logprobs: int = 0,
     ) -> Sequence[Any]:
-        """One answer for each conversation, with `text`, `input_tokens`, `output_tokens` and `tokens`."""
+        """Returns one answer for each conversation, with `text`, `input_tokens`, `output_tokens` and `tokens`."""
         ...
 
 
-class ChatPipeline(ManyChatsPipeline, Protocol):
-    """What more is used of it without a mesh."""
+class ChatPipeline(BatchChatPipeline, Protocol):
+    """The attributes of `pipelines.vlm.Qwen3VLPipeline` that are used without a mesh."""
 
     tokenizer: Any
 
     def prepare(self, messages: Sequence[Message], images: Sequence[np.ndarray]) -> Any:
-        """Something with `input_ids`. Raises: ClvrError for a chat that cannot be read."""
+        """Returns an object with `input_ids`. Raises: ClvrError for a conversation that cannot be encoded."""
         ...
 
 
 class ImagePipeline(Protocol):
-    """What is used of `pipelines.flux2.Flux2Pipeline`; outputs have `images` (PIL) and `nfe` (of each of them)."""
+    """The methods of `pipelines.flux2.Flux2Pipeline` used; outputs have `images` (PIL) and `nfe` (of each image)."""
 
     def generate_each(
         self,
@@ -68,7 +68,7 @@ class ImagePipeline(Protocol):
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
     ) -> Any:
-        """One picture for each prompt, in the pipeline's own size."""
+        """Generates one image for each prompt, in the pipeline's own size."""
         ...
 
     def __call__(
@@ -82,169 +82,174 @@ class ImagePipeline(Protocol):
         width: int | None = None,
         seed: int = 0,
     ) -> Any:
-        """One picture of the given size."""
+        """Generates one image of the given size."""
         ...
 
 
 class LocalChatModel(ChatModel):
-    """Our Qwen3-VL. Greedy questions that wait together share a call; every sampled one has its own, and its own seed.
+    """Our Qwen3-VL. Requests with greedy decoding share calls; each sampled request has its own call and seed.
 
     Args:
       pipeline: a `Qwen3VLPipeline`.
-      name: model and revision, as it is recorded.
+      name: model and revision, recorded with the responses.
       max_batch, wait: see `batching.DynamicBatcher`.
     """
 
     def __init__(self, pipeline: ChatPipeline, name: str, max_batch: int = 8, wait: float = 0.005):
         self._pipeline, self._name = pipeline, name
-        self._gathered = DynamicBatcher(self._answers, max_batch, wait)
+        self._batcher = DynamicBatcher(self._responses, max_batch, wait)
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The name that was given."""
         return self._name
 
-    def chat(self, question: ChatRequest) -> ChatResponse:
-        """See `ChatModel`.
+    def chat(self, request: ChatRequest) -> ChatResponse:
+        """Returns the response to one request.
 
-        Raises: ProviderError "rejected" for a chat that the pipeline cannot read; NoReplyError for a thought without a
-          reply.
+        Raises: ProviderError "rejected" for a conversation that the pipeline cannot encode; NoReplyError for a thought
+          without a reply.
         """
         began = time.monotonic()
         try:
-            shown = [pixels(image) for image in question.images]
-            # Read here and again in the batch: for its length, and so that a bad chat never gets among good ones.
-            input_tokens = len(self._pipeline.prepare(question.messages, shown).input_ids)
-            answer = self._gathered(dataclasses.replace(question, images=shown))
+            images = [pixels(image) for image in request.images]
+            # Encoded here and again in the batch: for its length, and so that an invalid request joins no batch.
+            input_tokens = len(self._pipeline.prepare(request.messages, images).input_ids)
+            response = self._batcher(dataclasses.replace(request, images=images))
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
         usage = Usage(
             calls=1,
             input_tokens=input_tokens,
-            output_tokens=len(self._pipeline.tokenizer(answer.text)["input_ids"]),
+            output_tokens=len(self._pipeline.tokenizer(response.text)["input_ids"]),
             seconds=time.monotonic() - began,
         )
-        reply = dataclasses.replace(without_thought(answer), usage=usage)
-        if answer.text.strip() and not reply.text.strip():
+        reply = dataclasses.replace(without_thought(response), usage=usage)
+        if response.text.strip() and not reply.text.strip():
             advice = "allow more tokens, or have the model think less"
             raise NoReplyError(f"{self._name}: the answer is a thought without a reply; {advice}", "down", usage)
         return reply
 
     def close(self) -> None:
-        """Answers what waits, then takes no more."""
-        self._gathered.close()
+        """Completes all waiting requests and refuses further ones."""
+        self._batcher.close()
 
-    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
-        # One call has one temperature and one seed, and samples its rows in turn: sampled rows must be alone.
+    def _responses(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
+        # A call has one temperature and one seed for all rows, so that sampled requests have calls of their own.
         groups: dict[tuple[int, ...], list[int]] = {}
-        for index, question in enumerate(questions):
-            alone = () if question.temperature == 0 else (index,)
-            groups.setdefault((question.max_tokens, question.top_logprobs, *alone), []).append(index)
-        found: dict[int, ChatResponse] = {}
+        for index, request in enumerate(requests):
+            alone = () if request.temperature == 0 else (index,)
+            groups.setdefault((request.max_tokens, request.top_logprobs, *alone), []).append(index)
+        responses: dict[int, ChatResponse] = {}
         for rows in groups.values():
-            first = questions[rows[0]]
+            first = requests[rows[0]]
             answers = self._pipeline.answer_all(
-                [questions[row].messages for row in rows],
-                [[pixels(image) for image in questions[row].images] for row in rows],
+                [requests[row].messages for row in rows],
+                [[pixels(image) for image in requests[row].images] for row in rows],
                 first.max_tokens,
                 first.temperature,
                 first.seed,
                 first.top_logprobs,
             )
-            found.update(
-                {row: ChatResponse(one.text, tokens=one.tokens) for row, one in zip(rows, answers, strict=True)}
-            )
-        return [found[index] for index in range(len(questions))]
+            for row, answer in zip(rows, answers, strict=True):
+                responses[row] = ChatResponse(answer.text, tokens=answer.tokens)
+        return [responses[index] for index in range(len(requests))]
 
 
 class MeshChatModel(ChatModel):
-    """Our Qwen3-VL, spread over the active layout; greedy.
+    """Our Qwen3-VL, sharded over the active layout, with greedy decoding.
 
-    Where there are several processes, all of them ask the same questions in the same order, each in one thread.
+    With several processes, all of them make the same requests in the same order, each in one thread.
 
     Args:
-      pipeline: a `Qwen3VLPipeline` that was loaded within the layout.
-      name: model and revision, as it is recorded.
-      batch: questions of a call, which the mesh cuts; a call of fewer is filled up, so that there are few programs.
+      pipeline: a `Qwen3VLPipeline` that was loaded on the layout.
+      name: model and revision, recorded with the responses.
+      batch: number of requests in a call, which the mesh shards; a smaller call is padded, so that one batch size is
+        compiled.
     """
 
-    def __init__(self, pipeline: ManyChatsPipeline, name: str, batch: int):
+    def __init__(self, pipeline: BatchChatPipeline, name: str, batch: int):
         if batch < 1:
             raise UsageError(f"{name}: batch must be at least 1, got {batch}")
         self._pipeline, self._name, self._batch = pipeline, name, batch
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The name that was given."""
         return self._name
 
-    def chat(self, question: ChatRequest) -> ChatResponse:
-        """See `ChatModel`."""
-        return self.chat_all([question])[0]
+    def chat(self, request: ChatRequest) -> ChatResponse:
+        """Returns the response to one request."""
+        return self.chat_all([request])[0]
 
-    def chat_all(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
-        """See `ChatModel`; those with as many pictures share calls. A thought without a reply is "".
+    def chat_all(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
+        """Returns the responses in the order of the requests; requests with the same number of images share calls.
 
-        Raises: ProviderError "rejected" for a chat that cannot be read, or one that is to be answered by chance.
+        The response to a thought without a reply has the text "".
+        Raises: ProviderError "rejected" for a conversation that cannot be encoded, or a temperature above 0.
         """
-        alike: dict[tuple[int, int, int], list[int]] = {}
-        for index, question in enumerate(questions):
-            if question.temperature:
-                raise ProviderError(f"{self._name}: is asked greedily on a mesh, not at a temperature", "rejected")
-            alike.setdefault((len(question.images), question.max_tokens, question.top_logprobs), []).append(index)
-        found: dict[int, ChatResponse] = {}
-        for indices in alike.values():
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for index, request in enumerate(requests):
+            if request.temperature:
+                raise ProviderError(f"{self._name}: decodes greedily on a mesh, not at a temperature", "rejected")
+            groups.setdefault((len(request.images), request.max_tokens, request.top_logprobs), []).append(index)
+        responses: dict[int, ChatResponse] = {}
+        for indices in groups.values():
             for begin in range(0, len(indices), self._batch):
                 part = indices[begin : begin + self._batch]
-                answers = self._answers([questions[index] for index in part])
-                found.update(zip(part, answers, strict=True))
-        return [found[index] for index in range(len(questions))]
+                responses.update(zip(part, self._responses([requests[index] for index in part]), strict=True))
+        return [responses[index] for index in range(len(requests))]
 
-    def _answers(self, questions: Sequence[ChatRequest]) -> list[ChatResponse]:
-        began, first = time.monotonic(), questions[0]
-        filled = [*questions, *[questions[-1]] * (self._batch - len(questions))]
-        shown = [[pixels(image) for image in question.images] for question in filled]
+    def _responses(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
+        began, first = time.monotonic(), requests[0]
+        padded = [*requests, *[requests[-1]] * (self._batch - len(requests))]
+        images = [[pixels(image) for image in request.images] for request in padded]
         try:
-            told = self._pipeline.answer_all(
-                [question.messages for question in filled],
-                shown,
+            answers = self._pipeline.answer_all(
+                [request.messages for request in padded],
+                images,
                 first.max_tokens,
                 top_logprobs=first.top_logprobs,
             )
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
-        seconds = (time.monotonic() - began) / len(questions)
+        seconds = (time.monotonic() - began) / len(requests)
         return [
             without_thought(
                 ChatResponse(
-                    one.text,
-                    Usage(calls=1, input_tokens=one.input_tokens, output_tokens=one.output_tokens, seconds=seconds),
-                    one.tokens,
+                    answer.text,
+                    Usage(
+                        calls=1,
+                        input_tokens=answer.input_tokens,
+                        output_tokens=answer.output_tokens,
+                        seconds=seconds,
+                    ),
+                    answer.tokens,
                 )
             )
-            for one in told[: len(questions)]
+            for answer in answers[: len(requests)]
         ]
 
 
-def without_thought(answer: ChatResponse) -> ChatResponse:
-    """Returns the reply behind a model's thought, with its tokens; "" for a thought without a reply."""
-    text = strip_thoughts(answer.text) or ""
-    if text == answer.text:
-        return answer
-    tokens = list(answer.tokens or ())
+def without_thought(response: ChatResponse) -> ChatResponse:
+    """Returns the reply after a model's thought, with its tokens; the text is "" for a thought without a reply."""
+    text = strip_thoughts(response.text) or ""
+    if text == response.text:
+        return response
+    tokens = list(response.tokens or ())
     while tokens and len("".join(token.text for token in tokens)) > len(text):
         tokens.pop(0)
-    is_whole = "".join(token.text for token in tokens) == text
-    return dataclasses.replace(answer, text=text, tokens=tuple(tokens) if answer.tokens and is_whole else None)
+    is_aligned = "".join(token.text for token in tokens) == text
+    return dataclasses.replace(response, text=text, tokens=tuple(tokens) if response.tokens and is_aligned else None)
 
 
 class LocalImageModel(ImageModel):
-    """Our FLUX.2. Tasks that wait together are drawn together where their shapes agree.
+    """Our FLUX.2. Concurrent requests share calls if they have no size of their own.
 
     Args:
       pipeline: a `Flux2Pipeline`.
-      name: model and revision, as it is recorded.
-      steps, guidance: of the sampler; the model's own if None.
+      name: model and revision, recorded with the images.
+      steps, guidance: of the solver; the model's own if None.
       max_batch, wait: see `batching.DynamicBatcher`.
     """
 
@@ -259,56 +264,55 @@ class LocalImageModel(ImageModel):
     ):
         self._pipeline, self._name = pipeline, name
         self._sampler: dict[str, Any] = {"num_inference_steps": steps, "guidance_scale": guidance}
-        self._gathered = DynamicBatcher(self._draw_all, max_batch, wait)
+        self._batcher = DynamicBatcher(self._generate_all, max_batch, wait)
 
     @property
     def name(self) -> str:
-        """As it was given."""
+        """The name that was given."""
         return self._name
 
-    def generate(self, task: ImageRequest) -> ImageResponse:
-        """See `ImageModel`. The picture is (height, width, 3) uint8.
+    def generate(self, request: ImageRequest) -> ImageResponse:
+        """Returns one image, (height, width, 3) uint8.
 
         Raises: ProviderError "rejected" for a prompt, size or reference that the pipeline cannot use.
         """
         began = time.monotonic()
         try:
-            check_prompt(task.prompt)
-            picture, nfe = self._gathered(
-                dataclasses.replace(task, references=[as_pil(each) for each in task.references])
-            )
+            check_prompt(request.prompt)
+            references = [as_pil(image) for image in request.references]
+            image, nfe = self._batcher(dataclasses.replace(request, references=references))
         except ClvrError as error:
             raise ProviderError(f"{self._name}: {error}", "rejected") from error
-        return ImageResponse(picture, Usage(calls=1, pictures=1, nfe=nfe, seconds=time.monotonic() - began))
+        return ImageResponse(image, Usage(calls=1, pictures=1, nfe=nfe, seconds=time.monotonic() - began))
 
     def close(self) -> None:
-        """Draws what waits, then takes no more."""
-        self._gathered.close()
+        """Completes all waiting requests and refuses further ones."""
+        self._batcher.close()
 
-    def _draw_all(self, tasks: Sequence[ImageRequest]) -> list[tuple[np.ndarray, int]]:
-        made: dict[int, tuple[np.ndarray, int]] = {}
+    def _generate_all(self, requests: Sequence[ImageRequest]) -> list[tuple[np.ndarray, int]]:
+        generated: dict[int, tuple[np.ndarray, int]] = {}
         together = []
-        for index, task in enumerate(tasks):
-            if task.size is None:
+        for index, request in enumerate(requests):
+            if request.size is None:
                 together.append(index)
                 continue
-            height, width = task.size
+            height, width = request.size
             output = self._pipeline(
-                task.prompt,
-                [as_pil(image) for image in task.references],
+                request.prompt,
+                [as_pil(image) for image in request.references],
                 height=height,
                 width=width,
-                seed=task.seed,
+                seed=request.seed,
                 **self._sampler,
             )
-            made[index] = (pixels(output.images[0]), output.nfe)
+            generated[index] = (pixels(output.images[0]), output.nfe)
         if together:
             output = self._pipeline.generate_each(
-                [tasks[index].prompt for index in together],
-                [[as_pil(image) for image in tasks[index].references] for index in together],
-                [tasks[index].seed for index in together],
+                [requests[index].prompt for index in together],
+                [[as_pil(image) for image in requests[index].references] for index in together],
+                [requests[index].seed for index in together],
                 **self._sampler,
             )
-            pictures = [(pixels(image), output.nfe) for image in output.images]
-            made.update(zip(together, pictures, strict=True))
-        return [made[index] for index in range(len(tasks))]
+            images = [(pixels(image), output.nfe) for image in output.images]
+            generated.update(zip(together, images, strict=True))
+        return [generated[index] for index in range(len(requests))]

@@ -1,4 +1,4 @@
-"""Any vision-language model as the loop's controller, any image tool as its drawer."""
+"""Chat models as controllers of the loop, and image models as its image generators."""
 
 from __future__ import annotations
 
@@ -23,15 +23,16 @@ paragraph.
 
 
 class ChatModelController(Controller):
-    """A general-purpose model, told the loop's contract; greedy at first, sampling when it has to try again.
+    """A general-purpose model as controller, with the system prompt of the loop. Retries are sampled.
 
     Args:
-      model: asked for each conversation of a batch at the same time.
-      plan_prompt: system prompt of the first reply, the contract's own if None. With `REWRITE_PROMPT` the whole picture
-        is described at once, for one drawing.
-      max_tokens: of a reply.
+      model: called for all conversations of a batch concurrently.
+      plan_prompt: system prompt of the first reply; that of the loop if None. With `REWRITE_PROMPT` the model describes
+        the complete image at once, for one generation.
+      max_tokens: maximum length of a reply.
 
-    usage: what all replies have cost so far.
+    Attributes:
+      usage: cost of all replies so far.
     """
 
     def __init__(self, model: ChatModel, plan_prompt: str | None = None, max_tokens: int = MAX_REPLY_TOKENS):
@@ -41,57 +42,58 @@ class ChatModelController(Controller):
 
     @property
     def adapted(self) -> tuple[str, ...]:
-        """What the requests to the model lacked because its server refuses it, in words; for results."""
+        """Descriptions of the changes to requests that the model's server required, for results."""
         return tuple(getattr(self._model, "adapted", ()))
 
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """See `Controller`. Raises: ProviderError."""
+        """Returns the replies to all conversations. Raises: ProviderError."""
         if len(conversations) == 1:
             return [self._reply(conversations[0])]
         with ThreadPoolExecutor(len(conversations)) as threads:
             return list(threads.map(self._reply, conversations))
 
     def _reply(self, conversation: Conversation) -> str:
-        plans = not conversation.replies and self._plan_prompt is not None
-        question = ChatRequest(
-            conversation.messages(self._plan_prompt if plans else SYSTEM_PROMPT),
+        is_plan = not conversation.replies and self._plan_prompt is not None
+        request = ChatRequest(
+            conversation.messages(self._plan_prompt if is_plan else SYSTEM_PROMPT),
             conversation.images,
             self._max_tokens,
             temperature=RETRY_TEMPERATURE if conversation.attempt else 0.0,
             seed=conversation.seed,
         )
         try:
-            answer = self._model.chat(question)
+            response = self._model.chat(request)
         except ProviderError as error:
-            self._pay(error.usage)
+            self._add_usage(error.usage)
             raise
-        self._pay(answer.usage)
-        return strip_action(answer.text) + IMAGE_GEN if plans else answer.text
+        self._add_usage(response.usage)
+        return strip_action(response.text) + IMAGE_GEN if is_plan else response.text
 
-    def _pay(self, usage: Usage) -> None:
+    def _add_usage(self, usage: Usage) -> None:
         with self._lock:
             self.usage += usage
 
 
 class ImageModelGenerator(ImageGenerator):
-    """An image tool that is given the whole history: its words, and its pictures as references.
+    """An image model as image generator: the prompt is the text of the history, the references are its images.
 
-    usage: what all drawings have cost so far.
+    Attributes:
+      usage: cost of all generated images so far.
     """
 
-    def __init__(self, tool: ImageModel):
-        self._tool = tool
+    def __init__(self, model: ImageModel):
+        self._model = model
         self.usage = Usage()
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
-        """See `ImageGenerator`. Raises: ProviderError."""
-        return [self._draw(request) for request in requests]
+        """Returns an image for each request. Raises: ProviderError."""
+        return [self._generate(request) for request in requests]
 
-    def _draw(self, request: GenerationRequest) -> GeneratedImage:
+    def _generate(self, request: GenerationRequest) -> GeneratedImage:
         try:
-            made = self._tool.generate(ImageRequest(request.text, request.images, seed=request.seed))
+            response = self._model.generate(ImageRequest(request.text, request.images, seed=request.seed))
         except ProviderError as error:
             self.usage += error.usage
             raise
-        self.usage += made.usage
-        return GeneratedImage(made.image, made.usage.nfe)
+        self.usage += response.usage
+        return GeneratedImage(response.image, response.usage.nfe)

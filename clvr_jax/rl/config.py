@@ -91,7 +91,7 @@ class PPRLConfig:
         "save_minutes": "checkpoint.save_interval_minutes",
         "keep": "checkpoint.max_to_keep",
     }
-    """Names in `recipe.json` of runs before these fields were renamed -> today's, see `recipe_files.rebuilt`."""
+    """Names in `recipe.json` of runs before these fields were renamed -> today's, for `config_from_json`."""
 
     def __post_init__(self) -> None:
         counts = ("epochs", "prompts_per_epoch", "groups_per_microbatch", "updates_per_epoch", "timesteps_per_sample")

@@ -67,8 +67,9 @@ class EpochRunner:
         self.jitted = JittedSteps(task.policy, config, layout)
         self.base = jax.device_put(task.base, layout.parameters(task.base))
         self.frozen = jax.device_put(task.frozen, layout.parameters(task.frozen))
-        live = ProxyPromptCache(task.teacher, out / "proxies.jsonl") if task.teacher else None
-        self.scorer = Scorer(task.reward, task.steps, config.group_size, live)
+        generator = task.proxy_prompt_generator
+        cache = ProxyPromptCache(generator, out / "proxies.jsonl") if generator else None
+        self.scorer = Scorer(task.reward, task.steps, config.group_size, cache)
 
     def run(self, state: PPRLState, iteration: int, shutdown: GracefulShutdown) -> tuple[PPRLState, dict[str, float]]:
         """Runs the epoch whose number is `iteration`.

@@ -22,8 +22,8 @@ class PPRLTask:
     frozen: pytree of everything else that the policy reads. policy: the architecture. steps: trajectory steps that
     images are sampled for. data: (steps of one bucket) -> input of `DiffusionPolicy.encode_conditions`, a pytree of
     NumPy arrays with one row for each step. bucket: steps with the same key have data of the same shapes. reward:
-    scores the images. save: (weights, trained parameters, directory) -> None, writes the trained model. teacher: writes
-    proxy prompts during training; None uses the dataset's.
+    scores the images. save: (weights, trained parameters, directory) -> None, writes the trained model.
+    proxy_prompt_generator: writes proxy prompts during training; None uses the dataset's.
     """
 
     name: str
@@ -36,7 +36,7 @@ class PPRLTask:
     bucket: Callable[[ProxyStep], Hashable]
     reward: Reward
     save: Callable[[Tree, Tree, Path], None]
-    teacher: ProxyPromptGenerator | None = None
+    proxy_prompt_generator: ProxyPromptGenerator | None = None
 
     @property
     def params(self) -> Tree:

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import is_regular_file
-from clvr_jax.files import write_atomically
 from clvr_jax.json_input import JsonObject, parse_object, read_object, stream_lines
 from clvr_jax.plots import can_plot, new_figure
 from clvr_jax.training.recipes import RECIPE

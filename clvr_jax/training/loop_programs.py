@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3_VL, qwen3_hidden_states
-from clvr_jax.costs.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
-from clvr_jax.costs.flops_images import decoder_flops as image_decoder_flops
-from clvr_jax.costs.flops_images import encoder_flops
+from clvr_jax.cost_model.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
+from clvr_jax.cost_model.flops_images import decoder_flops as image_decoder_flops
+from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.text import bucket_for
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError

@@ -10,9 +10,9 @@ from typing import Any, Self
 import jax
 from tensorboardX import SummaryWriter
 
-from clvr_jax.costs.hardware import CHIPS
+from clvr_jax.atomic_io import write_atomically
+from clvr_jax.cost_model.hardware import CHIPS
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import write_atomically
 from clvr_jax.json_input import parse_object, stream_lines
 from clvr_jax.sharding import MeshLayout
 

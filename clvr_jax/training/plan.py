@@ -16,9 +16,9 @@ from typing import Any
 import jax
 from rich.table import Table
 
-from clvr_jax.costs.hardware import Topology, parse_topology, planning_devices
-from clvr_jax.costs.report import JointReport, Report, Stage, elements_per_chip, measure
-from clvr_jax.costs.roofline import training_hbm_bytes
+from clvr_jax.cost_model.hardware import Topology, parse_topology, planning_devices
+from clvr_jax.cost_model.report import JointReport, Report, Stage, elements_per_chip, measure
+from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
 from clvr_jax.training.prefetch import DataIterator, check_batch
@@ -218,7 +218,7 @@ def _plan_step(task: Task, train: Any, layout: MeshLayout, chips: Topology, pric
     state = _with(state, state.shardings(layout))
     frozen = _with(_shapes(task.frozen), layout.parameters(task.frozen))
     batch = _shapes(next(task.batches) if isinstance(task.batches, DataIterator) else task.batches(0))
-    check_batch(batch, layout, train.accumulate)
+    check_batch(batch, layout, train.gradient_accumulation_steps)
     step = make_train_step(task.loss, optimizer, train.step, layout)
     compiled, text = _compiled(step, (state, frozen, _with(batch, layout.batch(batch))), layout)
     held, read = (elements_per_chip(tree) for tree in (state.params, frozen))

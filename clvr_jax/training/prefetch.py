@@ -104,7 +104,7 @@ def check_batch(batch: Batch, layout: MeshLayout, gradient_accumulation_steps: i
     for count in {leaf.shape[0] * processes for leaf in jax.tree.leaves(batch) if leaf.ndim}:
         if count % (layout.batch_shards * gradient_accumulation_steps) and layout.mesh.size > 1:
             raise UsageError(
-                f"a batch of {count} rows cannot be cut into {layout.batch_shards} parts (mesh axes "
-                f"{' x '.join(layout.rules.batch)}) of {gradient_accumulation_steps} pieces (accumulate); change the "
-                "batch or the mesh"
+                f"a batch of {count} rows cannot be sharded into {layout.batch_shards} parts (mesh axes "
+                f"{' x '.join(layout.rules.batch)}) in {gradient_accumulation_steps} microbatches "
+                "(gradient_accumulation_steps); change the batch or the mesh"
             )

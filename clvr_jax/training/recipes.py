@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
+from clvr_jax.atomic_io import located, write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import located, write_json
 from clvr_jax.json_input import read_object
 from clvr_jax.locks import locked_output, new_directory
-from clvr_jax.outputs import check_folder
-from clvr_jax.recipe_files import exits_refused, import_recipe, plain, rebuilt
+from clvr_jax.output_paths import check_directory
+from clvr_jax.recipe_files import config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import broadcast_from_host0
@@ -93,11 +93,11 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
       resume: continue from the newest checkpoint in `out`.
     Returns: {"recipe", "out", "export", "steps"} for JSON.
     """
-    check_folder(out)
+    check_directory(out)
 
     def on_begin() -> None:
         if jax.process_index() == 0:
-            write_json(out / RECIPE, {"recipe": str(recipe.path), "config": plain(config)})
+            write_json(out / RECIPE, {"recipe": str(recipe.path), "config": config_to_json(config)})
 
     with run_lock(out):
         refuse_occupied(out / "checkpoints", resume=resume)
@@ -155,7 +155,7 @@ def _export_part(run: Path, directory: Path, part: str) -> int:
     made = read_object(run / RECIPE)
     recipe = load_recipe(made.text("recipe"))
     with located(run / RECIPE):
-        config = rebuilt(recipe.config, dict(made.nested("config").content))
+        config = config_from_json(recipe.config, dict(made.nested("config").content))
     # On the devices of this machine, whatever devices the run had.
     with MeshLayout(MeshConfig(fsdp=-1).make()).active() as layout:
         task = recipe.task(config)

@@ -135,7 +135,7 @@ def apply_gradients(
 class StepConfig:
     """The part of a run's configuration that one training step depends on."""
 
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Number of microbatches that a batch is split into, for batches whose activations do not fit."""
     compute_dtype: str = "float32"
     """Parameters are cast to this dtype for the loss; parameters, EMA and optimizer state keep theirs."""
@@ -176,19 +176,19 @@ def _mean_gradients(
         return mean.astype(jnp.float32) * weight, (weight, {**metrics, "loss": mean})
 
     gradient = jax.value_and_grad(weighted_loss, has_aux=True)
-    if config.accumulate == 1:
+    if config.gradient_accumulation_steps == 1:
         (_, (weight, metrics)), grads = gradient(params, batch, key)
         return jax.tree.map(lambda leaf: leaf / weight, grads), metrics
 
     def split(leaf: jax.Array) -> jax.Array:
         # Every microbatch takes some rows of every device, so that no row is sent to another.
-        return leaf.reshape(-1, config.accumulate, *leaf.shape[1:]).swapaxes(0, 1)
+        return leaf.reshape(-1, config.gradient_accumulation_steps, *leaf.shape[1:]).swapaxes(0, 1)
 
     def loss_and_grads(index: jax.Array, rows: Any) -> GradAccumulator:
         (_, (weight, metrics)), grads = gradient(params, rows, jax.random.fold_in(key, index))
         return GradAccumulator(grads, jax.tree.map(lambda value: value * weight, metrics), weight)
 
-    microbatches = (jnp.arange(config.accumulate), jax.tree.map(split, batch))
+    microbatches = (jnp.arange(config.gradient_accumulation_steps), jax.tree.map(split, batch))
     shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda leaf: leaf[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(lambda sums, rows: (sums.add(loss_and_grads(*rows)), None), zeros, microbatches)

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ Tree = Any
 class TrainConfig(OptimizerConfig):
     """Configuration of a training run: the optimizer, the step, the mesh, and what is saved and logged."""
 
-    accumulate: int = 1
+    gradient_accumulation_steps: int = 1
     """Split each batch into this many microbatches and accumulate their gradients, for batches whose activations do not
     fit; 1 computes the batch at once."""
     compute_dtype: str = "float32"
@@ -40,34 +40,41 @@ class TrainConfig(OptimizerConfig):
     """Seed of all random numbers; the same seed on the same number of devices gives the same run."""
     mesh: MeshConfig = MeshConfig()
     """Configuration of the device mesh."""
-    bad_steps: int = 8
+    max_nonfinite_steps: int = 8
     """End the run after this many steps in a row whose loss or gradients are not finite; fewer are skipped and counted.
     """
     log_every: int = 20
     """Write the metrics every so many steps."""
-    save_minutes: float = 4.0
-    """Save a checkpoint every so many minutes, and at the end of the run."""
-    keep: int = 2
-    """Keep this many of the newest checkpoints."""
+    checkpoint: CheckpointConfig = CheckpointConfig(save_interval_minutes=4.0)
+    """Configuration of the checkpoints."""
     wandb: str = ""
     """Log to this project of Weights & Biases as well; nothing is logged there if it is empty."""
     profile: int | None = None
     """Write a profile of three steps, beginning with this one, to OUT/profile; nothing is profiled if it is not given.
     """
 
+    RENAMED: ClassVar[Mapping[str, str]] = {
+        "accumulate": "gradient_accumulation_steps",
+        "bad_steps": "max_nonfinite_steps",
+        "save_minutes": "checkpoint.save_interval_minutes",
+        "keep": "checkpoint.max_to_keep",
+    }
+    """Names in `recipe.json` of runs before these fields were renamed -> today's, for `config_from_json`."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.ema_decay < 1:
             raise UsageError(f"TrainConfig: ema_decay must be in [0, 1), got {self.ema_decay}")
-        if min(self.accumulate, self.bad_steps, self.log_every, self.keep) < 1:
-            raise UsageError("TrainConfig: accumulate, bad_steps, log_every and keep must be at least 1")
+        counts = ("gradient_accumulation_steps", "max_nonfinite_steps", "log_every")
+        if low := [name for name in counts if getattr(self, name) < 1]:
+            raise UsageError(f"TrainConfig: {', '.join(low)} must be at least 1")
         if self.compute_dtype not in ("float32", "bfloat16"):
             raise UsageError(f"TrainConfig: compute_dtype must be float32 or bfloat16, got {self.compute_dtype!r}")
 
     @property
     def step(self) -> StepConfig:
         """Returns the fields that a step needs."""
-        return StepConfig(self.accumulate, self.compute_dtype, self.ema_decay, self.seed)
+        return StepConfig(self.gradient_accumulation_steps, self.compute_dtype, self.ema_decay, self.seed)
 
     def loop(self, name: str) -> LoopConfig:
         """Returns the fields that the loop needs, for a task of some name."""
@@ -75,8 +82,8 @@ class TrainConfig(OptimizerConfig):
             name=name,
             unit="step",
             iterations=self.steps,
-            max_nonfinite_steps=self.bad_steps,
-            checkpoint=CheckpointConfig(self.save_minutes, self.keep),
+            max_nonfinite_steps=self.max_nonfinite_steps,
+            checkpoint=self.checkpoint,
             note=lambda metrics: f"loss {metrics['loss']:.4f}  {metrics['seconds_per_step']:.2f} s/step",
             log_every=self.log_every,
             wandb=self.wandb,
@@ -150,7 +157,7 @@ def _step_runner(
     """Opens the runner of some steps, which prefetches their batches."""
     if isinstance(task.batches, DataIterator) and iterator_state:
         task.batches.restore(iterator_state)
-    with contextlib.closing(prefetch(task.batches, layout, steps, config.accumulate)) as batches:
+    with contextlib.closing(prefetch(task.batches, layout, steps, config.gradient_accumulation_steps)) as batches:
         yield _StepRunner(task, config, layout, batches, iterator_state)
 
 

@@ -297,7 +297,7 @@ def test_a_place_inside_the_source_and_an_address_are_refused(tmp_path, monkeypa
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UsageError, match="is inside of"):
         convert(plan(source, "jax"), source / "jax")
-    with pytest.raises(ClvrError, match="an address"):
+    with pytest.raises(ClvrError, match="a URL"):
         convert(plan(source, "jax"), Path("gs://bucket/jax"))
     assert sorted(tmp_path.rglob("*")) == before
 

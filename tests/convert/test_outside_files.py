@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import (
     AUTOENCODER_KL,
     CLIP_TEXT,
@@ -23,7 +24,6 @@ from clvr_jax.convert.orbax_tree import open_tree
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.tensors import read_header, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline, read_settings
 
@@ -146,7 +146,7 @@ def test_metadata_of_a_checkpoint_is_read_with_its_types(tmp_path, metadata, arr
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("clvr.json", {"flux2": {}, "flux": {}}, "unknown flux; it may hold flux2 and transformers"),
+        ("clvr.json", {"flux2": {}, "flux": {}}, "unknown flux; it may contain flux2 and transformers"),
         ("clvr.json", {"flux2": 3}, "flux2 must be an object"),
         ("clvr.json", {"transformers": {"transformer": 3}}, "transformers: transformer must be an object"),
         ("clvr.json", {"flux2": {"text_buckets": [-5, 3]}}, "text_buckets is a list of 2"),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.evaluation.blind import BlindController, BlindVerifier, blank_image
-from clvr_jax.image_io import EncodedPicture, pixels
+from clvr_jax.image_io import EncodedImage, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Conversation
 from clvr_jax.reasoning.verification import Requirement, Verification
@@ -39,7 +39,7 @@ class Recording:
 def encoded(image):
     buffer = io.BytesIO()
     Image.fromarray(image).save(buffer, format="PNG")
-    return EncodedPicture(buffer.getvalue(), "png")
+    return EncodedImage(buffer.getvalue(), "png")
 
 
 @pytest.mark.parametrize("kind", [lambda image: image, Image.fromarray, encoded])

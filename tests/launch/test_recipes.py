@@ -211,7 +211,7 @@ def test_options_named_in_the_guide_exist(capsys, monkeypatch):
     others = {"--requeue", "--build-arg", "--output-manifest-file", "--env", "--logdir"}
     plan = {"--search", "--dollars-per-chip-hour", "--planned"}
     named = {option for code in code_lines(GUIDE)[1] for option in re.findall(r"--[a-z0-9.-]+", code)}
-    assert "--train.save-minutes" in named
+    assert "--train.checkpoint.save-interval-minutes" in named
     assert named - known == others | plan | {"--train.mesh"}  # the last: all of its options
 
 

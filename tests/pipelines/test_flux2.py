@@ -85,7 +85,7 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     again = Flux2Pipeline.from_pretrained(str(tmp_path / "again"))
     assert again.settings == first.settings
     first.text_encoder_source = None
-    with pytest.raises(ClvrError, match="not there to copy them from"):
+    with pytest.raises(ClvrError, match="does not exist to copy them from"):
         first.save_pretrained(str(tmp_path / "third"))
     assert not (tmp_path / "third").exists()
 

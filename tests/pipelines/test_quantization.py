@@ -119,12 +119,12 @@ def test_a_quantized_pipeline_is_not_saved(folder, tmp_path):
 @pytest.mark.parametrize("wrong", ["int4", {"vae": "int8"}, {"transformer": "fp8"}, {"controller": "int8"}])
 def test_other_formats_and_models_are_refused_before_weights_are_read(folder, wrong, monkeypatch):
     """So is a format for the controller where none is loaded: the directory has no controller."""
-    monkeypatch.setattr("clvr_jax.pipelines.folder.load_model", None)
+    monkeypatch.setattr("clvr_jax.pipelines.flux2_io.load_model", None)
     for pipeline in (ClosedLoopPipeline, Flux2Pipeline):
         with pytest.raises(UsageError, match=r"the formats are int8, the models transformer, text_encoder$"):
             pipeline.from_pretrained(str(folder), quantize=wrong)
 
 
 def test_stable_diffusion_is_not_quantized():
-    with pytest.raises(UsageError, match=r"not quantized; FLUX\.2 models are"):
+    with pytest.raises(UsageError, match=r"cannot be quantized; FLUX\.2 models can"):
         SDXLPipeline.from_pretrained("somewhere", quantize="int8")

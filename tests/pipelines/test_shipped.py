@@ -8,7 +8,7 @@ from PIL import Image
 
 from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.registry import MODELS, SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages

@@ -15,7 +15,7 @@ from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import StoredTensor, stored_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-from clvr_jax.pipelines.folder import load_text_encoder, save_text_encoder
+from clvr_jax.pipelines.flux2_io import load_text_encoder, save_text_encoder
 
 CONFIG = Qwen3Config(64, 16, 24, 5, 2, 1, 8)
 IDS = np.arange(12, dtype=np.int32).reshape(2, 6)
@@ -78,12 +78,12 @@ def test_a_saved_encoder_is_whole_again(directory, tmp_path):
 def test_weights_are_never_lost_silently(directory, tmp_path):
     part = load_text_encoder(directory, layers=(1, 3))
     for source in (None, tmp_path / "gone"):
-        with pytest.raises(ClvrError, match="not there to copy them from; nothing is written"):
+        with pytest.raises(ClvrError, match="does not exist to copy them from; nothing is written"):
             save_text_encoder(tmp_path / "saved", part, source, "float32")
     shutil.copytree(directory, tmp_path / "other")
     other = dataclasses.replace(part.config, num_hidden_layers=4)
     save_model(tmp_path / "other", Qwen3(other, rngs=nnx.Rngs(1)), QWEN3)
-    with pytest.raises(ClvrError, match="no longer the model that the text encoder came from"):
+    with pytest.raises(ClvrError, match="not the model that the text encoder was loaded from any more"):
         save_text_encoder(tmp_path / "saved", part, tmp_path / "other", "float32")
     assert not (tmp_path / "saved").exists()
 

@@ -84,7 +84,7 @@ def test_an_absent_key_is_one_clear_line(server, endpoint, monkeypatch, value):
 
 def test_a_key_that_is_none_is_not_shown(server, endpoint, monkeypatch):
     monkeypatch.setenv("LOOPBACK_KEY", "sk-a\nsk-b")
-    with pytest.raises(ClvrError, match="LOOPBACK_KEY holds no key") as caught:
+    with pytest.raises(ClvrError, match="LOOPBACK_KEY is not a key") as caught:
         OpenAIChatModel(endpoint())
     assert "sk-" not in str(caught.value)
 

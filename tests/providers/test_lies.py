@@ -240,7 +240,7 @@ def test_an_image_in_the_own_network_is_fetched_only_if_its_host_is_allowed(serv
         address = other.url.replace("127.0.0.1", "localhost") + "/1.png"
         server.script, other.script = [pictures(address)], [Reply(png(IMAGE))]
         error = error_of(OpenAIImageModel(endpoint()).generate, TASK)
-        assert "own network" in str(error)
+        assert "local network" in str(error)
         assert "image_hosts" in str(error)
         assert other.seen == []
         made = OpenAIImageModel(endpoint(image_hosts=("localhost",))).generate(TASK)
@@ -255,7 +255,7 @@ def test_a_name_that_changes_its_address_after_the_check_is_refused(server, endp
     there = server.url.replace("127.0.0.1", "localhost") + "/1.png"
     server.script = [lambda seen: Reply(png(IMAGE)) if seen.path == "/1.png" else pictures(there)]
     error = error_of(OpenAIImageModel(endpoint()).generate, TASK)
-    assert "is in the own network" in str(error)
+    assert "is in the local network" in str(error)
     assert error.fault == "malformed"
 
 
@@ -321,7 +321,7 @@ def test_fields_that_a_server_refuses_by_name_are_adapted_once_and_told(server, 
         "temperature left out",
         "seed left out",
     ]
-    assert capsys.readouterr().err.count("the server refuses a field") == 3
+    assert capsys.readouterr().err.count("the server rejects a field") == 3
 
 
 @pytest.mark.parametrize(
@@ -419,9 +419,9 @@ def test_no_lie_escapes_as_another_error(server, endpoint):
 @pytest.mark.parametrize(
     ("size", "shape", "message"),
     [
-        (None, (8000, 8000), "no size was asked for"),
-        ((64, 64), (4000, 4000), "asked for a picture of 64 x 64"),
-        ((64, 64), (64, 65), "asked for a picture of 64 x 64"),
+        (None, (8000, 8000), "no size was requested"),
+        ((64, 64), (4000, 4000), "requested an image of 64 x 64"),
+        ((64, 64), (64, 65), "requested an image of 64 x 64"),
     ],
 )
 def test_an_image_of_another_size_is_refused_before_it_is_decoded(server, endpoint, monkeypatch, size, shape, message):

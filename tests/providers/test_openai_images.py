@@ -167,7 +167,7 @@ def test_what_does_not_decode_is_malformed(server, endpoint, content):
     server.script = [pictures(content or b"\0")]
     error = error_of(OpenAIImageModel(endpoint()))
     assert error.fault == "malformed"
-    assert "no picture" in str(error)
+    assert "not an image" in str(error)
 
 
 def test_broken_base64_is_malformed(server, endpoint):
@@ -227,5 +227,5 @@ def test_the_key_is_in_no_error(server, endpoint):
 
 
 def test_unknown_ways_to_send_references_are_a_usage_error(endpoint):
-    with pytest.raises(UsageError, match="edits and generations"):
+    with pytest.raises(UsageError, match="edits or generations"):
         OpenAIImageModel(endpoint(), references="mail")

@@ -114,7 +114,7 @@ def test_an_invalid_reply_is_no_score_and_an_unreachable_endpoint_is_an_error():
 
 
 def test_no_reply_a_refusal_an_unreadable_reply_and_a_low_score_differ():
-    no_reply = NoReplyError("model: the answer is cut at max_tokens=512", "down")
+    no_reply = NoReplyError("model: the answer is truncated at max_tokens=512", "down")
     found = [
         UnifiedReward(Model(answer), form="final").score_image(IMAGE, "x")
         for answer in (no_reply, ProviderError("no", "refused"), "a nice picture", "Final Score: 1")

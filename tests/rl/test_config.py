@@ -7,7 +7,7 @@ import pytest
 
 from clvr_jax.errors import UsageError
 from clvr_jax.models.lora import LoRAConfig
-from clvr_jax.recipe_files import plain, rebuilt
+from clvr_jax.recipe_files import config_from_json, config_to_json
 from clvr_jax.rl import GRPOConfig, PPRLConfig, PPRLState
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import CheckpointConfig
@@ -48,9 +48,9 @@ CONFIG = PPRLConfig(
 
 
 def test_a_run_is_read_with_former_and_with_present_names():
-    assert rebuilt(PPRLConfig(), FORMER) == CONFIG
-    assert rebuilt(PPRLConfig(), plain(CONFIG)) == CONFIG
-    assert rebuilt(PPRLConfig(), {"lora_rank": 1, **plain(CONFIG)}) == CONFIG
+    assert config_from_json(PPRLConfig(), FORMER) == CONFIG
+    assert config_from_json(PPRLConfig(), config_to_json(CONFIG)) == CONFIG
+    assert config_from_json(PPRLConfig(), {"lora_rank": 1, **config_to_json(CONFIG)}) == CONFIG
 
 
 def test_former_names_are_no_longer_fields_and_every_present_name_is_one():

@@ -16,7 +16,7 @@ import pytest
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import read_png
+from clvr_jax.image_io import read_image
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads
@@ -144,7 +144,7 @@ def test_what_is_left_behind(dataset, undisturbed):
     assert {"reward", "reward_t2i", "reward_i2i", "reward_step_0", "reward_step_1", "parts/brightness"} <= set(first)
     assert {"kl", "norm_ratio", "loss", "grad_norm", "zero_variance_groups", "dropped_samples"} <= set(first)
     assert sorted(path.name for path in (out / "samples").iterdir()) == ["epoch_00002.png", "epoch_00004.png"]
-    assert read_png(out / "samples" / "epoch_00002.png").shape == (6 * 4, 8 * 4, 3)
+    assert read_image(out / "samples" / "epoch_00002.png").shape == (6 * 4, 8 * 4, 3)
     times = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     parts = [times[f"seconds_{name}"] for name in ("sampling", "reward", "update", "outside")]
     assert sum(parts) == pytest.approx(times["seconds"])
@@ -207,21 +207,21 @@ def test_rewards_that_are_missing_drop_their_samples(dataset, tmp_path):
     assert_same(states[0].params, states[2].params)
 
 
-def test_proxies_of_a_teacher_are_those_that_are_rewarded_and_kept(dataset, tmp_path):
+def test_proxies_of_a_generator_are_those_that_are_rewarded_and_kept(dataset, tmp_path):
     """One step's cannot be had: its group drops out, the others are as with the dataset's own."""
     config = changed(epochs=2)
     task = make_task(dataset, config)
     lost = task.steps.sample(0, config.prompts_per_epoch, config.seed)[0]
     asked = []
 
-    def teach(step):
+    def write_proxies(step):
         asked.append(step.number)
         if step == lost:
             raise AnswerError("no JSON object")
         return ProxyPrompts(f"live {step.number}", step.proxies.p_i2i, step.proxies.i_ref)
 
     out = tmp_path / "run"
-    live = dataclasses.replace(task, teacher=teach)
+    live = dataclasses.replace(task, proxy_prompt_generator=write_proxies)
     fit(live, config, out, stop_after=1)
     fit(dataclasses.replace(live, reward=Brightness()), config, out, resume=True)
     assert {case.proxies.p_t2i.split()[0] for case in task.reward.cases} == {"live"}
@@ -307,7 +307,7 @@ def test_numbers_that_make_no_sense_are_refused(options, message):
 
 def test_a_microbatch_that_cannot_be_sharded_and_too_many_groups_are_refused(dataset, tmp_path):
     config = changed(group_size=6, mesh=MeshConfig(fsdp=8))
-    with pytest.raises(UsageError, match="6 rows cannot be cut into 8 parts"):
+    with pytest.raises(UsageError, match="6 rows cannot be sharded into 8 parts"):
         fit(make_task(dataset, config), config, tmp_path / "a")
     config = changed(prompts_per_epoch=900)
     with pytest.raises(UsageError, match="steps can be used, 900 are requested"):

@@ -221,8 +221,8 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     with pytest.raises(ClvrError, match="the model is distilled"):
         flux2_task("PPRL", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
     served = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft", reward_url="http://localhost:1/v1")
-    with pytest.raises(ClvrError, match="--teacher-url and --teacher-model go together"):
-        pprl_flux2.task(dataclasses.replace(served, teacher_url="http://localhost:1/v1"))
+    with pytest.raises(ClvrError, match="--proxy-prompt-url and --proxy-prompt-model go together"):
+        pprl_flux2.task(dataclasses.replace(served, proxy_prompt_url="http://localhost:1/v1"))
 
 
 def test_the_paper_s_numbers_are_the_preset_s():
@@ -300,5 +300,5 @@ def test_both_programs_are_planned_with_one_group_on_eight_devices(monkeypatch, 
     report = plan(recipe, config, "cpu:8")
     assert planned in report.name
     assert report.memory.fits
-    with pytest.raises(UsageError, match="4 rows cannot be cut into 8 parts"):
+    with pytest.raises(UsageError, match="4 rows cannot be sharded into 8 parts"):
         plan(recipe, dataclasses.replace(config, train=dataclasses.replace(config.train, group_size=4)), "cpu:8")

@@ -30,12 +30,12 @@ def judge(tmp_path_factory):
     return small_qwen3_vl(tmp_path_factory.mktemp("judge") / "model")
 
 
-def trained(dataset, judge, out, mesh, teacher=None):
+def trained(dataset, judge, out, mesh, proxy_prompt_generator=None):
     """A run on a mesh, and its metrics."""
     config = changed(epochs=EPOCHS, mesh=mesh)
     with MeshLayout(mesh.make()).active():
         task = make_task(dataset, config, judged_on_the_mesh(judge))
-        state = fit(dataclasses.replace(task, teacher=teacher), config, out)
+        state = fit(dataclasses.replace(task, proxy_prompt_generator=proxy_prompt_generator), config, out)
     return state, rows(out)
 
 
@@ -69,15 +69,15 @@ def test_a_judge_spread_over_eight_devices_gives_the_marks_of_one(dataset, judge
 
 
 def test_its_proxies_may_be_written_live(dataset, judge, tmp_path):
-    """Those of the dataset, but for a step of which the teacher says nothing of use."""
+    """Those of the dataset, but for a step for which the generator writes nothing of use."""
     lost = make_task(dataset).steps.sample(0, changed().prompts_per_epoch, changed().seed)[0]
 
-    def teach(step):
+    def write_proxies(step):
         if step == lost:
             raise AnswerError("no JSON object")
         return step.proxies
 
-    _, found = trained(dataset, judge, tmp_path, MeshConfig(devices=1), teach)
+    _, found = trained(dataset, judge, tmp_path, MeshConfig(devices=1), write_proxies)
     assert (found[0]["dropped_groups"], found[0]["dropped_samples"]) == (1, changed().group_size)
 
 

@@ -38,7 +38,7 @@ from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel
 from tests.data.engine.cooperative_server import answer
-from tests.evaluation.benchmarks.samples import IMAGINE, Painter, write_lines
+from tests.evaluation.benchmarks.samples import IMAGINE, ColorGenerator, write_lines
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
 from tests.robustness.corpus import large_png, png_head
 
@@ -181,7 +181,7 @@ def judged_images(out: Path) -> BenchmarkImages:
     """Four images that a judge has not seen yet."""
     benchmark = ImagineBench()
     items = benchmark.read(write_lines(out.with_suffix(".jsonl"), IMAGINE))
-    generate_images(benchmark, items, Painter().system, out, settings={}, samples=1)
+    generate_images(benchmark, items, ColorGenerator().system, out, settings={}, samples=1)
     return load_generated(benchmark, out)
 
 

@@ -192,7 +192,7 @@ def _check(code: int, out: str, err: str) -> None:
     assert lines, "no message"
     assert lines[-1].startswith("clvr: "), err
     assert sum(line.startswith("clvr: ") for line in lines) == 1, err
-    assert "--debug shows where" not in err, err
+    assert "--debug prints the traceback" not in err, err
     assert "Traceback" not in err, err
     assert len(lines[-1]) < 2000, len(lines[-1])
 

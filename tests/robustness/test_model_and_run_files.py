@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.cli import main
 from clvr_jax.configs import shapes_synth
 from clvr_jax.convert.conversion import convert
@@ -35,12 +36,11 @@ from clvr_jax.data.qwen3_vl_images import load_processor
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.judging import AnswerFile, JudgeModel
-from clvr_jax.files import read_json
-from clvr_jax.pipelines.folder import load_schedule
+from clvr_jax.evaluation.benchmarks.judging import JudgeModel, ReplyFile
+from clvr_jax.pipelines.flux2_io import load_schedule
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline
-from clvr_jax.pipelines.sdxl_folder import read_scheduler
+from clvr_jax.pipelines.sdxl_io import read_scheduler
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.reasoning.trajectory import Trajectory
@@ -163,11 +163,11 @@ def _outcome(root: Path, case: Case) -> None:
 
 
 def _judge_replies(root: Path, case: Case) -> None:
-    AnswerFile(root, _judge()).close()
+    ReplyFile(root, _judge()).close()
     (path,) = root.iterdir()
     path.unlink()
     case.write(path)
-    AnswerFile(root, _judge()).close()
+    ReplyFile(root, _judge()).close()
 
 
 def _flux2_scheduler(root: Path, case: Case) -> None:
@@ -287,7 +287,7 @@ def _array_file() -> str:
 @pytest.fixture(autouse=True)
 def _no_weights_are_read(monkeypatch):
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
-        monkeypatch.setattr(f"clvr_jax.pipelines.folder.{name}", _refuse)
+        monkeypatch.setattr(f"clvr_jax.pipelines.flux2_io.{name}", _refuse)
 
 
 def _refuse(*_, **__):
@@ -344,7 +344,7 @@ def test_one_line_that_names_the_file(name, case, tmp_path, capsys):
         message = str(error)
     else:  # the command's own line, or nothing where a changed value is as good as the other
         message = capsys.readouterr().err
-        assert "--debug shows where" not in message
+        assert "--debug prints the traceback" not in message
         message = next((line for line in message.splitlines() if line.startswith("clvr: ")), "")
     assert "\n" not in message
     assert "Traceback" not in message
@@ -375,5 +375,5 @@ def test_a_run_that_is_exported_names_its_damaged_recipe_file(tmp_path, capsys):
         said = capsys.readouterr().err
         assert said.startswith("clvr: "), (case.name, said)
         assert len(said.splitlines()) == 1, (case.name, said)
-        assert "--debug shows where" not in said, (case.name, said)
+        assert "--debug prints the traceback" not in said, (case.name, said)
         assert list(tmp_path.iterdir()) == [run]

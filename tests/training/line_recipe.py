@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from clvr_jax.sharding import with_logical_constraint
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.trainer import Task, TrainConfig
 
 
@@ -16,7 +17,9 @@ class Config:
     """pause: seconds that a batch takes. die: process that ends without a word at step 10, if any. ballast: random
     numbers among the parameters that do nothing but make checkpoints large."""
 
-    train: TrainConfig = TrainConfig(steps=40, learning_rate=0.05, log_every=1, save_minutes=0.0)
+    train: TrainConfig = TrainConfig(
+        steps=40, learning_rate=0.05, log_every=1, checkpoint=CheckpointConfig(save_interval_minutes=0.0)
+    )
     pause: float = 0.0
     die: int = -1
     ballast: int = 0

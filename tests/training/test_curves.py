@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import write_json
-from clvr_jax.image_io import read_png
+from clvr_jax.image_io import read_image
 from clvr_jax.training.curves import curves, write_plot
 
 
@@ -52,7 +52,7 @@ def test_the_command_plots_and_tells_the_ends(runs, tmp_path, capsys):
         "pprl": {"runs": 2, "step": 20, "mean": 3.0, "range": [2.0, 4.0]},
         "simple-0": {"runs": 1, "step": 30, "mean": 1.0, "range": [1.0, 1.0]},
     }
-    assert len(np.unique(read_png(out).reshape(-1, 3), axis=0)) > 20
+    assert len(np.unique(read_image(out).reshape(-1, 3), axis=0)) > 20
     assert [path.name for path in out.parent.iterdir()] == ["curves.png"]
 
 
@@ -82,7 +82,7 @@ def test_without_matplotlib_the_extra_is_named(runs, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"[" * 100_000 + b"\n{}\n", r"metrics\.jsonl:1: not JSON that is read: more than 64 levels"),
+        (b"[" * 100_000 + b"\n{}\n", r"metrics\.jsonl:1: JSON with more than 64 levels is not read"),
         (b'{"step": 1, "loss": 2}\n{"ste\n{"step": 2, "loss": 1}\n', r"metrics\.jsonl:2: not JSON"),
         (b'{"step": "x", "loss": 2}\n', r"metrics\.jsonl:1: step must be an integer of at least 0, got 'x'"),
         (b'{"step": 1, "loss": {"a": 1}}\n', r"metrics\.jsonl:1: loss must be a number, got an object"),

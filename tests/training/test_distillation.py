@@ -19,6 +19,7 @@ from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig, Windows, distillation_loss, follow_windows, window_loss
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.training.step import TrainState, make_train_step
@@ -124,7 +125,13 @@ def test_settings_that_make_no_sense_are_refused(wrong):
         DistillConfig(**wrong)
 
 
-TRAIN = TrainConfig(steps=6, learning_rate=1e-2, log_every=1, save_minutes=1000, mesh=MeshConfig(devices=1))
+TRAIN = TrainConfig(
+    steps=6,
+    learning_rate=1e-2,
+    log_every=1,
+    checkpoint=CheckpointConfig(save_interval_minutes=1000),
+    mesh=MeshConfig(devices=1),
+)
 
 
 def toy_task():

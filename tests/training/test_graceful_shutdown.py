@@ -9,11 +9,14 @@ import jax
 import pytest
 from jax.experimental import multihost_utils
 
+from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.trainer import fit
 from tests.training import line_recipe
 
-TRAIN = dataclasses.replace(line_recipe.CONFIG.train, save_minutes=1000.0, steps=2000)
+TRAIN = dataclasses.replace(
+    line_recipe.CONFIG.train, checkpoint=CheckpointConfig(save_interval_minutes=1000.0), steps=2000
+)
 
 
 @pytest.fixture(autouse=True)

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[2]
 RECIPE = Path(__file__).with_name("line_recipe.py")
 TRAIN = [sys.executable, "-m", "clvr_jax.cli", "train", str(RECIPE)]
 CLUSTER = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "4", str(RECIPE)]
-SAVE_ONCE = ["--train.save-minutes", "1000"]  # at the end of the run, or when it is asked to stop
+SAVE_ONCE = ["--train.checkpoint.save-interval-minutes", "1000"]  # at the end of the run, or when it is asked to stop
 
 pytestmark = pytest.mark.slow
 
@@ -148,7 +148,15 @@ def test_two_processes_of_four_devices_are_one_run_and_end_together_when_asked(u
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path):
     """Files may not grow beyond 50,000 bytes, as if the disk were full in the middle of the second checkpoint."""
     out = tmp_path / "run"
-    recipe = [str(RECIPE), "--ballast", "100000", "--train.save-minutes", "9", "--train.mesh.devices", "1"]
+    recipe = [
+        str(RECIPE),
+        "--ballast",
+        "100000",
+        "--train.checkpoint.save-interval-minutes",
+        "9",
+        "--train.mesh.devices",
+        "1",
+    ]
     command = ["train", *recipe, "--out", str(out)]
     assert main([*command, "--train.steps", "2"]) == 0
     script = """if True:

@@ -81,7 +81,7 @@ def test_eight_steps_are_the_same_on_every_mesh(task, alone, tmp_path, name):
 def test_a_batch_in_parts_adds_up_to_the_whole(tmp_path):
     task = talking_task()
     whole = losses(task, tmp_path / "whole", steps=5, mesh=ONE)
-    parts = losses(task, tmp_path / "parts", steps=5, mesh=MeshConfig(devices=2), accumulate=4)
+    parts = losses(task, tmp_path / "parts", steps=5, mesh=MeshConfig(devices=2), gradient_accumulation_steps=4)
     np.testing.assert_allclose(parts, whole, rtol=2e-5)
 
 
@@ -146,7 +146,7 @@ def test_meshes_that_do_not_fit_are_refused(mesh, message):
 
 def test_a_batch_that_cannot_be_cut_is_refused(tmp_path):
     task = dataclasses.replace(talking_task(), batches=lambda step: {"ids": np.zeros((12, 4), int)})
-    with pytest.raises(UsageError, match="12 rows cannot be cut into 8 parts"):
+    with pytest.raises(UsageError, match="12 rows cannot be sharded into 8 parts"):
         fit(task, TrainConfig(steps=1), tmp_path)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.cli import main
-from clvr_jax.costs import parse_topology
+from clvr_jax.cost_model import parse_topology
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.plan import DoesNotFitError, meshes, plan, ranked, search
@@ -79,7 +79,7 @@ def test_search_ranks_what_fits_and_says_why_the_others_do_not():
     assert rates == sorted(rates, reverse=True)
     assert trials[: len(fitting)] == fitting
     assert {trial.batch_size for trial in trials[len(fitting) :]} == {1}
-    assert all("cannot be cut into" in trial.reason for trial in trials[len(fitting) :])
+    assert all("cannot be sharded into" in trial.reason for trial in trials[len(fitting) :])
 
 
 def test_what_does_not_fit_is_told_with_both_sizes():
@@ -103,7 +103,7 @@ def test_meshes_and_batches_that_cannot_be_are_refused():
     recipe = load_recipe(RECIPE)
     with pytest.raises(UsageError, match="fsdp 3"):
         plan(recipe, changed(mesh=MeshConfig(fsdp=3)), "cpu:8")
-    with pytest.raises(UsageError, match="12 rows cannot be cut into 8"):
+    with pytest.raises(UsageError, match="12 rows cannot be sharded into 8"):
         plan(recipe, changed(batch_size=12), "cpu:8")
     with pytest.raises(ClvrError, match="XLA_FLAGS"):
         plan(recipe, changed(), "h100:64")
@@ -126,5 +126,5 @@ def test_the_command_writes_its_report(tmp_path, capsys):
 def test_a_topology_that_no_machine_has_is_refused_before_anything_is_measured(topology):
     from clvr_jax.commands.training import Plan
 
-    with pytest.raises(UsageError, match="no machine has more than"):
+    with pytest.raises(UsageError, match="give at most"):
         Plan(config=Path("recipe.py"), topology=topology).run_recipe(None, None)

@@ -85,7 +85,9 @@ def only_process_1(number):
 )
 def test_both_processes_save_the_same_step_and_end_with_one_line(send, codes, lines, tmp_path):
     out = tmp_path / "run"
-    processes = launch(out, "--pause", "0.1", "--train.save-minutes", "1000", "--train.steps", "400")
+    processes = launch(
+        out, "--pause", "0.1", "--train.checkpoint.save-interval-minutes", "1000", "--train.steps", "400"
+    )
     wait_for_step(out, processes)
     send(processes)
     found, said = endings(processes)
@@ -100,7 +102,9 @@ def test_both_processes_save_the_same_step_and_end_with_one_line(send, codes, li
 def test_a_run_that_ctrl_c_stopped_on_both_resumes_as_if_nothing_had_been(tmp_path):
     out, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
     cluster = [*CLUSTER[: CLUSTER.index("--devices")], "--devices", "1", str(RECIPE)]
-    process = start(cluster, out, "--pause", "0.1", "--train.save-minutes", "1000", "--train.steps", "20")
+    process = start(
+        cluster, out, "--pause", "0.1", "--train.checkpoint.save-interval-minutes", "1000", "--train.steps", "20"
+    )
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=100)
     assert process.returncode == 130, said
@@ -114,7 +118,7 @@ def test_a_run_that_ctrl_c_stopped_on_both_resumes_as_if_nothing_had_been(tmp_pa
 
 def test_a_second_run_into_one_directory_is_refused_and_the_first_is_unharmed(tmp_path):
     out, alone = tmp_path / "run", tmp_path / "alone"
-    options = ["--train.steps", "600", "--train.mesh.devices", "1", "--train.save-minutes", "1000"]
+    options = ["--train.steps", "600", "--train.mesh.devices", "1", "--train.checkpoint.save-interval-minutes", "1000"]
     assert run(TRAIN, alone, *options).returncode == 0
     first = start(TRAIN, out, "--pause", "1", *options)  # ten minutes: it lasts until it is asked to stop
     recipe = (out / "recipe.json").read_bytes()

@@ -9,7 +9,7 @@ import torch
 from clvr_jax.configs import shapes_sd
 from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
-from clvr_jax.pipelines.folder import load_vae
+from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
 from clvr_jax.training.step import TrainState, make_train_step

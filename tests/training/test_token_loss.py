@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvr_jax.costs.hlo import collectives
+from clvr_jax.cost_model.hlo import collectives
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.sft import conversation_loss

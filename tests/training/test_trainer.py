@@ -13,7 +13,7 @@ import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.checkpoint import restore_part
+from clvr_jax.training.checkpoint import CheckpointConfig, restore_part
 from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
 from clvr_jax.trees import dotted, leaves_by_path
 
@@ -129,7 +129,7 @@ def test_steps_that_are_not_finite_are_skipped_and_too_many_in_a_row_end_the_run
     assert np.isfinite(state.params["w"]).all()
     rows = [json.loads(line) for line in (tmp_path / "some" / "metrics.jsonl").read_text().splitlines()]
     assert [row["skipped"] for row in rows] == [0, 0, 0, 1, *[2] * 8]
-    config = dataclasses.replace(CONFIG, bad_steps=4)
+    config = dataclasses.replace(CONFIG, max_nonfinite_steps=4)
     with pytest.raises(ClvrError, match="of 4 steps in a row are not finite, up to step 7"):
         fit(bad_at(set(range(3, 12))), config, tmp_path / "many")
 
@@ -209,7 +209,7 @@ def test_a_run_that_is_asked_to_stop_logs_and_saves_its_last_step_whatever_the_i
             os.kill(os.getpid(), signal.SIGTERM)
         return task.batches(step)
 
-    config = dataclasses.replace(CONFIG, log_every=100, save_minutes=1000.0)
+    config = dataclasses.replace(CONFIG, log_every=100, checkpoint=CheckpointConfig(save_interval_minutes=1000.0))
     state = fit(dataclasses.replace(task, batches=batches), config, tmp_path)
     (row,) = losses(tmp_path)
     assert row[0] == int(state.step) < 6

@@ -26,7 +26,7 @@ from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import ImageModel
-from clvr_jax.recipe_files import import_recipe, plain, rebuilt
+from clvr_jax.recipe_files import config_from_json, config_to_json, import_recipe
 from clvr_jax.redaction import redact_urls
 
 _COUNT_FIELDS = ("count", "prompts")
@@ -147,7 +147,7 @@ class RecipeWorkerContext:
     @classmethod
     def from_recipe(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkerContext":
         """Returns the function for a recipe with a config, which may differ from `CONFIG`."""
-        return cls(recipe.name, recipe.path.read_text(encoding="utf-8"), json.dumps(plain(config)))
+        return cls(recipe.name, recipe.path.read_text(encoding="utf-8"), json.dumps(config_to_json(config)))
 
     def __call__(self) -> WorkerContext:
         """Loads the models."""
@@ -155,7 +155,7 @@ class RecipeWorkerContext:
             path = Path(directory) / f"{self.name}.py"
             path.write_text(self.text, encoding="utf-8")
             module = import_recipe(path)
-        return module.worker_context(rebuilt(module.CONFIG, json.loads(self.config)))
+        return module.worker_context(config_from_json(module.CONFIG, json.loads(self.config)))
 
 
 def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
@@ -165,7 +165,7 @@ def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
       price
     may be changed. Credentials in URLs are redacted, since the result is stored.
     """
-    values = {name: value for name, value in plain(config).items() if name not in _COUNT_FIELDS}
+    values = {name: value for name, value in config_to_json(config).items() if name not in _COUNT_FIELDS}
     values["synth"] = {name: value for name, value in values["synth"].items() if name not in _SPEED_FIELDS}
     return comparable({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.atomic_io import read_json, write_atomically, write_json, write_text
 from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, item_to_json
@@ -26,10 +27,9 @@ from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.files import read_json, write_atomically, write_json, write_text
 from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.locks import locked_output
-from clvr_jax.outputs import check_folder
+from clvr_jax.output_paths import check_directory
 
 _PROMPTS, _REFUSED, _RUN = "prompts.jsonl", "refused.json", "synth.json"
 DATASET, STATISTICS, PAGE, CARD = "dataset", "statistics.json", "statistics.html", "dataset_card.md"
@@ -49,7 +49,7 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
       there is no prompt or no trajectory, too many consecutive prompts fail, Apache Beam is not installed, or a file
       cannot be written.
     """
-    check_folder(out)
+    check_directory(out)
     with locked_output(out):
         return _synthesize(recipe, config, out)
 
@@ -93,7 +93,7 @@ def open_run(recipe: SynthRecipe, config: Any, out: Path) -> OutcomeStore:
 
     Raises: UsageError if there are outcomes of another config.
     """
-    check_folder(out)
+    check_directory(out)
     if (out / _RUN).exists() and _has_outcomes(out):
         expected, defaults = identity(recipe, config), identity(recipe, recipe.config)
         found = _with_defaults(comparable(read_json(out / _RUN)), defaults)

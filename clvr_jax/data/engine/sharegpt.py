@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.data.trajectory_record import TrajectoryRecord
-from clvr_jax.files import replacing
 from clvr_jax.image_io import encode_png
 from clvr_jax.reasoning.context import image_mark
 
@@ -50,7 +50,7 @@ def write_sharegpt(records: Iterable[TrajectoryRecord], directory: Path) -> int:
     Raises: ClvrError, one line, if the directory cannot be written.
     """
     count = 0
-    with replacing(directory) as temporary:
+    with atomic_directory(directory) as temporary:
         (temporary / IMAGES).mkdir()
         with (temporary / RECORDS).open("w", encoding="utf-8", errors="backslashreplace") as lines:
             for record in records:

@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
 from clvr_jax.evaluation.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.file_names import file_name
-from clvr_jax.image_io import EncodedPicture, read_encoded
+from clvr_jax.image_io import EncodedImage, read_encoded
 from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
 
 
@@ -178,7 +178,7 @@ class JudgedBenchmark(Benchmark):
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         """Returns the score of an image. answers: name of a question -> parsed reply, None if it has no valid reply."""
 
-    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedPicture:
+    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedImage:
         """Returns the image that the judge sees for an image file."""
         return read_encoded(path)
 

@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 from PIL import Image
 from typing_extensions import override
 
+from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, rubric
 from clvr_jax.evaluation.benchmarks.imaginebench import Rules
@@ -25,8 +26,7 @@ from clvr_jax.evaluation.benchmarks.replies import yes_or_no
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.run_directory import FileLayout, RunDirectory
 from clvr_jax.file_names import file_name
-from clvr_jax.files import write_atomically
-from clvr_jax.image_io import EncodedPicture, as_pil, encode_png, read_encoded, read_image
+from clvr_jax.image_io import EncodedImage, as_pil, encode_png, read_encoded, read_image
 from clvr_jax.json_input import read_text
 
 _FILES = {"dpg_bench/dpg_bench.csv": "98457fc9901943f51ff9a30367250fc292533bed"}
@@ -134,14 +134,14 @@ class DPG(JudgedBenchmark):
             write_atomically(path, encode_png(grid))
 
     @override
-    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedPicture:
+    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedImage:
         """Returns the part of the grid that the question is about."""
         if samples == 1:
             return read_encoded(path)
         grid = as_pil(read_encoded(path))
         width, height = grid.width // _GRID, grid.height // _GRID
         left, top = sample % _GRID * width, sample // _GRID * height
-        return EncodedPicture(encode_png(grid.crop((left, top, left + width, top + height))), "png")
+        return EncodedImage(encode_png(grid.crop((left, top, left + width, top + height))), "png")
 
     @override
     def scored_file(self, directory: RunDirectory, items: Sequence[Item], index: int, sample: int) -> Path:

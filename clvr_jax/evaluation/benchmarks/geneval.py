@@ -13,13 +13,13 @@ from typing import Any, ClassVar, Protocol
 
 from typing_extensions import override
 
+from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item, Score, read_entries
 from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.evaluation.run_directory import FileLayout, GenEvalLayout
-from clvr_jax.files import read_json, write_json
-from clvr_jax.image_io import EncodedPicture
+from clvr_jax.image_io import EncodedImage
 from clvr_jax.json_input import JsonObject
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
@@ -88,12 +88,12 @@ class Detector(Protocol):
         """The digest of the models' weights."""
         ...
 
-    def find(self, image: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+    def find(self, image: EncodedImage, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
         """Returns the detected objects by class, with colors for the classes whose color the metadata names."""
         ...
 
 
-def recorded_score(path: Path, image: EncodedPicture, item: Item, detector: Detector) -> Score:
+def recorded_score(path: Path, image: EncodedImage, item: Item, detector: Detector) -> Score:
     """Returns the score of an image by its detections, which are read from a record or computed and recorded.
 
     Args:

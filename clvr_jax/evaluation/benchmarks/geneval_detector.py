@@ -29,7 +29,7 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import (
     keep_confident,
     objects_to_color,
 )
-from clvr_jax.image_io import EncodedPicture, as_pil
+from clvr_jax.image_io import EncodedImage, as_pil
 from clvr_jax.json_input import JsonObject, read_object
 from clvr_jax.merging.digests import Digests
 
@@ -83,7 +83,7 @@ class TorchDetector(Detector):
         return self._revision
 
     @override
-    def find(self, image: EncodedPicture, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+    def find(self, image: EncodedImage, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
         rgb = as_pil(image).convert("RGB")
         found: dict[str, list[Detection]] = {}
         masks: dict[str, list[np.ndarray]] = {}

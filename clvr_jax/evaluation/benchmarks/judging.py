@@ -1,4 +1,4 @@
-"""Asks a judge about pictures: many questions in flight, every answer on disk as it comes, none asked twice."""
+"""Questions to a judge about images, asked concurrently; every reply is stored on disk, and none is requested twice."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.benchmark import JudgeQuestion
-from clvr_jax.image_io import EncodedPicture
+from clvr_jax.image_io import EncodedImage
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
 from clvr_jax.json_input import JsonObject, parse_object, shown
-from clvr_jax.outputs import name_for
+from clvr_jax.output_paths import output_name
 from clvr_jax.reasoning.answers import AnswerError
 
 
 @dataclass(frozen=True)
 class JudgeModel:
-    """Who looks.
+    """The model that judges images.
 
-    model: asked at temperature 0. revision: of its weights, as far as anybody knows. in_flight: questions at once.
-    max_tokens: of a reply, for models that think before they answer; the benchmark's own number if None.
+    model: called with temperature 0. revision: of its weights, if known. in_flight: maximum number of concurrent
+    questions. max_tokens: of a reply, for models that think first; the benchmark's own number if None.
     """
 
     model: ChatModel
@@ -37,10 +37,13 @@ class JudgeModel:
 
 @dataclass(frozen=True)
 class JudgeTask:
-    """A picture to be looked at: its name in the file of answers, how it is read, and what is asked about it."""
+    """An image and the questions about it.
+
+    name: in the file of replies. load: reads the image. questions: asked one after the other.
+    """
 
     name: str
-    load: Callable[[], EncodedPicture]
+    load: Callable[[], EncodedImage]
     questions: Sequence[JudgeQuestion]
 
 
@@ -48,8 +51,8 @@ class JudgeTask:
 class JudgeReply:
     """A judge's reply.
 
-    text: None if it gave none; then `error` says why, and `fault` whether it refused or what came is no reply.
-    adapted: what was different in the requests from what is asked of other servers, in words.
+    text: None without a reply; then `error` is the reason, and `fault` says whether the judge refused or its response
+    was malformed. usage: cost of the reply. adapted: descriptions of the changes to requests that its server required.
     """
 
     text: str | None
@@ -61,13 +64,13 @@ class JudgeReply:
 
 @dataclass(frozen=True)
 class Judged:
-    """What a judge said about one picture.
+    """The judgment of one image.
 
     Attributes:
-      found: name of the question -> what was read; None if nothing could be.
-      usage: of all replies that were used, those of earlier runs included.
-      is_refused: whether the judge's policy refused a question to the end.
-      adapted: see `JudgeReply`, of all replies.
+      found: name of the question -> parsed reply; None if no reply could be parsed.
+      usage: of all replies that were used, including those of earlier runs.
+      is_refused: whether the judge's policy refused a question in the last attempt.
+      adapted: as in `JudgeReply`, of all replies.
     """
 
     found: Mapping[str, Any]
@@ -76,24 +79,24 @@ class Judged:
     adapted: frozenset[str]
 
 
-class AnswerFile:
-    """All replies of one judge about one folder of pictures, one JSON object a line, appended as they come.
+class ReplyFile:
+    """A file with all replies of one judge about a directory of images, one JSON object per line.
 
-    A reply is found again by the picture's bytes and the question's text, so a picture that was drawn anew is looked at
-    anew. A line that was cut short by the end of a process is left out, and so is one of an earlier version that holds
-    no reply and does not say whether the judge refused: the question is asked again.
+    A reply is identified by the bytes of the image and the text of the question, so that a new image is judged again.
+    An incomplete last line of an interrupted process is ignored, and so is a line of an earlier version with neither a
+    reply nor the information whether the judge refused; such questions are asked again.
 
     Args:
-      folder: of the file.
-      judge: whose they are.
+      directory: of the file.
+      judge: gave the replies.
     """
 
-    def __init__(self, folder: Path, judge: JudgeModel):
-        self._path = folder / f"{name_for(judge.model.name, judge.revision)}.jsonl"
-        self._said = dict(_read_lines(self._path)) if self._path.exists() else {}
+    def __init__(self, directory: Path, judge: JudgeModel):
+        self._path = directory / f"{output_name(judge.model.name, judge.revision)}.jsonl"
+        self._replies = dict(_read_lines(self._path)) if self._path.exists() else {}
         self._lock = threading.Lock()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("ab")
             if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):
                 self._file.write(b"\n")
@@ -101,23 +104,23 @@ class AnswerFile:
             raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
     def get(self, key: str) -> JudgeReply | None:
-        """A reply that was given before."""
-        return self._said.get(key)
+        """Returns a reply of this or an earlier run; None if there is none."""
+        return self._replies.get(key)
 
-    def add(self, key: str, subject: str, question: str, said: JudgeReply) -> None:
-        """Writes a reply down. Raises: ClvrError if that fails."""
-        usage = {name: value for name, value in dataclasses.asdict(said.usage).items() if value}
+    def add(self, key: str, image: str, question: str, reply: JudgeReply) -> None:
+        """Appends a reply to the file. Raises: ClvrError if it cannot be written."""
+        usage = {name: value for name, value in dataclasses.asdict(reply.usage).items() if value}
         entry: dict[str, Any] = {
             "key": key,
-            "picture": subject,
+            "picture": image,
             "question": question,
-            "reply": said.text,
-            "error": said.error,
+            "reply": reply.text,
+            "error": reply.error,
         }
-        if said.fault is not None:
-            entry["fault"] = said.fault
-        if said.adapted:
-            entry["adapted"] = list(said.adapted)
+        if reply.fault is not None:
+            entry["fault"] = reply.fault
+        if reply.adapted:
+            entry["adapted"] = list(reply.adapted)
         # Lone surrogates become escapes of JSON.
         line = json.dumps({**entry, "usage": usage}, ensure_ascii=False).encode(errors="backslashreplace") + b"\n"
         with self._lock:
@@ -126,138 +129,141 @@ class AnswerFile:
                 self._file.flush()
             except OSError as error:
                 raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
-            self._said[key] = said
+            self._replies[key] = reply
 
-    def put_aside(self) -> Path:
-        """Renames the file, so that every question is asked again; returns its new place.
+    def rename_unreadable(self) -> Path:
+        """Renames the file, so that every question is asked again; returns its new path.
 
         Raises: ClvrError if it cannot be renamed.
         """
-        aside = self._path.with_suffix(".unreadable")
+        renamed = self._path.with_suffix(".unreadable")
         try:
             self._file.close()
-            self._path.replace(aside)
+            self._path.replace(renamed)
         except OSError as error:
             raise ClvrError(f"{self._path}: cannot be renamed ({error.strerror or error}); remove it") from error
-        return aside
+        return renamed
 
     def close(self) -> None:
         """Closes the file."""
         self._file.close()
 
 
-def chat_all(
+def judge_images(
     judge: JudgeModel,
-    subjects: Sequence[JudgeTask],
-    answers: AnswerFile,
+    tasks: Sequence[JudgeTask],
+    replies: ReplyFile,
     attempts: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Judged]:
-    """Asks every question about every picture.
+    """Asks every question about every image.
 
-    A reply that cannot be read is asked for again, with what was wrong with it, up to `attempts` times in all. The
-    questions about one picture come one after the other, those about others at the same time.
+    If a reply cannot be parsed, the question is asked again with the parser's error, up to `attempts` times in all. The
+    questions about one image are asked one after the other, those about different images concurrently.
 
     Args:
-      judge: who is asked.
-      subjects: the pictures.
-      answers: replies known before, and where new ones go.
+      judge: the model.
+      tasks: images and questions.
+      replies: earlier replies; new ones are added.
       attempts: at least 1.
-      on_progress: called with (pictures done, pictures in all).
-    Returns: what was said about each picture.
-    Raises: ClvrError if the judge cannot be asked, or an image cannot be read; replies that came before are kept. Also
-      if no reply about several images can be parsed: this is a fault of the server, not of the images, so
-      nothing is scored, and the next run asks again.
+      on_progress: called with (images done, all images).
+    Returns: the judgment of each image.
+    Raises: ClvrError if the judge cannot be reached, or an image cannot be read; earlier replies are kept. Also if no
+      reply about several images can be parsed: this is a fault of the server, not of the images, so nothing is scored,
+      and the next run asks again.
     """
-    done, lock, said_first = 0, threading.Lock(), ""
+    done, lock, first_reply = 0, threading.Lock(), ""
 
-    def look(subject: JudgeTask) -> Judged:
-        nonlocal done, said_first
-        picture = subject.load()
-        found, replies, is_refused = {}, [], False
-        for asked in subject.questions:
-            found[asked.name], given = _answer(judge, subject.name, picture, asked, answers, attempts)
-            is_refused |= found[asked.name] is None and given[-1].fault == "refused"
-            replies += given
+    def judge_image(task: JudgeTask) -> Judged:
+        nonlocal done, first_reply
+        image = task.load()
+        found, given, is_refused = {}, [], False
+        for question in task.questions:
+            found[question.name], own = _ask(judge, task.name, image, question, replies, attempts)
+            is_refused |= found[question.name] is None and own[-1].fault == "refused"
+            given += own
         with lock:
             done += 1
-            said_first = said_first or replies[-1].text or ""
+            first_reply = first_reply or given[-1].text or ""
             if on_progress:
-                on_progress(done, len(subjects))
-        usage = sum((said.usage for said in replies), Usage())
-        return Judged(found, usage, is_refused, frozenset(note for said in replies for note in said.adapted))
+                on_progress(done, len(tasks))
+        usage = sum((reply.usage for reply in given), Usage())
+        return Judged(found, usage, is_refused, frozenset(note for reply in given for note in reply.adapted))
 
     if on_progress:
-        on_progress(0, len(subjects))
+        on_progress(0, len(tasks))
     with ThreadPoolExecutor(judge.in_flight, thread_name_prefix="judge") as pool:
-        futures = [pool.submit(look, subject) for subject in subjects]
+        futures = [pool.submit(judge_image, task) for task in tasks]
         finished, _ = wait(futures, return_when=FIRST_EXCEPTION)
         failed = next((error for future in finished if (error := future.exception()) is not None), None)
         if failed is not None:
             pool.shutdown(cancel_futures=True)
             if not isinstance(failed, ClvrError):
                 raise failed
-            kept = f"; {done} of {len(subjects)} pictures are judged and kept, run again to go on"
+            kept = f"; {done} of {len(tasks)} images are judged, and their replies are kept; run again to resume"
             raise ClvrError(f"{failed}{kept}") from failed
     judged = [future.result() for future in futures]
-    if len(judged) > 1 and not any(about.is_refused or any(map(_is_read, about.found.values())) for about in judged):
-        first, aside = " ".join(said_first.split())[:120], answers.put_aside()
+    if len(judged) > 1 and not any(about.is_refused or any(map(_is_parsed, about.found.values())) for about in judged):
+        first, renamed = " ".join(first_reply.split())[:120], replies.rename_unreadable()
         raise ClvrError(
             f"{judge.model.name}: none of its replies about {len(judged)} images can be parsed (the first: "
-            f"{first!r}), so nothing is scored; they are kept in {aside}; look after the server, or choose another "
-            "judge, and run again"
+            f"{first!r}), so nothing is scored; they are kept in {renamed}; check the server, or choose another judge, "
+            "and run again"
         )
     return judged
 
 
-def _is_read(value: Any) -> bool:
+def _is_parsed(value: Any) -> bool:
     return value is not None
 
 
-def _answer(
-    judge: JudgeModel, subject: str, picture: EncodedPicture, asked: JudgeQuestion, answers: AnswerFile, attempts: int
+def _ask(
+    judge: JudgeModel, name: str, image: EncodedImage, question: JudgeQuestion, replies: ReplyFile, attempts: int
 ) -> tuple[Any, list[JudgeReply]]:
-    """What one question found out, None if nothing could be read; and the replies, one at least."""
-    complaint, replies = "", []
+    """Asks one question; returns the parsed reply, None if no reply could be parsed, and all replies, at least one."""
+    complaint, given = "", []
     for attempt in range(attempts):
-        text = asked.text + complaint
-        key = _key(picture, text, attempt)
-        said = answers.get(key)
-        if said is None:
-            said = _said(judge, picture, text, asked)
-            answers.add(key, subject, asked.name, said)
-        replies.append(said)
-        if said.text is None:
+        text = question.text + complaint
+        key = _key(image, text, attempt)
+        reply = replies.get(key)
+        if reply is None:
+            reply = _reply(judge, image, text, question)
+            replies.add(key, name, question.name, reply)
+        given.append(reply)
+        if reply.text is None:
             continue
         try:
-            return asked.read(said.text), replies
+            return question.read(reply.text), given
         except AnswerError as error:
             complaint = f"\nYour last answer could not be used: {error}\n"
-    return None, replies
+    return None, given
 
 
-def _said(judge: JudgeModel, picture: EncodedPicture, text: str, asked: JudgeQuestion) -> JudgeReply:
+def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQuestion) -> JudgeReply:
     content = [{"type": "image"}, {"type": "text", "text": text}]
-    question = ChatRequest(
-        [{"role": "user", "content": content}], [picture], judge.max_tokens or asked.max_tokens, is_json=asked.is_json
+    request = ChatRequest(
+        [{"role": "user", "content": content}],
+        [image],
+        judge.max_tokens or question.max_tokens,
+        is_json=question.is_json,
     )
     try:
-        answer = judge.model.chat(question)
+        response = judge.model.chat(request)
     except ProviderError as error:
-        # Of this one picture; of all other faults the next call would suffer too.
+        # These faults concern this image only; all others would affect the next call, too.
         if error.fault in ("malformed", "refused"):
             return JudgeReply(None, str(error), error.usage, error.fault, _adapted(judge))
         raise
-    return JudgeReply(answer.text, None, answer.usage, adapted=_adapted(judge))
+    return JudgeReply(response.text, None, response.usage, adapted=_adapted(judge))
 
 
 def _adapted(judge: JudgeModel) -> tuple[str, ...]:
-    """What the judge's endpoint does not take; our own models take everything."""
+    """Returns descriptions of the changes to requests that the judge's server required; () for our own models."""
     return tuple(getattr(judge.model, "adapted", ()))
 
 
-def _key(picture: EncodedPicture, text: str, attempt: int) -> str:
-    digest = hashlib.blake2b(picture.content, digest_size=12)
+def _key(image: EncodedImage, text: str, attempt: int) -> str:
+    digest = hashlib.blake2b(image.content, digest_size=12)
     digest.update(f"\0{attempt}\0{text}".encode(errors="replace"))
     return digest.hexdigest()
 
@@ -273,17 +279,17 @@ def _read_lines(path: Path) -> Iterator[tuple[str, JudgeReply]]:
         try:
             entry = parse_object(line, f"{path}:{number}")
         except ClvrError:
-            continue  # cut short when a process ended
+            continue  # incomplete, because a process was interrupted
         try:
-            key, said = entry.text("key"), _stored(entry)
-            if said.fault is not None or (said.text or "").strip():
-                yield key, said
+            key, reply = entry.text("key"), _stored(entry)
+            if reply.fault is not None or (reply.text or "").strip():
+                yield key, reply
         except (ClvrError, TypeError) as error:
             raise ClvrError(f"{path}:{number}: not a reply of a judge ({error}); remove the line") from error
 
 
 def _stored(entry: JsonObject) -> JudgeReply:
-    """A reply as `AnswerFile.add` wrote it."""
+    """Returns a reply that `ReplyFile.add` wrote."""
     usage = entry.nested("usage")
     if unknown := usage.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
         raise ClvrError(f"usage has unknown fields {', '.join(sorted(unknown)):.100}")

@@ -8,14 +8,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, JudgedBenchmark, Score, rubric
 from clvr_jax.evaluation.benchmarks.geneval import Detector, recorded_score
 from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, SampleIndex
-from clvr_jax.evaluation.benchmarks.judging import AnswerFile, JudgeModel, JudgeTask, chat_all
+from clvr_jax.evaluation.benchmarks.judging import JudgeModel, JudgeTask, ReplyFile, judge_images
 from clvr_jax.evaluation.benchmarks.summary import summarize
 from clvr_jax.evaluation.report import mean_cost
 from clvr_jax.evaluation.run_directory import adapted_requests
-from clvr_jax.files import write_json
 from clvr_jax.image_io import read_encoded
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.trajectory import package_versions
@@ -36,25 +36,25 @@ def score_judged(
     Returns: the content of results.json, as `results` returns it.
     Raises: ClvrError, one line; earlier replies are kept on disk.
     """
-    subjects, indices = [], []
+    tasks, indices = [], []
     for (index, sample), path in images.files.items():
         item = images.items[index]
-        asked = benchmark.questions(item)
-        if path is not None and asked:
+        questions = benchmark.questions(item)
+        if path is not None and questions:
             load = partial(benchmark.judge_image, path, sample, images.samples)
-            subjects.append(JudgeTask(f"{item.id}/{sample}", load, asked))
+            tasks.append(JudgeTask(f"{item.id}/{sample}", load, questions))
             indices.append((index, sample))
-    answers = AnswerFile(images.directory.root / "replies", judge)
+    reply_file = ReplyFile(images.directory.root / "replies", judge)
     try:
-        judged = chat_all(judge, subjects, answers, benchmark.attempts, on_progress)
+        judged = judge_images(judge, tasks, reply_file, benchmark.attempts, on_progress)
     finally:
-        answers.close()
-    replies = dict(zip(indices, judged, strict=True))
+        reply_file.close()
+    judgments = dict(zip(indices, judged, strict=True))
     scores: dict[SampleIndex, Score | None] = {}
     for (index, sample), path in images.files.items():
         if path is None:
             scores[index, sample] = _score_without_image(images, (index, sample))
-        elif (about := replies.get((index, sample))) is not None:
+        elif (about := judgments.get((index, sample))) is not None:
             score = benchmark.score(images.items[index], about.found)
             scores[index, sample] = replace(score, refused=about.is_refused)
         else:

@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.files import read_json
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.norms import DeltaStatistics
 from clvr_jax.merging.planning import Merge, plan_merge
@@ -15,7 +15,7 @@ from clvr_jax.merging.provenance import write_provenance
 from clvr_jax.merging.report import write_report
 from clvr_jax.merging.streaming import merge
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.folder import copy_component
+from clvr_jax.pipelines.flux2_io import copy_component
 from clvr_jax.pipelines.registry import resolve
 
 MERGES = {"merged": Settings(), **{method: Settings(method) for method in ("linear", "ties", "dare")}}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.atomic_io import write_atomically
 from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.compare import compare
 from clvr_jax.evaluation.markdown import plain
@@ -23,7 +24,6 @@ from clvr_jax.evaluation.paper.tables import (
 )
 from clvr_jax.evaluation.run_directory import RunDirectory
 from clvr_jax.evaluation.scaling_report import MARKDOWN, PLOT, write_scaling
-from clvr_jax.files import write_atomically
 
 Lines = Iterator[str]
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from clvr_jax.atomic_io import write_json
 from clvr_jax.console import console
-from clvr_jax.files import write_json
 from clvr_jax.json_input import read_object
 
 _RECORDS = "stages"

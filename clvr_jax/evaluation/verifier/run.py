@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
+from clvr_jax.atomic_io import write_json, write_text
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.shapes import SHAPES_JUDGE_VERSION
@@ -16,7 +17,6 @@ from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
 from clvr_jax.evaluation.verifier.report import markdown
-from clvr_jax.files import write_json, write_text
 from clvr_jax.interfaces import ProviderError, Usage
 from clvr_jax.reasoning.protocols import ImageGenerator
 from clvr_jax.reasoning.trajectory import package_versions

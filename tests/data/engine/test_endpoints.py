@@ -76,7 +76,7 @@ def test_unusable_replies_of_the_planner_discard_the_prompt_with_a_reason(made, 
         (failure(429, "slow down"), "limited", "429"),
         (failure(401, "no such key"), "rejected", "no such key"),
         (Reply(b""), "down", "empty"),
-        (completion('{"perceive": "x"', finish="length"), "down", "cut at max_tokens"),
+        (completion('{"perceive": "x"', finish="length"), "down", "truncated at max_tokens"),
     ],
 )
 def test_no_reply_of_the_planner_gives_no_outcome(made, reply, fault, message):
@@ -87,7 +87,7 @@ def test_no_reply_of_the_planner_gives_no_outcome(made, reply, fault, message):
 
 @pytest.mark.parametrize(
     ("reply", "message"),
-    [(pictures(png(picture(16, 8))), "asked for a picture of 8 x 8"), (pictures(b"nothing"), "no picture")],
+    [(pictures(png(picture(16, 8))), "requested an image of 8 x 8"), (pictures(b"nothing"), "not an image")],
 )
 def test_a_failing_image_generator_gives_no_outcome(made, reply, message):
     with pytest.raises(ProviderError, match=message):

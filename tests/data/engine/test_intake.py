@@ -72,7 +72,7 @@ def test_prompts_are_read_from_lines_and_from_json_lines(tmp_path):
         ("p.jsonl", b'{"prompt": "a", "metadata": 3}', "metadata must be"),
         ("p.txt", b"\xff\xfe", "not UTF-8"),
         ("absent.txt", None, "no such file; give a file with a prompt in each line"),
-        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: not JSON that is read: more than 64 levels"),
+        ("p.jsonl", b"[" * 100_000, r"p\.jsonl:1: JSON with more than 64 levels is not read"),
         ("p.jsonl", b'{"prompt": 3}', "prompt must be a text, got 3"),
         ("p.jsonl", b'{"prompt": "a \\ud800"}', "lone surrogate"),
         ("p.txt", b"a\n" + b"x" * (MAX_LINE_BYTES + 1), r"p\.txt:2: has more than 4096 KiB"),

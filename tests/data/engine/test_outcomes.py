@@ -16,7 +16,7 @@ from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles,
 from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import pixels, read_png
+from clvr_jax.image_io import pixels, read_image
 from clvr_jax.interfaces import ProviderError, Usage
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
 from tests.data.engine.exact_generator import ExactGenerator, item
@@ -223,5 +223,5 @@ def test_sharegpt_records_name_the_place_of_each_image(tmp_path):
     assert turns[-1]["value"].endswith(TERMINATE)
     assert [turn["value"] for turn in turns[2::2]] == [f"<IMG_GEN_{n + 1}>" for n in range(len(entry["images"]))]
     assert write_sharegpt([outcome.record], tmp_path / "share") == 1
-    first = read_png(tmp_path / "share" / entry["images"][0])
+    first = read_image(tmp_path / "share" / entry["images"][0])
     np.testing.assert_array_equal(first, pixels(outcome.record.trajectory.generated[0].image))

@@ -48,8 +48,8 @@ def write_lines(path, entries):
     return path
 
 
-class Painter:
-    """A picture of one color for each seed; remembers what it was asked for."""
+class ColorGenerator:
+    """An image generator whose images have one color for each seed; records its requests."""
 
     def __init__(self, fail_after=None):
         self.asked, self.fail_after = [], fail_after
@@ -63,4 +63,4 @@ class Painter:
 
     @property
     def system(self):
-        return System(self, {"mode": "painter"}, "brush", batch_size=2)
+        return System(self, {"mode": "colors"}, "cpu", batch_size=2)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax.atomic_io import read_json
 from clvr_jax.cli import main
-from clvr_jax.files import read_json
 from tests.evaluation.benchmarks.samples import GENEVAL, IMAGINE, write_lines
 from tests.providers.server import completion
 
@@ -96,13 +96,13 @@ def test_draw_judge_and_judge_again(server, pictures, capsys):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["geneval"], "--model says what draws"),
-        (["geneval", "--score-only"], "--detector DIR --clip DIR says who scores"),
+        (["geneval"], "--model is missing"),
+        (["geneval", "--score-only"], "the scorer is missing; give --detector DIR --clip DIR"),
         (["geneval", "--model", "m", "--detector", "d"], "give both"),
-        (["genevalpp", "--score-only"], "--judge MODEL says who scores"),
-        (["genevalpp", "--score-only", "--judge", "j", "--limit", "3"], "no other choice"),
+        (["genevalpp", "--score-only"], "the scorer is missing; give --judge MODEL"),
+        (["genevalpp", "--score-only", "--judge", "j", "--limit", "3"], "leave --images, --prompts"),
         (["genevalpp", "--images", "i", "--judge", "j", "--model", "m"], "leave --model and its options out"),
-        (["genevalpp", "--model", "m", "--judge-url", "http://x"], "--judge says which"),
+        (["genevalpp", "--model", "m", "--judge-url", "http://x"], "--judge is missing"),
         (["genevalpp", "--model", "m", "--share", "2/2"], "K below N"),
         (["genevalpp", "--model", "m", "--judge-prices", "1"], "--judge-prices"),
         (["wise", "--model", "m"], "--edition"),

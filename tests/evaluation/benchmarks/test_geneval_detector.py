@@ -22,8 +22,8 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
 from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.scoring import score_detected
-from clvr_jax.image_io import EncodedPicture, encode_png
-from tests.evaluation.benchmarks.samples import GENEVAL, Painter, write_lines
+from clvr_jax.image_io import EncodedImage, encode_png
+from tests.evaluation.benchmarks.samples import GENEVAL, ColorGenerator, write_lines
 
 DOG = OBJECTS.index("dog")
 COLORED = {
@@ -76,7 +76,7 @@ def noise(height, width, seed=0):
 
 def test_instances_are_those_of_transformers(detector, folders):
     image = Image.fromarray(noise(50, 70))
-    found = detector.find(EncodedPicture(encode_png(image), "png"), {**COLORED, "tag": "position", "include": []})
+    found = detector.find(EncodedImage(encode_png(image), "png"), {**COLORED, "tag": "position", "include": []})
     assert list(found) == ["dog"]
     pixels, _ = _detector_input(image, 64, 96)
     model = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(folders / "detector").eval()
@@ -96,7 +96,7 @@ def test_instances_are_those_of_transformers(detector, folders):
 
 
 def test_colors_are_those_of_clip(detector, folders):
-    picture = EncodedPicture(encode_png(noise(50, 70)), "png")
+    picture = EncodedImage(encode_png(noise(50, 70)), "png")
     found = detector.find(picture, COLORED)["dog"]
     assert all(one.color in COLORS for one in found[:2])
     assert all(one.color is None for one in found[2:])
@@ -135,7 +135,7 @@ def test_boxes_and_crops():
 def test_scoring_records_what_was_detected_and_does_not_look_twice(detector, tmp_path):
     benchmark = GenEval()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", GENEVAL))
-    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    generate_images(benchmark, items, ColorGenerator().system, tmp_path / "out", settings={}, samples=1)
     results = score_detected(load_generated(benchmark, tmp_path / "out"), detector)
     assert {row["tag"] for row in results["pictures"]} == {"single_object", "counting", "colors"}
     assert results["pictures"][0]["correct"]  # a dog, of course

@@ -20,7 +20,7 @@ from clvr_jax.evaluation.system_output import SystemOutput
 from clvr_jax.evaluation.systems import System
 from clvr_jax.image_io import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
-from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, Painter, write_lines
+from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, ColorGenerator, write_lines
 
 
 @pytest.fixture
@@ -38,9 +38,9 @@ def items(tmp_path):
     }
 
 
-def paint(benchmark, items, out, painter=None, **changes):
+def generate(benchmark, items, out, generator=None, **changes):
     values = {"settings": {"limit": None}, "samples": benchmark.samples, **changes}
-    generate_images(benchmark, items, (painter or Painter()).system, out, **values)
+    generate_images(benchmark, items, (generator or ColorGenerator()).system, out, **values)
 
 
 def files(root):
@@ -48,7 +48,7 @@ def files(root):
 
 
 def test_geneval_is_what_the_official_scorer_reads(tmp_path, items):
-    paint(GenEval(), items["geneval"], tmp_path / "out")
+    generate(GenEval(), items["geneval"], tmp_path / "out")
     seen = 0
     # As evaluate_images.py walks through a folder.
     for subfolder in os.listdir(tmp_path / "out"):
@@ -75,7 +75,7 @@ def test_geneval_is_what_the_official_scorer_reads(tmp_path, items):
     ],
 )
 def test_flat_layouts_are_the_official_ones(benchmark, expected, tmp_path, items):
-    paint(benchmark, items[benchmark.name], tmp_path)
+    generate(benchmark, items[benchmark.name], tmp_path)
     assert files(tmp_path / "images") == expected
     pictures = load_generated(benchmark, tmp_path)
     assert pictures.items == items[benchmark.name]
@@ -88,18 +88,18 @@ def test_flat_layouts_are_the_official_ones(benchmark, expected, tmp_path, items
 
 
 def test_more_samples_are_more_official_folders(tmp_path, items):
-    painter = Painter()
-    paint(ImagineBench(), items["imaginebench"][:1], tmp_path, painter, samples=2)
+    generator = ColorGenerator()
+    generate(ImagineBench(), items["imaginebench"][:1], tmp_path, generator, samples=2)
     assert files(tmp_path) == ["images/1.png", "images_1/1.png"]
-    assert len({seed for _, seed in painter.asked}) == 2
+    assert len({seed for _, seed in generator.asked}) == 2
 
 
 def test_a_grid_has_its_samples_row_by_row(tmp_path, items):
-    benchmark, painter = DPG(), Painter()
-    paint(benchmark, items["dpg"][:1], tmp_path, painter)
+    benchmark, generator = DPG(), ColorGenerator()
+    generate(benchmark, items["dpg"][:1], tmp_path, generator)
     grid = np.asarray(Image.open(tmp_path / "images" / "a.png"))
     assert grid.shape == (16, 16, 3)
-    colors = [seed % 256 for _, seed in painter.asked]
+    colors = [seed % 256 for _, seed in generator.asked]
     assert [int(grid[y, x, 0]) for y, x in ((0, 0), (0, 8), (8, 0), (8, 8))] == colors
     for sample, color in enumerate(colors):
         shown = np.asarray(as_pil(benchmark.judge_image(tmp_path / "images" / "a.png", sample, 4)))
@@ -124,38 +124,38 @@ def test_a_grid_is_black_where_a_loop_ended_without_a_picture(tmp_path, items):
 
 
 def test_a_killed_run_draws_no_picture_twice(tmp_path, items):
-    benchmark, first, second = WiseLegacy(), Painter(fail_after=3), Painter()
+    benchmark, first, second = WiseLegacy(), ColorGenerator(fail_after=3), ColorGenerator()
     with pytest.raises(KeyboardInterrupt):
-        paint(benchmark, items[benchmark.name], tmp_path, first)
+        generate(benchmark, items[benchmark.name], tmp_path, first)
     with pytest.raises(ClvrError, match=r"4 of 7 images are missing \(images/650\.png, images/750\.png, images/850"):
         load_generated(benchmark, tmp_path)
-    paint(benchmark, items[benchmark.name], tmp_path, second)
+    generate(benchmark, items[benchmark.name], tmp_path, second)
     assert len(first.asked) + len(second.asked) == 7
-    assert load_generated(benchmark, tmp_path).records[0, 0].device == "brush"
+    assert load_generated(benchmark, tmp_path).records[0, 0].device == "cpu"
 
 
 def test_shares_of_several_processes_make_one_whole(tmp_path, items):
-    benchmark, painters = DPG(), [Painter(), Painter(), Painter()]
-    for number, painter in enumerate(painters):
-        paint(benchmark, items["dpg"], tmp_path, painter, share=(number, 3))
-    asked = [each for painter in painters for each in painter.asked]
+    benchmark, generators = DPG(), [ColorGenerator(), ColorGenerator(), ColorGenerator()]
+    for number, generator in enumerate(generators):
+        generate(benchmark, items["dpg"], tmp_path, generator, share=(number, 3))
+    asked = [each for generator in generators for each in generator.asked]
     assert len(set(asked)) == len(asked) == 8
-    assert [len(painter.asked) for painter in painters] == [3, 3, 2]
+    assert [len(generator.asked) for generator in generators] == [3, 3, 2]
     assert files(tmp_path / "images") == ["a.png", "b.png"]
     load_generated(benchmark, tmp_path)
 
 
 def test_editions_and_other_settings_never_mix(tmp_path, items):
-    paint(WiseLegacy(), items["wise-legacy"], tmp_path)
+    generate(WiseLegacy(), items["wise-legacy"], tmp_path)
     with pytest.raises(ClvrError, match="has images of wise-legacy, not of wise-verified"):
         load_generated(WiseVerified(), tmp_path)
     with pytest.raises(ClvrError, match="belongs to another run"):
-        paint(WiseVerified(), items["wise-legacy"], tmp_path)
+        generate(WiseVerified(), items["wise-legacy"], tmp_path)
     with pytest.raises(ClvrError, match="seed: 0 on disk, 1 requested"):
-        paint(WiseLegacy(), items["wise-legacy"], tmp_path, seed=1)
+        generate(WiseLegacy(), items["wise-legacy"], tmp_path, seed=1)
     (tmp_path / "other" / "images").mkdir(parents=True)
     with pytest.raises(ClvrError, match="has images but no benchmark"):
-        paint(WiseLegacy(), items["wise-legacy"], tmp_path / "other")
+        generate(WiseLegacy(), items["wise-legacy"], tmp_path / "other")
 
 
 def test_a_wrong_folder_says_which_files_are_expected(tmp_path, items):
@@ -172,7 +172,7 @@ def test_a_wrong_folder_says_which_files_are_expected(tmp_path, items):
 
 
 def test_geneval_made_elsewhere_must_be_of_the_same_prompts(tmp_path, items):
-    paint(GenEval(), items["geneval"], tmp_path / "made", samples=1)
+    generate(GenEval(), items["geneval"], tmp_path / "made", samples=1)
     load_external(GenEval(), items["geneval"], tmp_path / "made", 1, tmp_path / "out")
     (tmp_path / "made" / "00001" / "metadata.jsonl").write_text('{"prompt": "another"}')
     with pytest.raises(ClvrError, match="has the prompt 'another'"):
@@ -180,11 +180,11 @@ def test_geneval_made_elsewhere_must_be_of_the_same_prompts(tmp_path, items):
 
 
 def test_a_picture_that_is_none_is_found_before_anyone_is_asked(tmp_path, items):
-    paint(ImagineBench(), items["imaginebench"], tmp_path)
+    generate(ImagineBench(), items["imaginebench"], tmp_path)
     (tmp_path / "images" / "2.png").write_bytes(b"<html>")
     whole = (tmp_path / "images" / "3.png").read_bytes()
     (tmp_path / "images" / "3.png").write_bytes(whole[:-20])
-    reason = r"not a readable image; expected is PNG, JPEG or WebP"
+    reason = r"not a readable image; it must be PNG, JPEG or WebP"
     with pytest.raises(ClvrError, match=rf"not readable as images: .*2\.png \({reason}\), .*3\.png \("):
         load_generated(ImagineBench(), tmp_path)
 
@@ -195,7 +195,7 @@ def test_ids_never_write_outside_the_directory(identifier, tmp_path):
     entries = [{**IMAGINE[0], "id": identifier}, {**IMAGINE[1], "id": "good"}]
     found = ImagineBench().read(write_lines(tmp_path / "prompts.jsonl", entries))
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)}
-    paint(ImagineBench(), found, out)
+    generate(ImagineBench(), found, out)
     assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} - {
         out.parent,
         out.parent.parent,
@@ -210,14 +210,14 @@ def test_grids_of_hostile_ids_stay_in_their_directory(tmp_path):
     prompts = tmp_path / "prompts.csv"
     prompts.write_text(DPG_CSV.format(dependency="1").replace("\na,", "\n../../../evil,"))
     found = DPG().read(prompts)
-    paint(DPG(), found, tmp_path / "deep" / "out", samples=4)
+    generate(DPG(), found, tmp_path / "deep" / "out", samples=4)
     assert len(files(tmp_path / "deep" / "out" / "images")) == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "prompts.csv"]
 
 
 def test_postscript_among_the_pictures_is_refused_and_not_run(tmp_path, items, monkeypatch):
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", None)  # a call would be a TypeError
-    paint(ImagineBench(), items["imaginebench"], tmp_path)
+    generate(ImagineBench(), items["imaginebench"], tmp_path)
     (tmp_path / "images" / "2.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\nshowpage\n")
-    with pytest.raises(ClvrError, match=r"2\.png \(not a readable image; expected is PNG, JPEG or WebP\)"):
+    with pytest.raises(ClvrError, match=r"2\.png \(not a readable image; it must be PNG, JPEG or WebP\)"):
         load_generated(ImagineBench(), tmp_path)

@@ -22,7 +22,7 @@ from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
-from tests.evaluation.benchmarks.samples import GENEVALPP, IMAGINE, Painter, write_lines
+from tests.evaluation.benchmarks.samples import GENEVALPP, IMAGINE, ColorGenerator, write_lines
 from tests.providers.server import Reply, completion, failure
 
 GOOD = "Fantasy Fulfillment: 8\nIdentity Preservation: 9\nAesthetic Quality: 7"
@@ -41,7 +41,7 @@ def judge(endpoint):
 def imagine(tmp_path):
     benchmark = ImagineBench()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", IMAGINE))
-    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    generate_images(benchmark, items, ColorGenerator().system, tmp_path / "out", settings={}, samples=1)
     return benchmark, load_generated(benchmark, tmp_path / "out")
 
 
@@ -89,7 +89,9 @@ def test_a_second_run_asks_nothing_and_a_new_picture_is_looked_at(server, judge,
 
 def test_a_killed_run_asks_no_question_twice(server, judge, imagine, tmp_path):
     server.script = [completion(GOOD), completion(GOOD), failure(401, "no such key")]
-    with pytest.raises(ClvrError, match=r"401.*2 of 4 pictures are judged and kept, run again") as caught:
+    with pytest.raises(
+        ClvrError, match=r"401.*2 of 4 images are judged, and their replies are kept; run again"
+    ) as caught:
         score_judged(*imagine, judge(in_flight=1))
     assert "\n" not in str(caught.value)
     (path,) = (tmp_path / "out" / "replies").iterdir()
@@ -130,7 +132,7 @@ def test_replies_that_cannot_be_read_are_asked_again_with_the_reason(server, jud
 )
 def test_no_reply_is_no_score_and_is_asked_for_again(reply, server, judge, imagine, tmp_path):
     server.script = [completion(GOOD), reply]
-    with pytest.raises(ClvrError, match="1 of 4 pictures are judged and kept, run again"):
+    with pytest.raises(ClvrError, match="1 of 4 images are judged, and their replies are kept; run again"):
         score_judged(*imagine, judge(in_flight=1))
     assert not (tmp_path / "out" / "results.json").exists()
     server.script = [completion(f"<think>{GOOD.replace('8', '1')}</think>{GOOD}")]
@@ -247,7 +249,7 @@ def test_as_many_questions_as_allowed_are_in_flight(server, judge, imagine):
 def test_genevalpp_sends_its_jpg_and_a_missing_verdict_is_wrong(server, judge, tmp_path):
     benchmark = GenEvalPP()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", GENEVALPP))
-    generate_images(benchmark, items, Painter().system, tmp_path / "out", settings={}, samples=1)
+    generate_images(benchmark, items, ColorGenerator().system, tmp_path / "out", settings={}, samples=1)
     verdicts = iter(['```json\n{"correct": 1, "reason": ""}\n```', *['{"correct": "maybe"}'] * 3])
     lock = threading.Lock()
 
@@ -267,7 +269,7 @@ def test_dpg_asks_each_question_about_each_part_of_the_grid(server, judge, tmp_p
     benchmark = DPG()
     (tmp_path / "d.csv").write_text(DPG_CSV.format(dependency="2"))
     generate_images(
-        benchmark, benchmark.read(tmp_path / "d.csv"), Painter().system, tmp_path / "out", settings={}, samples=4
+        benchmark, benchmark.read(tmp_path / "d.csv"), ColorGenerator().system, tmp_path / "out", settings={}, samples=4
     )
     server.script = [lambda seen: completion("No." if "mat?" in asked(seen)[0] else "Yes")]
     results = score_judged(benchmark, load_generated(benchmark, tmp_path / "out"), judge(in_flight=8))

@@ -67,7 +67,7 @@ def test_transparent_images_are_on_white_and_rotated_ones_upright(directory):
     ("line", "said"),
     [
         ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("[" * 100_000, "JSON with more than 64 levels"),
         ("[1]", "expected a JSON object, got a list of 1"),
         ({**GOOD, "prompt": 3}, "prompt must be a text"),
         ({**GOOD, "prompt": " "}, "prompt must be a text that is not empty"),

@@ -1,4 +1,4 @@
-"""The text of an optimized XLA program, taken apart: computations, their instructions, how often a loop runs."""
+"""A parser of optimized HLO: computations, their instructions, and the trip counts of loops."""
 
 import math
 import re
@@ -10,7 +10,7 @@ from clvr_jax.errors import ClvrError
 
 _HEADER = re.compile(r"(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (.*)")
-# A kernel's attributes may have a line of their own that begins with braces too, `}}, metadata=...`.
+# A line of a kernel's attributes may also begin with braces, `}}, metadata=...`.
 _END = re.compile(r'\}(, execution_thread="\w+")?\s*$')
 _ARRAY = re.compile(r"([a-z]+(\d*)\w*)\[([\d,]*)\]")
 _UNCHANGED = ("copy", "bitcast", "convert", "reshape")
@@ -28,20 +28,20 @@ class Instruction:
     attributes: str
 
     def attribute(self, name: str) -> str | None:
-        """The computation named by an attribute such as `calls` or `body`."""
+        """Returns the name of the computation in an attribute such as `calls` or `body`."""
         match = re.search(rf"\b{name}=%?([\w.\-]+)", self.attributes)
         return match[1] if match else None
 
     @property
     def source(self) -> str:
-        """Where in the Python program it comes from, as `op_name` says; empty if the compiler made it up."""
+        """Operation of the Python program, from `op_name`; "" for an instruction that the compiler added."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions by name, in order; the root is what it returns."""
+    """Instructions by name, in order; the root is the result."""
 
     name: str
     instructions: dict[str, Instruction]
@@ -49,23 +49,23 @@ class Computation:
 
 
 class _Counter(NamedTuple):
-    """An integer of a loop: an entry of the loop's state (None: no entry, a constant) plus an offset."""
+    """An integer in a loop: an entry of the loop's state plus an offset; a constant if the entry is None."""
 
     entry: int | None
     offset: int
 
 
 class _Limit(NamedTuple):
-    """A loop runs while an entry of its state is less than `offset`."""
+    """The condition of a loop: it runs while an entry of its state is less than `offset`."""
 
     entry: int
     offset: int
 
 
 class Program:
-    """A parsed program: computations by name, the entry's name, and the devices it is cut for, if the text says so.
+    """A parsed program: computations by name, the entry's name, and the number of partitions, None if not given.
 
-    Raises: ClvrError if the text is not that of an XLA program.
+    Raises: ClvrError if the text is not an HLO module.
     """
 
     def __init__(self, text: str):
@@ -80,10 +80,10 @@ class Program:
                 self.computations[computation.name] = computation
                 self.entry = computation.name if header[1] else self.entry
         if not self.entry:
-            raise ClvrError("no program in this text; pass what compiled.as_text() returns")
+            raise ClvrError("no program in this text; pass the result of compiled.as_text()")
 
     def trip_count(self, loop: Instruction, caller: Computation) -> int | None:
-        """How often a `while` runs: what the compiler noted, or what its counter says; None if it depends on data."""
+        """Returns the trip count of a `while`, from the compiler's note or its counter; None if it depends on data."""
         if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
             return int(known[1])
         condition, body = (self.computations[loop.attribute(name) or ""] for name in ("condition", "body"))
@@ -97,7 +97,7 @@ class Program:
         return max(0, math.ceil((limit.offset - start.offset) / step.offset))
 
     def _limit(self, condition: Computation) -> "_Limit | None":
-        """The entry of the state that a loop counts in, and the number it stays below."""
+        """Returns the counter of a loop in its state, and its upper limit; None for another condition."""
         test, inside, given = condition.root, condition, list[_Counter | None]()
         if test.opcode == "fusion":
             given = [self._counter(name, condition) for name in test.operands]
@@ -112,7 +112,7 @@ class Program:
         return _Limit(counter.entry, bound.offset - counter.offset + (direction == "LE"))
 
     def _counter(self, name: str, inside: Computation, given: Sequence[_Counter | None] = ()) -> _Counter | None:
-        """Value of an instruction; `given` are those of a fusion's parameters. None if it is no such simple thing."""
+        """Returns the value of an instruction; None if it is not a counter. given: values of a fusion's parameters."""
         instruction = inside.instructions[name]
         if instruction.opcode == "constant" and re.fullmatch(r"-?\d+", instruction.arguments):
             return _Counter(None, int(instruction.arguments))
@@ -136,7 +136,7 @@ class Program:
 
 
 def array_bytes(type_text: str) -> int:
-    """Bytes of all arrays in a type, layouts and padding to tiles aside."""
+    """Returns the bytes of all arrays in a type, without the padding of layouts."""
     return sum(
         math.prod(int(side) for side in sides.split(",") if side) * int(bits or 8) // 8
         for dtype, bits, sides in _ARRAY.findall(type_text)
@@ -145,13 +145,13 @@ def array_bytes(type_text: str) -> int:
 
 
 def array_dtype(type_text: str) -> str:
-    """Element type of the first array in a type, `bf16`."""
+    """Returns the element type of the first array in a type, such as `bf16`."""
     match = _ARRAY.search(type_text)
     return match[1] if match else ""
 
 
 def top_level(text: str) -> list[str]:
-    """Splits at the commas outside of all brackets; the entries of a tuple type, given without its parentheses."""
+    """Splits a text at the commas outside of all brackets, such as a tuple type without its parentheses."""
     parts, depth, start = [], 0, 0
     for i, character in enumerate(text):
         depth += (character in "([{") - (character in ")]}")
@@ -186,7 +186,7 @@ def _read_instruction(name: str, text: str) -> Instruction:
 
 
 def _closing(text: str, start: int) -> int:
-    """Place of the parenthesis that closes the one at `start`."""
+    """Returns the index of the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.finditer(r"[()]", text[start:]):
         depth += 1 if match[0] == "(" else -1

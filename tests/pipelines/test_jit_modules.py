@@ -1,16 +1,16 @@
-"""Components are walked through once, and are still what they are now."""
+"""A module is split once, and new values and new modules are used."""
 
 import jax.numpy as jnp
 from flax import nnx
 
-from clvr_jax.pipelines.components import Components, jitted
+from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 
 
-class Line(Components):
+class Line(JittedPipeline):
     def __init__(self, layer):
         super().__init__()
         self.layer = layer
-        self.program = jitted(lambda graphdef, state, x: nnx.merge(graphdef, state)(x), static_argnums=0)
+        self.program = jit_module(lambda graphdef, state, x: nnx.merge(graphdef, state)(x), static_argnums=0)
 
     def __call__(self):
         return self.program(*self._split("layer"), jnp.ones((1, 2))).item()
@@ -22,11 +22,11 @@ def layer(weight):
     return linear
 
 
-def test_a_module_is_walked_through_once(monkeypatch):
-    line, walks, split = Line(layer(1.0)), [], nnx.split
-    monkeypatch.setattr(nnx, "split", lambda module: walks.append(module) or split(module))
+def test_a_module_is_split_once(monkeypatch):
+    line, calls, split = Line(layer(1.0)), [], nnx.split
+    monkeypatch.setattr(nnx, "split", lambda module: calls.append(module) or split(module))
     assert line() == line() == 2.0
-    assert len(walks) == 1
+    assert len(calls) == 1
 
 
 def test_new_values_and_new_modules_are_seen():

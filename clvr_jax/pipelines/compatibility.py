@@ -1,6 +1,6 @@
-"""Checks that the parts of a pipeline belong to one checkpoint, before a prompt is read with them.
+"""Checks that the components of a pipeline belong to one checkpoint, before a prompt is encoded with them.
 
-Parts of different checkpoints often fit in shape: the images are then noise, or nearly right, and no error says so.
+Components of different checkpoints often agree in shape: the images are then noise, or nearly right, without an error.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 
 _LEGACY_EOS = 2
-"""In a CLIP configuration: the pooled token is the one with the largest id, whatever that is."""
+"""In a CLIP configuration: the pooled token is the one with the largest id, whatever its meaning."""
 
 
 def check_flux2(
@@ -26,18 +26,18 @@ def check_flux2(
     tokenizer: Any,
     out_layers: Sequence[int],
 ) -> None:
-    """Checks the parts of a FLUX.2 pipeline against each other.
+    """Checks the components of a FLUX.2 pipeline against each other.
 
     Args:
       transformer, vae, text_encoder: configurations of the models.
       tokenizer: a transformers tokenizer.
       out_layers: hidden states of the text encoder that condition the transformer.
-    Raises: ClvrError, with both sides, for the first that does not fit.
+    Raises: ClvrError, with both sides, for the first mismatch.
     """
     if transformer.in_channels != vae.token_channels:
         raise ClvrError(
-            f"transformer reads {transformer.in_channels} channels a token, the autoencoder makes "
-            f"{vae.token_channels}; they do not belong together"
+            f"the transformer takes {transformer.in_channels} channels per token, the autoencoder gives "
+            f"{vae.token_channels}; they belong to different checkpoints"
         )
     if not out_layers or min(out_layers) < 0 or max(out_layers) > text_encoder.num_hidden_layers:
         raise ClvrError(
@@ -47,8 +47,8 @@ def check_flux2(
     width = len(out_layers) * text_encoder.hidden_size
     if transformer.joint_attention_dim != width:
         raise ClvrError(
-            f"transformer reads {transformer.joint_attention_dim} features of the text, the text encoder makes {width} "
-            f"({len(out_layers)} hidden states of {text_encoder.hidden_size}); they do not belong together"
+            f"the transformer takes {transformer.joint_attention_dim} text features, the text encoder gives {width} "
+            f"({len(out_layers)} hidden states of {text_encoder.hidden_size}); they belong to different checkpoints"
         )
     check_tokenizer(tokenizer, text_encoder.vocab_size, TURN_TOKENS)
     if not tokenizer.chat_template:
@@ -58,43 +58,43 @@ def check_flux2(
 def check_clip(tokenizer: Any, text_encoder: CLIPTextConfig) -> None:
     """Checks a CLIP tokenizer against its text encoder.
 
-    Raises: ClvrError if a token has no embedding, or the two name different ends of a text.
+    Raises: ClvrError if a token has no embedding, or the two have different end-of-sequence tokens.
     """
     check_tokenizer(tokenizer, text_encoder.vocab_size)
-    named = text_encoder.eos_token_id
-    if named not in (_LEGACY_EOS, tokenizer.eos_token_id):
+    expected = text_encoder.eos_token_id
+    if expected not in (_LEGACY_EOS, tokenizer.eos_token_id):
         raise ClvrError(
-            f"the tokenizer ends a text with id {tokenizer.eos_token_id}, the text encoder's eos_token_id is {named}; "
-            "tokenizer and text encoder belong to different checkpoints"
+            f"the tokenizer ends a text with id {tokenizer.eos_token_id}, the text encoder's eos_token_id is "
+            f"{expected}; tokenizer and text encoder belong to different checkpoints"
         )
 
 
 def check_qwen3_vl(model: Qwen3VLConfig, tokenizer: Any, processor: Qwen3VLImageProcessor) -> None:
     """Checks tokenizer and image processor of a Qwen3-VL against its configuration.
 
-    Raises: ClvrError, with both sides, for the first that does not fit.
+    Raises: ClvrError, with both sides, for the first mismatch.
     """
     check_tokenizer(tokenizer, model.text.vocab_size, TURN_TOKENS)
-    named = {
+    special_tokens = {
         "<|image_pad|>": model.image_token_id,
         "<|vision_start|>": model.vision_start_token_id,
         "<|vision_end|>": model.vision_end_token_id,
     }
-    for token, expected in named.items():
+    for token, expected in special_tokens.items():
         if (found := tokenizer.convert_tokens_to_ids(token)) != expected:
             raise ClvrError(
-                f"the tokenizer's id of {token} is {found}, config.json says {expected}; tokenizer and model belong to "
-                "different checkpoints"
+                f"the tokenizer's id of {token} is {found}, that of config.json is {expected}; tokenizer and model "
+                "belong to different checkpoints"
             )
     vision = model.vision
-    sizes = {
+    pairs = {
         "patch_size": (processor.patch_size, vision.patch_size),
         "temporal_patch_size": (processor.temporal_patch_size, vision.temporal_patch_size),
         "merge_size": (processor.merge_size, vision.spatial_merge_size),
     }
-    for name, (ours, theirs) in sizes.items():
-        if ours != theirs:
+    for name, (of_processor, of_tower) in pairs.items():
+        if of_processor != of_tower:
             raise ClvrError(
-                f"the image processor's {name} is {ours}, the vision tower's {theirs}; "
+                f"the image processor's {name} is {of_processor}, the vision tower's {of_tower}; "
                 "they belong to different checkpoints"
             )

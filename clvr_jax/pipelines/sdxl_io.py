@@ -1,4 +1,7 @@
-"""Stable Diffusion folders in diffusers layout: SDXL has two text encoders, Stable Diffusion 1 and 2 have one."""
+"""Reading and writing of Stable Diffusion pipelines in diffusers layout.
+
+SDXL has two text encoders, Stable Diffusion 1 and 2 have one.
+"""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -8,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
@@ -15,7 +19,6 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
@@ -30,12 +33,11 @@ Settings = TypeVar("Settings")
 Solver = Literal["euler", "ddim", "lcm"]
 
 XL, ONE_ENCODER = "StableDiffusionXLPipeline", "StableDiffusionPipeline"
-# A latent consistency model is a Stable Diffusion whose UNet knows the guidance; diffusers runs it as either.
+# The UNet of a latent consistency model takes the guidance scale as an input; the rest is Stable Diffusion.
 CLASSES = (XL, ONE_ENCODER, "LatentConsistencyModelPipeline")
-# Scheduler class -> (class to read its configuration as, solver). PNDM takes DDIM's steps along the same path but
-# extrapolates from the last four predictions; DDIM needs no memory between steps and goes where PNDM goes as steps
-# grow. The ancestral Euler of SDXL-Turbo adds fresh noise between its steps; with the one step that Turbo is made for
-# there is no between.
+# Scheduler class -> (class to read its configuration as, solver). PNDM solves the same ODE as DDIM and extrapolates
+# from the last four predictions; DDIM keeps no state between steps and converges to the same solution. The ancestral
+# Euler of SDXL-Turbo adds noise between steps, so that with Turbo's one step it is Euler.
 _SCHEDULERS: dict[str, tuple[str, Solver]] = {
     "EulerDiscreteScheduler": ("EulerDiscreteScheduler", "euler"),
     "EulerAncestralDiscreteScheduler": ("EulerDiscreteScheduler", "euler"),
@@ -45,7 +47,7 @@ _SCHEDULERS: dict[str, tuple[str, Solver]] = {
 }
 _ENCODERS = {"text_encoder": CLIP_TEXT, "text_encoder_2": CLIP_TEXT_PROJECTED}
 _TOKENIZERS = ("tokenizer", "tokenizer_2")
-# Components of diffusers' pipelines that do not touch the picture; ours are saved without them.
+# Components of diffusers' pipelines that do not change the image; ours are saved without them.
 _ABSENT = {
     XL: ("feature_extractor", "image_encoder"),
     ONE_ENCODER: ("feature_extractor", "image_encoder", "safety_checker"),
@@ -60,7 +62,7 @@ def load_sdxl(
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
 ) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Any, ...], dict[str, Any], Settings]:
-    """Components of a Stable Diffusion pipeline, on the active layout; see `SDXLPipeline.from_pretrained`."""
+    """Loads the components of a Stable Diffusion pipeline on the active layout; see `SDXLPipeline.from_pretrained`."""
     path, _ = resolve(model)
     index = read_json(path / "model_index.json")
     kind = class_of(path)
@@ -71,9 +73,9 @@ def load_sdxl(
     needed = ["unet", "vae", *encoders, *tokenizers, "scheduler"]
     missing = [name for name in needed if not _is_named(index.get(name)) or not (path / name).is_dir()]
     if missing:
-        raise ClvrError(f"{path}: a {kind} without {', '.join(missing)}; copy them from the model it was made of")
+        raise ClvrError(f"{path}: a {kind} without {', '.join(missing)}; copy them from the original model")
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
-    if kind != XL:  # diffusers reads the old files of Stable Diffusion 1 like this
+    if kind != XL:  # as diffusers reads the old files of Stable Diffusion 1
         scheduler = {**scheduler, "steps_offset": 1, "clip_sample": False}
     check_heads(layout, _heads(path / "unet"))
     dtype = resolve_dtype(dtype, path / "unet")
@@ -96,7 +98,7 @@ def load_sdxl(
 
 
 def _heads(unet: Path) -> dict[str, int]:
-    """The attention heads of the blocks that have attention; the text encoders are small, and shard what they can."""
+    """Returns the attention heads of the UNet's blocks; the small text encoders need not be sharded evenly."""
     config = UNET.config_from_dict(read_json(unet / "config.json"))
     kinds = enumerate(zip(config.down_block_types, config.heads, strict=True))
     heads = {f"block {number} of unet": own for number, (kind, own) in kinds if kind == "CrossAttnDownBlock2D"}
@@ -104,20 +106,20 @@ def _heads(unet: Path) -> dict[str, int]:
 
 
 def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]:
-    """`scheduler_config.json` -> noise levels and the solver that follows diffusers' class, or comes closest to it.
+    """Returns the noise schedule of `scheduler_config.json`, and the solver of diffusers' class or the closest one.
 
-    Raises: ClvrError for a class or feature that no solver here has.
+    Raises: ClvrError for a class or setting that is not supported.
     """
     name = str(scheduler.get("_class_name"))
     if name not in _SCHEDULERS:
         known = ", ".join(_SCHEDULERS)
-        raise ClvrError(f"scheduler_config.json: {name:.80} is not supported; put the configuration of one of {known}")
+        raise ClvrError(f"scheduler_config.json: {name:.80} is not supported; use the configuration of one of {known}")
     read_as, solver = _SCHEDULERS[name]
     return NoiseSchedule.from_config(scheduler, read_as), solver
 
 
 def save_sdxl(path: str | Path, pipeline: "SDXLPipeline", dtype: str) -> None:
-    """Writes a pipeline folder; it appears only when it is complete."""
+    """Writes a pipeline directory, which appears only when it is complete."""
     settings = dataclasses.asdict(pipeline.settings)
     force_zeros = settings.pop("force_zeros_for_empty_prompt")
     kind = XL if len(pipeline.text_encoders) == 2 else ONE_ENCODER
@@ -134,7 +136,7 @@ def save_sdxl(path: str | Path, pipeline: "SDXLPipeline", dtype: str) -> None:
         "unet": ["diffusers", UNET.torch_class],
         "vae": ["diffusers", AUTOENCODER_KL.torch_class],
     }
-    with replacing(Path(path)) as temporary:
+    with atomic_directory(Path(path)) as temporary:
         save_model(temporary / "unet", pipeline.unet, UNET, dtype)
         save_model(temporary / "vae", pipeline.vae, AUTOENCODER_KL, dtype)
         for name, encoder in encoders.items():
@@ -150,12 +152,12 @@ def save_sdxl(path: str | Path, pipeline: "SDXLPipeline", dtype: str) -> None:
 
 
 def _is_named(entry: object) -> bool:
-    """Whether model_index.json names a library and a class for a component; of an absent one both are null."""
+    """Returns whether model_index.json has library and class of a component; both are null if it is absent."""
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
 
 def _defaults(kind: str, scheduler: Mapping[str, Any], unet: UNet2DCondition) -> dict[str, Any]:
-    """Steps and guidance of diffusers' pipelines, which no folder states."""
+    """Returns the default steps and guidance of diffusers' pipelines, which no file contains."""
     if scheduler.get("_class_name") == "LCMScheduler":
         return {
             "num_inference_steps": 4,

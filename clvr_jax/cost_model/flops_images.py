@@ -1,23 +1,22 @@
-"""FLOPs of the convolutional models, counted from their configurations: the autoencoders and the UNet.
+"""FLOPs of the convolutional models, computed from their configurations: the autoencoders and the UNet.
 
-As in `flops`: twice the multiplications of products with weights and of attention; elementwise work is left out. A
-convolution is counted at every place of its window; the compiler leaves out what falls into the padding, which shows on
-small images only.
+The conventions are those of `flops`. A convolution is counted for its complete window at every position; the compiler
+does not count products with the padding, which matters for small images only.
 """
 
 import itertools
 from collections.abc import Sequence
 
-from clvr_jax.costs.flops import Flops, attention_flops
+from clvr_jax.cost_model.flops import Flops, attention_flops
 from clvr_jax.models.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 WINDOW = 9
-"""Places under a 3 x 3 convolution, the only kind that mixes neighbors."""
+"""Positions in the window of a 3 x 3 convolution; all other convolutions are 1 x 1."""
 
 
 def encoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int) -> Flops:
-    """Counts the FLOPs of encoding images of height x width pixels."""
+    """Returns the FLOPs of encoding images of height x width pixels."""
     widths, pixels = config.block_out_channels, height * width
     products = pixels * WINDOW * config.in_channels * widths[0]
     for i, (wide_in, wide) in enumerate(itertools.pairwise((widths[0], *widths))):
@@ -31,7 +30,7 @@ def encoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int
 
 
 def decoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int) -> Flops:
-    """Counts the FLOPs of decoding images of height x width pixels."""
+    """Returns the FLOPs of decoding images of height x width pixels."""
     widths, latents = config.decoder_widths[::-1], config.latent_channels
     pixels = height * width // config.downscale**2
     products = pixels * (config.use_post_quant_conv * latents * latents + WINDOW * latents * widths[0])
@@ -46,9 +45,9 @@ def decoder_flops(config: AutoencoderConfig, batch: int, height: int, width: int
 
 
 def unet_flops(config: UNet2DConditionConfig, batch: int, height: int, width: int, text: int) -> Flops:
-    """One prediction for latents of height x width positions and `text` tokens; two passes of guidance are two batches.
+    """Returns the FLOPs of one evaluation for latents of height x width and `text` tokens; guidance doubles the batch.
 
-    The state of a resolution on the way up has the size it had on the way down; sides are taken to be even there.
+    Height and width must be even at every resolution but the lowest, so that downsampling loses no row or column.
     """
     widths, layers, last = config.block_out_channels, config.layers_per_block, len(config.block_out_channels) - 1
     embedding, pixels = 4 * widths[0], height * width
@@ -59,7 +58,7 @@ def unet_flops(config: UNet2DConditionConfig, batch: int, height: int, width: in
 
     def stage(block: int, widths_in: Sequence[int], transformers: int, pixels: int) -> Flops:
         wide, depth = widths[block], config.depths[block]
-        # Of a token: 4 matrices of self-attention, 2 of attention to the text, 8 and 4 of the gated MLP.
+        # Matrices for each token: 4 of self-attention, 2 of cross-attention, 8 and 4 of the gated MLP.
         of_block = pixels * 18 * wide * wide + text * 2 * config.cross_attention_dim * wide
         products = _resnets(widths_in, wide, pixels) + len(widths_in) * embedding * wide
         products += transformers * (2 * pixels * wide * wide + depth * of_block)
@@ -89,12 +88,12 @@ def unet_flops(config: UNet2DConditionConfig, batch: int, height: int, width: in
 
 
 def _resnets(widths_in: Sequence[int], width: int, pixels: int) -> int:
-    """Multiplications of resnets one after another, each to `width` channels."""
+    """Returns the multiplications of successive ResNet blocks, each with `width` output channels."""
     return pixels * sum(WINDOW * (w + width) * width + (w != width) * w * width for w in widths_in)
 
 
 def _middle(config: AutoencoderConfig, width: int, batch: int, pixels: int) -> Flops:
-    """Two resnets, and between them attention over all positions if the autoencoder has it."""
+    """Returns the FLOPs of the middle block: two ResNet blocks, with attention between them in some autoencoders."""
     attends = config.mid_block_add_attention
     products = _resnets([width, width], width, pixels) + attends * 4 * pixels * width * width
     return Flops(projections=2.0 * batch * products, attention=batch * attends * attention_flops(pixels, pixels, width))

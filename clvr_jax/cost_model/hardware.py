@@ -1,10 +1,10 @@
-"""The chips a plan is made for: their arithmetic, memory and links, and the names of the topologies they come in.
+"""The chips that programs are planned for: compute, memory and interconnect; and the names of topologies.
 
-Sources: Google Cloud's pages on TPU v5e, v5p and v6e for peak arithmetic, memory bandwidth, the interconnect (both
+Sources: Google Cloud's pages on TPU v5e, v5p and v6e for peak FLOP/s, memory bandwidth, the interconnect (both
 directions, all ports: 400, 1200 and 800 GB/s a chip over 4, 6 and 4 ports) and the data-center network (6.4 Tbit/s a
 v5e pod, 50 Gbit/s a v5p chip, 25.6 Tbit/s a v6e pod); NVIDIA's data sheet of the H100 SXM5, dense bfloat16, with one
-400 Gbit/s adapter for each GPU of a DGX. TPU memory is what libtpu's compiler lets a program use, as its
-out-of-memory message says: a little less than the data sheets' 16, 95 and 32 GB, which it partly keeps for itself.
+400 Gbit/s adapter for each GPU of a DGX. TPU memory is what libtpu's compiler allows a program, according to its
+out-of-memory message: a little less than the 16, 95 and 32 GB of the data sheets, of which a part is reserved.
 """
 
 import functools
@@ -27,7 +27,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 GIB = 2**30
 
-# libtpu looks for a TPU, its host and its neighbors, and locks it, unless these variables say that there is none.
+# Without these variables, libtpu would search for a TPU, its host and its neighbors, and lock the TPU.
 _COMPILER_ONLY = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -40,11 +40,11 @@ _COMPILER_ONLY = {
 class Chip:
     """One accelerator, which is one JAX device.
 
-    name: as topologies begin. peak_flops: bfloat16 FLOP/s, dense. hbm_bytes: memory a program may use.
-    hbm_bandwidth: bytes/s. link_bandwidth: bytes/s in one direction of one link (of a GPU: into its switch).
-    network_bandwidth: bytes/s of one chip to chips that no link reaches.
-    torus_axes: dimensions of the torus its links make, two links each; 0 if a switch joins `node` chips.
-    ring_side: a side of this many chips, or a multiple, closes into a ring; shorter sides are lines.
+    name: first part of the names of topologies. peak_flops: dense bfloat16 FLOP/s. hbm_bytes: memory that a program may
+    use. hbm_bandwidth: bytes/s. link_bandwidth: bytes/s in one direction of one link (of a GPU: to its switch).
+    network_bandwidth: bytes/s of one chip to chips without a link. torus_axes: dimensions of the torus of links, two
+    links each; 0 if a switch connects `node` chips. ring_side: a torus side is a ring if its length is a multiple of
+    this number of chips; other sides are lines.
     """
 
     name: str
@@ -68,7 +68,7 @@ CHIPS = {
     )
 }
 
-# Slices by the number in their name. That of v5p counts TensorCores, two to a chip: v5p-8 is 4 chips, v5p-128 is 64.
+# Slices by the number in their name, which for v5p is that of TensorCores, two a chip: v5p-128 has 64 chips.
 _SQUARES: dict[int, tuple[int, ...]] = {
     1: (1, 1),
     4: (2, 2),
@@ -94,14 +94,14 @@ SLICES: dict[str, dict[int, tuple[int, ...]]] = {"v5e": _SQUARES, "v6e": _SQUARE
 
 @dataclass(frozen=True)
 class Topology:
-    """Chips of one kind and how they are laid out: the sides of a torus, or their number in one tuple entry."""
+    """Chips of one kind and their arrangement: the sides of a torus, or the number of chips as the only entry."""
 
     chip: Chip
     shape: tuple[int, ...]
 
     @property
     def name(self) -> str:
-        """`v6e:16x16`, the name that `jax.experimental.topologies` takes for a TPU."""
+        """The name, such as `v6e:16x16`; for a TPU it is that of `jax.experimental.topologies`."""
         return f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
 
     @property
@@ -110,7 +110,7 @@ class Topology:
         return math.prod(self.shape)
 
     def closes(self, axis: int) -> bool:
-        """Whether the chips along an axis form a ring; in three dimensions all axes do, from 4 x 4 x 4, or none."""
+        """Returns whether the chips along an axis form a ring; in 3D all axes do, from 4 x 4 x 4, or none."""
         sides = self.shape if len(self.shape) == 3 else self.shape[axis : axis + 1]
         return all(side % self.chip.ring_side == 0 for side in sides)
 
@@ -120,9 +120,9 @@ def parse_topology(name: str) -> Topology:
 
     Args:
       name: `v5e:4x4`, `v6e:16x16`, `v5p:4x4x8`, `h100:8`, `cpu:8`; or Google Cloud's `v5e-256`, `v6e-256`, `v5p-128`,
-        whose number counts chips on v5e and v6e, but TensorCores on v5p, two to a chip: v5p-128 has 64 chips.
-    Returns: the chip and its layout. `cpu` is this machine, measured now and shared by that many virtual devices.
-    Raises: UsageError that lists what there is.
+        whose number is that of chips for v5e and v6e, and of TensorCores for v5p, two a chip: v5p-128 has 64 chips.
+    Returns: the topology. For `cpu`, this machine is measured and divided among the virtual devices.
+    Raises: UsageError that lists the valid names.
     """
     match = re.fullmatch(r"(\w+)(?::(\d+(?:x\d+)*)|-(\d+))", name.strip().lower())
     kind, sides, count = match.groups() if match else ("", None, None)
@@ -132,20 +132,21 @@ def parse_topology(name: str) -> Topology:
     if kind not in (*CHIPS, "cpu") or len(shape) != axes or 0 in shape:
         aliases = "; ".join(f"{kind}-{{{','.join(map(str, slices))}}}" for kind, slices in SLICES.items())
         raise UsageError(
-            f"topology {name!r}: there are v5e:AxB, v6e:AxB, v5p:AxBxC, h100:N, cpu:N, and by Google Cloud's names "
-            f"{aliases} (v5p counts TensorCores, two to a chip)"
+            f"topology {name!r}: it must be v5e:AxB, v6e:AxB, v5p:AxBxC, h100:N, cpu:N, or one of Google Cloud's names "
+            f"{aliases} (the number of v5p is that of TensorCores, two a chip)"
         )
     return Topology(measured_cpu(shape[0]) if kind == "cpu" else CHIPS[kind], shape)
 
 
 def planning_devices(topology: Topology) -> list[Any]:
-    """Devices that programs can be compiled for but not run on; only those of `cpu` can also run them.
+    """Returns devices that programs can be compiled for; only those of `cpu` can run them as well.
 
-    Those of TPUs come from libtpu's compiler. For other chips virtual CPU devices stand in: the collectives are those
-    that the CPU's compiler puts in, the memory is what it needs.
+    TPU devices are those of libtpu's compiler. Other chips are represented by virtual CPU devices, with the collectives
+    and the memory of the CPU compiler's programs.
 
-    Returns: as many JAX devices as the topology has chips.
-    Raises: ClvrError if libtpu is not installed, does not know the topology, or there are too few virtual devices.
+    Returns: one JAX device for each chip of the topology.
+    Raises: ClvrError if libtpu is not installed or does not support the topology, or if there are too few virtual
+      devices.
     """
     if not topology.chip.torus_axes:
         devices = jax.devices("cpu")
@@ -165,16 +166,16 @@ def planning_devices(topology: Topology) -> list[Any]:
         reason = str(error).splitlines()[0]
         raise ClvrError(f"{topology.name}: libtpu does not compile for it: {reason}") from error
     finally:
-        for name in added:  # processes that are started from here are no TPU hosts
+        for name in added:  # child processes must not inherit them
             del os.environ[name]
 
 
 @dataclass(frozen=True)
 class Links:
-    """What joins the chips of one group.
+    """The interconnect of a group of chips.
 
-    bandwidth: bytes/s that one chip sends while it receives as many. hops: links that a byte passes on its way to a
-    chip of the group in the mean, which is what an all-to-all pays for.
+    bandwidth: bytes/s that one chip sends while it receives the same amount. hops: mean number of links between two
+    chips of the group, which determines the time of an all-to-all.
     """
 
     bandwidth: float
@@ -182,16 +183,16 @@ class Links:
 
 
 def links(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> Links:
-    """What joins the chips along some axes of a mesh.
+    """Returns the interconnect of the chips along some axes of a mesh.
 
-    On a torus every side that the mesh axes run along adds a link, and one more if they close its ring. On GPUs it is
-    the switch inside a node and the network beyond; between slices of TPUs it is the network.
+    On a torus, every side that the mesh axes use adds a link, and another one if they use the complete ring. GPUs use
+    the switch inside a node and the network between nodes; TPU slices are connected by the network.
 
     Args:
-      topology: where the mesh lives.
-      mesh: its devices; those without coordinates are taken to fill the torus in row-major order.
+      topology: of the mesh.
+      mesh: its devices; those without coordinates are assumed to fill the torus in row-major order.
       axes: names of the mesh axes that communicate together.
-    Raises: ClvrError if there is one chip along them, which has nobody to talk to.
+    Raises: ClvrError if there is only one chip along the axes.
     """
     chip = topology.chip
     index = tuple(slice(None) if name in axes else 0 for name in mesh.axis_names)
@@ -213,16 +214,16 @@ def links(topology: Topology, mesh: Mesh, axes: Sequence[str]) -> Links:
     for axis, side in enumerate(topology.shape):
         length = len(set(coordinates[:, axis]))
         number += (length > 1) + (length == side > 1 and topology.closes(axis))
-        # A quarter of the way round is the mean distance on a ring; on a line it makes up for its loaded middle.
+        # The mean distance on a ring is a quarter of its length; for a line, this accounts for its busy middle links.
         hops += length / 4 if length > 1 else 0.0
     return Links(number * chip.link_bandwidth, hops)
 
 
 @functools.cache
 def measured_cpu(devices: int = 1) -> Chip:
-    """This machine as `devices` equal chips: float32 matrix products, copies and physical memory, measured in a second.
+    """Measures this machine and returns one of `devices` equal chips: float32 matrix products, copies, and memory.
 
-    Virtual devices exchange data by copying it, so that links are as fast as half the memory: it is read and written.
+    Virtual devices communicate by copies, which read and write memory, so that a link has half the memory bandwidth.
     """
     side, megabytes = 1024, 128
     matrix = jax.device_put(np.ones((side, side), np.float32), jax.devices("cpu")[0])
@@ -236,7 +237,7 @@ def measured_cpu(devices: int = 1) -> Chip:
 
 
 def _fastest(run: Callable[[], object], repeats: int = 5) -> float:
-    """Seconds of the fastest of some runs, after one that warms up."""
+    """Returns the seconds of the fastest of several runs after a warm-up."""
     run()
     seconds = []
     for _ in range(repeats):

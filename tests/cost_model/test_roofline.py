@@ -10,9 +10,17 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from rich.console import Console
 
-from clvr_jax.costs import elements_per_chip, fits, interconnect_seconds, measure, parse_topology, roofline, run_cost
-from clvr_jax.costs.hlo import Collective
-from clvr_jax.costs.roofline import training_hbm_bytes
+from clvr_jax.cost_model import (
+    elements_per_chip,
+    fits,
+    interconnect_seconds,
+    measure,
+    parse_topology,
+    roofline,
+    run_cost,
+)
+from clvr_jax.cost_model.hlo import Collective
+from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError
 
 V5E = parse_topology("v5e:2x4")

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from clvr_jax.costs.flops import flux2_flops, qwen3_flops, qwen3_vl_flops
-from clvr_jax.costs.flops_images import decoder_flops, encoder_flops, unet_flops
+from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops, qwen3_vl_flops
+from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops, unet_flops
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_ids import latent_ids, text_ids

@@ -1,8 +1,8 @@
-"""How long a step takes at best: its arithmetic, its memory traffic and its messages, each at the chip's peak rate.
+"""The roofline model: a step's arithmetic, memory traffic and communication, each at the chip's peak rate.
 
-The largest of the three is the time if all of them overlap, their sum if none do; a real step is between the two, or
-above, since no kernel runs at peak. Source of the model: Williams, Waterman, Patterson, Roofline (CACM 2009); of the
-times of collectives on a torus: Austin et al., How to Scale Your Model (2025).
+The largest of the three times is that of a step in which all of them overlap, and their sum that of a step without
+overlap; a real step is between the two, or above, since no kernel reaches the peak. Sources: Williams, Waterman,
+Patterson, Roofline (CACM 2009); for collectives on a torus, Austin et al., How to Scale Your Model (2025).
 """
 
 from collections import defaultdict
@@ -12,18 +12,19 @@ from typing import Any
 
 from jax.sharding import Mesh
 
-from clvr_jax.costs.hardware import Chip, Topology, links
-from clvr_jax.costs.hlo import Collective
+from clvr_jax.cost_model.hardware import Chip, Topology, links
+from clvr_jax.cost_model.hlo import Collective
 
 _SECONDS_AN_HOUR = 3600
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """Seconds of one step on one chip, by what they are spent on, and the share of its peak that is useful work.
+    """The times of one step on one chip, in seconds, and its utilization.
 
-    interconnect: over all mesh axes, one after another. model_flops: of one chip's share of the step, without what is
-    computed twice. peak_flops: the chip's, a second.
+    compute: of arithmetic. hbm: of memory traffic. interconnect: of communication over all mesh axes, one after
+    another.
+    model_flops: FLOPs of one chip without recomputation. peak_flops: FLOP/s of the chip.
     """
 
     compute: float
@@ -34,7 +35,7 @@ class Roofline:
 
     @property
     def overlapped(self) -> float:
-        """Seconds if arithmetic, memory and messages hide one another: no step is faster."""
+        """Seconds if arithmetic, memory traffic and communication overlap completely; a lower bound."""
         return max(self.compute, self.hbm, self.interconnect)
 
     @property
@@ -44,22 +45,22 @@ class Roofline:
 
     @property
     def bound(self) -> str:
-        """What the step waits for: "compute", "hbm" or "interconnect"."""
+        """The limiting resource: "compute", "hbm" or "interconnect"."""
         return max(("compute", "hbm", "interconnect"), key=lambda name: getattr(self, name))
 
     @property
     def mfu(self) -> float:
-        """Model FLOP utilization if all overlaps: the share of the peak that is neither waiting nor repetition."""
+        """Model FLOPs utilization if all overlaps: the fraction of the peak, without recomputation."""
         return self.utilization(self.overlapped)
 
     def utilization(self, seconds: float) -> float:
-        """Model FLOP utilization of a step of this many seconds, a measured one for example; 0 for no time."""
+        """Returns the model FLOPs utilization of a step that takes `seconds`; 0 if these are 0."""
         return self.model_flops / (seconds * self.peak_flops) if seconds else 0.0
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run costs: chip-hours, and dollars at a price for one of them (None without a price)."""
+    """The cost of a run in chip-hours and, with a price per chip-hour, in dollars."""
 
     chip_hours: float
     dollars: float | None
@@ -68,14 +69,14 @@ class Cost:
 def roofline(
     chip: Chip, *, flops: float, hbm_bytes: float, interconnect: Mapping[str, float], model_flops: float | None = None
 ) -> Roofline:
-    """Times of one step on one chip.
+    """Returns the times of one step on one chip.
 
     Args:
-      chip: whose peak rates count.
-      flops: that one chip does in a step, what it computes twice included.
+      chip: with its peak rates.
+      flops: of one chip in a step, with recomputation.
       hbm_bytes: that one chip reads and writes.
       interconnect: seconds on each mesh axis, from `interconnect_seconds`.
-      model_flops: without what is computed twice; `flops` if None.
+      model_flops: of one chip in a step, without recomputation; `flops` if None.
     """
     return Roofline(
         compute=flops / chip.peak_flops,
@@ -87,15 +88,15 @@ def roofline(
 
 
 def interconnect_seconds(found: Iterable[Collective], topology: Topology, mesh: Mesh) -> dict[str, float]:
-    """Seconds that the collectives of a step take on each mesh axis (`data+fsdp` for two at once).
+    """Returns the seconds of a step's collectives on each mesh axis (`data+fsdp` for two at once).
 
-    Gathers, scatters and reductions run as rings over every link of the axis at once; in an all-to-all each byte takes
-    as many links as its way is long; a permute uses one direction of one link, and the compiler sends two at a time, in
-    both directions. Latency is left out.
+    Gathers, scatters and reductions are rings over all links of the axis at once; a byte of an all-to-all uses every
+    link on its path; a permute uses one direction of one link, and the compiler sends two at a time, in both
+    directions. Latency is not modeled.
 
     Args:
       found: from `collectives(text, mesh.shape)`.
-      topology, mesh: where the program runs.
+      topology, mesh: of the program.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for collective in found:
@@ -119,16 +120,17 @@ def training_hbm_bytes(
     activations: float = 0.0,
     remat: str = "full",
 ) -> float:
-    """Bytes that one chip moves in a training step, counted: weights, gradients, optimizer, activations.
+    """Returns the memory traffic of one chip in a training step: weights, gradients, optimizer state, activations.
 
     Args:
-      parameters: that this chip keeps. param_bytes, optimizer_bytes: of each, master weight and optimizer state (Adam's
-        two moments in float32); both are read and written, and so is a gradient of the master's size.
-      compute_bytes: of a weight or an activation as the products take it.
-      gathered: weights that this chip multiplies with, all of them under FSDP; `parameters` if None. They are written
-        when gathered, and read in the forward and in the backward pass, and once more if blocks are computed again.
-      activations: elements kept for the backward pass, written once and read once.
-      remat: name of the policy in `layers.REMAT`.
+      parameters: number of those stored on this chip.
+      param_bytes, optimizer_bytes: bytes per parameter of the master weights and of the optimizer state (Adam's two
+        moments in float32); both are read and written, and so are gradients of the master weights' size.
+      compute_bytes: bytes of a weight or an activation in the compute dtype.
+      gathered: number of weights that this chip computes with, all of them under FSDP; `parameters` if None. They are
+        written by the gather and read in the forward and the backward pass, and once more for recomputation.
+      activations: number of elements kept for the backward pass, written once and read once.
+      remat: rematerialization policy, a name in `layers.REMAT`.
     """
     passes = 2 if remat == "dots" else 3
     weights = 2 * passes * compute_bytes * (parameters if gathered is None else gathered)
@@ -137,18 +139,18 @@ def training_hbm_bytes(
 
 
 def fits(memory: Any, chip: Chip) -> bool:
-    """Whether a compiled program fits a chip: `memory` is its `memory_analysis()`."""
+    """Returns whether a compiled program, with its `memory_analysis()`, fits in the memory of a chip."""
     return total_bytes(memory) <= chip.hbm_bytes
 
 
 def total_bytes(memory: Any) -> int:
-    """Most bytes of device memory in use: arguments, temporaries, results that no donated argument holds, and code."""
+    """Returns the peak device memory in bytes: arguments, temporaries, results that are not donated, and code."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
     return memory.argument_size_in_bytes + memory.temp_size_in_bytes + results + code
 
 
 def run_cost(seconds: float, steps: int, chips: int, dollars_per_chip_hour: float | None = None) -> Cost:
-    """Chip-hours and dollars of `steps` steps of so many seconds on so many chips."""
+    """Returns the cost of `steps` steps of `seconds` each on a number of chips."""
     chip_hours = seconds * steps * chips / _SECONDS_AN_HOUR
     return Cost(chip_hours, None if dollars_per_chip_hour is None else chip_hours * dollars_per_chip_hour)

@@ -1,4 +1,4 @@
-"""One planned program as people and other programs read it: does it fit, what does it cost, what bounds it."""
+"""Reports of planned programs as tables and JSON: whether they fit, what they cost, and what limits their speed."""
 
 import math
 from collections.abc import Sequence
@@ -9,9 +9,9 @@ import jax
 from jax.sharding import Mesh
 from rich.table import Table
 
-from clvr_jax.costs.hardware import GIB, Topology
-from clvr_jax.costs.hlo import Collective, collectives, merged, sent_by_axis
-from clvr_jax.costs.roofline import Cost, Roofline, fits, interconnect_seconds, roofline, run_cost, total_bytes
+from clvr_jax.cost_model.hardware import GIB, Topology
+from clvr_jax.cost_model.hlo import Collective, collectives, merged, sent_by_axis
+from clvr_jax.cost_model.roofline import Cost, Roofline, fits, interconnect_seconds, roofline, run_cost, total_bytes
 from clvr_jax.errors import ClvrError
 
 _SHOWN_COLLECTIVES = 6
@@ -19,9 +19,9 @@ _SHOWN_COLLECTIVES = 6
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes of one chip's memory that a program needs, by what they are for, and what the chip has.
+    """Bytes of one chip's memory that a program needs, and that the chip has.
 
-    output: results that no donated argument makes room for.
+    output: results that are not stored in donated arguments.
     """
 
     arguments: int
@@ -33,17 +33,18 @@ class Memory:
 
     @property
     def headline(self) -> str:
-        """`12.34 GiB of 15.75 GiB: fits`."""
+        """Memory on one line, such as `12.34 GiB of 15.75 GiB: fits`."""
         return f"{_gib(self.total)} of {_gib(self.available)}: {'fits' if self.fits else 'does not fit'}"
 
 
 @dataclass(frozen=True)
 class Report:
-    """A compiled program on a topology; all numbers are of one step on one chip unless they say otherwise.
+    """A compiled program on a topology; all numbers are for one step on one chip unless stated otherwise.
 
-    flops: of all chips, without what is computed twice. flops_per_chip: what one chip does, with it.
-    parameters: that one chip keeps. instructions: of the compiled program, which the depth of a model does not change.
-    sent: bytes over each mesh axis. steps: of the run that `cost` is for.
+    flops: model FLOPs of all chips, without recomputation. flops_per_chip: hardware FLOPs of one chip, with
+    recomputation. parameters: number of those stored on one chip. instructions: number of those of the compiled
+    program, which is independent of the model's depth. sent: communication volume in bytes over each mesh axis. steps:
+    of the run that `cost` is for.
     """
 
     name: str
@@ -64,18 +65,18 @@ class Report:
 
     @property
     def cost_line(self) -> str:
-        """`5,000 steps: 12.3 chip-hours, 14.70 dollars, if all overlaps`."""
+        """Cost on one line, such as `5,000 steps: 12.3 chip-hours, 14.70 dollars, if all overlaps`."""
         dollars = "" if self.cost.dollars is None else f", {self.cost.dollars:,.2f} dollars"
         return f"{self.steps:,} steps: {self.cost.chip_hours:,.1f} chip-hours{dollars}, if all overlaps"
 
     @property
     def headline(self) -> str:
-        """Memory, time and utilization in one line."""
+        """Memory, time and utilization on one line."""
         times = self.roofline
         return f"{self.memory.headline}, {_seconds(times.overlapped)} a step, {times.mfu:.0%} of the peak"
 
     def to_json(self) -> dict[str, Any]:
-        """All of it, with what follows from it, in types that JSON has."""
+        """Returns the report with its derived figures, in types that JSON has."""
         times = self.roofline
         derived = {"overlapped": times.overlapped, "serial": times.serial, "bound": times.bound, "mfu": times.mfu}
         found = [{**asdict(collective), "sent": collective.sent} for collective in self.collectives]
@@ -148,7 +149,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class JointReport:
-    """Several programs on a topology whose models are in memory together, and which run one after another.
+    """Several programs on a topology that run one after another, with all of their models in memory.
 
     weights: bytes of each model on one chip. stages: the programs, in the order of their first call.
     """
@@ -244,20 +245,20 @@ def measure(
     steps: int = 1,
     dollars_per_chip_hour: float | None = None,
 ) -> Report:
-    """Reads a compiled program and makes its report.
+    """Returns the report of a compiled program.
 
     Args:
-      compiled: what `lowered.compile()` returned.
-      text: of the optimized program, `compiled.as_text()`.
-      name: of the program, for people.
-      topology, mesh: what it was compiled for.
-      flops: of one step on all chips, without what is computed twice; `flops` counts them.
-      hardware_flops: with it; `flops` if None.
-      hbm_bytes: that one chip moves in a step; if None, a lower bound: arguments are read once, results written once,
-        temporaries written and read once.
-      parameters: that one chip keeps, see `elements_per_chip`.
-      steps, dollars_per_chip_hour: of the run, for the cost line.
-    Raises: ClvrError if the mesh is not of the topology's size or a collective cannot be read.
+      compiled: the result of `lowered.compile()`.
+      text: the optimized program, `compiled.as_text()`.
+      name: of the program.
+      topology, mesh: those that it was compiled for.
+      flops: model FLOPs of one step on all chips, without recomputation, from `flops`.
+      hardware_flops: with recomputation; `flops` if None.
+      hbm_bytes: memory traffic of one chip in a step; if None, a lower bound: arguments are read once, results written
+        once, temporaries written and read once.
+      parameters: number of those stored on one chip, from `elements_per_chip`.
+      steps, dollars_per_chip_hour: of the run, for its cost.
+    Raises: ClvrError if mesh and topology differ in size, or a collective cannot be read.
     """
     if mesh.size != topology.devices:
         raise ClvrError(f"mesh {dict(mesh.shape)} has {mesh.size} devices, {topology.name} has {topology.devices}")
@@ -302,14 +303,14 @@ def measure(
 
 
 def elements_per_chip(tree: Any) -> int:
-    """Elements of a tree of arrays, or of their shapes, that one device holds under the shardings they carry."""
+    """Returns the number of elements of a tree of arrays, or of shapes, that one device stores by their shardings."""
 
-    def held(leaf: Any) -> int:
+    def stored(leaf: Any) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape: Sequence[int] = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape)
 
-    return sum(held(leaf) for leaf in jax.tree.leaves(tree))
+    return sum(stored(leaf) for leaf in jax.tree.leaves(tree))
 
 
 def _gib(size: float) -> str:

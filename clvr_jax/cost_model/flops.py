@@ -1,9 +1,9 @@
-"""FLOPs of the transformers, counted from their configurations: products with weights and the products of attention.
+"""FLOPs of the transformers, computed from their configurations: matrix products with weights, and attention.
 
-A product of (m, k) and (k, n) is 2 m k n FLOPs. Norms, softmax, rotations and other elementwise work are left out, as
-they are in published utilizations; at the published widths they are 1 to 2 % of what the compiler counts.
-Attention is counted in full, masked or not: that is what the models compute without a kernel that skips blocks.
-Source of the convention: PaLM (Chowdhery et al., 2022), appendix B, model and hardware FLOPs.
+A product of (m, k) and (k, n) is 2 m k n FLOPs. Norms, softmax, rotary embeddings and other elementwise operations are
+not counted, as in published utilizations; at the published widths they are 1 to 2 % of the compiler's count. Attention
+is counted without the mask, because the models compute all of it unless a kernel skips blocks.
+Source: PaLM (Chowdhery et al., 2022), appendix B, model and hardware FLOPs.
 """
 
 from dataclasses import dataclass, fields
@@ -19,11 +19,11 @@ from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of one forward pass over a whole batch, all devices together.
+    """FLOPs of one forward pass of a batch on all devices together.
 
     projections: products with weights inside the blocks. attention: queries with keys, and weights with values.
-    outside: embedders, heads and what else is no part of a block, so never computed a second time.
-    last: the part of the projections whose results are only added to, so that no gradient asks for them again.
+    outside: embedders, heads and everything else outside of the blocks, which is never recomputed. last: the part of
+    the projections whose results are only added to the residual stream, so that no gradient needs them.
     """
 
     projections: float = 0.0
@@ -44,38 +44,43 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Model FLOPs of a training step, what utilization is measured by: the backward pass is two forward passes."""
+        """Model FLOPs of a training step, as used for utilization: the backward pass counts as two forward passes."""
         return 3 * self.forward
 
     def hardware(self, remat: str, *, flash: bool = False) -> float:
-        """FLOPs that a training step really does, what is computed twice included.
+        """Returns the hardware FLOPs of a training step, including recomputation.
 
         Args:
-          remat: what the backward pass keeps of each block, a name in `layers.REMAT`.
-          flash: attention is a kernel that never stores its weights: its backward pass multiplies queries and keys once
-            more, but has nothing to compute again if what attention returned was kept.
+          remat: rematerialization policy, a name in `layers.REMAT`.
+          flash: whether attention is a kernel that does not store its weights: its backward pass computes queries times
+            keys again, and recomputes nothing else if the outputs of attention are kept.
         Raises: ClvrError for an unknown policy.
         """
-        again = {
+        recomputed = {
             "dots": self.attention,
             "attention": self.projections - self.last + (0.0 if flash else self.attention / 2),
             "full": self.projections - self.last + self.attention,
         }
-        if remat not in again:
-            raise ClvrError(f"remat {remat!r}: no such policy; there are {', '.join(again)}")
-        return self.training + again[remat] + (self.attention / 2 if flash else 0.0)
+        if remat not in recomputed:
+            raise ClvrError(f"remat {remat!r}: no such policy; the policies are {', '.join(recomputed)}")
+        return self.training + recomputed[remat] + (self.attention / 2 if flash else 0.0)
 
 
 def attention_flops(queries: int, keys: int, width: int) -> float:
-    """Both products of attention for one row: (queries, width) with (keys, width) over all heads, and back."""
+    """Returns the FLOPs of both products of attention for one row: queries with keys, and weights with values.
+
+    Args:
+      queries, keys: numbers of tokens.
+      width: number of heads times the head dimension.
+    """
     return 4.0 * queries * keys * width
 
 
 def flux2_flops(config: Flux2TransformerConfig, batch: int, *, text: int, image: int, references: int = 0) -> Flops:
-    """One velocity of FLUX.2 for a batch.
+    """Returns the FLOPs of one evaluation of the FLUX.2 transformer for a batch.
 
     Args:
-      config: sizes of the transformer.
+      config: of the transformer.
       batch: number of images; classifier-free guidance doubles it.
       text, image, references: number of tokens for one image; 1024 x 1024 pixels are 4096 tokens.
     """
@@ -96,7 +101,7 @@ def flux2_flops(config: Flux2TransformerConfig, batch: int, *, text: int, image:
 
 
 def decoder_flops(sizes: DecoderSizes, layers: int, batch: int, tokens: int, keys: int) -> Flops:
-    """`layers` decoder layers of Qwen3 over `tokens` new tokens of each row, which attend to `keys` entries."""
+    """Returns the FLOPs of `layers` decoder layers of Qwen3 for `tokens` new tokens per row that attend to `keys`."""
     d, q = sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
     kv = sizes.num_key_value_heads * sizes.head_dim
     layer = 2 * d * q + 2 * d * kv + 3 * d * sizes.intermediate_size
@@ -110,13 +115,14 @@ def decoder_flops(sizes: DecoderSizes, layers: int, batch: int, tokens: int, key
 def qwen3_flops(
     config: Qwen3Config, batch: int, tokens: int, *, layers: int | None = None, logits: int | None = None
 ) -> Flops:
-    """Qwen3 over whole rows.
+    """Returns the FLOPs of Qwen3 for complete rows.
 
     Args:
-      config: sizes of the language model.
-      batch, tokens: rows and tokens of each, padding included.
-      layers: how many are run, all if None; a text encoder runs as many as its deepest hidden state, 27 for klein.
-      logits: positions of a row that get logits, all if None, none if it is a text encoder (0).
+      config: of the language model.
+      batch, tokens: number of rows, and of tokens in each, padding included.
+      layers: number of layers that are computed, all if None; those of a text encoder up to the last hidden state that
+        is used, 27 for klein.
+      logits: number of positions of a row with logits, all if None; 0 for a text encoder.
     """
     depth = config.num_hidden_layers if layers is None else layers
     head = 2.0 * batch * (tokens if logits is None else logits) * config.hidden_size * config.vocab_size
@@ -124,7 +130,7 @@ def qwen3_flops(
 
 
 def qwen3_vl_vision_flops(config: Qwen3VLVisionConfig, grid_thw: Grids) -> Flops:
-    """The vision tower over images of these grids (frames, rows, columns of patches): one row of a batch."""
+    """Returns the FLOPs of the vision tower for one row with images of these grids (frames, rows, columns)."""
     d = config.hidden_size
     patches = sum(t * h * w for t, h, w in grid_thw)
     tokens = sum(merged_tokens(grid_thw, config.spatial_merge_size))
@@ -142,13 +148,13 @@ def qwen3_vl_vision_flops(config: Qwen3VLVisionConfig, grid_thw: Grids) -> Flops
 def qwen3_vl_flops(
     config: Qwen3VLConfig, batch: int, tokens: int, grid_thw: Grids = (), *, logits: int | None = None
 ) -> Flops:
-    """Qwen3-VL over whole conversations.
+    """Returns the FLOPs of Qwen3-VL for complete conversations.
 
     Args:
-      config: sizes of both halves.
-      batch, tokens: conversations and tokens of each, those of its images included.
-      grid_thw: the images of one conversation, patches as (frames, rows, columns); 1024 x 1024 pixels are (1, 64, 64).
-      logits: positions of a conversation that get logits, all if None.
+      config: of language model and vision tower.
+      batch, tokens: number of conversations, and of tokens in each, visual tokens included.
+      grid_thw: images of a conversation, as patches (frames, rows, columns); 1024 x 1024 pixels are (1, 64, 64).
+      logits: number of positions of a conversation with logits, all if None.
     """
     text = config.text
     head = 2.0 * batch * (tokens if logits is None else logits) * text.hidden_size * text.vocab_size

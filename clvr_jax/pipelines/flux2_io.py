@@ -1,4 +1,4 @@
-"""Pipeline folders in diffusers layout: model_index.json, one subfolder for each component, and our clvr.json."""
+"""Reading and writing of FLUX.2 pipelines in diffusers layout, with our settings in clvr.json."""
 
 import dataclasses
 import shutil
@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from clvr_jax.atomic_io import atomic_directory, located, read_json, write_json
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
@@ -18,7 +19,6 @@ from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
-from clvr_jax.files import located, read_json, replacing, write_json
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.quantization import Quantization, is_quantized
@@ -81,7 +81,7 @@ def load_flux2(
     given = read_settings(path, "flux2", "transformers")
     distilled = index.get("is_distilled") or False
     chosen = transformer or default_transformer
-    # A folder may hold several transformers, which are sampled in different ways.
+    # A directory may hold several transformers, each with its own sampling settings.
     own = given.get("transformers", {}).get(chosen, {})
     if not isinstance(own, dict):
         raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
@@ -113,27 +113,27 @@ def load_flux2(
 def flux2_heads(model: str, transformer: str | None = None) -> dict[str, int]:
     """Returns the attention heads of a FLUX.2 pipeline, by component; reads its configuration only."""
     path, default_transformer = resolve(model)
-    families = {transformer or default_transformer: FLUX2_TRANSFORMER, "text_encoder": QWEN3}
+    architectures = {transformer or default_transformer: FLUX2_TRANSFORMER, "text_encoder": QWEN3}
     return {
-        name: family.config_from_dict(read_json(path / name / "config.json")).num_attention_heads
-        for name, family in families.items()
+        name: architecture.config_from_dict(read_json(path / name / "config.json")).num_attention_heads
+        for name, architecture in architectures.items()
     }
 
 
 def load_schedule(path: Path) -> FlowSchedule:
-    """Returns the schedule of a FLUX.2 pipeline's `scheduler/`. Raises: ClvrError, by name, for what it cannot obey."""
+    """Returns the schedule in a pipeline's `scheduler/`. Raises: ClvrError for a setting that is not supported."""
     file = path / "scheduler_config.json"
     with located(file):
         return FlowSchedule.from_config(read_json(file))
 
 
 def load_transformer(path: Path, dtype: DTypeLike = jnp.float32) -> Flux2Transformer:
-    """A Flux2Transformer in diffusers layout."""
+    """Loads a Flux2Transformer in diffusers layout."""
     return load_model(path, FLUX2_TRANSFORMER, dtype)
 
 
 def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
-    """An AutoencoderKLFlux2 in diffusers layout."""
+    """Loads an AutoencoderKLFlux2 in diffusers layout."""
     return load_model(path, FLUX2_VAE, dtype)
 
 
@@ -144,11 +144,14 @@ def load_text_encoder(
     quantize: Quantization | None = None,
     memory_kind: str | None = None,
 ) -> Qwen3:
-    """A Qwen3 in transformers layout.
+    """Loads a Qwen3 in transformers layout.
 
-    layers: the hidden states that will be read; layers above them and the head are neither read nor held, unless the
-    weights are stored as Orbax arrays, which hold all layers in one. None is a whole model. quantize, memory_kind: see
-    `load_model`.
+    Args:
+      path: directory of the model.
+      dtype: of weights and computation.
+      layers: indices of the hidden states that are used; the layers above them and the head are not loaded, unless the
+        weights are stored as Orbax arrays, each of which holds all layers. None loads the complete model.
+      quantize, memory_kind: see `load_model`.
     """
     is_partial = layers is not None and not is_tree(path / PARAMS)
     architecture = qwen3_hidden_states(layers) if layers and is_partial else QWEN3
@@ -156,9 +159,9 @@ def load_text_encoder(
 
 
 def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: str) -> None:
-    """Writes a text encoder whole; what it was loaded without is copied from `source`, the directory it came from.
+    """Writes a complete text encoder; layers that were not loaded are copied from `source`, its original directory.
 
-    Raises: ClvrError if it is not whole and there is no source, or the source has gone or holds another model.
+    Raises: ClvrError if layers were not loaded and `source` is None, does not exist, or holds another model.
     """
     if is_quantized(encoder):
         raise ClvrError(f"{target}: the text encoder is quantized; load it without quantize to save it")
@@ -167,18 +170,18 @@ def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: 
         return
     if source is None or not source.is_dir():
         raise ClvrError(
-            f"{target}: the text encoder was loaded without the layers that are never read, and "
-            f"{source or 'the directory that it came from'} is not there to copy them from; nothing is written"
+            f"{target}: the text encoder was loaded without the layers that are never used, and "
+            f"{source or 'its original directory'} does not exist to copy them from; nothing is written"
         )
     stored = QWEN3.canonicalize_keys(stored_tensors(source), encoder.config)
-    whole = {key for entry in QWEN3.entries(QWEN3.config_to_dict(encoder.config)) for key in entry.keys}
-    if stored.keys() != whole:
-        raise ClvrError(f"{source}: no longer the model that the text encoder came from; nothing is written")
+    expected = {key for entry in QWEN3.entries(QWEN3.config_to_dict(encoder.config)) for key in entry.keys}
+    if stored.keys() != expected:
+        raise ClvrError(f"{source}: not the model that the text encoder was loaded from any more; nothing is written")
     save_model(target, encoder, QWEN3, dtype, rest=stored)
 
 
 def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
-    """Writes a pipeline folder; it appears only when it is complete."""
+    """Writes a pipeline directory, which appears only when it is complete."""
     target = Path(path)
     settings = dataclasses.asdict(pipeline.settings)
     index = {
@@ -187,7 +190,7 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
         "is_distilled": settings.pop("is_distilled"),
         **_COMPONENTS,
     }
-    with replacing(target) as temporary:
+    with atomic_directory(target) as temporary:
         save_model(temporary / "transformer", pipeline.transformer, FLUX2_TRANSFORMER, dtype)
         save_model(temporary / "vae", pipeline.vae, FLUX2_VAE, dtype)
         save_text_encoder(temporary / "text_encoder", pipeline.text_encoder, pipeline.text_encoder_source, dtype)
@@ -199,6 +202,6 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
 
 
 def copy_component(source: Path, target: Path) -> None:
-    """Copies a component folder; the copy appears only when it is complete."""
-    with replacing(target) as temporary:
+    """Copies the directory of a component; the copy appears only when it is complete."""
+    with atomic_directory(target) as temporary:
         shutil.copytree(source, temporary, dirs_exist_ok=True)

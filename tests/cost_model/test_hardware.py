@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from clvr_jax.costs.hardware import CHIPS, links, measured_cpu, parse_topology, planning_devices
+from clvr_jax.cost_model.hardware import CHIPS, links, measured_cpu, parse_topology, planning_devices
 from clvr_jax.errors import ClvrError, UsageError
 
 
@@ -31,7 +31,7 @@ def test_names(name, canonical, chips):
     "name", ["v7:2x2", "v5e", "v5e:16", "v5p:4x4", "v5p-9", "v6e:0x4", "h100-8", "cpu", "", "v5e:"]
 )
 def test_unknown_name_lists_what_there_is(name):
-    with pytest.raises(UsageError, match=r"there are v5e:AxB.*v5p-\{8,.*TensorCores") as error:
+    with pytest.raises(UsageError, match=r"it must be v5e:AxB.*v5p-\{8,.*TensorCores") as error:
         parse_topology(name)
     assert "\n" not in str(error.value)
 

@@ -1,11 +1,11 @@
-"""What a compiled program says to other devices: every collective, its bytes, its mesh axis, and how often it runs.
+"""The communication of a compiled program: every collective with its bytes, its mesh axes, and how often it runs.
 
-The compiler's own cost analysis counts the body of a loop once; here a collective counts as often as the loops around
-it run. Asynchronous ones count where they start. Three forms are the TPU compiler's own. A product of matrices that
-gathers or scatters one of them piece by piece is a loop of collective-permutes (`windowed_dot_general`). A gather that
-runs beside other work is started in one fusion (`AsyncCollectiveStart`) and written again in every fusion that helps it
-on, often inside another loop, where it must not count. An `all-reduce-scatter` fusion holds an all-reduce of which each
-device uses a part; it sends what a reduce-scatter does.
+The compiler's cost analysis counts the body of a loop once; here a collective counts as often as the loops around it
+run. Asynchronous collectives count where they start. Three forms are specific to the TPU compiler. A matrix product
+that gathers or scatters one operand in pieces is a loop of collective-permutes (`windowed_dot_general`). A gather that
+overlaps with other operations is started in one fusion (`AsyncCollectiveStart`) and appears again in every fusion that
+continues it, often inside another loop, where it must not be counted. An `all-reduce-scatter` fusion contains an
+all-reduce of which each device uses a part; it has the communication volume of a reduce-scatter.
 
 Source: the optimized HLO of jaxlib 0.10.2 for CPU, and of libtpu 0.0.52 for v5e.
 """
@@ -18,10 +18,10 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from clvr_jax.costs.hlo_text import Computation, Instruction, Program, array_bytes, array_dtype, top_level
+from clvr_jax.cost_model.hlo_text import Computation, Instruction, Program, array_bytes, array_dtype, top_level
 from clvr_jax.errors import ClvrError
 
-# Bytes that a device sends in the best ring algorithm, as a multiple of the array times (n - 1) / n.
+# Bytes that a device sends in a ring algorithm, as a multiple of the array's bytes times (n - 1) / n.
 _RING = {"all-gather": 1, "reduce-scatter": 1, "all-reduce": 2, "all-to-all": 1}
 _PART = re.compile(r"'(\w+)'(?::\((\d+)\)(\d+))?")
 KINDS = (*_RING, "collective-permute")
@@ -31,10 +31,10 @@ KINDS = (*_RING, "collective-permute")
 class Collective:
     """One collective of a program.
 
-    kind: one of `KINDS`. name: the instruction's. source: where it comes from in Python, as far as the compiler knows.
-    dtype: as HLO writes it. bytes: of the whole array (after a gather, before a scatter) on one device, one time.
-    devices: in one group; 2 for a permute. axes: of the mesh, over which it runs; empty if no mesh was given.
-    times: that it runs in the program.
+    kind: one of `KINDS`. name: of the instruction. source: its operation in the Python program, if the compiler knows
+    it. dtype: in the notation of HLO. bytes: of the complete array (after a gather, before a scatter) on one device,
+    for one execution. devices: number of devices in a group; 2 for a permute. axes: mesh axes; empty without a mesh.
+    times: number of executions in the program.
     """
 
     kind: str
@@ -48,13 +48,13 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends, and receives, all times together, by the best ring algorithm."""
+        """Communication volume: bytes that one device sends, and receives, in all executions with a ring algorithm."""
         share = _RING[self.kind] * (self.devices - 1) / self.devices if self.kind in _RING else 1.0
         return self.times * self.bytes * share
 
     @property
     def axis(self) -> str:
-        """The axes as one word, `data+fsdp`."""
+        """The axes as one text, such as `data+fsdp`."""
         return "+".join(self.axes)
 
 
@@ -62,10 +62,10 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
     """Lists the collectives of a compiled program.
 
     Args:
-      text: `compiled.as_text()`, of one device's program.
-      mesh: sizes of the mesh axes, outermost first, `mesh.shape`; they identify the axis of each collective.
-    Returns: those that join more than one device, in program order.
-    Raises: ClvrError if one is in a loop whose trip count depends on data, or does not fit the mesh.
+      text: `compiled.as_text()`, the program of one device.
+      mesh: sizes of the mesh axes, outermost first (`mesh.shape`), which identify the axes of each collective.
+    Returns: the collectives of more than one device, in program order.
+    Raises: ClvrError if a collective is in a loop whose trip count depends on data, or does not match the mesh.
     """
     program, mesh = Program(text), dict(mesh or {})
     if mesh and program.devices not in (None, math.prod(mesh.values())):
@@ -74,7 +74,7 @@ def collectives(text: str, mesh: Mapping[str, int] | None = None) -> list[Collec
 
 
 def sent_by_axis(found: Iterable[Collective]) -> dict[str, float]:
-    """Bytes that one device sends over each mesh axis (`data+fsdp` for two at once), largest first."""
+    """Returns the bytes that one device sends over each mesh axis (`data+fsdp` for two at once), largest first."""
     total: defaultdict[str, float] = defaultdict(float)
     for collective in found:
         total[collective.axis] += collective.sent
@@ -82,7 +82,7 @@ def sent_by_axis(found: Iterable[Collective]) -> dict[str, float]:
 
 
 def merged(found: Iterable[Collective]) -> list[Collective]:
-    """Equal collectives (kind, axes, dtype, bytes) as one with their times added up; what sends most first."""
+    """Merges collectives of equal kind, axes, dtype and bytes, and adds their times; the largest volume comes first."""
     groups: dict[tuple[object, ...], Collective] = {}
     for collective in found:
         key = (collective.kind, collective.axes, collective.dtype, collective.bytes, collective.devices)
@@ -114,7 +114,7 @@ def _of_computation(program: Program, computation: Computation, mesh: dict[str, 
 
 
 def _continues(computation: Computation) -> bool:
-    """Whether this is a fusion that helps on, or ends, a collective that another one started."""
+    """Returns whether a fusion continues or ends a collective that another fusion started."""
     attributes = "".join(i.attributes for i in computation.instructions.values() if i.opcode == "custom-call")
     stepping = computation.name.startswith("async_collective_fusion") or "AsyncCollectiveDone" in attributes
     return stepping and "AsyncCollectiveStart" not in attributes
@@ -123,8 +123,8 @@ def _continues(computation: Computation) -> bool:
 def _repeated(body: list[Collective], trips: int | None, loop: Instruction) -> list[Collective]:
     if trips is None:
         raise ClvrError(
-            f"{loop.name} ({loop.source or 'no source'}) runs as often as its data say, and {body[0].kind} "
-            f"{body[0].name} is in it: its bytes cannot be counted"
+            f"{loop.name} ({loop.source or 'no source'}) has a trip count that depends on data and contains "
+            f"{body[0].kind} {body[0].name}: its bytes cannot be counted"
         )
     return [replace(collective, times=collective.times * trips) for collective in body]
 
@@ -139,7 +139,7 @@ def _read(
         return []
     result = instruction.type
     if instruction.opcode.endswith("-start") and kind != "all-reduce":
-        result = top_level(result[1:-1])[1]  # (operands, results, what else the pair needs)
+        result = top_level(result[1:-1])[1]  # (operands, results, context)
     if kind == "all-reduce" and inside.name.startswith("all-reduce-scatter"):
         kind = "reduce-scatter"
     whole = array_bytes(result) * (together if instruction.opcode.startswith("reduce-scatter") else 1)
@@ -148,14 +148,14 @@ def _read(
 
 
 def _pairs(instruction: Instruction) -> np.ndarray:
-    """(pairs, 2): source and target of each message that leaves its device."""
+    """Returns (pairs, 2): source and target of each message between different devices."""
     numbers = re.findall(r"\d+", _braces("source_target_pairs", instruction.attributes))
     pairs = np.array(numbers, dtype=int).reshape(-1, 2)
     return pairs[pairs[:, 0] != pairs[:, 1]]
 
 
 def _groups(instruction: Instruction, devices: int) -> np.ndarray:
-    """(groups, devices of a group): positions in the program's order of devices; XLA has three ways to write them."""
+    """Returns (groups, devices of a group): positions in the program's order of devices, from XLA's three notations."""
     text = instruction.attributes.partition("replica_groups=")[2]
     if listed := re.match(r"\{(\{.*?\})?\}", text):
         groups = [re.findall(r"\d+", group) for group in re.findall(r"\{([\d,]+)\}", listed[1] or "")]
@@ -168,13 +168,13 @@ def _groups(instruction: Instruction, devices: int) -> np.ndarray:
 
 
 def _named_groups(axes: str, order: str | None, together: str) -> np.ndarray:
-    """Groups along axes of a mesh of the compiler's own, `'axis_0'=4,'axis_1'=2`.
+    """Returns the groups along axes of a mesh that the compiler defines, such as `'axis_0'=4,'axis_1'=2`.
 
     Args:
       axes: with their sizes, outermost first.
-      order: of its devices, if they do not come one after another: `[2,4]T(1,0)`, or a list of them.
-      together: the axes of a group, `'axis_0'`, or a part of one: `'axis_0':(2)4`, the middle one if the axis is cut
-        into 2, 4 and what is left.
+      order: of the devices, if they are not in order: `[2,4]T(1,0)`, or a list.
+      together: the axes of a group, such as `'axis_0'`, or a sub-axis: `'axis_0':(2)4` is the middle one if the axis is
+        split into 2, 4 and the rest.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
     devices = np.arange(math.prod(sizes.values()))
@@ -191,7 +191,7 @@ def _named_groups(axes: str, order: str | None, together: str) -> np.ndarray:
 
 
 def _iota(text: str) -> np.ndarray:
-    """`[4,2]T(1,0)`: 0, 1, ... in a table of that shape, its axes then put in that order."""
+    """Returns the array of an iota such as `[4,2]T(1,0)`: 0, 1, ... in that shape, then transposed."""
     shape, _, order = text.partition("T")
     sides = _integers(shape)
     return np.arange(math.prod(sides)).reshape(sides).transpose(_integers(order) if order else None)
@@ -202,9 +202,9 @@ def _integers(text: str) -> np.ndarray:
 
 
 def _axes(groups: np.ndarray, mesh: dict[str, int], name: str) -> tuple[str, ...]:
-    """The mesh axes along which the devices of a group differ."""
+    """Returns the mesh axes along which the devices of a group differ."""
     if groups.max() >= math.prod(mesh.values()):
-        raise ClvrError(f"mesh {mesh} has {math.prod(mesh.values())} devices; {name} is for device {groups.max()}")
+        raise ClvrError(f"mesh {mesh} has {math.prod(mesh.values())} devices; {name} uses device {groups.max()}")
     places = np.stack(np.unravel_index(groups, list(mesh.values())))
     differ = (places != places[:, :, :1]).any(axis=(1, 2))
     return tuple(axis for axis, differs in zip(mesh, differ, strict=True) if differs)

@@ -9,9 +9,9 @@ from clvr_jax.data.text import load_tokenizer, train_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.clip_text import CLIPTextConfig
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
-from clvr_jax.pipelines.agreement import check_clip, check_qwen3_vl
+from clvr_jax.pipelines.compatibility import check_clip, check_qwen3_vl
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.folder import load_schedule
+from clvr_jax.pipelines.flux2_io import load_schedule
 from clvr_jax.pipelines.registry import SHIPPED
 
 SHAPES = SHIPPED / "shapes-tiny"
@@ -39,7 +39,7 @@ def edit(file, **fields):
         (lambda m: larger_vocabulary(m / "tokenizer"), "largest token id is 9000, .* below 640"),
         (lambda m: without_token(m / "tokenizer", "<|im_end|>"), r"has no token <\|im_end\|>"),
         (lambda m: edit(m / "tokenizer" / "tokenizer_config.json", chat_template=None), "no chat template"),
-        (lambda m: edit(m / "clvr.json", flux2={"text_encoder_out_layers": [2, 3]}), r"features of the text"),
+        (lambda m: edit(m / "clvr.json", flux2={"text_encoder_out_layers": [2, 3]}), "text features"),
         (lambda m: edit(m / "clvr.json", flux2={"text_encoder_out_layers": [2, 3, 99]}), "hidden states 0 to"),
     ],
 )
@@ -78,7 +78,7 @@ def test_a_clip_tokenizer_ends_its_texts_where_the_encoder_pools():
     ("change", "message"),
     [
         ({}, None),
-        ({"image_token_id": 1}, r"id of <\|image_pad\|> is \d+, config.json says 1"),
+        ({"image_token_id": 1}, r"id of <\|image_pad\|> is \d+, that of config.json is 1"),
         ({"vision_end_token_id": 1}, r"id of <\|vision_end\|>"),
         ({"patch_size": 16}, "the image processor's patch_size is 16, the vision tower's 8"),
     ],
@@ -86,9 +86,9 @@ def test_a_clip_tokenizer_ends_its_texts_where_the_encoder_pools():
 def test_tokenizer_and_processor_of_a_controller_are_compared_with_its_model(change, message):
     import dataclasses
 
+    from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.qwen3_vl import config_from_dict
     from clvr_jax.data.qwen3_vl_images import processor_from_dict
-    from clvr_jax.files import read_json
 
     folder = SHAPES / "controller"
     config: Qwen3VLConfig = config_from_dict(read_json(folder / "config.json"))

@@ -1,0 +1,55 @@
+"""Output paths: checked before a long computation, and default names."""
+
+import hashlib
+import os
+import re
+import tempfile
+from pathlib import Path
+
+from clvr_jax.atomic_io import refuse_url
+from clvr_jax.errors import ClvrError, UsageError
+
+
+def check_directory(directory: Path) -> Path:
+    """Checks that files can be written to a directory, which need not exist yet and is not created.
+
+    Raises: ClvrError if it, or the nearest existing parent, is not a directory or cannot be written.
+    """
+    refuse_url(directory)
+    existing = directory.absolute()
+    try:
+        while not os.path.lexists(existing):
+            existing = existing.parent
+        # Tried, because mode bits are not sufficient: a read-only file system refuses root, too.
+        Path(tempfile.mkdtemp(prefix=".clvr.", dir=existing)).rmdir()
+    except OSError as error:
+        raise ClvrError(f"{directory}: cannot be written ({error.strerror}); choose another --out") from error
+    return directory
+
+
+def check_destination(destination: Path, *sources: Path) -> Path:
+    """Checks that a new directory can be written, outside of the source directories.
+
+    Raises: ClvrError as `check_directory`; UsageError if it is inside of a source, whose files are still being read.
+    """
+    check_directory(destination)
+    resolved = destination.absolute().resolve()
+    for source in sources:
+        if source.is_dir() and resolved.is_relative_to(source.resolve()) and resolved != source.resolve():
+            raise UsageError(f"{destination}: is inside of {source}, its source; choose a directory outside")
+    return destination
+
+
+def check_file(path: Path) -> Path:
+    """Checks that a file can be written at `path`. Raises: ClvrError as `check_directory`."""
+    if path.is_dir():
+        raise ClvrError(f"{path}: is a directory; give --out the name of a file")
+    check_directory(path.parent)
+    return path
+
+
+def output_name(prompt: str, *settings: object) -> str:
+    """Returns a file name without suffix: the first words of the prompt, and a hash of the prompt and all settings."""
+    words = "-".join(re.findall(r"[a-z0-9]+", prompt.lower())[:6])[:48].strip("-")
+    digest = hashlib.blake2b(repr((prompt, *settings)).encode(errors="backslashreplace"), digest_size=3).hexdigest()
+    return f"{words}-{digest}" if words else digest

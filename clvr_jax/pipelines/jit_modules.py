@@ -1,0 +1,78 @@
+"""NNX modules as arguments of jitted functions.
+
+To split a module, and to compare its graph definition with the one that a function was compiled for, takes as long as a
+small program runs. Here a module is split once, and its graph definition is hashed once.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from flax import nnx
+
+from clvr_jax.pipelines.offload import Offloader, in_host
+from clvr_jax.sharding import MeshLayout, replicate
+
+
+class HashedGraphDef:
+    """A module's graph definition with a stored hash. Modules with equal graph definitions share compiled programs."""
+
+    def __init__(self, graphdef: Any):
+        self.graphdef = graphdef
+        self._hash = hash(graphdef)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, HashedGraphDef) and self.graphdef == other.graphdef)
+
+
+def jit_module(function: Callable[..., Any], *, replicate_weights: bool = False, **options: Any) -> Any:
+    """Returns `function(graphdef, state, ...)` under `jax.jit`; the result takes (HashedGraphDef, state, ...).
+
+    Args:
+      function: computes with a module.
+      replicate_weights: replicate the module's weights on every device of the mesh, for small modules, whose sharded
+        matrix products would cost more.
+      options: of `jax.jit`.
+    """
+
+    @functools.wraps(function)
+    def with_graphdef(hashed: HashedGraphDef, state: Any, *rest: Any) -> Any:
+        return function(hashed.graphdef, replicate(state) if replicate_weights else state, *rest)
+
+    return jax.jit(with_graphdef, **options)
+
+
+class JittedPipeline:
+    """Base of pipelines whose attributes are NNX modules, which may be replaced by others."""
+
+    layout: MeshLayout | None = None
+    """The layout that the modules are placed on and programs are traced for; None: the active one, else one device."""
+
+    offloader: Offloader | None = None
+    """Copies modules in host memory to the devices while they compute; None: all modules are on the devices."""
+
+    def __init__(self) -> None:
+        self._cache: dict[str, tuple[nnx.Module, tuple[HashedGraphDef, Any]]] = {}
+
+    def _split(self, name: str) -> tuple[HashedGraphDef, Any]:
+        """Returns the module in the attribute `name` as arguments of a `jit_module` function.
+
+        The state holds the module's own variables, so that new values are used; a module that gets other variables must
+        be assigned again.
+        """
+        module = getattr(self, name)
+        cached, split = self._cache.get(name, (None, None))
+        if cached is not module or split is None:
+            graphdef, state = nnx.split(module)
+            split = HashedGraphDef(graphdef), state
+            self._cache[name] = module, split
+        hashed, state = split
+        return hashed, self.offloader.on_device(state) if self.offloader and in_host(state) else state
+
+    def _wait_if_offloaded(self, result: Any) -> Any:
+        """Waits for a result if the module that computes it leaves the devices afterwards, and returns the result."""
+        return result if self.offloader is None else jax.block_until_ready(result)
