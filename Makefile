@@ -25,7 +25,7 @@ $(VENV)/.test: $(VENV)/.core
 	touch $@
 
 $(VENV)/.plots: $(VENV)/.core
-	$(BIN)/pip install --quiet --editable '.[plots]'
+	$(BIN)/pip install --quiet --editable '.[plots,train]'
 	touch $@
 
 $(VENV)/.synth: $(VENV)/.core

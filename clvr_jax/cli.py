@@ -22,6 +22,7 @@ from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.curves import Curves
 from clvr_jax.commands.evaluation import Eval
 from clvr_jax.commands.generate import Generate
+from clvr_jax.commands.launch import Launch
 from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.sample import Sample
@@ -37,6 +38,7 @@ COMMANDS: dict[str, type[Any]] = {
     "sample": Sample,
     "verify": Verify,
     "train": Train,
+    "launch": Launch,
     "curves": Curves,
     "synth": Synth,
     "plan": Plan,
@@ -143,6 +145,8 @@ def _parse(
         return _parse(rest, kind.COMMANDS, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
     if issubclass(kind, RecipeCommand):
         return parse_recipe_command(kind, rest)
+    if issubclass(kind, Launch):
+        return Launch.parse(rest)
     return read_arguments(kind, rest, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
 
 

@@ -23,9 +23,10 @@ import jax
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.trees import Tree, dotted, leaves_by_path, path_of
+from clvr_jax.trees import Params, dotted, leaves_by_path, path_of
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -171,7 +172,7 @@ class MeshLayout:
         """The sharding that stores the complete array on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def parameters(self, params: Tree) -> Tree:
+    def parameters(self, params: Params) -> PyTree:
         """Returns the shardings of a tree of parameters, or of a tree with the same names: EMA, gradients, deltas."""
 
         def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
@@ -179,7 +180,7 @@ class MeshLayout:
 
         return jax.tree_util.tree_map_with_path(place, params)
 
-    def optimizer_state(self, opt_state: Tree, params: Tree) -> Tree:
+    def optimizer_state(self, opt_state: PyTree, params: Params) -> PyTree:
         """Returns the shardings of an optimizer's state; arrays with a parameter's name and shape have its sharding."""
         known = {
             path: (leaf.shape, self.sharding(parameter_axes(dotted(path), leaf.shape), leaf.shape))
@@ -194,7 +195,7 @@ class MeshLayout:
 
         return jax.tree_util.tree_map_with_path(place, opt_state)
 
-    def batch(self, batch: Tree, *, leading: int = 0) -> Tree:
+    def batch(self, batch: PyTree, *, leading: int = 0) -> PyTree:
         """Returns the shardings of a batch, which is sharded along its first axis after `leading` others."""
         axes = [None] * leading + ["batch"] + [None] * 8
         return jax.tree.map(lambda leaf: self.sharding(axes[: leaf.ndim], leaf.shape), batch)
@@ -240,7 +241,7 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, layout.spec(axes, x.shape))
 
 
-def replicate(params: Tree) -> Tree:
+def replicate(params: Params) -> Params:
     """Replicates parameters on every device from this point of a program on; without a layout, returns them unchanged.
 
     For small models, such as the autoencoder, sharded matrix products would cost more than a copy of the weights.

@@ -5,18 +5,21 @@ A state, a pure dictionary and a module with the same parameters have the same p
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import jax
+import numpy as np
+from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError
 
-Tree = Any
+Params: TypeAlias = PyTree[jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+"""A tree of parameters: an NNX state or module, or nested dictionaries, of arrays or abstract arrays."""
 Path = tuple[str | int, ...]
 Value = TypeVar("Value")
 
 
-def leaves_by_path(tree: Tree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
+def leaves_by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
     """Returns path -> leaf, in the order of `jax.tree.leaves`."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 

@@ -31,7 +31,7 @@ from clvr_jax.data.histories import fit_history
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import FlowProcess, euler_solve, flow_sigmas, guided
+from clvr_jax.diffusion import FlowProcess, classifier_free_guidance, euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
@@ -307,7 +307,7 @@ def flux2_policy(
         def both(x: jax.Array, t_b: jax.Array, text: jax.Array) -> jax.Array:
             return field(x, jnp.concatenate([t_b, t_b]), text)
 
-        return guided(both, conditions["text"], conditions["empty"], sampler.guidance)
+        return classifier_free_guidance(both, conditions["text"], conditions["empty"], sampler.guidance)
 
     def solve(predictor: Predictor, noise: jax.Array) -> jax.Array:
         return euler_solve(lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))

@@ -17,8 +17,8 @@ from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.adapters import KernelAdapter, WeightAdapter, is_adapter
 from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
+from clvr_jax.trees import Params, dotted, leaves_by_path, some
 from clvr_jax.trees import Path as TreePath
-from clvr_jax.trees import Tree, dotted, leaves_by_path, some
 
 Adapter = LoRAPair | KernelAdapter
 
@@ -30,7 +30,7 @@ def load_lora(
     *,
     ignore_text_encoder: bool = False,
     dtype: DTypeLike | None = None,
-) -> Tree:
+) -> Params:
     """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS, and detects its format.
 
     Kernels with LoHa, LoKr, a core tensor or DoRA get a `KernelAdapter` (`clvr_jax.models.adapters`), which can be
@@ -53,7 +53,7 @@ def load_lora(
     )
 
 
-def adapters_by_path(loras: Sequence[tuple[Tree, float]]) -> dict[TreePath, list[tuple[Adapter, float]]]:
+def adapters_by_path(loras: Sequence[tuple[Params, float]]) -> dict[TreePath, list[tuple[Adapter, float]]]:
     """LoRA trees with their weights -> for each path of a kernel, its adapters, on the host, with their weights."""
     found: dict[TreePath, list[tuple[Adapter, float]]] = {}
     for tree, weight in loras:
@@ -89,7 +89,7 @@ def delta_slice(
     return total
 
 
-def save_lora(path: Path, lora: Tree, key_mapping: KeyMapping, state: Any, names: LoRANames = "diffusers") -> None:
+def save_lora(path: Path, lora: Params, key_mapping: KeyMapping, state: Any, names: LoRANames = "diffusers") -> None:
     """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
 
     Trailing ranks in which both factors are zero, and layers without nonzero ranks, are padding and are not written.

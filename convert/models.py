@@ -26,7 +26,7 @@ from clvr_jax.models.adapters import kernel_delta
 from clvr_jax.models.quantization import Quantization, is_quantized, scale_path
 from clvr_jax.models.quantization import quantize as quantize_array
 from clvr_jax.sharding import active_layout
-from clvr_jax.trees import Tree
+from clvr_jax.trees import Params
 
 
 def load_model(
@@ -35,7 +35,7 @@ def load_model(
     dtype: DTypeLike = jnp.float32,
     shardings: Any = None,
     variant: str | None = None,
-    loras: Sequence[tuple[Tree, float]] = (),
+    loras: Sequence[tuple[Params, float]] = (),
     quantize: Quantization | None = None,
     memory_kind: str | None = None,
 ) -> Any:

@@ -73,7 +73,7 @@ mountpoint -q /bucket || {
 command -v ~/.local/bin/uv >/dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
 mkdir -p ~/clvr && tar -xzf ~/clvr.tar.gz -C ~/clvr && cd ~/clvr
 [ -d .venv ] || ~/.local/bin/uv venv --quiet --python 3.11 .venv
-~/.local/bin/uv pip install --quiet --python .venv/bin/python ".[tpu]"'
+~/.local/bin/uv pip install --quiet --python .venv/bin/python ".[tpu,train]"'
 
 # As a unit of systemd it outlives this connection, and a shutdown of the VM sends it SIGTERM and waits for it.
 # shellcheck disable=SC2016 # expanded there

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.models.qwen3_layers import DecoderSizes
+from clvr_jax.models.qwen3_layers import DecoderConfig
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl_positions import Grids, merged_tokens
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
@@ -100,7 +100,7 @@ def flux2_flops(config: Flux2TransformerConfig, batch: int, *, text: int, image:
     )
 
 
-def decoder_flops(sizes: DecoderSizes, layers: int, batch: int, tokens: int, keys: int) -> Flops:
+def decoder_flops(sizes: DecoderConfig, layers: int, batch: int, tokens: int, keys: int) -> Flops:
     """Returns the FLOPs of `layers` decoder layers of Qwen3 for `tokens` new tokens per row that attend to `keys`."""
     d, q = sizes.hidden_size, sizes.num_attention_heads * sizes.head_dim
     kv = sizes.num_key_value_heads * sizes.head_dim

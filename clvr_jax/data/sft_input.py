@@ -12,11 +12,11 @@ from typing import Any, Self
 
 import jax
 import numpy as np
-from absl import flags
 
 from clvr_jax.data.batch_plan import BatchPlan
 from clvr_jax.data.sft_examples import Examples
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.training_packages import training_package
 
 _ENDLESS = 2**48
 _ROWS = 2
@@ -121,13 +121,14 @@ class Batches(Iterator[dict[str, Any]]):
             iterator.close()
 
     def _start(self) -> Any:
-        import grain  # slow to import
+        grain = training_package("grain")
 
         steps = grain.MapDataset.range(_ENDLESS)[self._step :].map(self._loader)
         threads = min(self._threads, self._prefetch)
         batches = steps.to_iter_dataset(grain.ReadOptions(num_threads=threads, prefetch_buffer_size=self._prefetch))
         if self._workers:
             # Grain reads absl flags here, which are not parsed in a program without absl.app.
+            flags = training_package("absl.flags")
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()
             batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers))

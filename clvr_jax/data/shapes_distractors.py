@@ -7,7 +7,7 @@ eight additional shapes make five times as many pairs, each of them rare.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -179,7 +179,7 @@ def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generato
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
     """Samples a color and returns its difference from the named one; without a shape, it is like no held-out pair's."""
     if shape is None:
-        options = _UNCLEAR_COLORS
+        options: Sequence[str] = _UNCLEAR_COLORS
     else:
         options = [color for color in _COLOR_NAMES if (color, shape) not in HELD_OUT_PAIRS]
     color = options[int(rng.integers(len(options)))]

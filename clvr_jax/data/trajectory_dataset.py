@@ -25,6 +25,7 @@ from clvr_jax.data.trajectory_record import (
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.training_packages import training_package
 
 NAME = "trajectories"
 SPLIT, VERIFICATION = "train", "verification"
@@ -51,7 +52,7 @@ def write_dataset(
     """
     if not overwrite and directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ClvrError(f"{directory}: already exists; choose another directory or remove it")
-    import tensorflow_datasets as tfds  # slow to import
+    tfds = training_package("tensorflow_datasets")
 
     features = record_features()
     serializer = tfds.core.example_serializer.ExampleSerializer(features.get_serialized_info())
@@ -93,12 +94,12 @@ class _Shards:
         return self._temporary / f"shard-{self._split}-{number}"
 
     def write(self, record: bytes) -> None:
-        from array_record.python.array_record_module import ArrayRecordWriter
+        array_record = training_package("array_record.python.array_record_module")
 
         try:
             if self._writer is None:
                 # One record per group: random access would otherwise decompress neighboring records, too.
-                self._writer = ArrayRecordWriter(str(self.path(len(self.lengths))), "group_size:1")
+                self._writer = array_record.ArrayRecordWriter(str(self.path(len(self.lengths))), "group_size:1")
                 self.lengths.append(0)
             self._writer.write(record)
         except RuntimeError as error:
@@ -120,7 +121,7 @@ class _Shards:
 
     def finalize(self) -> Any:
         """Renames the closed shards to their final names and returns the split info for TFDS."""
-        import tensorflow_datasets as tfds  # slow to import
+        tfds = training_package("tensorflow_datasets")
 
         names = tfds.core.ShardedFileTemplate(
             data_dir=self._temporary, dataset_name=NAME, split=self._split, filetype_suffix="array_record"
@@ -182,7 +183,7 @@ class TrajectoryDataset:
         self._source = self._open()
 
     def _open(self) -> Any:
-        import tensorflow_datasets as tfds  # slow to import
+        tfds = training_package("tensorflow_datasets")
 
         try:
             builder = tfds.builder_from_directory(self.directory)

@@ -14,6 +14,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, encode_png, lazy_image
 from clvr_jax.json_input import JsonObject, parse_json, parse_object
 from clvr_jax.reasoning.trajectory import Step, Trajectory, run_from_json, step_run_from_json, verdict_from_json
+from clvr_jax.training_packages import training_package
 
 SCHEMA = "1.1.0"
 """Version of the features below and of TFDS datasets with them; it increases with each change."""
@@ -110,7 +111,7 @@ def record_features() -> Any:
     Values without a fixed shape are JSON, and so are lists of numbers: without TensorFlow, TFDS cannot write nested
       lists.
     """
-    import tensorflow_datasets as tfds  # slow to import
+    tfds = training_package("tensorflow_datasets")
 
     text = tfds.features.Text()
     return tfds.features.FeaturesDict(

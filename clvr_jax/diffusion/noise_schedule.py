@@ -1,6 +1,6 @@
 """Noise levels of variance-preserving models (Stable Diffusion 1.5, SDXL): x = sqrt(alpha) x_0 + sqrt(1 - alpha) noise.
 
-alpha is the `alphas_cumprod` of diffusers, one for each training timestep; sigma = sqrt((1 - alpha) / alpha).
+alpha is the entry of `alphas_cumprod` at a training timestep; sigma = sqrt((1 - alpha) / alpha).
 """
 
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Float32, Int32
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import shown
@@ -17,15 +18,15 @@ _CHOICES = {
     "prediction_type": ("epsilon", "v_prediction"),
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
-# What the scheduler classes of diffusers take where scheduler_config.json is silent.
+# The defaults of diffusers' scheduler classes for fields that scheduler_config.json does not have.
 _LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-_SILENT: dict[str, dict[str, Any]] = {
+_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
     "EulerDiscreteScheduler": {**_LINEAR, "timestep_spacing": "linspace"},
     "DDIMScheduler": {**_LINEAR, "clip_sample": True},
     "PNDMScheduler": {**_LINEAR, "set_alpha_to_one": False},
     "LCMScheduler": {},
 }
-# What the solvers are written for; null says the same.
+# The only values that the solvers support; null is the same.
 _FIXED = {
     **dict.fromkeys(("clip_sample", "thresholding", "rescale_betas_zero_snr", "trained_betas"), False),
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
@@ -39,9 +40,10 @@ _IGNORED = ("skip_prk_steps", "sample_max_value", "clip_sample_range", "dynamic_
 
 @dataclasses.dataclass(frozen=True)
 class NoiseSchedule:
-    """The schedule a model was trained with, and how solvers space their steps; diffusers' field names.
+    """The noise schedule of training and the spacing of the solver's timesteps, with the field names of diffusers.
 
-    original_inference_steps, timestep_scaling: the solver a latent consistency model was distilled from; LCM alone.
+    original_inference_steps, timestep_scaling: of the solver that a latent consistency model was distilled from; only
+    used by LCM.
     """
 
     num_train_timesteps: int = 1000
@@ -62,7 +64,7 @@ class NoiseSchedule:
                 raise ClvrError(f"NoiseSchedule.{name} is {getattr(self, name)!r}; it must be one of {choices}")
         if not 0 < self.beta_start <= self.beta_end < 1:
             raise ClvrError(
-                f"NoiseSchedule: beta_start {self.beta_start}, beta_end {self.beta_end} must rise in (0, 1)"
+                f"NoiseSchedule: beta_start {self.beta_start} and beta_end {self.beta_end} must be increasing in (0, 1)"
             )
         if not 1 <= self.original_inference_steps <= self.num_train_timesteps:
             raise ClvrError(
@@ -71,28 +73,32 @@ class NoiseSchedule:
             )
 
     def _check_types(self) -> None:
-        """Raises ClvrError for values of another type, which a file of outside may hold, or without reason."""
+        """Raises ClvrError for values of another type, which external files may have, or out of range."""
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             fits = isinstance(value, _TYPES[field.type]) and (field.type is bool or not isinstance(value, bool))
             if not fits or (field.type in (int, float) and not abs(value) <= _MAX_NUMBER):
-                raise ClvrError(f"NoiseSchedule.{field.name} is {shown(value)}; it is of another type, or out of range")
+                raise ClvrError(
+                    f"NoiseSchedule.{field.name} is {shown(value)}, which has another type or is out of range"
+                )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], scheduler: str | None = None) -> Self:
-        """`scheduler_config.json` -> NoiseSchedule.
+        """Reads `scheduler_config.json`.
 
         Args:
           config: the JSON object.
-          scheduler: diffusers' class to read it as, whose defaults hold where it is silent; its `_class_name` if None.
-        Raises: ClvrError for an unknown class or field, or a feature that the solvers do not have.
+          scheduler: diffusers' class, whose defaults apply to missing fields; None is the `_class_name` of the object.
+        Raises: ClvrError for an unknown class or field, or a feature that the solvers do not support.
         """
         scheduler = scheduler or str(config.get("_class_name"))
-        if scheduler not in _SILENT:
-            raise ClvrError(f"scheduler_config.json: {scheduler:.80} is not supported, only {', '.join(_SILENT)}")
+        if scheduler not in _CLASS_DEFAULTS:
+            raise ClvrError(
+                f"scheduler_config.json: {scheduler:.80} is not supported, only {', '.join(_CLASS_DEFAULTS)}"
+            )
         names = {field.name for field in dataclasses.fields(cls)}
         values = {}
-        for key, value in {**_SILENT[scheduler], **config}.items():
+        for key, value in {**_CLASS_DEFAULTS[scheduler], **config}.items():
             if key in names:
                 values[key] = value
             elif key in _FIXED:
@@ -103,29 +109,29 @@ class NoiseSchedule:
         return cls(**values)
 
     @property
-    def alphas(self) -> np.ndarray:
-        """(num_train_timesteps,) float32, decreasing: the fraction of the signal in the variance at each timestep."""
+    def alphas_cumprod(self) -> Float32[np.ndarray, " t"]:
+        """(num_train_timesteps,) float32, decreasing: the share of the clean image in the variance at each timestep."""
         power = 2 if self.beta_schedule == "scaled_linear" else 1
         ends = self.beta_start ** (1 / power), self.beta_end ** (1 / power)
-        # Rounded to float32 where PyTorch rounds; otherwise a thousand factors differ in the sixth digit.
+        # Rounded to float32 where PyTorch rounds; otherwise the product of 1000 factors differs in the sixth digit.
         betas = np.linspace(*ends, self.num_train_timesteps, dtype=np.float32) ** power
         return np.cumprod(1 - betas, dtype=np.float64).astype(np.float32)
 
     @property
-    def sigmas(self) -> np.ndarray:
-        """(num_train_timesteps,) float32, increasing: the noise-to-signal ratio sqrt((1 - alpha) / alpha)."""
-        return np.sqrt((1 - self.alphas) / self.alphas)
+    def sigmas(self) -> Float32[np.ndarray, " t"]:
+        """(num_train_timesteps,) float32, increasing: noise relative to the clean image, sqrt((1 - alpha) / alpha)."""
+        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
 
-    def euler_timesteps(self, steps: int) -> np.ndarray:
-        """(steps,) float32, decreasing, with fractions if spaced "linspace"; as EulerDiscreteScheduler has them."""
+    def euler_timesteps(self, steps: int) -> Float32[np.ndarray, " n"]:
+        """Returns the timesteps of EulerDiscreteScheduler, (steps,) float32, decreasing; fractional for "linspace"."""
         return self._spaced(steps).astype(np.float32)
 
-    def ddim_timesteps(self, steps: int) -> np.ndarray:
-        """(steps,) int32, decreasing; as DDIMScheduler has them."""
+    def ddim_timesteps(self, steps: int) -> Int32[np.ndarray, " n"]:
+        """Returns the timesteps of DDIMScheduler, (steps,) int32, decreasing."""
         return self._spaced(steps).round().astype(np.int32)
 
-    def lcm_timesteps(self, steps: int) -> np.ndarray:
-        """(steps,) int32, decreasing: some of the timesteps that the model was distilled at, as LCMScheduler does."""
+    def lcm_timesteps(self, steps: int) -> Int32[np.ndarray, " n"]:
+        """Returns the timesteps of LCMScheduler, (steps,) int32, decreasing: a subset of those of the distillation."""
         original = self.original_inference_steps
         if not 1 <= steps <= original:
             raise UsageError(f"steps must be in 1..original_inference_steps ({original}), got {steps}")
@@ -133,17 +139,20 @@ class NoiseSchedule:
         return distilled[np.linspace(0, original, steps, endpoint=False).astype(int)].astype(np.int32)
 
     def _spaced(self, steps: int) -> np.ndarray:
-        """Table 2 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891)."""
+        """Returns (steps,) timesteps, decreasing.
+
+        Source: table 2 of "Common Diffusion Noise Schedules and Sample Steps are Flawed" (arXiv 2305.08891).
+        """
         n = self.num_train_timesteps
         if not 1 <= steps <= n:
             raise UsageError(f"steps must be in 1..num_train_timesteps ({n}), got {steps}")
         if self.timestep_spacing == "linspace":
             return np.linspace(0, n - 1, steps)[::-1]
         if self.timestep_spacing == "trailing":
-            # Rounding makes one timestep too many, -1, at some numbers of steps.
+            # For some numbers of steps rounding gives one timestep too many, -1.
             return np.arange(n, 0, -n / steps).round()[:steps] - 1
         timesteps = np.arange(steps)[::-1] * (n // steps) + float(self.steps_offset)
         if timesteps[0] >= n:
-            begin = f"{steps} steps with steps_offset {self.steps_offset} begin at {timesteps[0]:.0f}"
-            raise UsageError(f"{begin}, after the last timestep {n - 1}")
+            start = f"{steps} steps with steps_offset {self.steps_offset} start at {timesteps[0]:.0f}"
+            raise UsageError(f"{start}, after the last timestep {n - 1}")
         return timesteps

@@ -1,4 +1,4 @@
-"""Noise levels of the FLUX.2 sampler: evenly spaced, then shifted towards noise as size and steps ask for."""
+"""Noise levels of the FLUX.2 sampler: evenly spaced, then shifted towards noise by image size and number of steps."""
 
 import dataclasses
 import math
@@ -6,29 +6,30 @@ from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
+from jaxtyping import Float32
 
 from clvr_jax.errors import ClvrError, UsageError
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
-# Fields of diffusers' class that the solver is written for one value of.
+# Fields of diffusers' class of which the solver supports one value.
 _FIXED = {
     "num_train_timesteps": 1000,  # the pipeline divides the timestep by 1000
     **dict.fromkeys(("invert_sigmas", "stochastic_sampling", "use_flow_sigmas"), False),
     **dict.fromkeys(("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"), False),
 }
-# mu comes from `empirical_mu`: Flux2KleinPipeline does not read these either.
-_UNREAD = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
+# `empirical_mu` computes mu; Flux2KleinPipeline does not read these fields either.
+_IGNORED = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 
 
 def empirical_mu(image_tokens: int, steps: int) -> float:
-    """The exponent of the shift.
+    """Returns the exponent mu of the shift.
 
-    Two linear functions of the number of tokens, fitted by the model's authors at 10 and at 200 steps, with linear
-    interpolation in the number of steps; large images use the second only.
+    It is linear in the number of tokens, with coefficients of the model's authors for 10 and for 200 steps, and
+    interpolates linearly in the number of steps; large images use the coefficients for 200 steps only.
 
     Args:
       image_tokens: number of tokens of the generated image, without references.
-      steps: solver steps.
+      steps: number of solver steps.
     Source: compute_empirical_mu (Flux2KleinPipeline, diffusers).
     """
     at_200 = 0.00016927 * image_tokens + 0.45666666
@@ -41,10 +42,11 @@ def empirical_mu(image_tokens: int, steps: int) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class FlowSchedule:
-    """How the noise levels of a flow are spaced: diffusers' field names, and its defaults where a file is silent.
+    """The spacing of the noise levels of a flow, with the field names and defaults of diffusers.
 
-    shift: factor of the static shift. use_dynamic_shifting: shift by `empirical_mu` instead. time_shift_type: formula
-    of the dynamic shift, "exponential" or "linear". shift_terminal: the last noise level before 0, None for as it is.
+    shift: factor of the static shift. use_dynamic_shifting: whether to shift by `empirical_mu` instead.
+    time_shift_type: formula of the dynamic shift, "exponential" or "linear". shift_terminal: the last noise level
+    before 0; None does not rescale the levels.
     """
 
     shift: float = 1.0
@@ -64,7 +66,7 @@ class FlowSchedule:
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Reads `scheduler_config.json`.
 
-        Raises: ClvrError, by name, for another class, an unknown field, or a value that the solver does not have.
+        Raises: ClvrError, which names the field, for another class, an unknown field, or a value that is not supported.
         """
         if (found := config.get("_class_name")) != SCHEDULER_CLASS:
             raise ClvrError(f"a {found}, which is not supported, only {SCHEDULER_CLASS}")
@@ -76,17 +78,17 @@ class FlowSchedule:
             if name in kinds or name == "shift_terminal":
                 kind = kinds.get(name, (int, float))
                 if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-                    raise ClvrError(f"{name} is {value!r}, of another type than diffusers reads; correct it")
+                    raise ClvrError(f"{name} is {value!r}, which has another type than in diffusers; correct it")
                 values[name] = value
             elif name in _FIXED:
                 if value not in (None, _FIXED[name]):
                     raise ClvrError(f"{name} = {value!r} is not supported, only {_FIXED[name]!r}")
-            elif not name.startswith("_") and name not in _UNREAD:
+            elif not name.startswith("_") and name not in _IGNORED:
                 raise ClvrError(f"unknown field {name!r}; a {SCHEDULER_CLASS} has none of this name")
         return cls(**values)
 
     def to_config(self) -> dict[str, Any]:
-        """Writes what `from_config` and diffusers read, with the fields of the published FLUX.2 klein."""
+        """Returns `scheduler_config.json` for `from_config` and diffusers, with the fields of FLUX.2 klein."""
         terminal = {} if self.shift_terminal is None else {"shift_terminal": self.shift_terminal}
         return {
             "_class_name": SCHEDULER_CLASS,
@@ -101,8 +103,8 @@ class FlowSchedule:
             "use_dynamic_shifting": self.use_dynamic_shifting,
         }
 
-    def sigmas(self, steps: int, image_tokens: int) -> np.ndarray:
-        """Returns the solver's noise levels: (steps + 1,) float32, from 1 down to 0.
+    def sigmas(self, steps: int, image_tokens: int) -> Float32[np.ndarray, " n"]:
+        """Returns the noise levels of the solver: (steps + 1,) float32, from 1 to 0.
 
         Source: FlowMatchEulerDiscreteScheduler.set_timesteps, as Flux2KleinPipeline calls it.
         """
@@ -117,7 +119,7 @@ class FlowSchedule:
             sigmas = factor / (factor + 1.0 / sigmas - 1.0)
         if self.shift_terminal:
             if steps == 1:  # diffusers divides 0 by 0 here, and its image is NaN
-                raise UsageError(f"one step cannot end at shift_terminal {self.shift_terminal}; give more steps")
+                raise UsageError(f"one step cannot end at shift_terminal {self.shift_terminal}; use more steps")
             rest = 1.0 - sigmas
             sigmas = 1.0 - rest * (1.0 - self.shift_terminal) / rest[-1]
         return np.append(sigmas, 0.0).astype(np.float32)
@@ -127,8 +129,8 @@ KLEIN_SCHEDULE = FlowSchedule(shift=3.0, use_dynamic_shifting=True)
 """The schedule of the published FLUX.2 klein models."""
 
 
-def flow_sigmas(steps: int, image_tokens: int) -> np.ndarray:
-    """Returns the noise levels of the published FLUX.2 klein: (steps + 1,) float32, from 1 down to 0.
+def flow_sigmas(steps: int, image_tokens: int) -> Float32[np.ndarray, " n"]:
+    """Returns the noise levels of the published FLUX.2 klein: (steps + 1,) float32, from 1 to 0.
 
     sigma' = e^mu / (e^mu + 1 / sigma - 1) over sigma = 1, 1 - 1/n, ..., 1/n, then 0.
     Source: FlowMatchEulerDiscreteScheduler with dynamic exponential shifting, as Flux2KleinPipeline calls it.

@@ -1,14 +1,19 @@
 """Solvers of the sampling ODE dx / dsigma = velocity(x, sigma)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
+import numpy as np
+from jaxtyping import Array, Float
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[[Float[Array, "b *d"], Float[Array, ""]], Float[Array, "b *d"]]
 """(latents, scalar sigma) -> velocity of the latents' shape."""
 
 
-def euler_solve(velocity: Velocity, latents_btd: jax.Array, sigmas: jax.Array) -> jax.Array:
+def euler_solve(
+    velocity: Velocity, latents_btd: Float[Array, "b t d"], sigmas: Float[Array | np.ndarray, " n"]
+) -> Float[Array, "b t d"]:
     """Integrates dx/dsigma = velocity(x, sigma) from sigmas[0] down to sigmas[-1].
 
     Args:
@@ -23,4 +28,6 @@ def euler_solve(velocity: Velocity, latents_btd: jax.Array, sigmas: jax.Array) -
         sigma, next_sigma = interval
         return x + ((next_sigma - sigma) * velocity(x, sigma)).astype(x.dtype), None
 
-    return jax.lax.scan(step, latents_btd, (sigmas[:-1], sigmas[1:]))[0]
+    # Of NumPy arrays or of JAX arrays: constants are sliced before the program, not in it.
+    intervals: Any = (sigmas[:-1], sigmas[1:])
+    return jax.lax.scan(step, latents_btd, intervals)[0]

@@ -19,14 +19,16 @@ from jax.typing import ArrayLike
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.adapters import KernelAdapter, is_adapter, kernel_delta
 from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
-from clvr_jax.trees import Path, Tree, by_pattern, dotted, leaves_by_path, some
+from clvr_jax.trees import Params, Path, by_pattern, dotted, leaves_by_path, some
 
 # One weight for all leaves, or {regular expression: weight}: the first that matches in the path of a leaf, for example
 # "transformer_blocks.attn.to_q.kernel", applies, else 1.
 Weight = ArrayLike | Mapping[str, ArrayLike]
 
 
-def dswm(base: Tree, distill: Tree, align: Tree, distill_weight: Weight = 1.0, align_weight: Weight = 1.0) -> Tree:
+def dswm(
+    base: Params, distill: Params, align: Params, distill_weight: Weight = 1.0, align_weight: Weight = 1.0
+) -> Params:
     """Returns base + distill_weight (distill - base) + align_weight (align - base).
 
     Args:
@@ -43,14 +45,14 @@ def dswm(base: Tree, distill: Tree, align: Tree, distill_weight: Weight = 1.0, a
     return _map(lambda path, leaf: _dswm(leaf, *(o[path] for o in others.values()), *(w[path] for w in weights)), base)
 
 
-def delta(tuned: Tree, base: Tree) -> Tree:
+def delta(tuned: Params, base: Params) -> Params:
     """Returns tuned - base, a tree like `base`. Raises: ClvrError under the same conditions as `dswm`."""
     leaves = leaves_by_path(tuned)
     _check_same(leaves_by_path(base), leaves, "tuned")
     return _map(lambda path, leaf: _difference(leaves[path], leaf), base, counter=jnp.zeros_like)
 
 
-def apply_delta(base: Tree, delta: Tree, weight: Weight = 1.0) -> Tree:
+def apply_delta(base: Params, delta: Params, weight: Weight = 1.0) -> Params:
     """Returns base + weight * delta; -weight reverts it, up to rounding.
 
     Args:
@@ -109,8 +111,8 @@ def _at_least_float32(leaf: jax.Array) -> jax.Array:
 
 
 def _map(
-    combine: Callable[[Path, Any], jax.Array], base: Tree, counter: Callable[[Any], Any] = lambda leaf: leaf
-) -> Tree:
+    combine: Callable[[Path, Any], jax.Array], base: Params, counter: Callable[[Any], Any] = lambda leaf: leaf
+) -> Params:
     """Returns a tree like `base` of `combine(path, leaf)`, and of `counter(leaf)` for leaves that are not floating."""
     results = [
         _placed(combine(path, leaf), leaf) if _kind(leaf) == "floating" else counter(leaf)

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 
 from clvr_jax.merging.deltas import apply_delta
-from clvr_jax.trees import Tree
+from clvr_jax.trees import Params
 
-Predict = Callable[[Tree], Any]
+Predict = Callable[[Params], Any]
 """Parameters -> prediction, an array or a tree of arrays, traceable by JAX; for example the velocity of one batch."""
 
 
@@ -39,7 +39,7 @@ class Interaction:
     align: float
 
 
-def interaction(predict: Predict, base: Tree, distill: Tree, align: Tree, scale: float = 1.0) -> Interaction:
+def interaction(predict: Predict, base: Params, distill: Params, align: Params, scale: float = 1.0) -> Interaction:
     """Compares the increments of two deltas of one network for one input.
 
     Args:
@@ -69,7 +69,7 @@ def interaction(predict: Predict, base: Tree, distill: Tree, align: Tree, scale:
 
 
 def over_noise_levels(
-    predict: Callable[[Tree, Any], Any], base: Tree, distill: Tree, align: Tree, sigmas: Iterable[float]
+    predict: Callable[[Params, Any], Any], base: Params, distill: Params, align: Params, sigmas: Iterable[float]
 ) -> dict[float, Interaction]:
     """Returns sigma -> `interaction` at that noise level.
 
@@ -87,7 +87,7 @@ def over_noise_levels(
 
 
 def over_scales(
-    predict: Predict, base: Tree, distill: Tree, align: Tree, scales: Iterable[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
+    predict: Predict, base: Params, distill: Params, align: Params, scales: Iterable[float] = (0.0, 0.5, 1.0, 1.5, 2.0)
 ) -> dict[float, Interaction]:
     """Returns scale -> `interaction` with both deltas scaled by it; the error rises where the network is nonlinear."""
     compiled = jax.jit(predict)
@@ -104,7 +104,7 @@ def angle(one: Any, other: Any) -> float:
     return math.degrees(2 * math.atan2(_norm(_minus(*units)), _norm(jax.tree.map(jnp.add, *units))))
 
 
-def _derivative(predict: Predict, base: Tree, delta: Tree) -> tuple[Any, Any]:
+def _derivative(predict: Predict, base: Params, delta: Params) -> tuple[Any, Any]:
     """Returns the prediction and its derivative in the direction of a delta."""
     return jax.jvp(lambda scale: predict(apply_delta(base, delta, scale)), (jnp.zeros(()),), (jnp.ones(()),))
 

@@ -1,1 +1,1 @@
-"""Flax NNX modules, one file per architecture; no files, no training."""
+"""Flax NNX modules, one file for each architecture, without input, output or training."""

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float32
 
 from clvr_jax.models.lora import LoRAPair
 
@@ -34,7 +35,7 @@ class WeightAdapter:
     tensors: by LyCORIS' names: lora_down, lora_up and lora_mid; hada_w1_a to hada_w2_b, hada_t1 and hada_t2; lokr_w1,
       lokr_w2, their factors _a and _b, and lokr_t2; and dora_scale, the magnitudes of DoRA.
     shape: of the weight in the adapter's own code, which fuses some weights: (out, in) or (out, in, height, width).
-    scale: of the product.
+    scale: factor of the product.
     rows: the first row of this weight in the fused one, and the row after its last.
     swapped: whether the two halves of the rows are exchanged in the adapter's own code.
     magnitude_axis: axis of dora_scale, 0 for a magnitude of each output and 1 for one of each input.
@@ -76,7 +77,7 @@ class WeightAdapter:
 class KernelAdapter:
     """The adapters of one kernel.
 
-    layers: one adapter for each layer of a stack, None for a layer that is not adapted; one for a kernel that is none.
+    layers: one adapter for each layer of a stack, None for a layer that is not adapted; one for other kernels.
     stacked: whether the kernel is a stack.
     """
 
@@ -91,7 +92,7 @@ class KernelAdapter:
         kernel = tuple(weight[axis] for axis in _TO_KERNEL[len(weight)])
         return (len(self.layers), *kernel) if self.stacked else kernel
 
-    def delta(self, kernel: Any) -> jax.Array:
+    def delta(self, kernel: Any) -> Float32[Array, "..."]:
         """Returns the difference that the adapters make to a kernel, in float32 and of its shape."""
         kernel = jnp.asarray(kernel, jnp.float32)
         if not self.stacked:
@@ -99,11 +100,11 @@ class KernelAdapter:
         return jnp.stack([self.layer_delta(layer, kernel[layer]) for layer in range(len(self.layers))])
 
     def layer_delta(self, layer: int | None, kernel: Any) -> Any:
-        """Returns the difference to the kernel of one layer (None: to a kernel that is no stack), in float32.
+        """Returns the difference to the kernel of one layer (None for a kernel that is no stack), in float32.
 
         Args:
           layer: index in the stack.
-          kernel: that of this layer, in float32. With a NumPy array the computation runs in NumPy, on the host.
+          kernel: kernel of this layer, in float32. With a NumPy array the computation runs in NumPy, on the host.
         """
         adapter = self.layers[layer or 0]
         if adapter is None:
@@ -113,11 +114,11 @@ class KernelAdapter:
 
 
 def is_adapter(node: Any) -> bool:
-    """Returns whether a node is the adapter of one kernel; the `is_leaf` of functions over LoRA trees that are read."""
+    """Returns whether a node is the adapter of one kernel: `is_leaf` for functions over LoRA trees that were read."""
     return isinstance(node, LoRAPair | KernelAdapter)
 
 
-def kernel_delta(adapter: LoRAPair | KernelAdapter, kernel: Any) -> jax.Array:
+def kernel_delta(adapter: LoRAPair | KernelAdapter, kernel: Any) -> Float32[Array, "..."]:
     """Returns the difference that an adapter makes to a kernel, in float32; a `LoRAPair` does not read the kernel."""
     return adapter.product() if isinstance(adapter, LoRAPair) else adapter.delta(kernel)
 
@@ -126,15 +127,15 @@ def adapter_product(tensors: Mapping[str, Any], xp: Any = jnp) -> Any:
     """Returns the product of an adapter's tensors, without scale, as (out, -1) or with the axes of a convolution.
 
     Args:
-      tensors: as those of `WeightAdapter`, in one dtype.
-      xp: the module of arrays, `numpy` or `jax.numpy`.
+      tensors: see `WeightAdapter`; all have one dtype.
+      xp: the array module, `numpy` or `jax.numpy`.
     """
     if "hada_w1_a" in tensors:
         return _product(tensors, "hada_w1", "hada_t1", xp) * _product(tensors, "hada_w2", "hada_t2", xp)
     if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
         left = _product(tensors, "lokr_w1", "", xp)
         right = _product(tensors, "lokr_w2", "lokr_t2", xp)
-        # The windows of a convolution follow its inputs, so that one flat product serves both.
+        # The last axes of a convolution's weight are its window, so one product of matrices computes both kinds.
         return xp.kron(left, right.reshape(len(right), -1))
     down, up = tensors["lora_down"], tensors["lora_up"]
     up, flat = up.reshape(len(up), -1), down.reshape(len(down), -1)

@@ -1,4 +1,4 @@
-"""One attention for every model: written out for XLA, or the kernel of the platform that a program is made for."""
+"""Scaled dot-product attention for all models: plain XLA operations, or the fused kernel of the target platform."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, Bool, Float, Shaped
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
@@ -14,71 +15,75 @@ from clvr_jax.sharding import MeshLayout, active_layout, with_logical_constraint
 Implementation = Literal["xla", "splash", "cudnn"]
 
 ATTENTION_OUTPUT = "attention"
-"""Name of what attention returns, for policies of what the backward pass keeps."""
+"""Checkpoint name of the result of attention, for rematerialization policies."""
 
 _SPLASH_BLOCK = 512
 _LANES = 128
-# Below this many tokens the kernel's blocks are mostly padding, and the logits fit anyway.
-_SPLASH_LEAST = 1024
+# With fewer tokens the blocks of the kernel are mostly padding, and the logits fit into memory without it.
+_SPLASH_MIN_TOKENS = 1024
 
 
 def attention(
-    query_bqnh: jax.Array,
-    key_bknh: jax.Array,
-    value_bknh: jax.Array,
+    query_bqnh: Float[Array, "b q n h"],
+    key_bknh: Float[Array, "b k m h"],
+    value_bknh: Float[Array, "b k m h"],
     *,
-    mask: jax.Array | None = None,
-    key_mask_bk: jax.Array | None = None,
+    mask: Bool[Array, "#b #n #q #k"] | None = None,
+    key_mask_bk: Shaped[Array, "b k"] | None = None,
     is_causal: bool = False,
     scale: float | None = None,
     implementation: Implementation | None = None,
-) -> jax.Array:
-    """Scaled dot-product attention, softmax in float32.
+) -> Float[Array, "b q n h"]:
+    """Computes scaled dot-product attention, with the softmax in float32.
 
-    Under a layout that cuts tokens, heads are cut instead while this lasts.
+    Under a layout that shards tokens, heads are sharded instead during attention.
 
     Args:
       query_bqnh: (batch, queries, heads, head_dim).
       key_bknh, value_bknh: (batch, keys, kv_heads, head_dim); kv_heads divides heads (grouped queries).
-      mask: boolean, broadcastable to (batch, heads, queries, keys), four axes; True may be attended. Only XLA takes it.
-      key_mask_bk: (batch, keys), nonzero where a key may be attended by all: no padding.
-      is_causal: query i sees keys 0..i only.
+      mask: boolean with four axes, broadcastable to (batch, heads, queries, keys); True where a query may attend to a
+        key. Only "xla" supports it.
+      key_mask_bk: (batch, keys), nonzero at keys that all queries may attend to, 0 at padding.
+      is_causal: whether query i attends to keys 0..i only.
       scale: factor on the logits, 1 / sqrt(head_dim) if None.
       implementation: "xla", "splash" (TPU) or "cudnn" (GPU, bfloat16 or float16); None chooses by platform, shapes and
         masks.
-    Returns: (batch, queries, heads, head_dim) in the query's dtype. Rows at padding mean nothing.
+    Returns: (batch, queries, heads, head_dim) in the query's dtype. Values at padding are undefined.
+    Raises: ClvrError for a mask that the implementation does not support.
     """
     layout = active_layout()
     scale = query_bqnh.shape[-1] ** -0.5 if scale is None else scale
     query_bqnh, key_bknh, value_bknh = (
         with_logical_constraint(x, "batch", None, "heads", None) for x in (query_bqnh, key_bknh, value_bknh)
     )
-    kind = implementation or _choice(layout, query_bqnh, key_bknh, mask)
+    kind = implementation or _choose_implementation(layout, query_bqnh, key_bknh, mask)
     if kind == "xla":
-        out = _written_out(query_bqnh, key_bknh, value_bknh, mask, key_mask_bk, is_causal, scale)
+        out = _xla_attention(query_bqnh, key_bknh, value_bknh, mask, key_mask_bk, is_causal, scale)
     elif mask is not None:
-        raise ClvrError(f"attention: {kind} takes key_mask_bk and is_causal, not a whole mask")
+        raise ClvrError(f'attention: {kind} supports key_mask_bk and is_causal, not mask; use implementation="xla"')
     elif kind == "splash":
         out = _splash(query_bqnh, key_bknh, value_bknh, key_mask_bk, is_causal, scale, layout)
     else:
-        real = None if key_mask_bk is None else jnp.sum(key_mask_bk != 0, axis=1, dtype=jnp.int32)
+        lengths = None if key_mask_bk is None else jnp.sum(key_mask_bk != 0, axis=1, dtype=jnp.int32)
         out = jax.nn.dot_product_attention(
             query_bqnh, key_bknh, value_bknh, scale=scale, is_causal=is_causal,
-            key_value_seq_lengths=real, implementation="cudnn",
+            key_value_seq_lengths=lengths, implementation="cudnn",
         )  # fmt: skip
     return checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
 
 
-def _choice(layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None) -> Implementation:
+def _choose_implementation(
+    layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None
+) -> Implementation:
     platform = layout.platform if layout else jax.default_backend()
     if mask is not None or platform == "cpu":
         return "xla"
     if platform == "tpu":
-        return "splash" if min(query.shape[1], key.shape[1]) >= _SPLASH_LEAST else "xla"
+        return "splash" if min(query.shape[1], key.shape[1]) >= _SPLASH_MIN_TOKENS else "xla"
     return "cudnn" if query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 else "xla"
 
 
-def _written_out(
+def _xla_attention(
     query_bqnh: jax.Array,
     key_bknh: jax.Array,
     value_bknh: jax.Array,
@@ -89,22 +94,22 @@ def _written_out(
 ) -> jax.Array:
     b, queries, heads, head_dim = query_bqnh.shape
     keys, kv_heads = key_bknh.shape[1:3]
-    # Heads before tokens from the start: on a CPU, half the time of jax.nn.dot_product_attention, which turns the
-    # products around instead; on accelerators the compiler chooses the layout.
+    # Heads before tokens from the start: on a CPU this takes half the time of jax.nn.dot_product_attention, which
+    # transposes the products instead; on accelerators the compiler chooses the layout.
     query_bmgqh = query_bqnh.reshape(b, queries, kv_heads, -1, head_dim).transpose(0, 2, 3, 1, 4)
     key_bmkh, value_bmkh = key_bknh.swapaxes(1, 2), value_bknh.swapaxes(1, 2)
     logits = jnp.einsum("bmgqh,bmkh->bmgqk", query_bmgqh, key_bmkh, preferred_element_type=jnp.float32) * scale
     if is_causal:
         logits = jnp.where(jnp.tri(queries, keys, dtype=bool), logits, -jnp.inf)
-    # Finite, so that a row that may see nothing (padding) gives an average and not NaN.
+    # Finite, so that a row without any key to attend to (padding) gives an average and not NaN.
     masked = jnp.finfo(jnp.float32).min
     if key_mask_bk is not None:
         logits = jnp.where((key_mask_bk != 0)[:, None, None, None, :], logits, masked)
     if mask is not None:
-        of_groups = (
+        grouped_mask = (
             mask[:, :, None] if mask.shape[1] == 1 else mask.reshape(-1, kv_heads, heads // kv_heads, *mask.shape[2:])
         )
-        logits = jnp.where(of_groups, logits, masked)
+        logits = jnp.where(grouped_mask, logits, masked)
     weights = jax.nn.softmax(logits, axis=-1).astype(value_bknh.dtype)
     out_bmgqh = jnp.einsum("bmgqk,bmkh->bmgqh", weights, value_bmkh)
     return out_bmgqh.transpose(0, 3, 1, 2, 4).reshape(query_bqnh.shape).astype(query_bqnh.dtype)
@@ -121,18 +126,18 @@ def _splash(
     *,
     interpret: bool = False,
 ) -> jax.Array:
-    """Flash attention on TPU, each device over its rows and heads. Tokens and channels are padded to whole blocks."""
+    """Computes flash attention on TPU, each device for its rows and heads; pads tokens and channels to full blocks."""
     b, queries, heads, head_dim = query_bqnh.shape
     keys = key_bknh.shape[1]
-    real_bk = jnp.ones((b, keys), bool) if key_mask_bk is None else key_mask_bk != 0
+    valid_mask_bk = jnp.ones((b, keys), bool) if key_mask_bk is None else key_mask_bk != 0
     parts = 1
     specs: dict[str, Any] = {}
     if layout is not None:
         spec = layout.spec(("batch", None, "heads", None), query_bqnh.shape)
-        of_heads = (spec[2],) if isinstance(spec[2], str) else spec[2] or ()  # JAX unpacks a tuple of one
-        parts = math.prod(layout.mesh.shape[axis] for axis in of_heads)
+        head_axes = (spec[2],) if isinstance(spec[2], str) else spec[2] or ()  # JAX unpacks a tuple of one
+        parts = math.prod(layout.mesh.shape[axis] for axis in head_axes)
         specs = {"rows": spec[0], "heads": spec[2]}
-    if key_bknh.shape[2] % parts:  # fewer key heads than devices: each device needs those of its queries
+    if key_bknh.shape[2] % parts:  # fewer key heads than devices: each device needs the key heads of its queries
         repeats = heads // key_bknh.shape[2]
         key_bknh, value_bknh = (jnp.repeat(x, repeats, axis=2) for x in (key_bknh, value_bknh))
 
@@ -141,14 +146,14 @@ def _splash(
         return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, channels))).swapaxes(1, 2)
 
     operands = (padded(query_bqnh * scale), padded(key_bknh), padded(value_bknh))
-    # Segment 1 is real and sees itself; padding is in segments of its own.
+    # Tokens of segment 1 attend to each other; padding is in segment 0.
     query_segments = jnp.pad(jnp.ones((b, queries), jnp.int32), ((0, 0), (0, -queries % _SPLASH_BLOCK)))
-    key_segments = jnp.pad(real_bk.astype(jnp.int32), ((0, 0), (0, -keys % _SPLASH_BLOCK)))
+    key_segments = jnp.pad(valid_mask_bk.astype(jnp.int32), ((0, 0), (0, -keys % _SPLASH_BLOCK)))
     run = functools.partial(_splash_local, is_causal=is_causal, interpret=interpret)
     if layout is not None and layout.mesh.size > 1:
         rows_heads = jax.sharding.PartitionSpec(specs["rows"], specs["heads"])
         rows = jax.sharding.PartitionSpec(specs["rows"])
-        # The kernel is a program of one device, which XLA cannot cut.
+        # The kernel is a program for one device, which XLA cannot shard.
         run = jax.shard_map(
             run,
             mesh=layout.mesh,

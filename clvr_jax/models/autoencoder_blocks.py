@@ -1,29 +1,30 @@
-"""What convolutional autoencoders share: resnets, a mid block with attention, encoder and decoder between two widths.
+"""Blocks of convolutional autoencoders: resnets, a mid block with attention, encoder and decoder.
 
-Images and latents are channels-last, (batch, height, width, channels); the names of the modules are those of the
-PyTorch checkpoints. The resnet and the changes of resolution also serve the UNet. Source of the arithmetic: diffusers
-`AutoencoderKL`, `ResnetBlock2D`, `Downsample2D` and `Upsample2D`.
+Images and latents are channels-last, (batch, height, width, channels); attribute names are the keys of the PyTorch
+checkpoints. The UNet uses the resnet, the downsampling and the upsampling too.
+
+Source: `AutoencoderKL`, `ResnetBlock2D`, `Downsample2D` and `Upsample2D` (diffusers).
 """
 
 import itertools
 from dataclasses import dataclass
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
-from clvr_jax.models.rounding import Linear, silu
+from clvr_jax.models.torch_numerics import Linear, silu
 
 NORM_EPS = 1e-6
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """The fields that the autoencoders of diffusers have in common, with the defaults of `AutoencoderKL`."""
+    """Configuration that the autoencoders of diffusers have in common, with the defaults of `AutoencoderKL`."""
 
     in_channels: int = 3
     out_channels: int = 3
@@ -53,12 +54,12 @@ class AutoencoderConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent position along one side: 8 for the published models."""
+        """Pixels for each latent position along one side; 8 for the published models."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
 class Resnet(nnx.Module):
-    """Two convolutions, each after a group norm and SiLU, and a residual."""
+    """A residual block: two convolutions, each after a group norm and SiLU."""
 
     def __init__(
         self,
@@ -78,8 +79,10 @@ class Resnet(nnx.Module):
             nnx.Conv(features_in, features_out, (1, 1), rngs=rngs, **dtypes) if features_in != features_out else None
         )
 
-    def __call__(self, x_bhwc: jax.Array, shift_bc: jax.Array | None = None) -> jax.Array:
-        """(b, h, w, features_in) -> (b, h, w, features_out); `shift_bc` is added between the convolutions."""
+    def __call__(
+        self, x_bhwc: Float[Array, "b h w c"], shift_bc: Float[Array, "b d"] | None = None
+    ) -> Float[Array, "b h w d"]:
+        """Maps (b, h, w, features_in) to (b, h, w, features_out); adds `shift_bc` between the convolutions."""
         hidden = self.conv1(silu(self.norm1(x_bhwc)))
         if shift_bc is not None:
             hidden += shift_bc[:, None, None, :]
@@ -88,7 +91,7 @@ class Resnet(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Single-head attention over all positions, with its own norm and residual."""
+    """Single-head attention over all positions, with a norm and a residual connection."""
 
     def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.group_norm = nnx.GroupNorm(features, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
@@ -97,8 +100,8 @@ class Attention(nnx.Module):
         self.to_v = Linear(features, features, rngs=rngs, **dtypes)
         self.to_out = nnx.List([Linear(features, features, rngs=rngs, **dtypes)])
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, features) -> the same."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Maps (b, h, w, features) to the same shape."""
         b, h, w, c = x_bhwc.shape
         normed_btc = self.group_norm(x_bhwc).reshape(b, h * w, 1, c)
         out = attention(self.to_q(normed_btc), self.to_k(normed_btc), self.to_v(normed_btc))
@@ -106,14 +109,14 @@ class Attention(nnx.Module):
 
 
 class MidBlock(nnx.Module):
-    """Resnet, attention if there is any, resnet, at the coarsest resolution."""
+    """A resnet, optional attention and a resnet, at the coarsest resolution."""
 
     def __init__(self, features: int, groups: int, add_attention: bool, *, rngs: nnx.Rngs, **dtypes: Any):
         self.resnets = nnx.List([Resnet(features, features, groups, rngs=rngs, **dtypes) for _ in range(2)])
         self.attentions = nnx.List([Attention(features, groups, rngs=rngs, **dtypes)] if add_attention else [])
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, features) -> the same."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+        """Maps (b, h, w, features) to the same shape."""
         x_bhwc = self.resnets[0](x_bhwc)
         for attend in self.attentions:
             x_bhwc = attend(x_bhwc)
@@ -123,25 +126,27 @@ class MidBlock(nnx.Module):
 class Downsample(nnx.Module):
     """A convolution that halves both sides."""
 
-    # Autoencoders pad one row and column at the far edges only; the UNet pads all round, as `padding=1`.
-    FAR_EDGES = ((0, 1), (0, 1))
+    # Autoencoders pad one row at the bottom and one column at the right; the UNet pads all four sides (`padding=1`).
+    BOTTOM_RIGHT = ((0, 1), (0, 1))
 
-    def __init__(self, features: int, padding: Any = FAR_EDGES, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, padding: Any = BOTTOM_RIGHT, *, rngs: nnx.Rngs, **dtypes: Any):
         self.conv = nnx.Conv(features, features, (3, 3), strides=2, padding=padding, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, c) -> (b, h / 2, w / 2, c); odd sides are rounded down at the far edges, up with padding=1."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
+        """Maps (b, h, w, c) to (b, h / 2, w / 2, c); odd sides are rounded down, with padding=1 up."""
         return self.conv(x_bhwc)
 
 
 class Upsample(nnx.Module):
-    """Repeats every position twice along both sides, then a convolution."""
+    """Nearest-neighbor upsampling by 2 along both sides, then a convolution."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.conv = nnx.Conv(features, features, (3, 3), padding=1, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bhwc: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        """(b, h, w, c) -> (b, 2 h, 2 w, c), or cut to `size` where the finer grid had odd sides."""
+    def __call__(
+        self, x_bhwc: Float[Array, "b h w c"], size: tuple[int, int] | None = None
+    ) -> Float[Array, "b h2 w2 c"]:
+        """Maps (b, h, w, c) to (b, 2 h, 2 w, c), or to `size` where the finer grid has odd sides."""
         b, h, w, c = x_bhwc.shape
         doubled = jnp.broadcast_to(x_bhwc[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
         if size is not None:
@@ -156,22 +161,22 @@ class Block(nnx.Module):
         widths = [features_in] + [features_out] * layers
         self.resnets = nnx.List([Resnet(a, b, groups, rngs=rngs, **dtypes) for a, b in itertools.pairwise(widths)])
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, features_in) -> (b, h, w, features_out)."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+        """Maps (b, h, w, features_in) to (b, h, w, features_out)."""
         for resnet in self.resnets:
             x_bhwc = resnet(x_bhwc)
         return x_bhwc
 
 
 class DownBlock(Block):
-    """Resnets, then half the resolution or the same."""
+    """Resnets, then optional downsampling by 2."""
 
     def __init__(self, *args: int, downsample: bool, rngs: nnx.Rngs, **dtypes: Any):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.downsamplers = nnx.List([Downsample(args[1], rngs=rngs, **dtypes)] if downsample else [])
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, features_in) -> (b, h, w, features_out), or half the sides."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Maps (b, h, w, features_in) to (b, h, w, features_out), or to half of both sides."""
         x_bhwc = super().__call__(x_bhwc)
         for downsample in self.downsamplers:
             x_bhwc = downsample(x_bhwc)
@@ -179,14 +184,14 @@ class DownBlock(Block):
 
 
 class UpBlock(Block):
-    """Resnets, then twice the resolution or the same."""
+    """Resnets, then optional upsampling by 2."""
 
     def __init__(self, *args: int, upsample: bool, rngs: nnx.Rngs, **dtypes: Any):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.upsamplers = nnx.List([Upsample(args[1], rngs=rngs, **dtypes)] if upsample else [])
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, features_in) -> (b, h, w, features_out), or twice the sides."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Maps (b, h, w, features_in) to (b, h, w, features_out), or to twice both sides."""
         x_bhwc = super().__call__(x_bhwc)
         for upsample in self.upsamplers:
             x_bhwc = upsample(x_bhwc)
@@ -194,7 +199,7 @@ class UpBlock(Block):
 
 
 class Encoder(nnx.Module):
-    """Images -> mean and log-variance of the latent posterior, before the quantising convolution."""
+    """The encoder: images to mean and log-variance of the latent posterior, before `quant_conv`."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Any):
         widths, groups = config.block_out_channels, config.norm_num_groups
@@ -217,8 +222,8 @@ class Encoder(nnx.Module):
         self.conv_norm_out = nnx.GroupNorm(widths[-1], groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
         self.conv_out = nnx.Conv(widths[-1], 2 * config.latent_channels, (3, 3), padding=1, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, in_channels) -> (b, h / 8, w / 8, 2 * latent_channels)."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Maps (b, h, w, in_channels) to (b, h / 8, w / 8, 2 * latent_channels)."""
         x_bhwc = self.conv_in(x_bhwc)
         for block in self.down_blocks:
             x_bhwc = block(x_bhwc)
@@ -226,7 +231,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents -> images."""
+    """The decoder: latents to images."""
 
     def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Any):
         widths, groups = config.decoder_widths[::-1], config.norm_num_groups
@@ -249,8 +254,8 @@ class Decoder(nnx.Module):
         self.conv_norm_out = nnx.GroupNorm(widths[-1], groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
         self.conv_out = nnx.Conv(widths[-1], config.out_channels, (3, 3), padding=1, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bhwc: jax.Array) -> jax.Array:
-        """(b, h, w, latent_channels) -> (b, 8 h, 8 w, out_channels)."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
+        """Maps (b, h, w, latent_channels) to (b, 8 h, 8 w, out_channels)."""
         x_bhwc = self.mid_block(self.conv_in(x_bhwc))
         for block in self.up_blocks:
             x_bhwc = block(x_bhwc)
@@ -258,7 +263,7 @@ class Decoder(nnx.Module):
 
 
 class Autoencoder(nnx.Module):
-    """Images in [-1, 1] <-> raw latents, (b, h / 8, w / 8, latent_channels) for the published models."""
+    """An autoencoder of images in [-1, 1]; published models have latents (b, h / 8, w / 8, latent_channels)."""
 
     def __init__(
         self,
@@ -278,20 +283,22 @@ class Autoencoder(nnx.Module):
         self.quant_conv = pointwise(2 * width) if config.use_quant_conv else None
         self.post_quant_conv = pointwise(width) if config.use_post_quant_conv else None
 
-    def moments(self, images_bhwc: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Images -> mean and log-variance of the latent posterior, each (b, h / 8, w / 8, latent_channels)."""
+    def moments(
+        self, images_bhwc: Float[Array, "b h w c"]
+    ) -> tuple[Float[Array, "b h8 w8 d"], Float[Array, "b h8 w8 d"]]:
+        """Returns mean and log-variance of the latent posterior of images, each (b, h / 8, w / 8, latent_channels)."""
         moments = self.encoder(images_bhwc)
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean, log_variance = jnp.split(moments, 2, axis=-1)
         return mean, jnp.clip(log_variance, -30.0, 20.0)
 
-    def encode(self, images_bhwc: jax.Array) -> jax.Array:
-        """Images in [-1, 1] -> the posterior's mode, (b, h / 8, w / 8, latent_channels)."""
+    def encode(self, images_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h8 w8 d"]:
+        """Returns the mode of the posterior of images in [-1, 1], (b, h / 8, w / 8, latent_channels)."""
         return self.moments(images_bhwc)[0]
 
-    def decode(self, latents_bhwc: jax.Array) -> jax.Array:
-        """Raw latents -> images, (b, 8 h, 8 w, out_channels), nominally in [-1, 1] and not clipped."""
+    def decode(self, latents_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h8 w8 d"]:
+        """Returns the images of raw latents, (b, 8 h, 8 w, out_channels), nominally in [-1, 1] and not clipped."""
         if self.post_quant_conv is not None:
             latents_bhwc = self.post_quant_conv(latents_bhwc)
         return self.decoder(latents_bhwc)

@@ -1,9 +1,9 @@
 """CLIP's text encoder: the only one of Stable Diffusion 1.5, and both of Stable Diffusion XL.
 
-Stable Diffusion 1.5 reads the last hidden state after the final norm. SDXL reads the residual stream one layer before
-the end of two encoders, without the final norm, and the projected end-of-text feature of the second.
+Stable Diffusion 1.5 uses the last hidden state after the final norm. SDXL uses the residual stream before the last
+layer of both encoders, without the final norm, and the projected end-of-text feature of the second.
 
-Source: CLIPTextModel, CLIPTextModelWithProjection (transformers); attribute names are published checkpoints' keys.
+Source: CLIPTextModel, CLIPTextModelWithProjection (transformers); attribute names are its keys.
 """
 
 from collections.abc import Callable
@@ -15,14 +15,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
 from clvr_jax.models.layers import scan_blocks, stack_blocks
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """x sigmoid(1.702 x), the approximation of GELU that OpenAI trained CLIP with; same shape and dtype."""
+def quick_gelu(x: Float[Array, " *d"]) -> Float[Array, " *d"]:
+    """Returns x sigmoid(1.702 x), OpenAI's approximation of GELU, in the shape and dtype of x."""
     return x * jax.nn.sigmoid(1.702 * x)
 
 
@@ -31,13 +32,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu": partial(jax.nn.gelu, approximate=False),
 }
 
-# Configurations written before transformers 4.31 all say 2, which is no token that ends a text.
+# Configurations written before transformers 4.31 have 2, which is not the end-of-text token.
 _LEGACY_EOS = 2
 
 
 @dataclass(frozen=True)
 class CLIPTextConfig:
-    """Shape of a CLIP text encoder; field names are those of the transformers `config.json`.
+    """Configuration of a CLIP text encoder, with the field names of the transformers `config.json`.
 
     eos_token_id: the token whose feature is the pooled output; 2 means the largest id of each text.
     projection_dim: width of the projected pooled output; None for an encoder without `text_projection`.
@@ -74,12 +75,12 @@ class CLIPTextConfig:
 
     @classmethod
     def clip_vit_l(cls) -> "CLIPTextConfig":
-        """OpenAI's CLIP ViT-L/14: the text encoder of Stable Diffusion 1.5, and the first of SDXL."""
+        """Returns OpenAI's CLIP ViT-L/14: the text encoder of Stable Diffusion 1.5, and the first of SDXL."""
         return cls(hidden_size=768, intermediate_size=3072, num_attention_heads=12, eos_token_id=_LEGACY_EOS)
 
     @classmethod
     def open_clip_vit_bigg(cls) -> "CLIPTextConfig":
-        """OpenCLIP ViT-bigG/14: the second text encoder of SDXL."""
+        """Returns OpenCLIP ViT-bigG/14: the second text encoder of SDXL."""
         return cls(
             hidden_size=1280,
             intermediate_size=5120,
@@ -92,26 +93,26 @@ class CLIPTextConfig:
 
 
 class CLIPTextOutput(NamedTuple):
-    """What the encoder says of a batch of texts; field names are those of transformers.
+    """The output of the encoder for a batch of texts; field names are those of transformers.
 
-    hidden_states_lbtd: (num_hidden_layers + 1, b, t, hidden_size), 0 the embeddings, k the output of k layers, none of
-      them normed; SDXL reads [-2].
+    hidden_states_lbtd: (num_hidden_layers + 1, b, t, hidden_size), 0 the embeddings, k the output of k layers,
+      all before the final norm; SDXL uses [-2].
     last_hidden_state_btd: (b, t, hidden_size) after the final norm.
     pooler_output_bd: (b, hidden_size), the last hidden state at the end of each text.
     text_embeds_bp: (b, projection_dim), the pooled output projected; None without `text_projection`.
     """
 
-    hidden_states_lbtd: jax.Array
-    last_hidden_state_btd: jax.Array
-    pooler_output_bd: jax.Array
-    text_embeds_bp: jax.Array | None
+    hidden_states_lbtd: Float[Array, "l b t d"]
+    last_hidden_state_btd: Float[Array, "b t d"]
+    pooler_output_bd: Float[Array, "b d"]
+    text_embeds_bp: Float[Array, "b p"] | None
 
 
 class CLIPText(nnx.Module):
     """CLIP's text encoder: token ids to hidden states, pooled output and, with `projection_dim`, text embedding.
 
     Args:
-      config: sizes; see the presets of `CLIPTextConfig`.
+      config: see the presets of `CLIPTextConfig`.
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norm statistics and softmax are float32 inside.
       param_dtype: dtype of the weights.
@@ -133,14 +134,14 @@ class CLIPText(nnx.Module):
                 config.hidden_size, config.projection_dim, use_bias=False, rngs=rngs, **dtypes
             )
 
-    def __call__(self, input_ids_bt: jax.Array, clip_skip: int = 0) -> CLIPTextOutput:
-        """Encodes texts. Attention is causal, so that padding on the right touches nothing to its left.
+    def __call__(self, input_ids_bt: Int[Array, "b t"], clip_skip: int = 0) -> CLIPTextOutput:
+        """Encodes texts. Attention is causal, so padding on the right does not change the states of earlier tokens.
 
         Args:
           input_ids_bt: (b, t) token ids, t at most max_position_embeddings.
-          clip_skip: layers at the end that `last_hidden_state_btd` leaves out, the final norm kept, as diffusers counts
-            it; the pooled output always has all layers.
-        Raises: ClvrError for a text that is too long, or more layers to skip than there are.
+          clip_skip: number of last layers that `last_hidden_state_btd` skips, as in diffusers; the final norm is
+            applied, and the pooled output always has all layers.
+        Raises: ClvrError for a text that is too long, or for more layers to skip than there are.
         """
         config, text_model = self.config, self.text_model
         t = input_ids_bt.shape[1]
@@ -172,7 +173,7 @@ class CLIPText(nnx.Module):
 
 
 def _end_of_text(input_ids_bt: jax.Array, eos_token_id: int) -> jax.Array:
-    """(b,) index of the first end-of-text token, the last of published vocabularies; 0 if there is none."""
+    """Returns the index of the first end-of-text token, the largest id of a text, (b,); 0 without one."""
     return jnp.argmax(input_ids_bt if eos_token_id == _LEGACY_EOS else input_ids_bt == eos_token_id, axis=-1)
 
 
@@ -235,7 +236,7 @@ class _MLP(nnx.Module):
 
 
 def _layer_norm(config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses digits where features are far from zero, and a few of CLIP's are.
+    # The fast variance, E[x^2] - E[x]^2, is inaccurate for features that are far from zero, and CLIP has a few.
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs, **dtypes
     )

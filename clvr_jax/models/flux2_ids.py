@@ -1,41 +1,42 @@
-"""Where each FLUX.2 token stands: (T, H, W, L) ids and the rotary tables made from them.
+"""Position ids (T, H, W, L) of FLUX.2 tokens, and their rotary tables.
 
-Everything here is NumPy on the host. Ids depend on shapes only, so under `jax.jit` they are constants, and the angles
-can be taken in float64: in float32 the tables would be wrong in the sixth digit, which parity with PyTorch notices.
+Everything is NumPy on the host. Ids depend only on shapes, so they are constants under `jax.jit`, and the angles are
+computed in float64: in float32 the tables would be wrong in the sixth digit, which parity with PyTorch detects.
 """
 
 from collections.abc import Sequence
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float32, Int, Int32, Int64
 from numpy.typing import NDArray
 
 from clvr_jax.errors import ClvrError
 
 REFERENCE_STRIDE = 10
-"""Distance on the T axis between two reference images, and between the first one and the picture being drawn."""
+"""Distance on the T axis between two reference images, and between the first one and the generated image."""
 
 IdArray = NDArray[np.int32]
 
 
 def _grid(t: int, height: int, width: int, length: int) -> IdArray:
-    """(height * width * length, 4) ids of one block of tokens at time `t`, the last axis running fastest."""
-    h, w, place = np.meshgrid(np.arange(height), np.arange(width), np.arange(length), indexing="ij")
-    return np.stack([np.full(h.size, t), h.ravel(), w.ravel(), place.ravel()], axis=-1).astype(np.int32)
+    """Returns the ids of a grid of tokens at time `t`, (height * width * length, 4), in C order."""
+    h, w, index = np.meshgrid(np.arange(height), np.arange(width), np.arange(length), indexing="ij")
+    return np.stack([np.full(h.size, t), h.ravel(), w.ravel(), index.ravel()], axis=-1).astype(np.int32)
 
 
-def text_ids(length: int) -> IdArray:
-    """(length, 4) ids (0, 0, 0, l) of text tokens. Source: Flux2KleinPipeline (diffusers)."""
+def text_ids(length: int) -> Int32[np.ndarray, "t 4"]:
+    """Returns the ids (0, 0, 0, l) of text tokens, (length, 4). Source: Flux2KleinPipeline (diffusers)."""
     return _grid(0, 1, 1, length)
 
 
-def latent_ids(height: int, width: int) -> IdArray:
-    """(height * width, 4) ids (0, h, w, 0) of the picture being drawn, row by row. Sizes count latent tokens."""
+def latent_ids(height: int, width: int) -> Int32[np.ndarray, "t 4"]:
+    """Returns the ids (0, h, w, 0) of a generated image, (height * width, 4), by rows; sizes are in latent tokens."""
     return _grid(0, height, width, 1)
 
 
-def reference_ids(sizes: Sequence[tuple[int, int]]) -> IdArray:
-    """Ids of reference images in order: reference i has T = 10 + 10 i and a grid of its own.
+def reference_ids(sizes: Sequence[tuple[int, int]]) -> Int32[np.ndarray, "t 4"]:
+    """Returns the ids of reference images: reference i has T = 10 + 10 i and its own grid.
 
     Args:
       sizes: (height, width) of each reference in latent tokens; may be empty.
@@ -46,35 +47,39 @@ def reference_ids(sizes: Sequence[tuple[int, int]]) -> IdArray:
     return np.concatenate(blocks) if blocks else np.zeros((0, 4), np.int32)
 
 
-def host_ids(ids: np.ndarray | jax.Array, axes: int, name: str) -> NDArray[np.int64]:
-    """Checks ids and returns them as (tokens, axes) on the host.
+def host_ids(
+    ids: Int[np.ndarray | Array, "t axes"] | Int[np.ndarray | Array, "b t axes"], axes: int, name: str
+) -> Int64[np.ndarray, "t axes"]:
+    """Checks ids and returns them as a NumPy array (tokens, axes).
 
     Args:
-      ids: (tokens, axes), or (batch, tokens, axes) with every row of the batch equal, as diffusers passes them.
-      axes: number of id axes the model was made for.
-      name: how the error message calls them.
+      ids: (tokens, axes), or (batch, tokens, axes) with equal rows of the batch, as in diffusers.
+      axes: number of id axes of the model.
+      name: of the argument, for error messages.
     Raises: ClvrError for traced ids, another shape, or ids that differ within the batch.
     """
     if isinstance(ids, jax.core.Tracer):
-        raise ClvrError(f"{name} must be a NumPy array known when the model is traced; close over it in jax.jit")
+        raise ClvrError(
+            f"{name} must be a NumPy array that is known at trace time; close over it in jax.jit instead of passing it"
+        )
     array = np.asarray(ids)
     if array.ndim not in (2, 3) or array.shape[-1] != axes:
         raise ClvrError(f"{name} has shape {array.shape}; expected (tokens, {axes}) or (batch, tokens, {axes})")
     if array.ndim == 3:
         if not (array == array[:1]).all():
-            raise ClvrError(f"{name} differs within the batch; one set of ids serves all rows")
+            raise ClvrError(f"{name} differs within the batch; pass the same ids for all rows")
         array = array[0]
     return array.astype(np.int64)
 
 
 def rotary_tables(
-    ids: np.ndarray, axes_dims: Sequence[int], theta: float
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Cosines and sines of the rotation of each pair of head channels.
+    ids: Int[np.ndarray, "t axes"], axes_dims: Sequence[int], theta: float
+) -> tuple[Float32[np.ndarray, "t f"], Float32[np.ndarray, "t f"]]:
+    """Returns cosines and sines of the rotation of each pair of head channels.
 
     Args:
       ids: (tokens, axes) integer positions.
-      axes_dims: head channels given to each axis; they sum to head_dim.
+      axes_dims: number of head channels of each axis; the sum is head_dim.
       theta: base of the frequencies theta ** (-2 i / dim).
     Returns: cos, sin, each (tokens, head_dim / 2) float32, computed in float64.
     """

@@ -1,11 +1,11 @@
-"""The FLUX.2 transformer (klein 4B and 9B, dev): a velocity field over latent tokens, given text and references.
+"""The FLUX.2 transformer (klein 4B and 9B, dev): predicts the velocity of latent tokens, given text and references.
 
-Text and image tokens run through double-stream blocks (own weights, joint attention), then together, text first,
-through single-stream blocks whose attention and MLP share one projection in and one out. Shift, scale and gate come
-from the timestep, once for all blocks of a kind. References are further image tokens with ids of their own
-(`flux2_ids`).
+Double-stream blocks process text and image tokens with separate weights and joint attention. Single-stream blocks
+process the concatenation of text and image; their attention and MLP share one input and one output projection. Shift,
+scale and gate depend on the timestep and are shared by all blocks of one kind. Reference images are further image
+tokens with their own ids (`flux2_ids`).
 
-Source: FLUX.2 by Black Forest Labs as `Flux2Transformer2DModel` (diffusers) computes it; attribute names are its keys.
+Source: FLUX.2 by Black Forest Labs, `Flux2Transformer2DModel` (diffusers); attribute names are its keys.
 """
 
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Bool, Float, Int
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
@@ -23,12 +24,13 @@ from clvr_jax.models.flux2_ids import host_ids, rotary_tables
 from clvr_jax.models.layers import scan_blocks, sinusoidal_embedding, stack_blocks
 from clvr_jax.sharding import with_logical_constraint
 
-Rotary = tuple[jax.Array, jax.Array]
+Rotary = tuple[Float[Array, "n f"], Float[Array, "n f"]]
+"""Cosines and sines, each (text + image tokens, head_dim / 2)."""
 
 
 @dataclass(frozen=True)
 class Flux2TransformerConfig:
-    """Shape of a FLUX.2 transformer; field names are those of the diffusers `config.json`."""
+    """Configuration of a FLUX.2 transformer, with the field names of the diffusers `config.json`."""
 
     patch_size: int = 1
     in_channels: int = 128
@@ -84,21 +86,21 @@ class Flux2TransformerConfig:
 
     @classmethod
     def klein_4b(cls) -> "Flux2TransformerConfig":
-        """FLUX.2 [klein] 4B and its base model (Apache-2.0): 3.876 B parameters."""
+        """Returns FLUX.2 [klein] 4B and its base model (Apache-2.0): 3.876 B parameters."""
         return cls(
             num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
         )
 
     @classmethod
     def klein_9b(cls) -> "Flux2TransformerConfig":
-        """FLUX.2 [klein] 9B, its base and KV models (non-commercial licence): 9.079 B parameters."""
+        """Returns FLUX.2 [klein] 9B, its base and KV models (non-commercial license): 9.079 B parameters."""
         return cls(
             num_layers=8, num_single_layers=24, num_attention_heads=32, joint_attention_dim=12288, guidance_embeds=False
         )
 
     @classmethod
     def dev(cls) -> "Flux2TransformerConfig":
-        """FLUX.2 [dev] (non-commercial licence), guidance-distilled."""
+        """Returns FLUX.2 [dev] (non-commercial license), which is guidance-distilled."""
         return cls()
 
 
@@ -118,18 +120,18 @@ def _head_norm(config: Flux2TransformerConfig, precision: Precision, rngs: nnx.R
 
 
 def _modulated_norm(x_btd: jax.Array, shift: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
-    """LayerNorm without weights, statistics in float32, then (1 + scale) * norm + shift in the dtype of x."""
+    """Returns (1 + scale) * norm(x) + shift in the dtype of x; the LayerNorm has no weights and float32 statistics."""
     x = x_btd.astype(jnp.float32)
     centered = x - x.mean(-1, keepdims=True)
     normed = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
     return (1 + scale) * normed.astype(x_btd.dtype) + shift
 
 
-def _thousandfold(x_b: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """1000 x, rounded to `dtype` before and after, held in float32.
+def _times_1000(x_b: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Returns 1000 x in float32, rounded to `dtype` before and after the product, as PyTorch rounds.
 
-    PyTorch rounds here, and in bfloat16 that moves a timestep by up to two units of a thousand. A pair of casts would
-    not do: XLA may remove it and keep the excess precision. It keeps `reduce_precision`.
+    In bfloat16 the rounding changes a timestep by up to two units of 1000. XLA may remove a pair of casts and keep the
+    excess precision; it does not remove `reduce_precision`.
     """
     kind = jnp.finfo(dtype)
     rounded_b = jax.lax.reduce_precision(x_b.astype(jnp.float32), kind.nexp, kind.nmant)
@@ -142,28 +144,28 @@ def _swiglu(x: jax.Array) -> jax.Array:
 
 
 def _rotate(x_bsnh: jax.Array, rotary: Rotary) -> jax.Array:
-    """Turns neighboring channels (2 i, 2 i + 1) of each head by their angle; float32 inside."""
+    """Rotates the channel pairs (2 i, 2 i + 1) of each head by their angles; computes in float32."""
     cos, sin = (table[None, :, None, :] for table in rotary)
     pairs = x_bsnh.astype(jnp.float32).reshape(*x_bsnh.shape[:-1], -1, 2)
     real, imag = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imag * sin, imag * cos + real * sin], axis=-1)
-    return turned.reshape(x_bsnh.shape).astype(x_bsnh.dtype)
+    rotated = jnp.stack([real * cos - imag * sin, imag * cos + real * sin], axis=-1)
+    return rotated.reshape(x_bsnh.shape).astype(x_bsnh.dtype)
 
 
 class TimestepEmbedder(nnx.Module):
-    """Two layers with SiLU between them, over a sinusoidal embedding."""
+    """Two linear layers with SiLU between them, for a sinusoidal embedding."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         self.linear_1 = _linear(config.timestep_guidance_channels, config.inner_dim, precision, rngs)
         self.linear_2 = _linear(config.inner_dim, config.inner_dim, precision, rngs)
 
-    def __call__(self, x_bc: jax.Array) -> jax.Array:
-        """(b, channels) -> (b, d)."""
+    def __call__(self, x_bc: Float[Array, "b c"]) -> Float[Array, "b d"]:
+        """Maps (b, channels) to (b, d)."""
         return self.linear_2(jax.nn.silu(self.linear_1(x_bc)))
 
 
 class TimestepGuidanceEmbeddings(nnx.Module):
-    """Embeds 1000 t and, where the model was distilled with it, 1000 guidance: (b,) -> (b, d)."""
+    """Embedding of the timestep and, for guidance-distilled models, of the guidance scale."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         self.channels = config.timestep_guidance_channels
@@ -171,42 +173,42 @@ class TimestepGuidanceEmbeddings(nnx.Module):
         self.timestep_embedder = TimestepEmbedder(config, precision, rngs)
         self.guidance_embedder = TimestepEmbedder(config, precision, rngs) if config.guidance_embeds else None
 
-    def __call__(self, timestep_b: jax.Array, guidance_b: jax.Array | None) -> jax.Array:
-        """Timestep in [0, 1] and guidance scale, (b,) each -> (b, d)."""
+    def __call__(self, timestep_b: Float[Array, " b"], guidance_b: Float[Array, " b"] | None) -> Float[Array, "b d"]:
+        """Maps timestep in [0, 1] and guidance scale, each (b,), to (b, d)."""
         embedding = self.timestep_embedder(self._sinusoids(timestep_b))
         if self.guidance_embedder is not None and guidance_b is not None:
             embedding += self.guidance_embedder(self._sinusoids(guidance_b))
         return embedding
 
     def _sinusoids(self, x_b: jax.Array) -> jax.Array:
-        return sinusoidal_embedding(_thousandfold(x_b, self.dtype), self.channels, self.dtype)
+        return sinusoidal_embedding(_times_1000(x_b, self.dtype), self.channels, self.dtype)
 
 
 class Modulation(nnx.Module):
-    """Shift, scale and gate for `sets` sub-blocks, the same at every token."""
+    """Shift, scale and gate for `sets` sub-blocks, shared by all tokens."""
 
     def __init__(self, config: Flux2TransformerConfig, sets: int, precision: Precision, rngs: nnx.Rngs) -> None:
         self.linear = _linear(config.inner_dim, 3 * sets * config.inner_dim, precision, rngs)
 
-    def __call__(self, embedding_bd: jax.Array) -> jax.Array:
-        """(b, d) -> (b, 1, 3 * sets * d)."""
+    def __call__(self, embedding_bd: Float[Array, "b d"]) -> Float[Array, "b 1 e"]:
+        """Maps (b, d) to (b, 1, 3 * sets * d)."""
         return self.linear(jax.nn.silu(embedding_bd))[:, None]
 
 
 class FeedForward(nnx.Module):
-    """Gated MLP; gate and value come from one projection."""
+    """Gated MLP; one projection computes gate and value."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         self.linear_in = _linear(config.inner_dim, 2 * config.mlp_dim, precision, rngs)
         self.linear_out = _linear(config.mlp_dim, config.inner_dim, precision, rngs)
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        """(b, t, d) -> (b, t, d)."""
+    def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Maps (b, t, d) to (b, t, d)."""
         return self.linear_out(with_logical_constraint(_swiglu(self.linear_in(x_btd)), "batch", "tokens", "mlp_act"))
 
 
 class JointAttention(nnx.Module):
-    """Attention over [text, image] where each stream has projections and head norms of its own."""
+    """Attention over [text, image], with separate projections and head norms for each stream."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         d = config.inner_dim
@@ -219,9 +221,13 @@ class JointAttention(nnx.Module):
         self.to_add_out = _linear(d, d, precision, rngs)
 
     def __call__(
-        self, image_btd: jax.Array, text_btd: jax.Array, rotary: Rotary, mask_bt: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        """Image and text (b, t, d) -> what attention adds to each; mask_bt: key_mask_bk of `attention`."""
+        self,
+        image_btd: Float[Array, "b t d"],
+        text_btd: Float[Array, "b s d"],
+        rotary: Rotary,
+        mask_bt: Bool[Array, "b s+t"] | None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
+        """Returns the attention output of image and text, (b, t, d) each; mask_bt: `key_mask_bk` of `attention`."""
 
         def heads(x_btd: jax.Array) -> jax.Array:
             return x_btd.reshape(*x_btd.shape[:2], -1, self.head_dim)
@@ -240,7 +246,7 @@ class JointAttention(nnx.Module):
 
 
 class TransformerBlock(nnx.Module):
-    """Double-stream block: joint attention, then an MLP for each stream."""
+    """Double-stream block: joint attention, then one MLP for each stream."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         self.eps = config.eps
@@ -250,14 +256,14 @@ class TransformerBlock(nnx.Module):
 
     def __call__(
         self,
-        image_btd: jax.Array,
-        text_btd: jax.Array,
-        image_modulation: jax.Array,
-        text_modulation: jax.Array,
+        image_btd: Float[Array, "b t d"],
+        text_btd: Float[Array, "b s d"],
+        image_modulation: Float[Array, "b #t 6*d"],
+        text_modulation: Float[Array, "b #s 6*d"],
         rotary: Rotary,
-        mask_bt: jax.Array | None = None,
-    ) -> tuple[jax.Array, jax.Array]:
-        """Modulations: (b, 1 or t, 6 d), shift, scale, gate of the attention, then of the MLP. Returns image, text."""
+        mask_bt: Bool[Array, "b s+t"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
+        """Returns image and text. Modulations: (b, 1 or t, 6 d): shift, scale, gate of attention, then of the MLP."""
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(image_modulation, 6, axis=-1)
         text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = jnp.split(
             text_modulation, 6, axis=-1
@@ -276,7 +282,7 @@ class TransformerBlock(nnx.Module):
 
 
 class ParallelSelfAttention(nnx.Module):
-    """Attention and gated MLP side by side: one projection makes q, k, v and the MLP input, one takes both results."""
+    """Attention and gated MLP in parallel, with one projection for q, k, v and MLP input, and one for both outputs."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         d = config.inner_dim
@@ -285,8 +291,10 @@ class ParallelSelfAttention(nnx.Module):
         self.norm_q, self.norm_k = (_head_norm(config, precision, rngs) for _ in range(2))
         self.to_out = _linear(d + config.mlp_dim, d, precision, rngs)
 
-    def __call__(self, x_btd: jax.Array, rotary: Rotary, mask_bt: jax.Array | None) -> jax.Array:
-        """(b, t, d) -> (b, t, d); mask_bt: key_mask_bk of `attention`."""
+    def __call__(
+        self, x_btd: Float[Array, "b t d"], rotary: Rotary, mask_bt: Bool[Array, "b t"] | None
+    ) -> Float[Array, "b t d"]:
+        """Maps (b, t, d) to (b, t, d); mask_bt: `key_mask_bk` of `attention`."""
         b, t, d = x_btd.shape
         projected = self.to_qkv_mlp_proj(x_btd)
         query, key, value, hidden = jnp.split(projected, (d, 2 * d, 3 * d), axis=-1)
@@ -305,22 +313,26 @@ class SingleTransformerBlock(nnx.Module):
         self.attn = ParallelSelfAttention(config, precision, rngs)
 
     def __call__(
-        self, x_btd: jax.Array, modulation: jax.Array, rotary: Rotary, mask_bt: jax.Array | None = None
-    ) -> jax.Array:
-        """Modulation: (b, 1 or t, 3 d) as shift, scale, gate."""
+        self,
+        x_btd: Float[Array, "b t d"],
+        modulation: Float[Array, "b #t 3*d"],
+        rotary: Rotary,
+        mask_bt: Bool[Array, "b t"] | None = None,
+    ) -> Float[Array, "b t d"]:
+        """Maps (b, t, d) to (b, t, d). Modulation: (b, 1 or t, 3 d), shift, scale and gate."""
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
         return x_btd + gate * self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask_bt)
 
 
 class OutputNorm(nnx.Module):
-    """LayerNorm scaled and shifted by the embedding; diffusers' order, (scale, shift)."""
+    """LayerNorm with scale and shift from the embedding, in diffusers' order (scale, shift)."""
 
     def __init__(self, config: Flux2TransformerConfig, precision: Precision, rngs: nnx.Rngs) -> None:
         self.eps = config.eps
         self.linear = _linear(config.inner_dim, 2 * config.inner_dim, precision, rngs)
 
-    def __call__(self, x_btd: jax.Array, embedding_bd: jax.Array) -> jax.Array:
-        """(b, t, d) and (b, d) -> (b, t, d)."""
+    def __call__(self, x_btd: Float[Array, "b t d"], embedding_bd: Float[Array, "b d"]) -> Float[Array, "b t d"]:
+        """Maps (b, t, d) and an embedding (b, d) to (b, t, d)."""
         scale, shift = jnp.split(self.linear(jax.nn.silu(embedding_bd))[:, None], 2, axis=-1)
         return _modulated_norm(x_btd, shift, scale, self.eps)
 
@@ -328,23 +340,23 @@ class OutputNorm(nnx.Module):
 class Flux2HiddenStates(NamedTuple):
     """The residual stream after every block, layer axis first."""
 
-    image_lbtd: jax.Array
+    image_lbtd: Float[Array, "l b t d"]
     """(num_layers, b, image tokens, d) after each double-stream block."""
-    text_lbtd: jax.Array
+    text_lbtd: Float[Array, "l b s d"]
     """(num_layers, b, text tokens, d) after each double-stream block."""
-    joint_lbtd: jax.Array
+    joint_lbtd: Float[Array, "m b n d"]
     """(num_single_layers, b, text + image tokens, d) after each single-stream block."""
 
 
 class Flux2Transformer(nnx.Module):
-    """Velocity of FLUX.2 latents. Blocks are stacked over a leading layer axis and run by `lax.scan`.
+    """The FLUX.2 transformer. Blocks are stacked along a leading layer axis and run by `lax.scan`.
 
     Args:
-      config: sizes; see the presets of `Flux2TransformerConfig`.
+      config: see the presets of `Flux2TransformerConfig`.
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: what the backward pass keeps of each block, see `layers.REMAT`.
+      remat: rematerialization policy of the blocks, a name in `layers.REMAT`.
     """
 
     def __init__(
@@ -376,16 +388,16 @@ class Flux2Transformer(nnx.Module):
 
     def __call__(
         self,
-        hidden_states_btc: jax.Array,
-        encoder_hidden_states_btd: jax.Array,
-        timestep_b: jax.Array,
-        img_ids: np.ndarray,
-        txt_ids: np.ndarray,
-        guidance_b: jax.Array | None = None,
+        hidden_states_btc: Float[Array, "b t c"],
+        encoder_hidden_states_btd: Float[Array, "b s d"],
+        timestep_b: Float[Array, " b"],
+        img_ids: Int[np.ndarray, "... t axes"],
+        txt_ids: Int[np.ndarray, "... s axes"],
+        guidance_b: Float[Array, " b"] | None = None,
         *,
-        mask_bt: jax.Array | None = None,
+        mask_bt: Bool[Array, "b s+t"] | None = None,
         return_hidden_states: bool = False,
-    ) -> jax.Array | tuple[jax.Array, Flux2HiddenStates]:
+    ) -> Float[Array, "b t p"] | tuple[Float[Array, "b t p"], Flux2HiddenStates]:
         """Predicts the velocity of every image token, references included (the caller drops those).
 
         Args:
@@ -394,12 +406,12 @@ class Flux2Transformer(nnx.Module):
           timestep_b: (b,) in [0, 1], 1 is noise. Rounded to the compute dtype before it is multiplied by 1000, as
             diffusers does: to eight bits in bfloat16.
           img_ids, txt_ids: (tokens, 4) host arrays, see `flux2_ids`; a leading axis of equal rows is accepted.
-          guidance_b: (b,) guidance scale; given exactly if the model embeds guidance.
-          mask_bt: (b, text + image tokens) boolean, False where a token is padding that none may attend to. The
-            published models are run without it: they attend to all 512 text positions.
+          guidance_b: (b,) guidance scale, required if the model embeds guidance and an error otherwise.
+          mask_bt: (b, text + image tokens) boolean, False at padding that no token may attend to. The published models
+            are run without it: they attend to all 512 text positions.
           return_hidden_states: also return the residual stream after every block.
         Returns: (b, image tokens, patch_size ** 2 * out_channels) in the compute dtype, or that and the hidden states.
-        Raises: ClvrError if shapes disagree, ids are traced, or guidance is missing or not understood.
+        Raises: ClvrError if shapes disagree, ids are traced, or guidance is missing or not supported.
         """
         self._check(hidden_states_btc, encoder_hidden_states_btd, guidance_b)
         text = encoder_hidden_states_btd.shape[1]
@@ -435,7 +447,7 @@ class Flux2Transformer(nnx.Module):
         return velocity, Flux2HiddenStates(image_lbtd, text_lbtd, joint_states)
 
     def _rotary(self, image: int, text: int, img_ids: np.ndarray, txt_ids: np.ndarray) -> Rotary:
-        """(text + image, head_dim / 2) cosines and sines."""
+        """Returns cosines and sines, each (text + image, head_dim / 2)."""
         axes = self.config.axes_dims_rope
         ids = [host_ids(txt_ids, len(axes), "txt_ids"), host_ids(img_ids, len(axes), "img_ids")]
         if (len(ids[0]), len(ids[1])) != (text, image):
@@ -453,4 +465,6 @@ class Flux2Transformer(nnx.Module):
         if self.config.guidance_embeds and guidance_b is None:
             raise ClvrError("this FLUX.2 model embeds a guidance scale; pass guidance_b")
         if not self.config.guidance_embeds and guidance_b is not None:
-            raise ClvrError("this FLUX.2 model embeds no guidance scale; leave guidance_b out and guide by two passes")
+            raise ClvrError(
+                "this FLUX.2 model embeds no guidance scale; omit guidance_b and use classifier_free_guidance"
+            )

@@ -1,4 +1,4 @@
-"""Pieces every architecture shares: stacks of equal blocks run by `jax.lax.scan`, and embeddings of numbers."""
+"""Layers of all architectures: stacks of equal blocks run by `jax.lax.scan`, and sinusoidal embeddings."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Real
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import ATTENTION_OUTPUT
@@ -17,16 +18,16 @@ Block = TypeVar("Block", bound=nnx.Module)
 
 _POLICIES = jax.checkpoint_policies
 REMAT: dict[str, Any] = {
-    # What lies between the matrix products is cheaper to compute than to store.
+    # The operations between the matrix products are cheaper to compute again than to store.
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "attention": _POLICIES.save_only_these_names(ATTENTION_OUTPUT),
     "full": _POLICIES.nothing_saveable,
 }
-"""What the backward pass keeps of each block, most first: its matrix products, what attention returned, nothing."""
+"""Rematerialization policies by what is stored of a block: its matrix products, its attention output, or nothing."""
 
 
 def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.Rngs) -> Block:
-    """Builds `depth` blocks as one module whose every parameter has a leading layer axis."""
+    """Builds `depth` blocks as one module, whose parameters have a leading layer axis."""
 
     @nnx.split_rngs(splits=depth)
     @nnx.vmap(in_axes=(0,), out_axes=0, axis_size=depth)
@@ -45,20 +46,20 @@ def scan_blocks(
     remat: str = "dots",
     layers: slice | None = None,
 ) -> tuple[Any, Any]:
-    """Runs a stack made by `stack_blocks`: for each layer `carry, out = step(block, carry, x)`.
+    """Runs a stack of `stack_blocks`: `carry, out = step(block, carry, x)` for each layer.
 
     Args:
       blocks: the stacked module.
-      step: pure function of one block, the carry and this layer's slice of `xs`.
-      carry: pytree whose shapes and dtypes the step keeps.
-      xs: pytree with the leading layer axis, or None.
-      remat: what the backward pass keeps of each block, a name in `REMAT`.
-      layers: run only these layers of the stack.
-    Returns: (final carry, outs stacked over layers).
+      step: pure function of one block, the carry and the slice of `xs` for this layer.
+      carry: pytree; the step does not change its shapes and dtypes.
+      xs: pytree with a leading layer axis, or None.
+      remat: rematerialization policy, a name in `REMAT`.
+      layers: runs only these layers of the stack.
+    Returns: the final carry, and the outs stacked over layers.
     Raises: ClvrError for an unknown policy.
     """
     if remat not in REMAT:
-        raise ClvrError(f"remat {remat!r}: no such policy; there are {', '.join(REMAT)}")
+        raise ClvrError(f"remat {remat!r}: no such policy; choose one of {', '.join(REMAT)}")
     graphdef, state = nnx.split(blocks)
     if layers is not None:
         state = jax.tree.map(lambda leaf: leaf[layers], state)
@@ -83,9 +84,9 @@ _IS_READ_ONLY: ContextVar[bool] = ContextVar("is_read_only", default=False)
 
 @contextlib.contextmanager
 def read_only_weights() -> Iterator[None]:
-    """Traces programs inside the context for weights that get no gradients, which saves memory on CPUs.
+    """Traces programs inside the context for weights without gradients, which saves memory on CPUs.
 
-    Through `layer_of`, the gradient of a stack would be added up in an array of its size at every layer.
+    With gradients, `layer_of` would accumulate the gradient of the stack in an array of its full size at every layer.
     """
     token = _IS_READ_ONLY.set(True)
     try:
@@ -94,12 +95,12 @@ def read_only_weights() -> Iterator[None]:
         _IS_READ_ONLY.reset(token)
 
 
-def layer_of(stack: Any, index: jax.Array, carry: Any) -> tuple[Any, Any]:
-    """Takes one layer of a stack, inside the loop over layers: its weights, and the carry unchanged.
+def layer_of(stack: Any, index: Int[Array, ""], carry: Any) -> tuple[Any, Any]:
+    """Returns the weights of one layer of a stack, inside the loop over layers, and the same carry.
 
-    XLA's compiler for CPUs has no bfloat16: it would cast the whole stack to float32 in front of the loop, and keep the
-    copy, which is twice as large as the weights. A barrier that the carry passes as well ties the cast to the loop,
-    where only the layer's part of it is computed. Float32 weights and accelerators need no barrier.
+    XLA has no bfloat16 on CPUs: it would cast the whole stack to float32 before the loop and store the copy, which is
+    twice as large as the weights. An optimization barrier with the carry makes the cast depend on the iteration, so
+    that only one layer is cast at a time. Float32 weights and accelerators need no barrier.
     """
     if _is_half(stack):
         stack, carry = jax.lax.platform_dependent(
@@ -113,8 +114,10 @@ def _is_half(weights: Any) -> bool:
     return any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(weights))
 
 
-def sinusoidal_embedding(positions_b: jax.Array, features: int, dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """(b,) positions -> (b, features): cosines, then sines, of geometrically spaced frequencies down to 1/10000."""
+def sinusoidal_embedding(
+    positions_b: Real[Array, " b"], features: int, dtype: DTypeLike = jnp.float32
+) -> Float[Array, "b d"]:
+    """Returns (b, features): cosines, then sines, of (b,) positions, at frequencies spaced geometrically to 1e-4."""
     half = features // 2
     frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(half, dtype=jnp.float32) / half)
     angles = positions_b.astype(jnp.float32)[:, None] * frequencies[None]

@@ -8,8 +8,8 @@ Norms, biases, convolutions, the learned positions of a vision tower, and the la
 together they are about 1% of a model. The layers of `UNQUANTIZED` are small, and their errors would reach every token
 of an image.
 
-qwix is not used: it finds the layers to quantize by calling the model, and misses the layers that `jax.lax.scan` runs
-over a stack, which are nearly all weights here.
+qwix is not used: it finds the layers to quantize by calling the model, and does not find layers inside `jax.lax.scan`,
+which have nearly all weights here.
 """
 
 import re
@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float, Float32, Int, Int8
 
 Quantization = Literal["int8"]
 """The formats that weights can be quantized to."""
@@ -29,7 +30,7 @@ INT8_MAX = 127
 UNQUANTIZED = r"(^|\.)(x_embedder|proj_out|norm_out|time_guidance_embed|pos_embed)(\.|$)"
 """Pattern of the paths of layers that are not quantized."""
 SCALE = "_scale"
-"""The scales of a parameter have its name with this ending."""
+"""The suffix of the name of a parameter's scales."""
 
 
 def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -37,12 +38,12 @@ def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*path[:-1], f"{path[-1]}{SCALE}")
 
 
-def quantize(weights: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
+def quantize(weights: Float[Array, " *w"], axis: int) -> tuple[Int8[Array, " *w"], Float32[Array, "..."]]:
     """Quantizes weights.
 
     Args:
       weights: of any shape.
-      axis: the axis that one scale is shared along.
+      axis: the axis along which weights share a scale.
     Returns: int8 of the same shape, and float32 scales without `axis`; the product of both is close to the weights.
     """
     values = weights.astype(jnp.float32)
@@ -60,8 +61,8 @@ class QuantizedLinear(nnx.Module):
         self.bias = None if linear.bias is None else nnx.Param(linear.bias[...])
         self.dtype = linear.dtype
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """(..., in) -> (..., out) in the dtype of the computation."""
+    def __call__(self, x: Float[Array, "... c"]) -> Float[Array, "... d"]:
+        """Maps (..., in) to (..., out) in the compute dtype."""
         dtype = self.dtype or x.dtype
         out = scaled_product(x.astype(dtype), self.kernel[...], self.kernel_scale[...])
         return (out if self.bias is None else out + self.bias[...].astype(jnp.float32)).astype(dtype)
@@ -75,20 +76,22 @@ class QuantizedEmbed(nnx.Module):
         self.embedding, self.embedding_scale = nnx.Param(embedding), nnx.Param(scale)
         self.dtype: Any = embed.dtype or embed.param_dtype
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        """Token ids of any shape -> (..., features) in the dtype of the computation."""
+    def __call__(self, ids: Int[Array, " *t"]) -> Float[Array, "*t d"]:
+        """Returns the embeddings of token ids of any shape, (..., features), in the compute dtype."""
         rows = jnp.take(self.embedding[...], ids, axis=0).astype(jnp.float32)
         return (rows * jnp.take(self.embedding_scale[...], ids)[..., None]).astype(self.dtype)
 
-    def attend(self, x: jax.Array) -> jax.Array:
-        """(..., features) -> (..., vocabulary): the products with all embeddings, for a head that is tied to them."""
+    def attend(self, x: Float[Array, "... d"]) -> Float[Array, "... v"]:
+        """Maps (..., features) to (..., vocabulary): the logits of a head that is tied to the embeddings."""
         embedding = self.embedding[...].T
         return scaled_product(x.astype(self.dtype), embedding, self.embedding_scale[...]).astype(self.dtype)
 
 
-def scaled_product(x: jax.Array, kernel: jax.Array, scale: jax.Array) -> jax.Array:
-    """x @ (kernel * scale) in float32: x (..., in), kernel (in, out) int8, scale (out,)."""
-    # Every int8 is a number of bfloat16, so the cast is exact.
+def scaled_product(
+    x: Float[Array, "... c"], kernel: Int8[Array, "c d"], scale: Float32[Array, " d"]
+) -> Float32[Array, "... d"]:
+    """Returns x @ (kernel * scale) in float32: x (..., in), kernel (in, out) int8, scale (out,)."""
+    # bfloat16 represents every int8, so the cast is exact.
     return jnp.matmul(x, kernel.astype(x.dtype), preferred_element_type=jnp.float32) * scale
 
 

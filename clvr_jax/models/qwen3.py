@@ -1,7 +1,7 @@
 """Qwen3: the text encoder of FLUX.2 klein, and a causal language model.
 
-FLUX.2 reads the hidden states after layers 9, 18 and 27 of the prompt, padding included; `hidden_states` returns those
-and runs no layer beyond the last one wanted.
+FLUX.2 is conditioned on the hidden states of the prompt after layers 9, 18 and 27, padding included; `hidden_states`
+returns them and runs no layer after the last requested one.
 
 Source: Qwen3ForCausalLM (transformers); attribute names are its keys.
 """
@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, Shaped
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import layer_of, scan_blocks, stack_blocks
@@ -21,7 +22,7 @@ from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, causal_m
 
 @dataclass(frozen=True)
 class Qwen3Config:
-    """Shape of a Qwen3 language model; field names are those of the transformers `config.json`."""
+    """Configuration of a Qwen3 language model, with the field names of the transformers `config.json`."""
 
     vocab_size: int = 151936
     hidden_size: int = 4096
@@ -54,17 +55,17 @@ class Qwen3Config:
 
     @classmethod
     def qwen3_4b(cls) -> "Qwen3Config":
-        """Qwen3-4B, the text encoder of FLUX.2 klein 4B."""
+        """Returns Qwen3-4B, the text encoder of FLUX.2 klein 4B."""
         return cls(hidden_size=2560, intermediate_size=9728, tie_word_embeddings=True)
 
     @classmethod
     def qwen3_8b(cls) -> "Qwen3Config":
-        """Qwen3-8B, the text encoder of FLUX.2 klein 9B."""
+        """Returns Qwen3-8B, the text encoder of FLUX.2 klein 9B."""
         return cls()
 
 
 class Qwen3Model(nnx.Module):
-    """Embeddings, a stack of decoder layers with a leading layer axis, and the final norm if no layer is left out."""
+    """Embeddings, a stack of `depth` decoder layers with a leading layer axis, and the final norm after all layers."""
 
     def __init__(
         self, config: Qwen3Config, depth: int, *, rngs: nnx.Rngs, dtype: DTypeLike, param_dtype: DTypeLike
@@ -87,15 +88,15 @@ class Qwen3(nnx.Module):
     """Qwen3 language model: token ids to logits, to hidden states, or to logits with a key-value cache.
 
     Args:
-      config: sizes; see the presets of `Qwen3Config`.
+      config: see the presets of `Qwen3Config`.
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms, rotations and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: what the backward pass keeps of each block, see `layers.REMAT`.
-      depth: hold only this many layers, from the first, and no head, for hidden states up to there; None is all.
+      remat: rematerialization policy of the blocks, a name in `layers.REMAT`.
+      depth: number of first layers that the module has, without a head, for their hidden states; None has all layers.
 
     Attributes:
-      is_whole: whether all weights are held; without some of them only `hidden_states` can be called.
+      is_whole: whether the module has all weights; otherwise only `hidden_states` can be called.
     """
 
     def __init__(
@@ -123,16 +124,16 @@ class Qwen3(nnx.Module):
 
     def __call__(
         self,
-        input_ids_bt: jax.Array,
-        attention_mask_bt: jax.Array | None = None,
-        positions_bt: jax.Array | None = None,
-    ) -> jax.Array:
-        """Next-token logits for every position.
+        input_ids_bt: Int[Array, "b t"],
+        attention_mask_bt: Shaped[Array, "b t"] | None = None,
+        positions_bt: Int[Array, "#b t"] | None = None,
+    ) -> Float[Array, "b t v"]:
+        """Computes the logits of the next token at every position.
 
         Args:
           input_ids_bt: (b, t) token ids.
           attention_mask_bt: (b, t), 0 at padding; None if there is none.
-          positions_bt: (b, t) rotary positions; 0, 1, ... if None, whatever the mask, as transformers' forward does.
+          positions_bt: (b, t) rotary positions; None is 0, 1, ... even with a mask, as in transformers.
         Returns: (b, t, vocab_size) in the compute dtype.
         """
         self._check_whole()
@@ -146,59 +147,63 @@ class Qwen3(nnx.Module):
 
     def hidden_states(
         self,
-        input_ids_bt: jax.Array,
-        attention_mask_bt: jax.Array | None = None,
+        input_ids_bt: Int[Array, "b t"],
+        attention_mask_bt: Shaped[Array, "b t"] | None = None,
         layers: Sequence[int] = (9, 18, 27),
-    ) -> tuple[jax.Array, ...]:
-        """The residual stream at chosen depths, in the order asked for; no layer beyond the deepest is run.
+    ) -> tuple[Float[Array, "b t d"], ...]:
+        """Computes the residual stream after the given layers; no layer after the last of them is run.
 
         Args:
           input_ids_bt: (b, t) token ids.
-          attention_mask_bt: (b, t), 0 at padding; padded positions are computed too, seeing the real tokens only.
+          attention_mask_bt: (b, t), 0 at padding; states at padding attend to the real tokens only.
           layers: indices as transformers counts them: 0 is the embeddings, k the output of k layers, and
             num_hidden_layers the last output after the final norm.
-        Returns: one (b, t, hidden_size) array for each index.
-        Raises: ClvrError for an index the model does not have, or does not hold.
+        Returns: one (b, t, hidden_size) array for each of `layers`, in this order.
+        Raises: ClvrError for an index that the module does not have.
         """
         if not layers or any(not 0 <= layer <= self.depth for layer in layers):
             raise ClvrError(f"hidden_states: layers {tuple(layers)} must be indices in 0..{self.depth}, at least one")
         rotary, mask = self._tables(input_ids_bt, attention_mask_bt, None)
         graphdef, stacked = nnx.split(self.model.layers)
-        wanted = sorted(set(layers))
+        requested = sorted(set(layers))
 
         def step(x_btd: jax.Array, index: jax.Array) -> jax.Array:
-            # Indexing the whole stack, where slicing off the layers wanted would copy their weights.
+            # Indexes into the whole stack: a slice of the requested layers would copy their weights.
             layer, x_btd = layer_of(stacked, index, x_btd)
             return nnx.merge(graphdef, layer)(x_btd, rotary, mask)[0]
 
         def keep(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             x_btd, kept_lbtd = carry
             x_btd = step(x_btd, index)
-            # Slot of the first wanted depth not yet passed: overwritten by every layer until the wanted one. Counted: a
-            # search would be a loop inside this one, and XLA's compiler for GPUs fails on where such a loop reads.
-            slot = jnp.sum(jnp.asarray(wanted) <= index)
+            # The slot of the next requested depth, which every layer overwrites until that one. The slot is counted: a
+            # search would be a nested loop, for which XLA's compiler for GPUs fails.
+            slot = jnp.sum(jnp.asarray(requested) <= index)
             return x_btd, jax.lax.dynamic_update_index_in_dim(kept_lbtd, x_btd, slot, 0)
 
         embedded = self.model.embed_tokens(input_ids_bt)
-        kept_lbtd = jnp.broadcast_to(embedded, (len(wanted), *embedded.shape))
-        _, kept_lbtd = jax.lax.fori_loop(0, wanted[-1], keep, (embedded, kept_lbtd))
-        states = {index: kept_lbtd[slot] for slot, index in enumerate(wanted)}
+        kept_lbtd = jnp.broadcast_to(embedded, (len(requested), *embedded.shape))
+        _, kept_lbtd = jax.lax.fori_loop(0, requested[-1], keep, (embedded, kept_lbtd))
+        states = {index: kept_lbtd[slot] for slot, index in enumerate(requested)}
         if (last := self.config.num_hidden_layers) in states:
             states[last] = self.model.norm(states[last])
         return tuple(states[index] for index in layers)
 
     def decode(
-        self, input_ids_bt: jax.Array, cache: KVCache, start: jax.Array | int, keys: int | None = None
-    ) -> tuple[jax.Array, KVCache]:
-        """Logits of t further tokens after those in the cache; a first call with start 0 reads the prompt.
+        self,
+        input_ids_bt: Int[Array, "b t"],
+        cache: KVCache,
+        start: Int[Array, ""] | Int[Array, " b"] | int,
+        keys: int | None = None,
+    ) -> tuple[Float[Array, "b t v"], KVCache]:
+        """Computes the logits of t tokens that follow those in the cache; a call with start 0 processes the prompt.
 
-        Prompts of different lengths are padded on the right: their padding is overwritten by the tokens that follow.
+        Prompts of different lengths are padded on the right; the next tokens overwrite the padding.
 
         Args:
           input_ids_bt: (b, t) token ids.
           cache: from `empty_cache(config, num_hidden_layers, b, max_len)` or an earlier call.
           start: number of tokens already in the cache, one integer or (b,).
-          keys: how many leading cache entries to attend to, max_len if None; at least start + t.
+          keys: number of leading cache entries to attend to, at least start + t; None is max_len.
         Returns: (b, t, vocab_size) logits and the cache with the new tokens.
         """
         self._check_whole()
@@ -216,7 +221,7 @@ class Qwen3(nnx.Module):
     def _tables(
         self, input_ids_bt: jax.Array, attention_mask_bt: jax.Array | None, positions_bt: jax.Array | None
     ) -> tuple[Rotary, jax.Array | None]:
-        """Rotary tables and attention mask; no mask is plain causal attention."""
+        """Returns rotary tables and attention mask; None is causal attention without padding."""
         t = input_ids_bt.shape[1]
         if attention_mask_bt is not None and attention_mask_bt.shape != input_ids_bt.shape:
             raise ClvrError(
@@ -229,8 +234,8 @@ class Qwen3(nnx.Module):
     def _check_whole(self) -> None:
         if not self.is_whole:
             raise ClvrError(
-                f"Qwen3: holds {self.depth} of {self.config.num_hidden_layers} layers and no head, so it has hidden "
-                "states only; load the whole model for logits"
+                f"Qwen3: this module has {self.depth} of {self.config.num_hidden_layers} layers and no head; load all "
+                "layers to compute logits"
             )
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:

@@ -1,10 +1,11 @@
-"""Where every patch and every token of a Qwen3-VL conversation is: integer bookkeeping in NumPy, done on the host.
+"""Positions of patches and tokens of Qwen3-VL conversations, computed with NumPy on the host.
 
-Image grids are static under jit, so what follows from them is computed once while tracing and enters the program as
-constants; the positions of tokens follow from the token ids and are an input of the model.
+Image grids are static under jit, so the positions of patches are constants of the program. The positions of tokens
+depend on the token ids and are an input of the model.
 
-Patches come in merge-block order: the merge x merge patches that become one token are neighbors in the sequence.
-Source of the arithmetic: transformers `Qwen3VLModel.get_rope_index` and `vision_utils`.
+Patches are in merge-block order: the merge x merge patches of one token are adjacent in the sequence.
+
+Source: `Qwen3VLModel.get_rope_index` and `vision_utils` (transformers).
 """
 
 import dataclasses
@@ -12,29 +13,30 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float, Float32, Int, Int32, Shaped
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_layers import inverse_frequencies
 
-# One (frames, rows, columns) of patches for each image, in the order in which they appear.
 Grids = tuple[tuple[int, int, int], ...]
+"""The (frames, rows, columns) of patches of each image, in the order of the images."""
 
 
-def as_grids(grid_thw: Sequence[Sequence[int]] | np.ndarray) -> Grids:
-    """Any (images, 3) table of integers -> the hashable form that jit takes as a static argument."""
+def as_grids(grid_thw: Sequence[Sequence[int]] | Int[np.ndarray, "n 3"]) -> Grids:
+    """Returns an (images, 3) table of integers as a hashable value, for static arguments of jit."""
     return tuple((int(t), int(h), int(w)) for t, h, w in grid_thw)
 
 
 def merged_tokens(grid_thw: Grids, merge: int) -> tuple[int, ...]:
-    """Tokens that each image takes in the prompt: one for each merge x merge patches."""
+    """Returns the number of tokens of each image in the prompt: one for each merge x merge patches."""
     return tuple(t * (h // merge) * (w // merge) for t, h, w in grid_thw)
 
 
-def patch_rows_columns(grid_thw: Grids, merge: int) -> np.ndarray:
-    """Row and column of every patch in its own image.
+def patch_rows_columns(grid_thw: Grids, merge: int) -> Int32[np.ndarray, "n 2"]:
+    """Returns row and column of every patch in its image.
 
-    Returns: (patches, 2) int32, all images one after another, each in merge-block order, repeated for its frames.
-    Raises: ClvrError if a side is no multiple of `merge`.
+    Returns: (patches, 2) int32 of the concatenated images, each in merge-block order, repeated for its frames.
+    Raises: ClvrError if a side is not a multiple of `merge`.
     """
     tables = []
     for frames, rows, columns in grid_thw:
@@ -42,19 +44,21 @@ def patch_rows_columns(grid_thw: Grids, merge: int) -> np.ndarray:
             raise ClvrError(f"Qwen3-VL: image grid {rows} x {columns} patches: both must be multiples of {merge}")
         row, column = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
         blocks = (rows // merge, merge, columns // merge, merge)
-        in_blocks = [axis.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for axis in (row, column)]
-        tables.append(np.tile(np.stack(in_blocks, axis=-1), (frames, 1)))
+        merge_ordered = [axis.reshape(blocks).transpose(0, 2, 1, 3).reshape(-1) for axis in (row, column)]
+        tables.append(np.tile(np.stack(merge_ordered, axis=-1), (frames, 1)))
     return np.concatenate(tables).astype(np.int32)
 
 
-def interpolation_taps(grid_thw: Grids, side: int, merge: int) -> tuple[np.ndarray, np.ndarray]:
-    """How the learned side x side table of positions is stretched, corner to corner, over each image.
+def interpolation_taps(
+    grid_thw: Grids, side: int, merge: int
+) -> tuple[Int32[np.ndarray, "n 4"], Float32[np.ndarray, "n 4"]]:
+    """Computes the bilinear interpolation of the learned side x side position table to each image, corners aligned.
 
-    Returns: indices into the flattened table (patches, 4) int32 and their bilinear weights (patches, 4) float32.
+    Returns: indices into the flattened table (patches, 4) int32, and their weights (patches, 4) float32.
     """
     positions = patch_rows_columns(grid_thw, merge)
     sizes = np.concatenate([np.tile([[h, w]], (t * h * w, 1)) for t, h, w in grid_thw])
-    # In float32 and in this order, as the reference: a last-bit difference would move a floor to the next tap.
+    # In float32 and in the order of the reference: a difference in the last bit could change the floor.
     source = positions.astype(np.float32) * np.float32(side - 1) / np.maximum(sizes - 1, 1).astype(np.float32)
     low = np.floor(source)
     weight_high = source - low
@@ -65,10 +69,12 @@ def interpolation_taps(grid_thw: Grids, side: int, merge: int) -> tuple[np.ndarr
     return indices.reshape(-1, 4), products.reshape(-1, 4).astype(np.float32)
 
 
-def vision_rotary(grid_thw: Grids, merge: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Axial 2-D rotary table: a quarter of the frequencies' pairs turns with the row, the next with the column.
+def vision_rotary(
+    grid_thw: Grids, merge: int, head_dim: int, theta: float
+) -> tuple[Float32[np.ndarray, "n h"], Float32[np.ndarray, "n h"]]:
+    """Returns the axial 2-D rotary table: a quarter of the channels for the row, the next for the column, repeated.
 
-    Returns: cos and sin, each (patches, head_dim) float32, halves equal (for rotation of halves).
+    Returns: cos and sin, each (patches, head_dim) float32; both halves are equal, for rotation of halves.
     """
     spatial = head_dim // 2
     frequencies = inverse_frequencies(spatial, theta)
@@ -78,10 +84,10 @@ def vision_rotary(grid_thw: Grids, merge: int, head_dim: int, theta: float) -> t
     return np.cos(angles), np.sin(angles)
 
 
-def mrope_axes(head_dim: int, mrope_section: Sequence[int]) -> np.ndarray:
-    """Which axis turns each of the head_dim / 2 frequencies: 0 time, 1 row, 2 column, interleaved.
+def mrope_axes(head_dim: int, mrope_section: Sequence[int]) -> Int32[np.ndarray, " f"]:
+    """Returns the axis of each of the head_dim / 2 frequencies: 0 time, 1 row, 2 column, interleaved.
 
-    Rows take indices 1, 4, 7, ... and columns 2, 5, 8, ... as far as their sections reach; time takes what is left.
+    Rows have indices 1, 4, 7, ... and columns 2, 5, 8, ..., as many as their sections; time has all others.
     """
     axes = np.zeros(head_dim // 2, dtype=np.int32)
     for axis in (1, 2):
@@ -90,29 +96,29 @@ def mrope_axes(head_dim: int, mrope_section: Sequence[int]) -> np.ndarray:
 
 
 def mrope_positions(
-    input_ids_bt: np.ndarray,
+    input_ids_bt: Int[np.ndarray, "b t"],
     grids: Sequence[Grids],
     *,
     image_token_id: int,
     merge: int,
-    attention_mask_bt: np.ndarray | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of every token: text advances all three axes; an image spreads over rows and columns at one time.
+    attention_mask_bt: Shaped[np.ndarray, "b t"] | None = None,
+) -> tuple[Int32[np.ndarray, "3 b t"], Int32[np.ndarray, " b"]]:
+    """Returns the positions of tokens: text advances on all three axes, an image on rows and columns.
 
     Args:
-      input_ids_bt: (batch, tokens) with `image_token_id` where image tokens go.
+      input_ids_bt: (batch, tokens) with `image_token_id` at image tokens.
       grids: for each conversation, the grids of its images in order.
       image_token_id: id of the image placeholder.
       merge: patches per token along one side.
-      attention_mask_bt: (batch, tokens), nonzero at real tokens; padding may be on either side. None: no padding.
+      attention_mask_bt: (batch, tokens), nonzero at real tokens; padding may be on either side. None without padding.
     Returns: positions_3bt (3, batch, tokens) int32, 0 at padding, and rope_delta_b (batch,) int32: the position of a
       token after the prompt is its index among the real tokens plus rope_delta.
-    Raises: ClvrError if the placeholders of a conversation are not those of its images.
+    Raises: ClvrError if the placeholders of a conversation do not match its images.
     """
     ids = np.asarray(input_ids_bt)
     real = np.ones(ids.shape, dtype=bool) if attention_mask_bt is None else np.asarray(attention_mask_bt).astype(bool)
     if len(grids) != ids.shape[0]:
-        raise ClvrError(f"Qwen3-VL: {ids.shape[0]} conversations but image grids of {len(grids)}")
+        raise ClvrError(f"Qwen3-VL: {ids.shape[0]} conversations, but image grids of {len(grids)}")
     positions_3bt = np.zeros((3, *ids.shape), dtype=np.int32)
     deltas = np.zeros(ids.shape[0], dtype=np.int32)
     for row, own_grids in enumerate(grids):
@@ -128,35 +134,35 @@ def _conversation_positions(is_image: np.ndarray, grids: Grids, merge: int, row:
     if int(is_image.sum()) != sum(counts):
         raise ClvrError(
             f"Qwen3-VL: conversation {row} has {int(is_image.sum())} image tokens, its {len(grids)} images need "
-            f"{sum(counts)} {list(counts)}: expand every image placeholder to the number of its tokens"
+            f"{sum(counts)} {list(counts)}: repeat every image placeholder for each of its tokens"
         )
     positions_3t = np.zeros((3, is_image.size), dtype=np.int32)
-    start, here = 0, 0  # next position, next token
+    position, token = 0, 0  # the next ones
     for (frames, rows, columns), count in zip(grids, counts, strict=True):
-        text = int(np.argmax(is_image[here:]))
-        if not is_image[here + text : here + text + count].all():
-            raise ClvrError(f"Qwen3-VL: conversation {row}: an image's {count} tokens do not stand together")
-        positions_3t[:, here : here + text] = start + np.arange(text)
-        start, here = start + text, here + text
-        spread = np.indices((frames, rows // merge, columns // merge)).reshape(3, -1)
-        positions_3t[:, here : here + count] = start + spread
-        start, here = start + max(rows, columns) // merge, here + count
-    positions_3t[:, here:] = start + np.arange(is_image.size - here)
+        text = int(np.argmax(is_image[token:]))
+        if not is_image[token + text : token + text + count].all():
+            raise ClvrError(f"Qwen3-VL: conversation {row}: the {count} tokens of an image are not contiguous")
+        positions_3t[:, token : token + text] = position + np.arange(text)
+        position, token = position + text, token + text
+        offsets = np.indices((frames, rows // merge, columns // merge)).reshape(3, -1)
+        positions_3t[:, token : token + count] = position + offsets
+        position, token = position + max(rows, columns) // merge, token + count
+    positions_3t[:, token:] = position + np.arange(is_image.size - token)
     return positions_3t
 
 
 @dataclasses.dataclass(frozen=True)
 class Conversation:
-    """One prompt: token ids with expanded image placeholders, and the patches and grids of its images in order."""
+    """A prompt: token ids, with a placeholder for each image token; the patches and grids of its images in order."""
 
     input_ids: Sequence[int]
-    pixel_values: np.ndarray | None = None
+    pixel_values: Float[np.ndarray, "n p"] | None = None
     grid_thw: Grids = ()
 
     def __post_init__(self) -> None:
         patches = 0 if self.pixel_values is None else self.pixel_values.shape[0]
         if patches != sum(t * h * w for t, h, w in self.grid_thw):
-            raise ClvrError(f"Qwen3-VL: a conversation has {patches} patches but image grids {self.grid_thw}")
+            raise ClvrError(f"Qwen3-VL: a conversation has {patches} patches, but image grids {self.grid_thw}")
 
 
 def batch_conversations(
@@ -168,20 +174,20 @@ def batch_conversations(
     image_slots: int = 0,
     pad_token: int = 0,
 ) -> dict[str, Any]:
-    """Conversations of any lengths -> the arguments of `Qwen3VL.prefill` and `Qwen3VL.__call__`.
+    """Returns the arguments of `Qwen3VL.prefill` and `Qwen3VL.__call__` for conversations of any lengths.
 
-    Few shapes mean few compilations: prompts are padded on the right to a multiple of `length_multiple`, and if the
-    images of every conversation begin as those of the one with most, each row gets equally many (zeros where it has
-    none). Otherwise images are packed one after another, and every combination of grids is a program of its own.
+    To compile few programs, prompts are padded on the right to a multiple of `length_multiple`. If the grids of every
+    conversation are the first ones of the conversation with the most images, all rows get the same number of images,
+    with zeros for missing ones. Otherwise images are packed, and every combination of grids needs another program.
 
     Args:
       conversations: at least one.
       image_token_id: id of the image placeholder.
       merge: patches per token along one side.
-      length_multiple: of the padded prompts.
-      image_slots: room for at least this many images in a row (of the last grid), so that a conversation can grow
-        without a new program. No effect without images or when they are packed.
-      pad_token: id written into padding.
+      length_multiple: the padded length is a multiple of this.
+      image_slots: minimum number of images of a row (of the last grid), so that a conversation can grow without
+        another program. It has no effect without images, or if they are packed.
+      pad_token: token id of padding.
     Returns: input_ids_bt int32, attention_mask_bt bool, positions_3bt int32, and, if there are images, pixel_values
       float32 ((b, patches, features) or packed (patches, features)) and the static grid_thw.
     Raises: ClvrError if placeholders and images do not match.
@@ -190,33 +196,33 @@ def batch_conversations(
         raise ClvrError("Qwen3-VL: no conversations given")
     longest = max(len(conversation.input_ids) for conversation in conversations)
     shape = (len(conversations), max(1, -(-longest // length_multiple)) * length_multiple)
-    ids, real = np.full(shape, pad_token, np.int32), np.zeros(shape, bool)
+    ids, valid_mask = np.full(shape, pad_token, np.int32), np.zeros(shape, bool)
     for row, conversation in enumerate(conversations):
         ids[row, : len(conversation.input_ids)] = conversation.input_ids
-        real[row, : len(conversation.input_ids)] = True
+        valid_mask[row, : len(conversation.input_ids)] = True
     positions_3bt, _ = mrope_positions(
         ids,
         [conversation.grid_thw for conversation in conversations],
         image_token_id=image_token_id,
         merge=merge,
-        attention_mask_bt=real,
+        attention_mask_bt=valid_mask,
     )
-    batch = {"input_ids_bt": ids, "attention_mask_bt": real, "positions_3bt": positions_3bt}
+    batch = {"input_ids_bt": ids, "attention_mask_bt": valid_mask, "positions_3bt": positions_3bt}
     return {**batch, **_batch_images(conversations, image_slots)}
 
 
 def _batch_images(conversations: Sequence[Conversation], image_slots: int) -> dict[str, Any]:
-    most = max((conversation.grid_thw for conversation in conversations), key=len)
+    grids = max((conversation.grid_thw for conversation in conversations), key=len)
     given = [c.pixel_values for c in conversations if c.pixel_values is not None and c.grid_thw]
     if not given:
         return {}
-    if any(c.grid_thw != most[: len(c.grid_thw)] for c in conversations):
+    if any(c.grid_thw != grids[: len(c.grid_thw)] for c in conversations):
         packed = tuple(grid for c in conversations for grid in c.grid_thw)
         return {"pixel_values": np.concatenate(given), "grid_thw": packed}
-    most += most[-1:] * (image_slots - len(most))
-    patches = sum(t * h * w for t, h, w in most)
+    grids += grids[-1:] * (image_slots - len(grids))
+    patches = sum(t * h * w for t, h, w in grids)
     pixel_values = np.zeros((len(conversations), patches, given[0].shape[1]), np.float32)
     for row, conversation in enumerate(conversations):
         if conversation.pixel_values is not None:
             pixel_values[row, : conversation.pixel_values.shape[0]] = conversation.pixel_values
-    return {"pixel_values": pixel_values, "grid_thw": most}
+    return {"pixel_values": pixel_values, "grid_thw": grids}

@@ -1,7 +1,6 @@
-"""The vision tower of Qwen3-VL: patches of images -> tokens for the language model, and its DeepStack features.
+"""The vision tower of Qwen3-VL: maps patches of images to tokens of the language model and DeepStack features.
 
-Module names are those of the PyTorch checkpoint below `model.visual`. Source of the arithmetic: transformers
-`Qwen3VLVisionModel`.
+Source: `Qwen3VLVisionModel` (transformers); attribute names are its keys.
 """
 
 import dataclasses
@@ -14,6 +13,7 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
@@ -25,10 +25,10 @@ NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLVisionConfig:
-    """Field names are those of `vision_config` in transformers' config.json; the defaults are the 8B model's.
+    """Configuration of the vision tower, with the fields of transformers' `vision_config` and defaults of the 8B model.
 
-    deepstack_visual_indexes: blocks whose output is also handed to the language model, in increasing order.
-    num_position_embeddings: entries of the square table of learned positions.
+    deepstack_visual_indexes: blocks whose output is also passed to the language model, in increasing order.
+    num_position_embeddings: number of entries of the square table of learned positions.
     """
 
     depth: int = 27
@@ -48,10 +48,10 @@ class Qwen3VLVisionConfig:
         if self.hidden_size % (4 * self.num_heads):
             raise ClvrError(
                 f"Qwen3-VL vision: hidden_size {self.hidden_size} must be a multiple of 4 x num_heads "
-                f"({self.num_heads}), for heads that turn with rows and columns"
+                f"({self.num_heads}), for rotary positions of rows and columns"
             )
         if self.positions_per_side**2 != self.num_position_embeddings:
-            raise ClvrError(f"Qwen3-VL vision: num_position_embeddings {self.num_position_embeddings} is no square")
+            raise ClvrError(f"Qwen3-VL vision: num_position_embeddings {self.num_position_embeddings} must be a square")
         indexes = self.deepstack_visual_indexes
         if not indexes or list(indexes) != sorted(set(indexes)) or not 0 <= indexes[0] <= indexes[-1] < self.depth:
             raise ClvrError(
@@ -61,31 +61,31 @@ class Qwen3VLVisionConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
+        """Channels of one attention head."""
         return self.hidden_size // self.num_heads
 
     @property
     def positions_per_side(self) -> int:
-        """Rows, and columns, of the table of learned positions."""
+        """Number of rows, and of columns, of the table of learned positions."""
         return round(self.num_position_embeddings**0.5)
 
     @property
     def patch_features(self) -> int:
-        """Numbers in one flattened patch: channels x frames x height x width."""
+        """Number of values in one flattened patch: channels x frames x height x width."""
         return self.in_channels * self.temporal_patch_size * self.patch_size**2
 
 
 class VisionFeatures(NamedTuple):
-    """What the language model takes from images.
+    """The inputs of the language model from images.
 
-    tokens_bnd: (b, merged tokens, out_hidden_size), they replace the embeddings of image placeholders.
+    tokens_bnd: (b, merged tokens, out_hidden_size), which replace the embeddings of image placeholders.
     deepstack_kbnd: (len(deepstack_visual_indexes), b, merged tokens, out_hidden_size), added after language layer k.
-    hidden_lbnd: (depth, b, patches, hidden_size), the output of every block, or None unless asked for.
+    hidden_lbnd: (depth, b, patches, hidden_size), the output of every block; None unless requested.
     """
 
-    tokens_bnd: jax.Array
-    deepstack_kbnd: jax.Array
-    hidden_lbnd: jax.Array | None = None
+    tokens_bnd: Float[Array, "b n d"]
+    deepstack_kbnd: Float[Array, "k b n d"]
+    hidden_lbnd: Float[Array, "l b m e"] | None = None
 
 
 class _PatchEmbed(nnx.Module):
@@ -94,7 +94,7 @@ class _PatchEmbed(nnx.Module):
         self.proj = nnx.Conv(config.in_channels, config.hidden_size, kernel_size, rngs=rngs, **dtypes)
 
     def __call__(self, patches_bnp: jax.Array) -> jax.Array:
-        # A convolution whose stride is its window is one matrix product over flattened patches (c, t, h, w).
+        # A convolution whose stride equals its window is a matrix product of flattened patches (c, t, h, w).
         kernel = self.proj.kernel[...]
         matrix_pd = kernel.transpose(3, 0, 1, 2, 4).reshape(-1, kernel.shape[-1])
         bias = self.proj.bias
@@ -119,8 +119,8 @@ class _Attention(nnx.Module):
         outs, start = [], 0
         for frames, length in runs:
             stop = start + frames * length
-            in_frames = (b * frames, length, *query.shape[2:])
-            parts = (part[:, start:stop].reshape(in_frames) for part in (query, key, value))
+            frame_shape = (b * frames, length, *query.shape[2:])
+            parts = (part[:, start:stop].reshape(frame_shape) for part in (query, key, value))
             outs.append(attention(*parts).reshape(b, frames * length, d))
             start = stop
         return self.proj(outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1))
@@ -129,8 +129,8 @@ class _Attention(nnx.Module):
 def _rotate(x_bnhk: jax.Array, cos_nk: jax.Array, sin_nk: jax.Array) -> jax.Array:
     x = x_bnhk.astype(jnp.float32)
     low, high = jnp.split(x, 2, axis=-1)
-    turned = x * cos_nk[:, None] + jnp.concatenate([-high, low], axis=-1) * sin_nk[:, None]
-    return turned.astype(x_bnhk.dtype)
+    rotated = x * cos_nk[:, None] + jnp.concatenate([-high, low], axis=-1) * sin_nk[:, None]
+    return rotated.astype(x_bnhk.dtype)
 
 
 class _MLP(nnx.Module):
@@ -143,7 +143,7 @@ class _MLP(nnx.Module):
 
 
 def _layer_norm(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
-    # The fast variance, E[x^2] - E[x]^2, loses digits where features are far from zero, as they are in deep towers.
+    # The fast variance, E[x^2] - E[x]^2, is inaccurate for features that are far from zero, as in deep towers.
     return nnx.LayerNorm(features, epsilon=NORM_EPS, use_fast_variance=False, rngs=rngs, **dtypes)
 
 
@@ -162,7 +162,7 @@ class _Block(nnx.Module):
 
 
 class _PatchMerger(nnx.Module):
-    """merge x merge neighboring patches -> one token of the language model's width."""
+    """Merges merge x merge adjacent patches into one token with the width of the language model."""
 
     def __init__(self, config: Qwen3VLVisionConfig, *, norm_merged: bool, rngs: nnx.Rngs, **dtypes: Any):
         self.norm_merged = norm_merged
@@ -178,14 +178,14 @@ class _PatchMerger(nnx.Module):
 
 
 class Qwen3VLVision(nnx.Module):
-    """Transformer over the patches of each image, with full attention inside an image and none between images.
+    """The vision tower, a transformer over patches with full attention inside an image and none between images.
 
     Args:
-      config: sizes.
-      rngs: for the initial weights, drawn as NNX draws them by default.
-      dtype: of computation; param_dtype: of the weights.
-      remat: what the backward pass keeps of each block, see `layers.REMAT`.
-    Source: transformers `Qwen3VLVisionModel`.
+      config: configuration.
+      rngs: random streams for the initial weights.
+      dtype: of the computation. param_dtype: of the weights.
+      remat: rematerialization policy of the blocks, a name in `layers.REMAT`.
+    Source: `Qwen3VLVisionModel` (transformers).
     """
 
     def __init__(
@@ -210,16 +210,17 @@ class Qwen3VLVision(nnx.Module):
             rngs,
         )
 
-    def __call__(self, pixel_values_bnp: jax.Array, grid_thw: Grids, *, return_hidden: bool = False) -> VisionFeatures:
-        """Encodes the images of b rows that share their grids.
+    def __call__(
+        self, pixel_values_bnp: Float[Array, "b n p"], grid_thw: Grids, *, return_hidden: bool = False
+    ) -> VisionFeatures:
+        """Encodes the images of b rows with the same grids.
 
         Args:
-          pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalized, the images of a
-            row one after another, each in merge-block order (`clvr_jax.data.qwen3_vl_images` makes it).
+          pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalized; the images of a
+            row are concatenated, each in merge-block order (see `clvr_jax.data.qwen3_vl_images`).
           grid_thw: static (frames, rows, columns) of patches for each image of a row.
-          return_hidden: also return the output of every block.
-        Returns: VisionFeatures.
-        Raises: ClvrError if grids and pixel_values do not go together.
+          return_hidden: whether to return the output of every block too.
+        Raises: ClvrError if grids and pixel_values disagree.
         """
         config = self.config
         _check_patches(pixel_values_bnp.shape, grid_thw, config)
@@ -229,8 +230,8 @@ class Qwen3VLVision(nnx.Module):
         runs = tuple((len(list(equal)), length) for length, equal in itertools.groupby(frames))
         hidden_bnd = self.patch_embed(pixel_values_bnp) + self._learned_positions(grid_thw)
 
-        # Blocks to keep write into their slot of a buffer, all others into one more that is dropped: one scan, and the
-        # stacked weights are not cut into pieces, which would copy them.
+        # DeepStack blocks write into their slots of a buffer, all others into one more slot, which is not used. So one
+        # scan is enough; slices of the stacked weights would be copies.
         kept = len(config.deepstack_visual_indexes)
         slots = np.full(config.depth, kept, dtype=np.int32)
         slots[list(config.deepstack_visual_indexes)] = np.arange(kept)
@@ -252,7 +253,7 @@ class Qwen3VLVision(nnx.Module):
         return VisionFeatures(self.merger(hidden_bnd), deepstack_kbnd, hidden_lbnd)
 
     def _learned_positions(self, grid_thw: Grids) -> jax.Array:
-        """(patches, hidden_size): the learned table, interpolated to each image's grid."""
+        """Returns the learned positions, interpolated to the grid of each image, (patches, hidden_size)."""
         config = self.config
         indices_n4, weights_n4 = interpolation_taps(grid_thw, config.positions_per_side, config.spatial_merge_size)
         taps_n4d = self.pos_embed(jnp.asarray(indices_n4))

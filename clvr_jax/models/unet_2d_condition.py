@@ -1,10 +1,10 @@
-"""The UNet of SDXL and Stable Diffusion 1.5: predicts what is to be removed from noisy latents, given a text.
+"""The UNet of SDXL and Stable Diffusion 1.5: predicts the noise (or v) of latents, given a text.
 
-Resnets and transformers work at falling and then at rising resolution; every layer on the way up also takes the state
-that the same resolution had on the way down. SDXL adds the pooled text and the sizes of the picture to the timestep;
-models distilled with guidance (LCM) add an embedding of the guidance scale.
+The down blocks reduce the resolution and the up blocks restore it; every layer of an up block also gets the state of a
+down block at the same resolution (skip connections). SDXL adds embeddings of the pooled text and of the image size to
+that of the timestep; models distilled with guidance (LCM) add an embedding of the guidance scale.
 
-Source: diffusers `UNet2DConditionModel`; attribute names are its keys.
+Source: `UNet2DConditionModel` (diffusers); attribute names are its keys.
 """
 
 from dataclasses import dataclass
@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Real
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import sinusoidal_embedding
-from clvr_jax.models.rounding import Conv, Linear, silu
+from clvr_jax.models.torch_numerics import Conv, Linear, silu
 from clvr_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
@@ -26,7 +27,7 @@ _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
 
 @dataclass(frozen=True)
 class UNet2DConditionConfig:
-    """Field names and defaults are those of diffusers' `unet/config.json`."""
+    """Configuration of the UNet, with the field names and defaults of diffusers' `unet/config.json`."""
 
     sample_size: int | None = None
     in_channels: int = 4
@@ -39,7 +40,7 @@ class UNet2DConditionConfig:
     norm_eps: float = 1e-5
     cross_attention_dim: int = 1280
     transformer_layers_per_block: int | tuple[int, ...] = 1
-    # The number of heads, whatever its name says: diffusers keeps the misnomer for the sake of published files.
+    # The number of heads, in spite of the name, which diffusers keeps for compatibility with published files.
     attention_head_dim: int | tuple[int, ...] = 8
     use_linear_projection: bool = False
     addition_embed_type: str | None = None
@@ -59,7 +60,7 @@ class UNet2DConditionConfig:
             if len(kinds) != len(widths) or not set(kinds) <= set(known):
                 raise ClvrError(f"UNet2DConditionConfig.{name} {kinds} must be {len(widths)} of {', '.join(known)}")
         for name in ("attention_head_dim", "transformer_layers_per_block"):
-            values = self._of_blocks(name)
+            values = self._per_block(name)
             if len(values) != len(widths) or not all(isinstance(value, int) and value > 0 for value in values):
                 raise ClvrError(
                     f"UNet2DConditionConfig.{name} is {getattr(self, name)!r}; it must be a positive integer or "
@@ -80,30 +81,30 @@ class UNet2DConditionConfig:
 
     @property
     def heads(self) -> tuple[int, ...]:
-        """Attention heads of each block, finest first."""
-        return self._of_blocks("attention_head_dim")
+        """Number of attention heads of each block, finest resolution first."""
+        return self._per_block("attention_head_dim")
 
     @property
     def depths(self) -> tuple[int, ...]:
-        """Transformer blocks after each resnet, finest block first."""
-        return self._of_blocks("transformer_layers_per_block")
+        """Number of transformer blocks after each resnet of a block, finest resolution first."""
+        return self._per_block("transformer_layers_per_block")
 
     @property
     def attentions(self) -> tuple[str, ...]:
-        """Paths of all transformers in the module, `down_blocks.1.attentions.0` and so on."""
+        """Paths of all transformers in the module, such as `down_blocks.1.attentions.0`."""
         layers = self.layers_per_block
         counts = {f"down_blocks.{i}": layers * _DOWN[kind] for i, kind in enumerate(self.down_block_types)}
         counts |= {"mid_block": 1}
         counts |= {f"up_blocks.{i}": (layers + 1) * _UP[kind] for i, kind in enumerate(self.up_block_types)}
         return tuple(f"{block}.attentions.{i}" for block, count in counts.items() for i in range(count))
 
-    def _of_blocks(self, name: str) -> tuple[int, ...]:
+    def _per_block(self, name: str) -> tuple[int, ...]:
         value = getattr(self, name)
         return value if isinstance(value, tuple) else (value,) * len(self.block_out_channels)
 
     @classmethod
     def sdxl(cls) -> "UNet2DConditionConfig":
-        """SDXL's base model: 2.567 B parameters."""
+        """Returns the base model of SDXL: 2.567 B parameters."""
         return cls(
             sample_size=128,
             down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -120,12 +121,12 @@ class UNet2DConditionConfig:
 
     @classmethod
     def sd15(cls) -> "UNet2DConditionConfig":
-        """Stable Diffusion 1.5: 0.860 B parameters."""
+        """Returns Stable Diffusion 1.5: 0.860 B parameters."""
         return cls(sample_size=64, cross_attention_dim=768)
 
 
 class TimestepEmbedding(nnx.Module):
-    """Two layers with SiLU between them; a condition, where the model has one, is projected and added first."""
+    """Two linear layers with SiLU between them; an optional condition is projected and added to the input."""
 
     def __init__(
         self, features_in: int, features: int, condition: int | None = None, *, rngs: nnx.Rngs, **dtypes: Any
@@ -136,22 +137,24 @@ class TimestepEmbedding(nnx.Module):
         )
         self.linear_2 = Linear(features, features, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bc: jax.Array, condition_bd: jax.Array | None = None) -> jax.Array:
-        """(b, features_in) and (b, condition) -> (b, features)."""
+    def __call__(
+        self, x_bc: Float[Array, "b c"], condition_bd: Float[Array, "b e"] | None = None
+    ) -> Float[Array, "b d"]:
+        """Maps (b, features_in) and an optional (b, condition) to (b, features)."""
         if self.cond_proj is not None and condition_bd is not None:
             x_bc += self.cond_proj(condition_bd)
         return self.linear_2(silu(self.linear_1(x_bc)))
 
 
 class UNet2DCondition(nnx.Module):
-    """Noise (or velocity, as the checkpoint was trained) of latents at a timestep, given a text.
+    """The UNet; it predicts noise or v, whichever the checkpoint was trained for.
 
     Args:
-      config: sizes; see the presets of `UNet2DConditionConfig`.
+      config: see the presets of `UNet2DConditionConfig`.
       rngs: random streams for the initial weights.
       dtype: dtype of the computation; norms and softmax are float32 inside.
       param_dtype: dtype of the weights.
-      remat: what the backward pass keeps of each block, see `layers.REMAT`.
+      remat: rematerialization policy of the blocks, a name in `layers.REMAT`.
     """
 
     def __init__(
@@ -176,9 +179,9 @@ class UNet2DCondition(nnx.Module):
                 "depth": config.depths[block],
                 "linear": config.use_linear_projection,
             }
-            of_resnets = {"groups": groups, "embedding": embedding, "epsilon": config.norm_eps}
+            resnet = {"groups": groups, "embedding": embedding, "epsilon": config.norm_eps}
             return {
-                **of_resnets,
+                **resnet,
                 "transformer": transformer if attends else None,
                 "remat": remat,
                 "rngs": rngs,
@@ -192,7 +195,7 @@ class UNet2DCondition(nnx.Module):
             if config.projection_class_embeddings_input_dim is not None and config.addition_embed_type
             else None
         )
-        # `skips` holds the widths of what the way down leaves for the way up.
+        # `skips` are the widths of the states that the down blocks pass to the up blocks.
         width, skips = widths[0], [widths[0]]
         down_blocks, up_blocks = [], []
         for i, kind in enumerate(config.down_block_types):
@@ -203,7 +206,7 @@ class UNet2DCondition(nnx.Module):
         self.down_blocks = nnx.List(down_blocks)
         self.mid_block = MidBlock(width, **options(last, True))
         for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
-            widths_in = [wide + skips.pop() for wide in [width] + [widths[i]] * layers]
+            widths_in = [own + skips.pop() for own in [width] + [widths[i]] * layers]
             width = widths[i]
             up_blocks.append(UpBlock(widths_in, width, upsample=i > 0, **options(i, _UP[kind])))
         self.up_blocks = nnx.List(up_blocks)
@@ -212,25 +215,26 @@ class UNet2DCondition(nnx.Module):
 
     def __call__(
         self,
-        latents_bhwc: jax.Array,
-        timestep_b: jax.Array,
-        text_bsd: jax.Array,
+        latents_bhwc: Float[Array, "b h w c"],
+        timestep_b: Real[Array, " b"],
+        text_bsd: Float[Array, "b s e"],
         *,
-        text_embeds_bd: jax.Array | None = None,
-        time_ids_b6: jax.Array | None = None,
-        timestep_cond_bd: jax.Array | None = None,
-    ) -> jax.Array:
-        """Predicts the noise of every latent position; any height and width, odd ones too.
+        text_embeds_bd: Float[Array, "b p"] | None = None,
+        time_ids_b6: Real[Array, "b 6"] | None = None,
+        timestep_cond_bd: Float[Array, "b g"] | None = None,
+    ) -> Float[Array, "b h w d"]:
+        """Predicts the noise (or v) of latents of any height and width, which may be odd.
 
         Args:
           latents_bhwc: (b, h, w, in_channels) noisy latents, channels last.
-          timestep_b: (b,) in [0, 1000), as the scheduler counts.
+          timestep_b: (b,) in [0, 1000), the training timesteps of the scheduler.
           text_bsd: (b, text tokens, cross_attention_dim).
-          text_embeds_bd: (b, d) pooled text; given, with `time_ids_b6`, exactly if the model adds them (SDXL).
+          text_embeds_bd: (b, d) pooled text; required, with `time_ids_b6`, by SDXL, and an error for other models.
           time_ids_b6: (b, 6) original height and width, top and left of the crop, target height and width, in pixels.
-          timestep_cond_bd: (b, time_cond_proj_dim) embedding of the guidance scale, given exactly if the model has it.
+          timestep_cond_bd: (b, time_cond_proj_dim) embedding of the guidance scale; required by models distilled with
+            guidance, and an error for others.
         Returns: (b, h, w, out_channels) in the compute dtype.
-        Raises: ClvrError if shapes disagree, or a condition is missing or not understood.
+        Raises: ClvrError if shapes disagree, or a condition is missing or not supported.
         """
         self._check(latents_bhwc, text_bsd, text_embeds_bd, time_ids_b6, timestep_cond_bd)
         sinusoids_bc = sinusoidal_embedding(timestep_b, self.config.block_out_channels[0], self.dtype)
@@ -264,13 +268,13 @@ class UNet2DCondition(nnx.Module):
             )
         if text.ndim != 3 or text.shape[-1] != config.cross_attention_dim:
             raise ClvrError(f"text has shape {text.shape}; expected (batch, tokens, {config.cross_attention_dim})")
-        for name, given, wanted in (
+        for name, given, needed in (
             ("text_embeds_bd", text_embeds is not None, self.add_embedding is not None),
             ("time_ids_b6", time_ids is not None, self.add_embedding is not None),
             ("timestep_cond_bd", condition is not None, config.time_cond_proj_dim is not None),
         ):
-            if given != wanted:
-                raise ClvrError(f"this UNet {'needs' if wanted else 'does not take'} {name}")
+            if given != needed:
+                raise ClvrError(f"this UNet {'needs' if needed else 'does not take'} {name}")
         if text_embeds is not None and time_ids is not None:
             found = text_embeds.shape[-1] + time_ids.shape[-1] * (config.addition_time_embed_dim or 0)
             if found != config.projection_class_embeddings_input_dim:

@@ -1,7 +1,8 @@
-"""The blocks of the UNet: resnets that take the timestep's embedding, transformers that look at the text.
+"""The blocks of the UNet: resnets with an embedding of the timestep, and transformers with attention to the text.
 
-Everything is channels-last, (batch, height, width, channels). Source of the arithmetic: diffusers `unet_2d_blocks` and
-`Transformer2DModel`; attribute names are its keys.
+Images are channels-last, (batch, height, width, channels).
+
+Source: `unet_2d_blocks` and `Transformer2DModel` (diffusers); attribute names are its keys.
 """
 
 from collections.abc import Sequence
@@ -10,16 +11,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import Array, Float
 
 from clvr_jax.models import autoencoder_blocks
 from clvr_jax.models.attention import attention
 from clvr_jax.models.autoencoder_blocks import Downsample, Upsample
 from clvr_jax.models.layers import scan_blocks, stack_blocks
-from clvr_jax.models.rounding import Linear, gelu, silu
+from clvr_jax.models.torch_numerics import Linear, gelu, silu
 
 
 class Resnet(autoencoder_blocks.Resnet):
-    """The resnet of the autoencoder, moved by the timestep's embedding between its convolutions."""
+    """The resnet of the autoencoder, with a projection of the timestep embedding added between its convolutions."""
 
     def __init__(
         self, features_in: int, features_out: int, groups: int, embedding: int, *, rngs: nnx.Rngs, **options: Any
@@ -28,13 +30,13 @@ class Resnet(autoencoder_blocks.Resnet):
         dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
         self.time_emb_proj = Linear(embedding, features_out, rngs=rngs, **dtypes)
 
-    def __call__(self, x_bhwc: jax.Array, embedding_be: jax.Array) -> jax.Array:  # type: ignore[override]
-        """(b, h, w, features_in) and (b, embedding) -> (b, h, w, features_out)."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"], embedding_be: Float[Array, "b e"]) -> Float[Array, "b h w d"]:  # type: ignore[override]
+        """Maps (b, h, w, features_in) and (b, embedding) to (b, h, w, features_out)."""
         return super().__call__(x_bhwc, self.time_emb_proj(silu(embedding_be)))
 
 
 class Attention(nnx.Module):
-    """Multi-head attention of image positions, to each other or to the text."""
+    """Multi-head attention of image positions to each other or to the text."""
 
     def __init__(self, features: int, context_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.heads = heads
@@ -43,8 +45,8 @@ class Attention(nnx.Module):
         self.to_v = Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
         self.to_out = nnx.List([Linear(features, features, rngs=rngs, **dtypes)])
 
-    def __call__(self, x_btd: jax.Array, context_bsd: jax.Array) -> jax.Array:
-        """(b, t, features) and (b, s, context_features) -> (b, t, features)."""
+    def __call__(self, x_btd: Float[Array, "b t d"], context_bsd: Float[Array, "b s c"]) -> Float[Array, "b t d"]:
+        """Maps (b, t, features) and (b, s, context_features) to (b, t, features)."""
 
         def split(y: jax.Array) -> jax.Array:
             return y.reshape(*y.shape[:2], self.heads, -1)
@@ -54,32 +56,32 @@ class Attention(nnx.Module):
 
 
 class GEGLU(nnx.Module):
-    """Value times GELU of a gate; both come from one projection."""
+    """Value times GELU of a gate; one projection computes both."""
 
     def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.proj = Linear(features_in, 2 * features_out, rngs=rngs, **dtypes)
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        """(b, t, features_in) -> (b, t, features_out)."""
+    def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
+        """Maps (b, t, features_in) to (b, t, features_out)."""
         value, gate = jnp.split(self.proj(x_btd), 2, axis=-1)
         return value * gelu(gate)
 
 
 class FeedForward(nnx.Module):
-    """Gated MLP, four times as wide inside."""
+    """Gated MLP with four times the width in its hidden layer."""
 
     def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        # The second place is PyTorch's dropout: it has no weights, but it counts in the keys.
+        # The second entry is the dropout of PyTorch, which has no weights but an index in the keys.
         widen = GEGLU(features, 4 * features, rngs=rngs, **dtypes)
         self.net = nnx.List([widen, nnx.Dropout(0.0), Linear(4 * features, features, rngs=rngs, **dtypes)])
 
-    def __call__(self, x_btd: jax.Array) -> jax.Array:
-        """(b, t, features) -> the same."""
+    def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        """Maps (b, t, features) to the same shape."""
         return self.net[2](self.net[0](x_btd))
 
 
 class TransformerBlock(nnx.Module):
-    """Self-attention, attention to the text, MLP; each after a LayerNorm, each with its residual."""
+    """Self-attention, cross-attention to the text and MLP, each after a LayerNorm and with a residual connection."""
 
     def __init__(self, features: int, text_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
         self.norm1, self.norm2, self.norm3 = (
@@ -89,8 +91,8 @@ class TransformerBlock(nnx.Module):
         self.attn2 = Attention(features, text_features, heads, rngs=rngs, **dtypes)
         self.ff = FeedForward(features, rngs=rngs, **dtypes)
 
-    def __call__(self, x_btd: jax.Array, text_bsd: jax.Array) -> jax.Array:
-        """(b, t, features) and (b, s, text_features) -> (b, t, features)."""
+    def __call__(self, x_btd: Float[Array, "b t d"], text_bsd: Float[Array, "b s c"]) -> Float[Array, "b t d"]:
+        """Maps (b, t, features) and (b, s, text_features) to (b, t, features)."""
         normed_btd = self.norm1(x_btd)
         x_btd += self.attn1(normed_btd, normed_btd)
         x_btd += self.attn2(self.norm2(x_btd), text_bsd)
@@ -98,7 +100,7 @@ class TransformerBlock(nnx.Module):
 
 
 class Transformer(nnx.Module):
-    """A stack of transformer blocks between two projections, over all positions of the image, with a residual."""
+    """A stack of transformer blocks over all image positions, between two projections, with a residual connection."""
 
     def __init__(
         self,
@@ -114,7 +116,7 @@ class Transformer(nnx.Module):
         **dtypes: Any,
     ):
         def projection() -> Linear | nnx.Conv:
-            # On channels-last images a 1 x 1 convolution is a Linear; only its kernel has two axes more.
+            # On channels-last images a 1 x 1 convolution is a linear layer whose kernel has two more axes.
             if linear:
                 return Linear(features, features, rngs=rngs, **dtypes)
             return nnx.Conv(features, features, (1, 1), rngs=rngs, **dtypes)
@@ -127,8 +129,8 @@ class Transformer(nnx.Module):
         )
         self.proj_out = projection()
 
-    def __call__(self, x_bhwc: jax.Array, text_bsd: jax.Array) -> jax.Array:
-        """(b, h, w, features) and (b, s, text_features) -> (b, h, w, features)."""
+    def __call__(self, x_bhwc: Float[Array, "b h w c"], text_bsd: Float[Array, "b s d"]) -> Float[Array, "b h w c"]:
+        """Maps (b, h, w, features) and (b, s, text_features) to (b, h, w, features)."""
 
         def step(block: TransformerBlock, x_btd: jax.Array, _: None) -> tuple[jax.Array, None]:
             return block(x_btd, text_bsd), None
@@ -140,14 +142,14 @@ class Transformer(nnx.Module):
 
 
 class Stage(nnx.Module):
-    """Resnets at one resolution, each followed by a transformer if `transformer` says how to build them.
+    """Resnets at one resolution, each followed by an optional transformer.
 
     Args:
-      widths_in: channels that enter each resnet.
-      width: channels that leave each.
-      transformer: keyword arguments of `Transformer`, or None for resnets alone.
-      transformers: number of transformers, as many as resnets unless said otherwise.
-      remat: what the backward pass keeps of each block, see `layers.REMAT`; of a resnet nothing unless "dots".
+      widths_in: input channels of each resnet.
+      width: output channels of all resnets.
+      transformer: keyword arguments of `Transformer`; None builds no transformers.
+      transformers: number of transformers; None is the number of resnets.
+      remat: rematerialization policy, a name in `layers.REMAT`; resnets are recomputed unless it is "dots".
     """
 
     def __init__(
@@ -167,7 +169,7 @@ class Stage(nnx.Module):
         count = 0 if transformer is None else len(widths_in) if transformers is None else transformers
         self.remat = remat
         self.resnets = nnx.List(
-            [Resnet(wide, width, groups, embedding, epsilon=epsilon, rngs=rngs, **dtypes) for wide in widths_in]
+            [Resnet(width_in, width, groups, embedding, epsilon=epsilon, rngs=rngs, **dtypes) for width_in in widths_in]
         )
         self.attentions = nnx.List(
             [
@@ -176,23 +178,31 @@ class Stage(nnx.Module):
             ]
         )
 
-    def layer(self, i: int, x_bhwc: jax.Array, embedding_be: jax.Array, text_bsd: jax.Array) -> jax.Array:
-        """Resnet number `i` and its transformer, if it has one."""
+    def layer(
+        self,
+        i: int,
+        x_bhwc: Float[Array, "b h w c"],
+        embedding_be: Float[Array, "b e"],
+        text_bsd: Float[Array, "b s d"],
+    ) -> Float[Array, "b h w c2"]:
+        """Applies resnet `i` and its transformer, if it has one."""
         resnet = nnx.remat(Resnet.__call__) if self.remat != "dots" else Resnet.__call__
         x_bhwc = resnet(self.resnets[i], x_bhwc, embedding_be)
         return self.attentions[i](x_bhwc, text_bsd) if i < len(self.attentions) else x_bhwc
 
 
 class DownBlock(Stage):
-    """A stage, then half the resolution unless it is the last."""
+    """A stage, then downsampling by 2 unless it is the last block."""
 
     def __init__(self, widths_in: Sequence[int], width: int, *, downsample: bool, rngs: nnx.Rngs, **options: Any):
         super().__init__(widths_in, width, rngs=rngs, **options)
         dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
         self.downsamplers = nnx.List([Downsample(width, 1, rngs=rngs, **dtypes)] if downsample else [])
 
-    def __call__(self, x_bhwc: jax.Array, embedding_be: jax.Array, text_bsd: jax.Array) -> list[jax.Array]:
-        """Returns the state after every layer and after the change of resolution; the last goes on."""
+    def __call__(
+        self, x_bhwc: Float[Array, "b h w c"], embedding_be: Float[Array, "b e"], text_bsd: Float[Array, "b s d"]
+    ) -> list[Float[Array, "b _ _ c2"]]:
+        """Returns the state after every layer and after the downsampling; the last is the input of the next block."""
         states = []
         for i in range(len(self.resnets)):
             x_bhwc = self.layer(i, x_bhwc, embedding_be, text_bsd)
@@ -201,20 +211,22 @@ class DownBlock(Stage):
 
 
 class MidBlock(Stage):
-    """Resnet, transformer, resnet, at the coarsest resolution."""
+    """A resnet, a transformer and a resnet, at the coarsest resolution."""
 
     def __init__(self, width: int, **options: Any):
         super().__init__((width, width), width, transformers=1, **options)
 
-    def __call__(self, x_bhwc: jax.Array, embedding_be: jax.Array, text_bsd: jax.Array) -> jax.Array:
-        """(b, h, w, c) -> the same."""
+    def __call__(
+        self, x_bhwc: Float[Array, "b h w c"], embedding_be: Float[Array, "b e"], text_bsd: Float[Array, "b s d"]
+    ) -> Float[Array, "b h w c"]:
+        """Maps (b, h, w, c) to the same shape."""
         for i in range(len(self.resnets)):
             x_bhwc = self.layer(i, x_bhwc, embedding_be, text_bsd)
         return x_bhwc
 
 
 class UpBlock(Stage):
-    """A stage whose every resnet also takes a state of the way down, then twice the resolution unless the last."""
+    """A stage whose resnets also get states of the down blocks, then upsampling by 2 unless it is the last block."""
 
     def __init__(self, widths_in: Sequence[int], width: int, *, upsample: bool, rngs: nnx.Rngs, **options: Any):
         super().__init__(widths_in, width, rngs=rngs, **options)
@@ -222,9 +234,13 @@ class UpBlock(Stage):
         self.upsamplers = nnx.List([Upsample(width, rngs=rngs, **dtypes)] if upsample else [])
 
     def __call__(
-        self, x_bhwc: jax.Array, skips: list[jax.Array], embedding_be: jax.Array, text_bsd: jax.Array
-    ) -> jax.Array:
-        """Takes its states off the end of `skips`; the next one there says how large the finer grid was."""
+        self,
+        x_bhwc: Float[Array, "b h w c"],
+        skips: list[Float[Array, "b _ _ _"]],
+        embedding_be: Float[Array, "b e"],
+        text_bsd: Float[Array, "b s d"],
+    ) -> Float[Array, "b h2 w2 c2"]:
+        """Pops its states from the end of `skips`; the last remaining one has the size of the finer grid."""
         for i in range(len(self.resnets)):
             x_bhwc = self.layer(i, jnp.concatenate([x_bhwc, skips.pop()], axis=-1), embedding_be, text_bsd)
         for upsample in self.upsamplers:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from clvr_jax.diffusion import euler_solve, guided
+from clvr_jax.diffusion import classifier_free_guidance, euler_solve
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.layers import read_only_weights
@@ -107,4 +107,6 @@ def denoise(
         if text_btd.shape[0] == latents_btc.shape[0]:
             return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
         unconditional, conditional = jnp.split(text_btd, 2)
-        return euler_solve(guided(velocity, conditional, unconditional, guidance), latents_btc, sigmas)
+        return euler_solve(
+            classifier_free_guidance(velocity, conditional, unconditional, guidance), latents_btc, sigmas
+        )

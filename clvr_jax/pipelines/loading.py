@@ -25,7 +25,7 @@ from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
 from clvr_jax.models.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
-from clvr_jax.trees import Tree
+from clvr_jax.trees import Params
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -143,7 +143,7 @@ def check_heads(layout: MeshLayout | None, heads: Mapping[str, int]) -> None:
 
 def read_loras(
     directory: Path, architecture: Architecture, loras: Sequence[LoRA], ignore_text_encoder: bool = False
-) -> list[tuple[Tree, float]]:
+) -> list[tuple[Params, float]]:
     """Reads LoRAs of the model in `directory`, without its weights.
 
     Args:

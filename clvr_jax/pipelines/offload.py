@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 
 from clvr_jax.errors import UsageError
-from clvr_jax.trees import Tree
+from clvr_jax.trees import Params
 
 HOST = "pinned_host"
 """JAX's name for host memory that devices read directly."""
@@ -18,10 +18,10 @@ class Offloader:
     """
 
     def __init__(self) -> None:
-        self._held: Tree = None
-        self._copy: Tree = None
+        self._held: Params = None
+        self._copy: Params = None
 
-    def on_device(self, weights: Tree) -> Tree:
+    def on_device(self, weights: Params) -> Params:
         """Returns a copy of a model's weights on the devices, after freeing the copy of another model.
 
         Args:
@@ -48,7 +48,7 @@ def offloader_of(offload: Offload) -> Offloader | None:
     return Offloader()
 
 
-def in_host(weights: Tree) -> bool:
+def in_host(weights: Params) -> bool:
     """Returns whether a model's weights are in host memory."""
     return any(leaf.sharding.memory_kind == HOST for leaf in jax.tree.leaves(weights))
 

@@ -18,7 +18,7 @@ from jax.typing import DTypeLike
 from clvr_jax.atomic_io import located
 from clvr_jax.data.clip_tokens import encode_clip
 from clvr_jax.data.text import check_prompt
-from clvr_jax.diffusion import NoiseSchedule, ddim_solve, euler_noise_solve, guided, lcm_solve
+from clvr_jax.diffusion import NoiseSchedule, classifier_free_guidance, ddim_solve, euler_noise_solve, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
@@ -344,7 +344,7 @@ def _denoise(
     def given(x: jax.Array, timestep: jax.Array) -> jax.Array:
         return predict(x, timestep, conditional)
 
-    model = given if unconditional is None else guided(predict, conditional, unconditional, guidance)
+    model = given if unconditional is None else classifier_free_guidance(predict, conditional, unconditional, guidance)
     if solver == "lcm":
         return lcm_solve(model, noise_bhwc, schedule, timesteps, step_noise=fresh_nbhwc)
     solve = {"euler": euler_noise_solve, "ddim": ddim_solve}[solver]

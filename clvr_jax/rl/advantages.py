@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Bool, Float64
 
 from clvr_jax.errors import ClvrError
 
@@ -18,11 +19,11 @@ class Advantages(NamedTuple):
     `np.unique` order.
     """
 
-    values: np.ndarray
-    valid_mask: np.ndarray
+    values: Float64[np.ndarray, " n"]
+    valid_mask: Bool[np.ndarray, " n"]
     zero_variance: int
-    mean: np.ndarray
-    std: np.ndarray
+    mean: Float64[np.ndarray, " g"]
+    std: Float64[np.ndarray, " g"]
 
 
 def group_advantages(

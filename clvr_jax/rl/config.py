@@ -16,8 +16,7 @@ from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.loop import LoopConfig
 from clvr_jax.training.optimizer import AdamWConfig
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +136,7 @@ class PPRLConfig:
             return FlowGRPO(policy, self.grpo)
         return DiffusionNFT(policy, self.nft, self.old_decay)
 
-    def init_params(self, base: Tree) -> Tree:
+    def init_params(self, base: Params) -> Params:
         """Returns the initial parameters: a LoRA tree that changes nothing, or float32 copies of all parameters.
 
         Args:
@@ -147,7 +146,7 @@ class PPRLConfig:
             return self.lora.init(base, jax.random.key(self.seed))
         return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), base)
 
-    def policy_weights(self, base: Tree, params: Tree) -> Tree:
+    def policy_weights(self, base: Params, params: Params) -> Params:
         """Returns the weights of a policy from its parameters, in the base's dtypes; a LoRA is multiplied out."""
         if self.lora.rank:
             return apply_delta(base, params)

@@ -14,8 +14,7 @@ from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.update import UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.training.step import GradAccumulator
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 class JittedSteps:
@@ -28,7 +27,7 @@ class JittedSteps:
     """
 
     def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: MeshLayout):
-        def accumulate(params: Tree, base: Tree, old: Tree, sums: GradAccumulator, batch: UpdateBatch) -> Any:
+        def accumulate(params: Params, base: Params, old: Params, sums: GradAccumulator, batch: UpdateBatch) -> Any:
             total = sums.add(loss_and_grads(policy, config, params, base, old, batch))
             return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))
 
@@ -47,7 +46,7 @@ class JittedSteps:
             )
         )
 
-    def zeros(self, params: Tree) -> GradAccumulator:
+    def zeros(self, params: Params) -> GradAccumulator:
         """Returns sums over no samples."""
         metrics = {name: jnp.float32(0) for name in (*self.algorithm.metrics, "loss")}
         return GradAccumulator(self._zero_grads(params), metrics, jnp.float32(0))

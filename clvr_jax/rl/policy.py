@@ -2,16 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import numpy as np
+from jaxtyping import Array, Float, PyTree, Real
 
 from clvr_jax.diffusion import ForwardProcess
+from clvr_jax.trees import Params
 
-Tree = Any
-
-Predictor = Callable[[jax.Array, jax.Array], jax.Array]
+Predictor = Callable[[Float[Array, "b *d"], Real[Array, " b"]], Float[Array, "b *d"]]
 """(x_t (b, ...), timesteps (b,)) -> the prediction (b, ...) of a policy: a velocity, epsilon or v."""
 
 
@@ -27,10 +25,10 @@ class DiffusionPolicy:
     architecture's training.
     """
 
-    encode_conditions: Callable[[Tree, Any], Tree]
-    predictor: Callable[[Tree, Tree], Predictor]
-    solve: Callable[[Predictor, jax.Array], jax.Array]
-    decode: Callable[[Tree, jax.Array], jax.Array]
+    encode_conditions: Callable[[Params, PyTree], PyTree]
+    predictor: Callable[[Params, PyTree], Predictor]
+    solve: Callable[[Predictor, Float[Array, "b *d"]], Float[Array, "b *d"]]
+    decode: Callable[[Params, Float[Array, "b *d"]], Float[Array, "b h w 3"]]
     latent_shape: tuple[int, ...]
-    timesteps: np.ndarray
+    timesteps: Real[np.ndarray, " n"]
     forward_process: ForwardProcess

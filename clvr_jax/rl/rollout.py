@@ -1,23 +1,23 @@
 """Rollout: the old policy samples a group of images for each trajectory step of a microbatch."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from clvr_jax.rl.algorithms.base import standard_normal
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.random_keys import NOISE, PATH, RandomSource, sample_keys
 from clvr_jax.sharding import with_logical_constraint
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 class RolloutBatch(NamedTuple):
     """The input of a rollout. data: (g, ...) for `DiffusionPolicy.encode_conditions`. source: of its random numbers."""
 
-    data: Tree
+    data: PyTree
     source: RandomSource
 
 
@@ -30,11 +30,11 @@ class Rollout(NamedTuple):
 
     samples: jax.Array
     images: jax.Array
-    conditions: Tree
+    conditions: PyTree
 
 
 def collect_rollout(
-    policy: DiffusionPolicy, config: PPRLConfig, base: Tree, old: Tree, frozen: Tree, batch: RolloutBatch
+    policy: DiffusionPolicy, config: PPRLConfig, base: Params, old: Params, frozen: Params, batch: RolloutBatch
 ) -> Rollout:
     """Samples `group_size` images for each group with the old policy.
 
@@ -53,7 +53,7 @@ def collect_rollout(
     return Rollout(samples, images, conditions)
 
 
-def repeat_for_samples(conditions: Tree, group_size: int) -> Tree:
+def repeat_for_samples(conditions: PyTree, group_size: int) -> PyTree:
     """Repeats the conditions of groups (g, ...) for their samples (g * group_size, ...)."""
     return jax.tree.map(lambda leaf: shard_rows(jnp.repeat(leaf, group_size, axis=0)), conditions)
 

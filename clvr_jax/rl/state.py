@@ -11,8 +11,7 @@ from typing_extensions import override
 
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.training.step import TrainState
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 @partial(
@@ -28,7 +27,7 @@ class PPRLState(TrainState):
     """
 
     epoch: Any
-    old: Tree
+    old: Params
 
     @override
     @property
@@ -37,7 +36,7 @@ class PPRLState(TrainState):
 
     @override
     @classmethod
-    def _initial(cls, params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, Any]:
         old = jax.tree.map(jnp.copy, params)
         return {**super()._initial(params, optimizer), "epoch": jnp.int32(0), "old": old}
 

@@ -10,8 +10,7 @@ from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptGenerator
 from clvr_jax.rewards.reward import Reward
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +27,21 @@ class PPRLTask:
 
     name: str
     config: PPRLConfig
-    base: Tree
-    frozen: Tree
+    base: Params
+    frozen: Params
     policy: DiffusionPolicy
     steps: ProxySteps
     data: Callable[[Sequence[ProxyStep]], Any]
     bucket: Callable[[ProxyStep], Hashable]
     reward: Reward
-    save: Callable[[Tree, Tree, Path], None]
+    save: Callable[[Params, Params, Path], None]
     proxy_prompt_generator: ProxyPromptGenerator | None = None
 
     @property
-    def params(self) -> Tree:
+    def params(self) -> Params:
         """The initial parameters; `recipes.export_run` restores a tree of the same structure."""
         return self.config.init_params(self.base)
 
-    def export(self, params: Tree, directory: Path) -> None:
+    def export(self, params: Params, directory: Path) -> None:
         """Writes the model with trained parameters."""
         self.save(self.config.policy_weights(self.base, params), params, directory)

@@ -10,6 +10,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
+from jaxtyping import PyTree
 
 from clvr_jax.rl.algorithms import Predictors, RLAlgorithm
 from clvr_jax.rl.algorithms.base import Metrics
@@ -20,8 +21,7 @@ from clvr_jax.rl.rollout import repeat_for_samples
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.training import step
 from clvr_jax.training.step import GradAccumulator
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 class UpdateBatch(NamedTuple):
@@ -33,7 +33,7 @@ class UpdateBatch(NamedTuple):
     """
 
     samples: Any
-    conditions: Tree
+    conditions: PyTree
     sample_weights: Any
     valid_mask: Any
     inner_step: Any
@@ -41,7 +41,7 @@ class UpdateBatch(NamedTuple):
 
 
 def loss_and_grads(
-    policy: DiffusionPolicy, config: PPRLConfig, params: Tree, base: Tree, old: Tree, batch: UpdateBatch
+    policy: DiffusionPolicy, config: PPRLConfig, params: Params, base: Params, old: Params, batch: UpdateBatch
 ) -> GradAccumulator:
     """Computes loss, metrics and gradients for the samples of a microbatch at one of their timesteps, as sums."""
     algorithm = config.make_algorithm(policy)
@@ -53,7 +53,7 @@ def loss_and_grads(
     old_predictor = policy.predictor(config.policy_weights(base, old), conditions)
     reference = policy.predictor(base, conditions)
 
-    def weighted_loss(params: Tree) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    def weighted_loss(params: Params) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         theta = policy.predictor(config.policy_weights(base, params), conditions)
         loss, metrics = algorithm.loss(
             Predictors(theta, old_predictor, reference),

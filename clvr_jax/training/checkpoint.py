@@ -11,11 +11,10 @@ from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.trees import dotted, leaves_by_path, some
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +49,7 @@ class Checkpoints:
         except OSError as error:
             raise ClvrError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
 
-    def restore_or(self, state: Tree, *, resume: bool) -> tuple[Tree, Mapping[str, Any]]:
+    def restore_or(self, state: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, Any]]:
         """Restores the newest checkpoint if there is one and `resume` is set.
 
         Args:
@@ -80,7 +79,7 @@ class Checkpoints:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, state: Tree, iterator_state: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, iterator_state: Mapping[str, Any]) -> None:
         """Starts to save a state and that of the data iterator; returns when they are copied.
 
         Raises: ClvrError if this or an earlier checkpoint could not be written; the last complete one is kept.
@@ -144,7 +143,7 @@ def _occupied(directory: Path, step: int) -> UsageError:
     return UsageError(f"{directory} already holds step {step}; add --resume to continue it or choose another --out")
 
 
-def restore_part(directory: Path, part: str, abstract: Tree) -> tuple[Tree, int]:
+def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, int]:
     """Reads one part of the newest checkpoint of a run, such as "params" or "ema", without the others.
 
     Args:

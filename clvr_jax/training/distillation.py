@@ -18,17 +18,18 @@ Source: piecewise rectified flow (PeRFlow, arXiv 2405.07510); the student's own 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import PyTree
 
-from clvr_jax.diffusion import Velocity, euler_solve, guided
+from clvr_jax.diffusion import Velocity, classifier_free_guidance, euler_solve
 from clvr_jax.errors import UsageError
+from clvr_jax.trees import Params
 
-Tree = Any
-Field = Callable[[jax.Array, jax.Array, Tree], jax.Array]
+Field = Callable[[jax.Array, jax.Array, PyTree], jax.Array]
 """(latents (b, t, c), timesteps (b,), condition: a tree of arrays of b rows) -> velocity (b, t, c)."""
 
 _HALF = 0.5
@@ -65,11 +66,11 @@ class Windows(NamedTuple):
 
 
 def distillation_loss(
-    network: Callable[[Tree], Field],
-    params: Tree,
-    teacher: Tree,
-    conditional: Tree,
-    unconditional: Tree,
+    network: Callable[[Params], Field],
+    params: Params,
+    teacher: Params,
+    conditional: PyTree,
+    unconditional: PyTree,
     noise_btc: jax.Array,
     sigmas: ArrayLike,
     config: DistillConfig,
@@ -93,7 +94,7 @@ def distillation_loss(
     own = _at_all(network(jax.lax.stop_gradient(params)))
     guide = _at_all(network(teacher))
     path = follow_windows(
-        guided(guide, conditional, unconditional, config.guidance)
+        classifier_free_guidance(guide, conditional, unconditional, config.guidance)
         if config.passes == 2
         else lambda x, sigma: guide(x, sigma, conditional),
         lambda x, sigma: own(x, sigma, conditional),
@@ -163,10 +164,10 @@ def window_loss(
     return errors.mean(), {f"loss_window_{number}": error for number, error in enumerate(errors)}
 
 
-def _at_all(field: Field) -> Callable[[jax.Array, jax.Array, Tree], jax.Array]:
+def _at_all(field: Field) -> Callable[[jax.Array, jax.Array, PyTree], jax.Array]:
     """Returns the field at one timestep for all rows, as solvers take it."""
 
-    def velocity(x: jax.Array, sigma: jax.Array, condition: Tree) -> jax.Array:
+    def velocity(x: jax.Array, sigma: jax.Array, condition: PyTree) -> jax.Array:
         return field(x, jnp.full(x.shape[0], sigma), condition)
 
     return velocity

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
-from clvr_jax.trees import Tree, by_pattern, leaves_by_path, path_of
+from clvr_jax.trees import Params, by_pattern, leaves_by_path, path_of
 
 
-def scaled(params: Tree, factors: Mapping[str, float]) -> Tree:
+def scaled(params: Params, factors: Mapping[str, float]) -> Params:
     """Multiplies leaves by the factor of the first pattern that is found in their path.
 
     Args:

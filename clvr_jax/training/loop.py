@@ -30,8 +30,7 @@ from clvr_jax.training.distributed import broadcast_decision
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.metrics import MetricLog
 from clvr_jax.training.step import State
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 class StopRequestedError(Exception):
@@ -251,12 +250,12 @@ def mesh_of(mesh: MeshConfig) -> Iterator[MeshLayout]:
         yield layout
 
 
-def export_in_process_0(export: Callable[[Tree, Path], None], tree: Tree, directory: Path) -> None:
-    """Exports a tree in process 0, which first gets the shards of all hosts."""
-    tree = process_allgather(tree)
+def export_in_process_0(export: Callable[[Params, Path], None], params: Params, directory: Path) -> None:
+    """Exports parameters in process 0, which first gets the shards of all hosts."""
+    params = process_allgather(params)
     if jax.process_index() == 0:
         with without_layout():
-            export(tree, directory)
+            export(params, directory)
 
 
 def wait_on_cpu(layout: MeshLayout, result: Any) -> None:

@@ -9,8 +9,7 @@ from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.training.step import Metrics
 from clvr_jax.training.trainer import Task
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 def lora_task(task: Task, config: LoRAConfig, seed: int) -> Task:
@@ -24,7 +23,7 @@ def lora_task(task: Task, config: LoRAConfig, seed: int) -> Task:
       seed: seed of the initial LoRA, whose delta is zero.
     """
 
-    def loss(params: Tree, frozen: Tree, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return task.loss(apply_delta(frozen["base"], params), frozen["task"], batch, key)
 
     return dataclasses.replace(

@@ -122,7 +122,7 @@ class Throughput:
         self._steps, self._flops, self._tokens, self._since = 0, 0.0, 0, time.monotonic()
 
 
-# JAX's name of a chip -> its name in `costs.hardware`.
+# JAX's name of a chip -> its name in `cost_model.hardware`.
 _CHIPS = {"TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "NVIDIA H100 80GB HBM3": "h100"}
 
 

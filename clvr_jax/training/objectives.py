@@ -8,13 +8,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray, Real
 
 from clvr_jax.diffusion.noise_schedule import NoiseSchedule
 
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+Velocity = Callable[[Float[Array, "b t c"], Float[Array, " b"]], Float[Array, "b t c"]]
 
 
-def sample_timesteps(key: jax.Array, batch: int, shift: float) -> jax.Array:
+def sample_timesteps(key: PRNGKeyArray, batch: int, shift: float) -> Float[Array, " batch"]:
     """Samples (batch,) timesteps in (0, 1): uniform, and shifted towards noise as the sampler's schedule is.
 
     t = shift u / (1 + (shift - 1) u); shift 1 leaves them uniform. They are stratified over the batch, which keeps
@@ -24,7 +25,9 @@ def sample_timesteps(key: jax.Array, batch: int, shift: float) -> jax.Array:
     return shift * strata / (1 + (shift - 1) * strata)
 
 
-def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, shift: float) -> jax.Array:
+def flow_matching_loss(
+    velocity: Velocity, x0_btc: Float[Array, "b t c"], key: PRNGKeyArray, shift: float
+) -> Float[Array, ""]:
     """Computes the mean squared error of the velocity at random timesteps (rectified flow).
 
     Args:
@@ -43,8 +46,11 @@ def flow_matching_loss(velocity: Velocity, x0_btc: jax.Array, key: jax.Array, sh
 
 
 def noise_prediction_loss(
-    predict: Callable[[jax.Array, jax.Array], jax.Array], x0: jax.Array, key: jax.Array, schedule: NoiseSchedule
-) -> jax.Array:
+    predict: Callable[[Float[Array, "b *d"], Int[Array, " b"]], Float[Array, "b *d"]],
+    x0: Float[Array, "b *d"],
+    key: PRNGKeyArray,
+    schedule: NoiseSchedule,
+) -> Float[Array, ""]:
     """Computes the mean squared error of the noise or of v = sqrt(alpha) noise - sqrt(1 - alpha) x_0, at random steps.
 
     Args:
@@ -62,7 +68,7 @@ def noise_prediction_loss(
     # The last stratum ends at 1, which rounding can reach.
     timesteps = sample_timesteps(time_key, x0.shape[0], shift=1.0) * schedule.num_train_timesteps
     timesteps = jnp.minimum(timesteps.astype(jnp.int32), last)
-    alpha = jnp.asarray(schedule.alphas, x0.dtype)[timesteps].reshape(-1, *[1] * (x0.ndim - 1))
+    alpha = jnp.asarray(schedule.alphas_cumprod, x0.dtype)[timesteps].reshape(-1, *[1] * (x0.ndim - 1))
     signal, sigma = jnp.sqrt(alpha), jnp.sqrt(1 - alpha)
     target = noise if schedule.prediction_type == "epsilon" else signal * noise - sigma * x0
     predicted = predict(signal * x0 + sigma * noise, timesteps)
@@ -70,12 +76,12 @@ def noise_prediction_loss(
 
 
 def autoencoder_loss(
-    moments: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    decode: Callable[[jax.Array], jax.Array],
-    images_bhwc: jax.Array,
-    key: jax.Array,
+    moments: Callable[[Float[Array, "b h w c"]], tuple[Float[Array, "b h8 w8 d"], Float[Array, "b h8 w8 d"]]],
+    decode: Callable[[Float[Array, "b h8 w8 d"]], Float[Array, "b h w c"]],
+    images_bhwc: Float[Array, "b h w c"],
+    key: PRNGKeyArray,
     kl_weight: float,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the reconstruction error (absolute and squared) plus the weighted KL divergence to a unit normal.
 
     Args:
@@ -96,8 +102,8 @@ def autoencoder_loss(
 
 
 def next_token_loss(
-    logits_btv: jax.Array, tokens_bt: jax.Array, weights_bt: jax.Array
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+    logits_btv: Float[Array, "b t v"], tokens_bt: Int[Array, "b t"], weights_bt: Real[Array, "b t"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Computes the cross entropy of each next token, averaged over the tokens to be learned.
 
     Args:

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 import optax
+from jaxtyping import PyTree
 
 from clvr_jax.errors import UsageError
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,12 +96,12 @@ class AdamWConfig:
         return optax.chain(optax.clip_by_global_norm(self.clip_norm), rule)
 
 
-def _is_matrix(params: Tree) -> Tree:
+def _is_matrix(params: Params) -> PyTree:
     """Returns which parameters are decayed: matrices, not biases and norm scales."""
     return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
 
 
-def _block_matrices(params: Tree) -> Tree:
+def _block_matrices(params: Params) -> PyTree:
     """Returns Muon's dimension numbers of the kernels (layer, in, out) of scanned blocks; None (AdamW) for the rest."""
 
     def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:

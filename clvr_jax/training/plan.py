@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 from rich.table import Table
 
 from clvr_jax.cost_model.hardware import Topology, parse_topology, planning_devices
@@ -25,8 +26,7 @@ from clvr_jax.training.prefetch import DataIterator, check_batch
 from clvr_jax.training.recipes import Recipe
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task
-
-Tree = Any
+from clvr_jax.trees import Params
 
 
 class DoesNotFitError(ClvrError):
@@ -48,8 +48,8 @@ class Program:
 
     name: str
     function: Callable[[Any, Any], Any]
-    weights: Mapping[str, Tree]
-    data: Tree
+    weights: Mapping[str, Params]
+    data: PyTree
     reads: Mapping[str, int]
     flops: float
     calls: int = 1
@@ -59,7 +59,7 @@ class Program:
     other_bytes: float = 0.0
     donates: bool = False
 
-    def shardings(self, layout: MeshLayout) -> Tree:
+    def shardings(self, layout: MeshLayout) -> PyTree:
         """Returns the sharding of each array of `data`."""
 
         def place(leaf: Any) -> Any:
@@ -78,7 +78,7 @@ def plan(
     Args:
       recipe: of a training run, or with a `program`: one program, or several that are in memory together.
       config: its configuration; `train.mesh`, or `mesh`, is the mesh of the chips.
-      topology: see `costs.hardware.parse_topology`.
+      topology: see `cost_model.hardware.parse_topology`.
       dollars_per_chip_hour: for the cost of the whole run.
     Raises: UsageError for a mesh or batch that cannot be sharded; DoesNotFitError if the program does not fit into the
       chips' memory; ClvrError if there is no compiler for the topology.
@@ -280,7 +280,7 @@ def _plan_together(
     return JointReport(name, chips.name, chips.devices, dict(layout.mesh.shape), weights, tuple(stages))
 
 
-def _bytes_per_chip(tree: Tree, shardings: Tree) -> int:
+def _bytes_per_chip(tree: PyTree, shardings: PyTree) -> int:
     placed = jax.tree.leaves(_with(_shapes(tree), shardings))
     return sum(elements_per_chip(leaf) * leaf.dtype.itemsize for leaf in placed)
 
@@ -312,11 +312,11 @@ def _does_not_fit(said: str) -> DoesNotFitError:
     return DoesNotFitError(f"does not fit a chip's memory: {needs}")
 
 
-def _shapes(tree: Tree) -> Tree:
+def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), tree)
 
 
-def _with(tree: Tree, shardings: Tree) -> Tree:
+def _with(tree: PyTree, shardings: PyTree) -> PyTree:
     return jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), tree, shardings
     )

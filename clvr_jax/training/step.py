@@ -8,12 +8,13 @@ from typing import Any, NamedTuple, Self, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 
 from clvr_jax.sharding import MeshLayout
+from clvr_jax.trees import Params
 
-Tree = Any
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Tree, Tree, Any, jax.Array], tuple[jax.Array, Metrics]]
+Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
 """(params, frozen, batch, key) -> (mean loss, metrics). Where the mean is not over equal rows, metrics["weight"] is the
 number it was divided by (tokens that count, say), so that parts of a batch add up to the whole."""
 
@@ -30,9 +31,9 @@ class TrainState:
     """Everything a run continues from. skipped: steps whose gradients were not finite and changed nothing."""
 
     step: Any
-    params: Tree
-    ema: Tree
-    opt_state: Tree
+    params: Params
+    ema: Params
+    opt_state: PyTree
     skipped: Any
     skipped_in_a_row: Any
 
@@ -42,13 +43,13 @@ class TrainState:
         return self.step
 
     @classmethod
-    def create(cls, params: Tree, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None) -> Self:
+    def create(cls, params: Params, optimizer: optax.GradientTransformation, layout: MeshLayout | None = None) -> Self:
         """Returns the state of step 0, sharded over the mesh; the EMA starts at the parameters.
 
         The parameters are copied, since a step takes its state's memory.
         """
 
-        def start(params: Tree) -> Any:
+        def start(params: Params) -> Any:
             return cls(**cls._initial(params, optimizer))
 
         if layout is None:
@@ -57,7 +58,7 @@ class TrainState:
         return jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
 
     @classmethod
-    def _initial(cls, params: Tree, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, Any]:
         """Returns all fields at step 0."""
         params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
         counters = {name: jnp.int32(0) for name in ("step", "skipped", "skipped_in_a_row")}
@@ -83,7 +84,7 @@ State = TypeVar("State", bound=TrainState)
 class GradAccumulator(NamedTuple):
     """Sums over the rows of microbatches: gradients, metrics, and the weight of the rows (their number, say)."""
 
-    grads: Tree
+    grads: Params
     metrics: Metrics
     weight: jax.Array
 
@@ -91,14 +92,14 @@ class GradAccumulator(NamedTuple):
         """Returns the sums with those of another microbatch added."""
         return jax.tree.map(jnp.add, self, other)
 
-    def mean(self) -> tuple[Tree, Metrics]:
+    def mean(self) -> tuple[Params, Metrics]:
         """Returns gradients and metrics of the mean over all rows."""
         grads, metrics = (jax.tree.map(lambda leaf: leaf / self.weight, tree) for tree in (self.grads, self.metrics))
         return grads, metrics
 
 
 def apply_gradients(
-    state: State, grads: Tree, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float
+    state: State, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float
 ) -> tuple[State, jax.Array]:
     """Takes one optimizer step; one whose loss or gradients are not finite changes only the counters.
 
@@ -147,13 +148,13 @@ class StepConfig:
 
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, config: StepConfig, layout: MeshLayout | None = None
-) -> Callable[[TrainState, Tree, Any], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Returns the jitted function (state, frozen, batch) -> (state, metrics), which donates the old state.
 
     A step whose loss or gradients are not finite leaves everything but the counters as it was.
     """
 
-    def train_step(state: TrainState, frozen: Tree, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, metrics = _mean_gradients(loss, config, state.params, frozen, batch, key)
         next_state, norm = apply_gradients(state, grads, metrics["loss"], optimizer, config.ema_decay)
@@ -166,11 +167,11 @@ def make_train_step(
 
 
 def _mean_gradients(
-    loss: Loss, config: StepConfig, params: Tree, frozen: Tree, batch: Any, key: jax.Array
-) -> tuple[Tree, Metrics]:
+    loss: Loss, config: StepConfig, params: Params, frozen: Params, batch: Any, key: jax.Array
+) -> tuple[Params, Metrics]:
     """Returns gradients and metrics of the mean over the whole batch, which is split into microbatches if asked for."""
 
-    def weighted_loss(params: Tree, rows: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    def weighted_loss(params: Params, rows: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         mean, metrics = loss(_cast(params, config.compute_dtype), frozen, rows, key)
         weight = jnp.asarray(metrics.pop(WEIGHT, 1.0), jnp.float32)
         return mean.astype(jnp.float32) * weight, (weight, {**metrics, "loss": mean})
@@ -195,6 +196,6 @@ def _mean_gradients(
     return sums.mean()
 
 
-def _cast(params: Tree, dtype: str) -> Tree:
+def _cast(params: Params, dtype: str) -> Params:
     """Casts floating-point leaves, which stay sharded: what is gathered from other devices is already small."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, params)

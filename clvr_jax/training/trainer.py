@@ -18,10 +18,9 @@ from clvr_jax.training.metrics import Throughput
 from clvr_jax.training.optimizer import OptimizerConfig
 from clvr_jax.training.prefetch import Batches, DataIterator, prefetch
 from clvr_jax.training.step import Loss, Metrics, StepConfig, TrainState, make_train_step
+from clvr_jax.trees import Params
 
 __all__ = ["Metrics", "Task", "TrainConfig", "TrainState", "fit", "make_train_step"]
-
-Tree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,11 +104,11 @@ class Task:
     """
 
     name: str
-    params: Tree
-    frozen: Tree
+    params: Params
+    frozen: Params
     loss: Loss
     batches: Batches
-    export: Callable[[Tree, Path], None]
+    export: Callable[[Params, Path], None]
     flops: Callable[[Any], float] | None = None
     hardware_flops: Callable[[Any], float] | None = None
     tokens: Callable[[Any], int] | None = None

@@ -24,7 +24,7 @@ def samples():
 def velocity(samples, schedule, t):
     """v = sqrt(alpha) noise - sqrt(1 - alpha) x0."""
     x0, noise = samples
-    alpha = jnp.asarray(schedule.alphas)[t][:, None, None]
+    alpha = jnp.asarray(schedule.alphas_cumprod)[t][:, None, None]
     return jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
 
 

@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from clvr_jax.cli import COMMANDS, parse
+from clvr_jax.commands.launch import Launch
 from clvr_jax.commands.training import Train
+from clvr_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs" / "training-on-tpu-pods.md"
@@ -169,7 +171,7 @@ def test_the_image_installs_extras_that_there_are_and_starts_the_trainer():
     lines = (ROOT / "Dockerfile").read_text().splitlines()
     assert "ARG JAX_EXTRA=tpu" in lines
     assert {"tpu", "gpu"} <= extras.keys()
-    assert 'ENTRYPOINT ["python", "launch/train.py"]' in lines
+    assert 'ENTRYPOINT ["clvr", "launch"]' in lines
     assert any(line.startswith("USER ") and "root" not in line for line in lines)
     ignored = (ROOT / ".dockerignore").read_text().split()
     assert not {"launch", "configs", "convert", "clvr_jax", "pyproject.toml", "README.md", "LICENSE"} & set(ignored)
@@ -237,3 +239,17 @@ def test_messages_in_the_guide_are_those_of_the_code():
         if not message.startswith(of_others):
             parts = [part.strip(" ()") for part in message.split("...")]
             assert all(part in code for part in parts), message
+
+
+def test_launch_keeps_its_three_options_and_hands_all_others_to_train():
+    arguments = ["--coordinator=host0:1", RECIPE, "--processes", "2", "--json", "--process", "1", "--train.steps", "3"]
+    command = parse(["launch", *arguments])
+    assert isinstance(command, Launch)
+    assert (command.coordinator, command.processes, command.process) == ("host0:1", 2, 1)
+    assert command.train == (RECIPE, "--json", "--train.steps", "3")
+
+
+@pytest.mark.parametrize("process", ["one", None])
+def test_launch_refuses_a_process_that_is_no_number(process):
+    with pytest.raises(UsageError, match="--process"):
+        parse(["launch", RECIPE, "--process", *([process] if process else [])])

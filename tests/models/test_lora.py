@@ -23,7 +23,7 @@ def test_init_lora_is_that_of_peft():
 
 def test_wrong_targets_and_ranks_are_refused():
     params = {"to_q": {"kernel": jnp.ones((4, 4)), "bias": jnp.ones(4)}}
-    with pytest.raises(ClvrError, match=r"targets to_k are in no kernel's path; kernels are to_q\.kernel"):
+    with pytest.raises(ClvrError, match=r"targets to_k match no kernel's path; kernels are to_q\.kernel"):
         init_lora(params, ["to_q", "to_k"], 2, 2, jax.random.key(0))
     with pytest.raises(ClvrError, match="rank is 0"):
         init_lora(params, ["to_q"], 0, 2, jax.random.key(0))

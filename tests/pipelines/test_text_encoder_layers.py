@@ -53,7 +53,7 @@ def test_layers_above_are_neither_read_nor_held_and_change_nothing(directory, op
     for found, one in zip(part.hidden_states(IDS, MASK, (1, 3)), expected, strict=True):
         np.testing.assert_array_equal(found, one)
     assert not part.is_whole
-    with pytest.raises(ClvrError, match="holds 3 of 5 layers and no head"):
+    with pytest.raises(ClvrError, match="has 3 of 5 layers and no head"):
         part(jnp.asarray(IDS))
     with pytest.raises(ClvrError, match=r"indices in 0\.\.3"):
         part.hidden_states(IDS, MASK, (4,))

@@ -20,7 +20,7 @@ from clvr_jax.data.histories import token_count
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, ddim_solve, guided
+from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, classifier_free_guidance, ddim_solve
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.lora import LoRAConfig
@@ -96,7 +96,7 @@ def unet_task(dataset, config):
         def predict(x, t_b, text):
             return nnx.merge(graphdef, weights)(x, jnp.concatenate([t_b, t_b]), text)
 
-        return guided(predict, text, jnp.zeros_like(text), 2.0)
+        return classifier_free_guidance(predict, text, jnp.zeros_like(text), 2.0)
 
     def solve(predictor, noise):
         return ddim_solve(lambda x, t: predictor(x, jnp.full(len(x), t)), noise, SCHEDULE, jnp.asarray(timesteps))

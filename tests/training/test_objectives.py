@@ -17,7 +17,7 @@ def test_whoever_knows_the_picture_predicts_noise_without_error(prediction_type)
 
     def predict(x, timesteps):
         seen.append(np.asarray(timesteps))
-        alpha = jnp.asarray(schedule.alphas)[timesteps][:, None, None, None]
+        alpha = jnp.asarray(schedule.alphas_cumprod)[timesteps][:, None, None, None]
         noise = (x - jnp.sqrt(alpha) * x0) / jnp.sqrt(1 - alpha)
         return noise if prediction_type == "epsilon" else jnp.sqrt(alpha) * noise - jnp.sqrt(1 - alpha) * x0
 

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Shaped
 
 from clvr_jax.rl.policy import Predictor
 
@@ -31,27 +32,29 @@ class RLAlgorithm(Protocol):
     num_train_timesteps: int
     metrics: tuple[str, ...]
 
-    def sample(self, predictor: Predictor, noise: jax.Array, key_b: jax.Array) -> jax.Array:
+    def sample(
+        self, predictor: Predictor, noise: Float[Array, "b *d"], key_b: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
         """Samples the old policy from noise (b, ...), with a key for each sample. Returns: (b, *sample_shape)."""
         ...
 
-    def final_latents(self, samples: jax.Array) -> jax.Array:
+    def final_latents(self, samples: Float[Array, "b *s"]) -> Float[Array, "b *d"]:
         """Returns the clean latents (b, ...) of samples (b, *sample_shape)."""
         ...
 
-    def sample_weights(self, advantages: ArrayLike) -> jax.Array:
+    def sample_weights(self, advantages: ArrayLike) -> Float[Array, "..."]:
         """Returns the weights of the samples in the loss, from their advantages."""
         ...
 
     def loss(
         self,
         predictors: Predictors,
-        samples: jax.Array,
-        sample_weights_b: jax.Array,
-        valid_mask_b: jax.Array,
-        timestep_index_b: jax.Array,
-        key_b: jax.Array,
-    ) -> tuple[jax.Array, Metrics]:
+        samples: Float[Array, "b *s"],
+        sample_weights_b: Float[Array, " b"],
+        valid_mask_b: Shaped[Array, " b"],
+        timestep_index_b: Int[Array, " b"],
+        key_b: Key[Array, " b"],
+    ) -> tuple[Float[Array, ""], Metrics]:
         """Computes the loss of theta on samples of the old policy.
 
         Args:
@@ -70,19 +73,21 @@ class RLAlgorithm(Protocol):
         ...
 
 
-def standard_normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+def standard_normal(key: PRNGKeyArray | Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b *d"]:
     """Returns standard normal noise (b, ...) from one key, or from (b,) keys, one for each row."""
     if key.ndim == 0:
         return jax.random.normal(key, shape)
     return jax.vmap(lambda own: jax.random.normal(own, shape[1:]))(key)
 
 
-def mean_per_sample(x: jax.Array) -> jax.Array:
+def mean_per_sample(x: Float[Array, "b *d"]) -> Float[Array, " b"]:
     """Returns the mean over all axes but the first, (b, ...) -> (b,)."""
     return x.reshape(x.shape[0], -1).mean(1)
 
 
-def masked_mean(valid_mask_b: jax.Array) -> tuple[Callable[[jax.Array], jax.Array], jax.Array]:
+def masked_mean(
+    valid_mask_b: Shaped[Array, " b"],
+) -> tuple[Callable[[Float[Array, " b"]], Float[Array, ""]], Float[Array, ""]]:
     """Returns the mean over valid samples as a function of (b,) values, and the number of valid samples."""
     weight = valid_mask_b.astype(jnp.float32).sum()
 
@@ -92,7 +97,9 @@ def masked_mean(valid_mask_b: jax.Array) -> tuple[Callable[[jax.Array], jax.Arra
     return mean, weight
 
 
-def reference_distance(prediction: jax.Array, reference: jax.Array) -> tuple[jax.Array, jax.Array]:
+def reference_distance(
+    prediction: Float[Array, "b *d"], reference: Float[Array, "b *d"]
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """Returns the mean squared distance of predictions, (b,), and the log of the ratio of their norms, (b,).
 
     Args:

@@ -22,6 +22,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray, Real, Shaped
 from typing_extensions import override
 
 from clvr_jax.diffusion import ForwardProcess
@@ -69,27 +70,29 @@ class DiffusionNFT(RLAlgorithm):
         self.sample_shape, self.num_train_timesteps = policy.latent_shape, len(policy.timesteps)
 
     @override
-    def sample(self, predictor: Predictor, noise: jax.Array, key_b: jax.Array) -> jax.Array:
+    def sample(
+        self, predictor: Predictor, noise: Float[Array, "b *d"], key_b: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
         return self._policy.solve(predictor, noise)
 
     @override
-    def final_latents(self, samples: jax.Array) -> jax.Array:
+    def final_latents(self, samples: Float[Array, "b *s"]) -> Float[Array, "b *d"]:
         return samples
 
     @override
-    def sample_weights(self, advantages: ArrayLike) -> jax.Array:
+    def sample_weights(self, advantages: ArrayLike) -> Float[Array, "..."]:
         return optimality(advantages, self._config.advantage_clip)
 
     @override
     def loss(
         self,
         predictors: Predictors,
-        samples: jax.Array,
-        sample_weights_b: jax.Array,
-        valid_mask_b: jax.Array,
-        timestep_index_b: jax.Array,
-        key_b: jax.Array,
-    ) -> tuple[jax.Array, Metrics]:
+        samples: Float[Array, "b *s"],
+        sample_weights_b: Float[Array, " b"],
+        valid_mask_b: Shaped[Array, " b"],
+        timestep_index_b: Int[Array, " b"],
+        key_b: Key[Array, " b"],
+    ) -> tuple[Float[Array, ""], Metrics]:
         t_b = jnp.asarray(self._policy.timesteps)[timestep_index_b]
         process = self._policy.forward_process
         return nft_loss(*predictors, samples, sample_weights_b, valid_mask_b, t_b, key_b, process, self._config)
@@ -99,7 +102,7 @@ class DiffusionNFT(RLAlgorithm):
         return old_decay(step, self._decay)
 
 
-def optimality(advantages: ArrayLike, clip: float) -> jax.Array:
+def optimality(advantages: ArrayLike, clip: float) -> Float[Array, "..."]:
     """Maps advantages to r in [0, 1]: 0.5 is the group's mean, 0 and 1 are `clip` deviations from it or more."""
     return jnp.clip(jnp.clip(jnp.asarray(advantages), -clip, clip) / (2 * clip) + 0.5, 0, 1)
 
@@ -108,14 +111,14 @@ def nft_loss(
     theta: Predictor,
     old: Predictor,
     reference: Predictor,
-    x0: jax.Array,
-    optimality_b: jax.Array,
-    valid_mask_b: jax.Array,
-    t_b: jax.Array,
-    key: jax.Array,
+    x0: Float[Array, "b *d"],
+    optimality_b: Float[Array, " b"],
+    valid_mask_b: Shaped[Array, " b"],
+    t_b: Real[Array, " b"],
+    key: PRNGKeyArray | Key[Array, " b"],
     forward_process: ForwardProcess,
     config: NFTConfig,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float[Array, ""], Metrics]:
     """Computes the loss of theta on samples of old.
 
     Args:
@@ -154,7 +157,7 @@ def nft_loss(
     return loss, {**metrics, "weight": weight}
 
 
-def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") -> jax.Array:
+def old_decay(step: ArrayLike, kind: Literal["linear", "delayed"] = "linear") -> Float[Array, ""]:
     """Returns d of the update old <- d old + (1 - d) theta after an epoch, `step` optimizer steps into the run.
 
     linear: min(.001 step, .5), so the old policy follows quickly. delayed: 0 for 75 steps, then it follows more and

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
+from jaxtyping import Array, Float, Float32, Int, Key, PRNGKeyArray, Shaped
 from typing_extensions import override
 
 from clvr_jax.diffusion import FlowProcess, Velocity, append_dims
@@ -70,18 +71,20 @@ class FlowGRPO(RLAlgorithm):
         self.num_train_timesteps = len(policy.timesteps) - 1
 
     @override
-    def sample(self, predictor: Predictor, noise: jax.Array, key_b: jax.Array) -> jax.Array:
+    def sample(
+        self, predictor: Predictor, noise: Float[Array, "b *d"], key_b: Key[Array, " b"]
+    ) -> Float[Array, "b *s"]:
         sigmas = jnp.asarray(self._sigmas)
         return sample_path(
             lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, sigmas, self._config.eta, key_b
         )
 
     @override
-    def final_latents(self, samples: jax.Array) -> jax.Array:
+    def final_latents(self, samples: Float[Array, "b *s"]) -> Float[Array, "b *d"]:
         return samples[:, -1]
 
     @override
-    def sample_weights(self, advantages: ArrayLike) -> jax.Array:
+    def sample_weights(self, advantages: ArrayLike) -> Float[Array, "..."]:
         """Returns the advantages, clipped."""
         return jnp.clip(jnp.asarray(advantages), -self._config.advantage_clip, self._config.advantage_clip)
 
@@ -89,12 +92,12 @@ class FlowGRPO(RLAlgorithm):
     def loss(
         self,
         predictors: Predictors,
-        samples: jax.Array,
-        sample_weights_b: jax.Array,
-        valid_mask_b: jax.Array,
-        timestep_index_b: jax.Array,
-        key_b: jax.Array,
-    ) -> tuple[jax.Array, Metrics]:
+        samples: Float[Array, "b *s"],
+        sample_weights_b: Float[Array, " b"],
+        valid_mask_b: Shaped[Array, " b"],
+        timestep_index_b: Int[Array, " b"],
+        key_b: Key[Array, " b"],
+    ) -> tuple[Float[Array, ""], Metrics]:
         rows, sigmas = jnp.arange(len(samples)), jnp.asarray(self._sigmas)
         x_t, x_next = samples[rows, timestep_index_b], samples[rows, timestep_index_b + 1]
         levels = sigmas[timestep_index_b], sigmas[timestep_index_b + 1]
@@ -107,8 +110,12 @@ class FlowGRPO(RLAlgorithm):
 
 
 def sde_step(
-    x: jax.Array, velocity: jax.Array, t: jax.Array, next_t: jax.Array, eta: float
-) -> tuple[jax.Array, jax.Array]:
+    x: Float[Array, "b *d"],
+    velocity: Float[Array, "b *d"],
+    t: Float[Array, " b"],
+    next_t: Float[Array, " b"],
+    eta: float,
+) -> tuple[Float32[Array, "b *d"], Float32[Array, "b *ones"]]:
     """Returns mean and standard deviation of x at `next_t`, given x at t; both in float32.
 
     Args:
@@ -124,7 +131,13 @@ def sde_step(
     return x + (next_t - t) * drift, jnp.sqrt(variance * (t - next_t))
 
 
-def sample_path(velocity: Velocity, noise: jax.Array, sigmas: jax.Array, eta: float, key: jax.Array) -> jax.Array:
+def sample_path(
+    velocity: Velocity,
+    noise: Float[Array, "b *d"],
+    sigmas: Float[Array, " n"],
+    eta: float,
+    key: PRNGKeyArray | Key[Array, " b"],
+) -> Float[Array, "b n *d"]:
     """Samples the stochastic process, and returns all states of its path.
 
     Args:
@@ -153,14 +166,14 @@ def grpo_loss(
     theta: Predictor,
     old: Predictor,
     reference: Predictor,
-    x_t: jax.Array,
-    x_next: jax.Array,
-    advantages_b: jax.Array,
-    valid_mask_b: jax.Array,
-    t_b: jax.Array,
-    next_t_b: jax.Array,
+    x_t: Float[Array, "b *d"],
+    x_next: Float[Array, "b *d"],
+    advantages_b: Float[Array, " b"],
+    valid_mask_b: Shaped[Array, " b"],
+    t_b: Float[Array, " b"],
+    next_t_b: Float[Array, " b"],
     config: GRPOConfig,
-) -> tuple[jax.Array, Metrics]:
+) -> tuple[Float[Array, ""], Metrics]:
     """Computes the loss of theta on steps that old sampled.
 
     Args:

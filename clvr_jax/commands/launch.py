@@ -1,0 +1,76 @@
+"""`clvr launch`: `clvr train` as one process of several."""
+
+import dataclasses
+import inspect
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar
+
+import tyro
+
+from clvr_jax.arguments import read_arguments
+from clvr_jax.commands.common import Common, Count, Flags, Result
+from clvr_jax.errors import ClvrError
+
+_OPTIONS = ("--coordinator", "--processes", "--process")
+# The exit codes of a process that JAX's coordination service ends, by SIGABRT.
+_LOST = (-signal.SIGABRT, 128 + signal.SIGABRT)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Trains a recipe as one process of several: start it once on every host, with the arguments of `clvr train`.
+
+    On TPU VMs, GKE and under SLURM the processes find each other; elsewhere give the three options, and to each host
+    its own --process. If another host is lost, this one ends within a minute; start all again with --resume. A run that
+    is stopped by SIGTERM saves first and ends with exit code 143 on every host. `clvr train CONFIG --help` lists the
+    other options.
+    """
+
+    EXAMPLE: ClassVar = (
+        "clvr launch --coordinator host0:8476 --processes 2 --process 0 shapes_base --out runs/base --resume"
+    )
+
+    coordinator: Annotated[str | None, tyro.conf.arg(metavar="HOST:PORT")] = None
+    """Address of process 0; found automatically on TPU VMs, GKE and under SLURM."""
+    processes: Count = None
+    """Number of processes in all."""
+    process: Count = None
+    """Index of this process, from 0."""
+    train: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
+    common: Flags = field(default_factory=Common)
+
+    @classmethod
+    def parse(cls, arguments: Sequence[str]) -> "Launch":
+        """Parses a command line; all but the three options are arguments of `clvr train`, which checks them."""
+        own, train, rest = [], [], iter(arguments)
+        for argument in rest:
+            if argument.partition("=")[0] not in _OPTIONS:
+                train.append(argument)
+                continue
+            own.append(argument)
+            if "=" not in argument:
+                own += [value for value in [next(rest, None)] if value is not None]
+        if train in (["--help"], ["-h"]):
+            own, train = train, []
+        command = read_arguments(cls, own, "clvr launch", inspect.getdoc(cls), cls.EXAMPLE)
+        return dataclasses.replace(command, train=tuple(train))
+
+    def run(self) -> Result:
+        """Runs the training in a child process, since JAX ends the process if a host is lost.
+
+        Raises: ClvrError if another host was lost; SystemExit with the exit code of the training.
+        """
+        values = dataclasses.asdict(self)
+        options = [f"{name}={value}" for name in _OPTIONS if (value := values[name[2:]]) is not None]
+        worker = subprocess.Popen([sys.executable, "-m", "clvr_jax.commands.launch_worker", *options, *self.train])
+        signal.signal(signal.SIGTERM, lambda number, _: worker.send_signal(number))
+        # A terminal sends Ctrl-C to the worker too, which saves; a second one would end it.
+        signal.signal(signal.SIGINT, lambda *_: None)
+        code = worker.wait()
+        if code in _LOST:
+            raise ClvrError("another host was lost, so this one ended too; start all again with --resume")
+        sys.exit(code if code >= 0 else 128 - code)
