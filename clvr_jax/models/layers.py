@@ -1,6 +1,7 @@
 """Layers of all architectures: stacks of equal blocks run by `jax.lax.scan`, and sinusoidal embeddings."""
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -13,6 +14,7 @@ from jaxtyping import Array, Float, Int, Real
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import ATTENTION_OUTPUT
+from clvr_jax.sharding import active_layout
 
 Block = TypeVar("Block", bound=nnx.Module)
 
@@ -103,10 +105,67 @@ def layer_of(stack: Any, index: Int[Array, ""], carry: Any) -> tuple[Any, Any]:
     that only one layer is cast at a time. Float32 weights and accelerators need no barrier.
     """
     if _is_half(stack):
-        stack, carry = jax.lax.platform_dependent(
-            (stack, carry), cpu=jax.lax.optimization_barrier, default=lambda operands: operands
-        )
+        stack, carry = _barrier_on_cpu((stack, carry))
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack), carry
+
+
+def embed_tokens(embed: Any, ids: jax.Array) -> jax.Array:
+    """Returns embed(ids); inside `read_only_weights`, a loop of a CPU does not keep a float32 copy of the table.
+
+    Args:
+      embed: a module of token embeddings.
+      ids: integers of any shape.
+    Returns: (..., features).
+    """
+    graphdef, state = nnx.split(embed)
+    if _IS_READ_ONLY.get() and _is_half(state):
+        state, ids = _barrier_on_cpu((state, ids))
+    embeddings: jax.Array = nnx.merge(graphdef, state)(ids)
+    return embeddings
+
+
+def vocabulary_logits(x: jax.Array, weights: jax.Array, *, is_tied: bool) -> jax.Array:
+    """Returns the product of final states with the weights of a head, in float32.
+
+    Inside `read_only_weights`, 16-bit weights of a CPU are cast to float32 in parts, a part at a time, like layers in
+    `layer_of`: a copy of all of them, which XLA makes before a loop over tokens, is twice as large as they are.
+
+    Args:
+      x: (..., features).
+      weights: (vocabulary, features) if the head is tied to the embeddings, else (features, vocabulary).
+      is_tied: which of the two.
+    Returns: (..., vocabulary).
+    """
+    axis, features = (0, 1) if is_tied else (1, 0)
+
+    def product(x: jax.Array, weights: jax.Array) -> jax.Array:
+        contracted = ((x.ndim - 1,), (features,)), ((), ())
+        return jax.lax.dot_general(x, weights.astype(x.dtype), contracted, preferred_element_type=jnp.float32)
+
+    def product_in_parts(x: jax.Array, weights: jax.Array) -> jax.Array:
+        size = weights.shape[axis] // parts
+
+        def step(x: jax.Array, index: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x, held = jax.lax.optimization_barrier((x, weights))
+            return x, product(x, jax.lax.dynamic_slice_in_dim(held, index * size, size, axis))
+
+        logits = jnp.moveaxis(jax.lax.scan(step, x, jnp.arange(parts))[1], 0, -2)
+        return logits.reshape(*x.shape[:-1], -1)
+
+    # A vocabulary that is sharded over devices is smaller on each of them, and slices of it would be gathered.
+    parts = math.gcd(weights.shape[axis], _VOCABULARY_PARTS) if active_layout() is None else 1
+    if not _IS_READ_ONLY.get() or not _is_half(weights) or parts == 1:
+        return product(x, weights)
+    logits: jax.Array = jax.lax.platform_dependent(x, weights, cpu=product_in_parts, default=product)
+    return logits
+
+
+_VOCABULARY_PARTS = 64
+"""At most this many parts: 9 MiB each, in float32, for the 151,936 tokens of Qwen and 1,024 features."""
+
+
+def _barrier_on_cpu(operands: Any) -> Any:
+    return jax.lax.platform_dependent(operands, cpu=jax.lax.optimization_barrier, default=lambda operands: operands)
 
 
 def _is_half(weights: Any) -> bool:

@@ -17,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.layers import embed_tokens, scan_blocks, stack_blocks, vocabulary_logits
 from clvr_jax.models.quantization import QuantizedEmbed, QuantizedLinear, scaled_product
 from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, attend_past, inverse_frequencies
 from clvr_jax.models.qwen3_vl_positions import Grids, mrope_axes
@@ -315,7 +315,7 @@ class Qwen3VL(nnx.Module):
 
         # The layers only read the cache; the new keys and values of all layers are written afterwards, in place.
         language = self.model.language_model
-        x_b1d = language.embed_tokens(token_b[:, None])
+        x_b1d = embed_tokens(language.embed_tokens, token_b[:, None])
         x_b1d, new = scan_blocks(language.layers, step, x_b1d, (cache.key, cache.value))
 
         def write(past_lbksh: jax.Array, new_lb1kh: jax.Array) -> jax.Array:
@@ -392,7 +392,9 @@ class Qwen3VL(nnx.Module):
             return self._quantized_logits(x_btd, head.embedding[...], head.embedding_scale[...], is_tied=True)
         if isinstance(head, QuantizedLinear):
             return self._quantized_logits(x_btd, head.kernel[...], head.kernel_scale[...], is_tied=False)
-        return jnp.matmul(x_btd, self.head_dv.astype(x_btd.dtype), preferred_element_type=jnp.float32)
+        if self.lm_head is None:
+            return vocabulary_logits(x_btd, self.model.language_model.embed_tokens.embedding[...], is_tied=True)
+        return vocabulary_logits(x_btd, self.lm_head.kernel[...], is_tied=False)
 
     @staticmethod
     def _quantized_logits(x_btd: jax.Array, weights: jax.Array, scale_v: jax.Array, *, is_tied: bool) -> jax.Array:

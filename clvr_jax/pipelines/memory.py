@@ -174,8 +174,8 @@ def check_memory(
         what = " + ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
         what += " + a copy of the largest" if offload else ""
     raise ClvrError(
-        f"the weights do not fit: {what} in {chosen} need {_gib(total)} of a device, which has {_gib(device.free)} "
-        f"free; {_options_that_fit(parts, chosen, quantize, layout, offload, device)}"
+        f"the weights do not fit: {what} in {chosen} need {_gib(total)}, without activations, of a device, which has "
+        f"{_gib(device.free)} free; {_options_that_fit(parts, chosen, quantize, layout, offload, device)}"
     )
 
 

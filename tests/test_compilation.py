@@ -1,0 +1,45 @@
+"""The cache of compiled programs: a second start of a command finds all of its programs there."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.command_line import PROMPT
+
+COUNTING = """
+import json, sys
+from collections import Counter
+
+import jax
+
+counts = Counter()
+jax.monitoring.register_event_listener(lambda event, **_: counts.update([event.split("/")[-1]]))
+from clvr_jax.cli import main
+
+code = main(sys.argv[1:])
+print(json.dumps(counts), file=sys.stderr)
+sys.exit(code)
+"""
+
+
+@pytest.mark.slow
+def test_a_second_start_of_a_command_compiles_nothing(drawing_model, tmp_path):
+    environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
+    del environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]  # as a user starts it
+
+    def start(name):
+        command = ["generate", PROMPT, "--model", str(drawing_model), "--controller", "shapes-tiny", "--max-steps", "1"]
+        command += ["--nfe", "1", "--verification", "none", "--out", str(tmp_path / name)]
+        done = subprocess.run(
+            [sys.executable, "-c", COUNTING, *command], env=environment, capture_output=True, text=True, check=True
+        )
+        counts = json.loads(done.stderr.splitlines()[-1])
+        return counts["compile_requests_use_cache"], counts.get("cache_hits", 0)
+
+    requests, hits = start("first")
+    assert requests > 5
+    assert hits < requests
+    assert start("second") == (requests, requests)
