@@ -5,6 +5,7 @@ results to stdout. Modules that a command needs are imported when it runs, so th
 """
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -80,6 +81,10 @@ def _report_error(error: BaseException) -> int:
     if isinstance(error, ClvrError):
         print_error(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever the name is first used
+        name = str(error.filename)[:60]
+        print_error(f"{name!r} ...: the name is too long for a file or directory; give a shorter one")
+        return 1
     print_error(f"{type(error).__name__}: {error}; --debug prints the traceback")
     return 1
 

@@ -1,5 +1,6 @@
 """Output paths: checked before a long computation, and default names."""
 
+import contextlib
 import hashlib
 import os
 import re
@@ -18,12 +19,15 @@ def check_directory(directory: Path) -> Path:
     refuse_url(directory)
     existing = directory.absolute()
     try:
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            os.lstat(existing)  # raises for a name that no directory can have, which `lexists` takes for an absent one
         while not os.path.lexists(existing):
             existing = existing.parent
         # Tried, because mode bits are not sufficient: a read-only file system refuses root, too.
         Path(tempfile.mkdtemp(prefix=".clvr.", dir=existing)).rmdir()
-    except OSError as error:
-        raise ClvrError(f"{directory}: cannot be written ({error.strerror}); choose another --out") from error
+    except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
+        reason = getattr(error, "strerror", None) or error
+        raise ClvrError(f"{str(directory)[:400]}: cannot be written ({reason}); choose another --out") from error
     return directory
 
 

@@ -150,6 +150,8 @@ def test_out_is_checked_before_the_model_is_loaded(model, tmp_path, capsys):
     for command, out in [
         (["generate", PROMPT, "--model", str(model)], "file/out"),
         (["generate", PROMPT, "--model", str(model)], "/proc/out"),
+        (["generate", PROMPT, "--model", str(model)], "x" * 300),
+        (["generate", PROMPT, "--model", str(model)], "a\0b"),
         (["sample", PROMPT, "--model", str(model)], "file/out.png"),
         (eval_shapes, "file"),
     ]:
@@ -220,6 +222,29 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
     monkeypatch.setattr("clvr_jax.commands.prompts.check_request", fail)
     assert main(["sample", PROMPT]) == 1
     assert complaint(capsys) == "clvr: ValueError: first second; --debug prints the traceback"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["train", "NAME", "--out", "out"],
+        ["synth", "NAME", "--out", "out"],
+        ["sample", PROMPT, "--model", "NAME", "--out", "out.png"],
+        ["convert", "NAME", "out", "--to", "jax"],
+        ["merge", "--base", "NAME", "--distill", "NAME", "--align", "NAME", "--out", "out"],
+        ["verify", PROMPT, "NAME"],
+        ["eval", "compare", "a=NAME", "b=NAME", "--out", "out"],
+    ],
+    ids=lambda command: command[0],
+)
+@pytest.mark.parametrize("name", ["x" * 300, "a\0b"])
+def test_a_name_that_no_file_can_have_is_one_line(name, command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main([word.replace("NAME", name) for word in command]) in (1, 2)
+    said = complaint(capsys)
+    assert "--debug shows where" not in said
+    assert len(said) < 600
+    assert not list(tmp_path.iterdir())
 
 
 def test_interrupting_exits_with_130(monkeypatch, capsys):

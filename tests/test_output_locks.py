@@ -70,6 +70,23 @@ def test_a_directory_in_use_is_refused_in_one_line_and_stays_as_it_is(name, tmp_
         assert content(out) == {LOCK}
 
 
+WITHOUT_LOCK = {
+    "generate": ["generate", "a red circle", "--model", "shapes-tiny", "--out", "out"],
+    "train": ["train", "recipe.py", "--out", "out"],
+}
+
+
+@pytest.mark.usefixtures("_done")
+@pytest.mark.parametrize("name", COMMANDS | WITHOUT_LOCK)
+def test_an_address_is_no_directory_and_none_is_made(name, tmp_path, capsys):
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    before = content(tmp_path)
+    assert main([*(COMMANDS | WITHOUT_LOCK)[name][:-1], "gs://bucket/out"]) == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clvr: ")]
+    assert "gs:/bucket/out: an address" in line
+    assert content(tmp_path) == before
+
+
 def test_a_stale_lock_is_taken_over_and_none_is_left(tmp_path):
     out = tmp_path / "out"
     out.mkdir()

@@ -7,12 +7,14 @@ import socket
 import time
 import urllib.request
 from collections.abc import Callable, Set
+from typing import TypeVar
 
 import httpx2
 
-from clvr_jax.providers.base64_text import read_data_url
 from clvr_jax.providers.failures import Failure, retry_after
 from clvr_jax.providers.http_client import BoundedClient
+
+T = TypeVar("T")
 
 MAX_BYTES = 64 * 2**20
 """Maximum size of a downloaded image in bytes."""
@@ -21,18 +23,20 @@ _ALLOW = "if it is right, add the host to image_hosts of the endpoint"
 _IN_LOCAL_NETWORK = f"is in the local network and is not downloaded from; {_ALLOW}"
 
 
-def download(url: str, known_hosts: Set[str], new_client: Callable[[int], BoundedClient]) -> bytes:
-    """Downloads the content of an http(s) or data URL.
+def download(
+    url: str, known_hosts: Set[str], new_client: Callable[[int], BoundedClient], decode: Callable[[bytes], T]
+) -> T:
+    """Downloads and decodes the content of an http(s) URL.
 
     Args:
       url: never part of an error message, because it may give access to the image.
       known_hosts: hosts that may be in the local network and that redirects may lead to: the endpoint's own host, and
         those that the user allows.
       new_client: maximum number of bytes of a response -> a client.
+      decode: the content -> the result; raises Failure. The bytes count as held in memory until it returns.
+    Returns: the decoded content.
     Raises: Failure.
     """
-    if url.startswith("data:"):
-        return read_data_url(url)
     if not url.startswith(("http://", "https://")):
         raise Failure(
             "the image's URL is neither http(s) nor data, perhaps a path on the server's disk; set the response "
@@ -45,7 +49,7 @@ def download(url: str, known_hosts: Set[str], new_client: Callable[[int], Bounde
         client.check_redirect = lambda origin, after: _check_redirect(origin, after, known_hosts)
         client.check_peer = lambda origin, address: _check_peer(origin, address, known_hosts)
         _check_host(target, known_hosts)
-        return _content(client.get(target), target.host)
+        return decode(_content(client.get(target), target.host))
     except (httpx2.InvalidURL, httpx2.UnsupportedProtocol, UnicodeError):
         raise Failure("the image's URL is invalid", "malformed") from None
     except httpx2.HTTPError as error:

@@ -161,21 +161,22 @@ class Connection:
         """
         return self._retry(lambda: self._request(send, read, max_values), Usage(calls=1))
 
-    def download(self, url: str, spent: Usage) -> tuple[bytes, Usage]:
-        """Downloads the content of an http(s) or data URL that the server returned, with retries.
+    def download(self, url: str, decode: Callable[[bytes], T], spent: Usage) -> tuple[T, Usage]:
+        """Downloads and decodes the content of an http(s) URL that the server returned, with retries.
 
         The key is not sent, and errors do not contain the URL, which may give access to the image.
 
         Args:
           url: of the content.
+          decode: the content -> the result; raises Failure.
           spent: usage of the call so far.
-        Returns: the content, and the usage of the call.
+        Returns: the decoded content, and the usage of the call.
         Raises: ProviderError.
         """
         from clvr_jax.providers.download import download
 
         hosts = {urlsplit(self.endpoint.base_url).hostname or "", *self.endpoint.image_hosts}
-        return self._retry(lambda: (download(url, hosts, self._new_http_client), Usage()), spent)
+        return self._retry(lambda: (download(url, hosts, self._new_http_client, decode), Usage()), spent)
 
     def error(self, message: str, fault: Fault, usage: Usage | None = None, is_no_reply: bool = False) -> ProviderError:
         """Returns an error with a message on one line, without the key."""

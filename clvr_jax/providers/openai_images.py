@@ -78,17 +78,16 @@ class OpenAIImageModel(ImageModel):
         """Returns one image, (height, width, 3) uint8. Raises: ProviderError."""
         self._check(request)
         size = request.size or self._size
-        content, usage = self._content(request, size)
-        if isinstance(content, str):
-            content, usage = self._connection.download(content, usage)
-        try:
-            return ImageResponse(decode_response_image(content, size), usage)
-        except Failure as error:
-            failure = error
-        raise self._connection.error(failure.message, failure.fault, usage)
+        image, usage = self._image_or_url(request, size)
+        if isinstance(image, str):
+            downloaded, usage = self._connection.download(
+                image, lambda content: decode_response_image(content, size), usage
+            )
+            return ImageResponse(downloaded, usage)
+        return ImageResponse(image, usage)
 
-    def _content(self, request: ImageRequest, size: tuple[int, int] | None) -> tuple[bytes | str, Usage]:
-        """Returns the encoded image of the response, or its URL, and the usage.
+    def _image_or_url(self, request: ImageRequest, size: tuple[int, int] | None) -> tuple[np.ndarray | str, Usage]:
+        """Returns the image of the response, or its URL, and the usage.
 
         Fields that the server rejects by name are omitted from then on.
         """
@@ -104,15 +103,15 @@ class OpenAIImageModel(ImageModel):
         while True:
             sent = self._adaptation.adapted(fields)
             try:
-                content, usage = self._connection.call(
-                    self._sender(request, sent), lambda body: _read_content(body, prices)
+                found, usage = self._connection.call(
+                    self._sender(request, sent), lambda body: _read_image(body, prices, size)
                 )
             except ProviderError as error:
                 if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
                     raise
                 rejected += dataclasses.replace(error.usage, calls=0, retries=error.usage.retries + 1)
                 continue
-            return content, rejected + usage
+            return found, rejected + usage
 
     def _sender(self, request: ImageRequest, fields: Mapping[str, Any]) -> Callable[[Any], str]:
         """Returns a function that sends the request with a client, and may be called several times."""
@@ -166,14 +165,24 @@ def read_image_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str,
     return entry, prices.usage(*tokens, images=1)
 
 
-def _read_content(body: Mapping[str, Any], prices: Prices) -> tuple[bytes | str, Usage]:
-    """Returns the encoded image in a response, or its URL, and the usage. Raises: Failure if there is no valid one."""
+def _read_image(
+    body: Mapping[str, Any], prices: Prices, size: tuple[int, int] | None
+) -> tuple[np.ndarray | str, Usage]:
+    """Returns the image in a response, or its URL, and the usage.
+
+    The image is decoded here, while the bytes of the response count as held; encoded images of many calls fill the
+    memory.
+    Raises: Failure "down" if there is none, "malformed" as `decode_response_image`.
+    """
     entry, usage = read_image_entry(body, prices)
     url = "" if entry.get("b64_json") else str(entry["url"])
     if url and not url.startswith("data:"):
         return url, usage
     try:
-        return read_data_url(url) if url else decode_base64(str(entry["b64_json"])), usage
+        content = read_data_url(url) if url else decode_base64(str(entry["b64_json"]))
+        url = ""
+        entry.clear()  # the text is no longer needed and may be as large as the image
+        return decode_response_image(content, size), usage
     except Failure as failure:
         raise Failure(failure.message, failure.fault, usage=usage) from None
 

@@ -222,11 +222,15 @@ def bfl_shapes(config):
     return shapes
 
 
-def test_bfl_files_are_read_as_diffusers_converts_them(tmp_path):
+@pytest.mark.parametrize(
+    "prefix", [pytest.param("diffusion_model.", id="ai-toolkit"), pytest.param("base_model.model.", id="fal")]
+)
+def test_bfl_files_are_read_as_diffusers_converts_them(prefix, tmp_path):
+    """The trainer ai-toolkit writes BFL's names under ComfyUI's prefix, that of fal under PEFT's."""
     kind = KINDS["flux2"]
     model, _ = kind.make_pair()
     factors = random_factors(bfl_shapes(model.config))
-    save_factors(tmp_path / FILE_NAME, {f"diffusion_model.{m}": pair for m, pair in factors.items()}, A, B)
+    save_factors(tmp_path / FILE_NAME, {prefix + m: pair for m, pair in factors.items()}, A, B)
     ours = load_lora(tmp_path, kind.key_mapping, model)
     converted = diffusers.Flux2KleinPipeline.lora_state_dict(tmp_path)
     # diffusers leaves (shift, scale) as it is here, though not when it converts the weights themselves: see below.

@@ -1,6 +1,7 @@
 """`clvr eval` with systems that need no model: folders, endpoints, finished runs."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,6 +117,31 @@ def test_an_endpoint_alone_and_planned_by_another(server, endpoint, tmp_path, ca
     # A plan and a look, 11 tokens read and 7 written each.
     assert (cost["input_tokens_per_picture"], cost["output_tokens_per_picture"]) == (22, 14)
     assert cost["dollars"] == pytest.approx(count * (0.1 + 22 * 0.001))
+
+
+@pytest.mark.parametrize(
+    ("nonsense", "ending"),
+    [
+        ("I like trains.", "unparseable"),
+        ("{}", "unparseable"),
+        ("Unmet: x.<|fly|>", "unparseable"),
+        ("<|image_gen|><|terminate|>", "unparseable"),
+        ("Unmet: nothing.<|terminate|>", "gave up"),  # although there is no image that it could have accepted
+    ],
+)
+def test_a_controller_that_replies_nonsense_has_one_ending_and_no_score(nonsense, ending, server, endpoint, capsys):
+    server.script = [lambda seen: pictures(png(right(METADATA[0]))) if "images" in seen.path else completion(nonsense)]
+    url = server.url + "/v1"
+    system = ["--model", "gpt-image-1", "--endpoint", url, "--key-variable", "LOOPBACK_KEY", "--mode", "closed-loop"]
+    system += ["--controller", "endpoint", "--controller-endpoint", url, "--controller-model", "qwen"]
+    system += ["--controller-key-variable", "LOOPBACK_KEY", "--prompts", "few.jsonl", "--limit", "1", "--json"]
+    assert main(["eval", "shapes", *system, "--out", "o"]) == 0
+    summary = json.loads(capsys.readouterr().out)["summary"]
+    assert summary["cost"]["outcomes"] == {ending: 1}
+    assert summary["overall"]["over_pictures"]["correct"] == 0
+    assert not any("images" in seen.path for seen in server.seen)
+    record = json.loads(Path("o/results.json").read_text())["pictures"][0]
+    assert (record["correct"], record["reasons"]) == (False, [f"no image was generated ({ending})"])
 
 
 @pytest.mark.parametrize(

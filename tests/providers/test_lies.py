@@ -2,10 +2,12 @@
 
 import base64
 import contextlib
+import gc
 import gzip
 import io
 import json
 import time
+import types
 import zlib
 from itertools import repeat
 
@@ -14,6 +16,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from clvr_jax.interfaces import ChatRequest, ImageRequest, ProviderError
+from clvr_jax.providers import base64_text
 from clvr_jax.providers.bounded import HeldBytes, SharedBytes, count, read_object
 from clvr_jax.providers.download import _is_public
 from clvr_jax.providers.endpoint import Endpoint
@@ -433,6 +436,49 @@ def test_an_image_of_another_size_is_refused_before_it_is_decoded(server, endpoi
     error = error_of(OpenAIImageModel(endpoint(), size=size).generate, TASK)
     assert message in str(error)
     assert error.fault == "malformed"
+
+
+def test_what_an_image_that_fails_consists_of_is_not_kept(server, endpoint):
+    """Frames of an error that is in a cycle would hold all of it until the garbage collector runs."""
+    content = b"x" * 1_000_000
+    server.script = [pictures(content), pictures(f"{server.url}/1.png"), Reply(content)]
+    tool = OpenAIImageModel(endpoint())
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            assert error_of(tool.generate, TASK).fault == "malformed"
+        frames = [each for each in gc.get_objects() if isinstance(each, types.FrameType)]
+        held = [
+            each.f_code.co_name for each in frames if "clvr_jax" in each.f_code.co_filename and content in local(each)
+        ]
+    finally:
+        gc.enable()
+    assert held == []
+
+
+def local(frame):
+    return [value for value in frame.f_locals.values() if isinstance(value, bytes)]
+
+
+@pytest.mark.parametrize(
+    "text", ["QUJD", "QUI=", "QUI", " Q U\nJD", "-_-_", "data:image/png;base64,QUJD", "QUJD" * 9 + "QQ = =\n"]
+)
+def test_base64_is_decoded_alike_in_pieces_of_any_size(text, monkeypatch):
+    standard = "".join(text.partition(",")[2] or text).translate(str.maketrans("-_", "+/", " \n="))
+    expected = base64.b64decode(standard + "=" * (-len(standard) % 4))
+    for piece in (1, 3, 4, 1 << 20):
+        monkeypatch.setattr(base64_text, "_PIECE", piece)
+        assert base64_text.decode_base64(text) == expected
+
+
+@pytest.mark.parametrize("text", ["Q", "QUJDR", "QUI=QUJD", "QU=I", "QUJ?", "QUJ\u00e9", "data:QUJD"])
+def test_what_is_no_base64_is_malformed_in_pieces_of_any_size(text, monkeypatch):
+    for piece in (1, 3, 4, 1 << 20):
+        monkeypatch.setattr(base64_text, "_PIECE", piece)
+        with pytest.raises(Failure) as caught:
+            base64_text.decode_base64(text)
+        assert caught.value.fault == "malformed"
 
 
 def test_an_image_on_its_side_has_the_size_that_was_asked_for(server, endpoint):

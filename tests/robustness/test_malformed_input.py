@@ -215,8 +215,12 @@ def test_one_line_and_nothing_left(kind, arguments, case, finished, tmp_path, ca
         _check(code, out, err)
 
 
+_OF_A_RUN_FILE = len(list(json_texts(b""))) + 36
+NUMBER_OF_INPUTS = len(CASES) + len(RUN_FILES) * _OF_A_RUN_FILE
+
+
 def _run_cases(name: str) -> list[tuple[str, int]]:
-    return [(name, number) for number in range(28 + 36) if number % EVERY == 0]
+    return [(name, number) for number in range(_OF_A_RUN_FILE) if number % EVERY == 0]
 
 
 @pytest.mark.parametrize(("name", "number"), [each for name in RUN_FILES for each in _run_cases(name)])
@@ -230,7 +234,7 @@ def test_files_of_a_finished_run(name, number, finished, tmp_path, capsys, monke
 
 
 def test_the_corpus_is_large_enough():
-    assert len(CASES) + len(RUN_FILES) * 64 >= 600
+    assert NUMBER_OF_INPUTS >= 600
 
 
 def test_inputs_that_are_fine_are_read(finished, tmp_path, capsys, monkeypatch):

@@ -47,6 +47,7 @@ from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.training.curves import curves
 from tests.data.engine.test_outcomes import made
 from tests.robustness.corpus import Case, json_texts, json_values
+from tests.robustness.test_malformed_input import NUMBER_OF_INPUTS
 
 EVERY = 1 if os.environ.get("ALL_INPUTS") else 3
 TINY = SHIPPED / "shapes-tiny"
@@ -333,7 +334,9 @@ def _cases() -> Iterator[tuple[str, Case]]:
             yield name, case
 
 
-CASES = [pytest.param(*each, id=f"{each[0]}-{number}") for number, each in enumerate(_cases()) if number % EVERY == 0]
+ALL_CASES = list(_cases())
+CASES = [pytest.param(*each, id=f"{each[0]}-{number}") for number, each in enumerate(ALL_CASES) if number % EVERY == 0]
+RECIPE_CASES = [*json_texts(json.dumps(RECIPE).encode()), *json_values(RECIPE, 12, seed=1)]
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)
@@ -367,7 +370,7 @@ def test_what_is_well_formed_is_read(name, tmp_path, capsys):
 def test_a_run_that_is_exported_names_its_damaged_recipe_file(tmp_path, capsys):
     run = tmp_path / "run"
     (run / "checkpoints").mkdir(parents=True)
-    for case in (*json_texts(json.dumps(RECIPE).encode()), *json_values(RECIPE, 12, seed=1)):
+    for case in RECIPE_CASES:
         path = run / "recipe.json"
         shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         case.write(path)
@@ -377,3 +380,9 @@ def test_a_run_that_is_exported_names_its_damaged_recipe_file(tmp_path, capsys):
         assert len(said.splitlines()) == 1, (case.name, said)
         assert "--debug prints the traceback" not in said, (case.name, said)
         assert list(tmp_path.iterdir()) == [run]
+
+
+def test_the_docs_say_how_many_inputs_there_are():
+    count = NUMBER_OF_INPUTS + len(ALL_CASES) + len(RECIPE_CASES)
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    assert f"`make test-robustness` tries {count:,} malformed inputs" in " ".join(text.split())

@@ -27,10 +27,13 @@ from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
 from clvr_jax.evaluation.benchmarks.replies import labeled_scores
 from clvr_jax.evaluation.benchmarks.sources import Source, github
 from clvr_jax.json_input import shown
+from clvr_jax.reasoning.answers import AnswerError
 
 Rules = Literal["official", "fixed"]
 
 AXES = ("Fantasy Fulfillment", "Identity Preservation", "Aesthetic Quality")
+_NO_SCORE = -1.0
+"""The official script's score where a reply has none."""
 _FILES = {"test_scripts/Imagine.jsonl": "1ce2e29424077821b1820525224ca9d7f98e0331"}
 _GROUPS = {
     "COLOR": "Attribute shift",
@@ -98,13 +101,16 @@ class ImagineBench(JudgedBenchmark):
     @override
     def questions(self, item: Item) -> list[JudgeQuestion]:
         text = rubric("imaginebench").format(prompt=item.prompt, explanation=item.record["note"])
-        return [JudgeQuestion("scores", text, official_scores if self.rules == "official" else fixed_scores, 1024)]
+        return [JudgeQuestion("scores", text, official_reply if self.rules == "official" else fixed_scores, 1024)]
 
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         scores = answers["scores"]
         if scores is None:
-            return Score(0.0, reasons=("the judge gave no readable scores",), readable=False)
+            reasons = ("the judge gave no readable scores",)
+            if self.rules == "official":
+                return Score(-1.0, parts=dict.fromkeys(AXES, _NO_SCORE), reasons=reasons, readable=False)
+            return Score(0.0, reasons=reasons, readable=False)
         fantasy, identity, aesthetics = (scores[axis] for axis in AXES)
         score = 0.8 * min(fantasy, identity) + 0.2 * aesthetics
         return Score(round(score, 3) if self.rules == "official" else score, parts=scores)
@@ -120,9 +126,20 @@ def fixed_scores(reply: str) -> dict[str, float]:
     return labeled_scores(reply, AXES, 0, 10)
 
 
+def official_reply(reply: str) -> dict[str, float]:
+    """Parses a judge's reply as `official_scores`.
+
+    Raises: AnswerError for a reply that names no axis. Its scores are -1 by the official rules too, but a judge that
+      replies so about every image is one that is down, and scores nothing.
+    """
+    if not any(axis in reply for axis in AXES):
+        raise AnswerError(f"no line {AXES[0]}: <score>")
+    return official_scores(reply)
+
+
 def official_scores(reply: str) -> dict[str, float]:
     """Parses the three scores as the official script does, with -1 for a score that it does not find."""
-    scores = dict.fromkeys(AXES, -1.0)
+    scores = dict.fromkeys(AXES, _NO_SCORE)
     for axis, value in re.findall(rf"({'|'.join(AXES)})\s*[:\uff1a]?\s*(\d{{1,2}})", reply):
         scores[axis] = min(float(value), 10.0)
     return scores

@@ -13,7 +13,7 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
-from tests.data.engine.cooperative_server import answer
+from tests.data.engine.cooperative_server import LIGHT, answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 
 ITEM = PromptItem("one", "a light color")
@@ -21,15 +21,15 @@ ITEM = PromptItem("one", "a light color")
 
 @pytest.fixture
 def made(server, endpoint):
-    """Returns a function: (replies) -> the outcome of one prompt, and its usage."""
+    """Returns a function: (replies, options of the recipe) -> the outcome of one prompt, and its usage."""
 
-    def make(script, **fields):
+    def make(script, options=(), **fields):
         server.script = script
         connection = endpoint(**fields)
         config = dataclasses.replace(
             prompted_synth.CONFIG,
             **dict.fromkeys(("director", "verifier", "second_judge", "images"), connection),
-            image_size=(8, 8),
+            **{"image_size": (8, 8), **dict(options)},
         )
         worker_context, tracker = prompted_synth.worker_context(config), UsageTracker()
         outcome = synthesize(ITEM, worker_context.roles(ITEM, tracker), tracker.image_model(worker_context.image_model))
@@ -92,6 +92,26 @@ def test_no_reply_of_the_planner_gives_no_outcome(made, reply, fault, message):
 def test_a_failing_image_generator_gives_no_outcome(made, reply, message):
     with pytest.raises(ProviderError, match=message):
         made([lambda seen: reply if "/images/" in seen.path else answer(seen)])
+
+
+@pytest.mark.parametrize("references", ["edits", "generations"])
+def test_a_server_that_returns_paths_of_its_disk_is_requested_to_return_images(made, server, references):
+    """Xinference and SGLang do so unless `response_format` says otherwise, for new images and for edits."""
+
+    def of_the_disk(seen):
+        if "/images/" not in seen.path:
+            return answer(seen)
+        if b"b64_json" not in seen.body:
+            return pictures("/root/.xinference/image/1.png")
+        return pictures(png(LIGHT)) if seen.path.endswith("/edits") else answer(seen)
+
+    with pytest.raises(ProviderError, match="response format to b64_json"):
+        made([of_the_disk], {"image_references": references})
+    server.seen.clear()
+    outcome, _ = made([of_the_disk], {"image_references": references, "image_format": "b64_json"})
+    assert outcome.stage == "kept", outcome.detail
+    asked = {seen.path.rpartition("/")[2] for seen in server.seen if "/images/" in seen.path}
+    assert asked == {"generations", references}
 
 
 def test_a_refusal_of_the_image_generator_discards_the_prompt_with_a_reason(made):

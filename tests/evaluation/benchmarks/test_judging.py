@@ -170,6 +170,47 @@ def test_a_judge_of_which_no_reply_can_be_read_scores_nothing(server, judge, ima
     assert len(server.seen) == asked_before + 4
 
 
+def one_image(tmp_path):
+    benchmark = ImagineBench()
+    items = benchmark.read(write_lines(tmp_path / "one.jsonl", IMAGINE[:1]))
+    generate_images(benchmark, items, ColorGenerator().system, tmp_path / "one", settings={}, samples=1)
+    return benchmark, load_generated(benchmark, tmp_path / "one")
+
+
+def test_of_one_image_alone_an_unreadable_reply_is_a_failed_image_and_is_listed(server, judge, tmp_path):
+    """One reply does not tell a judge that cannot judge from a judge that is down."""
+    server.script = [completion("Service unavailable, please log in.")]
+    results = score_judged(*one_image(tmp_path), judge())
+    assert results["summary"]["unreadable"] == ["1/0"]
+    assert [entry["score"] for entry in results["pictures"]] == [0]
+    assert len(server.seen) == 3  # the same question, twice more with what was wrong
+
+
+@pytest.mark.parametrize("rules", ["fixed", "official"])
+@pytest.mark.parametrize("reply", [completion(""), Reply(b""), Reply(b"<html>log in</html>"), failure(503)])
+def test_of_one_image_alone_no_reply_is_no_score(reply, rules, server, judge, tmp_path):
+    server.script = [reply]
+    with pytest.raises(ClvrError, match="0 of 1 pictures are judged"):
+        score_judged(ImagineBench(rules), one_image(tmp_path)[1], judge(max_retries=0))
+    assert not (tmp_path / "one" / "results.json").exists()
+
+
+def test_by_official_rules_a_judge_of_which_no_reply_can_be_read_scores_nothing(server, judge, imagine, tmp_path):
+    server.script = [completion("Service unavailable, please log in.")]
+    with pytest.raises(ClvrError, match="none of its replies about 4 images can be parsed"):
+        score_judged(ImagineBench("official"), imagine[1], judge())
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert len(server.seen) == 4  # official rules ask once
+
+
+def test_by_official_rules_one_reply_without_scores_is_minus_1_and_is_listed(server, judge, imagine):
+    server.script = [completion("I cannot judge this."), completion(GOOD)]
+    results = score_judged(ImagineBench("official"), imagine[1], judge(in_flight=1))
+    assert results["summary"]["unreadable"] == ["1/0"]
+    assert [entry["score"] for entry in results["pictures"]] == pytest.approx([-1, 7.8, 7.8, 7.8])
+    assert len(server.seen) == 4
+
+
 @pytest.mark.parametrize("reply", [None, "", " \n"])
 def test_a_stored_reply_that_is_none_is_asked_for_again(reply, server, judge, imagine, tmp_path):
     """Earlier versions stored what a dead server said as the judge's reply."""
