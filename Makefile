@@ -7,7 +7,7 @@ PROMPT ?= a red star at the top left, a blue circle at the top right, a green sq
 # bench_full_size.py needs 20 GB of disk and 16 GB of memory: run it by itself.
 BENCHMARKS := $(filter-out benchmarks/bench_full_size.py, $(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help demo test test-fast test-robustness check bench reproduce paper clean
+.PHONY: help demo test test-fast test-costs test-robustness check bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -36,10 +36,14 @@ demo: $(VENV)/.core  ## a dense prompt through the closed loop, into out/demo/in
 	$(BIN)/clvr generate "$(PROMPT)" --model shapes-tiny --out out/demo
 
 test: $(VENV)/.test  ## the whole suite
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations-cpu=20
 
 test-fast: $(VENV)/.test  ## without the tests marked slow
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow'
+
+# Run it twice: the first run also compiles the programs that are cached on disk.
+test-costs: $(VENV)/.test  ## CPU seconds of every test; fails where the marker slow does not agree with them
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations-cpu=0 --check-slow
 
 # A fixed part of the malformed inputs is among the tests; this runs all of them.
 test-robustness: $(VENV)/.test  ## malformed input of every kind: one line, exit 1 or 2, nothing left behind

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from clvr_jax.providers.endpoint import Endpoint
     from tests.providers.server import LoopbackServer
 
+pytest_plugins = ["tests.helpers.cpu_time"]
+
 # A program for a TPU may be compiled, but none is here to be looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -107,6 +109,24 @@ def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Flux2Settings(text_encoder_out_layers=(1,), text_buckets=(128, 640), sample_size=64, num_inference_steps=2),
     ).save_pretrained(str(folder / "model"))
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def small_qwen3_vl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a small Qwen3-VL with random weights; tests only read it."""
+    from tests.helpers.models import save_small_qwen3_vl
+
+    return save_small_qwen3_vl(tmp_path_factory.mktemp("qwen3_vl") / "model")
+
+
+@pytest.fixture(scope="session")
+def small_flux2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a FLUX.2 pipeline with a small transformer of random weights; tests only read it."""
+    from tests.helpers.models import small_flux2
+
+    directory = tmp_path_factory.mktemp("flux2") / "model"
+    small_flux2("shapes-tiny-sft", num_single_layers=2).save_pretrained(str(directory))
+    return directory
 
 
 @pytest.fixture

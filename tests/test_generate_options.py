@@ -19,17 +19,16 @@ from clvr_jax.reasoning import Trajectory
 from tests.command_line import PROMPT, complaint
 from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
-from tests.rl.pprl_toy import small_qwen3_vl
 
 pytestmark = pytest.mark.usefixtures("own_directories")
 REPLY = "Draw it.<|image_gen|><|im_end|>"
 
 
 @pytest.fixture(scope="module")
-def controller(tmp_path_factory):
+def controller(small_qwen3_vl, tmp_path_factory):
     """A Qwen3-VL that always says REPLY: its layers add nothing, and each token decides the next one."""
-    folder = small_qwen3_vl(tmp_path_factory.mktemp("controller") / "qwen3-vl")
-    chat = Qwen3VLPipeline.from_pretrained(folder)
+    folder = tmp_path_factory.mktemp("controller") / "qwen3-vl"
+    chat = Qwen3VLPipeline.from_pretrained(small_qwen3_vl)
     model: Qwen3VL = chat.model
     layers = model.model.language_model.layers
     layers.self_attn.o_proj.kernel[...] *= 0

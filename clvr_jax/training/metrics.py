@@ -1,6 +1,7 @@
 """Metrics of a run, as lines of JSON, TensorBoard events and in Weights & Biases; and its throughput."""
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -8,7 +9,6 @@ from types import TracebackType
 from typing import Any, Self
 
 import jax
-from tensorboardX import SummaryWriter
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.cost_model.hardware import CHIPS
@@ -40,7 +40,7 @@ class MetricLog:
         path = directory / "metrics.jsonl"
         write_atomically(path, b"".join(line + b"\n" for line in _lines_up_to(start, path)))
         self._file = path.open("a")
-        self._events = SummaryWriter(str(directory / "tensorboard"), purge_step=start, flush_secs=30)
+        self._events = _summary_writer(directory / "tensorboard", start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of one step."""
@@ -64,6 +64,22 @@ class MetricLog:
             self._events.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _summary_writer(directory: Path, start: int) -> Any:
+    """Returns a writer of TensorBoard events.
+
+    tensorboardX imports PyTorch where it is installed, which takes 2 CPU seconds and serves annotations only.
+    """
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None  # type: ignore[assignment]  # `import torch` raises ImportError, as if not installed
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(directory), purge_step=start, flush_secs=30)
 
 
 def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:

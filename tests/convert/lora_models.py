@@ -94,7 +94,7 @@ KINDS = {
         targets=FLUX2_TARGETS,
         component="transformer",
     ),
-    "sdxl": _unet_kind(unet.SDXL, diffusers.StableDiffusionXLPipeline, text_encoder_2=None, tokenizer_2=None),
+    "sdxl": _unet_kind(unet.TWO_LEVEL_SDXL, diffusers.StableDiffusionXLPipeline, text_encoder_2=None, tokenizer_2=None),
     "sd15": _unet_kind(unet.SD15, diffusers.StableDiffusionPipeline, safety_checker=None, feature_extractor=None),
 }
 

@@ -46,14 +46,6 @@ from tests.models import (
 from tests.models.parity import randomize
 from tests.models.qwen3_vl_reference import SMALL as SMALL_QWEN3_VL
 
-SDXL_UNET = dataclasses.replace(
-    test_unet_2d_condition.SDXL,
-    down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-    up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-    block_out_channels=(16, 24),
-    transformer_layers_per_block=(1, 2),
-    attention_head_dim=(2, 3),
-)
 MODELS = {
     "clip": (CLIP_TEXT, test_clip_text.change(test_clip_text.SMALL, projection_dim=None)),
     "clip_projected": (CLIP_TEXT_PROJECTED, test_clip_text.SMALL),
@@ -63,7 +55,7 @@ MODELS = {
     "qwen3_vl": (QWEN3_VL, SMALL_QWEN3_VL),
     "sd15_unet": (UNET, dataclasses.replace(test_unet_2d_condition.SD15, layers_per_block=1, time_cond_proj_dim=6)),
     "sd15_vae": (AUTOENCODER_KL, test_autoencoder_kl.SMALL),
-    "sdxl_unet": (UNET, SDXL_UNET),
+    "sdxl_unet": (UNET, test_unet_2d_condition.TWO_LEVEL_SDXL),
 }
 
 

@@ -1,4 +1,4 @@
-"""Small pipelines with random weights, in directories."""
+"""Small pipelines with random weights, in directories; made once for all files, so tests only read them."""
 
 import diffusers
 import numpy as np
@@ -14,7 +14,7 @@ from tests.pipelines.flux2_settings import SETTINGS
 from tests.pipelines.stable_diffusion import components
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A pipeline folder with random weights, written by us."""
     path = tmp_path_factory.mktemp("pipeline")
@@ -42,7 +42,7 @@ def folder(tmp_path_factory):
     return path / "model"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folders(tmp_path_factory):
     """(SDXL or not, scheduler, UNet with an embedding of the guidance or not) -> a folder that diffusers wrote."""
     made = {}

@@ -25,16 +25,27 @@ LONG = "a red circle\nPlan: a red circle, a blue star.<IMG_GEN_1>\nUnmet: star.<
 """A text of the second bucket."""
 
 
+@pytest.fixture(scope="module")
+def shared(folder):
+    """A pipeline whose programs several tests share; they change nothing of it."""
+    return Flux2Pipeline.from_pretrained(str(folder))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder):
+    """The pipeline of diffusers; tests change nothing of it."""
+    pipeline = diffusers.Flux2KleinPipeline.from_pretrained(str(folder))
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def picture(seed, width, height):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
 @pytest.mark.parametrize("references", [(), ((64, 64),), ((72, 80), (101, 67))])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_pixels_are_those_of_diffusers(folder, references, guidance):
-    ours = Flux2Pipeline.from_pretrained(str(folder))
-    theirs = diffusers.Flux2KleinPipeline.from_pretrained(str(folder))
-    theirs.set_progress_bar_config(disable=True)
+def test_pixels_are_those_of_diffusers(shared, theirs, references, guidance):
     images = [picture(i, *size) for i, size in enumerate(references)]
     prompts = ["a red circle", "two blue squares above a green star"]
     latents = np.random.default_rng(5).normal(size=(2, 16, 6, 9)).astype(np.float32)
@@ -42,7 +53,7 @@ def test_pixels_are_those_of_diffusers(folder, references, guidance):
         prompt=prompts, image=images or None, height=48, width=72, num_inference_steps=8, guidance_scale=guidance,
         latents=torch.tensor(latents), max_sequence_length=LENGTH, text_encoder_out_layers=(1, 2, 3), output_type="np",
     ).images  # fmt: skip
-    made = ours(
+    made = shared(
         prompts, images, height=48, width=72, num_inference_steps=8, guidance_scale=guidance, latents=latents,
         output_type="np",
     )  # fmt: skip
@@ -51,7 +62,7 @@ def test_pixels_are_those_of_diffusers(folder, references, guidance):
     assert made.nfe == (8 if guidance == 1.0 else 16)
 
 
-def test_a_static_shift_in_the_scheduler_is_obeyed_as_in_diffusers(folder, tmp_path):
+def test_a_static_shift_in_the_scheduler_is_obeyed_as_in_diffusers(folder, shared, tmp_path):
     path = tmp_path / "model"
     shutil.copytree(folder, path)
     file = path / "scheduler" / "scheduler_config.json"
@@ -67,7 +78,7 @@ def test_a_static_shift_in_the_scheduler_is_obeyed_as_in_diffusers(folder, tmp_p
         text_encoder_out_layers=(1, 2, 3), **options,
     ).images  # fmt: skip
     assert np.abs(found - expected).max() < 1e-3
-    published = Flux2Pipeline.from_pretrained(str(folder))("a red circle", latents=latents, output_type="np", **options)
+    published = shared("a red circle", latents=latents, output_type="np", **options)
     assert np.abs(published.images - expected).max() > 1e-2
     ours.save_pretrained(str(tmp_path / "saved"))
     assert json.loads((tmp_path / "saved" / "scheduler" / file.name).read_text())["shift"] == 7.0
@@ -90,30 +101,21 @@ def test_a_written_folder_comes_back_bit_for_bit(folder, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
-def test_a_row_does_not_depend_on_its_batch(folder):
-    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+def test_a_row_does_not_depend_on_its_batch(shared):
     prompts = ["a red circle", "a blue star", "a green cross above it"]
-    together = pipeline.generate_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
+    together = shared.generate_each(prompts, [[], [picture(0, 64, 64)], []], [4, 5, 6], num_inference_steps=2)
     for index, prompt in enumerate(prompts):
         images = [picture(0, 64, 64)] if index == 1 else []
-        alone = pipeline.generate_each([prompt], [images], [4 + index], num_inference_steps=2)
+        alone = shared.generate_each([prompt], [images], [4 + index], num_inference_steps=2)
         difference = np.abs(np.asarray(together.images[index], int) - np.asarray(alone.images[0], int))
         assert difference.max() <= 1
-
-
-@pytest.fixture(scope="module")
-def shared(folder):
-    """A pipeline whose programs several tests share; they change nothing of it."""
-    return Flux2Pipeline.from_pretrained(str(folder))
 
 
 LATENTS = np.random.default_rng(5).normal(size=(2, 16, 4, 4)).astype(np.float32)
 SMALL = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
 
 
-def test_a_long_history_is_read_as_diffusers_reads_it_at_its_bucket(folder, shared):
-    theirs = diffusers.Flux2KleinPipeline.from_pretrained(str(folder))
-    theirs.set_progress_bar_config(disable=True)
+def test_a_long_history_is_read_as_diffusers_reads_it_at_its_bucket(shared, theirs):
     made = shared(LONG, latents=LATENTS[:1], **SMALL).images
     expected, cut = (
         theirs(
@@ -187,16 +189,15 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
     assert pipeline._denoise._cache_size() == compiled
 
 
-def test_bad_input_is_named(folder, tmp_path):
-    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+def test_bad_input_is_named(shared, tmp_path):
     with pytest.raises(ClvrError, match="prompt is empty"):
-        pipeline("  ")
+        shared("  ")
     with pytest.raises(ClvrError, match="100,000 characters"):
-        pipeline("x" * 100_000)
+        shared("x" * 100_000)
     with pytest.raises(UsageError, match="multiples of 8"):
-        pipeline("a red circle", height=50, width=64)
+        shared("a red circle", height=50, width=64)
     with pytest.raises(UsageError, match="latents have shape"):
-        pipeline("a red circle", latents=np.zeros((1, 16, 3, 3), np.float32))
+        shared("a red circle", latents=np.zeros((1, 16, 3, 3), np.float32))
     with pytest.raises(ClvrError, match="no such model"):
         Flux2Pipeline.from_pretrained("nowhere")
     with pytest.raises(ClvrError, match=r"model_index\.json is missing"):
@@ -204,10 +205,9 @@ def test_bad_input_is_named(folder, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "foreign", "shape"])
-def test_damaged_weights_are_named(folder, tmp_path, damage):
-    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+def test_damaged_weights_are_named(folder, shared, tmp_path, damage):
     path = tmp_path / "model"
-    pipeline.save_pretrained(str(path))
+    shutil.copytree(folder, path)
     file = path / "transformer" / "diffusion_pytorch_model.safetensors"
     if damage == "truncate":
         file.write_bytes(file.read_bytes()[:5000])
@@ -216,7 +216,7 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
         file.write_bytes((path / "vae" / file.name).read_bytes())
         message = r"missing: .*unexpected: "
     else:
-        config = dataclasses.replace(pipeline.transformer.config, joint_attention_dim=80)
+        config = dataclasses.replace(shared.transformer.config, joint_attention_dim=80)
         other = Flux2Transformer(config, rngs=nnx.Rngs(0))
         save_model(tmp_path / "other", other, FLUX2_TRANSFORMER)
         file.write_bytes((tmp_path / "other" / file.name).read_bytes())
@@ -225,10 +225,9 @@ def test_damaged_weights_are_named(folder, tmp_path, damage):
         Flux2Pipeline.from_pretrained(str(path))
 
 
-def test_a_saved_tokenizer_reads_long_texts_whole(folder, tmp_path):
-    pipeline = Flux2Pipeline.from_pretrained(str(folder))
+def test_a_saved_tokenizer_reads_long_texts_whole(shared, tmp_path):
     long = "a red circle " * (10 * 2 * LENGTH)
-    pipeline("a red circle", num_inference_steps=1)  # padding and cutting are no state of the tokenizer
-    pipeline.save_pretrained(str(tmp_path / "saved"))
+    shared("a red circle", num_inference_steps=1)  # padding and cutting are no state of the tokenizer
+    shared.save_pretrained(str(tmp_path / "saved"))
     tokens = load_tokenizer(tmp_path / "saved" / "tokenizer")(long)["input_ids"]
     assert len(tokens) > 10 * 2 * LENGTH

@@ -21,7 +21,6 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig
-from tests.rl.pprl_toy import small_qwen3_vl
 
 MESHES = {
     "fsdp": MeshConfig(fsdp=8),
@@ -30,11 +29,6 @@ MESHES = {
     "mixed": MeshConfig(fsdp=2, sequence=2, tensor=2),
 }
 PHOTO = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8))
-
-
-@pytest.fixture(scope="module")
-def controller(tmp_path_factory):
-    return small_qwen3_vl(tmp_path_factory.mktemp("controller") / "model")
 
 
 def drawn(pipeline):
@@ -54,8 +48,8 @@ def drawn_alone(folder):
 
 
 @pytest.fixture(scope="module")
-def answered_alone(controller):
-    return answered(Qwen3VLPipeline.from_pretrained(controller))
+def answered_alone(small_qwen3_vl):
+    return answered(Qwen3VLPipeline.from_pretrained(small_qwen3_vl))
 
 
 @pytest.mark.parametrize("name", MESHES)
@@ -68,8 +62,8 @@ def test_flux2_on_a_mesh_generates_what_one_device_generates(folder, drawn_alone
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(controller, answered_alone, name):
-    text, logprobs = answered(Qwen3VLPipeline.from_pretrained(controller, mesh=MESHES[name]))
+def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(small_qwen3_vl, answered_alone, name):
+    text, logprobs = answered(Qwen3VLPipeline.from_pretrained(small_qwen3_vl, mesh=MESHES[name]))
     assert text == answered_alone[0]
     np.testing.assert_allclose(logprobs, answered_alone[1], atol=1e-5)
 
@@ -83,15 +77,15 @@ def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):
     np.testing.assert_allclose(mesh("a red circle", **options).images, alone, atol=1e-5)
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, controller):
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, small_qwen3_vl):
     with pytest.raises(UsageError, match=r"tensor 8 shards heads 8 ways.* 4 heads of transformer; .* one of 1, 2, 4"):
         Flux2Pipeline.from_pretrained(str(folder), mesh=MeshConfig(tensor=8))
     with pytest.raises(UsageError, match=r"sequence 2 x tensor 4|tensor 4 x sequence 2"):
         ClosedLoopPipeline.from_pretrained(
-            str(folder), controller=str(controller), mesh=MeshConfig(sequence=2, tensor=4)
+            str(folder), controller=str(small_qwen3_vl), mesh=MeshConfig(sequence=2, tensor=4)
         )
     with pytest.raises(UsageError, match="heads of controller"):
-        Qwen3VLPipeline.from_pretrained(controller, mesh=MeshConfig(tensor=8))
+        Qwen3VLPipeline.from_pretrained(small_qwen3_vl, mesh=MeshConfig(tensor=8))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,6 @@ from clvr_jax.pipelines.offload import HOST, Offloader
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig
-from tests.rl.pprl_toy import small_qwen3_vl
 
 OPTIONS = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}
 
@@ -32,10 +31,9 @@ def test_images_are_those_of_a_pipeline_on_the_device(folder, mesh):
         assert np.array_equal(pipeline("a red circle", **OPTIONS).images, expected)
 
 
-def test_one_model_is_on_the_device_at_a_time(folder, tmp_path, monkeypatch):
-    controller = small_qwen3_vl(tmp_path / "controller")
+def test_one_model_is_on_the_device_at_a_time(folder, small_qwen3_vl, monkeypatch):
     before = {id(array) for array in jax.live_arrays()}
-    loop = ClosedLoopPipeline.from_pretrained(str(folder), controller=str(controller), offload="components")
+    loop = ClosedLoopPipeline.from_pretrained(str(folder), controller=str(small_qwen3_vl), offload="components")
     models = (loop.flux.transformer, loop.flux.text_encoder, loop.controller._vlm.model)
     largest = max(weight_bytes(nnx.state(model)) for model in models)
     vae = weight_bytes(nnx.state(loop.flux.vae))
@@ -59,11 +57,10 @@ def test_one_model_is_on_the_device_at_a_time(folder, tmp_path, monkeypatch):
     assert largest + activations < sum(weight_bytes(nnx.state(model)) for model in models)
 
 
-def test_replies_are_those_of_a_model_on_the_device(tmp_path):
-    controller = small_qwen3_vl(tmp_path / "controller")
+def test_replies_are_those_of_a_model_on_the_device(small_qwen3_vl):
     chat = [{"role": "user", "content": "a red circle"}]
     plain, offloaded = (
-        Qwen3VLPipeline.from_pretrained(controller, offload=offload).chat(chat, max_new_tokens=4)
+        Qwen3VLPipeline.from_pretrained(small_qwen3_vl, offload=offload).chat(chat, max_new_tokens=4)
         for offload in (None, "components")
     )
     assert plain == offloaded

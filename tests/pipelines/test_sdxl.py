@@ -1,5 +1,7 @@
 """Stable Diffusion XL and 1.5 beside diffusers' pipelines: the same folder, noise and prompts give the same picture."""
 
+import copy
+import functools
 import json
 import shutil
 
@@ -21,9 +23,22 @@ from tests.models.parity import TOLERANCE, relative_error
 PROMPTS = ["a red circle", "two blue squares above a green star", "a red circle left of a blue star! a red star, zebra"]
 
 
-def theirs(folder, **options):
+@functools.cache
+def ours(folder):
+    """Returns our pipeline of a directory, whose programs the tests share; they change nothing of it."""
+    return SDXLPipeline.from_pretrained(str(folder))
+
+
+@functools.cache
+def _theirs(folder):
     pipeline = diffusers.DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def theirs(folder, **options):
+    """Returns diffusers' pipeline of a directory, and a function that samples; its scheduler may be replaced."""
+    pipeline = copy.copy(_theirs(folder))
     latents = torch.tensor(options.pop("latents"))
     return pipeline, lambda output: pipeline(latents=latents, output_type=output, **options).images
 
@@ -39,11 +54,10 @@ def check(folder, scheduler=None, changes=None, **options):
     if scheduler:
         reference.scheduler = scheduler.from_config(reference.scheduler.config, **(changes or {}))
     options.update(solver=solver)
-    ours = SDXLPipeline.from_pretrained(str(folder))
-    latents = ours(**options, output_type="latent")
+    latents = ours(folder)(**options, output_type="latent")
     assert relative_error(latents.images, run("latent")) < TOLERANCE
     expected = run("np")
-    pixels = ours(**options, output_type="np").images
+    pixels = ours(folder)(**options, output_type="np").images
     assert pixels.shape == expected.shape
     assert np.abs(pixels - expected).max() < 1 / 255
     assert expected.std() > 0.1  # not all black
@@ -86,13 +100,13 @@ def test_another_solver_is_that_scheduler_on_the_same_noise_levels(folders):
 def test_latent_consistency_is_that_of_diffusers(folders, monkeypatch, xl):
     fresh = []
 
-    def ours(*_, **__):
+    def our_noise(*_, **__):
         return torch.tensor(fresh.pop(0))
 
-    monkeypatch.setattr(diffusers.schedulers.scheduling_lcm, "randn_tensor", ours)
+    monkeypatch.setattr(diffusers.schedulers.scheduling_lcm, "randn_tensor", our_noise)
     keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(9), i))(np.arange(2))
     options = {"prompt": PROMPTS[:2], "guidance_scale": 8.5, "height": 40, "width": 56, "num_inference_steps": 4}
-    pipeline = SDXLPipeline.from_pretrained(str(folders(xl, "lcm", True)))
+    pipeline = ours(folders(xl, "lcm", True))
     made = pipeline(**options, seed=9, latents=noise(2), output_type="latent")
     fresh += list(np.asarray(step_noise(keys, 4, (5, 7, 4))).transpose(0, 1, 4, 2, 3))
     _, run = theirs(folders(xl, "lcm", True), latents=noise(2), **options)
@@ -113,7 +127,7 @@ def test_the_embedding_of_the_guidance_is_that_of_diffusers(folders, features):
 @pytest.mark.parametrize(("xl", "scheduler"), [(True, "euler"), (False, "pndm")])
 def test_what_is_written_draws_the_same_in_diffusers(folders, tmp_path, xl, scheduler):
     source = folders(xl, scheduler)
-    pipeline = SDXLPipeline.from_pretrained(str(source))
+    pipeline = ours(source)
     pipeline.save_pretrained(str(tmp_path / "back"))
     options = {"prompt": PROMPTS, "guidance_scale": 3.0, "height": 40, "width": 40, "num_inference_steps": 3}
     latents = noise(3, (5, 5))
@@ -200,7 +214,7 @@ def test_what_is_not_a_whole_pipeline_is_refused_in_one_line(folders, tmp_path):
 
 
 def test_bad_input_is_named(folders):
-    pipeline = SDXLPipeline.from_pretrained(str(folders(False, "pndm")))
+    pipeline = ours(folders(False, "pndm"))
     with pytest.raises(ClvrError, match="prompt is empty"):
         pipeline(" ")
     with pytest.raises(UsageError, match="2 negative prompts for 1"):

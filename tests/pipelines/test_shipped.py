@@ -23,12 +23,12 @@ FOLDER = SHIPPED / "shapes-tiny"
 
 @pytest.mark.slow
 def test_scenes_survive_the_autoencoder():
-    """2,000 scenes, held-out pairs among them, are read back exactly from what the decoder makes of their latents."""
+    """600 scenes, held-out pairs among them, are read back exactly from what the decoder makes of their latents."""
     vae = load_vae(FOLDER / "vae")
     reconstruct = jax.jit(lambda images: vae.decode_tokens(vae.encode_tokens(images)), compiler_options=OPTIMIZED)
     rng = np.random.default_rng(2_000)
     exact = 0
-    for _ in range(20):
+    for _ in range(6):
         scenes = [sample_scene_random(rng, allow_held_out=True) for _ in range(100)]
         images = np.stack([render(scene) for scene in scenes]).astype(np.float32) / 127.5 - 1
         decoded = np.asarray(reconstruct(images))
@@ -38,13 +38,11 @@ def test_scenes_survive_the_autoencoder():
             wanted = {(item.color, item.shape, item.cell) for item in scene.objects}
             found = {(item.color, item.shape, item.cell) for item in reading.objects}
             exact += wanted == found and not reading.unclear
-    print(f"{exact} of 2000 read back exactly")
-    assert exact >= 1990
+    assert exact >= 0.995 * 600
 
 
-@pytest.mark.parametrize("edits", [False, True])
 @pytest.mark.parametrize("transformer", ["transformer", "transformer_base", "transformer_sft"])
-def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
+def test_pytorch_draws_the_same_from_the_shipped_folder(transformer):
     """The folder as it lies there, read by diffusers, sampled as it says: to a picture and from one."""
     ours = Flux2Pipeline.from_pretrained(str(FOLDER), transformer=transformer)
     part = diffusers.Flux2Transformer2DModel.from_pretrained(FOLDER / transformer, torch_dtype=torch.float32)
@@ -53,19 +51,20 @@ def test_pytorch_draws_the_same_from_the_shipped_folder(transformer, edits):
         FOLDER, transformer=part, is_distilled=settings.is_distilled, torch_dtype=torch.float32
     )
     theirs.set_progress_bar_config(disable=True)
-    prompt, images = "a red star at the top left and a blue circle in the center", []
-    if edits:
-        scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
-        prompt, images = "Add a red star at the top left.", [Image.fromarray(render(scene))]
+    scene = Scene((place("green", "square", "bottom", np.random.default_rng(0)),))
     latents = np.random.default_rng(7).normal(size=(1, 32, 4, 4)).astype(np.float32)
-    length = encode_prompts(ours.tokenizer, [prompt], settings.text_buckets)[0].shape[1]
-    expected = theirs(
-        prompt=[prompt], image=images or None, height=64, width=64, latents=torch.tensor(latents), output_type="np",
-        num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
-        max_sequence_length=length, text_encoder_out_layers=settings.text_encoder_out_layers,
-    ).images  # fmt: skip
-    made = ours([prompt], images, latents=latents, output_type="np")
-    assert np.abs(made.images - expected).max() < 1 / 255
+    for prompt, images in (
+        ("a red star at the top left and a blue circle in the center", []),
+        ("Add a red star at the top left.", [Image.fromarray(render(scene))]),
+    ):
+        length = encode_prompts(ours.tokenizer, [prompt], settings.text_buckets)[0].shape[1]
+        expected = theirs(
+            prompt=[prompt], image=images or None, height=64, width=64, latents=torch.tensor(latents), output_type="np",
+            num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale,
+            max_sequence_length=length, text_encoder_out_layers=settings.text_encoder_out_layers,
+        ).images  # fmt: skip
+        made = ours([prompt], images, latents=latents, output_type="np")
+        assert np.abs(made.images - expected).max() < 1 / 255, prompt
 
 
 def test_pytorch_says_the_same_from_the_shipped_controller():

@@ -96,48 +96,58 @@ KILLED = """
 import os, pathlib, signal, sys
 sys.path.insert(0, {root!r})
 from tests.reasoning.test_trajectory import make
-target = pathlib.Path({target!r})
-left = int(sys.argv[1])
-def guard(name):
-    original = getattr(pathlib.Path, name)
-    def guarded(self, *args, **kwargs):
-        global left
-        if left == 0:
-            if name == "write_bytes":
-                self.open("wb").write(args[0][:20])
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return original(self, *args, **kwargs)
-    setattr(pathlib.Path, name, guarded)
-for name in ("mkdir", "write_bytes", "rename", "replace", "unlink", "rmdir"):
-    guard(name)
-make(values=(200,) * 2).save(target)
+
+def save(target, left):
+    def guard(name):
+        original = getattr(pathlib.Path, name)
+        def guarded(self, *args, **kwargs):
+            nonlocal left
+            if left == 0:
+                if name == "write_bytes":
+                    self.open("wb").write(args[0][:20])
+                os.kill(os.getpid(), signal.SIGKILL)
+            left -= 1
+            return original(self, *args, **kwargs)
+        setattr(pathlib.Path, name, guarded)
+    for name in ("mkdir", "write_bytes", "rename", "replace", "unlink", "rmdir"):
+        guard(name)
+    make(values=(200,) * 2).save(target)
+
+for moment in range(30):
+    target = pathlib.Path(sys.argv[1], str(moment), "out")
+    target.parent.mkdir()
+    if {exists}:
+        make(values=(100,) * 3).save(target)
+    child = os.fork()  # a process to be killed costs no import
+    if child == 0:
+        save(target, moment)
+        os._exit(0)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(code, flush=True)
+    if code != -9:
+        break
 """
 
 
 @pytest.mark.parametrize("exists", [False, True])
 def test_killed_save_leaves_a_whole_trajectory_or_none(tmp_path, exists):
-    target = tmp_path / "out"
-    root = str(Path(__file__).parents[2])
+    script = KILLED.format(root=str(Path(__file__).parents[2]), exists=exists)
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    codes = list(map(int, done.stdout.split()))
+    assert codes == [-9] * (len(codes) - 1) + [0]
     seen = set()
-    for moment in range(30):
-        if exists:
-            make(values=(100,) * 3).save(target)
-        script = KILLED.format(root=root, target=str(target))
-        done = subprocess.run([sys.executable, "-c", script, str(moment)], check=False, capture_output=True, text=True)
-        assert done.returncode in (0, -9), done.stderr
+    for moment in range(len(codes)):
+        target = tmp_path / str(moment) / "out"
         if not (target / "trajectory.json").exists():
             seen.add("none")
-            continue
-        trajectory = Trajectory.load(target)
-        values = {int(step.image[0, 0, 0]) for step in trajectory.generated}
-        assert (values, len(trajectory.generated)) in (({100}, 3), ({200}, 2))
-        seen |= values
-        if done.returncode == 0:
-            break
+        else:
+            trajectory = Trajectory.load(target)
+            values = {int(step.image[0, 0, 0]) for step in trajectory.generated}
+            assert (values, len(trajectory.generated)) in (({100}, 3), ({200}, 2))
+            seen |= values
+        make(values=(1,)).save(target)  # what is left there is no obstacle
+        assert Trajectory.load(target).image[0, 0, 0] == 1
     assert seen == ({100, "none", 200} if exists else {"none", 200})
-    make(values=(1,)).save(target)
-    assert Trajectory.load(target).image[0, 0, 0] == 1
     assert not list(tmp_path.rglob(".*"))
 
 

@@ -6,7 +6,6 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.shapes_roles import make_shapes_roles
@@ -14,8 +13,6 @@ from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.diffusion import FlowProcess, euler_solve
 from clvr_jax.models.lora import LoRAConfig
-from clvr_jax.models.qwen3_vl import Qwen3VL
-from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.rewards import MeshReward, Reward, Score, Scores, UnifiedReward, UnifiedRewardEdit
@@ -62,17 +59,6 @@ class Brightness(Reward):
         self.cases += cases
         values = np.array([self.spoil(case, float(np.mean(case.image)) / 255) for case in cases])
         return Scores(values, {"brightness": values})
-
-
-def small_qwen3_vl(folder):
-    """The shipped controller with fewer blocks and new weights."""
-    chat = Qwen3VLPipeline.from_pretrained(SHIPPED / "shapes-tiny" / "controller")
-    sizes = chat.model.config
-    text = dataclasses.replace(sizes.text, num_hidden_layers=2)
-    vision = dataclasses.replace(sizes.vision, depth=2, deepstack_visual_indexes=(0,))
-    model = Qwen3VL(dataclasses.replace(sizes, text=text, vision=vision), rngs=nnx.Rngs(0))
-    Qwen3VLPipeline(model, chat.tokenizer, chat.image_processor).save_pretrained(folder)
-    return folder
 
 
 def _weighed(judge_prompt):

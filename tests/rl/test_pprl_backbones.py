@@ -22,7 +22,7 @@ from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, classifier_free_guidance, ddim_solve
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
@@ -34,6 +34,7 @@ from clvr_jax.training.optimizer import AdamWConfig
 from clvr_jax.training.plan import plan
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path
+from tests.helpers.models import small_flux2
 from tests.rl.pprl_toy import Brightness, changed, make_dataset, make_task
 
 ROOT = Path(__file__).parents[2]
@@ -57,9 +58,7 @@ def dataset(tmp_path_factory):
 
 def tiny_flux2():
     """The shipped pipeline with a small transformer that knows nothing."""
-    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-sft")
-    sizes = dataclasses.replace(pipe.transformer.config, num_layers=1, num_single_layers=1)
-    pipe.transformer = Flux2Transformer(sizes, rngs=nnx.Rngs(0))
+    pipe = small_flux2("shapes-tiny-sft")
     pipe.settings = dataclasses.replace(pipe.settings, text_buckets=(256,))
     return pipe
 

@@ -19,15 +19,15 @@ from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
 from clvr_jax.sharding import MeshConfig, MeshLayout
-from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_task, small_qwen3_vl
+from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_task
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 2
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory):
-    return small_qwen3_vl(tmp_path_factory.mktemp("judge") / "model")
+def judge(small_qwen3_vl):
+    return small_qwen3_vl
 
 
 def trained(dataset, judge, out, mesh, proxy_prompt_generator=None):

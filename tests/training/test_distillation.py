@@ -15,7 +15,6 @@ from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.sharding import MeshConfig
@@ -25,6 +24,7 @@ from clvr_jax.training.recipes import load_recipe
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 from clvr_jax.trees import leaves_by_path
+from tests.helpers.models import small_flux2
 
 SIGMAS = flow_sigmas(4, 16)
 NOISE = jnp.asarray(np.random.default_rng(0).normal(size=(6, 3, 5)), jnp.float32)
@@ -175,14 +175,6 @@ def test_a_run_that_was_stopped_goes_on_bit_for_bit_and_eight_devices_compute_th
     assert losses(tmp_path / "whole")[-1] < losses(tmp_path / "whole")[0]
 
 
-def tiny_pipeline():
-    """The shipped pipeline with a small transformer that knows nothing."""
-    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
-    sizes = dataclasses.replace(pipe.transformer.config, num_layers=1, num_single_layers=1)
-    pipe.transformer = Flux2Transformer(sizes, rngs=nnx.Rngs(0))
-    return pipe
-
-
 def batches(step):
     rng = np.random.default_rng(step)
     return {
@@ -195,7 +187,7 @@ def batches(step):
 
 @pytest.mark.slow
 def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_at(tmp_path):
-    train, teacher = dataclasses.replace(TRAIN, steps=2), tiny_pipeline()
+    train, teacher = dataclasses.replace(TRAIN, steps=2), small_flux2("shapes-tiny-base")
     distill = DistillConfig(substeps=2, guidance=1.7)
     fit(pipeline_task("tiny", teacher, train, distill, batches, save_dtype="float32"), train, tmp_path)
     assert json.loads((tmp_path / "export" / "model_index.json").read_text())["is_distilled"] is True

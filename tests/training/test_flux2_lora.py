@@ -22,7 +22,6 @@ from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.convert.lora_models import OTHER_PARTS
-from tests.training.test_sft_processes import small_drawer
 
 STEPS = 24
 TRAIN = dataclasses.replace(
@@ -51,13 +50,11 @@ def write_pairs(directory):
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    place = tmp_path_factory.mktemp("lora")
-    small_drawer(place / "model")
+def config(small_flux2, tmp_path_factory):
     return dataclasses.replace(
         flux2_lora.CONFIG,
-        model=str(place / "model"),
-        dataset=write_pairs(place / "pairs"),
+        model=str(small_flux2),
+        dataset=write_pairs(tmp_path_factory.mktemp("lora") / "pairs"),
         size=64,
         batch_size=4,
         dropout=0.0,

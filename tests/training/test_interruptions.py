@@ -89,7 +89,7 @@ def test_a_run_that_is_killed_asked_to_stop_and_interrupted_has_the_same_losses_
     assert not (out / ".lock").exists()
     assert not (out / "export").exists()
 
-    assert run(TRAIN, out, "--resume", *SAVE_ONCE).returncode == 0
+    assert main(["train", str(RECIPE), "--out", str(out), "--resume", *SAVE_ONCE]) == 0
     assert losses(out) == losses(undisturbed)
     assert np.array_equal(np.load(out / "export" / "w.npy"), np.load(undisturbed / "export" / "w.npy"))
 

@@ -53,11 +53,11 @@ def talking_task():
     return Task("talking", params, {}, loss, batches, lambda ema, folder: None)
 
 
-def losses(task, tmp_path, steps=8, **options):
+def losses(task, tmp_path, steps=8, stop_after=None, **options):
     """Losses and gradient norms of every step."""
     import json
 
-    fit(task, TrainConfig(steps=steps, learning_rate=3e-3, log_every=1, **options), tmp_path)
+    fit(task, TrainConfig(steps=steps, learning_rate=3e-3, log_every=1, **options), tmp_path, stop_after=stop_after)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     return np.array([[row["loss"], row["grad_norm"]] for row in rows])
 
@@ -73,8 +73,9 @@ def alone(task, tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", MESHES)
-def test_eight_steps_are_the_same_on_every_mesh(task, alone, tmp_path, name):
-    np.testing.assert_allclose(losses(task, tmp_path, mesh=MESHES[name]), alone, rtol=2e-4)
+def test_the_first_steps_are_the_same_on_every_mesh(task, alone, tmp_path, name):
+    """Four of eight: on eight virtual devices a step takes most of its time to synchronize them."""
+    np.testing.assert_allclose(losses(task, tmp_path, stop_after=4, mesh=MESHES[name]), alone[:4], rtol=2e-4)
     assert alone[-1, 0] < 0.98 * alone[0, 0]
 
 

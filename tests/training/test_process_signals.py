@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from clvr_jax.cli import main
 from clvr_jax.training.distributed import virtual_devices
 from launch.local_cluster import free_port
 from tests.training.test_interruptions import CLUSTER, RECIPE, ROOT, TRAIN, losses, run, start
@@ -111,29 +112,31 @@ def test_a_run_that_ctrl_c_stopped_on_both_resumes_as_if_nothing_had_been(tmp_pa
     assert "failed" not in said
     assert said.splitlines()[-1].startswith("clvr: interrupted; line: step ")
     assert run(cluster, out, "--train.steps", "20", "--resume").returncode == 0
-    assert run(TRAIN, undisturbed, "--train.steps", "20", "--train.mesh.devices", "1").returncode == 0
+    options = ["--train.steps", "20", "--train.mesh.devices", "1"]
+    assert main(["train", str(RECIPE), "--out", str(undisturbed), *options]) == 0
     assert [step for step, _ in losses(out)] == list(range(1, 21))
     np.testing.assert_allclose(losses(out), losses(undisturbed), rtol=1e-5)
 
 
-def test_a_second_run_into_one_directory_is_refused_and_the_first_is_unharmed(tmp_path):
+def test_a_second_run_into_one_directory_is_refused_and_the_first_is_unharmed(tmp_path, capsys):
     out, alone = tmp_path / "run", tmp_path / "alone"
     options = ["--train.steps", "600", "--train.mesh.devices", "1", "--train.checkpoint.save-interval-minutes", "1000"]
-    assert run(TRAIN, alone, *options).returncode == 0
+    assert main(["train", str(RECIPE), "--out", str(alone), *options]) == 0
     first = start(TRAIN, out, "--pause", "1", *options)  # ten minutes: it lasts until it is asked to stop
     recipe = (out / "recipe.json").read_bytes()
-    commands = [run(TRAIN, out, *options, "--train.learning-rate", "9", *more) for more in ((), ("--resume",))]
-    processes = launch(out, *options)
-    commands += [
-        subprocess.CompletedProcess((), process.wait(100), stderr=process.stderr.read()) for process in processes
-    ]
+    capsys.readouterr()
+    ends = []
+    for more in ((), ("--resume",)):
+        other = ["train", str(RECIPE), "--out", str(out), *options, "--train.learning-rate", "9", *more]
+        ends.append((main(other), capsys.readouterr().err))
+    ends += [(process.wait(100), process.stderr.read()) for process in launch(out, *options)]
     assert first.poll() is None
-    for second in commands:
-        assert second.returncode == 1
-        (line,) = [line for line in second.stderr.splitlines() if line.startswith("clvr: ")]
+    for code, stderr in ends:
+        assert code == 1
+        (line,) = [line for line in stderr.splitlines() if line.startswith("clvr: ")]
         assert f"{out}: process {first.pid} (cli.py train " in line
         assert "has been writing to it since" in line
-        assert "Traceback" not in second.stderr
+        assert "Traceback" not in stderr
     assert (out / "recipe.json").read_bytes() == recipe
     assert json.loads((out / ".lock").read_text())["process"] == first.pid
     first.send_signal(signal.SIGTERM)

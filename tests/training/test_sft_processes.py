@@ -1,24 +1,19 @@
 """The fine-tuning recipes give one run, whether on one device or spread over two processes."""
 
-import dataclasses
 import sys
 
 import numpy as np
 import pytest
-from flax import nnx
 
 from clvr_jax.cli import main
 from clvr_jax.data.trajectory_dataset import write_dataset
-from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from tests.data.simulated import TWO_IMAGES, simulated
-from tests.rl.pprl_toy import small_qwen3_vl
 from tests.training.test_interruptions import ROOT, losses, run
 
 CLUSTER = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "1"]
-STEPS = 4
+STEPS = 3
 OPTIONS = [
-    *("--batch-size", "8"),
+    *("--batch-size", "2"),
     *("--train.steps", str(STEPS), "--train.log-every", "1", "--train.learning-rate", "1e-4"),
     *("--train.compute-dtype", "float32"),
 ]
@@ -31,25 +26,10 @@ def dataset(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def model(request, tmp_path):
-    """The shipped model with fewer blocks and new weights: devices that are threads take long to agree on each."""
-    return request.param(tmp_path / "model")
-
-
-def small_drawer(folder):
-    pipe = Flux2Pipeline.from_pretrained("shapes-tiny-sft")
-    config = dataclasses.replace(pipe.transformer.config, num_layers=1, num_single_layers=2)
-    transformer = Flux2Transformer(config, rngs=nnx.Rngs(0))
-    Flux2Pipeline(transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.settings).save_pretrained(str(folder))
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("recipe", "model"), [("flux2_sft", small_drawer), ("qwen3_vl_sft", small_qwen3_vl)], indirect=["model"]
-)
-def test_two_processes_train_as_one_does(dataset, tmp_path, recipe, model):
+@pytest.mark.parametrize(("recipe", "model"), [("flux2_sft", "small_flux2"), ("qwen3_vl_sft", "small_qwen3_vl")])
+def test_two_processes_train_as_one_does(dataset, tmp_path, request, recipe, model):
+    model = request.getfixturevalue(model)
     options = [str(ROOT / "configs" / f"{recipe}.py"), *OPTIONS, "--model", str(model), "--dataset", str(dataset)]
     alone, spread = tmp_path / "alone", tmp_path / "spread"
     assert main(["train", *options, "--out", str(alone), "--train.mesh.devices", "1"]) == 0

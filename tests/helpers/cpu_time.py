@@ -1,0 +1,144 @@
+"""A pytest plugin that measures CPU seconds per test, children included, and checks the `slow` marker with them.
+
+Wall time depends on what else runs on the machine, CPU time does so far less. `--durations-cpu=N` prints the N largest
+entries and the total of each file. A fixture that tests share is an entry of its own: its cost is not the cost of the
+test that happens to run first. `--check-slow` fails the session if a test without the marker takes more than
+`slow_cpu_seconds` (pytest configuration), or one with it takes less than a quarter of that.
+
+Only children that were waited for are counted (`os.times`). Compiled programs are cached on disk, so a first session
+costs more than later ones: compare two sessions only when both began with an empty or both with a filled cache.
+"""
+
+import os
+from collections import defaultdict
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+SHARED = "shared_fixtures"
+SECONDS = "cpu_seconds"
+
+
+def cpu_seconds() -> float:
+    """CPU seconds of this process, all its threads, and its children that were waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+class CpuTimes:
+    """Measures in every process that runs tests; the process that prints receives the reports of all of them."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+        self.shared: list[tuple[str, float]] = []  # fixtures set up since the last report
+        self.entries: list[tuple[float, str]] = []
+        self.tests: dict[str, tuple[float, bool]] = {}  # seconds, marked slow
+        self.elapsed: dict[tuple[str, str], float] = {}
+
+    @contextmanager
+    def _measure(self, item: pytest.Item, phase: str) -> Iterator[None]:
+        start, shared = cpu_seconds(), len(self.shared)
+        try:
+            yield
+        finally:
+            of_fixtures = sum(seconds for _, seconds in self.shared[shared:])
+            self.elapsed[item.nodeid, phase] = cpu_seconds() - start - of_fixtures
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Measures the fixtures of the test's own."""
+        with self._measure(item, "setup"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, Any, Any]:
+        """Measures the test itself."""
+        with self._measure(item, "call"):
+            return (yield)
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(
+        self, fixturedef: pytest.FixtureDef[Any], request: pytest.FixtureRequest
+    ) -> Generator[None, Any, Any]:
+        """Measures a fixture of a module or session by itself, without the shared fixtures that it sets up inside."""
+        if fixturedef.scope == "function":
+            return (yield)
+        start, inside = cpu_seconds(), len(self.shared)
+        try:
+            return (yield)
+        finally:
+            seconds = cpu_seconds() - start - sum(seconds for _, seconds in self.shared[inside:])
+            place = fixturedef.baseid or "tests"
+            self.shared.append((f"{place}::{fixturedef.argname} (fixture)", seconds))
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+        """Attaches the seconds to the report, with which xdist sends them to the process that prints."""
+        report = yield
+        setattr(report, SECONDS, self.elapsed.pop((item.nodeid, call.when), 0.0))
+        setattr(report, SHARED, self.shared[:])
+        self.shared.clear()
+        return report
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Collects the seconds."""
+        self.entries.extend((seconds, name) for name, seconds in getattr(report, SHARED, ()))
+        before, _ = self.tests.get(report.nodeid, (0.0, False))
+        self.tests[report.nodeid] = (before + getattr(report, SECONDS, 0.0), "slow" in report.keywords)
+
+    def wrongly_marked(self) -> list[str]:
+        """Returns a line for each test whose marker does not agree with its CPU seconds."""
+        limit = float(self.config.getini("slow_cpu_seconds"))
+        found = []
+        for name, (seconds, slow) in sorted(self.tests.items()):
+            if not slow and seconds > limit:
+                found.append(f"{name} takes {seconds:.1f} CPU s: make it cheaper, or mark it slow (over {limit:g} s)")
+            if slow and 0 < seconds < limit / 4:
+                found.append(f"{name} takes {seconds:.1f} CPU s: it is not slow (over {limit:g} s)")
+        return found
+
+    def pytest_terminal_summary(self, terminalreporter: Any) -> None:
+        """Prints the largest entries and files, and the tests whose marker is wrong."""
+        number = self.config.getoption("durations_cpu")
+        if number is not None:
+            entries = sorted(
+                self.entries + [(seconds, name) for name, (seconds, _) in self.tests.items()], reverse=True
+            )
+            files: dict[str, float] = defaultdict(float)
+            for seconds, name in entries:
+                files[name.partition("::")[0]] += seconds
+            total = sum(files.values())
+            terminalreporter.section(f"CPU seconds: {total:.0f} in {len(self.tests)} tests")
+            for seconds, name in entries[: number or None]:
+                terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+            terminalreporter.write_line("by file:")
+            for name, seconds in sorted(files.items(), key=lambda file: -file[1])[: number or None]:
+                terminalreporter.write_line(f"{seconds:8.1f}  {name}")
+        if self.config.getoption("check_slow") and (lines := self.wrongly_marked()):
+            terminalreporter.section("the marker slow")
+            for line in lines:
+                terminalreporter.write_line(line)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Fails a session without other failures if a marker is wrong."""
+        is_worker = hasattr(self.config, "workerinput")
+        if self.config.getoption("check_slow") and not is_worker and self.wrongly_marked() and not session.exitstatus:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Adds the options."""
+    group = parser.getgroup("CPU time")
+    group.addoption(
+        "--durations-cpu", type=int, metavar="N", help="print the N tests and files with the most CPU seconds (0: all)"
+    )
+    group.addoption("--check-slow", action="store_true", help="fail if the marker slow does not agree with CPU seconds")
+    parser.addini("slow_cpu_seconds", "CPU seconds above which a test must be marked slow", default="20")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Registers the measurement."""
+    config.pluginmanager.register(CpuTimes(config), "cpu-times")

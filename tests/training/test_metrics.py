@@ -1,0 +1,36 @@
+"""Metrics are TensorBoard events as well as lines of JSON, and PyTorch is not needed to write them."""
+
+import json
+import struct
+import subprocess
+import sys
+
+WRITE = """if True:
+    import sys
+    from pathlib import Path
+    from clvr_jax.training.metrics import MetricLog
+    with MetricLog(Path(sys.argv[1]), 0) as log:
+        log.write(3, {"loss": 0.5, "lr": 0.25})
+    assert "torch" not in sys.modules, "PyTorch was imported"
+"""
+
+
+def records(file):
+    """Yields the records of a TFRecord file: length, checksum, content, checksum."""
+    content, at = file.read_bytes(), 0
+    while at < len(content):
+        (length,) = struct.unpack_from("<Q", content, at)
+        yield content[at + 12 : at + 12 + length]
+        at += 16 + length
+
+
+def test_metrics_are_written_twice_and_pytorch_is_not_imported(tmp_path):
+    """Importing PyTorch would double the time that a run takes to start."""
+    subprocess.run([sys.executable, "-c", WRITE, str(tmp_path)], check=True, timeout=100)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 3, "loss": 0.5, "lr": 0.25}
+    from tensorboardX.proto.event_pb2 import Event
+
+    (file,) = (tmp_path / "tensorboard").iterdir()
+    events = [Event.FromString(record) for record in records(file)]
+    found = {(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value}
+    assert found == {(3, "loss", 0.5), (3, "lr", 0.25)}
