@@ -16,15 +16,12 @@ from clvr_jax.providers.http_client import BoundedClient
 
 T = TypeVar("T")
 
-MAX_BYTES = 64 * 2**20
-"""Maximum size of a downloaded image in bytes."""
-
 _ALLOW = "if it is right, add the host to image_hosts of the endpoint"
 _IN_LOCAL_NETWORK = f"is in the local network and is not downloaded from; {_ALLOW}"
 
 
 def download(
-    url: str, known_hosts: Set[str], new_client: Callable[[int], BoundedClient], decode: Callable[[bytes], T]
+    url: str, known_hosts: Set[str], new_client: Callable[[], BoundedClient], decode: Callable[[bytes], T]
 ) -> T:
     """Downloads and decodes the content of an http(s) URL.
 
@@ -32,7 +29,7 @@ def download(
       url: never part of an error message, because it may give access to the image.
       known_hosts: hosts that may be in the local network and that redirects may lead to: the endpoint's own host, and
         those that the user allows.
-      new_client: maximum number of bytes of a response -> a client.
+      new_client: returns a client with a limit on the size of the content.
       decode: the content -> the result; raises Failure. The bytes count as held in memory until it returns.
     Returns: the decoded content.
     Raises: Failure.
@@ -43,7 +40,7 @@ def download(
             "format to b64_json",
             "malformed",
         )
-    client = new_client(MAX_BYTES)
+    client = new_client()
     try:
         target = httpx2.URL(url)
         client.check_redirect = lambda origin, after: _check_redirect(origin, after, known_hosts)

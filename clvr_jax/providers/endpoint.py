@@ -149,6 +149,7 @@ class Connection:
         send: Callable[[openai.OpenAI], str],
         read: Callable[[dict[str, Any]], tuple[T, Usage]],
         max_values: int = MAX_VALUES,
+        max_bytes: int | None = None,
     ) -> tuple[T, Usage]:
         """Makes one request, with retries.
 
@@ -156,12 +157,14 @@ class Connection:
           send: makes one request and returns the body of the response; may be called several times.
           read: a response's JSON -> the result and its usage; raises Failure for a response without a result.
           max_values: maximum number of values in a response's JSON.
+          max_bytes: maximum size of a response, decompressed; at most, and by default, that of the endpoint.
         Returns: the result, and the usage of all attempts, as one call.
         Raises: ProviderError.
         """
-        return self._retry(lambda: self._request(send, read, max_values), Usage(calls=1))
+        limit = min(max_bytes or self.endpoint.max_bytes, self.endpoint.max_bytes)
+        return self._retry(lambda: self._request(send, read, max_values, limit), Usage(calls=1))
 
-    def download(self, url: str, decode: Callable[[bytes], T], spent: Usage) -> tuple[T, Usage]:
+    def download(self, url: str, decode: Callable[[bytes], T], max_bytes: int, spent: Usage) -> tuple[T, Usage]:
         """Downloads and decodes the content of an http(s) URL that the server returned, with retries.
 
         The key is not sent, and errors do not contain the URL, which may give access to the image.
@@ -169,6 +172,7 @@ class Connection:
         Args:
           url: of the content.
           decode: the content -> the result; raises Failure.
+          max_bytes: maximum size of the content.
           spent: usage of the call so far.
         Returns: the decoded content, and the usage of the call.
         Raises: ProviderError.
@@ -176,7 +180,8 @@ class Connection:
         from clvr_jax.providers.download import download
 
         hosts = {urlsplit(self.endpoint.base_url).hostname or "", *self.endpoint.image_hosts}
-        return self._retry(lambda: (download(url, hosts, self._new_http_client, decode), Usage()), spent)
+        new_client = partial(self._new_http_client, max_bytes)
+        return self._retry(lambda: (download(url, hosts, new_client, decode), Usage()), spent)
 
     def error(self, message: str, fault: Fault, usage: Usage | None = None, is_no_reply: bool = False) -> ProviderError:
         """Returns an error with a message on one line, without the key."""
@@ -239,8 +244,11 @@ class Connection:
         send: Callable[[openai.OpenAI], str],
         read: Callable[[dict[str, Any]], tuple[T, Usage]],
         max_values: int,
+        max_bytes: int,
     ) -> tuple[T, Usage]:
         with self._turn() as client:
+            http_client: Any = client._client
+            http_client.limit = max_bytes
             # Parsed before the client is released: until then the response counts as held in memory.
             return read(read_object(self._secrets.redact_reply(self._send(send, client)), max_values))
 

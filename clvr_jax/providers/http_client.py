@@ -21,7 +21,7 @@ class BoundedClient(openai.DefaultHttpxClient):
     """A client for one request at a time that reads complete responses.
 
     Args:
-      limit: maximum number of bytes of a response after decompression.
+      limit: maximum number of bytes of a response after decompression; may be changed between requests.
       seconds: time limit of a request, from its first byte to the last byte of the response.
       settings: of `httpx2.Client`.
 
@@ -42,7 +42,7 @@ class BoundedClient(openai.DefaultHttpxClient):
         self.held = HeldBytes()
         self.check_redirect = same_host
         self.check_peer = any_peer
-        self._limit, self._seconds = limit, seconds
+        self.limit, self._seconds = limit, seconds
 
     def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
         """Sends a request and reads its response.
@@ -81,7 +81,7 @@ class BoundedClient(openai.DefaultHttpxClient):
                 target = response.next_request
                 if target is None:
                     encoding = response.headers.get("content-encoding", "")
-                    limit = min(self._limit, _MAX_ERROR_BYTES) if response.is_error else self._limit
+                    limit = min(self.limit, _MAX_ERROR_BYTES) if response.is_error else self.limit
                     content = read_content(response.iter_raw(), encoding, limit, deadline, self._seconds, self.held)
                     return _with_content(response, content, request)
                 self.check_redirect(request.url, target.url)

@@ -19,6 +19,9 @@ from clvr_jax.providers.failures import Failure
 from clvr_jax.providers.openai_chat import image_data_url
 
 _MAX_DEFAULT_PIXELS = 2**24
+_LEAST_LIMIT, _GREATEST_LIMIT = 4 << 20, 64 << 20
+_BASE64_SPARE = 1 << 16
+"""Bytes of a response beside its image."""
 """Maximum pixels of an image whose size was not requested: 4096 x 4096."""
 _OPTIONAL = (
     OptionalFields(("response_format",)),
@@ -81,7 +84,7 @@ class OpenAIImageModel(ImageModel):
         image, usage = self._image_or_url(request, size)
         if isinstance(image, str):
             downloaded, usage = self._connection.download(
-                image, lambda content: decode_response_image(content, size), usage
+                image, lambda content: decode_response_image(content, size), max_encoded_bytes(size), usage
             )
             return ImageResponse(downloaded, usage)
         return ImageResponse(image, usage)
@@ -104,7 +107,9 @@ class OpenAIImageModel(ImageModel):
             sent = self._adaptation.adapted(fields)
             try:
                 found, usage = self._connection.call(
-                    self._sender(request, sent), lambda body: _read_image(body, prices, size)
+                    self._sender(request, sent),
+                    lambda body: _read_image(body, prices, size),
+                    max_bytes=_BASE64_SPARE + 4 * max_encoded_bytes(size) // 3,
                 )
             except ProviderError as error:
                 if error.fault != "rejected" or not self._adaptation.learn(str(error), sent):
@@ -185,6 +190,16 @@ def _read_image(
         return decode_response_image(content, size), usage
     except Failure as failure:
         raise Failure(failure.message, failure.fault, usage=usage) from None
+
+
+def max_encoded_bytes(size: tuple[int, int] | None) -> int:
+    """Returns the maximum size of an encoded image: that of 16-bit RGBA without compression, and at least 4 MiB.
+
+    Args:
+      size: (height, width); None for the largest image that is accepted if no size is requested.
+    """
+    pixels = _MAX_DEFAULT_PIXELS if size is None else size[0] * size[1]
+    return min(max(8 * pixels, _LEAST_LIMIT), _GREATEST_LIMIT)
 
 
 def decode_response_image(content: bytes, size: tuple[int, int] | None) -> np.ndarray:

@@ -7,9 +7,8 @@ import pytest
 
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import ImageRequest, ProviderError
-from clvr_jax.providers import download as download_module
 from clvr_jax.providers.endpoint import Prices
-from clvr_jax.providers.openai_images import OpenAIImageModel
+from clvr_jax.providers.openai_images import OpenAIImageModel, max_encoded_bytes
 from tests.providers.server import KEY, Reply, failure, picture, pictures, png
 
 IMAGE = picture(24, 32)
@@ -142,10 +141,18 @@ def test_no_other_address_is_opened(server, endpoint, url):
     assert error_of(OpenAIImageModel(endpoint())).fault == "malformed"
 
 
-def test_a_download_without_end_is_cut(server, endpoint, monkeypatch):
-    monkeypatch.setattr(download_module, "MAX_BYTES", 100)
-    server.script = [pictures(server.url + "/1.png"), Reply(png(IMAGE))]
-    assert "more than 100 bytes" in str(error_of(OpenAIImageModel(endpoint())))
+@pytest.mark.parametrize("is_url", [True, False])
+def test_an_image_larger_than_its_size_allows_is_cut(server, endpoint, is_url):
+    large = b"\x89PNG" + bytes(6 << 20)
+    server.script = [pictures(server.url + "/1.png"), Reply(large)] if is_url else [pictures(large)]
+    error = error_of(OpenAIImageModel(endpoint(max_retries=0), size=(64, 64)))
+    assert f"more than {max_encoded_bytes((64, 64)) if is_url else 5_657_941:,} bytes" in str(error)
+
+
+def test_the_limit_of_an_image_grows_with_its_size():
+    assert max_encoded_bytes((64, 64)) == 4 << 20
+    assert max_encoded_bytes((1024, 1024)) == 8 << 20
+    assert max_encoded_bytes(None) == 64 << 20
 
 
 # --- what goes wrong --------------------------------------------------------------------------------------------------
