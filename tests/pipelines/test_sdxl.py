@@ -198,7 +198,7 @@ def test_what_is_not_a_whole_pipeline_is_refused_in_one_line(folders, tmp_path):
         SDXLPipeline.from_pretrained(changed("not_xl", _class_name="StableDiffusionXLPipeline"))
     with pytest.raises(ClvrError, match="a StableDiffusionInpaintPipeline, not a"):
         SDXLPipeline.from_pretrained(changed("inpaint", _class_name="StableDiffusionInpaintPipeline"))
-    with pytest.raises(ClvrError, match="a KandinskyPipeline; which is not supported; the supported pipelines are"):
+    with pytest.raises(ClvrError, match="a KandinskyPipeline, which is not supported; the supported pipelines are"):
         load_pipeline(changed("other", _class_name="KandinskyPipeline"))
     solver = changed("solver")
     (tmp_path / "solver" / "scheduler" / "scheduler_config.json").write_text(
