@@ -78,12 +78,12 @@ WITHOUT_LOCK = {
 
 @pytest.mark.usefixtures("_done")
 @pytest.mark.parametrize("name", COMMANDS | WITHOUT_LOCK)
-def test_an_address_is_no_directory_and_none_is_made(name, tmp_path, capsys):
+def test_a_url_is_no_directory_and_none_is_made(name, tmp_path, capsys):
     (tmp_path / "recipe.py").write_text(RECIPE)
     before = content(tmp_path)
     assert main([*(COMMANDS | WITHOUT_LOCK)[name][:-1], "gs://bucket/out"]) == 1
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clvr: ")]
-    assert "gs:/bucket/out: an address" in line
+    assert "gs:/bucket/out: a URL" in line
     assert content(tmp_path) == before
 
 

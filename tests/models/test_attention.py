@@ -87,5 +87,5 @@ def test_on_a_mesh_heads_are_cut_while_attention_lasts():
 
 def test_a_whole_mask_and_a_kernel_do_not_go_together():
     query, key, value = make()
-    with pytest.raises(ClvrError, match="splash takes key_mask_bk and is_causal"):
+    with pytest.raises(ClvrError, match="splash supports key_mask_bk and is_causal"):
         attention(query, key, value, mask=jnp.ones((1, 1, 10, 10), bool), implementation="splash")

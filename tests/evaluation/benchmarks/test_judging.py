@@ -190,7 +190,7 @@ def test_of_one_image_alone_an_unreadable_reply_is_a_failed_image_and_is_listed(
 @pytest.mark.parametrize("reply", [completion(""), Reply(b""), Reply(b"<html>log in</html>"), failure(503)])
 def test_of_one_image_alone_no_reply_is_no_score(reply, rules, server, judge, tmp_path):
     server.script = [reply]
-    with pytest.raises(ClvrError, match="0 of 1 pictures are judged"):
+    with pytest.raises(ClvrError, match="0 of 1 images are judged"):
         score_judged(ImagineBench(rules), one_image(tmp_path)[1], judge(max_retries=0))
     assert not (tmp_path / "one" / "results.json").exists()
 
