@@ -256,7 +256,7 @@ def test_a_name_that_no_file_can_have_is_one_line(name, command, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     assert main([word.replace("NAME", name) for word in command]) in (1, 2)
     said = complaint(capsys)
-    assert "--debug shows where" not in said
+    assert "--debug prints the traceback" not in said
     assert len(said) < 600
     assert not list(tmp_path.iterdir())
 

@@ -163,5 +163,5 @@ def test_unet():
 
 
 def test_unknown_remat():
-    with pytest.raises(ClvrError, match="there are dots, attention, full"):
+    with pytest.raises(ClvrError, match="the policies are dots, attention, full"):
         flux2_flops(FLUX, 1, text=1, image=1).hardware("some")

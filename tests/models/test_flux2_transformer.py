@@ -223,7 +223,7 @@ def test_wrong_calls_are_refused_in_one_line():
     for message, change_of in wrong.items():
         with pytest.raises(ClvrError, match=message):
             model(*{**inputs, **change_of}.values())
-    with pytest.raises(ClvrError, match="known when the model is traced"):
+    with pytest.raises(ClvrError, match="known at trace time"):
         jax.jit(lambda ids: model(*{**inputs, "img_ids": ids}.values()))(inputs["img_ids"])
     guided = Flux2Transformer(change(SMALL, guidance_embeds=True), rngs=nnx.Rngs(0))
     with pytest.raises(ClvrError, match="pass guidance_b"):

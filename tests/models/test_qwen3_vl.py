@@ -290,11 +290,11 @@ def test_configs_of_other_models_are_refused(part, change):
 def test_mistakes_are_named(pair):
     model, _ = pair
     ids, patches = conversation(np.random.default_rng(0), ODD, 3)
-    with pytest.raises(ClvrError, match="patches but image grids"):
+    with pytest.raises(ClvrError, match="patches, but image grids"):
         Conversation(ids, patches, ODD[:2])
     with pytest.raises(ClvrError, match="image tokens"):
         positions_of(np.array([ids]), [ODD[:3]])
-    with pytest.raises(ClvrError, match="stand together"):
+    with pytest.raises(ClvrError, match="not contiguous"):
         positions_of(np.array([[SMALL.image_token_id, 1, SMALL.image_token_id]]), [((1, 2, 4),)])
     with pytest.raises(ClvrError, match="need"):
         model(jnp.array([ids]), jnp.asarray(patches), ODD[:2])

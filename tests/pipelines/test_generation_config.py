@@ -49,7 +49,7 @@ def test_the_published_file_is_obeyed_and_written_again(tmp_path):
         ({"min_p": 0.1}, "min_p is 0.1, which is not supported"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size is 3"),
         ({"top_k": 1.5}, "top_k must be an integer"),
-        ({"top_p": 1.5}, "top_p lie in"),
+        ({"top_p": 1.5}, "top_p in \\(0, 1\\]"),
         ({"eos_token_id": 151936}, "eos_token_id must be an integer from 0 to 151935"),
         ({"eos_token_id": ["x"]}, "eos_token_id must be a list of integers"),
     ],

@@ -67,7 +67,7 @@ def test_a_short_geneval_run_makes_the_official_layout(pictures, capsys):
         *pictures,
     ]
     assert main(run) == 0
-    assert "not scored; --detector DIR --clip DIR" in capsys.readouterr().out
+    assert "not scored; score with --detector DIR --clip DIR" in capsys.readouterr().out
     folders = sorted(name for name in os.listdir("out") if name.isdigit())
     assert folders == [f"{number:05d}" for number in range(20)]
     for name in folders:
