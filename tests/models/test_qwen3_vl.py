@@ -298,7 +298,7 @@ def test_mistakes_are_named(pair):
         positions_of(np.array([[SMALL.image_token_id, 1, SMALL.image_token_id]]), [((1, 2, 4),)])
     with pytest.raises(ClvrError, match="need"):
         model(jnp.array([ids]), jnp.asarray(patches), ODD[:2])
-    with pytest.raises(ClvrError, match="together"):
+    with pytest.raises(ClvrError, match="both be given"):
         model(jnp.array([ids]), jnp.asarray(patches))
     with pytest.raises(ClvrError, match="multiples of 2"):
         model(jnp.array([ids]), jnp.zeros((21, SMALL.vision.patch_features)), ((1, 3, 7),))

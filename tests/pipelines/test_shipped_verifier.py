@@ -16,13 +16,13 @@ from clvr_jax.reasoning.verification import comparison_reply
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
 from clvr_jax.worlds.shapes.scene import sample_scene_random
 
-PROMPTS = 24
+PROMPTS = 12
 CONTROLS = ("noise", "blank", "swapped")
 
 
 @pytest.fixture(scope="module")
 def checked():
-    """The verifier benchmark in small: 24 prompts, their right images, one mistake of each kind, and the controls."""
+    """The verifier benchmark in small: 12 prompts, their right images, one mistake of each kind, and the controls."""
     verifier = Verifier.from_pretrained("shapes-tiny")
     prompts = sample_prompts(PROMPTS, seed=5)
     found, _ = check_cases(verifier, [*rendered_cases(prompts, 5), *control_cases(prompts, 5)])
@@ -52,10 +52,8 @@ def test_images_with_one_mistake_are_told_from_right_ones(accepted):
 
 
 def test_probabilities_rank_right_images_above_wrong_ones(checked):
-    answered = [each for each in checked if each.probability is not None]
-    # A weakness of these weights: counting the objects of an empty image finds no end, and the answer is cut.
-    assert {each.case.kind for each in checked if each.probability is None} <= {"blank"}
-    assert roc_auc([each.case.label for each in answered], [each.probability for each in answered]) >= 0.95
+    assert all(each.probability is not None for each in checked), "no answer is cut, on an empty image either"
+    assert roc_auc([each.case.label for each in checked], [each.probability for each in checked]) >= 0.97
 
 
 def test_an_answer_that_counts_nine_objects_is_not_cut():
