@@ -26,13 +26,13 @@ sys.exit(code)
 
 
 @pytest.mark.slow
-def test_a_second_start_of_a_command_compiles_nothing(drawing_model, tmp_path):
+def test_a_second_start_of_a_command_compiles_nothing(tmp_path):
     environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "programs")}
     del environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]  # as a user starts it
 
     def start(name):
-        command = ["generate", PROMPT, "--model", str(drawing_model), "--controller", "shapes-tiny", "--max-steps", "1"]
-        command += ["--nfe", "1", "--verification", "none", "--out", str(tmp_path / name)]
+        command = ["generate", PROMPT, "--model", "shapes-tiny", "--max-steps", "1", "--nfe", "1"]
+        command += ["--verification", "none", "--out", str(tmp_path / name)]
         done = subprocess.run(
             [sys.executable, "-c", COUNTING, *command], env=environment, capture_output=True, text=True, check=True
         )
