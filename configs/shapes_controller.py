@@ -9,14 +9,15 @@ generators themselves, labeled by the detector (`configs/shapes_images.py`).
 
 The shipped controller continues an earlier one (earlier versions of this file say how that was made):
 
-    clvr train configs/shapes_controller.py --start EARLIER --train.steps 2600 --train.learning-rate 1e-3
-        --train.muon-learning-rate 4e-3 --train.final-learning-rate 0.6 --train.warmup 0.02 --train.ema-decay 0.998
+    clvr train configs/shapes_controller.py --start EARLIER --train.steps 2400 --train.learning-rate 1e-3
+        --train.muon-learning-rate 4e-3 --train.final-learning-rate 0.5 --train.warmup 0.02 --train.ema-decay 0.998
         --plan-share 0.42 --generated-share 0.55 --kinds image conversation prompt image comparison conversation image
         prompt comparison image conversation prompt comparison --out runs/shapes_controller
 
-which was stopped after 1,625 steps, 70 minutes on two cores that were shared with other work. The images were those of
-`configs/shapes_images.py`, with 640 more prompts in the loop. The shipped weights are the average of start and end
-(`scripts/average_weights.py`), which reads images better than both. docs/verification.md says what it reaches.
+which was stopped after 1,160 steps, 43 minutes on two cores that were shared with other work, with the data of commit
+3821131. The images were those of `configs/shapes_images.py`, with 640 more prompts in the loop. The shipped weights are
+the average of start and end (`scripts/average_weights.py`), which reads images and compares texts better than both.
+docs/verification.md says what it reaches.
 """
 
 import dataclasses
