@@ -97,11 +97,6 @@ def _same_content(first: Reading, second: Reading) -> bool:
     return describe(first) == describe(second)
 
 
-def has_held_out_object(reading: Reading) -> bool:
-    """Returns whether an image shows one of HELD_OUT_PAIRS."""
-    return any((item.color, item.shape) in HELD_OUT_PAIRS for item in reading.objects)
-
-
 def resembles_held_out_pair(image: Image) -> bool:
     """Returns whether an image shows one of HELD_OUT_PAIRS, or anything unclear that is most like one.
 

@@ -128,10 +128,11 @@ def invents(description: str, requirement: str, evidence: str) -> bool:
 
 def omits(description: str, requirement: str, evidence: str) -> bool:
     """Whether evidence leaves out an object of the description that a requirement without a place names."""
-    words = _WORD.findall(_RELATION.sub(" | ", requirement.lower()))
-    if _PLACES & set(words):
+    sides = [_WORD.findall(side) for side in _RELATION.split(requirement.lower())]
+    if any(_PLACES & set(words) for words in sides):
         return False
-    named = {first + " " + form for first, second in itertools.pairwise(words) for form in _singular_forms(second)}
+    pairs = [pair for words in sides for pair in itertools.pairwise(words)]
+    named = {f"{first} {form}" for first, second in pairs for form in _singular_forms(second)}
     quoted = {_ENUMERATED.sub("", clause) for clause in _clauses(evidence)}
     return any(" ".join(clause.lower().split()[:2]) in named and clause not in quoted for clause in _known(description))
 
