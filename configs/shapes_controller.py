@@ -45,6 +45,7 @@ from clvr_jax.data.shapes_augmentation import (
     vary_appearance,
 )
 from clvr_jax.data.shapes_distractors import distractor_image, recolor_objects
+from clvr_jax.data.shapes_patches import Patches, assembled_image, cut_patches
 from clvr_jax.data.shapes_verification import (
     Chat,
     comparisons_chat,
@@ -148,6 +149,8 @@ class Config:
     """Share of the other images whose objects are given other colors, also such as no prompt names."""
     generated_share: float = 0.4
     """Share of the other images that a generator made; the rest are simulated."""
+    assembled_share: float = 0.0
+    """Share of the generated images that are assembled from objects of several images, more of them unclear."""
     vae_share: float = 0.4
     """Share of simulated images that pass through the autoencoder."""
     vae_noise: float = 0.15
@@ -251,7 +254,10 @@ class Batches:
         generated, readings = labeled_images(config.images)
         pairs: list[tuple[np.ndarray, Reading]] = []
         while len(pairs) < count:
-            if rng.random() < config.generated_share:
+            is_generated = rng.random() < config.generated_share
+            if is_generated and rng.random() < config.assembled_share:
+                pairs.append(assembled_image(rng, patches(config.images)))
+            elif is_generated:
                 number = int(rng.integers(len(generated)))
                 pairs.append((generated[number], readings[number]))
             else:
@@ -330,6 +336,12 @@ def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
         ) from error
     chosen = [index for index, image in enumerate(images) if not resembles_held_out_pair(image)]
     return images[chosen], [detect(images[index]) for index in chosen]
+
+
+@functools.cache
+def patches(path: Path) -> Patches:
+    """Returns the objects of the generated images."""
+    return cut_patches(*labeled_images(path))
 
 
 def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Callable[[np.ndarray, int], np.ndarray]:

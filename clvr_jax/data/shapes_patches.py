@@ -1,0 +1,110 @@
+"""New images of the shapes world from single objects of generated images.
+
+A few thousand images of a generator show each unclear object in one place beside the same neighbors, and a verifier
+learns them by heart. Cut out and put together anew, the same objects make millions of images, and unclear objects,
+which are rare in the images of a good generator, can be shown as often as clear ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import ndimage
+
+from clvr_jax.data.shapes import Image
+from clvr_jax.data.shapes_augmentation import resembles_held_out_pair
+from clvr_jax.worlds.shapes.detect import Reading, detect, foreground_components
+from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, CELL_SIZE, CELLS, cell_at
+
+_SPECK = 6
+"""Components of fewer pixels are no objects, as for the detector."""
+_MARGIN = 2
+"""Pixels around a component that belong to its soft edge."""
+_COUNTS = (0.02, 0.06, 0.12, 0.2, 0.22, 0.18, 0.12, 0.05, 0.02, 0.01)
+"""Probabilities of 0 to 9 objects in an image."""
+
+
+class Patch(NamedTuple):
+    """An object: its difference from the background, int16 (height, width, 3), and where it begins in its cell."""
+
+    difference: np.ndarray
+    row: int
+    column: int
+
+
+class Patches(NamedTuple):
+    """Objects that were cut out of images: the clear ones and the unclear ones."""
+
+    clear: list[Patch]
+    unclear: list[Patch]
+
+
+def cut_patches(images: Sequence[Image], readings: Sequence[Reading]) -> Patches:
+    """Cuts out the objects that lie in one cell and touch no other object.
+
+    Args:
+      images: uint8 (64, 64, 3) each.
+      readings: what the detector reads in them.
+    """
+    patches = Patches([], [])
+    for image, reading in zip(images, readings, strict=True):
+        unclear = set(reading.unclear)
+        for cell, patch in _patches_of(image):
+            (patches.unclear if cell in unclear else patches.clear).append(patch)
+    return patches
+
+
+def _patches_of(image: Image) -> Iterator[tuple[str, Patch]]:
+    difference = image.astype(np.int16) - np.array(BACKGROUND, np.int16)
+    labels, number = foreground_components(difference)
+    for label, (rows, columns) in enumerate(ndimage.find_objects(labels, number), start=1):
+        own = labels[rows, columns] == label
+        if np.count_nonzero(own) < _SPECK:
+            continue
+        cell = cell_at((columns.start + columns.stop) / 2, (rows.start + rows.stop) / 2)
+        top, left = _corner(cell)
+        grown = (
+            slice(max(rows.start - _MARGIN, top), min(rows.stop + _MARGIN, top + _side())),
+            slice(max(columns.start - _MARGIN, left), min(columns.stop + _MARGIN, left + _side())),
+        )
+        holds_all = grown[0].start <= rows.start and grown[0].stop >= rows.stop
+        holds_all = holds_all and grown[1].start <= columns.start and grown[1].stop >= columns.stop
+        if holds_all and set(np.unique(labels[grown])) <= {0, label}:
+            yield cell, Patch(difference[grown], grown[0].start - top, grown[1].start - left)
+
+
+def assembled_image(rng: np.random.Generator, patches: Patches, unclear_share: float = 0.35) -> tuple[Image, Reading]:
+    """Puts objects in random cells of an empty image.
+
+    Args:
+      rng: numpy generator; the same state gives the same image.
+      patches: objects to choose from.
+      unclear_share: probability that an object is one of the unclear ones.
+    Returns: the image, uint8 (64, 64, 3), and what the detector reads in it. Nothing in it resembles a held-out pair.
+    """
+    while True:
+        image = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.int16)
+        for index in rng.permutation(len(CELLS))[: int(rng.choice(len(_COUNTS), p=_COUNTS))]:
+            options = patches.unclear if rng.random() < unclear_share else patches.clear
+            patch = options[int(rng.integers(len(options)))]
+            top, left = _corner(CELLS[index])
+            height, width = patch.difference.shape[:2]
+            is_mirrored = rng.random() < 0.5  # every shape is its own mirror image
+            row, column = top + patch.row, left + (_side() - patch.column - width if is_mirrored else patch.column)
+            shown = patch.difference[:, ::-1] if is_mirrored else patch.difference
+            image[row : row + height, column : column + width] += shown
+        assembled = np.clip(image, 0, 255).astype(np.uint8)
+        if not resembles_held_out_pair(assembled):
+            return assembled, detect(assembled)
+
+
+def _corner(cell: str) -> tuple[int, int]:
+    """The first row and column of a cell."""
+    index = CELLS.index(cell)
+    return round(index // 3 * CELL_SIZE), round(index % 3 * CELL_SIZE)
+
+
+def _side() -> int:
+    return int(CELL_SIZE)
