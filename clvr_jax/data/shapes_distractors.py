@@ -1,8 +1,8 @@
 """Images with colors and shapes that no prompt of the shapes world names, to train the verifier on clear and unclear.
 
 The world has 40 pairs of color and shape. A verifier that is trained on 36 clear pairs, and on blurred and mixed
-objects as unclear, memorizes the 36 pairs and describes the held-out pairs as unclear. Eight additional colors and
-eight additional shapes make five times as many pairs, each of them rare.
+objects as unclear, memorizes the 36 pairs and describes the held-out pairs as unclear. Seventeen additional
+colors and eight additional shapes make eight times as many pairs, each of them rare.
 """
 
 from __future__ import annotations
@@ -42,14 +42,26 @@ MORE_COLORS: dict[str, tuple[int, int, int]] = {
     "olive": (120, 120, 30),
     "teal": (20, 110, 110),
     "lilac": (200, 150, 250),
+    "plum": (150, 60, 120),
+    "indigo": (80, 20, 170),
+    "magenta": (235, 60, 190),
+    "mint": (150, 235, 180),
+    "sky": (130, 190, 245),
+    "maroon": (110, 10, 40),
+    "rose": (240, 60, 110),
+    "emerald": (20, 200, 120),
+    "violet": (110, 90, 250),
 }
-"""Additional colors; each is at least 70 levels from the named colors and from the others."""
+"""Additional colors; each is at least 70 levels from the named colors and from the others. Some are near every named
+color: where all colors near a shape's held-out color are missing, the verifier takes the pair for unclear."""
 _SOFT = 0.9
 """Greatest standard deviation, in pixels, of a blur that leaves an object clear; the detector's limit is about 1.1."""
 _BLURRED = (1.5, 4.0)
 """Range of the standard deviation, in pixels, of a blur that makes an object unclear."""
 _TINT = 25.0
 """Greatest distance of an object's color from the color of its name, in levels of the channels."""
+_OFF_PALETTE = 12.0
+"""Least distance of an additional color from what the detector takes for a named one, in the same units."""
 _GRADIENT = 80.0
 """Greatest difference of color between two ends of an object, in the same units."""
 
@@ -177,13 +189,14 @@ def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generato
 
 
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
-    """Samples a color and returns its difference from the named one; without a shape, it is like no held-out pair's."""
+    """Samples a color and returns a tint of it less the named one; without a shape, it is like no held-out pair's."""
     if shape is None:
         options: Sequence[str] = _UNCLEAR_COLORS
     else:
         options = [color for color in _COLOR_NAMES if (color, shape) not in HELD_OUT_PAIRS]
     color = options[int(rng.integers(len(options)))]
-    return color, np.array(_COLORS[color], np.float32) - np.array(_COLORS[name], np.float32)
+    tint = rng.uniform(0, _TINT) * random_direction(rng, 3)
+    return color, (np.array(_COLORS[color]) - np.array(_COLORS[name]) + tint).astype(np.float32)
 
 
 def _keeps_clarity(rgb: np.ndarray, shift: np.ndarray, is_clear: bool, color: str) -> bool:
@@ -192,7 +205,9 @@ def _keeps_clarity(rgb: np.ndarray, shift: np.ndarray, is_clear: bool, color: st
     own = distances[_COLOR_NAMES.index(color)]
     others = np.delete(distances, _COLOR_NAMES.index(color)).min()
     if is_clear:
-        return bool(own <= MAX_COLOR_DISTANCE and others - own >= MIN_COLOR_MARGIN)
+        named = np.inf if color in COLORS else np.linalg.norm(_NAMED - (rgb + shift), axis=1).min()
+        is_itself = own <= MAX_COLOR_DISTANCE and others - own >= MIN_COLOR_MARGIN
+        return bool(is_itself and named >= MAX_COLOR_DISTANCE + _OFF_PALETTE)
     before = np.sort(np.linalg.norm(_NAMED - rgb, axis=1))
     is_between = before[0] <= MAX_COLOR_DISTANCE and before[1] - before[0] < MIN_COLOR_MARGIN
     return not is_between and bool(others >= own or own > MAX_COLOR_DISTANCE)

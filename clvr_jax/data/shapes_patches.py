@@ -75,7 +75,7 @@ def _patches_of(image: Image) -> Iterator[tuple[str, Patch]]:
             yield cell, Patch(difference[grown], grown[0].start - top, grown[1].start - left)
 
 
-def assembled_image(rng: np.random.Generator, patches: Patches, unclear_share: float = 0.35) -> tuple[Image, Reading]:
+def assembled_image(rng: np.random.Generator, patches: Patches, unclear_share: float = 0.25) -> tuple[Image, Reading]:
     """Puts objects in random cells of an empty image.
 
     Args:
