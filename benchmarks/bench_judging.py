@@ -21,9 +21,9 @@ from endpoint import endpoint
 from PIL import Image
 
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
-from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, load_external
-from clvr_jax.evaluation.benchmarks.judges import endpoint_judge
-from clvr_jax.evaluation.benchmarks.scoring import score_judged
+from clvr_jax.evaluation.harness.images import BenchmarkImages, load_external
+from clvr_jax.evaluation.harness.scoring import score_judged
+from clvr_jax.evaluation.judging.judges import endpoint_judge
 from tests.providers.server import KEY, completion
 
 

@@ -21,7 +21,7 @@ from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import CommandGroup, Result
 from clvr_jax.commands.conversion import Convert
 from clvr_jax.commands.curves import Curves
-from clvr_jax.commands.evaluation import Eval
+from clvr_jax.commands.eval.group import Eval
 from clvr_jax.commands.generate import Generate
 from clvr_jax.commands.launch import Launch
 from clvr_jax.commands.merging import Merge

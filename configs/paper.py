@@ -17,14 +17,14 @@ from clvr_jax.arguments import at_least_one, check_seed, run_script
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.comparison.scaling import from_trajectories
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper.diagnosis import interactions
 from clvr_jax.evaluation.paper.models import Sources, model_directories
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import SPLITS, Prompts, Row, results
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.paper.timing import loop_times, times_by_image_count
-from clvr_jax.evaluation.run_directory import RunDirectory
-from clvr_jax.evaluation.scaling import from_trajectories
 from clvr_jax.merging.planning import REPORT
 from clvr_jax.output_paths import check_directory, check_file
 from clvr_jax.plots import can_plot

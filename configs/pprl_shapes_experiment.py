@@ -24,8 +24,8 @@ from clvr_jax.configs import shapes_rollouts
 from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.compare import compare, load_results, markdown
-from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.comparison.pairs import compare, load_results, markdown
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits

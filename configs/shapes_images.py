@@ -17,7 +17,7 @@ from clvr_jax.arguments import run_script
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.console import progress
-from clvr_jax.evaluation.systems import Oracle
+from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.image_io import pixels
 from clvr_jax.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator

@@ -116,8 +116,8 @@ EXCEPTIONS = {
     # The texts that models read: prompts, and the errors that are sent back to them.
     "clvr_jax/data/engine/actions.py": ("picture", "pictures"),
     "clvr_jax/data/engine/prompted_roles.py": ("picture", "pictures", "drawing"),
-    "clvr_jax/commands/evaluation_benchmarks.py": ("pictures",),  # an option
-    "clvr_jax/commands/system.py": ("picture", "pictures"),  # options
+    "clvr_jax/commands/eval/benchmarks.py": ("pictures",),  # an option
+    "clvr_jax/commands/eval/system.py": ("picture", "pictures"),  # options
     "clvr_jax/interfaces/usage.py": ("pictures",),  # a field in results on disk
     "clvr_jax/providers/endpoint.py": ("picture", "pictures"),  # an option of recipes, and the same field
     "clvr_jax/providers/local.py": ("pictures",),  # the same field

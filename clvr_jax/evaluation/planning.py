@@ -17,12 +17,12 @@ import numpy as np
 from clvr_jax.console import progress
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.evaluation.statistics import wilson_interval
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
+from clvr_jax.tables import plain, table_lines
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax.evaluation.blind import BlindController, BlindVerifier, blank_image
+from clvr_jax.evaluation.systems.blind import BlindController, BlindVerifier, blank_image
 from clvr_jax.image_io import EncodedImage, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Conversation

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.cli import main
-from clvr_jax.commands.system import SystemOptions
+from clvr_jax.commands.eval.system import SystemOptions
 from clvr_jax.errors import UsageError
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect

@@ -7,7 +7,7 @@ import pytest
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import compare, load_results
-from clvr_jax.evaluation.compare import markdown
+from clvr_jax.evaluation.comparison.pairs import markdown
 from clvr_jax.evaluation.statistics import sign_test
 
 

@@ -6,9 +6,9 @@ from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import compare, load_results, run
-from clvr_jax.evaluation.comparison import SystemResults, compare_systems, load_systems
-from clvr_jax.evaluation.comparison_report import comparison_markdown
-from clvr_jax.evaluation.shapes import Judge, Judgment
+from clvr_jax.evaluation.benchmarks.shapes import Judge, Judgment
+from clvr_jax.evaluation.comparison.systems import SystemResults, compare_systems, load_systems
+from clvr_jax.evaluation.reporting.comparison import comparison_markdown
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from tests.reasoning.scripted import picture

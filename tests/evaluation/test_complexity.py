@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.complexity import (
+from clvr_jax.evaluation.comparison.complexity import (
     Task,
     Tier,
     Weights,

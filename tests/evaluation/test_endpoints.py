@@ -8,12 +8,12 @@ import pytest
 
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation import Judge, Judgment, run
-from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
-from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-from clvr_jax.evaluation.benchmarks.scoring import score_judged
-from clvr_jax.evaluation.benchmarks.summary import table
-from clvr_jax.evaluation.endpoints import endpoint_system
+from clvr_jax.evaluation.harness.images import generate_images, load_generated
+from clvr_jax.evaluation.harness.scoring import score_judged
+from clvr_jax.evaluation.harness.summary import table
+from clvr_jax.evaluation.judging.questions import JudgeModel
+from clvr_jax.evaluation.systems.endpoints import endpoint_system
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.loop_roles import REWRITE_PROMPT

@@ -6,7 +6,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import run
-from clvr_jax.evaluation.external_images import external_images
+from clvr_jax.evaluation.systems.external_images import external_images
 from tests.evaluation.test_shapes import JUDGE, METADATA, Draw, go
 
 

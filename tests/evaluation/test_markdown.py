@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.plots import can_plot, literal, new_figure
+from clvr_jax.tables import plain, table_lines
 
 
 def test_what_a_name_says_is_text():

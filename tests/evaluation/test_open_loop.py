@@ -1,8 +1,8 @@
 """Planning without looking, and the best of several drawings, in the shapes world with a drawer that forgets."""
 
-from clvr_jax.evaluation.open_loop import OpenLoopController, request_whole_plan
-from clvr_jax.evaluation.shapes import shapes_judge
-from clvr_jax.evaluation.systems import Oracle, budget_for_mode
+from clvr_jax.evaluation.benchmarks.shapes import shapes_judge
+from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
+from clvr_jax.evaluation.systems.open_loop import OpenLoopController, request_whole_plan
 from clvr_jax.reasoning import Budget, Conversation, run
 from clvr_jax.worlds.shapes.oracle import first_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

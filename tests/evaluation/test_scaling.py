@@ -8,11 +8,11 @@ import pytest
 from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import Judge, Judgment, run, shapes_judge
-from clvr_jax.evaluation.open_loop import OpenLoopController
-from clvr_jax.evaluation.run_directory import RunDirectory
-from clvr_jax.evaluation.scaling import BudgetCurve, budget_curve, curves, from_trajectories
-from clvr_jax.evaluation.scaling_report import scaling_markdown, write_scaling
-from clvr_jax.evaluation.systems import Oracle, budget_for_mode
+from clvr_jax.evaluation.comparison.scaling import BudgetCurve, budget_curve, curves, from_trajectories
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
+from clvr_jax.evaluation.reporting.scaling import scaling_markdown, write_scaling
+from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
+from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

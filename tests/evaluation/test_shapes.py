@@ -11,7 +11,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import Judge, Judgment, run, score, shapes_judge
-from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.reasoning import Budget, GeneratedImage, Trajectory
 from clvr_jax.reasoning import run as run_loop

@@ -1,8 +1,8 @@
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.shapes import shapes_prompts
-from clvr_jax.evaluation.systems import Oracle, _identity, _usage_per_prompt, budget_for_mode, non_default_fields
+from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
+from clvr_jax.evaluation.systems.models import Oracle, _identity, _usage_per_prompt, budget_for_mode, non_default_fields
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning import Budget, Conversation, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

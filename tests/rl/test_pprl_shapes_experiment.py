@@ -7,8 +7,8 @@ import pytest
 
 from clvr_jax import cli
 from clvr_jax.configs import pprl_shapes_experiment as experiment
-from clvr_jax.evaluation.shapes import run, shapes_judge
-from clvr_jax.evaluation.systems import Oracle
+from clvr_jax.evaluation.benchmarks.shapes import run, shapes_judge
+from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.reasoning import Budget, GeneratedImage
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.detect import detect

@@ -32,11 +32,11 @@ from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig
 from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
-from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-from clvr_jax.evaluation.benchmarks.scoring import score_judged
-from clvr_jax.evaluation.endpoints import endpoint_system
+from clvr_jax.evaluation.harness.images import BenchmarkImages, generate_images, load_generated
+from clvr_jax.evaluation.harness.scoring import score_judged
+from clvr_jax.evaluation.judging.questions import JudgeModel
+from clvr_jax.evaluation.systems.endpoints import endpoint_system
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel

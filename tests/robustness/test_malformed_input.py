@@ -16,8 +16,8 @@ from PIL import Image
 
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.run_directory import Record, RunDirectory
-from clvr_jax.evaluation.system_output import SystemOutput, image_seed
+from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
+from clvr_jax.evaluation.systems.system import SystemOutput, image_seed
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 from clvr_jax.reasoning.verification import Requirement, Verification
 from tests.robustness.corpus import Case, images, json_texts, json_values
@@ -68,13 +68,13 @@ def _nothing_is_loaded(monkeypatch):
         raise ClvrError("read, and found to be fine")
 
     monkeypatch.setattr("clvr_jax.commands.verifying.Verify._verifier", refuse)
-    monkeypatch.setattr("clvr_jax.commands.evaluation_verifier.EvalVerifier._verifier", refuse)
-    monkeypatch.setattr("clvr_jax.commands.system.SystemOptions.check", lambda _: None)
-    monkeypatch.setattr("clvr_jax.commands.system.SystemOptions.build", refuse)
-    monkeypatch.setattr("clvr_jax.evaluation.benchmarks.images.load_external", refuse)
-    monkeypatch.setattr("clvr_jax.commands.evaluation_benchmarks.prepare_jax", lambda: None)
-    for module in ("comparison_report", "scaling_report"):
-        monkeypatch.setattr(f"clvr_jax.evaluation.{module}.can_plot", lambda: False)
+    monkeypatch.setattr("clvr_jax.commands.eval.verifier.EvalVerifier._verifier", refuse)
+    monkeypatch.setattr("clvr_jax.commands.eval.system.SystemOptions.check", lambda _: None)
+    monkeypatch.setattr("clvr_jax.commands.eval.system.SystemOptions.build", refuse)
+    monkeypatch.setattr("clvr_jax.evaluation.harness.images.load_external", refuse)
+    monkeypatch.setattr("clvr_jax.commands.eval.benchmarks.prepare_jax", lambda: None)
+    for module in ("comparison", "scaling"):
+        monkeypatch.setattr(f"clvr_jax.evaluation.reporting.{module}.can_plot", lambda: False)
 
 
 def _lines(*entries: object) -> bytes:
@@ -100,7 +100,7 @@ def _labeled_image(root: Path, case: Case) -> list[str]:
 
 
 def _picture_list(root: Path, case: Case) -> list[str]:
-    from clvr_jax.evaluation.external_images import external_images
+    from clvr_jax.evaluation.systems.external_images import external_images
 
     case.write(_with_image(root) / "metadata.jsonl")
     external_images(root, "x")  # a call, because the command asks for the prompts first

@@ -36,7 +36,7 @@ from clvr_jax.data.qwen3_vl_images import load_processor
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.judging import JudgeModel, ReplyFile
+from clvr_jax.evaluation.judging.questions import JudgeModel, ReplyFile
 from clvr_jax.pipelines.flux2_io import load_schedule
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline

@@ -15,10 +15,10 @@ from typing_extensions import override
 
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item, Score, read_entries
 from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
 from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.run_directory import FileLayout, GenEvalLayout
+from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score, read_entries
+from clvr_jax.evaluation.harness.run_directory import FileLayout, GenEvalLayout
 from clvr_jax.image_io import EncodedImage
 from clvr_jax.json_input import JsonObject
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, read_entries, rubric
-from clvr_jax.evaluation.benchmarks.replies import json_score
 from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.harness.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, read_entries, rubric
+from clvr_jax.evaluation.judging.replies import json_score
 from clvr_jax.reasoning.answers import read_json_object
 
 ECHO_4O = ("yejy53/Echo-4o", "28f36d76558e5f53b9deceda78bf025ef0d0ea24")

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Literal
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import (
+from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.harness.benchmark import (
     Item,
     JudgedBenchmark,
     JudgeQuestion,
@@ -23,9 +25,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     read_entries,
     rubric,
 )
-from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
-from clvr_jax.evaluation.benchmarks.replies import labeled_scores
-from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.judging.replies import labeled_scores
 from clvr_jax.json_input import shown
 from clvr_jax.reasoning.answers import AnswerError
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import (
+from clvr_jax.evaluation.harness.benchmark import (
     Item,
     JudgedBenchmark,
     JudgeQuestion,
@@ -23,7 +23,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     read_entries,
     rubric,
 )
-from clvr_jax.evaluation.benchmarks.replies import json_score
+from clvr_jax.evaluation.judging.replies import json_score
 from clvr_jax.file_names import file_name
 
 TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")

@@ -15,7 +15,8 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.benchmark import (
+from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.harness.benchmark import (
     Item,
     JudgedBenchmark,
     JudgeQuestion,
@@ -25,8 +26,7 @@ from clvr_jax.evaluation.benchmarks.benchmark import (
     read_entries,
     rubric,
 )
-from clvr_jax.evaluation.benchmarks.replies import labeled_scores
-from clvr_jax.evaluation.benchmarks.sources import Source, github
+from clvr_jax.evaluation.judging.replies import labeled_scores
 
 LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
 _REPOSITORY = ("PKU-YuanGroup/WISE", "eb51174483a5de2e34e8614cf9dfb3319ee7fcd0")

@@ -8,8 +8,8 @@ from typing import Any
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.convert.model_card import markdown_table
-from clvr_jax.evaluation.compare import compare
-from clvr_jax.evaluation.markdown import plain
+from clvr_jax.evaluation.comparison.pairs import compare
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper import plots
 from clvr_jax.evaluation.paper.rows import Row, concatenate_splits
 from clvr_jax.evaluation.paper.tables import (
@@ -22,8 +22,8 @@ from clvr_jax.evaluation.paper.tables import (
     systems_table,
     tiers_table,
 )
-from clvr_jax.evaluation.run_directory import RunDirectory
-from clvr_jax.evaluation.scaling_report import MARKDOWN, PLOT, write_scaling
+from clvr_jax.evaluation.reporting.scaling import MARKDOWN, PLOT, write_scaling
+from clvr_jax.tables import plain
 
 Lines = Iterator[str]
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.console import progress
-from clvr_jax.evaluation.compare import load_results
-from clvr_jax.evaluation.comparison import SystemResults
+from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run, shapes_judge, shapes_prompts
+from clvr_jax.evaluation.comparison.pairs import load_results
+from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.evaluation.shapes import SHAPES_JUDGE_VERSION, run, shapes_judge, shapes_prompts
-from clvr_jax.evaluation.systems import Mode, Oracle, System, one_shot, planned
+from clvr_jax.evaluation.systems.models import Mode, Oracle, one_shot, planned
+from clvr_jax.evaluation.systems.system import System
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.verification import VerificationMode
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.convert.model_card import markdown_table
-from clvr_jax.evaluation.compare import by_prompt, compare
-from clvr_jax.evaluation.comparison import SystemResults
-from clvr_jax.evaluation.complexity import probe, task_from_metadata
+from clvr_jax.evaluation.comparison.complexity import probe, task_from_metadata
+from clvr_jax.evaluation.comparison.pairs import by_prompt, compare
+from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.paper.rows import concatenate_splits
 from clvr_jax.evaluation.statistics import Interval, clustered_interval, holm
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from clvr_jax.evaluation.markdown import plain
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
+from clvr_jax.tables import plain
 
 if TYPE_CHECKING:
     from rich.console import Group

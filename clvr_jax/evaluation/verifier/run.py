@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from clvr_jax.atomic_io import write_json, write_text
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.shapes import SHAPES_JUDGE_VERSION
+from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION
 from clvr_jax.evaluation.verifier.cases import Case, control_cases, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image

@@ -4,8 +4,7 @@ import json
 
 import numpy as np
 
-from clvr_jax.evaluation.system_output import SystemOutput
-from clvr_jax.evaluation.systems import System
+from clvr_jax.evaluation.systems.system import System, SystemOutput
 
 GENEVAL = [
     {"tag": "single_object", "include": [{"class": "dog", "count": 1}], "prompt": "a photo of a dog"},

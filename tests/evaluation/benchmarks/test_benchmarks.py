@@ -5,15 +5,15 @@ import json
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.benchmarks.benchmark import rubric
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP, checklist
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, ImagineBench
 from clvr_jax.evaluation.benchmarks.prism import TRACKS, Prism
 from clvr_jax.evaluation.benchmarks.sources import Remote, Source, _download, blob_id, github
-from clvr_jax.evaluation.benchmarks.summary import summarize
 from clvr_jax.evaluation.benchmarks.wise import LEGACY_AXES, WiseLegacy, WiseVerified
+from clvr_jax.evaluation.harness.benchmark import rubric
+from clvr_jax.evaluation.harness.summary import summarize
 from clvr_jax.evaluation.statistics import spread
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, write_lines

@@ -20,8 +20,8 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
     masked_crop,
 )
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
-from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
-from clvr_jax.evaluation.benchmarks.scoring import score_detected
+from clvr_jax.evaluation.harness.images import generate_images, load_generated
+from clvr_jax.evaluation.harness.scoring import score_detected
 from clvr_jax.image_io import EncodedImage, encode_png
 from tests.evaluation.benchmarks.samples import GENEVAL, ColorGenerator, write_lines
 

@@ -12,12 +12,11 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
-from clvr_jax.evaluation.benchmarks.images import generate_images, load_external, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.benchmarks.prism import Prism
 from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
-from clvr_jax.evaluation.system_output import SystemOutput
-from clvr_jax.evaluation.systems import System
+from clvr_jax.evaluation.harness.images import generate_images, load_external, load_generated
+from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, ColorGenerator, write_lines

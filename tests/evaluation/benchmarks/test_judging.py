@@ -12,12 +12,12 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
-from clvr_jax.evaluation.benchmarks.images import generate_images, load_generated
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
-from clvr_jax.evaluation.benchmarks.judges import local_judge
-from clvr_jax.evaluation.benchmarks.judging import JudgeModel
-from clvr_jax.evaluation.benchmarks.scoring import score_judged
-from clvr_jax.evaluation.compare import compare
+from clvr_jax.evaluation.comparison.pairs import compare
+from clvr_jax.evaluation.harness.images import generate_images, load_generated
+from clvr_jax.evaluation.harness.scoring import score_judged
+from clvr_jax.evaluation.judging.judges import local_judge
+from clvr_jax.evaluation.judging.questions import JudgeModel
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIChatModel

@@ -3,7 +3,8 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 
-from clvr_jax.evaluation.comparison import SystemResults
+from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
+from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import Row
 from clvr_jax.evaluation.paper.tables import (
@@ -16,8 +17,7 @@ from clvr_jax.evaluation.paper.tables import (
     tiers_table,
 )
 from clvr_jax.evaluation.paper.timing import times_by_image_count
-from clvr_jax.evaluation.report import ImageScore, summarize
-from clvr_jax.evaluation.shapes import shapes_prompts
+from clvr_jax.evaluation.reporting.run import ImageScore, summarize
 from clvr_jax.evaluation.statistics import Interval
 
 SPLITS = {split: shapes_prompts(split, None, 24) for split in ("eval", "complex")}

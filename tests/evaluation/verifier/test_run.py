@@ -9,8 +9,8 @@ from PIL import Image
 from rich.console import Console
 
 from clvr_jax.cli import main
-from clvr_jax.commands.evaluation_planning import EvalPlanning
-from clvr_jax.commands.evaluation_verifier import EvalVerifier
+from clvr_jax.commands.eval.planning import EvalPlanning
+from clvr_jax.commands.eval.verifier import EvalVerifier
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.image_directory import labeled_images
@@ -204,7 +204,7 @@ def test_bad_command_lines_are_one_line(arguments, said, tmp_path, capsys):
 
 def test_the_command_measures_a_model_behind_an_endpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("clvr_jax.providers.openai_chat.OpenAIChatModel", lambda endpoint: YesModel())
-    monkeypatch.setattr("clvr_jax.commands.evaluation_verifier.prepare_jax", lambda: None)
+    monkeypatch.setattr("clvr_jax.commands.eval.verifier.prepare_jax", lambda: None)
     endpoint = ["--judge", "yes", "--judge-url", "http://localhost/v1", "--judge-key-variable", ""]
     assert main(["eval", "verifier", *endpoint, "--count", "4", "--out", str(tmp_path / "out"), "--json"]) == 0
     data = json.loads(capsys.readouterr().out)

@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.system_output import SystemOutput, image_seed
-from clvr_jax.evaluation.systems import System
+from clvr_jax.evaluation.systems.system import System, SystemOutput, image_seed
 from clvr_jax.file_names import listed_file
 from clvr_jax.image_io import read_image
 from clvr_jax.json_input import parse_object, read_lines, read_object

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.sources import Source
-from clvr_jax.evaluation.run_directory import FileLayout, FlatLayout, RunDirectory
+from clvr_jax.evaluation.harness.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.file_names import file_name
 from clvr_jax.image_io import EncodedImage, read_encoded
 from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
@@ -185,7 +185,9 @@ class JudgedBenchmark(Benchmark):
 
 def rubric(name: str) -> str:
     """Returns the text of a rubric, with its fields in braces."""
-    return resources.files(__package__).joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
+    return (
+        resources.files("clvr_jax.evaluation.benchmarks").joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
+    )
 
 
 _TEXTS = ("prompt", "Prompt", "instruction", "tag", "note", "Explanation", "type")

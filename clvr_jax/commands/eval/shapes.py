@@ -11,7 +11,7 @@ from rich.console import Group
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
-from clvr_jax.commands.system import Systems
+from clvr_jax.commands.eval.system import Systems
 from clvr_jax.console import progress
 
 
@@ -42,9 +42,9 @@ class EvalShapes:
     def run(self) -> Result:
         """Generates and scores the images, and writes results.json."""
         prepare_jax()
-        from clvr_jax.evaluation.compare import compare, comparison_table, load_results
-        from clvr_jax.evaluation.report import rich_table
-        from clvr_jax.evaluation.shapes import shapes_prompts
+        from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
+        from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
+        from clvr_jax.evaluation.reporting.run import rich_table
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_directory
 
@@ -66,7 +66,7 @@ class EvalShapes:
 
     def _measure(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
         """Generates and scores missing images; returns the content of results.json."""
-        from clvr_jax.evaluation.shapes import measure
+        from clvr_jax.evaluation.benchmarks.shapes import measure
 
         system = self.system.build(metadata)
         with contextlib.ExitStack() as stack:

@@ -9,12 +9,12 @@ import tyro
 from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.budget import BudgetOptions
 from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
-from clvr_jax.commands.system import SystemOptions
+from clvr_jax.commands.eval.system import SystemOptions
 from clvr_jax.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.run_directory import RunDirectory
+    from clvr_jax.evaluation.harness.run_directory import RunDirectory
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 
@@ -66,9 +66,9 @@ class EvalScaling:
 
     def run(self) -> Result:
         """Generates missing images, computes the curves, and writes the report."""
-        from clvr_jax.evaluation.compare import parse_named_path
-        from clvr_jax.evaluation.run_directory import RunDirectory
-        from clvr_jax.evaluation.scaling_report import scaling_table
+        from clvr_jax.evaluation.comparison.pairs import parse_named_path
+        from clvr_jax.evaluation.harness.run_directory import RunDirectory
+        from clvr_jax.evaluation.reporting.scaling import scaling_table
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_directory
         from clvr_jax.plots import can_plot
@@ -85,8 +85,8 @@ class EvalScaling:
 
     def _report(self, given: "dict[str, RunDirectory]") -> tuple[dict[str, Any], list[str]]:
         """Generates missing images; returns the curves, and the names of the files that were written."""
-        from clvr_jax.evaluation.scaling import from_trajectories
-        from clvr_jax.evaluation.scaling_report import write_scaling
+        from clvr_jax.evaluation.comparison.scaling import from_trajectories
+        from clvr_jax.evaluation.reporting.scaling import write_scaling
 
         directories = {**(self._generate() if self.model else {}), **given}
         with progress("scaling, judging images", len(directories)) as advance:
@@ -96,8 +96,8 @@ class EvalScaling:
     def _generate(self) -> dict[str, "RunDirectory"]:
         """Returns the directory of a finished run for each mode."""
         prepare_jax()
-        from clvr_jax.evaluation.run_directory import RunDirectory
-        from clvr_jax.evaluation.shapes import measure, shapes_prompts
+        from clvr_jax.evaluation.benchmarks.shapes import measure, shapes_prompts
+        from clvr_jax.evaluation.harness.run_directory import RunDirectory
 
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
         prompts = self.prompts.name if self.prompts else self.split

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.markdown import table_lines
-from clvr_jax.evaluation.report import COSTS
+from clvr_jax.evaluation.reporting.run import COSTS
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
+from clvr_jax.tables import table_lines
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 from clvr_jax.atomic_io import write_json
-from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, JudgedBenchmark, Score, rubric
 from clvr_jax.evaluation.benchmarks.geneval import Detector, recorded_score
-from clvr_jax.evaluation.benchmarks.images import BenchmarkImages, SampleIndex
-from clvr_jax.evaluation.benchmarks.judging import JudgeModel, JudgeTask, ReplyFile, judge_images
-from clvr_jax.evaluation.benchmarks.summary import summarize
-from clvr_jax.evaluation.report import mean_cost
-from clvr_jax.evaluation.run_directory import adapted_requests
+from clvr_jax.evaluation.harness.benchmark import Benchmark, JudgedBenchmark, Score, rubric
+from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
+from clvr_jax.evaluation.harness.run_directory import adapted_requests
+from clvr_jax.evaluation.harness.summary import summarize
+from clvr_jax.evaluation.judging.questions import JudgeModel, JudgeTask, ReplyFile, judge_images
+from clvr_jax.evaluation.reporting.run import mean_cost
 from clvr_jax.image_io import read_encoded
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.trajectory import package_versions

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from clvr_jax.commands.common import CommandGroup
-from clvr_jax.commands.evaluation_benchmarks import (
+from clvr_jax.commands.eval.benchmarks import (
     EvalDPG,
     EvalGenEval,
     EvalGenEvalPP,
@@ -12,11 +12,11 @@ from clvr_jax.commands.evaluation_benchmarks import (
     EvalPrism,
     EvalWise,
 )
-from clvr_jax.commands.evaluation_compare import EvalCompare
-from clvr_jax.commands.evaluation_planning import EvalPlanning
-from clvr_jax.commands.evaluation_scaling import EvalScaling
-from clvr_jax.commands.evaluation_shapes import EvalShapes
-from clvr_jax.commands.evaluation_verifier import EvalVerifier
+from clvr_jax.commands.eval.compare import EvalCompare
+from clvr_jax.commands.eval.planning import EvalPlanning
+from clvr_jax.commands.eval.scaling import EvalScaling
+from clvr_jax.commands.eval.shapes import EvalShapes
+from clvr_jax.commands.eval.verifier import EvalVerifier
 
 
 @dataclass(frozen=True)

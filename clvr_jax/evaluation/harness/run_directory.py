@@ -27,7 +27,7 @@ from typing_extensions import override
 
 from clvr_jax.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.system_output import SystemOutput
+from clvr_jax.evaluation.systems.system import SystemOutput
 from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
 from clvr_jax.reasoning.trajectory import Trajectory

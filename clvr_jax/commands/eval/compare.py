@@ -25,8 +25,8 @@ class EvalCompare:
 
     def run(self) -> Result:
         """Compares and writes the report."""
-        from clvr_jax.evaluation.comparison import compare_systems, load_systems
-        from clvr_jax.evaluation.comparison_report import systems_table, write_comparison
+        from clvr_jax.evaluation.comparison.systems import compare_systems, load_systems
+        from clvr_jax.evaluation.reporting.comparison import systems_table, write_comparison
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_directory
         from clvr_jax.plots import can_plot

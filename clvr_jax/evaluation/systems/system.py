@@ -1,8 +1,8 @@
-"""The output of a system for one prompt: an image, how it was generated, and its cost."""
+"""A system under test: a function of prompts and seeds, and its output for each prompt."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,6 +55,23 @@ class SystemOutput:
         if image is None and trajectory is None:
             raise ClvrError("benchmark: the system returned a result without an image")
         return cls(image, getattr(result, "nfe", None), getattr(result, "usage", None), trajectory)
+
+
+@dataclass(frozen=True)
+class System:
+    """A system that generates images.
+
+    Attributes:
+      generate: (prompts, seeds) -> one result per prompt.
+      settings: JSON values that identify the system; a run has images of one identity only.
+      device: the device that generates, recorded with each image.
+      batch_size: preferred number of prompts per call of `generate`.
+    """
+
+    generate: GenerateFn
+    settings: Mapping[str, Any]
+    device: str | None = None
+    batch_size: int = 16
 
 
 def image_seed(seed: int, prompt: str, sample: int) -> int:

@@ -1,19 +1,19 @@
-"""Systems under test: functions of prompts and seeds that generate images, which any benchmark can use."""
+"""Systems of our own models: one-shot generation, and the modes in which a controller plans."""
 
 import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.blind import BlindController, BlindVerifier
-from clvr_jax.evaluation.open_loop import OpenLoopController
-from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput
+from clvr_jax.evaluation.systems.blind import BlindController, BlindVerifier
+from clvr_jax.evaluation.systems.open_loop import OpenLoopController
+from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.loading import lora_path, quantization_of
@@ -32,23 +32,6 @@ Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
 
 _SAMPLE_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class System:
-    """A system that generates images.
-
-    Attributes:
-      generate: (prompts, seeds) -> one result per prompt.
-      settings: JSON values that identify the system; a run has images of one identity only.
-      device: the device that generates, recorded with each image.
-      batch_size: preferred number of prompts per call of `generate`.
-    """
-
-    generate: GenerateFn
-    settings: Mapping[str, Any]
-    device: str | None = None
-    batch_size: int = 16
 
 
 def one_shot(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
-from clvr_jax.evaluation.generation import LISTED, complete_samples, generate_missing
-from clvr_jax.evaluation.run_directory import Record, RunDirectory
-from clvr_jax.evaluation.systems import System
+from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
+from clvr_jax.evaluation.harness.generation import LISTED, complete_samples, generate_missing
+from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
+from clvr_jax.evaluation.systems.system import System
 from clvr_jax.image_io import check_image
 
 SampleIndex = tuple[int, int]

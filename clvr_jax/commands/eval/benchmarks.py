@@ -13,15 +13,15 @@ from typing_extensions import override
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
-from clvr_jax.commands.judge_options import JudgeOptions
-from clvr_jax.commands.system import SystemOptions
+from clvr_jax.commands.eval.judge_options import JudgeOptions
+from clvr_jax.commands.eval.system import SystemOptions
 from clvr_jax.console import console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.benchmarks.benchmark import Benchmark, Item
-    from clvr_jax.evaluation.benchmarks.images import BenchmarkImages
-    from clvr_jax.evaluation.benchmarks.judging import JudgeModel
+    from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
+    from clvr_jax.evaluation.harness.images import BenchmarkImages
+    from clvr_jax.evaluation.judging.questions import JudgeModel
 
 Progress = Callable[[int, int], None]
 
@@ -111,8 +111,8 @@ class _EvalBenchmark(abc.ABC):
 
     def _run(self, benchmark: "Benchmark", share: tuple[int, int]) -> Result:
         """Generates a share of the images, and scores them unless other processes generate the rest."""
-        from clvr_jax.evaluation.benchmarks.images import load_external, load_generated
-        from clvr_jax.evaluation.benchmarks.summary import table
+        from clvr_jax.evaluation.harness.images import load_external, load_generated
+        from clvr_jax.evaluation.harness.summary import table
 
         if self.images:
             samples = self.samples or benchmark.samples
@@ -141,7 +141,7 @@ class _EvalBenchmark(abc.ABC):
 
     def _generate(self, benchmark: "Benchmark", share: tuple[int, int]) -> bool:
         """Generates missing images; returns whether they are scored by this process."""
-        from clvr_jax.evaluation.benchmarks.images import generate_images
+        from clvr_jax.evaluation.harness.images import generate_images
 
         samples = self.samples or benchmark.samples
         benchmark.check_samples(samples)
@@ -217,7 +217,7 @@ class EvalGenEval(_EvalBenchmark):
     @override
     def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
-        from clvr_jax.evaluation.benchmarks.scoring import score_detected
+        from clvr_jax.evaluation.harness.scoring import score_detected
 
         assert self.detector is not None
         assert self.clip is not None
@@ -241,7 +241,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
 
     @override
     def check_scorer(self) -> None:
-        from clvr_jax.evaluation.benchmarks.judges import check_local
+        from clvr_jax.evaluation.judging.judges import check_local
 
         if self.judge_url is None:
             check_local(self.judge)
@@ -250,15 +250,15 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
 
     @override
     def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
-        from clvr_jax.evaluation.benchmarks.benchmark import JudgedBenchmark
-        from clvr_jax.evaluation.benchmarks.scoring import score_judged
+        from clvr_jax.evaluation.harness.benchmark import JudgedBenchmark
+        from clvr_jax.evaluation.harness.scoring import score_judged
 
         benchmark = self.benchmark()
         assert isinstance(benchmark, JudgedBenchmark)
         return score_judged(benchmark, images, self._judge(), on_progress)
 
     def _judge(self) -> "JudgeModel":
-        from clvr_jax.evaluation.benchmarks.judges import endpoint_judge, local_judge
+        from clvr_jax.evaluation.judging.judges import endpoint_judge, local_judge
         from clvr_jax.providers.endpoint import Prices
 
         if self.judge_url is None:

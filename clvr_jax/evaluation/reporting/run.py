@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.markdown import table_lines
 from clvr_jax.evaluation.statistics import mean_of_proportions, wilson_interval
+from clvr_jax.tables import table_lines
 
 if TYPE_CHECKING:
     from rich.table import Table

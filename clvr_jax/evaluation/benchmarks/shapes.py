@@ -12,16 +12,16 @@ import numpy as np
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import UsageError
-from clvr_jax.evaluation.generation import complete_samples, generate_missing
-from clvr_jax.evaluation.report import ImageScore, summarize
-from clvr_jax.evaluation.run_directory import RunDirectory, adapted_requests
+from clvr_jax.evaluation.harness.generation import complete_samples, generate_missing
+from clvr_jax.evaluation.harness.run_directory import RunDirectory, adapted_requests
+from clvr_jax.evaluation.reporting.run import ImageScore, summarize
 from clvr_jax.evaluation.statistics import spread
-from clvr_jax.evaluation.system_output import GenerateFn
+from clvr_jax.evaluation.systems.system import GenerateFn
 from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.trajectory import package_versions
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.systems import System
+    from clvr_jax.evaluation.systems.system import System
 
 Metadata = Mapping[str, Any]
 

@@ -10,8 +10,8 @@ from dataclasses import replace
 from typing import Any
 
 from clvr_jax.errors import UsageError
-from clvr_jax.evaluation.system_output import SystemOutput
-from clvr_jax.evaluation.systems import Mode, System, budget_for_mode, non_default_fields
+from clvr_jax.evaluation.systems.models import Mode, budget_for_mode, non_default_fields
+from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.interfaces import ChatModel, ImageModel, ImageRequest, ProviderError, Usage
 from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController, ImageModelGenerator
 from clvr_jax.reasoning.budget import Budget

@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.generation import complete_samples
-from clvr_jax.evaluation.run_directory import RunDirectory
-from clvr_jax.evaluation.shapes import Judge, shapes_judge
+from clvr_jax.evaluation.benchmarks.shapes import Judge, shapes_judge
+from clvr_jax.evaluation.harness.generation import complete_samples
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import clustered_interval
 from clvr_jax.image_io import pixels
 from clvr_jax.reasoning.trajectory import Trajectory, best_step

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.atomic_io import write_json, write_text
-from clvr_jax.evaluation.markdown import plain, table_lines
 from clvr_jax.plots import can_plot, literal, new_figure
+from clvr_jax.tables import plain, table_lines
 
 if TYPE_CHECKING:
     from rich.table import Table

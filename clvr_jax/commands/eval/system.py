@@ -14,7 +14,7 @@ from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_si
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.systems import System
+    from clvr_jax.evaluation.systems.system import System
     from clvr_jax.interfaces import ChatModel, ImageModel
     from clvr_jax.reasoning.protocols import Controller
 
@@ -168,17 +168,17 @@ class SystemOptions:
         Raises: ClvrError.
         """
         if self.pictures:
-            from clvr_jax.evaluation.external_images import external_images
+            from clvr_jax.evaluation.systems.external_images import external_images
 
             return external_images(self.pictures, self.model, self.seed)
         if self.endpoint:
-            from clvr_jax.evaluation.endpoints import endpoint_system
+            from clvr_jax.evaluation.systems.endpoints import endpoint_system
 
             controller = self._controller_model() if self.mode != "one-shot" else None
             return endpoint_system(
                 self._image_model(), self.mode, self.budget.budget(), controller, self.in_flight, self.controller_tokens
             )
-        from clvr_jax.evaluation.systems import one_shot, planned
+        from clvr_jax.evaluation.systems.models import one_shot, planned
 
         if self.mode == "one-shot":
             return one_shot(self.model, self.steps, self.guidance, size=self._size, **self.loading.arguments())
@@ -200,7 +200,7 @@ class SystemOptions:
         if self.controller == "vlm":
             return None, "vlm"
         if self.controller == "oracle":
-            from clvr_jax.evaluation.systems import Oracle
+            from clvr_jax.evaluation.systems.models import Oracle
 
             if not metadata:
                 raise UsageError(

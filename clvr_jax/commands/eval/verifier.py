@@ -7,7 +7,7 @@ import tyro
 
 from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax, results_directory
-from clvr_jax.commands.judge_options import JudgeOptions
+from clvr_jax.commands.eval.judge_options import JudgeOptions
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.compare import by_prompt, compare, load_results, parse_named_path
-from clvr_jax.evaluation.complexity import power_law, probe, task_from_metadata
-from clvr_jax.evaluation.report import COSTS, mean_cost, tags_in_order
-from clvr_jax.evaluation.run_directory import RunDirectory
+from clvr_jax.evaluation.comparison.complexity import power_law, probe, task_from_metadata
+from clvr_jax.evaluation.comparison.pairs import by_prompt, compare, load_results, parse_named_path
+from clvr_jax.evaluation.harness.run_directory import RunDirectory
+from clvr_jax.evaluation.reporting.run import COSTS, mean_cost, tags_in_order
 from clvr_jax.evaluation.statistics import clustered_interval, holm
 
 

@@ -7,8 +7,8 @@ import statistics as descriptive
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clvr_jax.evaluation.benchmarks.benchmark import Benchmark
-from clvr_jax.evaluation.report import cost_line
+from clvr_jax.evaluation.harness.benchmark import Benchmark
+from clvr_jax.evaluation.reporting.run import cost_line
 from clvr_jax.evaluation.statistics import Interval, paired_bootstrap, wilson_interval
 
 if TYPE_CHECKING:

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.run_directory import Record, RunDirectory
-from clvr_jax.evaluation.system_output import GenerateFn, SystemOutput, image_seed
+from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
+from clvr_jax.evaluation.systems.system import GenerateFn, SystemOutput, image_seed
 
 LISTED = 10
 """Largest number of files that an error message names."""

@@ -1,0 +1,1 @@
+"""`clvr eval ...`: benchmarks, comparisons, scaling, and the verifier and planning benchmarks."""

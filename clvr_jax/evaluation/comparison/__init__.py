@@ -1,0 +1,1 @@
+"""Paired comparisons of results, test-time scaling, and the complexity probe."""

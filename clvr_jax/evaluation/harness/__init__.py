@@ -1,0 +1,1 @@
+"""The evaluation harness: benchmarks give prompts and scorers; the harness generates, stores, resumes and scores."""

@@ -1,0 +1,1 @@
+"""Judges: vision-language models that score images by their answers to questions."""

@@ -1,0 +1,1 @@
+"""Reports of runs, comparisons and scaling as tables, Markdown and plots."""
