@@ -22,8 +22,9 @@ from PIL import Image
 
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
 from clvr_jax.evaluation.harness.images import BenchmarkImages, load_external
-from clvr_jax.evaluation.harness.scoring import score_judged
+from clvr_jax.evaluation.harness.scoring import score_images
 from clvr_jax.evaluation.judging.judges import endpoint_judge
+from clvr_jax.evaluation.judging.scorer import JudgeScorer
 from tests.providers.server import KEY, completion
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         for name in ("with the judge", "from its answers on disk"):
             judge = endpoint_judge("tiny", server.url, "LOOPBACK_KEY", in_flight=options.in_flight)
             began, busy = time.monotonic(), time.process_time()
-            score_judged(GenEvalPP(), pictures, judge)
+            score_images(pictures, JudgeScorer(judge))
             seconds, busy = time.monotonic() - began, time.process_time() - busy
             print(
                 f"{options.pictures} pictures of {options.size} x {options.size}, {name}: {seconds:.1f} s "

@@ -24,10 +24,11 @@ from clvr_jax.configs import shapes_rollouts
 from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.comparison.pairs import compare, load_results, markdown
+from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
+from clvr_jax.tables import Table
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits
 
 ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.algorithm", "grpo")}
@@ -110,15 +111,17 @@ def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequen
     for split in splits:
         results = {name: _over_seeds(out, name, split, seeds) for name in names}
         own: dict[str, Any] = {"steps": {name: _steps(out, name, split, seeds) for name in names}}
-        lines += [f"## {split}", "", "| | right by seed | edits made | all else left alone |", "|---|---|---|---|"]
+        rows = []
         for name, marks in own["steps"].items():
             shares = ", ".join(f"{share:.3f}" for share in _by_seed(out, name, split, seeds))
-            lines.append(f"| {name} | {shares} | {marks['success']:.4f} | {marks['preservation']:.4f} |")
+            rows.append((name, shares, f"{marks['success']:.4f}", f"{marks['preservation']:.4f}"))
+        table = Table(("", "right by seed", "edits made", "all else left alone"), [rows])
+        lines += [f"## {split}", "", *table.markdown()]
         best = names[1]
         for name in names:
             if name != best:
                 own[f"{name} and {best}"] = compare(results[name], results[best])
-                lines += ["", markdown(own[f"{name} and {best}"], name, best)]
+                lines += ["", *comparison_table(own[f"{name} and {best}"], name, best).markdown()]
         told[split] = own
         lines.append("")
     return told, "\n".join(lines)

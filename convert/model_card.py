@@ -29,6 +29,7 @@ from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.tables import Table
 
 Config = Mapping[str, Any]
 Format = Literal["jax", "torch"]
@@ -194,7 +195,7 @@ def model_card(name: str, made: Provenance, models: Models) -> str:
         *front_matter(made.format, models, binding, base_models),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}.\n",
-        *markdown_table(("", ""), origin),
+        *Table(("", ""), [origin], is_markdown=True).markdown(),
         *models_and_license(models, binding),
     ]
     return "\n".join(lines) + "\n"
@@ -209,7 +210,8 @@ def models_and_license(models: Models, binding: License) -> list[str]:
     """Returns the lines of a card with the models and their licenses; `binding` is the license of the directory."""
     parts = [(f"`{component}`", _title(model[0]), license_of(*model).title) for component, model in models.items()]
     notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
-    lines = ["\n## Models\n", *markdown_table(("Directory", "Model", "License"), parts), "\n## License\n", notice]
+    table = Table(("Directory", "Model", "License"), [parts], is_markdown=True)
+    lines = ["\n## Models\n", *table.markdown(), "\n## License\n", notice]
     if binding.link:
         lines.append(f"Its text: {binding.link}\n")
         lines.append(
@@ -276,9 +278,3 @@ def front_matter(
 def _title(torch_class: str) -> str:
     architecture = find_architecture(torch_class)
     return architecture.title if architecture else torch_class
-
-
-def markdown_table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Returns the lines of a table in Markdown."""
-    cells = ([cell.replace("|", r"\|") for cell in row] for row in (head, ("---",) * len(head), *rows))
-    return [f"| {' | '.join(row)} |" for row in cells]

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import tyro
 
@@ -32,20 +32,18 @@ class Curves:
 
     def run(self) -> Result:
         """Writes the plot, and returns the last values of the curves."""
-        from rich.table import Table
-
+        from clvr_jax.tables import Table
         from clvr_jax.training.curves import curves, summary, write_plot
 
         found = curves(self.runs, self.metrics, self.smooth)
         write_plot(self.out, found)
         ends = summary(found)
-        table = Table(title=str(self.out))
-        for number, column in enumerate(("metric", "runs of", "number", "last step", "mean", "range")):
-            table.add_column(column, justify="right" if number > 1 else "left")
-        for metric, lines in ends.items():
-            for name, end in lines.items():
-                low, high = (f"{value:.4g}" for value in end["range"])
-                table.add_row(
-                    metric, name, str(end["runs"]), str(end["step"]), f"{end['mean']:.4g}", f"{low} .. {high}"
-                )
+        header = ("metric", "runs of", "number", "last step", "mean", "range")
+        rows = [(metric, name, *_cells(end)) for metric, lines in ends.items() for name, end in lines.items()]
+        table = Table(header, [rows], title=str(self.out)).rich()
         return Result({"out": str(self.out), "ends": ends}, table)
+
+
+def _cells(end: dict[str, Any]) -> tuple[str, ...]:
+    low, high = end["range"]
+    return str(end["runs"]), str(end["step"]), f"{end['mean']:.4g}", f"{low:.4g} .. {high:.4g}"

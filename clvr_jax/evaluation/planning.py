@@ -8,7 +8,7 @@ high there says nothing about planning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,12 +17,12 @@ import numpy as np
 from clvr_jax.console import progress
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.statistics import wilson_interval
+from clvr_jax.evaluation.statistics import Rate, wilson_interval
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
-from clvr_jax.tables import plain, table_lines
+from clvr_jax.tables import Table, plain
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
@@ -173,13 +173,7 @@ def summarize(planned: Sequence[PlannedPrompt], control: Sequence[PlannedPrompt]
 def _rates(rows: Sequence[PlannedPrompt]) -> dict[str, Any]:
     def rate(flags: Iterable[bool]) -> dict[str, Any]:
         count = sum(flags)
-        interval = wilson_interval(count, len(rows))
-        return {
-            "rate": count / len(rows),
-            "interval": [interval.low, interval.high],
-            "count": count,
-            "of": len(rows),
-        }
+        return Rate(count, len(rows), wilson_interval(count, len(rows))).to_json()
 
     return {
         "requirements_exact": rate(each.is_exact for each in rows),
@@ -188,12 +182,11 @@ def _rates(rows: Sequence[PlannedPrompt]) -> dict[str, Any]:
     }
 
 
-def table(summary: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Rows of the summary; the first one is the header."""
-    rows: list[tuple[str, ...]] = [COLUMNS]
-    for name, rates in summary.items():
-        rows.append((name, *(_cell(rates[key]) for key in ("requirements_exact", "right", "meets_requirements"))))
-    return rows
+def planning_table(results: Mapping[str, Any]) -> Table:
+    """Returns the summary of results as a table."""
+    keys = ("requirements_exact", "right", "meets_requirements")
+    rows = [(name, *(_cell(rates[key]) for key in keys)) for name, rates in results["summary"].items()]
+    return Table(COLUMNS, [rows], title=f"Planning benchmark: {results['model']}")
 
 
 def _cell(rate: dict[str, Any]) -> str:
@@ -210,7 +203,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['retries']} times. In brackets 95 % intervals (Wilson), then the number of prompts. A plan is right "
         "if the detector accepts a rendering of it, which forgives objects that nobody asked for.",
         "",
-        *table_lines(table(results["summary"])),
+        *planning_table(results).markdown(),
     ]
     return "\n".join(lines) + "\n"
 

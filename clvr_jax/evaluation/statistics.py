@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,20 @@ class Interval:
     estimate: float
     low: float
     high: float
+
+
+@dataclass(frozen=True)
+class Rate:
+    """The share of cases in which something occurs, with its interval, None if it was not computed."""
+
+    count: int
+    of: int
+    interval: Interval | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns {"count", "of", "rate", "interval": [low, high] or None}."""
+        bounds = None if self.interval is None else [self.interval.low, self.interval.high]
+        return {"count": self.count, "of": self.of, "rate": self.count / self.of, "interval": bounds}
 
 
 @dataclass(frozen=True)
@@ -106,22 +120,23 @@ def holm(p_values: Sequence[float]) -> list[float]:
     return corrected
 
 
-def mean_of_proportions(counts: Sequence[tuple[int, int]], confidence: float = 0.95) -> Interval:
-    """Returns the unweighted mean of independent proportions, such as GenEval's mean over tags, with an interval.
+def weighted_mean(parts: Sequence[Interval], weights: Sequence[float] | None = None) -> Interval:
+    """Returns the mean of independent estimates, such as GenEval's mean over tags, with an interval.
 
     Args:
-      counts: (successes, trials) of each group.
-      confidence: two-sided, in (0, 1).
-    Returns: the mean; its interval adds the squared distances of the groups' Wilson intervals.
+      parts: the estimates with their intervals.
+      weights: one for each part, normalized by their sum; equal weights if None.
+    Returns: the mean; its interval adds the squared distances of the weighted intervals' bounds.
     Source: method of variance estimates recovery (Zou and Donner 2008; Newcombe 1998, method 10).
     """
-    if not counts:
-        raise ClvrError("mean of proportions: no groups")
-    parts = [wilson_interval(successes, trials, confidence) for successes, trials in counts]
-    mean = sum(part.estimate for part in parts) / len(parts)
-    below = math.sqrt(sum((part.estimate - part.low) ** 2 for part in parts)) / len(parts)
-    above = math.sqrt(sum((part.high - part.estimate) ** 2 for part in parts)) / len(parts)
-    return Interval(mean, max(0.0, mean - below), min(1.0, mean + above))
+    weights = [1.0] * len(parts) if weights is None else weights
+    if not parts or len(parts) != len(weights) or sum(weights) <= 0:
+        raise ClvrError(f"weighted mean: needs parts with weights, got {len(parts)} parts and {len(weights)} weights")
+    weighted, total = list(zip(weights, parts, strict=True)), sum(weights)
+    mean = sum(weight * part.estimate for weight, part in weighted) / total
+    below = math.sqrt(sum((weight * (part.estimate - part.low)) ** 2 for weight, part in weighted)) / total
+    above = math.sqrt(sum((weight * (part.high - part.estimate)) ** 2 for weight, part in weighted)) / total
+    return Interval(mean, mean - below, mean + above)
 
 
 def sign_test(first: Sequence[float], second: Sequence[float]) -> SignTest:

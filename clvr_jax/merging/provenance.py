@@ -24,13 +24,15 @@ from clvr_jax.convert.model_card import (
     FORMATS,
     front_matter,
     license_of_all,
-    markdown_table,
     models_and_license,
     titles,
 )
 from clvr_jax.merging.norms import DeltaStatistics, total
 from clvr_jax.merging.planning import MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights
+from clvr_jax.tables import Table
+
+_INPUT_COLUMNS = ("Input", "From", "Kind", "Weight", "License as its card states it")
 
 
 def write_provenance(
@@ -106,9 +108,9 @@ def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: 
         *front_matter(plan.base.component.source, models, binding, list(dict.fromkeys(ids)), "merge"),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}. Merged is {merged}; everything else is the base's.\n",
-        *markdown_table(("Input", "From", "Kind", "Weight", "License as its card states it"), inputs),
+        *Table(_INPUT_COLUMNS, [inputs], is_markdown=True).markdown(),
         "",
-        *markdown_table(("", ""), rows),
+        *Table(("", ""), [rows], is_markdown=True).markdown(),
         *(f"\n{note[0].upper()}{note[1:]}." for note in plan.notes),
         *models_and_license(models, binding),
         "\nThe weights derive from all inputs: the license of each applies.",

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clvr_jax.evaluation import compare, run, shapes_judge
+from clvr_jax.evaluation import compare, shapes_checker
 from clvr_jax.reasoning import Budget, GeneratedImage, parse
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.detect import detect
@@ -10,6 +10,7 @@ from clvr_jax.worlds.shapes.oracle import OracleController, apply_edits, parse_e
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place
+from tests.evaluation.runs import run_function
 
 METADATA = evaluation_prompts("complex")[::10]
 
@@ -41,9 +42,10 @@ def test_closed_loop_mends_what_a_clumsy_drawer_does(tmp_path):
         budget = Budget(max_steps=max_steps)
         return lambda prompts, seeds: run_loop(prompts, Oracle(), ClumsyDrawer(), budget, seeds)
 
-    judge = shapes_judge()
+    judge = shapes_checker()
     once, loop = (
-        run(METADATA, draw_all(steps), tmp_path / str(steps), judge, settings={"max_steps": steps}) for steps in (3, 20)
+        run_function(METADATA, draw_all(steps), tmp_path / str(steps), judge, settings={"max_steps": steps})
+        for steps in (3, 20)
     )
     for entry in loop["pictures"]:
         assert (entry["outcome"] == "accepted") == entry["correct"]

@@ -5,12 +5,12 @@ import pytest
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation import compare, load_results, run
-from clvr_jax.evaluation.benchmarks.shapes import Judge, Judgment
+from clvr_jax.evaluation import ImageChecker, Score, compare, load_results
 from clvr_jax.evaluation.comparison.systems import SystemResults, compare_systems, load_systems
 from clvr_jax.evaluation.reporting.comparison import comparison_markdown
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+from tests.evaluation.runs import run_function
 from tests.reasoning.scripted import picture
 
 METADATA = [*evaluation_prompts("complex")[::12], *evaluation_prompts("eval")[::40]]
@@ -26,8 +26,8 @@ def made(out, skill, seed=0, samples=1, prompts=METADATA, judge="bright"):
             for text, own in zip(texts, seeds, strict=True)
         ]
 
-    bright = Judge(judge, "1", lambda image, metadata: Judgment(bool(image.mean() > 100)))
-    run(prompts, draw_all, out, bright, settings={"skill": skill}, seed=seed, samples=samples, device="here")
+    bright = ImageChecker(judge, "1", lambda image, metadata: Score.binary(bool(image.mean() > 100)))
+    run_function(prompts, draw_all, out, bright, settings={"skill": skill}, seed=seed, samples=samples, device="here")
     return str(out)
 
 

@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import UsageError
-from clvr_jax.evaluation import Judge, Judgment, run
+from clvr_jax.evaluation import ImageChecker, Score
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
-from clvr_jax.evaluation.harness.scoring import score_judged
-from clvr_jax.evaluation.harness.summary import table
 from clvr_jax.evaluation.judging.questions import JudgeModel
+from clvr_jax.evaluation.reporting.run import notes
 from clvr_jax.evaluation.systems.endpoints import endpoint_system
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
@@ -22,6 +21,7 @@ from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning import SYSTEM_PROMPT, Budget
 from tests.evaluation.benchmarks.samples import IMAGINE, write_lines
 from tests.evaluation.benchmarks.test_judging import GOOD
+from tests.evaluation.runs import run_function, score_judged
 from tests.providers.server import completion, failure, pictures, png
 
 METADATA = [{"tag": "colors", "include": [], "prompt": f"p {number}"} for number in range(6)]
@@ -32,11 +32,11 @@ def flat(value):
 
 
 def judge():
-    return Judge("brightness", "1", lambda image, metadata: Judgment(bool(image.mean() > 100)))
+    return ImageChecker("brightness", "1", lambda image, metadata: Score.binary(bool(image.mean() > 100)))
 
 
 def go(system, out):
-    return run(
+    return run_function(
         METADATA,
         system.generate,
         out,
@@ -175,5 +175,5 @@ def test_a_benchmark_says_what_requests_for_images_lacked(server, endpoint, tmp_
     results = score_judged(benchmark, load_generated(benchmark, tmp_path / "run"), judge)
     note = f"{tool.name}: seed left out; images may differ from run to run"
     assert (results["adapted"], results["generator_adapted"]) == ([], [note])
-    text = table(results, "t").renderables[1].plain
+    text = "\n".join(notes(results))
     assert f"requests differ from those to other servers: {note}" in text

@@ -1,11 +1,12 @@
 """Planning without looking, and the best of several drawings, in the shapes world with a drawer that forgets."""
 
-from clvr_jax.evaluation.benchmarks.shapes import shapes_judge
+from clvr_jax.evaluation.benchmarks.shapes import shapes_checker
 from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController, request_whole_plan
-from clvr_jax.reasoning import Budget, Conversation, run
+from clvr_jax.reasoning import Budget, Conversation
 from clvr_jax.worlds.shapes.oracle import first_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+from tests.evaluation.runs import run_function
 from tests.evaluation.test_closed_loop_in_shapes import ClumsyDrawer
 from tests.reasoning.scripted import generate
 
@@ -15,11 +16,11 @@ METADATA = evaluation_prompts("complex")[::20]
 def trajectories(mode, budget=None):
     prompts = [entry["prompt"] for entry in METADATA]
     limits = budget_for_mode(mode, budget)
-    return run(prompts, OpenLoopController(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
+    return run_function(prompts, OpenLoopController(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
 
 
 def correct(done):
-    return sum(shapes_judge().check(each.image, entry).correct for each, entry in zip(done, METADATA, strict=True))
+    return sum(shapes_checker().check(each.image, entry).correct for each, entry in zip(done, METADATA, strict=True))
 
 
 def test_a_plan_of_the_shapes_world_is_drawn_as_a_whole():

@@ -7,7 +7,8 @@ import pytest
 
 from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation import Judge, Judgment, run, shapes_judge
+from clvr_jax.evaluation import ImageChecker, Score, shapes_checker
+from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.comparison.scaling import BudgetCurve, budget_curve, curves, from_trajectories
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.reporting.scaling import scaling_markdown, write_scaling
@@ -16,6 +17,7 @@ from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
+from tests.evaluation.runs import run_function
 from tests.evaluation.test_closed_loop_in_shapes import ClumsyDrawer
 from tests.reasoning.scripted import NoisyController, NoisyDrawer, value_of
 
@@ -24,7 +26,7 @@ METADATA = evaluation_prompts("complex")[::30]
 
 @pytest.mark.parametrize("candidates", [1, 3])
 def test_what_is_read_off_is_what_a_smaller_budget_gives(candidates):
-    odd = Judge("odd", "1", lambda image, metadata: Judgment(value_of(image) % 2 == 1))
+    odd = ImageChecker("odd", "1", lambda image, metadata: Score.binary(value_of(image) % 2 == 1))
     prompts = [f"prompt {number}" for number in range(25)]
 
     def go(**limits):
@@ -61,15 +63,19 @@ def test_points_of_a_curve_by_hand():
         curves(all_curves[2:])
 
 
+def black(prompts, seeds):
+    return [np.zeros((64, 64, 3), np.uint8)] * len(prompts)
+
+
 def finished(out, mode, **limits):
     oracle = Oracle(METADATA)
     controller = oracle if mode == "closed-loop" else OpenLoopController(oracle)
     budget = budget_for_mode(mode, Budget(**limits))
-    run(
+    run_function(
         METADATA,
         lambda prompts, seeds: run_loop(prompts, controller, ClumsyDrawer(), budget, seeds),
         out,
-        shapes_judge(),
+        shapes_checker(),
         settings={"mode": mode},
     )
     return RunDirectory(out)
@@ -101,24 +107,23 @@ def test_runs_that_do_not_belong_together_are_refused(tmp_path):
     with pytest.raises(ClvrError, match="no such file"):
         from_trajectories({"x": RunDirectory(tmp_path / "none")})
     other = tmp_path / "other"
-    run(METADATA[:2], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)] * 2, other, shapes_judge(), settings={})
+    run_function(METADATA[:2], black, other, shapes_checker(), settings={})
     with pytest.raises(ClvrError, match="other prompts than a; give runs on the same"):
         from_trajectories({"a": folder, "b": RunDirectory(other)})
     (tmp_path / "loop" / "00001" / "samples" / "0000.png").unlink()
     with pytest.raises(ClvrError, match="1 of 10 images are missing"):
         from_trajectories({"a": folder})
-    run(METADATA[:1], lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)], tmp_path / "named", shapes_judge(),
-        settings={}, benchmark="geneval")  # fmt: skip
+    run_function(METADATA[:1], black, tmp_path / "named", shapes_checker(), settings={}, benchmark=GenEval())
     with pytest.raises(ClvrError, match="a run of geneval"):
         from_trajectories({"a": RunDirectory(tmp_path / "named")})
 
 
 def test_a_drawing_in_one_go_is_a_curve_of_one_point(tmp_path):
-    run(
+    run_function(
         METADATA[:3],
-        lambda prompts, seeds: [np.zeros((64, 64, 3), np.uint8)] * 3,
+        black,
         tmp_path,
-        shapes_judge(),
+        shapes_checker(),
         settings={},
     )
     (system,) = from_trajectories({"once": RunDirectory(tmp_path)})["systems"]

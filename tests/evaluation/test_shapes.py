@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation import Judge, Judgment, run, score, shapes_judge
+from clvr_jax.evaluation import ImageChecker, Score, Shapes, load_generated, score_images, shapes_checker
+from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.reasoning import Budget, GeneratedImage, Trajectory
@@ -18,6 +19,7 @@ from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, SceneObject, cell_center
+from tests.evaluation.runs import run_function
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop
 
 METADATA = [
@@ -35,10 +37,10 @@ SETTINGS = {"model": "toy", "steps": 4, "budget": {"max_steps": 8}}
 def bright(image, metadata):
     """Correct if the picture is brighter than 100."""
     correct = bool(image.mean() > 100)
-    return Judgment(correct, () if correct else ("too dark",))
+    return Score.binary(correct, () if correct else ("too dark",))
 
 
-JUDGE = Judge("brightness", "1", bright)
+JUDGE = ImageChecker("brightness", "1", bright)
 
 
 class Draw:
@@ -56,7 +58,11 @@ class Draw:
 
 
 def go(out, draw_all=None, judge=JUDGE, **changes):
-    return run(METADATA, draw_all or Draw(), out, judge, **{"settings": SETTINGS, "batch_size": 2, **changes})
+    return run_function(METADATA, draw_all or Draw(), out, judge, **{"settings": SETTINGS, "batch_size": 2, **changes})
+
+
+def score(out, judge):
+    return score_images(load_generated(Shapes(), out), judge)
 
 
 def test_layout_is_genevals(tmp_path):
@@ -80,11 +86,11 @@ def test_records_keep_the_keys_of_earlier_versions(tmp_path):
 
 
 def test_results_are_complete(tmp_path):
-    results = go(tmp_path, seed=3, versions={"toy": "9"})
+    results = go(tmp_path, seed=3)
     assert results == json.loads((tmp_path / "results.json").read_text())
     assert results["judge"] == {"name": "brightness", "version": "1"}
     assert (results["seed"], results["samples"], results["settings"]) == (3, 1, SETTINGS)
-    assert results["versions"]["toy"] == "9"
+    assert results["versions"]["clvr-jax"]
     assert [entry["prompt"] for entry in results["pictures"]] == [entry["prompt"] for entry in METADATA]
     assert set(results["summary"]["tags"]) == {"colors", "counting"}
     assert set(results["summary"]["tiers"]) == {"0", "1", "2"}
@@ -99,7 +105,7 @@ def test_results_are_complete(tmp_path):
 def test_seed_follows_from_prompt_and_sample_only(tmp_path):
     one, two, three = Draw(), Draw(), Draw()
     go(tmp_path / "a", one, samples=2)
-    run(METADATA[3:], two, tmp_path / "b", JUDGE, settings={}, samples=2)
+    run_function(METADATA[3:], two, tmp_path / "b", JUDGE, settings={}, samples=2)
     go(tmp_path / "c", three, samples=2, seed=1)
     assert len({seed for _, seed in one.asked}) == 10
     assert two.asked == one.asked[6:]
@@ -134,7 +140,7 @@ def test_lost_picture_is_drawn_again(tmp_path):
         ({"settings": {**SETTINGS, "budget": {"max_steps": 1}}}, "settings.budget.max_steps: 8 on disk, 1 requested"),
         ({"seed": 1}, "seed: 0 on disk, 1 requested"),
         ({"samples": 4}, "samples: 1 on disk, 4 requested"),
-        ({"benchmark": "geneval"}, '"shapes" on disk, "geneval" requested'),
+        ({"benchmark": GenEval()}, '"shapes" on disk, "geneval" requested'),
     ],
 )
 def test_folder_of_other_settings_is_refused(tmp_path, changes, difference):
@@ -151,9 +157,9 @@ def test_folder_of_other_settings_is_refused(tmp_path, changes, difference):
 def test_folder_of_other_prompts_is_refused(tmp_path):
     go(tmp_path)
     with pytest.raises(ClvrError, match="prompts: 5 on disk, 4 requested"):
-        run(METADATA[:4], Draw(), tmp_path, JUDGE, settings=SETTINGS)
+        run_function(METADATA[:4], Draw(), tmp_path, JUDGE, settings=SETTINGS)
     with pytest.raises(ClvrError, match="metadata_sha256"):
-        run(METADATA[::-1], Draw(), tmp_path, JUDGE, settings=SETTINGS)
+        run_function(METADATA[::-1], Draw(), tmp_path, JUDGE, settings=SETTINGS)
     (tmp_path / "benchmark.json").unlink()
     with pytest.raises(ClvrError, match=r"no benchmark\.json"):
         go(tmp_path)
@@ -177,7 +183,7 @@ def test_folders_that_hold_no_run_cannot_be_scored(tmp_path):
 
 def test_another_judge_scores_the_same_pictures(tmp_path):
     go(tmp_path)
-    results = score(tmp_path, Judge("strict", "2", lambda image, metadata: Judgment(False, ("no",))))
+    results = score(tmp_path, ImageChecker("strict", "2", lambda image, metadata: Score.binary(False, ("no",))))
     assert results["judge"]["name"] == "strict"
     assert results["summary"]["overall"]["mean_of_tags"] == 0
 
@@ -231,7 +237,7 @@ def test_what_endpoints_charge_is_written_down(tmp_path):
 
 def test_wrong_arguments_are_named(tmp_path):
     with pytest.raises(UsageError, match="no prompts"):
-        run([], Draw(), tmp_path, JUDGE, settings={})
+        run_function([], Draw(), tmp_path, JUDGE, settings={})
     with pytest.raises(UsageError, match="samples"):
         go(tmp_path, samples=0)
 
@@ -281,6 +287,6 @@ def test_judge_of_the_shapes_world(tmp_path):
         right = render(Scene((SceneObject(item["color"], item["class"], "center", x, y, 8.0),)))
         return [right if prompt == metadata[0]["prompt"] else render(Scene()) for prompt in prompts]
 
-    results = run(metadata, draw_first_only, tmp_path, shapes_judge(), settings={})
+    results = run_function(metadata, draw_first_only, tmp_path, shapes_checker(), settings={})
     assert [entry["correct"] for entry in results["pictures"]] == [True, False]
     assert results["pictures"][1]["reasons"]

@@ -6,9 +6,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import (
     clustered_interval,
     holm,
-    mean_of_proportions,
     paired_bootstrap,
     sign_test,
+    weighted_mean,
     wilson_interval,
 )
 
@@ -39,13 +39,20 @@ def test_impossible_counts_are_refused(successes, trials):
 
 
 def test_mean_of_one_group_is_its_wilson_interval():
-    assert mean_of_proportions([(7, 9)]) == wilson_interval(7, 9)
+    assert weighted_mean([wilson_interval(7, 9)]) == wilson_interval(7, 9)
 
 
 def test_mean_is_unweighted():
-    assert mean_of_proportions([(1, 1), (0, 100)]).estimate == 0.5
-    with pytest.raises(ClvrError, match="no groups"):
-        mean_of_proportions([])
+    assert weighted_mean([wilson_interval(1, 1), wilson_interval(0, 100)]).estimate == 0.5
+    with pytest.raises(ClvrError, match="0 parts"):
+        weighted_mean([])
+
+
+def test_weights_are_shares():
+    parts = [wilson_interval(9, 10), wilson_interval(2, 10)]
+    assert weighted_mean(parts, [3, 1]).estimate == pytest.approx((3 * 0.9 + 0.2) / 4)
+    assert weighted_mean(parts, [1, 0]) == parts[0]
+    assert weighted_mean(parts, [6, 2]) == weighted_mean(parts, [3, 1])
 
 
 def test_interval_of_mean_covers_the_truth():
@@ -53,7 +60,7 @@ def test_interval_of_mean_covers_the_truth():
     truths, trials = np.array([0.97, 0.9, 0.55, 0.8, 0.35, 0.6]), np.array([80, 99, 80, 94, 100, 100])
     hits = 0
     for _ in range(2000):
-        interval = mean_of_proportions(list(zip(rng.binomial(trials, truths).tolist(), trials.tolist(), strict=True)))
+        interval = weighted_mean(list(map(wilson_interval, rng.binomial(trials, truths).tolist(), trials.tolist())))
         hits += interval.low <= truths.mean() <= interval.high
     assert 0.94 <= hits / 2000 <= 0.97
 

@@ -7,7 +7,7 @@ import pytest
 
 from clvr_jax import cli
 from clvr_jax.configs import pprl_shapes_experiment as experiment
-from clvr_jax.evaluation.benchmarks.shapes import run, shapes_judge
+from clvr_jax.evaluation import shapes_checker
 from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.reasoning import Budget, GeneratedImage
 from clvr_jax.reasoning import run as run_loop
@@ -16,6 +16,7 @@ from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place
+from tests.evaluation.runs import run_function
 
 PROMPTS = evaluation_prompts("dense")[::30]
 BUDGET = Budget(max_steps=5, max_rollbacks=0)
@@ -65,7 +66,7 @@ def finished(tmp_path_factory):
             (out / f"{name}-{seed}" / "export").mkdir(parents=True)
             pictures = out / "eval" / f"{name}-dense-{seed}"
             draw_all = loop(Forgetful(chance, seed))
-            run(PROMPTS, draw_all, pictures, shapes_judge(), settings={"name": name}, seed=seed)
+            run_function(PROMPTS, draw_all, pictures, shapes_checker(), settings={"name": name}, seed=seed)
     return out
 
 

@@ -34,7 +34,6 @@ from clvr_jax.data.engine.roles import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.harness.images import BenchmarkImages, generate_images, load_generated
-from clvr_jax.evaluation.harness.scoring import score_judged
 from clvr_jax.evaluation.judging.questions import JudgeModel
 from clvr_jax.evaluation.systems.endpoints import endpoint_system
 from clvr_jax.providers.endpoint import Endpoint
@@ -42,6 +41,7 @@ from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel
 from tests.data.engine.cooperative_server import answer
 from tests.evaluation.benchmarks.samples import IMAGINE, ColorGenerator, write_lines
+from tests.evaluation.runs import score_judged
 from tests.providers.server import KEY, LoopbackServer, Reply, completion, failure, picture, pictures, png
 from tests.robustness.corpus import large_png, png_head
 

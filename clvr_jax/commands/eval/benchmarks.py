@@ -1,12 +1,10 @@
 """`clvr eval geneval` and the other published benchmarks: images in the official layout, and their scores."""
 
 import abc
-import contextlib
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 from typing_extensions import override
@@ -14,16 +12,15 @@ from typing_extensions import override
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.eval.judge_options import JudgeOptions
+from clvr_jax.commands.eval.run_progress import progress_on_first_report
 from clvr_jax.commands.eval.system import SystemOptions
-from clvr_jax.console import console, progress
+from clvr_jax.console import console
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
-    from clvr_jax.evaluation.harness.images import BenchmarkImages
+    from clvr_jax.evaluation.harness.scoring import Scorer
     from clvr_jax.evaluation.judging.questions import JudgeModel
-
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -92,8 +89,8 @@ class _EvalBenchmark(abc.ABC):
         """Raises ClvrError for a scorer that cannot be used, before images are generated."""
 
     @abc.abstractmethod
-    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
-        """Scores all images; returns the content of results.json."""
+    def build_scorer(self) -> "Scorer":
+        """Loads the scorer."""
 
     def run(self) -> Result:
         """Generates and scores the images, and writes results.json."""
@@ -112,7 +109,8 @@ class _EvalBenchmark(abc.ABC):
     def _run(self, benchmark: "Benchmark", share: tuple[int, int]) -> Result:
         """Generates a share of the images, and scores them unless other processes generate the rest."""
         from clvr_jax.evaluation.harness.images import load_external, load_generated
-        from clvr_jax.evaluation.harness.summary import table
+        from clvr_jax.evaluation.harness.scoring import score_images
+        from clvr_jax.evaluation.reporting.run import rich_results
 
         if self.images:
             samples = self.samples or benchmark.samples
@@ -122,10 +120,10 @@ class _EvalBenchmark(abc.ABC):
         else:
             advice = f"not scored; score with {self.scorer_option} --score-only, or with the official scorer"
             return Result({"benchmark": benchmark.name, "out": str(self.out)}, f"{self.out}: generated, {advice}")
-        with _progress_on_first_report(f"{benchmark.title}, scoring") as on_progress:
-            results = self.score(images, on_progress)
+        with progress_on_first_report(f"{benchmark.title}, scoring") as on_progress:
+            results = score_images(images, self.build_scorer(), on_progress)
         data = {key: value for key, value in results.items() if key != "pictures"}
-        return Result({**data, "out": str(self.out)}, table(results, f"{benchmark.title}, {self.out}"))
+        return Result({**data, "out": str(self.out)}, rich_results(results, f"{benchmark.title}, {self.out}"))
 
     def _share(self) -> tuple[int, int]:
         """Returns which share of the images this process generates, and the number of shares."""
@@ -148,7 +146,7 @@ class _EvalBenchmark(abc.ABC):
         self.system.check()
         items = self._items(benchmark)
         system = self.system.build()
-        with _progress_on_first_report(f"{benchmark.title}, {self.system.title}") as on_progress:
+        with progress_on_first_report(f"{benchmark.title}, {self.system.title}") as on_progress:
             generate_images(
                 benchmark,
                 items,
@@ -215,13 +213,13 @@ class EvalGenEval(_EvalBenchmark):
         check_models(self.detector, self.clip)
 
     @override
-    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
+    def build_scorer(self) -> "Scorer":
+        from clvr_jax.evaluation.benchmarks.geneval import DetectorScorer
         from clvr_jax.evaluation.benchmarks.geneval_detector import TorchDetector
-        from clvr_jax.evaluation.harness.scoring import score_detected
 
         assert self.detector is not None
         assert self.clip is not None
-        return score_detected(images, TorchDetector(self.detector, self.clip), on_progress)
+        return DetectorScorer(TorchDetector(self.detector, self.clip))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -249,13 +247,10 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
             self._judge()
 
     @override
-    def score(self, images: "BenchmarkImages", on_progress: Progress) -> dict[str, Any]:
-        from clvr_jax.evaluation.harness.benchmark import JudgedBenchmark
-        from clvr_jax.evaluation.harness.scoring import score_judged
+    def build_scorer(self) -> "Scorer":
+        from clvr_jax.evaluation.judging.scorer import JudgeScorer
 
-        benchmark = self.benchmark()
-        assert isinstance(benchmark, JudgedBenchmark)
-        return score_judged(benchmark, images, self._judge(), on_progress)
+        return JudgeScorer(self._judge())
 
     def _judge(self) -> "JudgeModel":
         from clvr_jax.evaluation.judging.judges import endpoint_judge, local_judge
@@ -357,21 +352,17 @@ class EvalDPG(_EvalJudged):
         return DPG(self.rules)
 
 
+PUBLISHED_BENCHMARKS: dict[str, type[_EvalBenchmark]] = {
+    "geneval": EvalGenEval,
+    "genevalpp": EvalGenEvalPP,
+    "imaginebench": EvalImagineBench,
+    "wise": EvalWise,
+    "prism": EvalPrism,
+    "dpg": EvalDPG,
+}
+"""Name in `clvr eval` -> command."""
+
+
 def _is_share(text: str) -> bool:
     found = re.fullmatch(r"(\d+)/(\d+)", text)
     return found is not None and int(found[1]) < int(found[2])
-
-
-@contextlib.contextmanager
-def _progress_on_first_report(title: str) -> Iterator[Progress]:
-    """Yields a function that reports progress; the display begins with the first report."""
-    with contextlib.ExitStack() as stack:
-        advance: Any = None
-
-        def on_progress(done: int, total: int) -> None:
-            nonlocal advance
-            if advance is None:
-                advance = stack.enter_context(progress(title, total, done))
-            advance(done)
-
-        yield on_progress

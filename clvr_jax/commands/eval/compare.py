@@ -38,4 +38,4 @@ class EvalCompare:
             files = write_comparison(comparison, self.out)
         if not can_plot():
             console.print("[yellow]note:[/] no plots: matplotlib is not installed (pip install 'clvr-jax[plots]')")
-        return Result({**comparison, "out": str(self.out), "files": files}, systems_table(comparison))
+        return Result({**comparison, "out": str(self.out), "files": files}, systems_table(comparison).rich())

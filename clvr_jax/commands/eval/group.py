@@ -4,14 +4,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from clvr_jax.commands.common import CommandGroup
-from clvr_jax.commands.eval.benchmarks import (
-    EvalDPG,
-    EvalGenEval,
-    EvalGenEvalPP,
-    EvalImagineBench,
-    EvalPrism,
-    EvalWise,
-)
+from clvr_jax.commands.eval.benchmarks import PUBLISHED_BENCHMARKS
 from clvr_jax.commands.eval.compare import EvalCompare
 from clvr_jax.commands.eval.planning import EvalPlanning
 from clvr_jax.commands.eval.scaling import EvalScaling
@@ -26,12 +19,7 @@ class Eval(CommandGroup):
     EXAMPLE: ClassVar = EvalShapes.EXAMPLE
     COMMANDS: ClassVar[dict[str, type[Any]]] = {
         "shapes": EvalShapes,
-        "geneval": EvalGenEval,
-        "genevalpp": EvalGenEvalPP,
-        "imaginebench": EvalImagineBench,
-        "wise": EvalWise,
-        "prism": EvalPrism,
-        "dpg": EvalDPG,
+        **PUBLISHED_BENCHMARKS,
         "compare": EvalCompare,
         "scaling": EvalScaling,
         "verifier": EvalVerifier,

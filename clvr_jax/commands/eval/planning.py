@@ -45,8 +45,6 @@ class EvalPlanning:
     def run(self) -> Result:
         """Plans all prompts, and writes the results if there is a directory for them."""
         prepare_jax()
-        from rich.table import Table
-
         from clvr_jax.atomic_io import write_json, write_text
         from clvr_jax.evaluation import planning
 
@@ -55,11 +53,8 @@ class EvalPlanning:
             if self.out is not None:
                 write_text(self.out / "planning.md", planning.markdown(found))
                 write_json(self.out / "results.json", found)
-        header, *rows = planning.table(found["summary"])
-        table = Table(*header, title=f"Planning benchmark: {self.model}")
-        for row in rows:
-            table.add_row(*row)
         data = {key: value for key, value in found.items() if key != "plans"}
+        table = planning.planning_table(found).rich()
         return Result(data if self.out is None else {**data, "out": str(self.out)}, table)
 
     def _planned(self) -> dict[str, Any]:

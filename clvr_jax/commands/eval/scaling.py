@@ -81,7 +81,7 @@ class EvalScaling:
             scaling, files = self._report(given)
         if not can_plot():
             console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
-        return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling))
+        return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling).rich())
 
     def _report(self, given: "dict[str, RunDirectory]") -> tuple[dict[str, Any], list[str]]:
         """Generates missing images; returns the curves, and the names of the files that were written."""
@@ -96,7 +96,7 @@ class EvalScaling:
     def _generate(self) -> dict[str, "RunDirectory"]:
         """Returns the directory of a finished run for each mode."""
         prepare_jax()
-        from clvr_jax.evaluation.benchmarks.shapes import measure, shapes_prompts
+        from clvr_jax.evaluation.benchmarks.shapes import run_shapes, shapes_prompts
         from clvr_jax.evaluation.harness.run_directory import RunDirectory
 
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
@@ -111,7 +111,7 @@ class EvalScaling:
                 def on_progress(done: int, total: int, advance: Advance = advance) -> None:
                     advance(done)
 
-                measure(
+                run_shapes(
                     system,
                     metadata,
                     self.out / mode,

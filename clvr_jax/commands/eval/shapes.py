@@ -1,7 +1,5 @@
 """`clvr eval shapes`."""
 
-import contextlib
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
@@ -11,8 +9,8 @@ from rich.console import Group
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
+from clvr_jax.commands.eval.run_progress import progress_on_first_report
 from clvr_jax.commands.eval.system import Systems
-from clvr_jax.console import progress
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class EvalShapes:
         prepare_jax()
         from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
         from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
-        from clvr_jax.evaluation.reporting.run import rich_table
+        from clvr_jax.evaluation.reporting.run import rich_results
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_directory
 
@@ -55,30 +53,22 @@ class EvalShapes:
         prompts = self.prompts.name if self.prompts else self.split
         title = f"shapes {prompts}, {self.system.title}"
         with locked_output(self.out):
-            results = self._measure(metadata, prompts, title)
+            results = self._run(metadata, prompts, title)
         data = {key: value for key, value in results.items() if key != "pictures"}
-        table = rich_table(results["summary"], title)
+        table = rich_results(results, title)
         if other is None:
             return Result({**data, "out": str(self.out)}, table)
         comparison = compare(other, results)
-        both = Group(table, comparison_table(comparison, str(self.against), str(self.out)))
+        both = Group(table, comparison_table(comparison, title=f"{self.against} and {self.out}").rich())
         return Result({**data, "out": str(self.out), "comparison": comparison}, both)
 
-    def _measure(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
+    def _run(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
         """Generates and scores missing images; returns the content of results.json."""
-        from clvr_jax.evaluation.benchmarks.shapes import measure
+        from clvr_jax.evaluation.benchmarks.shapes import run_shapes
 
         system = self.system.build(metadata)
-        with contextlib.ExitStack() as stack:
-            advance: Callable[[int], None] | None = None
-
-            def on_progress(done: int, total: int) -> None:
-                nonlocal advance
-                if advance is None:
-                    advance = stack.enter_context(progress(title, total, done))
-                advance(done)
-
-            return measure(
+        with progress_on_first_report(title) as on_progress:
+            return run_shapes(
                 system,
                 metadata,
                 self.out,

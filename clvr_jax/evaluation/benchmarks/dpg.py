@@ -21,9 +21,10 @@ from typing_extensions import override
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.imaginebench import Rules
-from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.harness.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, rubric
+from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.run_directory import FileLayout, RunDirectory
+from clvr_jax.evaluation.harness.sources import Source, github
+from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import yes_or_no
 from clvr_jax.file_names import file_name
 from clvr_jax.image_io import EncodedImage, as_pil, encode_png, read_encoded, read_image

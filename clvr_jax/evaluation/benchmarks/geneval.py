@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -16,37 +16,22 @@ from typing_extensions import override
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
-from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score, read_entries
+from clvr_jax.evaluation.benchmarks.prompt_files import read_entries
+from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.run_directory import FileLayout, GenEvalLayout
-from clvr_jax.image_io import EncodedImage
+from clvr_jax.evaluation.harness.scoring import Progress, Scorer, Scores
+from clvr_jax.evaluation.harness.sources import Source, github
+from clvr_jax.image_io import EncodedImage, read_encoded
 from clvr_jax.json_input import JsonObject
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
 
 
-class GenEval(Benchmark):
-    """GenEval: each image is correct or not by rules over detections; the overall score is the mean over tags."""
+class GenEvalFormat(Benchmark):
+    """A benchmark with GenEval's metadata and layout, in which images are correct or not."""
 
-    name: ClassVar = "geneval"
-    title: ClassVar = "GenEval"
-    samples: ClassVar = 4
     is_binary: ClassVar = True
-    source: ClassVar = Source(
-        github("djghosh13/geneval", "af4902f24d3ca90ebbb446dd9891a59e0f82725f", _FILES), license="MIT"
-    )
-    prompts_hint: ClassVar = "evaluation_metadata.jsonl of djghosh13/geneval"
-
-    @override
-    def read(self, path: Path) -> list[Item]:
-        items = []
-        for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt"))):
-            try:
-                check_metadata(entry)
-            except ClvrError as error:
-                raise ClvrError(f"{place}: {error}") from error
-            items.append(self.item(entry, number))
-        return items
 
     @override
     def layout(self, items: Sequence[Item]) -> FileLayout:
@@ -71,8 +56,32 @@ class GenEval(Benchmark):
 
     @override
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
-        entry = JsonObject(metadata, f"metadata of prompt {index}")
-        return Item(f"{index:05d}", entry.text("prompt"), entry.text("tag"), metadata)
+        entry = JsonObject(metadata, f"prompt {index}")
+        tier = entry.optional("tier", entry.integer) if "tier" in metadata else None
+        return Item(f"{index:05d}", entry.text("prompt"), entry.text("tag"), metadata, tier)
+
+
+class GenEval(GenEvalFormat):
+    """GenEval: each image is correct or not by rules over detections; the overall score is the mean over tags."""
+
+    name: ClassVar = "geneval"
+    title: ClassVar = "GenEval"
+    samples: ClassVar = 4
+    source: ClassVar = Source(
+        github("djghosh13/geneval", "af4902f24d3ca90ebbb446dd9891a59e0f82725f", _FILES), license="MIT"
+    )
+    prompts_hint: ClassVar = "evaluation_metadata.jsonl of djghosh13/geneval"
+
+    @override
+    def read(self, path: Path) -> list[Item]:
+        items = []
+        for number, (place, entry) in enumerate(read_entries(path, ("tag", "include", "prompt"))):
+            try:
+                check_metadata(entry)
+            except ClvrError as error:
+                raise ClvrError(f"{place}: {error}") from error
+            items.append(self.item(entry, number))
+        return items
 
 
 class Detector(Protocol):
@@ -91,6 +100,28 @@ class Detector(Protocol):
     def find(self, image: EncodedImage, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
         """Returns the detected objects by class, with colors for the classes whose color the metadata names."""
         ...
+
+
+@dataclass(frozen=True)
+class DetectorScorer(Scorer):
+    """Scores GenEval's images by the objects that a detector finds; detections on disk are not computed again.
+
+    detector: the models that find objects.
+    """
+
+    detector: Detector
+
+    @override
+    def score(self, images: BenchmarkImages, on_progress: Progress | None = None) -> Scores:
+        scores: dict[SampleIndex, Score | None] = {}
+        for number, ((index, sample), path) in enumerate(images.existing.items()):
+            if on_progress:
+                on_progress(number, len(images.existing))
+            record = images.directory.prompt_dir(index) / "detections" / f"{sample:04d}.json"
+            scores[index, sample] = recorded_score(record, read_encoded(path), images.items[index], self.detector)
+        if on_progress:
+            on_progress(len(images.existing), len(images.existing))
+        return Scores(scores, {"name": self.detector.name, "revision": self.detector.revision})
 
 
 def recorded_score(path: Path, image: EncodedImage, item: Item, detector: Detector) -> Score:
@@ -115,7 +146,7 @@ def recorded_score(path: Path, image: EncodedImage, item: Item, detector: Detect
 def score_detections(found: Mapping[str, Sequence[Detection]], item: Item) -> Score:
     """Returns the score of detections by GenEval's rules."""
     correct, reasons = check(keep_confident(found, item.tag), item.record)
-    return Score(float(correct), correct, reasons=reasons)
+    return Score.binary(correct, reasons)
 
 
 def _found(path: Path, record: Mapping[str, Any]) -> dict[str, list[Detection]]:

@@ -12,8 +12,10 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.harness.benchmark import Item, JudgedBenchmark, JudgeQuestion, Score, read_entries, rubric
+from clvr_jax.evaluation.benchmarks.prompt_files import read_entries
+from clvr_jax.evaluation.harness.benchmark import Item, Score
+from clvr_jax.evaluation.harness.sources import Source, github
+from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import json_score
 from clvr_jax.reasoning.answers import read_json_object
 
@@ -55,9 +57,9 @@ class GenEvalPP(JudgedBenchmark):
     @override
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         if answers["verdict"] is None:
-            return Score(0.0, False, reasons=("the judge gave no verdict",), readable=False)
+            return Score.binary(False, ("the judge gave no verdict",), readable=False)
         correct, reason = answers["verdict"]
-        return Score(float(correct), correct, reasons=() if correct else (reason,))
+        return Score.binary(correct, () if correct else (reason,))
 
 
 def checklist(metadata: Mapping[str, Any]) -> list[str]:

@@ -15,16 +15,10 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.genevalpp import ECHO_4O
-from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.harness.benchmark import (
-    Item,
-    JudgedBenchmark,
-    JudgeQuestion,
-    Score,
-    check_unique_ids,
-    read_entries,
-    rubric,
-)
+from clvr_jax.evaluation.benchmarks.prompt_files import check_unique_ids, read_entries
+from clvr_jax.evaluation.harness.benchmark import Item, Score
+from clvr_jax.evaluation.harness.sources import Source, github
+from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import labeled_scores
 from clvr_jax.json_input import shown
 from clvr_jax.reasoning.answers import AnswerError

@@ -14,15 +14,9 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.harness.benchmark import (
-    Item,
-    JudgedBenchmark,
-    JudgeQuestion,
-    Score,
-    benchmark_files,
-    read_entries,
-    rubric,
-)
+from clvr_jax.evaluation.benchmarks.prompt_files import benchmark_files, read_entries
+from clvr_jax.evaluation.harness.benchmark import Item, Score
+from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import json_score
 from clvr_jax.file_names import file_name
 

@@ -15,17 +15,10 @@ from typing import Any, ClassVar
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.sources import Source, github
-from clvr_jax.evaluation.harness.benchmark import (
-    Item,
-    JudgedBenchmark,
-    JudgeQuestion,
-    Score,
-    benchmark_files,
-    check_unique_ids,
-    read_entries,
-    rubric,
-)
+from clvr_jax.evaluation.benchmarks.prompt_files import benchmark_files, check_unique_ids, read_entries
+from clvr_jax.evaluation.harness.benchmark import Item, Score
+from clvr_jax.evaluation.harness.sources import Source, github
+from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import labeled_scores
 
 LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
@@ -120,8 +113,8 @@ class WiseVerified(_Wise):
     def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
         score = answers["score"]
         if score is None:
-            return Score(0.0, False, reasons=("the judge gave no readable score",), readable=False)
-        return Score(score, score == 1)
+            return Score.binary(False, ("the judge gave no readable score",), readable=False)
+        return Score.binary(score == 1)
 
 
 def legacy_scores(reply: str) -> dict[str, float]:

@@ -7,16 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.reporting.run import COSTS
+from clvr_jax.evaluation.harness.cost import COSTS
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
-from clvr_jax.tables import table_lines
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from clvr_jax.tables import Table
 
 Results = Mapping[str, Any]
 _COST_TEXTS = {"outcome", "device"}
@@ -104,22 +101,12 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
     }
 
 
-def markdown(comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second") -> str:
-    """Returns a comparison as a Markdown table."""
-    header = ["", first_name, second_name, *_COLUMNS]
-    return "".join(f"{line}\n".replace("  ", " ") for line in table_lines([header, *_rows(comparison)]))
-
-
-def comparison_table(comparison: Mapping[str, Any], first_name: str, second_name: str) -> Table:
-    """Returns a comparison as a table for the terminal."""
-    from rich.table import Table
-
-    table = Table(title=f"{first_name} and {second_name}", caption="p: McNemar's exact test, not corrected")
-    for number, column in enumerate(("", "first", "second", *_COLUMNS)):
-        table.add_column(column, justify="right" if number else "left")
-    for row in _rows(comparison):
-        table.add_row(*row)
-    return table
+def comparison_table(
+    comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second", title: str = ""
+) -> Table:
+    """Returns a comparison as a table, whose columns have the names of the two systems."""
+    header = ("", first_name, second_name, *_COLUMNS)
+    return Table(header, [_rows(comparison)], title=title, caption="p: McNemar's exact test, not corrected")
 
 
 _COLUMNS = ("difference", "95 %", "wins", "p")

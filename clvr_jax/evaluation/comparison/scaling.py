@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.shapes import Judge, shapes_judge
+from clvr_jax.evaluation.benchmarks.shapes import ImageChecker, shapes_checker
 from clvr_jax.evaluation.harness.generation import complete_samples
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import clustered_interval
@@ -75,7 +75,7 @@ def from_trajectories(
       "curves" is the content of `curves`.
     Raises: ClvrError for a run of another benchmark, on other prompts, or that is not finished.
     """
-    judge, first = shapes_judge(), next(iter(directories.values())).identity()
+    checker, first = shapes_checker(), next(iter(directories.values())).identity()
     systems = []
     for number, (name, directory) in enumerate(directories.items(), start=1):
         identity = directory.identity()
@@ -88,25 +88,25 @@ def from_trajectories(
             raise ClvrError(
                 f"{directory.root}: other prompts than {next(iter(directories))}; give runs on the same ones"
             )
-        points = curves(budget_curves(directory, judge))
+        points = curves(budget_curves(directory, checker))
         entry = {"name": name, "folder": str(directory.root), "settings": identity["settings"], "curves": points}
         systems.append(entry)
         if on_progress:
             on_progress(number)
     return {
         "benchmark": "shapes",
-        "judge": {"name": judge.name, "version": judge.version},
+        "judge": checker.identity,
         "prompts": first["prompts"],
         "systems": systems,
     }
 
 
-def budget_curves(directory: RunDirectory, judge: Judge) -> list[BudgetCurve]:
+def budget_curves(directory: RunDirectory, checker: ImageChecker) -> list[BudgetCurve]:
     """Returns the curve of every image of a finished run.
 
     Args:
       directory: of the run; an image without a trajectory has a curve of one point.
-      judge: decides whether an image is correct.
+      checker: decides whether an image is correct.
     Raises: ClvrError if an image, record or trajectory is missing.
     """
     identity, entries = directory.identity(), directory.metadata()
@@ -119,14 +119,14 @@ def budget_curves(directory: RunDirectory, judge: Judge) -> list[BudgetCurve]:
             if not record.has_image:
                 all_curves.append(BudgetCurve(index, (), (), ()))
             else:
-                correct = judge.check(directory.image(index, sample), entries[index]).correct
+                correct = checker.is_correct(directory.image(index, sample), entries[index])
                 all_curves.append(BudgetCurve(index, (record.nfe or 0,), (record.seconds or 0.0,), (correct,)))
         else:
-            all_curves.append(budget_curve(index, trajectory, entries[index], judge))
+            all_curves.append(budget_curve(index, trajectory, entries[index], checker))
     return all_curves
 
 
-def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], judge: Judge) -> BudgetCurve:
+def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], checker: ImageChecker) -> BudgetCurve:
     """Returns the curve of one trajectory; each image is judged at most once."""
     verdicts: dict[int, bool] = {}
     nfe, seconds, correct = [], [], []
@@ -140,7 +140,7 @@ def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any]
         assert best is not None
         image = trajectory.steps[best].image
         if best not in verdicts and image is not None:
-            verdicts[best] = judge.check(pixels(image), metadata).correct
+            verdicts[best] = checker.is_correct(pixels(image), metadata)
         nfe.append(total_nfe)
         seconds.append(total_seconds)
         correct.append(verdicts[best])

@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,9 +13,10 @@ import numpy as np
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.comparison.complexity import power_law, probe, task_from_metadata
 from clvr_jax.evaluation.comparison.pairs import by_prompt, compare, load_results, parse_named_path
+from clvr_jax.evaluation.harness.cost import mean_cost
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
-from clvr_jax.evaluation.reporting.run import COSTS, mean_cost, tags_in_order
-from clvr_jax.evaluation.statistics import clustered_interval, holm
+from clvr_jax.evaluation.harness.summary import GroupScore, tags_in_order
+from clvr_jax.evaluation.statistics import holm
 
 
 @dataclass(frozen=True)
@@ -146,27 +146,21 @@ def _has_clauses(entry: Mapping[str, Any]) -> bool:
 
 def _system(system: SystemResults, tags: Sequence[str], seed: int) -> dict[str, Any]:
     rows = list(by_prompt(system.pooled).values())
-    groups = {tag: _group([row["scores"] for row in rows if row["tag"] == tag], seed) for tag in tags}
+
+    def group(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return GroupScore.from_scores([row["scores"] for row in own], seed=seed).to_json()
+
+    groups = {tag: group([row for row in rows if row["tag"] == tag]) for tag in tags}
     return {
         "name": system.name,
         "folders": [str(directory) for directory in system.directories],
         "seeds": [run.get("seed") for run in system.runs],
         "settings": system.runs[0].get("settings"),
-        "overall": _group([row["scores"] for row in rows], seed),
-        "mean_of_tags": float(np.mean([group["score"] for group in groups.values()])),
+        "overall": group(rows),
+        "mean_of_tags": float(np.mean([each["score"] for each in groups.values()])),
         "reported": _reported(system),
         "tags": groups,
         "cost": _cost(system),
-    }
-
-
-def _group(scores: Sequence[Sequence[float]], seed: int) -> dict[str, Any]:
-    interval = clustered_interval(scores, seed)
-    return {
-        "score": interval.estimate,
-        "interval": [interval.low, interval.high],
-        "prompts": len(scores),
-        "pictures": sum(map(len, scores)),
     }
 
 
@@ -178,6 +172,4 @@ def _reported(system: SystemResults) -> float | None:
 
 
 def _cost(system: SystemResults) -> dict[str, Any]:
-    return mean_cost(
-        [SimpleNamespace(**{name: entry.get(name) for name in COSTS}) for entry in system.pooled["pictures"]]
-    )
+    return mean_cost(system.pooled["pictures"])

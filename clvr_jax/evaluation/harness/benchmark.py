@@ -1,20 +1,17 @@
-"""The interface of a benchmark: prompts in the official file format, layout and scores of its images, tag weights."""
+"""The interface of a benchmark: prompts in the official file format, file layout of its images, weights of tags."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from importlib import resources
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
-from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.sources import Source
 from clvr_jax.evaluation.harness.run_directory import FileLayout, FlatLayout, RunDirectory
+from clvr_jax.evaluation.harness.sources import Source
 from clvr_jax.file_names import file_name
-from clvr_jax.image_io import EncodedImage, read_encoded
-from clvr_jax.json_input import JsonObject, check_unicode, parse_json, read_text
+from clvr_jax.json_input import JsonObject
 
 
 @dataclass(frozen=True)
@@ -26,12 +23,14 @@ class Item:
       prompt: the text from which images are generated.
       tag: the group in which its score counts.
       record: the entry of the official file.
+      tier: its complexity tier; None if the benchmark has none.
     """
 
     id: str
     prompt: str
     tag: str
     record: Mapping[str, Any] = field(repr=False)
+    tier: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,24 +53,10 @@ class Score:
     readable: bool = True
     refused: bool = False
 
-
-@dataclass(frozen=True)
-class JudgeQuestion:
-    """A question to a judge about one image.
-
-    Attributes:
-      name: unique among the questions about the image.
-      text: the question.
-      read: parses a reply; raises AnswerError for one that it cannot parse.
-      max_tokens: of the reply.
-      is_json: whether the reply must be one JSON object.
-    """
-
-    name: str
-    text: str
-    read: Callable[[str], Any]
-    max_tokens: int
-    is_json: bool = False
+    @classmethod
+    def binary(cls, correct: bool, reasons: tuple[str, ...] = (), readable: bool = True) -> Self:
+        """Returns the score of an image that is either correct, 1, or not, 0."""
+        return cls(float(correct), correct, reasons=reasons, readable=readable)
 
 
 class Benchmark(abc.ABC):
@@ -82,6 +67,7 @@ class Benchmark(abc.ABC):
       title: the name in tables and messages.
       unit: of its scores, e.g. "0 to 1".
       is_binary: whether an image is either correct or not.
+      counts_images: whether summaries also count the correct images, and give the share over all images.
       samples: images of each prompt in the official protocol.
       suffixes: of its image files; the first is written, all are accepted for external images.
       source: the source of the prompts if --prompts is not given; None if it must be given.
@@ -92,6 +78,7 @@ class Benchmark(abc.ABC):
     title: ClassVar[str]
     unit: ClassVar[str] = "0 to 1"
     is_binary: ClassVar[bool] = False
+    counts_images: ClassVar[bool] = False
     samples: ClassVar[int] = 1
     suffixes: ClassVar[tuple[str, ...]] = (".png",)
     source: ClassVar[Source | None] = None
@@ -144,11 +131,11 @@ class Benchmark(abc.ABC):
 
     def metadata(self, item: Item) -> dict[str, Any]:
         """Converts an item to the JSON value that is stored in the run directory."""
-        return asdict(item)
+        return {"id": item.id, "prompt": item.prompt, "tag": item.tag, "record": dict(item.record)}
 
     def item(self, metadata: Mapping[str, Any], index: int) -> Item:
         """Converts the stored JSON value of a prompt back to its item."""
-        entry = JsonObject(metadata, f"metadata of prompt {index}")
+        entry = JsonObject(metadata, f"prompt {index}")
         return Item(entry.text("id"), entry.text("prompt"), entry.text("tag"), entry.nested("record").content)
 
     def weights(self, counts: Mapping[str, int]) -> dict[str, float]:
@@ -158,86 +145,3 @@ class Benchmark(abc.ABC):
           counts: tag -> number of its prompts in this run. There is no overall score if a tag with a weight has none.
         """
         return dict.fromkeys(counts, 1.0)
-
-
-class JudgedBenchmark(Benchmark):
-    """A benchmark whose images a vision-language model judges. rubrics: names of the judge's prompt templates."""
-
-    rubrics: ClassVar[tuple[str, ...]]
-
-    @property
-    def attempts(self) -> int:
-        """The maximum number of times that a question is asked until its reply can be parsed."""
-        return 3
-
-    @abc.abstractmethod
-    def questions(self, item: Item) -> list[JudgeQuestion]:
-        """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
-
-    @abc.abstractmethod
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
-        """Returns the score of an image. answers: name of a question -> parsed reply, None if it has no valid reply."""
-
-    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedImage:
-        """Returns the image that the judge sees for an image file."""
-        return read_encoded(path)
-
-
-def rubric(name: str) -> str:
-    """Returns the text of a rubric, with its fields in braces."""
-    return (
-        resources.files("clvr_jax.evaluation.benchmarks").joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
-    )
-
-
-_TEXTS = ("prompt", "Prompt", "instruction", "tag", "note", "Explanation", "type")
-"""Fields that are strings in the official formats; they become prompts, tags, and questions to a judge."""
-
-
-def read_entries(path: Path, fields: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
-    """Reads the entries of a JSON array or of JSON lines, each with its location for messages ("file:3").
-
-    Args:
-      path: the file.
-      fields: names of the fields that every entry must have.
-    Raises: ClvrError, one line, for an entry without these fields, or a file without entries.
-    """
-    text = read_text(path)
-    if text.lstrip().startswith("["):
-        entries = [(f"{path}: entry {number}", entry) for number, entry in enumerate(parse_json(text, str(path)), 1)]
-    else:
-        lines = enumerate(text.split("\n"), start=1)
-        located = [(f"{path}:{number}", line) for number, line in lines if line.strip()]
-        entries = [(location, parse_json(line, location)) for location, line in located]
-    if not entries:
-        raise ClvrError(f"{path}: no prompts in this file")
-    for location, entry in entries:
-        lacking = [name for name in fields if not isinstance(entry, dict) or entry.get(name) in (None, "")]
-        if lacking:
-            raise ClvrError(f"{location}: lacks {', '.join(lacking)}")
-        check_unicode(entry, location)
-        if wrong := [name for name in _TEXTS if not isinstance(entry.get(name, ""), str)]:
-            raise ClvrError(f"{location}: {' and '.join(wrong)} must be a string")
-    return entries
-
-
-def check_unique_ids(items: Sequence[tuple[str, Item]]) -> list[Item]:
-    """Returns the items without their locations. Raises: ClvrError for an id that occurs twice."""
-    seen: dict[str, str] = {}
-    for location, item in items:
-        if item.id in seen:
-            raise ClvrError(f"{location}: id {item.id} is already that of {seen[item.id]}; each image needs its own id")
-        seen[item.id] = location
-    return [item for _, item in items]
-
-
-def benchmark_files(path: Path, names: Sequence[str]) -> list[Path]:
-    """Returns the files of a benchmark: `path` itself if it is a file, else the files with these names in it.
-
-    Raises: ClvrError that lists missing and expected files.
-    """
-    if not path.is_dir():
-        return [path]
-    if missing := [name for name in names if not (path / name).is_file()]:
-        raise ClvrError(f"{path}: lacks {', '.join(missing)}; the directory needs {', '.join(names)}")
-    return [path / name for name in names]

@@ -40,6 +40,11 @@ class BenchmarkImages:
     records: Mapping[SampleIndex, Record]
     provenance: Mapping[str, Any]
 
+    @property
+    def existing(self) -> dict[SampleIndex, Path]:
+        """The images that exist."""
+        return {index: path for index, path in self.files.items() if path is not None}
+
     def __post_init__(self) -> None:
         bad = [
             f"{path} ({reason})"
@@ -74,6 +79,13 @@ def generate_images(
       seed, samples, share, on_progress: as in `generate_missing`.
     Raises: ClvrError, one line.
     """
+    if not items:
+        raise UsageError(f"{benchmark.title}: there are no prompts; give at least one")
+    if samples < 1 or system.batch_size < 1:
+        raise UsageError(
+            f"{benchmark.title}: samples and batch_size must be at least 1, got {samples} and {system.batch_size}"
+        )
+    benchmark.check_samples(samples)
     directory = RunDirectory(out, benchmark.layout(items))
     identity = {
         "benchmark": benchmark.name,
@@ -97,7 +109,7 @@ def load_generated(benchmark: Benchmark, out: Path) -> BenchmarkImages:
             f"{out}: has images of {identity['benchmark']}, not of {benchmark.name}; choose another directory"
         )
     bare = RunDirectory(out, benchmark.layout(()))
-    items = [benchmark.item(metadata, index) for index, metadata in enumerate(bare.metadata())]
+    items = [_stored_item(benchmark, bare, index, metadata) for index, metadata in enumerate(bare.metadata())]
     directory = RunDirectory(out, benchmark.layout(items))
     samples = identity["samples"]
     indices = complete_samples(directory, [item.prompt for item in items], identity["seed"], samples)
@@ -109,6 +121,13 @@ def load_generated(benchmark: Benchmark, out: Path) -> BenchmarkImages:
     }
     provenance = {"settings": identity["settings"], "seed": identity["seed"]}
     return BenchmarkImages(benchmark, items, samples, directory, files, records, provenance)
+
+
+def _stored_item(benchmark: Benchmark, directory: RunDirectory, index: int, metadata: Mapping[str, Any]) -> Item:
+    try:
+        return benchmark.item(metadata, index)
+    except ClvrError as error:
+        raise ClvrError(f"{directory.prompt_dir(index) / 'metadata.jsonl'}: {error}") from error
 
 
 def load_external(

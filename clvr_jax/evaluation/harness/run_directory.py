@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from clvr_jax.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.harness.cost import COSTS
 from clvr_jax.evaluation.systems.system import SystemOutput
 from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
@@ -88,7 +89,13 @@ class Record:
       prompt: as in the metadata.
       seed: the seed that generated the image.
       has_image: False if the closed loop ended without an image, or an endpoint refused the prompt.
-      nfe, seconds, steps, outcome, input_tokens, output_tokens, dollars, device: as in report.ImageScore.
+      nfe: network evaluations, None if not recorded.
+      seconds: wall time of its batch divided by the size of the batch; for endpoints, from its request to its response.
+      steps: number of images in its trajectory; None for one-shot generation.
+      outcome: how the trajectory ended; None for one-shot generation.
+      input_tokens, output_tokens: of the language model, None if not recorded; an equal share of a batch of prompts.
+      dollars: the cost by the endpoints' price list.
+      device: the device that generated the image.
       adapted: as in SystemOutput; files have it only where it is not empty.
     """
 
@@ -151,9 +158,8 @@ class Record:
         return {**content, "adapted": list(adapted)} if adapted else content
 
     def cost(self) -> dict[str, Any]:
-        """Returns the fields that a score also has, as keyword arguments of ImageScore."""
-        others = ("prompt", "seed", "has_image", "adapted")
-        return {name: value for name, value in asdict(self).items() if name not in others}
+        """Returns the cost of the image: the fields of `cost.COSTS`."""
+        return {name: getattr(self, name) for name in COSTS}
 
 
 def adapted_requests(records: Iterable[Record]) -> list[str]:

@@ -1,125 +1,153 @@
-"""Summaries of image scores: one score per tag and one overall, with intervals, and a table for the terminal."""
+"""Summaries of the scores of images: one score for each tag and tier and one overall, with intervals."""
 
 from __future__ import annotations
 
-import math
 import statistics as descriptive
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Self
 
-from clvr_jax.evaluation.harness.benchmark import Benchmark
-from clvr_jax.evaluation.reporting.run import cost_line
-from clvr_jax.evaluation.statistics import Interval, paired_bootstrap, wilson_interval
+from clvr_jax.errors import ClvrError
+from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.harness.run_directory import Record
+from clvr_jax.evaluation.statistics import Interval, clustered_interval, weighted_mean
 
-if TYPE_CHECKING:
-    from rich.console import RenderableType
-
-_LISTED = 10
+TAG_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "complex")
 
 
-def summarize(benchmark: Benchmark, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Computes the scores of tags and the overall score.
+@dataclass(frozen=True)
+class ScoredImage:
+    """The score of one image of a run.
 
-    The unit is the prompt: the score of a prompt with several images is their mean, because they are not independent.
+    Attributes:
+      index: of its prompt in the benchmark, from 0.
+      sample: index among the images of the prompt, from 0.
+      item: its prompt.
+      score: its score.
+      record: its seed and cost; None for external images.
+    """
+
+    index: int
+    sample: int
+    item: Item
+    score: Score
+    record: Record | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the image in lists."""
+        return f"{self.item.id}/{self.sample}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the entry of results.json."""
+        return {
+            "index": self.index,
+            "sample": self.sample,
+            "id": self.item.id,
+            "prompt": self.item.prompt,
+            "tag": self.item.tag,
+            "tier": self.item.tier,
+            **asdict(self.score),
+            "reasons": list(self.score.reasons),
+            **({} if self.record is None else self.record.cost()),
+        }
+
+
+@dataclass(frozen=True)
+class GroupScore:
+    """The score of a group of prompts.
+
+    Attributes:
+      interval: the mean over prompts of the mean score of their images, with its 95 % interval; see
+        `clustered_interval`.
+      prompts, images: their numbers.
+      correct: the number of correct images, if they were counted.
+    """
+
+    interval: Interval
+    prompts: int
+    images: int
+    correct: int = 0
+
+    @classmethod
+    def from_scores(cls, scores: Sequence[Sequence[float]], correct: int = 0, seed: int = 0) -> Self:
+        """Returns the score of a group from the scores of the images of each prompt. seed: of a bootstrap."""
+        return cls(clustered_interval(scores, seed), len(scores), sum(map(len, scores)), correct)
+
+    @classmethod
+    def from_images(cls, images: Iterable[ScoredImage]) -> Self:
+        """Returns the score of images, at least one."""
+        prompts: dict[int, list[float]] = {}
+        correct = 0
+        for image in images:
+            prompts.setdefault(image.index, []).append(image.score.score)
+            correct += bool(image.score.correct)
+        return cls.from_scores(list(prompts.values()), correct)
+
+    def to_json(self, counts_images: bool = False) -> dict[str, Any]:
+        """Returns the JSON value in summaries. counts_images: as in `Benchmark`."""
+        counted = {"correct": self.correct, "accuracy": self.interval.estimate} if counts_images else {}
+        return {
+            **counted,
+            "score": self.interval.estimate,
+            "interval": [self.interval.low, self.interval.high],
+            "prompts": self.prompts,
+            "pictures": self.images,
+        }
+
+
+def summarize(benchmark: Benchmark, images: Sequence[ScoredImage]) -> dict[str, Any]:
+    """Computes the scores of tags and tiers, and the overall score.
 
     Args:
       benchmark: defines the weights of tags.
-      rows: one per image, with "index", "id", "tag", "score", "parts", "readable" and optionally "refused".
-    Returns: the summary of `scoring.results`; intervals are Wilson's if prompts score 0 or 1, else from the bootstrap,
-      and are combined by their squared distances, with the weights (Zou and Donner 2008).
+      images: all images that the rules do not leave out.
+    Returns: {"tags": {tag: group}, "tiers": {tier: group}, "overall": {"score", "interval"} or {"score": None,
+      "reason"}, "parts", "unreadable", "refused"} with group = {"score", "interval", "prompts", "pictures"}. If the
+      benchmark counts images, groups also have "correct" and "accuracy", and "overall" has "mean_of_tags", which is the
+      score, and "over_pictures", the group of all images. Intervals are 95 %; that of the overall score combines the
+      intervals of tags, see `weighted_mean`.
+    Raises: ClvrError if there are no images.
     """
-    prompts: dict[int, list[Mapping[str, Any]]] = {}
-    for row in rows:
-        prompts.setdefault(row["index"], []).append(row)
-    scores: dict[str, list[float]] = {}
-    for own in prompts.values():
-        scores.setdefault(own[0]["tag"], []).append(descriptive.fmean(row["score"] for row in own))
-    estimates = {tag: _estimate(values) for tag, values in scores.items()}
-    names = dict.fromkeys(name for row in rows for name in row["parts"])
+    if not images:
+        raise ClvrError(
+            f"{benchmark.title}: there are no scored images; choose prompts that the rules do not leave out"
+        )
+    tags = _groups(images, lambda image: image.item.tag, tags_in_order(image.item.tag for image in images))
+    tiers = _groups(images, lambda image: image.item.tier, sorted({i.item.tier for i in images} - {None}))
+    overall = _overall(benchmark, tags)
+    if benchmark.counts_images:
+        everything = GroupScore.from_images(images).to_json(counts_images=True)
+        overall = {**overall, "mean_of_tags": overall["score"], "over_pictures": everything}
+    parts = dict.fromkeys(name for image in images for name in image.score.parts)
     return {
-        "tags": {
-            tag: {
-                "score": estimate.estimate,
-                "interval": [estimate.low, estimate.high],
-                "prompts": len(scores[tag]),
-                "pictures": sum(row["tag"] == tag for row in rows),
-            }
-            for tag, estimate in estimates.items()
-        },
-        "overall": _overall(benchmark.weights({tag: len(values) for tag, values in scores.items()}), estimates),
+        "tags": {tag: group.to_json(benchmark.counts_images) for tag, group in tags.items()},
+        "tiers": {str(tier): group.to_json(benchmark.counts_images) for tier, group in tiers.items()},
+        "overall": overall,
         "parts": {
-            name: descriptive.fmean(row["parts"][name] for row in rows if name in row["parts"]) for name in names
+            name: descriptive.fmean(image.score.parts[name] for image in images if name in image.score.parts)
+            for name in parts
         },
-        "unreadable": [_named(row) for row in rows if not (row["readable"] or row.get("refused"))],
-        "refused": [_named(row) for row in rows if row.get("refused")],
+        "unreadable": [image.name for image in images if not (image.score.readable or image.score.refused)],
+        "refused": [image.name for image in images if image.score.refused],
     }
 
 
-def table(results: Mapping[str, Any], title: str) -> RenderableType:
-    """Returns results as a table for the terminal, with notes on the judge, faults and excluded images."""
-    from rich.console import Group
-    from rich.table import Table
-    from rich.text import Text
-
-    summary, overall = results["summary"], results["summary"]["overall"]
-    shown = Table(title=title, caption=cost_line(summary["cost"]))
-    shown.add_column("")
-    for column in (f"score, {results['unit']}", "95 %", "prompts", "images"):
-        shown.add_column(column, justify="right")
-    for tag, group in summary["tags"].items():
-        shown.add_row(tag, *_numbers(group), str(group["prompts"]), str(group["pictures"]))
-    shown.add_section()
-    if overall["score"] is None:
-        shown.add_row("overall", "none", overall["reason"], "", "")
-    else:
-        shown.add_row("overall", *_numbers(overall), "", "")
-    return Group(shown, Text("\n".join(_notes(results))))
+def tags_in_order(tags: Iterable[str]) -> list[str]:
+    """Returns the distinct tags: those of GenEval in its order, then the others as they first occur."""
+    distinct = dict.fromkeys(tags)
+    return [tag for tag in TAG_ORDER if tag in distinct] + [tag for tag in distinct if tag not in TAG_ORDER]
 
 
-def _named(row: Mapping[str, Any]) -> str:
-    return f"{row['id']}/{row['sample']}"
+def _groups(
+    images: Sequence[ScoredImage], key: Callable[[ScoredImage], Any], keys: Iterable[Any]
+) -> dict[Any, GroupScore]:
+    return {name: GroupScore.from_images(image for image in images if key(image) == name) for name in keys}
 
 
-def _notes(results: Mapping[str, Any]) -> list[str]:
-    judge, summary, judging = results["judge"], results["summary"], results["summary"]["judging"]
-    lines = [f"judged by {judge['name']}" + (f", revision {judge['revision']}" if judge["revision"] else "")]
-    if judging:
-        lines[0] += f": {judging['calls']} replies"
-        if "dollars" in judging:
-            lines[0] += f", ${judging['dollars']:.2f}"
-    lines += [f"fault of the official rules, reproduced: {fault}" for fault in results["faults"]]
-    if adapted := results["adapted"] + results["generator_adapted"]:
-        lines.append(f"requests differ from those to other servers: {'; '.join(adapted)}")
-    kinds = {
-        "unreadable": "no readable reply, counted as failed",
-        "refused": "refused by the judge's policy, counted as failed",
-        "left_out": "left out by the rules",
-    }
-    for name, what in kinds.items():
-        if found := summary[name]:
-            more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-            lines.append(f"{what}: {', '.join(found[:_LISTED])}{more}")
-    return lines
-
-
-def _estimate(values: Sequence[float]) -> Interval:
-    """Returns the mean of prompts' scores with its interval."""
-    if set(values) <= {0.0, 1.0}:
-        return wilson_interval(int(sum(values)), len(values))
-    return paired_bootstrap([0.0] * len(values), values)
-
-
-def _overall(weights: Mapping[str, float], estimates: Mapping[str, Interval]) -> dict[str, Any]:
-    if missing := [tag for tag in weights if tag not in estimates]:
+def _overall(benchmark: Benchmark, tags: Mapping[str, GroupScore]) -> dict[str, Any]:
+    weights = benchmark.weights({tag: group.prompts for tag, group in tags.items()})
+    if missing := [tag for tag in weights if tag not in tags]:
         return {"score": None, "reason": f"no prompt of {', '.join(missing)}"}
-    total = sum(weights.values())
-    shares = [(weight / total, estimates[tag]) for tag, weight in weights.items()]
-    score = sum(share * one.estimate for share, one in shares)
-    below = math.sqrt(sum((share * (one.estimate - one.low)) ** 2 for share, one in shares))
-    above = math.sqrt(sum((share * (one.high - one.estimate)) ** 2 for share, one in shares))
-    return {"score": score, "interval": [score - below, score + above]}
-
-
-def _numbers(group: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = group["interval"]
-    return f"{group['score']:.3f}", f"{low:.3f} .. {high:.3f}"
+    mean = weighted_mean([tags[tag].interval for tag in weights], list(weights.values()))
+    return {"score": mean.estimate, "interval": [mean.low, mean.high]}

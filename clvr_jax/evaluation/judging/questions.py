@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.harness.benchmark import JudgeQuestion
+from clvr_jax.evaluation.judging.benchmark import JudgeQuestion
 from clvr_jax.image_io import EncodedImage
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
 from clvr_jax.json_input import JsonObject, parse_object, shown

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.atomic_io import write_atomically
-from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.comparison.pairs import compare
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper import plots
@@ -23,7 +22,7 @@ from clvr_jax.evaluation.paper.tables import (
     tiers_table,
 )
 from clvr_jax.evaluation.reporting.scaling import MARKDOWN, PLOT, write_scaling
-from clvr_jax.tables import plain
+from clvr_jax.tables import Table, plain
 
 Lines = Iterator[str]
 
@@ -153,9 +152,8 @@ def _times(measured: Measured, plot_dir: Path) -> Lines:
         for name, groups in measured.times.items()
         for count, each in groups.items()
     ]  # fmt: skip
-    yield from markdown_table(
-        ("", "images", "prompts", "NFE", "seconds", "generation, s", "ms per generation", "ms of diffusion"), rows
-    )
+    header = ("", "images", "prompts", "NFE", "seconds", "generation, s", "ms per generation", "ms of diffusion")
+    yield from Table(header, [rows], is_markdown=True).markdown()
     slow, fast = (measured.times[name] for name in (measured.aligned, measured.merged))
     if shared := sorted(slow.keys() & fast.keys()):
         generation, diffusion = (
@@ -184,7 +182,7 @@ def _changes(measured: Measured, plot_dir: Path) -> Lines:
             (place, f"{each['additivity_error']:.3f}", f"{each['angle']:.0f}°")
             for place, each in measured.interactions[key].items()
         ]
-        yield from markdown_table((name, "additivity error", "angle"), rows)
+        yield from Table((name, "additivity error", "angle"), [rows]).markdown()
         yield ""
     plots.interaction_lines(plot_dir / "changes.png", measured.interactions)
     yield f"![Additivity and angle]({plot_dir.name}/changes.png)\n"
@@ -202,7 +200,7 @@ def _scaling(measured: Measured, plot_dir: Path) -> Lines:
     for system in measured.scaling["systems"]:
         points = {point["limit"]: format_score(point["accuracy"]) for point in system["curves"]["drawings"]}
         rows.append((system["name"], *(points.get(limit, "") for limit in limits)))
-    yield from markdown_table(("", *map(str, limits)), rows)
+    yield from Table(("", *map(str, limits)), [rows], is_markdown=True).markdown()
     yield f"\n![Accuracy by budget of images, NFE and seconds]({plot_dir.name}/{PLOT})\n"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clvr_jax.console import progress
-from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run, shapes_judge, shapes_prompts
+from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run_shapes, shapes_prompts
 from clvr_jax.evaluation.comparison.pairs import load_results
 from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.paper.stages import Stages, digest
@@ -112,15 +112,13 @@ def _generate(directory: Path, row: Row, model: Path, prompts: Prompts, seed: in
     metadata = prompts.metadata
     system = row.system(model, metadata)
     with progress(f"{row.label}, {prompts.split}, seed {seed}", len(metadata)) as advance:
-        run(
+        run_shapes(
+            system,
             metadata,
-            system.generate,
             directory,
-            shapes_judge(),
-            settings={**system.settings, "prompts": prompts.split, "limit": prompts.limit},
+            prompts=prompts.split,
+            limit=prompts.limit,
             seed=seed,
-            batch_size=system.batch_size,
-            device=system.device,
             on_progress=lambda done, total: advance(done),
         )
 

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from clvr_jax.convert.model_card import markdown_table
 from clvr_jax.evaluation.comparison.complexity import probe, task_from_metadata
 from clvr_jax.evaluation.comparison.pairs import by_prompt, compare
 from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.paper.rows import concatenate_splits
 from clvr_jax.evaluation.statistics import Interval, clustered_interval, holm
+from clvr_jax.tables import Table
 
 Metadata = Mapping[str, Any]
 Found = Mapping[str, Mapping[str, SystemResults]]
@@ -37,7 +37,7 @@ def systems_table(labels: Mapping[str, str], found: Found, reference: str) -> li
             difference, p_value = format_difference(part), f"{part['p_value']:.2g}"
         nfe, seconds = (mean_cost(found[name][splits[-1]], key) for key in ("nfe", "median_seconds"))
         rows.append((label, *accuracies, difference, p_value, f"{nfe:.1f}", f"{seconds:.2f}"))
-    return markdown_table(head, rows)
+    return _markdown(head, rows)
 
 
 def tiers_table(labels: Mapping[str, str], found: Found, metadata: Mapping[str, Sequence[Metadata]]) -> list[str]:
@@ -55,7 +55,7 @@ def tiers_table(labels: Mapping[str, str], found: Found, metadata: Mapping[str, 
     for name in labels:
         scores = [row["scores"] for _, row in sorted(by_prompt(concatenate_splits(found[name])).items())]
         areas.append(f"{probe(complexities, scores)['area']:.1f}")
-    return markdown_table(("", *labels.values()), [*rows, ("area of the probe", *areas)])
+    return _markdown(("", *labels.values()), [*rows, ("area of the probe", *areas)])
 
 
 def accuracy(pooled: Mapping[str, Any]) -> Interval:
@@ -72,7 +72,7 @@ def by_tier(pooled: Mapping[str, Any]) -> dict[int, Interval]:
 
 
 def mean_cost(one: SystemResults, key: str) -> float:
-    """Returns a cost per image of `report.summarize`, averaged over the seeds; NaN if it was not recorded."""
+    """Returns a cost per image of `cost.mean_cost`, averaged over the seeds; NaN if it was not recorded."""
     costs = [run["summary"]["cost"][f"{key}_per_picture"] for run in one.runs]
     return float("nan") if None in costs else statistics.fmean(costs)
 
@@ -96,7 +96,7 @@ def groups_table(
                     f"{part['p_value']:.2g}",
                 )
             )
-    return markdown_table(("", "prompts", *names, "difference", "p"), rows)
+    return _markdown(("", "prompts", *names, "difference", "p"), rows)
 
 
 def by_phrasing(first: SystemResults, second: SystemResults, metadata: Sequence[Metadata]) -> dict[str, dict[str, Any]]:
@@ -135,3 +135,7 @@ def format_difference(part: Mapping[str, Any]) -> str:
 def format_score(value: float, sign: str = "") -> str:
     """Formats a score as `.935`."""
     return f"{np.float64(value) + 0.0:{sign}.3f}".replace("0.", ".", 1)
+
+
+def _markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    return Table(header, [rows], is_markdown=True).markdown()

@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clvr_jax.atomic_io import write_json, write_text
-from clvr_jax.evaluation.reporting.run import cost_line
+from clvr_jax.evaluation.harness.cost import cost_line
 from clvr_jax.plots import can_plot, literal, new_figure
-from clvr_jax.tables import plain, table_lines
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from clvr_jax.tables import Row, Table, plain
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 PLOTS = {"scores": "scores.png", "cost": "cost.png", "complexity": "complexity.png"}
@@ -41,7 +38,7 @@ def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()
         + ", ".join(plain(value) for value in comparison["judge"].values())
         + ". Intervals are 95 %: Wilson's for scores of 0 and 1, bootstrap over prompts for other scores.",
         "",
-        *table_lines(_score_rows(comparison)),
+        *_score_table(comparison).markdown(),
         "",
         f"## Against {plain(first)}, paired by prompt",
         "",
@@ -49,7 +46,7 @@ def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()
         " McNemar's exact test (the sign test for prompts with several images or other scores), and with Holm's"
         " correction for the number of systems.",
         "",
-        *table_lines(_pair_rows(comparison)),
+        *_pair_table(comparison).markdown(),
         "",
         *_tag_sections(comparison),
         "## Cost",
@@ -64,28 +61,26 @@ def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()
 
 
 def systems_table(comparison: Mapping[str, Any]) -> Table:
-    """Returns the scores and differences as a table for the terminal."""
-    from rich.table import Table
-
+    """Returns the scores and differences of all systems, for the terminal."""
     first = comparison["systems"][0]["name"]
-    table = Table(
-        title=f"{comparison['benchmark']}, {comparison['prompts']} prompts", caption=f"differences: to {first}"
-    )
-    for number, column in enumerate(("", "all prompts", "95 %", "difference", "95 %", "p (Holm)")):
-        table.add_column(column, justify="right" if number else "left")
     pairs = {pair["name"]: pair for pair in comparison["against_first"]}
+    rows = []
     for system in comparison["systems"]:
         pair = pairs.get(system["name"])
         difference = ("", "", "") if pair is None else (*_difference(pair["overall"]), f"{pair['holm']:.2g}")
-        table.add_row(
-            system["name"], f"{system['overall']['score']:.3f}", _interval(system["overall"]["interval"]), *difference
-        )
-    return table
+        interval = _interval(system["overall"]["interval"])
+        rows.append((system["name"], f"{system['overall']['score']:.3f}", interval, *difference))
+    return Table(
+        ("", "all prompts", "95 %", "difference", "95 %", "p (Holm)"),
+        [rows],
+        title=f"{comparison['benchmark']}, {comparison['prompts']} prompts",
+        caption=f"differences: to {first}",
+    )
 
 
-def _score_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+def _score_table(comparison: Mapping[str, Any]) -> Table:
     systems = comparison["systems"]
-    rows = [["", *(system["name"] for system in systems)]]
+    rows: list[Row] = []
     for tag in comparison["tags"]:
         groups = [system["tags"][tag] for system in systems]
         rows.append([f"{tag} ({groups[0]['prompts']})", *map(_scored, groups)])
@@ -94,17 +89,17 @@ def _score_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
     reported = [(system["reported"], system["mean_of_tags"]) for system in systems]
     if any(own is not None and not math.isclose(own, mean) for own, mean in reported):
         rows.append(["the benchmark's own", *(_number(system["reported"]) for system in systems)])
-    return rows
+    return Table(("", *(system["name"] for system in systems)), [rows])
 
 
-def _pair_rows(comparison: Mapping[str, Any]) -> list[list[str]]:
-    rows = [["", "difference", "95 %", "mean of tags", "95 %", "wins", "p", "p (Holm)"]]
+def _pair_table(comparison: Mapping[str, Any]) -> Table:
+    rows = []
     for pair in comparison["against_first"]:
         part = pair["overall"]
         wins = f"{part['first_wins']} : {part['second_wins']}"
         values = (*_difference(part), *_difference(pair["mean_of_tags"]), wins, f"{part['p_value']:.2g}")
-        rows.append([pair["name"], *values, f"{pair['holm']:.2g}"])
-    return rows
+        rows.append((pair["name"], *values, f"{pair['holm']:.2g}"))
+    return Table(("", "difference", "95 %", "mean of tags", "95 %", "wins", "p", "p (Holm)"), [rows])
 
 
 def _tag_sections(comparison: Mapping[str, Any]) -> list[str]:
@@ -115,25 +110,27 @@ def _tag_sections(comparison: Mapping[str, Any]) -> list[str]:
         if len(parts) < 2:
             continue
         first = comparison["systems"][0]["name"]
-        rows = [["", first, pair["name"], "difference", "95 %", "p, not corrected"]]
+        rows = []
         for name, part in parts:
             means = (f"{part['first']:.3f}", f"{part['second']:.3f}")
-            rows.append([name, *means, *_difference(part), f"{part['p_value']:.2g}"])
-        lines += [*table_lines(rows), ""]
+            rows.append((name, *means, *_difference(part), f"{part['p_value']:.2g}"))
+        table = Table(("", first, pair["name"], "difference", "95 %", "p, not corrected"), [rows])
+        lines += [*table.markdown(), ""]
     return lines
 
 
 def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
-    rows = [["", "area under the pass curve", "complexity at 50 % failures", "odds of failure"]]
+    rows = []
     for name, probe in complexity["systems"].items():
         law = probe["failure_law"]
         odds = "" if law is None else f"{law['factor']:.2g} C^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
-        rows.append([name, f"{probe['area']:.1f}", _number(probe["half_fails_at"], 1), odds])
-    law = complexity["law"]
+        rows.append((name, f"{probe['area']:.1f}", _number(probe["half_fails_at"], 1), odds))
+    header = ("", "area under the pass curve", "complexity at 50 % failures", "odds of failure")
+    lines, law = Table(header, [rows]).markdown(), complexity["law"]
     if law is None:
-        return table_lines(rows)
+        return lines
     fit = f"{law['factor']:.3g} NFE^{law['exponent']:.2f} (R2 {law['r_squared']:.2f})"
-    return [*table_lines(rows), "", f"100 - area, over the systems: {fit}"]
+    return [*lines, "", f"100 - area, over the systems: {fit}"]
 
 
 def _scored(group: Mapping[str, Any]) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from clvr_jax.atomic_io import write_json, write_text
 from clvr_jax.plots import can_plot, literal, new_figure
-from clvr_jax.tables import plain, table_lines
-
-if TYPE_CHECKING:
-    from rich.table import Table
+from clvr_jax.tables import Row, Table, plain
 
 JSON, MARKDOWN, PLOT = "scaling.json", "scaling.md", "scaling.png"
 _AXES = {"drawings": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
@@ -46,37 +43,25 @@ def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str
         "",
     ]
     for kind, label in _AXES.items():
-        rows = _rows(scaling, kind)
-        if len(rows) > 1:
-            lines += [f"## {label[0].upper()}{label[1:]}", "", *table_lines(rows), ""]
+        table = scaling_table(scaling, kind)
+        if table.sections[0]:
+            lines += [f"## {label[0].upper()}{label[1:]}", "", *table.markdown(), ""]
     if with_plot:
         lines.append(f"![{PLOT}]({PLOT})")
     return "\n".join(lines).rstrip() + "\n"
 
 
-def scaling_table(scaling: Mapping[str, Any]) -> Table:
-    """Returns the accuracy against the budget in images, as a table for the terminal."""
-    from rich.table import Table
-
-    header, *rows = _rows(scaling, "drawings")
-    table = Table(title=f"{scaling['benchmark']}, {scaling['prompts']} prompts: accuracy against budget in images")
-    for number, column in enumerate(header):
-        table.add_column(column, justify="right" if number else "left")
-    for row in rows:
-        table.add_row(*row)
-    return table
-
-
-def _rows(scaling: Mapping[str, Any], kind: str) -> list[list[str]]:
-    """Returns a header and a row for each system and limit; of a system with over 8 limits, 8 with both ends."""
-    rows = [["system", _AXES[kind], "accuracy", "95 %", "NFE", "seconds"]]
+def scaling_table(scaling: Mapping[str, Any], kind: str = "drawings") -> Table:
+    """Returns the accuracy against one kind of budget; of a system with over 8 limits, 8 with both ends."""
+    rows: list[Row] = []
     for system in scaling["systems"]:
         for point in _some(system["curves"][kind]):
             limit = f"{point['limit']:.2f}" if kind == "seconds" else f"{point['limit']:g}"
             interval = f"{point['low']:.3f} .. {point['high']:.3f}"
             spent = (f"{point['nfe']:.1f}", f"{point['seconds']:.2f}")
-            rows.append([system["name"], limit, f"{point['accuracy']:.3f}", interval, *spent])
-    return rows
+            rows.append((system["name"], limit, f"{point['accuracy']:.3f}", interval, *spent))
+    title = f"{scaling['benchmark']}, {scaling['prompts']} prompts: accuracy against {_AXES[kind]}"
+    return Table(("system", _AXES[kind], "accuracy", "95 %", "NFE", "seconds"), [rows], title=title)
 
 
 def _some(points: Sequence[Any]) -> list[Any]:

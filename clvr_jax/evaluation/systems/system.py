@@ -12,7 +12,7 @@ from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectory import Trajectory
 
-GenerateFn = Callable[[list[str], list[int]], Iterable[Any]]
+GenerateFn = Callable[[list[str], list[int]], Iterable[object]]
 """A function (prompts, seeds) -> one result per prompt, in order. A result is a SystemOutput, or anything that
 `SystemOutput.from_result` accepts. A function whose results are expensive yields them one by one, so that a run that
 fails keeps those before."""
@@ -41,7 +41,7 @@ class SystemOutput:
     adapted: tuple[str, ...] = ()
 
     @classmethod
-    def from_result(cls, result: Any) -> SystemOutput:
+    def from_result(cls, result: object) -> SystemOutput:
         """Converts an image, a Trajectory, or an object with `image` and optionally `nfe`, `usage` and `trajectory`.
 
         Raises: ClvrError for None, or an object without image and trajectory.

@@ -11,7 +11,7 @@ import numpy as np
 from scipy.stats import rankdata
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.statistics import Interval, wilson_interval
+from clvr_jax.evaluation.statistics import Interval, Rate, wilson_interval
 from clvr_jax.evaluation.verifier.cases import Case
 from clvr_jax.evaluation.verifier.reading import agreement
 from clvr_jax.reasoning.verification import Verification
@@ -176,13 +176,7 @@ def _rate(outcomes: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
     if not prompts:
         return None
     scores = [score for own in prompts.values() for score in own]
-    interval = _interval(list(prompts.values()))
-    return {
-        "count": int(sum(scores)),
-        "of": len(scores),
-        "rate": sum(scores) / len(scores),
-        "interval": [interval.low, interval.high],
-    }
+    return Rate(int(sum(scores)), len(scores), _interval(list(prompts.values()))).to_json()
 
 
 def _interval(prompts: Sequence[Sequence[float]]) -> Interval:
@@ -202,7 +196,7 @@ def _interval(prompts: Sequence[Sequence[float]]) -> Interval:
 
 
 def _share(count: int, total: int) -> dict[str, Any] | None:
-    return {"count": count, "of": total, "rate": count / total, "interval": None} if total else None
+    return Rate(count, total).to_json() if total else None
 
 
 def _by(checked: Sequence[CheckedCase], key: Callable[[CheckedCase], str]) -> dict[str, list[CheckedCase]]:

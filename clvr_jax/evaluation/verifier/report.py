@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
-from clvr_jax.tables import plain
+from clvr_jax.tables import Table, plain
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -19,29 +19,22 @@ _HELD_OUT = {"held_out": "held-out pairs", "others": "other pairs"}
 def markdown(results: Mapping[str, Any]) -> str:
     """Returns the results as Markdown."""
     lines = [f"# Verifier benchmark: {plain(results['verifier'])}", "", f"Seed {results['seed']}. {explanation()}", ""]
-    lines += [f"| {' | '.join(COLUMNS)} |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-    for (group, total), *parts in sections(results["summary"]):
-        lines += [f"| **{group}** | {' | '.join(total)} |"]
-        lines += [f"| {plain(group)}: {plain(name)} | {' | '.join(cells)} |" for name, cells in parts]
+    lines += verifier_table(results).markdown()
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results["summary"]))]) + "\n"
 
 
 def rich_results(results: Mapping[str, Any]) -> Group:
     """Returns the results for the terminal: a table, and sentences below it."""
     from rich.console import Group
-    from rich.table import Table
 
+    return Group(verifier_table(results).rich(), *notes(results["summary"]))
+
+
+def verifier_table(results: Mapping[str, Any]) -> Table:
+    """Returns the rates by group of images."""
+    sections = [[(name, *cells) for name, cells in section] for section in _sections(results["summary"])]
     title = f"Verifier benchmark: {results['verifier']}"
-    table = Table(title=title)
-    table.add_column("", min_width=14)
-    for column in COLUMNS[1:]:
-        table.add_column(column, justify="right", no_wrap=True)
-    for (group, total), *parts in sections(results["summary"]):
-        table.add_row(group, *total, style="bold")
-        for name, cells in parts:
-            table.add_row(f"  {name}", *cells)
-        table.add_section()
-    return Group(table, *notes(results["summary"]))
+    return Table(COLUMNS, sections, title=title, has_totals=True, one_line=True)
 
 
 def explanation() -> str:
@@ -54,12 +47,8 @@ def explanation() -> str:
     )
 
 
-Row = tuple[str, tuple[str, str, str]]
-"""A name, and the cells of the other columns."""
-
-
-def sections(summary: Mapping[str, Any]) -> Iterator[list[Row]]:
-    """Rows for each group: all of it, its kinds, and its numbers of objects and held-out pairs."""
+def _sections(summary: Mapping[str, Any]) -> Iterator[list[tuple[str, tuple[str, str, str]]]]:
+    """Yields (name, cells) for each group: all of it, its kinds, and its numbers of objects and held-out pairs."""
     for group, metrics in summary["groups"].items():
         kinds = metrics["kinds"] if group in _KIND_GROUPS else {}
         parts = list(kinds.items()) if len(kinds) > 1 else []

@@ -10,10 +10,10 @@ from clvr_jax.evaluation.benchmarks.geneval import GenEval
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP, checklist
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, ImagineBench
 from clvr_jax.evaluation.benchmarks.prism import TRACKS, Prism
-from clvr_jax.evaluation.benchmarks.sources import Remote, Source, _download, blob_id, github
 from clvr_jax.evaluation.benchmarks.wise import LEGACY_AXES, WiseLegacy, WiseVerified
-from clvr_jax.evaluation.harness.benchmark import rubric
-from clvr_jax.evaluation.harness.summary import summarize
+from clvr_jax.evaluation.harness.sources import Remote, Source, _download, blob_id, github
+from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
+from clvr_jax.evaluation.judging.benchmark import rubric
 from clvr_jax.evaluation.statistics import spread
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, write_lines
@@ -22,13 +22,10 @@ from tests.providers.server import Reply, dripping
 JUDGED = (GenEvalPP(), ImagineBench(), WiseLegacy(), WiseVerified(), Prism(), DPG())
 
 
-def rows(benchmark, items, scores):
-    """As scoring.results makes them."""
-    return [
-        {"index": index, "sample": 0, "id": item.id, "tag": item.tag, "score": mark.score, "parts": dict(mark.parts),
-         "readable": mark.readable}
-        for index, (item, mark) in enumerate(zip(items, scores, strict=True))
-    ]  # fmt: skip
+def summary(benchmark, items, scores):
+    """The summary of one image for each item."""
+    pairs = enumerate(zip(items, scores, strict=True))
+    return summarize(benchmark, [ScoredImage(index, 0, item, score) for index, (item, score) in pairs])
 
 
 def test_ids_are_those_of_the_official_file_names(tmp_path):
@@ -128,10 +125,10 @@ def test_imaginebench_by_both_rules(tmp_path):
     items = fixed.read(path)
     scores = [fixed.score(item, {"scores": each}) for item, each in zip(items, scores, strict=True)]
     assert [mark.score for mark in scores] == pytest.approx([7.8, 10, 3.6, 1])
-    summary = summarize(fixed, rows(fixed, items, scores))
-    assert summary["overall"]["score"] == pytest.approx((3 * 7.8 + 2 * 10 + 2 * 3.6 + 2 * 1) / 9)
-    summary = summarize(official, rows(official, items, scores))
-    assert summary["overall"]["score"] == pytest.approx((3 * 7.8 + 2 * 10 + 2 * 3.6) / 7)  # without Multi-Object
+    assert summary(fixed, items, scores)["overall"]["score"] == pytest.approx((3 * 7.8 + 2 * 10 + 2 * 3.6 + 2 * 1) / 9)
+    assert summary(official, items, scores)["overall"]["score"] == pytest.approx(
+        (3 * 7.8 + 2 * 10 + 2 * 3.6) / 7
+    )  # without Multi-Object
     assert official.score(items[0], {"scores": dict.fromkeys(AXES, -1.0)}).score == -1
     assert (official.attempts, len(official.faults), fixed.faults) == (1, 3, ())
     assert fixed.scored_as != official.scored_as
@@ -147,11 +144,11 @@ def test_wise_scores_and_weights(tmp_path):
     assert legacy.score(items[0], {"scores": scores}).score == pytest.approx((0.7 * 2 + 0.2) / 2)
     scores = [legacy.score(item, {"scores": {**scores, "Consistency": 2 * (item.tag == "TIME")}}) for item in items]
     expected = 0.2 / 2 + 0.167 * 0.7  # realism everywhere, consistency in TIME
-    assert summarize(legacy, rows(legacy, items, scores))["overall"]["score"] == pytest.approx(expected)
+    assert summary(legacy, items, scores)["overall"]["score"] == pytest.approx(expected)
     items = verified.read(tmp_path / "w.json")
     scores = [verified.score(item, {"score": float(item.tag in ("CULTURE", "SPACE"))}) for item in items]
-    assert summarize(verified, rows(verified, items, scores))["overall"]["score"] == pytest.approx(0.4 + 0.12)
-    part = summarize(verified, rows(verified, items, scores)[:2])["overall"]
+    assert summary(verified, items, scores)["overall"]["score"] == pytest.approx(0.4 + 0.12)
+    part = summary(verified, items[:2], scores[:2])["overall"]
     assert part == {"score": None, "reason": "no prompt of SPACE, BIOLOGY, PHYSICS, CHEMISTRY"}
 
 
@@ -163,10 +160,10 @@ def test_prism_is_the_mean_over_all_marks_times_ten(tmp_path):
     ]
     scores = [benchmark.score(item, {"alignment": 8.0, "aesthetic": 4.0}) for item in items[:3]]
     scores.append(benchmark.score(items[3], {"alignment": 10.0, "aesthetic": None}))
-    summary = summarize(benchmark, rows(benchmark, items, scores))
-    assert summary["overall"]["score"] == pytest.approx(10 * (3 * (8 + 4) + 10) / 8)
-    assert summary["tags"]["style"]["score"] == pytest.approx(60)
-    assert summary["unreadable"] == ["entity/0/0"]
+    found = summary(benchmark, items, scores)
+    assert found["overall"]["score"] == pytest.approx(10 * (3 * (8 + 4) + 10) / 8)
+    assert found["tags"]["style"]["score"] == pytest.approx(60)
+    assert found["unreadable"] == ["entity/0/0"]
 
 
 # Answers of four pictures, question by question; the expected scores are those of compute_dpg_bench.py, run on them.
@@ -239,7 +236,7 @@ def test_prompts_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
 )
 def test_a_server_of_prompts_that_lies_or_drips_ends_in_one_line(head, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.setattr("clvr_jax.evaluation.benchmarks.sources._MOST_SECONDS", 0.3)
+    monkeypatch.setattr("clvr_jax.evaluation.harness.sources._MOST_SECONDS", 0.3)
     with dripping(head) as url, pytest.raises(ClvrError, match="its prompts cannot be fetched") as caught:
         _download(f"{url}/prompts.jsonl", "geneval")
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clvr_jax.data.clip_tokens import make_clip_tokenizer
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.benchmarks.geneval import GenEval
+from clvr_jax.evaluation.benchmarks.geneval import DetectorScorer, GenEval
 from clvr_jax.evaluation.benchmarks.geneval_detector import (
     _SENTENCES,
     TorchDetector,
@@ -21,7 +21,7 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
 )
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
-from clvr_jax.evaluation.harness.scoring import score_detected
+from clvr_jax.evaluation.harness.scoring import score_images
 from clvr_jax.image_io import EncodedImage, encode_png
 from tests.evaluation.benchmarks.samples import GENEVAL, ColorGenerator, write_lines
 
@@ -136,7 +136,7 @@ def test_scoring_records_what_was_detected_and_does_not_look_twice(detector, tmp
     benchmark = GenEval()
     items = benchmark.read(write_lines(tmp_path / "prompts.jsonl", GENEVAL))
     generate_images(benchmark, items, ColorGenerator().system, tmp_path / "out", settings={}, samples=1)
-    results = score_detected(load_generated(benchmark, tmp_path / "out"), detector)
+    results = score_images(load_generated(benchmark, tmp_path / "out"), DetectorScorer(detector))
     assert {row["tag"] for row in results["pictures"]} == {"single_object", "counting", "colors"}
     assert results["pictures"][0]["correct"]  # a dog, of course
     assert results["pictures"][2]["reasons"] == ["expected 1 or more of cat, found 0"]
@@ -148,13 +148,13 @@ def test_scoring_records_what_was_detected_and_does_not_look_twice(detector, tmp
         def find(self, picture, metadata):
             raise AssertionError("looked again")
 
-    again = score_detected(load_generated(benchmark, tmp_path / "out"), Blind())
+    again = score_images(load_generated(benchmark, tmp_path / "out"), DetectorScorer(Blind()))
     assert again["summary"] == results["summary"]
     path = tmp_path / "out" / "00000" / "detections" / "0000.json"
     record = json.loads(path.read_text())
     path.write_text(json.dumps({**record, "found": {"dog": [{"box": 3}]}}))
     with pytest.raises(ClvrError, match="not a record of detections"):
-        score_detected(load_generated(benchmark, tmp_path / "out"), Blind())
+        score_images(load_generated(benchmark, tmp_path / "out"), DetectorScorer(Blind()))
 
 
 def test_other_models_are_refused(folders):

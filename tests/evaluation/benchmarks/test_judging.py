@@ -15,7 +15,6 @@ from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.comparison.pairs import compare
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
-from clvr_jax.evaluation.harness.scoring import score_judged
 from clvr_jax.evaluation.judging.judges import local_judge
 from clvr_jax.evaluation.judging.questions import JudgeModel
 from clvr_jax.pipelines.registry import SHIPPED
@@ -23,6 +22,7 @@ from clvr_jax.providers.endpoint import Prices
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVALPP, IMAGINE, ColorGenerator, write_lines
+from tests.evaluation.runs import score_judged
 from tests.providers.server import Reply, completion, failure
 
 GOOD = "Fantasy Fulfillment: 8\nIdentity Preservation: 9\nAesthetic Quality: 7"

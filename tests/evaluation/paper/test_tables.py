@@ -1,10 +1,14 @@
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from clvr_jax.evaluation import Score, Shapes
 from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
 from clvr_jax.evaluation.comparison.systems import SystemResults
+from clvr_jax.evaluation.harness.cost import mean_cost
+from clvr_jax.evaluation.harness.run_directory import Record
+from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import Row
 from clvr_jax.evaluation.paper.tables import (
@@ -17,7 +21,6 @@ from clvr_jax.evaluation.paper.tables import (
     tiers_table,
 )
 from clvr_jax.evaluation.paper.timing import times_by_image_count
-from clvr_jax.evaluation.reporting.run import ImageScore, summarize
 from clvr_jax.evaluation.statistics import Interval
 
 SPLITS = {split: shapes_prompts(split, None, 24) for split in ("eval", "complex")}
@@ -28,14 +31,15 @@ def contestant(split, chance, seed, nfe=56):
     rng = np.random.default_rng(seed)
     runs = []
     for _ in range(2):
-        scores = [
-            ImageScore(number, 0, entry["prompt"], entry["tag"], entry.get("tier"),
-                         bool(rng.random() < chance ** (entry.get("tier") or 1)), nfe=nfe, seconds=0.5, steps=2)
-            for number, entry in enumerate(SPLITS[split])
-        ]  # fmt: skip
-        pictures = [{**asdict(score), "reasons": []} for score in scores]
+        images = []
+        for number, item in enumerate(Shapes().items(SPLITS[split])):
+            score = Score.binary(bool(rng.random() < chance ** (item.tier or 1)))
+            record = Record(item.prompt, 0, True, nfe=nfe, seconds=0.5, steps=2, outcome=None)
+            images.append(ScoredImage(number, 0, item, score, record))
+        pictures = [image.to_json() for image in images]
         judge = {"name": "shapes detector", "version": "1"}
-        runs.append({"benchmark": "shapes", "judge": judge, "summary": summarize(scores), "pictures": pictures})
+        summary = {**summarize(Shapes(), images), "cost": mean_cost(pictures)}
+        runs.append({"benchmark": "shapes", "judge": judge, "summary": summary, "pictures": pictures})
     return SystemResults("one", (), tuple(runs))
 
 
@@ -83,7 +87,8 @@ def test_tiers_are_those_of_the_prompts_and_the_area_is_full_for_what_never_fail
         split: replace(
             own,
             runs=tuple(
-                {**run, "pictures": [{**entry, "correct": True} for entry in run["pictures"]]} for run in own.runs
+                {**run, "pictures": [{**entry, "correct": True, "score": 1.0} for entry in run["pictures"]]}
+                for run in own.runs
             ),
         )
         for split, own in found["sft-loop"].items()

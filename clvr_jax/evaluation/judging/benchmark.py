@@ -1,0 +1,62 @@
+"""Benchmarks whose images a vision-language model scores, by its answers to questions about them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.image_io import EncodedImage, read_encoded
+
+
+@dataclass(frozen=True)
+class JudgeQuestion:
+    """A question to a judge about one image.
+
+    Attributes:
+      name: unique among the questions about the image.
+      text: the question.
+      read: parses a reply; raises AnswerError for one that it cannot parse.
+      max_tokens: of the reply.
+      is_json: whether the reply must be one JSON object.
+    """
+
+    name: str
+    text: str
+    read: Callable[[str], Any]
+    max_tokens: int
+    is_json: bool = False
+
+
+class JudgedBenchmark(Benchmark):
+    """A benchmark whose images a vision-language model judges. rubrics: names of the judge's prompt templates."""
+
+    rubrics: ClassVar[tuple[str, ...]]
+
+    @property
+    def attempts(self) -> int:
+        """The maximum number of times that a question is asked until its reply can be parsed."""
+        return 3
+
+    @abc.abstractmethod
+    def questions(self, item: Item) -> list[JudgeQuestion]:
+        """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
+
+    @abc.abstractmethod
+    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+        """Returns the score of an image. answers: name of a question -> parsed reply, None if it has no valid reply."""
+
+    def judge_image(self, path: Path, sample: int, samples: int) -> EncodedImage:
+        """Returns the image that the judge sees for an image file."""
+        return read_encoded(path)
+
+
+def rubric(name: str) -> str:
+    """Returns the text of a rubric, with its fields in braces."""
+    return (
+        resources.files("clvr_jax.evaluation.benchmarks").joinpath("rubrics", f"{name}.md").read_text(encoding="utf-8")
+    )
