@@ -18,9 +18,10 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
 from clvr_jax.evaluation.benchmarks.prompt_files import read_entries
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.run_directory import FileLayout, GenEvalLayout
-from clvr_jax.evaluation.harness.scoring import Progress, Scorer, Scores
+from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.image_io import EncodedImage, read_encoded
 from clvr_jax.json_input import JsonObject

@@ -13,9 +13,10 @@ from typing_extensions import override
 
 from clvr_jax.evaluation.benchmarks.geneval import GenEvalFormat
 from clvr_jax.evaluation.harness.benchmark import Item, Score
+from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.run import run
-from clvr_jax.evaluation.harness.scoring import Progress, Scorer, Scores
+from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.evaluation.systems.system import System
 from clvr_jax.image_io import read_image

@@ -9,6 +9,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems.system import GenerateFn, SystemOutput, image_seed
 
+Progress = Callable[[int, int], None]
+"""A function of (images done, all images)."""
+
 LISTED = 10
 """Largest number of files that an error message names."""
 
@@ -21,7 +24,7 @@ def generate_missing(
     samples: int,
     batch_size: int,
     device: str | None = None,
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
     share: tuple[int, int] = (0, 1),
 ) -> None:
     """Generates the images that are not complete, batch by batch. Each is written as soon as `generate` yields it.

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
-from clvr_jax.evaluation.harness.generation import LISTED, complete_samples, generate_missing
+from clvr_jax.evaluation.harness.generation import LISTED, Progress, complete_samples, generate_missing
 from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems.system import System
 from clvr_jax.image_io import check_image
@@ -66,7 +66,7 @@ def generate_images(
     seed: int = 0,
     samples: int,
     share: tuple[int, int] = (0, 1),
-    on_progress: Callable[[int, int], None] | None = None,
+    on_progress: Progress | None = None,
 ) -> None:
     """Generates missing images in the official layout.
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
+from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
-from clvr_jax.evaluation.harness.scoring import Progress, Scorer, score_images
+from clvr_jax.evaluation.harness.scoring import Scorer, score_images
 from clvr_jax.evaluation.systems.system import System
 
 

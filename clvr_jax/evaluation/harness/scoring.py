@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.evaluation.harness.benchmark import Score
 from clvr_jax.evaluation.harness.cost import mean_cost
+from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.run_directory import adapted_requests
 from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.trajectory import package_versions
-
-Progress = Callable[[int, int], None]
-"""A function of (images done, all images)."""
 
 
 @dataclass(frozen=True)

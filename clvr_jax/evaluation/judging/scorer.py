@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.harness.benchmark import Score
+from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
-from clvr_jax.evaluation.harness.scoring import Progress, Scorer, Scores
+from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, rubric
 from clvr_jax.evaluation.judging.questions import JudgeModel, JudgeTask, ReplyFile, judge_images
 from clvr_jax.interfaces import Usage

@@ -41,7 +41,7 @@ class SystemOutput:
     adapted: tuple[str, ...] = ()
 
     @classmethod
-    def from_result(cls, result: object) -> SystemOutput:
+    def from_result(cls, result: Any) -> SystemOutput:
         """Converts an image, a Trajectory, or an object with `image` and optionally `nfe`, `usage` and `trajectory`.
 
         Raises: ClvrError for None, or an object without image and trajectory.

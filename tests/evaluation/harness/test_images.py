@@ -144,6 +144,20 @@ def test_shares_of_several_processes_make_one_whole(tmp_path, items):
     load_generated(benchmark, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "digest"),
+    [
+        (ImagineBench(), "792fb6cea59ed7c46a91e2d605b49b1ee8afac05f1d9ac3c9a2f8ebcbdb930d7"),
+        (GenEval(), "14690783144bb83a118514c46fad1f65b0a1d75b6b7d4361872ff52455632cca"),
+    ],
+)
+def test_a_run_directory_of_version_0_1_can_be_resumed(benchmark, digest, tmp_path, items):
+    generate(benchmark, items[benchmark.name], tmp_path, samples=1)
+    identity = json.loads((tmp_path / "benchmark.json").read_text())
+    assert identity["metadata_sha256"] == digest  # of the stored prompts, as version 0.1.0 wrote it
+    assert set(identity) == {"benchmark", "settings", "seed", "samples", "prompts", "metadata_sha256"}
+
+
 def test_editions_and_other_settings_never_mix(tmp_path, items):
     generate(WiseLegacy(), items["wise-legacy"], tmp_path)
     with pytest.raises(ClvrError, match="has images of wise-legacy, not of wise-verified"):

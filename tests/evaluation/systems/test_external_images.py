@@ -5,9 +5,9 @@ import pytest
 from PIL import Image
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation import run
 from clvr_jax.evaluation.systems.external_images import external_images
-from tests.evaluation.test_shapes import JUDGE, METADATA, Draw, go
+from tests.evaluation.benchmarks.test_shapes import JUDGE, METADATA, Draw, go
+from tests.evaluation.runs import run_function
 
 
 def write(path, value):
@@ -22,7 +22,7 @@ def listed(folder, entries):
 
 def score(folder, out, **options):
     system = external_images(folder, "elsewhere", options.get("seed", 0))
-    return run(METADATA, system.generate, out, JUDGE, settings=system.settings, batch_size=2, **options)
+    return run_function(METADATA, system.generate, out, JUDGE, settings=system.settings, batch_size=2, **options)
 
 
 def test_pictures_are_found_by_their_prompts(tmp_path):

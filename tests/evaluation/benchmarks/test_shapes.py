@@ -259,7 +259,7 @@ def test_unwritable_folder_is_one_line(tmp_path):
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from tests.evaluation.test_shapes import Draw, go
+from tests.evaluation.benchmarks.test_shapes import Draw, go
 class Deadly(Draw):
     def __call__(self, prompts, seeds):
         if len(self.asked) >= 2:
@@ -270,7 +270,7 @@ go({out!r}, Deadly())
 
 
 def test_killed_run_loses_only_the_batch_in_flight(tmp_path):
-    script = KILLED.format(root=str(Path(__file__).parents[2]), out=str(tmp_path))
+    script = KILLED.format(root=str(Path(__file__).parents[3]), out=str(tmp_path))
     done = subprocess.run([sys.executable, "-c", script], check=False, capture_output=True, text=True)
     assert done.returncode == -9, done.stderr
     draw_all = Draw()
