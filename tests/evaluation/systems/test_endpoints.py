@@ -20,7 +20,7 @@ from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.providers.openai_images import OpenAIImageModel
 from clvr_jax.reasoning import SYSTEM_PROMPT, Budget
 from tests.evaluation.benchmarks.samples import IMAGINE, write_lines
-from tests.evaluation.benchmarks.test_judging import GOOD
+from tests.evaluation.judging.test_judging import GOOD
 from tests.evaluation.runs import run_function, score_judged
 from tests.providers.server import completion, failure, pictures, png
 
