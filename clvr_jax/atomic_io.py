@@ -37,7 +37,7 @@ def refuse_url(path: Path) -> None:
         raise ClvrError(f"{path}: a URL, not a directory; mount the bucket and give the directory where it is mounted")
 
 
-def write_json(path: Path, content: Any) -> None:
+def write_json(path: Path, content: object) -> None:
     """Writes indented JSON atomically; lone surrogates become escapes of JSON."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any, Protocol, cast
+from typing import IO, Protocol, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +21,7 @@ class _Stderr:
     """The current sys.stderr; output that cannot be written is dropped."""
 
     @property
-    def _stream(self) -> Any:
+    def _stream(self) -> IO[str]:
         # A progress bar replaces sys.stderr by a proxy that prints to the console, which would write here again.
         return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 

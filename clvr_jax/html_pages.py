@@ -2,12 +2,11 @@
 
 from functools import cache
 from importlib import resources
-from typing import Any
 
 import jinja2
 
 
-def render_page(package: str, name: str, **values: Any) -> str:
+def render_page(package: str, name: str, **values: object) -> str:
     """Renders a template of a package.
 
     Args:

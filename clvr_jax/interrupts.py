@@ -9,7 +9,6 @@ import contextlib
 import signal
 import threading
 from collections.abc import Iterator
-from typing import Any
 
 _interrupted = threading.Event()
 
@@ -44,6 +43,6 @@ def check_interrupt() -> None:
         raise KeyboardInterrupt
 
 
-def _interrupt(*_: Any) -> None:
+def _interrupt(*_: object) -> None:
     _interrupted.set()
     raise KeyboardInterrupt

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from clvr_jax.errors import ClvrError
 
@@ -27,6 +27,14 @@ MAX_VALUES = 10_000_000
 """Maximum number of values in a JSON text; each takes up to 100 bytes of memory."""
 MAX_INTEGER = 2**63 - 1
 """Largest absolute value of an integer field unless a field says otherwise."""
+
+JSON: TypeAlias = str | int | float | bool | Sequence["JSON"] | Mapping[str, "JSON"] | None
+"""A JSON value that we write, or that was read and has not been looked at."""
+UncheckedJSON: TypeAlias = Mapping[str, Any]
+"""An object of an external JSON file whose fields nothing has validated: any field may be missing or of another type.
+
+Its reader validates the fields, or catches what Python raises. New code reads with `JsonObject` instead.
+"""
 
 T = TypeVar("T")
 
@@ -43,7 +51,7 @@ class JsonObject:
       where: file, and line or field, for messages.
     """
 
-    content: Mapping[str, Any]
+    content: UncheckedJSON
     where: str
 
     def text(self, key: str, *default: T, max_characters: int | None = None) -> str | T:
@@ -97,25 +105,28 @@ class JsonObject:
 
     def objects(self, key: str) -> list[JsonObject]:
         """Returns a list of objects."""
-        values = self._list(key)
-        for number, value in enumerate(values):
+        found = []
+        for number, value in enumerate(self._list(key)):
             if not isinstance(value, Mapping):
                 raise ClvrError(f"{self.where}: {key}[{number}] must be a JSON object, got {shown(value)}")
-        return [JsonObject(value, f"{self.where}: {key}[{number}]") for number, value in enumerate(values)]
+            found.append(JsonObject(value, f"{self.where}: {key}[{number}]"))
+        return found
 
     def texts(self, key: str) -> tuple[str, ...]:
         """Returns a list of texts."""
         values = self._list(key)
-        if not all(isinstance(value, str) for value in values):
+        texts = tuple(value for value in values if isinstance(value, str))
+        if len(texts) < len(values):
             raise self._wrong(key, "a list of texts")
-        return tuple(values)
+        return texts
 
     def integers(self, key: str, low: int = 0, high: int = MAX_INTEGER) -> tuple[int, ...]:
         """Returns a list of integers from `low` to `high`."""
         values = self._list(key)
-        if not all(isinstance(value, int) and not isinstance(value, bool) and low <= value <= high for value in values):
+        integers = tuple(value for value in values if isinstance(value, int) and not isinstance(value, bool))
+        if len(integers) < len(values) or not all(low <= value <= high for value in integers):
             raise self._wrong(key, f"a list of integers{_range(low, high)}")
-        return tuple(values)
+        return integers
 
     def optional(self, key: str, read: Callable[[str], T]) -> T | None:
         """Returns None if the field is null, else the result of `read`; an absent field is an error."""
@@ -128,7 +139,7 @@ class JsonObject:
             return False
         raise ClvrError(f"{self.where}: lacks {key}")
 
-    def _list(self, key: str) -> list[Any]:
+    def _list(self, key: str) -> list[JSON]:
         self._has(key, ())
         values = self.content[key]
         if not isinstance(values, list):
@@ -153,7 +164,7 @@ def parse_json(text: str | bytes, where: str) -> Any:
             text = text.decode("utf-8")
         if len(text) > MAX_VALUES and text.count(",") + text.count("[") + text.count("{") > MAX_VALUES:
             raise ClvrError(f"{where}: JSON with more than {MAX_VALUES:,} values is not read")
-        value = json.loads(text.removeprefix("\ufeff"))
+        value: JSON = json.loads(text.removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise ClvrError(f"{where}: not JSON: {error.msg} at line {error.lineno}, column {error.colno}") from error
     except UnicodeDecodeError as error:
@@ -175,7 +186,7 @@ def parse_object(text: str | bytes, where: str) -> JsonObject:
     return JsonObject(value, where)
 
 
-def check_unicode(value: Any, where: str) -> None:
+def check_unicode(value: JSON, where: str) -> None:
     """Raises ClvrError for JSON with lone surrogates in its texts, which cannot be written to UTF-8 files."""
     try:
         json.dumps(value, ensure_ascii=False).encode()
@@ -256,9 +267,9 @@ def shown(value: object) -> str:
     return f"{value!r:.40}" if not isinstance(value, int) or abs(value) < 10**30 else "an integer of over 30 digits"
 
 
-def _is_deeper(value: Any, levels: int) -> bool:
+def _is_deeper(value: JSON, levels: int) -> bool:
     """Returns whether arrays and objects are nested more than `levels` times; without recursion."""
-    layer = [value]
+    layer: list[JSON] = [value]
     for _ in range(levels):
         layer = [
             child

@@ -22,9 +22,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import UncheckedJSON
 
 LOCK = ".lock"
 """Name of the file in the directory; for a share, its numbers are appended."""
@@ -138,7 +138,7 @@ def _shares(name: str) -> int | None:
     return int(found[1] or 1) if found else None
 
 
-def _holder(path: Path) -> dict[str, Any] | None:
+def _holder(path: Path) -> UncheckedJSON | None:
     """Returns the content of a running process's lock file; None if its process is dead, and removes the file."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
@@ -185,7 +185,7 @@ def _acquired(path: Path, out: Path) -> int:
         os.close(descriptor)  # its holder has removed the file meanwhile
 
 
-def _flocked(descriptor: int, holder: dict[str, Any], operation: int = fcntl.LOCK_EX) -> bool:
+def _flocked(descriptor: int, holder: UncheckedJSON, operation: int = fcntl.LOCK_EX) -> bool:
     """Takes the system's lock; on a file system without locks, checks whether the process in the file is running."""
     try:
         fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
@@ -196,16 +196,16 @@ def _flocked(descriptor: int, holder: dict[str, Any], operation: int = fcntl.LOC
     return True
 
 
-def _is_elsewhere(holder: dict[str, Any]) -> bool:
+def _is_elsewhere(holder: UncheckedJSON) -> bool:
     return bool(holder) and holder.get("host") != socket.gethostname()
 
 
-def _is_alive_elsewhere(holder: dict[str, Any], descriptor: int) -> bool:
+def _is_alive_elsewhere(holder: UncheckedJSON, descriptor: int) -> bool:
     """Returns whether the file belongs to another host and was renewed recently."""
     return _is_elsewhere(holder) and time.time() - os.fstat(descriptor).st_mtime < _STALE_SECONDS
 
 
-def _is_running(process: Any) -> bool:
+def _is_running(process: object) -> bool:
     if not isinstance(process, int) or process <= 0:
         return False
     try:
@@ -224,7 +224,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _read(descriptor: int) -> dict[str, Any]:
+def _read(descriptor: int) -> UncheckedJSON:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
     except (ValueError, RecursionError):
@@ -240,7 +240,7 @@ def _write(descriptor: int) -> None:
     os.pwrite(descriptor, json.dumps(holder).encode(), 0)
 
 
-def _message(path: Path, out: Path, holder: dict[str, Any]) -> str:
+def _message(path: Path, out: Path, holder: UncheckedJSON) -> str:
     who = f"process {holder.get('process', '(unknown)')}"
     who += f" ({holder.get('command', '')}) on {holder.get('host', 'this host')}"
     advice = "wait for it, or choose another --out"

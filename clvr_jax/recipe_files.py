@@ -8,38 +8,50 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import shown
+from clvr_jax.json_input import UncheckedJSON, shown
 
 
-def config_to_json(config: Any) -> Any:
+class Configuration(Protocol):
+    """A configuration: an instance of a frozen dataclass, whose fields are the options of its recipe."""
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
+
+
+Config = TypeVar("Config", bound=Configuration)
+
+
+def config_to_json(config: Configuration) -> dict[str, Any]:
     """Returns a configuration as plain values that JSON can hold."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return values
 
 
-def config_from_json(template: Any, values: Any, declared: Any = None, name: str = "the configuration") -> Any:
+def config_from_json(template: Config, values: UncheckedJSON) -> Config:
     """Returns a configuration of the template's types from plain values; the inverse of `config_to_json`.
 
     Args:
-      template: a configuration, or the value of one of its fields.
+      template: a configuration.
       values: the result of `config_to_json` for a configuration of the same types.
-      declared: the declared type of the field, used if the template's value is None.
-      name: of the field, for messages.
     Raises: ClvrError, one line, for a value of another type than the template's.
 
     A configuration class whose fields were renamed has a table RENAMED, old name -> new name; "lora.rank" is the field
     `rank` of the configuration that the field `lora` contains.
     """
+    config: Config = _from_json(template, values, None, "the configuration")
+    return config
+
+
+def _from_json(template: Any, values: Any, declared: object, name: str) -> Any:
+    """Returns a configuration, or the value of one of its fields, whose declared type is used if its own is None."""
     _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         hints = get_type_hints(type(template))
         values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
-            field.name: config_from_json(
-                getattr(template, field.name), values[field.name], hints[field.name], field.name
-            )
+            field.name: _from_json(getattr(template, field.name), values[field.name], hints[field.name], field.name)
             for field in dataclasses.fields(template)
             if field.name in values
         }
@@ -49,7 +61,7 @@ def config_from_json(template: Any, values: Any, declared: Any = None, name: str
     return tuple(values) if isinstance(template, tuple) else values
 
 
-def _check_type(template: Any, values: Any, name: str) -> None:
+def _check_type(template: object, values: object, name: str) -> None:
     """Raises ClvrError for a plain value of another type than the template's; None is allowed for optional fields."""
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
         expected, fits = "an object", isinstance(values, Mapping)
@@ -67,7 +79,7 @@ def _check_type(template: Any, values: Any, name: str) -> None:
         raise ClvrError(f"{name} must be {expected}, got {shown(values)}")
 
 
-def _with_new_names(values: Mapping[str, Any], renamed: Mapping[str, str]) -> dict[str, Any]:
+def _with_new_names(values: UncheckedJSON, renamed: Mapping[str, str]) -> dict[str, Any]:
     """Returns the plain values of a configuration with old names replaced; values under new names take precedence."""
     found = {name: value for name, value in values.items() if name not in renamed}
     for old, new in renamed.items():

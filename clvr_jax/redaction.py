@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Any
 from urllib.parse import quote, unquote, urlsplit
+
+from clvr_jax.json_input import JSON
 
 HIDDEN = "***"
 """The replacement of a secret."""
@@ -22,7 +23,7 @@ def redact_url(url: str) -> str:
     return address + separator + _QUERY_VALUE.sub(HIDDEN, query)
 
 
-def redact_urls(value: Any) -> Any:
+def redact_urls(value: JSON) -> JSON:
     """Returns JSON content with `redact_url` applied to every text that is a URL."""
     if isinstance(value, dict):
         return {key: redact_urls(each) for key, each in value.items()}

@@ -17,7 +17,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
@@ -26,7 +26,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.trees import Params, dotted, leaves_by_path, path_of
+from clvr_jax.trees import KeyPath, Leaf, Params, dotted, leaves_by_path, path_of
+
+Tree = TypeVar("Tree")
 
 MESH_AXES = ("data", "fsdp", "sequence", "tensor")
 
@@ -67,7 +69,7 @@ class MeshConfig:
             raise UsageError(f"mesh: data must be a multiple of the {self.slices} slices, but data is {sizes[0]}")
         return tuple(sizes)
 
-    def make(self, devices: Sequence[Any] | None = None) -> Mesh:
+    def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Creates the mesh over `devices`, or all devices if None; neighbors on the torus are neighbors on the mesh."""
         devices = list(jax.devices() if devices is None else devices)
         if self.devices is not None and not 1 <= self.devices <= len(devices):
@@ -175,7 +177,7 @@ class MeshLayout:
     def parameters(self, params: Params) -> PyTree:
         """Returns the shardings of a tree of parameters, or of a tree with the same names: EMA, gradients, deltas."""
 
-        def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        def place(path: KeyPath, leaf: Leaf) -> NamedSharding:
             return self.sharding(parameter_axes(dotted(path_of(path)), leaf.shape), leaf.shape)
 
         return jax.tree_util.tree_map_with_path(place, params)
@@ -187,7 +189,7 @@ class MeshLayout:
             for path, leaf in leaves_by_path(params).items()
         }
 
-        def place(keys: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        def place(keys: KeyPath, leaf: Leaf) -> NamedSharding:
             path = path_of(keys)
             ends = (path[begin:] for begin in range(len(path)))
             shape, sharding = next((known[end] for end in ends if end in known), ((), self.replicated))
@@ -252,7 +254,7 @@ def replicate(params: Params) -> Params:
     return jax.tree.map(lambda leaf: jax.lax.with_sharding_constraint(leaf, layout.replicated), params)
 
 
-def process_allgather(tree: Any) -> Any:
+def process_allgather(tree: Tree) -> Tree:
     """Returns a tree whose arrays are complete in every process: arrays that span processes become NumPy arrays.
 
     Every process must call it.

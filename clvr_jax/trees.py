@@ -5,7 +5,7 @@ A state, a pure dictionary and a module with the same parameters have the same p
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from typing import TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -13,18 +13,24 @@ from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError
 
-Params: TypeAlias = PyTree[jax.Array | np.ndarray | jax.ShapeDtypeStruct]
+Leaf: TypeAlias = jax.Array | np.ndarray | jax.ShapeDtypeStruct
+"""A leaf of a tree of parameters: an array or an abstract array."""
+Params: TypeAlias = PyTree[Leaf]
 """A tree of parameters: an NNX state or module, or nested dictionaries, of arrays or abstract arrays."""
+Batch: TypeAlias = PyTree[jax.Array | np.ndarray]
+"""A tree of arrays with one row for each example: NumPy arrays of a data source, JAX arrays on the devices."""
 Path = tuple[str | int, ...]
+KeyPath = tuple[object, ...]
+"""The keys of a leaf as JAX gives them to functions over trees with paths."""
 Value = TypeVar("Value")
 
 
-def leaves_by_path(tree: PyTree, is_leaf: Callable[[Any], bool] | None = None) -> dict[Path, Any]:
+def leaves_by_path(tree: PyTree, is_leaf: Callable[[object], bool] | None = None) -> dict[Path, PyTree]:
     """Returns path -> leaf, in the order of `jax.tree.leaves`."""
     return {path_of(keys): leaf for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]}
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: KeyPath) -> Path:
     """Returns the path of a leaf from its JAX keys."""
     # An NNX variable is a node around its array.
     if keys and keys[-1] == jax.tree_util.GetAttrKey("value"):
