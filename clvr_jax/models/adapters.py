@@ -9,7 +9,7 @@ Source: the arithmetic of PEFT and of LyCORIS (arXiv 2309.14859), which give the
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,10 @@ import numpy as np
 from jaxtyping import Array, Float32
 
 from clvr_jax.models.lora import LoRAPair
+
+NumPyOrJax: TypeAlias = np.ndarray | jax.Array
+ArrayModule: TypeAlias = Any
+"""`numpy` or `jax.numpy`, two modules without a common type."""
 
 MAGNITUDE = "dora_scale"
 _TO_KERNEL = {2: (1, 0), 4: (2, 3, 1, 0)}  # axes of a PyTorch weight -> those of a kernel
@@ -41,21 +45,21 @@ class WeightAdapter:
     magnitude_axis: axis of dora_scale, 0 for a magnitude of each output and 1 for one of each input.
     """
 
-    tensors: Mapping[str, Any]
+    tensors: Mapping[str, NumPyOrJax]
     shape: tuple[int, ...]
     scale: float
     rows: tuple[int, int]
     swapped: bool = False
     magnitude_axis: int = 0
 
-    def delta(self, weight: Any) -> Any:
+    def delta(self, weight: NumPyOrJax) -> NumPyOrJax:
         """Returns the difference that the adapter makes to a weight, in float32.
 
         Args:
           weight: PyTorch weight of the base model, (out, in) or (out, in, height, width), in float32; DoRA needs its
             values. With a NumPy array the computation runs in NumPy, on the host.
         """
-        xp: Any = np if isinstance(weight, np.ndarray) else jnp
+        xp: ArrayModule = np if isinstance(weight, np.ndarray) else jnp
         tensors = {name: xp.asarray(tensor).astype(np.float32) for name, tensor in self.tensors.items()}
         # Full precision: the default of a TPU would round the factors to bfloat16.
         with jax.default_matmul_precision("highest"):
@@ -92,14 +96,14 @@ class KernelAdapter:
         kernel = tuple(weight[axis] for axis in _TO_KERNEL[len(weight)])
         return (len(self.layers), *kernel) if self.stacked else kernel
 
-    def delta(self, kernel: Any) -> Float32[Array, "..."]:
+    def delta(self, kernel: NumPyOrJax) -> Float32[Array, "..."]:
         """Returns the difference that the adapters make to a kernel, in float32 and of its shape."""
         kernel = jnp.asarray(kernel, jnp.float32)
         if not self.stacked:
-            return self.layer_delta(None, kernel)
+            return jnp.asarray(self.layer_delta(None, kernel))
         return jnp.stack([self.layer_delta(layer, kernel[layer]) for layer in range(len(self.layers))])
 
-    def layer_delta(self, layer: int | None, kernel: Any) -> Any:
+    def layer_delta(self, layer: int | None, kernel: NumPyOrJax) -> NumPyOrJax:
         """Returns the difference to the kernel of one layer (None for a kernel that is no stack), in float32.
 
         Args:
@@ -113,17 +117,17 @@ class KernelAdapter:
         return delta.transpose(_TO_KERNEL[delta.ndim])
 
 
-def is_adapter(node: Any) -> bool:
+def is_adapter(node: object) -> bool:
     """Returns whether a node is the adapter of one kernel: `is_leaf` for functions over LoRA trees that were read."""
     return isinstance(node, LoRAPair | KernelAdapter)
 
 
-def kernel_delta(adapter: LoRAPair | KernelAdapter, kernel: Any) -> Float32[Array, "..."]:
+def kernel_delta(adapter: LoRAPair | KernelAdapter, kernel: NumPyOrJax) -> Float32[Array, "..."]:
     """Returns the difference that an adapter makes to a kernel, in float32; a `LoRAPair` does not read the kernel."""
     return adapter.product() if isinstance(adapter, LoRAPair) else adapter.delta(kernel)
 
 
-def adapter_product(tensors: Mapping[str, Any], xp: Any = jnp) -> Any:
+def adapter_product(tensors: Mapping[str, NumPyOrJax], xp: ArrayModule = jnp) -> NumPyOrJax:
     """Returns the product of an adapter's tensors, without scale, as (out, -1) or with the axes of a convolution.
 
     Args:
@@ -144,7 +148,7 @@ def adapter_product(tensors: Mapping[str, Any], xp: Any = jnp) -> Any:
     return xp.matmul(up, flat)
 
 
-def _product(tensors: Mapping[str, Any], name: str, core: str, xp: Any) -> Any:
+def _product(tensors: Mapping[str, NumPyOrJax], name: str, core: str, xp: ArrayModule) -> NumPyOrJax:
     """Returns one matrix of a product, which is stored whole, as two factors, or as two factors and a core tensor."""
     if name in tensors:
         return tensors[name]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -131,7 +131,7 @@ def _splash(
     keys = key_bknh.shape[1]
     valid_mask_bk = jnp.ones((b, keys), bool) if key_mask_bk is None else key_mask_bk != 0
     parts = 1
-    specs: dict[str, Any] = {}
+    specs: dict[str, str | tuple[str, ...] | None] = {}
     if layout is not None:
         spec = layout.spec(("batch", None, "heads", None), query_bqnh.shape)
         head_axes = (spec[2],) if isinstance(spec[2], str) else spec[2] or ()  # JAX unpacks a tuple of one

@@ -8,7 +8,7 @@ Source: `AutoencoderKL`, `ResnetBlock2D`, `Downsample2D` and `Upsample2D` (diffu
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import jax.numpy as jnp
 from flax import nnx
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.torch_numerics import Linear, silu
 
 NORM_EPS = 1e-6
@@ -69,7 +70,7 @@ class Resnet(nnx.Module):
         *,
         epsilon: float = NORM_EPS,
         rngs: nnx.Rngs,
-        **dtypes: Any,
+        **dtypes: Unpack[Dtypes],
     ):
         self.norm1 = nnx.GroupNorm(features_in, groups, epsilon=epsilon, rngs=rngs, **dtypes)
         self.conv1 = nnx.Conv(features_in, features_out, (3, 3), padding=1, rngs=rngs, **dtypes)
@@ -93,7 +94,7 @@ class Resnet(nnx.Module):
 class Attention(nnx.Module):
     """Single-head attention over all positions, with a norm and a residual connection."""
 
-    def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.group_norm = nnx.GroupNorm(features, groups, epsilon=NORM_EPS, rngs=rngs, **dtypes)
         self.to_q = Linear(features, features, rngs=rngs, **dtypes)
         self.to_k = Linear(features, features, rngs=rngs, **dtypes)
@@ -111,7 +112,7 @@ class Attention(nnx.Module):
 class MidBlock(nnx.Module):
     """A resnet, optional attention and a resnet, at the coarsest resolution."""
 
-    def __init__(self, features: int, groups: int, add_attention: bool, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, groups: int, add_attention: bool, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.resnets = nnx.List([Resnet(features, features, groups, rngs=rngs, **dtypes) for _ in range(2)])
         self.attentions = nnx.List([Attention(features, groups, rngs=rngs, **dtypes)] if add_attention else [])
 
@@ -129,7 +130,14 @@ class Downsample(nnx.Module):
     # Autoencoders pad one row at the bottom and one column at the right; the UNet pads all four sides (`padding=1`).
     BOTTOM_RIGHT = ((0, 1), (0, 1))
 
-    def __init__(self, features: int, padding: Any = BOTTOM_RIGHT, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(
+        self,
+        features: int,
+        padding: int | tuple[tuple[int, int], ...] = BOTTOM_RIGHT,
+        *,
+        rngs: nnx.Rngs,
+        **dtypes: Unpack[Dtypes],
+    ):
         self.conv = nnx.Conv(features, features, (3, 3), strides=2, padding=padding, rngs=rngs, **dtypes)
 
     def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 c"]:
@@ -140,7 +148,7 @@ class Downsample(nnx.Module):
 class Upsample(nnx.Module):
     """Nearest-neighbor upsampling by 2 along both sides, then a convolution."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.conv = nnx.Conv(features, features, (3, 3), padding=1, rngs=rngs, **dtypes)
 
     def __call__(
@@ -157,7 +165,9 @@ class Upsample(nnx.Module):
 class Block(nnx.Module):
     """Resnets at one resolution."""
 
-    def __init__(self, features_in: int, features_out: int, layers: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(
+        self, features_in: int, features_out: int, layers: int, groups: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]
+    ):
         widths = [features_in] + [features_out] * layers
         self.resnets = nnx.List([Resnet(a, b, groups, rngs=rngs, **dtypes) for a, b in itertools.pairwise(widths)])
 
@@ -171,7 +181,7 @@ class Block(nnx.Module):
 class DownBlock(Block):
     """Resnets, then optional downsampling by 2."""
 
-    def __init__(self, *args: int, downsample: bool, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, *args: int, downsample: bool, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.downsamplers = nnx.List([Downsample(args[1], rngs=rngs, **dtypes)] if downsample else [])
 
@@ -186,7 +196,7 @@ class DownBlock(Block):
 class UpBlock(Block):
     """Resnets, then optional upsampling by 2."""
 
-    def __init__(self, *args: int, upsample: bool, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, *args: int, upsample: bool, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         super().__init__(*args, rngs=rngs, **dtypes)
         self.upsamplers = nnx.List([Upsample(args[1], rngs=rngs, **dtypes)] if upsample else [])
 
@@ -201,7 +211,7 @@ class UpBlock(Block):
 class Encoder(nnx.Module):
     """The encoder: images to mean and log-variance of the latent posterior, before `quant_conv`."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nnx.Conv(config.in_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
         self.down_blocks = nnx.List(
@@ -233,7 +243,7 @@ class Encoder(nnx.Module):
 class Decoder(nnx.Module):
     """The decoder: latents to images."""
 
-    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: AutoencoderConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         widths, groups = config.decoder_widths[::-1], config.norm_num_groups
         self.conv_in = nnx.Conv(config.latent_channels, widths[0], (3, 3), padding=1, rngs=rngs, **dtypes)
         self.mid_block = MidBlock(widths[0], groups, config.mid_block_add_attention, rngs=rngs, **dtypes)

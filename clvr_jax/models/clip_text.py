@@ -9,7 +9,7 @@ Source: CLIPTextModel, CLIPTextModelWithProjection (transformers); attribute nam
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.layers import scan_blocks, stack_blocks
 
 
@@ -126,7 +127,7 @@ class CLIPText(nnx.Module):
         dtype: DTypeLike = jnp.float32,
         param_dtype: DTypeLike = jnp.float32,
     ) -> None:
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: Dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.config = config
         self.text_model = _TextModel(config, rngs=rngs, **dtypes)
         if config.projection_dim is not None:
@@ -178,14 +179,14 @@ def _end_of_text(input_ids_bt: jax.Array, eos_token_id: int) -> jax.Array:
 
 
 class _TextModel(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         self.embeddings = _Embeddings(config, rngs=rngs, **dtypes)
         self.encoder = _Encoder(config, rngs=rngs, **dtypes)
         self.final_layer_norm = _layer_norm(config, rngs=rngs, **dtypes)
 
 
 class _Embeddings(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         self.token_embedding = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
         self.position_embedding = nnx.Embed(config.max_position_embeddings, config.hidden_size, rngs=rngs, **dtypes)
 
@@ -194,14 +195,14 @@ class _Embeddings(nnx.Module):
 
 
 class _Encoder(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         self.layers = stack_blocks(
             lambda layer_rngs: _EncoderLayer(config, rngs=layer_rngs, **dtypes), config.num_hidden_layers, rngs
         )
 
 
 class _EncoderLayer(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         self.self_attn = _Attention(config, rngs=rngs, **dtypes)
         self.layer_norm1 = _layer_norm(config, rngs=rngs, **dtypes)
         self.mlp = _MLP(config, rngs=rngs, **dtypes)
@@ -213,7 +214,7 @@ class _EncoderLayer(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         linear = partial(nnx.Linear, config.hidden_size, config.hidden_size, rngs=rngs, **dtypes)
         self.num_heads = config.num_attention_heads
         self.q_proj, self.k_proj, self.v_proj, self.out_proj = linear(), linear(), linear(), linear()
@@ -226,7 +227,7 @@ class _Attention(nnx.Module):
 
 
 class _MLP(nnx.Module):
-    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> None:
+    def __init__(self, config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> None:
         self.hidden_act = config.hidden_act
         self.fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs, **dtypes)
         self.fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs, **dtypes)
@@ -235,7 +236,7 @@ class _MLP(nnx.Module):
         return self.fc2(ACTIVATIONS[self.hidden_act](self.fc1(x_btd)))
 
 
-def _layer_norm(config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
+def _layer_norm(config: CLIPTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> nnx.LayerNorm:
     # The fast variance, E[x^2] - E[x]^2, is inaccurate for features that are far from zero, and CLIP has a few.
     return nnx.LayerNorm(
         config.hidden_size, epsilon=config.layer_norm_eps, use_fast_variance=False, rngs=rngs, **dtypes

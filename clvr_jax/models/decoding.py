@@ -1,23 +1,24 @@
 """Autoregressive decoding of a batch of prompts in one compiled program, for models that are a `Decoder`."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, Key, PRNGKeyArray, PyTree
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.layers import read_only_weights
 from clvr_jax.models.sampling import UNCHANGED, Sampling, filter_logits, occurrences, penalize
+from clvr_jax.trees import Params
 
 CACHE_BUCKET = 64
 """Cache lengths are multiples of this, so that slightly longer prompts or replies need no new cache shape."""
 
-DecodeStep = Callable[[Any, jax.Array], tuple[jax.Array, Any]]
+DecodeStep = Callable[[PyTree, jax.Array], tuple[jax.Array, PyTree]]
 ChooseToken = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(logits_bv, index of the token in the reply, tokens_bn so far) -> token_b int32."""
 
@@ -27,11 +28,11 @@ class Decoder(Protocol):
 
     def prefill(
         self, input_ids_bt: Int[Array, "b t"], *, cache_length: int, **prompts: Any
-    ) -> tuple[Float[Array, "b v"], Any]:
+    ) -> tuple[Float[Array, "b v"], PyTree]:
         """Processes the prompts; returns logits (b, vocab) of the next token and a cache with `cache_length` slots."""
         ...
 
-    def decode_step(self, cache: Any, token_b: Int[Array, " b"]) -> tuple[Float[Array, "b v"], Any]:
+    def decode_step(self, cache: PyTree, token_b: Int[Array, " b"]) -> tuple[Float[Array, "b v"], PyTree]:
         """Processes one more token of every row; returns logits (b, vocab) of the next token, and the cache."""
         ...
 
@@ -63,8 +64,8 @@ class Logprobs(NamedTuple):
 
 
 def generate(
-    model: Any,
-    prompts: Mapping[str, Any],
+    model: nnx.Module,
+    prompts: Mapping[str, jax.Array | np.ndarray | Hashable],
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...] = (),
@@ -124,11 +125,11 @@ def generate(
     static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
 )
 def _generate(
-    state: Any,
+    state: Params,
     traced: dict[str, jax.Array],
     temperature_and_key: tuple[jax.Array, jax.Array] | None,
     *,
-    graphdef: Any,
+    graphdef: nnx.GraphDef[Any],
     static: tuple[tuple[str, Any], ...],
     max_new_tokens: int,
     stop_tokens: tuple[int, ...],
@@ -148,7 +149,7 @@ def _generate(
         prompt_bv = occurrences(ids_bt, valid_mask_bt, logits_bv.shape[-1])
         choose = _penalized(choose, prompt_bv, sampling.repetition_penalty)
 
-    def step(cache: Any, token_b: jax.Array) -> tuple[jax.Array, Any]:
+    def step(cache: PyTree, token_b: jax.Array) -> tuple[jax.Array, PyTree]:
         with read_only_weights():
             return model.decode_step(cache, token_b)
 
@@ -167,7 +168,7 @@ def _generate(
 def decode(
     step: DecodeStep,
     logits_bv: Float[Array, "b v"],
-    cache: Any,
+    cache: PyTree,
     choose: ChooseToken,
     *,
     max_new_tokens: int,
@@ -195,11 +196,11 @@ def decode(
         logprobs = so_far.logprobs and _with_logprobs(so_far.logprobs, logits_bv, token_b, index)
         return token_b, Generation(tokens_bn, length_b, so_far.stopped_b | jnp.isin(token_b, stops), logprobs)
 
-    def unfinished(carry: tuple[jax.Array, jax.Array, Any, Generation]) -> jax.Array:
+    def unfinished(carry: tuple[jax.Array, jax.Array, PyTree, Generation]) -> jax.Array:
         index, _, _, so_far = carry
         return (index < max_new_tokens) & ~so_far.stopped_b.all()
 
-    def body(carry: tuple[jax.Array, jax.Array, Any, Generation]) -> tuple[jax.Array, jax.Array, Any, Generation]:
+    def body(carry: tuple[jax.Array, jax.Array, PyTree, Generation]) -> tuple[jax.Array, jax.Array, PyTree, Generation]:
         index, token_b, cache, so_far = carry
         logits_bv, cache = step(cache, token_b)
         token_b, so_far = emit(index, logits_bv, so_far)

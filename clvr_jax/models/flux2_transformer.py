@@ -441,7 +441,7 @@ class Flux2Transformer(nnx.Module):
         joint_btd = jnp.concatenate([text_btd, image_btd], axis=1)
         joint_btd, joint_states = scan_blocks(self.single_transformer_blocks, single, joint_btd, remat=self.remat)
         velocity = self.proj_out(self.norm_out(joint_btd[:, text:], embedding_bd))
-        if not return_hidden_states:
+        if double_states is None or joint_states is None:
             return velocity
         image_lbtd, text_lbtd = double_states
         return velocity, Flux2HiddenStates(image_lbtd, text_lbtd, joint_states)

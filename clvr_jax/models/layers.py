@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +15,16 @@ from jaxtyping import Array, Float, Int, Real
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import ATTENTION_OUTPUT
 from clvr_jax.sharding import active_layout
+from clvr_jax.trees import Params
 
 Block = TypeVar("Block", bound=nnx.Module)
+Carry = TypeVar("Carry")
+Layer = TypeVar("Layer")
+Output = TypeVar("Output")
+Operands = TypeVar("Operands")
 
 _POLICIES = jax.checkpoint_policies
-REMAT: dict[str, Any] = {
+REMAT: dict[str, Callable[..., bool]] = {
     # The operations between the matrix products are cheaper to compute again than to store.
     "dots": _POLICIES.dots_with_no_batch_dims_saveable,
     "attention": _POLICIES.save_only_these_names(ATTENTION_OUTPUT),
@@ -40,14 +45,14 @@ def stack_blocks(make_block: Callable[[nnx.Rngs], Block], depth: int, rngs: nnx.
 
 
 def scan_blocks(
-    blocks: nnx.Module,
-    step: Callable[[Any, Any, Any], tuple[Any, Any]],
-    carry: Any,
-    xs: Any = None,
+    blocks: Block,
+    step: Callable[[Block, Carry, Layer], tuple[Carry, Output]],
+    carry: Carry,
+    xs: Layer = None,  # type: ignore[assignment]  # without layers' inputs, Layer is None
     *,
     remat: str = "dots",
     layers: slice | None = None,
-) -> tuple[Any, Any]:
+) -> tuple[Carry, Output]:
     """Runs a stack of `stack_blocks`: `carry, out = step(block, carry, x)` for each layer.
 
     Args:
@@ -66,11 +71,11 @@ def scan_blocks(
     if layers is not None:
         state = jax.tree.map(lambda leaf: leaf[layers], state)
 
-    def body(carry: Any, layer: tuple[Any, Any]) -> tuple[Any, Any]:
+    def body(carry: Carry, layer: tuple[Params, Layer]) -> tuple[Carry, Output]:
         block_state, x = layer
         return step(nnx.merge(graphdef, block_state), carry, x)
 
-    def read_body(carry: Any, layer: tuple[jax.Array, Any]) -> tuple[Any, Any]:
+    def read_body(carry: Carry, layer: tuple[jax.Array, Layer]) -> tuple[Carry, Output]:
         index, x = layer
         block_state, carry = layer_of(state, index, carry)
         return step(nnx.merge(graphdef, block_state), carry, x)
@@ -97,7 +102,7 @@ def read_only_weights() -> Iterator[None]:
         _IS_READ_ONLY.reset(token)
 
 
-def layer_of(stack: Any, index: Int[Array, ""], carry: Any) -> tuple[Any, Any]:
+def layer_of(stack: Operands, index: Int[Array, ""], carry: Carry) -> tuple[Operands, Carry]:
     """Returns the weights of one layer of a stack, inside the loop over layers, and the same carry.
 
     XLA has no bfloat16 on CPUs: it would cast the whole stack to float32 before the loop and store the copy, which is
@@ -109,7 +114,7 @@ def layer_of(stack: Any, index: Int[Array, ""], carry: Any) -> tuple[Any, Any]:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack), carry
 
 
-def embed_tokens(embed: Any, ids: jax.Array) -> jax.Array:
+def embed_tokens(embed: nnx.Module, ids: jax.Array) -> jax.Array:
     """Returns embed(ids); inside `read_only_weights`, a loop of a CPU does not keep a float32 copy of the table.
 
     Args:
@@ -164,11 +169,11 @@ _VOCABULARY_PARTS = 64
 """At most this many parts: 9 MiB each, in float32, for the 151,936 tokens of Qwen and 1,024 features."""
 
 
-def _barrier_on_cpu(operands: Any) -> Any:
+def _barrier_on_cpu(operands: Operands) -> Operands:
     return jax.lax.platform_dependent(operands, cpu=jax.lax.optimization_barrier, default=lambda operands: operands)
 
 
-def _is_half(weights: Any) -> bool:
+def _is_half(weights: Params) -> bool:
     """Returns whether there are floating-point weights of 16 bits."""
     return any(leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(weights))
 

@@ -10,8 +10,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +19,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float32, PRNGKeyArray
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.trees import Params, Path, dotted, leaves_by_path, some
+from clvr_jax.trees import Leaf, Params, Path, dotted, leaves_by_path, some
 
 # The adapted kernels: linear layers, stacks of linear layers, convolutions.
 KERNEL_AXES = (2, 3, 4)
@@ -36,8 +35,8 @@ class LoRAPair:
     scale: alpha / rank, or one for each layer of a stack.
     """
 
-    a: Any
-    b: Any
+    a: Leaf
+    b: Leaf
     scale: float | tuple[float, ...] = 1.0
 
     def product(self) -> Float32[Array, "*outer c d"]:
@@ -68,7 +67,7 @@ class LoRAConfig:
         return init_lora(params, self.targets, self.rank, self.alpha, key)
 
 
-def is_pair(node: Any) -> bool:
+def is_pair(node: object) -> bool:
     """Returns whether a node is a `LoRAPair`: `is_leaf` for functions over LoRA trees."""
     return isinstance(node, LoRAPair)
 
@@ -121,5 +120,5 @@ def init_lora(
     return unflatten_dict({path: pair(path, own) for path, own in zip(adapted, keys, strict=False)})
 
 
-def _names(paths: dict[Path, Any]) -> list[str]:
+def _names(paths: Iterable[Path]) -> list[str]:
     return [dotted(path) for path in paths]

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Float32, Int, Int8
 
+from clvr_jax.trees import Params, Path
+
 Quantization = Literal["int8"]
 """The formats that weights can be quantized to."""
 
@@ -33,7 +35,7 @@ SCALE = "_scale"
 """The suffix of the name of a parameter's scales."""
 
 
-def scale_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+def scale_path(path: Path) -> Path:
     """Returns the path of the scales of a parameter, which a model has if the parameter is quantized."""
     return (*path[:-1], f"{path[-1]}{SCALE}")
 
@@ -74,7 +76,7 @@ class QuantizedEmbed(nnx.Module):
     def __init__(self, embed: nnx.Embed) -> None:
         embedding, scale = quantize(embed.embedding[...], axis=-1)
         self.embedding, self.embedding_scale = nnx.Param(embedding), nnx.Param(scale)
-        self.dtype: Any = embed.dtype or embed.param_dtype
+        self.dtype = embed.dtype or embed.param_dtype
 
     def __call__(self, ids: Int[Array, " *t"]) -> Float[Array, "*t d"]:
         """Returns the embeddings of token ids of any shape, (..., features), in the compute dtype."""
@@ -117,7 +119,7 @@ def _replace(node: Any, path: tuple[str, ...]) -> None:
             _replace(child, own)
 
 
-_KINDS: dict[type, Callable[[Any], nnx.Module]] = {nnx.Linear: QuantizedLinear, nnx.Embed: QuantizedEmbed}
+_KINDS: dict[type, Callable[..., nnx.Module]] = {nnx.Linear: QuantizedLinear, nnx.Embed: QuantizedEmbed}
 
 
 def is_quantized(module: nnx.Module) -> bool:
@@ -125,6 +127,6 @@ def is_quantized(module: nnx.Module) -> bool:
     return any(str(path[-1]).endswith(SCALE) for path, _ in nnx.to_flat_state(nnx.state(module)))
 
 
-def weight_bytes(tree: Any) -> int:
+def weight_bytes(tree: Params | nnx.Module) -> int:
     """Returns the bytes of all arrays, or shapes, of a module's state or another tree."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))

@@ -212,8 +212,10 @@ class Qwen3(nnx.Module):
         rotary = rotary_tables(positions_bt, self.config.head_dim, self.config.rope_theta)
         mask = causal_mask(t, cache.key.shape[2] if keys is None else keys, start)
 
-        def step(layer: DecoderLayer, x_btd: jax.Array, past: KVCache) -> tuple[jax.Array, KVCache | None]:
-            return layer(x_btd, rotary, mask, past, start)
+        def step(layer: DecoderLayer, x_btd: jax.Array, past: KVCache) -> tuple[jax.Array, KVCache]:
+            x_btd, updated = layer(x_btd, rotary, mask, past, start)
+            assert updated is not None  # a layer that is given a cache returns it
+            return x_btd, updated
 
         x_btd, cache = scan_blocks(self.model.layers, step, self.model.embed_tokens(input_ids_bt), cache)
         return self._logits(x_btd), cache

@@ -8,7 +8,7 @@ Source: `Qwen3VLForConditionalGeneration` (transformers); attribute names are it
 """
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.layers import embed_tokens, scan_blocks, stack_blocks, vocabulary_logits
 from clvr_jax.models.quantization import QuantizedEmbed, QuantizedLinear, scaled_product
 from clvr_jax.models.qwen3_layers import DecoderLayer, KVCache, Rotary, attend_past, inverse_frequencies
@@ -122,7 +123,7 @@ class DecodeCache(NamedTuple):
 
 
 class _LanguageModel(nnx.Module):
-    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLTextConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.embed_tokens = nnx.Embed(config.vocab_size, config.hidden_size, rngs=rngs, **dtypes)
         self.layers = stack_blocks(
             lambda rngs: DecoderLayer(config, rngs=rngs, **dtypes), config.num_hidden_layers, rngs
@@ -131,7 +132,7 @@ class _LanguageModel(nnx.Module):
 
 
 class _Model(nnx.Module):
-    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, remat: str, **dtypes: Any):
+    def __init__(self, config: Qwen3VLConfig, *, rngs: nnx.Rngs, remat: str, **dtypes: Unpack[Dtypes]):
         self.visual = Qwen3VLVision(config.vision, rngs=rngs, remat=remat, **dtypes)
         self.language_model = _LanguageModel(config.text, rngs=rngs, **dtypes)
 
@@ -172,7 +173,7 @@ class Qwen3VL(nnx.Module):
     ):
         self.config = config
         self.remat = remat
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: Dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.model = _Model(config, rngs=rngs, remat=remat, **dtypes)
         self.lm_head = (
             None

@@ -5,7 +5,7 @@ Source: `Qwen3VLVisionModel` (transformers); attribute names are its keys.
 
 import dataclasses
 import itertools
-from typing import Any, NamedTuple
+from typing import NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import attention
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.layers import scan_blocks, stack_blocks
 from clvr_jax.models.qwen3_vl_positions import Grids, interpolation_taps, vision_rotary
 
@@ -89,7 +90,7 @@ class VisionFeatures(NamedTuple):
 
 
 class _PatchEmbed(nnx.Module):
-    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         kernel_size = (config.temporal_patch_size, config.patch_size, config.patch_size)
         self.proj = nnx.Conv(config.in_channels, config.hidden_size, kernel_size, rngs=rngs, **dtypes)
 
@@ -104,7 +105,7 @@ class _PatchEmbed(nnx.Module):
 
 
 class _Attention(nnx.Module):
-    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.num_heads = config.num_heads
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs, **dtypes)
         self.proj = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs, **dtypes)
@@ -134,7 +135,7 @@ def _rotate(x_bnhk: jax.Array, cos_nk: jax.Array, sin_nk: jax.Array) -> jax.Arra
 
 
 class _MLP(nnx.Module):
-    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.linear_fc1 = nnx.Linear(config.hidden_size, config.intermediate_size, rngs=rngs, **dtypes)
         self.linear_fc2 = nnx.Linear(config.intermediate_size, config.hidden_size, rngs=rngs, **dtypes)
 
@@ -142,13 +143,13 @@ class _MLP(nnx.Module):
         return self.linear_fc2(nnx.gelu(self.linear_fc1(x_bnd), approximate=True))
 
 
-def _layer_norm(features: int, *, rngs: nnx.Rngs, **dtypes: Any) -> nnx.LayerNorm:
+def _layer_norm(features: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]) -> nnx.LayerNorm:
     # The fast variance, E[x^2] - E[x]^2, is inaccurate for features that are far from zero, as in deep towers.
     return nnx.LayerNorm(features, epsilon=NORM_EPS, use_fast_variance=False, rngs=rngs, **dtypes)
 
 
 class _Block(nnx.Module):
-    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.norm1 = _layer_norm(config.hidden_size, rngs=rngs, **dtypes)
         self.norm2 = _layer_norm(config.hidden_size, rngs=rngs, **dtypes)
         self.attn = _Attention(config, rngs=rngs, **dtypes)
@@ -164,7 +165,7 @@ class _Block(nnx.Module):
 class _PatchMerger(nnx.Module):
     """Merges merge x merge adjacent patches into one token with the width of the language model."""
 
-    def __init__(self, config: Qwen3VLVisionConfig, *, norm_merged: bool, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, config: Qwen3VLVisionConfig, *, norm_merged: bool, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.norm_merged = norm_merged
         self.merged = config.hidden_size * config.spatial_merge_size**2
         self.norm = _layer_norm(self.merged if norm_merged else config.hidden_size, rngs=rngs, **dtypes)
@@ -199,7 +200,7 @@ class Qwen3VLVision(nnx.Module):
     ):
         self.config = config
         self.remat = remat
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: Dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         self.patch_embed = _PatchEmbed(config, rngs=rngs, **dtypes)
         self.pos_embed = nnx.Embed(config.num_position_embeddings, config.hidden_size, rngs=rngs, **dtypes)
         self.blocks = stack_blocks(lambda rngs: _Block(config, rngs=rngs, **dtypes), config.depth, rngs)

@@ -3,12 +3,18 @@
 In float32 they are equal to the layers of `flax.nnx`, bit for bit.
 """
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
+
+from clvr_jax.models.dtypes import Dtypes
+
+Sharding = NamedSharding | PartitionSpec | None
 
 
 class Linear(nnx.Linear):
@@ -17,12 +23,16 @@ class Linear(nnx.Linear):
     This reduces the error of a layer in bfloat16 by a third.
     """
 
-    def __init__(self, features_in: int, features_out: int, **options: Any):
-        super().__init__(features_in, features_out, preferred_element_type=jnp.float32, **options)
+    def __init__(
+        self, features_in: int, features_out: int, *, use_bias: bool = True, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]
+    ):
+        super().__init__(
+            features_in, features_out, use_bias=use_bias, preferred_element_type=jnp.float32, rngs=rngs, **dtypes
+        )
 
-    def __call__(self, inputs: Float[Array, "... c"], *args: Any, **kwargs: Any) -> Float[Array, "... d"]:
+    def __call__(self, inputs: Float[Array, "... c"], out_sharding: Sharding = None) -> Float[Array, "... d"]:
         """Maps (..., features_in) to (..., features_out) in the compute dtype."""
-        return super().__call__(inputs, *args, **kwargs).astype(self.dtype)
+        return super().__call__(inputs, out_sharding).astype(self.dtype)
 
 
 class Conv(nnx.Conv):
@@ -31,12 +41,29 @@ class Conv(nnx.Conv):
     The other convolutions are `nnx.Conv`: not every accelerator has a fast bfloat16 convolution with float32 results.
     """
 
-    def __init__(self, *args: Any, **options: Any):
-        super().__init__(*args, preferred_element_type=jnp.float32, **options)
+    def __init__(
+        self,
+        features_in: int,
+        features_out: int,
+        kernel_size: Sequence[int],
+        *,
+        padding: int,
+        rngs: nnx.Rngs,
+        **dtypes: Unpack[Dtypes],
+    ):
+        super().__init__(
+            features_in,
+            features_out,
+            kernel_size,
+            padding=padding,
+            preferred_element_type=jnp.float32,
+            rngs=rngs,
+            **dtypes,
+        )
 
-    def __call__(self, inputs: Float[Array, "b h w c"], *args: Any, **kwargs: Any) -> Float[Array, "b h2 w2 d"]:
+    def __call__(self, inputs: Float[Array, "b h w c"], out_sharding: Sharding = None) -> Float[Array, "b h2 w2 d"]:
         """Maps (b, h, w, features_in) to (b, h, w, features_out) in the compute dtype."""
-        return super().__call__(inputs, *args, **kwargs).astype(self.dtype)
+        return super().__call__(inputs, out_sharding).astype(self.dtype)
 
 
 def silu(x: Float[Array, " *d"]) -> Float[Array, " *d"]:

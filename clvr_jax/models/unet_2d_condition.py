@@ -8,7 +8,7 @@ Source: `UNet2DConditionModel` (diffusers); attribute names are its keys.
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Real
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.layers import sinusoidal_embedding
 from clvr_jax.models.torch_numerics import Conv, Linear, silu
-from clvr_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
+from clvr_jax.models.unet_blocks import DownBlock, MidBlock, StageOptions, TransformerOptions, UpBlock
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -129,7 +130,7 @@ class TimestepEmbedding(nnx.Module):
     """Two linear layers with SiLU between them; an optional condition is projected and added to the input."""
 
     def __init__(
-        self, features_in: int, features: int, condition: int | None = None, *, rngs: nnx.Rngs, **dtypes: Any
+        self, features_in: int, features: int, condition: int | None = None, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]
     ) -> None:
         self.linear_1 = Linear(features_in, features, rngs=rngs, **dtypes)
         self.cond_proj = (
@@ -166,25 +167,25 @@ class UNet2DCondition(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         remat: str = "dots",
     ) -> None:
-        dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}
+        dtypes: Dtypes = {"dtype": dtype, "param_dtype": param_dtype}
         widths, groups, layers = config.block_out_channels, config.norm_num_groups, config.layers_per_block
         embedding, last = 4 * widths[0], len(widths) - 1
         self.config = config
         self.dtype = dtype
 
-        def options(block: int, attends: bool) -> dict[str, Any]:
-            transformer = {
+        def options(block: int, attends: bool) -> StageOptions:
+            transformer: TransformerOptions = {
                 "text_features": config.cross_attention_dim,
                 "heads": config.heads[block],
                 "depth": config.depths[block],
                 "linear": config.use_linear_projection,
             }
-            resnet = {"groups": groups, "embedding": embedding, "epsilon": config.norm_eps}
             return {
-                **resnet,
+                "groups": groups,
+                "embedding": embedding,
+                "epsilon": config.norm_eps,
                 "transformer": transformer if attends else None,
                 "remat": remat,
-                "rngs": rngs,
                 **dtypes,
             }
 
@@ -201,14 +202,14 @@ class UNet2DCondition(nnx.Module):
         for i, kind in enumerate(config.down_block_types):
             widths_in = [width] + [widths[i]] * (layers - 1)
             width = widths[i]
-            down_blocks.append(DownBlock(widths_in, width, downsample=i < last, **options(i, _DOWN[kind])))
+            down_blocks.append(DownBlock(widths_in, width, downsample=i < last, rngs=rngs, **options(i, _DOWN[kind])))
             skips += [width] * (layers + (i < last))
         self.down_blocks = nnx.List(down_blocks)
-        self.mid_block = MidBlock(width, **options(last, True))
+        self.mid_block = MidBlock(width, rngs=rngs, **options(last, True))
         for i, kind in zip(range(last, -1, -1), config.up_block_types, strict=True):
             widths_in = [own + skips.pop() for own in [width] + [widths[i]] * layers]
             width = widths[i]
-            up_blocks.append(UpBlock(widths_in, width, upsample=i > 0, **options(i, _UP[kind])))
+            up_blocks.append(UpBlock(widths_in, width, upsample=i > 0, rngs=rngs, **options(i, _UP[kind])))
         self.up_blocks = nnx.List(up_blocks)
         self.conv_norm_out = nnx.GroupNorm(width, groups, epsilon=config.norm_eps, rngs=rngs, **dtypes)
         self.conv_out = Conv(width, config.out_channels, (3, 3), padding=1, rngs=rngs, **dtypes)

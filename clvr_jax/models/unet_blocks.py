@@ -6,7 +6,7 @@ Source: `unet_2d_blocks` and `Transformer2DModel` (diffusers); attribute names a
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from clvr_jax.models import autoencoder_blocks
 from clvr_jax.models.attention import attention
 from clvr_jax.models.autoencoder_blocks import Downsample, Upsample
+from clvr_jax.models.dtypes import Dtypes
 from clvr_jax.models.layers import scan_blocks, stack_blocks
 from clvr_jax.models.torch_numerics import Linear, gelu, silu
 
@@ -24,10 +25,17 @@ class Resnet(autoencoder_blocks.Resnet):
     """The resnet of the autoencoder, with a projection of the timestep embedding added between its convolutions."""
 
     def __init__(
-        self, features_in: int, features_out: int, groups: int, embedding: int, *, rngs: nnx.Rngs, **options: Any
+        self,
+        features_in: int,
+        features_out: int,
+        groups: int,
+        embedding: int,
+        *,
+        epsilon: float,
+        rngs: nnx.Rngs,
+        **dtypes: Unpack[Dtypes],
     ):
-        super().__init__(features_in, features_out, groups, rngs=rngs, **options)
-        dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
+        super().__init__(features_in, features_out, groups, epsilon=epsilon, rngs=rngs, **dtypes)
         self.time_emb_proj = Linear(embedding, features_out, rngs=rngs, **dtypes)
 
     def __call__(self, x_bhwc: Float[Array, "b h w c"], embedding_be: Float[Array, "b e"]) -> Float[Array, "b h w d"]:  # type: ignore[override]
@@ -38,7 +46,7 @@ class Resnet(autoencoder_blocks.Resnet):
 class Attention(nnx.Module):
     """Multi-head attention of image positions to each other or to the text."""
 
-    def __init__(self, features: int, context_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, context_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.heads = heads
         self.to_q = Linear(features, features, use_bias=False, rngs=rngs, **dtypes)
         self.to_k = Linear(context_features, features, use_bias=False, rngs=rngs, **dtypes)
@@ -58,7 +66,7 @@ class Attention(nnx.Module):
 class GEGLU(nnx.Module):
     """Value times GELU of a gate; one projection computes both."""
 
-    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features_in: int, features_out: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.proj = Linear(features_in, 2 * features_out, rngs=rngs, **dtypes)
 
     def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t e"]:
@@ -70,7 +78,7 @@ class GEGLU(nnx.Module):
 class FeedForward(nnx.Module):
     """Gated MLP with four times the width in its hidden layer."""
 
-    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         # The second entry is the dropout of PyTorch, which has no weights but an index in the keys.
         widen = GEGLU(features, 4 * features, rngs=rngs, **dtypes)
         self.net = nnx.List([widen, nnx.Dropout(0.0), Linear(4 * features, features, rngs=rngs, **dtypes)])
@@ -83,7 +91,7 @@ class FeedForward(nnx.Module):
 class TransformerBlock(nnx.Module):
     """Self-attention, cross-attention to the text and MLP, each after a LayerNorm and with a residual connection."""
 
-    def __init__(self, features: int, text_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, features: int, text_features: int, heads: int, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
         self.norm1, self.norm2, self.norm3 = (
             nnx.LayerNorm(features, epsilon=1e-5, rngs=rngs, **dtypes) for _ in range(3)
         )
@@ -113,7 +121,7 @@ class Transformer(nnx.Module):
         linear: bool,
         remat: str,
         rngs: nnx.Rngs,
-        **dtypes: Any,
+        **dtypes: Unpack[Dtypes],
     ):
         def projection() -> Linear | nnx.Conv:
             # On channels-last images a 1 x 1 convolution is a linear layer whose kernel has two more axes.
@@ -141,6 +149,25 @@ class Transformer(nnx.Module):
         return x_bhwc + self.proj_out(tokens_btd.reshape(b, h, w, c))
 
 
+class TransformerOptions(TypedDict):
+    """The keyword arguments of `Transformer` that one block of a UNet has for all of its transformers."""
+
+    text_features: int
+    heads: int
+    depth: int
+    linear: bool
+
+
+class StageOptions(Dtypes):
+    """The keyword arguments of `Stage` that its subclasses pass on."""
+
+    groups: int
+    embedding: int
+    epsilon: float
+    transformer: TransformerOptions | None
+    remat: str
+
+
 class Stage(nnx.Module):
     """Resnets at one resolution, each followed by an optional transformer.
 
@@ -160,11 +187,11 @@ class Stage(nnx.Module):
         groups: int,
         embedding: int,
         epsilon: float,
-        transformer: dict[str, Any] | None,
+        transformer: TransformerOptions | None,
         transformers: int | None = None,
         remat: str,
         rngs: nnx.Rngs,
-        **dtypes: Any,
+        **dtypes: Unpack[Dtypes],
     ):
         count = 0 if transformer is None else len(widths_in) if transformers is None else transformers
         self.remat = remat
@@ -172,10 +199,9 @@ class Stage(nnx.Module):
             [Resnet(width_in, width, groups, embedding, epsilon=epsilon, rngs=rngs, **dtypes) for width_in in widths_in]
         )
         self.attentions = nnx.List(
-            [
-                Transformer(width, groups=groups, remat=remat, rngs=rngs, **dtypes, **(transformer or {}))
-                for _ in range(count)
-            ]
+            [Transformer(width, groups=groups, remat=remat, rngs=rngs, **dtypes, **transformer) for _ in range(count)]
+            if transformer is not None
+            else []
         )
 
     def layer(
@@ -194,9 +220,11 @@ class Stage(nnx.Module):
 class DownBlock(Stage):
     """A stage, then downsampling by 2 unless it is the last block."""
 
-    def __init__(self, widths_in: Sequence[int], width: int, *, downsample: bool, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self, widths_in: Sequence[int], width: int, *, downsample: bool, rngs: nnx.Rngs, **options: Unpack[StageOptions]
+    ):
         super().__init__(widths_in, width, rngs=rngs, **options)
-        dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
+        dtypes = Dtypes(dtype=options["dtype"], param_dtype=options["param_dtype"])
         self.downsamplers = nnx.List([Downsample(width, 1, rngs=rngs, **dtypes)] if downsample else [])
 
     def __call__(
@@ -213,8 +241,8 @@ class DownBlock(Stage):
 class MidBlock(Stage):
     """A resnet, a transformer and a resnet, at the coarsest resolution."""
 
-    def __init__(self, width: int, **options: Any):
-        super().__init__((width, width), width, transformers=1, **options)
+    def __init__(self, width: int, *, rngs: nnx.Rngs, **options: Unpack[StageOptions]):
+        super().__init__((width, width), width, transformers=1, rngs=rngs, **options)
 
     def __call__(
         self, x_bhwc: Float[Array, "b h w c"], embedding_be: Float[Array, "b e"], text_bsd: Float[Array, "b s d"]
@@ -228,9 +256,11 @@ class MidBlock(Stage):
 class UpBlock(Stage):
     """A stage whose resnets also get states of the down blocks, then upsampling by 2 unless it is the last block."""
 
-    def __init__(self, widths_in: Sequence[int], width: int, *, upsample: bool, rngs: nnx.Rngs, **options: Any):
+    def __init__(
+        self, widths_in: Sequence[int], width: int, *, upsample: bool, rngs: nnx.Rngs, **options: Unpack[StageOptions]
+    ):
         super().__init__(widths_in, width, rngs=rngs, **options)
-        dtypes = {name: options[name] for name in ("dtype", "param_dtype")}
+        dtypes = Dtypes(dtype=options["dtype"], param_dtype=options["param_dtype"])
         self.upsamplers = nnx.List([Upsample(width, rngs=rngs, **dtypes)] if upsample else [])
 
     def __call__(
