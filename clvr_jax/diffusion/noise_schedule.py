@@ -4,14 +4,13 @@ alpha is the entry of `alphas_cumprod` at a training timestep; sigma = sqrt((1 -
 """
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 from jaxtyping import Float32, Int32
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import shown
+from clvr_jax.json_input import JSON, UncheckedJSON, shown
 
 _CHOICES = {
     "beta_schedule": ("scaled_linear", "linear"),
@@ -19,8 +18,8 @@ _CHOICES = {
     "timestep_spacing": ("leading", "trailing", "linspace"),
 }
 # The defaults of diffusers' scheduler classes for fields that scheduler_config.json does not have.
-_LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
-_CLASS_DEFAULTS: dict[str, dict[str, Any]] = {
+_LINEAR: dict[str, JSON] = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
+_CLASS_DEFAULTS: dict[str, dict[str, JSON]] = {
     "EulerDiscreteScheduler": {**_LINEAR, "timestep_spacing": "linspace"},
     "DDIMScheduler": {**_LINEAR, "clip_sample": True},
     "PNDMScheduler": {**_LINEAR, "set_alpha_to_one": False},
@@ -33,7 +32,7 @@ _FIXED = {
     **dict.fromkeys(("sigma_min", "sigma_max")),
     **{"interpolation_type": "linear", "timestep_type": "discrete", "final_sigmas_type": "zero"},
 }
-_TYPES: dict[Any, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
+_TYPES: dict[object, tuple[type, ...]] = {int: (int,), float: (int, float), bool: (bool,), str: (str,)}
 _MAX_NUMBER = 10**6
 _IGNORED = ("skip_prk_steps", "sample_max_value", "clip_sample_range", "dynamic_thresholding_ratio")
 
@@ -83,7 +82,7 @@ class NoiseSchedule:
                 )
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], scheduler: str | None = None) -> Self:
+    def from_config(cls, config: UncheckedJSON, scheduler: str | None = None) -> Self:
         """Reads `scheduler_config.json`.
 
         Args:

@@ -2,13 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any, Self
 
 import numpy as np
 from jaxtyping import Float32
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON, UncheckedJSON
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 # Fields of diffusers' class of which the solver supports one value.
@@ -63,14 +63,18 @@ class FlowSchedule:
             raise ClvrError(f"shift_terminal is {self.shift_terminal!r}; it must be null or a number in [0, 1)")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Self:
+    def from_config(cls, config: UncheckedJSON) -> Self:
         """Reads `scheduler_config.json`.
 
         Raises: ClvrError, which names the field, for another class, an unknown field, or a value that is not supported.
         """
         if (found := config.get("_class_name")) != SCHEDULER_CLASS:
             raise ClvrError(f"a {found}, which is not supported, only {SCHEDULER_CLASS}")
-        kinds: dict[str, Any] = {"shift": (int, float), "use_dynamic_shifting": bool, "time_shift_type": str}
+        kinds: dict[str, type | tuple[type, ...]] = {
+            "shift": (int, float),
+            "use_dynamic_shifting": bool,
+            "time_shift_type": str,
+        }
         values: dict[str, Any] = {}
         for name, value in config.items():
             if name == "shift_terminal" and value is None:
@@ -87,7 +91,7 @@ class FlowSchedule:
                 raise ClvrError(f"unknown field {name!r}; a {SCHEDULER_CLASS} has none of this name")
         return cls(**values)
 
-    def to_config(self) -> dict[str, Any]:
+    def to_config(self) -> dict[str, JSON]:
         """Returns `scheduler_config.json` for `from_config` and diffusers, with the fields of FLUX.2 klein."""
         terminal = {} if self.shift_terminal is None else {"shift_terminal": self.shift_terminal}
         return {

@@ -1,11 +1,10 @@
 """Solvers of the sampling ODE dx / dsigma = velocity(x, sigma)."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 Velocity = Callable[[Float[Array, "b *d"], Float[Array, ""]], Float[Array, "b *d"]]
 """(latents, scalar sigma) -> velocity of the latents' shape."""
@@ -29,5 +28,5 @@ def euler_solve(
         return x + ((next_sigma - sigma) * velocity(x, sigma)).astype(x.dtype), None
 
     # Of NumPy arrays or of JAX arrays: constants are sliced before the program, not in it.
-    intervals: Any = (sigmas[:-1], sigmas[1:])
+    intervals: PyTree = (sigmas[:-1], sigmas[1:])
     return jax.lax.scan(step, latents_btd, intervals)[0]
