@@ -2,10 +2,10 @@
 
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,7 @@ from clvr_jax.convert import (
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.clip_text import CLIPText
@@ -33,13 +34,17 @@ from clvr_jax.models.quantization import quantize_layers
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
+from clvr_jax.trees import Params
+
+ModelConfig: TypeAlias = Any
+"""The frozen configuration of an architecture's module: a class of its own for each architecture."""
 
 
-def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str, Any]], Any]:
+def _checked(read: Callable[[UncheckedJSON], ModelConfig]) -> Callable[[UncheckedJSON], ModelConfig]:
     """Wraps a parser of config.json so that any malformed content raises ClvrError with one line."""
 
     @functools.wraps(read)
-    def checked(config: Mapping[str, Any]) -> Any:
+    def checked(config: UncheckedJSON) -> ModelConfig:
         try:
             return read(config)
         except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
@@ -49,7 +54,7 @@ def _checked(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Mapping[str,
     return checked
 
 
-def _unchanged(tensors: Tensors, config: Any) -> Tensors:
+def _unchanged(tensors: Tensors, config: ModelConfig) -> Tensors:
     return tensors
 
 
@@ -67,25 +72,25 @@ class Architecture:
     title: str
     torch_class: str
     module: Callable[..., nnx.Module]
-    config_from_dict: Callable[[Mapping[str, Any]], Any]
-    config_to_dict: Callable[[Any], dict[str, Any]]
-    key_mapping: Callable[[Any], KeyMapping]
+    config_from_dict: Callable[[UncheckedJSON], ModelConfig]
+    config_to_dict: Callable[[ModelConfig], dict[str, JSON]]
+    key_mapping: Callable[[ModelConfig], KeyMapping]
     file_name: str = DIFFUSERS_NAME
-    canonicalize_keys: Callable[[Tensors, Any], Tensors] = _unchanged
+    canonicalize_keys: Callable[[Tensors, ModelConfig], Tensors] = _unchanged
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "config_from_dict", _checked(self.config_from_dict))
 
-    def make(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> Any:
+    def make(self, config: UncheckedJSON, dtype: DTypeLike = jnp.float32) -> Any:
         """Returns the module of a config.json with random weights from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    def split(self, config: Mapping[str, Any], dtype: DTypeLike = jnp.float32) -> tuple[Any, nnx.State]:
+    def split(self, config: UncheckedJSON, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Any], Params]:
         """Returns graph and abstract state (shapes and dtypes) of a config.json's model; allocates no weights."""
         graphdef, state = _split(self, self.config_from_dict(config), jnp.dtype(dtype))
         return graphdef, jax.tree.map(lambda leaf: leaf, state)  # a copy: states are changed in place
 
-    def entries(self, config: Mapping[str, Any]) -> list[Entry]:
+    def entries(self, config: UncheckedJSON) -> list[Entry]:
         """Returns one entry per parameter: its correspondence with PyTorch's tensors."""
         made = self.config_from_dict(config)
         return entries(_split(self, made, jnp.dtype(jnp.float32))[1], self.key_mapping(made))
@@ -93,7 +98,7 @@ class Architecture:
 
 # Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
-def _split(architecture: Architecture, made: Any, dtype: jnp.dtype) -> tuple[Any, nnx.State]:
+def _split(architecture: Architecture, made: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[Any], Params]:
     try:
         graphdef, state = nnx.split(
             nnx.eval_shape(lambda: architecture.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.autoencoder_kl import AutoencoderKLConfig
 
 Tensor = TypeVar("Tensor")
@@ -23,7 +24,7 @@ _FIXED = {"act_fn": "silu", "latents_mean": None, "latents_std": None}
 _BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 
 
-def config_from_dict(config: Mapping[str, Any]) -> AutoencoderKLConfig:
+def config_from_dict(config: UncheckedJSON) -> AutoencoderKLConfig:
     """Parses `vae/config.json`. Raises: ClvrError for a feature that our autoencoder does not support."""
     for name, kind in _BLOCKS.items():
         if set(config.get(name, ())) - {kind}:
@@ -31,7 +32,7 @@ def config_from_dict(config: Mapping[str, Any]) -> AutoencoderKLConfig:
     return from_known_fields(AutoencoderKLConfig, config, fixed=_FIXED, ignored=("force_upcast", *_BLOCKS))
 
 
-def config_to_dict(config: AutoencoderKLConfig) -> dict[str, Any]:
+def config_to_dict(config: AutoencoderKLConfig) -> dict[str, JSON]:
     """Returns the content of `vae/config.json`."""
     blocks = {name: [kind] * len(config.block_out_channels) for name, kind in _BLOCKS.items()}
     return {"_class_name": "AutoencoderKL", **dataclasses.asdict(config), **_FIXED, **blocks}

@@ -1,11 +1,10 @@
 """AutoencoderKLFlux2 <-> diffusers `vae/`."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping, Rule
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 
 KEY_MAPPING = KeyMapping(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))
@@ -14,13 +13,13 @@ KEY_MAPPING = KeyMapping(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"
 _FIXED = {"act_fn": "silu"}
 
 
-def config_from_dict(config: Mapping[str, Any]) -> AutoencoderKLFlux2Config:
+def config_from_dict(config: UncheckedJSON) -> AutoencoderKLFlux2Config:
     """Parses `vae/config.json`. Raises: ClvrError for a feature that our autoencoder does not support."""
     ignored = ("down_block_types", "up_block_types", "force_upcast", "scaling_factor", "shift_factor")
     return from_known_fields(AutoencoderKLFlux2Config, config, fixed=_FIXED, ignored=ignored)
 
 
-def config_to_dict(config: AutoencoderKLFlux2Config) -> dict[str, Any]:
+def config_to_dict(config: AutoencoderKLFlux2Config) -> dict[str, JSON]:
     """Returns the content of `vae/config.json`."""
     blocks = len(config.block_out_channels)
     return {

@@ -3,11 +3,12 @@
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.clip_text import CLIPTextConfig
 
 Tensor = TypeVar("Tensor")
@@ -43,7 +44,7 @@ _GENERATION = (
 )
 
 
-def config_from_dict(config: Mapping[str, Any]) -> CLIPTextConfig:
+def config_from_dict(config: UncheckedJSON) -> CLIPTextConfig:
     """Parses `config.json` of a text encoder, or of a complete CLIP, whose `text_config` is one.
 
     A text encoder's configuration has a `projection_dim` whether or not there is a projection: `architectures` decides.
@@ -66,7 +67,7 @@ def config_from_dict(config: Mapping[str, Any]) -> CLIPTextConfig:
     return from_known_fields(CLIPTextConfig, fields, fixed=_FIXED, ignored=(*_IGNORED, *_GENERATION))
 
 
-def config_to_dict(config: CLIPTextConfig) -> dict[str, Any]:
+def config_to_dict(config: CLIPTextConfig) -> dict[str, JSON]:
     """Returns the content of `config.json`, which transformers 4 and 5 read."""
     fields = dataclasses.asdict(config)
     architecture = "CLIPTextModelWithProjection"

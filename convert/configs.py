@@ -4,10 +4,10 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import shown
+from clvr_jax.json_input import JSON, UncheckedJSON, shown
 
 MOST_LAYERS = 1000
 """Largest number of layers, blocks or list members: each is a module to build, so a larger number would not finish."""
@@ -21,9 +21,9 @@ Config = TypeVar("Config")
 
 def from_known_fields(
     config_class: type[Config],
-    given: Mapping[str, Any],
+    given: UncheckedJSON,
     *,
-    fixed: Mapping[str, Any] | None = None,
+    fixed: Mapping[str, object] | None = None,
     ignored: Iterable[str] = (),
 ) -> Config:
     """Builds a configuration from a JSON object; every field must be known.
@@ -39,7 +39,7 @@ def from_known_fields(
     names = {field.name for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     fixed = fixed or {}
     hints = get_type_hints(config_class)
-    values: dict[str, Any] = {}
+    values: dict[str, JSON] = {}
     for key, value in given.items():
         if key in names:
             if not _is_of(value, hints[key], MOST_LAYERS if any(word in key for word in _COUNTS) else MOST):
@@ -61,7 +61,7 @@ def from_known_fields(
         raise ClvrError(f"{config_class.__name__}: its fields do not fit together ({reason})") from error
 
 
-def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+def section(config: UncheckedJSON, name: str) -> dict[str, JSON]:
     """Returns an object inside a configuration, {} if it is absent or null. Raises: ClvrError for another value."""
     found = config.get(name)
     if found is None:
@@ -71,7 +71,7 @@ def section(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     return dict(found)
 
 
-def _is_of(value: Any, kind: Any, most: int) -> bool:
+def _is_of(value: JSON, kind: object, most: int) -> bool:
     """Returns whether a JSON value has an annotated type: finite numbers, sizes from 0 to `most`, bounded lists."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(_is_of(value, member, most) for member in get_args(kind))
@@ -90,14 +90,19 @@ def _is_of(value: Any, kind: Any, most: int) -> bool:
         return isinstance(value, int) and 0 <= value <= most
     if kind is float:
         return isinstance(value, int | float) and abs(value) < 1e38 and math.isfinite(value)
-    return isinstance(value, kind)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
-def _described(kind: Any) -> str:
+def _described(kind: object) -> str:
     """Returns a description of an annotated type for an error message."""
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(_described, get_args(kind)))
     if get_origin(kind) is tuple:
         return f"a list ({_described(get_args(kind)[0])} each)"
-    words = {int: "an integer in the supported range", float: "a finite number", bool: "true or false", str: "a text"}
+    words: dict[object, str] = {
+        int: "an integer in the supported range",
+        float: "a finite number",
+        bool: "true or false",
+        str: "a text",
+    }
     return words.get(kind, "null" if kind in (None, type(None)) else str(kind))

@@ -13,7 +13,6 @@ Source of the names: diffusers' `loaders/single_file_utils.py`; the autoencoder 
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -21,6 +20,7 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
 from clvr_jax.convert.tensors import StoredTensor, TensorSpec
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 
@@ -110,7 +110,7 @@ def bfl_key(key: str) -> str:
     return _renamed(key, _TRANSFORMER_NAMES)
 
 
-def config_of(stored: Mapping[str, StoredTensor]) -> dict[str, Any]:
+def config_of(stored: Mapping[str, StoredTensor]) -> UncheckedJSON:
     """Returns the diffusers config.json of a single file: sizes from the shapes, other fields as published.
 
     Args:

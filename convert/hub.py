@@ -45,7 +45,7 @@ _ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?")
 class _NoBars(tqdm):
     """A disabled progress bar: the library shows one of its bars even without a terminal."""
 
-    def __init__(self, *args: Any, **options: Any):
+    def __init__(self, *args: object, **options: object):
         super().__init__(*args, **{**options, "disable": True})
 
 

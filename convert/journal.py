@@ -51,7 +51,7 @@ class Journal:
                 raise ClvrError(f"{path}: is damaged; remove {path.parent}")
             self.done[entry[0]] = entry[1]
 
-    def add(self, name: str, value: Any) -> None:
+    def add(self, name: str, value: object) -> None:
         """Records that `name` is finished."""
         self.done[name] = value
         with self._path.open("a") as file:

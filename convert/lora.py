@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from clvr_jax.convert.lora_file import Factors, read_factors
 from clvr_jax.convert.lora_names import component
@@ -26,7 +27,7 @@ Adapter = LoRAPair | KernelAdapter
 def load_lora(
     path: Path,
     key_mapping: KeyMapping,
-    state: Any,
+    state: Params,
     *,
     ignore_text_encoder: bool = False,
     dtype: DTypeLike | None = None,
@@ -81,7 +82,8 @@ def delta_slice(
         if isinstance(adapter, KernelAdapter):
             total = total + np.float32(weight) * adapter.layer_delta(layer, kernel())[index]
             continue
-        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in (adapter.a, adapter.b))
+        factors: tuple[PyTree, PyTree] = adapter.a, adapter.b
+        a, b = (np.asarray(factor if layer is None else factor[layer], np.float32) for factor in factors)
         scale = adapter.scale if not isinstance(adapter.scale, tuple) else adapter.scale[layer or 0]
         *outer, rows, columns = (*index, *[slice(None)] * (a.ndim - len(index)))
         # The `b` of a convolution is the same at every place of the window.
@@ -89,7 +91,7 @@ def delta_slice(
     return total
 
 
-def save_lora(path: Path, lora: Params, key_mapping: KeyMapping, state: Any, names: LoRANames = "diffusers") -> None:
+def save_lora(path: Path, lora: Params, key_mapping: KeyMapping, state: Params, names: LoRANames = "diffusers") -> None:
     """Writes a LoRA tree to a file that `load_lora_weights` of the model's diffusers pipeline reads.
 
     Trailing ranks in which both factors are zero, and layers without nonzero ranks, are padding and are not written.
@@ -126,7 +128,7 @@ def save_lora(path: Path, lora: Params, key_mapping: KeyMapping, state: Any, nam
         write_original_factors(path, factors, shapes, names)
 
 
-def _adaptable(state: Any, key_mapping: KeyMapping) -> list[Entry]:
+def _adaptable(state: Params, key_mapping: KeyMapping) -> list[Entry]:
     return [entry for entry in entries(state, key_mapping) if entry.path[-1] == "kernel"]
 
 

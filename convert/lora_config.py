@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import parse_object, read_object, shown
+from clvr_jax.json_input import UncheckedJSON, parse_object, read_object, shown
 
 PEFT_NAME = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"
@@ -56,7 +56,7 @@ class AdapterConfig:
     """
 
     file: Path
-    fields: Mapping[str, Any]
+    fields: UncheckedJSON
     fallback_alpha: float | None = None
 
     @classmethod
@@ -75,7 +75,7 @@ class AdapterConfig:
         prefix = f"{component}."
         where = f"{file}: its metadata cannot be read"
         if text is not None:
-            fields: Mapping[str, Any] = parse_object(text, where).content
+            fields: UncheckedJSON = parse_object(text, where).content
         elif file.name == PEFT_NAME and beside.exists():
             where = str(beside)
             fields = read_object(beside).content
@@ -181,7 +181,7 @@ def _header_number(file: Path, key: str, text: str) -> float:
     return value
 
 
-def _check(fields: Mapping[str, Any], where: str) -> None:
+def _check(fields: UncheckedJSON, where: str) -> None:
     """Raises ClvrError, which names the field, if PEFT would merge the adapter in a way that is not implemented."""
     if (kind := fields.get("peft_type")) is not None and (not isinstance(kind, str) or kind not in _ALPHA_OF):
         raise ClvrError(f"{where}: peft_type {shown(kind)} is none of {', '.join(_ALPHA_OF)}; {_ADVICE}")
@@ -202,7 +202,7 @@ def _check(fields: Mapping[str, Any], where: str) -> None:
     _check_numbers(fields, where)
 
 
-def _check_numbers(fields: Mapping[str, Any], where: str) -> None:
+def _check_numbers(fields: UncheckedJSON, where: str) -> None:
     if not isinstance(fields.get("use_rslora", False), bool | None):
         raise ClvrError(f"{where}: use_rslora must be true or false, got {shown(fields['use_rslora'])}")
     for name, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern"), ("alpha", "alpha_pattern")):

@@ -8,11 +8,11 @@ stable-diffusion-v1-5 and of stabilityai/stable-diffusion-xl-base-1.0. Front mat
 https://huggingface.co/docs/hub/model-cards.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from clvr_jax.atomic_io import read_json, write_atomically
 from clvr_jax.convert.architectures import (
@@ -21,9 +21,11 @@ from clvr_jax.convert.architectures import (
     QWEN3,
     QWEN3_VL,
     UNET,
+    ModelConfig,
     find_architecture,
     torch_class,
 )
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
@@ -31,9 +33,8 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 from clvr_jax.tables import Table
 
-Config = Mapping[str, Any]
 Format = Literal["jax", "torch"]
-Models = Mapping[str, tuple[str, Config]]
+Models = Mapping[str, tuple[str, UncheckedJSON]]
 """Component ("transformer", or "." for the directory itself) -> (PyTorch's class, config.json)."""
 
 
@@ -94,7 +95,7 @@ OF_SOURCE = License(
 )
 
 # The size of an architecture by which its published models are recognized: other fields may change without the license.
-_SIZES: dict[str, Callable[[Any], tuple[Any, ...]]] = {
+_SIZES: dict[str, Callable[[ModelConfig], tuple[Hashable, ...]]] = {
     FLUX2_TRANSFORMER.torch_class: lambda config: (config.num_layers, config.num_single_layers, config.inner_dim),
     FLUX2_VAE.torch_class: lambda config: (config.block_out_channels, config.latent_channels),
     UNET.torch_class: lambda config: (
@@ -148,7 +149,7 @@ class Provenance:
     recipe: str | None = None
 
 
-def license_of(torch_class: str, config: Config) -> License:
+def license_of(torch_class: str, config: UncheckedJSON) -> License:
     """Returns the license of a published model, which is recognized by its size.
 
     Args:

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from clvr_jax.atomic_io import atomic_directory, located, read_json
 from clvr_jax.convert.architectures import Architecture, quantized
@@ -27,13 +28,17 @@ from clvr_jax.models.quantization import Quantization, is_quantized, scale_path
 from clvr_jax.models.quantization import quantize as quantize_array
 from clvr_jax.sharding import active_layout
 from clvr_jax.trees import Params
+from clvr_jax.trees import Path as TreePath
+
+Ends = tuple[tuple[int | None, int | None], ...]
+"""Start and stop of each slice of an index, which can be a key, as slices cannot."""
 
 
 def load_model(
     directory: Path,
     architecture: Architecture,
     dtype: DTypeLike = jnp.float32,
-    shardings: Any = None,
+    shardings: PyTree[Sharding] | None = None,
     variant: str | None = None,
     loras: Sequence[tuple[Params, float]] = (),
     quantize: Quantization | None = None,
@@ -70,7 +75,7 @@ def load_model(
     paths = leaves_of(state)
     placed = leaves_of(shardings) if shardings is not None else dict.fromkeys(paths, device)
     adapters = adapters_by_path(loras)
-    loaded: dict[Any, jax.Array] = {}
+    loaded: dict[TreePath, jax.Array] = {}
     if is_tree(directory / PARAMS):
         loaded = _restore(directory / PARAMS, plan, dtype, {entry.path: placed[entry.path] for entry in plan})
         # Orbax places what it reads. One kernel after the other, so that two copies of one are the most there is.
@@ -117,7 +122,7 @@ def _quantized_leaf(
     entry: Entry, stored: Mapping[str, StoredTensor], sharding: Sharding, scale_sharding: Sharding, adapters: Adapters
 ) -> tuple[jax.Array, jax.Array]:
     """Reads and quantizes a parameter: the integers and their scales."""
-    parts: dict[Any, np.ndarray] = {}
+    parts: dict[Ends, np.ndarray] = {}
     shape = tuple(entry.shape[axis] for axis in range(len(entry.shape)) if axis != scaled_axis(entry))
 
     def read(index: Index) -> np.ndarray:
@@ -139,7 +144,7 @@ def _quantized_leaf(
 
 
 def _placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], np.ndarray]) -> jax.Array:
-    found: dict[Any, np.ndarray] = {}
+    found: dict[Ends, np.ndarray] = {}
 
     def once(index: Index | None) -> np.ndarray:  # devices with the same shard share one read
         key = _ends(index or ())
@@ -150,7 +155,7 @@ def _placed(shape: tuple[int, ...], sharding: Sharding, read: Callable[[Index], 
     return jax.make_array_from_callback(shape, sharding, once)
 
 
-def _ends(index: Index) -> tuple[tuple[int | None, int | None], ...]:
+def _ends(index: Index) -> Ends:
     return tuple((part.start, part.stop) for part in index)
 
 
@@ -165,8 +170,8 @@ def _with_loras(leaf: jax.Array, adapters: tuple[Adapter, ...], weights: tuple[f
 
 
 def _restore(
-    directory: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[Any, Sharding]
-) -> dict[Any, jax.Array]:
+    directory: Path, plan: list[Entry], dtype: DTypeLike, placed: Mapping[TreePath, Sharding]
+) -> dict[TreePath, jax.Array]:
     check_dtypes(plan, check_tree(directory, plan), str(directory))
     # Through names: Orbax has its own idea of the numbered members of a list.
     wanted = nested(

@@ -13,17 +13,18 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import ml_dtypes
 import numpy as np
 import tensorstore as ts
+from jaxtyping import PyTree
 
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.convert.disk import put
 from clvr_jax.convert.rules import Entry
 from clvr_jax.convert.tensors import is_file_name
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 
 PARAMS = "params"
 """Name of the directory of a model's parameters, beside its config.json."""
@@ -106,7 +107,7 @@ class _Plain:
     chunks: tuple[int, ...]
 
     @property
-    def metadata(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, JSON]:
         """The content of `.zarray` (zarr, version 2)."""
         return {
             "zarr_format": 2,
@@ -196,7 +197,7 @@ def open_tree(directory: Path) -> dict[str, StoredArray]:
     return arrays
 
 
-def _names(directory: Path, metadata: Mapping[str, Any]) -> Iterator[str]:
+def _names(directory: Path, metadata: UncheckedJSON) -> Iterator[str]:
     """Yields the dotted paths that `_METADATA` lists: each is a directory here or a key of Orbax's own store."""
     try:
         for described in metadata["tree_metadata"].values():
@@ -228,8 +229,8 @@ def _plain_array(directory: Path) -> _Plain | None:
     return array if is_ours else None
 
 
-def _stored_array(directory: Path, name: str, metadata: Mapping[str, Any], context: ts.Context) -> _Store:
-    where: dict[str, Any] = {"driver": "file", "path": f"{directory.absolute()}/{name}/"}
+def _stored_array(directory: Path, name: str, metadata: UncheckedJSON, context: ts.Context) -> _Store:
+    where = {"driver": "file", "path": f"{directory.absolute()}/{name}/"}
     if metadata.get("use_ocdbt", False):
         where = {"driver": "ocdbt", "base": f"file://{directory.absolute()}/", "path": f"{name}/"}
     spec = {"driver": "zarr3" if metadata.get("use_zarr3") else "zarr", "kvstore": where}
@@ -262,9 +263,9 @@ def check_tree(directory: Path, plan: list[Entry]) -> dict[str, np.dtype]:
     return {key: arrays[name].dtype for name, entry in expected.items() for key in entry.keys}
 
 
-def nested(leaves: Mapping[TreePath, Any]) -> dict[str, Any]:
+def nested(leaves: Mapping[TreePath, PyTree]) -> dict[str, PyTree]:
     """Converts path -> leaf to the tree of dictionaries that Orbax restores."""
-    tree: dict[str, Any] = {}
+    tree: dict[str, PyTree] = {}
     for path, leaf in leaves.items():
         *owners, last = map(str, path)
         functools.reduce(lambda node, name: node.setdefault(name, {}), owners, tree)[last] = leaf

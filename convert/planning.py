@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from clvr_jax.convert.orbax_tree import PARAMS, Block, Memory, check_tree, is_tr
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys
 from clvr_jax.convert.tensors import FLOATS, PICKLES, StoredTensor, TensorSpec, read_header, stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import UncheckedJSON
 
 Format = Literal["jax", "torch"]
 
@@ -49,7 +50,7 @@ class PipelineComponent:
 
     name: str
     architecture: Architecture
-    config: Mapping[str, Any]
+    config: UncheckedJSON
     source: Format
     slices: tuple[TensorSlice, ...]
     read: Reader
@@ -92,7 +93,7 @@ class Conversion:
         return sum(len(component.slices) for component in self.components)
 
     @property
-    def models(self) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    def models(self) -> dict[str, tuple[str, UncheckedJSON]]:
         """PipelineComponent -> (PyTorch's class, config.json)."""
         return {component.name: (component.architecture.torch_class, component.config) for component in self.components}
 
@@ -156,7 +157,7 @@ class _Model(NamedTuple):
 
     where: Path
     architecture: Architecture
-    config: Mapping[str, Any]
+    config: UncheckedJSON
     format: Format
     plan: list[Entry]
     dtypes: dict[str, np.dtype]
@@ -193,7 +194,7 @@ def _files_in(directory: Path) -> tuple[Path, ...]:
     return tuple(path for path in sorted(directory.rglob("*")) if path.is_file())
 
 
-def _file_model(file: Path, config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> _Model:
+def _file_model(file: Path, config: UncheckedJSON, stored: Mapping[str, StoredTensor]) -> _Model:
     architecture = find_architecture(config["_class_name"])
     assert architecture is not None
     parts = flux2_single_file.diffusers_tensors(stored)

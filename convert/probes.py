@@ -4,9 +4,9 @@ Inputs are small NumPy arrays of uneven sizes for the model's configuration. Eve
 except rows of embeddings that no token selects. PyTorch's outputs are permuted to channels-last.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from clvr_jax.convert.architectures import (
     QWEN3_VL,
     UNET,
     Architecture,
+    ModelConfig,
 )
 from clvr_jax.models.autoencoder_blocks import Autoencoder, AutoencoderConfig
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
@@ -31,8 +32,18 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations, merged_tokens
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
+if TYPE_CHECKING:
+    import jax
+    import torch
+
 Inputs = dict[str, Any]
+"""Arguments by name: NumPy arrays, or tensors of PyTorch, and the static ones of some models."""
+Output: TypeAlias = "jax.Array | torch.Tensor"
 Outputs = Mapping[str, Any]
+TorchModule: TypeAlias = Any
+"""A model of diffusers or transformers, each with its own arguments and outputs."""
+JaxModule: TypeAlias = Any
+"""The NNX module of the same architecture."""
 
 BATCH = 2
 TEXT = 7
@@ -49,9 +60,9 @@ class Probe:
     run_jax: (NNX module, inputs) -> the same names -> arrays of the same shapes.
     """
 
-    inputs: Callable[[Any, np.random.Generator], Inputs]
-    run_torch: Callable[[Any, Inputs], Outputs]
-    run_jax: Callable[[Any, Inputs], Outputs]
+    inputs: Callable[[ModelConfig, np.random.Generator], Inputs]
+    run_torch: Callable[[TorchModule, Inputs], Outputs]
+    run_jax: Callable[[JaxModule, Inputs], Outputs]
 
 
 def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
@@ -62,11 +73,11 @@ def _integers(rng: np.random.Generator, below: int, *shape: int) -> np.ndarray:
     return rng.integers(0, below, shape, np.int32)
 
 
-def _channels_last(tensor_bchw: Any) -> Any:
+def _channels_last(tensor_bchw: "torch.Tensor") -> "torch.Tensor":
     return tensor_bchw.permute(0, 2, 3, 1)
 
 
-def _channels_first(tensor_bhwc: Any) -> Any:
+def _channels_first(tensor_bhwc: "torch.Tensor") -> "torch.Tensor":
     return tensor_bhwc.permute(0, 3, 1, 2)
 
 
@@ -90,7 +101,7 @@ def _autoencoder_inputs(config: AutoencoderConfig, rng: np.random.Generator) -> 
     }
 
 
-def _torch_autoencoder(model: Any, inputs: Inputs) -> Outputs:
+def _torch_autoencoder(model: TorchModule, inputs: Inputs) -> Outputs:
     from torch.nn.functional import pixel_unshuffle
 
     posterior = model.encode(_channels_first(inputs["images_bhwc"])).latent_dist
@@ -131,7 +142,7 @@ def _qwen3_vl_inputs(config: Qwen3VLConfig, rng: np.random.Generator) -> Inputs:
     return batch_conversations([conversation], image_token_id=config.image_token_id, merge=merge, length_multiple=1)
 
 
-def _torch_qwen3_vl(model: Any, inputs: Inputs) -> Outputs:
+def _torch_qwen3_vl(model: TorchModule, inputs: Inputs) -> Outputs:
     ids_bt = inputs["input_ids_bt"]
     logits = model(
         input_ids=ids_bt,
@@ -158,7 +169,7 @@ def _unet_inputs(config: UNet2DConditionConfig, rng: np.random.Generator) -> Inp
     return inputs
 
 
-def _torch_unet(model: Any, inputs: Inputs) -> Outputs:
+def _torch_unet(model: TorchModule, inputs: Inputs) -> Outputs:
     noise = model(
         _channels_first(inputs["latents_bhwc"]),
         inputs["timestep_b"],
@@ -178,7 +189,7 @@ def _clip_inputs(config: CLIPTextConfig, rng: np.random.Generator) -> Inputs:
     return {"input_ids": ids_bt}
 
 
-def _torch_clip(model: Any, inputs: Inputs) -> Outputs:
+def _torch_clip(model: TorchModule, inputs: Inputs) -> Outputs:
     found = model(**inputs, output_hidden_states=True)
     return _clip_outputs(
         found.hidden_states, found.last_hidden_state, found.get("pooler_output", found.get("text_embeds"))
@@ -191,7 +202,7 @@ def _jax_clip(model: CLIPText, inputs: Inputs) -> Outputs:
     return _clip_outputs(found.hidden_states_lbtd, found.last_hidden_state_btd, pooled)
 
 
-def _clip_outputs(hidden_states: Any, last_hidden_state: Any, pooled: Any) -> Outputs:
+def _clip_outputs(hidden_states: "Sequence[Output] | Output", last_hidden_state: Output, pooled: Output) -> Outputs:
     return {"hidden state -2": hidden_states[-2], "last hidden state": last_hidden_state, "pooled": pooled}
 
 

@@ -1,13 +1,12 @@
 """Qwen3 <-> transformers `Qwen3ForCausalLM` (the `text_encoder/` of a FLUX.2 klein pipeline)."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3 import Qwen3Config
 
 KEY_MAPPING = KeyMapping(stacked=("model.layers",))
@@ -24,7 +23,7 @@ _IGNORED = (
 )
 
 
-def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
+def config_from_dict(config: UncheckedJSON) -> Qwen3Config:
     """Parses `text_encoder/config.json` in the form of transformers 4 or 5.
 
     Raises: ClvrError for an unknown field or a feature of Qwen3 that the module does not have.
@@ -40,7 +39,7 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3Config:
     return from_known_fields(Qwen3Config, {**fields, **rope}, fixed=_FIXED, ignored=_IGNORED)
 
 
-def config_to_dict(config: Qwen3Config) -> dict[str, Any]:
+def config_to_dict(config: Qwen3Config) -> dict[str, JSON]:
     """Returns the content of `text_encoder/config.json` in the form of the published models (transformers 4 and 5)."""
     return {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", **dataclasses.asdict(config), **_FIXED}
 

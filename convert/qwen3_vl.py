@@ -3,13 +3,11 @@
 With tied embeddings our model has no `lm_head`, nor have most checkpoints. UnifiedReward uses the same format.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 
@@ -53,7 +51,7 @@ _TEXT_SILENT = {
 _VISION_SILENT = {"out_hidden_size": 3584}
 
 
-def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
+def config_from_dict(config: UncheckedJSON) -> Qwen3VLConfig:
     """Parses `config.json`.
 
     Rotary parameters are read in both forms: rope_parameters, or rope_theta and rope_scaling as in the released
@@ -80,7 +78,7 @@ def config_from_dict(config: Mapping[str, Any]) -> Qwen3VLConfig:
     )
 
 
-def config_to_dict(config: Qwen3VLConfig) -> dict[str, Any]:
+def config_to_dict(config: Qwen3VLConfig) -> dict[str, JSON]:
     """Returns the content of `config.json` in the form of the released checkpoints."""
     text, vision = dict(vars(config.text)), dict(vars(config.vision))
     section = list(text.pop("mrope_section"))
@@ -104,16 +102,16 @@ def canonicalize_keys(tensors: Tensors, config: Qwen3VLConfig) -> Tensors:
     return without_tied_head(tensors, embeddings) if config.tie_word_embeddings else tensors
 
 
-def _text_from_dict(given: dict[str, Any]) -> Qwen3VLTextConfig:
+def _text_from_dict(given: UncheckedJSON) -> Qwen3VLTextConfig:
     rotary = {**section(given, "rope_scaling"), **section(given, "rope_parameters")}
     given = {name: value for name, value in given.items() if name not in ("rope_scaling", "rope_parameters")}
     if rotary.get("rope_type", rotary.get("type", "default")) != "default" or not rotary.get("mrope_interleaved", True):
         raise ClvrError(f"Qwen3-VL text: rotary parameters {rotary} are not supported, only interleaved default ones")
-    found: dict[str, Any] = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
+    found: UncheckedJSON = {name: rotary[name] for name in ("rope_theta", "mrope_section") if name in rotary}
     return from_known_fields(Qwen3VLTextConfig, {**_TEXT_SILENT, **given, **found}, fixed=_TEXT_FIXED, ignored=_IGNORED)
 
 
-def _vision_from_dict(given: dict[str, Any]) -> Qwen3VLVisionConfig:
+def _vision_from_dict(given: UncheckedJSON) -> Qwen3VLVisionConfig:
     rotary = section(given, "rope_parameters")
     given = {name: value for name, value in given.items() if name != "rope_parameters"}
     if rotary.get("rope_type", "axial") != "axial":

@@ -1,11 +1,11 @@
 """The tensors that a conversion will write, as a table and as JSON data."""
 
 from collections.abc import Iterator
-from typing import Any
 
 from rich.table import Table
 
 from clvr_jax.convert.planning import Conversion
+from clvr_jax.json_input import JSON
 
 
 def conversion_table(conversion: Conversion) -> Table:
@@ -30,12 +30,12 @@ def conversion_table(conversion: Conversion) -> Table:
     return table
 
 
-def tensor_list(conversion: Conversion) -> list[dict[str, Any]]:
+def tensor_list(conversion: Conversion) -> list[dict[str, JSON]]:
     """Returns model, key, shape, dtype and bytes of each tensor of the destination, for JSON."""
     return list(_tensors(conversion))
 
 
-def _tensors(conversion: Conversion) -> Iterator[dict[str, Any]]:
+def _tensors(conversion: Conversion) -> Iterator[dict[str, JSON]]:
     for component in conversion.components:
         for tensor_slice in component.slices:
             spec = tensor_slice.spec

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
+from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.trees import Params, Path
 
 Array = np.ndarray
-Path = tuple[str | int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +94,7 @@ class Entry:
 
     path: Path
     shape: tuple[int, ...]
-    dtype: Any
+    dtype: np.dtype
     keys: tuple[str, ...]
     torch_shape: tuple[int, ...]
     transform: TensorTransform
@@ -111,14 +112,14 @@ class Entry:
         return [np.asarray(self.transform.to_torch(layer), order="C") for layer in layers]
 
 
-def leaves_of(module_or_state: Any) -> dict[Path, Any]:
+def leaves_of(module_or_state: Params) -> dict[Path, PyTree]:
     """Returns path -> array or ShapeDtypeStruct for every variable of an NNX module or state."""
     state = nnx.state(module_or_state) if isinstance(module_or_state, nnx.Module) else module_or_state
-    flat: Iterable[tuple[Any, Any]] = nnx.to_flat_state(state)
+    flat: Iterable[tuple[Any, PyTree]] = nnx.to_flat_state(state)
     return {path: leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf for path, leaf in flat}
 
 
-def entries(state: Any, key_mapping: KeyMapping) -> list[Entry]:
+def entries(state: Params, key_mapping: KeyMapping) -> list[Entry]:
     """Returns one entry per parameter of a model, in the order of the NNX state.
 
     Args:
@@ -136,7 +137,7 @@ def entries(state: Any, key_mapping: KeyMapping) -> list[Entry]:
     return result
 
 
-def _entry(path: Path, shape: tuple[int, ...], dtype: Any, key_mapping: KeyMapping, used: set[Rule]) -> Entry:
+def _entry(path: Path, shape: tuple[int, ...], dtype: np.dtype, key_mapping: KeyMapping, used: set[Rule]) -> Entry:
     dotted = ".".join(map(str, path))
     stack = next((name for name in key_mapping.stacked if dotted.startswith(name + ".")), None)
     layer_shape = shape[1:] if stack else shape
@@ -162,8 +163,8 @@ def _entry(path: Path, shape: tuple[int, ...], dtype: Any, key_mapping: KeyMappi
 
 
 def state_from_torch(
-    tensors: Mapping[str, Array], state: Any, key_mapping: KeyMapping, where: str = "checkpoint"
-) -> Any:
+    tensors: Mapping[str, Array], state: Params, key_mapping: KeyMapping, where: str = "checkpoint"
+) -> Params:
     """Converts PyTorch tensors to an NNX state with the structure of `state`.
 
     Args:
@@ -179,7 +180,7 @@ def state_from_torch(
     return nnx.from_flat_state(flat.items())
 
 
-def state_to_torch(state: Any, key_mapping: KeyMapping) -> dict[str, Array]:
+def state_to_torch(state: Params, key_mapping: KeyMapping) -> dict[str, Array]:
     """Returns PyTorch key -> array for an NNX module or state, the inverse of `state_from_torch`."""
     leaves = leaves_of(state)
     tensors = {}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
@@ -118,8 +118,8 @@ def _blocks(
         scale = scales if scales is None or not entry.stacked else scales[number]
         target = entry.transform.to_torch(part)
         # A permutation of axes is one of slices as well.
-        permuted: Any = entry.transform.torch_shape(cast(Any, own)) if own else (slice(None),)
-        rows, *rest = permuted
+        order = entry.transform.torch_shape(tuple(range(len(own))))
+        rows, *rest = [own[axis] for axis in order] or [slice(None)]
         shape = tensor.shape or (1,)
         chosen = range(shape[0])[rows]
         columns = rest[0] if rest else slice(None)

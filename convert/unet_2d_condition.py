@@ -1,11 +1,10 @@
 """UNet2DCondition <-> diffusers `unet/`."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.unet_2d_condition import UNet2DConditionConfig
 
 # Fields of diffusers' config that our UNet does not have, and the only values that it supports.
@@ -48,11 +47,11 @@ def key_mapping(config: UNet2DConditionConfig) -> KeyMapping:
     return KeyMapping(stacked=tuple(f"{path}.transformer_blocks" for path in config.attentions))
 
 
-def config_from_dict(config: Mapping[str, Any]) -> UNet2DConditionConfig:
+def config_from_dict(config: UncheckedJSON) -> UNet2DConditionConfig:
     """Parses `unet/config.json`. Raises: ClvrError for a feature that our UNet does not support."""
     return from_known_fields(UNet2DConditionConfig, config, fixed=_FIXED, ignored=_IGNORED)
 
 
-def config_to_dict(config: UNet2DConditionConfig) -> dict[str, Any]:
+def config_to_dict(config: UNet2DConditionConfig) -> dict[str, JSON]:
     """Returns the content of `unet/config.json`."""
     return {"_class_name": "UNet2DConditionModel", **dataclasses.asdict(config), **_FIXED}

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +27,7 @@ from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES, Inputs
 from clvr_jax.convert.tensors import DIFFUSERS_NAME, FLOATS, model_file
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON
 
 TOLERANCE = 2e-5
 """Largest relative difference that results from float32 and another order of summation."""
@@ -120,7 +120,7 @@ def verify(
     return agreements
 
 
-def compare(component: str, title: str, ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> Agreement:
+def compare(component: str, title: str, ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]) -> Agreement:
     """Returns the differences between our outputs and PyTorch's of the same names and shapes."""
     differences, outputs = [], {}
     for name, expected in theirs.items():
@@ -143,7 +143,7 @@ def _torch_outputs(
     found = variant if f".{variant}." in model_file(directory, variant).name else None
     tensors = {name: torch.tensor(value) if isinstance(value, np.ndarray) else value for name, value in inputs.items()}
     with _silent_libraries(), torch.no_grad():
-        reads: Any = getattr(library, architecture.torch_class).from_pretrained
+        reads = getattr(library, architecture.torch_class).from_pretrained
         model = reads(directory, dtype=torch.float32, variant=found, use_safetensors=True, local_files_only=True).eval()
         for tensor in model.state_dict().values() if dtype else ():
             if tensor.is_floating_point():
@@ -202,7 +202,7 @@ def agreement_table(agreements: Sequence[Agreement]) -> Table:
     return table
 
 
-def agreement_list(agreements: Sequence[Agreement]) -> list[dict[str, Any]]:
+def agreement_list(agreements: Sequence[Agreement]) -> list[dict[str, JSON]]:
     """Returns the differences for JSON; null in place of a NaN, which JSON does not have."""
 
     def number(value: float) -> float | None:
