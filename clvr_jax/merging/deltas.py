@@ -9,7 +9,6 @@ Source: delta-space weight merging of CLVR: W = W_base + w_d (W_distill - W_base
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +17,8 @@ from jax.typing import ArrayLike
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.adapters import KernelAdapter, is_adapter, kernel_delta
-from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes, is_pair
-from clvr_jax.trees import Params, Path, by_pattern, dotted, leaves_by_path, some
+from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes
+from clvr_jax.trees import Leaf, Params, Path, by_pattern, dotted, leaves_by_path, some
 
 # One weight for all leaves, or {regular expression: weight}: the first that matches in the path of a leaf, for example
 # "transformer_blocks.attn.to_q.kernel", applies, else 1.
@@ -111,7 +110,7 @@ def _at_least_float32(leaf: jax.Array) -> jax.Array:
 
 
 def _map(
-    combine: Callable[[Path, Any], jax.Array], base: Params, counter: Callable[[Any], Any] = lambda leaf: leaf
+    combine: Callable[[Path, jax.Array], jax.Array], base: Params, counter: Callable[[Leaf], Leaf] = lambda leaf: leaf
 ) -> Params:
     """Returns a tree like `base` of `combine(path, leaf)`, and of `counter(leaf)` for leaves that are not floating."""
     results = [
@@ -121,7 +120,7 @@ def _map(
     return jax.tree.unflatten(jax.tree.structure(base), results)
 
 
-def _placed(result: jax.Array, leaf: Any) -> jax.Array:
+def _placed(result: jax.Array, leaf: Leaf) -> jax.Array:
     """Returns `result` with the sharding of `leaf`. XLA nearly always keeps it; under `jax.jit` XLA alone decides."""
     if isinstance(result, jax.core.Tracer) or not isinstance(leaf, jax.Array):
         return result
@@ -133,30 +132,32 @@ def _weights(weight: Weight, paths: Iterable[Path]) -> dict[Path, ArrayLike]:
     return by_pattern(weight, paths, 1.0) if isinstance(weight, Mapping) else dict.fromkeys(paths, weight)
 
 
-def _kind(leaf: Any) -> str:
+def _kind(leaf: ArrayLike) -> str:
     dtype = leaf.dtype if hasattr(leaf, "dtype") else np.result_type(leaf)
     return "floating" if jnp.issubdtype(dtype, jnp.floating) else str(dtype)
 
 
-def _fits(base: Any, other: Any) -> bool:
+def _fits(base: ArrayLike, other: ArrayLike | LoRAPair | KernelAdapter) -> bool:
     if isinstance(other, KernelAdapter):
         return other.shape == np.shape(base)
-    if not is_pair(other):
+    if not isinstance(other, LoRAPair):
         return (_kind(base), np.shape(base)) == (_kind(other), np.shape(other))
     one_each = isinstance(other.scale, float | int) or (len(other.scale),) == np.shape(base)[:-2]
     shapes = np.shape(other.a), np.shape(other.b)
     return one_each and np.ndim(base) in KERNEL_AXES and shapes == factor_shapes(np.shape(base), shapes[0][-1])
 
 
-def _described(leaf: Any) -> str:
+def _described(leaf: ArrayLike | LoRAPair | KernelAdapter) -> str:
     if isinstance(leaf, KernelAdapter):
         return f"adapter of a kernel {leaf.shape}"
-    if not is_pair(leaf):
+    if not isinstance(leaf, LoRAPair):
         return f"{_kind(leaf)} {np.shape(leaf)}"
     return f"LoRA a {np.shape(leaf.a)} b {np.shape(leaf.b)} scale {leaf.scale}"
 
 
-def _check_same(base: Mapping[Path, Any], other: Mapping[Path, Any], name: str) -> None:
+def _check_same(
+    base: Mapping[Path, ArrayLike], other: Mapping[Path, ArrayLike | LoRAPair | KernelAdapter], name: str
+) -> None:
     differing = [
         f"{dotted(path)} (base {_described(base[path])}, {name} {_described(other[path])})"
         for path in base

@@ -10,15 +10,15 @@ Base and deltas should be float32: in bfloat16, the sums of weights themselves a
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.trees import Params
 
-Predict = Callable[[Params], Any]
+Predict = Callable[[Params], PyTree]
 """Parameters -> prediction, an array or a tree of arrays, traceable by JAX; for example the velocity of one batch."""
 
 
@@ -69,7 +69,11 @@ def interaction(predict: Predict, base: Params, distill: Params, align: Params, 
 
 
 def over_noise_levels(
-    predict: Callable[[Params, Any], Any], base: Params, distill: Params, align: Params, sigmas: Iterable[float]
+    predict: Callable[[Params, jax.Array], PyTree],
+    base: Params,
+    distill: Params,
+    align: Params,
+    sigmas: Iterable[float],
 ) -> dict[float, Interaction]:
     """Returns sigma -> `interaction` at that noise level.
 
@@ -94,7 +98,7 @@ def over_scales(
     return {float(scale): interaction(compiled, base, distill, align, float(scale)) for scale in scales}
 
 
-def angle(one: Any, other: Any) -> float:
+def angle(one: PyTree, other: PyTree) -> float:
     """Returns the angle between two trees of arrays as vectors, in degrees; NaN if one of them is 0."""
     # From half the angle: the cosine of an angle near 0 or 180 degrees has no significant digits.
     lengths = _norm(one), _norm(other)
@@ -104,16 +108,16 @@ def angle(one: Any, other: Any) -> float:
     return math.degrees(2 * math.atan2(_norm(_minus(*units)), _norm(jax.tree.map(jnp.add, *units))))
 
 
-def _derivative(predict: Predict, base: Params, delta: Params) -> tuple[Any, Any]:
+def _derivative(predict: Predict, base: Params, delta: Params) -> tuple[PyTree, PyTree]:
     """Returns the prediction and its derivative in the direction of a delta."""
     return jax.jvp(lambda scale: predict(apply_delta(base, delta, scale)), (jnp.zeros(()),), (jnp.ones(()),))
 
 
-def _minus(one: Any, other: Any) -> Any:
+def _minus(one: PyTree, other: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.asarray(a, jnp.float32) - jnp.asarray(b, jnp.float32), one, other)
 
 
-def _norm(tree: Any) -> float:
+def _norm(tree: PyTree) -> float:
     return math.sqrt(sum(float(jnp.sum(jnp.square(jnp.asarray(leaf, jnp.float32)))) for leaf in jax.tree.leaves(tree)))
 
 

@@ -16,7 +16,7 @@ import math
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -124,8 +124,11 @@ def merge_block(
     deltas = delta_of(distill, base), align if low_rank else delta_of(align, base)
     sums = _sums(base.astype(jnp.float32), *deltas)
     if method == "ties":
+        assert isinstance(extra, tuple)
         deltas = _elect_sign(*deltas, weights, extra)
     elif method == "dare":
+        assert density is not None
+        assert isinstance(extra, jax.Array)
         deltas = _drop_and_rescale(*deltas, density, extra)
     return add_deltas(base, *deltas, *weights), sums
 
@@ -135,7 +138,9 @@ def _sums(base: jax.Array, distill: jax.Array, align: jax.Array) -> jax.Array:
     return jnp.stack([dot(base, base), dot(distill, distill), dot(align, align), dot(distill, align)])
 
 
-def _elect_sign(distill: jax.Array, align: jax.Array, weights: Any, least: Any) -> tuple[jax.Array, jax.Array]:
+def _elect_sign(
+    distill: jax.Array, align: jax.Array, weights: tuple[float, float], least: tuple[float, float]
+) -> tuple[jax.Array, jax.Array]:
     """Returns the contribution of each trimmed delta to the weighted mean of those with the sign of their sum."""
     w_d, w_a = weights
     distill, align = (jnp.where(jnp.abs(c) >= low, c, 0) for c, low in zip((distill, align), least, strict=True))
@@ -146,7 +151,9 @@ def _elect_sign(distill: jax.Array, align: jax.Array, weights: Any, least: Any) 
     return jnp.where(agree_d, distill / total, 0), jnp.where(agree_a, align / total, 0)
 
 
-def _drop_and_rescale(distill: jax.Array, align: jax.Array, density: Any, key: Any) -> tuple[jax.Array, jax.Array]:
+def _drop_and_rescale(
+    distill: jax.Array, align: jax.Array, density: float, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """Keeps each entry of a delta with probability `density`, rescaled by 1 / density."""
     kept = [jax.random.bernoulli(own, density, distill.shape) for own in jax.random.split(key)]
     return jnp.where(kept[0], distill / density, 0), jnp.where(kept[1], align / density, 0)

@@ -4,10 +4,10 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.planning import TensorSlice, files_beside
+from clvr_jax.json_input import JSON
 from clvr_jax.merging.methods import DSWM, Settings
 from clvr_jax.merging.sources import LoRADelta, Origin, Weights, is_weight, open_align, open_tuned, open_weights
 
@@ -146,10 +146,10 @@ def _sampling(base: Weights, distill: Weights) -> Iterator[tuple[str, Path, str]
             yield name, ours, note
 
 
-def _parted(content: Mapping[str, Any], fields: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _parted(content: Mapping[str, JSON], fields: Sequence[str]) -> tuple[dict[str, JSON], dict[str, JSON]]:
     """Splits some fields, at any depth, from a JSON object. Returns: the rest, and these fields."""
-    rest: dict[str, Any] = {}
-    own: dict[str, Any] = {}
+    rest: dict[str, JSON] = {}
+    own: dict[str, JSON] = {}
     for name, value in content.items():
         if name in fields:
             own[name] = value

@@ -16,17 +16,18 @@ import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.atomic_io import read_json, write_json, write_text
 from clvr_jax.convert.architectures import torch_class
 from clvr_jax.convert.model_card import (
     FORMATS,
+    Models,
     front_matter,
     license_of_all,
     models_and_license,
     titles,
 )
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.merging.norms import DeltaStatistics, total
 from clvr_jax.merging.planning import MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights
@@ -52,7 +53,7 @@ def write_provenance(
     write_text(directory / "README.md", card(plan, made, models_in(directory), name, command))
 
 
-def record(plan: Merge, sums: Mapping[str, DeltaStatistics]) -> dict[str, Any]:
+def record(plan: Merge, sums: Mapping[str, DeltaStatistics]) -> dict[str, JSON]:
     """Returns the content of merge.json; reads the rest of the inputs for their digests."""
     settings = plan.settings
     weights = {"distill": settings.distill_weight, "align": settings.align_weight}
@@ -75,7 +76,7 @@ def record(plan: Merge, sums: Mapping[str, DeltaStatistics]) -> dict[str, Any]:
     }
 
 
-def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: str, command: str) -> str:
+def card(plan: Merge, made: UncheckedJSON, models: Models, name: str, command: str) -> str:
     """Returns the text of README.md: the three inputs, the formula and the licenses.
 
     Args:
@@ -118,7 +119,7 @@ def card(plan: Merge, made: Mapping[str, Any], models: Mapping[str, Any], name: 
     return "\n".join(lines) + "\n"
 
 
-def models_in(directory: Path) -> dict[str, tuple[str, Any]]:
+def models_in(directory: Path) -> dict[str, tuple[str, UncheckedJSON]]:
     """Returns component -> (PyTorch's class, config.json) of a directory, for the model card."""
     places = [directory] if torch_class(directory) else sorted(path for path in directory.iterdir() if path.is_dir())
     found = {str(place.relative_to(directory)): (torch_class(place), place) for place in places}
@@ -141,7 +142,7 @@ def stated_license(side: Weights | LoRADelta) -> str | None:
     return stated.get("license_name") or stated.get("license")
 
 
-def _described(side: Weights | LoRADelta) -> dict[str, Any]:
+def _described(side: Weights | LoRADelta) -> dict[str, JSON]:
     return {
         "source": side.origin.name,
         "revision": side.origin.revision,

@@ -2,19 +2,28 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from rich.table import Table
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.report import readable_size
+from clvr_jax.json_input import JSON
 from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight
 from clvr_jax.plots import can_plot, new_figure
 
 
-def report(sums: Mapping[str, DeltaStatistics]) -> dict[str, Any]:
+class Report(TypedDict):
+    """The content of report.json: relative norms and cosine of the whole model, of each layer and of each tensor."""
+
+    whole: dict[str, float | None]
+    layers: dict[str, dict[str, float | None]]
+    tensors: dict[str, dict[str, float | None]]
+
+
+def report(sums: Mapping[str, DeltaStatistics]) -> Report:
     """Returns the norm of the base, the relative Frobenius norms of the two deltas and the cosine between them.
 
     Args:
@@ -95,7 +104,7 @@ def plan_table(plan: Merge) -> Table:
     return table
 
 
-def plan_list(plan: Merge) -> list[dict[str, Any]]:
+def plan_list(plan: Merge) -> list[dict[str, JSON]]:
     """Returns key, shape, dtype and weights of each tensor for JSON; weights are null for a counter of the base."""
     return [
         {

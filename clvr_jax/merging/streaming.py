@@ -13,7 +13,6 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -26,6 +25,7 @@ from clvr_jax.convert.lora_config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.planning import TensorSlice
 from clvr_jax.convert.tensors import bits
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.merging.deltas import delta_of
 from clvr_jax.merging.methods import magnitude_threshold, merge_block, random_key
 from clvr_jax.merging.norms import DeltaStatistics, layer_of, total
@@ -225,7 +225,7 @@ def _check_records(plan: Merge) -> None:
             )
 
 
-def _read_record(side: Weights | LoRADelta) -> tuple[str, dict[str, Any]]:
+def _read_record(side: Weights | LoRADelta) -> tuple[str, UncheckedJSON]:
     """Returns name and content of the merge.json of an input, or of the recipe.json of earlier versions."""
     directories = (side.origin.path, side.directory) if isinstance(side, Weights) else (side.file.parent,)
     paths = (directory / name for directory in directories for name in (MERGE, OLD_MERGE))
