@@ -10,11 +10,10 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 from clvr_jax.worlds.shapes.grammar import counted
-from clvr_jax.worlds.shapes.metadata import Metadata
+from clvr_jax.worlds.shapes.metadata import Item, Metadata
 
 _POSITION_THRESHOLD = 0.1
 _DIRECTION_THRESHOLD = 0.5
@@ -85,7 +84,7 @@ def _excess(objects: Sequence[DetectedObject], metadata: Metadata) -> list[str]:
     return reasons
 
 
-def _assign(objects: Sequence[DetectedObject], include: list[dict[str, Any]], groups: tuple[_Group, ...]) -> bool:
+def _assign(objects: Sequence[DetectedObject], include: list[Item], groups: tuple[_Group, ...]) -> bool:
     """Returns whether the items from index len(groups) on can be assigned groups that fit the earlier ones."""
     if len(groups) == len(include):
         return True
@@ -98,7 +97,7 @@ def _assign(objects: Sequence[DetectedObject], include: list[dict[str, Any]], gr
     )
 
 
-def _matches(obj: DetectedObject, item: dict[str, Any], place: bool) -> bool:
+def _matches(obj: DetectedObject, item: Item, place: bool) -> bool:
     """Returns whether an object has the class and color of an item, and with `place` its place."""
     return (
         obj.shape == item["class"]
@@ -107,7 +106,7 @@ def _matches(obj: DetectedObject, item: dict[str, Any], place: bool) -> bool:
     )
 
 
-def _related(group: _Group, item: dict[str, Any], groups: Sequence[_Group]) -> bool:
+def _related(group: _Group, item: Item, groups: Sequence[_Group]) -> bool:
     """Returns whether the relation of an item holds between a group and the group of its anchor."""
     if "position" not in item:
         return True
@@ -115,7 +114,7 @@ def _related(group: _Group, item: dict[str, Any], groups: Sequence[_Group]) -> b
     return all(relation in relations(obj, anchor) for obj in group for anchor in groups[target])
 
 
-def _lacks(objects: Sequence[DetectedObject], include: list[dict[str, Any]]) -> list[str]:
+def _lacks(objects: Sequence[DetectedObject], include: list[Item]) -> list[str]:
     """Returns the reasons that follow from one item, or from one item and its anchor."""
     reasons = []
     present = [[obj for obj in objects if _matches(obj, item, place=False)] for item in include]
@@ -140,7 +139,7 @@ def _lacks(objects: Sequence[DetectedObject], include: list[dict[str, Any]]) -> 
     return reasons
 
 
-def _named(item: dict[str, Any], number: int) -> str:
+def _named(item: Item, number: int) -> str:
     """Returns 'red circle' for one object, 'two red circles' for more."""
     text = counted(number, item["class"], item.get("color"))
     return text.removeprefix("one ") if number == 1 and item["count"] == 1 else text

@@ -7,15 +7,17 @@ that results can be broken down by phrasing. The vocabulary is closed.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes.layout import holds, plan
-from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS, Metadata
+from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS, Item, Metadata
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, place, sample_pair
+
+Option = TypeVar("Option")
 
 TIERS = (3, 4, 5, 6)
 DENSE_TIERS = (7, 8, 9)
@@ -157,7 +159,7 @@ def scene_for(metadata: Metadata, rng: np.random.Generator, allow_held_out: bool
     return Scene(tuple(place(item.color, item.shape, item.cell, rng) for item in objects))
 
 
-def _pick(rng: np.random.Generator, options: Any) -> Any:
+def _pick(rng: np.random.Generator, options: Sequence[Option]) -> Option:
     return options[int(rng.integers(len(options)))]
 
 
@@ -184,9 +186,10 @@ def _sample_simple(rng: np.random.Generator, tag: str, allow_held_out: bool) -> 
     pairs: tuple[tuple[str, str], ...] = _two_pairs(rng, allow_held_out)
     if tag in ("single_object", "counting", "colors"):
         pairs = pairs[:1]
-    include: list[dict[str, Any]] = []
+    include: list[Item] = []
     for color, shape in pairs:
-        include.append({"class": shape, "count": 1} | ({"color": color} if colored else {}))
+        item: Item = {"class": shape, "count": 1}
+        include.append({**item, "color": color} if colored else item)
     metadata: Metadata = {"tag": tag, "include": include}
     if tag == "counting":
         count = int(rng.integers(2, 5))
@@ -214,14 +217,14 @@ def sample_complex(rng: np.random.Generator, tier: int, allow_held_out: bool) ->
     return {"tag": "complex", "include": include, "exclude": exclude, "tier": tier}
 
 
-def _describe_arrangement(rng: np.random.Generator, tier: int, allow_held_out: bool) -> list[dict[str, Any]]:
+def _describe_arrangement(rng: np.random.Generator, tier: int, allow_held_out: bool) -> list[Item]:
     counts = [1] * tier
     if rng.random() < 0.25:
         size = 2 if tier == 3 else int(rng.integers(2, 4))
         counts = [1] * (tier - size)
         counts.insert(int(rng.integers(len(counts) + 1)), size)
     cells = [CELLS[index] for index in rng.permutation(len(CELLS))[:tier]]
-    include: list[dict[str, Any]] = []
+    include: list[Item] = []
     taken: list[list[str]] = []
     pairs: set[tuple[str, str]] = set()
     for count in counts:
@@ -230,7 +233,7 @@ def _describe_arrangement(rng: np.random.Generator, tier: int, allow_held_out: b
             pair = sample_pair(rng, allow_held_out)
         pairs.add(pair)
         mine, cells = cells[:count], cells[count:]
-        item: dict[str, Any] = {"class": pair[1], "count": count, "color": pair[0]}
+        item: Item = {"class": pair[1], "count": count, "color": pair[0]}
         options = [
             [relation, index]
             for index, others in enumerate(taken)
@@ -261,12 +264,12 @@ def counted(number: int, shape: str | None = None, color: str | None = None) -> 
     return " ".join(part for part in (_NUMBERS[number], color, noun) if part)
 
 
-def _indefinite(item: dict[str, Any]) -> str:
+def _indefinite(item: Item) -> str:
     text = counted(item["count"], item["class"], item.get("color"))
     return text if item["count"] > 1 else article(text.removeprefix("one "))
 
 
-def _definite(item: dict[str, Any]) -> str:
+def _definite(item: Item) -> str:
     return "the " + counted(item["count"], item["class"], item.get("color")).removeprefix("one ")
 
 
@@ -295,7 +298,7 @@ def phrase(metadata: Metadata, rng: np.random.Generator, phrasing: int | None = 
     return PHRASINGS[tag][index].format(**slots)
 
 
-def _where(item: dict[str, Any], include: list[dict[str, Any]], rng: np.random.Generator) -> str:
+def _where(item: Item, include: list[Item], rng: np.random.Generator) -> str:
     """Returns the place and the relation of an item in words, "" if it has neither."""
     parts = []
     if "place" in item:
@@ -314,39 +317,39 @@ def _listed(parts: list[str], last: str = " and ") -> str:
     return last.join([", ".join(parts[:-1]), parts[-1]]) if len(parts) > 1 else parts[0]
 
 
-def _with_where(include: list[dict[str, Any]], where: list[str]) -> list[str]:
+def _with_where(include: list[Item], where: list[str]) -> list[str]:
     return [f"{_indefinite(item)} {text}".rstrip() for item, text in zip(include, where, strict=True)]
 
 
-def _is(item: dict[str, Any]) -> str:
+def _is(item: Item) -> str:
     return "is" if item["count"] == 1 else "are"
 
 
-def _inline(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _inline(include: list[Item], where: list[str], ending: str) -> str:
     # Commas before "and" and before the ending: without them the last two items could be read as sharing one place.
     return _listed(_with_where(include, where), ", and ") + ("," if ending else "") + ending
 
 
-def _photo(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _photo(include: list[Item], where: list[str], ending: str) -> str:
     return "a photo of " + _inline(include, where, ending)
 
 
-def _there_is(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _there_is(include: list[Item], where: list[str], ending: str) -> str:
     texts = _with_where(include, where)
     return " ".join(f"There {_is(item)} {text}." for item, text in zip(include, texts, strict=True))
 
 
-def _draw_then(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _draw_then(include: list[Item], where: list[str], ending: str) -> str:
     return "draw " + ", then ".join(_with_where(include, where)) + ("," if ending else "") + ending
 
 
-def _objects_first(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _objects_first(include: list[Item], where: list[str], ending: str) -> str:
     sentences = ["a picture with " + _listed([_indefinite(item) for item in include]) + "."]
     sentences += [f"{_definite(item)} {_is(item)} {text}." for item, text in zip(include, where, strict=True) if text]
     return " ".join([sentences[0], *map(_capital, sentences[1:])])
 
 
-def _put(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _put(include: list[Item], where: list[str], ending: str) -> str:
     texts = [
         f"put {_indefinite(item)} {text}" if text else f"add {_indefinite(item)}"
         for item, text in zip(include, where, strict=True)
@@ -354,7 +357,7 @@ def _put(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
     return "; ".join(texts) + ("," if ending else "") + ending
 
 
-def _sentences(include: list[dict[str, Any]], where: list[str], ending: str) -> str:
+def _sentences(include: list[Item], where: list[str], ending: str) -> str:
     texts = [
         f"{_indefinite(item)} {_is(item)} {text}." if text else f"there {_is(item)} also {_indefinite(item)}."
         for item, text in zip(include, where, strict=True)
@@ -362,6 +365,6 @@ def _sentences(include: list[dict[str, Any]], where: list[str], ending: str) -> 
     return " ".join(map(_capital, texts))
 
 
-_COMPLEX: tuple[Callable[[list[dict[str, Any]], list[str], str], str], ...] = (
+_COMPLEX: tuple[Callable[[list[Item], list[str], str], str], ...] = (
     _inline, _photo, _there_is, _draw_then, _objects_first, _put, _sentences
 )  # fmt: skip

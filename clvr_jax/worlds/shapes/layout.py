@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata
+from clvr_jax.worlds.shapes.metadata import RELATIONS, Item, Metadata
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, HELD_OUT_PAIRS, check_names
 
 _FREE_ORDER = tuple(
@@ -147,7 +146,7 @@ def _assignments(metadata: Metadata, owners: list[int], rng: np.random.Generator
     return extend()
 
 
-def _sides_needed(include: list[dict[str, Any]]) -> list[set[str]]:
+def _sides_needed(include: list[Item]) -> list[set[str]]:
     """Returns for each item the relations that later items have to it."""
     needed: list[set[str]] = [set() for _ in include]
     for item in include:

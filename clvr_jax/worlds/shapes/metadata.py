@@ -12,13 +12,25 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import shown
+from clvr_jax.json_input import JSON, UncheckedJSON, shown
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, HELD_OUT_PAIRS, SHAPES
 
+Item = TypedDict(
+    "Item",
+    {
+        "class": str,
+        "count": int,
+        "color": NotRequired[str],
+        "position": NotRequired[Any],
+        "place": NotRequired[str],
+    },
+)
+"""An item of `include` or `exclude` that was validated; "position" is the pair of a relation and an index."""
 Metadata = dict[str, Any]
+"""Validated metadata; unknown keys of the file are kept."""
 
 GENEVAL_TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 TAGS = (*GENEVAL_TAGS, "complex")
@@ -28,7 +40,7 @@ _MAX_INTEGER = 10**9
 _ITEM_KEYS = frozenset({"class", "count", "color", "position", "place"})
 
 
-def parse_metadata(raw: Mapping[str, Any]) -> Metadata:
+def parse_metadata(raw: UncheckedJSON) -> Metadata:
     """Validates metadata of the shapes world.
 
     Args:
@@ -63,7 +75,7 @@ def parse_metadata(raw: Mapping[str, Any]) -> Metadata:
     return metadata
 
 
-def _include_item(raw: Any, index: int) -> dict[str, Any]:
+def _include_item(raw: JSON, index: int) -> dict[str, Any]:
     where = f"include[{index}]"
     item = _object(raw, where, _ITEM_KEYS)
     _one_of(item.get("class"), SHAPES, f"{where}.class")
@@ -88,7 +100,7 @@ def _include_item(raw: Any, index: int) -> dict[str, Any]:
     return item
 
 
-def _exclude_items(raw: Any, needed: Counter[str]) -> list[dict[str, Any]]:
+def _exclude_items(raw: JSON, needed: Counter[str]) -> list[dict[str, Any]]:
     if not isinstance(raw, list):
         raise ClvrError(f"exclude must be a list, got {shown(raw)}")
     items = []
@@ -105,7 +117,7 @@ def _exclude_items(raw: Any, needed: Counter[str]) -> list[dict[str, Any]]:
     return items
 
 
-def _object(raw: Any, where: str, keys: frozenset[str]) -> dict[str, Any]:
+def _object(raw: JSON, where: str, keys: frozenset[str]) -> dict[str, Any]:
     if not isinstance(raw, Mapping):
         raise ClvrError(f"{where} must be a JSON object, got {shown(raw)}")
     unknown = sorted(set(raw) - keys)
@@ -116,12 +128,12 @@ def _object(raw: Any, where: str, keys: frozenset[str]) -> dict[str, Any]:
     return dict(raw)
 
 
-def _one_of(value: Any, known: tuple[str, ...], where: str) -> None:
+def _one_of(value: JSON, known: tuple[str, ...], where: str) -> None:
     if not isinstance(value, str) or value not in known:
         raise ClvrError(f"{where} must be one of {', '.join(known)}; got {shown(value)}")
 
 
-def _integer(value: Any, where: str, low: int) -> None:
+def _integer(value: JSON, where: str, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= _MAX_INTEGER:
         raise ClvrError(f"{where} must be a whole number of at least {low}, got {shown(value)}")
 

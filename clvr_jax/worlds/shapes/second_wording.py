@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
+
+from clvr_jax.worlds.shapes.metadata import Item
 
 _NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 _PLURALS = {"circle": "circles", "square": "squares", "triangle": "triangles", "star": "stars", "cross": "crosses"}
@@ -62,7 +63,7 @@ class Wording:
         "that is" for "a star that is red".
     """
 
-    include: list[dict[str, Any]]
+    include: list[Item]
     rng: np.random.Generator
     digits: bool = False
     color: str = "before"

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from clvr_jax.worlds.shapes import training_words as words
+from clvr_jax.worlds.shapes.metadata import Item
 
-Item = dict[str, Any]
 _T = TypeVar("_T")
 _ORDERS = frozenset({"place {F} {where}", "put {F} {where}", "position {F} {where}", "set {F} {where}"})
 _SLOT = re.compile(r"\{(\w+)\}")

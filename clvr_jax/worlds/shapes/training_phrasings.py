@@ -22,8 +22,8 @@ import numpy as np
 from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes import training_words as words
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
-from clvr_jax.worlds.shapes.metadata import Metadata
-from clvr_jax.worlds.shapes.training_clauses import Item, TextBuilder
+from clvr_jax.worlds.shapes.metadata import Item, Metadata
+from clvr_jax.worlds.shapes.training_clauses import TextBuilder
 from clvr_jax.worlds.shapes.training_lists import capital
 from clvr_jax.worlds.shapes.training_styles import STYLES
 
@@ -82,7 +82,7 @@ def _anchors_first(include: Sequence[Item], mentioned: Sequence[int]) -> list[It
 
     for index in mentioned:
         add(index)
-    items = [dict(include[index]) for index in order]
+    items = [include[index].copy() for index in order]
     for item in items:
         if "position" in item:
             item["position"] = [item["position"][0], order.index(item["position"][1])]
