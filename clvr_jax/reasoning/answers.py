@@ -2,16 +2,16 @@
 
 import json
 import re
-from typing import Any
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import UncheckedJSON
 
 
 class AnswerError(ClvrError):
     """An answer that cannot be used; the message says why, in words that a model can act on."""
 
 
-def read_json_object(text: str) -> dict[str, Any]:
+def read_json_object(text: str) -> UncheckedJSON:
     """The one JSON object in a model's answer.
 
     A code fence around it, and text before and after it, are accepted, since models add them in spite of instructions.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clvr_jax.html_pages import render_page
 from clvr_jax.image_io import ImageLike, encode_png, pixels
@@ -101,7 +101,7 @@ def _facts(trajectory: Trajectory) -> dict[str, str]:
     }
 
 
-def _result(trajectory: Trajectory) -> dict[str, Any] | None:
+def _result(trajectory: Trajectory) -> dict[str, object] | None:
     """The result as an embedded image with its caption; None if there is no image."""
     if trajectory.best is None or trajectory.image is None:
         return None
@@ -111,7 +111,7 @@ def _result(trajectory: Trajectory) -> dict[str, Any] | None:
     return {**_embedded(trajectory.image, _RESULT_WIDTH, f"The result: {caption}"), "caption": caption}
 
 
-def _board(trajectory: Trajectory, items: dict[str, int]) -> dict[str, Any] | None:
+def _board(trajectory: Trajectory, items: dict[str, int]) -> dict[str, object] | None:
     """The requirements or the checklist over all images as a table: one row an item, one column an image."""
     columns = [(number, step) for number, step in enumerate(trajectory.steps) if step.image is not None]
     if not items or not columns:
@@ -147,14 +147,14 @@ def _expected_number(step: Step) -> str:
     return "?" if step.verification is None or step.score is None else f"{step.score:.2f}"
 
 
-def _mark(step: Step, item: str, before_known: bool) -> dict[str, Any]:
+def _mark(step: Step, item: str, before_known: bool) -> dict[str, object]:
     if step.unmet is None or before_known:
         return {"style": "none", "title": "not judged", "sign": "·", "probability": None}
     style, sign = ("unmet", "○") if item in step.unmet else ("met", "✓")
     return {"style": style, "title": style, "sign": sign, "probability": None}
 
 
-def _requirement_mark(step: Step, item: str, _: bool) -> dict[str, Any]:
+def _requirement_mark(step: Step, item: str, _: bool) -> dict[str, object]:
     """Met or unmet, the probability as a number and a bar, and the evidence as a tooltip."""
     found = [each for each in step.verification.requirements if each.text == item] if step.verification else []
     if not found:
@@ -191,11 +191,11 @@ def _bar(requirement: Requirement) -> dict[str, str] | None:
     return None if value is None else {"number": _number(value), "percent": f"{100 * value:.0f}"}
 
 
-def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[str, Any]:
+def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[str, object]:
     """One step: its number, image, badges, reasoning, what was found out about the image, and its price."""
     step = trajectory.steps[number]
     aside, reasoning = _reasoning(step.reasoning)
-    shown = {"aside": aside, "reasoning": reasoning, "price": _price(step), "image": None}
+    shown: dict[str, object] = {"aside": aside, "reasoning": reasoning, "price": _price(step), "image": None}
     if step.image is None:
         accepted = trajectory.outcome == "accepted"
         end, sign, style = ("Accepted", "✓", "stop accepted") if accepted else ("Stopped", "■", "stop")
@@ -252,7 +252,7 @@ def _checklist(steps: Sequence[Step], number: int, items: dict[str, int]) -> lis
     return entries
 
 
-def _verification(steps: Sequence[Step], number: int, verification: Verification) -> dict[str, Any]:
+def _verification(steps: Sequence[Step], number: int, verification: Verification) -> dict[str, object]:
     """The verification of one image: requirement by requirement, on what description, and by whom."""
     references = steps[number].references
     before = steps[references[-1]].verification if references else None
@@ -283,7 +283,7 @@ def _price(step: Step) -> list[str]:
     return parts
 
 
-def _embedded(image: ImageLike, width: int, alt: str) -> dict[str, Any]:
+def _embedded(image: ImageLike, width: int, alt: str) -> dict[str, object]:
     """The image as an embedded PNG: a small one enlarged by a whole factor to about `width` pixels, others as is."""
     height_px, width_px = pixels(image).shape[:2]
     small = max(height_px, width_px) <= _SMALL

@@ -17,14 +17,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.file_names import is_regular_file
 from clvr_jax.image_io import ImageLike, encode_png, read_image
-from clvr_jax.json_input import JsonObject, read_object
+from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
 from clvr_jax.reasoning.verification import Verification
 
@@ -232,7 +232,7 @@ class Trajectory:
         except ClvrError as error:
             raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """Returns the content of trajectory.json; images are file names."""
         names = _image_names(self.steps)
         return {
@@ -293,7 +293,7 @@ def _given_from_json(entry: JsonObject) -> tuple[str, ...]:
     return names
 
 
-def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
+def _step_to_dict(step: Step, image_name: str | None) -> dict[str, JSON]:
     verdict = step.verdict
     return {
         "reasoning": step.reasoning,
@@ -312,7 +312,28 @@ def _step_to_dict(step: Step, image_name: str | None) -> dict[str, Any]:
     }
 
 
-def run_from_json(entry: JsonObject) -> dict[str, Any]:
+class RunFields(TypedDict):
+    """The fields of a Trajectory that say how it was made."""
+
+    model: str
+    seed: int
+    versions: dict[str, str]
+    seconds: float
+    error: str | None
+
+
+class StepRunFields(TypedDict):
+    """The fields of a Step that say how it was made."""
+
+    nfe: int
+    seconds: float
+    rolled_back: bool
+    attempts: int
+    redraw: int
+    seed: int | None
+
+
+def run_from_json(entry: JsonObject) -> RunFields:
     """The fields of a Trajectory that say how it was made, checked. Raises: ClvrError for another type or range."""
     versions = entry.nested("versions")
     return {
@@ -324,7 +345,7 @@ def run_from_json(entry: JsonObject) -> dict[str, Any]:
     }
 
 
-def step_run_from_json(entry: JsonObject) -> dict[str, Any]:
+def step_run_from_json(entry: JsonObject) -> StepRunFields:
     """The fields of a Step that say how it was made, checked. Raises: ClvrError for another type or range."""
     return {
         "nfe": entry.integer("nfe", low=0),

@@ -14,13 +14,14 @@ Source: arXiv 2605.14876, verification by checklists; the two modes and the prob
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
-from clvr_jax.reasoning.context import Message
+from clvr_jax.interfaces import Message
+from clvr_jax.json_input import JSON, UncheckedJSON
 
 Mode = Literal["describe", "ask"]
 VerificationMode = Literal["separate", "controller", "none"]
@@ -159,12 +160,12 @@ class Verification:
         """What the controller reads beside the image."""
         return report(self.description, self.unmet)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """The content as JSON values."""
         return {**asdict(self), "requirements": [asdict(each) for each in self.requirements]}
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Verification:
+    def from_dict(cls, data: UncheckedJSON) -> Verification:
         """Reads what `to_dict` wrote. Raises: ClvrError for missing or unknown fields and wrong types."""
         try:
             requirements = tuple(Requirement(**entry) for entry in data["requirements"])
