@@ -6,9 +6,9 @@ import re
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from clvr_jax.console import console
+from clvr_jax.json_input import JSON
 
 _REJECTION = re.compile(
     r"unsupported|not support|unknown|unrecognized|unrecognised|unexpected|not permitted|not allowed|not accept|extra"
@@ -62,14 +62,14 @@ class Adaptation:
         """Descriptions of all changes to the requests, for results."""
         return tuple(self._notes)
 
-    def adapted(self, request: Mapping[str, Any]) -> dict[str, Any]:
+    def adapted(self, request: Mapping[str, JSON]) -> dict[str, JSON]:
         """Returns the request without omitted fields and with renamed ones."""
         with self._lock:
             return {
                 self._renamed.get(name, name): value for name, value in request.items() if name not in self._omitted
             }
 
-    def learn(self, message: str, sent: Mapping[str, Any]) -> bool:
+    def learn(self, message: str, sent: Mapping[str, JSON]) -> bool:
         """Updates the adaptation by the error message of a rejected request.
 
         Returns: whether the adapted request now differs from `sent`.
@@ -79,7 +79,7 @@ class Adaptation:
             # Always both: a server may reject several fields in one message.
             return any([self._rename(message, sent), *[self._omit(each, message, sent) for each in self._optional]])
 
-    def _rename(self, message: str, sent: Mapping[str, Any]) -> bool:
+    def _rename(self, message: str, sent: Mapping[str, JSON]) -> bool:
         for name, other in _OTHER_NAMES.items():
             # "max_tokens is too large" rejects the value, not the field.
             if name not in sent or not OptionalFields((name,)).is_rejected(message):
@@ -93,7 +93,7 @@ class Adaptation:
             return True
         return False
 
-    def _omit(self, optional: OptionalFields, message: str, sent: Mapping[str, Any]) -> bool:
+    def _omit(self, optional: OptionalFields, message: str, sent: Mapping[str, JSON]) -> bool:
         if not set(optional.fields) & set(sent) or not optional.is_rejected(message):
             return False
         if not set(optional.fields) <= self._omitted:

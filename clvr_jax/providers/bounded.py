@@ -24,7 +24,7 @@ _FREE_EXPANSION, _MOST_EXPANSION = 4 << 20, 100
 _MOST_DIGITS = 25
 
 
-def count(value: Any) -> int:
+def count(value: object) -> int:
     """Returns a number of tokens that a server reports; 0 for anything that is not a plausible number."""
     return value if type(value) is int and 0 < value <= MAX_COUNT else 0
 

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import Fault, ProviderError, Usage
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.providers.bounded import MAX_VALUES, count, read_object
 from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
 from clvr_jax.redaction import Secrets, redact_url
@@ -147,7 +148,7 @@ class Connection:
     def call(
         self,
         send: Callable[[openai.OpenAI], str],
-        read: Callable[[dict[str, Any]], tuple[T, Usage]],
+        read: Callable[[UncheckedJSON], tuple[T, Usage]],
         max_values: int = MAX_VALUES,
         max_bytes: int | None = None,
     ) -> tuple[T, Usage]:
@@ -242,7 +243,7 @@ class Connection:
     def _request(
         self,
         send: Callable[[openai.OpenAI], str],
-        read: Callable[[dict[str, Any]], tuple[T, Usage]],
+        read: Callable[[UncheckedJSON], tuple[T, Usage]],
         max_values: int,
         max_bytes: int,
     ) -> tuple[T, Usage]:

@@ -6,9 +6,10 @@ import email.utils
 import math
 import re
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Self
 
 from clvr_jax.interfaces import Fault, ProviderError, Usage
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError
 
 SHOWN = 300
@@ -109,7 +110,7 @@ def status_failure(status: int, body: object, wait: float | None = None) -> Fail
     """
     if isinstance(body, list) and body:  # Gemini's
         body = body[0].get("error", body[0]) if isinstance(body[0], dict) else body[0]
-    details: Mapping[str, Any] = body if isinstance(body, dict) else {}
+    details: UncheckedJSON = body if isinstance(body, dict) else {}
     inner = details.get("innererror")
     code = " ".join(str(part or "")[:KEPT] for part in (details.get("code"), details.get("type"), inner)).lower()
     message = f"HTTP {status}: {str(details.get('message') or body or 'no reason given')[:KEPT]}"

@@ -21,13 +21,62 @@ from clvr_jax.interfaces import (
     ImageModel,
     ImageRequest,
     ImageResponse,
+    Message,
     ProviderError,
+    Token,
     Usage,
 )
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.providers.batching import DynamicBatcher
 from clvr_jax.providers.failures import NoReplyError
-from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.thoughts import strip_thoughts
+
+
+class Answer(Protocol):
+    """An answer of a `BatchChatPipeline`."""
+
+    @property
+    def text(self) -> str:
+        """The decoded message."""
+        ...
+
+    @property
+    def input_tokens(self) -> int:
+        """Number of tokens of the conversation, visual tokens included."""
+        ...
+
+    @property
+    def output_tokens(self) -> int:
+        """Number of generated tokens."""
+        ...
+
+    @property
+    def tokens(self) -> tuple[Token, ...] | None:
+        """The tokens with their probabilities; None unless requested."""
+        ...
+
+
+class Prepared(Protocol):
+    """An encoded conversation."""
+
+    @property
+    def input_ids(self) -> Sequence[int]:
+        """The token ids, visual tokens included."""
+        ...
+
+
+class ImageOutput(Protocol):
+    """The output of an `ImagePipeline`."""
+
+    @property
+    def images(self) -> Sequence[Image.Image]:
+        """One image for each prompt."""
+        ...
+
+    @property
+    def nfe(self) -> int:
+        """Number of network evaluations for each image."""
+        ...
 
 
 class BatchChatPipeline(Protocol):
@@ -41,23 +90,26 @@ class BatchChatPipeline(Protocol):
         temperature: float = 0.0,
         seed: int = 0,
         top_logprobs: int = 0,
-    ) -> Sequence[Any]:
-        """Returns one answer for each conversation, with `text`, `input_tokens`, `output_tokens` and `tokens`."""
+    ) -> Sequence[Answer]:
+        """Returns one answer for each conversation."""
         ...
 
 
 class ChatPipeline(BatchChatPipeline, Protocol):
     """The attributes of `pipelines.vlm.Qwen3VLPipeline` that are used without a mesh."""
 
-    tokenizer: Any
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model."""
+        ...
 
-    def prepare(self, messages: Sequence[Message], images: Sequence[np.ndarray]) -> Any:
-        """Returns an object with `input_ids`. Raises: ClvrError for a conversation that cannot be encoded."""
+    def prepare(self, messages: Sequence[Message], images: Sequence[np.ndarray]) -> Prepared:
+        """Encodes a conversation. Raises: ClvrError for a conversation that cannot be encoded."""
         ...
 
 
 class ImagePipeline(Protocol):
-    """The methods of `pipelines.flux2.Flux2Pipeline` used; outputs have `images` (PIL) and `nfe` (of each image)."""
+    """The methods of `pipelines.flux2.Flux2Pipeline` that are used."""
 
     def generate_each(
         self,
@@ -67,7 +119,7 @@ class ImagePipeline(Protocol):
         *,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-    ) -> Any:
+    ) -> ImageOutput:
         """Generates one image for each prompt, in the pipeline's own size."""
         ...
 
@@ -81,7 +133,7 @@ class ImagePipeline(Protocol):
         height: int | None = None,
         width: int | None = None,
         seed: int = 0,
-    ) -> Any:
+    ) -> ImageOutput:
         """Generates one image of the given size."""
         ...
 

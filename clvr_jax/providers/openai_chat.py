@@ -7,16 +7,16 @@ import codecs
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal
+from typing import Literal
 
 from clvr_jax.errors import UsageError
 from clvr_jax.image_io import EncodedImage, ImageLike, encode_png
-from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, ProviderError, Token, Usage
+from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Message, ProviderError, Token, Usage
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import MAX_VALUES, count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
-from clvr_jax.reasoning.context import Message
 from clvr_jax.reasoning.thoughts import strip_thoughts
 
 MAX_TOP_LOGPROBS = 20
@@ -62,7 +62,7 @@ class OpenAIChatModel(ChatModel):
         json_mode: bool = True,
         token_limit: Literal["max_tokens", "max_completion_tokens"] = "max_tokens",
         omit: Sequence[Literal["temperature", "seed"]] = (),
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, JSON] | None = None,
         thought_tokens: int = 0,
     ):
         if thought_tokens < 0:
@@ -125,9 +125,9 @@ class OpenAIChatModel(ChatModel):
         """Closes the connections to the server."""
         self._connection.close()
 
-    def _body(self, request: ChatRequest) -> dict[str, Any]:
+    def _body(self, request: ChatRequest) -> dict[str, JSON]:
         """Returns the request's body with all fields, before adaptation to the server."""
-        body: dict[str, Any] = {
+        body: dict[str, JSON] = {
             "model": self._connection.endpoint.model,
             "messages": chat_messages(request.messages, request.images),
             self._token_limit: request.max_tokens,
@@ -140,7 +140,7 @@ class OpenAIChatModel(ChatModel):
             body["response_format"] = {"type": "json_object"}
         return body
 
-    def _chat(self, request: ChatRequest, sent: Mapping[str, Any]) -> ChatResponse:
+    def _chat(self, request: ChatRequest, sent: Mapping[str, JSON]) -> ChatResponse:
         body = {**sent, **self._extra}
         # client.chat.completions.create with its typed requests and responses would double the time of a call, which
         # limits the number of concurrent calls with 64 threads.
@@ -187,7 +187,7 @@ def image_data_url(image: ImageLike) -> str:
     return f"data:image/{encoded.kind};base64,{base64.b64encode(encoded.content).decode()}"
 
 
-def read_completion(body: Mapping[str, Any], request: ChatRequest, prices: Prices) -> tuple[ChatResponse, Usage]:
+def read_completion(body: UncheckedJSON, request: ChatRequest, prices: Prices) -> tuple[ChatResponse, Usage]:
     """Reads a chat completion: its text, the probabilities of its tokens, and its usage.
 
     `tokens` is None if they were not requested, or if those of the server do not match the text.
@@ -291,15 +291,15 @@ def _text_of(content: object) -> str:
     return content if isinstance(content, str) else ""
 
 
-def _parts(message: Message) -> list[Any]:
+def _parts(message: Message) -> list[JSON]:
     return [] if isinstance(message["content"], str) else list(message["content"])
 
 
-def _is_image(part: Any) -> bool:
+def _is_image(part: JSON) -> bool:
     return isinstance(part, dict) and part.get("type") == "image"
 
 
-def _text(part: Any) -> dict[str, Any]:
+def _text(part: JSON) -> dict[str, JSON]:
     if not isinstance(part, dict) or part.get("type") != "text":
         raise UsageError(f"chat request: a part of a message is neither text nor image: {str(part)[:80]}")
     return {"type": "text", "text": part["text"]}

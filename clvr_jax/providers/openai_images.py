@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import decode_image, encode_png, lazy_image
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError, Usage
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.bounded import count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
 from clvr_jax.providers.openai_chat import image_data_url
+
+if TYPE_CHECKING:
+    import openai
 
 _MAX_DEFAULT_PIXELS = 2**24
 _LEAST_LIMIT, _GREATEST_LIMIT = 4 << 20, 64 << 20
@@ -57,7 +61,7 @@ class OpenAIImageModel(ImageModel):
         max_prompt: int = 32_000,
         response_format: Literal["b64_json", "url"] | None = None,
         sends_seed: bool = False,
-        extra: Mapping[str, Any] | None = None,
+        extra: Mapping[str, JSON] | None = None,
     ):
         if references not in ("edits", "generations"):
             raise UsageError(f"references must be edits or generations, got {references!r}")
@@ -94,7 +98,7 @@ class OpenAIImageModel(ImageModel):
 
         Fields that the server rejects by name are omitted from then on.
         """
-        fields: dict[str, Any] = {"model": self._connection.endpoint.model, "prompt": request.prompt, "n": 1}
+        fields: dict[str, JSON] = {"model": self._connection.endpoint.model, "prompt": request.prompt, "n": 1}
         if size is not None:
             fields["size"] = f"{size[1]}x{size[0]}"
         if self._response_format is not None:
@@ -118,7 +122,7 @@ class OpenAIImageModel(ImageModel):
                 continue
             return found, rejected + usage
 
-    def _sender(self, request: ImageRequest, fields: Mapping[str, Any]) -> Callable[[Any], str]:
+    def _sender(self, request: ImageRequest, fields: Mapping[str, JSON]) -> Callable[[openai.OpenAI], str]:
         """Returns a function that sends the request with a client, and may be called several times."""
         fields = {**fields}
         extra = {**self._extra, **({"seed": fields.pop("seed")} if "seed" in fields else {})}
@@ -131,7 +135,7 @@ class OpenAIImageModel(ImageModel):
                 for number, image in enumerate(request.references, start=1)
             ]
 
-        def send(client: Any) -> str:
+        def send(client: openai.OpenAI) -> str:
             images = client.images.with_raw_response
             if not uploads:
                 return images.generate(**fields, extra_body=extra or None).http_response.text
@@ -158,7 +162,7 @@ class OpenAIImageModel(ImageModel):
             )
 
 
-def read_image_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str, Any], Usage]:
+def read_image_entry(body: UncheckedJSON, prices: Prices) -> tuple[dict[str, Any], Usage]:
     """Returns the first entry of an images response, and its usage. Raises: Failure "down" if there is none."""
     reported = body.get("usage")
     reported = reported if isinstance(reported, dict) else {}
@@ -170,9 +174,7 @@ def read_image_entry(body: Mapping[str, Any], prices: Prices) -> tuple[dict[str,
     return entry, prices.usage(*tokens, images=1)
 
 
-def _read_image(
-    body: Mapping[str, Any], prices: Prices, size: tuple[int, int] | None
-) -> tuple[np.ndarray | str, Usage]:
+def _read_image(body: UncheckedJSON, prices: Prices, size: tuple[int, int] | None) -> tuple[np.ndarray | str, Usage]:
     """Returns the image in a response, or its URL, and the usage.
 
     The image is decoded here, while the bytes of the response count as held; encoded images of many calls fill the
