@@ -8,7 +8,7 @@ import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -55,6 +55,10 @@ def length_bounds(lengths: Sequence[int], max_padding: float, multiple: int = 1)
     return tuple(reversed(bounds))
 
 
+Bucket: TypeAlias = tuple[Any, ...]
+"""The key of samples that may share a batch: values that can be compared with those of any other bucket."""
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """An endless, shuffled sequence of batches; all samples of a batch are of one bucket.
@@ -70,7 +74,7 @@ class BatchPlan:
     Raises: ClvrError for no samples; UsageError for a batch size below 1 or a negative seed.
     """
 
-    buckets: tuple[Any, ...]
+    buckets: tuple[Bucket, ...]
     batch_size: int
     seed: int = 0
 
@@ -119,7 +123,7 @@ class BatchPlan:
     @cached_property
     def _members(self) -> list[np.ndarray]:
         """The indices of the samples of each bucket, buckets in sorted order."""
-        members: dict[Any, list[int]] = {bucket: [] for bucket in sorted(set(self.buckets))}
+        members: dict[Bucket, list[int]] = {bucket: [] for bucket in sorted(set(self.buckets))}
         for sample, bucket in enumerate(self.buckets):
             members[bucket].append(sample)
         return [np.array(samples) for samples in members.values()]

@@ -5,13 +5,16 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as WordPieces
+from tokenizers import models, pre_tokenizers, trainers
+
+from clvr_jax.interfaces.tokenizer import Tokenizer
 
 _WORD_END = "</w>"
 _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 
 
-def encode_clip(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarray:
+def encode_clip(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
     """Tokenizes prompts with start and end of text, truncated or padded on the right with the tokenizer's padding.
 
     The UNet reads the padding, so it is part of the model: SDXL's second tokenizer pads with "!", all others with end
@@ -33,7 +36,7 @@ def encode_clip(tokenizer: Any, prompts: Sequence[str], length: int) -> np.ndarr
     return ids
 
 
-def make_clip_tokenizer(words: Iterable[str], length: int) -> Any:
+def make_clip_tokenizer(words: Iterable[str], length: int) -> Tokenizer:
     """Makes a `CLIPTokenizer` in which each of the words is one token; all other text is encoded as bytes.
 
     Args:
@@ -41,7 +44,7 @@ def make_clip_tokenizer(words: Iterable[str], length: int) -> Any:
       length: `model_max_length`, to which diffusers pads.
     Returns: the tokenizer; start and end of text have the largest ids, as in the published vocabulary.
     """
-    bpe = Tokenizer(models.BPE(end_of_word_suffix=_WORD_END))
+    bpe = WordPieces(models.BPE(end_of_word_suffix=_WORD_END))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     # The limit is larger than the number of possible merges, so that training ends when each word is one token.
     trainer = trainers.BpeTrainer(vocab_size=2**16, end_of_word_suffix=_WORD_END, show_progress=False)
@@ -52,6 +55,9 @@ def make_clip_tokenizer(words: Iterable[str], length: int) -> Any:
 
     from transformers import CLIPTokenizer  # slow to import
 
-    return CLIPTokenizer(
+    # The annotations of transformers are wider than what its tokenizers do.
+    tokenizer: Any = CLIPTokenizer(
         vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=length
     )
+    made: Tokenizer = tokenizer
+    return made

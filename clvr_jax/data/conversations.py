@@ -8,9 +8,10 @@ import numpy as np
 
 from clvr_jax.data.qwen3_vl_images import ImageLike, Qwen3VLImageProcessor
 from clvr_jax.errors import UsageError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
 
-Message = Mapping[str, Any]
+Message = Mapping[str, object]
 """{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""
 
 IMAGE_PAD = "<|image_pad|>"
@@ -21,7 +22,7 @@ _ASSISTANT_TURN = re.compile(r"<\|im_start\|>assistant\n(.*?<\|im_end\|>)", re.D
 
 
 def read_conversation(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     image_processor: Qwen3VLImageProcessor,
     messages: Sequence[Message],
     images: Sequence[ImageLike],
@@ -43,7 +44,7 @@ def read_conversation(
 
 
 def supervised_conversation(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     image_processor: Qwen3VLImageProcessor,
     messages: Sequence[Message],
     images: Sequence[ImageLike],
@@ -64,7 +65,7 @@ def supervised_conversation(
     return Conversation(ids, pixel_values, grids), weights
 
 
-def supervised_tokens(tokenizer: Any, text: str, *, last_only: bool = False) -> tuple[list[int], np.ndarray]:
+def supervised_tokens(tokenizer: Tokenizer, text: str, *, last_only: bool = False) -> tuple[list[int], np.ndarray]:
     """Returns the tokens of a whole chat in text form, and their loss weights, see `supervised_conversation`."""
     read = tokenizer(text, return_offsets_mapping=True)
     begins = np.array([begin for begin, _ in read["offset_mapping"]])
@@ -107,7 +108,7 @@ def collate_conversations(
 
 
 def _expanded(
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     image_processor: Qwen3VLImageProcessor,
     messages: Sequence[Message],
     images: Sequence[ImageLike],

@@ -6,10 +6,10 @@ inference agree.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from clvr_jax.data.text import prompt_tokens
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.reasoning.context import conditioning_text
 
 
@@ -28,7 +28,7 @@ class FittedHistory:
     left_out: int = 0
 
 
-def fit_history(tokenizer: Any, prompt: str, replies: Sequence[str], limit: int | None) -> FittedHistory:
+def fit_history(tokenizer: Tokenizer, prompt: str, replies: Sequence[str], limit: int | None) -> FittedHistory:
     """Returns the history with as many of the latest replies as fit.
 
     Whole replies are left out, the oldest first; never the prompt, the marks of the images, or the last reply, which is
@@ -51,6 +51,6 @@ def fit_history(tokenizer: Any, prompt: str, replies: Sequence[str], limit: int 
     )
 
 
-def token_count(tokenizer: Any, text: str) -> int:
+def token_count(tokenizer: Tokenizer, text: str) -> int:
     """Returns the number of tokens of a text, the chat template included."""
     return len(prompt_tokens(tokenizer, [text])[0])

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -23,6 +22,7 @@ from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import listed_file
 from clvr_jax.image_io import read_image
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.json_input import parse_object, read_lines, read_text
 
 METADATA = "metadata.jsonl"
@@ -107,7 +107,7 @@ class PairExamples:
     def __init__(
         self,
         directory: Path,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         side: int,
         token_pixels: int,
@@ -185,7 +185,9 @@ def _fitted(pair: ImagePair, path: Path, height: int, width: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS))
 
 
-def _sample(number: int, pair: ImagePair, size: tuple[int, int], tokenizer: Any, text_buckets: Sequence[int]) -> Sample:
+def _sample(
+    number: int, pair: ImagePair, size: tuple[int, int], tokenizer: Tokenizer, text_buckets: Sequence[int]
+) -> Sample:
     length = token_count(tokenizer, pair.text)
     with located(pair.where):
         padded = bucket_for(length, text_buckets)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from clvr_jax.atomic_io import located, read_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject, shown
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, shown
 
 MAX_ASPECT_RATIO = 200
 
@@ -138,7 +138,7 @@ def load_processor(directory: Path) -> Qwen3VLImageProcessor:
         return processor_from_dict(read_json(file))
 
 
-def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
+def processor_from_dict(given: UncheckedJSON) -> Qwen3VLImageProcessor:
     """Converts the content of transformers' `preprocessor_config.json` to a Qwen3VLImageProcessor.
 
     Bounds are read from `size` (shortest_edge and longest_edge, which are numbers of pixels) or min_pixels and
@@ -162,7 +162,7 @@ def processor_from_dict(given: Mapping[str, Any]) -> Qwen3VLImageProcessor:
     return Qwen3VLImageProcessor(**{name: value for name, value in values.items() if value is not None})
 
 
-def _typed(given: Mapping[str, Any]) -> Mapping[str, Any]:
+def _typed(given: UncheckedJSON) -> UncheckedJSON:
     """Validates the types and ranges of the fields, and returns those that are not null."""
     fields = JsonObject({name: value for name, value in given.items() if value is not None}, "image processor")
     size = fields.nested("size", None)
@@ -186,7 +186,7 @@ def _typed(given: Mapping[str, Any]) -> Mapping[str, Any]:
     return fields.content
 
 
-def processor_to_dict(processor: Qwen3VLImageProcessor) -> dict[str, Any]:
+def processor_to_dict(processor: Qwen3VLImageProcessor) -> dict[str, JSON]:
     """Converts a Qwen3VLImageProcessor to the content of `preprocessor_config.json` for transformers' processor."""
     return {
         "image_processor_type": "Qwen2VLImageProcessorFast",

@@ -7,13 +7,13 @@ Source: arXiv 2605.14876, supervised fine-tuning and trajectory-accumulative con
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 import jax
 import numpy as np
 
 from clvr_jax.console import console
-from clvr_jax.data.batch_plan import length_bounds
+from clvr_jax.data.batch_plan import Bucket, length_bounds
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation, supervised_tokens
 from clvr_jax.data.histories import FittedHistory, fit_history
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
@@ -22,9 +22,12 @@ from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.interfaces import Message
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.reasoning.trajectory import Trajectory, Verdict
+from clvr_jax.trees import Batch
 
 
 @dataclass(frozen=True)
@@ -44,13 +47,13 @@ class Sample:
     record: int
     id: str
     step: int
-    shape: tuple[Any, ...]
+    shape: Bucket
     length: int
     padded: int = 0
     learned: int = 0
 
     @property
-    def bucket(self) -> tuple[Any, ...]:
+    def bucket(self) -> Bucket:
         """The key of samples that may share a batch: they have the same shapes after padding."""
         return (*self.shape, self.padded)
 
@@ -69,7 +72,7 @@ class Examples(Protocol):
 
     samples: tuple[Sample, ...]
 
-    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> Batch:
         """Loads a batch.
 
         Args:
@@ -110,7 +113,7 @@ class GenerationExamples:
     def __init__(
         self,
         dataset: TrajectoryDataset,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         *,
         dropout: float = 0.1,
         text_buckets: Sequence[int] = (),
@@ -185,7 +188,7 @@ class ConversationExamples:
     def __init__(
         self,
         dataset: TrajectoryDataset,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         image_processor: Qwen3VLImageProcessor,
         *,
         verification: TrajectoryDataset | None = None,
@@ -204,7 +207,7 @@ class ConversationExamples:
             for grids, length, learned in self._shapes(record)
         ]
         samples = list(_padded(dataset, samples, (), max_padding, length_multiple))
-        most: dict[tuple[Any, ...], int] = {}
+        most: dict[Bucket, int] = {}
         for sample in samples:
             most[sample.bucket] = max(sample.learned, most.get(sample.bucket, 0))
         self.samples = tuple(
@@ -231,7 +234,7 @@ class ConversationExamples:
         ids, weights = supervised_tokens(self._tokenizer, text, last_only=record.is_verification)
         yield grids, len(ids) - len(images) + shown, int(weights.sum())
 
-    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> dict[str, Any]:
+    def batch(self, samples: Sequence[Sample], rngs: Sequence[np.random.Generator]) -> Batch:
         """Returns the dict of `collate_conversations`, with grid_thw, which is equal for all rows, as `StaticGrids`.
 
         It also has learned_bk (b, k) int32: the positions of tokens with loss in order, padded with 0, a position that
@@ -263,7 +266,7 @@ class ConversationExamples:
             row[: len(found)] = found
         return {**batch, "learned_bk": learned}
 
-    def _messages(self, prompt: str, replies: Sequence[str]) -> list[dict[str, Any]]:
+    def _messages(self, prompt: str, replies: Sequence[str]) -> list[Message]:
         return chat_messages(prompt, replies, len(replies) - 1, self._system)
 
 

@@ -8,7 +8,7 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import jax
 import numpy as np
@@ -16,7 +16,12 @@ import numpy as np
 from clvr_jax.data.batch_plan import BatchPlan
 from clvr_jax.data.sft_examples import Examples
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON, JsonObject
 from clvr_jax.training_packages import training_package
+from clvr_jax.trees import Batch
+
+if TYPE_CHECKING:
+    import grain
 
 _ENDLESS = 2**48
 _ROWS = 2
@@ -60,7 +65,7 @@ class BatchLoader:
         content = repr((batch_size, seed, examples.samples)).encode(errors="backslashreplace")
         self.fingerprint = hashlib.blake2b(content, digest_size=8).hexdigest()
 
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int) -> Batch:
         """Returns the rows of step `step`, from 0, as a function of the loader's arguments and the step."""
         numbers = self.plan(step)
         samples = [self._examples.samples[numbers[row]] for row in self._rows]
@@ -68,7 +73,7 @@ class BatchLoader:
         return self._examples.batch(samples, rngs)
 
 
-class Batches(Iterator[dict[str, Any]]):
+class Batches(Iterator[Batch]):
     """An endless iterator over the batches of a loader, prefetched by Grain.
 
     Args:
@@ -85,23 +90,23 @@ class Batches(Iterator[dict[str, Any]]):
             raise UsageError(f"batches: {threads} threads, {prefetch} prefetched, {workers} workers")
         self._loader, self._threads, self._prefetch, self._workers = loader, threads, prefetch, workers
         self._step = 0
-        self._iterator: Any = None
+        self._iterator: grain.DatasetIterator[Batch] | None = None
 
     def __iter__(self) -> Self:
         return self
 
-    def __next__(self) -> dict[str, Any]:
+    def __next__(self) -> Batch:
         if self._iterator is None:
             self._iterator = self._start()
         batch = next(self._iterator)
         self._step += 1
         return _copied(batch) if self._workers else batch
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Mapping[str, JSON]:
         """Returns the iterator state after the latest batch, in types of JSON."""
         return {"step": self._step, "input": self._loader.fingerprint}
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def restore(self, state: Mapping[str, JSON]) -> None:
         """Continues after the batch at which `state` was saved.
 
         Raises: ClvrError if the state belongs to other data or other batches.
@@ -112,7 +117,7 @@ class Batches(Iterator[dict[str, Any]]):
                 "size and seed it was saved with"
             )
         self.close()
-        self._step = int(state["step"])
+        self._step = JsonObject(state, "batches: the saved state").integer("step", low=0)
 
     def close(self) -> None:
         """Stops prefetching; the next batch starts it again."""
@@ -120,7 +125,7 @@ class Batches(Iterator[dict[str, Any]]):
         if iterator is not None:
             iterator.close()
 
-    def _start(self) -> Any:
+    def _start(self) -> "grain.DatasetIterator[Batch]":
         grain = training_package("grain")
 
         steps = grain.MapDataset.range(_ENDLESS)[self._step :].map(self._loader)
@@ -135,6 +140,6 @@ class Batches(Iterator[dict[str, Any]]):
         return iter(batches)
 
 
-def _copied(batch: dict[str, Any]) -> dict[str, Any]:
+def _copied(batch: Batch) -> Batch:
     """Copies arrays out of shared memory of a worker, which would not be freed if the program ended while using it."""
     return {name: np.array(value) if isinstance(value, np.ndarray) else value for name, value in batch.items()}

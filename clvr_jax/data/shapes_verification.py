@@ -20,8 +20,9 @@ from clvr_jax.data.shapes import Canvas, Image, corrupted_canvas, simulate_traje
 from clvr_jax.data.shapes_augmentation import random_canvas
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
+from clvr_jax.interfaces import Message
 from clvr_jax.reasoning import verification
-from clvr_jax.reasoning.context import Message, chat_messages, prompt_with_requirements, requirements_line
+from clvr_jax.reasoning.context import chat_messages, prompt_with_requirements, requirements_line
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 
 MAX_PROMPT_CHARACTERS = 20_000
 
@@ -55,7 +57,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
       vocab_size: size of the vocabulary, with the 256 bytes and the special tokens.
       directory: output directory, which is created; files in it are replaced.
     """
-    tokenizer = Tokenizer(models.BPE())
+    tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
@@ -88,7 +90,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_tokenizer(directory: Path) -> Any:
+def load_tokenizer(directory: Path) -> Tokenizer:
     """Returns the transformers tokenizer in `directory`, which holds tokenizer.json, or vocab.json and merges.txt.
 
     Raises: ClvrError, one line, if these are missing or cannot be read, or if the tokenizer knows no text.
@@ -102,7 +104,7 @@ def load_tokenizer(directory: Path) -> Any:
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
         knows_text = bool(tokenizer.tokenize("a"))
     # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it. The
     # latter is written in Rust, whose panics are no `Exception`.
@@ -115,10 +117,11 @@ def load_tokenizer(directory: Path) -> Any:
         raise ClvrError(
             f"{directory}: the tokenizer has no token for any text; its vocabulary is damaged, copy it again"
         )
-    return tokenizer
+    found: Tokenizer = tokenizer
+    return found
 
 
-def check_tokenizer(tokenizer: Any, embeddings: int, tokens: Iterable[str] = ()) -> None:
+def check_tokenizer(tokenizer: Tokenizer, embeddings: int, tokens: Iterable[str] = ()) -> None:
     """Checks that a tokenizer belongs to a text model.
 
     Args:
@@ -157,7 +160,7 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
     return min(bucket for bucket in buckets if bucket >= length)
 
 
-def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
+def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each prompt for the FLUX.2 text encoder: one user turn, thinking disabled."""
     texts = [
         tokenizer.apply_chat_template(
@@ -168,7 +171,9 @@ def prompt_tokens(tokenizer: Any, prompts: Sequence[str]) -> list[list[int]]:
     return tokenizer(texts)["input_ids"]
 
 
-def encode_prompts(tokenizer: Any, prompts: Sequence[str], buckets: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+def encode_prompts(
+    tokenizer: Tokenizer, prompts: Sequence[str], buckets: Sequence[int]
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokenizes prompts as `prompt_tokens` does, padded on the right to one length.
 
     Prompts are never truncated; `histories.fit_history` shortens histories.

@@ -12,7 +12,7 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, encode_png, lazy_image
-from clvr_jax.json_input import JsonObject, parse_json, parse_object
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, parse_json, parse_object
 from clvr_jax.reasoning.trajectory import Step, Trajectory, run_from_json, step_run_from_json, verdict_from_json
 from clvr_jax.training_packages import training_package
 
@@ -64,8 +64,8 @@ class TrajectoryRecord:
 
     id: str
     trajectory: Trajectory
-    metadata: Mapping[str, Any] = field(default_factory=dict)
-    checklists: tuple[Any, ...] = ()
+    metadata: UncheckedJSON = field(default_factory=dict)
+    checklists: tuple[JSON, ...] = ()
     proxies: tuple[ProxyPrompts | None, ...] = ()
     mistakes: tuple[int, ...] = ()
     is_verification: bool = False
@@ -191,7 +191,7 @@ def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
     )
 
 
-def _step_to_example(step: Step, checklist: Any, proxy: ProxyPrompts | None, is_mistake: bool) -> dict[str, Any]:
+def _step_to_example(step: Step, checklist: JSON, proxy: ProxyPrompts | None, is_mistake: bool) -> dict[str, Any]:
     verdict = step.verdict
     run = {name: getattr(step, name) for name in ("nfe", "seconds", "rolled_back", "attempts", "redraw", "seed")}
     run["is_mistake"] = is_mistake
@@ -236,7 +236,7 @@ def _integers(text: bytes, where: str) -> tuple[int, ...]:
     return JsonObject({"references": parse_json(text, where)}, where).integers("references")
 
 
-def _json(content: Any) -> bytes:
+def _json(content: JSON) -> bytes:
     return json.dumps(content).encode()
 
 

@@ -7,10 +7,10 @@ A turn is one JSON object: what the planner perceives, why it acts, and one acti
 Source of the toolkit: arXiv 2605.14876, trajectory synthesis.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 
 ActionName = Literal["INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY"]
@@ -93,9 +93,9 @@ def read_turn(text: str, allowed: tuple[ActionName, ...], num_images: int) -> Tu
     return Turn(perceive, reason, _action(name, parameters, num_images))
 
 
-def to_json(turn: Turn) -> dict[str, Any]:
+def to_json(turn: Turn) -> dict[str, JSON]:
     """Returns a turn as the JSON object that the model writes, for the log of a trajectory."""
-    parameters: Mapping[str, Any] = {}
+    parameters: UncheckedJSON = {}
     if isinstance(turn.action, InitialGeneration):
         parameters = {"prompt": turn.action.prompt}
     elif isinstance(turn.action, ImageEdit):
@@ -108,7 +108,7 @@ def to_json(turn: Turn) -> dict[str, Any]:
     }
 
 
-def _action(name: ActionName, parameters: Mapping[str, Any], num_images: int) -> Action:
+def _action(name: ActionName, parameters: UncheckedJSON, num_images: int) -> Action:
     """Parses an action. The words of its errors are read by models and must not change."""
     known = {"INITIAL_GENERATION": {"prompt"}, "IMAGE_EDIT": {"prompt", "ref_img_list"}}.get(name, set())
     if unexpected := sorted(parameters.keys() - known):
@@ -132,7 +132,7 @@ def _action(name: ActionName, parameters: Mapping[str, Any], num_images: int) ->
     return ImageEdit(prompt, tuple(references))
 
 
-def _text(data: Mapping[str, Any], name: str) -> str:
+def _text(data: UncheckedJSON, name: str) -> str:
     value = data.get(name)
     if not isinstance(value, str) or not value.strip():
         raise AnswerError(f"{name} must be a text that is not empty, got {value!r}")

@@ -1,18 +1,18 @@
 """The statistics of a run for readers: an HTML page without scripts, and the dataset card."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from clvr_jax.data.engine.statistics import STAGE_NAMES
 from clvr_jax.data.trajectory_record import SCHEMA
 from clvr_jax.html_pages import render_page
+from clvr_jax.json_input import UncheckedJSON
 
 Row = tuple[str, ...]
 _VERDICTS = (("latest image right", "right"), ("latest image wrong", "wrong"))
 _USAGE = ("calls", "retries", "input_tokens", "output_tokens", "pictures", "nfe", "seconds", "dollars")
 
 
-def statistics_page(found: Mapping[str, Any]) -> str:
+def statistics_page(found: UncheckedJSON) -> str:
     """Renders statistics.json as an HTML page; all text of models and users is escaped."""
     verification = found["verification"]
     discarded = found["discarded"].items()
@@ -46,7 +46,7 @@ def statistics_page(found: Mapping[str, Any]) -> str:
     )
 
 
-def dataset_card(found: Mapping[str, Any]) -> str:
+def dataset_card(found: UncheckedJSON) -> str:
     """Writes dataset_card.md: the content of the dataset, how it was made, and how to read it."""
     stages = [
         (STAGE_NAMES[name], f"{entry['prompts']:,}", f"{entry['share']:.1%}") for name, entry in found["stages"].items()
@@ -92,7 +92,7 @@ def dataset_card(found: Mapping[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def headline(found: Mapping[str, Any]) -> str:
+def headline(found: UncheckedJSON) -> str:
     """Returns the result in one or two sentences."""
     share = found["trajectories"] / max(found["prompts"], 1)
     text = f"{found['trajectories']:,} trajectories of {found['prompts']:,} prompts ({share:.1%})."
@@ -102,7 +102,7 @@ def headline(found: Mapping[str, Any]) -> str:
     return text
 
 
-def corrections_sentence(found: Mapping[str, Any]) -> str:
+def corrections_sentence(found: UncheckedJSON) -> str:
     """Returns sentences about the wrong images and corrections in the dataset."""
     corrections = found["corrections"]
     return (
@@ -113,14 +113,14 @@ def corrections_sentence(found: Mapping[str, Any]) -> str:
     )
 
 
-def pairs_sentence(found: Mapping[str, Any]) -> str:
+def pairs_sentence(found: UncheckedJSON) -> str:
     """Returns a sentence about the verification examples."""
     verification = found["verification"]
     count = verification["right"] + verification["wrong"]
     return f"{count:,} examples, among them {verification['pairs']:,} counterfactual pairs."
 
 
-def warning(found: Mapping[str, Any]) -> str | None:
+def warning(found: UncheckedJSON) -> str | None:
     """Returns a warning for users who train a controller on the dataset, None if there is no reason for one."""
     if found["corrections"]["total"]:
         return None
@@ -130,7 +130,7 @@ def warning(found: Mapping[str, Any]) -> str | None:
     )
 
 
-def usage_rows(found: Mapping[str, Any]) -> list[Row]:
+def usage_rows(found: UncheckedJSON) -> list[Row]:
     """Returns a table of the usage of each role; columns of zeros are left out."""
     usage = {**found["usage"], "all": found["total"]}
     columns = [name for name in _USAGE if any(entry.get(name) for entry in usage.values())]

@@ -20,7 +20,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from etils import epath
 
@@ -30,7 +29,7 @@ from clvr_jax.data.engine.roles import Event, History
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import Fault
-from clvr_jax.json_input import JsonObject, parse_object
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, parse_object
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
@@ -63,7 +62,7 @@ class FinishedPrompt:
     num_images: int
     steps: int
     turns: int
-    content: Mapping[str, Any]
+    content: UncheckedJSON
 
     @property
     def is_kept(self) -> bool:
@@ -369,15 +368,16 @@ def discarded_trajectory(outcome: Outcome) -> Trajectory | None:
     return Trajectory(outcome.item.prompt, tuple(steps), GAVE_UP, error=f"{outcome.reason}: {outcome.detail}")
 
 
-def _event_to_json(event: Event) -> dict[str, Any]:
+def _event_to_json(event: Event) -> dict[str, JSON]:
     validation = event.validation
     return {
         "state": event.state,
         "turn": to_json(event.turn) if event.turn else None,
         "picture": event.image_index,
         "checks": [[check.question, check.passed, check.evidence] for check in event.checks],
-        "validation": validation
-        and {
+        "validation": None
+        if validation is None
+        else {
             "accepted": validation.accepted,
             "gaps": validation.gaps,
             "feedback": validation.feedback,

@@ -8,7 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from typing_extensions import override
 
@@ -17,7 +17,8 @@ from clvr_jax.data.engine.roles import Check, Event, History, Judge, Planner, Ro
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.image_io import ImageLike
-from clvr_jax.interfaces import ChatModel, ChatRequest
+from clvr_jax.interfaces import ChatModel, ChatRequest, Message
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.seeds import derive_seed
@@ -83,7 +84,7 @@ class PromptedVerifier(Verifier):
         )
         text = template("checklist").format(instruction=turn.action.prompt, kind=edit, limit=_MOST_QUESTIONS)
 
-        def read(data: dict[str, Any]) -> tuple[str, ...]:
+        def read(data: UncheckedJSON) -> tuple[str, ...]:
             questions = _texts(data, "questions")
             if not 1 <= len(questions) <= _MOST_QUESTIONS:
                 raise AnswerError(f"{len(questions)} questions; there must be 1 to {_MOST_QUESTIONS}")
@@ -98,7 +99,7 @@ class PromptedVerifier(Verifier):
         numbered = "\n".join(f"{number}. {question}" for number, question in enumerate(questions, start=1))
         text = template("check").format(shown=shown or "You see one picture.", questions=numbered)
 
-        def read(data: dict[str, Any]) -> tuple[Check, ...]:
+        def read(data: UncheckedJSON) -> tuple[Check, ...]:
             answers = data.get("answers")
             if not isinstance(answers, list) or len(answers) != len(questions):
                 found = len(answers) if isinstance(answers, list) else "no"
@@ -111,7 +112,7 @@ class PromptedVerifier(Verifier):
     def validate(self, history: History) -> Validation:
         text = template("validate").format(request=history.item.prompt, pictures=_numbered(history.path))
 
-        def read(data: dict[str, Any]) -> Validation:
+        def read(data: UncheckedJSON) -> Validation:
             accepted, back, gaps = data.get("accepted"), data.get("roll_back_to"), _texts(data, "gaps")
             if not isinstance(accepted, bool):
                 raise AnswerError(f"accepted must be true or false, got {accepted!r}")
@@ -134,7 +135,7 @@ class PromptedJudge(Judge):
     def prefer(
         self, prompt: str, first: ImageLike, second: ImageLike, seed: int
     ) -> Literal["first", "second", "neither"]:
-        def read(data: dict[str, Any]) -> Literal["first", "second", "neither"]:
+        def read(data: UncheckedJSON) -> Literal["first", "second", "neither"]:
             better = str(data.get("better", "")).strip().lower()
             for choice in ("first", "second", "neither"):
                 if better == choice:
@@ -161,7 +162,7 @@ class PromptedTranslator(Translator):
             last=_LAST_TEXT[accepted],
         )
 
-        def read(data: dict[str, Any]) -> tuple[str, ...]:
+        def read(data: UncheckedJSON) -> tuple[str, ...]:
             texts = _texts(data, "texts")
             if len(texts) != count:
                 raise AnswerError(f"{len(texts)} texts; there must be {count}")
@@ -180,7 +181,7 @@ class PromptedTranslator(Translator):
             pictures=_numbered(history.path),
         )
 
-        def read(data: dict[str, Any]) -> str:
+        def read(data: UncheckedJSON) -> str:
             (said,) = _texts({"text": [data.get("text")]}, "text")
             try:
                 unmet = parse(said + IMAGE_GEN, has_image=True).unmet
@@ -218,7 +219,7 @@ def write_proxy_prompts(
     """
     text = template("proxies").format(request=request, events=transcript)
 
-    def read(data: dict[str, Any]) -> ProxyPrompts:
+    def read(data: UncheckedJSON) -> ProxyPrompts:
         p_t2i, p_i2i, i_ref = data.get("p_t2i"), data.get("p_i2i", ""), data.get("i_ref", [])
         if not isinstance(p_t2i, str) or not p_t2i.strip() or not isinstance(p_i2i, str):
             raise AnswerError("p_t2i must be a text that is not empty, p_i2i a text")
@@ -271,7 +272,7 @@ def _request_json(
     model: ChatModel,
     text: str,
     images: Sequence[ImageLike],
-    read: Callable[[dict[str, Any]], Read],
+    read: Callable[[UncheckedJSON], Read],
     seed: int = 0,
     max_tokens: int = 1024,
 ) -> Read:
@@ -292,8 +293,8 @@ def _request_json(
         return once(again, 0.7, derive_seed(seed, "again"))
 
 
-def _chat(text: str, num_images: int) -> list[dict[str, Any]]:
-    parts: list[dict[str, Any]] = [{"type": "image"} for _ in range(num_images)]
+def _chat(text: str, num_images: int) -> list[Message]:
+    parts: list[dict[str, str]] = [{"type": "image"} for _ in range(num_images)]
     return [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
 
 
@@ -310,14 +311,14 @@ def _numbered(path: Sequence[int]) -> str:
     return ", ".join(map(str, path))
 
 
-def _check(question: str, answer: Any) -> Check:
+def _check(question: str, answer: JSON) -> Check:
     said = str(answer.get("answer", "") if isinstance(answer, dict) else answer).strip().lower()
     if said not in ("yes", "no"):
         raise AnswerError(f"the answer to {question!r} is {json.dumps(answer)[:80]}; it must be yes or no")
     return Check(question, said == "yes", str(answer.get("evidence", "")) if isinstance(answer, dict) else "")
 
 
-def _texts(data: dict[str, Any], name: str) -> tuple[str, ...]:
+def _texts(data: UncheckedJSON, name: str) -> tuple[str, ...]:
     values = data.get(name)
     if not isinstance(values, list) or not all(isinstance(value, str) and value.strip() for value in values):
         raise AnswerError(f"{name} must be a list of texts that are not empty, got {json.dumps(values)[:80]}")

@@ -13,10 +13,10 @@ A recipe has `CONFIG`, a dataclass instance with a field `synth` of type `SynthC
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from clvr_jax.data.engine.engine import Settings
 from clvr_jax.data.engine.intake import MAX_CHARACTERS
@@ -26,7 +26,8 @@ from clvr_jax.data.engine.roles import PromptItem, Roles
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import ImageModel
-from clvr_jax.recipe_files import config_from_json, config_to_json, import_recipe
+from clvr_jax.json_input import JSON
+from clvr_jax.recipe_files import Configuration, config_from_json, config_to_json, import_recipe
 from clvr_jax.redaction import redact_urls
 
 _COUNT_FIELDS = ("count", "prompts")
@@ -93,16 +94,25 @@ class WorkerContext(Protocol):
         ...
 
 
+class RecipeConfig(Configuration, Protocol):
+    """The `CONFIG` of a recipe of the data engine; its other fields are the recipe's own."""
+
+    @property
+    def synth(self) -> SynthConfig:
+        """The options that all recipes have."""
+        ...
+
+
 @dataclass(frozen=True)
 class SynthRecipe:
     """The content of a recipe file, see the docstring of this module."""
 
     name: str
-    config: Any
+    config: RecipeConfig
     description: str
     path: Path
-    prompts: Callable[[Any], Iterable[PromptItem]]
-    evaluation_prompts: Callable[[Any], Iterable[str]]
+    prompts: Callable[[RecipeConfig], Iterable[PromptItem]]
+    evaluation_prompts: Callable[[RecipeConfig], Iterable[str]]
     audit: Callable[[TrajectoryRecord], Sequence[bool]] | None
     corrections: Callable[[TrajectoryRecord], int] | None
 
@@ -115,7 +125,7 @@ def load_synth_recipe(path: Path) -> SynthRecipe:
             f"{path}: not a recipe of the data engine, it defines no {' and no '.join(missing)}; see "
             "configs/shapes_synth.py"
         )
-    config = module.CONFIG
+    config: RecipeConfig = module.CONFIG
     if not dataclasses.is_dataclass(config) or not isinstance(getattr(config, "synth", None), SynthConfig):
         raise ClvrError(f"{path}: CONFIG must be a dataclass instance with a field `synth` of type SynthConfig")
     return SynthRecipe(
@@ -145,7 +155,7 @@ class RecipeWorkerContext:
     config: str
 
     @classmethod
-    def from_recipe(cls, recipe: SynthRecipe, config: Any) -> "RecipeWorkerContext":
+    def from_recipe(cls, recipe: SynthRecipe, config: RecipeConfig) -> "RecipeWorkerContext":
         """Returns the function for a recipe with a config, which may differ from `CONFIG`."""
         return cls(recipe.name, recipe.path.read_text(encoding="utf-8"), json.dumps(config_to_json(config)))
 
@@ -155,10 +165,11 @@ class RecipeWorkerContext:
             path = Path(directory) / f"{self.name}.py"
             path.write_text(self.text, encoding="utf-8")
             module = import_recipe(path)
-        return module.worker_context(config_from_json(module.CONFIG, json.loads(self.config)))
+        context: WorkerContext = module.worker_context(config_from_json(module.CONFIG, json.loads(self.config)))
+        return context
 
 
-def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
+def identity(recipe: SynthRecipe, config: RecipeConfig) -> dict[str, JSON]:
     """Returns the values that must be equal when a run is resumed.
 
     These are all values except the number of prompts, the speed, and the calls of endpoints: a key, a timeout or a
@@ -167,12 +178,16 @@ def identity(recipe: SynthRecipe, config: Any) -> dict[str, Any]:
     """
     values = {name: value for name, value in config_to_json(config).items() if name not in _COUNT_FIELDS}
     values["synth"] = {name: value for name, value in values["synth"].items() if name not in _SPEED_FIELDS}
-    return comparable({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
+    return _comparable_object({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
 
 
-def comparable(value: Any) -> Any:
+def comparable(value: JSON) -> JSON:
     """Returns an identity, possibly of an earlier version, with only model and redacted URL of each endpoint."""
     if not isinstance(value, dict):
         return redact_urls(value)
+    return _comparable_object(value)
+
+
+def _comparable_object(value: Mapping[str, JSON]) -> dict[str, JSON]:
     names = ("model", "base_url") if value.keys() >= _ENDPOINT else value.keys()
     return {name: comparable(value[name]) for name in names}

@@ -9,13 +9,13 @@ A verification example is a history, its latest image, and the verdict on that i
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from clvr_jax.data.engine.roles import Check, Event, History, Translator
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ImageResponse
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, Reply, parse
 from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
 
@@ -197,7 +197,7 @@ def _step_fields(number: int, reply: Reply) -> tuple[str, str, tuple[int, ...]]:
     return reply.reasoning, IMAGE_GEN, tuple(range(number))
 
 
-def _checklists(history: History) -> tuple[Any, ...]:
+def _checklists(history: History) -> tuple[JSON, ...]:
     checks = {event.image_index: event.checks for event in history.events}
     return tuple([[check.question, check.evidence, check.passed] for check in checks[image]] for image in history.path)
 

@@ -5,14 +5,14 @@ A call concerns one prompt. `prompted_roles` implements the roles with vision-la
 trajectory.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.image_io import ImageLike
+from clvr_jax.json_input import UncheckedJSON
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class PromptItem:
 
     id: str
     prompt: str
-    metadata: Mapping[str, Any] = field(default_factory=dict)
+    metadata: UncheckedJSON = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

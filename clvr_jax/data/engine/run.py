@@ -22,12 +22,12 @@ from clvr_jax.console import console, progress
 from clvr_jax.data.engine.card import dataset_card, statistics_page
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthRecipe, comparable, identity
+from clvr_jax.data.engine.recipes import RecipeConfig, RecipeWorkerContext, SynthRecipe, comparable, identity
 from clvr_jax.data.engine.statistics import Statistics
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JsonObject, read_object
+from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.locks import locked_output
 from clvr_jax.output_paths import check_directory
 
@@ -36,7 +36,7 @@ DATASET, STATISTICS, PAGE, CARD = "dataset", "statistics.json", "statistics.html
 _POLL_SECONDS = 2.0
 
 
-def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
+def synthesize_dataset(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> dict[str, Any]:
     """Synthesizes the trajectories of all prompts and writes the dataset.
 
     Args:
@@ -54,7 +54,7 @@ def synthesize_dataset(recipe: SynthRecipe, config: Any, out: Path) -> dict[str,
         return _synthesize(recipe, config, out)
 
 
-def _synthesize(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
+def _synthesize(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> dict[str, Any]:
     """Implements `synthesize_dataset`; the caller holds the lock of `out`."""
     store = open_run(recipe, config, out)
     ids, refused = _write_prompts(recipe, config, out)
@@ -88,7 +88,7 @@ def _synthesize(recipe: SynthRecipe, config: Any, out: Path) -> dict[str, Any]:
     return found
 
 
-def open_run(recipe: SynthRecipe, config: Any, out: Path) -> OutcomeStore:
+def open_run(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> OutcomeStore:
     """Opens the outcomes of a run. Nothing is written, so that options may be changed until there is an outcome.
 
     Raises: UsageError if there are outcomes of another config.
@@ -114,7 +114,7 @@ def _has_outcomes(out: Path) -> bool:
     return bool(OutcomeStore(outcomes or out / "outcomes").ids())
 
 
-def _with_defaults(found: Any, defaults: Any) -> Any:
+def _with_defaults(found: JSON, defaults: JSON) -> JSON:
     """Returns an identity of an earlier version with default values for the options that it did not have."""
     if not isinstance(found, dict) or not isinstance(defaults, dict):
         return found
@@ -130,7 +130,7 @@ def _forget_failures(store: OutcomeStore, ids: set[str]) -> None:
         console.print(f"{len(failed):,} prompts that failed in an earlier run are processed again")
 
 
-def _write_prompts(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str], Counter[str]]:
+def _write_prompts(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> tuple[set[str], Counter[str]]:
     """Writes the prompts of the run. Returns: their ids, and the numbers of refused prompts by reason."""
     settings = config.synth
     evaluation = EvaluationPrompts(recipe.evaluation_prompts(config), settings.near_duplicate)
@@ -149,7 +149,7 @@ def _write_prompts(recipe: SynthRecipe, config: Any, out: Path) -> tuple[set[str
     return ids, refused
 
 
-def _run(recipe: SynthRecipe, config: Any, out: Path, store: OutcomeStore) -> None:
+def _run(recipe: SynthRecipe, config: RecipeConfig, out: Path, store: OutcomeStore) -> None:
     from clvr_jax.data.engine.beam_pipeline import run_pipeline
 
     make_context = RecipeWorkerContext.from_recipe(recipe, config)
@@ -203,7 +203,7 @@ def _report_progress(store: OutcomeStore, ids: set[str]) -> Iterator[None]:
             advance(len(seen), statistics.summary)
 
 
-def _differences(found: Any, expected: Any, name: str = "") -> Iterator[str]:
+def _differences(found: JSON, expected: JSON, name: str = "") -> Iterator[str]:
     """Yields the names of the values that differ."""
     if isinstance(found, dict) and isinstance(expected, dict):
         for key in found.keys() | expected.keys():

@@ -6,9 +6,9 @@ loop, the prompt and all replies so far, with all images of the path as referenc
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -19,6 +19,7 @@ from clvr_jax.data.shapes_proxies import exact_proxies
 from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, pixels
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
@@ -93,7 +94,7 @@ class _ExactRoles:
     """
 
     plan: tuple[PlannedObject, ...]
-    metadata: Mapping[str, Any]
+    metadata: UncheckedJSON
     text: GeneratorText
 
     def turn(self, history: History, state: StateName, allowed: tuple[ActionName, ...], seed: int) -> str:
@@ -110,8 +111,10 @@ class _ExactRoles:
             return _turn(seen, "nothing is unmet", "END_TRAJECTORY")
         if not parse_edits(reply):
             return _turn(seen, "nothing seems unmet", "RESULT_VALIDATION")
-        references = {"prompt": self._generator_text(history), "ref_img_list": list(history.path)}
-        return _turn(seen, "something is unmet", "IMAGE_EDIT", **references)
+        references = list(history.path)
+        return _turn(
+            seen, "something is unmet", "IMAGE_EDIT", prompt=self._generator_text(history), ref_img_list=references
+        )
 
     def checklist(self, history: History, turn: Turn) -> tuple[str, ...]:
         """Returns one question for each cell, the cells that the turn changes first."""
@@ -195,5 +198,5 @@ def _reading(content: bytes, shape: tuple[int, ...]) -> Reading:
     return detect(np.frombuffer(content, np.uint8).reshape(shape))
 
 
-def _turn(perceive: str, reason: str, action: ActionName, **parameters: Any) -> str:
+def _turn(perceive: str, reason: str, action: ActionName, **parameters: object) -> str:
     return json.dumps({"perceive": perceive, "reason": reason, "action": action, "parameters": parameters})

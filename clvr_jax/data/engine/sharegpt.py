@@ -13,7 +13,7 @@ generator. The turns of "gpt" about them are targets of a controller.
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.data.trajectory_record import TrajectoryRecord
@@ -23,7 +23,16 @@ from clvr_jax.reasoning.context import image_mark
 RECORDS, IMAGES = "sharegpt.jsonl", "images"
 
 
-def sharegpt_entry(record: TrajectoryRecord) -> dict[str, Any]:
+class ShareGPTEntry(TypedDict):
+    """One record in the ShareGPT format; `wrong_images` is our extension."""
+
+    id: str
+    conversations: list[dict[str, str]]
+    images: list[str]
+    wrong_images: list[str]
+
+
+def sharegpt_entry(record: TrajectoryRecord) -> ShareGPTEntry:
     """Converts a record; rolled-back steps are left out. `write_sharegpt` writes the images under the names in it."""
     turns = [{"from": "human", "value": record.trajectory.prompt}]
     images: list[str] = []

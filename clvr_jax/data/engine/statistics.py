@@ -2,10 +2,10 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from clvr_jax.data.engine.engine import STAGES
 from clvr_jax.data.engine.outcomes import FailedPrompt, FinishedPrompt
+from clvr_jax.json_input import JSON
 
 _EXAMPLES = 3
 STAGE_NAMES = {
@@ -105,7 +105,7 @@ class Statistics:
         worst = "".join(f", {count} {reason}" for reason, count in self._reasons.most_common(2))
         return f"{self.kept} kept ({self.kept / self._finished:.1%}){worst}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns all statistics in types of JSON; shares are relative to the finished prompts."""
         total: Counter[str] = Counter()
         for usage in self._usage.values():
