@@ -7,13 +7,14 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON
 from clvr_jax.trees import dotted, leaves_by_path, some
 
 
@@ -49,7 +50,7 @@ class Checkpoints:
         except OSError as error:
             raise ClvrError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
 
-    def restore_or(self, state: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, Any]]:
+    def restore_or(self, state: PyTree, *, resume: bool) -> tuple[PyTree, Mapping[str, JSON]]:
         """Restores the newest checkpoint if there is one and `resume` is set.
 
         Args:
@@ -79,7 +80,7 @@ class Checkpoints:
             for path in self._directory.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(path, ignore_errors=True)
 
-    def save(self, step: int, state: PyTree, iterator_state: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: PyTree, iterator_state: Mapping[str, JSON]) -> None:
         """Starts to save a state and that of the data iterator; returns when they are copied.
 
         Raises: ClvrError if this or an earlier checkpoint could not be written; the last complete one is kept.

@@ -7,17 +7,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import is_regular_file
-from clvr_jax.json_input import JsonObject, parse_object, read_object, stream_lines
+from clvr_jax.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
 from clvr_jax.plots import can_plot, new_figure
 from clvr_jax.training.recipes import RECIPE
 from clvr_jax.trees import some
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 USUAL = ("loss", "reward", "reward_t2i", "reward_i2i", "parts/t2i/right", "kl", "norm_ratio", "zero_variance_groups")
 """Metrics that are shown by default, as far as a run has them."""
@@ -109,7 +112,7 @@ def _kind(run: Path) -> str:
     return json.dumps(kind, sort_keys=True)
 
 
-def _without_seed(config: JsonObject) -> dict[str, Any]:
+def _without_seed(config: JsonObject) -> dict[str, JSON]:
     return {name: value for name, value in config.content.items() if name != "seed"}
 
 
@@ -149,7 +152,7 @@ def write_plot(path: Path, found: Mapping[str, Sequence[Curve]]) -> None:
     _save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def _save(figure: "Figure", path: Path) -> None:
     content = io.BytesIO()
     try:
         figure.savefig(content, format=path.suffix.removeprefix(".") or "png", dpi=120)
@@ -158,7 +161,16 @@ def _save(figure: Any, path: Path) -> None:
     write_atomically(path, content.getvalue())
 
 
-def summary(found: Mapping[str, Sequence[Curve]]) -> dict[str, Any]:
+class CurveSummary(TypedDict):
+    """The values at the last step of the runs of one kind: their number, the step, and mean, least and greatest."""
+
+    runs: int
+    step: int
+    mean: float
+    range: list[float]
+
+
+def summary(found: Mapping[str, Sequence[Curve]]) -> dict[str, dict[str, CurveSummary]]:
     """Returns for each metric and kind: number of runs, last step, and mean, least and greatest of the runs there."""
     return {
         metric: {

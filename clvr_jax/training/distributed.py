@@ -4,13 +4,15 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from clvr_jax.errors import ClvrError, UsageError
+
+Made = TypeVar("Made")
 
 HEARTBEAT_SECONDS = 30
 """A process that sends nothing for so many seconds is lost, and the others end."""
@@ -54,7 +56,7 @@ class Cluster:
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
 
 
-def broadcast_from_host0(make: Callable[[], Any]) -> Any:
+def broadcast_from_host0(make: Callable[[], Made]) -> Made:
     """Returns a JSON value that process 0 makes on every process; all processes must call it.
 
     Raises: ClvrError on every process, if it was raised in process 0.
@@ -72,7 +74,8 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     found = json.loads(np.asarray(bytes_n).tobytes())
     if "failed" in found:
         raise ClvrError(found["failed"])
-    return found["made"]
+    made: Made = found["made"]
+    return made
 
 
 def broadcast_decision(decision: bool) -> bool:

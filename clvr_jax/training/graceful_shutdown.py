@@ -4,14 +4,16 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 import jax
 from jax.experimental import multihost_utils
 
 from clvr_jax.console import console
+
+SignalHandler = Callable[[int, FrameType | None], object]
 
 _stopped = threading.Event()
 _NOTICE = b"\nclvr: saving a checkpoint first; press Ctrl-C again to end at once\n"
@@ -37,7 +39,7 @@ class GracefulShutdown:
         """Whether Ctrl-C (SIGINT) asked."""
         return self._interrupted.is_set()
 
-    def request(self, *_: Any) -> None:
+    def request(self, *_: object) -> None:
         """Asks the run to stop, as SIGTERM does."""
         self._requested.set()
 
@@ -109,7 +111,7 @@ def graceful_shutdown() -> Iterator[GracefulShutdown]:
 
 
 @contextmanager
-def _handled(number: int, handler: Any) -> Iterator[None]:
+def _handled(number: int, handler: SignalHandler) -> Iterator[None]:
     before = signal.signal(number, handler)
     try:
         yield
@@ -117,8 +119,8 @@ def _handled(number: int, handler: Any) -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL if before is None else before)  # None: not Python's own handler
 
 
-def _first_interrupt(shutdown: GracefulShutdown, before: Any) -> Any:
-    def handle(number: int, frame: Any) -> None:
+def _first_interrupt(shutdown: GracefulShutdown, before: SignalHandler) -> SignalHandler:
+    def handle(number: int, frame: FrameType | None) -> None:
         if shutdown.is_interrupted:
             before(number, frame)
             return

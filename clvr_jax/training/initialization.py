@@ -1,11 +1,10 @@
 """Initialization of networks that are trained from scratch: initial weights, some of them scaled."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 
-from clvr_jax.trees import Params, by_pattern, leaves_by_path, path_of
+from clvr_jax.trees import KeyPath, Params, by_pattern, leaves_by_path, path_of
 
 
 def scaled(params: Params, factors: Mapping[str, float]) -> Params:
@@ -19,7 +18,7 @@ def scaled(params: Params, factors: Mapping[str, float]) -> Params:
     """
     chosen = by_pattern(factors, leaves_by_path(params), None)
 
-    def scale(keys: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    def scale(keys: KeyPath, leaf: jax.Array) -> jax.Array:
         factor = chosen[path_of(keys)]
         return leaf if factor is None else leaf * factor
 

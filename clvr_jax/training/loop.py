@@ -18,19 +18,25 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Generic, Protocol
 
 import jax
+from jaxtyping import PyTree
 
 from clvr_jax.console import Advance, progress
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.distributed import broadcast_decision
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.prefetch import IteratorState
 from clvr_jax.training.step import State
 from clvr_jax.trees import Params
+
+StepMetrics = Mapping[str, jax.Array | float]
+"""The metrics of an iteration, scalars by name; arrays may still be computed."""
 
 
 class StopRequestedError(Exception):
@@ -47,7 +53,7 @@ class IterationError(ClvrError):
 class Runner(Protocol[State]):
     """Runs the iterations of a run, one after the other."""
 
-    def run(self, state: State, iteration: int, shutdown: GracefulShutdown) -> tuple[State, Mapping[str, Any]]:
+    def run(self, state: State, iteration: int, shutdown: GracefulShutdown) -> tuple[State, StepMetrics]:
         """Runs one iteration.
 
         Args:
@@ -59,11 +65,11 @@ class Runner(Protocol[State]):
         """
         ...
 
-    def summarize(self, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def summarize(self, metrics: Sequence[StepMetrics]) -> dict[str, float]:
         """Returns what is logged of the iterations since the last call."""
         ...
 
-    def iterator_state(self) -> Mapping[str, Any]:
+    def iterator_state(self) -> IteratorState:
         """Returns the state of the data iterator after the last iteration, as JSON values."""
         ...
 
@@ -86,14 +92,14 @@ class LoopConfig:
     note: Callable[[Mapping[str, float]], str]
     log_every: int = 1
     wandb: str = ""
-    logged_config: Mapping[str, Any] = field(default_factory=dict)
+    logged_config: Mapping[str, JSON] = field(default_factory=dict)
     profile: range = range(0)
 
 
 def run_loop(
     config: LoopConfig,
     create: Callable[[], State],
-    make_runner: Callable[[range, Mapping[str, Any]], contextlib.AbstractContextManager[Runner[State]]],
+    make_runner: Callable[[range, IteratorState], contextlib.AbstractContextManager[Runner[State]]],
     export: Callable[[State, Path], None],
     out: Path,
     *,
@@ -140,20 +146,20 @@ def run_loop(
 
 
 @dataclass
-class _Loop:
+class _Loop(Generic[State]):
     """The loop, with everything that it reports to."""
 
     config: LoopConfig
-    runner: Runner[Any]
+    runner: Runner[State]
     saver: "_Saver"
     log: MetricLog
     advance: Advance
     profile: Callable[[int], None]
     out: Path
 
-    def run(self, state: Any, iterations: range, shutdown: GracefulShutdown) -> Any:
+    def run(self, state: State, iterations: range, shutdown: GracefulShutdown) -> State:
         """Runs iterations, or fewer if the run is asked to stop."""
-        config, pending = self.config, list[Mapping[str, Any]]()
+        config, pending = self.config, list[StepMetrics]()
         for iteration in iterations:
             try:
                 if shutdown.should_stop():
@@ -181,7 +187,7 @@ class _Loop:
                     self.saver.save(state, self.runner.iterator_state())
         return state
 
-    def _log(self, state: Any, iteration: int, pending: Sequence[Mapping[str, Any]]) -> None:
+    def _log(self, state: State, iteration: int, pending: Sequence[StepMetrics]) -> None:
         """Logs the metrics of the last iterations, and ends a run that no longer learns."""
         if not pending:
             return
@@ -211,7 +217,7 @@ class _Saver:
         """Returns whether the interval has passed, as process 0 decides."""
         return broadcast_decision(time.monotonic() - self._saved_at > self._seconds)
 
-    def save(self, state: Any, iterator_state: Mapping[str, Any]) -> None:
+    def save(self, state: State, iterator_state: IteratorState) -> None:
         """Saves a state unless it was saved before."""
         if (iteration := int(state.iteration)) != self._saved:
             self.checkpoints.save(iteration, state, iterator_state)
@@ -258,7 +264,7 @@ def export_in_process_0(export: Callable[[Params, Path], None], params: Params, 
             export(params, directory)
 
 
-def wait_on_cpu(layout: MeshLayout, result: Any) -> None:
+def wait_on_cpu(layout: MeshLayout, result: PyTree) -> None:
     """Waits for a result if the devices are CPUs.
 
     Virtual devices share few threads: programs in flight could wait for one another for ever.

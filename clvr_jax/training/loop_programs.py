@@ -2,14 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jaxtyping import PyTree
 
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3_VL, qwen3_hidden_states
+from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3_VL, Architecture, qwen3_hidden_states
 from clvr_jax.cost_model.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
 from clvr_jax.cost_model.flops_images import decoder_flops as image_decoder_flops
 from clvr_jax.cost_model.flops_images import encoder_flops
@@ -23,6 +24,7 @@ from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate, with_logical_constraint
 from clvr_jax.training.plan import Program
+from clvr_jax.trees import Params
 
 CONTROLLERS: dict[str, Callable[[], Qwen3VLConfig]] = {
     "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b,
@@ -33,6 +35,9 @@ CONTROLLERS: dict[str, Callable[[], Qwen3VLConfig]] = {
 
 _LENGTH_MULTIPLE = 32  # prompts of Qwen3-VL are padded to a multiple of it
 _SHAPE = jax.ShapeDtypeStruct
+Config = TypeVar("Config")
+Weights = Mapping[str, Params]
+Arrays = Mapping[str, PyTree]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,15 +71,15 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Model:
+class _Model(Generic[Config]):
     """A model without values: its configuration, graph definition and abstract weights."""
 
-    config: Any
-    graphdef: Any
-    weights: Any
+    config: Config
+    graphdef: nnx.GraphDef[Any]
+    weights: Params
 
     @classmethod
-    def of(cls, architecture: Any, config: Any, dtype: str) -> "_Model":
+    def of(cls, architecture: Architecture, config: Config, dtype: str) -> "_Model[Config]":
         return cls(config, *architecture.split(architecture.config_to_dict(config), jnp.dtype(dtype)))
 
 
@@ -113,17 +118,17 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
         for number in range(loop.generations)
     ]  # fmt: skip
 
-    def read(weights: Any, data: Any) -> jax.Array:
+    def read(weights: Weights, data: Arrays) -> jax.Array:
         return encode_text(text_encoder.graphdef, weights["text_encoder"], data["ids"], data["mask"], layers)
 
-    def encode(weights: Any, data: Any) -> jax.Array:
+    def encode(weights: Weights, data: Arrays) -> jax.Array:
         return encode_images(vae.graphdef, replicate(weights["vae"]), data["image"])
 
-    def to_image(weights: Any, data: Any) -> jax.Array:
+    def to_image(weights: Weights, data: Arrays) -> jax.Array:
         return decode(vae.graphdef, replicate(weights["vae"]), data["latents"])
 
-    def generate(references: int) -> Callable[[Any, Any], jax.Array]:
-        def run(weights: Any, data: Any) -> jax.Array:
+    def generate(references: int) -> Callable[[Weights, Arrays], jax.Array]:
+        def run(weights: Weights, data: Arrays) -> jax.Array:
             return denoise(
                 transformer.graphdef,
                 weights["transformer"],
@@ -233,13 +238,15 @@ def _cache_length(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: in
     return -(-(_tokens(config, loop, images, text) + new_tokens) // CACHE_BUCKET) * CACHE_BUCKET
 
 
-def _prefill(model: _Model, loop: LoopConfig, name: str, images: int, text: int, new_tokens: int) -> Program:
+def _prefill(
+    model: _Model[Qwen3VLConfig], loop: LoopConfig, name: str, images: int, text: int, new_tokens: int
+) -> Program:
     """Returns the program that computes the cache of a conversation with `images` images."""
     config, b = model.config, loop.batch
     grids, tokens = _grids(config, loop, images), _tokens(config, loop, images, text)
     cache_length = _cache_length(config, loop, images, text, new_tokens)
 
-    def prefill(weights: Any, data: Any) -> tuple[jax.Array, DecodeCache]:
+    def prefill(weights: Weights, data: Arrays) -> tuple[jax.Array, DecodeCache]:
         module = nnx.merge(model.graphdef, weights["controller"])
         logits, cache = module.prefill(
             data["ids"],
@@ -269,15 +276,15 @@ def _prefill(model: _Model, loop: LoopConfig, name: str, images: int, text: int,
     )
 
 
-def _decode(model: _Model, loop: LoopConfig, name: str, cache_length: int, calls: int) -> Program:
+def _decode(model: _Model[Qwen3VLConfig], loop: LoopConfig, name: str, cache_length: int, calls: int) -> Program:
     """Returns the program of one decode step; the pipeline runs it in a loop on the device."""
     config, b = model.config.text, loop.batch
     dtype = jnp.dtype(loop.dtype)
     past = _SHAPE((config.num_hidden_layers, b, config.num_key_value_heads, cache_length, config.head_dim), dtype)
     seen, position = _SHAPE((b, cache_length), jnp.bool_), _SHAPE((b,), jnp.int32)
-    cache: Any = (past, past, seen, _SHAPE((), jnp.int32), position)
+    cache: PyTree = (past, past, seen, _SHAPE((), jnp.int32), position)
 
-    def decode_step(weights: Any, data: Any) -> tuple[jax.Array, DecodeCache]:
+    def decode_step(weights: Weights, data: Arrays) -> tuple[jax.Array, DecodeCache]:
         module = nnx.merge(model.graphdef, weights["controller"])
         logits, cache = module.decode_step(data["cache"], data["token"])
         return jnp.argmax(logits, axis=-1), _sharded(cache)

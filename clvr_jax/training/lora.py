@@ -1,7 +1,6 @@
 """Training of a LoRA instead of all weights."""
 
 import dataclasses
-from typing import Any
 
 import jax
 
@@ -9,7 +8,7 @@ from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.training.step import Metrics
 from clvr_jax.training.trainer import Task
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 
 def lora_task(task: Task, config: LoRAConfig, seed: int) -> Task:
@@ -23,7 +22,7 @@ def lora_task(task: Task, config: LoRAConfig, seed: int) -> Task:
       seed: seed of the initial LoRA, whose delta is zero.
     """
 
-    def loss(params: Params, frozen: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, Metrics]:
         return task.loss(apply_delta(frozen["base"], params), frozen["task"], batch, key)
 
     return dataclasses.replace(

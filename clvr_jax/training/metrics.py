@@ -6,15 +6,20 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Self
 
 import jax
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.cost_model.hardware import CHIPS
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import parse_object, stream_lines
+from clvr_jax.json_input import JSON, parse_object, stream_lines
 from clvr_jax.sharding import MeshLayout
+from clvr_jax.trees import Batch
+
+if TYPE_CHECKING:
+    import wandb
+    from tensorboardX import SummaryWriter
 
 
 class MetricLog:
@@ -30,7 +35,7 @@ class MetricLog:
     """
 
     def __init__(
-        self, directory: Path, start: int, wandb: str = "", name: str = "", config: Mapping[str, Any] | None = None
+        self, directory: Path, start: int, wandb: str = "", name: str = "", config: Mapping[str, JSON] | None = None
     ):
         self._is_writer = jax.process_index() == 0
         self._wandb = _wandb_run(wandb, name, directory, config or {}) if wandb and self._is_writer else None
@@ -66,7 +71,7 @@ class MetricLog:
             self._wandb.finish()
 
 
-def _summary_writer(directory: Path, start: int) -> Any:
+def _summary_writer(directory: Path, start: int) -> "SummaryWriter":
     """Returns a writer of TensorBoard events.
 
     tensorboardX imports PyTorch where it is installed, which takes 2 CPU seconds and serves annotations only.
@@ -93,7 +98,7 @@ def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:
             yield line
 
 
-def _wandb_run(project: str, name: str, directory: Path, config: Mapping[str, Any]) -> Any:
+def _wandb_run(project: str, name: str, directory: Path, config: Mapping[str, JSON]) -> "wandb.Run":
     try:
         import wandb
     except ImportError as error:
@@ -111,13 +116,13 @@ class Throughput:
     """
 
     def __init__(
-        self, flops: Callable[[Any], float] | None, tokens: Callable[[Any], int] | None, layout: MeshLayout
+        self, flops: Callable[[Batch], float] | None, tokens: Callable[[Batch], int] | None, layout: MeshLayout
     ) -> None:
         self._flops_of, self._tokens_of = flops, tokens
         self._peak = peak_flops(layout)
         self._begin()
 
-    def add(self, batch: Any) -> None:
+    def add(self, batch: Batch) -> None:
         """Counts a batch."""
         self._steps += 1
         self._flops += self._flops_of(batch) if self._flops_of else 0.0

@@ -1,14 +1,13 @@
 """Optimizers and learning-rate schedules."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import optax
 from jaxtyping import PyTree
 
 from clvr_jax.errors import UsageError
-from clvr_jax.trees import Params
+from clvr_jax.trees import KeyPath, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +103,7 @@ def _is_matrix(params: Params) -> PyTree:
 def _block_matrices(params: Params) -> PyTree:
     """Returns Muon's dimension numbers of the kernels (layer, in, out) of scanned blocks; None (AdamW) for the rest."""
 
-    def numbers(path: Any, leaf: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    def numbers(path: KeyPath, leaf: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
         is_stacked = leaf.ndim == 3 and any(getattr(key, "key", None) == "kernel" for key in path)
         return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2) if is_stacked else None
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from rich.table import Table
 
@@ -21,11 +22,12 @@ from clvr_jax.cost_model.hardware import Topology, parse_topology, planning_devi
 from clvr_jax.cost_model.report import JointReport, Report, Stage, elements_per_chip, measure
 from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
 from clvr_jax.training.prefetch import DataIterator, check_batch
-from clvr_jax.training.recipes import Recipe
+from clvr_jax.training.recipes import Recipe, RecipeConfig
 from clvr_jax.training.step import TrainState, make_train_step
-from clvr_jax.training.trainer import Task
+from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Params
 
 
@@ -47,7 +49,7 @@ class Program:
     """
 
     name: str
-    function: Callable[[Any, Any], Any]
+    function: Callable[[Mapping[str, Params], PyTree], PyTree]
     weights: Mapping[str, Params]
     data: PyTree
     reads: Mapping[str, int]
@@ -62,7 +64,7 @@ class Program:
     def shardings(self, layout: MeshLayout) -> PyTree:
         """Returns the sharding of each array of `data`."""
 
-        def place(leaf: Any) -> Any:
+        def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             if leaf.ndim in self.logical_axes:
                 return layout.sharding(self.logical_axes[leaf.ndim], leaf.shape)
             return layout.batch(leaf)
@@ -71,7 +73,7 @@ class Program:
 
 
 def plan(
-    recipe: Recipe, config: Any, topology: str, *, dollars_per_chip_hour: float | None = None
+    recipe: Recipe, config: RecipeConfig, topology: str, *, dollars_per_chip_hour: float | None = None
 ) -> Report | JointReport:
     """Compiles the program of a recipe for chips that this machine need not have, and estimates its cost.
 
@@ -116,7 +118,7 @@ class Trial:
         report = self.report
         return f"{self.name}: {self.reason if report is None else report.headline}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns the trial as JSON values."""
         report = self.report.to_json() if self.report else None
         return {"mesh": dataclasses.asdict(self.mesh), "batch_size": self.batch_size, "report": report,
@@ -125,7 +127,7 @@ class Trial:
 
 def search(
     recipe: Recipe,
-    config: Any,
+    config: RecipeConfig,
     topology: str,
     *,
     batch_sizes: Sequence[int] = (),
@@ -204,7 +206,7 @@ def mesh_name(mesh: MeshConfig) -> str:
     return " x ".join(f"{axis} {size}" for axis, size in sizes.items() if size != 1) or "one device"
 
 
-def _changed(config: Any, mesh: MeshConfig, batch: int | None) -> Any:
+def _changed(config: RecipeConfig, mesh: MeshConfig, batch: int | None) -> RecipeConfig:
     if hasattr(config, "train"):
         config = dataclasses.replace(config, train=dataclasses.replace(config.train, mesh=mesh))
     else:
@@ -212,7 +214,7 @@ def _changed(config: Any, mesh: MeshConfig, batch: int | None) -> Any:
     return config if batch is None else dataclasses.replace(config, batch_size=batch)
 
 
-def _plan_step(task: Task, train: Any, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
+def _plan_step(task: Task, train: TrainConfig, layout: MeshLayout, chips: Topology, price: float | None) -> Report:
     optimizer = train.optimizer()
     state = jax.eval_shape(lambda params: TrainState.create(params, optimizer), _shapes(task.params))
     state = _with(state, state.shardings(layout))
@@ -285,7 +287,7 @@ def _bytes_per_chip(tree: PyTree, shardings: PyTree) -> int:
     return sum(elements_per_chip(leaf) * leaf.dtype.itemsize for leaf in placed)
 
 
-def _compiled(function: Any, arguments: tuple[Any, ...], layout: MeshLayout) -> tuple[Any, str]:
+def _compiled(function: Any, arguments: tuple[PyTree, ...], layout: MeshLayout) -> tuple[jax.stages.Compiled, str]:
     """Returns the compiled program, and its text."""
     lowered = function.trace(*arguments).lower(lowering_platforms=(layout.platform,))
     with tempfile.TemporaryDirectory(prefix="clvr-plan-") as directory:

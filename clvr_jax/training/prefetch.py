@@ -2,16 +2,18 @@
 
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from clvr_jax.errors import UsageError
+from clvr_jax.json_input import JSON
 from clvr_jax.sharding import MeshLayout
+from clvr_jax.trees import Batch
 
-Batch = Any
-IteratorState = Mapping[str, Any]
+IteratorState = Mapping[str, JSON]
 
 
 @runtime_checkable
@@ -84,7 +86,7 @@ def shard_batch(batch: Batch, layout: MeshLayout, *, is_whole: bool = True) -> B
       is_whole: whether every process passes the whole batch, or only its own rows.
     """
 
-    def place(leaf: Any) -> jax.Array:
+    def place(leaf: ArrayLike) -> jax.Array:
         leaf = np.asarray(leaf)
         if not is_whole:
             shape = (leaf.shape[0] * jax.process_count(), *leaf.shape[1:])

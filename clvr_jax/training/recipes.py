@@ -9,9 +9,9 @@ the `Task` for such a config. The trainer needs nothing else, so a recipe may be
 import contextlib
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import jax
 
@@ -20,15 +20,36 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import read_object
 from clvr_jax.locks import locked_output, new_directory
 from clvr_jax.output_paths import check_directory
-from clvr_jax.recipe_files import config_from_json, config_to_json, exits_refused, import_recipe
+from clvr_jax.recipe_files import Configuration, config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.distributed import broadcast_from_host0
 from clvr_jax.training.loop import mesh_of
-from clvr_jax.training.trainer import Task, TrainConfig, fit
+from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
+
+if TYPE_CHECKING:
+    from clvr_jax.training.plan import Program
 
 RECIPE = "recipe.json"
 """File of a run that names its recipe and holds its configuration."""
+
+
+class RecipeConfig(Configuration, Protocol):
+    """The `CONFIG` of a recipe; its other fields are the recipe's own.
+
+    In a recipe of RL, `train` is a `PPRLConfig`. Only a recipe with a `program` has `mesh`, and one without `task` has
+    no `train`.
+    """
+
+    @property
+    def train(self) -> TrainConfig:
+        """Configuration of the training run."""
+        ...
+
+    @property
+    def mesh(self) -> MeshConfig:
+        """Configuration of the device mesh of a program that is planned."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +62,13 @@ class Recipe:
     """
 
     name: str
-    config: Any
-    task: Callable[[Any], Task]
+    config: RecipeConfig
+    task: Callable[[RecipeConfig], Task]
     description: str = ""
     path: Path = Path()
-    abstract_task: Callable[[Any], Task] | None = None
-    program: Callable[[Any], Any] | None = None
-    fit: Callable[..., Any] = fit
+    abstract_task: Callable[[RecipeConfig], Task] | None = None
+    program: "Callable[[RecipeConfig], Program | Sequence[Program]] | None" = None
+    fit: Callable[..., TrainState] = fit
 
 
 def load_recipe(path: str | Path) -> Recipe:
@@ -65,7 +86,7 @@ def load_recipe(path: str | Path) -> Recipe:
     lacking = [name for name in ("CONFIG", "task") if not hasattr(module, name)]
     if lacking:
         raise ClvrError(f"{path}: not a recipe, it defines no {' and no '.join(lacking)}; see configs/shapes_vae.py")
-    config = module.CONFIG
+    config: RecipeConfig = module.CONFIG
     is_ours = loop is fit  # another loop takes what it likes
     if not dataclasses.is_dataclass(config) or (
         is_ours and not isinstance(getattr(config, "train", None), TrainConfig)
@@ -79,11 +100,20 @@ def load_recipe(path: str | Path) -> Recipe:
     )
 
 
-def _only_planned(config: Any) -> Task:
+def _only_planned(config: RecipeConfig) -> Task:
     raise ClvrError("this recipe is planned, not trained: clvr plan")
 
 
-def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> dict[str, Any]:
+class TrainResult(TypedDict):
+    """The result of a run: name of the recipe, directory of the run and of the exported model, and number of steps."""
+
+    recipe: str
+    out: str
+    export: str
+    steps: int
+
+
+def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = False) -> TrainResult:
     """Runs a recipe.
 
     Args:
@@ -91,7 +121,6 @@ def train(recipe: Recipe, config: Any, out: Path, *, resume: bool = False) -> di
       config: the recipe's config, with overrides.
       out: directory of the run, see `fit`; checked before anything is built.
       resume: continue from the newest checkpoint in `out`.
-    Returns: {"recipe", "out", "export", "steps"} for JSON.
     """
     check_directory(out)
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Self, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,10 @@ import optax
 from jaxtyping import PyTree
 
 from clvr_jax.sharding import MeshLayout
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 Metrics = dict[str, jax.Array]
-Loss = Callable[[Params, Params, Any, jax.Array], tuple[jax.Array, Metrics]]
+Loss = Callable[[Params, Params, Batch, jax.Array], tuple[jax.Array, Metrics]]
 """(params, frozen, batch, key) -> (mean loss, metrics). Where the mean is not over equal rows, metrics["weight"] is the
 number it was divided by (tokens that count, say), so that parts of a batch add up to the whole."""
 
@@ -30,15 +30,15 @@ WEIGHT = "weight"
 class TrainState:
     """Everything a run continues from. skipped: steps whose gradients were not finite and changed nothing."""
 
-    step: Any
+    step: jax.Array
     params: Params
     ema: Params
     opt_state: PyTree
-    skipped: Any
-    skipped_in_a_row: Any
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
     @property
-    def iteration(self) -> Any:
+    def iteration(self) -> jax.Array:
         """Number of finished iterations of the training loop."""
         return self.step
 
@@ -49,7 +49,7 @@ class TrainState:
         The parameters are copied, since a step takes its state's memory.
         """
 
-        def start(params: Params) -> Any:
+        def start(params: Params) -> PyTree:
             return cls(**cls._initial(params, optimizer))
 
         if layout is None:
@@ -58,7 +58,7 @@ class TrainState:
         return jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
 
     @classmethod
-    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, PyTree]:
         """Returns all fields at step 0."""
         params, ema = (jax.tree.map(jnp.copy, params) for _ in range(2))
         counters = {name: jnp.int32(0) for name in ("step", "skipped", "skipped_in_a_row")}
@@ -67,15 +67,15 @@ class TrainState:
     def shardings(self, layout: MeshLayout) -> Self:
         """Returns the sharding of every part; shapes are enough."""
         replicated = layout.replicated
-        return dataclasses.replace(
-            self,
-            step=replicated,
-            params=layout.parameters(self.params),
-            ema=layout.parameters(self.ema),
-            opt_state=layout.optimizer_state(self.opt_state, self.params),
-            skipped=replicated,
-            skipped_in_a_row=replicated,
-        )
+        shardings: dict[str, PyTree] = {
+            "step": replicated,
+            "params": layout.parameters(self.params),
+            "ema": layout.parameters(self.ema),
+            "opt_state": layout.optimizer_state(self.opt_state, self.params),
+            "skipped": replicated,
+            "skipped_in_a_row": replicated,
+        }
+        return dataclasses.replace(self, **shardings)
 
 
 State = TypeVar("State", bound=TrainState)
@@ -148,13 +148,13 @@ class StepConfig:
 
 def make_train_step(
     loss: Loss, optimizer: optax.GradientTransformation, config: StepConfig, layout: MeshLayout | None = None
-) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+) -> Callable[[TrainState, Params, Batch], tuple[TrainState, Metrics]]:
     """Returns the jitted function (state, frozen, batch) -> (state, metrics), which donates the old state.
 
     A step whose loss or gradients are not finite leaves everything but the counters as it was.
     """
 
-    def train_step(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+    def train_step(state: TrainState, frozen: Params, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, metrics = _mean_gradients(loss, config, state.params, frozen, batch, key)
         next_state, norm = apply_gradients(state, grads, metrics["loss"], optimizer, config.ema_decay)
@@ -167,11 +167,11 @@ def make_train_step(
 
 
 def _mean_gradients(
-    loss: Loss, config: StepConfig, params: Params, frozen: Params, batch: Any, key: jax.Array
+    loss: Loss, config: StepConfig, params: Params, frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[Params, Metrics]:
     """Returns gradients and metrics of the mean over the whole batch, which is split into microbatches if asked for."""
 
-    def weighted_loss(params: Params, rows: Any, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
+    def weighted_loss(params: Params, rows: Batch, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, Metrics]]:
         mean, metrics = loss(_cast(params, config.compute_dtype), frozen, rows, key)
         weight = jnp.asarray(metrics.pop(WEIGHT, 1.0), jnp.float32)
         return mean.astype(jnp.float32) * weight, (weight, {**metrics, "loss": mean})
@@ -185,7 +185,7 @@ def _mean_gradients(
         # Every microbatch takes some rows of every device, so that no row is sent to another.
         return leaf.reshape(-1, config.gradient_accumulation_steps, *leaf.shape[1:]).swapaxes(0, 1)
 
-    def loss_and_grads(index: jax.Array, rows: Any) -> GradAccumulator:
+    def loss_and_grads(index: jax.Array, rows: Batch) -> GradAccumulator:
         (_, (weight, metrics)), grads = gradient(params, rows, jax.random.fold_in(key, index))
         return GradAccumulator(grads, jax.tree.map(lambda value: value * weight, metrics), weight)
 

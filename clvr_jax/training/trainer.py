@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -13,12 +13,12 @@ from clvr_jax.errors import UsageError
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.graceful_shutdown import GracefulShutdown
-from clvr_jax.training.loop import LoopConfig, export_in_process_0, mesh_of, run_loop, wait_on_cpu
+from clvr_jax.training.loop import LoopConfig, StepMetrics, export_in_process_0, mesh_of, run_loop, wait_on_cpu
 from clvr_jax.training.metrics import Throughput
 from clvr_jax.training.optimizer import OptimizerConfig
-from clvr_jax.training.prefetch import Batches, DataIterator, prefetch
+from clvr_jax.training.prefetch import Batches, DataIterator, DeviceBatch, IteratorState, prefetch
 from clvr_jax.training.step import Loss, Metrics, StepConfig, TrainState, make_train_step
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 __all__ = ["Metrics", "Task", "TrainConfig", "TrainState", "fit", "make_train_step"]
 
@@ -109,9 +109,9 @@ class Task:
     loss: Loss
     batches: Batches
     export: Callable[[Params, Path], None]
-    flops: Callable[[Any], float] | None = None
-    hardware_flops: Callable[[Any], float] | None = None
-    tokens: Callable[[Any], int] | None = None
+    flops: Callable[[Batch], float] | None = None
+    hardware_flops: Callable[[Batch], float] | None = None
+    tokens: Callable[[Batch], int] | None = None
 
 
 def fit(
@@ -151,7 +151,7 @@ def fit(
 
 @contextlib.contextmanager
 def _step_runner(
-    task: Task, config: TrainConfig, layout: MeshLayout, steps: range, iterator_state: Mapping[str, Any]
+    task: Task, config: TrainConfig, layout: MeshLayout, steps: range, iterator_state: IteratorState
 ) -> Iterator["_StepRunner"]:
     """Opens the runner of some steps, which prefetches their batches."""
     if isinstance(task.batches, DataIterator) and iterator_state:
@@ -168,8 +168,8 @@ class _StepRunner:
         task: Task,
         config: TrainConfig,
         layout: MeshLayout,
-        batches: Iterator[tuple[Any, Mapping[str, Any]]],
-        iterator_state: Mapping[str, Any],
+        batches: Iterator[DeviceBatch],
+        iterator_state: IteratorState,
     ):
         self._layout, self._batches, self._iterator_state = layout, batches, iterator_state
         self._train_step = make_train_step(task.loss, config.optimizer(), config.step, layout)
@@ -184,14 +184,14 @@ class _StepRunner:
         self._throughput.add(batch)
         return state, metrics
 
-    def summarize(self, metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    def summarize(self, metrics: Sequence[StepMetrics]) -> dict[str, float]:
         return {**_means(jax.device_get(metrics)), **self._throughput.read()}
 
-    def iterator_state(self) -> Mapping[str, Any]:
+    def iterator_state(self) -> IteratorState:
         return self._iterator_state
 
 
-def _means(metrics: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _means(metrics: Sequence[StepMetrics]) -> dict[str, float]:
     """Returns the mean of each metric over the steps that reported it: batches may report different ones."""
     names = {name for step in metrics for name in step}
     return {name: float(np.mean([step[name] for step in metrics if name in step])) for name in sorted(names)}
