@@ -7,7 +7,7 @@ a bad one.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from typing_extensions import override
@@ -16,6 +16,7 @@ from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ProviderError
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError
 
 
@@ -132,12 +133,12 @@ class Scores:
         }
         return cls(np.concatenate([one.values for one in scores]), parts)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns the scores in types of JSON; NaN as Python writes it."""
         return {"values": self.values.tolist(), "parts": {name: part.tolist() for name, part in self.parts.items()}}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "Scores":
+    def from_json(cls, data: UncheckedJSON) -> "Scores":
         """Returns the scores that `to_json` serialized."""
         parts = {name: np.array(part, np.float64) for name, part in data["parts"].items()}
         return cls(np.array(data["values"], np.float64), parts)

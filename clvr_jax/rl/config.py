@@ -2,12 +2,13 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from clvr_jax.errors import UsageError
+from clvr_jax.json_input import JSON
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.rl.algorithms import DiffusionNFT, FlowGRPO, GRPOConfig, NFTConfig, RLAlgorithm
@@ -126,7 +127,7 @@ class PPRLConfig:
         )
 
     @property
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, JSON]:
         """The options that a checkpoint depends on, as `begun.json` names them; a resumed run must have the same."""
         return {"method": self.algorithm, "lora_rank": self.lora.rank, "lora_alpha": self.lora.alpha}
 

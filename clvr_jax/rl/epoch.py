@@ -8,11 +8,10 @@ All random numbers of an epoch follow from seed and epoch, so an interrupted run
 Source: arXiv 2605.14876 (PPRL).
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -33,8 +32,9 @@ from clvr_jax.rl.task import PPRLTask
 from clvr_jax.rl.update import UpdateBatch
 from clvr_jax.sharding import MeshLayout, process_allgather
 from clvr_jax.training.graceful_shutdown import GracefulShutdown
-from clvr_jax.training.loop import StopRequestedError, wait_on_cpu
-from clvr_jax.training.prefetch import shard_batch
+from clvr_jax.training.loop import StepMetrics, StopRequestedError, wait_on_cpu
+from clvr_jax.training.prefetch import IteratorState, shard_batch
+from clvr_jax.trees import Batch
 
 _GRID_MICROBATCHES = 8
 
@@ -49,7 +49,7 @@ class Microbatch:
 
     steps: tuple[ProxyStep, ...]
     num_real: int
-    data: Any
+    data: Batch
     rollout: Rollout | None = None
 
 
@@ -92,12 +92,12 @@ class EpochRunner:
             state = jax.block_until_ready(self.jitted.update_old_policy(state))
         return state, {**metrics, **update_metrics, **watch.read()}
 
-    def summarize(self, metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    def summarize(self, metrics: Sequence[StepMetrics]) -> dict[str, float]:
         """Returns the metrics of an epoch, which are logged after each."""
         (of_epoch,) = metrics
-        return dict(of_epoch)
+        return {name: float(value) for name, value in of_epoch.items()}
 
-    def iterator_state(self) -> dict[str, Any]:
+    def iterator_state(self) -> IteratorState:
         """Returns nothing: the steps of an epoch follow from the seed and its number."""
         return {}
 

@@ -1,7 +1,6 @@
 """The steps of RL compiled for a mesh."""
 
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,9 @@ class JittedSteps:
     """
 
     def __init__(self, policy: DiffusionPolicy, config: PPRLConfig, layout: MeshLayout):
-        def accumulate(params: Params, base: Params, old: Params, sums: GradAccumulator, batch: UpdateBatch) -> Any:
+        def accumulate(
+            params: Params, base: Params, old: Params, sums: GradAccumulator, batch: UpdateBatch
+        ) -> GradAccumulator:
             total = sums.add(loss_and_grads(policy, config, params, base, old, batch))
             return total._replace(grads=jax.lax.with_sharding_constraint(total.grads, layout.parameters(params)))
 

@@ -1,9 +1,10 @@
 """Random keys of samples, which depend on the sample alone, so that no batch and no mesh changes an image."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 NOISE, TIMESTEPS, LOSS, PATH = range(4)
 """Purposes of random numbers: initial noise, order of timesteps, noise in the loss, noise of a sampled path."""
@@ -13,15 +14,15 @@ class RandomSource(NamedTuple):
     """What the random numbers of a microbatch depend on.
 
     seed, epoch: int32 scalars; data, not constants, so that runs with different seeds share their compiled programs.
-    step_number: (g,) int32, the number of each group's trajectory step.
+    step_number: (g,) int32, the number of each group's trajectory step. The planner has shapes in their place.
     """
 
-    seed: Any
-    epoch: Any
-    step_number: Any
+    seed: PyTree
+    epoch: PyTree
+    step_number: PyTree
 
 
-def sample_keys(source: RandomSource, group_size: int, *purpose: Any) -> jax.Array:
+def sample_keys(source: RandomSource, group_size: int, *purpose: int | jax.Array) -> jax.Array:
     """Returns keys (g * group_size,) from seed, epoch, purpose, the sample's trajectory step and index in the group.
 
     Args:

@@ -99,8 +99,12 @@ class EpochScores:
         """Returns the same on every process: only process 0 has a generator."""
         if self._scorer.live is None:
             return [step.proxies for step in steps]
-        serialized = broadcast_from_host0(lambda: [one and asdict(one) for one in self._proxies(steps)])
-        return [one and ProxyPrompts(one["p_t2i"], one["p_i2i"], tuple(one["i_ref"])) for one in serialized]
+        serialized = broadcast_from_host0(
+            lambda: [None if one is None else asdict(one) for one in self._proxies(steps)]
+        )
+        return [
+            None if one is None else ProxyPrompts(one["p_t2i"], one["p_i2i"], tuple(one["i_ref"])) for one in serialized
+        ]
 
     def _score(self, steps: Sequence[ProxyStep], images: np.ndarray, proxies: Sequence[ProxyPrompts | None]) -> Scores:
         scorer, cases = self._scorer, []

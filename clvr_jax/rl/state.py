@@ -2,11 +2,12 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import PyTree
 from typing_extensions import override
 
 from clvr_jax.sharding import MeshLayout
@@ -26,21 +27,21 @@ class PPRLState(TrainState):
     epoch: number of finished epochs. old: parameters of the policy that samples.
     """
 
-    epoch: Any
+    epoch: jax.Array
     old: Params
 
     @override
     @property
-    def iteration(self) -> Any:
+    def iteration(self) -> jax.Array:
         return self.epoch
 
     @override
     @classmethod
-    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, Any]:
+    def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, PyTree]:
         old = jax.tree.map(jnp.copy, params)
         return {**super()._initial(params, optimizer), "epoch": jnp.int32(0), "old": old}
 
     @override
     def shardings(self, layout: MeshLayout) -> Self:
-        old = layout.parameters(self.old)
-        return dataclasses.replace(super().shardings(layout), epoch=layout.replicated, old=old)
+        own: dict[str, PyTree] = {"epoch": layout.replicated, "old": layout.parameters(self.old)}
+        return dataclasses.replace(super().shardings(layout), **own)

@@ -3,14 +3,13 @@
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptGenerator
 from clvr_jax.rewards.reward import Reward
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.policy import DiffusionPolicy
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,7 @@ class PPRLTask:
     frozen: Params
     policy: DiffusionPolicy
     steps: ProxySteps
-    data: Callable[[Sequence[ProxyStep]], Any]
+    data: Callable[[Sequence[ProxyStep]], Batch]
     bucket: Callable[[ProxyStep], Hashable]
     reward: Reward
     save: Callable[[Params, Params, Path], None]

@@ -2,9 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -17,7 +16,7 @@ from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.task import PPRLTask
 from clvr_jax.sharding import process_allgather
 from clvr_jax.training.loop import export_in_process_0, mesh_of, run_loop
-from clvr_jax.training.prefetch import check_batch
+from clvr_jax.training.prefetch import IteratorState, check_batch
 
 _IDENTITY = "begun.json"
 
@@ -53,7 +52,7 @@ def fit(
         if jax.process_index() == 0:
             write_json(out / _IDENTITY, config.identity)
 
-    def make_runner(epochs: range, _: Mapping[str, Any]) -> contextlib.AbstractContextManager[EpochRunner]:
+    def make_runner(epochs: range, _: IteratorState) -> contextlib.AbstractContextManager[EpochRunner]:
         return contextlib.nullcontext(EpochRunner(task, config, layout, out))
 
     def export(state: PPRLState, directory: Path) -> None:

@@ -7,7 +7,7 @@ Source: DiffusionNFT (arXiv 2509.16117) as PPRL (arXiv 2605.14876) uses it; Flow
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 from jaxtyping import PyTree
@@ -29,14 +29,14 @@ class UpdateBatch(NamedTuple):
 
     samples, conditions: of the rollout. sample_weights: (b,), see `RLAlgorithm.sample_weights`. valid_mask: (b,), 1
     where a sample has a reward, else 0. inner_step: int32 scalar, index into the timesteps of each sample, which are in
-    random order. source: of the random numbers.
+    random order. source: of the random numbers. The planner has shapes in their place.
     """
 
-    samples: Any
+    samples: PyTree
     conditions: PyTree
-    sample_weights: Any
-    valid_mask: Any
-    inner_step: Any
+    sample_weights: PyTree
+    valid_mask: PyTree
+    inner_step: PyTree
     source: RandomSource
 
 
