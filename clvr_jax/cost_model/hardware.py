@@ -15,7 +15,6 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,7 +137,7 @@ def parse_topology(name: str) -> Topology:
     return Topology(measured_cpu(shape[0]) if kind == "cpu" else CHIPS[kind], shape)
 
 
-def planning_devices(topology: Topology) -> list[Any]:
+def planning_devices(topology: Topology) -> list[jax.Device]:
     """Returns devices that programs can be compiled for; only those of `cpu` can run them as well.
 
     TPU devices are those of libtpu's compiler. Other chips are represented by virtual CPU devices, with the collectives

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -13,6 +12,8 @@ from clvr_jax.cost_model.hardware import GIB, Topology
 from clvr_jax.cost_model.hlo import Collective, collectives, merged, sent_by_axis
 from clvr_jax.cost_model.roofline import Cost, Roofline, fits, interconnect_seconds, roofline, run_cost, total_bytes
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import JSON
+from clvr_jax.trees import Leaf, Params
 
 _SHOWN_COLLECTIVES = 6
 
@@ -75,7 +76,7 @@ class Report:
         times = self.roofline
         return f"{self.memory.headline}, {_seconds(times.overlapped)} a step, {times.mfu:.0%} of the peak"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns the report with its derived figures, in types that JSON has."""
         times = self.roofline
         derived = {"overlapped": times.overlapped, "serial": times.serial, "bound": times.bound, "mfu": times.mfu}
@@ -180,7 +181,7 @@ class JointReport:
         """Seconds of a run if nothing overlaps."""
         return sum(stage.serial for stage in self.stages)
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns the report with its derived figures, in types that JSON has."""
         stages = [
             {
@@ -232,7 +233,7 @@ class JointReport:
 
 
 def measure(
-    compiled: Any,
+    compiled: jax.stages.Compiled,
     text: str,
     *,
     name: str,
@@ -263,6 +264,7 @@ def measure(
     if mesh.size != topology.devices:
         raise ClvrError(f"mesh {dict(mesh.shape)} has {mesh.size} devices, {topology.name} has {topology.devices}")
     memory = compiled.memory_analysis()
+    assert memory is not None
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     if hbm_bytes is None:
         touched = memory.argument_size_in_bytes + memory.output_size_in_bytes
@@ -302,10 +304,10 @@ def measure(
     )
 
 
-def elements_per_chip(tree: Any) -> int:
+def elements_per_chip(tree: Params) -> int:
     """Returns the number of elements of a tree of arrays, or of shapes, that one device stores by their shardings."""
 
-    def stored(leaf: Any) -> int:
+    def stored(leaf: Leaf) -> int:
         sharding = getattr(leaf, "sharding", None)
         shape: Sequence[int] = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
         return math.prod(shape)

@@ -8,7 +8,7 @@ Patterson, Roofline (CACM 2009); for collectives on a torus, Austin et al., How 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
 from jax.sharding import Mesh
 
@@ -138,12 +138,22 @@ def training_hbm_bytes(
     return weights + update + 2 * compute_bytes * activations
 
 
-def fits(memory: Any, chip: Chip) -> bool:
+class MemoryAnalysis(Protocol):
+    """The sizes that `memory_analysis()` of a compiled program returns, in bytes."""
+
+    argument_size_in_bytes: int
+    output_size_in_bytes: int
+    alias_size_in_bytes: int
+    temp_size_in_bytes: int
+    generated_code_size_in_bytes: int
+
+
+def fits(memory: MemoryAnalysis, chip: Chip) -> bool:
     """Returns whether a compiled program, with its `memory_analysis()`, fits in the memory of a chip."""
     return total_bytes(memory) <= chip.hbm_bytes
 
 
-def total_bytes(memory: Any) -> int:
+def total_bytes(memory: MemoryAnalysis) -> int:
     """Returns the peak device memory in bytes: arguments, temporaries, results that are not donated, and code."""
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     code = memory.generated_code_size_in_bytes
