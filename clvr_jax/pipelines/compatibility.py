@@ -4,11 +4,11 @@ Components of different checkpoints often agree in shape: the images are then no
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.text import TURN_TOKENS, check_tokenizer
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.clip_text import CLIPTextConfig
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
@@ -23,7 +23,7 @@ def check_flux2(
     transformer: Flux2TransformerConfig,
     vae: AutoencoderKLFlux2Config,
     text_encoder: Qwen3Config,
-    tokenizer: Any,
+    tokenizer: Tokenizer,
     out_layers: Sequence[int],
 ) -> None:
     """Checks the components of a FLUX.2 pipeline against each other.
@@ -55,7 +55,7 @@ def check_flux2(
         raise ClvrError("the tokenizer has no chat template; copy chat_template.jinja or tokenizer_config.json again")
 
 
-def check_clip(tokenizer: Any, text_encoder: CLIPTextConfig) -> None:
+def check_clip(tokenizer: Tokenizer, text_encoder: CLIPTextConfig) -> None:
     """Checks a CLIP tokenizer against its text encoder.
 
     Raises: ClvrError if a token has no embedding, or the two have different end-of-sequence tokens.
@@ -69,7 +69,7 @@ def check_clip(tokenizer: Any, text_encoder: CLIPTextConfig) -> None:
         )
 
 
-def check_qwen3_vl(model: Qwen3VLConfig, tokenizer: Any, processor: Qwen3VLImageProcessor) -> None:
+def check_qwen3_vl(model: Qwen3VLConfig, tokenizer: Tokenizer, processor: Qwen3VLImageProcessor) -> None:
     """Checks tokenizer and image processor of a Qwen3-VL against its configuration.
 
     Raises: ClvrError, with both sides, for the first mismatch.

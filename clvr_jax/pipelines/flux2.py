@@ -22,6 +22,7 @@ from clvr_jax.data.histories import FittedHistory, fit_history, token_count
 from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
@@ -94,7 +95,7 @@ class Flux2Pipeline(JittedPipeline):
         transformer: Flux2Transformer,
         vae: AutoencoderKLFlux2,
         text_encoder: Qwen3,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         settings: Flux2Settings,
         schedule: FlowSchedule = KLEIN_SCHEDULE,
         text_encoder_source: Path | None = None,

@@ -4,7 +4,7 @@ import dataclasses
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -19,6 +19,7 @@ from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.quantization import Quantization, is_quantized
@@ -66,7 +67,7 @@ def load_flux2(
     ignore_text_encoder: bool = False,
     quantize: Quantize = None,
     is_offloaded: bool = False,
-) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Any, Settings, FlowSchedule, Path]:
+) -> tuple[Flux2Transformer, AutoencoderKLFlux2, Qwen3, Tokenizer, Settings, FlowSchedule, Path]:
     """Loads the components of a FLUX.2 klein pipeline on the active layout.
 
     The arguments are those of `Flux2Pipeline.from_pretrained`; is_offloaded: transformer and text encoder are placed in

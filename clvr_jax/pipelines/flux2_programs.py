@@ -4,7 +4,6 @@ Pipelines, training and the planner trace the same functions. Models are passed 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,22 +12,29 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.diffusion import classifier_free_guidance, euler_solve
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.layers import read_only_weights
+from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.trees import Params
 
 
-def encode_text(graphdef: Any, state: Any, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]) -> jax.Array:
+def encode_text(
+    graphdef: nnx.GraphDef[Qwen3], state: Params, ids: jax.Array, mask: jax.Array, layers: tuple[int, ...]
+) -> jax.Array:
     """Returns the hidden states at `layers`, concatenated: ids and mask (b, t) -> (b, t, layers * d)."""
     return jnp.concatenate(nnx.merge(graphdef, state).hidden_states(ids, mask, layers), axis=-1)
 
 
-def encode_images(graphdef: Any, state: Any, images_bhwc: jax.Array) -> jax.Array:
+def encode_images(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, images_bhwc: jax.Array) -> jax.Array:
     """Encodes images to latent tokens: (b, h, w, 3) in [-1, 1] -> (b, h / 16, w / 16, c)."""
     return nnx.merge(graphdef, state).encode_tokens(images_bhwc)
 
 
-def encode_references(graphdef: Any, state: Any, images_bnhwc: jax.Array, dtype: DTypeLike) -> jax.Array:
+def encode_references(
+    graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, images_bnhwc: jax.Array, dtype: DTypeLike
+) -> jax.Array:
     """Encodes n references of each row to latent tokens: uint8 (b, n, h, w, 3) -> (b, tokens of all n, c)."""
 
     def encode(images_bhwc: jax.Array) -> jax.Array:
@@ -41,7 +47,7 @@ def encode_references(graphdef: Any, state: Any, images_bnhwc: jax.Array, dtype:
     return tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
 
 
-def decode(graphdef: Any, state: Any, tokens_bhwc: jax.Array) -> jax.Array:
+def decode(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, tokens_bhwc: jax.Array) -> jax.Array:
     """Decodes latent tokens to images: (b, h / 16, w / 16, c) -> float32 (b, h, w, 3) in [0, 1]."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)
@@ -69,15 +75,16 @@ def velocity_field(
         repeats = latents_btc.shape[0] // max(references_btc.shape[0], 1)
         references = jnp.tile(references_btc, (repeats, 1, 1)).astype(latents_btc.dtype)
         tokens = jnp.concatenate([latents_btc, references], axis=1)
-        out: Any = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
+        out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
+        assert isinstance(out, jax.Array)
         return out[:, : latents_btc.shape[1]]
 
     return velocity
 
 
 def denoise(
-    graphdef: Any,
-    state: Any,
+    graphdef: nnx.GraphDef[Flux2Transformer],
+    state: Params,
     latents_btc: jax.Array,
     text_btd: jax.Array,
     references_btc: jax.Array,

@@ -7,13 +7,13 @@ from typing import Any, Self
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject, read_object
+from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.models.sampling import UNCHANGED, Sampling
 
 FILE = "generation_config.json"
 
 # Fields that are not supported and would change replies, with the values that change nothing; others are refused.
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = {
+_NEUTRAL: Mapping[str, tuple[JSON, ...]] = {
     "bad_words_ids": (None, []),
     "begin_suppress_tokens": (None, []),
     "diversity_penalty": (None, 0.0),
@@ -49,7 +49,7 @@ class GenerationConfig:
 
     stop_tokens: tuple[int, ...] = ()
     sampling: Sampling = UNCHANGED
-    content: Mapping[str, Any] | None = dataclasses.field(default=None, hash=False)
+    content: Mapping[str, JSON] | None = dataclasses.field(default=None, hash=False)
 
     @classmethod
     def read(cls, directory: Path, vocab_size: int) -> Self:
@@ -66,10 +66,9 @@ class GenerationConfig:
                 raise ClvrError(
                     f"{file}: {name} is {value!r:.40}, which is not supported; remove it to decode without it"
                 )
-        names = ("top_k", "top_p", "repetition_penalty")
         given: dict[str, Any] = {
             name: entry.integer(name) if name == "top_k" else entry.number(name)
-            for name in names
+            for name in ("top_k", "top_p", "repetition_penalty")
             if entry.content.get(name) is not None  # null is transformers' "not set"
         }
         try:

@@ -5,20 +5,25 @@ small program runs. Here a module is split once, and its graph definition is has
 """
 
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import jax
 from flax import nnx
 
 from clvr_jax.pipelines.offload import Offloader, in_host
 from clvr_jax.sharding import MeshLayout, replicate
+from clvr_jax.trees import Params
+
+Module = TypeVar("Module", bound=nnx.Module)
+P = ParamSpec("P")
+Result = TypeVar("Result")
 
 
 class HashedGraphDef:
     """A module's graph definition with a stored hash. Modules with equal graph definitions share compiled programs."""
 
-    def __init__(self, graphdef: Any):
+    def __init__(self, graphdef: nnx.GraphDef[Any]):
         self.graphdef = graphdef
         self._hash = hash(graphdef)
 
@@ -29,21 +34,27 @@ class HashedGraphDef:
         return self is other or (isinstance(other, HashedGraphDef) and self.graphdef == other.graphdef)
 
 
-def jit_module(function: Callable[..., Any], *, replicate_weights: bool = False, **options: Any) -> Any:
+def jit_module(
+    function: Callable[Concatenate[nnx.GraphDef[Module], Params, P], Result],
+    *,
+    replicate_weights: bool = False,
+    static_argnums: int | Sequence[int] | None = None,
+    donate_argnums: int | Sequence[int] | None = None,
+) -> Callable[..., Result]:
     """Returns `function(graphdef, state, ...)` under `jax.jit`; the result takes (HashedGraphDef, state, ...).
 
     Args:
       function: computes with a module.
       replicate_weights: replicate the module's weights on every device of the mesh, for small modules, whose sharded
         matrix products would cost more.
-      options: of `jax.jit`.
+      static_argnums, donate_argnums: of `jax.jit`.
     """
 
     @functools.wraps(function)
-    def with_graphdef(hashed: HashedGraphDef, state: Any, *rest: Any) -> Any:
-        return function(hashed.graphdef, replicate(state) if replicate_weights else state, *rest)
+    def with_graphdef(hashed: HashedGraphDef, state: Params, *rest: P.args, **named: P.kwargs) -> Result:
+        return function(hashed.graphdef, replicate(state) if replicate_weights else state, *rest, **named)
 
-    return jax.jit(with_graphdef, **options)
+    return jax.jit(with_graphdef, static_argnums=static_argnums, donate_argnums=donate_argnums)
 
 
 class JittedPipeline:
@@ -56,9 +67,9 @@ class JittedPipeline:
     """Copies modules in host memory to the devices while they compute; None: all modules are on the devices."""
 
     def __init__(self) -> None:
-        self._cache: dict[str, tuple[nnx.Module, tuple[HashedGraphDef, Any]]] = {}
+        self._cache: dict[str, tuple[nnx.Module, tuple[HashedGraphDef, Params]]] = {}
 
-    def _split(self, name: str) -> tuple[HashedGraphDef, Any]:
+    def _split(self, name: str) -> tuple[HashedGraphDef, Params]:
         """Returns the module in the attribute `name` as arguments of a `jit_module` function.
 
         The state holds the module's own variables, so that new values are used; a module that gets other variables must
@@ -73,6 +84,6 @@ class JittedPipeline:
         hashed, state = split
         return hashed, self.offloader.on_device(state) if self.offloader and in_host(state) else state
 
-    def _wait_if_offloaded(self, result: Any) -> Any:
+    def _wait_if_offloaded(self, result: Result) -> Result:
         """Waits for a result if the module that computes it leaves the devices afterwards, and returns the result."""
         return result if self.offloader is None else jax.block_until_ready(result)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import shown
+from clvr_jax.json_input import JSON, shown
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
 
@@ -70,7 +70,7 @@ def size_multiple(path: Path) -> int:
     return int(AUTOENCODER_KL.config_from_dict(config).downscale)
 
 
-def read_settings(path: Path, *sections: str) -> dict[str, dict[str, Any]]:
+def read_settings(path: Path, *sections: str) -> dict[str, dict[str, JSON]]:
     """Returns the sections of a pipeline's clvr.json, {} where there is none.
 
     Raises: ClvrError for a section of another name, which would be ignored, or one that is no object.

@@ -5,7 +5,7 @@ of two. Source: diffusers `StableDiffusionXLPipeline` and `StableDiffusionPipeli
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self
 
@@ -20,6 +20,8 @@ from clvr_jax.data.clip_tokens import encode_clip
 from clvr_jax.data.text import check_prompt
 from clvr_jax.diffusion import NoiseSchedule, classifier_free_guidance, ddim_solve, euler_noise_solve, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
@@ -30,6 +32,7 @@ from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.sdxl_io import Solver
+from clvr_jax.trees import Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +83,8 @@ class SDXLPipeline(JittedPipeline):
         unet: UNet2DCondition,
         vae: AutoencoderKL,
         text_encoders: Sequence[CLIPText],
-        tokenizers: Sequence[Any],
-        scheduler: Mapping[str, Any],
+        tokenizers: Sequence[Tokenizer],
+        scheduler: UncheckedJSON,
         settings: SDXLSettings,
     ):
         _check_components(unet, vae, text_encoders, tokenizers)
@@ -281,7 +284,7 @@ def guidance_embedding(guidance: float, features: int) -> np.ndarray:
 
 
 def _check_components(
-    unet: UNet2DCondition, vae: AutoencoderKL, text_encoders: Sequence[CLIPText], tokenizers: Sequence[Any]
+    unet: UNet2DCondition, vae: AutoencoderKL, text_encoders: Sequence[CLIPText], tokenizers: Sequence[Tokenizer]
 ) -> None:
     config = unet.config
     if not len(tokenizers) == len(text_encoders) == (2 if config.addition_embed_type else 1):
@@ -315,8 +318,12 @@ def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _encode_text(graphdefs: Any, states: Any, ids: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array | None]:
-    outputs = [nnx.merge(*part)(tokens) for *part, tokens in zip(graphdefs, states, ids, strict=True)]
+def _encode_text(
+    graphdefs: tuple[nnx.GraphDef[CLIPText], ...], states: Sequence[Params], ids: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array | None]:
+    outputs = [
+        nnx.merge(graphdef, state)(tokens) for graphdef, state, tokens in zip(graphdefs, states, ids, strict=True)
+    ]
     if len(outputs) == 1:
         return outputs[0].last_hidden_state_btd, None
     # SDXL uses the penultimate hidden states of both text encoders.
@@ -325,8 +332,8 @@ def _encode_text(graphdefs: Any, states: Any, ids: tuple[jax.Array, ...]) -> tup
 
 
 def _denoise(
-    graphdef: Any,
-    state: Any,
+    graphdef: nnx.GraphDef[UNet2DCondition],
+    state: Params,
     noise_bhwc: jax.Array,
     conditional: Conditions,
     unconditional: Conditions | None,
@@ -351,6 +358,6 @@ def _denoise(
     return solve(model, noise_bhwc, schedule, timesteps)
 
 
-def _decode(graphdef: Any, state: Any, latents_bhwc: jax.Array) -> jax.Array:
+def _decode(graphdef: nnx.GraphDef[AutoencoderKL], state: Params, latents_bhwc: jax.Array) -> jax.Array:
     images = nnx.merge(graphdef, state).decode_scaled(latents_bhwc)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

@@ -4,9 +4,9 @@ SDXL has two text encoders, Stable Diffusion 1 and 2 have one.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -19,6 +19,8 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.clip_text import CLIPText
 from clvr_jax.models.unet_2d_condition import UNet2DCondition
@@ -61,7 +63,7 @@ def load_sdxl(
     layout: MeshLayout | None = None,
     lora: Sequence[LoRA] = (),
     ignore_text_encoder: bool = False,
-) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Any, ...], dict[str, Any], Settings]:
+) -> tuple[UNet2DCondition, AutoencoderKL, tuple[CLIPText, ...], tuple[Tokenizer, ...], UncheckedJSON, Settings]:
     """Loads the components of a Stable Diffusion pipeline on the active layout; see `SDXLPipeline.from_pretrained`."""
     path, _ = resolve(model)
     index = read_json(path / "model_index.json")
@@ -105,7 +107,7 @@ def _heads(unet: Path) -> dict[str, int]:
     return heads or {"unet": config.heads[-1]}
 
 
-def read_scheduler(scheduler: Mapping[str, Any]) -> tuple[NoiseSchedule, Solver]:
+def read_scheduler(scheduler: UncheckedJSON) -> tuple[NoiseSchedule, Solver]:
     """Returns the noise schedule of `scheduler_config.json`, and the solver of diffusers' class or the closest one.
 
     Raises: ClvrError for a class or setting that is not supported.
@@ -156,7 +158,7 @@ def _is_named(entry: object) -> bool:
     return isinstance(entry, list) and len(entry) == 2 and all(isinstance(name, str) for name in entry)
 
 
-def _defaults(kind: str, scheduler: Mapping[str, Any], unet: UNet2DCondition) -> dict[str, Any]:
+def _defaults(kind: str, scheduler: UncheckedJSON, unet: UNet2DCondition) -> dict[str, JSON]:
     """Returns the default steps and guidance of diffusers' pipelines, which no file contains."""
     if scheduler.get("_class_name") == "LCMScheduler":
         return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from jax.typing import DTypeLike
 
@@ -46,7 +46,7 @@ class PipelineModel(ChatModel):
 
     def chat_all(self, requests: Sequence[ChatRequest]) -> list[ChatResponse]:
         """Returns the responses in the order of the requests; each is sampled with its own seed."""
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[float, ...], list[int]] = {}
         for index, request in enumerate(requests):
             key = (request.max_tokens, request.top_logprobs, len(request.images), request.temperature)
             groups.setdefault(key, []).append(index)

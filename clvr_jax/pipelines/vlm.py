@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor,
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import Token
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.decoding import Generation, generate
 from clvr_jax.models.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
@@ -32,6 +33,7 @@ from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
 from clvr_jax.sharding import MeshLayout, process_allgather
+from clvr_jax.trees import Params
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,13 @@ class Qwen3VLPipeline:
     def __init__(
         self,
         model: Qwen3VL,
-        tokenizer: Any,
+        tokenizer: Tokenizer,
         image_processor: Qwen3VLImageProcessor,
         generation: GenerationConfig | None = None,
     ):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.generation = generation or GenerationConfig()
-        self._split: tuple[Qwen3VL, Any, Any] | None = None
+        self._split: tuple[Qwen3VL, nnx.GraphDef[Qwen3VL], Params] | None = None
         check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
