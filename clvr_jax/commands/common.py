@@ -1,7 +1,7 @@
 """The common parts of all commands: results, options, and settings that precede the import of models."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import RenderableType
 class Result:
     """The result of a command. data: printed with --json. text: printed otherwise."""
 
-    data: dict[str, Any]
+    data: Mapping[str, object]
     text: RenderableType
 
 

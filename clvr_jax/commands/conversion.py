@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -60,7 +60,12 @@ class Convert:
         if (source / "checkpoints").is_dir():
             return self._export(source)
         conversion = plan(source, self.to, self.dtype, self.variant)
-        data = {"source": self.source, "to": self.to, "tensors": conversion.tensors, "bytes": conversion.nbytes}
+        data: dict[str, object] = {
+            "source": self.source,
+            "to": self.to,
+            "tensors": conversion.tensors,
+            "bytes": conversion.nbytes,
+        }
         if self.dry_run:
             return Result({**data, "plan": tensor_list(conversion)}, conversion_table(conversion))
         card = self._card(source, conversion)
@@ -108,7 +113,7 @@ class Convert:
         provenance = Provenance(self.source, command, version("clvr-jax"), self.to, revision, self.dtype)
         return model_card(self.destination.name, provenance, conversion.models)
 
-    def _verified(self, data: dict[str, Any], source: Path) -> Result:
+    def _verified(self, data: dict[str, object], source: Path) -> Result:
         """Compares the outputs of the converted models in PyTorch and in JAX."""
         from clvr_jax.convert.verify import agreement_list, agreement_table, verify
 

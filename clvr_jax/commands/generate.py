@@ -3,7 +3,7 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -99,7 +99,7 @@ class Generate:
             data, error = self._generate(pipe, tasks[0], given, out)
             if error:
                 raise ClvrError(error)
-            return Result(data, data["page"])
+            return Result(data, str(data["page"]))
         results, errors = [], []
         for task in tasks:
             console.print(f"[bold]{task.name}[/]  seed {task.seed}", highlight=False)
@@ -110,11 +110,11 @@ class Generate:
             console.print(f"[yellow]warning:[/] {error}", highlight=False)
         if len(errors) == len(tasks):
             raise ClvrError(f"{out}: none of the {len(tasks)} trajectories has an image")
-        return Result({"results": results, "out": str(out)}, "\n".join(data["page"] for data in results))
+        return Result({"results": results, "out": str(out)}, "\n".join(str(data["page"]) for data in results))
 
     def _generate(
         self, pipe: "ClosedLoopPipeline", task: ImageTask, given: "list[np.ndarray]", out: Path
-    ) -> tuple[dict[str, Any], str | None]:
+    ) -> tuple[dict[str, object], str | None]:
         """Runs the loop once and saves the trajectory; returns the result, and an error if it has no image."""
         from clvr_jax.pipelines.world import unseen_words
 

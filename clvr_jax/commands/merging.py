@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -77,7 +77,8 @@ class Merge:
             raise UsageError(f"{self.out}: exists already; choose another name or remove it")
         if not self.dry_run:
             check_directory(self.out)  # before anything is downloaded
-        from clvr_jax.convert.lora_file import FILE_NAME, PEFT_NAME
+        from clvr_jax.convert.lora_config import PEFT_NAME
+        from clvr_jax.convert.lora_file import FILE_NAME
         from clvr_jax.merging.methods import Settings
         from clvr_jax.merging.planning import plan_merge
         from clvr_jax.merging.report import plan_list, plan_table
@@ -90,7 +91,7 @@ class Merge:
         for note in plan.notes:
             console.print(f"[yellow]note:[/] {note}")
         tensors = len(plan.base.component.slices)
-        data: dict[str, Any] = {
+        data: dict[str, object] = {
             "method": self.method,
             "inputs": {"base": self.base, "distill": self.distill, "align": self.align},
             "tensors": tensors,
@@ -142,7 +143,7 @@ class Merge:
             words.append("--ignore-text-encoder")
         return " ".join([*words, f"--out {self.out}"])
 
-    def _result(self, data: dict[str, Any], sums: Mapping[str, "DeltaStatistics"]) -> Result:
+    def _result(self, data: dict[str, object], sums: Mapping[str, "DeltaStatistics"]) -> Result:
         from clvr_jax.merging.norms import total
         from clvr_jax.merging.report import report_table
 
@@ -194,7 +195,7 @@ def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
 
 
 def _note_missing_plots() -> None:
-    from clvr_jax.merging.report import can_plot
+    from clvr_jax.plots import can_plot
 
     if not can_plot():
         console.print(

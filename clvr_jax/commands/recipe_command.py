@@ -5,13 +5,27 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 import tyro
 
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import Result, prepare_jax
-from clvr_jax.recipe_files import find_recipe
+from clvr_jax.recipe_files import Configuration, find_recipe
+
+
+class LoadedRecipe(Protocol):
+    """A recipe of any kind."""
+
+    @property
+    def config(self) -> Configuration:
+        """Its configuration, whose fields become options."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """The first line of its docstring."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -34,8 +48,8 @@ class RecipeCommand(abc.ABC):
         return self.run_recipe(recipe, recipe.config)
 
     @staticmethod
-    def load(path: Path) -> Any:
-        """Reads a recipe file; returns an object with `config` and `description`.
+    def load(path: Path) -> LoadedRecipe:
+        """Reads a recipe file.
 
         The default is for training recipes; a command with other recipes overrides this.
         """
@@ -73,7 +87,7 @@ def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
     return read_arguments(OnRecipe, arguments, prog, description, example)
 
 
-def _example_options(kind: type[RecipeCommand], config: Any) -> str:
+def _example_options(kind: type[RecipeCommand], config: Configuration) -> str:
     """Returns options that a recipe accepts, for the example in --help."""
     options = []
     for name, value in kind.RECIPE_OVERRIDES.items():

@@ -86,7 +86,7 @@ class Sample:
         data = {"results": results, "out": str(files[0].parent)} if is_directory else results[0]
         return Result(data, "\n".join(str(file) for file in files))
 
-    def _sample(self, pipe: Any, task: ImageTask, given: "list[np.ndarray]", file: Path) -> dict[str, Any]:
+    def _sample(self, pipe: Any, task: ImageTask, given: "list[np.ndarray]", file: Path) -> dict[str, object]:
         """Generates and writes one image; returns the result."""
         from clvr_jax.atomic_io import write_atomically
         from clvr_jax.image_io import encode_png

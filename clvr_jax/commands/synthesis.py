@@ -4,11 +4,14 @@ import logging
 import webbrowser
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.recipe_command import RecipeCommand
 from clvr_jax.errors import ClvrError, UsageError
+
+if TYPE_CHECKING:
+    from clvr_jax.data.engine.recipes import RecipeConfig, SynthRecipe
 
 
 @dataclass(frozen=True)
@@ -30,14 +33,14 @@ class Synth(RecipeCommand):
     common: Flags = field(default_factory=Common)
 
     @staticmethod
-    def load(path: Path) -> Any:
+    def load(path: Path) -> "SynthRecipe":
         """Loads a recipe of the data engine."""
         prepare_jax()
         from clvr_jax.data.engine.recipes import load_synth_recipe
 
         return load_synth_recipe(path)
 
-    def run_recipe(self, recipe: Any, config: Any) -> Result:
+    def run_recipe(self, recipe: "SynthRecipe", config: "RecipeConfig") -> Result:
         """Synthesizes the trajectories, or opens the page of one."""
         from clvr_jax.console import console
         from clvr_jax.data.engine.card import headline, warning
@@ -60,7 +63,7 @@ class Synth(RecipeCommand):
             raise ClvrError(f"{unfinished}; {out / DATASET} has the others")
         return Result({**found, "out": str(out)}, f"{headline(found)}\n{out / DATASET}  {out / PAGE}")
 
-    def _inspect(self, recipe: Any, config: Any, out: Path) -> Result:
+    def _inspect(self, recipe: "SynthRecipe", config: "RecipeConfig", out: Path) -> Result:
         from clvr_jax.data.engine.run import open_run
 
         store = open_run(recipe, config, out)

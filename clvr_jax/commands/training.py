@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -15,7 +15,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.training.plan import Trial
-    from clvr_jax.training.recipes import Recipe
+    from clvr_jax.training.recipes import Recipe, RecipeConfig
 
 _MAX_CHIPS = 1 << 16  # planning for a larger number, which must be a typing error, would not end
 
@@ -35,7 +35,7 @@ class Train(RecipeCommand):
     """Resume from the newest checkpoint in --out; without it a run starts at step 0."""
     common: Flags = field(default_factory=Common)
 
-    def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
+    def run_recipe(self, recipe: "Recipe", config: "RecipeConfig") -> Result:
         """Trains the recipe."""
         from clvr_jax.training.recipes import train
 
@@ -64,7 +64,7 @@ class Plan(RecipeCommand):
     """Write the report to this file as JSON as well; it is only printed if not given."""
     common: Flags = field(default_factory=Common)
 
-    def run_recipe(self, recipe: "Recipe", config: Any) -> Result:
+    def run_recipe(self, recipe: "Recipe", config: "RecipeConfig") -> Result:
         """Compiles the recipe and returns its report."""
         from clvr_jax.atomic_io import write_json
         from clvr_jax.training.plan import plan
@@ -82,7 +82,7 @@ class Plan(RecipeCommand):
             write_json(self.out, result.data)
         return result
 
-    def _search(self, recipe: "Recipe", config: Any) -> Result:
+    def _search(self, recipe: "Recipe", config: "RecipeConfig") -> Result:
         from clvr_jax.cost_model.hardware import parse_topology
         from clvr_jax.training.plan import meshes, ranked, search, trials_table
 

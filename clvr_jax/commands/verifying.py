@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 from rich.console import Group, RenderableType
@@ -16,6 +16,7 @@ from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Flags, Prompt, Result, prepare_jax
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.json_input import JSON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -196,7 +197,7 @@ def _warn(message: str) -> None:
     console.print(f"[yellow]warning:[/] {escape(_printable(message))}")
 
 
-def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -> dict[str, Any]:
+def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -> dict[str, JSON]:
     return {
         "image": str(path),
         "height": image.shape[0],

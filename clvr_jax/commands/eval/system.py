@@ -1,9 +1,9 @@
 """Options for the system that a benchmark measures, for every `clvr eval` command that generates images."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
@@ -12,6 +12,7 @@ from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Count, Directory, Guidance
 from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
+from clvr_jax.json_input import UncheckedJSON
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.systems.system import System
@@ -160,7 +161,7 @@ class SystemOptions:
     def _size(self) -> tuple[int, int] | None:
         return None if self.size is None else parse_size(self.size)
 
-    def build(self, metadata: Sequence[Mapping[str, Any]] = ()) -> "System":
+    def build(self, metadata: Sequence[UncheckedJSON] = ()) -> "System":
         """Loads the models and returns the system.
 
         Args:
@@ -196,7 +197,7 @@ class SystemOptions:
             **self.loading.arguments(),
         )
 
-    def _controller(self, metadata: Sequence[Mapping[str, Any]]) -> "tuple[Controller | None, str]":
+    def _controller(self, metadata: Sequence[UncheckedJSON]) -> "tuple[Controller | None, str]":
         if self.controller == "vlm":
             return None, "vlm"
         if self.controller == "oracle":
