@@ -73,7 +73,8 @@ class WeightAdapter:
         axes = tuple(axis for axis in range(tuned.ndim) if axis != self.magnitude_axis)
         norms = xp.sqrt(xp.sum(xp.square(tuned), axis=axes, keepdims=True))
         # A row of zeros has no direction, and stays zero.
-        return tuned * (tensors[MAGNITUDE].reshape(norms.shape) / xp.where(norms > 0, norms, 1)) - weight
+        out: NumPyOrJax = tuned * (tensors[MAGNITUDE].reshape(norms.shape) / xp.where(norms > 0, norms, 1)) - weight
+        return out
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("layers",), meta_fields=("stacked",))
@@ -134,25 +135,32 @@ def adapter_product(tensors: Mapping[str, NumPyOrJax], xp: ArrayModule = jnp) ->
       tensors: see `WeightAdapter`; all have one dtype.
       xp: the array module, `numpy` or `jax.numpy`.
     """
+    product: NumPyOrJax
     if "hada_w1_a" in tensors:
         return _product(tensors, "hada_w1", "hada_t1", xp) * _product(tensors, "hada_w2", "hada_t2", xp)
     if "lokr_w1" in tensors or "lokr_w1_a" in tensors:
         left = _product(tensors, "lokr_w1", "", xp)
         right = _product(tensors, "lokr_w2", "lokr_t2", xp)
         # The last axes of a convolution's weight are its window, so one product of matrices computes both kinds.
-        return xp.kron(left, right.reshape(len(right), -1))
+        product = xp.kron(left, right.reshape(len(right), -1))
+        return product
     down, up = tensors["lora_down"], tensors["lora_up"]
     up, flat = up.reshape(len(up), -1), down.reshape(len(down), -1)
     if "lora_mid" in tensors:
-        return xp.einsum("ijhw,oi,jk->okhw", tensors["lora_mid"], up, flat)
-    return xp.matmul(up, flat)
+        product = xp.einsum("ijhw,oi,jk->okhw", tensors["lora_mid"], up, flat)
+    else:
+        product = xp.matmul(up, flat)
+    return product
 
 
 def _product(tensors: Mapping[str, NumPyOrJax], name: str, core: str, xp: ArrayModule) -> NumPyOrJax:
     """Returns one matrix of a product, which is stored whole, as two factors, or as two factors and a core tensor."""
     if name in tensors:
         return tensors[name]
+    product: NumPyOrJax
     a, b = tensors[f"{name}_a"], tensors[f"{name}_b"]
     if core in tensors:
-        return xp.einsum("ijhw,io,jk->okhw", tensors[core], a, b)
-    return xp.matmul(a, b.reshape(len(b), -1))
+        product = xp.einsum("ijhw,io,jk->okhw", tensors[core], a, b)
+    else:
+        product = xp.matmul(a, b.reshape(len(b), -1))
+    return product

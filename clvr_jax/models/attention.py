@@ -69,7 +69,8 @@ def attention(
             query_bqnh, key_bknh, value_bknh, scale=scale, is_causal=is_causal,
             key_value_seq_lengths=lengths, implementation="cudnn",
         )  # fmt: skip
-    return checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
+    result: jax.Array = checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
+    return result
 
 
 def _choose_implementation(
@@ -199,6 +200,7 @@ def _splash_local(
         residual_checkpoint_name=ATTENTION_OUTPUT,
         interpret=interpret,
     )
-    return jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, segment_ids=kernels.SegmentIds(a, b)))(
+    out: jax.Array = jax.vmap(lambda q, k, v, a, b: kernel(q, k, v, segment_ids=kernels.SegmentIds(a, b)))(
         query_bnqh, key_bmkh, value_bmkh, query_segments_bq, key_segments_bk
     )
+    return out

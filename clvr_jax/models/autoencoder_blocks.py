@@ -56,7 +56,8 @@ class AutoencoderConfig:
     @property
     def downscale(self) -> int:
         """Pixels for each latent position along one side; 8 for the published models."""
-        return 2 ** (len(self.block_out_channels) - 1)
+        found: int = 2 ** (len(self.block_out_channels) - 1)
+        return found
 
 
 class Resnet(nnx.Module):

@@ -106,7 +106,7 @@ def generate(
     traced = {name: value for name, value in prompts.items() if isinstance(value, jax.Array | np.ndarray)}
     static = tuple(sorted((name, value) for name, value in prompts.items() if name not in traced and value is not None))
     graphdef, state = nnx.split(model)
-    return _generate(
+    found: Generation = _generate(
         state,
         traced,
         (jnp.float32(temperature), key) if temperature > 0 else None,
@@ -118,6 +118,7 @@ def generate(
         top_logprobs=top_logprobs,
         sampling=sampling,
     )
+    return found
 
 
 @functools.partial(

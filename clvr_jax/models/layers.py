@@ -170,7 +170,10 @@ _VOCABULARY_PARTS = 64
 
 
 def _barrier_on_cpu(operands: Operands) -> Operands:
-    return jax.lax.platform_dependent(operands, cpu=jax.lax.optimization_barrier, default=lambda operands: operands)
+    found: Operands = jax.lax.platform_dependent(
+        operands, cpu=jax.lax.optimization_barrier, default=lambda operands: operands
+    )
+    return found
 
 
 def _is_half(weights: Params) -> bool:

@@ -223,7 +223,8 @@ class Qwen3VL(nnx.Module):
         positions_3bt = _positions(input_ids_bt, positions_3bt, attention_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
         x_btd, _ = self._layers(x_btd, self._rotary(positions_3bt), attention_mask_bt, injection)
-        return self.model.language_model.norm(x_btd)
+        out: jax.Array = self.model.language_model.norm(x_btd)
+        return out
 
     @property
     def head_dv(self) -> Float[Array, "d v"]:
@@ -423,7 +424,8 @@ def _inject(x_btd: jax.Array, index: jax.Array, injection: _Injection) -> jax.Ar
         own_btd = _take(features_gnd, injection.index_bt)
         return x_btd + jnp.where(injection.is_image_bt[:, :, None], own_btd, 0)
 
-    return jax.lax.cond(index < layers, add, lambda x_btd: x_btd, x_btd)
+    out: jax.Array = jax.lax.cond(index < layers, add, lambda x_btd: x_btd, x_btd)
+    return out
 
 
 def _positions(

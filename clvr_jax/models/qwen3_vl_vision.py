@@ -68,7 +68,8 @@ class Qwen3VLVisionConfig:
     @property
     def positions_per_side(self) -> int:
         """Number of rows, and of columns, of the table of learned positions."""
-        return round(self.num_position_embeddings**0.5)
+        found: int = round(self.num_position_embeddings**0.5)
+        return found
 
     @property
     def patch_features(self) -> int:

@@ -85,7 +85,8 @@ class FeedForward(nnx.Module):
 
     def __call__(self, x_btd: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         """Maps (b, t, features) to the same shape."""
-        return self.net[2](self.net[0](x_btd))
+        out: jax.Array = self.net[2](self.net[0](x_btd))
+        return out
 
 
 class TransformerBlock(nnx.Module):
