@@ -119,7 +119,8 @@ class NoiseSchedule:
     @property
     def sigmas(self) -> Float32[np.ndarray, " t"]:
         """(num_train_timesteps,) float32, increasing: noise relative to the clean image, sqrt((1 - alpha) / alpha)."""
-        return np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        out: np.ndarray = np.sqrt((1 - self.alphas_cumprod) / self.alphas_cumprod)
+        return out
 
     def euler_timesteps(self, steps: int) -> Float32[np.ndarray, " n"]:
         """Returns the timesteps of EulerDiscreteScheduler, (steps,) float32, decreasing; fractional for "linspace"."""
@@ -135,7 +136,8 @@ class NoiseSchedule:
         if not 1 <= steps <= original:
             raise UsageError(f"steps must be in 1..original_inference_steps ({original}), got {steps}")
         distilled = np.arange(original, 0, -1) * (self.num_train_timesteps // original) - 1
-        return distilled[np.linspace(0, original, steps, endpoint=False).astype(int)].astype(np.int32)
+        out: np.ndarray = distilled[np.linspace(0, original, steps, endpoint=False).astype(int)].astype(np.int32)
+        return out
 
     def _spaced(self, steps: int) -> np.ndarray:
         """Returns (steps,) timesteps, decreasing.
