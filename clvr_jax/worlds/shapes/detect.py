@@ -259,11 +259,15 @@ class _Templates:
         column = self._index(x, center_x, radius)
         row = self._index(y, center_y, radius)
         shape = np.arange(len(SHAPES))[:, None, None]
-        return self.distance[shape, row[:, :, None], column[:, None, :]] * radius[:, None, None].astype(np.float32)
+        out: np.ndarray = self.distance[shape, row[:, :, None], column[:, None, :]] * radius[:, None, None].astype(
+            np.float32
+        )
+        return out
 
     def _index(self, position: np.ndarray, center: np.ndarray, radius: np.ndarray) -> np.ndarray:
         unit = (position[None, :] - center[:, None]) / radius[:, None]
-        return np.clip((unit + self.half) * self.steps + 0.5, 0, self.distance.shape[-1] - 1).astype(np.intp)
+        out: np.ndarray = np.clip((unit + self.half) * self.steps + 0.5, 0, self.distance.shape[-1] - 1).astype(np.intp)
+        return out
 
 
 @functools.cache

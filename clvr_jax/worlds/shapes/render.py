@@ -41,7 +41,8 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> 
     Raises: ClvrError for an unknown shape.
     """
     if shape == "circle":
-        return np.sqrt(x * x + y * y) - np.float32(radius)
+        out: np.ndarray = np.sqrt(x * x + y * y) - np.float32(radius)
+        return out
     if shape not in _VERTICES:
         raise ClvrError(f"render: unknown shape {shape!r}; known: circle, {', '.join(_VERTICES)}")
     corners = _VERTICES[shape] * np.float32(radius)
@@ -68,7 +69,8 @@ def polygon_distance(x: np.ndarray, y: np.ndarray, corners_n2: np.ndarray) -> np
     spans = (py < 0) != (py < ey)
     right = (px * ey < py * ex) == (ey > 0)
     inside = np.logical_xor.reduce(spans & right, axis=0)
-    return np.sqrt(squared) * np.where(inside, np.float32(-1), np.float32(1))
+    out: np.ndarray = np.sqrt(squared) * np.where(inside, np.float32(-1), np.float32(1))
+    return out
 
 
 def coverage(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
