@@ -151,7 +151,8 @@ def _pairs(instruction: Instruction) -> np.ndarray:
     """Returns (pairs, 2): source and target of each message between different devices."""
     numbers = re.findall(r"\d+", _braces("source_target_pairs", instruction.attributes))
     pairs = np.array(numbers, dtype=int).reshape(-1, 2)
-    return pairs[pairs[:, 0] != pairs[:, 1]]
+    out: np.ndarray = pairs[pairs[:, 0] != pairs[:, 1]]
+    return out
 
 
 def _groups(instruction: Instruction, devices: int) -> np.ndarray:
