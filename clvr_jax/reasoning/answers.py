@@ -26,4 +26,5 @@ def read_json_object(text: str) -> UncheckedJSON:
         data, _ = json.JSONDecoder().raw_decode(fenced[1] if fenced else text[start:])
     except (ValueError, RecursionError) as error:
         raise AnswerError(f"the JSON object cannot be read ({error})") from error
-    return data
+    found: UncheckedJSON = data
+    return found
