@@ -130,12 +130,14 @@ def load_schedule(path: Path) -> FlowSchedule:
 
 def load_transformer(path: Path, dtype: DTypeLike = jnp.float32) -> Flux2Transformer:
     """Loads a Flux2Transformer in diffusers layout."""
-    return load_model(path, FLUX2_TRANSFORMER, dtype)
+    transformer: Flux2Transformer = load_model(path, FLUX2_TRANSFORMER, dtype)
+    return transformer
 
 
 def load_vae(path: Path, dtype: DTypeLike = jnp.float32) -> AutoencoderKLFlux2:
     """Loads an AutoencoderKLFlux2 in diffusers layout."""
-    return load_model(path, FLUX2_VAE, dtype)
+    vae: AutoencoderKLFlux2 = load_model(path, FLUX2_VAE, dtype)
+    return vae
 
 
 def load_text_encoder(
@@ -156,7 +158,8 @@ def load_text_encoder(
     """
     is_partial = layers is not None and not is_tree(path / PARAMS)
     architecture = qwen3_hidden_states(layers) if layers and is_partial else QWEN3
-    return load_model(path, architecture, dtype, quantize=quantize, memory_kind=memory_kind)
+    text_encoder: Qwen3 = load_model(path, architecture, dtype, quantize=quantize, memory_kind=memory_kind)
+    return text_encoder
 
 
 def save_text_encoder(target: Path, encoder: Qwen3, source: Path | None, dtype: str) -> None:

@@ -44,7 +44,8 @@ def encode_references(
     # One reference of every row at a time: the encoder's activations for all n need more memory than all the rest.
     tokens_nbtc = jax.lax.map(encode, images_bnhwc.swapaxes(0, 1))
     number, rows, each, channels = tokens_nbtc.shape
-    return tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
+    out: jax.Array = tokens_nbtc.swapaxes(0, 1).reshape(rows, number * each, channels)
+    return out
 
 
 def decode(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, tokens_bhwc: jax.Array) -> jax.Array:
