@@ -67,7 +67,8 @@ class Program:
         def place(leaf: jax.ShapeDtypeStruct) -> NamedSharding:
             if leaf.ndim in self.logical_axes:
                 return layout.sharding(self.logical_axes[leaf.ndim], leaf.shape)
-            return layout.batch(leaf)
+            found: NamedSharding = layout.batch(leaf)
+            return found
 
         return jax.tree.map(place, _shapes(self.data))
 

@@ -90,9 +90,10 @@ def shard_batch(batch: Batch, layout: MeshLayout, *, is_whole: bool = True) -> B
         leaf = np.asarray(leaf)
         if not is_whole:
             shape = (leaf.shape[0] * jax.process_count(), *leaf.shape[1:])
-            return jax.make_array_from_process_local_data(
+            out: jax.Array = jax.make_array_from_process_local_data(
                 layout.batch(jax.ShapeDtypeStruct(shape, leaf.dtype)), leaf, shape
             )
+            return out
         return jax.make_array_from_callback(leaf.shape, layout.batch(leaf), lambda index: leaf[index])
 
     return jax.tree.map(place, batch)

@@ -53,9 +53,11 @@ class TrainState:
             return cls(**cls._initial(params, optimizer))
 
         if layout is None:
-            return start(params)
+            state: Self = start(params)
+            return state
         params = jax.device_put(params, layout.parameters(params))
-        return jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
+        state = jax.jit(start, out_shardings=jax.eval_shape(start, params).shardings(layout))(params)
+        return state
 
     @classmethod
     def _initial(cls, params: Params, optimizer: optax.GradientTransformation) -> dict[str, PyTree]:
@@ -90,7 +92,8 @@ class GradAccumulator(NamedTuple):
 
     def add(self, other: "GradAccumulator") -> "GradAccumulator":
         """Returns the sums with those of another microbatch added."""
-        return jax.tree.map(jnp.add, self, other)
+        found: GradAccumulator = jax.tree.map(jnp.add, self, other)
+        return found
 
     def mean(self) -> tuple[Params, Metrics]:
         """Returns gradients and metrics of the mean over all rows."""
@@ -193,7 +196,8 @@ def _mean_gradients(
     shapes = jax.eval_shape(loss_and_grads, *jax.tree.map(lambda leaf: leaf[0], microbatches))
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     sums, _ = jax.lax.scan(lambda sums, rows: (sums.add(loss_and_grads(*rows)), None), zeros, microbatches)
-    return sums.mean()
+    total: GradAccumulator = sums
+    return total.mean()
 
 
 def _cast(params: Params, dtype: str) -> Params:
