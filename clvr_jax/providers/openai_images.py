@@ -124,8 +124,8 @@ class OpenAIImageModel(ImageModel):
 
     def _sender(self, request: ImageRequest, fields: Mapping[str, JSON]) -> Callable[[openai.OpenAI], str]:
         """Returns a function that sends the request with a client, and may be called several times."""
-        fields = {**fields}
-        extra = {**self._extra, **({"seed": fields.pop("seed")} if "seed" in fields else {})}
+        sent: dict[str, Any] = {**fields}
+        extra = {**self._extra, **({"seed": sent.pop("seed")} if "seed" in sent else {})}
         uploads: list[tuple[str, bytes, str]] = []
         if request.references and self._references == "generations":
             extra["image"] = [image_data_url(image) for image in request.references]
@@ -138,10 +138,10 @@ class OpenAIImageModel(ImageModel):
         def send(client: openai.OpenAI) -> str:
             images = client.images.with_raw_response
             if not uploads:
-                return images.generate(**fields, extra_body=extra or None).http_response.text
+                return images.generate(**sent, extra_body=extra or None).http_response.text
             # A list is sent as image[], which servers that take one reference do not support.
             image = uploads if len(uploads) > 1 else uploads[0]
-            return images.edit(image=image, **fields, extra_body=extra or None).http_response.text
+            return images.edit(image=image, **sent, extra_body=extra or None).http_response.text
 
         return send
 
