@@ -63,7 +63,9 @@ def vary_appearance(canvas: Canvas, rng: np.random.Generator) -> Image:
             change = rng.uniform(0, _TINT) * random_direction(rng, 3)
             change = change + gradient * color_gradient(rng, x, y, item.radius, _GRADIENT)
             image[rows, columns] += coverage(item.shape, x, y, item.radius)[..., None] * change
-        changed = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(np.uint8)
+        changed: np.ndarray = np.clip(np.round(ndimage.gaussian_filter(image, (sigma, sigma, 0))), 0, 255).astype(
+            np.uint8
+        )
         if _same_content(detect(changed), canvas.reading()):
             return changed
     return canvas.render()
@@ -84,7 +86,8 @@ def color_gradient(
     """
     along = random_direction(rng, 2)
     position = np.clip((along[0] * x + along[1] * y) / (2 * radius), -0.5, 0.5)
-    return position[..., None] * (rng.uniform(0, greatest) * random_direction(rng, 3))
+    out: np.ndarray = position[..., None] * (rng.uniform(0, greatest) * random_direction(rng, 3))
+    return out
 
 
 def random_direction(rng: np.random.Generator, dimensions: int) -> np.ndarray:

@@ -82,12 +82,14 @@ def _heart() -> Distance:
 
 
 def _ring(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    return np.abs(np.sqrt(x * x + y * y) - 0.75 * radius) - 0.25 * radius
+    out: np.ndarray = np.abs(np.sqrt(x * x + y * y) - 0.75 * radius) - 0.25 * radius
+    return out
 
 
 def _moon(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
     bite = 0.85 * radius - np.sqrt((x - 0.55 * radius) ** 2 + y * y)
-    return np.maximum(signed_distance("circle", x, y, radius), bite)
+    out: np.ndarray = np.maximum(signed_distance("circle", x, y, radius), bite)
+    return out
 
 
 MORE_SHAPES: dict[str, Distance] = {
@@ -146,7 +148,8 @@ def _unclear_patch(rng: np.random.Generator, cell: str) -> np.ndarray:
 
 
 def _blurred(patch: np.ndarray, sigma: float) -> np.ndarray:
-    return ndimage.gaussian_filter(patch, (sigma, sigma, 0), mode="nearest")
+    out: np.ndarray = ndimage.gaussian_filter(patch, (sigma, sigma, 0), mode="nearest")
+    return out
 
 
 def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, str]:

@@ -139,7 +139,7 @@ def record_features() -> Any:
     )
 
 
-def record_to_example(record: TrajectoryRecord) -> dict[str, Any]:
+def record_to_example(record: TrajectoryRecord) -> dict[str, bytes | list[dict[str, bytes]]]:
     """Converts a record to the values of `record_features`, bytes each."""
     trajectory = record.trajectory
     run = {name: getattr(trajectory, name) for name in ("model", "seed", "seconds", "error")}
@@ -191,7 +191,7 @@ def record_from_example(example: Mapping[str, Any]) -> TrajectoryRecord:
     )
 
 
-def _step_to_example(step: Step, checklist: JSON, proxy: ProxyPrompts | None, is_mistake: bool) -> dict[str, Any]:
+def _step_to_example(step: Step, checklist: JSON, proxy: ProxyPrompts | None, is_mistake: bool) -> dict[str, bytes]:
     verdict = step.verdict
     run = {name: getattr(step, name) for name in ("nfe", "seconds", "rolled_back", "attempts", "redraw", "seed")}
     run["is_mistake"] = is_mistake

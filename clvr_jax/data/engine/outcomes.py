@@ -108,7 +108,8 @@ class OutcomeStore:
         return self.directory / hashlib.sha256(id.encode()).hexdigest()[:2] / f"{id}.zip"
 
     def __contains__(self, id: str) -> bool:
-        return self.path(id).exists()
+        found: bool = self.path(id).exists()
+        return found
 
     def write(
         self,
