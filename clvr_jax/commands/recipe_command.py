@@ -80,7 +80,8 @@ def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
         config_with_overrides: options = field(default_factory=lambda: recipe.config)
 
         def run(self) -> Result:
-            return self.run_recipe(recipe, self.config_with_overrides)
+            found: Result = self.run_recipe(recipe, self.config_with_overrides)
+            return found
 
     description = f"{path}: {recipe.description}"
     example = f"{prog} {path} {_example_options(kind, recipe.config)}"
