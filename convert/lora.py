@@ -88,7 +88,8 @@ def delta_slice(
         *outer, rows, columns = (*index, *[slice(None)] * (a.ndim - len(index)))
         # The `b` of a convolution is the same at every place of the window.
         total = total + np.float32(weight * scale) * (a[(*outer, rows)] @ b[..., columns])
-    return total
+    out: np.ndarray = total
+    return out
 
 
 def save_lora(path: Path, lora: Params, key_mapping: KeyMapping, state: Params, names: LoRANames = "diffusers") -> None:

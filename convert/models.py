@@ -160,7 +160,10 @@ def _ends(index: Index) -> Ends:
 
 
 def _quantized(leaf: jax.Array, entry: Entry) -> tuple[jax.Array, jax.Array]:
-    return jax.jit(quantize_array, static_argnums=1, donate_argnums=0)(leaf, scaled_axis(entry))
+    found: tuple[jax.Array, jax.Array] = jax.jit(quantize_array, static_argnums=1, donate_argnums=0)(
+        leaf, scaled_axis(entry)
+    )
+    return found
 
 
 @jax.jit

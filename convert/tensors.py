@@ -25,7 +25,11 @@ TRANSFORMERS_NAME = "model"
 SHARD_BYTES = 5 * 2**30
 PICKLES = {".bin", ".ckpt", ".pt", ".pth"}
 
-FLOATS = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+FLOATS: dict[str, np.dtype] = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
 """The dtypes that floating-point tensors can be converted to."""
 
 _DTYPES: dict[str, np.dtype] = {
@@ -90,7 +94,7 @@ def model_file(directory: Path, variant: str | None = None) -> Path:
     forms = (f"{{name}}.safetensors.index.{variant}.json", f"{{name}}.{variant}.safetensors") if variant else ()
     names = (DIFFUSERS_NAME, TRANSFORMERS_NAME)
     candidates = (directory / form.format(name=name) for form in (*forms, *plain) for name in names)
-    found = next((path for path in candidates if path.exists()), None)
+    found: Path | None = next((path for path in candidates if path.exists()), None)
     if found is not None:
         return found
     lacks = f"{directory}: neither {DIFFUSERS_NAME}.safetensors nor {TRANSFORMERS_NAME}.safetensors (or their index)"
