@@ -139,7 +139,8 @@ class MeshLayout:
     @property
     def platform(self) -> str:
         """The platform of the mesh, "cpu", "gpu" or "tpu", which can differ from that of this machine."""
-        return self.mesh.devices.flat[0].platform
+        found: str = self.mesh.devices.flat[0].platform
+        return found
 
     @property
     def batch_shards(self) -> int:
@@ -240,7 +241,8 @@ def with_logical_constraint(x: jax.Array, *axes: str | None) -> jax.Array:
     layout = _ACTIVE.get()
     if layout is None or layout.mesh.size == 1:
         return x
-    return jax.lax.with_sharding_constraint(x, layout.spec(axes, x.shape))
+    out: jax.Array = jax.lax.with_sharding_constraint(x, layout.spec(axes, x.shape))
+    return out
 
 
 def replicate(params: Params) -> Params:
@@ -259,9 +261,10 @@ def process_allgather(tree: Tree) -> Tree:
 
     Every process must call it.
     """
-    return jax.tree.map(
+    found: Tree = jax.tree.map(
         lambda leaf: leaf if leaf.is_fully_addressable else multihost_utils.process_allgather(leaf, tiled=True), tree
     )
+    return found
 
 
 def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
