@@ -341,7 +341,8 @@ def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
 @functools.cache
 def patches(path: Path) -> Patches:
     """Returns the objects of the generated images."""
-    return cut_patches(*labeled_images(path))
+    images, readings = labeled_images(path)
+    return cut_patches(list(images), readings)
 
 
 def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Callable[[np.ndarray, int], np.ndarray]:

@@ -25,10 +25,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_loss, generation_example
+from clvr_jax.configs.shapes_base import SETTINGS, Kind, batch, drawing_loss
 from clvr_jax.data.histories import fit_history
 from clvr_jax.data.sft_examples import conversation, target_indices
-from clvr_jax.data.shapes import Example, simulate_trajectory
+from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels

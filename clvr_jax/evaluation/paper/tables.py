@@ -112,7 +112,8 @@ def by_phrasing(first: SystemResults, second: SystemResults, metadata: Sequence[
         ]
         return {**pooled, "pictures": images}
 
-    return compare(renamed(first.pooled), renamed(second.pooled))["tags"]
+    tags: dict[str, dict[str, Any]] = compare(renamed(first.pooled), renamed(second.pooled))["tags"]
+    return tags
 
 
 def significant(parts: Mapping[str, Mapping[str, Any]], level: float = 0.05) -> list[str]:

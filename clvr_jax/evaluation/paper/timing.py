@@ -36,7 +36,7 @@ class _TimedGenerator(ImageGenerator):
     def _timed_denoise(self, *arguments: Any) -> jax.Array:
         jax.block_until_ready(arguments[1:5])  # earlier programs may still compute weights, noise, text and references
         began = time.perf_counter()
-        latents = jax.block_until_ready(self._denoise(*arguments))
+        latents: jax.Array = jax.block_until_ready(self._denoise(*arguments))
         self.diffusion_seconds += time.perf_counter() - began
         return latents
 
