@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int, Real
+from jaxtyping import Array, Float, Float32, Int, Real
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.attention import ATTENTION_OUTPUT
@@ -114,7 +114,7 @@ def layer_of(stack: Operands, index: Int[Array, ""], carry: Carry) -> tuple[Oper
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack), carry
 
 
-def embed_tokens(embed: nnx.Module, ids: jax.Array) -> jax.Array:
+def embed_tokens(embed: nnx.Module, ids: Int[Array, " *t"]) -> Float[Array, "*t d"]:
     """Returns embed(ids); inside `read_only_weights`, a loop of a CPU does not keep a float32 copy of the table.
 
     Args:
@@ -129,7 +129,9 @@ def embed_tokens(embed: nnx.Module, ids: jax.Array) -> jax.Array:
     return embeddings
 
 
-def vocabulary_logits(x: jax.Array, weights: jax.Array, *, is_tied: bool) -> jax.Array:
+def vocabulary_logits(
+    x: Float[Array, "*t d"], weights: Float[Array, "_ _"], *, is_tied: bool
+) -> Float32[Array, "*t v"]:
     """Returns the product of final states with the weights of a head, in float32.
 
     Inside `read_only_weights`, 16-bit weights of a CPU are cast to float32 in parts, a part at a time, like layers in
