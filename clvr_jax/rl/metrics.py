@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Int
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.data.proxy_steps import LATE
@@ -15,7 +16,7 @@ from clvr_jax.rl.advantages import Advantages
 
 
 def reward_metrics(
-    scores: Scores, advantages: Advantages, kinds_n: np.ndarray, groups_n: np.ndarray
+    scores: Scores, advantages: Advantages, kinds_n: Int[np.ndarray, " n"], groups_n: Int[np.ndarray, " n"]
 ) -> dict[str, float]:
     """Computes the means of the rewards, and the numbers of samples and groups from which nothing is learned.
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, Key, PyTree
 
 NOISE, TIMESTEPS, LOSS, PATH = range(4)
 """Purposes of random numbers: initial noise, order of timesteps, noise in the loss, noise of a sampled path."""
@@ -22,7 +22,7 @@ class RandomSource(NamedTuple):
     step_number: PyTree
 
 
-def sample_keys(source: RandomSource, group_size: int, *purpose: int | jax.Array) -> jax.Array:
+def sample_keys(source: RandomSource, group_size: int, *purpose: int | Int[Array, ""]) -> Key[Array, " b"]:
     """Returns keys (g * group_size,) from seed, epoch, purpose, the sample's trajectory step and index in the group.
 
     Args:

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree, Shaped
 
 from clvr_jax.rl.algorithms.base import standard_normal
 from clvr_jax.rl.config import PPRLConfig
@@ -58,6 +58,6 @@ def repeat_for_samples(conditions: PyTree, group_size: int) -> PyTree:
     return jax.tree.map(lambda leaf: shard_rows(jnp.repeat(leaf, group_size, axis=0)), conditions)
 
 
-def shard_rows(x: jax.Array) -> jax.Array:
+def shard_rows(x: Shaped[Array, "b *d"]) -> Shaped[Array, "b *d"]:
     """Shards an array (b, ...) by rows."""
     return with_logical_constraint(x, "batch", *[None] * (x.ndim - 1))

@@ -7,7 +7,7 @@ from typing import Self
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Int, PyTree
 from typing_extensions import override
 
 from clvr_jax.sharding import MeshLayout
@@ -32,7 +32,7 @@ class PPRLState(TrainState):
 
     @override
     @property
-    def iteration(self) -> jax.Array:
+    def iteration(self) -> Int[Array, ""]:
         return self.epoch
 
     @override
