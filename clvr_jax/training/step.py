@@ -8,7 +8,7 @@ from typing import NamedTuple, Self, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.trees import Batch, Params
@@ -38,7 +38,7 @@ class TrainState:
     skipped_in_a_row: jax.Array
 
     @property
-    def iteration(self) -> jax.Array:
+    def iteration(self) -> Int[Array, ""]:
         """Number of finished iterations of the training loop."""
         return self.step
 
@@ -102,8 +102,8 @@ class GradAccumulator(NamedTuple):
 
 
 def apply_gradients(
-    state: State, grads: Params, loss: jax.Array, optimizer: optax.GradientTransformation, ema_decay: float
-) -> tuple[State, jax.Array]:
+    state: State, grads: Params, loss: Float[Array, ""], optimizer: optax.GradientTransformation, ema_decay: float
+) -> tuple[State, Float[Array, ""]]:
     """Takes one optimizer step; one whose loss or gradients are not finite changes only the counters.
 
     Args:
