@@ -27,6 +27,7 @@ from clvr_jax.models.decoding import generate
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.pipelines.flux2 import KLEIN
+from clvr_jax.tasks.flux2 import LORA_TARGETS
 from clvr_jax.training.step import TrainState, make_train_step
 
 MARKS = ("<!-- table of benchmarks/one_gpu.sh -->", "<!-- end of the table -->")
@@ -169,7 +170,7 @@ def _train_step(title: str, recipe: Any, config: Any, sizes: Sizes) -> Fields:
 
 
 def _nft(sizes: Sizes, is_small: bool) -> Iterator[Fields]:
-    lora = LoRAConfig(rank=4, alpha=4.0, targets=pprl_flux2.LORA_TARGETS) if is_small else pprl_flux2.CONFIG.train.lora
+    lora = LoRAConfig(rank=4, alpha=4.0, targets=LORA_TARGETS) if is_small else pprl_flux2.CONFIG.train.lora
     train = dataclasses.replace(pprl_flux2.CONFIG.train, lora=lora, group_size=sizes.group)
     sampler = dataclasses.replace(pprl_flux2.CONFIG.sampler, size=sizes.rl_side)
     titles = {"update": f"one timestep of a group of {sizes.group}", "rollout": f"rollout of a group of {sizes.group}"}

@@ -10,34 +10,19 @@ A LoRA of a 9B variant of FLUX.2 klein is for non-commercial use only, as its ba
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
-import jax
-from flax import nnx
-
-from clvr_jax.configs import flux2_sft
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import save_lora
-from clvr_jax.convert.lora_file import FILE_NAME
 from clvr_jax.convert.lora_writing import LoRANames
-from clvr_jax.data.image_pairs import PairExamples
-from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.lora import lora_task
+from clvr_jax.tasks import flux2
+from clvr_jax.tasks.bundles import check_model_given, no_export
 from clvr_jax.training.trainer import Task, TrainConfig
-
-FILES: dict[LoRANames, str] = {
-    "diffusers": FILE_NAME,
-    "comfyui": "comfyui_lora.safetensors",
-    "kohya": "kohya_lora.safetensors",
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class Config(flux2_sft.FlowMatchingConfig):
+class Config(flux2.FlowMatchingConfig):
     """Configuration of the run, and of what `clvr plan` compiles."""
 
     train: TrainConfig = TrainConfig(
@@ -64,37 +49,20 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """Returns the task for the trainer."""
-    if not config.model:
-        raise ClvrError("flux2_lora: --model is missing; give a directory or a Hugging Face id of FLUX.2 klein")
+    check_model_given("flux2_lora", config.model, "FLUX.2 klein")
     if not config.lora.rank or not config.formats:
         raise ClvrError("flux2_lora: --lora.rank must be at least 1, and --formats must name one format or more")
     pipe = Flux2Pipeline.from_pretrained(config.model, config.train.compute_dtype)
-    token, buckets = pipe.vae.config.token_pixels, pipe.settings.text_buckets
-    examples = PairExamples(
-        config.dataset,
-        pipe.tokenizer,
-        side=config.size,
-        token_pixels=token,
-        text_buckets=buckets,
-        dropout=config.dropout,
+    batches = flux2.pair_batches(
+        pipe, config.dataset, config.size, config.batch_size, config.train.seed, config.dropout
     )
-    base = nnx.state(pipe.transformer)
-    key_mapping = FLUX2_TRANSFORMER.key_mapping(pipe.transformer.config)
-    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), base)
-
-    def export(lora: Any, directory: Path) -> None:
-        for name in config.formats:
-            save_lora(directory / FILES[name], lora, key_mapping, shapes, names=name)
-
-    batches = Batches(BatchLoader(examples, config.batch_size, seed=config.train.seed))
-    full = flux2_sft.pipeline_task(config, pipe, base, batches, export)
-    return lora_task(full, config.lora, config.train.seed)
+    models = flux2.Flux2Models.of(pipe)
+    export = flux2.lora_export(models, config.formats)
+    return flux2.lora_sft_task(models, config, config.lora, config.train, batches, export)
 
 
 def abstract_task(config: Config) -> Task:
     """Returns the same task with shapes in place of arrays, to trace, compile and plan its step."""
-    names = {field.name for field in dataclasses.fields(flux2_sft.Config)} & set(vars(config)) - {"dataset"}
-    full = flux2_sft.abstract_task(flux2_sft.Config(**{name: getattr(config, name) for name in names}))
-    dtype = config.train.compute_dtype
-    base = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), full.params)
-    return lora_task(dataclasses.replace(full, params=base), config.lora, config.train.seed)
+    models = flux2.Flux2Models.abstract(config.preset, config.train.compute_dtype)
+    batches = models.abstract_batches(config.batch_size, config.size, config.references)
+    return flux2.lora_sft_task(models, config, config.lora, config.train, batches, no_export)

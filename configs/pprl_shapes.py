@@ -19,13 +19,13 @@ import dataclasses
 from pathlib import Path
 
 from clvr_jax import rl
-from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
 from clvr_jax.rl import PPRLConfig
+from clvr_jax.tasks import flux2
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.optimizer import AdamWConfig
 
@@ -42,12 +42,12 @@ class Config:
         group_size=12,
         updates_per_epoch=2,
         timesteps_per_sample=2,
-        lora=LoRAConfig(rank=16, alpha=32.0, targets=LORA_TARGETS),
+        lora=LoRAConfig(rank=16, alpha=32.0, targets=flux2.LORA_TARGETS),
         optimizer=AdamWConfig(learning_rate=3e-4),
         checkpoint=CheckpointConfig(save_interval_minutes=4.0),
     )
     """Configuration of the training."""
-    sampler: Sampler = Sampler(steps=8, guidance=1.7, size=64)
+    sampler: flux2.Sampler = flux2.Sampler(steps=8, guidance=1.7, size=64)
     """Configuration of the rollout."""
     model: str = "shapes-tiny-sft"
     """Start from this model: a shipped name or a pipeline directory; it must not be distilled."""
@@ -65,11 +65,11 @@ CONFIG = Config()
 
 
 def task(config: Config) -> rl.PPRLTask:
-    """The run as `fit` takes it."""
+    """Returns the task for `fit`."""
     judge = ShapesJudge()
     # The program answers in a moment: threads would only wait for one another.
     reward = LastTextReward(judge, in_flight=1) if config.simple else ProxyReward(judge, judge, in_flight=1)
     steps = ProxySteps(TrajectoryDataset(config.dataset), config.sampler.size, config.mixture)
     pipe = Flux2Pipeline.from_pretrained(config.model)
     name = "simple RL in shapes" if config.simple else "PPRL in shapes"
-    return flux2_task(name, pipe, config.train, config.sampler, steps, reward, save_dtype="float32")
+    return flux2.pprl_task(name, pipe, config.train, config.sampler, steps, reward, save_dtype="float32")

@@ -15,9 +15,9 @@ import dataclasses
 from functools import partial
 
 from clvr_jax.configs import shapes_base, shapes_sft
-from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.configs.shapes_base import Kind, batch
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.tasks import flux2
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -62,4 +62,6 @@ def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     pipe = Flux2Pipeline.from_pretrained(config.model)
     batches = partial(batch, seed=config.train.seed, tokenizer=pipe.tokenizer, dropout=0.0, kinds=KINDS)
-    return pipeline_task("shapes distillation", pipe, config.train, config.distill, batches, save_dtype="float32")
+    return flux2.pipeline_distill_task(
+        "shapes distillation", pipe, config.train, config.distill, batches, save_dtype="float32"
+    )

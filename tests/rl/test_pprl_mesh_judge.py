@@ -11,7 +11,6 @@ import jax
 import numpy as np
 import pytest
 
-from clvr_jax.configs import pprl_flux2
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
@@ -19,6 +18,7 @@ from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
 from clvr_jax.sharding import MeshConfig, MeshLayout
+from clvr_jax.tasks.reward_options import RewardOptions, make_reward
 from tests.rl.pprl_toy import changed, judged_on_the_mesh, make_task
 
 ROOT = Path(__file__).parents[2]
@@ -107,13 +107,15 @@ def test_a_judge_whose_answers_cannot_be_read_ends_the_run_with_its_state_kept(d
 
 
 def test_the_recipe_says_who_judges(judge):
-    config = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft", dtype="float32")
+    def reward(**options):
+        return make_reward("pprl_flux2", RewardOptions(**options), "float32", batch_size=16)
+
     with pytest.raises(ClvrError, match=r"judge is missing; give either --judge.* or --reward-url"):
-        pprl_flux2.reward_of(config)
+        reward()
     with pytest.raises(ClvrError, match="judge is missing"):
-        pprl_flux2.reward_of(dataclasses.replace(config, judge=str(judge), reward_url="http://localhost:1/v1"))
+        reward(judge=str(judge), reward_url="http://localhost:1/v1")
     with pytest.raises(ClvrError, match="give --edit-judge for a judge of edits"):
-        pprl_flux2.reward_of(dataclasses.replace(config, judge=str(judge)))
-    simple = pprl_flux2.reward_of(dataclasses.replace(config, judge=str(judge), simple=True))
+        reward(judge=str(judge))
+    simple = reward(judge=str(judge), simple=True)
     assert isinstance(simple, MeshReward)
-    assert not pprl_flux2.reward_of(dataclasses.replace(config, reward_url="http://localhost:1/v1")).runs_on_devices
+    assert not reward(reward_url="http://localhost:1/v1").runs_on_devices

@@ -11,13 +11,13 @@ import pytest
 from flax import nnx
 
 from clvr_jax.configs import flux2_distill
-from clvr_jax.configs.flux2_distill import pipeline_task
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2_programs import velocity_field
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.tasks.flux2 import pipeline_distill_task
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig, Windows, distillation_loss, follow_windows, window_loss
 from clvr_jax.training.recipes import load_recipe
@@ -189,7 +189,7 @@ def batches(step):
 def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_at(tmp_path):
     train, teacher = dataclasses.replace(TRAIN, steps=2), small_flux2("shapes-tiny-base")
     distill = DistillConfig(substeps=2, guidance=1.7)
-    fit(pipeline_task("tiny", teacher, train, distill, batches, save_dtype="float32"), train, tmp_path)
+    fit(pipeline_distill_task("tiny", teacher, train, distill, batches, save_dtype="float32"), train, tmp_path)
     assert json.loads((tmp_path / "export" / "model_index.json").read_text())["is_distilled"] is True
     student = Flux2Pipeline.from_pretrained(str(tmp_path / "export"))
     assert (student.settings.num_inference_steps, student.settings.guidance_scale) == (4, 1.0)
@@ -198,7 +198,7 @@ def test_a_run_gives_a_folder_that_draws_in_four_steps_on_the_levels_it_learned_
     assert {path: leaf.shape for path, leaf in ours.items()} == {path: leaf.shape for path, leaf in theirs.items()}
     assert any((ours[path] != theirs[path]).any() for path in ours)
     with pytest.raises(ClvrError, match="distilled already"):
-        pipeline_task("tiny", student, train, distill, batches)
+        pipeline_distill_task("tiny", student, train, distill, batches)
     # A path of one substep, all of it the student's, ends in the picture that the pipeline draws of the same noise.
     latents = np.random.default_rng(5).normal(size=(1, 32, 4, 4)).astype(np.float32)
     drawn = student("a red circle", latents=latents, output_type="np", guidance_scale=9.0)  # guidance is baked in

@@ -19,6 +19,7 @@ from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.tasks.flux2 import LORA_FILES
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.convert.lora_models import OTHER_PARTS
@@ -85,7 +86,7 @@ def test_the_loss_falls_and_a_resumed_run_is_the_uninterrupted_one(config, train
     np.testing.assert_allclose(found[:6], losses(tmp_path / "alone"), rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", flux2_lora.FILES)
+@pytest.mark.parametrize("name", LORA_FILES)
 def test_each_format_returns_the_trained_model_in_ours_and_in_diffusers(config, trained, name):
     state, out = trained
     transformer = Flux2Pipeline.from_pretrained(config.model).transformer
@@ -93,7 +94,7 @@ def test_each_format_returns_the_trained_model_in_ours_and_in_diffusers(config, 
     base = nnx.state(transformer)
     expected = state_to_torch(apply_delta(base, state.params), key_mapping)
     plain = state_to_torch(base, key_mapping)
-    file = out / "export" / flux2_lora.FILES[name]
+    file = out / "export" / LORA_FILES[name]
     ours = state_to_torch(apply_delta(base, load_lora(file, key_mapping, transformer)), key_mapping)
     reference = diffusers.Flux2Transformer2DModel.from_pretrained(f"{config.model}/transformer")
     pipeline = diffusers.Flux2KleinPipeline(**dict.fromkeys(OTHER_PARTS), transformer=reference)

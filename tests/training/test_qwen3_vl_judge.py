@@ -13,6 +13,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.models.decoding import generate
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.tasks.qwen3_vl import PRESETS
 from tests.models.qwen3_vl_reference import SMALL, conversation
 
 GRIDS = ((1, 8, 8), (1, 8, 8))
@@ -20,7 +21,7 @@ GRIDS = ((1, 8, 8), (1, 8, 8))
 
 def test_it_says_what_decoding_says(monkeypatch):
     sizes = dataclasses.replace(SMALL, tie_word_embeddings=False)
-    monkeypatch.setitem(qwen3_vl_judge.PRESETS, "qwen3-vl-8b", sizes)
+    monkeypatch.setitem(PRESETS, "qwen3-vl-8b", sizes)
     rng = np.random.default_rng(0)
     chats = [Conversation(*conversation(rng, GRIDS, text), GRIDS) for text in (9, 20)]
     batch = batch_conversations(chats, image_token_id=SMALL.image_token_id, merge=SMALL.vision.spatial_merge_size)

@@ -1,0 +1,143 @@
+"""Few-step distillation of FLUX.2's transformer with its own parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from clvr_jax.cost_model.flops import Flops
+from clvr_jax.diffusion import flow_sigmas
+from clvr_jax.errors import ClvrError
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2_programs import encode_references, encode_text, velocity_field
+from clvr_jax.sharding import replicate
+from clvr_jax.tasks.bundles import Export, cast_weights
+from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
+from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
+from clvr_jax.training.prefetch import Batches
+from clvr_jax.training.trainer import Task, TrainConfig
+
+
+def pipeline_distill_task(
+    name: str,
+    pipe: Flux2Pipeline,
+    train: TrainConfig,
+    distill: DistillConfig,
+    batches: Batches,
+    remat: str = "dots",
+    save_dtype: str = "bfloat16",
+) -> Task:
+    """Returns the task of distilling a loaded pipeline; exports one that samples in few steps without guidance.
+
+    Args:
+      name: for progress lines.
+      pipe: the teacher, and the start of the student.
+      train, distill, remat: see `distill_task`.
+      batches: of the form of `Flux2Models.abstract_batches`.
+      save_dtype: of the exported weights.
+    Raises: ClvrError if the pipeline is a distilled one.
+    """
+    models = Flux2Models.of(pipe)
+    _check_base(name, models)
+    settings = dataclasses.replace(
+        pipe.settings, is_distilled=True, num_inference_steps=distill.steps, guidance_scale=1.0
+    )
+    return distill_task(name, models, train, distill, batches, pipeline_export(pipe, save_dtype, settings), remat)
+
+
+def distill_task(
+    name: str,
+    models: Flux2Models,
+    train: TrainConfig,
+    distill: DistillConfig,
+    batches: Batches,
+    export: Export,
+    remat: str = "dots",
+) -> Task:
+    """Returns the task of distilling a transformer into its own few steps; master weights are float32.
+
+    Args:
+      name: for progress lines.
+      models: the teacher, loaded or abstract, and the start of the student.
+      train, distill: options of the run.
+      batches: of the form of `Flux2Models.abstract_batches`; only the size of the target images is used.
+      export: of the trained weights.
+      remat: what the backward pass keeps of each block, a name in `layers.REMAT`.
+    Raises: ClvrError if the model is a distilled one.
+    """
+    _check_base(name, models)
+    layers, token = models.settings.text_encoder_out_layers, models.vae.config.token_pixels
+    dtype = jnp.dtype(train.compute_dtype)
+    graphdef = models.training_graphdef(dtype, remat)
+    text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
+    channels, empty_text = models.transformer.config.in_channels, models.empty_text
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
+        count = data["references"].shape[1]
+
+        def read(ids: Any, mask: Any) -> jax.Array:
+            return encode_text(text_encoder_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
+
+        def network(weights: Any) -> Field:
+            model = nnx.merge(graphdef, weights)
+
+            def field(x: jax.Array, t: jax.Array, condition: Any) -> jax.Array:
+                return velocity_field(model, condition["references"], grid, [grid] * count)(x, t, condition["text"])
+
+            return field
+
+        references = encode_references(vae_def, replicate(frozen["vae"]), data["references"], dtype)
+        conditional = {"text": read(data["ids"], data["mask"]), "references": references}
+        # Without guidance nothing reads the empty text, and the compiler leaves it out.
+        nothing = jnp.repeat(read(*empty_text(data["ids"].shape[1])), rows, axis=0)
+        noise_key, loss_key = jax.random.split(key)
+        return distillation_loss(
+            network,
+            params,
+            frozen["teacher"],
+            conditional,
+            {"text": nothing, "references": references},
+            jax.random.normal(noise_key, (rows, grid[0] * grid[1], channels)),
+            flow_sigmas(distill.steps, grid[0] * grid[1]),
+            distill,
+            loss_key,
+        )
+
+    def flops_of(evaluation: Flops, trained: float, batch: Any) -> float:
+        """Returns the FLOPs of a step in which each of the student's steps takes `trained` to learn from."""
+        # In all windows: the teacher's evaluations, and one of the student, which samples.
+        sampled = evaluation.forward * distill.steps * (distill.substeps * distill.passes + 1)
+        encoders = counts.encoders(batch, images=batch["references"].shape[1])
+        return distill.steps * trained + sampled + encoders.forward
+
+    def flops(batch: Any) -> float:
+        evaluation = counts.evaluation(batch)
+        return flops_of(evaluation, evaluation.training, batch)
+
+    def hardware_flops(batch: Any) -> float:
+        evaluation = counts.evaluation(batch)
+        return flops_of(evaluation, evaluation.hardware(remat, flash=True), batch)
+
+    return Task(
+        name=name,
+        params=cast_weights(models.transformer.weights, jnp.float32),
+        frozen={
+            "teacher": models.transformer.weights,
+            "text_encoder": models.text_encoder.weights,
+            "vae": models.vae.weights,
+        },
+        loss=loss,
+        batches=batches,
+        export=export,
+        flops=flops,
+        hardware_flops=hardware_flops,
+        tokens=counts.tokens,
+    )
+
+
+def _check_base(name: str, models: Flux2Models) -> None:
+    if models.settings.is_distilled:
+        raise ClvrError(f"{name}: the model is distilled already; give its base")
