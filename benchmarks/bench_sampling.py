@@ -15,13 +15,13 @@ from contest import arguments, contest, folder_of, show
 from flax import nnx
 from PIL import Image
 
-from clvr_jax.configs.shapes_vae import MODEL as VAE
 from clvr_jax.data.text import bucket_for, load_tokenizer
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.registry import resolve
+from clvr_jax.tasks.shapes.sizes import VAE
 
 PROMPT = "a red circle at the top, a blue star in the center and a green square at the bottom right"
 

@@ -11,7 +11,7 @@ import dataclasses
 from typing import Literal
 
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.loop_programs import LoopConfig, loop_programs
+from clvr_jax.tasks.closed_loop import LoopConfig, loop_programs
 from clvr_jax.training.plan import Program
 
 

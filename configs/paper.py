@@ -149,11 +149,11 @@ def main(
     stages = Stages(out)
     sources = Sources(base, distilled, sft, pprl, controller, aligned)
     looped = f"{sources.merged}-loop"
-    folders = model_directories(sources, stages)
-    rows = {name: row for name, row in ROWS.items() if row.model in folders}
+    directories = model_directories(sources, stages)
+    rows = {name: row for name, row in ROWS.items() if row.model in directories}
     prompts = [Prompts(split, limit, seeds) for split in SPLITS]
     found = {
-        name: {p.split: results(name, row, folders[row.model], p, stages) for p in prompts if p.split in row.splits}
+        name: {p.split: results(name, row, directories[row.model], p, stages) for p in prompts if p.split in row.splits}
         for name, row in rows.items()
     }
     some = Prompts("complex", min(timed, limit or timed)).metadata
@@ -165,9 +165,9 @@ def main(
         metadata={each.split: each.metadata for each in prompts},
         aligned=looped,
         merged="merged-loop",
-        times={name: _times(name, folders[rows[name].model], some, stages) for name in (looped, "merged-loop")},
-        interactions=_changes([folders[name] for name in ("base", "distilled", "aligned")], some, stages),
-        norms=read_json(folders["merged"] / REPORT)["whole"],
+        times={name: _times(name, directories[rows[name].model], some, stages) for name in (looped, "merged-loop")},
+        interactions=_changes([directories[name] for name in ("base", "distilled", "aligned")], some, stages),
+        norms=read_json(directories["merged"] / REPORT)["whole"],
         scaling=from_trajectories(
             {rows[name].label: RunDirectory(found[name]["complex"].directories[0]) for name in scaled if name in rows}
         ),
@@ -180,20 +180,20 @@ def main(
 def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, dict[str, float]]:
     prompts = [entry["prompt"] for entry in metadata]
 
-    def measure(folder: Path) -> None:
-        write_json(folder / "times.json", {"prompts": loop_times(model, prompts)})
+    def measure(directory: Path) -> None:
+        write_json(directory / "times.json", {"prompts": loop_times(model, prompts)})
 
-    folder = stages.directory(
+    directory = stages.directory(
         f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "drawing, diffusion"}, measure
     )
-    return times_by_image_count(read_json(folder / "times.json")["prompts"])
+    return times_by_image_count(read_json(directory / "times.json")["prompts"])
 
 
 def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stages) -> dict[str, Any]:
     base, distilled, aligned = models
 
-    def measure(folder: Path) -> None:
-        write_json(folder / "changes.json", interactions(base, distilled, aligned, metadata))
+    def measure(directory: Path) -> None:
+        write_json(directory / "changes.json", interactions(base, distilled, aligned, metadata))
 
     prompts = [entry["prompt"] for entry in metadata]
     inputs = {"models": [digest(model) for model in models], "prompts": prompts}

@@ -76,13 +76,13 @@ def main(
                 if not (run / "export").exists():
                     raise ClvrError(f"{run}: the training was interrupted; the same command resumes it")
             for split in splits:
-                pictures = _pictures(out, name, split, seed)
-                if not (pictures / "results.json").exists():
+                directory = _evaluation_directory(out, name, split, seed)
+                if not (directory / "results.json").exists():
                     image_generator = model if name == START else str(run / "export")
                     few = ("--limit", str(limit)) if limit else ()
-                    _clvr(*evaluation(image_generator, split, seed, max_steps, pictures), *few)
-    told, page = report(out, names, splits, seeds)
-    write_json(out / "report.json", told)
+                    _clvr(*evaluation(image_generator, split, seed, max_steps, directory), *few)
+    comparisons, page = report(out, names, splits, seeds)
+    write_json(out / "report.json", comparisons)
     write_atomically(out / "report.md", page.encode())
     print(page)
 
@@ -106,7 +106,7 @@ def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequen
 
     Returns: for JSON, and as Markdown.
     """
-    told: dict[str, Any] = {}
+    comparisons: dict[str, Any] = {}
     lines = []
     for split in splits:
         results = {name: _over_seeds(out, name, split, seeds) for name in names}
@@ -122,9 +122,9 @@ def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequen
             if name != best:
                 own[f"{name} and {best}"] = compare(results[name], results[best])
                 lines += ["", *comparison_table(own[f"{name} and {best}"], name, best).markdown()]
-        told[split] = own
+        comparisons[split] = own
         lines.append("")
-    return told, "\n".join(lines)
+    return comparisons, "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,11 @@ def marks(trajectory: Trajectory) -> Iterator[Marks]:
 
 def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, float]:
     """Returns the number of images, and the shares of those with right edits and unchanged other cells."""
-    directories = [RunDirectory(_pictures(out, name, split, seed)) for seed in seeds]
-    told = (directory.trajectory(index, 0) for directory in directories for index in range(len(directory.metadata())))
-    found = [each for trajectory in told if trajectory is not None for each in marks(trajectory)]
+    directories = [RunDirectory(_evaluation_directory(out, name, split, seed)) for seed in seeds]
+    trajectories = (
+        directory.trajectory(index, 0) for directory in directories for index in range(len(directory.metadata()))
+    )
+    found = [each for trajectory in trajectories if trajectory is not None for each in marks(trajectory)]
     kept = [each.preservation for each in found if each.preservation is not None]
     return {
         "drawings": len(found),
@@ -166,16 +168,16 @@ def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, 
 
 def _over_seeds(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, Any]:
     """Merges the results of all seeds into one, with several images for each prompt."""
-    found = [load_results(_pictures(out, name, split, seed)) for seed in seeds]
-    return {**found[0], "pictures": [picture for one in found for picture in one["pictures"]]}
+    found = [load_results(_evaluation_directory(out, name, split, seed)) for seed in seeds]
+    return {**found[0], "pictures": [image for one in found for image in one["pictures"]]}
 
 
 def _by_seed(out: Path, name: str, split: str, seeds: Sequence[int]) -> list[float]:
-    found = [load_results(_pictures(out, name, split, seed))["pictures"] for seed in seeds]
-    return [float(np.mean([picture["correct"] for picture in pictures])) for pictures in found]
+    found = [load_results(_evaluation_directory(out, name, split, seed))["pictures"] for seed in seeds]
+    return [float(np.mean([image["correct"] for image in images])) for images in found]
 
 
-def _pictures(out: Path, name: str, split: str, seed: int) -> Path:
+def _evaluation_directory(out: Path, name: str, split: str, seed: int) -> Path:
     return out / "eval" / f"{name}-{split}-{seed}"
 
 

@@ -32,7 +32,6 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.atomic_io import write_json
-from clvr_jax.configs.shapes_base import TEXT_ENCODER, TEXT_START
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
@@ -64,6 +63,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
 from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.verifier import TRAINED_FOR_LOOP
+from clvr_jax.tasks.shapes.sizes import TEXT_ENCODER, TEXT_START
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
@@ -226,7 +226,7 @@ class Batches:
         return examples if kind == "image" else sorted(examples, key=lambda example: len(example[0].input_ids))
 
     def _weigh_answers(self, conversation: Any, weights: np.ndarray) -> None:
-        """Weighs up the first token of yes and no, which stands after the period of the evidence."""
+        """Weighs up the first token of yes and no, which follows the period of the evidence."""
         ids = np.asarray(conversation.input_ids)
         is_answer = (ids[:-1] == self._period) & np.isin(ids[1:], self._answers) & (weights[1:] > 0)
         weights[1:][is_answer] *= self._config.answer_weight

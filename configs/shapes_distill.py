@@ -14,10 +14,9 @@ processes, with everything compiled before); its loss was .021 then.
 import dataclasses
 from functools import partial
 
-from clvr_jax.configs import shapes_base, shapes_sft
-from clvr_jax.configs.shapes_base import Kind, batch
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.tasks import flux2
+from clvr_jax.tasks.shapes import BASE_KINDS, SETTINGS, SFT_KINDS, Kind, batch
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -32,7 +31,7 @@ def _kinds(kinds: tuple[Kind, ...], share: float) -> tuple[Kind, ...]:
 
 
 # Later images are rare, and each number of images is a program to compile.
-KINDS = (*_kinds(shapes_base.KINDS, 0.7), *_kinds(shapes_sft.KINDS[:5], 0.3))
+KINDS = (*_kinds(BASE_KINDS, 0.7), *_kinds(SFT_KINDS[:5], 0.3))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +48,7 @@ class Config:
     )
     """Configuration of the training."""
     # 16 steps of the teacher in all: its images are no better in 28.
-    distill: DistillConfig = DistillConfig(substeps=4, guidance=shapes_base.SETTINGS.guidance_scale)
+    distill: DistillConfig = DistillConfig(substeps=4, guidance=SETTINGS.guidance_scale)
     """Configuration of the distillation."""
     model: str = "shapes-tiny-base"
     """Distill this model: a shipped name or a pipeline directory."""
@@ -59,7 +58,7 @@ CONFIG = Config()
 
 
 def task(config: Config) -> Task:
-    """The run as the trainer takes it."""
+    """Returns the task for the trainer."""
     pipe = Flux2Pipeline.from_pretrained(config.model)
     batches = partial(batch, seed=config.train.seed, tokenizer=pipe.tokenizer, dropout=0.0, kinds=KINDS)
     return flux2.pipeline_distill_task(

@@ -11,28 +11,11 @@ read right. (In that run free choices were random.)
 """
 
 import dataclasses
-from functools import partial
 from pathlib import Path
-from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
-from flax import nnx
-
-from clvr_jax.configs.shapes_base import COMPLEX, SETTINGS, SIMPLE, TEXT_ENCODER, TEXT_START, Kind, examples
-from clvr_jax.convert.architectures import QWEN3
-from clvr_jax.convert.models import save_model
-from clvr_jax.data.shapes import Image, generation_example, planned_example
-from clvr_jax.data.text import encode_prompts, load_tokenizer
-from clvr_jax.models.attention import attention
-from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.tasks.shapes import text_encoder_task
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.initialization import scaled
 from clvr_jax.training.trainer import Task, TrainConfig
-from clvr_jax.worlds.shapes.detect import detect
-from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,81 +31,8 @@ class Config:
 
 
 CONFIG = Config()
-KINDS = (
-    Kind(0.5, 64, planned_example),
-    Kind(0.25, 64, partial(generation_example, weights=SIMPLE)),
-    Kind(0.25, 48, partial(generation_example, weights=COMPLEX)),
-)
-"""Texts that name all objects of their image, half of them with places; an instruction to edit names fewer."""
-
-
-class CellReader(nnx.Module):
-    """Nine queries, one for each cell, look at the hidden states of a text and name a color and a shape, or nothing."""
-
-    heads, head_dim = 4, 32
-
-    def __init__(self, features: int, *, rngs: nnx.Rngs):
-        width = self.heads * self.head_dim
-        queries = jax.random.normal(rngs.params(), (len(CELLS), self.heads, self.head_dim))
-        self.queries = nnx.Param(3 * queries)  # so that a query can look at a single token from the start
-        self.norm = nnx.RMSNorm(features, rngs=rngs)
-        self.key = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.color = nnx.Linear(width, 1 + len(COLORS), rngs=rngs)
-        self.shape = nnx.Linear(width, 1 + len(SHAPES), rngs=rngs)
-
-    def __call__(self, text_btd: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """(b, t, features), (b, t) -> logits of the color (b, 9, 9) and of the shape (b, 9, 6); class 0 is nothing."""
-        batch, length = mask_bt.shape
-        text = self.norm(text_btd)
-        key, value = (part(text).reshape(batch, length, self.heads, -1) for part in (self.key, self.value))
-        queries = jnp.broadcast_to(self.queries[...], (batch, *self.queries.shape))
-        read = attention(queries, key, value, mask=mask_bt[:, None, None, :].astype(bool))
-        read = read.reshape(batch, len(CELLS), -1)
-        return self.color(read), self.shape(read)
-
-
-def contents(image: Image) -> np.ndarray:
-    """Returns (9, 2) int32: 1 + color and 1 + shape of every cell of an image, 0 for an empty cell."""
-    cells = np.zeros((len(CELLS), 2), np.int32)
-    for item in detect(image).objects:
-        cells[CELLS.index(item.cell)] = 1 + list(COLORS).index(item.color), 1 + SHAPES.index(item.shape)
-    return cells
-
-
-def batch(step: int, seed: int, tokenizer: Any, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
-    """Returns the texts of a base batch, ids and mask (b, t), and the contents of their images, cells (b, 9, 2)."""
-    drawn = examples(np.random.default_rng((seed, step)), kinds)
-    ids, mask = encode_prompts(tokenizer, [example.text for example in drawn], SETTINGS.text_buckets)
-    return {"ids": ids, "mask": mask, "cells": np.stack([contents(example.target) for example in drawn])}
 
 
 def task(config: Config) -> Task:
-    """The run as the trainer takes it."""
-    tokenizer = load_tokenizer(config.tokenizer)
-    rngs = nnx.Rngs(config.train.seed)
-    encoder_def, encoder = nnx.split(Qwen3(TEXT_ENCODER, rngs=rngs))
-    features = len(SETTINGS.text_encoder_out_layers) * TEXT_ENCODER.hidden_size
-    reader_def, reader = nnx.split(CellReader(features, rngs=rngs))
-
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        encoder = nnx.merge(encoder_def, params["text_encoder"])
-        hidden = encoder.hidden_states(data["ids"], data["mask"], SETTINGS.text_encoder_out_layers)
-        logits = nnx.merge(reader_def, params["reader"])(jnp.concatenate(hidden, axis=-1), data["mask"])
-        wanted = [data["cells"][..., part] for part in (0, 1)]
-        cross_entropy = optax.softmax_cross_entropy_with_integer_labels
-        value = sum(cross_entropy(*pair).sum(-1).mean() for pair in zip(logits, wanted, strict=True))
-        right = jnp.stack([one.argmax(-1) == other for one, other in zip(logits, wanted, strict=True)]).all(0)
-        full = wanted[0] > 0
-        return jnp.asarray(value), {"object_accuracy": (right & full).sum() / jnp.maximum(full.sum(), 1)}
-
-    return Task(
-        name="shapes text encoder",
-        params={"text_encoder": scaled(encoder, TEXT_START), "reader": reader},
-        frozen={},
-        loss=loss,
-        batches=partial(batch, seed=config.train.seed, tokenizer=tokenizer),
-        export=lambda ema, directory: save_model(
-            directory / "text_encoder", nnx.merge(encoder_def, ema["text_encoder"]), QWEN3, "float16"
-        ),
-    )
+    """Returns the task for the trainer."""
+    return text_encoder_task(config.tokenizer, seed=config.train.seed)

@@ -62,6 +62,7 @@ class ProxySteps:
       mixture: kinds of steps, which alternate in this order; see `ProxyStep.kind`.
       is_live: a proxy-prompt generator writes proxy prompts during training, so all steps with an image are included.
       max_corrupt: see `TrajectoryDataset.scan`.
+      first_images_only: leave out edits, for a model that is conditioned on text alone.
     Raises: ClvrError if there is no such step; UsageError for kinds that do not exist.
     """
 
@@ -72,6 +73,7 @@ class ProxySteps:
         mixture: Sequence[int] = PAPER_MIXTURE,
         is_live: bool = False,
         max_corrupt: int = 16,
+        first_images_only: bool = False,
     ):
         if not mixture or not set(mixture) <= set(range(LATE + 1)):
             raise UsageError(f"mixture {tuple(mixture)}: kinds of steps are 0 (first images) to {LATE}, at least one")
@@ -85,7 +87,7 @@ class ProxySteps:
                     continue
                 replies.append(step.reasoning)
                 proxies = record.proxies[at] if record.proxies else None
-                if proxies is not None or is_live:
+                if (proxies is not None or is_live) and not (first_images_only and history):
                     text = conditioning_text(record.trajectory.prompt, replies)
                     steps.append(ProxyStep(len(steps), number, history, text, step.reasoning, proxies))
                 history = (*history, at)

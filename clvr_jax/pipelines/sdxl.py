@@ -93,9 +93,9 @@ class SDXLPipeline(JittedPipeline):
         self.text_encoders, self.tokenizers = tuple(text_encoders), tuple(tokenizers)
         self.scheduler, self.settings = dict(scheduler), settings
         self.schedule, self.solver = sdxl_io.read_scheduler(scheduler)
-        self._encode_text = jax.jit(_encode_text, static_argnums=0)
+        self._encode_text = jax.jit(encode_text, static_argnums=0)
         self._denoise = jit_module(_denoise, static_argnums=(0, 8, 9), donate_argnums=2)
-        self._decode = jit_module(_decode, replicate_weights=True, static_argnums=0)
+        self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
 
     @classmethod
     def from_pretrained(
@@ -318,9 +318,15 @@ def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
     return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
 
 
-def _encode_text(
+def encode_text(
     graphdefs: tuple[nnx.GraphDef[CLIPText], ...], states: Sequence[Params], ids: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array | None]:
+    """Returns the text features (b, s, d) and the pooled ones (b, p), None with one text encoder.
+
+    Args:
+      graphdefs, states: of each text encoder.
+      ids: token ids (b, s) for each text encoder.
+    """
     outputs = [
         nnx.merge(graphdef, state)(tokens) for graphdef, state, tokens in zip(graphdefs, states, ids, strict=True)
     ]
@@ -358,6 +364,7 @@ def _denoise(
     return solve(model, noise_bhwc, schedule, timesteps)
 
 
-def _decode(graphdef: nnx.GraphDef[AutoencoderKL], state: Params, latents_bhwc: jax.Array) -> jax.Array:
+def decode(graphdef: nnx.GraphDef[AutoencoderKL], state: Params, latents_bhwc: jax.Array) -> jax.Array:
+    """Decodes scaled latents to images: (b, h / 8, w / 8, c) -> float32 (b, h, w, 3) in [0, 1]."""
     images = nnx.merge(graphdef, state).decode_scaled(latents_bhwc)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0, 1)

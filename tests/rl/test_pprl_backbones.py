@@ -1,4 +1,4 @@
-"""Both families of models through the real loop: FLUX.2 in the shapes world, as its recipe does it, and SDXL's UNet."""
+"""FLUX.2 through the real loop, in the shapes world, as its recipe does it."""
 
 import dataclasses
 import json
@@ -13,32 +13,27 @@ from PIL import Image
 
 from clvr_jax import rl
 from clvr_jax.configs import pprl_flux2, pprl_shapes
-from clvr_jax.configs.pprl_flux2 import LORA_TARGETS, Sampler, flux2_task
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import load_lora
 from clvr_jax.data.histories import token_count
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.diffusion import NoiseSchedule, VariancePreservingProcess, classifier_free_guidance, ddim_solve
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
 from clvr_jax.models.lora import LoRAConfig
 from clvr_jax.models.qwen3 import Qwen3Config
-from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
-from clvr_jax.rl import DiffusionPolicy
-from clvr_jax.sharding import MeshConfig
+from clvr_jax.tasks.flux2 import LORA_TARGETS, Sampler, pprl_task
 from clvr_jax.training.optimizer import AdamWConfig
 from clvr_jax.training.plan import plan
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path
 from tests.helpers.models import small_flux2
-from tests.rl.pprl_toy import Brightness, changed, make_dataset, make_task
+from tests.rl.pprl_toy import Brightness, changed, make_dataset
 
 ROOT = Path(__file__).parents[2]
-SCHEDULE = NoiseSchedule()
 SAMPLER = Sampler(steps=2, guidance=1.7, size=64)
 # A first drawing and an edit of one picture.
 TRAIN = changed(
@@ -68,45 +63,7 @@ def shapes_task(dataset, train=TRAIN):
     proxy = ProxyReward(ShapesJudge(), ShapesJudge())
     reward = WeightedReward({"shapes": (1.0, proxy), "brightness": (1.0, Brightness())})
     steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
-    return flux2_task("shapes", tiny_flux2(), train, SAMPLER, steps, reward)
-
-
-def unet_task(dataset, config):
-    """A UNet that predicts noise, guided away from an empty condition."""
-    sizes = UNet2DConditionConfig(
-        sample_size=4,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("CrossAttnDownBlock2D",),
-        up_block_types=("CrossAttnUpBlock2D",),
-        block_out_channels=(8,),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=6,
-        attention_head_dim=2,
-        use_linear_projection=True,
-    )
-    graphdef, base = nnx.split(UNet2DCondition(sizes, rngs=nnx.Rngs(1)))
-    timesteps = np.asarray(SCHEDULE.ddim_timesteps(3))
-
-    def predictor(weights, conditions):
-        text = conditions["c"][:, None, :]
-
-        def predict(x, t_b, text):
-            return nnx.merge(graphdef, weights)(x, jnp.concatenate([t_b, t_b]), text)
-
-        return classifier_free_guidance(predict, text, jnp.zeros_like(text), 2.0)
-
-    def solve(predictor, noise):
-        return ddim_solve(lambda x, t: predictor(x, jnp.full(len(x), t)), noise, SCHEDULE, jnp.asarray(timesteps))
-
-    def decode(frozen, latents):
-        return jnp.tile(jax.nn.sigmoid(latents.mean(-1, keepdims=True)), (1, 1, 1, 3))
-
-    policy = DiffusionPolicy(
-        lambda frozen, data: data, predictor, solve, decode, (4, 4, 4), timesteps, VariancePreservingProcess(SCHEDULE)
-    )
-    return dataclasses.replace(make_task(dataset, config), base=base, policy=policy, save=lambda *given: None)
+    return pprl_task("shapes", tiny_flux2(), train, SAMPLER, steps, reward)
 
 
 def shapes(tree):
@@ -154,7 +111,7 @@ def test_a_long_history_loses_its_oldest_replies_here_as_in_the_pipeline(dataset
     step = max(steps.steps, key=lambda step: len(step.history))
     room = token_count(pipe.tokenizer, step.text) - 1
     pipe.settings = dataclasses.replace(pipe.settings, text_buckets=(room,))
-    task = flux2_task("shapes", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
+    task = pprl_task("shapes", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
     data = task.data([step])
     assert task.bucket(step) == (len(step.history), room)
     assert data["ids"].shape == data["empty_ids"].shape == (1, room)
@@ -190,21 +147,8 @@ def test_flux2_in_the_shapes_world_from_roll_out_to_exported_folder(dataset, tmp
     assert_close(config.policy_weights(task.base, lora), expected, 1e-6)
 
 
-@pytest.mark.slow
-def test_the_unet_of_sdxl_learns_too(dataset, tmp_path):
-    lora = {"targets": (r"attn\d\.to_", r"conv\d")}
-    config = changed(
-        mesh=MeshConfig(devices=1), prompts_per_epoch=4, group_size=4, epochs=2, lora=lora, updates_per_epoch=1
-    )
-    rl.fit(unet_task(dataset, config), config, tmp_path)
-    first, second = metrics(tmp_path)
-    assert np.isfinite([*first.values(), *second.values()]).all()
-    assert first["kl"] < 1e-9 < second["kl"]
-    assert first["grad_norm"] > 0
-
-
 def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
-    for name in ("pprl_shapes", "pprl_flux2"):
+    for name in ("pprl_shapes", "pprl_flux2", "pprl_sdxl"):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
         assert recipe.fit is rl.fit
         assert (recipe.program is None) == (name == "pprl_shapes")
@@ -218,7 +162,7 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
     pipe.settings = dataclasses.replace(pipe.settings, is_distilled=True)
     steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
     with pytest.raises(ClvrError, match="the model is distilled"):
-        flux2_task("PPRL", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
+        pprl_task("PPRL", pipe, TRAIN, SAMPLER, steps, ProxyReward(ShapesJudge(), ShapesJudge()))
     served = dataclasses.replace(pprl_flux2.CONFIG, model="shapes-tiny-sft", reward_url="http://localhost:1/v1")
     with pytest.raises(ClvrError, match="--proxy-prompt-url and --proxy-prompt-model go together"):
         pprl_flux2.task(dataclasses.replace(served, proxy_prompt_url="http://localhost:1/v1"))

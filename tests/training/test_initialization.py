@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clvr_jax.configs import shapes_base
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2_transformer import Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.tasks.shapes import sizes
 from clvr_jax.training.initialization import scaled
 
 TREE = {"block": {"out": jnp.full(3, 2.0), "norm": jnp.ones(2)}, "embed": jnp.full(4, 0.5)}
@@ -28,15 +28,15 @@ def test_a_pattern_without_a_weight_is_an_error():
 
 def test_models_begin_with_tokens_as_they_are_and_draw_nothing():
     """Residual branches are closed: every hidden state is the embedding, of unit size, and the velocity is zero."""
-    encoder = Qwen3(shapes_base.TEXT_ENCODER, rngs=nnx.Rngs(0))
-    nnx.update(encoder, scaled(nnx.state(encoder), shapes_base.TEXT_START))
+    encoder = Qwen3(sizes.TEXT_ENCODER, rngs=nnx.Rngs(0))
+    nnx.update(encoder, scaled(nnx.state(encoder), sizes.TEXT_START))
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 640, (2, 9)))
     first, second, _ = encoder.hidden_states(ids, jnp.ones_like(ids), (0, 2, 4))
     assert np.array_equal(first, second)
     assert 0.9 < float(first.std()) < 1.1
-    transformer = Flux2Transformer(shapes_base.TRANSFORMER, rngs=nnx.Rngs(0))
-    nnx.update(transformer, scaled(nnx.state(transformer), shapes_base.TRANSFORMER_START))
-    config = shapes_base.TRANSFORMER
+    transformer = Flux2Transformer(sizes.TRANSFORMER, rngs=nnx.Rngs(0))
+    nnx.update(transformer, scaled(nnx.state(transformer), sizes.TRANSFORMER_START))
+    config = sizes.TRANSFORMER
     tokens = jnp.ones((1, 16, config.in_channels))
     text = jnp.ones((1, 5, config.joint_attention_dim))
     out = transformer(tokens, text, jnp.ones(1), np.zeros((16, 4), np.int32), np.zeros((5, 4), np.int32))

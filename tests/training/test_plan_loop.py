@@ -15,7 +15,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training import loop_programs
+from clvr_jax.tasks.flux2 import models
+from clvr_jax.tasks.qwen3_vl import PRESETS
 from clvr_jax.training.plan import plan, search
 from clvr_jax.training.recipes import load_recipe
 
@@ -27,12 +28,10 @@ def small(monkeypatch):
     """The sizes of the shipped models under the names of the published ones."""
     pipe = Flux2Pipeline.from_pretrained("shapes-tiny")
     controller = QWEN3_VL.config_from_dict(read_json(SHIPPED / "shapes-tiny" / "controller" / "config.json"))
-    monkeypatch.setitem(loop_programs.KLEIN, "klein-4b", (pipe.transformer.config, pipe.text_encoder.config))
-    monkeypatch.setitem(loop_programs.CONTROLLERS, "qwen3-vl-8b", lambda: controller)
-    monkeypatch.setattr(loop_programs, "AutoencoderKLFlux2Config", lambda: pipe.vae.config)
-    monkeypatch.setattr(
-        loop_programs, "Flux2Settings", lambda: dataclasses.replace(pipe.settings, text_buckets=(64, 96))
-    )
+    monkeypatch.setitem(models.KLEIN, "klein-4b", (pipe.transformer.config, pipe.text_encoder.config))
+    monkeypatch.setitem(PRESETS, "qwen3-vl-8b", controller)
+    monkeypatch.setattr(models, "AutoencoderKLFlux2Config", lambda: pipe.vae.config)
+    monkeypatch.setattr(models, "Flux2Settings", lambda: dataclasses.replace(pipe.settings, text_buckets=(64, 96)))
     return dataclasses.replace(
         closed_loop.CONFIG, size=64, prompt_tokens=16, reply_tokens=16, verification_tokens=8, dtype="float32"
     )

@@ -17,7 +17,7 @@ from clvr_jax.configs import (
     shapes_sft,
     shapes_text_encoder,
 )
-from clvr_jax.data.shapes import simulate_trajectory
+from clvr_jax.data.shapes import planned_example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
@@ -28,6 +28,9 @@ from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.tasks.shapes import SETTINGS, Kind, recorded_examples, recorded_kinds
+from clvr_jax.tasks.shapes.sft import STEPS, step_example
+from clvr_jax.tasks.shapes.text_encoder import contents, text_batch
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.prompts import train_prompt
@@ -60,16 +63,14 @@ def test_the_text_encoder_learns_to_read_what_a_text_asks_for():
     train = TrainConfig(steps=120, learning_rate=1.5e-3, b2=0.98, warmup=0.1, mesh=ONE_DEVICE)
     config = dataclasses.replace(shapes_text_encoder.CONFIG, train=train, tokenizer=PARTS["tokenizer"])
     task = shapes_text_encoder.task(config)
-    kinds = (shapes_base.Kind(1.0, 32, shapes_base.planned_example),)
+    kinds = (Kind(1.0, 32, planned_example),)
     tokenizer = load_tokenizer(PARTS["tokenizer"])
     optimizer = train.optimizer()
     state = TrainState.create(task.params, optimizer)
     train_step = make_train_step(task.loss, optimizer, train)
-    train_step = train_step.lower(state, task.frozen, shapes_text_encoder.batch(0, 0, tokenizer, kinds)).compile(
-        OPTIMIZED
-    )
+    train_step = train_step.lower(state, task.frozen, text_batch(0, 0, tokenizer, kinds)).compile(OPTIMIZED)
     for step in range(train.steps):
-        data = shapes_text_encoder.batch(step, 0, tokenizer, kinds)
+        data = text_batch(step, 0, tokenizer, kinds)
         state, metrics = train_step(state, task.frozen, data)
     # Of two or three objects with the right colors and shapes, a guess of who is where names half at best.
     assert metrics["object_accuracy"] > 0.6
@@ -79,14 +80,14 @@ def test_the_contents_of_a_picture_are_those_of_its_scene():
     scene = Scene((place("red", "star", "top", np.random.default_rng(0)),))
     expected = np.zeros((9, 2), np.int32)
     expected[1] = 1, 4  # the first color, the fourth shape
-    assert np.array_equal(shapes_text_encoder.contents(render(scene)), expected)
+    assert np.array_equal(contents(render(scene)), expected)
 
 
 @pytest.mark.slow
 def test_sft_changes_the_transformer_and_nothing_else(base, tmp_path):
     fit(shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, train=ONE, base=base)), ONE, tmp_path / "run")
     before, after = (Flux2Pipeline.from_pretrained(str(folder)) for folder in (base, tmp_path / "run" / "export"))
-    assert after.settings == before.settings == shapes_base.SETTINGS
+    assert after.settings == before.settings == SETTINGS
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
         file = f"{part}.safetensors"
         assert (base / file).read_bytes() == (tmp_path / "run" / "export" / file).read_bytes()
@@ -167,7 +168,7 @@ def test_images_of_held_out_pairs_are_never_learned(generated_images):
 
 @pytest.mark.parametrize("step", [0, 1, 3])
 def test_a_step_has_all_earlier_pictures_as_references(step):
-    example = shapes_sft.step_example(np.random.default_rng(step), step)
+    example = step_example(np.random.default_rng(step), step)
     assert len(example.references) == step
     assert [f"<IMG_GEN_{number}>" in example.text for number in range(1, 9)] == [n < step for n in range(8)]
 
@@ -186,7 +187,7 @@ def dataset(tmp_path_factory):
 
 def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that_have_it(dataset):
     tokenizer = load_tokenizer(SHIPPED / "shapes-tiny" / "tokenizer")
-    first, second = shapes_sft.recorded_kinds(shapes_sft.recorded_examples(dataset, tokenizer))[1:]
+    first, second = recorded_kinds(recorded_examples(dataset, tokenizer))[1:]
     rng = np.random.default_rng(0)
     assert {first.example(rng).text for _ in range(20)} == {
         conditioning_text(f"prompt {n}", ["Draw 0. <|image_gen|>"]) for n in (1, 2)
@@ -194,7 +195,7 @@ def test_the_drawer_learns_the_drawings_of_a_dataset_each_from_trajectories_that
     example = second.example(rng)
     assert example.text == conditioning_text("prompt 2", ["Draw 0. <|image_gen|>", "Draw 1. <|image_gen|>"])
     assert [int(picture.mean()) for picture in (*example.references, example.target)] == [10, 20]
-    assert [kind.share for kind in (first, second)] == [share for share, _ in shapes_sft.STEPS[:2]]
+    assert [kind.share for kind in (first, second)] == [share for share, _ in STEPS[:2]]
 
 
 def test_the_controller_learns_the_conversations_of_a_dataset(tmp_path):

@@ -12,6 +12,7 @@ from clvr_jax.data.shapes import generation_example
 from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
+from clvr_jax.tasks.shapes.stable_diffusion import LENGTH, SETTINGS, text_image_batch, without_batch_norm
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.worlds.shapes.grammar import vocabulary
 
@@ -38,7 +39,7 @@ def test_the_export_draws_the_same_here_and_in_diffusers(task, tmp_path):
     task.export(begun, tmp_path / "export")
     folder = str(tmp_path / "export")
     ours, theirs = SDXLPipeline.from_pretrained(folder), diffusers.StableDiffusionPipeline.from_pretrained(folder)
-    assert ours.settings == shapes_sd.SETTINGS
+    assert ours.settings == SETTINGS
     assert unseen_words(folder, "a red zebra") == ["zebra"]
     options = {"prompt": "a red circle and a blue star", "guidance_scale": 2.0, "num_inference_steps": 3}
     latents = np.random.default_rng(0).normal(size=(1, 8, 8, 8)).astype(np.float32)
@@ -49,7 +50,7 @@ def test_the_export_draws_the_same_here_and_in_diffusers(task, tmp_path):
 
 def test_the_autoencoder_without_batch_norm_is_the_same_with_latents_of_unit_variance():
     flux = load_vae(shapes_sd.CONFIG.vae)
-    plain = shapes_sd.without_batch_norm(flux)
+    plain = without_batch_norm(flux)
     rng = np.random.default_rng(0)
     pictures = np.stack([generation_example(rng).target for _ in range(64)]).astype(np.float32) / 127.5 - 1
     latents = plain.encode_scaled(pictures)
@@ -59,8 +60,8 @@ def test_the_autoencoder_without_batch_norm_is_the_same_with_latents_of_unit_var
 
 
 def test_a_batch_follows_from_its_step():
-    tokenizer = make_clip_tokenizer(vocabulary(), shapes_sd.LENGTH)
-    first, again, other = (shapes_sd.batch(step, shapes_sd.CONFIG, tokenizer) for step in (5, 5, 6))
+    tokenizer = make_clip_tokenizer(vocabulary(), LENGTH)
+    first, again, other = (text_image_batch(step, 0, 32, 0.1, tokenizer) for step in (5, 5, 6))
     assert jax.tree.all(jax.tree.map(np.array_equal, first, again))
     assert not np.array_equal(first["ids"], other["ids"])
     # Start and end of text, and what lies between: every prompt fits, and every word is one token.

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from clvr_jax.configs import shapes_sft
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
@@ -19,6 +18,7 @@ from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ImageResponse
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, parse
+from clvr_jax.tasks.shapes import recorded_examples
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import plan
@@ -136,7 +136,7 @@ def test_no_training_input_has_a_wrong_image_as_target(directory, outcomes, wron
     generated = GenerationExamples(dataset, tokenizer, dropout=0.0)
     batches = [generated.batch([sample], [np.random.default_rng(0)]) for sample in generated.samples]
     targets = [(batch["references"][0], batch["target"][0]) for batch in batches]
-    recorded = shapes_sft.recorded_examples(directory, tokenizer)
+    recorded = recorded_examples(directory, tokenizer)
     targets_of_shapes = [(example.references, example.target) for example in recorded]
     count = sum(len(one.record.generator_targets) for one in outcomes if one.record)
     for pairs in (targets, targets_of_shapes):

@@ -10,28 +10,22 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import PyTree
 
-from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3_VL, Architecture, qwen3_hidden_states
+from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.cost_model.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
 from clvr_jax.cost_model.flops_images import decoder_flops as image_decoder_flops
 from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.text import bucket_for
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.decoding import CACHE_BUCKET
 from clvr_jax.models.qwen3_vl import DecodeCache, Qwen3VLConfig
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Settings
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate, with_logical_constraint
+from clvr_jax.tasks.bundles import ModelBundle
+from clvr_jax.tasks.flux2.models import Flux2Models
+from clvr_jax.tasks.qwen3_vl import PRESETS
 from clvr_jax.training.plan import Program
 from clvr_jax.trees import Params
-
-CONTROLLERS: dict[str, Callable[[], Qwen3VLConfig]] = {
-    "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b,
-    "qwen3-vl-4b": Qwen3VLConfig.qwen3_vl_4b,
-    "qwen3-vl-8b": Qwen3VLConfig.qwen3_vl_8b,
-}
-"""Configurations of the published models, by name."""
 
 _LENGTH_MULTIPLE = 32  # prompts of Qwen3-VL are padded to a multiple of it
 _SHAPE = jax.ShapeDtypeStruct
@@ -44,11 +38,11 @@ Arrays = Mapping[str, PyTree]
 class LoopConfig:
     """Configuration of a closed loop.
 
-    preset, controller: names of the models in `KLEIN` and `CONTROLLERS`. dtype: dtype of weights and computation.
-    generations: number of images, generated one after the other. size: height and width of an image in pixels. steps:
-    number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens, verification_tokens:
-    numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier, which reads one image
-    at a time.
+    preset, controller: names of the models in `KLEIN`, and in `PRESETS` of Qwen3-VL. dtype: dtype of weights and
+    computation. generations: number of images, generated one after the other. size: height and width of an image in
+    pixels. steps: number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens,
+    verification_tokens: numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier,
+    which reads one image at a time.
     """
 
     preset: str
@@ -68,19 +62,6 @@ class LoopConfig:
             raise UsageError("closed loop: all counts must be at least 1, and verification_tokens at least 0")
         if self.size < 64 or self.size % 32:
             raise UsageError(f"closed loop: size must be a multiple of 32 pixels and at least 64, got {self.size}")
-
-
-@dataclasses.dataclass(frozen=True)
-class _Model(Generic[Config]):
-    """A model without values: its configuration, graph definition and abstract weights."""
-
-    config: Config
-    graphdef: nnx.GraphDef[Any]
-    weights: Params
-
-    @classmethod
-    def of(cls, architecture: Architecture, config: Config, dtype: str) -> "_Model[Config]":
-        return cls(config, *architecture.split(architecture.config_to_dict(config), jnp.dtype(dtype)))
 
 
 def loop_programs(loop: LoopConfig, stages: str = "") -> list[Program]:
@@ -104,12 +85,10 @@ def loop_programs(loop: LoopConfig, stages: str = "") -> list[Program]:
 
 
 def _generation_programs(loop: LoopConfig) -> list[Program]:
-    transformer_config, text_encoder_config = KLEIN[loop.preset]
-    settings, vae_config = Flux2Settings(), AutoencoderKLFlux2Config()
+    models = Flux2Models.abstract(loop.preset, loop.dtype)
+    transformer, text_encoder, vae, settings = models.transformer, models.text_encoder, models.vae, models.settings
+    transformer_config, text_encoder_config, vae_config = transformer.config, text_encoder.config, vae.config
     layers, dtype, b, side = settings.text_encoder_out_layers, jnp.dtype(loop.dtype), loop.batch, loop.size
-    transformer = _Model.of(FLUX2_TRANSFORMER, transformer_config, loop.dtype)
-    text_encoder = _Model.of(qwen3_hidden_states(layers), text_encoder_config, loop.dtype)
-    vae = _Model.of(FLUX2_VAE, vae_config, loop.dtype)
     grid = (side // vae_config.token_pixels, side // vae_config.token_pixels)
     image = grid[0] * grid[1]
     buckets = [
@@ -202,8 +181,8 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
 
 
 def _controller_programs(loop: LoopConfig) -> list[Program]:
-    config = CONTROLLERS[loop.controller]()
-    model = _Model.of(QWEN3_VL, config, loop.dtype)
+    config = PRESETS[loop.controller]
+    model = ModelBundle.abstract(QWEN3_VL, config, loop.dtype)
     replies = [
         (number, loop.prompt_tokens + number * loop.reply_tokens, loop.reply_tokens)
         for number in range(loop.generations)
@@ -239,7 +218,7 @@ def _cache_length(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: in
 
 
 def _prefill(
-    model: _Model[Qwen3VLConfig], loop: LoopConfig, name: str, images: int, text: int, new_tokens: int
+    model: ModelBundle[Qwen3VLConfig], loop: LoopConfig, name: str, images: int, text: int, new_tokens: int
 ) -> Program:
     """Returns the program that computes the cache of a conversation with `images` images."""
     config, b = model.config, loop.batch
@@ -276,7 +255,7 @@ def _prefill(
     )
 
 
-def _decode(model: _Model[Qwen3VLConfig], loop: LoopConfig, name: str, cache_length: int, calls: int) -> Program:
+def _decode(model: ModelBundle[Qwen3VLConfig], loop: LoopConfig, name: str, cache_length: int, calls: int) -> Program:
     """Returns the program of one decode step; the pipeline runs it in a loop on the device."""
     config, b = model.config.text, loop.batch
     dtype = jnp.dtype(loop.dtype)

@@ -1,0 +1,119 @@
+"""Supervised fine-tuning of the small FLUX.2 of the shapes world on trajectories.
+
+Source: arXiv 2605.14876, trajectory-accumulative conditioning.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from clvr_jax.data.histories import fit_history
+from clvr_jax.data.sft_examples import conversation, target_indices
+from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.image_io import pixels
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2_io import load_text_encoder, load_transformer, load_vae
+from clvr_jax.tasks.shapes.base import drawing_loss
+from clvr_jax.tasks.shapes.batches import Kind, batch
+from clvr_jax.tasks.shapes.sizes import SETTINGS
+from clvr_jax.training.trainer import Task
+
+
+def step_example(rng: np.random.Generator, step: int) -> Example:
+    """Returns image `step`, from 0, of a trajectory with at least so many images: it has `step` references."""
+    # Few trajectories become long, unless much goes wrong in them.
+    error_rate = 0.3 if step < 4 else 0.65
+    while True:
+        trajectory = simulate_trajectory(rng, error_rate=error_rate)
+        if len(trajectory.canvases) > step:
+            return trajectory.example(step)
+
+
+# Share and batch size of each step: later ones are rarer and longer.
+STEPS = ((0.20, 24), (0.22, 20), (0.20, 16), (0.12, 12), (0.07, 8), (0.04, 8), (0.03, 6), (0.02, 6))
+# The plain prompts keep what the base could do in one shot.
+PLAIN = Kind(0.10, 24, generation_example)
+SFT_KINDS = (
+    PLAIN,
+    *(Kind(share, size, partial(step_example, step=step)) for step, (share, size) in enumerate(STEPS)),
+)
+
+
+def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
+    """Returns kinds like `SFT_KINDS` that choose from the given examples by their number of references."""
+
+    def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
+        return among[int(rng.integers(len(among)))]
+
+    kinds = [PLAIN]
+    for step, (share, size) in enumerate(STEPS):
+        if among := [example for example in examples if len(example.references) == step]:
+            kinds.append(Kind(share, size, partial(one_of, among=among)))
+    return tuple(kinds)
+
+
+def recorded_examples(dataset: Path, tokenizer: Any) -> list[Example]:
+    """Returns the right images of a dataset that `clvr synth` made, each under everything that came before it.
+
+    Histories that are too long for the generator lose their oldest replies, as when it is used.
+    Raises: ClvrError if there is no dataset, or too much of it is corrupt.
+    """
+    examples = []
+    for _, record in TrajectoryDataset(dataset).scan():
+        replies, images = conversation(record.trajectory)
+        shown = tuple(pixels(image) for image in images)
+        for index in [index for index in target_indices(record) if index < len(shown)]:
+            text = fit_history(
+                tokenizer, record.trajectory.prompt, replies[: index + 1], max(SETTINGS.text_buckets)
+            ).text
+            examples.append(Example(text, shown[:index], shown[index]))
+    return examples
+
+
+def sft_task(base: Path, dataset: Path | None, *, dropout: float, shift: float, seed: int) -> Task:
+    """Returns the task of training the transformer on images of trajectories under everything before them.
+
+    Args:
+      base: pipeline directory of the initial model; its text encoder and autoencoder are frozen.
+      dataset: of trajectories, that `clvr synth` wrote; None simulates them.
+      dropout: fraction of texts that are replaced by the empty text.
+      shift: see `sample_timesteps`.
+      seed: of the batches.
+    """
+    tokenizer = load_tokenizer(base / "tokenizer")
+    kinds = SFT_KINDS if dataset is None else recorded_kinds(recorded_examples(dataset, tokenizer))
+    vae = load_vae(base / "vae")
+    encoder = load_text_encoder(base / "text_encoder")
+    transformer_def, transformer = nnx.split(load_transformer(base / "transformer"))
+    (encoder_def, encoder_state), (vae_def, vae_state) = nnx.split(encoder), nnx.split(vae)
+
+    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        value = drawing_loss(
+            nnx.merge(transformer_def, params),
+            nnx.merge(encoder_def, frozen["text_encoder"]),
+            nnx.merge(vae_def, frozen["vae"]),
+            data,
+            key,
+            shift,
+        )
+        return value, {f"loss_{data['references'].shape[1]}_references": value}
+
+    def export(ema: Any, directory: Path) -> None:
+        pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, SETTINGS)
+        pipeline.save_pretrained(str(directory), dtype="float16")
+
+    return Task(
+        name="shapes SFT",
+        params=transformer,
+        frozen={"text_encoder": encoder_state, "vae": vae_state},
+        loss=loss,
+        batches=partial(batch, seed=seed, tokenizer=tokenizer, dropout=dropout, kinds=kinds),
+        export=export,
+    )
