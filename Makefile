@@ -61,7 +61,7 @@ bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 
 # Each step goes on where it was stopped; each needs what those before it made.
 reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into runs/
-	$(BIN)/python -m clvr_jax.configs.shapes_tokenizer --out runs/shapes_tokenizer
+	$(BIN)/python -m clvr_jax.scripts.shapes_tokenizer --out runs/shapes_tokenizer
 	$(BIN)/clvr train configs/shapes_vae.py --out runs/shapes_vae --resume
 	$(BIN)/clvr train configs/shapes_text_encoder.py --out runs/shapes_text_encoder --resume
 	$(BIN)/clvr train configs/shapes_base.py --out runs/shapes_base --resume
@@ -69,15 +69,15 @@ reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into
 	$(BIN)/clvr train configs/shapes_distill.py --model runs/shapes_base/export --out runs/shapes_distill --resume
 	test -e runs/shapes_merged || $(BIN)/clvr merge --base runs/shapes_base/export --distill runs/shapes_distill/export \
 		--align runs/shapes_sft/export --out runs/shapes_merged
-	$(BIN)/python -m clvr_jax.configs.shapes_images --merged runs/shapes_merged --distilled runs/shapes_distill/export \
+	$(BIN)/python -m clvr_jax.scripts.shapes_images --merged runs/shapes_merged --distilled runs/shapes_distill/export \
 		--sft runs/shapes_sft/export --base runs/shapes_base/export --out runs/shapes_images.npz
 	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
-	$(BIN)/python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
+	$(BIN)/python -m clvr_jax.scripts.shapes_assemble --out runs/shapes-tiny
 
 # Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.
 paper: $(VENV)/.plots  ## the paper's tables in miniature, into docs/results.md
 	$(BIN)/clvr train configs/shapes_distill.py --out runs/shapes_distill --resume
-	$(BIN)/python -m clvr_jax.configs.paper $(if $(PPRL),--pprl $(PPRL))
+	$(BIN)/python -m clvr_jax.scripts.paper $(if $(PPRL),--pprl $(PPRL))
 
 clean:  ## remove the environment and what was built; runs/ and out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

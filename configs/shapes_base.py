@@ -35,7 +35,7 @@ class Config:
     vae: Path = Path("runs/shapes_vae/export/vae")
     """Use this autoencoder, a directory that `configs/shapes_vae.py` exported."""
     tokenizer: Path = Path("runs/shapes_tokenizer")
-    """Use this tokenizer, a directory that `configs/shapes_tokenizer.py` wrote."""
+    """Use this tokenizer, a directory that `clvr_jax/scripts/shapes_tokenizer.py` wrote."""
     text_encoder: Path = Path("runs/shapes_text_encoder/export/text_encoder")
     """Start the text encoder from this one, a directory that `configs/shapes_text_encoder.py` exported."""
     dropout: float = 0.1

@@ -3,7 +3,7 @@
 As a verifier it derives requirements from a prompt, describes an image that it sees alone, and compares descriptions
 with requirements. As a controller it plans and continues conversations in which images are often wrong. Half of the
 images it describes are simulated, with objects missing, blurred, mixed or replaced; the others are images of the
-generators themselves, labeled by the detector (`configs/shapes_images.py`).
+generators themselves, labeled by the detector (`clvr_jax.scripts.shapes_images`).
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 
@@ -15,7 +15,7 @@ The shipped controller continues an earlier one (earlier versions of this file s
         prompt comparison image conversation prompt comparison --out runs/shapes_controller
 
 which was stopped after 1,160 steps, 43 minutes on two cores that were shared with other work, with the data of commit
-3821131. The images were those of `configs/shapes_images.py`, with 640 more prompts in the loop. The shipped weights are
+3821131. The images were those of `shapes_images`, with 640 more prompts in the loop. The shipped weights are
 the average of start and end (`scripts/average_weights.py`), which reads images and compares texts better than both.
 docs/verification.md says what it reaches.
 """
@@ -118,11 +118,11 @@ class Config:
         checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     tokenizer: Path = Path("runs/shapes_tokenizer")
-    """Directory that `configs/shapes_tokenizer.py` wrote."""
+    """Directory that `clvr_jax/scripts/shapes_tokenizer.py` wrote."""
     vae: Path = Path("runs/shapes_vae/export/vae")
     """Autoencoder, from `configs/shapes_vae.py`."""
     images: Path = Path("runs/shapes_images.npz")
-    """Images of the generators, from `configs/shapes_images.py`."""
+    """Images of the generators, from `clvr_jax/scripts/shapes_images.py`."""
     start: Path | None = None
     """A controller to continue from; new weights if not given."""
     dataset: Path | None = None
@@ -332,7 +332,7 @@ def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
             images = np.concatenate([arrays[name] for name in sorted(arrays)])
     except (OSError, ValueError) as error:
         raise ClvrError(
-            f"{path}: no generated images ({error}); run python -m clvr_jax.configs.shapes_images"
+            f"{path}: no generated images ({error}); run python -m clvr_jax.scripts.shapes_images"
         ) from error
     chosen = [index for index, image in enumerate(images) if not resembles_held_out_pair(image)]
     return images[chosen], [detect(images[index]) for index in chosen]

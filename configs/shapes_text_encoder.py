@@ -27,7 +27,7 @@ class Config:
     )
     """Configuration of the training."""
     tokenizer: Path = Path("runs/shapes_tokenizer")
-    """Use this tokenizer, a directory that `configs/shapes_tokenizer.py` wrote."""
+    """Use this tokenizer, a directory that `clvr_jax/scripts/shapes_tokenizer.py` wrote."""
 
 
 CONFIG = Config()

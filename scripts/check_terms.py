@@ -53,7 +53,7 @@ CLEAN = (
 )
 EXCEPTIONS = {
     "CONTRIBUTING.md": ("lies",),  # the name of a file
-    "configs/paper.py": ("drawing",),  # an input of cached results
+    "clvr_jax/scripts/paper.py": ("drawing",),  # an input of cached results
     "docs/benchmarks.md": ("drawings",),  # a rule of GenEval++
     "docs/converting.md": ("folder",),  # an option, and a variable in an example
     "docs/data-engine.md": ("picture",),  # an option

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tyro
 
+from clvr_jax import scripts
 from clvr_jax.arguments import OPTIONS
 from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.commands import recipe_command
@@ -23,7 +24,7 @@ from clvr_jax.recipe_files import find_recipe, import_recipe
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if "\nCONFIG = " in path.read_text())
 SCRIPTS = [
-    *(f"clvr_jax.configs.{path.stem}" for path in sorted(CONFIGS.glob("*.py")) if "\ndef main(" in path.read_text()),
+    *(f"clvr_jax.scripts.{path.stem}" for path in sorted(Path(scripts.__path__[0]).glob("[a-z]*.py"))),
     "clvr_jax.data.shapes_proxies",
     "clvr_jax.data.trajectory_dataset",
 ]

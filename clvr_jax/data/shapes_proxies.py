@@ -1,7 +1,7 @@
 """Exact proxy prompts for trajectories of the shapes world with mistakes: a dataset for Proxy Prompt RL.
 
 The targets of the data engine have no mistakes. A policy is almost always right on such steps, and groups with equal
-rewards have no gradient. Rollouts of the oracle (`configs/shapes_rollouts.py`) have the images that a model generated.
+rewards have no gradient. Rollouts of the oracle (`scripts/shapes_rollouts.py`) have the images that a model generated.
 
     python -m clvr_jax.data.shapes_proxies --source runs/shapes_rollouts --out data/shapes_steps
 """

@@ -1,7 +1,9 @@
-"""The package: its place in the dependency order, and the algorithm as its docstring shows it."""
+"""Its place and that of packages above it in the dependency order, and the algorithm as its docstring shows it."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 import clvr_jax
 from clvr_jax import rl
@@ -9,12 +11,16 @@ from clvr_jax import rl
 PACKAGE = Path(clvr_jax.__file__).parent
 
 
-def test_no_package_below_imports_it():
-    below = [
-        path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in ("rl", "tasks", "configs")
-    ]
+@pytest.mark.parametrize(
+    ("package", "above"),
+    [("rl", {"tasks", "configs"}), ("tasks", {"configs", "scripts"}), ("configs", set()), ("scripts", set())],
+)
+def test_no_package_below_imports_it(package, above):
+    below = [path for path in PACKAGE.rglob("*.py") if path.relative_to(PACKAGE).parts[0] not in {package, *above}]
     assert len(below) > 100
-    pattern = re.compile(r"^\s*(from|import) clvr_jax\.rl\b|^from clvr_jax import .*\brl\b", re.MULTILINE)
+    pattern = re.compile(
+        rf"^\s*(from|import) clvr_jax\.{package}\b|^from clvr_jax import .*\b{package}\b", re.MULTILINE
+    )
     assert not [str(path) for path in below if pattern.search(path.read_text(encoding="utf-8"))]
 
 

@@ -1,6 +1,7 @@
 """PPRL of Stable Diffusion: the policy generates what the pipeline generates, and a run trains and exports the UNet."""
 
 import dataclasses
+import functools
 import json
 
 import diffusers
@@ -34,10 +35,18 @@ TRAIN = changed(
 )
 
 
-def load(directory, is_xl):
-    kind = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
-    kind(**components(is_xl, "euler" if is_xl else "pndm", False)).save_pretrained(directory)
-    return SDXLPipeline.from_pretrained(str(directory))
+@pytest.fixture(scope="module")
+def load(tmp_path_factory):
+    """Two text encoders or one -> a small pipeline with random weights, which tests only read."""
+
+    @functools.cache
+    def load(is_xl):
+        directory = tmp_path_factory.mktemp("model")
+        kind = diffusers.StableDiffusionXLPipeline if is_xl else diffusers.StableDiffusionPipeline
+        kind(**components(is_xl, "euler" if is_xl else "pndm", False)).save_pretrained(directory)
+        return SDXLPipeline.from_pretrained(str(directory))
+
+    return load
 
 
 def make_task(dataset, pipe, train=TRAIN):
@@ -46,9 +55,9 @@ def make_task(dataset, pipe, train=TRAIN):
 
 
 @pytest.mark.parametrize("is_xl", [True, False])
-def test_the_policy_generates_the_images_of_the_pipeline(dataset, tmp_path, is_xl):
+def test_the_policy_generates_the_images_of_the_pipeline(dataset, load, is_xl):
     """With two text encoders, pooled features, sizes and guidance away from zeros; and with one, away from ""."""
-    pipe = load(tmp_path, is_xl)
+    pipe = load(is_xl)
     task = make_task(dataset, pipe)
     assert {step.kind for step in task.steps.steps} == {0}
     noise = np.random.default_rng(0).normal(size=(2, *task.policy.latent_shape)).astype(np.float32)
@@ -75,27 +84,27 @@ def test_the_policy_generates_the_images_of_the_pipeline(dataset, tmp_path, is_x
 
 
 @pytest.mark.slow
-def test_the_unet_learns_and_is_exported(dataset, tmp_path):
-    pipe = load(tmp_path / "model", is_xl=False)
+def test_the_unet_learns_and_is_exported(dataset, load, tmp_path):
+    pipe = load(is_xl=False)
     task = make_task(dataset, pipe)
-    state = rl.fit(task, TRAIN, tmp_path / "run")
-    first, second = (json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    state = rl.fit(task, TRAIN, tmp_path)
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert np.isfinite([*first.values(), *second.values()]).all()
     assert first["kl"] < 1e-9 < second["kl"]  # at the first update all policies are the same
     assert first["grad_norm"] > 0
     expected = TRAIN.policy_weights(task.base, state.ema)
-    exported = nnx.state(SDXLPipeline.from_pretrained(str(tmp_path / "run" / "export")).unet)
+    exported = nnx.state(SDXLPipeline.from_pretrained(str(tmp_path / "export")).unet)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), exported, expected)
-    lora = load_lora(tmp_path / "run" / "export" / "lora", UNET.key_mapping(pipe.unet.config), task.base)
+    lora = load_lora(tmp_path / "export" / "lora", UNET.key_mapping(pipe.unet.config), task.base)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), TRAIN.policy_weights(task.base, lora), expected
     )
 
 
-def test_what_cannot_be_trained_is_refused(dataset, tmp_path):
+def test_what_cannot_be_trained_is_refused(dataset, load):
     with pytest.raises(ClvrError, match="--model is missing"):
         pprl_sdxl.task(pprl_sdxl.CONFIG)
-    pipe = load(tmp_path, is_xl=False)
+    pipe = load(is_xl=False)
     edits = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size)
     with pytest.raises(UsageError, match="conditioned on text alone"):
         pprl_task("PPRL", pipe, TRAIN, SAMPLER, edits, Brightness())

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 
 from clvr_jax import cli
-from clvr_jax.configs import pprl_shapes_experiment as experiment
 from clvr_jax.evaluation import shapes_checker
 from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.reasoning import Budget, GeneratedImage
 from clvr_jax.reasoning import run as run_loop
+from clvr_jax.scripts import pprl_shapes_experiment as experiment
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

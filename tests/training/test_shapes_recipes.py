@@ -9,14 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clvr_jax.configs import (
-    shapes_assemble,
-    shapes_base,
-    shapes_controller,
-    shapes_rollouts,
-    shapes_sft,
-    shapes_text_encoder,
-)
+from clvr_jax.configs import shapes_base, shapes_controller, shapes_sft, shapes_text_encoder
 from clvr_jax.data.shapes import planned_example, simulate_trajectory
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
@@ -27,6 +20,7 @@ from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.scripts import shapes_assemble, shapes_rollouts
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.shapes import SETTINGS, Kind, recorded_examples, recorded_kinds
 from clvr_jax.tasks.shapes.sft import STEPS, step_example
@@ -162,7 +156,7 @@ def test_images_of_held_out_pairs_are_never_learned(generated_images):
     images, readings = shapes_controller.labeled_images(generated_images)
     assert len(images) == 2
     assert {item.color for reading in readings for item in reading.objects} == {"red", "blue"}
-    with pytest.raises(ClvrError, match=r"no generated images .*; run python -m clvr_jax.configs.shapes_images"):
+    with pytest.raises(ClvrError, match=r"no generated images .*; run python -m clvr_jax.scripts.shapes_images"):
         shapes_controller.labeled_images(generated_images.parent / "none.npz")
 
 

@@ -115,7 +115,7 @@ def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = N
 
 def _merger(plan: Merge) -> Callable[[Path], None]:
     def finish(directory: Path, sums: Mapping[str, DeltaStatistics], name: str) -> None:
-        write_provenance(plan, directory, name, "python -m clvr_jax.configs.paper", sums)
+        write_provenance(plan, directory, name, "python -m clvr_jax.scripts.paper", sums)
         write_report(directory, sums)
 
     def write(directory: Path) -> None:

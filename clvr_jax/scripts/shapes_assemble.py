@@ -1,6 +1,6 @@
 """Assembles the trained models of the shapes world into the directory that ships with the package.
 
-python -m clvr_jax.configs.shapes_assemble --out runs/shapes-tiny
+python -m clvr_jax.scripts.shapes_assemble --out runs/shapes-tiny
 """
 
 import shutil

@@ -4,7 +4,7 @@ The prompts are training prompts. Each generator is run one shot, from prompts a
 loop with the oracle; the detector labels the images when they are read (`configs/shapes_controller.py`). Arrays that
 the file already holds are kept, so that an interrupted run resumes.
 
-    python -m clvr_jax.configs.shapes_images --distilled runs/shapes_distill/export --out runs/shapes_images.npz
+    python -m clvr_jax.scripts.shapes_images --distilled runs/shapes_distill/export --out runs/shapes_images.npz
 """
 
 import io

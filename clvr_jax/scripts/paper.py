@@ -1,7 +1,7 @@
 """The paper's tables in miniature: the shapes world's models in all modes, compared, into docs/results.md with plots.
 
     make paper
-    python -m clvr_jax.configs.paper --distilled runs/shapes_distill/export --pprl runs/pprl/export --out runs/paper
+    python -m clvr_jax.scripts.paper --distilled runs/shapes_distill/export --pprl runs/pprl/export --out runs/paper
 
 The same command resumes an interrupted run; with another model it generates only the images that this changes. The
 model trained by PPRL is merged if there is one, else the fine-tuned model; `--aligned sft` always merges the latter.
@@ -159,7 +159,7 @@ def main(
     some = Prompts("complex", min(timed, limit or timed)).metadata
     scaled = ("base-one-shot", "aligned-best-of", "merged-best-of", looped, "merged-loop")
     measured = Measured(
-        command=" ".join(("python -m clvr_jax.configs.paper", *sys.argv[1:])),
+        command=" ".join(("python -m clvr_jax.scripts.paper", *sys.argv[1:])),
         rows=rows,
         found=found,
         metadata={each.split: each.metadata for each in prompts},

@@ -1,6 +1,6 @@
 """Measures PPRL in the shapes world against simple RL and the initial model, with several seeds and paired tests.
 
-    python -m clvr_jax.configs.pprl_shapes_experiment --out runs/pprl_experiment
+    python -m clvr_jax.scripts.pprl_shapes_experiment --out runs/pprl_experiment
 
 Rollouts of the oracle with the initial model, mistakes included, become a dataset of steps. Every arm trains on it with
 every seed, from the same initial model with the same number of samples. Each model then generates the evaluation sets
@@ -20,7 +20,6 @@ import numpy as np
 from clvr_jax import cli
 from clvr_jax.arguments import run_script
 from clvr_jax.atomic_io import write_atomically, write_json
-from clvr_jax.configs import shapes_rollouts
 from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError
@@ -28,13 +27,13 @@ from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
+from clvr_jax.scripts import shapes_rollouts
 from clvr_jax.tables import Table
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits
 
 ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.algorithm", "grpo")}
 START = "sft"
 """The name of the initial model in reports."""
-_RECIPE = Path(__file__).with_name("pprl_shapes.py")
 
 
 def main(
@@ -90,7 +89,7 @@ def main(
 def training(model: str, dataset: Path, arm: str, seed: int, out: Path) -> tuple[str, ...]:
     """Returns the command line that trains an arm, or resumes it."""
     start = ("--model", model, "--dataset", str(dataset), "--train.seed", str(seed), *ARMS[arm])
-    return ("train", str(_RECIPE), *start, "--out", str(out), "--resume")
+    return ("train", "pprl_shapes", *start, "--out", str(out), "--resume")
 
 
 def evaluation(model: str, split: str, seed: int, max_steps: int, out: Path) -> tuple[str, ...]:

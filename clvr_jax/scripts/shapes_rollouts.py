@@ -3,7 +3,7 @@
 The prompts are training prompts. Nothing is rolled back, so every trajectory is one sequence of replies and images. The
 same command with the same model resumes an interrupted run.
 
-    python -m clvr_jax.configs.shapes_rollouts --out runs/shapes_rollouts
+    python -m clvr_jax.scripts.shapes_rollouts --out runs/shapes_rollouts
 
 `python -m clvr_jax.data.shapes_proxies` makes a dataset for Proxy Prompt RL of them.
 """

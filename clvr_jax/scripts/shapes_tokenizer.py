@@ -1,6 +1,6 @@
 """The tokenizer of the small models: byte-level BPE over the language of the shapes world, with Qwen's special tokens.
 
-python -m clvr_jax.configs.shapes_tokenizer --out runs/shapes_tokenizer        a few seconds
+python -m clvr_jax.scripts.shapes_tokenizer --out runs/shapes_tokenizer        a few seconds
 """
 
 from collections.abc import Iterator
