@@ -84,7 +84,7 @@ def plan(
       topology: see `cost_model.hardware.parse_topology`.
       dollars_per_chip_hour: for the cost of the whole run.
     Raises: UsageError for a mesh or batch that cannot be sharded; DoesNotFitError if the program does not fit into the
-      chips' memory; ClvrError if there is no compiler for the topology.
+      chips' memory; ClvrError if there is no compiler for the topology, or the recipe has no program to plan.
     """
     chips = parse_topology(topology)
     if recipe.program is not None:
@@ -93,6 +93,10 @@ def plan(
             if isinstance(program, Program):
                 return _plan_program(program, layout, chips, dollars_per_chip_hour)
             return _plan_together(recipe.name, program, layout, chips, dollars_per_chip_hour)
+    if not isinstance(getattr(config, "train", None), TrainConfig):
+        raise ClvrError(
+            f"{recipe.name}: nothing to plan; a recipe of RL is planned by its program(config), see pprl_flux2"
+        )
     # A task that is not abstract has arrays on this machine; only their shapes are used.
     task = (recipe.abstract_task or recipe.task)(config)
     with MeshLayout(config.train.mesh.make(planning_devices(chips))).active() as layout:

@@ -152,6 +152,8 @@ def test_recipes_bring_their_loop_and_say_what_they_lack(dataset, tmp_path):
         recipe = load_recipe(ROOT / "configs" / f"{name}.py")
         assert recipe.fit is rl.fit
         assert (recipe.program is None) == (name == "pprl_shapes")
+    with pytest.raises(ClvrError, match="pprl_shapes: nothing to plan"):
+        plan(load_recipe(ROOT / "configs" / "pprl_shapes.py"), pprl_shapes.CONFIG, "cpu:1")
     with pytest.raises(ClvrError, match="--model is missing"):
         pprl_flux2.task(pprl_flux2.CONFIG)
     with pytest.raises(ClvrError, match="or --reward-url, where it is served"):
