@@ -44,8 +44,13 @@ class Flux2Models:
     @classmethod
     def of(cls, pipe: Flux2Pipeline) -> "Flux2Models":
         """Returns the models of a loaded pipeline."""
-        models = (ModelBundle.of(model) for model in (pipe.transformer, pipe.text_encoder, pipe.vae))
-        return cls(pipe.settings, *models, pipe.tokenizer)
+        return cls(
+            pipe.settings,
+            ModelBundle.of(pipe.transformer),
+            ModelBundle.of(pipe.text_encoder),
+            ModelBundle.of(pipe.vae),
+            pipe.tokenizer,
+        )
 
     @classmethod
     def abstract(cls, preset: str, dtype: DTypeLike) -> "Flux2Models":

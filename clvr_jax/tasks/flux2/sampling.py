@@ -10,6 +10,7 @@ from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate
+from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.flux2.models import Flux2Models
 from clvr_jax.training.plan import Program
 
@@ -29,7 +30,11 @@ def sampling_program(
       guided: whether each step takes two network evaluations, for classifier-free guidance.
     """
     settings, sizes, vae = models.settings, models.transformer.config, models.vae.config
-    bundles = {"transformer": models.transformer, "text_encoder": models.text_encoder, "vae": models.vae}
+    bundles: dict[str, ModelBundle[Any]] = {
+        "transformer": models.transformer,
+        "text_encoder": models.text_encoder,
+        "vae": models.vae,
+    }
     graphs = {name: bundle.graphdef for name, bundle in bundles.items()}
     b, text, passes = batch_size, settings.text_buckets[0], 1 + guided
     grid = (size // vae.token_pixels, size // vae.token_pixels)

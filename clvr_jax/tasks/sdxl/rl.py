@@ -127,13 +127,16 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
         return found
 
     def predictor(weights: Any, conditions: dict[str, Conditions]) -> Predictor:
-        unet = nnx.merge(graphdef, weights)
+        # Merged for each evaluation: Flax refuses to rematerialize a module that was made outside of the solver's loop.
+        def predict(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
+            return nnx.merge(graphdef, weights)(x, t_b, **texts._asdict())
+
         given = conditions["conditional"]
         if "unconditional" not in conditions:
-            return lambda x, t_b: unet(x, t_b, **given._asdict())
+            return lambda x, t_b: predict(x, t_b, given)
 
         def both(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
-            return unet(x, jnp.concatenate([t_b, t_b]), **texts._asdict())
+            return predict(x, jnp.concatenate([t_b, t_b]), texts)
 
         return classifier_free_guidance(both, given, conditions["unconditional"], sampler.guidance)
 
