@@ -42,7 +42,7 @@ class Config(reward_options.ImageRewardOptions):
     """Train on this dataset of trajectories with proxy prompts, a directory that `clvr synth` wrote."""
     dtype: str = "bfloat16"
     """Load the frozen weights in this dtype."""
-    remat: str = "attention"
+    remat: str = "dots"
     """Choose what the backward pass keeps of each block: "dots" keeps all matrix products, "attention" only the outputs
     of attention, and "full" nothing, which takes the least memory and the most time."""
     planned: Literal["rollout", "update"] = "rollout"

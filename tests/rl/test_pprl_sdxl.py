@@ -51,7 +51,7 @@ def load(tmp_path_factory):
 
 def make_task(dataset, pipe, train=TRAIN):
     steps = ProxySteps(TrajectoryDataset(dataset), SAMPLER.size, first_images_only=True)
-    return pprl_task("PPRL", pipe, train, SAMPLER, steps, Brightness(), "attention", "float32")
+    return pprl_task("PPRL", pipe, train, SAMPLER, steps, Brightness(), save_dtype="float32")
 
 
 @pytest.mark.parametrize("is_xl", [True, False])
