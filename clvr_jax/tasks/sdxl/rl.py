@@ -127,10 +127,11 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
         return found
 
     def predictor(weights: Any, conditions: dict[str, Conditions]) -> Predictor:
-        # Copied and merged for each evaluation: Flax refuses to rematerialize a module whose variables were made outside
-        # of the solver's loop.
+        # Copied and merged for each evaluation: Flax refuses to rematerialize a module whose variables come from outside
+        # of the loop of the solver.
         def predict(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
-            return nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, weights))(x, t_b, **texts._asdict())
+            unet = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, weights))
+            return unet(x, t_b, **texts._asdict())
 
         given = conditions["conditional"]
         if "unconditional" not in conditions:
