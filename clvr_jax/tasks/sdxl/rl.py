@@ -127,8 +127,8 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
         return found
 
     def predictor(weights: Any, conditions: dict[str, Conditions]) -> Predictor:
-        # Copied and merged for each evaluation: Flax refuses to rematerialize a module whose variables come from outside
-        # of the loop of the solver.
+        # Copied and merged for each evaluation: Flax refuses to rematerialize a module whose variables are of an outer
+        # trace, such as that around the loop of the solver.
         def predict(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
             unet = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, weights))
             return unet(x, t_b, **texts._asdict())
