@@ -71,10 +71,16 @@ class MeshConfig:
 
     def make(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """Creates the mesh over `devices`, or all devices if None; neighbors on the torus are neighbors on the mesh."""
+        is_running = devices is None
         devices = list(jax.devices() if devices is None else devices)
         if self.devices is not None and not 1 <= self.devices <= len(devices):
             raise UsageError(f"mesh: {self.devices} devices are requested, but there are {len(devices)}")
         devices = devices[: self.devices]
+        without = set(range(jax.process_count() if is_running else 0)) - {device.process_index for device in devices}
+        if without:
+            raise UsageError(
+                f"mesh: process {min(without)} has none of the {len(devices)} devices; every process needs one"
+            )
         shape = self.shape(len(devices))
         if self.slices > 1:
             inner = (shape[0] // self.slices, *shape[1:])

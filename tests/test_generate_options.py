@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -21,6 +24,7 @@ from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
 
 pytestmark = pytest.mark.usefixtures("own_directories")
+ROOT = Path(__file__).parents[1]
 REPLY = "Draw it.<|image_gen|><|im_end|>"
 
 
@@ -94,6 +98,32 @@ def test_an_endpoint_controls_the_loop(drawing_model, server, tmp_path, capsys):
     assert first[0]["role"] == "system"
     assert "do not judge them" not in first[0]["content"]
     assert first[1]["content"] == PROMPT
+
+
+@pytest.mark.slow
+def test_two_processes_run_the_loop_together_and_ask_the_endpoint_once(drawing_model, server, tmp_path):
+    def said(text):
+        return Reply({"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": {}})
+
+    command = ["generate", PROMPT, "--model", str(drawing_model), "--size", "32", "--verification", "controller"]
+    command += ["--controller-url", f"{server.url}/v1", "--controller-model", "tiny", "--max-seconds", "1000"]
+    command += ["--controller-key-variable", "LOOPBACK_KEY"]
+    cluster = [sys.executable, str(ROOT / "launch" / "local_cluster.py"), "--processes", "2", "--devices", "1"]
+    server.script = [said(generate("Plan: a circle. Draw it.")), said(stop())] * 2
+    done = subprocess.run(
+        [*cluster, *command, "--out", "both", "--json"],
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(server.seen) == 2
+    assert json.loads(done.stdout.splitlines()[-1])["image"] == "both/step_00.png"
+    assert main([*command, "--out", "one"]) == 0
+    both, one = (Trajectory.load(tmp_path / name) for name in ("both", "one"))
+    assert [step.reasoning for step in both.steps] == [step.reasoning for step in one.steps]
+    np.testing.assert_allclose(both.image.astype(int), one.image.astype(int), atol=1)
 
 
 @pytest.mark.slow

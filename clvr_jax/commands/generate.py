@@ -24,6 +24,7 @@ from clvr_jax.commands.prompts import (
     OnePrompt,
     PromptFile,
     check_prompt_options,
+    digest_of,
     image_tasks,
     read_prompts,
 )
@@ -79,22 +80,13 @@ class Generate:
 
     def run(self) -> Result:
         """Runs the loop for every image, and saves each trajectory."""
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.processes import check_same, run_on_all
 
-        tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
+        tasks, given = run_on_all(self._check)
         out = self.out or Path("out") / self._name(tasks)
-        check_directory(out)
-        given = self.images.check(self.model)
-        self.control.check(self.model)
+        check_same("arguments, prompts or images", digest_of(dataclasses.replace(self, out=None), tasks, given))
         with console.status(f"loading {self.model}"):
-            prepare_jax()
-            from clvr_jax.commands.memory_check import check_memory
-            from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-
-            controller = None if self.control.controller_url else self.control.controller or self.model
-            check_memory(self.model, self.loading, controller, self.verifier)
-            roles = self.control.arguments(self.verifier, self.verification == "separate")
-            pipe = ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
+            pipe = run_on_all(lambda: self._load(given))
         if len(tasks) == 1:
             data, error = self._generate(pipe, tasks[0], given, out)
             if error:
@@ -112,11 +104,35 @@ class Generate:
             raise ClvrError(f"{out}: none of the {len(tasks)} trajectories has an image")
         return Result({"results": results, "out": str(out)}, "\n".join(str(data["page"]) for data in results))
 
+    def _check(self) -> "tuple[list[ImageTask], list[np.ndarray]]":
+        """Returns the images to generate and the given images, after all checks that need no weights."""
+        from clvr_jax.output_paths import check_directory
+        from clvr_jax.processes import is_host0
+
+        tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
+        if is_host0():
+            check_directory(self.out or Path("out") / self._name(tasks))
+        given = self.images.check(self.model)
+        self.control.check(self.model)
+        return tasks, given
+
+    def _load(self, given: "list[np.ndarray]") -> "ClosedLoopPipeline":
+        prepare_jax()
+        from clvr_jax.commands.memory_check import check_memory
+        from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+
+        controller = None if self.control.controller_url else self.control.controller or self.model
+        size = self.images.height_and_width()
+        check_memory(self.model, self.loading, size, given, controller, self.verifier)
+        roles = self.control.arguments(self.verifier, self.verification == "separate")
+        return ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
+
     def _generate(
         self, pipe: "ClosedLoopPipeline", task: ImageTask, given: "list[np.ndarray]", out: Path
     ) -> tuple[dict[str, object], str | None]:
         """Runs the loop once and saves the trajectory; returns the result, and an error if it has no image."""
         from clvr_jax.pipelines.world import unseen_words
+        from clvr_jax.processes import broadcast_from_host0
 
         with console.status("generating"):
             output = pipe(
@@ -129,7 +145,7 @@ class Generate:
                 **self.images.arguments(given),
             )
         trajectory = output.trajectory
-        page = trajectory.save(out) / "index.html"
+        page = Path(broadcast_from_host0(lambda: str(trajectory.save(out) / "index.html")))
         best = trajectory.best
         error = None
         if best is None:

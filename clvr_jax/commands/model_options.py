@@ -27,7 +27,8 @@ _MAX_SIDE = 2**15
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """Options for the mesh of devices that all models are placed on. Without any of them one device is used."""
+    """Options for the mesh of devices that all models are placed on. Without any of them one device is used, and with
+    `clvr launch` all devices of all processes, which shard the parameters."""
 
     data: Count = None
     """Shard a batch over this many copies of the parameters; 1 if not given, and -1 takes the devices that are left."""
@@ -42,9 +43,11 @@ class MeshOptions:
     """Use only the first so many devices; all devices are used if not given."""
 
     def config(self) -> "MeshConfig | None":
-        """Returns the mesh; None if no option is given. Raises: UsageError for invalid sizes."""
+        """Returns the mesh; None for one device. Raises: UsageError for invalid sizes."""
+        from clvr_jax.processes import is_distributed
+
         sizes = {name: value for name, value in vars(self).items() if value is not None}
-        if not sizes:
+        if not sizes and not is_distributed():
             return None
         from clvr_jax.sharding import MeshConfig
 
@@ -254,6 +257,7 @@ class ControllerOptions:
             return {**{name: value for name, value in chosen.items() if value is not None}, "verifier": verifier}
         from clvr_jax.providers.endpoint import Endpoint
         from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, ChatModelController
+        from clvr_jax.providers.one_host import Host0ChatModel, Host0Controller
         from clvr_jax.providers.openai_chat import OpenAIChatModel
         from clvr_jax.reasoning.model_verifier import ModelVerifier
 
@@ -268,8 +272,9 @@ class ControllerOptions:
         tokens = self.controller_tokens or MAX_REPLY_TOKENS
         chosen_verifier: Any = verifier
         if is_verified and verifier is None:
-            chosen_verifier = ModelVerifier(model, "ask", max_tokens=tokens)
-        return {"controller": ChatModelController(model, max_tokens=tokens), "verifier": chosen_verifier}
+            chosen_verifier = ModelVerifier(Host0ChatModel(model), "ask", max_tokens=tokens)
+        controller = Host0Controller(ChatModelController(model, max_tokens=tokens))
+        return {"controller": controller, "verifier": chosen_verifier}
 
 
 Loading = Annotated[LoadOptions, tyro.conf.arg(name="")]

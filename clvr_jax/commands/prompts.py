@@ -1,9 +1,10 @@
 """The prompts of a command, from the command line or a file, and the images to generate for each."""
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
@@ -11,6 +12,9 @@ from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import read_text
+
+if TYPE_CHECKING:
+    import numpy as np
 
 _MAX_IMAGES = 10_000
 """Maximum number of images for one prompt."""
@@ -78,6 +82,14 @@ def image_tasks(prompts: Sequence[str], num_images: int, seed: int) -> list[Imag
         ImageTask(prompt, own, f"{index:0{digits}d}-{output_name(prompt, own)}")
         for index, (prompt, own) in enumerate(pairs)
     ]
+
+
+def digest_of(command: object, tasks: Sequence[ImageTask], images: "Sequence[np.ndarray]") -> str:
+    """Returns a digest of a command's arguments, prompts and given images, to compare several processes."""
+    found = hashlib.blake2b(repr((command, tasks)).encode(errors="backslashreplace"))
+    for image in images:
+        found.update(repr(image.shape).encode() + image.tobytes())
+    return found.hexdigest()
 
 
 def check_request(prompt: str, model: str) -> list[str]:

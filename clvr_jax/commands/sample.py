@@ -1,5 +1,6 @@
 """`clvr sample`."""
 
+import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from clvr_jax.commands.prompts import (
     OnePrompt,
     PromptFile,
     check_prompt_options,
+    digest_of,
     image_tasks,
     read_prompts,
 )
@@ -62,35 +64,49 @@ class Sample:
 
     def run(self) -> Result:
         """Generates and writes all images."""
+        from clvr_jax.processes import check_same, run_on_all
+
+        tasks, files, given = run_on_all(self._check)
+        check_same("arguments, prompts or images", digest_of(dataclasses.replace(self, out=None), tasks, given))
+        with console.status(f"generating with {self.model}"):
+            pipe = run_on_all(lambda: self._load(given))
+            results = [self._sample(pipe, task, given, file) for task, file in zip(tasks, files, strict=True)]
+        data = {"results": results, "out": str(files[0].parent)} if self._is_directory else results[0]
+        return Result(data, "\n".join(str(file) for file in files))
+
+    @property
+    def _is_directory(self) -> bool:
+        """Whether --out is a directory of several images, and not one file."""
+        return self.prompts is not None or self.num_images > 1
+
+    def _check(self) -> "tuple[list[ImageTask], list[Path], list[np.ndarray]]":
+        """Returns the images to generate, their files and the given images, after all checks that need no weights."""
         from clvr_jax.output_paths import check_directory, check_file
+        from clvr_jax.processes import is_host0
 
         tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
-        is_directory = self.prompts is not None or self.num_images > 1
-        name = self._name(tasks)
-        if not is_directory:
-            files = [check_file(self.out or Path("out") / f"{name}.png")]
-        else:
-            if self.out is not None and self.out.suffix.lower() == ".png":
-                raise UsageError(f"--out {self.out}: {len(tasks)} images need a directory; give its name")
-            out = check_directory(self.out or Path("out") / name)
-            files = [out / f"{task.name}.png" for task in tasks]
-        given = self.images.check(self.model)
-        with console.status(f"generating with {self.model}"):
-            prepare_jax()
-            from clvr_jax.commands.memory_check import check_memory
-            from clvr_jax.pipelines.registry import load_pipeline
+        out = self.out or Path("out") / (self._name(tasks) + ("" if self._is_directory else ".png"))
+        if self._is_directory and self.out is not None and self.out.suffix.lower() == ".png":
+            raise UsageError(f"--out {self.out}: {len(tasks)} images need a directory; give its name")
+        if is_host0():
+            (check_directory if self._is_directory else check_file)(out)
+        files = [out / f"{task.name}.png" for task in tasks] if self._is_directory else [out]
+        return tasks, files, self.images.check(self.model)
 
-            check_memory(self.model, self.loading)
-            pipe = load_pipeline(self.model, **self.loading.arguments())
-            results = [self._sample(pipe, task, given, file) for task, file in zip(tasks, files, strict=True)]
-        data = {"results": results, "out": str(files[0].parent)} if is_directory else results[0]
-        return Result(data, "\n".join(str(file) for file in files))
+    def _load(self, given: "list[np.ndarray]") -> Any:
+        prepare_jax()
+        from clvr_jax.commands.memory_check import check_memory
+        from clvr_jax.pipelines.registry import load_pipeline
+
+        check_memory(self.model, self.loading, self.images.height_and_width(), given)
+        return load_pipeline(self.model, **self.loading.arguments())
 
     def _sample(self, pipe: Any, task: ImageTask, given: "list[np.ndarray]", file: Path) -> dict[str, object]:
         """Generates and writes one image; returns the result."""
         from clvr_jax.atomic_io import write_atomically
         from clvr_jax.image_io import encode_png
         from clvr_jax.pipelines.world import unseen_words
+        from clvr_jax.processes import broadcast_from_host0
 
         began = time.monotonic()
         output = pipe(
@@ -101,7 +117,7 @@ class Sample:
             **self.images.arguments(given),
         )
         seconds = time.monotonic() - began
-        write_atomically(file, encode_png(output.images[0]))
+        broadcast_from_host0(lambda: write_atomically(file, encode_png(output.images[0])))
         return {
             "prompt": task.prompt,
             "model": self.model,

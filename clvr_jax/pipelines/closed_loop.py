@@ -30,6 +30,7 @@ from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.pipelines.verifier import Verifier as LoadedVerifier
 from clvr_jax.pipelines.verifier import controller_directory, load_controller
 from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline, qwen3_vl_heads
+from clvr_jax.processes import broadcast_seconds
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 from clvr_jax.reasoning.budget import Budget, StopWhen
@@ -317,6 +318,7 @@ class ClosedLoopPipeline:
             verifier=chosen_verifier,
             model=self.model,
             images=images,
+            clock=broadcast_seconds,
         )
 
 

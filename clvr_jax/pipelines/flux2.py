@@ -33,6 +33,7 @@ from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
+from clvr_jax.sharding import process_allgather
 
 MAX_REFERENCE_PIXELS = 1024 * 1024
 """Larger references are scaled down to this number of pixels."""
@@ -262,7 +263,7 @@ class Flux2Pipeline(JittedPipeline):
         )
         final = self._wait_if_offloaded(final)
         decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
-        images = np.asarray(decoded, np.float32)
+        images = np.asarray(process_allgather(decoded), np.float32)
         nfe = steps * (2 if use_guidance else 1)
         return Flux2Output([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
 

@@ -1,4 +1,4 @@
-"""The memory that the weights of models need, compared with the free memory of the devices before they are loaded."""
+"""The memory that models need, compared with the free memory of the devices before they are loaded."""
 
 import dataclasses
 import math
@@ -20,13 +20,12 @@ from clvr_jax.convert.architectures import (
     quantized,
     qwen3_hidden_states,
 )
-from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.quantization import SCALE
-from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.loading import Quantize, quantization_of, resolve_dtype
-from clvr_jax.pipelines.registry import FLUX2, class_of, read_settings, resolve
+from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
+from clvr_jax.pipelines.working_memory import ImageCall, flux2_settings, working_bytes
 from clvr_jax.sharding import MeshConfig, MeshLayout
 
 GIB = 2**30
@@ -61,9 +60,7 @@ def parts_of(model: str, vision_language: Mapping[str, Path] | None = None) -> l
         found = [child for child in sorted(path.iterdir()) if (child / "config.json").exists()]
         known = [child for child in found if child.name in ("unet", "vae", "text_encoder", "text_encoder_2")]
         return [Part(child.name, child, architecture_of(child), is_offloaded=False) for child in known]
-    given = read_settings(path, "flux2", "transformers")
-    settings = from_known_fields(Flux2Settings, given.get("flux2", {}))
-    encoder = qwen3_hidden_states(settings.text_encoder_out_layers)
+    encoder = qwen3_hidden_states(flux2_settings(path).text_encoder_out_layers)
     return [
         Part("transformer", path / chosen, FLUX2_TRANSFORMER, "transformer"),
         Part("text_encoder", path / "text_encoder", encoder, "text_encoder"),
@@ -149,33 +146,43 @@ def check_memory(
     layout: MeshLayout | None,
     offload: str | None,
     device: DeviceMemory | None = None,
+    call: ImageCall | None = None,
 ) -> None:
-    """Checks that the weights of all models fit in the free memory.
+    """Checks that the weights of all models, and the largest arrays of one call, fit in the free memory.
 
-    Activations come on top of the weights; `clvr plan` compiles the programs and gives them as well.
+    A call needs more than these arrays; `clvr plan` compiles the programs and gives all of their memory.
 
     Args:
       parts: from `parts_of`.
       dtype, quantize, layout, offload: as models are loaded.
       device: memory of a device; measured if None.
-    Raises: ClvrError, one line with the options that would make the weights fit.
+      call: the smallest call of the command; None counts weights only.
+    Raises: ClvrError, one line with the options that would make them fit.
     """
     device = device or device_memory(layout)
     if device.free is None:
         return
     chosen = resolve_dtype(dtype, parts[0].directory, layout)
     sizes = bytes_per_device(parts, chosen, quantize, layout)
-    total = needed(parts, sizes, bool(offload), device.is_host)
-    if total <= device.free:
+    weights = needed(parts, sizes, bool(offload), device.is_host)
+    working = 0 if call is None else working_bytes(call, chosen, layout)
+    if weights + working <= device.free:
         return
     if offload and not device.is_host:
         what = "the largest of " + " and ".join(part.name for part in parts if part.is_offloaded)
     else:
         what = " + ".join(f"{name} {_gib(size)}" for name, size in sizes.items())
         what += " + a copy of the largest" if offload else ""
+    options = _options_that_fit(parts, chosen, quantize, layout, offload, device, call)
+    if call is None or weights > device.free:
+        raise ClvrError(
+            f"the weights do not fit: {what} in {chosen} need {_gib(weights)}, without activations, of a device, which "
+            f"has {_gib(device.free)} free; {options}"
+        )
     raise ClvrError(
-        f"the weights do not fit: {what} in {chosen} need {_gib(total)}, without activations, of a device, which has "
-        f"{_gib(device.free)} free; {_options_that_fit(parts, chosen, quantize, layout, offload, device)}"
+        f"an image of {call.height} x {call.width} does not fit: {what} in {chosen} need {_gib(weights)} of a device, "
+        f"which has {_gib(device.free)} free, and the image at least {_gib(working)} more; choose a smaller --size; "
+        f"{options}"
     )
 
 
@@ -186,14 +193,16 @@ def _options_that_fit(
     layout: MeshLayout | None,
     offload: str | None,
     device: DeviceMemory,
+    call: ImageCall | None = None,
 ) -> str:
-    """Returns the options that would make the weights fit, or that there are none."""
+    """Returns the options that would make the weights and a call fit, or that there are none."""
     half = np.dtype("bfloat16") if dtype.itemsize > 2 else dtype
     can_quantize = any(part.quantize_as for part in parts)
     can_offload = any(part.is_offloaded for part in parts) and not device.is_host
 
     def size(as_dtype: np.dtype, as_format: Quantize, mesh: MeshLayout | None, is_offloaded: bool) -> int:
-        return needed(parts, bytes_per_device(parts, as_dtype, as_format, mesh), is_offloaded, device.is_host)
+        weights = needed(parts, bytes_per_device(parts, as_dtype, as_format, mesh), is_offloaded, device.is_host)
+        return weights + (0 if call is None else working_bytes(call, as_dtype, mesh))
 
     tries: list[tuple[str, Callable[[], int], bool]] = [
         (f"--dtype {half}", lambda: size(half, quantize, layout, bool(offload)), half != dtype),

@@ -32,6 +32,7 @@ from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.sdxl_io import Solver
+from clvr_jax.sharding import process_allgather
 from clvr_jax.trees import Params
 
 
@@ -203,8 +204,9 @@ class SDXLPipeline(JittedPipeline):
         )
         nfe = steps * (2 if use_guidance else 1)
         if output_type == "latent":
-            return SDXLOutput(np.asarray(final[:batch], np.float32).transpose(0, 3, 1, 2), nfe)
-        images = np.asarray(self._decode(*self._split("vae"), final)[:batch], np.float32)
+            return SDXLOutput(np.asarray(process_allgather(final[:batch]), np.float32).transpose(0, 3, 1, 2), nfe)
+        decoded = self._decode(*self._split("vae"), final)[:batch]
+        images = np.asarray(process_allgather(decoded), np.float32)
         return SDXLOutput([to_pil(image) for image in images] if output_type == "pil" else images, nfe)
 
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:

@@ -45,6 +45,7 @@ def run(
     model: str = "",
     versions: Mapping[str, str] | None = None,
     images: Sequence[Sequence[ImageLike]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> list[Trajectory]:
     """Runs the closed loop for a batch of prompts.
 
@@ -62,6 +63,7 @@ def run(
       versions: recorded in the trajectories next to package_versions().
       images: the user's own images for each prompt, or None. The controller and the generator see them before all
         generated images. The verifier does not: it checks generated images against the prompt.
+      clock: seconds, for the limit on them and for the trajectories. Processes that run the loop together share one.
     Returns: one trajectory per prompt, in order.
     Raises: ClvrError if the arguments do not fit or a model answers with the wrong number of results.
     """
@@ -88,31 +90,31 @@ def run(
     ]
     recorded = {**package_versions(), **(versions or {})}
     results: dict[int, Trajectory] = {}
-    started = time.monotonic()
+    started = clock()
     active = list(runs)
     while active:
-        called = time.monotonic()
+        called = clock()
         asked = [(state, number, chat) for state in active for number, chat in state.conversations()]
         if asked:
             texts = controller.reply([chat for _, _, chat in asked])
             _check_count("controller", len(texts), len(asked))
-            share = (time.monotonic() - called) / len(asked)
+            share = (clock() - called) / len(asked)
             for (state, number, _), text in zip(asked, texts, strict=True):
                 state.receive_reply(number, text, share)
         if verifier is not None:
-            _verify_plans(active, verifier)
-        elapsed = time.monotonic() - started
+            _verify_plans(active, verifier, clock)
+        elapsed = clock() - started
         for state in active:
             state.decide(elapsed)
         while requests := [(state, request) for state in active for request in state.requests()]:
-            called = time.monotonic()
+            called = clock()
             generated = image_generator.generate([request for _, request in requests])
             _check_count("image generator", len(generated), len(requests))
-            share = (time.monotonic() - called) / len(requests)
+            share = (clock() - called) / len(requests)
             for (state, request), generated_image in zip(requests, generated, strict=True):
                 state.receive_image(request, generated_image, share)
         if verifier is not None:
-            _verify_images(active, verifier, started)
+            _verify_images(active, verifier, started, clock)
         for state in active:
             trajectory = state.finished(model, recorded)
             if trajectory is not None:
@@ -122,30 +124,32 @@ def run(
     return [results[index] for index in range(len(runs))]
 
 
-def _verify_plans(active: Sequence[PromptState], verifier: Verifier) -> None:
+def _verify_plans(active: Sequence[PromptState], verifier: Verifier, clock: Callable[[], float]) -> None:
     """Checks the plans that were made in this round."""
     planned = [(state, plan) for state in active if (plan := state.unverified_plan()) is not None]
     if planned:
-        called = time.monotonic()
+        called = clock()
         found = verifier.check_plans([state.required for state, _ in planned], [plan for _, plan in planned])
         _check_count("verifier", len(found), len(planned))
-        share = (time.monotonic() - called) / len(planned)
+        share = (clock() - called) / len(planned)
         for (state, _), verification in zip(planned, found, strict=True):
             state.receive_plan_verification(verification, share)
 
 
-def _verify_images(active: Sequence[PromptState], verifier: Verifier, started: float) -> None:
+def _verify_images(
+    active: Sequence[PromptState], verifier: Verifier, started: float, clock: Callable[[], float]
+) -> None:
     """Checks the images that were generated in this round."""
     made = [(state, number) for state in active for number in state.unverified_images()]
     if made:
-        called = time.monotonic()
+        called = clock()
         found = verifier.check([state.required for state, _ in made], [state.image(number) for state, number in made])
         _check_count("verifier", len(found), len(made))
-        share = (time.monotonic() - called) / len(made)
+        share = (clock() - called) / len(made)
         for (state, number), verification in zip(made, found, strict=True):
             state.receive_verification(number, verification, share)
     for state in dict.fromkeys(state for state, _ in made):
-        state.select(time.monotonic() - started)
+        state.select(clock() - started)
 
 
 def _check_count(who: str, got: int, expected: int) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
 from clvr_jax.errors import ClvrError
+from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache
 from clvr_jax.rewards.reward import Reward, RewardInput, Scores
-from clvr_jax.training.distributed import broadcast_from_host0
 from clvr_jax.training.loop import IterationError
 
 

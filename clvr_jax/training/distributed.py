@@ -1,14 +1,9 @@
-"""Runs of several processes: how they find each other, and how one of them decides for all."""
+"""Runs of several processes: how they find each other."""
 
-import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from clvr_jax.errors import ClvrError, UsageError
 
@@ -54,35 +49,6 @@ class Cluster:
             reason = (str(error).splitlines() or [""])[0][:200]
             where = self.coordinator or "the cluster's own coordinator"
             raise ClvrError(f"the processes do not come together at {where} ({reason})") from error
-
-
-def broadcast_from_host0(make: Callable[[], Made]) -> Made:
-    """Returns a JSON value that process 0 makes on every process; all processes must call it.
-
-    Raises: ClvrError on every process, if it was raised in process 0.
-    """
-    if jax.process_count() == 1:
-        return make()
-    message = b""
-    if jax.process_index() == 0:
-        try:
-            message = json.dumps({"made": make()}).encode()
-        except ClvrError as error:
-            message = json.dumps({"failed": str(error)}).encode()
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
-    bytes_n = multihost_utils.broadcast_one_to_all(np.frombuffer(message or bytes(size), np.uint8))
-    found = json.loads(np.asarray(bytes_n).tobytes())
-    if "failed" in found:
-        raise ClvrError(found["failed"])
-    made: Made = found["made"]
-    return made
-
-
-def broadcast_decision(decision: bool) -> bool:
-    """Returns process 0's decision on every process: clocks differ, and all processes must begin a save together."""
-    if jax.process_count() == 1:
-        return decision
-    return bool(multihost_utils.broadcast_one_to_all(np.asarray(decision)))
 
 
 def virtual_devices(count: int) -> dict[str, str]:

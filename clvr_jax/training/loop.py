@@ -26,9 +26,9 @@ from jaxtyping import PyTree
 from clvr_jax.console import Advance, progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON
+from clvr_jax.processes import broadcast_decision
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
-from clvr_jax.training.distributed import broadcast_decision
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.metrics import MetricLog
 from clvr_jax.training.prefetch import IteratorState

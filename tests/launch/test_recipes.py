@@ -241,12 +241,12 @@ def test_messages_in_the_guide_are_those_of_the_code():
             assert all(part in code for part in parts), message
 
 
-def test_launch_keeps_its_three_options_and_hands_all_others_to_train():
+def test_launch_keeps_its_three_options_and_hands_all_others_to_its_command():
     arguments = ["--coordinator=host0:1", RECIPE, "--processes", "2", "--json", "--process", "1", "--train.steps", "3"]
     command = parse(["launch", *arguments])
     assert isinstance(command, Launch)
     assert (command.coordinator, command.processes, command.process) == ("host0:1", 2, 1)
-    assert command.train == (RECIPE, "--json", "--train.steps", "3")
+    assert command.arguments == (RECIPE, "--json", "--train.steps", "3")
 
 
 @pytest.mark.parametrize("process", ["one", None])

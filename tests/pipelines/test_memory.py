@@ -13,9 +13,12 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.quantization import weight_bytes
 from clvr_jax.pipelines import memory
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2_programs import decode
 from clvr_jax.pipelines.loading import layout_of
 from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, needed, parts_of
 from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.pipelines.working_memory import image_call, working_bytes
 from clvr_jax.sharding import MeshConfig
 
 CONTROLLER = SHIPPED / "shapes-tiny" / "controller"
@@ -73,6 +76,33 @@ def test_the_message_names_what_would_fit():
             check(free, is_host)
     with pytest.raises(ClvrError, match=r"\+ a copy of the largest in float32 need .* or no --offload \("):
         check(total, is_host=True, offload="components")
+
+
+def test_a_call_needs_at_least_the_bound_and_not_much_more():
+    """The bound beside the temporaries of the compiled programs, for an image with two references."""
+    pipe = Flux2Pipeline.from_pretrained("shapes-tiny")
+    call = image_call("shapes-tiny", (64, 64), [(64, 64), (64, 64)])
+    assert call.tokens == min(pipe.settings.text_buckets) + 3 * (64 // pipe.vae.config.token_pixels) ** 2
+    graphdef, state = nnx.split(pipe.vae)
+    side = 64 // pipe.vae.config.token_pixels
+    latents = jax.ShapeDtypeStruct((1, side, side, pipe.vae.config.token_channels), jnp.float32)
+    compiled = jax.jit(decode, static_argnums=0).lower(graphdef, state, latents).compile()
+    bound = working_bytes(call._replace(transformer=None), np.dtype(np.float32))
+    assert 0.2 * compiled.memory_analysis().temp_size_in_bytes < bound < compiled.memory_analysis().temp_size_in_bytes
+
+
+def test_images_that_do_not_fit_beside_the_weights_are_named():
+    parts = parts_of("shapes-tiny")
+    weights = needed(parts, bytes_per_device(parts, np.dtype(np.float32)), False)
+    small, large = (image_call("shapes-tiny", (side, side)) for side in (64, 2048))
+    check_memory(parts, "float32", None, None, None, DeviceMemory(2 * weights, False), small)
+    message = r"an image of 2048 x 2048 does not fit: .* and the image at least .* more; choose a smaller --size; "
+    with pytest.raises(ClvrError, match=message):
+        check_memory(parts, "float32", None, None, None, DeviceMemory(2 * weights, False), large)
+    sharded = layout_of(MeshConfig(fsdp=1, sequence=4, devices=4))
+    only_tokens = large._replace(height=16, width=16)
+    alone, divided = (working_bytes(only_tokens, np.dtype(np.float32), layout) for layout in (None, sharded))
+    assert divided == alone // 4
 
 
 @pytest.mark.parametrize("command", ["sample", "generate"])
