@@ -2,9 +2,10 @@
 
     python launch/local_cluster.py --processes 2 --devices 4 configs/shapes_vae.py --out runs/try --train.steps 20
 
-runs the same `launch/train.py` that a pod runs; `generate` or `sample` as the first argument generates images. What process 0 prints is shown, what the others print goes to
-logs in a temporary directory, which is named if one fails. Ctrl-C and SIGTERM reach all of them; the exit code is then
-that of `launch/train.py`: 130 after Ctrl-C, 143 after SIGTERM.
+runs the same `launch/train.py` that a pod runs; `generate` or `sample` as the first argument generates images. What
+process 0 prints is shown, what the others print goes to logs in a temporary directory, which is named if one fails.
+Ctrl-C and SIGTERM reach all of them; the exit code is then that of `launch/train.py`: 130 after Ctrl-C, 143 after
+SIGTERM.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""`clvr launch` from a checkout: trains a recipe as one process of several; start it once on every host.
+"""`clvr launch` from a checkout: trains or generates as one process of several; start it once on every host.
 
     python launch/train.py configs/shapes_base.py --out /bucket/run
     python launch/train.py --coordinator host0:8476 --processes 2 --process 0 configs/shapes_base.py --out runs/base
