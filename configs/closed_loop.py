@@ -28,6 +28,8 @@ class Config:
     """Plan for this size of Qwen3-VL as the controller and the verifier."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Plan for weights and computation in this dtype."""
+    quantize: Literal["int8"] | None = None
+    """Plan for weights of transformer, text encoder and controller as 8-bit integers; in the dtype if not given."""
     generations: int = 3
     """Number of images that are generated, one after the other."""
     size: int = 1024
@@ -56,6 +58,7 @@ def program(config: Config) -> list[Program]:
             preset=config.preset,
             controller=config.controller,
             dtype=config.dtype,
+            quantize=config.quantize,
             generations=config.generations,
             size=config.size,
             steps=config.steps,

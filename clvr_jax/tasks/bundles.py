@@ -3,20 +3,22 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from clvr_jax.convert.architectures import Architecture
+from clvr_jax.convert.architectures import Architecture, quantized
 from clvr_jax.errors import ClvrError
 from clvr_jax.sharding import process_allgather
 from clvr_jax.trees import Params
 
 Config = TypeVar("Config")
 Module = TypeVar("Module", bound=nnx.Module)
+
+Quantized = Literal["int8"] | None
 
 Export = Callable[[Params, Path], None]
 """(trained parameters, directory) -> None, writes the trained model."""
@@ -31,9 +33,19 @@ class ModelBundle(Generic[Config]):
     weights: Params
 
     @classmethod
-    def abstract(cls, architecture: Architecture, config: Config, dtype: DTypeLike) -> "ModelBundle[Config]":
-        """Returns a model without values; no weights are allocated."""
-        return cls(config, *architecture.split(architecture.config_to_dict(config), jnp.dtype(dtype)))
+    def abstract(
+        cls, architecture: Architecture, config: Config, dtype: DTypeLike, quantize: Quantized = None
+    ) -> "ModelBundle[Config]":
+        """Returns a model without values; no weights are allocated.
+
+        Args:
+          architecture, config: of the model.
+          dtype: of the weights and of the computation.
+          quantize: format of the large weights, None for `dtype`.
+        """
+        fields = architecture.config_to_dict(config)
+        stored = architecture if quantize is None else quantized(architecture)
+        return cls(config, *stored.split(fields, jnp.dtype(dtype)))
 
     @classmethod
     def of(cls, model: Any) -> "ModelBundle[Any]":

@@ -3,7 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -39,15 +39,17 @@ class LoopConfig:
     """Configuration of a closed loop.
 
     preset, controller: names of the models in `KLEIN`, and in `PRESETS` of Qwen3-VL. dtype: dtype of weights and
-    computation. generations: number of images, generated one after the other. size: height and width of an image in
-    pixels. steps: number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens,
-    verification_tokens: numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier,
-    which reads one image at a time.
+    computation. quantize: format of the weights of transformer, text encoder and controller, None for `dtype`.
+    generations: number of images, generated one after the other. size: height and width of an image in pixels. steps:
+    number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens, verification_tokens:
+    numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier, which reads one image
+    at a time.
     """
 
     preset: str
     controller: str
     dtype: str = "bfloat16"
+    quantize: Literal["int8"] | None = None
     generations: int = 3
     size: int = 1024
     steps: int = 4
@@ -85,7 +87,7 @@ def loop_programs(loop: LoopConfig, stages: str = "") -> list[Program]:
 
 
 def _generation_programs(loop: LoopConfig) -> list[Program]:
-    models = Flux2Models.abstract(loop.preset, loop.dtype)
+    models = Flux2Models.abstract(loop.preset, loop.dtype, loop.quantize)
     transformer, text_encoder, vae, settings = models.transformer, models.text_encoder, models.vae, models.settings
     transformer_config, text_encoder_config, vae_config = transformer.config, text_encoder.config, vae.config
     layers, dtype, b, side = settings.text_encoder_out_layers, jnp.dtype(loop.dtype), loop.batch, loop.size
@@ -182,7 +184,7 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
 
 def _controller_programs(loop: LoopConfig) -> list[Program]:
     config = PRESETS[loop.controller]
-    model = ModelBundle.abstract(QWEN3_VL, config, loop.dtype)
+    model = ModelBundle.abstract(QWEN3_VL, config, loop.dtype, loop.quantize)
     replies = [
         (number, loop.prompt_tokens + number * loop.reply_tokens, loop.reply_tokens)
         for number in range(loop.generations)

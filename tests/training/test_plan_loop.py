@@ -70,6 +70,7 @@ def test_the_models_are_in_memory_together_and_the_seconds_of_all_calls_add_up(s
 def test_some_stages_are_planned_alone_and_written_as_json(small, tmp_path, capsys):
     out = tmp_path / "plan.json"
     options = ["--stages", "decode step", "--size", "64", "--prompt-tokens", "16", "--reply-tokens", "16"]
+    options += ["--quantize", "int8"]
     assert main(["plan", RECIPE, "--topology", "cpu:1", *options, "--out", str(out), "--json"]) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(out.read_text())
@@ -96,6 +97,10 @@ def test_the_weights_of_the_published_models_are_counted():
     assert sizes["transformer"] == pytest.approx(7.22, abs=0.02)
     assert sizes["controller"] == pytest.approx(16.33, abs=0.05)
     assert 5.5 < sizes["text_encoder"] < 6.5
+    quantized = closed_loop.program(dataclasses.replace(closed_loop.CONFIG, quantize="int8"))
+    for name, tree in {name: tree for program in quantized for name, tree in program.weights.items()}.items():
+        size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)) / GIB
+        assert size == pytest.approx(sizes[name], rel=0.01) if name == "vae" else size < 0.51 * sizes[name]
     names = [program.name for program in programs]
     assert "encode text of 1024 tokens" in names
     assert "denoise with 2 references" in names

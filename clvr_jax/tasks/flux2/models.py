@@ -23,7 +23,7 @@ from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
-from clvr_jax.tasks.bundles import Export, ModelBundle, allgathered
+from clvr_jax.tasks.bundles import Export, ModelBundle, Quantized, allgathered
 from clvr_jax.trees import Params
 
 
@@ -53,14 +53,17 @@ class Flux2Models:
         )
 
     @classmethod
-    def abstract(cls, preset: str, dtype: DTypeLike) -> "Flux2Models":
-        """Returns the models of a published size, a name in `KLEIN`, without values."""
+    def abstract(cls, preset: str, dtype: DTypeLike, quantize: Quantized = None) -> "Flux2Models":
+        """Returns the models of a published size, a name in `KLEIN`, without values.
+
+        `quantize` is the format of the weights of the transformer and the text encoder, see `ModelBundle.abstract`.
+        """
         transformer, text_encoder = KLEIN[preset]
         settings = Flux2Settings()
         return cls(
             settings,
-            ModelBundle.abstract(FLUX2_TRANSFORMER, transformer, dtype),
-            ModelBundle.abstract(qwen3_hidden_states(settings.text_encoder_out_layers), text_encoder, dtype),
+            ModelBundle.abstract(FLUX2_TRANSFORMER, transformer, dtype, quantize),
+            ModelBundle.abstract(qwen3_hidden_states(settings.text_encoder_out_layers), text_encoder, dtype, quantize),
             ModelBundle.abstract(FLUX2_VAE, AutoencoderKLFlux2Config(), dtype),
         )
 
