@@ -49,7 +49,11 @@ def main(coordinator, process, out, *models):
     found = results(*models, mesh=MeshConfig(fsdp=1, tensor=2))
     if is_host0():
         np.savez(Path(out) / "results.npz", **found)
-    errors = [error_of(lambda: run_on_all(fail_in_process_1)), error_of(lambda: check_same("prompts", process))]
+    errors = [
+        error_of(lambda: run_on_all(fail_in_process_1)),
+        error_of(lambda: check_same("prompts", process)),
+        error_of(MeshConfig(devices=1).make),
+    ]
     (Path(out) / f"errors{process}").write_text("\n".join(errors))
 
 

@@ -37,6 +37,7 @@ def test_two_processes_generate_what_one_generates(folder, folders, small_qwen3_
     for name in ("images", "latents", "logprobs"):
         np.testing.assert_allclose(found[name], expected[name], atol=1e-5)
     for process in range(2):
-        first, second = (tmp_path / f"errors{process}").read_text().splitlines()
-        assert first == "only process 1 fails"
-        assert second.startswith("process 1 has other prompts than process 0")
+        errors = (tmp_path / f"errors{process}").read_text().splitlines()
+        assert errors[0] == "only process 1 fails"
+        assert errors[1].startswith("process 1 has other prompts than process 0")
+        assert errors[2] == "mesh: process 1 has none of the 1 devices; every process needs one"
