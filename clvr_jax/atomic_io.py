@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -9,7 +10,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import read_object
@@ -64,6 +65,20 @@ def write_atomically(path: Path, content: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise ClvrError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """Opens a file of lines to append to it.
+
+    An incomplete last line, of a process that was killed, is ended, so that the next line is not added to it.
+    Raises: OSError.
+    """
+    file = path.open("a+b")
+    if file.seek(0, os.SEEK_END):
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":
+            file.write(b"\n")
+    return file
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import os
 import stat
 import struct
 import warnings
+import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,11 +23,14 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import is_regular_file
 
 MAX_PIXELS = 2**26
 """Maximum pixels of an image file: 8192 x 8192."""
 MAX_FILE_BYTES = 256 << 20
 """Maximum size of an image file in bytes."""
+MAX_ARRAY_BYTES = 4 << 30
+"""Maximum size of a file of image arrays in bytes, decompressed."""
 _STRIP_PIXELS = 2**20
 """Pixels that are converted to RGB at a time."""
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -147,6 +151,30 @@ def read_encoded(path: Path) -> EncodedImage:
         return EncodedImage(path.read_bytes(), "png" if kind == "png" else "jpeg")
     except OSError as error:
         raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def read_image_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Reads a NumPy file (.npz) of images.
+
+    Returns: name -> images, each (n, height, width, 3) uint8.
+    Raises: ClvrError, one line, if the file is missing, is damaged, has other arrays, or more than `MAX_ARRAY_BYTES`.
+    """
+    where = _named(path)
+    if not is_regular_file(path):  # a pipe would block
+        raise ClvrError(f"{where}: no such file")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > MAX_ARRAY_BYTES:
+            raise ValueError(f"it has {size >> 20} MiB; at most {MAX_ARRAY_BYTES >> 20} are read")
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        for name, array in arrays.items():
+            if array.dtype != np.uint8 or array.ndim != 4 or array.shape[3] != 3:
+                raise ValueError(f"{name:.60} is {array.dtype} {array.shape}, not uint8 (n, height, width, 3)")
+    except Exception as error:  # of zipfile, zlib or NumPy's parser of headers
+        raise ClvrError(f"{where}: not a readable file of images ({_reason(error)})") from error
+    return arrays
 
 
 @contextmanager

@@ -179,6 +179,9 @@ def _acquired(path: Path, out: Path) -> int:
             if _is_at(descriptor, path):
                 _write(descriptor)
                 return descriptor
+        except OSError as error:  # a full disk, or a pipe in place of the file
+            os.close(descriptor)
+            raise ClvrError(f"{path}: cannot be written ({error.strerror}); choose another --out") from error
         except BaseException:
             os.close(descriptor)
             raise
@@ -206,7 +209,7 @@ def _is_alive_elsewhere(holder: UncheckedJSON, descriptor: int) -> bool:
 
 
 def _is_running(process: object) -> bool:
-    if not isinstance(process, int) or process <= 0:
+    if not isinstance(process, int) or not 0 < process < 2**31:
         return False
     try:
         os.kill(process, 0)
@@ -227,7 +230,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def _read(descriptor: int) -> UncheckedJSON:
     try:
         found = json.loads(os.pread(descriptor, 4096, 0) or b"{}")
-    except (ValueError, RecursionError):
+    except (ValueError, RecursionError, OSError):  # OSError: a named pipe
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -58,6 +58,7 @@ from clvr_jax.data.shapes_verification import (
 )
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import read_image_arrays
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
@@ -328,9 +329,8 @@ recorded = functools.cache(recorded_conversations)
 def labeled_images(path: Path) -> tuple[np.ndarray, list[Reading]]:
     """Returns generated images and what the detector reads in them, without those that resemble a held-out pair."""
     try:
-        with np.load(path) as arrays:
-            images = np.concatenate([arrays[name] for name in sorted(arrays)])
-    except (OSError, ValueError) as error:
+        images = np.concatenate([array for _, array in sorted(read_image_arrays(path).items())])
+    except (ClvrError, ValueError) as error:  # ValueError: no array, or images of several sizes
         raise ClvrError(
             f"{path}: no generated images ({error}); run python -m clvr_jax.scripts.shapes_images"
         ) from error

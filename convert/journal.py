@@ -50,6 +50,8 @@ class Journal:
             if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
                 raise ClvrError(f"{path}: is damaged; remove {path.parent}")
             self.done[entry[0]] = entry[1]
+        if lines and lines[-1]:  # else the next record would be appended to the incomplete one
+            path.write_text("\n".join([first, *lines[:-1], ""]))
 
     def add(self, name: str, value: object) -> None:
         """Records that `name` is finished."""

@@ -222,6 +222,8 @@ def _plain_array(directory: Path) -> _Plain | None:
             raise ValueError("sizes must be integers from 0 to 2**40")
         if len(array.shape) != len(array.chunks):
             raise ValueError("shape and chunks differ in length")
+        if any(size > 0 and chunk == 0 for size, chunk in zip(array.shape, array.chunks, strict=True)):
+            raise ValueError("a chunk has no rows")
     except (LookupError, TypeError, ValueError) as error:
         raise ClvrError(f"{directory / '.zarray'}: not what zarr writes ({error}); convert the model again") from error
     split = [axis for axis, (size, chunk) in enumerate(zip(array.shape, array.chunks, strict=True)) if size != chunk]

@@ -10,7 +10,7 @@ from PIL import Image
 
 from clvr_jax import image_io
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import as_pil, pixels, read_encoded, read_image
+from clvr_jax.image_io import as_pil, pixels, read_encoded, read_image, read_image_arrays
 
 RED, WHITE = (250, 10, 10), (255, 255, 255)
 
@@ -245,3 +245,33 @@ def test_what_is_no_regular_file_or_too_large_is_refused(tmp_path, monkeypatch):
     Image.fromarray(noise()).save(tmp_path / "a.png")
     monkeypatch.setattr(image_io, "MAX_FILE_BYTES", 10)
     assert "MiB; at most" in message(tmp_path / "a.png")
+
+
+def test_a_file_of_image_arrays_is_read_or_refused_in_one_line(tmp_path, monkeypatch):
+    path, images = tmp_path / "images.npz", np.arange(2 * 4 * 4 * 3, dtype=np.uint8).reshape(2, 4, 4, 3)
+    np.savez_compressed(path, a=images, b=images[:1])
+    assert {name: array.tolist() for name, array in read_image_arrays(path).items()} == {
+        "a": images.tolist(), "b": images[:1].tolist(),
+    }  # fmt: skip
+    good = path.read_bytes()
+    for damaged in (b"", b"no archive", good[:-30], good[:60] + bytes(80) + good[140:]):
+        path.write_bytes(damaged)
+        with pytest.raises(ClvrError, match=r"images\.npz: not a readable file of images") as caught:
+            read_image_arrays(path)
+        assert "\n" not in str(caught.value)
+    for array, said in (
+        (images[0], r"uint8 \(4, 4, 3\), not uint8 \(n, height, width, 3\)"),
+        (images.astype(np.float32), "a is float32"),
+        (np.array([{"a": 1}], object), "allow_pickle"),
+    ):
+        np.savez(path, a=array)
+        with pytest.raises(ClvrError, match=said):
+            read_image_arrays(path)
+    path.write_bytes(good)
+    monkeypatch.setattr("clvr_jax.image_io.MAX_ARRAY_BYTES", 200)
+    with pytest.raises(ClvrError, match="at most 0 are read"):
+        read_image_arrays(path)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ClvrError, match=r"images\.npz: no such file"):
+        read_image_arrays(path)

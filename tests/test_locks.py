@@ -70,6 +70,15 @@ def test_without_locks_of_the_system_the_process_decides(tmp_path, monkeypatch):
     (tmp_path / LOCK).write_text(json.dumps({**running, "process": 2**22 + 1}))  # no process has so high a number
     with locked(tmp_path):
         pass
+    (tmp_path / LOCK).write_text(json.dumps({**running, "process": 10**30}))
+    with locked(tmp_path):
+        pass
+
+
+def test_a_pipe_in_place_of_the_lock_is_one_line(tmp_path):
+    os.mkfifo(tmp_path / LOCK)
+    with pytest.raises(ClvrError, match=r"cannot be written \(.*\); choose another --out"), locked(tmp_path):
+        pass
 
 
 def test_a_damaged_lock_file_is_no_obstacle(tmp_path):

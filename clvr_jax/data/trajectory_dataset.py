@@ -29,6 +29,8 @@ from clvr_jax.training_packages import training_package
 
 NAME = "trajectories"
 SPLIT, VERIFICATION = "train", "verification"
+_FEATURES = "tensorflow_datasets.core.features."
+"""Beginning of the names of the classes that a description of features may name."""
 
 
 def write_dataset(
@@ -180,6 +182,7 @@ class TrajectoryDataset:
                 f"{directory}: the dataset is empty" + ("" if split == SPLIT else f", it has no split {split}")
             )
         self.has_verification = lengths.get(VERIFICATION, 0) > 0
+        _check_features(directory / "features.json")
         self._source = self._open()
 
     def _open(self) -> Any:
@@ -239,6 +242,20 @@ class TrajectoryDataset:
                 advance(number + 1)
         if corrupt:
             console.print(f"{self.directory}: {len(corrupt)} of {len(self)} records left out (first: {corrupt[0]})")
+
+
+def _check_features(path: Path) -> None:
+    """Raises ClvrError if the description names a Python class that is not of TFDS, which would import its module."""
+    entries: list[Any] = [read_object(path).content]
+    while entries:
+        entry = entries.pop()
+        if isinstance(entry, dict):
+            name = entry.get("pythonClassName", _FEATURES)
+            if not (isinstance(name, str) and name.startswith(_FEATURES)):
+                raise ClvrError(f"{path}: pythonClassName is {shown(name)}; only classes of {_FEATURES[:-1]} are loaded")
+            entries += entry.values()
+        elif isinstance(entry, list):
+            entries += entry
 
 
 def _length(split: JsonObject) -> int:

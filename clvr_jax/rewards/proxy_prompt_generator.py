@@ -11,6 +11,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 
+from clvr_jax.atomic_io import open_lines
 from clvr_jax.data.engine.prompted_roles import write_proxy_prompts
 from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectory_record import ProxyPrompts
@@ -87,9 +88,13 @@ class ProxyPromptCache:
 
     def _chat(self, key: str, step: ProxyStep) -> ProxyPrompts:
         found = self._generate(step)
+        line = json.dumps({"step": key, **asdict(found)}).encode() + b"\n"
         with self._lock:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": key, **asdict(found)}) + "\n")
+            try:
+                with open_lines(self._path) as file:
+                    file.write(line)
+            except OSError as error:
+                raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
             self._known[key] = found
         return found
 

@@ -18,7 +18,7 @@ from clvr_jax.atomic_io import write_atomically
 from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.console import progress
 from clvr_jax.evaluation.systems.models import Oracle
-from clvr_jax.image_io import pixels
+from clvr_jax.image_io import pixels, read_image_arrays
 from clvr_jax.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
@@ -67,8 +67,7 @@ def main(
     enable_compilation_cache()
     arrays: dict[str, np.ndarray] = {}
     if out.exists():
-        with np.load(out) as found:
-            arrays = {name: found[name] for name in found.files}
+        arrays = read_image_arrays(out)
     runs: dict[str, tuple[str, int | None, int, Maker]] = {
         "distilled_one_shot": (distilled, None, count, _one_shot),
         "merged_one_shot": (merged, None, count // 2, _one_shot),

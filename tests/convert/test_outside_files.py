@@ -132,6 +132,7 @@ def test_a_named_pipe_is_refused_and_not_waited_for(tmp_path):
         (None, {"dtype": "<f4", "shape": [-1], "chunks": [1]}, "sizes must be integers"),
         (None, {"dtype": "<f4", "shape": [2, 2], "chunks": [1]}, "differ in length"),
         (None, {"dtype": "<x9", "shape": [2], "chunks": [1]}, "not what zarr writes"),
+        (None, {"dtype": "<f4", "shape": [2], "chunks": [0]}, "a chunk has no rows"),
     ],
 )
 def test_metadata_of_a_checkpoint_is_read_with_its_types(tmp_path, metadata, array, message):

@@ -267,3 +267,18 @@ def test_records_are_validated():
         TrajectoryRecord("x", source, proxies=(None, ProxyPrompts("a", "b", (1,)), None))
     with pytest.raises(ClvrError, match="p_i2i and i_ref go together"):
         ProxyPrompts("a", "b")
+
+
+def test_a_description_imports_no_module_that_it_names(tmp_path, monkeypatch):
+    """TFDS imports the module of a class that it does not know."""
+    directory = tmp_path / "set"
+    write_dataset(directory, [Trajectory("p", (), "unparseable", error="e")])
+    (tmp_path / "hostile.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    features = directory / "features.json"
+    known = "tensorflow_datasets.core.features.text_feature.Text"
+    assert known in features.read_text()
+    features.write_text(features.read_text().replace(known, "hostile.Text", 1))
+    with pytest.raises(ClvrError, match=r"features\.json: pythonClassName is 'hostile\.Text'; only classes of"):
+        TrajectoryDataset(directory)
+    assert not (tmp_path / "ran").exists()

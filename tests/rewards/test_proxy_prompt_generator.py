@@ -8,6 +8,7 @@ import pytest
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache, vlm_proxy_prompt_generator
@@ -57,6 +58,19 @@ def test_each_step_is_generated_once_also_by_a_resumed_run(steps, tmp_path):
     again = ProxyPromptCache(vlm_proxy_prompt_generator(Scripted(), steps), path)
     assert request(again, steps.steps) == first
     assert [one.i_ref for one in first] == [(), (0,)]
+
+
+def test_a_record_after_one_that_was_cut_is_kept_and_a_full_disk_is_one_line(steps, tmp_path):
+    path, (first, second) = tmp_path / "proxies.jsonl", steps.steps
+    path.write_text('{"step": "0-')  # killed during the write
+    request(ProxyPromptCache(vlm_proxy_prompt_generator(Scripted(FIRST), steps), path), [first])
+    known = ProxyPromptCache(vlm_proxy_prompt_generator(Scripted(), steps), path)
+    assert request(known, [first]) == [ProxyPrompts("a red circle", "", ())]
+    full = tmp_path / "full.jsonl"
+    live = ProxyPromptCache(vlm_proxy_prompt_generator(Scripted(EDIT), steps), full)
+    full.symlink_to("/dev/full")
+    with pytest.raises(ClvrError, match=r"full\.jsonl: cannot be written \(No space left on device\)"):
+        request(live, [second])
 
 
 def test_a_step_with_an_unusable_reply_has_no_proxies_and_is_requested_again(steps, tmp_path):

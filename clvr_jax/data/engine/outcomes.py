@@ -249,6 +249,8 @@ class OutcomeStore:
     def _open(self, id: str) -> Iterator[zipfile.ZipFile]:
         path = self.path(id)
         try:
+            if path.stat().length > _MAX_BYTES:
+                raise zipfile.BadZipFile(f"more than {_MAX_BYTES >> 20} MiB")
             with zipfile.ZipFile(io.BytesIO(path.read_bytes())) as archive:
                 if sum(member.file_size for member in archive.infolist()) > _MAX_BYTES:
                     raise zipfile.BadZipFile(f"more than {_MAX_BYTES >> 20} MiB when unpacked")

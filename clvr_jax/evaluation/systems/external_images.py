@@ -13,7 +13,7 @@ from pathlib import Path
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.systems.system import System, SystemOutput, image_seed
-from clvr_jax.file_names import listed_file
+from clvr_jax.file_names import is_regular_file, listed_file
 from clvr_jax.image_io import read_image
 from clvr_jax.json_input import parse_object, read_lines, read_object
 
@@ -79,4 +79,7 @@ def _geneval(directory: Path) -> dict[str, list[Path]]:
 
 
 def _pictures(directory: Path) -> Sequence[Path]:
-    return sorted(path for path in directory.glob("[0-9]*") if path.suffix.lower() in _SUFFIXES)
+    found = sorted(path for path in directory.glob("[0-9]*") if path.suffix.lower() in _SUFFIXES)
+    if broken := [path for path in found if not is_regular_file(path)]:
+        raise ClvrError(f"{broken[0]}: not a file")
+    return found

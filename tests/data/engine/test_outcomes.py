@@ -107,12 +107,15 @@ def test_large_or_empty_archives_are_errors(tmp_path, monkeypatch):
     store = OutcomeStore(tmp_path)
     path = store.path("a")
     path.parent.mkdir(parents=True)
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("other", "x" * 100)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("other", "x" * 1000)
     with pytest.raises(ClvrError, match=r"a\.zip: cannot be read .*outcome\.json"):
         store.read("a")
+    monkeypatch.setattr(outcomes, "_MAX_BYTES", 999)
+    with pytest.raises(ClvrError, match=r"a\.zip: cannot be read \(more than .* when unpacked"):
+        store.read("a")
     monkeypatch.setattr(outcomes, "_MAX_BYTES", 99)
-    with pytest.raises(ClvrError, match=r"a\.zip: cannot be read \(more than"):
+    with pytest.raises(ClvrError, match=r"a\.zip: cannot be read \(more than 0 MiB\)"):
         store.read("a")
 
 

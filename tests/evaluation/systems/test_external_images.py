@@ -63,3 +63,12 @@ def test_what_is_wrong_with_a_folder_is_said(tmp_path):
     listed(tmp_path, [{"file_name": "a.png", "prompt": "another"}])
     with pytest.raises(ClvrError, match="lacks images of 2 prompts"):
         score(tmp_path, tmp_path / "out")
+
+
+def test_a_link_to_nowhere_among_the_samples_is_named(tmp_path):
+    samples = tmp_path / "00000" / "samples"
+    samples.mkdir(parents=True)
+    (tmp_path / "00000" / "metadata.jsonl").write_text('{"prompt": "p 0"}')
+    (samples / "0000.png").symlink_to("nowhere")
+    with pytest.raises(ClvrError, match=r"0000\.png: not a file"):
+        external_images(tmp_path, "x")
