@@ -104,7 +104,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True)
+        # Without `trust_remote_code` transformers asks on the terminal whether to run code of the directory.
+        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
         knows_text = bool(tokenizer.tokenize("a"))
     # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it. The
     # latter is written in Rust, whose panics are no `Exception`.

@@ -252,7 +252,9 @@ def _check_features(path: Path) -> None:
         if isinstance(entry, dict):
             name = entry.get("pythonClassName", _FEATURES)
             if not (isinstance(name, str) and name.startswith(_FEATURES)):
-                raise ClvrError(f"{path}: pythonClassName is {shown(name)}; only classes of {_FEATURES[:-1]} are loaded")
+                raise ClvrError(
+                    f"{path}: pythonClassName is {shown(name)}; only classes of {_FEATURES[:-1]} are loaded"
+                )
             entries += entry.values()
         elif isinstance(entry, list):
             entries += entry

@@ -46,7 +46,7 @@ class Checkpoints:
             logging.getLogger(name).addFilter(_is_not_from_writing)
         options = ocp.CheckpointManagerOptions(max_to_keep=max_to_keep, create=True)
         try:
-            self._manager = ocp.CheckpointManager(self._directory, options=options)
+            self._manager = _manager(self._directory, options)
         except OSError as error:
             raise ClvrError(f"{directory}: cannot hold checkpoints ({error.strerror}); choose another --out") from error
 
@@ -69,9 +69,8 @@ class Checkpoints:
         wanted = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), input=ocp.args.JsonRestore())
         try:
             found = self._manager.restore(step, args=wanted)
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ClvrError(f"{self._directory}/{step}: not a checkpoint of this recipe ({reason})") from error
+        except Exception as error:
+            raise _unreadable(self._directory / str(step), "recipe", error) from error
         return found["state"], found["input"] or {}
 
     def _remove_torn(self) -> None:
@@ -144,6 +143,28 @@ def _occupied(directory: Path, step: int) -> UsageError:
     return UsageError(f"{directory} already holds step {step}; add --resume to continue it or choose another --out")
 
 
+def _manager(directory: Path, options: ocp.CheckpointManagerOptions) -> ocp.CheckpointManager:
+    """Returns Orbax's manager, which reads the metadata of all checkpoints. Raises: ClvrError if it is damaged."""
+    try:
+        return ocp.CheckpointManager(directory, options=options)
+    except OSError:
+        raise
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise ClvrError(
+            f"{directory}: metadata of a checkpoint is damaged ({reason}); remove the checkpoint"
+        ) from error
+
+
+def _unreadable(checkpoint: Path, owner: str, error: Exception) -> ClvrError:
+    """Returns the error for a checkpoint of another recipe or model, or a damaged one.
+
+    A damaged file ends in whatever exception the code raises at which Orbax notices it.
+    """
+    reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    return ClvrError(f"{checkpoint}: not a checkpoint of this {owner}, or damaged ({reason})")
+
+
 def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, int]:
     """Reads one part of the newest checkpoint of a run, such as "params" or "ema", without the others.
 
@@ -154,7 +175,7 @@ def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, 
     Returns: the tree, and the step of the checkpoint.
     Raises: ClvrError if there is no checkpoint, or it is of another model.
     """
-    with ocp.CheckpointManager(directory.absolute(), options=ocp.CheckpointManagerOptions(create=False)) as manager:
+    with _manager(directory.absolute(), ocp.CheckpointManagerOptions(create=False)) as manager:
         step = manager.latest_step()
         if step is None:
             raise ClvrError(f"{directory}: holds no checkpoint")
@@ -162,9 +183,8 @@ def restore_part(directory: Path, part: str, abstract: PyTree) -> tuple[PyTree, 
         wanted = ocp.args.PyTreeRestore({part: abstract}, restore_args=shardings, partial_restore=True)
         try:
             found = manager.restore(step, args=ocp.args.Composite(state=wanted))
-        except (ValueError, KeyError, FileNotFoundError) as error:
-            reason = str(error).splitlines()[0][:200]
-            raise ClvrError(f"{directory}/{step}: not a checkpoint of this model ({reason})") from error
+        except Exception as error:
+            raise _unreadable(directory / str(step), "model", error) from error
         # Where the checkpoint has nothing, Orbax returns what was asked for.
         leaves = leaves_by_path(found["state"][part])
         if absent := [dotted(at) for at, leaf in leaves.items() if not isinstance(leaf, jax.Array)]:

@@ -67,7 +67,8 @@ def virtual_devices(count: int) -> dict[str, str]:
 
 def _is_managed() -> bool:
     """Returns whether the environment describes several processes in one of the ways that JAX understands."""
-    several = any(int(os.environ.get(name, "1")) > 1 for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "NNODES"))
+    counts = (os.environ.get(name, "") for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "NNODES"))
+    several = any(count.isdecimal() and int(count) > 1 for count in counts)
     hosts = os.environ.get("TPU_WORKER_HOSTNAMES", "") or os.environ.get("MEGASCALE_COORDINATOR_ADDRESS", "")
     return several or "," in hosts or "MEGASCALE_COORDINATOR_ADDRESS" in os.environ or _is_tpu_vm()
 

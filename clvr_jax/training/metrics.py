@@ -1,6 +1,8 @@
 """Metrics of a run, as lines of JSON, TensorBoard events and in Weights & Biases; and its throughput."""
 
+import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -44,15 +46,19 @@ class MetricLog:
         directory.mkdir(parents=True, exist_ok=True)
         path = directory / "metrics.jsonl"
         write_atomically(path, b"".join(line + b"\n" for line in _lines_up_to(start, path)))
-        self._file = path.open("a")
+        self._file = path.open("ab", buffering=0)  # a buffer that cannot be written would fail again when closed
         self._events = _summary_writer(directory / "tensorboard", start)
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """Records the metrics of one step."""
         if not self._is_writer:
             return
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
+        line = json.dumps({"step": step, **metrics}).encode() + b"\n"
+        try:
+            if self._file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise ClvrError(f"{self._file.name}: cannot be written ({error.strerror or error})") from error
         for name, value in metrics.items():
             self._events.add_scalar(name, value, step)
         if self._wandb is not None:

@@ -1,5 +1,6 @@
 """Parts of a pipeline that do not belong together are refused when it is loaded, not after an image was generated."""
 
+import contextlib
 import json
 import shutil
 
@@ -143,3 +144,13 @@ def without_token(folder, token):
         (folder / "tokenizer_config.json").read_text().replace(f'"eos_token": "{token}"', '"eos_token": "<|other|>"')
     )
     (folder / "tokenizer_config.json").write_text(config)
+
+
+def test_code_in_the_directory_of_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    folder = shutil.copytree(SHAPES / "tokenizer", tmp_path / "tokenizer")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Own: pass\n")
+    edit(folder / "tokenizer_config.json", tokenizer_class="Own", auto_map={"AutoTokenizer": ["own.Own", "own.Own"]})
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers asks on a terminal
+    with contextlib.suppress(ClvrError):
+        load_tokenizer(folder)
+    assert not (tmp_path / "ran").exists()

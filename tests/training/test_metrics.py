@@ -4,6 +4,12 @@ import json
 import struct
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.training.metrics import MetricLog
 
 WRITE = """if True:
     import sys
@@ -34,3 +40,13 @@ def test_metrics_are_written_twice_and_pytorch_is_not_imported(tmp_path):
     events = [Event.FromString(record) for record in records(file)]
     found = {(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value}
     assert found == {(3, "loss", 0.5), (3, "lr", 0.25)}
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with (
+        pytest.raises(ClvrError, match=r"/dev/full: cannot be written \(No space left on device\)"),
+        MetricLog(tmp_path, 0) as log,
+        log._file,
+        Path("/dev/full").open("wb", buffering=0) as log._file,
+    ):
+        log.write(1, {"loss": 0.5})

@@ -1,13 +1,18 @@
 """The directory of a run: what is refused changes nothing in it, and two runs never share it."""
 
+import gc
 import json
 import re
+import shutil
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.locks import LOCK
+from clvr_jax.training.checkpoint import Checkpoints, restore_part
 from clvr_jax.training.recipes import RECIPE, load_recipe, train
 from tests.test_cli import RECIPE as TEXT
 
@@ -104,3 +109,37 @@ def test_a_recipe_that_exits_is_an_error(tmp_path, where):
     with pytest.raises(ClvrError, match=re.escape("leaves.py: the recipe calls sys.exit(0)")):
         run()
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # coroutines that Orbax left
+def test_a_damaged_checkpoint_is_one_line_that_names_it(tmp_path):
+    state = {"params": {"w": jnp.arange(6.0).reshape(2, 3)}, "step": jnp.int32(3)}
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state["params"])
+    with Checkpoints(tmp_path / "good") as checkpoints:
+        checkpoints.save(3, state, {"position": 1})
+    damage = {
+        "_CHECKPOINT_METADATA": (b"[]", b"[" * 100_000),
+        "state/_METADATA": (b"null", b'{"tree_metadata": {"w": {"key_metadata": null, "value_metadata": {}}}}', b"{"),
+        "state/manifest.ocdbt": (b"", b"no database"),
+    }
+    for name, contents in damage.items():
+        for content in contents:
+            run = shutil.copytree(tmp_path / "good", tmp_path / "run")
+            (run / "3" / name).write_bytes(content)
+            for read in (
+                lambda run=run: restore_part(run, "params", abstract),
+                lambda run=run: resumed(run, state),
+            ):
+                with pytest.raises(
+                    ClvrError, match=r"not a checkpoint of this|metadata of a checkpoint is damaged"
+                ) as caught:
+                    read()
+                assert str(run) in str(caught.value)
+                assert "\n" not in str(caught.value)
+            shutil.rmtree(run)
+    gc.collect()
+
+
+def resumed(run, state):
+    with Checkpoints(run) as checkpoints:
+        return checkpoints.restore_or(state, resume=True)

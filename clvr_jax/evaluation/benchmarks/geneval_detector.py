@@ -60,9 +60,9 @@ class TorchDetector(Detector):
         from transformers import AutoTokenizer, CLIPModel, Mask2FormerForUniversalSegmentation
 
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = _load(Mask2FormerForUniversalSegmentation, detector).to(self._device)
-        self._clip = _load(CLIPModel, clip).to(self._device)
-        self._tokenizer = AutoTokenizer.from_pretrained(str(clip))
+        self._detector = _load(Mask2FormerForUniversalSegmentation, detector).eval().to(self._device)
+        self._clip = _load(CLIPModel, clip).eval().to(self._device)
+        self._tokenizer = _load(AutoTokenizer, clip, trust_remote_code=False)
         processor = read_object(detector / "preprocessor_config.json")
         size = processor.nested("size") if "size" in processor.content else JsonObject({}, processor.where)
         sides = (("shortest_edge", 800), ("longest_edge", 1333))
@@ -208,8 +208,13 @@ def _features(output: Any) -> Any:
     return getattr(output, "pooler_output", output)
 
 
-def _load(kind: Any, directory: Path) -> Any:
+def _load(kind: Any, directory: Path, **options: Any) -> Any:
     try:
-        return kind.from_pretrained(str(directory)).eval()
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ClvrError(f"{directory}: cannot be loaded ({str(error).splitlines()[0]})") from error
+        return kind.from_pretrained(str(directory), local_files_only=True, **options)
+    # A damaged file ends in whatever exception the code raises at which transformers or a library in Rust notices it;
+    # a panic of the latter is no `Exception`.
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        raise ClvrError(f"{directory}: cannot be loaded ({reason})") from error

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,14 +74,25 @@ def blob_id(content: bytes) -> str:
 
 
 def _download(url: str, benchmark: str) -> bytes:
+    found: Future[bytes] = Future()
+    # In a thread, which may be left behind: a server can drip the headers, which urllib reads without a deadline.
+    threading.Thread(target=_fetch, args=(url, found), daemon=True).start()
     try:
-        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
-            return _content(response)
+        return found.result(_MOST_SECONDS)
     except (urllib.error.URLError, OSError, http.client.HTTPException) as error:
         reason = " ".join(str(error.reason if isinstance(error, urllib.error.URLError) else error).split())[:200]
+        reason = reason or f"not complete after {_MOST_SECONDS} s"  # of `Future.result`
         raise ClvrError(
             f"{benchmark}: its prompts cannot be fetched ({reason}); download {url} elsewhere and give --prompts PATH"
         ) from error
+
+
+def _fetch(url: str, found: Future[bytes]) -> None:
+    try:
+        with urllib.request.urlopen(url, timeout=_TIMEOUT) as response:
+            found.set_result(_content(response))
+    except Exception as error:  # noqa: BLE001 - raised again by `Future.result`
+        found.set_exception(error)
 
 
 def _content(response: http.client.HTTPResponse) -> bytes:
@@ -88,7 +101,7 @@ def _content(response: http.client.HTTPResponse) -> bytes:
     while len(content) <= _MOST_BYTES and (piece := response.read1(1 << 16)):
         content += piece
         if time.monotonic() > deadline:
-            raise TimeoutError(f"it is not complete after {_MOST_SECONDS} s")
+            raise TimeoutError(f"not complete after {_MOST_SECONDS} s")
     return bytes(content)
 
 

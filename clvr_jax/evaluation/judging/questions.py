@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from clvr_jax.atomic_io import open_lines
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.benchmark import JudgeQuestion
 from clvr_jax.image_io import EncodedImage
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
-from clvr_jax.json_input import JsonObject, parse_object, shown
+from clvr_jax.json_input import JsonObject, parse_object, shown, stream_lines
 from clvr_jax.output_paths import output_name
 from clvr_jax.reasoning.answers import AnswerError
 
@@ -79,6 +80,10 @@ class Judged:
     adapted: frozenset[str]
 
 
+_MAX_LINE_BYTES = 64 << 20
+"""Maximum size of a line: that of a response."""
+
+
 class ReplyFile:
     """A file with all replies of one judge about a directory of images, one JSON object per line.
 
@@ -97,9 +102,7 @@ class ReplyFile:
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            self._file = self._path.open("ab")
-            if self._file.tell() and not self._path.read_bytes().endswith(b"\n"):
-                self._file.write(b"\n")
+            self._file = open_lines(self._path)
         except OSError as error:
             raise ClvrError(f"{self._path}: cannot be written ({error.strerror or error})") from error
 
@@ -269,15 +272,11 @@ def _key(image: EncodedImage, text: str, attempt: int) -> str:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[str, JudgeReply]]:
-    try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ClvrError(f"{path}: cannot be read ({error.strerror or error})") from error
-    for number, line in enumerate(lines, start=1):
+    for where, line in stream_lines(path, _MAX_LINE_BYTES):
         if not line:
             continue
         try:
-            entry = parse_object(line, f"{path}:{number}")
+            entry = parse_object(line, where)
         except ClvrError:
             continue  # incomplete, because a process was interrupted
         try:
@@ -285,7 +284,7 @@ def _read_lines(path: Path) -> Iterator[tuple[str, JudgeReply]]:
             if reply.fault is not None or (reply.text or "").strip():
                 yield key, reply
         except (ClvrError, TypeError) as error:
-            raise ClvrError(f"{path}:{number}: not a reply of a judge ({error}); remove the line") from error
+            raise ClvrError(f"{where}: not a reply of a judge ({error}); remove the line") from error
 
 
 def _stored(entry: JsonObject) -> JudgeReply:

@@ -232,7 +232,12 @@ def test_prompts_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "head", [b"neither HTTP nor anything else\r\n\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n"]
+    "head",
+    [
+        b"neither HTTP nor anything else\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 9999\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX-Header: ",
+    ],
 )
 def test_a_server_of_prompts_that_lies_or_drips_ends_in_one_line(head, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")

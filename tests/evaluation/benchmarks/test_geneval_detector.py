@@ -1,6 +1,7 @@
 """GenEval's detector and CLIP on small random models: the path of the code, beside transformers' own processing."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -162,3 +163,13 @@ def test_other_models_are_refused(folders):
         TorchDetector(folders / "clip", folders / "clip")
     with pytest.raises(ClvrError, match=r"config\.json: no such file"):
         TorchDetector(folders / "none", folders / "clip")
+
+
+@pytest.mark.parametrize(("name", "file"), [("detector", "model.safetensors"), ("clip", "tokenizer.json")])
+def test_a_damaged_file_of_a_model_is_one_line(folders, tmp_path, name, file):
+    models = shutil.copytree(folders, tmp_path / "models")
+    for content in (b"", b"{", b"[" * 100_000):
+        (models / name / file).write_bytes(content)
+        with pytest.raises(ClvrError, match=f"{name}: cannot be loaded") as caught:
+            TorchDetector(models / "detector", models / "clip", "cpu")
+        assert "\n" not in str(caught.value)
