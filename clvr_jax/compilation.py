@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-import jax
-
 
 def enable_compilation_cache() -> Path | None:
     """Turns on JAX's persistent compilation cache.
@@ -13,6 +11,8 @@ def enable_compilation_cache() -> Path | None:
     second start of the same command compiles nothing; JAX's environment variables override both.
     Returns: the directory, or None if it cannot be written: then every process compiles for itself, which is no error.
     """
+    import jax  # here, so that programs without JAX can use `user_cache`
+
     given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
     try:
         directory = Path(given) if given else user_cache() / "clvr-jax" / "xla"

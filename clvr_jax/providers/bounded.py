@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import functools
 import io
 import json
 import threading
@@ -19,6 +22,7 @@ MAX_VALUES = 100_000
 """Maximum number of values in a response's JSON, unless the request needs more; each takes up to 100 bytes."""
 
 _SHARED_BYTES = 32 << 20
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 _PIECE = 1 << 16
 _FREE_EXPANSION, _MOST_EXPANSION = 4 << 20, 100
 _MOST_DIGITS = 25
@@ -27,6 +31,17 @@ _MOST_DIGITS = 25
 def count(value: object) -> int:
     """Returns a number of tokens that a server reports; 0 for anything that is not a plausible number."""
     return value if type(value) is int and 0 < value <= MAX_COUNT else 0
+
+
+@functools.cache
+def return_large_blocks() -> None:
+    """Makes the C library return freed blocks of 1 MiB and more to the system at once, for all of this process.
+
+    glibc would keep up to 64 MiB of freed memory for each thread that has read a large response. Other C libraries have
+    no such setting and need none.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 20)
 
 
 class SharedBytes:

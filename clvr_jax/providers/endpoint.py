@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import Fault, ProviderError, Usage
 from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.providers.bounded import MAX_VALUES, count, read_object
+from clvr_jax.providers.bounded import MAX_VALUES, count, read_object, return_large_blocks
 from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
 from clvr_jax.redaction import Secrets, redact_url
 
@@ -131,6 +131,7 @@ class Connection:
             raise ClvrError(
                 f"{endpoint.name}: the openai package is not installed; pip install 'clvr-jax[endpoints]'"
             ) from None
+        return_large_blocks()
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
         self._secrets = Secrets(self._key, endpoint.base_url)

@@ -119,6 +119,26 @@ def test_an_endpoint_alone_and_planned_by_another(server, endpoint, tmp_path, ca
     assert cost["dollars"] == pytest.approx(count * (0.1 + 22 * 0.001))
 
 
+def test_a_server_that_returns_paths_is_asked_for_the_bytes_of_images(server, endpoint, tmp_path, capsys):
+    """Xinference and SGLang return a path on their disk unless the request names a format."""
+    by_prompt = {entry["prompt"]: entry for entry in METADATA}
+
+    def answer(seen):
+        is_asked = seen.json.get("response_format") == "b64_json"
+        return pictures(png(right(by_prompt[seen.json["prompt"]])) if is_asked else "/tmp/images/1.png")
+
+    server.script = [answer]
+    generate = ["eval", "shapes", "--model", "sdxl", "--endpoint", server.url + "/v1", "--prompts", "few.jsonl"]
+    generate += ["--key-variable", "LOOPBACK_KEY", "--json"]
+    assert main([*generate, "--out", "paths"]) == 1
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("clvr: ")]
+    assert "perhaps a path on the server's disk; set the response format to b64_json" in said
+    assert not list((tmp_path / "paths").rglob("*.png"))
+    assert main([*generate, "--out", "bytes", "--picture-format", "b64_json"]) == 0
+    overall = json.loads(capsys.readouterr().out)["summary"]["overall"]
+    assert overall["over_pictures"]["correct"] == len(METADATA)
+
+
 @pytest.mark.parametrize(
     ("nonsense", "ending"),
     [

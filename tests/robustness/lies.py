@@ -7,9 +7,6 @@ the number of kinds, what was lost and invented, the longest time that one kind 
 the memory of the process when everything is imported, the most that one kind added to the memory before it, and the
 largest memory of all, with the server, which is a part of the process. The largest response becomes 3 GB if it is
 decompressed, and some have no end.
-
-glibc keeps up to 64 MiB of freed memory for each thread that had much. `HELD_ONLY` in the environment makes it give
-freed memory back, so that the figures are what is held.
 """
 
 import contextlib
@@ -46,7 +43,6 @@ from tests.providers.server import KEY, LoopbackServer, Reply, completion, failu
 from tests.robustness.corpus import large_png, png_head
 
 ITEMS = [PromptItem(f"p-{number}", f"a light color, number {number}") for number in range(2)]
-HELD_ONLY = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 _ELSEWHERE = "http://localhost:1/x"
 _HTML = b"<!doctype html><title>Log in</title>"
 

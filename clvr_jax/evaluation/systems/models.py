@@ -1,4 +1,8 @@
-"""Systems of our own models: one-shot generation, and the modes in which a controller plans."""
+"""Systems of our own models: one-shot generation, and the modes in which a controller plans.
+
+Pipelines are imported where they are used: systems of external images and of endpoints need neither them nor JAX, which
+take 170 MiB.
+"""
 
 import hashlib
 import os
@@ -16,9 +20,6 @@ from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import Usage
-from clvr_jax.pipelines.loading import lora_path, quantization_of
-from clvr_jax.pipelines.registry import resolve
-from clvr_jax.pipelines.verifier import controller_directory
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage
 from clvr_jax.reasoning.verification import VerificationMode
@@ -221,6 +222,8 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
 
     A directory that was trained further has another fingerprint, so it is another model.
     """
+    from clvr_jax.pipelines.registry import resolve
+
     path, transformer = resolve(model)
     return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
 
@@ -230,6 +233,8 @@ def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Ma
 
     The mesh is not among them: it changes only rounding.
     """
+    from clvr_jax.pipelines.loading import lora_path, quantization_of
+
     dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
     loras = [
         {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
@@ -253,6 +258,8 @@ def _digest_of_lora(path: Path) -> str:
 
 def _identity_of_verifier(model: str) -> dict[str, str]:
     """Returns the name and the fingerprint of a model that verifies."""
+    from clvr_jax.pipelines.verifier import controller_directory
+
     path, _ = controller_directory(model)
     return {"model": model, "weights": _digest(path, set())}
 

@@ -1,6 +1,8 @@
 """Systems behind a real HTTP server on loopback."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -177,3 +179,16 @@ def test_a_benchmark_says_what_requests_for_images_lacked(server, endpoint, tmp_
     assert (results["adapted"], results["generator_adapted"]) == ([], [note])
     text = "\n".join(notes(results))
     assert f"requests differ from those to other servers: {note}" in text
+
+
+def test_a_benchmark_of_an_endpoint_needs_no_jax():
+    """JAX, the models and Orbax take 170 MiB, of which a run against servers has no use."""
+    code = (
+        "import sys\n"
+        "import clvr_jax.commands.evaluation_benchmarks, clvr_jax.evaluation.benchmarks.scoring\n"
+        "import clvr_jax.evaluation.benchmarks.judges, clvr_jax.evaluation.endpoints\n"
+        "import clvr_jax.providers.openai_chat, clvr_jax.providers.openai_images\n"
+        "print(sorted({'jax', 'flax', 'orbax', 'tensorstore'} & sys.modules.keys()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "[]\n"
