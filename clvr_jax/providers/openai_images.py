@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     import openai
 
 _MAX_DEFAULT_PIXELS = 2**24
+"""Maximum pixels of an image whose size was not requested: 4096 x 4096."""
 _LEAST_LIMIT, _GREATEST_LIMIT = 4 << 20, 64 << 20
+"""Limits of an encoded image in bytes. 64 MiB is also that of a response: 4096 x 4096 RGB pixels without compression, in
+base64."""
 _BASE64_SPARE = 1 << 16
 """Bytes of a response beside its image."""
-"""Maximum pixels of an image whose size was not requested: 4096 x 4096."""
 _OPTIONAL = (
     OptionalFields(("response_format",)),
     OptionalFields(("seed",), consequence="images may differ from run to run"),
