@@ -25,8 +25,7 @@ if TYPE_CHECKING:
 _MAX_DEFAULT_PIXELS = 2**24
 """Maximum pixels of an image whose size was not requested: 4096 x 4096."""
 _LEAST_LIMIT, _GREATEST_LIMIT = 4 << 20, 64 << 20
-"""Limits of an encoded image in bytes. 64 MiB is also that of a response: 4096 x 4096 RGB pixels without compression, in
-base64."""
+"""Limits of an encoded image in bytes. A response may have 64 MiB: 4096 x 4096 pixels, not compressed, in base64."""
 _BASE64_SPARE = 1 << 16
 """Bytes of a response beside its image."""
 _OPTIONAL = (
