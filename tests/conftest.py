@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +21,10 @@ pytest_plugins = ["tests.helpers.cpu_time"]
 # A program for a TPU may be compiled, but none is here to be looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-# Most of the time goes into compiling small programs, which run once or twice.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = ""
 os.environ.update(virtual_devices(8))
+# Most of the time goes into compiling small programs, which run once or twice; `optimized` is for the others.
+os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 # Many files, both workers and the commands in subprocesses compile the same programs, most of them small: operations of
 # models that are made and called outside of jit. Reading one from the cache takes a fraction of compiling it.
 PROGRAMS = os.environ.setdefault(
@@ -30,8 +32,21 @@ PROGRAMS = os.environ.setdefault(
 )
 MIN_COMPILE_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+DISABLE_OPTIMIZATIONS = "jax_disable_most_optimizations"
 OPTIMIZED = {"xla_backend_optimization_level": 3, "xla_llvm_disable_expensive_passes": False}
 """Options of the compiler for a program that runs often."""
+
+
+@contextmanager
+def optimized() -> Iterator[None]:
+    """Compiles with XLA's optimizations, as for users; for models that decode or sample for more than some seconds."""
+    import jax
+
+    jax.config.update(DISABLE_OPTIMIZATIONS, False)
+    try:
+        yield
+    finally:
+        jax.config.update(DISABLE_OPTIMIZATIONS, True)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,6 +59,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    jax.config.update(DISABLE_OPTIMIZATIONS, True)  # importing JAX may have preceded the environment variables
     jax.config.update("jax_compilation_cache_dir", PROGRAMS)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", float(MIN_COMPILE_SECONDS))
 

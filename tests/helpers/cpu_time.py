@@ -2,8 +2,9 @@
 
 Wall time depends on what else runs on the machine, CPU time does so far less. `--durations-cpu=N` prints the N largest
 entries and the total of each file. A fixture that tests share is an entry of its own: its cost is not the cost of the
-test that happens to run first. `--check-slow` fails the session if a test without the marker takes more than
-`slow_cpu_seconds` (pytest configuration), or one with it takes less than a quarter of that.
+test that happens to run first. `--check-slow` fails the session if a test without the marker, or a shared fixture that
+it requests, takes more than `slow_cpu_seconds` (pytest configuration), or if a test with the marker and such a fixture
+take less than a quarter of that.
 
 Only children that were waited for are counted (`os.times`). Compiled programs are cached on disk, so a first session
 costs more than later ones: compare two sessions only when both began with an empty or both with a filled cache.
@@ -19,6 +20,7 @@ import pytest
 
 SHARED = "shared_fixtures"
 SECONDS = "cpu_seconds"
+REQUESTED = "requested_fixture_seconds"
 
 
 def cpu_seconds() -> float:
@@ -33,8 +35,9 @@ class CpuTimes:
     def __init__(self, config: pytest.Config) -> None:
         self.config = config
         self.shared: list[tuple[str, float]] = []  # fixtures set up since the last report
+        self.fixtures: dict[str, float] = {}  # seconds of the shared fixtures that exist now, by name
         self.entries: list[tuple[float, str]] = []
-        self.tests: dict[str, tuple[float, bool]] = {}  # seconds, marked slow
+        self.tests: dict[str, tuple[float, float, bool]] = {}  # seconds, those of its dearest fixture, marked slow
         self.elapsed: dict[tuple[str, str], float] = {}
 
     @contextmanager
@@ -64,6 +67,7 @@ class CpuTimes:
     ) -> Generator[None, Any, Any]:
         """Measures a fixture of a module or session by itself, without the shared fixtures that it sets up inside."""
         if fixturedef.scope == "function":
+            self.fixtures.pop(fixturedef.argname, None)  # another one of this name was that of another module
             return (yield)
         start, inside = cpu_seconds(), len(self.shared)
         try:
@@ -72,6 +76,7 @@ class CpuTimes:
             seconds = cpu_seconds() - start - sum(seconds for _, seconds in self.shared[inside:])
             place = fixturedef.baseid or "tests"
             self.shared.append((f"{place}::{fixturedef.argname} (fixture)", seconds))
+            self.fixtures[fixturedef.argname] = seconds
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
@@ -79,24 +84,28 @@ class CpuTimes:
         report = yield
         setattr(report, SECONDS, self.elapsed.pop((item.nodeid, call.when), 0.0))
         setattr(report, SHARED, self.shared[:])
+        names = getattr(item, "fixturenames", ())
+        setattr(report, REQUESTED, max((self.fixtures.get(name, 0.0) for name in names), default=0.0))
         self.shared.clear()
         return report
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Collects the seconds."""
         self.entries.extend((seconds, name) for name, seconds in getattr(report, SHARED, ()))
-        before, _ = self.tests.get(report.nodeid, (0.0, False))
-        self.tests[report.nodeid] = (before + getattr(report, SECONDS, 0.0), "slow" in report.keywords)
+        before, fixture, _ = self.tests.get(report.nodeid, (0.0, 0.0, False))
+        fixture = max(fixture, getattr(report, REQUESTED, 0.0))
+        self.tests[report.nodeid] = (before + getattr(report, SECONDS, 0.0), fixture, "slow" in report.keywords)
 
     def wrongly_marked(self) -> list[str]:
         """Returns a line for each test whose marker does not agree with its CPU seconds."""
         limit = float(self.config.getini("slow_cpu_seconds"))
         found = []
-        for name, (seconds, slow) in sorted(self.tests.items()):
-            if not slow and seconds > limit:
-                found.append(f"{name} takes {seconds:.1f} CPU s: make it cheaper, or mark it slow (over {limit:g} s)")
-            if slow and 0 < seconds < limit / 4:
-                found.append(f"{name} takes {seconds:.1f} CPU s: it is not slow (over {limit:g} s)")
+        for name, (seconds, fixture, slow) in sorted(self.tests.items()):
+            taken = f"{name} takes {seconds:.1f} CPU s" + (f" and its fixture {fixture:.1f}" if fixture >= 0.1 else "")
+            if not slow and max(seconds, fixture) > limit:
+                found.append(f"{taken}: make it cheaper, or mark it slow (over {limit:g} s)")
+            if slow and seconds > 0 and seconds + fixture < limit / 4:  # 0: skipped
+                found.append(f"{taken}: it is not slow (over {limit:g} s)")
         return found
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:
@@ -104,7 +113,7 @@ class CpuTimes:
         number = self.config.getoption("durations_cpu")
         if number is not None:
             entries = sorted(
-                self.entries + [(seconds, name) for name, (seconds, _) in self.tests.items()], reverse=True
+                self.entries + [(seconds, name) for name, (seconds, *_) in self.tests.items()], reverse=True
             )
             files: dict[str, float] = defaultdict(float)
             for seconds, name in entries:

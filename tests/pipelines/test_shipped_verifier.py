@@ -15,6 +15,7 @@ from clvr_jax.pipelines.verifier import MAX_TRAINED_TOKENS, Verifier
 from clvr_jax.reasoning.verification import comparison_reply
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
 from clvr_jax.worlds.shapes.scene import sample_scene_random
+from tests.conftest import optimized
 
 PROMPTS = 12
 CONTROLS = ("noise", "blank", "swapped")
@@ -25,7 +26,8 @@ def checked():
     """The verifier benchmark in small: 12 prompts, their right images, one mistake of each kind, and the controls."""
     verifier = Verifier.from_pretrained("shapes-tiny")
     prompts = sample_prompts(PROMPTS, seed=5)
-    found, _ = check_cases(verifier, [*rendered_cases(prompts, 5), *control_cases(prompts, 5)])
+    with optimized():
+        found, _ = check_cases(verifier, [*rendered_cases(prompts, 5), *control_cases(prompts, 5)])
     return found
 
 
@@ -38,12 +40,14 @@ def accepted(checked):
     return kinds
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONTROLS)
 def test_controls_are_rejected(accepted, kind):
     assert len(accepted[kind]) == PROMPTS
     assert sum(accepted[kind]) == 0
 
 
+@pytest.mark.slow
 def test_images_with_one_mistake_are_told_from_right_ones(accepted):
     wrong = [value for kind, values in accepted.items() if kind not in ("right", *CONTROLS) for value in values]
     assert len(wrong) >= 6 * PROMPTS
@@ -51,6 +55,7 @@ def test_images_with_one_mistake_are_told_from_right_ones(accepted):
     assert sum(accepted["right"]) >= 0.85 * PROMPTS
 
 
+@pytest.mark.slow
 def test_probabilities_rank_right_images_above_wrong_ones(checked):
     assert all(each.probability is not None for each in checked), "no answer is cut, on an empty image either"
     assert roc_auc([each.case.label for each in checked], [each.probability for each in checked]) >= 0.97

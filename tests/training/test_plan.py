@@ -31,6 +31,7 @@ SMALL = changed(mesh=MeshConfig(fsdp=4, tensor=2), depth=1)
 SMALL_OPTIONS = ["--train.mesh.fsdp", "4", "--train.mesh.tensor", "2", "--depth", "1"]
 
 
+@pytest.mark.slow
 def test_a_small_recipe_compiles_for_v6e_and_depth_changes_neither_program_nor_messages():
     """1,024 picture tokens, so that attention is the TPU's kernel, as at full size."""
     recipe = load_recipe(RECIPE)

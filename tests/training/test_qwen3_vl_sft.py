@@ -74,9 +74,10 @@ def test_a_dataset_is_trained_on_and_the_result_is_transformers(tmp_path, train_
     kernel = np.asarray(state.ema["lm_head"]["kernel"][...].astype(jnp.bfloat16), np.float32)
     np.testing.assert_array_equal(ours.model.lm_head.kernel[...], kernel)
     np.testing.assert_array_equal(theirs.lm_head.weight.detach().float().numpy().T, kernel)
-    picture = {"type": "image"}
-    said = ours.chat([{"role": "user", "content": [picture]}], [np.full((64, 64, 3), 250, np.uint8)], 4)
-    assert isinstance(said, str)
+    if not train_vision:  # one export that chats is enough
+        picture = {"type": "image"}
+        said = ours.chat([{"role": "user", "content": [picture]}], [np.full((64, 64, 3), 250, np.uint8)], 4)
+        assert isinstance(said, str)
 
 
 @pytest.mark.parametrize("train_vision", [False, True])
