@@ -2,12 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Flags, Result
+
+if TYPE_CHECKING:
+    from clvr_jax.training.curves import CurveSummary
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,6 @@ class Curves:
         return Result({"out": str(self.out), "ends": ends}, table)
 
 
-def _cells(end: dict[str, Any]) -> tuple[str, ...]:
+def _cells(end: "CurveSummary") -> tuple[str, ...]:
     low, high = end["range"]
     return str(end["runs"]), str(end["step"]), f"{end['mean']:.4g}", f"{low:.4g} .. {high:.4g}"

@@ -5,7 +5,6 @@ compiles the programs and gives all of their memory. For an image of 1024 x 1024
 to decode it and 0.61 GiB to denoise it, where these bounds are 1.25 GiB and 0.24 GiB.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +82,8 @@ def working_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None = 
 def _decoding(call: ImageCall) -> int:
     """Returns the elements of the first residual block at full resolution: its input, that normalized, its output."""
     channels, *wider = call.vae.decoder_widths
-    return math.prod((call.height, call.width)) * (channels + 2 * next(iter(wider), channels))
+    elements: int = call.height * call.width * (channels + 2 * next(iter(wider), channels))
+    return elements
 
 
 def _denoising(call: ImageCall) -> int:

@@ -7,8 +7,6 @@ import jax
 
 from clvr_jax.errors import ClvrError, UsageError
 
-Made = TypeVar("Made")
-
 HEARTBEAT_SECONDS = 30
 """A process that sends nothing for so many seconds is lost, and the others end."""
 

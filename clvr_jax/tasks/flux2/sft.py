@@ -78,7 +78,8 @@ def flow_matching_task(
 
         def encode_images(images: jax.Array) -> jax.Array:
             tokens = vae.encode_tokens(images.astype(dtype))
-            return tokens.reshape(len(images), grid[0] * grid[1], -1)
+            flat: jax.Array = tokens.reshape(len(images), grid[0] * grid[1], -1)
+            return flat
 
         model = nnx.merge(transformer_def, params)
         value = drawing_loss(

@@ -131,7 +131,8 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
         # trace, such as that around the loop of the solver.
         def predict(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
             unet = nnx.merge(graphdef, jax.tree.map(lambda leaf: leaf, weights))
-            return unet(x, t_b, **texts._asdict())
+            velocity: jax.Array = unet(x, t_b, **texts._asdict())
+            return velocity
 
         given = conditions["conditional"]
         if "unconditional" not in conditions:
