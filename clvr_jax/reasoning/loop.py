@@ -30,6 +30,16 @@ from clvr_jax.reasoning.prompt_state import PromptState
 from clvr_jax.reasoning.protocols import Controller, ImageGenerator
 from clvr_jax.reasoning.trajectory import Trajectory, package_versions
 from clvr_jax.reasoning.verification import VerificationMode, Verifier
+from clvr_jax.reasoning.work import (
+    GenerationWork,
+    PlanWork,
+    ReplyWork,
+    RequirementsWork,
+    Roles,
+    VerificationWork,
+    Work,
+    perform,
+)
 
 
 def run(
@@ -83,75 +93,40 @@ def run(
     budget = budget or Budget()
     if verification == "none" and budget.candidates > 1:
         raise UsageError(f"closed loop: verification none cannot choose among {budget.candidates} candidates")
-    required: Sequence[tuple[str, ...]] = verifier.derive(prompts) if verifier and prompts else [()] * len(prompts)
-    runs = [
-        PromptState(index, prompt, all_seeds[index], budget, notify, verification, required[index], given[index])
+    states = [
+        PromptState(index, prompt, all_seeds[index], budget, notify, verification, given[index])
         for index, prompt in enumerate(prompts)
     ]
     recorded = {**package_versions(), **(versions or {})}
+    roles = Roles(controller, image_generator, verifier)
+    _perform_all(states, RequirementsWork, roles, 0.0, clock)
     results: dict[int, Trajectory] = {}
     started = clock()
-    active = list(runs)
+    active = list(states)
     while active:
-        called = clock()
-        asked = [(state, number, chat) for state in active for number, chat in state.conversations()]
-        if asked:
-            texts = controller.reply([chat for _, _, chat in asked])
-            _check_count("controller", len(texts), len(asked))
-            share = (clock() - called) / len(asked)
-            for (state, number, _), text in zip(asked, texts, strict=True):
-                state.receive_reply(number, text, share)
-        if verifier is not None:
-            _verify_plans(active, verifier, clock)
+        for kind in (ReplyWork, PlanWork):
+            _perform_all(active, kind, roles, clock() - started, clock)
+        # Several calls if a limit on NFE applies to several candidates: the first image shows what one costs.
+        while _perform_all(active, GenerationWork, roles, clock() - started, clock):
+            pass
+        _perform_all(active, VerificationWork, roles, clock() - started, clock)
         elapsed = clock() - started
         for state in active:
-            state.decide(elapsed)
-        while requests := [(state, request) for state in active for request in state.requests()]:
-            called = clock()
-            generated = image_generator.generate([request for _, request in requests])
-            _check_count("image generator", len(generated), len(requests))
-            share = (clock() - called) / len(requests)
-            for (state, request), generated_image in zip(requests, generated, strict=True):
-                state.receive_image(request, generated_image, share)
-        if verifier is not None:
-            _verify_images(active, verifier, started, clock)
+            state.next_work(elapsed)  # accepts or rejects what was verified
         for state in active:
             trajectory = state.finished(model, recorded)
             if trajectory is not None:
                 results[state.index] = trajectory
                 notify(Finished(state.index, trajectory))
         active = [state for state in active if state.index not in results]
-    return [results[index] for index in range(len(runs))]
+    return [results[index] for index in range(len(states))]
 
 
-def _verify_plans(active: Sequence[PromptState], verifier: Verifier, clock: Callable[[], float]) -> None:
-    """Checks the plans that were made in this round."""
-    planned = [(state, plan) for state in active if (plan := state.unverified_plan()) is not None]
-    if planned:
-        called = clock()
-        found = verifier.check_plans([state.required for state, _ in planned], [plan for _, plan in planned])
-        _check_count("verifier", len(found), len(planned))
-        share = (clock() - called) / len(planned)
-        for (state, _), verification in zip(planned, found, strict=True):
-            state.receive_plan_verification(verification, share)
-
-
-def _verify_images(
-    active: Sequence[PromptState], verifier: Verifier, started: float, clock: Callable[[], float]
-) -> None:
-    """Checks the images that were generated in this round."""
-    made = [(state, number) for state in active for number in state.unverified_images()]
-    if made:
-        called = clock()
-        found = verifier.check([state.required for state, _ in made], [state.image(number) for state, number in made])
-        _check_count("verifier", len(found), len(made))
-        share = (clock() - called) / len(made)
-        for (state, number), verification in zip(made, found, strict=True):
-            state.receive_verification(number, verification, share)
-    for state in dict.fromkeys(state for state, _ in made):
-        state.select(clock() - started)
-
-
-def _check_count(who: str, got: int, expected: int) -> None:
-    if got != expected:
-        raise ClvrError(f"closed loop: the {who} was asked for {expected} results and returned {got}")
+def _perform_all(
+    states: Sequence[PromptState], kind: type[Work], roles: Roles, elapsed: float, clock: Callable[[], float]
+) -> bool:
+    """Performs the next works of this kind of all states in one call; returns whether there were any."""
+    works = [(state, work) for state in states for work in state.next_work(elapsed) if isinstance(work, kind)]
+    if works:
+        perform(works, roles, clock)
+    return bool(works)

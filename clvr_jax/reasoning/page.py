@@ -25,6 +25,8 @@ _OUTCOME_NOTES = {
     "time limit": "The time is up; this is the best image so far.",
     "unparseable": "The controller's reply could not be read, which never counts as an accept.",
     "unverified": "The controller stopped; nothing was verified.",
+    "stopped": "The user stopped the loop; this is the best image so far.",
+    "canceled": "The user canceled the loop.",
 }
 _ACCEPTED_BY_CONTROLLER = "The controller judged the last image and found nothing unmet."
 """The note of an accepted trajectory without a separate verification."""

@@ -1,13 +1,14 @@
 """The state of one prompt in the closed loop: its history, its candidates, and what happens next.
 
-The loop asks every state what it needs (a reply, a verified plan, images, a verification), makes one batched call for
-all of them, and hands the results back. Nothing in a state depends on other prompts of the batch.
+A scheduler asks every state for its next works (see `reasoning.work`), performs those of one kind in one batched call,
+and hands the results back. Nothing in a state depends on other prompts of the batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
@@ -27,6 +28,14 @@ from clvr_jax.reasoning.trajectory import (
     best_step,
 )
 from clvr_jax.reasoning.verification import Verification, VerificationMode, plan_text
+from clvr_jax.reasoning.work import (
+    GenerationWork,
+    PlanWork,
+    ReplyWork,
+    RequirementsWork,
+    VerificationWork,
+    Work,
+)
 
 ROLLBACK_MARGIN = 0.5
 """Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
@@ -57,7 +66,7 @@ class PromptState:
 
     `_history` holds the numbers of the steps that form the current history, oldest first. `_candidates` maps the images
     that were generated from the latest reply, numbered from `_first_candidate` on, to the controller's reply to each;
-    None where the reply is still due.
+    None where the reply is still due. `_is_selection_due` says that the candidates wait for a separate verifier.
     """
 
     def __init__(
@@ -68,12 +77,12 @@ class PromptState:
         budget: Budget,
         notify: Callable[[Event], None],
         mode: VerificationMode,
-        required: tuple[str, ...],
-        given: tuple[ImageLike, ...],
+        given: tuple[ImageLike, ...] = (),
     ):
         self._user_images = given
         self.index = index
-        self.required = required
+        self._required: tuple[str, ...] | None = None if mode == "separate" else ()
+        self._is_selection_due = False
         self._mode = mode
         self._plans: list[tuple[float, int, _PendingReply]] = []
         self._is_plan_settled = False
@@ -95,13 +104,70 @@ class PromptState:
         self._outcome: str | None = None
         self._error: str | None = None
 
-    def conversations(self) -> list[tuple[int, Conversation]]:
+    @property
+    def required(self) -> tuple[str, ...]:
+        """The requirements that the verifier derived; () before that and without a verifier."""
+        return self._required or ()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """All steps so far."""
+        return tuple(self._steps)
+
+    def next_work(self, elapsed: float) -> Sequence[Work]:
+        """Returns the works that the prompt needs next, all of one kind; none once the loop has ended.
+
+        Works that were returned before are returned again until their results are received, so a scheduler that keeps
+        them asks again only after all of them are done.
+
+        Args:
+          elapsed: wall-clock seconds since the run began, for the limit on time.
+        """
+        while self._outcome is None:
+            if self._required is None:
+                return [RequirementsWork(self._prompt)]
+            if self._pending is not None:
+                if requests := self._requests():
+                    return [GenerationWork(request) for request in requests]
+            elif self._is_selection_due:
+                if images := self._unverified_images():
+                    return [VerificationWork(number, self.required, self._image(number)) for number in images]
+                self._select(elapsed)
+            elif conversations := self._conversations():
+                return [ReplyWork(number, conversation) for number, conversation in conversations]
+            elif (plan := self._unverified_plan()) is not None:
+                return [PlanWork(self.required, plan)]
+            else:
+                self._decide(elapsed)
+        return []
+
+    def receive(self, work: Work, result: Any, seconds: float) -> None:
+        """Stores the result of a work that took `seconds`."""
+        if isinstance(work, RequirementsWork):
+            self._required = tuple(result)
+        elif isinstance(work, ReplyWork):
+            self._receive_reply(work.number, result, seconds)
+        elif isinstance(work, PlanWork):
+            self._receive_plan_verification(result, seconds)
+        elif isinstance(work, GenerationWork):
+            self._receive_image(work.request, result, seconds)
+        else:
+            self._receive_verification(work.number, result, seconds)
+
+    def stop(self, outcome: str) -> None:
+        """Ends the loop now, without another work; the best image so far is the result. Does nothing after the end.
+
+        Args:
+          outcome: STOPPED or CANCELED.
+        """
+        if self._outcome is None:
+            self._finish(outcome)
+
+    def _conversations(self) -> list[tuple[int, Conversation]]:
         """Returns the conversations that wait for a reply, each with the number of its latest step."""
-        if self._pending is not None:  # after a roll-back an earlier reply is carried out again
-            return []
         return [(number, self._conversation(number)) for number, reply in self._candidates.items() if reply is None]
 
-    def receive_reply(self, number: int, text: str, seconds: float) -> None:
+    def _receive_reply(self, number: int, text: str, seconds: float) -> None:
         """Stores the controller's reply to the image of step `number`; an unreadable one is requested again."""
         self._seconds += seconds
         attempt = self._attempts.get(number, 0)
@@ -124,14 +190,14 @@ class PromptState:
             verdict = Verdict(reply.unmet or (), reply.reasoning)
             self._steps[number] = replace(self._steps[number], verdict=verdict)
 
-    def unverified_plan(self) -> str | None:
+    def _unverified_plan(self) -> str | None:
         """Returns the plan of the first reply if the verifier still has to check it, else None."""
         first = self._candidates.get(_NO_IMAGE)
-        if first is None or not self.required or first.reply.action == TERMINATE or self._is_plan_settled:
+        if first is None or not self._required or first.reply.action == TERMINATE or self._is_plan_settled:
             return None
         return plan_text(plan_items(first.reply.reasoning))
 
-    def receive_plan_verification(self, verification: Verification, seconds: float) -> None:
+    def _receive_plan_verification(self, verification: Verification, seconds: float) -> None:
         """Stores a verified plan; requests another one if it misses a requirement and retries are left."""
         self._seconds += seconds
         first, attempt = self._candidates[_NO_IMAGE], self._attempts.get(_NO_IMAGE, 0)
@@ -150,27 +216,26 @@ class PromptState:
         self._candidates[_NO_IMAGE] = max(self._plans, key=lambda plan: plan[:2])[2]
         self._is_plan_settled = True
 
-    def unverified_images(self) -> list[int]:
-        """Returns the numbers of the candidates that the verifier has not checked; [] once the loop has ended."""
-        if self._outcome is not None:
-            return []
+    def _unverified_images(self) -> list[int]:
+        """Returns the numbers of the candidates that the verifier has not checked."""
         images = [number for number in self._candidates if number != _NO_IMAGE]
         return [number for number in images if self._steps[number].verification is None]
 
-    def image(self, number: int) -> ImageLike:
+    def _image(self, number: int) -> ImageLike:
         """Returns the image of a step."""
         image = self._steps[number].image
         assert image is not None
         return image
 
-    def receive_verification(self, number: int, verification: Verification, seconds: float) -> None:
+    def _receive_verification(self, number: int, verification: Verification, seconds: float) -> None:
         """Stores the verification of the image of step `number`."""
         self._seconds += seconds
         self._steps[number] = replace(self._steps[number], verification=verification)
         self._notify(Verified(self.index, number, verification))
 
-    def select(self, elapsed: float) -> None:
+    def _select(self, elapsed: float) -> None:
         """Accepts the best verified candidate, rolls back, or passes it on to the controller."""
+        self._is_selection_due = False
         chosen = self._select_best()
         self._candidates = {chosen: None}
         verification = self._steps[chosen].verification
@@ -186,13 +251,9 @@ class PromptState:
         if target is not None:
             self._start(self._roll_back(target))
 
-    def decide(self, elapsed: float) -> None:
+    def _decide(self, elapsed: float) -> None:
         """Ends the loop, or starts what the controller asked for, once every candidate has its reply."""
-        if self._pending is not None or self._outcome is not None:
-            return
         replies = {number: pending for number, pending in self._candidates.items() if pending is not None}
-        if len(replies) < len(self._candidates):
-            return
         if not replies:
             self._finish(UNPARSEABLE)
             return
@@ -218,10 +279,9 @@ class PromptState:
             return
         self._start(pending)
 
-    def requests(self) -> list[GenerationRequest]:
+    def _requests(self) -> list[GenerationRequest]:
         """Returns the requests for the next images: as many candidates as the budget allows."""
-        if self._pending is None:
-            return []
+        assert self._pending is not None
         replies, images = self._replies_and_images(self._history)
         seeds = [
             derive_seed(self._seed, "draw", len(self._steps) + extra)
@@ -235,7 +295,7 @@ class PromptState:
                 self._finish(STEP_LIMIT)
         return requests
 
-    def receive_image(self, request: GenerationRequest, generated: GeneratedImage, seconds: float) -> None:
+    def _receive_image(self, request: GenerationRequest, generated: GeneratedImage, seconds: float) -> None:
         """Stores a generated image as a step."""
         assert self._pending is not None
         self._seconds += seconds
@@ -293,6 +353,7 @@ class PromptState:
         """Starts the generation that a reply asks for."""
         self._candidates, self._attempts, self._first_candidate = {}, {}, len(self._steps)
         self._pending, self._num_wanted = pending, self._budget.candidates
+        self._is_selection_due = self._mode == "separate"
 
     def _outcome_of_stop(self, reply: Reply) -> str:
         """Returns the outcome of a loop that the controller ends."""

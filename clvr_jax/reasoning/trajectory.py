@@ -36,7 +36,9 @@ NFE_LIMIT = "nfe limit"
 TIME_LIMIT = "time limit"
 UNPARSEABLE = "unparseable"
 UNVERIFIED = "unverified"
-OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE, UNVERIFIED)
+STOPPED = "stopped"
+CANCELED = "canceled"
+OUTCOMES = (ACCEPTED, GAVE_UP, STEP_LIMIT, NFE_LIMIT, TIME_LIMIT, UNPARSEABLE, UNVERIFIED, STOPPED, CANCELED)
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,8 @@ class Trajectory:
       prompt: the user's request.
       steps: all steps in the order they happened, rolled-back ones included.
       outcome: one of OUTCOMES. Only ACCEPTED means that a verification found everything met; UNVERIFIED that the
-        controller stopped and nothing was verified.
+        controller stopped and nothing was verified. STOPPED and CANCELED: the user ended the loop, to take the best
+        image so far or none.
       model: the model that generated the images.
       seed: the seed of the run.
       versions: package versions and the like.
