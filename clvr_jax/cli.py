@@ -27,6 +27,7 @@ from clvr_jax.commands.launch import Launch
 from clvr_jax.commands.merging import Merge
 from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.sample import Sample
+from clvr_jax.commands.serve import Serve
 from clvr_jax.commands.synthesis import Synth
 from clvr_jax.commands.training import Plan, Train
 from clvr_jax.commands.verifying import Verify
@@ -38,6 +39,7 @@ COMMANDS: dict[str, type[Any]] = {
     "generate": Generate,
     "sample": Sample,
     "verify": Verify,
+    "serve": Serve,
     "train": Train,
     "launch": Launch,
     "curves": Curves,

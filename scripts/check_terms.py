@@ -40,6 +40,7 @@ CLEAN = (
     "docs/lora.md",
     "docs/merging.md",
     "docs/pprl.md",
+    "docs/serving.md",
     "docs/speed.md",
     "docs/systems-and-budgets.md",
     "docs/training-on-tpu-pods.md",

@@ -63,6 +63,11 @@ class VLMController(Controller):
         self._vlm, self._system, self._max_new_tokens = vlm, system, max_new_tokens
         self.usage = Usage()
 
+    @property
+    def pipeline(self) -> Qwen3VLPipeline:
+        """The model."""
+        return self._vlm
+
     def reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """Returns the replies to all conversations: first attempts are decoded in one call, retries in another.
 
@@ -97,6 +102,7 @@ class Flux2ImageGenerator(ImageGenerator):
       pipeline: the pipeline.
       steps, guidance: of the solver; the model's own if None.
       size: height and width in pixels; if None, those of the first reference, and the model's own without references.
+      rows_per_call: see `Flux2Pipeline.generate_each`.
     """
 
     def __init__(
@@ -105,8 +111,10 @@ class Flux2ImageGenerator(ImageGenerator):
         steps: int | None = None,
         guidance: float | None = None,
         size: tuple[int, int] | None = None,
+        rows_per_call: int | None = None,
     ):
         self._pipeline, self._steps, self._guidance = pipeline, steps, guidance
+        self._rows_per_call = rows_per_call
         self._height = None if size is None else size[0]
         self._width = None if size is None else size[1]
 
@@ -121,6 +129,7 @@ class Flux2ImageGenerator(ImageGenerator):
             guidance_scale=self._guidance,
             height=self._height,
             width=self._width,
+            rows_per_call=self._rows_per_call,
         )
         return [
             GeneratedImage(image, output.nfe, history.left_out)

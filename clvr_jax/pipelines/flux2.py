@@ -277,35 +277,45 @@ class Flux2Pipeline(JittedPipeline):
         guidance_scale: float | None = None,
         height: int | None = None,
         width: int | None = None,
+        rows_per_call: int | None = None,
     ) -> Flux2Output:
         """Generates an image for each of several independent rows; a batch does not change an image.
 
         Rows share a call if their texts have the same bucket (padding is attended to, so that a text padded to the
         bucket of a longer one would give another image) and their references have the same number and sizes. The number
         of rows in a call is a power of two: six rows are computed as four and two.
+
+        Programs for different numbers of rows round differently, which changes single bytes of an image. With
+        `rows_per_call`, a power of two, every call computes exactly that many rows, filled up with copies of the last,
+        so that an image has the same bytes in any batch.
         """
         groups: dict[tuple[Any, ...], list[int]] = {}
         for index, (length, images) in enumerate(zip(self._lengths(prompts), references, strict=True)):
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
         generated: dict[int, Any] = {}
         nfe = 0
-        for rows in [part for group in groups.values() for part in _powers_of_two(group)]:
+        for rows in [part for group in groups.values() for part in _parts(group, rows_per_call)]:
+            filled = [*rows, *rows[-1:] * ((rows_per_call or 0) - len(rows))]
             output = self.generate(
-                [prompts[index] for index in rows],
-                [references[index] for index in rows],
-                jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in rows]),
+                [prompts[index] for index in filled],
+                [references[index] for index in filled],
+                jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in filled]),
                 num_inference_steps=num_inference_steps,
                 guidance_scale=guidance_scale,
                 height=height,
                 width=width,
             )
             nfe = output.nfe
-            generated.update(zip(rows, output.images, strict=True))
+            generated.update(zip(rows, output.images, strict=False))
         return Flux2Output([generated[index] for index in range(len(prompts))], nfe)
 
     def fit_history(self, prompt: str, replies: Sequence[str]) -> FittedHistory:
         """Returns the text of a history, without its oldest replies if it is too long (`histories.fit_history`)."""
         return fit_history(self.tokenizer, prompt, replies, max(self.settings.text_buckets))
+
+    def prompt_length(self, prompt: str) -> int:
+        """Returns the number of tokens of a prompt, the chat template included."""
+        return token_count(self.tokenizer, prompt)
 
     def check_prompts(self, prompts: Sequence[str]) -> None:
         """Raises ClvrError for a prompt that is empty, or longer than the largest bucket."""
@@ -385,6 +395,15 @@ class Flux2Pipeline(JittedPipeline):
                 f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
             )
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
+
+
+def _parts(rows: list[int], rows_per_call: int | None) -> list[list[int]]:
+    """Splits rows into the calls that compute them; see `Flux2Pipeline.generate_each`."""
+    if rows_per_call is None:
+        return _powers_of_two(rows)
+    if rows_per_call < 1 or rows_per_call & (rows_per_call - 1):
+        raise UsageError(f"rows_per_call must be a power of two, got {rows_per_call}")
+    return [rows[start : start + rows_per_call] for start in range(0, len(rows), rows_per_call)]
 
 
 def _powers_of_two(rows: list[int]) -> list[list[int]]:

@@ -1,0 +1,232 @@
+"""The jobs that a server runs: a loop, a one-shot image, or one reply of the vision-language model."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from clvr_jax.image_io import ImageLike
+from clvr_jax.pipelines.vlm import ChatAnswer
+from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
+from clvr_jax.reasoning.prompt_state import PromptState
+from clvr_jax.reasoning.protocols import GeneratedImage
+from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, best_step, package_versions
+from clvr_jax.reasoning.work import GenerationWork
+from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
+from clvr_jax.serving.scheduler import Task
+
+Mode = Literal["loop", "one-shot"]
+INTERRUPTED = "interrupted"
+"""Status of a loop that the end of the server cut off."""
+
+
+@dataclass(frozen=True)
+class LoopSpec:
+    """A loop to run.
+
+    Attributes:
+      prompt, seed, images: see `reasoning.loop.run`.
+      mode: "one-shot" generates one image from the prompt itself, without plan and verification.
+      budget: limits of the loop.
+      sampling: how its images are generated.
+      request: the fields of the HTTP request that are stored with the loop, as JSON values.
+    """
+
+    prompt: str
+    seed: int
+    mode: Mode = "loop"
+    budget: Budget = Budget()
+    sampling: Sampling = Sampling()
+    images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
+    request: Mapping[str, Any] = field(default_factory=dict)
+
+
+class OneShotState:
+    """The state of a one-shot image, with the methods of `PromptState` that a job calls."""
+
+    def __init__(self, spec: LoopSpec, notify: Callable[[Event], None]):
+        self._spec, self._notify = spec, notify
+        self._step: Step | None = None
+        self._outcome: str | None = None
+        self._began = time.monotonic()
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """The step of the image once it is generated."""
+        return () if self._step is None else (self._step,)
+
+    def next_work(self, elapsed: float) -> Sequence[OneShotWork]:
+        """Returns the generation; [] once it is done."""
+        if self._outcome is None and elapsed == 0.0:
+            self._began = time.monotonic()
+        spec = self._spec
+        return [] if self._outcome is not None else [OneShotWork(spec.prompt, spec.images, spec.seed)]
+
+    def receive_image(self, generated: GeneratedImage) -> None:
+        """Stores the image."""
+        seconds = time.monotonic() - self._began
+        self._step = Step(
+            "", IMAGE_GEN, image=generated.image, nfe=generated.nfe, seconds=seconds, seed=self._spec.seed
+        )
+        self._outcome = UNVERIFIED
+        self._notify(Generated(0, 0, self._step))
+
+    def stop(self, outcome: str) -> None:
+        """Ends without an image."""
+        self._outcome = self._outcome or outcome
+
+    def finished(self, model: str, versions: Mapping[str, str]) -> Trajectory | None:
+        """Returns the trajectory at the end, None before."""
+        if self._outcome is None:
+            return None
+        spec, seconds = self._spec, sum(step.seconds for step in self.steps)
+        given = tuple(spec.images)
+        return Trajectory(
+            spec.prompt, self.steps, self._outcome, model, spec.seed, versions, seconds, given_images=given
+        )
+
+
+class LoopJob:
+    """A loop, or a one-shot image, as a job of the scheduler.
+
+    Args:
+      spec: what to run.
+      models: of the server.
+      log: receives the events.
+      on_end: (job, trajectory, error) is called by the device thread at the end; one of the last two is None.
+
+    Attributes:
+      state: the loop's own state, which only the device thread changes.
+      result: the trajectory, once it is stored.
+      is_interrupted: whether the end of the server stopped the loop.
+    """
+
+    def __init__(
+        self,
+        spec: LoopSpec,
+        models: ServedModels,
+        log: EventLog,
+        on_end: Callable[[LoopJob, Trajectory | None, BaseException | None], None],
+    ):
+        self.id = f"loop_{secrets.token_hex(12)}"
+        self.spec, self.log, self._models, self._on_end = spec, log, models, on_end
+        self.created = time.time()
+        self.started: float | None = None
+        self.result: Future[Trajectory] = Future()
+        self.is_interrupted = False
+        self._best: int | None = None
+        self._has_requirements = False
+        self.state: PromptState | OneShotState
+        if spec.mode == "one-shot":
+            self.state = OneShotState(spec, self._notify)
+        else:
+            self.state = PromptState(0, spec.prompt, spec.seed, spec.budget, self._notify, "separate", spec.images)
+
+    @property
+    def best(self) -> int | None:
+        """The number of the step with the best image so far; None if there is no image."""
+        return best_step(self.state.steps)
+
+    def tasks(self, elapsed: float) -> list[Task]:
+        """Returns the next works with their keys."""
+        if self.started is None:
+            self.started = time.time()
+            self.log.append("started")
+        works: Sequence[Any] = self.state.next_work(elapsed)
+        if isinstance(self.state, PromptState) and self.state.required and not self._has_requirements:
+            self._has_requirements = True
+            self.log.append("requirements", requirements=list(self.state.required))
+        if (best := self.best) is not None and best != self._best:
+            self._best = best
+            self.log.append("best", step=best)
+        if works and isinstance(works[0], GenerationWork | OneShotWork):
+            steps = self.spec.sampling.steps or self._models.flux.settings.num_inference_steps
+            self.log.append("generation_started", images=len(works), num_inference_steps=steps)
+        return [Task(self._models.key(work, self.spec.sampling), self, work) for work in works]
+
+    def stop(self, outcome: str) -> None:
+        """Ends the loop with its best image so far."""
+        self.is_interrupted = outcome == INTERRUPTED
+        self.state.stop(CANCELED if self.is_interrupted else outcome)
+
+    def end(self) -> None:
+        """Passes the trajectory on."""
+        trajectory = self.state.finished(self._models.name, package_versions())
+        assert trajectory is not None
+        self._on_end(self, trajectory, None)
+
+    def fail(self, error: BaseException) -> None:
+        """Passes an error on."""
+        self._on_end(self, None, error)
+
+    def _notify(self, event: Event) -> None:
+        """Translates an event of the loop for those who follow it."""
+        if isinstance(event, Replied):
+            is_plan = not self.state.steps
+            kind = "plan" if is_plan else "decision"
+            self.log.append(kind, text=event.text, attempt=event.attempt, error=event.error)
+        elif isinstance(event, PlanVerified):
+            self.log.append("plan_verification", attempt=event.attempt, **_shown(event.verification.to_dict()))
+        elif isinstance(event, Generated):
+            step = event.step
+            self.log.append("image", step=event.number, image_id=f"{self.id}_{event.number}", nfe=step.nfe,
+                            seconds=round(step.seconds, 4), redraw=step.redraw, left_out=step.left_out)  # fmt: skip
+            nfe = sum(each.nfe for each in self.state.steps)
+            images = sum(each.image is not None for each in self.state.steps)
+            self.log.append("budget", images=images, max_steps=self.spec.budget.max_steps, nfe=nfe,
+                            max_nfe=self.spec.budget.max_nfe, max_seconds=self.spec.budget.max_seconds)  # fmt: skip
+        elif isinstance(event, Verified):
+            self.log.append("verification", step=event.number, accepted=event.verification.accepted,
+                            **_shown(event.verification.to_dict()))  # fmt: skip
+        elif isinstance(event, Selected):
+            self.log.append("selected", step=event.number, among=list(event.among))
+        elif isinstance(event, RolledBack):
+            self.log.append("rolled_back", step=event.number, to=event.to)
+
+
+class ChatJob:
+    """One reply of the vision-language model as a job of the scheduler. result: the reply."""
+
+    def __init__(self, work: ChatWork, models: ServedModels):
+        self.id = f"chatcmpl-{secrets.token_hex(12)}"
+        self.created = time.time()
+        self.result: Future[ChatAnswer] = Future()
+        self._work, self._models = work, models
+        self._answer: ChatAnswer | None = None
+        self._is_stopped = False
+
+    def tasks(self, elapsed: float) -> list[Task]:
+        """Returns the one work; [] once it is done."""
+        if self._answer is not None or self._is_stopped:
+            return []
+        return [Task(self._models.key(self._work, Sampling()), self, self._work)]
+
+    def receive(self, answer: ChatAnswer) -> None:
+        """Stores the reply."""
+        self._answer = answer
+
+    def stop(self, outcome: str) -> None:
+        """Ends without a reply."""
+        self._is_stopped = True
+
+    def end(self) -> None:
+        """Passes the reply on."""
+        if self._answer is None:
+            self.result.cancel()
+        else:
+            self.result.set_result(self._answer)
+
+    def fail(self, error: BaseException) -> None:
+        """Passes an error on."""
+        self.result.set_exception(error)
+
+
+def _shown(verification: dict[str, Any]) -> dict[str, Any]:
+    return {"description": verification["description"], "requirements": verification["requirements"]}

@@ -1,0 +1,284 @@
+"""The scheduler: one device thread performs the works of many jobs in shared batches.
+
+Threads of the server only submit jobs and request stops. The device thread asks each job for its next tasks, collects
+tasks of one key from all jobs, performs them in one call, and asks again. Only it calls models and changes jobs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.serving.limits import Limits
+from clvr_jax.serving.metrics import Metrics
+from clvr_jax.serving.queues import FairQueues
+
+_log = logging.getLogger("clvr.serving")
+
+
+class QueueFullError(ClvrError):
+    """The queue is full. seconds: after which a client may try again."""
+
+    def __init__(self, waiting: int, seconds: int):
+        super().__init__(f"{waiting} requests are waiting already, the limit of this server; try again in {seconds} s")
+        self.seconds = seconds
+
+
+class DrainingError(ClvrError):
+    """The server is shutting down and takes no further jobs."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A work of a job. Tasks with equal keys can share a batch."""
+
+    key: Hashable
+    job: Job
+    work: Any
+
+
+class Job(Protocol):
+    """What the scheduler runs. All methods are called by the device thread."""
+
+    id: str
+
+    def tasks(self, elapsed: float) -> Sequence[Task]:
+        """Returns the next tasks, `elapsed` seconds after the job started; none once it has ended."""
+        ...
+
+    def stop(self, outcome: str) -> None:
+        """Ends the job early; `tasks` returns none afterwards."""
+        ...
+
+    def end(self) -> None:
+        """Delivers the result."""
+        ...
+
+    def fail(self, error: BaseException) -> None:
+        """Delivers an error in place of the result."""
+        ...
+
+
+@dataclass
+class _Running:
+    job: Job
+    started: float
+    remaining: int = 0
+
+
+class Scheduler:
+    """Runs jobs on its own thread.
+
+    Args:
+      perform: (key, tasks) performs the tasks, all of this key, in one call; it may raise, and then must have changed
+        no job.
+      limits: of running and waiting jobs, and of batches.
+      metrics: to count in.
+      prepare: called by the device thread before the first job, to compile programs.
+    """
+
+    def __init__(
+        self,
+        perform: Callable[[Any, Sequence[Task]], None],
+        limits: Limits,
+        metrics: Metrics,
+        prepare: Callable[[], None] = lambda: None,
+    ):
+        self._perform, self._limits, self._metrics, self._prepare = perform, limits, metrics, prepare
+        self._changed = threading.Condition()
+        self._waiting: deque[tuple[Job, float]] = deque()
+        self._running: dict[str, _Running] = {}
+        self._queues: FairQueues[Task] = FairQueues(limits.max_batch, limits.window_seconds)
+        self._stops: dict[str, tuple[Job, str]] = {}
+        self._is_draining = self._is_ending = False
+        self._average_seconds = 1.0
+        self.is_ready = False
+        self.failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._main, name="clvr-device", daemon=True)
+
+    def start(self) -> None:
+        """Starts the device thread."""
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the device thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_full(self) -> bool:
+        """Whether a further job would be refused."""
+        return self._is_draining or len(self._waiting) >= self._limits.max_queue
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Adds jobs to the queue, all or none. Raises: QueueFullError; DrainingError."""
+        with self._changed:
+            if self._is_draining or not self._thread.is_alive():
+                raise DrainingError("the server is shutting down; try again later")
+            free = max(0, self._limits.max_running - len(self._running)) if self.is_ready else 0
+            if len(self._waiting) + len(jobs) > self._limits.max_queue + free:
+                raise QueueFullError(len(self._waiting), self._retry_seconds())
+            now = time.monotonic()
+            self._waiting.extend((job, now) for job in jobs)
+            self._metrics.waiting.set(len(self._waiting))
+            self._changed.notify_all()
+
+    def stop(self, job: Job, outcome: str) -> None:
+        """Requests that a job ends before its next work; does nothing if it has ended."""
+        with self._changed:
+            self._stops[job.id] = job, outcome
+            self._changed.notify_all()
+
+    def position(self, job: Job) -> int | None:
+        """Returns the number of jobs that wait before this one; None if it does not wait."""
+        with self._changed:
+            return next((index for index, (each, _) in enumerate(self._waiting) if each is job), None)
+
+    def drain(self, seconds: float, outcome: str) -> None:
+        """Refuses further jobs, lets running ones continue for some seconds, stops the rest, and ends the thread.
+
+        Args:
+          seconds: for the running jobs; waiting ones are stopped at once.
+          outcome: of stopped jobs.
+        """
+        with self._changed:
+            self._is_draining = True
+            self._stops |= {job.id: (job, outcome) for job, _ in self._waiting}
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._running and not self._waiting, seconds)
+            self._stops |= {run.job.id: (run.job, outcome) for run in self._running.values()}
+            self._is_ending = True
+            self._changed.notify_all()
+        if self._thread.is_alive():
+            self._thread.join(seconds + 60)  # a batch that runs cannot be interrupted
+
+    def _main(self) -> None:
+        try:
+            self._prepare()
+            with self._changed:
+                self.is_ready = True
+            while (batch := self._next_batch()) is not None:
+                key, tasks = batch
+                began = time.monotonic()
+                self._perform_safely(key, tasks)
+                seconds = time.monotonic() - began
+                self._metrics.observe_batch(key, len(tasks), seconds)
+                with self._changed:
+                    self._queues.charge(key, seconds)
+        except BaseException as error:
+            self.failure = error
+            _log.exception("the device thread failed")
+            raise
+        finally:
+            self._fail_all()
+
+    def _next_batch(self) -> tuple[Any, list[Task]] | None:
+        """Returns the next batch as soon as there is one; None at the end of the server."""
+        while True:
+            with self._changed:
+                stops, self._stops = self._stops, {}
+                for job, outcome in stops.values():
+                    self._stop(job, outcome)
+                while self._waiting and len(self._running) < self._limits.max_running:
+                    self._start(*self._waiting.popleft())
+                self._metrics.waiting.set(len(self._waiting))
+                now = time.monotonic()
+                if batch := self._queues.next_batch(now):
+                    return batch
+                if self._is_ending and not self._running and not self._waiting:
+                    return None
+                if not self._stops:
+                    self._changed.wait(self._queues.seconds_until_ready(now))
+
+    def _start(self, job: Job, arrived: float) -> None:
+        now = time.monotonic()
+        self._metrics.queue_seconds.observe(now - arrived)
+        self._running[job.id] = _Running(job, now)
+        self._metrics.running.set(len(self._running))
+        self._advance(self._running[job.id])
+
+    def _stop(self, job: Job, outcome: str) -> None:
+        run = self._running.get(job.id)
+        waiting = next((entry for entry in self._waiting if entry[0] is job), None)
+        if run is None and waiting is None:
+            return
+        if waiting is not None:
+            self._waiting.remove(waiting)
+            run = self._running[job.id] = _Running(job, time.monotonic())
+        assert run is not None
+        self._queues.remove(lambda task: task.job is job)
+        run.remaining = 0
+        job.stop(outcome)
+        self._advance(run)
+
+    def _advance(self, run: _Running) -> None:
+        """Queues the next tasks of a job, or ends it."""
+        now = time.monotonic()
+        try:
+            tasks = run.job.tasks(now - run.started)
+            if not tasks:
+                run.job.end()
+        except Exception as error:  # noqa: BLE001 - of one job, which the others must survive
+            self._end(run, error)
+            return
+        if not tasks:
+            self._end(run)
+        run.remaining = len(tasks)
+        for task in tasks:
+            self._queues.add(task.key, task, now)
+
+    def _end(self, run: _Running, error: BaseException | None = None) -> None:
+        if error is not None:
+            self._queues.remove(lambda task: task.job is run.job)
+            run.job.fail(error)
+        self._running.pop(run.job.id, None)
+        self._average_seconds = 0.8 * self._average_seconds + 0.2 * (time.monotonic() - run.started)
+        self._metrics.running.set(len(self._running))
+        self._changed.notify_all()
+
+    def _perform_safely(self, key: Any, tasks: Sequence[Task]) -> None:
+        """Performs a batch; if it fails, each task by itself, so that one request does not spoil the others."""
+        try:
+            self._perform(key, tasks)
+        except Exception as error:  # noqa: BLE001 - of one request, which the others must survive
+            if len(tasks) > 1:
+                for task in tasks:
+                    self._perform_safely(key, [task])
+                return
+            if not isinstance(error, ClvrError):
+                _log.exception("job %s: %s", tasks[0].job.id, key)
+            with self._changed:
+                run = self._running.get(tasks[0].job.id)
+                if run is not None:
+                    self._end(run, error)
+            return
+        with self._changed:
+            for task in tasks:
+                run = self._running.get(task.job.id)
+                if run is not None:  # None if another task of the same job failed
+                    run.remaining -= 1
+                    if run.remaining == 0:
+                        self._advance(run)
+
+    def _retry_seconds(self) -> int:
+        """Estimates the seconds until a place in the queue is free."""
+        return min(600, max(1, math.ceil(self._average_seconds)))
+
+    def _fail_all(self) -> None:
+        """Fails the jobs that are left when the device thread ends, so that no client waits forever."""
+        with self._changed:
+            self._is_draining = True
+            error = self.failure or ClvrError("the server is shutting down")
+            jobs = [run.job for run in self._running.values()] + [job for job, _ in self._waiting]
+            self._running.clear()
+            self._waiting.clear()
+            for job in jobs:
+                job.fail(error)
+            self._changed.notify_all()

@@ -1,0 +1,302 @@
+"""The service behind the endpoints: checks requests against the models, runs jobs, and stores what they give."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import binascii
+import io
+import logging
+import re
+import secrets
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.image_io import ImageLike, as_pil, lazy_image, pixels
+from clvr_jax.pipelines.images import check_size
+from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
+from clvr_jax.serving import store as states
+from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
+from clvr_jax.serving.limits import Limits
+from clvr_jax.serving.metrics import Metrics
+from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
+from clvr_jax.serving.requests import MEDIUM_STEPS, ImageRequest, LoopFields
+from clvr_jax.serving.scheduler import DrainingError, QueueFullError, Scheduler
+from clvr_jax.serving.store import LoopStore
+
+_log = logging.getLogger("clvr.serving")
+_IMAGE_ID = re.compile(r"(loop_[0-9a-f]{24})_(\d{1,4})(?:\.(png|jpeg|webp))?")
+
+
+class Service:
+    """One server.
+
+    Args:
+      models: what it serves.
+      limits: what requests may take.
+      store: of finished loops.
+      warm_up: specs whose loops run, in batches of each given size, before the server is ready.
+    """
+
+    def __init__(self, models: ServedModels, limits: Limits, store: LoopStore, warm_up: Sequence[list[LoopSpec]] = ()):
+        self.models, self.limits, self.store = models, limits, store
+        self.metrics = Metrics()
+        self.metrics.image_rows = limits.image_rows
+        self._warm_up = warm_up
+        self.scheduler = Scheduler(models.perform, limits, self.metrics, self._prepare)
+        self.jobs: dict[str, LoopJob] = {}
+        self._writer = ThreadPoolExecutor(1, "clvr-store")
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def start(self) -> None:
+        """Starts the device thread; called in the event loop of the connections."""
+        self._loop = asyncio.get_running_loop()
+        self.scheduler.start()
+
+    def drain(self) -> None:
+        """Refuses further jobs; running loops get some time to end, the rest is stored as interrupted."""
+        self.scheduler.drain(self.limits.drain_seconds, INTERRUPTED)
+
+    def close(self) -> None:
+        """Drains, writes what is left, and closes the store."""
+        self.drain()
+        self._writer.shutdown()
+        self.store.close()
+
+    # --- requests -> jobs
+
+    def specs(self, request: LoopFields, images: Sequence[ImageLike], count: int = 1) -> list[LoopSpec]:
+        """Returns the loops that a request asks for, with the seeds SEED, SEED + 1 and so on.
+
+        Raises: ApiError for what the models or the limits do not allow.
+        """
+        models, limits = self.models, self.limits
+        self.check_model(request.model, models.name)
+        mode = request.chosen_mode or ("loop" if models.has_loop else "one-shot")
+        if mode == "loop" and not models.has_loop:
+            raise ApiError(422, "this server has no controller; ask for mode one-shot", "mode", "unsupported_parameter")
+        self._check_limits(request)
+        size = request.height_and_width
+        try:
+            if size is not None:
+                check_size(*size, models.token_pixels)
+            models.flux.check_prompts([request.prompt])
+        except ClvrError as error:
+            param = "size" if isinstance(error, UsageError) and "size" in str(error)[:5] else "prompt"
+            raise ApiError(422, str(error), param, "invalid_value") from error
+        if size is not None and size[0] * size[1] > limits.max_pixels:
+            raise ApiError(422, f"size {request.size}: at most {limits.max_pixels:,} pixels", "size", "invalid_value")
+        steps = MEDIUM_STEPS if isinstance(request, ImageRequest) and request.level == "medium" else request.max_steps
+        try:
+            budget = Budget(
+                max_steps=min(steps or Budget.max_steps, limits.max_loop_steps),
+                max_nfe=request.max_nfe,
+                max_seconds=request.max_seconds or limits.max_seconds,
+                stop_when=request.stop_when or "controller",
+                candidates=request.candidates or 1,
+            )
+        except UsageError as error:
+            raise ApiError(422, str(error), None, "invalid_value") from error
+        first = secrets.randbelow(2**31 - count) if request.seed is None else request.seed
+        sampling = Sampling(size, request.num_inference_steps, request.guidance_scale)
+        stored = request.model_dump(exclude_none=True, exclude={"images", "prompt"})
+        return [
+            LoopSpec(request.prompt, (first + number) % 2**31, mode, budget, sampling, tuple(images), stored)
+            for number in range(count)
+        ]
+
+    def _check_limits(self, request: LoopFields) -> None:
+        limits, settings = self.limits, self.models.flux.settings
+        checks: list[tuple[str, float | None, float]] = [
+            ("num_inference_steps", request.num_inference_steps, limits.max_inference_steps),
+            ("max_steps", request.max_steps, limits.max_loop_steps),
+            ("max_seconds", request.max_seconds, limits.max_seconds),
+        ]
+        for name, value, limit in checks:
+            if value is not None and value > limit:
+                raise ApiError(422, f"{name}: at most {limit:g} on this server, got {value:g}", name, "invalid_value")
+        if request.guidance_scale is not None and settings.is_distilled:
+            reason = "the model is distilled and uses no guidance"
+            raise ApiError(422, f"guidance_scale is not supported: {reason}", "guidance_scale", "unsupported_parameter")
+
+    def check_model(self, given: str | None, name: str | None) -> None:
+        """Raises ApiError if a request names another model than the one that serves it."""
+        if given is not None and given != name:
+            known = ", ".join(each for each in (self.models.name, self.models.chat_name) if each)
+            message = f"the model {given[:100]!r} does not serve this endpoint; GET /v1/models lists: {known}"
+            raise ApiError(404, message, "model", "model_not_found")
+
+    def read_image(self, content: bytes, param: str) -> Image.Image:
+        """Decodes an image of a user. Raises: ApiError, 400, for anything else."""
+        try:
+            image = lazy_image(content, param)
+            if image.width * image.height > self.limits.max_pixels * 4:
+                raise ClvrError(f"{param}: has more than {self.limits.max_pixels * 4:,} pixels; make it smaller")
+            array = pixels(image)
+        except ClvrError as error:
+            raise ApiError(400, str(error), param, "invalid_image") from error
+        token = self.models.token_pixels
+        if min(array.shape[:2]) < token:
+            raise ApiError(400, f"{param}: each side needs at least {token} pixels", param, "invalid_image")
+        return as_pil(array)
+
+    def decode_image(self, text: str, param: str) -> Image.Image:
+        """Decodes base64 or a data URL. Raises: ApiError, 400, also for URLs, which are never fetched."""
+        if re.match(r"[a-zA-Z][\w+.-]*://", text):
+            raise ApiError(400, f"{param}: URLs are not fetched; send the image as a data URL", param, "invalid_image")
+        _, comma, encoded = text.partition(",")
+        try:
+            content = base64.b64decode(encoded if comma else text, validate=True)
+        except (binascii.Error, ValueError) as error:
+            raise ApiError(400, f"{param}: not base64 and not a data URL", param, "invalid_image") from error
+        return self.read_image(content, param)
+
+    def submit(self, specs: Sequence[LoopSpec]) -> list[LoopJob]:
+        """Starts loops, all or none. Raises: ApiError, 429 or 503, if they cannot start now."""
+        self.check_ready()
+        assert self._loop is not None
+        jobs = [LoopJob(spec, self.models, EventLog(self._loop), self._on_end) for spec in specs]
+        for job in jobs:
+            spec = job.spec
+            self.store.add(job.id, job.created, spec.mode, spec.prompt, self.models.name, spec.seed, spec.request)
+            job.log.append("queued")
+        self.jobs |= {job.id: job for job in jobs}
+        try:
+            self._submit(jobs)
+        except ApiError:
+            for job in jobs:
+                del self.jobs[job.id]
+            self.store.withdraw([job.id for job in jobs])
+            raise
+        return jobs
+
+    def submit_chat(self, work: ChatWork) -> ChatJob:
+        """Starts a reply. Raises: ApiError as `submit`."""
+        self.check_ready()
+        job = ChatJob(work, self.models)
+        self._submit([job])
+        return job
+
+    def check_ready(self) -> None:
+        """Raises ApiError, 503, while the server starts or after it failed."""
+        if not self.scheduler.is_ready or not self.scheduler.is_alive:
+            raise ApiError(503, "the server is not ready; try again later", code="not_ready", retry_after=5)
+
+    def _submit(self, jobs: Sequence[Any]) -> None:
+        try:
+            self.scheduler.submit(jobs)
+        except QueueFullError as error:
+            raise ApiError(429, str(error), code="queue_full", retry_after=error.seconds) from error
+        except DrainingError as error:
+            raise ApiError(503, str(error), code="shutting_down", retry_after=10) from error
+
+    # --- results
+
+    def _on_end(self, job: LoopJob, trajectory: Trajectory | None, error: BaseException | None) -> None:
+        """Stores the result of a loop on another thread, so that the device does not wait."""
+        self._writer.submit(self._store, job, trajectory, error)
+
+    def _store(self, job: LoopJob, trajectory: Trajectory | None, error: BaseException | None) -> None:
+        try:
+            if trajectory is not None:
+                self._count(trajectory)
+                status = _status(job, trajectory)
+                done = {"status": status, "outcome": trajectory.outcome, "best": trajectory.best,
+                        "nfe": trajectory.nfe, "seconds": round(trajectory.seconds, 4)}  # fmt: skip
+                events = job.log.events
+                self.store.finish(job.id, status, trajectory, [*events, {"id": len(events), "type": "done", **done}])
+                job.log.append("done", **done)
+                job.result.set_result(trajectory)
+            else:
+                assert error is not None
+                self.store.fail(job.id, message_of(error))
+                self.metrics.outcomes.labels("failed").inc()
+                job.log.append("done", status=states.FAILED, error=message_of(error))
+                job.result.set_exception(error)
+        except Exception as problem:  # noqa: BLE001 - the client must get an answer even if the disk is full
+            _log.exception("%s cannot be stored", job.id)
+            job.log.append("done", status=states.FAILED, error="the result cannot be stored")
+            if not job.result.done():
+                job.result.set_exception(problem)
+        finally:
+            self.metrics.job_seconds.observe(time.time() - job.created)
+            job.log.complete()
+            self.jobs.pop(job.id, None)
+
+    def _count(self, trajectory: Trajectory) -> None:
+        self.metrics.outcomes.labels(trajectory.outcome).inc()
+        self.metrics.generations.observe(len(trajectory.generated))
+        self.metrics.nfe.observe(trajectory.nfe)
+        self.metrics.verifications.inc(sum(step.verification is not None for step in trajectory.steps))
+
+    def image(self, image_id: str) -> tuple[bytes, str]:
+        """Returns the bytes and the media type of an image id. Raises: ApiError, 404, if there is no such image."""
+        found = _IMAGE_ID.fullmatch(image_id)
+        if found is None:
+            raise ApiError(404, "no such image", "id", "not_found")
+        loop_id, step, kind = found[1], int(found[2]), found[3] or "png"
+        job = self.jobs.get(loop_id)
+        if job is not None and step < len(job.state.steps):
+            image = job.state.steps[step].image
+        else:
+            try:
+                image = self.store.image(loop_id, step)
+            except ClvrError:
+                image = None
+        if image is None:
+            raise ApiError(404, "no such image; it may have been deleted", "id", "not_found")
+        return encode(image, kind), f"image/{kind}"
+
+    # --- warm-up
+
+    def _prepare(self) -> None:
+        """Runs loops on the device thread, so that their programs are compiled before the first request."""
+        for specs in self._warm_up:
+            jobs = [LoopJob(spec, self.models, EventLog(None), lambda *_: None) for spec in specs]
+            while tasks := [task for job in jobs for task in job.tasks(0.0)]:
+                for key in dict.fromkeys(task.key for task in tasks):
+                    self.models.perform(key, [task for task in tasks if task.key == key])
+
+
+def encode(image: ImageLike, kind: str, compression: int | None = None) -> bytes:
+    """Encodes an image.
+
+    Args:
+      image: the image.
+      kind: "png", "jpeg" or "webp".
+      compression: quality of jpeg and webp in percent; 100 if None.
+    """
+    buffer = io.BytesIO()
+    pillow = Image.fromarray(np.ascontiguousarray(pixels(image)))
+    options = {} if kind == "png" else {"quality": 100 if compression is None else compression}
+    pillow.save(buffer, format=kind.upper(), **options)
+    return buffer.getvalue()
+
+
+def message_of(error: BaseException) -> str:
+    """Returns what a client may know of an error: the message of our own errors, nothing of others."""
+    return str(error) if isinstance(error, ClvrError) else "internal error; the server's log has the details"
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Returns the error of a job as one of the API."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ClvrError):
+        return ApiError(422, message_of(error), code="model_failed")
+    return ApiError(500, message_of(error), code="internal_error")
+
+
+def _status(job: LoopJob, trajectory: Trajectory) -> str:
+    if job.is_interrupted:
+        return states.INTERRUPTED
+    return states.CANCELED if trajectory.outcome == CANCELED else states.FINISHED

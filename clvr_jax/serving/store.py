@@ -1,0 +1,216 @@
+"""The store of loops: a directory for each finished trajectory, and an SQLite index of all loops.
+
+    OUT/index.sqlite3
+    OUT/loop_<24 hex digits>/trajectory.json, step_00.png, ..., index.html, events.json
+
+A loop is in the index from the moment it is accepted. A loop that was running when the process died is listed as
+interrupted after the next start.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sqlite3
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from clvr_jax.atomic_io import refuse_url, write_json
+from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import read_image
+from clvr_jax.reasoning.trajectory import Trajectory
+
+RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED = "running", "finished", "failed", "canceled", "interrupted"
+_ID = re.compile(r"loop_[0-9a-f]{24}")
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS loops (
+    id TEXT PRIMARY KEY,
+    created REAL NOT NULL,
+    finished REAL,
+    status TEXT NOT NULL,
+    mode TEXT NOT NULL,
+    prompt TEXT NOT NULL,
+    model TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    request TEXT NOT NULL,
+    outcome TEXT,
+    best INTEGER,
+    images INTEGER,
+    nfe INTEGER,
+    seconds REAL,
+    error TEXT,
+    bytes INTEGER NOT NULL DEFAULT 0
+);
+CREATE INDEX IF NOT EXISTS loops_by_age ON loops (created, id);
+"""
+_VERSION = 1
+"""Of the schema, in SQLite's user_version."""
+_SHOWN = "id, created, finished, status, mode, prompt, model, seed, request, outcome, best, images, nfe, seconds, error"
+
+
+class LoopStore:
+    """Stores loops below a directory; any thread may call it.
+
+    Args:
+      directory: is created if needed. Its lock is the caller's.
+      keep_seconds: age at which a loop is deleted.
+      keep_bytes: total size of all trajectories; above it the oldest are deleted.
+    Raises: ClvrError if the directory or the index cannot be written, or is of another version.
+    """
+
+    def __init__(self, directory: Path, keep_seconds: float, keep_bytes: int):
+        refuse_url(directory)
+        self._directory, self._keep_seconds, self._keep_bytes = directory, keep_seconds, keep_bytes
+        self._lock = threading.RLock()
+        path = directory / "index.sqlite3"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            self._index = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
+            self._index.row_factory = sqlite3.Row
+            version = self._index.execute("PRAGMA user_version").fetchone()[0]
+            if version not in (0, _VERSION):
+                raise ClvrError(f"{path}: has version {version}, this program reads version {_VERSION}")
+            # The write-ahead log survives kill -9 of the process; full durability would cost a disk flush per loop.
+            self._index.execute("PRAGMA journal_mode = WAL")
+            self._index.execute("PRAGMA synchronous = NORMAL")
+            self._index.executescript(_SCHEMA)
+            self._index.execute(f"PRAGMA user_version = {_VERSION}")
+            self._recover()
+        except (OSError, sqlite3.Error) as error:
+            raise ClvrError(f"{path}: cannot be written ({error}); choose another --out") from error
+
+    def add(
+        self, loop_id: str, created: float, mode: str, prompt: str, model: str, seed: int, request: Mapping[str, Any]
+    ) -> None:
+        """Lists a loop as running."""
+        with self._lock:
+            self._index.execute(
+                "INSERT INTO loops (id, created, status, mode, prompt, model, seed, request) VALUES (?,?,?,?,?,?,?,?)",
+                (loop_id, created, RUNNING, mode, prompt, model, seed, json.dumps(dict(request))),
+            )
+
+    def finish(self, loop_id: str, status: str, trajectory: Trajectory, events: Sequence[Mapping[str, Any]]) -> None:
+        """Saves the trajectory and the events of a loop, and lists it with this status."""
+        directory = self._directory / loop_id
+        trajectory.save(directory)
+        write_json(directory / "events.json", list(events))
+        size = sum(file.stat().st_size for file in directory.iterdir())
+        images = len(trajectory.generated)
+        self._end(loop_id, status, outcome=trajectory.outcome, best=trajectory.best, images=images, nfe=trajectory.nfe,
+                  seconds=round(trajectory.seconds, 4), error=trajectory.error, bytes=size)  # fmt: skip
+        self.delete_old()
+
+    def fail(self, loop_id: str, error: str) -> None:
+        """Lists a loop as failed."""
+        self._end(loop_id, FAILED, error=error)
+
+    def forget(self, loop_id: str) -> bool:
+        """Deletes a loop that does not run; returns whether there was one."""
+        with self._lock:
+            row = self.entry(loop_id)
+            if row is None or row["status"] == RUNNING:
+                return False
+            self._delete(loop_id)
+            return True
+
+    def withdraw(self, loop_ids: Sequence[str]) -> None:
+        """Removes loops that were listed but not accepted."""
+        with self._lock:
+            self._index.executemany("DELETE FROM loops WHERE id = ?", [(each,) for each in loop_ids])
+
+    def entry(self, loop_id: str) -> dict[str, Any] | None:
+        """Returns what the index has about a loop; None if there is no such loop."""
+        with self._lock:
+            row = self._index.execute(f"SELECT {_SHOWN} FROM loops WHERE id = ?", (loop_id,)).fetchone()  # noqa: S608
+        return None if row is None else _entry(row)
+
+    def entries(self, limit: int, before: str | None = None) -> list[dict[str, Any]]:
+        """Returns the latest loops, newest first.
+
+        Args:
+          limit: maximum number.
+          before: id of a loop; only older ones are returned.
+        """
+        with self._lock:
+            where, values = "", []
+            if before is not None:
+                where = "WHERE (created, id) < (SELECT created, id FROM loops WHERE id = ?)"
+                values = [before]
+            rows = self._index.execute(
+                f"SELECT {_SHOWN} FROM loops {where} ORDER BY created DESC, id DESC LIMIT ?",  # noqa: S608 - constants
+                (*values, limit),
+            ).fetchall()
+        return [_entry(row) for row in rows]
+
+    def image(self, loop_id: str, step: int) -> Any:
+        """Returns the image of a step as (height, width, 3) uint8. Raises: ClvrError if there is none."""
+        if not _ID.fullmatch(loop_id):
+            raise ClvrError("no such image")
+        return read_image(self._directory / loop_id / f"step_{step:02d}.png")
+
+    def trajectory(self, loop_id: str) -> Trajectory:
+        """Reads a stored trajectory. Raises: ClvrError if there is none."""
+        if not _ID.fullmatch(loop_id):
+            raise ClvrError("no such loop")
+        return Trajectory.load(self._directory / loop_id)
+
+    def events(self, loop_id: str) -> list[dict[str, Any]]:
+        """Returns the events of a finished loop; [] if it has none."""
+        path = self._directory / loop_id / "events.json"
+        if not _ID.fullmatch(loop_id) or not path.is_file():
+            return []
+        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+        return events
+
+    def delete_old(self) -> None:
+        """Deletes loops by age, and the oldest ones while all together are too large."""
+        with self._lock:
+            oldest = time.time() - self._keep_seconds
+            rows = self._index.execute(
+                "SELECT id FROM loops WHERE finished IS NOT NULL AND finished < ?", (oldest,)
+            ).fetchall()
+            total = self._index.execute("SELECT COALESCE(SUM(bytes), 0) FROM loops").fetchone()[0]
+            if total > self._keep_bytes:
+                for row in self._index.execute("SELECT id, bytes FROM loops WHERE bytes > 0 ORDER BY created, id"):
+                    if total <= self._keep_bytes:
+                        break
+                    rows.append(row)
+                    total -= row["bytes"]
+            for row in rows:
+                self._delete(row["id"])
+
+    def close(self) -> None:
+        """Closes the index."""
+        with self._lock:
+            self._index.close()
+
+    def _end(self, loop_id: str, status: str, **values: Any) -> None:
+        values |= {"status": status, "finished": time.time()}
+        names = ", ".join(f"{name} = :{name}" for name in values)  # names of this module, never of a client
+        with self._lock:
+            self._index.execute(f"UPDATE loops SET {names} WHERE id = :id", {**values, "id": loop_id})  # noqa: S608
+
+    def _delete(self, loop_id: str) -> None:
+        shutil.rmtree(self._directory / loop_id, ignore_errors=True)
+        self._index.execute("DELETE FROM loops WHERE id = ?", (loop_id,))
+
+    def _recover(self) -> None:
+        """Lists loops of a process that died as interrupted, and removes what it had not finished to write."""
+        self._index.execute(
+            "UPDATE loops SET status = ?, finished = ? WHERE status = ?", (INTERRUPTED, time.time(), RUNNING)
+        )
+        known = {row["id"] for row in self._index.execute("SELECT id FROM loops WHERE bytes > 0")}
+        for path in self._directory.glob("*loop_*"):
+            if path.name not in known and _ID.search(path.name):
+                with suppress(OSError):
+                    shutil.rmtree(path)
+        self.delete_old()
+
+
+def _entry(row: sqlite3.Row) -> dict[str, Any]:
+    return {**dict(row), "request": json.loads(row["request"])}

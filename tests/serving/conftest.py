@@ -1,0 +1,64 @@
+"""One real server for all tests: uvicorn in a thread, with the shipped model, on loopback."""
+
+import asyncio
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+import uvicorn
+
+from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+from clvr_jax.serving.app import make_app
+from clvr_jax.serving.limits import Limits
+from clvr_jax.serving.models import ServedModels
+from clvr_jax.serving.service import Service
+from clvr_jax.serving.store import LoopStore
+
+KEY = "sk-test-of-the-server"
+PROMPT = "a red circle"
+LIMITS = Limits(max_running=4, max_queue=4, max_body_bytes=1 << 20, max_pixels=128 * 128, keepalive_seconds=0.05)
+
+
+@dataclass(frozen=True)
+class RunningServer:
+    url: str
+    service: Service
+    pipeline: ClosedLoopPipeline
+    out: Path
+
+    def client(self, key: str | None = KEY) -> httpx.Client:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=300)
+
+
+def wait_until(is_true, seconds=120.0):
+    end = time.monotonic() + seconds
+    while not is_true():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory) -> Iterator[RunningServer]:
+    out = tmp_path_factory.mktemp("serving")
+    pipeline = ClosedLoopPipeline.from_pretrained("shapes-tiny")
+    service = Service(ServedModels(pipeline, "shapes-tiny"), LIMITS, LoopStore(out, 3600, 1 << 30))
+    running = uvicorn.Server(uvicorn.Config(make_app(service, KEY), port=0, log_config=None, access_log=False))
+    thread = threading.Thread(target=lambda: asyncio.run(running.serve()), daemon=True)
+    thread.start()
+    wait_until(lambda: running.started and service.scheduler.is_ready)
+    port = running.servers[0].sockets[0].getsockname()[1]
+    yield RunningServer(f"http://127.0.0.1:{port}", service, pipeline, out)
+    running.should_exit = True
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+@pytest.fixture
+def http(server) -> Iterator[httpx.Client]:
+    with server.client() as client:
+        yield client

@@ -1,0 +1,82 @@
+import pytest
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning import Step, Trajectory
+from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.serving.store import LoopStore
+from tests.reasoning.scripted import picture
+
+
+def loop_id(number: int) -> str:
+    return f"loop_{number:024x}"
+
+
+def trajectory(value: int = 7) -> Trajectory:
+    return Trajectory("p", (Step("Draw.", IMAGE_GEN, image=picture(value), nfe=4),), "unverified")
+
+
+def add(store, number, finish=True):
+    store.add(loop_id(number), float(number), "loop", "p", "m", 0, {"user": "u"})
+    if finish:
+        store.finish(loop_id(number), "finished", trajectory(number), [{"id": 0, "type": "done"}])
+
+
+def states(store):
+    return {entry["id"]: entry["status"] for entry in store.entries(100)}
+
+
+def test_finished_loops_survive_and_running_ones_are_interrupted(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    add(store, 1)
+    add(store, 2, finish=False)
+    trajectory().save(tmp_path / loop_id(2))  # saved, but killed before the index had it
+    # Not closed: as after kill -9.
+    again = LoopStore(tmp_path, 1e9, 1 << 30)
+    assert states(again) == {loop_id(1): "finished", loop_id(2): "interrupted"}
+    assert again.trajectory(loop_id(1)).image[0, 0, 0] == 1
+    assert again.events(loop_id(1)) == [{"id": 0, "type": "done"}]
+    assert (again.entry(loop_id(1))["request"], again.entry(loop_id(1))["nfe"]) == ({"user": "u"}, 4)
+    assert not (tmp_path / loop_id(2)).exists()
+    assert again.forget(loop_id(2))
+    assert not again.forget(loop_id(2))
+
+
+def test_pages_are_newest_first(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    for number in range(5):
+        add(store, number, finish=False)
+    assert [entry["id"] for entry in store.entries(2)] == [loop_id(4), loop_id(3)]
+    assert [entry["id"] for entry in store.entries(9, before=loop_id(3))] == [loop_id(2), loop_id(1), loop_id(0)]
+    assert not store.forget(loop_id(0))  # it runs
+    store.withdraw([loop_id(0), loop_id(1)])
+    assert len(store.entries(9)) == 3
+
+
+def test_the_oldest_are_deleted_by_size_and_all_by_age(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    for number in range(4):
+        add(store, number)
+    each = sum(file.stat().st_size for file in (tmp_path / loop_id(3)).iterdir())
+    kept = LoopStore(tmp_path, 1e9, int(2.5 * each))
+    assert sorted(states(kept)) == [loop_id(2), loop_id(3)]
+    assert sorted(path.name for path in tmp_path.glob("loop_*")) == [loop_id(2), loop_id(3)]
+    assert states(LoopStore(tmp_path, -1.0, 1 << 30)) == {}
+
+
+def test_no_path_leads_out_of_the_directory(tmp_path):
+    store = LoopStore(tmp_path / "a", 1e9, 1 << 30)
+    trajectory().save(tmp_path / "secret")
+    for name in ("../secret", "loop_0/../../secret", ""):
+        with pytest.raises(ClvrError, match="no such"):
+            store.trajectory(name)
+        with pytest.raises(ClvrError, match="no such"):
+            store.image(name, 0)
+        assert store.events(name) == []
+
+
+def test_an_index_of_another_version_is_refused(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    store._index.execute("PRAGMA user_version = 9")
+    store.close()
+    with pytest.raises(ClvrError, match="has version 9"):
+        LoopStore(tmp_path, 1e9, 1 << 30)
