@@ -39,6 +39,8 @@ class LimitOptions:
     """Refuse requests with a larger body, in MiB, with status 413."""
     max_pixels: int = 4 << 20
     """Generate images of at most this many pixels, and read images of at most four times as many."""
+    max_images: int = 16
+    """Read at most this many images of a user in one request. Each adds its tokens to every generation."""
     max_inference_steps: int = 100
     """Allow at most this many steps of the solver for one image."""
     max_loop_steps: int = 16
@@ -64,6 +66,7 @@ class LimitOptions:
             image_rows=self.image_rows,
             max_body_bytes=self.max_body_mb << 20,
             max_pixels=self.max_pixels,
+            max_images=self.max_images,
             max_inference_steps=self.max_inference_steps,
             max_loop_steps=self.max_loop_steps,
             max_seconds=self.max_loop_seconds,
@@ -166,8 +169,8 @@ def _serving_packages() -> Any:
     """Imports uvicorn. Raises: ClvrError that names the extra if a package of it is missing."""
     try:
         import fastapi  # noqa: F401
-        import multipart  # noqa: F401
         import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
         import uvicorn
     except ModuleNotFoundError as error:
         raise ClvrError(f"clvr serve needs {error.name}: pip install 'clvr-jax[serve]'") from error

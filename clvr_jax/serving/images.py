@@ -92,7 +92,7 @@ async def _read_edit(service: Service, request: Request) -> tuple[EditRequest, l
 async def _answer(
     service: Service, body: ImageRequest, images: Sequence[Image.Image], request: Request, kind: str
 ) -> Response:
-    specs = service.specs(body, images, body.n or 1)
+    specs = await asyncio.to_thread(service.specs, body, images, body.n or 1)
     jobs = service.submit(specs)
 
     def leave() -> None:

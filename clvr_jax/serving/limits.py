@@ -57,7 +57,15 @@ class Limits:
             raise UsageError(f"limits: the window must be from 0 to 0.02 seconds, got {self.window_seconds}")
         if self.image_rows not in (1, 2, 4, 8, 16):
             raise UsageError(f"limits: image_rows must be 1, 2, 4, 8 or 16, got {self.image_rows}")
-        for name in ("max_running", "max_queue", "max_body_bytes", "max_pixels", "max_loop_steps", "max_seconds"):
+        for name in (
+            "max_running",
+            "max_queue",
+            "max_body_bytes",
+            "max_pixels",
+            "max_images",
+            "max_loop_steps",
+            "max_seconds",
+        ):
             if not getattr(self, name) > 0:
                 raise UsageError(f"limits: {name} must be above 0, got {getattr(self, name)}")
         for name in ("drain_seconds", "keep_days", "keep_bytes"):

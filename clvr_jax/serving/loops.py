@@ -31,7 +31,7 @@ def loop_routes(service: Service) -> APIRouter:
         if len(texts) > service.limits.max_images:
             raise ApiError(422, f"images: at most {service.limits.max_images}", "images", "invalid_value")
         images = [await asyncio.to_thread(service.decode_image, text, "images") for text in texts]
-        (job,) = service.submit(service.specs(body, images))
+        (job,) = service.submit(await asyncio.to_thread(service.specs, body, images))
         return JSONResponse(_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
 
     @router.get("/v1/loops")

@@ -66,6 +66,6 @@ class Metrics:
         """Returns all metrics as Prometheus reads them."""
         return generate_latest(self._registry)
 
-    def _count_compilation(self, event: str, duration: float, **_: Any) -> None:
+    def _count_compilation(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
             self.compilations.inc()

@@ -11,7 +11,7 @@ import re
 import secrets
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, lazy_image, pixels
+from clvr_jax.pipelines.flux2 import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
@@ -93,8 +94,10 @@ class Service:
         except ClvrError as error:
             param = "size" if isinstance(error, UsageError) and "size" in str(error)[:5] else "prompt"
             raise ApiError(422, str(error), param, "invalid_value") from error
-        if size is not None and size[0] * size[1] > limits.max_pixels:
-            raise ApiError(422, f"size {request.size}: at most {limits.max_pixels:,} pixels", "size", "invalid_value")
+        number = _pixel_count(size or (None if images else models.default_size), images)
+        if number > limits.max_pixels:
+            message = f"the image would have {number:,} pixels, at most {limits.max_pixels:,} are allowed; give a size"
+            raise ApiError(422, message, "size", "invalid_value")
         steps = MEDIUM_STEPS if isinstance(request, ImageRequest) and request.level == "medium" else request.max_steps
         try:
             budget = Budget(
@@ -291,9 +294,19 @@ def api_error(error: BaseException) -> ApiError:
     """Returns the error of a job as one of the API."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, CancelledError):
+        return ApiError(503, "the server stopped this request", code="shutting_down", retry_after=10)
     if isinstance(error, ClvrError):
         return ApiError(422, message_of(error), code="model_failed")
     return ApiError(500, message_of(error), code="internal_error")
+
+
+def _pixel_count(size: tuple[int, int] | None, images: Sequence[ImageLike]) -> int:
+    """Returns the pixels of an image of this size; None takes the size of the first image, as the pipeline does."""
+    if size is not None:
+        return size[0] * size[1]
+    first = as_pil(images[0])
+    return min(first.height * first.width, MAX_REFERENCE_PIXELS)
 
 
 def _status(job: LoopJob, trajectory: Trajectory) -> str:

@@ -107,6 +107,8 @@ def test_malformed_uploads_are_refused(http):
     assert error_of(http.post(EDIT, data=fields, files={"image": ("a.png", png()[:90])}), 400)["param"] == "image"
     assert error_of(http.post(EDIT, data=fields, files={"image": ("a.png", png(4, 4))}), 400)["param"] == "image"
     assert error_of(http.post(EDIT, data=fields, files=[("image[]", ("a.png", png()))] * 17), 422)["param"] == "image"
+    large = {"image": ("a.png", png(200, 200))}  # whose edit would have its size
+    assert error_of(http.post(EDIT, data=fields, files=large), 422)["param"] == "size"
     assert error_of(http.post(EDIT, data={**fields, "input_fidelity": "low"}, files=image), 422)
 
 
