@@ -54,8 +54,8 @@ def chat_routes(service: Service) -> APIRouter:
         if body.stream:
             return stream_response(_stream(service, body, job, limit), leave)
         answer = _cut(service, await result_of(job.result, request, leave), limit)
-        message = {"role": "assistant", "content": answer.text, "refusal": None}
-        choice = {"index": 0, "message": message, "logprobs": _logprobs(body, answer), "finish_reason": _reason(answer)}
+        reply = {"role": "assistant", "content": answer.text, "refusal": None}
+        choice = {"index": 0, "message": reply, "logprobs": _logprobs(body, answer), "finish_reason": _reason(answer)}
         return JSONResponse({**_head(service, job, "chat.completion"), "choices": [choice], "usage": _usage(answer)})
 
     return router

@@ -31,7 +31,7 @@ def serve(
     listening = _listen(host, port)
     chosen: int = listening.getsockname()[1]
 
-    class Server(uvicorn.Server):  # type: ignore[misc, name-defined]
+    class Server(uvicorn.Server):
         def handle_exit(self, number: int, frame: FrameType | None) -> None:
             # At once, while uvicorn waits for open connections, which end with their loops.
             threading.Thread(target=service.drain, name="clvr-drain", daemon=True).start()

@@ -11,6 +11,7 @@ import httpx
 import pytest
 
 from clvr_jax.cli import main
+from clvr_jax.serving.store import LoopStore
 from tests.serving.conftest import PROMPT, wait_until
 
 LOOP = {"prompt": PROMPT, "seed": 1, "max_steps": 2}
@@ -42,7 +43,7 @@ def test_nothing_that_was_finished_is_lost(tmp_path):
         running = client.post("/v1/loops", json=LOOP).json()["id"]
         process.send_signal(signal.SIGKILL)
         process.wait()
-    with serving(tmp_path) as (process, client):
+    with serving(tmp_path, "--drain-seconds", "600") as (process, client):
         states = {each["id"]: each["status"] for each in client.get("/v1/loops").json()["data"]}
         assert states == {finished: "finished", running: "interrupted"}
         assert client.get(f"/v1/images/{finished}_0/content").content == image
@@ -55,9 +56,8 @@ def test_nothing_that_was_finished_is_lost(tmp_path):
         assert f"process {process.pid}" in another.stderr
         drained = client.post("/v1/loops", json=LOOP).json()["id"]
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 0
-    with serving(tmp_path) as (process, client):
-        assert client.get(f"/v1/loops/{drained}").json()["status"] == "finished"
+        assert process.wait(600) == 0
+    assert LoopStore(tmp_path, 3600, 1 << 30).entry(drained)["status"] == "finished"
 
 
 @pytest.mark.parametrize(
