@@ -117,7 +117,7 @@ class Serve:
     def run(self) -> Result:
         """Serves until SIGTERM or Ctrl-C."""
         key = self._key()
-        packages = _serving_packages()
+        _check_packages()
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_directory
 
@@ -137,7 +137,7 @@ class Serve:
             models = ServedModels(pipeline, self.name or self.model, limits.image_rows)
             store = LoopStore(self.out, limits.keep_days * 86400, limits.keep_bytes)
             service = Service(models, limits, store, warm_up)
-            port = serve(packages, service, self.host, self.port, key, on_start=self._show)
+            port = serve(service, self.host, self.port, key, on_start=self._show)
         return Result({"host": self.host, "port": port, "out": str(self.out)}, "the server has ended")
 
     def _load(self) -> Any:
@@ -146,7 +146,7 @@ class Serve:
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
         controller = None if self.control.controller_url else self.control.controller or self.model
-        check_memory(self.model, self.loading, controller, self.verifier)
+        check_memory(self.model, self.loading, controller=controller, verifier=self.verifier)
         roles = self.control.arguments(self.verifier, is_verified=True)
         return ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
 
@@ -165,16 +165,15 @@ class Serve:
         console.print(f"listening on http://{host}:{port}/v1, loops are stored in {self.out}", highlight=False)
 
 
-def _serving_packages() -> Any:
-    """Imports uvicorn. Raises: ClvrError that names the extra if a package of it is missing."""
+def _check_packages() -> None:
+    """Raises: ClvrError that names the extra if a package of it is missing."""
     try:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise ClvrError(f"clvr serve needs {error.name}: pip install 'clvr-jax[serve]'") from error
-    return uvicorn
 
 
 def _is_loopback(host: str) -> bool:

@@ -52,8 +52,8 @@ class Tokenizer(Protocol):
 
     def __len__(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Returns the token ids of a text."""
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a text, with those that the tokenizer adds to every text if it adds any."""
         ...
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
@@ -122,7 +123,7 @@ def _item(service: Service, loop_id: str, with_steps: bool = False) -> dict[str,
     entry = _entry_of(service, loop_id)
     shown = _shown(service, entry)
     if with_steps and entry["images"] is not None:
-        content = service.store.trajectory(loop_id).to_dict()
+        content: UncheckedJSON = service.store.trajectory(loop_id).to_dict()
         for number, step in enumerate(content["steps"]):
             step["image_id"] = None if step.pop("image") is None else f"{loop_id}_{number}"
         shown["steps"] = content["steps"]

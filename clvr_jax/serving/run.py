@@ -7,20 +7,18 @@ import socket
 import threading
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+
+import uvicorn
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.serving.app import make_app
 from clvr_jax.serving.service import Service
 
 
-def serve(
-    uvicorn: Any, service: Service, host: str, port: int, key: str | None, on_start: Callable[[int], None]
-) -> int:
+def serve(service: Service, host: str, port: int, key: str | None, on_start: Callable[[int], None]) -> int:
     """Serves until SIGTERM or Ctrl-C; running loops are drained then.
 
     Args:
-      uvicorn: the module.
       service: what is served.
       host, port: to listen on; port 0 takes a free one.
       key: see `make_app`.
@@ -32,10 +30,10 @@ def serve(
     chosen: int = listening.getsockname()[1]
 
     class Server(uvicorn.Server):
-        def handle_exit(self, number: int, frame: FrameType | None) -> None:
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
             # At once, while uvicorn waits for open connections, which end with their loops.
             threading.Thread(target=service.drain, name="clvr-drain", daemon=True).start()
-            super().handle_exit(number, frame)
+            super().handle_exit(sig, frame)
 
     config = uvicorn.Config(
         make_app(service, key),
