@@ -68,19 +68,29 @@ def evidence_probability(description: ChatResponse, evidence: str) -> float:
 
     Returns: the product of the probabilities of their tokens; 1 if the description has no token probabilities.
     """
-    if not description.tokens:
-        return 1.0
+    return math.exp(sum(_quoted_logprobs(description, evidence)))
+
+
+def least_clause_probability(description: ChatResponse, evidence: str) -> float:
+    """Returns the probability of the least probable of these clauses; 1 without token probabilities."""
+    return math.exp(min(_quoted_logprobs(description, evidence), default=0.0))
+
+
+def _quoted_logprobs(description: ChatResponse, evidence: str) -> list[float]:
+    """Returns the log probability of each clause that evidence quotes; of all if it quotes none, or others too."""
     quoted = {_ENUMERATED.sub("", clause) for clause, _, _ in _clause_spans(evidence)}
     spans = _clause_spans(description.text)
     known = {clause for clause, _, _ in spans}
     relevant = [span for span in spans if span[0] in quoted] if quoted and quoted <= known else spans
-    logprob, begin = 0.0, 0
-    for token in description.tokens:
+    logprobs, begin = [0.0] * len(relevant), 0
+    for token in description.tokens or ():
         end = begin + len(token.text)
-        if any(begin < last and end > first for _, first, last in relevant):
-            logprob += token.logprob
+        for index, (_, first, last) in enumerate(relevant):
+            if begin < last and end > first:
+                logprobs[index] += token.logprob
+                break  # a token that reaches into the next clause is counted once
         begin = end
-    return math.exp(logprob)
+    return logprobs
 
 
 def is_consistent(description: str, requirement: str, answer: str) -> bool:

@@ -14,7 +14,14 @@ from typing import get_args
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
-from clvr_jax.reasoning.evidence import ANSWER, answer_probability, evidence_probability, is_consistent, supports
+from clvr_jax.reasoning.evidence import (
+    ANSWER,
+    answer_probability,
+    evidence_probability,
+    is_consistent,
+    least_clause_probability,
+    supports,
+)
 from clvr_jax.reasoning.verification import (
     COMPARISON_PROMPT,
     DESCRIPTION_PROMPT,
@@ -45,6 +52,9 @@ class ModelVerifier(Verifier):
       is_instructed: whether system prompts explain the task; False for models that were trained for it.
       max_tokens: of each answer. An answer may quote the whole description.
       threshold: the least probability at which a requirement counts as met.
+      clause_threshold: the least probability of every clause of the description that a yes rests on, if the model was
+        trained to describe in fixed words; other models have many words for the same thing. Above one half, because an
+        image that is accepted by mistake ends the loop, and one that is rejected by mistake costs a generation.
       retries: how often a list of requirements that cannot be read is asked for again, at a temperature.
       comparison_retries: how often an answer that contradicts the description is sampled again, if the model was
         trained to quote it.
@@ -58,6 +68,7 @@ class ModelVerifier(Verifier):
         is_instructed: bool = True,
         max_tokens: int = 512,
         threshold: float = 0.5,
+        clause_threshold: float = 0.8,
         retries: int = 2,
         comparison_retries: int = 8,
     ):
@@ -65,8 +76,11 @@ class ModelVerifier(Verifier):
             raise UsageError(f"verification: the mode must be one of {', '.join(get_args(Mode))}, got {mode!r}")
         if not 0 < threshold < 1:
             raise UsageError(f"verification: the threshold must lie between 0 and 1, got {threshold}")
+        if not 0 <= clause_threshold < 1:
+            raise UsageError(f"verification: clause_threshold must be at least 0 and below 1, got {clause_threshold}")
         self._model, self._mode, self._max_tokens = model, mode, max_tokens
         self._is_instructed, self._threshold, self._retries = is_instructed, threshold, retries
+        self._clause_threshold = clause_threshold
         self._comparison_retries = comparison_retries
         self.usage = Usage()
 
@@ -222,12 +236,13 @@ class ModelVerifier(Verifier):
         is_yes = match[1].lower() == "yes"
         evidence = text[: match.start()].strip().rstrip(".")
         # A model that was trained to quote supports its yes by a quotation that names what is required.
-        is_unsupported = False
+        is_unsupported = is_doubtful = False
         if is_yes and description is not None and not self._is_instructed:
             is_unsupported = not supports(description.text, requirement, evidence)
+            is_doubtful = least_clause_probability(description, evidence) < self._clause_threshold
         probability = answer_probability(answer)
         if probability is None:
-            return Requirement(requirement, is_yes and not is_unsupported, None, evidence)
+            return Requirement(requirement, is_yes and not (is_unsupported or is_doubtful), None, evidence)
         certainty = 1.0
         if description is not None:
             certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
@@ -236,7 +251,7 @@ class ModelVerifier(Verifier):
         probability = supported + (1 - certainty) * (1 - probability) / 2
         # Doubt about the description never turns a no into a yes.
         is_met = probability >= self._threshold and (is_yes or supported >= self._threshold)
-        return Requirement(requirement, is_met, probability, evidence)
+        return Requirement(requirement, is_met and not is_doubtful, probability, evidence)
 
     def _gathered(
         self, requirements: Sequence[Sequence[str]], checked: Sequence[Requirement], descriptions: Sequence[str]

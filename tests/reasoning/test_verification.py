@@ -13,6 +13,7 @@ from clvr_jax.reasoning.evidence import (
     evidence_probability,
     invents,
     is_consistent,
+    least_clause_probability,
     names_required,
     omits,
 )
@@ -117,6 +118,27 @@ def test_evidence_is_as_certain_as_the_clauses_it_quotes():
     assert evidence_probability(described, "blue cross left; red star top") == pytest.approx(0.45)
     assert evidence_probability(described, "no green circle") == pytest.approx(0.45)
     assert evidence_probability(ChatResponse("I see red star top."), "red star top") == 1.0
+    assert least_clause_probability(described, "blue cross left; red star top") == pytest.approx(0.5)
+    assert least_clause_probability(described, "one: red star top") == pytest.approx(0.9)
+    assert least_clause_probability(ChatResponse("I see red star top."), "red star top") == 1.0
+
+
+@pytest.mark.parametrize(
+    ("is_instructed", "quoted", "is_met"),
+    [(False, "red star top", True), (False, "red star top; blue cross left", False), (True, "blue cross left", True)],
+)
+def test_a_yes_rests_on_no_clause_that_a_trained_model_doubts(is_instructed, quoted, is_met):
+    """Each clause counts by itself: many clauses of .9 make no doubt, one of .7 does."""
+
+    def reply(question):
+        if question.images:
+            return answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.7), (".", 1.0))
+        return answer((f"{quoted}.", 1.0), (" yes", 1.0), yes=1.0)
+
+    verifier = ModelVerifier(ScriptedModel(reply), is_instructed=is_instructed)
+    ((found,),) = (checked.requirements for checked in verifier.check([(quoted.split("; ")[-1],)], [IMAGE]))
+    assert found.met is is_met
+    assert found.probability > 0.5
 
 
 def test_evidence_that_a_trained_model_invents_is_no_evidence():

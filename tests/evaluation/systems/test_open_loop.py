@@ -3,10 +3,9 @@
 from clvr_jax.evaluation.benchmarks.shapes import shapes_checker
 from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController, request_whole_plan
-from clvr_jax.reasoning import Budget, Conversation
+from clvr_jax.reasoning import Budget, Conversation, run
 from clvr_jax.worlds.shapes.oracle import first_reply, parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
-from tests.evaluation.runs import run_function
 from tests.evaluation.test_closed_loop_in_shapes import ClumsyDrawer
 from tests.reasoning.scripted import generate
 
@@ -16,7 +15,7 @@ METADATA = evaluation_prompts("complex")[::20]
 def trajectories(mode, budget=None):
     prompts = [entry["prompt"] for entry in METADATA]
     limits = budget_for_mode(mode, budget)
-    return run_function(prompts, OpenLoopController(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
+    return run(prompts, OpenLoopController(Oracle(METADATA)), ClumsyDrawer(), limits, range(len(prompts)))
 
 
 def correct(done):
