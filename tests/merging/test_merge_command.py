@@ -4,6 +4,7 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
+from clvr_jax import plots
 from clvr_jax.cli import main
 from clvr_jax.commands.merging import parse_weight
 from clvr_jax.errors import UsageError
@@ -90,7 +91,8 @@ def test_a_dry_run_lists_the_tensors_and_writes_nothing(command, tmp_path, capsy
 
 
 def test_a_report_without_matplotlib_says_so_and_has_the_numbers(command, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(module, "can_plot", lambda: False)
+    for where in (module, plots):
+        monkeypatch.setattr(where, "can_plot", lambda: False)
     assert main([*command, "--report"]) == 0
     captured = capsys.readouterr()
     assert "matplotlib is not installed (pip install matplotlib)" in captured.err

@@ -185,8 +185,8 @@ def test_a_benchmark_of_an_endpoint_needs_no_jax():
     """JAX, the models and Orbax take 170 MiB, of which a run against servers has no use."""
     code = (
         "import sys\n"
-        "import clvr_jax.commands.evaluation_benchmarks, clvr_jax.evaluation.benchmarks.scoring\n"
-        "import clvr_jax.evaluation.benchmarks.judges, clvr_jax.evaluation.endpoints\n"
+        "import clvr_jax.commands.eval.benchmarks, clvr_jax.evaluation.harness.scoring\n"
+        "import clvr_jax.evaluation.judging.judges, clvr_jax.evaluation.systems.endpoints\n"
         "import clvr_jax.providers.openai_chat, clvr_jax.providers.openai_images\n"
         "print(sorted({'jax', 'flax', 'orbax', 'tensorstore'} & sys.modules.keys()))"
     )
