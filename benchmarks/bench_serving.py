@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import tyro
 
@@ -43,7 +43,7 @@ def serving(model: str, image_rows: int, max_queue: int) -> Iterator[tuple[str, 
             found = re.search(r"http://[\d.]+:\d+", line)
             assert found is not None, line + process.stderr.read()
             threading.Thread(target=process.stderr.read, daemon=True).start()
-            while httpx.get(f"{found[0]}/health").status_code != 200:
+            while httpx2.get(f"{found[0]}/health").status_code != 200:
                 time.sleep(0.1)
             print(f"ready after {time.monotonic() - began:.1f} s")
             yield found[0], process.pid
@@ -57,7 +57,7 @@ def prompt_of(number: int) -> str:
     return str(train_prompt(np.random.default_rng((11, number)))["prompt"])
 
 
-def generate(client: httpx.Client, number: int, mode: str) -> httpx.Response:
+def generate(client: httpx2.Client, number: int, mode: str) -> httpx2.Response:
     """Requests one image."""
     body = {"prompt": prompt_of(number), "seed": number, "mode": mode}
     return client.post("/v1/images/generations", json=body)
@@ -65,7 +65,7 @@ def generate(client: httpx.Client, number: int, mode: str) -> httpx.Response:
 
 def throughput(url: str, clients: int, count: int, mode: str) -> float:
     """Images per second of some clients, each of which sends its next request when the one before is answered."""
-    with httpx.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(clients) as pool:
+    with httpx2.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(clients) as pool:
         began = time.monotonic()
         answers = list(pool.map(lambda number: generate(client, number, mode), range(count)))
         seconds = time.monotonic() - began
@@ -76,7 +76,7 @@ def throughput(url: str, clients: int, count: int, mode: str) -> float:
 def equality(url: str, count: int) -> int:
     """How many of the images have other bytes in a crowd than alone."""
     order = list(range(count))
-    with httpx.Client(base_url=url, timeout=600) as client:
+    with httpx2.Client(base_url=url, timeout=600) as client:
         alone = [generate(client, number, "one-shot").json()["data"][0]["b64_json"] for number in order]
         random.Random(0).shuffle(order)
         with ThreadPoolExecutor(16) as pool:
@@ -86,7 +86,7 @@ def equality(url: str, count: int) -> int:
 
 def endurance(url: str, count: int) -> Counter[str]:
     """How many requests ended in which way, 50 at a time, with cancels and malformed ones among them."""
-    limits = httpx.Limits(max_connections=60, max_keepalive_connections=60)
+    limits = httpx2.Limits(max_connections=60, max_keepalive_connections=60)
 
     def one(number: int) -> str:
         kind = random.Random(number).random()
@@ -106,11 +106,11 @@ def endurance(url: str, count: int) -> Counter[str]:
                 refused.append(number)
                 time.sleep(float(answer.headers["retry-after"]))
             return f"image: {answer.status_code}"
-        except httpx.HTTPError as error:
+        except httpx2.HTTPError as error:
             return f"lost: {type(error).__name__}"
 
     refused: list[int] = []
-    with httpx.Client(base_url=url, timeout=600, limits=limits) as client, ThreadPoolExecutor(50) as pool:
+    with httpx2.Client(base_url=url, timeout=600, limits=limits) as client, ThreadPoolExecutor(50) as pool:
         ended = Counter(pool.map(one, range(count)))
     return ended + Counter({"429 and tried again": len(refused)})
 
@@ -123,7 +123,7 @@ def resident_mib(process: int) -> float:
 
 def mean_batches(url: str) -> dict[str, float]:
     """Mean number of works in a batch, by stage."""
-    text = httpx.get(f"{url}/metrics").text
+    text = httpx2.get(f"{url}/metrics").text
     sums = dict(re.findall(r'^clvr_batch_size_sum{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
     counts = dict(re.findall(r'^clvr_batch_size_count{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
     return {stage: round(float(sums[stage]) / float(counts[stage]), 2) for stage in sums}

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
+import httpx2
 import pytest
 import uvicorn
 
@@ -30,9 +30,9 @@ class RunningServer:
     pipeline: ClosedLoopPipeline
     out: Path
 
-    def client(self, key: str | None = KEY) -> httpx.Client:
+    def client(self, key: str | None = KEY) -> httpx2.Client:
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=300)
+        return httpx2.Client(base_url=self.url, headers=headers, timeout=300)
 
 
 def wait_until(is_true, seconds=120.0):
@@ -59,6 +59,6 @@ def server(tmp_path_factory) -> Iterator[RunningServer]:
 
 
 @pytest.fixture
-def http(server) -> Iterator[httpx.Client]:
+def http(server) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client

@@ -5,7 +5,7 @@ import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import httpx
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -158,7 +158,7 @@ def test_a_client_that_leaves_ends_its_request(http, gate, server):
         leaving.stream("POST", "/v1/images/generations", json={**BODY, "stream": True}) as response,
     ):
         assert next(response.iter_lines()).startswith(": keepalive")
-    with server.client() as leaving, pytest.raises(httpx.ReadTimeout):
+    with server.client() as leaving, pytest.raises(httpx2.ReadTimeout):
         leaving.post("/v1/images/generations", json=BODY, timeout=1)
     wait_until(lambda: len(server.service.scheduler._stops) == 2)
     gate.is_open = True

@@ -3,7 +3,7 @@
 import base64
 import io
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import pytest
@@ -81,10 +81,10 @@ def test_a_url_leads_to_the_image(client):
     (entry,) = client.images.generate(
         prompt=PROMPT, response_format="url", output_format="jpeg", extra_body=ONE_SHOT
     ).data
-    response = httpx.get(entry.url, headers={"Authorization": f"Bearer {KEY}"})
+    response = httpx2.get(entry.url, headers={"Authorization": f"Bearer {KEY}"})
     assert response.headers["content-type"] == "image/jpeg"
     assert Image.open(io.BytesIO(response.content)).size == (64, 64)
-    assert httpx.get(entry.url).status_code == 401
+    assert httpx2.get(entry.url).status_code == 401
 
 
 def test_chat_is_the_controllers_reply(client, server):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from contextlib import contextmanager
 
-import httpx
+import httpx2
 import pytest
 
 from clvr_jax.cli import main
@@ -26,7 +26,7 @@ def serving(out, *options):
         line = process.stderr.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)
         assert found is not None, line + process.stderr.read()
-        with httpx.Client(base_url=found[0], timeout=300) as client:
+        with httpx2.Client(base_url=found[0], timeout=300) as client:
             wait_until(lambda: client.get("/health").status_code == 200)
             yield process, client
     finally:
