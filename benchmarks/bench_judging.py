@@ -31,23 +31,23 @@ from tests.providers.server import KEY, completion
 def main() -> None:
     """Prints both."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pictures", type=int, default=10_000)
+    parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--size", type=int, default=64, help="pixels of a side")
     parser.add_argument("--in-flight", type=int, default=64)
     parser.add_argument("--delay", type=float, default=1.0, help="seconds before the endpoint answers")
     options = parser.parse_args()
     os.environ["LOOPBACK_KEY"] = KEY
     with endpoint(_answer, options.delay) as server, tempfile.TemporaryDirectory() as folder:
-        pictures = _pictures(Path(folder), options.pictures, options.size)
-        ideal = options.pictures / options.in_flight * options.delay
+        images = _images(Path(folder), options.images, options.size)
+        ideal = options.images / options.in_flight * options.delay
         for name in ("with the judge", "from its answers on disk"):
             judge = endpoint_judge("tiny", server.url, "LOOPBACK_KEY", in_flight=options.in_flight)
             began, busy = time.monotonic(), time.process_time()
-            score_images(pictures, JudgeScorer(judge))
+            score_images(images, JudgeScorer(judge))
             seconds, busy = time.monotonic() - began, time.process_time() - busy
             print(
-                f"{options.pictures} pictures of {options.size} x {options.size}, {name}: {seconds:.1f} s "
-                f"(the judge alone {ideal:.1f} s), {busy / options.pictures * 1e3:.2f} ms of processor time a picture, "
+                f"{options.images} images of {options.size} x {options.size}, {name}: {seconds:.1f} s "
+                f"(the judge alone {ideal:.1f} s), {busy / options.images * 1e3:.2f} ms of processor time a picture, "
                 f"{busy / seconds:.0%} of one core"
             )
             ideal = 0.0
@@ -58,7 +58,7 @@ def _answer(path: str, request: dict[str, Any]) -> dict[str, Any]:
     return content
 
 
-def _pictures(folder: Path, count: int, size: int) -> BenchmarkImages:
+def _images(folder: Path, count: int, size: int) -> BenchmarkImages:
     """Noise, for the prompts of one tag."""
     entry = {"tag": "counting", "include": [{"class": "cup", "count": 5}], "prompt": "A photo of five cups"}
     (folder / "prompts.jsonl").write_text(f"{json.dumps(entry)}\n" * count)

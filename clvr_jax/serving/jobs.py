@@ -55,7 +55,7 @@ class OneShotState:
         self._spec, self._notify = spec, notify
         self._step: Step | None = None
         self._outcome: str | None = None
-        self._began = time.monotonic()
+        self._began: float | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -64,13 +64,13 @@ class OneShotState:
 
     def next_work(self, elapsed: float) -> Sequence[OneShotWork]:
         """Returns the generation; [] once it is done."""
-        if self._outcome is None and elapsed == 0.0:
-            self._began = time.monotonic()
+        self._began = self._began or time.monotonic()
         spec = self._spec
         return [] if self._outcome is not None else [OneShotWork(spec.prompt, spec.images, spec.seed)]
 
     def receive_image(self, generated: GeneratedImage) -> None:
         """Stores the image."""
+        assert self._began is not None
         seconds = time.monotonic() - self._began
         self._step = Step(
             "", IMAGE_GEN, image=generated.image, nfe=generated.nfe, seconds=seconds, seed=self._spec.seed

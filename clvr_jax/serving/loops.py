@@ -41,6 +41,8 @@ def loop_routes(service: Service) -> APIRouter:
         before: Annotated[str | None, Query(max_length=64)] = None,
     ) -> Response:
         """Lists loops, newest first; `before` is the id after which the next page begins."""
+        if before is not None:
+            _entry_of(service, before)
         entries = service.store.entries(limit + 1, before)
         page = [_shown(service, entry) for entry in entries[:limit]]
         return JSONResponse({"object": "list", "data": page, "has_more": len(entries) > limit})

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import io
 import logging
 import re
@@ -21,6 +19,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, lazy_image, pixels
 from clvr_jax.pipelines.flux2 import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.images import check_size
+from clvr_jax.providers.base64_text import decode_base64, read_data_url
+from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
 from clvr_jax.serving import store as states
@@ -90,10 +90,12 @@ class Service:
         try:
             if size is not None:
                 check_size(*size, models.token_pixels)
+        except UsageError as error:
+            raise ApiError(422, str(error), "size", "invalid_value") from error
+        try:
             models.flux.check_prompts([request.prompt])
         except ClvrError as error:
-            param = "size" if isinstance(error, UsageError) and "size" in str(error)[:5] else "prompt"
-            raise ApiError(422, str(error), param, "invalid_value") from error
+            raise ApiError(422, str(error), "prompt", "invalid_value") from error
         number = _pixel_count(size or (None if images else models.default_size), images)
         if number > limits.max_pixels:
             message = f"the image would have {number:,} pixels, at most {limits.max_pixels:,} are allowed; give a size"
@@ -156,11 +158,10 @@ class Service:
         """Decodes base64 or a data URL. Raises: ApiError, 400, also for URLs, which are never fetched."""
         if re.match(r"[a-zA-Z][\w+.-]*://", text):
             raise ApiError(400, f"{param}: URLs are not fetched; send the image as a data URL", param, "invalid_image")
-        _, comma, encoded = text.partition(",")
         try:
-            content = base64.b64decode(encoded if comma else text, validate=True)
-        except (binascii.Error, ValueError) as error:
-            raise ApiError(400, f"{param}: not base64 and not a data URL", param, "invalid_image") from error
+            content = read_data_url(text) if text.startswith("data:") else decode_base64(text)
+        except Failure as error:
+            raise ApiError(400, f"{param}: {error}; send base64 or a data URL", param, "invalid_image") from error
         return self.read_image(content, param)
 
     def submit(self, specs: Sequence[LoopSpec]) -> list[LoopJob]:

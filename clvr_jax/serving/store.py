@@ -3,8 +3,9 @@
     OUT/index.sqlite3
     OUT/loop_<24 hex digits>/trajectory.json, step_00.png, ..., index.html, events.json
 
-A loop is in the index from the moment it is accepted. A loop that was running when the process died is listed as
-interrupted after the next start.
+A loop is in the index from the moment it is accepted. After the process died, the next start lists a loop whose
+trajectory was saved as finished, and any other that was running as interrupted. Directories that the index does not
+know are left alone.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ import sqlite3
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from clvr_jax.atomic_io import refuse_url, write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import read_image
+from clvr_jax.json_input import parse_json, read_text
 from clvr_jax.reasoning.trajectory import Trajectory
 
 RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED = "running", "finished", "failed", "canceled", "interrupted"
@@ -99,10 +100,7 @@ class LoopStore:
         directory = self._directory / loop_id
         trajectory.save(directory)
         write_json(directory / "events.json", list(events))
-        size = sum(file.stat().st_size for file in directory.iterdir())
-        images = len(trajectory.generated)
-        self._end(loop_id, status, outcome=trajectory.outcome, best=trajectory.best, images=images, nfe=trajectory.nfe,
-                  seconds=round(trajectory.seconds, 4), error=trajectory.error, bytes=size)  # fmt: skip
+        self._list(loop_id, status, trajectory)
         self.delete_old()
 
     def fail(self, loop_id: str, error: str) -> None:
@@ -164,8 +162,10 @@ class LoopStore:
         path = self._directory / loop_id / "events.json"
         if not _ID.fullmatch(loop_id) or not path.is_file():
             return []
-        events: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-        return events
+        found = parse_json(read_text(path), str(path))
+        if not isinstance(found, list) or not all(isinstance(event, dict) and "type" in event for event in found):
+            raise ClvrError(f"{path}: is no list of events; the file is damaged, delete the loop")
+        return [dict(event) for event in found]
 
     def delete_old(self) -> None:
         """Deletes loops by age, and the oldest ones while all together are too large."""
@@ -189,6 +189,13 @@ class LoopStore:
         with self._lock:
             self._index.close()
 
+    def _list(self, loop_id: str, status: str, trajectory: Trajectory) -> None:
+        """Lists a loop whose trajectory is saved."""
+        size = sum(file.stat().st_size for file in (self._directory / loop_id).iterdir())
+        images = len(trajectory.generated)
+        self._end(loop_id, status, outcome=trajectory.outcome, best=trajectory.best, images=images, nfe=trajectory.nfe,
+                  seconds=round(trajectory.seconds, 4), error=trajectory.error, bytes=size)  # fmt: skip
+
     def _end(self, loop_id: str, status: str, **values: Any) -> None:
         values |= {"status": status, "finished": time.time()}
         names = ", ".join(f"{name} = :{name}" for name in values)  # names of this module, never of a client
@@ -200,15 +207,16 @@ class LoopStore:
         self._index.execute("DELETE FROM loops WHERE id = ?", (loop_id,))
 
     def _recover(self) -> None:
-        """Lists loops of a process that died as interrupted, and removes what it had not finished to write."""
-        self._index.execute(
-            "UPDATE loops SET status = ?, finished = ? WHERE status = ?", (INTERRUPTED, time.time(), RUNNING)
-        )
-        known = {row["id"] for row in self._index.execute("SELECT id FROM loops WHERE bytes > 0")}
-        for path in self._directory.glob("*loop_*"):
-            if path.name not in known and _ID.search(path.name):
-                with suppress(OSError):
-                    shutil.rmtree(path)
+        """Lists the loops of a process that died, and removes what it had not finished to write of them."""
+        for row in self._index.execute("SELECT id FROM loops WHERE status = ?", (RUNNING,)).fetchall():
+            try:
+                trajectory = self.trajectory(row["id"])
+            except ClvrError:
+                self._end(row["id"], INTERRUPTED)
+                for path in self._directory.glob(f"*{row['id']}*"):
+                    shutil.rmtree(path, ignore_errors=True)
+            else:
+                self._list(row["id"], CANCELED if trajectory.outcome == CANCELED else FINISHED, trajectory)
         self.delete_old()
 
 

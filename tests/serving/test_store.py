@@ -29,14 +29,24 @@ def test_finished_loops_survive_and_running_ones_are_interrupted(tmp_path):
     store = LoopStore(tmp_path, 1e9, 1 << 30)
     add(store, 1)
     add(store, 2, finish=False)
-    trajectory().save(tmp_path / loop_id(2))  # saved, but killed before the index had it
+    add(store, 3, finish=False)
+    trajectory(3).save(tmp_path / loop_id(3))  # saved, but killed before the index had it
+    (tmp_path / f".{loop_id(2)}.part").mkdir()
+    others = [tmp_path / loop_id(9), tmp_path / f"copy_of_{loop_id(1)}"]
+    for path in others:
+        trajectory().save(path)
     # Not closed: as after kill -9.
     again = LoopStore(tmp_path, 1e9, 1 << 30)
-    assert states(again) == {loop_id(1): "finished", loop_id(2): "interrupted"}
-    assert again.trajectory(loop_id(1)).image[0, 0, 0] == 1
+    assert states(again) == {loop_id(1): "finished", loop_id(2): "interrupted", loop_id(3): "finished"}
+    assert [again.trajectory(loop_id(number)).image[0, 0, 0] for number in (1, 3)] == [1, 3]
+    assert (again.entry(loop_id(3))["nfe"], again.events(loop_id(3))) == (4, [])
+    assert all((path / "trajectory.json").exists() for path in others)
     assert again.events(loop_id(1)) == [{"id": 0, "type": "done"}]
     assert (again.entry(loop_id(1))["request"], again.entry(loop_id(1))["nfe"]) == ({"user": "u"}, 4)
-    assert not (tmp_path / loop_id(2)).exists()
+    assert not list(tmp_path.glob(f"*{loop_id(2)}*"))
+    (tmp_path / loop_id(1) / "events.json").write_text("{")
+    with pytest.raises(ClvrError, match="events"):
+        again.events(loop_id(1))
     assert again.forget(loop_id(2))
     assert not again.forget(loop_id(2))
 
