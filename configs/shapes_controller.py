@@ -66,6 +66,7 @@ from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.verifier import TRAINED_FOR_LOOP
 from clvr_jax.tasks.shapes.sizes import TEXT_ENCODER, TEXT_START
 from clvr_jax.training.checkpoint import CheckpointConfig
+from clvr_jax.training.expansion import with_identity_blocks
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig
@@ -126,6 +127,10 @@ class Config:
     """Images of the generators, from `clvr_jax/scripts/shapes_images.py`."""
     start: Path | None = None
     """A controller to continue from; new weights if not given."""
+    trained: Literal["all", "vision"] = "all"
+    """Train all weights, or those of the vision tower alone: then plans, comparisons and replies stay as they are."""
+    deepen_vision: bool = False
+    """Insert a block after each block of the vision tower of `start`; the new ones change nothing at first."""
     dataset: Path | None = None
     """Conversations of `clvr synth`, in place of simulated ones."""
     kinds: tuple[Literal["prompt", "comparison", "image", "conversation"], ...] = KINDS
@@ -240,13 +245,14 @@ class Batches:
             image, description = distractor_image(rng)
             chats.append(description_chat(add_noise(image, rng), description))
         for row, (image, reading) in enumerate(self._read_images(rng, count - distractors)):
+            noisy, noisy_reading = _with_noise(image, reading, rng)
             if row % 8 == 0:
-                chats.append(question_chat(rng, add_noise(image, rng), reading))
+                chats.append(question_chat(rng, noisy, noisy_reading))
             elif rng.random() < config.recolored_share:
                 recolored, description = recolor_objects(image, reading, rng)
                 chats.append(description_chat(add_noise(recolored, rng), description))
             else:
-                chats.append(description_chat(add_noise(image, rng), describe(reading)))
+                chats.append(description_chat(noisy, describe(noisy_reading)))
         return chats
 
     def _read_images(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, Reading]]:
@@ -322,6 +328,12 @@ class Batches:
         return {**batch, "input_ids_bt": read, "target_ids_bt": ids}
 
 
+def _with_noise(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, Reading]:
+    """Returns the image with noise, labeled anew: noise moves objects over the border between clear and unclear."""
+    noisy = add_noise(image, rng)
+    return (image, reading) if resembles_held_out_pair(noisy) else (noisy, detect(noisy))
+
+
 recorded = functools.cache(recorded_conversations)
 
 
@@ -364,6 +376,21 @@ def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Callable[[np.ndarra
     return apply
 
 
+def with_deeper_vision(model: Qwen3VL) -> Qwen3VL:
+    """Returns the model with twice as many blocks in its vision tower, which computes the same at first."""
+    vision = model.config.vision
+    # The features for the language model are taken after the new block, so that they come from it too.
+    indexes = tuple(2 * index + 1 for index in vision.deepstack_visual_indexes)
+    deeper = dataclasses.replace(vision, depth=2 * vision.depth, deepstack_visual_indexes=indexes)
+    config = dataclasses.replace(model.config, vision=deeper)
+    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
+    params = nnx.state(model)
+    blocks = params["model"]["visual"]["blocks"]
+    params["model"]["visual"]["blocks"] = with_identity_blocks(blocks, (r"attn\.proj\.", r"mlp\.linear_fc2\."))
+    deepened: Qwen3VL = nnx.merge(graphdef, params)
+    return deepened
+
+
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     tokenizer = load_tokenizer(config.tokenizer)
@@ -377,13 +404,17 @@ def task(config: Config) -> Task:
         vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
     )
     if config.start is None:
-        graphdef, params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(config.train.seed)))
-        params = scaled(params, TEXT_START)
+        graphdef, all_params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(config.train.seed)))
+        start = nnx.merge(graphdef, scaled(all_params, TEXT_START))
     else:
-        graphdef, params = nnx.split(load_model(config.start, QWEN3_VL, jnp.float32))
+        start = load_model(config.start, QWEN3_VL, jnp.float32)
+    if config.deepen_vision:
+        start = with_deeper_vision(start)
+    is_trained = nnx.PathContains("visual") if config.trained == "vision" else nnx.Everything()
+    graphdef, params, fixed = nnx.split(start, is_trained, ...)
 
     def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graphdef, params)
+        model = nnx.merge(graphdef, params, frozen)
         pixel_values = data.get("pixel_values")
         count = 0 if pixel_values is None else pixel_values.shape[1] // (GRID[1] * GRID[2])
         logits = model(
@@ -398,7 +429,7 @@ def task(config: Config) -> Task:
         return mean, {**metrics, f"{kind}_loss": mean}
 
     def export(ema: Any, directory: Path) -> None:
-        model = nnx.merge(graphdef, ema)
+        model = nnx.merge(graphdef, ema, fixed)
         save_model(directory, model, QWEN3_VL, "float16")
         tokenizer.save_pretrained(str(directory))
         write_json(directory / "preprocessor_config.json", processor_to_dict(PROCESSOR))
@@ -407,7 +438,7 @@ def task(config: Config) -> Task:
     return Task(
         name="shapes controller",
         params=params,
-        frozen={},
+        frozen=fixed,
         loss=loss,
         batches=Batches(config, tokenizer, reconstruction(load_vae(config.vae), config.vae_noise)),
         export=export,

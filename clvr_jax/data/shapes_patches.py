@@ -14,7 +14,7 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.shapes import Image
-from clvr_jax.data.shapes_augmentation import resembles_held_out_pair
+from clvr_jax.data.shapes_augmentation import random_direction, resembles_held_out_pair
 from clvr_jax.worlds.shapes.detect import Reading, detect, foreground_components
 from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, CELL_SIZE, CELLS, cell_at
 
@@ -22,6 +22,10 @@ _SPECK = 6
 """Components of fewer pixels are no objects, as for the detector."""
 _MARGIN = 2
 """Pixels around a component that belong to its soft edge."""
+_DISTORTION = 2.4
+"""Greatest displacement of the outline of a distorted object, in pixels."""
+_STAIN = 130.0
+"""Greatest change of color of a part of a distorted object, in levels of the channels."""
 _COUNTS = (0.02, 0.06, 0.12, 0.2, 0.22, 0.18, 0.12, 0.05, 0.02, 0.01)
 """Probabilities of 0 to 9 objects in an image."""
 
@@ -75,13 +79,16 @@ def _patches_of(image: Image) -> Iterator[tuple[str, Patch]]:
             yield cell, Patch(difference[grown], grown[0].start - top, grown[1].start - left)
 
 
-def assembled_image(rng: np.random.Generator, patches: Patches, unclear_share: float = 0.25) -> tuple[Image, Reading]:
+def assembled_image(
+    rng: np.random.Generator, patches: Patches, unclear_share: float = 0.25, distorted_share: float = 0.25
+) -> tuple[Image, Reading]:
     """Puts objects in random cells of an empty image.
 
     Args:
       rng: numpy generator; the same state gives the same image.
       patches: objects to choose from.
       unclear_share: probability that an object is one of the unclear ones.
+      distorted_share: probability that an object is distorted, see `_distorted`.
     Returns: the image, uint8 (64, 64, 3), and what the detector reads in it. Nothing in it resembles a held-out pair.
     """
     while True:
@@ -94,10 +101,40 @@ def assembled_image(rng: np.random.Generator, patches: Patches, unclear_share: f
             is_mirrored = rng.random() < 0.5  # every shape is its own mirror image
             row, column = top + patch.row, left + (_side() - patch.column - width if is_mirrored else patch.column)
             shown = patch.difference[:, ::-1] if is_mirrored else patch.difference
+            if rng.random() < distorted_share:
+                shown = _distorted(shown, rng)
             image[row : row + height, column : column + width] += shown
         assembled = np.clip(image, 0, 255).astype(np.uint8)
         if not resembles_held_out_pair(assembled):
             return assembled, detect(assembled)
+
+
+def _distorted(difference: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Returns an object with its outline bent, or a part of it in another tint.
+
+    These are the ways in which a generator misses an object, so many of the results lie close to the border between
+    clear and unclear, on either side.
+
+    Args:
+      difference: int16 (height, width, 3) from the background.
+      rng: numpy generator.
+    """
+    height, width = difference.shape[:2]
+    if rng.random() < 0.7:
+        strength = rng.uniform(0.2, _DISTORTION)
+        moves = [ndimage.gaussian_filter(rng.normal(size=(height, width)), 3.0, mode="reflect") for _ in range(2)]
+        rows, columns = (strength * move / max(float(np.abs(move).max()), 1e-6) for move in moves)
+        grid = np.mgrid[:height, :width] + np.stack([rows, columns])
+        bent = [ndimage.map_coordinates(channel, grid, order=1) for channel in np.moveaxis(difference, -1, 0)]
+        return np.stack(bent, axis=-1)
+    center = rng.uniform(0, (height, width))
+    offsets = np.mgrid[:height, :width] - center[:, None, None]
+    spot = np.exp(-(offsets**2).sum(axis=0) / (2 * rng.uniform(2, 6) ** 2))
+    strongest = max(int(np.abs(difference).max()), 1)
+    inside = np.abs(difference).max(axis=-1) / strongest
+    change = rng.uniform(0, _STAIN) * random_direction(rng, 3)
+    stained: np.ndarray = np.round(difference + (spot * inside)[..., None] * change).astype(np.int16)
+    return stained
 
 
 def _corner(cell: str) -> tuple[int, int]:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.numpy import load_file
 
 from clvr_jax.configs import shapes_base, shapes_controller, shapes_sft, shapes_text_encoder
 from clvr_jax.data.shapes import planned_example, simulate_trajectory
@@ -119,6 +120,33 @@ def test_the_controller_learns_and_its_folder_chats(tmp_path, generated_images):
     config.write_text(json.dumps({**json.loads(config.read_text()), "image_token_id": 5}))
     with pytest.raises(ClvrError, match="belong to different checkpoints"):
         Qwen3VLPipeline.from_pretrained(tmp_path / "export")
+
+
+@pytest.mark.slow
+def test_a_deepened_vision_tower_learns_alone(tmp_path, generated_images):
+    controller = SHIPPED / "shapes-tiny" / "controller"
+    config = dataclasses.replace(
+        shapes_controller.CONFIG,
+        train=dataclasses.replace(ONE, steps=2),
+        images=generated_images,
+        start=controller,
+        trained="vision",
+        deepen_vision=True,
+        kinds=("image",),
+        **SMALL,
+        **PARTS,
+    )
+    fit(shapes_controller.task(config), config.train, tmp_path)
+    before, after = (load_file(path / "model.safetensors") for path in (controller, tmp_path / "export"))
+    blocks = {int(name.split(".")[3]) for name in after if name.startswith("model.visual.blocks.")}
+    assert blocks == set(range(2 * json.loads((controller / "config.json").read_text())["vision_config"]["depth"]))
+    fixed = {name for name in before if not name.startswith("model.visual.")}
+    assert fixed
+    for name in fixed:
+        np.testing.assert_array_equal(after[name], before[name])
+    assert not np.array_equal(
+        after["model.visual.patch_embed.proj.weight"], before["model.visual.patch_embed.proj.weight"]
+    )
 
 
 def controller_batches(**changes):
