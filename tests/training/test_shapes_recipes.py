@@ -24,6 +24,7 @@ from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.scripts import shapes_assemble, shapes_rollouts
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.shapes import SETTINGS, Kind, recorded_examples, recorded_kinds
+from clvr_jax.tasks.shapes.controller_batches import KINDS, ControllerBatches, labeled_images
 from clvr_jax.tasks.shapes.sft import STEPS, step_example
 from clvr_jax.tasks.shapes.text_encoder import contents, text_batch
 from clvr_jax.training.trainer import TrainConfig, TrainState, fit, make_train_step
@@ -108,7 +109,7 @@ def test_the_controller_learns_and_its_folder_chats(tmp_path, generated_images):
     train = dataclasses.replace(ONE, steps=8, learning_rate=3e-3)
     config = dataclasses.replace(shapes_controller.CONFIG, train=train, images=generated_images, **SMALL, **PARTS)
     task = shapes_controller.task(config)
-    batch = task.batches(shapes_controller.KINDS.index("conversation"))
+    batch = task.batches(KINDS.index("conversation"))
     fit(dataclasses.replace(task, batches=lambda step: batch), train, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
     assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
@@ -152,15 +153,15 @@ def test_a_deepened_vision_tower_learns_alone(tmp_path, generated_images):
 def controller_batches(**changes):
     config = dataclasses.replace(shapes_controller.CONFIG, vae_share=0.0, **{**SMALL, **changes})
     tokenizer = load_tokenizer(PARTS["tokenizer"])
-    return shapes_controller.Batches(config, tokenizer, lambda images, seed: images), tokenizer
+    return ControllerBatches(config, config.train.seed, tokenizer, lambda images, seed: images), tokenizer
 
 
 def test_a_controller_batch_follows_from_its_step(generated_images):
     ahead, _ = controller_batches(images=generated_images)
     _ = ahead(0)
-    for step, kind in enumerate(shapes_controller.KINDS):
+    for step, kind in enumerate(KINDS):
         batches, _ = controller_batches(images=generated_images)
-        first, again, other = batches(step), ahead(step), ahead(step + len(shapes_controller.KINDS))
+        first, again, other = batches(step), ahead(step), ahead(step + len(KINDS))
         assert jax.tree.all(jax.tree.map(np.array_equal, first, again)), kind
         width = min(first["input_ids_bt"].shape[1], other["input_ids_bt"].shape[1])
         assert not np.array_equal(first["input_ids_bt"][:, :width], other["input_ids_bt"][:, :width]), kind
@@ -170,7 +171,7 @@ def test_only_color_words_of_descriptions_are_corrupted_and_never_the_targets(ge
     batches, tokenizer = controller_batches(images=generated_images, image_batch=64)
     colors = {tokenizer.encode(f" {color}")[0] for color in COLORS}
     changed = 0
-    for step, kind in enumerate(shapes_controller.KINDS):
+    for step, kind in enumerate(KINDS):
         batch = batches(step)
         differs = batch["input_ids_bt"] != batch["target_ids_bt"]
         assert kind == "image" or not differs.any()
@@ -181,11 +182,11 @@ def test_only_color_words_of_descriptions_are_corrupted_and_never_the_targets(ge
 
 
 def test_images_of_held_out_pairs_are_never_learned(generated_images):
-    images, readings = shapes_controller.labeled_images(generated_images)
+    images, readings = labeled_images(generated_images)
     assert len(images) == 2
     assert {item.color for reading in readings for item in reading.objects} == {"red", "blue"}
     with pytest.raises(ClvrError, match=r"no generated images .*; run python -m clvr_jax.scripts.shapes_images"):
-        shapes_controller.labeled_images(generated_images.parent / "none.npz")
+        labeled_images(generated_images.parent / "none.npz")
 
 
 @pytest.mark.parametrize("step", [0, 1, 3])
@@ -231,7 +232,7 @@ def test_the_controller_learns_the_conversations_of_a_dataset(tmp_path):
     trajectory = Trajectory(metadata["prompt"], tuple(steps), "step limit", "m", 0, {}, 0.0)
     write_dataset(tmp_path / "dataset", [TrajectoryRecord("a", trajectory, metadata)])
     batches, tokenizer = controller_batches(dataset=tmp_path / "dataset")
-    batch = batches(shapes_controller.KINDS.index("conversation"))
+    batch = batches(KINDS.index("conversation"))
     said = tokenizer.decode(batch["target_ids_bt"][0][batch["weights_bt"][0] > 0])
     assert said == f"{told.replies[1]}<|im_end|>"
     read = tokenizer.decode(batch["target_ids_bt"][0])

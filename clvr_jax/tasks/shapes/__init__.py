@@ -1,7 +1,10 @@
-"""The small models of the shapes world: an autoencoder, a text encoder, FLUX.2 from nothing and by SFT, and a UNet."""
+"""The small models of the shapes world: an autoencoder, a text encoder, FLUX.2 from nothing and by SFT, a UNet, and
+a Qwen3-VL as verifier and controller."""
 
 from clvr_jax.tasks.shapes.base import base_task
 from clvr_jax.tasks.shapes.batches import BASE_KINDS, Kind, batch, examples
+from clvr_jax.tasks.shapes.controller import controller_task
+from clvr_jax.tasks.shapes.controller_batches import ControllerBatches, ControllerData
 from clvr_jax.tasks.shapes.sft import SFT_KINDS, recorded_examples, recorded_kinds, sft_task
 from clvr_jax.tasks.shapes.sizes import SETTINGS
 from clvr_jax.tasks.shapes.stable_diffusion import stable_diffusion_task
@@ -12,9 +15,12 @@ __all__ = [
     "BASE_KINDS",
     "SETTINGS",
     "SFT_KINDS",
+    "ControllerBatches",
+    "ControllerData",
     "Kind",
     "base_task",
     "batch",
+    "controller_task",
     "examples",
     "recorded_examples",
     "recorded_kinds",

@@ -1,0 +1,170 @@
+"""The small Qwen3-VL of the shapes world in its two roles, verifier and controller: its sizes and its training."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from clvr_jax.atomic_io import write_json
+from clvr_jax.convert.architectures import QWEN3_VL
+from clvr_jax.convert.models import load_model, save_model
+from clvr_jax.data.conversations import IMAGE_PAD
+from clvr_jax.data.qwen3_vl_images import processor_to_dict
+from clvr_jax.data.text import load_tokenizer
+from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
+from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
+from clvr_jax.pipelines.flux2_io import load_vae
+from clvr_jax.pipelines.verifier import TRAINED_FOR_LOOP
+from clvr_jax.tasks.shapes.controller_batches import (
+    PROCESSOR,
+    ROWS_DECODED,
+    ControllerBatches,
+    ControllerData,
+    Reconstruct,
+)
+from clvr_jax.tasks.shapes.sizes import TEXT_ENCODER, TEXT_START
+from clvr_jax.training.expansion import with_identity_blocks
+from clvr_jax.training.initialization import scaled
+from clvr_jax.training.objectives import next_token_loss
+from clvr_jax.training.trainer import Task
+
+TEXT = Qwen3VLTextConfig(
+    vocab_size=640,
+    hidden_size=TEXT_ENCODER.hidden_size,  # TEXT_START is for this width
+    intermediate_size=384,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=32,
+    rope_theta=10_000.0,
+    mrope_section=(6, 5, 5),
+    max_position_embeddings=2048,
+)
+VISION = Qwen3VLVisionConfig(
+    depth=4,
+    hidden_size=128,
+    intermediate_size=256,
+    num_heads=4,
+    patch_size=PROCESSOR.patch_size,
+    out_hidden_size=TEXT.hidden_size,
+    num_position_embeddings=64,
+    deepstack_visual_indexes=(1, 2),
+)
+GRID = (1, 64 // PROCESSOR.patch_size, 64 // PROCESSOR.patch_size)
+
+Trained = Literal["all", "vision"]
+
+
+def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Reconstruct:
+    """Returns a function of images, uint8 (n, 64, 64, 3), and a seed: their reconstructions from noisy latents."""
+    graphdef, state = nnx.split(vae)
+
+    @jax.jit
+    def decode(state: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+        vae = nnx.merge(graphdef, state)
+        tokens = vae.encode_tokens(images.astype(jnp.float32) / 127.5 - 1)
+        decoded = vae.decode_tokens(tokens + noise * jax.random.normal(key, tokens.shape))
+        return jnp.round(jnp.clip(decoded / 2 + 0.5, 0, 1) * 255).astype(jnp.uint8)
+
+    def apply(images: np.ndarray, seed: int) -> np.ndarray:
+        filled = np.zeros((ROWS_DECODED, *images.shape[1:]), np.uint8)
+        filled[: len(images)] = images
+        return np.asarray(decode(state, filled, jax.random.key(seed)))[: len(images)]
+
+    return apply
+
+
+def with_deeper_vision(model: Qwen3VL) -> Qwen3VL:
+    """Returns the model with twice as many blocks in its vision tower, which computes the same at first."""
+    vision = model.config.vision
+    # The features for the language model are taken after the new block, so that they come from it too.
+    indexes = tuple(2 * index + 1 for index in vision.deepstack_visual_indexes)
+    deeper = dataclasses.replace(vision, depth=2 * vision.depth, deepstack_visual_indexes=indexes)
+    config = dataclasses.replace(model.config, vision=deeper)
+    graphdef = nnx.split(nnx.eval_shape(lambda: Qwen3VL(config, rngs=nnx.Rngs(0))))[0]
+    params = nnx.state(model)
+    blocks = params["model"]["visual"]["blocks"]
+    params["model"]["visual"]["blocks"] = with_identity_blocks(blocks, (r"attn\.proj\.", r"mlp\.linear_fc2\."))
+    deepened: Qwen3VL = nnx.merge(graphdef, params)
+    return deepened
+
+
+def controller_task(
+    tokenizer: Path,
+    vae: Path,
+    data: ControllerData,
+    *,
+    vae_noise: float,
+    start: Path | None,
+    trained: Trained,
+    deepen_vision: bool,
+    seed: int,
+) -> Task:
+    """Returns the task of training the controller.
+
+    Args:
+      tokenizer: directory of the tokenizer.
+      vae: directory of the autoencoder that images pass through.
+      data: what the batches contain.
+      vae_noise: noise added to the latents, whose scale is 1.
+      start: controller to continue from; None trains from random weights.
+      trained: "vision" trains the vision tower alone.
+      deepen_vision: insert a block after each block of the vision tower.
+      seed: of the initial weights and of the batches.
+    """
+    words = load_tokenizer(tokenizer)
+    model_config = Qwen3VLConfig(
+        text=TEXT,
+        vision=VISION,
+        tie_word_embeddings=False,
+        image_token_id=words.convert_tokens_to_ids(IMAGE_PAD),
+        video_token_id=words.convert_tokens_to_ids("<|video_pad|>"),
+        vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
+        vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
+    )
+    if start is None:
+        graphdef, all_params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(seed)))
+        model = nnx.merge(graphdef, scaled(all_params, TEXT_START))
+    else:
+        model = load_model(start, QWEN3_VL, jnp.float32)
+    if deepen_vision:
+        model = with_deeper_vision(model)
+    is_trained = nnx.PathContains("visual") if trained == "vision" else nnx.Everything()
+    graphdef, params, *others = nnx.split(model, is_trained, ...)
+    (fixed,) = others
+
+    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        model = nnx.merge(graphdef, params, frozen)
+        pixel_values = batch.get("pixel_values")
+        count = 0 if pixel_values is None else pixel_values.shape[1] // (GRID[1] * GRID[2])
+        logits = model(
+            batch["input_ids_bt"],
+            pixel_values,
+            (GRID,) * count,
+            batch["positions_b3t"].swapaxes(0, 1),
+            batch["attention_mask_bt"],
+        )
+        mean, metrics = next_token_loss(logits, batch["target_ids_bt"], batch["weights_bt"])
+        kind = "text" if pixel_values is None else "image" if count == 1 else "conversation"
+        return mean, {**metrics, f"{kind}_loss": mean}
+
+    def export(ema: Any, directory: Path) -> None:
+        model = nnx.merge(graphdef, ema, fixed)
+        save_model(directory, model, QWEN3_VL, "float16")
+        words.save_pretrained(str(directory))
+        write_json(directory / "preprocessor_config.json", processor_to_dict(PROCESSOR))
+        write_json(directory / "clvr.json", {"contract": TRAINED_FOR_LOOP})
+
+    return Task(
+        name="shapes controller",
+        params=params,
+        frozen=fixed,
+        loss=loss,
+        batches=ControllerBatches(data, seed, words, reconstruction(load_vae(vae), vae_noise)),
+        export=export,
+    )
