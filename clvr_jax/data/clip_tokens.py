@@ -1,12 +1,12 @@
 """Tokens of prompts for CLIP's text encoders, and CLIP tokenizers for small worlds."""
 
-import json
+import itertools
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer as WordPieces
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import pre_tokenizers
 
 from clvr_jax.interfaces.tokenizer import Tokenizer
 
@@ -17,9 +17,8 @@ _SPECIAL = ("<|startoftext|>", "<|endoftext|>")
 def encode_clip(tokenizer: Tokenizer, prompts: Sequence[str], length: int) -> np.ndarray:
     """Tokenizes prompts with start and end of text, truncated or padded on the right with the tokenizer's padding.
 
-    The UNet reads the padding, so it is part of the model: SDXL's second tokenizer pads with "!", all others with end
-      of
-    text.
+    The UNet reads the padding, so it is part of the model: SDXL's second tokenizer pads with "!", all others with the
+    end of text.
 
     Args:
       tokenizer: transformers `CLIPTokenizer`.
@@ -42,14 +41,10 @@ def make_clip_tokenizer(words: Iterable[str], length: int) -> Tokenizer:
     Args:
       words: the words, in lower case, since CLIP lower-cases its input.
       length: `model_max_length`, to which diffusers pads.
-    Returns: the tokenizer; start and end of text have the largest ids, as in the published vocabulary.
+    Returns: the tokenizer, the same in every process; start and end of text have the largest ids, as in the published
+      vocabulary.
     """
-    bpe = WordPieces(models.BPE(end_of_word_suffix=_WORD_END))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    # The limit is larger than the number of possible merges, so that training ends when each word is one token.
-    trainer = trainers.BpeTrainer(vocab_size=2**16, end_of_word_suffix=_WORD_END, show_progress=False)
-    bpe.train_from_iterator(sorted(set(words)), trainer)
-    merges: Any = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = _merges(words)
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = dict.fromkeys([*letters, *(letter + _WORD_END for letter in letters), *map("".join, merges), *_SPECIAL])
 
@@ -61,3 +56,31 @@ def make_clip_tokenizer(words: Iterable[str], length: int) -> Tokenizer:
     )
     made: Tokenizer = tokenizer
     return made
+
+
+def _merges(words: Iterable[str]) -> list[tuple[str, str]]:
+    """Returns the merges of byte-pair encoding that make each word one token, most frequent pairs first.
+
+    The trainer of `tokenizers` breaks ties in an order that differs between processes, so a run that is resumed would
+    have other tokens.
+    """
+    split = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str
+    pieces = {piece for word in words for piece, _ in split(word)}
+    spelled = [(*piece[:-1], piece[-1] + _WORD_END) for piece in sorted(pieces)]
+    merges: list[tuple[str, str]] = []
+    while counts := Counter(pair for parts in spelled for pair in itertools.pairwise(parts)):
+        merges.append(min(counts, key=lambda pair: (-counts[pair], pair)))
+        spelled = [_merged(parts, merges[-1]) for parts in spelled]
+    return merges
+
+
+def _merged(parts: Sequence[str], pair: tuple[str, str]) -> tuple[str, ...]:
+    """Returns the parts of a word with each occurrence of a pair joined, from left to right."""
+    joined: list[str] = []
+    for part in parts:
+        # What was joined at this pair cannot begin it again, since it is longer than its first part.
+        if joined and (joined[-1], part) == pair:
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)

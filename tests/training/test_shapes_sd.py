@@ -77,3 +77,17 @@ def test_a_long_text_is_cut_and_still_ends():
     assert ids.tolist() == [[start, red, end, end, end], [start, red, red, red, end], [start, *[end] * 4]]
     tokenizer.pad_token = "!"
     assert encode_clip(tokenizer, ["red"], 4)[0, -1] == tokenizer.convert_tokens_to_ids("!")
+
+
+def test_the_tokens_are_the_same_in_every_run():
+    words = ["star", "start", "tart", "cross", "aaaa"]
+    first, second = (make_clip_tokenizer(given, 8).get_vocab() for given in (words, reversed(words)))
+    assert first == second
+    # "ta" and "ar" are the most frequent pairs, three times each; the first of them in the alphabet is joined.
+    merged = [
+        token
+        for token in sorted(first, key=first.get)
+        if len(token.removesuffix("</w>")) > 1 and not token.startswith("<")
+    ]
+    assert merged[0] == "ar"
+    assert {f"{word}</w>" for word in words} <= set(merged)
