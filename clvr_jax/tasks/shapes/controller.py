@@ -7,7 +7,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
+from jaxtyping import Array, Float
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.architectures import QWEN3_VL
@@ -15,6 +17,7 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.conversations import IMAGE_PAD
 from clvr_jax.data.qwen3_vl_images import processor_to_dict
 from clvr_jax.data.text import load_tokenizer
+from clvr_jax.models.attention import attention
 from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
 from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
@@ -32,6 +35,7 @@ from clvr_jax.training.expansion import with_identity_blocks
 from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.trainer import Task
+from clvr_jax.worlds.shapes.scene import CELLS
 
 TEXT = Qwen3VLTextConfig(
     vocab_size=640,
@@ -94,6 +98,51 @@ def with_deeper_vision(model: Qwen3VL) -> Qwen3VL:
     return deepened
 
 
+class ClarityReader(nnx.Module):
+    """A prediction head: nine queries, one for each cell, attend to the image tokens and predict the cell's clarity.
+
+    The border between clear and unclear objects is a matter of a few pixels. One word for each object teaches it
+    slowly; this head tells the vision tower by how much an object misses it. It is not exported.
+    """
+
+    heads, head_dim = 4, 32
+
+    def __init__(self, features: int, tokens: int, *, rngs: nnx.Rngs):
+        width = self.heads * self.head_dim
+        self.queries = nnx.Param(jax.random.normal(rngs.params(), (len(CELLS), self.heads, self.head_dim)))
+        self.positions = nnx.Param(jax.random.normal(rngs.params(), (tokens, width)))
+        self.norm = nnx.RMSNorm(features, rngs=rngs)
+        self.key = nnx.Linear(features, width, use_bias=False, rngs=rngs)
+        self.value = nnx.Linear(features, width, use_bias=False, rngs=rngs)
+        self.hidden = nnx.Linear(width, width, rngs=rngs)
+        self.out = nnx.Linear(width, 3, rngs=rngs)
+
+    def __call__(self, tokens_bnd: Float[Array, "b n d"]) -> Float[Array, "b 9 3"]:
+        """Maps image tokens to the logit of presence and the margins of color and shape, see `detect.clarity`."""
+        tokens = self.norm(tokens_bnd)
+        shape = (*tokens.shape[:2], self.heads, self.head_dim)
+        key, value = (self.key(tokens) + self.positions[...]).reshape(shape), self.value(tokens).reshape(shape)
+        queries = jnp.broadcast_to(self.queries[...], (len(tokens), *self.queries.shape))
+        read = attention(queries, key, value).reshape(len(tokens), len(CELLS), -1)
+        return self.out(nnx.gelu(self.hidden(read)))
+
+
+def clarity_loss(
+    read_b93: Float[Array, "b 9 3"], clarity_b93: Float[Array, "b 9 3"]
+) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+    """Returns the loss of `ClarityReader`: presence, and the margins where something is present.
+
+    The metric is the share of present objects whose reading, clear or unclear, is right.
+    """
+    present = clarity_b93[..., 0]
+    presence = optax.sigmoid_binary_cross_entropy(read_b93[..., 0], present).mean()
+    count = jnp.maximum(present.sum(), 1)
+    margins = (optax.huber_loss(read_b93[..., 1:], clarity_b93[..., 1:]).sum(-1) * present).sum() / count
+    is_clear, is_read_clear = (values[..., 1:].min(-1) >= 0 for values in (clarity_b93, read_b93))
+    right = ((is_clear == is_read_clear) * present).sum() / count
+    return presence + margins, {"clarity_loss": presence + margins, "clarity_accuracy": right}
+
+
 def controller_task(
     tokenizer: Path,
     vae: Path,
@@ -137,10 +186,15 @@ def controller_task(
     is_trained = nnx.PathContains("visual") if trained == "vision" else nnx.Everything()
     graphdef, params, *others = nnx.split(model, is_trained, ...)
     (fixed,) = others
+    tokens = GRID[1] * GRID[2] // model.config.vision.spatial_merge_size**2
+    reader_def, reader = nnx.split(ClarityReader(model.config.vision.out_hidden_size, tokens, rngs=nnx.Rngs(seed)))
 
     def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        model = nnx.merge(graphdef, params, frozen)
+        model = nnx.merge(graphdef, params["model"], frozen)
         pixel_values = batch.get("pixel_values")
+        if "clarity_b93" in batch:
+            read = nnx.merge(reader_def, params["reader"])(model.encode_images(pixel_values, (GRID,)).tokens_bnd)
+            return clarity_loss(read, batch["clarity_b93"])
         count = 0 if pixel_values is None else pixel_values.shape[1] // (GRID[1] * GRID[2])
         logits = model(
             batch["input_ids_bt"],
@@ -154,7 +208,7 @@ def controller_task(
         return mean, {**metrics, f"{kind}_loss": mean}
 
     def export(ema: Any, directory: Path) -> None:
-        model = nnx.merge(graphdef, ema, fixed)
+        model = nnx.merge(graphdef, ema["model"], fixed)
         save_model(directory, model, QWEN3_VL, "float16")
         words.save_pretrained(str(directory))
         write_json(directory / "preprocessor_config.json", processor_to_dict(PROCESSOR))
@@ -162,7 +216,7 @@ def controller_task(
 
     return Task(
         name="shapes controller",
-        params=params,
+        params={"model": params, "reader": reader},
         frozen=fixed,
         loss=loss,
         batches=ControllerBatches(data, seed, words, reconstruction(load_vae(vae), vae_noise)),

@@ -32,14 +32,15 @@ from clvr_jax.data.shapes_verification import (
 )
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import read_image_arrays
-from clvr_jax.worlds.shapes.detect import Reading, detect
+from clvr_jax.worlds.shapes.detect import Reading, clarity, detect
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import COLORS
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 Reconstruct = Callable[[np.ndarray, int], np.ndarray]
 """(images uint8 (n, 64, 64, 3), seed) -> the images after the autoencoder."""
-KINDS: tuple[Literal["prompt", "comparison", "image", "conversation"], ...] = (
+BatchKind = Literal["prompt", "comparison", "image", "conversation", "clarity"]
+KINDS: tuple[BatchKind, ...] = (
     *("prompt", "comparison", "image", "prompt", "comparison", "image"),
     *("comparison", "conversation", "prompt", "comparison", "image", "prompt"),
 )
@@ -54,10 +55,12 @@ class ControllerData:
     """Images of the generators, from `clvr_jax/scripts/shapes_images.py`."""
     dataset: Path | None = None
     """Conversations of `clvr synth`, in place of simulated ones."""
-    kinds: tuple[Literal["prompt", "comparison", "image", "conversation"], ...] = KINDS
-    """Kinds of batches, in turn."""
+    kinds: tuple[BatchKind, ...] = KINDS
+    """Kinds of batches, in turn. In "clarity" the vision tower alone learns, by how much each object is clear."""
     image_batch: int = 48
     """Descriptions of images in a batch."""
+    clarity_batch: int = 96
+    """Images in a batch of clarity."""
     comparison_batch: int = 24
     """Descriptions that requirements are compared with in a batch."""
     comparisons: int = 5
@@ -114,6 +117,7 @@ class ControllerBatches:
         self._period = tokenizer.encode(".")[0]
         self._shapes = {
             "image": Shape(config.image_batch, 16, 112, image_slots=1),
+            "clarity": Shape(config.clarity_batch, 1, 0, image_slots=1),
             "comparison": Shape(config.comparison_batch, 64, 448),
             "prompt": Shape(config.prompt_batch, 48, 240),
             "conversation": Shape(config.conversation_batch, 96, 672, image_slots=6),
@@ -129,11 +133,15 @@ class ControllerBatches:
         order = np.random.default_rng((self._seed, number)).permutation(PARTS)
         rows = self._shapes[kind].rows
         rng = np.random.default_rng((self._seed, 1, step))
-        return self._collate(self._pool(kind, number)[order[part] * rows :][:rows], kind, rng)
+        chosen = self._pool(kind, number)[order[part] * rows :][:rows]
+        return _clarity_batch(chosen) if kind == "clarity" else self._collate(chosen, kind, rng)
 
     def _make_pool(self, kind: str, number: int) -> list[Any]:
         shape = self._shapes[kind]
         rng = np.random.default_rng((self._seed, 2, list(self._shapes).index(kind), number))
+        if kind == "clarity":
+            pairs = self._read_images(rng, PARTS * shape.rows)
+            return [_with_noise(image, reading, rng)[0] for image, reading in pairs]
         make = {"image": self._images, "comparison": self._comparisons, "prompt": self._prompts}.get(
             kind, self._conversations
         )
@@ -245,6 +253,12 @@ class ControllerBatches:
         wrong = rows_read & np.isin(ids, self._colors) & (batch["weights_bt"] > 0) & (rng.random(ids.shape) < 0.3)
         read = np.where(wrong, rng.choice(self._colors, ids.shape), ids).astype(ids.dtype)
         return {**batch, "input_ids_bt": read, "target_ids_bt": ids}
+
+
+def _clarity_batch(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the patches of the images, pixel_values (b, patches, values), and `clarity` of each, clarity_b93."""
+    patches = [PROCESSOR([image])[0] for image in images]
+    return {"pixel_values": np.stack(patches), "clarity_b93": np.stack([clarity(image) for image in images])}
 
 
 def _with_noise(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, Reading]:

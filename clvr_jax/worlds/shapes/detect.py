@@ -140,6 +140,31 @@ def nearest_pairs(image: np.ndarray) -> set[tuple[str, str]]:
     return pairs
 
 
+def clarity(image: np.ndarray) -> np.ndarray:
+    """Returns by how much the object of each cell is clear.
+
+    Args:
+      image: uint8 (64, 64, 3), RGB.
+    Returns: float32 (9, 3), cells in reading order: 1 if the cell shows something, the margin of its color, and that of
+      its shape. A margin is negative if that makes the object unclear, and limited to [-3, 3]; both are -3 for what is
+      too large, too small, between cells, or one of two objects in a cell.
+    """
+    difference = image.astype(np.float32) - _BACKGROUND
+    labels, number = foreground_components(difference)
+    out = np.zeros((len(CELLS), 3), np.float32)
+    for label, box in enumerate(ndimage.find_objects(labels, number), start=1):
+        own = labels[box] == label
+        if np.count_nonzero(own) < _SPECK:
+            continue
+        found = _measure(difference, labels, label, box, own)
+        cells = _cells_of(own, box) if found is None else {found.item.cell}
+        margins = (-3.0, -3.0) if found is None else (found.color_margin, found.shape_margin)
+        for index in map(CELLS.index, cells):
+            out[index] = (1.0, *((-3.0, -3.0) if out[index, 0] else margins))
+    out[:, 1:] = np.clip(out[:, 1:], -3, 3)
+    return out
+
+
 def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
     """Labels the connected pixels that differ from the background.
 
@@ -155,12 +180,26 @@ def _read_component(
     difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
 ) -> DetectedObject | None:
     """Returns the object that a component shows, None if it is unclear."""
+    found = _measure(difference, labels, label, box, own)
+    return None if found is None or found.color_margin < 0 or found.shape_margin < 0 else found.item
+
+
+class _Measured(NamedTuple):
+    """A component: the object that it is most like, and by how much color and shape are clear."""
+
+    item: DetectedObject
+    color_margin: float
+    shape_margin: float
+
+
+def _measure(
+    difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
+) -> _Measured | None:
+    """Measures a component; None if it is too large, too small or not in the middle of a cell."""
     rows, columns = box
     if max(own.shape) > _MAX_EXTENT or min(own.shape) < RADIUS_RANGE[0]:
         return None
-    color, rgb = _read_color(difference[box][own])
-    if color is None:
-        return None
+    color, rgb, color_margin = _read_color(difference[box][own])
     # The smoothed edge extends beyond the component: include two more pixels, but none of other components.
     rows = slice(max(rows.start - 2, 0), min(rows.stop + 2, CANVAS))
     columns = slice(max(columns.start - 2, 0), min(columns.stop + 2, CANVAS))
@@ -169,35 +208,43 @@ def _read_component(
     alpha = np.where(_grow(near == label) & ((near == label) | (near == 0)), alpha, np.float32(0))
     x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
     y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
-    shape, center_x, center_y, radius = _read_shape(alpha, x, y)
-    if shape is None or not RADIUS_RANGE[0] - _RADIUS_SLACK <= radius <= RADIUS_RANGE[1] + _RADIUS_SLACK:
+    shape, center_x, center_y, radius, shape_margin = _read_shape(alpha, x, y)
+    if not RADIUS_RANGE[0] - _RADIUS_SLACK <= radius <= RADIUS_RANGE[1] + _RADIUS_SLACK:
         return None
     cell = cell_at(center_x, center_y)
     middle = cell_center(cell)
     if max(abs(center_x - middle[0]), abs(center_y - middle[1])) > _MAX_OFFSET:
         return None
-    return DetectedObject(color, shape, cell, center_x, center_y, radius)
+    return _Measured(DetectedObject(color, shape, cell, center_x, center_y, radius), color_margin, shape_margin)
 
 
-def _read_color(difference_n3: np.ndarray) -> tuple[str | None, np.ndarray]:
-    """Returns the palette color of a component (None if unclear) and its measured difference from the background."""
+def _read_color(difference_n3: np.ndarray) -> tuple[str, np.ndarray, float]:
+    """Returns the nearest palette color of a component, its measured difference from the background, and its margin.
+
+    The margin is negative if the color is unclear. It is 1 at 10 levels from the limits of the distances, and at 5 % of
+    the pixels from the limit of mixed colors.
+    """
     strength = np.abs(difference_n3).max(axis=-1)
     core = difference_n3[strength >= 0.8 * np.partition(strength, int(0.8 * len(strength)))[int(0.8 * len(strength))]]
     rgb = np.median(core, axis=0).astype(np.float32)
     distances = np.sqrt(((_PALETTE - rgb) ** 2).sum(axis=-1))
     first, second = np.partition(distances, 1)[:2]
-    if first > MAX_COLOR_DISTANCE or second - first < MIN_COLOR_MARGIN:
-        return None, rgb
     # An object has one color: at most a fifth of its core may be closer to another palette color.
     nearest = ((core[:, None] - _PALETTE) ** 2).sum(axis=-1).argmin(axis=-1)
     best = int(distances.argmin())
-    if np.count_nonzero(nearest != best) > 0.2 * len(core):
-        return None, rgb
-    return _COLOR_NAMES[best], rgb
+    mixed = np.count_nonzero(nearest != best)
+    margins = (
+        (MAX_COLOR_DISTANCE - first) / 10,
+        (second - first - MIN_COLOR_MARGIN) / 10,
+        (0.2 * len(core) - mixed) / (0.05 * len(core)),
+    )
+    return _COLOR_NAMES[best], rgb, float(min(margins))
 
 
-def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | None, float, float, float]:
-    """Returns shape (None if unclear), center x and y, and radius in pixels of a component.
+def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str, float, float, float, float]:
+    """Returns the best shape of a component, center x and y, radius in pixels, and the margin of the shape.
+
+    The margin is negative if the shape is unclear, and 1 at an overlap of 0.02 above the least one.
 
     Args:
       alpha: (h, w) share of each pixel that the component covers.
@@ -207,8 +254,8 @@ def _read_shape(alpha: np.ndarray, x: np.ndarray, y: np.ndarray) -> tuple[str | 
     found = _shape_matches(alpha, x, y)
     match, best = found.match, int(found.match.argmax())
     second = np.partition(match, -2)[-2]
-    clear = match[best] >= _MIN_MATCH[best] and match[best] - second >= _MIN_SHAPE_MARGIN
-    return (SHAPES[best] if clear else None), found.center_x, float(found.center_y[best]), float(found.radius[best])
+    margin = min(match[best] - _MIN_MATCH[best], match[best] - second - _MIN_SHAPE_MARGIN) / 0.02
+    return SHAPES[best], found.center_x, float(found.center_y[best]), float(found.radius[best]), float(margin)
 
 
 class _ShapeMatches(NamedTuple):
