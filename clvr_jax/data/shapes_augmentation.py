@@ -8,7 +8,7 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.shapes import Canvas, Image, corrupted_canvas
-from clvr_jax.worlds.shapes.detect import Reading, detect, nearest_pairs
+from clvr_jax.worlds.shapes.detect import Reading, detect, examine
 from clvr_jax.worlds.shapes.render import coverage, window
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import CELL_SIZE, CELLS, HELD_OUT_PAIRS, cell_center, sample_scene_random
@@ -106,4 +106,4 @@ def resembles_held_out_pair(image: Image) -> bool:
     If training showed unclear objects that look like these pairs, and never clear ones, it would teach that such a pair
     is unclear.
     """
-    return not HELD_OUT_PAIRS.isdisjoint(nearest_pairs(image))
+    return not HELD_OUT_PAIRS.isdisjoint(examine(image).pairs)

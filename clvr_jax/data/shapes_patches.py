@@ -14,9 +14,9 @@ import numpy as np
 from scipy import ndimage
 
 from clvr_jax.data.shapes import Image
-from clvr_jax.data.shapes_augmentation import random_direction, resembles_held_out_pair
-from clvr_jax.worlds.shapes.detect import Reading, detect, foreground_components
-from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, CELL_SIZE, CELLS, cell_at
+from clvr_jax.data.shapes_augmentation import add_noise, random_direction
+from clvr_jax.worlds.shapes.detect import Examination, Reading, examine, foreground_components
+from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS, CELL_SIZE, CELLS, HELD_OUT_PAIRS, cell_at
 
 _SPECK = 6
 """Components of fewer pixels are no objects, as for the detector."""
@@ -81,15 +81,15 @@ def _patches_of(image: Image) -> Iterator[tuple[str, Patch]]:
 
 def assembled_image(
     rng: np.random.Generator, patches: Patches, unclear_share: float = 0.25, distorted_share: float = 0.25
-) -> tuple[Image, Reading]:
-    """Puts objects in random cells of an empty image.
+) -> tuple[Image, Examination]:
+    """Puts objects in random cells of an empty image, and adds slight noise.
 
     Args:
       rng: numpy generator; the same state gives the same image.
       patches: objects to choose from.
       unclear_share: probability that an object is one of the unclear ones.
       distorted_share: probability that an object is distorted, see `_distorted`.
-    Returns: the image, uint8 (64, 64, 3), and what the detector reads in it. Nothing in it resembles a held-out pair.
+    Returns: the image, uint8 (64, 64, 3), and what the detector measures in it. Nothing resembles a held-out pair.
     """
     while True:
         image = np.full((CANVAS, CANVAS, 3), BACKGROUND, np.int16)
@@ -104,9 +104,10 @@ def assembled_image(
             if rng.random() < distorted_share:
                 shown = _distorted(shown, rng)
             image[row : row + height, column : column + width] += shown
-        assembled = np.clip(image, 0, 255).astype(np.uint8)
-        if not resembles_held_out_pair(assembled):
-            return assembled, detect(assembled)
+        assembled = add_noise(np.clip(image, 0, 255).astype(np.uint8), rng)
+        examined = examine(assembled)
+        if HELD_OUT_PAIRS.isdisjoint(examined.pairs):
+            return assembled, examined
 
 
 def _distorted(difference: np.ndarray, rng: np.random.Generator) -> np.ndarray:

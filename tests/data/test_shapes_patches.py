@@ -36,7 +36,7 @@ def _parts(reading):
 @pytest.mark.parametrize("unclear_share", [0.0, 1.0])
 def test_clear_objects_stay_clear_and_unclear_ones_unclear(patches, unclear_share):
     rng = np.random.default_rng(SEED)
-    readings = [assembled_image(rng, patches, unclear_share, distorted_share=0.0)[1] for _ in range(100)]
+    readings = [assembled_image(rng, patches, unclear_share, distorted_share=0.0)[1].reading for _ in range(100)]
     clear = sum(len(reading.objects) for reading in readings)
     unclear = sum(len(reading.unclear) for reading in readings)
     share = unclear / (clear + unclear)
@@ -48,16 +48,16 @@ def test_an_image_follows_from_its_seed_and_shows_no_held_out_pair(patches):
     first, second = (
         [assembled_image(rng, patches) for _ in range(50)] for rng in map(np.random.default_rng, (SEED, SEED))
     )
-    for (image, reading), (again, _) in zip(first, second, strict=True):
+    for (image, examined), (again, _) in zip(first, second, strict=True):
         np.testing.assert_array_equal(image, again)
-        assert reading == detect(image)
+        assert examined.reading == detect(image)
         assert not resembles_held_out_pair(image)
     assert len({image.tobytes() for image, _ in first}) > 45
 
 
 def test_distorted_objects_lie_on_both_sides_of_the_border(patches):
     rng = np.random.default_rng(SEED)
-    readings = [assembled_image(rng, patches, 0.0, distorted_share=1.0)[1] for _ in range(60)]
+    readings = [assembled_image(rng, patches, 0.0, distorted_share=1.0)[1].reading for _ in range(60)]
     clear = sum(len(reading.objects) for reading in readings)
     unclear = sum(len(reading.unclear) for reading in readings)
     assert min(clear, unclear) > 0.15 * (clear + unclear), (clear, unclear)

@@ -118,7 +118,7 @@ class ClarityReader(nnx.Module):
         self.out = nnx.Linear(width, 3, rngs=rngs)
 
     def __call__(self, tokens_bnd: Float[Array, "b n d"]) -> Float[Array, "b 9 3"]:
-        """Maps image tokens to the logit of presence and the margins of color and shape, see `detect.clarity`."""
+        """Maps image tokens to the logit of presence and the margins of color and shape, see `detect.Examination`."""
         tokens = self.norm(tokens_bnd)
         shape = (*tokens.shape[:2], self.heads, self.head_dim)
         key, value = (self.key(tokens) + self.positions[...]).reshape(shape), self.value(tokens).reshape(shape)

@@ -32,9 +32,9 @@ from clvr_jax.data.shapes_verification import (
 )
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import read_image_arrays
-from clvr_jax.worlds.shapes.detect import Reading, clarity, detect
+from clvr_jax.worlds.shapes.detect import Examination, Reading, detect, examine
 from clvr_jax.worlds.shapes.requirements import describe
-from clvr_jax.worlds.shapes.scene import COLORS
+from clvr_jax.worlds.shapes.scene import COLORS, HELD_OUT_PAIRS
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 Reconstruct = Callable[[np.ndarray, int], np.ndarray]
@@ -140,8 +140,7 @@ class ControllerBatches:
         shape = self._shapes[kind]
         rng = np.random.default_rng((self._seed, 2, list(self._shapes).index(kind), number))
         if kind == "clarity":
-            pairs = self._read_images(rng, PARTS * shape.rows)
-            return [_with_noise(image, reading, rng)[0] for image, reading in pairs]
+            return self._examined_images(rng, PARTS * shape.rows)
         make = {"image": self._images, "comparison": self._comparisons, "prompt": self._prompts}.get(
             kind, self._conversations
         )
@@ -171,47 +170,45 @@ class ControllerBatches:
         for _ in range(distractors):
             image, description = distractor_image(rng)
             chats.append(description_chat(add_noise(image, rng), description))
-        for row, (image, reading) in enumerate(self._read_images(rng, count - distractors)):
-            noisy, noisy_reading = _with_noise(image, reading, rng)
+        for row, (image, examined) in enumerate(self._examined_images(rng, count - distractors)):
             if row % 8 == 0:
-                chats.append(question_chat(rng, noisy, noisy_reading))
+                chats.append(question_chat(rng, image, examined.reading))
             elif rng.random() < config.recolored_share:
-                recolored, description = recolor_objects(image, reading, rng)
-                chats.append(description_chat(add_noise(recolored, rng), description))
+                chats.append(description_chat(*recolor_objects(image, examined.reading, rng)))
             else:
-                chats.append(description_chat(noisy, describe(noisy_reading)))
+                chats.append(description_chat(image, describe(examined.reading)))
         return chats
 
-    def _read_images(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, Reading]]:
-        """Samples images of the world and what they show."""
+    def _examined_images(self, rng: np.random.Generator, count: int) -> list[tuple[np.ndarray, Examination]]:
+        """Samples images of the world, with noise, and what they show; nothing in them resembles a held-out pair."""
         config = self._config
-        generated, readings = labeled_images(config.images)
-        pairs: list[tuple[np.ndarray, Reading]] = []
-        while len(pairs) < count:
+        generated, _ = labeled_images(config.images)
+        examined: list[tuple[np.ndarray, Examination]] = []
+        while len(examined) < count:
             is_generated = rng.random() < config.generated_share
             if is_generated and rng.random() < config.assembled_share:
-                pairs.append(assembled_image(rng, patches(config.images)))
-            elif is_generated:
-                number = int(rng.integers(len(generated)))
-                pairs.append((generated[number], readings[number]))
-            else:
-                canvas = random_canvas(rng)
-                image = vary_appearance(canvas, rng) if rng.random() < config.tint_share else canvas.render()
-                pairs.append((image, canvas.reading()))
-                occupied = [item.cell for item in canvas.scene.objects]
-                if occupied and rng.random() < config.blur_share:
-                    image = blur_cells(image, rng, occupied)
-                    pairs[-1] = (image, detect(image))
-                if resembles_held_out_pair(image):
-                    pairs.pop()
+                examined.append(assembled_image(rng, patches(config.images)))
+                continue
+            image = generated[int(rng.integers(len(generated)))] if is_generated else self._simulated(rng)
+            # Noise moves objects over the border between clear and unclear, so the image is labeled with its noise.
+            noisy = add_noise(image, rng)
+            if HELD_OUT_PAIRS.isdisjoint((found := examine(noisy)).pairs):
+                examined.append((noisy, found))
         decoded = [row for row in range(count) if rng.random() < config.vae_share * (1 - config.generated_share)]
         for begin in range(0, len(decoded), ROWS_DECODED):
             rows = decoded[begin : begin + ROWS_DECODED]
-            shown = self._reconstruct(np.stack([pairs[row][0] for row in rows]), int(rng.integers(2**31)))
+            shown = self._reconstruct(np.stack([examined[row][0] for row in rows]), int(rng.integers(2**31)))
             for row, image in zip(rows, shown, strict=True):
-                if not resembles_held_out_pair(image):
-                    pairs[row] = (image, detect(image))
-        return pairs
+                if HELD_OUT_PAIRS.isdisjoint((found := examine(image)).pairs):
+                    examined[row] = (image, found)
+        return examined
+
+    def _simulated(self, rng: np.random.Generator) -> np.ndarray:
+        config = self._config
+        canvas = random_canvas(rng)
+        image = vary_appearance(canvas, rng) if rng.random() < config.tint_share else canvas.render()
+        occupied = [item.cell for item in canvas.scene.objects]
+        return blur_cells(image, rng, occupied) if occupied and rng.random() < config.blur_share else image
 
     def _comparisons(self, rng: np.random.Generator, count: int) -> list[Chat]:
         return [comparisons_chat(rng, self._config.comparisons) for _ in range(count)]
@@ -255,16 +252,10 @@ class ControllerBatches:
         return {**batch, "input_ids_bt": read, "target_ids_bt": ids}
 
 
-def _clarity_batch(images: Sequence[np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the patches of the images, pixel_values (b, patches, values), and `clarity` of each, clarity_b93."""
-    patches = [PROCESSOR([image])[0] for image in images]
-    return {"pixel_values": np.stack(patches), "clarity_b93": np.stack([clarity(image) for image in images])}
-
-
-def _with_noise(image: np.ndarray, reading: Reading, rng: np.random.Generator) -> tuple[np.ndarray, Reading]:
-    """Returns the image with noise, labeled anew: noise moves objects over the border between clear and unclear."""
-    noisy = add_noise(image, rng)
-    return (image, reading) if resembles_held_out_pair(noisy) else (noisy, detect(noisy))
+def _clarity_batch(examined: Sequence[tuple[np.ndarray, Examination]]) -> dict[str, np.ndarray]:
+    """Returns the patches of images, pixel_values (b, patches, values), and their clarity_b93, see `Examination`."""
+    patches = [PROCESSOR([image])[0] for image, _ in examined]
+    return {"pixel_values": np.stack(patches), "clarity_b93": np.stack([found.clarity for _, found in examined])}
 
 
 recorded = functools.cache(recorded_conversations)

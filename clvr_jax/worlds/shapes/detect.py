@@ -96,6 +96,27 @@ def detect(image: np.ndarray) -> Reading:
       two cells are unclear.
     Raises: ClvrError for other shapes or dtypes.
     """
+    return examine(image).reading
+
+
+class Examination(NamedTuple):
+    """All that is measured in one pass over an image.
+
+    Attributes:
+      reading: see `detect`.
+      pairs: the nearest color and the best matching shape of every component, clear or not.
+      clarity: float32 (9, 3), cells in reading order: 1 if the cell shows something, the margin of its color, and that
+        of its shape. A margin is negative if it makes the object unclear, and limited to [-3, 3]; both are -3 for what
+        is too large, too small, between cells, or one of two objects in a cell.
+    """
+
+    reading: Reading
+    pairs: frozenset[tuple[str, str]]
+    clarity: np.ndarray
+
+
+def examine(image: np.ndarray) -> Examination:
+    """Detects the objects in an image, and measures by how much each is clear; arguments and errors of `detect`."""
     image = np.asarray(image)
     if image.shape != (CANVAS, CANVAS, 3) or image.dtype != np.uint8:
         raise ClvrError(f"detect: needs a uint8 image of shape (64, 64, 3), got {image.dtype} {image.shape}")
@@ -103,66 +124,26 @@ def detect(image: np.ndarray) -> Reading:
     labels, number = foreground_components(difference)
     objects: dict[str, DetectedObject] = {}
     unclear: set[str] = set()
-    for label, box in enumerate(ndimage.find_objects(labels, number), start=1):
-        own = labels[box] == label
-        if np.count_nonzero(own) < _SPECK:
-            continue
-        found = _read_component(difference, labels, label, box, own)
-        if found is None:
-            unclear.update(_cells_of(own, box))
-        elif found.cell in objects:
-            unclear.add(found.cell)
-        else:
-            objects[found.cell] = found
-    clear = [cell for cell in reading_order(objects) if cell not in unclear]
-    return Reading(tuple(objects[cell] for cell in clear), tuple(reading_order(unclear)))
-
-
-def nearest_pairs(image: np.ndarray) -> set[tuple[str, str]]:
-    """Returns the nearest color and the best matching shape of every component, clear or not.
-
-    Args:
-      image: uint8 (64, 64, 3), RGB.
-    """
-    difference = image.astype(np.float32) - _BACKGROUND
-    labels, number = foreground_components(difference)
     pairs = set()
-    for label, (rows, columns) in enumerate(ndimage.find_objects(labels, number), start=1):
-        own = labels[rows, columns] == label
-        if np.count_nonzero(own) < _SPECK:
-            continue
-        rgb = np.median(difference[rows, columns][own], axis=0)
-        color = _COLOR_NAMES[int(((_PALETTE - rgb) ** 2).sum(axis=-1).argmin())]
-        alpha = np.where(own, (difference[rows, columns] @ rgb) / np.float32(rgb @ rgb), np.float32(0))
-        x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
-        y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
-        pairs.add((color, SHAPES[int(_shape_matches(alpha, x, y).match.argmax())]))
-    return pairs
-
-
-def clarity(image: np.ndarray) -> np.ndarray:
-    """Returns by how much the object of each cell is clear.
-
-    Args:
-      image: uint8 (64, 64, 3), RGB.
-    Returns: float32 (9, 3), cells in reading order: 1 if the cell shows something, the margin of its color, and that of
-      its shape. A margin is negative if that makes the object unclear, and limited to [-3, 3]; both are -3 for what is
-      too large, too small, between cells, or one of two objects in a cell.
-    """
-    difference = image.astype(np.float32) - _BACKGROUND
-    labels, number = foreground_components(difference)
-    out = np.zeros((len(CELLS), 3), np.float32)
+    clarity = np.zeros((len(CELLS), 3), np.float32)
     for label, box in enumerate(ndimage.find_objects(labels, number), start=1):
         own = labels[box] == label
         if np.count_nonzero(own) < _SPECK:
             continue
         found = _measure(difference, labels, label, box, own)
-        cells = _cells_of(own, box) if found is None else {found.item.cell}
-        margins = (-3.0, -3.0) if found is None else (found.color_margin, found.shape_margin)
+        pairs.add((found.color, found.shape))
+        cells = {found.item.cell} if found.item is not None and found.is_clear else _cells_of(own, box)
+        if found.item is None or not found.is_clear or found.item.cell in objects:
+            unclear.update(cells)
+        else:
+            objects[found.item.cell] = found.item
         for index in map(CELLS.index, cells):
-            out[index] = (1.0, *((-3.0, -3.0) if out[index, 0] else margins))
-    out[:, 1:] = np.clip(out[:, 1:], -3, 3)
-    return out
+            is_first = not clarity[index, 0]
+            clarity[index] = (1, found.color_margin, found.shape_margin) if is_first else (1, -3, -3)
+    clear = [cell for cell in reading_order(objects) if cell not in unclear]
+    reading = Reading(tuple(objects[cell] for cell in clear), tuple(reading_order(unclear)))
+    clarity[:, 1:] = np.clip(clarity[:, 1:], -3, 3)
+    return Examination(reading, frozenset(pairs), clarity)
 
 
 def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
@@ -176,29 +157,24 @@ def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
     return labels, number
 
 
-def _read_component(
-    difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
-) -> DetectedObject | None:
-    """Returns the object that a component shows, None if it is unclear."""
-    found = _measure(difference, labels, label, box, own)
-    return None if found is None or found.color_margin < 0 or found.shape_margin < 0 else found.item
-
-
 class _Measured(NamedTuple):
-    """A component: the object that it is most like, and by how much color and shape are clear."""
+    """A component: what it is most like, and by how much; `item` is None if it is too large, too small or misplaced."""
 
-    item: DetectedObject
+    color: str
+    shape: str
     color_margin: float
     shape_margin: float
+    item: DetectedObject | None
+
+    @property
+    def is_clear(self) -> bool:
+        return self.color_margin >= 0 and self.shape_margin >= 0
 
 
 def _measure(
     difference: np.ndarray, labels: np.ndarray, label: int, box: tuple[slice, slice], own: np.ndarray
-) -> _Measured | None:
-    """Measures a component; None if it is too large, too small or not in the middle of a cell."""
+) -> _Measured:
     rows, columns = box
-    if max(own.shape) > _MAX_EXTENT or min(own.shape) < RADIUS_RANGE[0]:
-        return None
     color, rgb, color_margin = _read_color(difference[box][own])
     # The smoothed edge extends beyond the component: include two more pixels, but none of other components.
     rows = slice(max(rows.start - 2, 0), min(rows.stop + 2, CANVAS))
@@ -209,13 +185,19 @@ def _measure(
     x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
     y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
     shape, center_x, center_y, radius, shape_margin = _read_shape(alpha, x, y)
-    if not RADIUS_RANGE[0] - _RADIUS_SLACK <= radius <= RADIUS_RANGE[1] + _RADIUS_SLACK:
-        return None
     cell = cell_at(center_x, center_y)
     middle = cell_center(cell)
-    if max(abs(center_x - middle[0]), abs(center_y - middle[1])) > _MAX_OFFSET:
-        return None
-    return _Measured(DetectedObject(color, shape, cell, center_x, center_y, radius), color_margin, shape_margin)
+    is_object = (
+        max(own.shape) <= _MAX_EXTENT
+        and min(own.shape) >= RADIUS_RANGE[0]
+        and RADIUS_RANGE[0] - _RADIUS_SLACK <= radius <= RADIUS_RANGE[1] + _RADIUS_SLACK
+        and max(abs(center_x - middle[0]), abs(center_y - middle[1])) <= _MAX_OFFSET
+    )
+    if not is_object:
+        return _Measured(color, shape, -3.0, -3.0, None)
+    return _Measured(
+        color, shape, color_margin, shape_margin, DetectedObject(color, shape, cell, center_x, center_y, radius)
+    )
 
 
 def _read_color(difference_n3: np.ndarray) -> tuple[str, np.ndarray, float]:
