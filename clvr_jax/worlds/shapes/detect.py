@@ -104,7 +104,8 @@ class Examination(NamedTuple):
 
     Attributes:
       reading: see `detect`.
-      pairs: the nearest color and the best matching shape of every component, clear or not.
+      pairs: the color and shape that every component is most like, clear or not; for an unclear one with and without
+        its soft edge.
       clarity: float32 (9, 3), cells in reading order: 1 if the cell shows something, the margin of its color, and that
         of its shape. A margin is negative if it makes the object unclear, and limited to [-3, 3]; both are -3 for what
         is too large, too small, between cells, or one of two objects in a cell.
@@ -132,6 +133,8 @@ def examine(image: np.ndarray) -> Examination:
             continue
         found = _measure(difference, labels, label, box, own)
         pairs.add((found.color, found.shape))
+        if not found.is_clear:  # a soft edge may look like another shape than the component by itself
+            pairs.add(_pair_of_component(difference, box, own))
         cells = {found.item.cell} if found.item is not None and found.is_clear else _cells_of(own, box)
         if found.item is None or not found.is_clear or found.item.cell in objects:
             unclear.update(cells)
@@ -155,6 +158,17 @@ def foreground_components(difference: np.ndarray) -> tuple[np.ndarray, int]:
     """
     labels, number = ndimage.label(np.abs(difference).max(axis=-1) > _FOREGROUND, structure=_EIGHT)
     return labels, number
+
+
+def _pair_of_component(difference: np.ndarray, box: tuple[slice, slice], own: np.ndarray) -> tuple[str, str]:
+    """Returns the nearest color and the best matching shape of a component without the pixels around it."""
+    rows, columns = box
+    rgb = np.median(difference[box][own], axis=0)
+    color = _COLOR_NAMES[int(((_PALETTE - rgb) ** 2).sum(axis=-1).argmin())]
+    alpha = np.where(own, (difference[box] @ rgb) / np.float32(rgb @ rgb), np.float32(0))
+    x = np.arange(columns.start, columns.stop, dtype=np.float32) + np.float32(0.5)
+    y = np.arange(rows.start, rows.stop, dtype=np.float32) + np.float32(0.5)
+    return color, SHAPES[int(_shape_matches(alpha, x, y).match.argmax())]
 
 
 class _Measured(NamedTuple):
