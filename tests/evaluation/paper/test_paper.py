@@ -17,21 +17,26 @@ ROWS = ("base-one-shot", "sft-loop", "merged-loop")
 
 
 @pytest.fixture
-def few_steps(tmp_path):
-    """The base, larger by a hundredth, as a model that draws in two steps."""
+def models(tmp_path):
+    """Base and fine-tuned model in two steps each, and the base, larger by a hundredth, as the distilled one."""
+    directories = {name: str(tmp_path / name) for name in ("base", "sft", "distilled")}
+    for name in ("base", "sft"):
+        pipe = Flux2Pipeline.from_pretrained(f"shapes-tiny-{name}")
+        pipe.settings = dataclasses.replace(pipe.settings, num_inference_steps=2)
+        pipe.save_pretrained(directories[name])
     pipe = Flux2Pipeline.from_pretrained("shapes-tiny-base")
     nnx.update(pipe.transformer, jax.tree.map(lambda leaf: 1.01 * leaf, nnx.state(pipe.transformer)))
     pipe.settings = dataclasses.replace(pipe.settings, is_distilled=True, num_inference_steps=2, guidance_scale=1.0)
-    pipe.save_pretrained(str(tmp_path / "few"))
-    return str(tmp_path / "few")
+    pipe.save_pretrained(directories["distilled"])
+    return directories
 
 
 @pytest.mark.slow
-def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(few_steps, tmp_path, monkeypatch):
+def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(models, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(paper, "ROWS", {name: paper.ROWS[name] for name in ROWS})
     monkeypatch.setattr(paper, "SPLITS", ("complex",))
-    options = {"out": tmp_path / "out", "page": tmp_path / "docs" / "results.md", "distilled": few_steps}
+    options = {"out": tmp_path / "out", "page": tmp_path / "docs" / "results.md", **models}
     paper.main(**options, limit=1, timed=1, seeds=(0,))
     text = options["page"].read_text()
     assert "| SFT, loop |" in text
