@@ -10,8 +10,8 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from clvr_jax.data.conversations import IMAGE_PAD
 from clvr_jax.data.shapes import simulate_trajectory
-from clvr_jax.models.decoding import generate
-from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.models.common.decoding import generate
+from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages
 

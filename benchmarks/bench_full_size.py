@@ -102,8 +102,8 @@ def make(root: Path, blocks: int | None) -> None:
     from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL
     from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
-    from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
-    from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+    from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
+    from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
     from clvr_jax.pipelines.flux2 import KLEIN
     from clvr_jax.pipelines.registry import SHIPPED
 
@@ -259,7 +259,7 @@ def _reply(options: argparse.Namespace) -> dict[str, Any]:
 def _memory(*models: Any) -> dict[str, float]:
     from flax import nnx
 
-    from clvr_jax.models.quantization import weight_bytes
+    from clvr_jax.models.common.quantization import weight_bytes
 
     held = sum(weight_bytes(nnx.state(model)) for model in models)
     return {"gib": held / 2**30, "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}

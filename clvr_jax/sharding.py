@@ -277,7 +277,7 @@ def parameter_axes(name: str, shape: Sequence[int]) -> tuple[str | None, ...]:
     """Returns the logical axes of a parameter: those of its name, or its larger axis if it is a matrix of another name.
 
     Vectors are small and are replicated: gathering them would cost more than their memory. The scales of quantized
-    weights (`models.quantization`) are sharded as the axis of the weights that they belong to.
+    weights (`models.common.quantization`) are sharded as the axis of the weights that they belong to.
     """
     if found := re.search(r"\.(kernel|embedding)_scale$", name):
         known = next((axes for pattern, axes in _PARAMETERS if re.search(pattern, name.removesuffix("_scale"))), None)

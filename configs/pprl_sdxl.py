@@ -16,7 +16,7 @@ from typing import Literal
 from clvr_jax import rl
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.models.lora import LoRAConfig
+from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import reward_options, sdxl

@@ -21,8 +21,8 @@ from clvr_jax.convert.rules import check_keys
 from clvr_jax.convert.tensors import StoredTensor, TensorSpec
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2_transformer import Flux2TransformerConfig
+from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
+from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
 
 _TRANSFORMER_MARKS = ("double_blocks.", "single_blocks.")
 _AUTOENCODER_MARKS = ("encoder.down.", "decoder.up.")

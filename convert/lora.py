@@ -16,8 +16,8 @@ from clvr_jax.convert.lora_names import component
 from clvr_jax.convert.lora_writing import LoRANames, write_factors, write_original_factors
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import KernelAdapter, WeightAdapter, is_adapter
-from clvr_jax.models.lora import LoRAPair, factor_shapes, is_pair
+from clvr_jax.models.common.adapters import KernelAdapter, WeightAdapter, is_adapter
+from clvr_jax.models.common.lora import LoRAPair, factor_shapes, is_pair
 from clvr_jax.trees import Params, dotted, leaves_by_path, some
 from clvr_jax.trees import Path as TreePath
 
@@ -34,8 +34,8 @@ def load_lora(
 ) -> Params:
     """Reads a LoRA file of diffusers, PEFT, kohya, ai-toolkit (BFL's names) or LyCORIS, and detects its format.
 
-    Kernels with LoHa, LoKr, a core tensor or DoRA get a `KernelAdapter` (`clvr_jax.models.adapters`), which can be
-    merged, but not trained or saved.
+    Kernels with LoHa, LoKr, a core tensor or DoRA get a `KernelAdapter` (`clvr_jax.models.common.adapters`), which can
+    be merged, but not trained or saved.
 
     Args:
       path: the file, or the directory that contains it.
@@ -43,7 +43,7 @@ def load_lora(
       state: NNX module or state of the model; shapes are enough.
       ignore_text_encoder: leave out tensors that adapt a text encoder, which are an error otherwise.
       dtype: of the factors; None keeps the file's.
-    Returns: a LoRA tree (`clvr_jax.models.lora`).
+    Returns: a LoRA tree (`clvr_jax.models.common.lora`).
     Raises: ClvrError, which lists both sides, for a file that is damaged, of another kind or of another model.
     """
     plan = _adaptable(state, key_mapping)

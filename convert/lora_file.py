@@ -25,7 +25,7 @@ from clvr_jax.convert.lora_names import (
 )
 from clvr_jax.convert.tensors import StoredTensor, read_header
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import MAGNITUDE, WeightAdapter, adapter_product
+from clvr_jax.models.common.adapters import MAGNITUDE, WeightAdapter, adapter_product
 from clvr_jax.trees import some
 
 FILE_NAME = "pytorch_lora_weights.safetensors"

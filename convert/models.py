@@ -23,9 +23,9 @@ from clvr_jax.convert.rules import AS_IS, Entry, check_dtypes, check_keys, leave
 from clvr_jax.convert.shards import Adapters, Index, read_part, read_quantized, scale_index, scaled_axis
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import kernel_delta
-from clvr_jax.models.quantization import Quantization, is_quantized, scale_path
-from clvr_jax.models.quantization import quantize as quantize_array
+from clvr_jax.models.common.adapters import kernel_delta
+from clvr_jax.models.common.quantization import Quantization, is_quantized, scale_path
+from clvr_jax.models.common.quantization import quantize as quantize_array
 from clvr_jax.sharding import active_layout
 from clvr_jax.trees import Params
 from clvr_jax.trees import Path as TreePath
@@ -57,7 +57,7 @@ def load_model(
         default device if there is none.
       variant: see `model_file`.
       loras: LoRA trees of this model and their weights, which are added to the parameters before they are placed.
-      quantize: "int8" quantizes the weights as they are read, see `models.quantization`; None does not.
+      quantize: "int8" quantizes the weights as they are read, see `models.common.quantization`; None does not.
       memory_kind: of the devices, where the parameters are placed: JAX's "pinned_host" keeps them in host memory; None
         is the devices' own memory.
     Returns: the NNX module.

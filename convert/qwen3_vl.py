@@ -8,8 +8,8 @@ from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.convert.tensors import Tensors, without_tied_head
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig
-from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
+from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig, Qwen3VLTextConfig
+from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
 
 KEY_MAPPING = KeyMapping(
     stacked=("model.visual.blocks", "model.visual.deepstack_merger_list", "model.language_model.layers"),

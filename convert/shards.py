@@ -19,8 +19,8 @@ from clvr_jax.convert.lora import Adapter, delta_slice
 from clvr_jax.convert.rules import AS_IS, LINEAR, Entry
 from clvr_jax.convert.tensors import FLOATS, StoredTensor
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import KernelAdapter
-from clvr_jax.models.quantization import INT8_MAX
+from clvr_jax.models.common.adapters import KernelAdapter
+from clvr_jax.models.common.quantization import INT8_MAX
 
 _BLOCK_BYTES = 16 * 2**20
 _WORKERS = 3

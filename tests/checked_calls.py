@@ -24,22 +24,22 @@ if __name__ == "__main__":
         from flax import nnx
 
         from clvr_jax import diffusion
-        from clvr_jax.models.adapters import KernelAdapter, WeightAdapter, kernel_delta
-        from clvr_jax.models.attention import attention
-        from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-        from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-        from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
-        from clvr_jax.models.decoding import generate
-        from clvr_jax.models.flux2_ids import latent_ids, reference_ids, text_ids
-        from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-        from clvr_jax.models.lora import LoRAConfig
-        from clvr_jax.models.quantization import quantize_layers
-        from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
-        from clvr_jax.models.qwen3_layers import empty_cache
-        from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
-        from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
-        from clvr_jax.models.sampling import Sampling
-        from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+        from clvr_jax.models.common.adapters import KernelAdapter, WeightAdapter, kernel_delta
+        from clvr_jax.models.common.attention import attention
+        from clvr_jax.models.common.decoding import generate
+        from clvr_jax.models.common.lora import LoRAConfig
+        from clvr_jax.models.common.quantization import quantize_layers
+        from clvr_jax.models.common.sampling import Sampling
+        from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+        from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
+        from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
+        from clvr_jax.models.qwen3.layers import empty_cache
+        from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
+        from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig
+        from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
+        from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+        from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
+        from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
         from clvr_jax.rl import DiffusionNFT, DiffusionPolicy, FlowGRPO, GRPOConfig, NFTConfig, group_advantages
         from clvr_jax.rl.algorithms import Predictors
         from clvr_jax.training import objectives

@@ -15,7 +15,7 @@ from clvr_jax.errors import UsageError
 if TYPE_CHECKING:
     import numpy as np
 
-    from clvr_jax.models.quantization import Quantization
+    from clvr_jax.models.common.quantization import Quantization
     from clvr_jax.pipelines.loading import Quantize
     from clvr_jax.sharding import MeshConfig
 

@@ -9,7 +9,7 @@ import numpy as np
 from clvr_jax.data.qwen3_vl_images import ImageLike, Qwen3VLImageProcessor
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 
 Message = Mapping[str, object]
 """{"role": ..., "content": text or parts}; a part is {"type": "text", "text": ...} or {"type": "image"}."""

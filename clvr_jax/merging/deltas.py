@@ -16,8 +16,8 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import KernelAdapter, is_adapter, kernel_delta
-from clvr_jax.models.lora import KERNEL_AXES, LoRAPair, factor_shapes
+from clvr_jax.models.common.adapters import KernelAdapter, is_adapter, kernel_delta
+from clvr_jax.models.common.lora import KERNEL_AXES, LoRAPair, factor_shapes
 from clvr_jax.trees import Leaf, Params, Path, by_pattern, dotted, leaves_by_path, some
 
 # One weight for all leaves, or {regular expression: weight}: the first that matches in the path of a leaf, for example

@@ -22,8 +22,8 @@ from clvr_jax.convert.planning import PipelineComponent, TensorSlice, model_in
 from clvr_jax.convert.tensors import FLOATS, StoredTensor, bits, stored_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.digests import Digests
-from clvr_jax.models.adapters import WeightAdapter
-from clvr_jax.models.lora import LoRAPair
+from clvr_jax.models.common.adapters import WeightAdapter
+from clvr_jax.models.common.lora import LoRAPair
 from clvr_jax.trees import some
 
 Role = Literal["base", "distill", "align"]

@@ -1,1 +1,1 @@
-"""Flax NNX modules, one file for each architecture, without input, output or training."""
+"""Flax NNX modules, one package for each architecture, without input, output or training."""

@@ -23,9 +23,9 @@ from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
-from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
+from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
 from clvr_jax.pipelines import flux2_io
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
@@ -135,7 +135,8 @@ class Flux2Pipeline(JittedPipeline):
             added to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
           quantize: "int8" stores the weights of transformer and text encoder as 8-bit integers (see
-            `models.quantization`), {"transformer": "int8"} those of one model; a quantized pipeline cannot be saved.
+            `models.common.quantization`), {"transformer": "int8"} those of one model; a quantized pipeline cannot be
+            saved.
           offload: "components" holds text encoder and transformer in host memory, and copies each to the devices while
             it computes; None leaves both on the devices.
         Raises: ClvrError that names what is missing or does not match.

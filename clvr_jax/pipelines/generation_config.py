@@ -8,7 +8,7 @@ from typing import Any, Self
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, JsonObject, read_object
-from clvr_jax.models.sampling import UNCHANGED, Sampling
+from clvr_jax.models.common.sampling import UNCHANGED, Sampling
 
 FILE = "generation_config.json"
 

@@ -23,7 +23,7 @@ from clvr_jax.convert.lora_file import FILE_NAME
 from clvr_jax.convert.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.convert.tensors import FLOATS, stored_tensors
 from clvr_jax.errors import UsageError
-from clvr_jax.models.quantization import Quantization
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Params
 

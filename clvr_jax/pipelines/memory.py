@@ -22,7 +22,7 @@ from clvr_jax.convert.architectures import (
 )
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.quantization import SCALE
+from clvr_jax.models.common.quantization import SCALE
 from clvr_jax.pipelines.loading import Quantize, quantization_of, resolve_dtype
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.pipelines.working_memory import ImageCall, flux2_settings, working_bytes

@@ -13,7 +13,7 @@ from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
-from clvr_jax.models.quantization import Quantization
+from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.pipelines.loading import Mesh
 from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
@@ -100,7 +100,7 @@ class Verifier(ModelVerifier):
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mode: "describe" or "ask"; "describe" for models trained for the loop and "ask" for others, if None.
           mesh: shards parameters and computation.
-          quantize: "int8" stores the weights as 8-bit integers, see `models.quantization`.
+          quantize: "int8" stores the weights as 8-bit integers, see `models.common.quantization`.
           offload: see `Qwen3VLPipeline.from_pretrained`.
         Raises: ClvrError for a model without a controller.
         """

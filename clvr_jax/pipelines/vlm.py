@@ -24,10 +24,10 @@ from clvr_jax.data.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import Token
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.decoding import Generation, generate
-from clvr_jax.models.quantization import Quantization
-from clvr_jax.models.qwen3_vl import Qwen3VL
-from clvr_jax.models.qwen3_vl_positions import Conversation, batch_conversations
+from clvr_jax.models.common.decoding import Generation, generate
+from clvr_jax.models.common.quantization import Quantization
+from clvr_jax.models.qwen3_vl.model import Qwen3VL
+from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.pipelines.compatibility import check_qwen3_vl
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
@@ -89,7 +89,7 @@ class Qwen3VLPipeline:
           path: a directory in transformers layout, or a Hugging Face id.
           dtype: of weights and computation; None is the checkpoint's own on an accelerator, and float32 on a CPU.
           mesh: shards parameters and computation.
-          quantize: "int8" stores the weights as 8-bit integers, see `models.quantization`.
+          quantize: "int8" stores the weights as 8-bit integers, see `models.common.quantization`.
           offload: "components", or an `Offloader` shared with other pipelines, holds the weights in host memory, and
             copies them to the devices while they are used; None leaves them on the devices.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from clvr_jax.errors import UsageError
 from clvr_jax.json_input import JSON
 from clvr_jax.merging.deltas import apply_delta
-from clvr_jax.models.lora import LoRAConfig
+from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.rl.algorithms import DiffusionNFT, FlowGRPO, GRPOConfig, NFTConfig, RLAlgorithm
 from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.sharding import MeshConfig

@@ -19,7 +19,7 @@ from clvr_jax.convert.lora_names import key_aliases
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.convert.rules import entries
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.adapters import KernelAdapter, is_adapter
+from clvr_jax.models.common.adapters import KernelAdapter, is_adapter
 from clvr_jax.trees import leaves_by_path
 from tests.convert.lora_models import KINDS, shapes_of
 

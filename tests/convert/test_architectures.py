@@ -27,14 +27,14 @@ from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.convert.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.errors import ClvrError, UsageError
-from tests.models import test_autoencoder_kl as vae
-from tests.models import test_autoencoder_kl_flux2 as flux2_vae
-from tests.models import test_clip_text as clip
-from tests.models import test_flux2_transformer as flux2
-from tests.models import test_qwen3 as language
-from tests.models import test_unet_2d_condition as unet
+from tests.models.flux2 import test_autoencoder_kl as flux2_vae
+from tests.models.flux2 import test_transformer as flux2
 from tests.models.parity import randomize
-from tests.models.qwen3_vl_reference import SMALL as QWEN3_VL
+from tests.models.qwen3 import test_model as language
+from tests.models.qwen3_vl.reference import SMALL as QWEN3_VL
+from tests.models.stable_diffusion import test_autoencoder_kl as vae
+from tests.models.stable_diffusion import test_clip_text as clip
+from tests.models.stable_diffusion import test_unet_2d_condition as unet
 
 TIED_VL = dataclasses.replace(QWEN3_VL, tie_word_embeddings=True)
 MODELS = {

@@ -19,8 +19,8 @@ from clvr_jax.convert.flux2_single_file import config_of, diffusers_tensors, is_
 from clvr_jax.convert.rules import state_from_torch
 from clvr_jax.convert.tensors import StoredTensor, read_header, stored_tensors
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from clvr_jax.models.flux2_transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.pipelines.registry import SHIPPED
 from tests.models.parity import TOLERANCE, relative_error
 

@@ -35,16 +35,12 @@ from clvr_jax.convert.tensors import DIFFUSERS_NAME, write_tensors
 from clvr_jax.convert.verify import TOLERANCE, Agreement, agreement_list, agreement_table, compare, verify
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
-from tests.models import (
-    test_autoencoder_kl,
-    test_autoencoder_kl_flux2,
-    test_clip_text,
-    test_flux2_transformer,
-    test_qwen3,
-    test_unet_2d_condition,
-)
+from tests.models.flux2 import test_autoencoder_kl as test_autoencoder_kl_flux2
+from tests.models.flux2 import test_transformer as test_flux2_transformer
 from tests.models.parity import randomize
-from tests.models.qwen3_vl_reference import SMALL as SMALL_QWEN3_VL
+from tests.models.qwen3 import test_model as test_qwen3
+from tests.models.qwen3_vl.reference import SMALL as SMALL_QWEN3_VL
+from tests.models.stable_diffusion import test_autoencoder_kl, test_clip_text, test_unet_2d_condition
 
 MODELS = {
     "clip": (CLIP_TEXT, test_clip_text.change(test_clip_text.SMALL, projection_dim=None)),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from flax import nnx
 
-from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.models.flux2.transformer import Flux2Transformer
+from clvr_jax.models.qwen3_vl.model import Qwen3VL
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline

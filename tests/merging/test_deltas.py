@@ -7,7 +7,7 @@ from flax import nnx
 
 import clvr_jax as clvr
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.lora import LoRAPair, init_lora, is_pair
+from clvr_jax.models.common.lora import LoRAPair, init_lora, is_pair
 from clvr_jax.trees import leaves_by_path
 from tests.convert.lora_models import KINDS, outputs
 from tests.models.parity import TOLERANCE, relative_error

@@ -7,7 +7,7 @@ import pytest
 
 import clvr_jax as clvr
 from clvr_jax.merging.diagnostics import angle, interaction, over_noise_levels, over_scales
-from clvr_jax.models.lora import init_lora
+from clvr_jax.models.common.lora import init_lora
 
 INPUT = jnp.asarray(np.random.default_rng(0).normal(size=(7, 6)), jnp.float32)
 

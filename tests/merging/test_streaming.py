@@ -314,8 +314,8 @@ def test_a_merged_pipeline_runs_in_diffusers_as_the_sum_of_the_deltas(tmp_path):
     import diffusers
 
     from tests.merging.small_models import CONFIG
+    from tests.models.flux2.test_transformer import make_inputs, run_reference
     from tests.models.parity import TOLERANCE, relative_error
-    from tests.models.test_flux2_transformer import make_inputs, run_reference
 
     weights = random_tensors(0)
     sides = weights, tuned(weights, 1), tuned(weights, 2)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.sampling import Sampling
+from clvr_jax.models.common.sampling import Sampling
 from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline

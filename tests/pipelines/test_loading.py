@@ -14,7 +14,7 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora import load_lora, save_lora
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.deltas import apply_delta
-from clvr_jax.models.lora import init_lora, is_pair
+from clvr_jax.models.common.lora import init_lora, is_pair
 from clvr_jax.pipelines import loading
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline

@@ -6,7 +6,7 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import UsageError
-from clvr_jax.models.quantization import weight_bytes
+from clvr_jax.models.common.quantization import weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.offload import HOST, Offloader

@@ -12,7 +12,7 @@ from clvr_jax.convert.models import load_model
 from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.quantization import quantize, quantize_layers, weight_bytes
+from clvr_jax.models.common.quantization import quantize, quantize_layers, weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.loading import computing_on, layout_of, quantization_of

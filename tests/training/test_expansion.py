@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.layers import scan_blocks, stack_blocks
+from clvr_jax.models.common.layers import scan_blocks, stack_blocks
 from clvr_jax.training.expansion import with_identity_blocks
 
 

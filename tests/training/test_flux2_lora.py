@@ -16,7 +16,7 @@ from clvr_jax.convert.lora import load_lora
 from clvr_jax.convert.rules import state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.deltas import apply_delta
-from clvr_jax.models.lora import LoRAConfig
+from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import LORA_FILES

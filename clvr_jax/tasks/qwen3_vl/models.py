@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from clvr_jax.convert.hub import local_directory
-from clvr_jax.models.qwen3_vl import Qwen3VLConfig
-from clvr_jax.models.qwen3_vl_vision import Qwen3VLVisionConfig
+from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
 from clvr_jax.pipelines.registry import MODELS, resolve
 from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 

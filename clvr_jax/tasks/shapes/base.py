@@ -9,9 +9,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.data.text import load_tokenizer
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
-from clvr_jax.models.flux2_transformer import Flux2Transformer
-from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
+from clvr_jax.models.flux2.transformer import Flux2Transformer
+from clvr_jax.models.qwen3.model import Qwen3
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2_io import load_text_encoder, load_vae
 from clvr_jax.pipelines.flux2_programs import velocity_field

@@ -12,11 +12,11 @@ from flax import nnx
 from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
-from clvr_jax.models.autoencoder_blocks import AutoencoderConfig
-from clvr_jax.models.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from clvr_jax.models.autoencoder_kl_flux2 import AutoencoderKLFlux2
-from clvr_jax.models.clip_text import CLIPText, CLIPTextConfig
-from clvr_jax.models.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
+from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
+from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
+from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.flux2_io import load_vae
 from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import ModelBundle

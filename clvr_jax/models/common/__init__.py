@@ -1,0 +1,1 @@
+"""Parts of several architectures: attention, layers, blocks of autoencoders, adapters, quantization, decoding."""
