@@ -2,4 +2,12 @@
 
 from setuptools import find_packages, setup
 
-setup(packages=[*find_packages(include=["clvr_jax", "clvr_jax.*"]), "clvr_jax.configs", "clvr_jax.convert"])
+MAPPED = ("configs", "convert")
+"""Directories at the top of the repository that install as packages of `clvr_jax`."""
+
+setup(
+    packages=[
+        *find_packages(include=["clvr_jax", "clvr_jax.*"]),
+        *(f"clvr_jax.{name}" for name in find_packages(include=[*MAPPED, *(f"{name}.*" for name in MAPPED)])),
+    ]
+)

@@ -137,8 +137,8 @@ def make(root: Path, blocks: int | None) -> None:
 
 
 def _write_model(directory: Path, architecture: Any, config: Any, skip: range = range(0)) -> None:
-    from clvr_jax.convert.disk import put
-    from clvr_jax.convert.tensors import FLOATS, TensorSpec, preallocate_files
+    from clvr_jax.checkpoint_io.disk import put
+    from clvr_jax.checkpoint_io.tensors import FLOATS, TensorSpec, preallocate_files
 
     fields = architecture.config_to_dict(config)
     directory.mkdir()
@@ -166,8 +166,8 @@ def _write_model(directory: Path, architecture: Any, config: Any, skip: range = 
 def _stored(options: argparse.Namespace) -> tuple[Path, Any, list[Any]]:
     """Returns the directory of a model, its architecture and the tensors that are used."""
     from clvr_jax.atomic_io import read_json
+    from clvr_jax.checkpoint_io.tensors import stored_tensors
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, QWEN3_VL, qwen3_hidden_states
-    from clvr_jax.convert.tensors import stored_tensors
 
     part = options.part.split(":")[1]
     config = read_json(options.directory / "klein" / "clvr.json")["flux2"]

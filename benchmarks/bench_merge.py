@@ -26,7 +26,7 @@ from pathlib import Path
 import numpy as np
 from checkpoints import klein_4b, make_checkpoint, timed
 
-from clvr_jax.convert.tensors import SHARD_BYTES, read_header
+from clvr_jax.checkpoint_io.tensors import SHARD_BYTES, read_header
 
 ALLOWED_GIB = 1.5
 TARGET = 0.5

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from clvr_jax.checkpoint_io.tensors import FLOATS, SHARD_BYTES, TensorSpec, preallocate_files, write_tensor
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.tensors import FLOATS, SHARD_BYTES, TensorSpec, preallocate_files, write_tensor
 from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
 
 

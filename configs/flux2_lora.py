@@ -11,7 +11,7 @@ A LoRA of a 9B variant of FLUX.2 klein is for non-commercial use only, as its ba
 import dataclasses
 from pathlib import Path
 
-from clvr_jax.convert.lora_writing import LoRANames
+from clvr_jax.convert.lora.writing import LoRANames
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline

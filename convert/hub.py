@@ -15,7 +15,7 @@ from typing import Any
 from huggingface_hub import constants, errors, snapshot_download
 from huggingface_hub.utils import tqdm
 
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
+from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME
 from clvr_jax.errors import ClvrError, UsageError
 
 _BESIDE = ("*.json", "*.txt", "*.jinja", "*.model", "*.md", "LICENSE*")

@@ -13,6 +13,7 @@ leading layer axis is `depth` PyTorch tensors), and the special leaves.
 """
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -21,6 +22,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import PyTree
 
+from clvr_jax.checkpoint_io.orbax_tree import open_tree
 from clvr_jax.errors import ClvrError
 from clvr_jax.trees import Params, Path
 
@@ -220,6 +222,28 @@ def check_dtypes(plan: list[Entry], found: Mapping[str, np.dtype], where: str) -
     ]
     if wrong:
         raise ClvrError(f"{where}: {len(wrong)} weights are stored as another type: {_some(wrong)}; they are quantized")
+
+
+def check_tree(directory: pathlib.Path, plan: list[Entry]) -> dict[str, np.dtype]:
+    """Raises ClvrError unless the checkpoint has exactly the leaves of a model.
+
+    Returns: PyTorch key -> dtype of the leaf that contains the tensor.
+    """
+    arrays = open_tree(directory)
+    expected = {".".join(map(str, entry.path)): entry for entry in plan}
+    shared = expected.keys() & arrays.keys()
+    faults = [
+        f"{len(names)} {title}: {', '.join(sorted(names)[:6])}"
+        for title, names in (
+            ("missing", expected.keys() - arrays.keys()),
+            ("unexpected", arrays.keys() - expected.keys()),
+            ("with another shape", {name for name in shared if arrays[name].shape != expected[name].shape}),
+        )
+        if names
+    ]
+    if faults:
+        raise ClvrError(f"{directory}: leaves do not match the model; " + "; ".join(faults))
+    return {key: arrays[name].dtype for name, entry in expected.items() for key in entry.keys}
 
 
 def _some(names: list[str], most: int = 6) -> str:

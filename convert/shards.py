@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clvr_jax.convert.blocks import Buffers, copy_block
-from clvr_jax.convert.disk import empty
-from clvr_jax.convert.lora import Adapter, delta_slice
+from clvr_jax.checkpoint_io.blocks import Buffers, copy_block
+from clvr_jax.checkpoint_io.disk import empty
+from clvr_jax.checkpoint_io.tensors import FLOATS, StoredTensor
+from clvr_jax.convert.lora.trees import Adapter, delta_slice
 from clvr_jax.convert.rules import AS_IS, LINEAR, Entry
-from clvr_jax.convert.tensors import FLOATS, StoredTensor
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.adapters import KernelAdapter
 from clvr_jax.models.common.quantization import INT8_MAX

@@ -21,11 +21,11 @@ from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
 from clvr_jax.atomic_io import read_json
+from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, FLOATS, model_file
 from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES, Inputs
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, FLOATS, model_file
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import JSON
 

@@ -12,7 +12,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.output_paths import check_directory
 
 if TYPE_CHECKING:
-    from clvr_jax.convert.planning import Conversion
+    from clvr_jax.convert.streaming.planning import Conversion
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,10 @@ class Convert:
 
     def run(self) -> Result:
         """Plans the conversion, and converts unless it is a dry run."""
-        from clvr_jax.convert.conversion import convert
         from clvr_jax.convert.hub import local_directory, model_files
-        from clvr_jax.convert.planning import plan
-        from clvr_jax.convert.report import conversion_table, tensor_list
+        from clvr_jax.convert.streaming.conversion import convert
+        from clvr_jax.convert.streaming.planning import plan
+        from clvr_jax.convert.streaming.report import conversion_table, tensor_list
 
         if not self.dry_run:
             check_directory(self.destination)  # before anything is downloaded

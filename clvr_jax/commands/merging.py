@@ -77,8 +77,8 @@ class Merge:
             raise UsageError(f"{self.out}: exists already; choose another name or remove it")
         if not self.dry_run:
             check_directory(self.out)  # before anything is downloaded
-        from clvr_jax.convert.lora_config import PEFT_NAME
-        from clvr_jax.convert.lora_file import FILE_NAME
+        from clvr_jax.convert.lora.config import PEFT_NAME
+        from clvr_jax.convert.lora.files import FILE_NAME
         from clvr_jax.merging.methods import Settings
         from clvr_jax.merging.planning import plan_merge
         from clvr_jax.merging.report import plan_list, plan_table

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
-from clvr_jax.convert.tensors import StoredTensor
+from clvr_jax.checkpoint_io.tensors import StoredTensor
 from clvr_jax.errors import ClvrError
 
 _STEP = 4 * 2**20

@@ -7,7 +7,7 @@ from typing import TypedDict
 from rich.table import Table
 
 from clvr_jax.atomic_io import write_json
-from clvr_jax.convert.report import readable_size
+from clvr_jax.convert.streaming.report import readable_size
 from clvr_jax.json_input import JSON
 from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge

@@ -12,14 +12,14 @@ from typing import Literal
 
 import numpy as np
 
+from clvr_jax.checkpoint_io.blocks import Buffers
+from clvr_jax.checkpoint_io.journal import reading
+from clvr_jax.checkpoint_io.orbax_tree import PARAMS
+from clvr_jax.checkpoint_io.tensors import FLOATS, StoredTensor, bits, stored_tensors
 from clvr_jax.convert.architectures import torch_class
-from clvr_jax.convert.blocks import Buffers
-from clvr_jax.convert.conversion import shape_in
-from clvr_jax.convert.journal import reading
-from clvr_jax.convert.lora_file import Factors, find_lora, read_factors
-from clvr_jax.convert.orbax_tree import PARAMS
-from clvr_jax.convert.planning import PipelineComponent, TensorSlice, model_in
-from clvr_jax.convert.tensors import FLOATS, StoredTensor, bits, stored_tensors
+from clvr_jax.convert.lora.files import Factors, find_lora, read_factors
+from clvr_jax.convert.streaming.conversion import shape_in
+from clvr_jax.convert.streaming.planning import PipelineComponent, TensorSlice, model_in
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.digests import Digests
 from clvr_jax.models.common.adapters import WeightAdapter

@@ -2,7 +2,7 @@
 
 The arithmetic is the same as for trees (deltas.py), in float32, on blocks of a tensor. While one tensor is merged, the
 next one is read for its sha256, which brings it into the page cache. The new directory appears when it is complete, and
-an interrupted run can be resumed (convert/journal.py).
+an interrupted run can be resumed (`checkpoint_io.journal`).
 
 A NaN or infinity in any input is an error: it would propagate to the result and to every generated image.
 """
@@ -18,12 +18,12 @@ import jax
 import numpy as np
 
 from clvr_jax.atomic_io import read_json
-from clvr_jax.convert.blocks import Buffers
-from clvr_jax.convert.conversion import copy_file, shape_in, writer
-from clvr_jax.convert.journal import resumable, states
-from clvr_jax.convert.lora_config import PEFT_CONFIG, initial_adapters
-from clvr_jax.convert.planning import TensorSlice
-from clvr_jax.convert.tensors import bits
+from clvr_jax.checkpoint_io.blocks import Buffers
+from clvr_jax.checkpoint_io.journal import resumable, states
+from clvr_jax.checkpoint_io.tensors import bits
+from clvr_jax.convert.lora.config import PEFT_CONFIG, initial_adapters
+from clvr_jax.convert.streaming.conversion import copy_file, shape_in, writer
+from clvr_jax.convert.streaming.planning import TensorSlice
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.merging.deltas import delta_of

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from clvr_jax.atomic_io import atomic_directory, located, read_json, write_json
+from clvr_jax.checkpoint_io.orbax_tree import PARAMS, is_tree
+from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.convert.orbax_tree import PARAMS, is_tree
-from clvr_jax.convert.tensors import stored_tensors
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError

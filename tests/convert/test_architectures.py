@@ -11,7 +11,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
-from clvr_jax.convert import clip_text
+from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import (
     ARCHITECTURES,
     AUTOENCODER_KL,
@@ -19,13 +19,13 @@ from clvr_jax.convert.architectures import (
     UNET,
     WITHOUT_MODULE,
     architecture_of,
+    clip_text,
 )
 from clvr_jax.convert.architectures import QWEN3_VL as QWEN3_VL_ARCHITECTURE
-from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
-from clvr_jax.convert.tensors import FLOATS, stored_tensors, write_tensors
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from tests.models.flux2 import test_autoencoder_kl as flux2_vae
 from tests.models.flux2 import test_transformer as flux2

@@ -16,6 +16,7 @@ from flax import nnx
 from rich.console import Console
 from safetensors.numpy import load_file
 
+from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, write_tensors
 from clvr_jax.convert.architectures import (
     ARCHITECTURES,
     AUTOENCODER_KL,
@@ -27,11 +28,10 @@ from clvr_jax.convert.architectures import (
     QWEN3_VL,
     UNET,
 )
-from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.planning import plan
 from clvr_jax.convert.probes import PROBES
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, write_tensors
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.convert.verify import TOLERANCE, Agreement, agreement_list, agreement_table, compare, verify
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED

@@ -6,8 +6,8 @@ import json
 
 import numpy as np
 
+from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
 
 CONFIG = Flux2TransformerConfig(

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clvr_jax.convert.flux2_single_file import bfl_key
-from clvr_jax.convert.lora_file import Factors
-from clvr_jax.convert.lora_writing import write_factors
+from clvr_jax.convert.lora.files import Factors
+from clvr_jax.convert.lora.writing import write_factors
+from clvr_jax.convert.single_file.flux2 import bfl_key
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.planning import plan_merge
@@ -188,7 +188,7 @@ def test_an_occupied_place_and_a_full_disk(tmp_path, monkeypatch):
     def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("clvr_jax.convert.conversion.write_tensor", full)
+    monkeypatch.setattr("clvr_jax.convert.streaming.conversion.write_tensor", full)
     refused(paths, "cannot be written .No space left on device")
 
 

@@ -9,7 +9,7 @@ import clvr_jax as clvr
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.lora import LoRAPair, init_lora, is_pair
 from clvr_jax.trees import leaves_by_path
-from tests.convert.lora_models import KINDS, outputs
+from tests.convert.lora.models import KINDS, outputs
 from tests.models.parity import TOLERANCE, relative_error
 
 SHAPES = {"stack": (3, 8, 6), "kernel": (8, 6), "convolution": (3, 3, 4, 5), "bias": (6,)}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import clvr_jax as clvr
-from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.planning import plan as plan_conversion
-from clvr_jax.convert.tensors import stored_tensors
+from clvr_jax.checkpoint_io.tensors import stored_tensors
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan as plan_conversion
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging import streaming
 from clvr_jax.merging.methods import Settings

@@ -5,10 +5,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.lora_file import FILE_NAME, Factors
-from clvr_jax.convert.lora_writing import write_factors
-from clvr_jax.convert.planning import plan as plan_conversion
+from clvr_jax.convert.lora.files import FILE_NAME, Factors
+from clvr_jax.convert.lora.writing import write_factors
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan as plan_conversion
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.planning import plan_merge
 from clvr_jax.merging.streaming import merge

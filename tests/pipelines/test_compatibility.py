@@ -88,7 +88,7 @@ def test_tokenizer_and_processor_of_a_controller_are_compared_with_its_model(cha
     import dataclasses
 
     from clvr_jax.atomic_io import read_json
-    from clvr_jax.convert.qwen3_vl import config_from_dict
+    from clvr_jax.convert.architectures.qwen3_vl import config_from_dict
     from clvr_jax.data.qwen3_vl_images import processor_from_dict
 
     folder = SHAPES / "controller"

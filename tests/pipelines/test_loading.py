@@ -11,7 +11,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import load_lora, save_lora
+from clvr_jax.convert.lora.trees import load_lora, save_lora
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.common.lora import init_lora, is_pair
@@ -142,8 +142,8 @@ def test_dora_of_a_kronecker_product_is_added_with_its_weight(folder, loras, tmp
 
 
 def test_loras_are_added_to_a_directory_in_jax_layout(folder, loras, tmp_path):
-    from clvr_jax.convert.conversion import convert
-    from clvr_jax.convert.planning import plan
+    from clvr_jax.convert.streaming.conversion import convert
+    from clvr_jax.convert.streaming.planning import plan
 
     transformer, ((first, file), _) = loras
     convert(plan(folder, "jax"), tmp_path / "converted")

@@ -7,10 +7,10 @@ import pytest
 from flax import nnx
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, QWEN3, QWEN3_VL, qwen3_hidden_states
-from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.quantization import quantize, quantize_layers, weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline

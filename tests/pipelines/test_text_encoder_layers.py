@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from clvr_jax.checkpoint_io.tensors import StoredTensor, stored_tensors
 from clvr_jax.convert import shards
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import leaves_of
-from clvr_jax.convert.tensors import StoredTensor, stored_tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2_io import load_text_encoder, save_text_encoder

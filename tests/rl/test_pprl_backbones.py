@@ -14,7 +14,7 @@ from PIL import Image
 from clvr_jax import rl
 from clvr_jax.configs import pprl_flux2, pprl_shapes
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import load_lora
+from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.data.histories import token_count
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.text import encode_prompts

@@ -14,7 +14,7 @@ from flax import nnx
 from clvr_jax import rl
 from clvr_jax.configs import pprl_sdxl
 from clvr_jax.convert.architectures import UNET
-from clvr_jax.convert.lora import load_lora
+from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.errors import ClvrError, UsageError

@@ -20,14 +20,14 @@ import pytest
 from safetensors.numpy import save_file
 
 from clvr_jax.atomic_io import read_json
+from clvr_jax.checkpoint_io.orbax_tree import open_tree
+from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.cli import main
 from clvr_jax.configs import shapes_synth
-from clvr_jax.convert.conversion import convert
-from clvr_jax.convert.lora_config import AdapterConfig
-from clvr_jax.convert.lora_file import FILE_NAME, read_factors
-from clvr_jax.convert.orbax_tree import open_tree
-from clvr_jax.convert.planning import plan
-from clvr_jax.convert.tensors import stored_tensors
+from clvr_jax.convert.lora.config import AdapterConfig
+from clvr_jax.convert.lora.files import FILE_NAME, read_factors
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.data.engine.intake import read_prompts
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import identity, load_synth_recipe

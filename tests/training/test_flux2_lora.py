@@ -12,7 +12,7 @@ from PIL import Image
 
 from clvr_jax.configs import flux2_lora
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import load_lora
+from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.convert.rules import state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.deltas import apply_delta
@@ -22,7 +22,7 @@ from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import LORA_FILES
 from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
-from tests.convert.lora_models import OTHER_PARTS
+from tests.convert.lora.models import OTHER_PARTS
 
 STEPS = 24
 TRAIN = dataclasses.replace(

@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import save_lora
-from clvr_jax.convert.lora_file import FILE_NAME
-from clvr_jax.convert.lora_writing import LoRANames
+from clvr_jax.convert.lora.files import FILE_NAME
+from clvr_jax.convert.lora.trees import save_lora
+from clvr_jax.convert.lora.writing import LoRANames
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.tasks.bundles import Export
 from clvr_jax.tasks.flux2.models import Flux2Models

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import save_lora
+from clvr_jax.convert.lora.trees import save_lora
 from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops
 from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.data.histories import fit_history

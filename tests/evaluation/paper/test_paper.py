@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clvr_jax.convert.tensors import stored_tensors
+from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.scripts import paper

@@ -6,7 +6,7 @@ import pytest
 import torch
 from flax import nnx
 
-from clvr_jax.convert.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.architectures.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids

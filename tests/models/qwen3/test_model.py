@@ -8,7 +8,7 @@ import torch
 import transformers
 from flax import nnx
 
-from clvr_jax.convert.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.architectures.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3.layers import empty_cache, inverse_frequencies

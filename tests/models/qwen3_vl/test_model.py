@@ -11,7 +11,7 @@ from flax import nnx
 from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
 
-from clvr_jax.convert.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
+from clvr_jax.convert.architectures.qwen3_vl import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3.layers import inverse_frequencies

@@ -8,7 +8,12 @@ import pytest
 import torch
 from flax import nnx
 
-from clvr_jax.convert.autoencoder_kl import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
+from clvr_jax.convert.architectures.autoencoder_kl import (
+    KEY_MAPPING,
+    canonicalize_keys,
+    config_from_dict,
+    config_to_dict,
+)
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig

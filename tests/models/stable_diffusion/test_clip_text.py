@@ -7,7 +7,7 @@ import transformers
 from flax import nnx
 
 from clvr_jax.convert.architectures import CLIP_TEXT, CLIP_TEXT_PROJECTED
-from clvr_jax.convert.clip_text import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
+from clvr_jax.convert.architectures.clip_text import KEY_MAPPING, canonicalize_keys, config_from_dict, config_to_dict
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError

@@ -10,8 +10,8 @@ import pytest
 import torch
 from flax import nnx
 
+from clvr_jax.convert.architectures.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
-from clvr_jax.convert.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error

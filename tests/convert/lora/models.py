@@ -16,7 +16,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import save_file
 
-from clvr_jax.convert import flux2_transformer, unet_2d_condition
+from clvr_jax.convert.architectures import flux2_transformer, unet_2d_condition
 from clvr_jax.convert.rules import KeyMapping, entries
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from clvr_jax.convert.lora import load_lora, save_lora
-from clvr_jax.convert.lora_file import FILE_NAME
+from clvr_jax.convert.lora.files import FILE_NAME
+from clvr_jax.convert.lora.trees import load_lora, save_lora
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.lora import init_lora
-from tests.convert.lora_models import KINDS, A, B, random_factors, same, save_factors, shapes_of
+from tests.convert.lora.models import KINDS, A, B, random_factors, same, save_factors, shapes_of
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from rich.table import Table
 
-from clvr_jax.convert.planning import Conversion
+from clvr_jax.convert.streaming.planning import Conversion
 from clvr_jax.json_input import JSON
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from safetensors.numpy import save
 
 from clvr_jax.atomic_io import write_atomically
-from clvr_jax.convert.lora_config import METADATA
-from clvr_jax.convert.lora_file import FILE_NAME, Factors
-from clvr_jax.convert.lora_names import KeyAlias, component, original_names
+from clvr_jax.convert.lora.config import METADATA
+from clvr_jax.convert.lora.files import FILE_NAME, Factors
+from clvr_jax.convert.lora.names import KeyAlias, component, original_names
 from clvr_jax.errors import ClvrError
 
 LoRANames = Literal["diffusers", "comfyui", "kohya"]

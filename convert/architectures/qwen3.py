@@ -2,9 +2,9 @@
 
 import dataclasses
 
+from clvr_jax.checkpoint_io.tensors import Tensors, without_tied_head
 from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
-from clvr_jax.convert.tensors import Tensors, without_tied_head
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3.model import Qwen3Config

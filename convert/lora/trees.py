@@ -11,9 +11,9 @@ from flax.traverse_util import unflatten_dict
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from clvr_jax.convert.lora_file import Factors, read_factors
-from clvr_jax.convert.lora_names import component
-from clvr_jax.convert.lora_writing import LoRANames, write_factors, write_original_factors
+from clvr_jax.convert.lora.files import Factors, read_factors
+from clvr_jax.convert.lora.names import component
+from clvr_jax.convert.lora.writing import LoRANames, write_factors, write_original_factors
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.adapters import KernelAdapter, WeightAdapter, is_adapter

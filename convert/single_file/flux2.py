@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from clvr_jax.checkpoint_io.tensors import StoredTensor, TensorSpec
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
-from clvr_jax.convert.tensors import StoredTensor, TensorSpec
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from clvr_jax.atomic_io import read_json
-from clvr_jax.convert.disk import PAGE, put
+from clvr_jax.checkpoint_io.disk import PAGE, put
 from clvr_jax.errors import ClvrError
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"

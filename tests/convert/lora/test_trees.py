@@ -11,14 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import clvr_jax as clvr
-from clvr_jax.convert.lora import load_lora, save_lora
-from clvr_jax.convert.lora_file import FILE_NAME
-from clvr_jax.convert.lora_names import key_aliases
-from clvr_jax.convert.unet_2d_condition import config_to_dict
+from clvr_jax.convert.architectures.unet_2d_condition import config_to_dict
+from clvr_jax.convert.lora.files import FILE_NAME
+from clvr_jax.convert.lora.names import key_aliases
+from clvr_jax.convert.lora.trees import load_lora, save_lora
 from clvr_jax.models.common.lora import init_lora, is_pair
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
 from clvr_jax.trees import leaves_by_path
-from tests.convert.lora_models import (
+from tests.convert.lora.models import (
     KINDS,
     A,
     B,

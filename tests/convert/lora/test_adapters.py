@@ -14,14 +14,14 @@ from safetensors.torch import load_file, save_file
 
 import clvr_jax as clvr
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.convert.lora import adapters_by_path, delta_slice, load_lora, save_lora
-from clvr_jax.convert.lora_names import key_aliases
+from clvr_jax.convert.lora.names import key_aliases
+from clvr_jax.convert.lora.trees import adapters_by_path, delta_slice, load_lora, save_lora
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.convert.rules import entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.adapters import KernelAdapter, is_adapter
 from clvr_jax.trees import leaves_by_path
-from tests.convert.lora_models import KINDS, shapes_of
+from tests.convert.lora.models import KINDS, shapes_of
 
 FLUX2_TARGETS = r".*(to_q|to_k|to_out\.0|linear_in|norm_out\.linear|to_qkv_mlp_proj)"
 UNET_TARGETS = r".*(to_q|to_k|to_out\.0|proj_in|conv1|conv_shortcut)"

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clvr_jax.convert.disk import PAGE, empty, put
-from clvr_jax.convert.tensors import FLOATS, TensorSpec, preallocate_files
+from clvr_jax.checkpoint_io.disk import PAGE, empty, put
+from clvr_jax.checkpoint_io.tensors import FLOATS, TensorSpec, preallocate_files
 
 MEMORY = Path("/dev/shm")  # a file system without a disk
 

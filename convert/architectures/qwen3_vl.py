@@ -3,9 +3,9 @@
 With tied embeddings our model has no `lm_head`, nor have most checkpoints. UnifiedReward uses the same format.
 """
 
+from clvr_jax.checkpoint_io.tensors import Tensors, without_tied_head
 from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
-from clvr_jax.convert.tensors import Tensors, without_tied_head
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig, Qwen3VLTextConfig

@@ -11,15 +11,16 @@ import orbax.checkpoint as ocp
 import pytest
 from safetensors.numpy import load_file
 
-from clvr_jax.convert import conversion as module
-from clvr_jax.convert import models, tensors
+from clvr_jax.checkpoint_io import tensors
+from clvr_jax.checkpoint_io.orbax_tree import PARAMS
+from clvr_jax.checkpoint_io.tensors import stored_tensors, write_tensors
+from clvr_jax.convert import models
 from clvr_jax.convert.architectures import architecture_of
-from clvr_jax.convert.conversion import convert
 from clvr_jax.convert.models import load_model
-from clvr_jax.convert.orbax_tree import PARAMS
-from clvr_jax.convert.planning import plan
 from clvr_jax.convert.rules import leaves_of
-from clvr_jax.convert.tensors import stored_tensors, write_tensors
+from clvr_jax.convert.streaming import conversion as module
+from clvr_jax.convert.streaming.conversion import convert
+from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED

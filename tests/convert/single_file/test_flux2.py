@@ -14,10 +14,10 @@ from diffusers.loaders.single_file_utils import (
 from flax import nnx
 from safetensors.numpy import save_file
 
-from clvr_jax.convert import autoencoder_kl_flux2, flux2_transformer
-from clvr_jax.convert.flux2_single_file import config_of, diffusers_tensors, is_bfl
+from clvr_jax.checkpoint_io.tensors import StoredTensor, read_header, stored_tensors
+from clvr_jax.convert.architectures import autoencoder_kl_flux2, flux2_transformer
 from clvr_jax.convert.rules import state_from_torch
-from clvr_jax.convert.tensors import StoredTensor, read_header, stored_tensors
+from clvr_jax.convert.single_file.flux2 import config_of, diffusers_tensors, is_bfl
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig

@@ -1,7 +1,7 @@
 """LoRA files: safetensors of diffusers, PEFT, kohya, ai-toolkit and LyCORIS, read as adapters of PyTorch modules.
 
 LoRA, LoHa, LoKr, LoRA with a core tensor (LoCon) and DoRA of each are read. Every tensor of a file is used or named in
-an error. `clvr_jax.convert.lora_writing` writes files.
+an error. `clvr_jax.convert.lora.writing` writes files.
 """
 
 import functools
@@ -15,15 +15,15 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clvr_jax.convert.lora_config import PEFT_NAME, AdapterConfig
-from clvr_jax.convert.lora_names import (
+from clvr_jax.checkpoint_io.tensors import StoredTensor, read_header
+from clvr_jax.convert.lora.config import PEFT_NAME, AdapterConfig
+from clvr_jax.convert.lora.names import (
     TEXT_ENCODER,
     KeyAlias,
     component,
     key_aliases,
     without_prefix,
 )
-from clvr_jax.convert.tensors import StoredTensor, read_header
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.adapters import MAGNITUDE, WeightAdapter, adapter_product
 from clvr_jax.trees import some

@@ -20,9 +20,8 @@ import tensorstore as ts
 from jaxtyping import PyTree
 
 from clvr_jax.atomic_io import read_json, write_json
-from clvr_jax.convert.disk import put
-from clvr_jax.convert.rules import Entry
-from clvr_jax.convert.tensors import is_file_name
+from clvr_jax.checkpoint_io.disk import put
+from clvr_jax.checkpoint_io.tensors import is_file_name
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
 
@@ -241,28 +240,6 @@ def _stored_array(directory: Path, name: str, metadata: UncheckedJSON, context: 
     except ValueError as error:
         reason = str(error).splitlines()[0][:160]
         raise ClvrError(f"{directory}: {name} cannot be read ({reason})") from error
-
-
-def check_tree(directory: Path, plan: list[Entry]) -> dict[str, np.dtype]:
-    """Raises ClvrError unless the checkpoint has exactly the leaves of a model.
-
-    Returns: PyTorch key -> dtype of the leaf that contains the tensor.
-    """
-    arrays = open_tree(directory)
-    expected = {".".join(map(str, entry.path)): entry for entry in plan}
-    shared = expected.keys() & arrays.keys()
-    faults = [
-        f"{len(names)} {title}: {', '.join(sorted(names)[:6])}"
-        for title, names in (
-            ("missing", expected.keys() - arrays.keys()),
-            ("unexpected", arrays.keys() - expected.keys()),
-            ("with another shape", {name for name in shared if arrays[name].shape != expected[name].shape}),
-        )
-        if names
-    ]
-    if faults:
-        raise ClvrError(f"{directory}: leaves do not match the model; " + "; ".join(faults))
-    return {key: arrays[name].dtype for name, entry in expected.items() for key in entry.keys}
 
 
 def nested(leaves: Mapping[TreePath, PyTree]) -> dict[str, PyTree]:

@@ -19,12 +19,12 @@ from queue import SimpleQueue
 
 import numpy as np
 
-from clvr_jax.convert.blocks import Buffers, copy_block
-from clvr_jax.convert.journal import Journal, reading, resumable, states
+from clvr_jax.checkpoint_io.blocks import Buffers, copy_block
+from clvr_jax.checkpoint_io.journal import Journal, reading, resumable, states
+from clvr_jax.checkpoint_io.orbax_tree import PARAMS, TreeWriter
+from clvr_jax.checkpoint_io.tensors import FLOATS, preallocate_files, write_tensor
 from clvr_jax.convert.model_card import add_model_card
-from clvr_jax.convert.orbax_tree import PARAMS, TreeWriter
-from clvr_jax.convert.planning import Conversion, Format, PipelineComponent, TensorSlice
-from clvr_jax.convert.tensors import FLOATS, preallocate_files, write_tensor
+from clvr_jax.convert.streaming.planning import Conversion, Format, PipelineComponent, TensorSlice
 from clvr_jax.output_paths import check_destination
 
 _LARGE_BYTES = 256 * 2**20

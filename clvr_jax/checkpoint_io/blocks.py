@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
-from clvr_jax.convert.disk import empty
-from clvr_jax.convert.tensors import bits
+from clvr_jax.checkpoint_io.disk import empty
+from clvr_jax.checkpoint_io.tensors import bits
 
 _TILE, _LINE = (512, 8192), 64
 

@@ -2,7 +2,7 @@
 
 import json
 
-from clvr_jax.convert.journal import Journal
+from clvr_jax.checkpoint_io.journal import Journal
 
 
 def test_a_record_that_was_cut_is_dropped_and_the_next_one_is_not_added_to_it(tmp_path):

@@ -13,7 +13,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.atomic_io import read_json
-from clvr_jax.convert import (
+from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
+from clvr_jax.convert.architectures import (
     autoencoder_kl,
     autoencoder_kl_flux2,
     clip_text,
@@ -23,7 +24,6 @@ from clvr_jax.convert import (
     unet_2d_condition,
 )
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
-from clvr_jax.convert.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.common.quantization import quantize_layers

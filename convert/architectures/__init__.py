@@ -1,0 +1,43 @@
+"""The architectures that can be converted: one key table each, and their registry."""
+
+from clvr_jax.convert.architectures.registry import (
+    ARCHITECTURES,
+    AUTOENCODER_KL,
+    CLIP_TEXT,
+    CLIP_TEXT_PROJECTED,
+    FLUX2_TRANSFORMER,
+    FLUX2_VAE,
+    MOST_PARAMETERS,
+    QWEN3,
+    QWEN3_VL,
+    UNET,
+    WITHOUT_MODULE,
+    Architecture,
+    ModelConfig,
+    architecture_of,
+    find_architecture,
+    quantized,
+    qwen3_hidden_states,
+    torch_class,
+)
+
+__all__ = [
+    "ARCHITECTURES",
+    "AUTOENCODER_KL",
+    "CLIP_TEXT",
+    "CLIP_TEXT_PROJECTED",
+    "FLUX2_TRANSFORMER",
+    "FLUX2_VAE",
+    "MOST_PARAMETERS",
+    "QWEN3",
+    "QWEN3_VL",
+    "UNET",
+    "WITHOUT_MODULE",
+    "Architecture",
+    "ModelConfig",
+    "architecture_of",
+    "find_architecture",
+    "quantized",
+    "qwen3_hidden_states",
+    "torch_class",
+]

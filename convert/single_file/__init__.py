@@ -1,0 +1,1 @@
+"""Checkpoints of a whole pipeline in one file, viewed as the models of a diffusers directory."""
