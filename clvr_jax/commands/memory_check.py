@@ -30,7 +30,7 @@ def check_memory(
     """
     from clvr_jax.pipelines.loading import layout_of
     from clvr_jax.pipelines.memory import check_memory, parts_of
-    from clvr_jax.pipelines.verifier import controller_directory
+    from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
     from clvr_jax.pipelines.working_memory import image_call
 
     names = {"controller": controller, "verifier": verifier}

@@ -240,7 +240,7 @@ class ControllerOptions:
                 "generates with it in one shot)"
             )
         if not self.controller_url:
-            from clvr_jax.pipelines.verifier import controller_directory
+            from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
 
             controller_directory(self.controller or model)
 

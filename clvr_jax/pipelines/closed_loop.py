@@ -12,8 +12,8 @@ from PIL import Image
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2_io import flux2_heads
+from clvr_jax.pipelines.flux2.io import flux2_heads
+from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
@@ -26,10 +26,10 @@ from clvr_jax.pipelines.loading import (
     quantization_of,
 )
 from clvr_jax.pipelines.offload import Offload, offloader_of
+from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer, Qwen3VLPipeline, qwen3_vl_heads
+from clvr_jax.pipelines.qwen3_vl.verifier import Verifier as LoadedVerifier
+from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory, load_controller
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
-from clvr_jax.pipelines.verifier import Verifier as LoadedVerifier
-from clvr_jax.pipelines.verifier import controller_directory, load_controller
-from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline, qwen3_vl_heads
 from clvr_jax.processes import broadcast_seconds
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import SYSTEM_PROMPT
@@ -184,7 +184,7 @@ class ClosedLoopPipeline:
           model: a shipped name or a directory in diffusers layout, with a `controller/` beside the other components
             unless `controller` is given.
           dtype: of weights and computation; None is each checkpoint's own on an accelerator, and float32 on a CPU.
-          controller: plans and decides: a Qwen3-VL (see `pipelines.verifier.controller_directory`), or any controller,
+          controller: plans and decides: a Qwen3-VL (see `qwen3_vl.verifier.controller_directory`), or any controller,
             such as `providers.loop_roles.ChatModelController` for an endpoint; the model's own if None. A Qwen3-VL that
             was not trained for the loop gets `SYSTEM_PROMPT`.
           verifier: checks images: a Qwen3-VL, or any verifier. If None, a Qwen3-VL that is the controller does so, in

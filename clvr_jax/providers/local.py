@@ -80,7 +80,7 @@ class ImageOutput(Protocol):
 
 
 class BatchChatPipeline(Protocol):
-    """The method of `pipelines.vlm.Qwen3VLPipeline` that is used on a mesh."""
+    """The method of `pipelines.qwen3_vl.Qwen3VLPipeline` that is used on a mesh."""
 
     def answer_all(
         self,
@@ -96,7 +96,7 @@ class BatchChatPipeline(Protocol):
 
 
 class ChatPipeline(BatchChatPipeline, Protocol):
-    """The attributes of `pipelines.vlm.Qwen3VLPipeline` that are used without a mesh."""
+    """The attributes of `pipelines.qwen3_vl.Qwen3VLPipeline` that are used without a mesh."""
 
     @property
     def tokenizer(self) -> Tokenizer:

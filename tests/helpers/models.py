@@ -7,9 +7,9 @@ from flax import nnx
 
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.models.qwen3_vl.model import Qwen3VL
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 
 
 def small_flux2(model: str, num_layers: int = 1, num_single_layers: int = 1) -> Flux2Pipeline:

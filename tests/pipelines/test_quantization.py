@@ -14,11 +14,11 @@ from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.quantization import quantize, quantize_layers, weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.loading import computing_on, layout_of, quantization_of
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.sdxl import SDXLPipeline
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
+from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.worlds.shapes.prompts import train_prompt
@@ -119,7 +119,7 @@ def test_a_quantized_pipeline_is_not_saved(folder, tmp_path):
 @pytest.mark.parametrize("wrong", ["int4", {"vae": "int8"}, {"transformer": "fp8"}, {"controller": "int8"}])
 def test_other_formats_and_models_are_refused_before_weights_are_read(folder, wrong, monkeypatch):
     """So is a format for the controller where none is loaded: the directory has no controller."""
-    monkeypatch.setattr("clvr_jax.pipelines.flux2_io.load_model", None)
+    monkeypatch.setattr("clvr_jax.pipelines.flux2.io.load_model", None)
     for pipeline in (ClosedLoopPipeline, Flux2Pipeline):
         with pytest.raises(UsageError, match=r"the formats are int8, the models transformer, text_encoder$"):
             pipeline.from_pretrained(str(folder), quantize=wrong)

@@ -23,7 +23,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
+from clvr_jax.pipelines.flux2.pipeline import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
 from clvr_jax.tasks.flux2 import LORA_TARGETS, Sampler, pprl_task
 from clvr_jax.training.optimizer import AdamWConfig

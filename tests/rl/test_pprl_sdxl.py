@@ -18,10 +18,10 @@ from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.sdxl import SDXLPipeline
+from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.sdxl import LORA_TARGETS, Sampler, pprl_task
-from tests.pipelines.stable_diffusion import components
+from tests.pipelines.sdxl.models import components
 from tests.rl.pprl_toy import Brightness, changed
 
 SAMPLER = Sampler(steps=3, guidance=2.0, size=32)

@@ -37,10 +37,10 @@ from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.questions import JudgeModel, ReplyFile
-from clvr_jax.pipelines.flux2_io import load_schedule
-from clvr_jax.pipelines.generation_config import GenerationConfig
+from clvr_jax.pipelines.flux2.io import load_schedule
+from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline
-from clvr_jax.pipelines.sdxl_io import read_scheduler
+from clvr_jax.pipelines.sdxl.io import read_scheduler
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.reasoning.trajectory import Trajectory
@@ -288,7 +288,7 @@ def _array_file() -> str:
 @pytest.fixture(autouse=True)
 def _no_weights_are_read(monkeypatch):
     for name in ("load_transformer", "load_vae", "load_text_encoder"):
-        monkeypatch.setattr(f"clvr_jax.pipelines.flux2_io.{name}", _refuse)
+        monkeypatch.setattr(f"clvr_jax.pipelines.flux2.io.{name}", _refuse)
 
 
 def _refuse(*_, **__):

@@ -16,8 +16,8 @@ from clvr_jax.data.sft_examples import record_conversation
 from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.prefetch import prefetch

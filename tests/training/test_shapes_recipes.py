@@ -16,9 +16,9 @@ from clvr_jax.data.text import load_tokenizer
 from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.data.trajectory_record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.scripts import shapes_assemble, shapes_rollouts

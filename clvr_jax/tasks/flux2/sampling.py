@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops
 from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
-from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.flux2.models import Flux2Models

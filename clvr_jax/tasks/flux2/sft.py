@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clvr_jax.pipelines.flux2_programs import velocity_field
+from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
 from clvr_jax.tasks.flux2.models import Flux2Models

@@ -5,8 +5,8 @@ from pathlib import Path
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, resolve
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 
 PRESETS = {
     "qwen3-vl-2b": Qwen3VLConfig.qwen3_vl_2b(),

@@ -3,7 +3,7 @@
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.pipelines.flux2 import Flux2Settings
+from clvr_jax.pipelines.flux2.pipeline import Flux2Settings
 
 # 32 pixels to a transformer's 32 latent channels would be FLUX.2's own ratio; an image here needs far fewer.
 VAE = AutoencoderKLFlux2Config(

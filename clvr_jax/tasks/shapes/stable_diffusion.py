@@ -17,8 +17,8 @@ from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
 from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
 from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
-from clvr_jax.pipelines.flux2_io import load_vae
-from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
+from clvr_jax.pipelines.flux2.io import load_vae
+from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.sdxl import noise_prediction_task
 from clvr_jax.training.initialization import scaled

@@ -10,8 +10,8 @@ from clvr_jax.data.text import load_tokenizer
 from clvr_jax.evaluation.verifier.cases import control_cases, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.metrics import roc_auc
 from clvr_jax.evaluation.verifier.run import check_cases
+from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS, Verifier
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.verifier import MAX_TRAINED_TOKENS, Verifier
 from clvr_jax.reasoning.verification import comparison_reply
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
 from clvr_jax.worlds.shapes.scene import sample_scene_random

@@ -7,9 +7,9 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.sampling import Sampling
-from clvr_jax.pipelines.generation_config import GenerationConfig
+from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
+from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.vlm import Qwen3VLPipeline
 
 QWEN3_VL = {
     "bos_token_id": 151643,

@@ -38,7 +38,7 @@ from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
-    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 
 
 class _Settings(Protocol):

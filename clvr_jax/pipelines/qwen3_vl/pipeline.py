@@ -29,9 +29,9 @@ from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.qwen3_vl.model import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.pipelines.compatibility import check_qwen3_vl
-from clvr_jax.pipelines.generation_config import GenerationConfig
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
+from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
 from clvr_jax.sharding import MeshLayout, process_allgather
 from clvr_jax.trees import Params
 

@@ -26,9 +26,9 @@ from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
 from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-from clvr_jax.pipelines import flux2_io
 from clvr_jax.pipelines.compatibility import check_flux2
-from clvr_jax.pipelines.flux2_programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2 import io as flux2_io
+from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh

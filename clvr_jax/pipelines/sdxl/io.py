@@ -29,7 +29,7 @@ from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
-    from clvr_jax.pipelines.sdxl import SDXLPipeline
+    from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
 
 Settings = TypeVar("Settings")
 Solver = Literal["euler", "ddim", "lcm"]

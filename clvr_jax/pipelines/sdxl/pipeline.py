@@ -25,13 +25,13 @@ from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL
 from clvr_jax.models.stable_diffusion.clip_text import CLIPText
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition
-from clvr_jax.pipelines import sdxl_io
 from clvr_jax.pipelines.compatibility import check_clip
 from clvr_jax.pipelines.images import check_size, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload
-from clvr_jax.pipelines.sdxl_io import Solver
+from clvr_jax.pipelines.sdxl import io as sdxl_io
+from clvr_jax.pipelines.sdxl.io import Solver
 from clvr_jax.sharding import process_allgather
 from clvr_jax.trees import Params
 

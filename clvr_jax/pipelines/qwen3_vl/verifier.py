@@ -16,8 +16,8 @@ from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.pipelines.loading import Mesh
 from clvr_jax.pipelines.offload import Offload
+from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
-from clvr_jax.pipelines.vlm import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.model_verifier import ModelVerifier
 from clvr_jax.reasoning.verification import Mode
 

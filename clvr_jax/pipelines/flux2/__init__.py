@@ -1,0 +1,5 @@
+"""FLUX.2 klein: from a prompt and reference images to an image."""
+
+from clvr_jax.pipelines.flux2.pipeline import Flux2Output, Flux2Pipeline, Flux2Settings
+
+__all__ = ["Flux2Output", "Flux2Pipeline", "Flux2Settings"]
