@@ -28,7 +28,7 @@ from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
 from clvr_jax.pipelines.flux2.pipeline import KLEIN
 from clvr_jax.tasks.flux2 import LORA_TARGETS
-from clvr_jax.training.step import TrainState, make_train_step
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 
 MARKS = ("<!-- table of benchmarks/one_gpu.sh -->", "<!-- end of the table -->")
 ROUNDS = 3

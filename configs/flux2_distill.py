@@ -18,7 +18,7 @@ from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2
 from clvr_jax.tasks.bundles import check_model_given, no_export
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.distillation import DistillConfig
+from clvr_jax.training.objectives.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
 
 

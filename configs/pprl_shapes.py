@@ -27,7 +27,7 @@ from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
 from clvr_jax.rl import PPRLConfig
 from clvr_jax.tasks import flux2
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.optimizer import AdamWConfig
+from clvr_jax.training.optimization.optimizer import AdamWConfig
 
 fit = rl.fit
 

@@ -18,7 +18,7 @@ from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.tasks import flux2
 from clvr_jax.tasks.shapes import BASE_KINDS, SETTINGS, SFT_KINDS, Kind, batch
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.distillation import DistillConfig
+from clvr_jax.training.objectives.distillation import DistillConfig
 from clvr_jax.training.trainer import Task, TrainConfig
 
 

@@ -15,7 +15,7 @@ import tests.annotation_checker  # noqa: F401 - the hook finds it as an attribut
 
 if __name__ == "__main__":
     with install_import_hook(
-        ["clvr_jax.diffusion", "clvr_jax.models", "clvr_jax.rl", "clvr_jax.training.objectives"],
+        ["clvr_jax.diffusion", "clvr_jax.models", "clvr_jax.rl", "clvr_jax.training.objectives.losses"],
         "tests.annotation_checker.check",
     ):
         import jax
@@ -42,7 +42,7 @@ if __name__ == "__main__":
         from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
         from clvr_jax.rl import DiffusionNFT, DiffusionPolicy, FlowGRPO, GRPOConfig, NFTConfig, group_advantages
         from clvr_jax.rl.algorithms import Predictors
-        from clvr_jax.training import objectives
+        from clvr_jax.training.objectives import losses as objectives
 
     B, DTYPES = 2, {"dtype": jnp.bfloat16, "param_dtype": jnp.bfloat16}
     KEY, NOISE = jax.random.key(0), jnp.ones((B, 6, 4))

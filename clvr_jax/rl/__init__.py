@@ -25,7 +25,7 @@ from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.task import PPRLTask
 from clvr_jax.rl.trainer import fit
 from clvr_jax.rl.update import UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
-from clvr_jax.training.step import GradAccumulator
+from clvr_jax.training.optimization.step import GradAccumulator
 
 __all__ = [
     "Advantages",

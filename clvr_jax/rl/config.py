@@ -16,7 +16,7 @@ from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.loop import LoopConfig
-from clvr_jax.training.optimizer import AdamWConfig
+from clvr_jax.training.optimization.optimizer import AdamWConfig
 from clvr_jax.trees import Params
 
 

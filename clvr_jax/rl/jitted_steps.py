@@ -12,7 +12,7 @@ from clvr_jax.rl.rollout import collect_rollout
 from clvr_jax.rl.state import PPRLState
 from clvr_jax.rl.update import UpdateBatch, apply_gradients, loss_and_grads, update_old_policy
 from clvr_jax.sharding import MeshLayout
-from clvr_jax.training.step import GradAccumulator
+from clvr_jax.training.optimization.step import GradAccumulator
 from clvr_jax.trees import Params
 
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Int, PyTree
 from typing_extensions import override
 
 from clvr_jax.sharding import MeshLayout
-from clvr_jax.training.step import TrainState
+from clvr_jax.training.optimization.step import TrainState
 from clvr_jax.trees import Params
 
 

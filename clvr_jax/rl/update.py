@@ -19,8 +19,8 @@ from clvr_jax.rl.policy import DiffusionPolicy
 from clvr_jax.rl.random_keys import LOSS, TIMESTEPS, RandomSource, sample_keys
 from clvr_jax.rl.rollout import repeat_for_samples
 from clvr_jax.rl.state import PPRLState
-from clvr_jax.training import step
-from clvr_jax.training.step import GradAccumulator
+from clvr_jax.training.optimization import step
+from clvr_jax.training.optimization.step import GradAccumulator
 from clvr_jax.trees import Params
 
 

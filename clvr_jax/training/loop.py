@@ -31,8 +31,8 @@ from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_all
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints
 from clvr_jax.training.graceful_shutdown import GracefulShutdown, graceful_shutdown
 from clvr_jax.training.metrics import MetricLog
+from clvr_jax.training.optimization.step import State
 from clvr_jax.training.prefetch import IteratorState
-from clvr_jax.training.step import State
 from clvr_jax.trees import Params
 
 StepMetrics = Mapping[str, jax.Array | float]

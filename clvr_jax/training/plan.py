@@ -24,9 +24,9 @@ from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import JSON
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.prefetch import DataIterator, check_batch
 from clvr_jax.training.recipes import Recipe, RecipeConfig
-from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Params
 

@@ -15,9 +15,9 @@ from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.graceful_shutdown import GracefulShutdown
 from clvr_jax.training.loop import LoopConfig, StepMetrics, export_in_process_0, mesh_of, run_loop, wait_on_cpu
 from clvr_jax.training.metrics import Throughput
-from clvr_jax.training.optimizer import OptimizerConfig
+from clvr_jax.training.optimization.optimizer import OptimizerConfig
+from clvr_jax.training.optimization.step import Loss, Metrics, StepConfig, TrainState, make_train_step
 from clvr_jax.training.prefetch import Batches, DataIterator, DeviceBatch, IteratorState, prefetch
-from clvr_jax.training.step import Loss, Metrics, StepConfig, TrainState, make_train_step
 from clvr_jax.trees import Batch, Params
 
 __all__ = ["Metrics", "Task", "TrainConfig", "TrainState", "fit", "make_train_step"]

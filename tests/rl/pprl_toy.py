@@ -20,7 +20,7 @@ from clvr_jax.rewards.unified_reward import JudgePrompt
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.optimizer import AdamWConfig
+from clvr_jax.training.optimization.optimizer import AdamWConfig
 from tests.data.engine.test_engine import ExactGenerator, item
 
 TOKENS, CHANNELS, SIDE = 4, 6, 4

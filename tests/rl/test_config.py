@@ -11,7 +11,7 @@ from clvr_jax.recipe_files import config_from_json, config_to_json
 from clvr_jax.rl import GRPOConfig, PPRLConfig, PPRLState
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.optimizer import AdamWConfig
+from clvr_jax.training.optimization.optimizer import AdamWConfig
 from clvr_jax.trees import dotted, leaves_by_path
 
 FORMER = {

@@ -26,7 +26,7 @@ from clvr_jax.models.qwen3.model import Qwen3Config
 from clvr_jax.pipelines.flux2.pipeline import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
 from clvr_jax.tasks.flux2 import LORA_TARGETS, Sampler, pprl_task
-from clvr_jax.training.optimizer import AdamWConfig
+from clvr_jax.training.optimization.optimizer import AdamWConfig
 from clvr_jax.training.plan import plan
 from clvr_jax.training.recipes import load_recipe
 from clvr_jax.trees import dotted, leaves_by_path

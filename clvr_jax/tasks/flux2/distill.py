@@ -15,7 +15,7 @@ from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, ve
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
 from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
-from clvr_jax.training.distillation import DistillConfig, Field, distillation_loss
+from clvr_jax.training.objectives.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
 

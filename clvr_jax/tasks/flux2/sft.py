@@ -11,8 +11,8 @@ from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights
 from clvr_jax.tasks.flux2.models import Flux2Models
+from clvr_jax.training.objectives.sft import drawing_loss
 from clvr_jax.training.prefetch import Batches
-from clvr_jax.training.sft import drawing_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Params
 

@@ -20,7 +20,7 @@ from clvr_jax.sharding import process_allgather
 from clvr_jax.tasks.bundles import Export, ModelBundle, cast_weights, no_export
 from clvr_jax.tasks.qwen3_vl.models import token_side
 from clvr_jax.training import prefetch
-from clvr_jax.training.sft import conversation_loss
+from clvr_jax.training.objectives.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Params
 

@@ -11,7 +11,7 @@ from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig
 from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
 from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
 from clvr_jax.tasks.bundles import Export, ModelBundle
-from clvr_jax.training.objectives import noise_prediction_loss
+from clvr_jax.training.objectives.losses import noise_prediction_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task
 

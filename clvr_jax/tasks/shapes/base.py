@@ -17,8 +17,8 @@ from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.tasks.shapes.batches import batch
 from clvr_jax.tasks.shapes.sizes import GRID, SETTINGS, TRANSFORMER, TRANSFORMER_START, VAE
-from clvr_jax.training import sft
-from clvr_jax.training.initialization import scaled
+from clvr_jax.training.objectives import sft
+from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 
 
@@ -30,7 +30,7 @@ def drawing_loss(
     key: jax.Array,
     shift: float,
 ) -> jax.Array:
-    """Computes the flow-matching loss of the target's latents, given text and references; see `training.sft`."""
+    """Computes the flow-matching loss of the target's latents, given text and references; see `objectives.sft`."""
     count = data["references"].shape[1]
 
     def encode_text(ids: jax.Array, mask: jax.Array) -> jax.Array:

@@ -33,8 +33,8 @@ from clvr_jax.tasks.shapes.controller_batches import (
 )
 from clvr_jax.tasks.shapes.sizes import TEXT_ENCODER, TEXT_START
 from clvr_jax.training.expansion import with_identity_blocks
-from clvr_jax.training.initialization import scaled
 from clvr_jax.training.objectives import next_token_loss
+from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 from clvr_jax.worlds.shapes.scene import CELLS
 

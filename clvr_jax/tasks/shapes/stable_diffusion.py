@@ -21,7 +21,7 @@ from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.sdxl import noise_prediction_task
-from clvr_jax.training.initialization import scaled
+from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 from clvr_jax.worlds.shapes.grammar import vocabulary
 

@@ -18,7 +18,7 @@ from clvr_jax.models.common.attention import attention
 from clvr_jax.models.qwen3.model import Qwen3
 from clvr_jax.tasks.shapes.batches import COMPLEX, SIMPLE, Kind, examples
 from clvr_jax.tasks.shapes.sizes import SETTINGS, TEXT_ENCODER, TEXT_START
-from clvr_jax.training.initialization import scaled
+from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES

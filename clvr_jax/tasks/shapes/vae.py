@@ -13,7 +13,7 @@ from clvr_jax.convert.architectures import FLUX2_VAE
 from clvr_jax.convert.models import save_model
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, patchify
 from clvr_jax.tasks.shapes.sizes import VAE
-from clvr_jax.training.objectives import autoencoder_loss
+from clvr_jax.training.objectives.losses import autoencoder_loss
 from clvr_jax.training.trainer import Task
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import sample_scene_random

@@ -8,7 +8,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.models.qwen3.model import Qwen3
 from clvr_jax.tasks.shapes import sizes
-from clvr_jax.training.initialization import scaled
+from clvr_jax.training.optimization.initialization import scaled
 
 TREE = {"block": {"out": jnp.full(3, 2.0), "norm": jnp.ones(2)}, "embed": jnp.full(4, 0.5)}
 

@@ -111,7 +111,7 @@ def next_token_loss(
       tokens_bt: int32.
       weights_bt: 1 at tokens to be learned, 0 elsewhere; the weight of token i is that of predicting it.
     Returns: scalar loss; the share of these tokens whose most likely prediction is right, and their number, which is
-      the weight of the loss (see `training.step.Loss`).
+      the weight of the loss (see `optimization.step.Loss`).
     """
     logits, targets, weights = logits_btv[:, :-1].astype(jnp.float32), tokens_bt[:, 1:], weights_bt[:, 1:]
     log_probs = jax.nn.log_softmax(logits)

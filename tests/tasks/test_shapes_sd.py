@@ -13,7 +13,7 @@ from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
 from clvr_jax.tasks.shapes.stable_diffusion import LENGTH, SETTINGS, text_image_batch, without_batch_norm
-from clvr_jax.training.step import TrainState, make_train_step
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.worlds.shapes.grammar import vocabulary
 
 

@@ -20,7 +20,7 @@ from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import LORA_FILES
-from clvr_jax.training.step import TrainState, make_train_step
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.convert.lora.models import OTHER_PARTS
 

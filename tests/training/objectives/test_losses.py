@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.diffusion import NoiseSchedule
-from clvr_jax.training.objectives import noise_prediction_loss
+from clvr_jax.training.objectives.losses import noise_prediction_loss
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])

@@ -19,9 +19,15 @@ from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import pipeline_distill_task
 from clvr_jax.training.checkpoint import CheckpointConfig
-from clvr_jax.training.distillation import DistillConfig, Windows, distillation_loss, follow_windows, window_loss
+from clvr_jax.training.objectives.distillation import (
+    DistillConfig,
+    Windows,
+    distillation_loss,
+    follow_windows,
+    window_loss,
+)
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.recipes import load_recipe
-from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 from clvr_jax.trees import leaves_by_path
 from tests.helpers.models import small_flux2

@@ -12,7 +12,7 @@ from clvr_jax.data.trajectory_dataset import write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
-from clvr_jax.training.step import TrainState, make_train_step
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.data.simulated import TWO_IMAGES, simulated
 

@@ -7,9 +7,9 @@ import pytest
 
 from clvr_jax.cost_model.hlo import collectives
 from clvr_jax.sharding import MeshConfig, MeshLayout
-from clvr_jax.training.objectives import next_token_loss
-from clvr_jax.training.sft import conversation_loss
-from clvr_jax.training.token_loss import next_token_loss_in_blocks
+from clvr_jax.training.objectives.losses import next_token_loss
+from clvr_jax.training.objectives.sft import conversation_loss
+from clvr_jax.training.objectives.token_loss import next_token_loss_in_blocks
 
 B, T, D, V = 8, 12, 16, 64
 

@@ -19,9 +19,9 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.sharding import MeshConfig, MeshLayout
-from clvr_jax.training.objectives import next_token_loss
+from clvr_jax.training.objectives.losses import next_token_loss
+from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.prefetch import prefetch
-from clvr_jax.training.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit
 from tests.data.engine.exact_generator import MistakesAt, item
 from tests.data.simulated import simulated

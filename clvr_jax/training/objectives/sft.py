@@ -5,8 +5,8 @@ from collections.abc import Callable, Mapping
 import jax
 import jax.numpy as jnp
 
-from clvr_jax.training.objectives import flow_matching_loss
-from clvr_jax.training.token_loss import next_token_loss_in_blocks
+from clvr_jax.training.objectives.losses import flow_matching_loss
+from clvr_jax.training.objectives.token_loss import next_token_loss_in_blocks
 
 Field = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """(latents (b, t, c), timesteps (b,), text (b, s, d)) -> velocity (b, t, c)."""

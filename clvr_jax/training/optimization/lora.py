@@ -6,7 +6,7 @@ import jax
 
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.training.step import Metrics
+from clvr_jax.training.optimization.step import Metrics
 from clvr_jax.training.trainer import Task
 from clvr_jax.trees import Batch, Params
 

@@ -12,7 +12,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
 from clvr_jax.sharding import MeshConfig, MeshLayout, Rules, parameter_axes
-from clvr_jax.training.objectives import next_token_loss
+from clvr_jax.training.objectives.losses import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig, fit
 from tests.training import drawing_recipe
 
@@ -87,7 +87,7 @@ def test_a_batch_in_parts_adds_up_to_the_whole(tmp_path):
 
 
 def test_every_device_holds_its_part_of_the_state():
-    from clvr_jax.training.step import TrainState
+    from clvr_jax.training.optimization.step import TrainState
 
     task = drawing_recipe.task(DRAWING)
     with MeshLayout(MeshConfig(fsdp=8).make()).active() as layout:
