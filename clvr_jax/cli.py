@@ -18,19 +18,19 @@ import tyro
 from rich.console import Console
 
 from clvr_jax.arguments import read_arguments
+from clvr_jax.commands.checkpoints.conversion import Convert
+from clvr_jax.commands.checkpoints.merging import Merge
 from clvr_jax.commands.common import CommandGroup, Result
-from clvr_jax.commands.conversion import Convert
-from clvr_jax.commands.curves import Curves
 from clvr_jax.commands.eval.group import Eval
-from clvr_jax.commands.generate import Generate
-from clvr_jax.commands.launch import Launch
-from clvr_jax.commands.merging import Merge
-from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
-from clvr_jax.commands.sample import Sample
-from clvr_jax.commands.serve import Serve
-from clvr_jax.commands.synthesis import Synth
-from clvr_jax.commands.training import Plan, Train
-from clvr_jax.commands.verifying import Verify
+from clvr_jax.commands.generation.generate import Generate
+from clvr_jax.commands.generation.sample import Sample
+from clvr_jax.commands.generation.serve import Serve
+from clvr_jax.commands.generation.verifying import Verify
+from clvr_jax.commands.recipes.curves import Curves
+from clvr_jax.commands.recipes.launch import Launch
+from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.commands.recipes.synthesis import Synth
+from clvr_jax.commands.recipes.training import Plan, Train
 from clvr_jax.console import escape_control_characters, print_error
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted

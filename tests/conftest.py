@@ -87,7 +87,7 @@ def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
     from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
     from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline, Flux2Settings
-    from tests.command_line import PROMPT
+    from tests.commands.command_line import PROMPT
 
     folder = tmp_path_factory.mktemp("drawing")
     train_tokenizer([PROMPT], 320, folder / "words")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.command_line import PROMPT
+from tests.commands.command_line import PROMPT
 
 COUNTING = """
 import json, sys

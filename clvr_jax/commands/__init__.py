@@ -1,1 +1,1 @@
-"""The commands of `clvr`, one file for each kind. A command is a dataclass of its options with a method `run`."""
+"""The commands of `clvr`, by what they work on. A command is a dataclass of its options with a method `run`."""

@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from clvr_jax.cli import COMMANDS, parse
-from clvr_jax.commands.launch import Launch
-from clvr_jax.commands.training import Train
+from clvr_jax.commands.recipes.launch import Launch
+from clvr_jax.commands.recipes.training import Train
 from clvr_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]

@@ -67,7 +67,7 @@ def _nothing_is_loaded(monkeypatch):
     def refuse(*_, **__):
         raise ClvrError("read, and found to be fine")
 
-    monkeypatch.setattr("clvr_jax.commands.verifying.Verify._verifier", refuse)
+    monkeypatch.setattr("clvr_jax.commands.generation.verifying.Verify._verifier", refuse)
     monkeypatch.setattr("clvr_jax.commands.eval.verifier.EvalVerifier._verifier", refuse)
     monkeypatch.setattr("clvr_jax.commands.eval.system.SystemOptions.check", lambda _: None)
     monkeypatch.setattr("clvr_jax.commands.eval.system.SystemOptions.build", refuse)

@@ -125,7 +125,7 @@ def test_the_command_writes_its_report(tmp_path, capsys):
 
 @pytest.mark.parametrize("topology", ["cpu:1000000", "v5p:4x4x999999", "h100:99999999999999999999"])
 def test_a_topology_that_no_machine_has_is_refused_before_anything_is_measured(topology):
-    from clvr_jax.commands.training import Plan
+    from clvr_jax.commands.recipes.training import Plan
 
     with pytest.raises(UsageError, match="give at most"):
         Plan(config=Path("recipe.py"), topology=topology).run_recipe(None, None)

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import tyro
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.commands.budget import BudgetOptions
 from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
 from clvr_jax.commands.eval.system import SystemOptions
+from clvr_jax.commands.generation.budget import BudgetOptions
 from clvr_jax.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from clvr_jax.arguments import at_least_one, check_guidance, check_seed
-from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Count, Directory, Guidance
-from clvr_jax.commands.model_options import Loading, LoadOptions, check_model_size, parse_size
+from clvr_jax.commands.generation.budget import BudgetOptions, Limits
+from clvr_jax.commands.generation.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
 from clvr_jax.json_input import UncheckedJSON
 

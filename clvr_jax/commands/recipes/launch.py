@@ -69,7 +69,9 @@ class Launch:
         """
         values = dataclasses.asdict(self)
         options = [f"{name}={value}" for name in _OPTIONS if (value := values[name[2:]]) is not None]
-        worker = subprocess.Popen([sys.executable, "-m", "clvr_jax.commands.launch_worker", *options, *self.arguments])
+        worker = subprocess.Popen(
+            [sys.executable, "-m", "clvr_jax.commands.recipes.launch_worker", *options, *self.arguments]
+        )
         signal.signal(signal.SIGTERM, lambda number, _: worker.send_signal(number))
         # A terminal sends Ctrl-C to the worker too, which saves; a second one would end it.
         signal.signal(signal.SIGINT, lambda *_: None)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import numpy as np
 
-    from clvr_jax.commands.model_options import LoadOptions
+    from clvr_jax.commands.generation.model_options import LoadOptions
 
 
 def check_memory(

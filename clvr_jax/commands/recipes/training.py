@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 import tyro
 
 from clvr_jax.commands.common import Common, Directory, Flags, Result
-from clvr_jax.commands.recipe_command import RecipeCommand
+from clvr_jax.commands.recipes.recipe_command import RecipeCommand
 from clvr_jax.console import progress
 from clvr_jax.errors import ClvrError, UsageError
 

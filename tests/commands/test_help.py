@@ -13,15 +13,15 @@ import tyro
 from clvr_jax import scripts
 from clvr_jax.arguments import OPTIONS
 from clvr_jax.cli import COMMANDS, main, parse
-from clvr_jax.commands import recipe_command
 from clvr_jax.commands.common import CommandGroup
-from clvr_jax.commands.recipe_command import RecipeCommand, parse_recipe_command
-from clvr_jax.commands.synthesis import Synth
-from clvr_jax.commands.training import Plan, Train
+from clvr_jax.commands.recipes import recipe_command
+from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.commands.recipes.synthesis import Synth
+from clvr_jax.commands.recipes.training import Plan, Train
 from clvr_jax.errors import ClvrError
 from clvr_jax.recipe_files import find_recipe, import_recipe
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if "\nCONFIG = " in path.read_text())
 SCRIPTS = [
     *(f"clvr_jax.scripts.{path.stem}" for path in sorted(Path(scripts.__path__[0]).glob("[a-z]*.py"))),

@@ -14,17 +14,17 @@ from flax import nnx
 from PIL import Image
 
 from clvr_jax.cli import main
-from clvr_jax.commands.model_options import parse_lora, parse_quantize
+from clvr_jax.commands.generation.model_options import parse_lora, parse_quantize
 from clvr_jax.models.qwen3_vl.model import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.reasoning import Trajectory
-from tests.command_line import PROMPT, complaint
+from tests.commands.command_line import PROMPT, complaint
 from tests.providers.server import Reply, failure
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, generate, stop
 
 pytestmark = pytest.mark.usefixtures("own_directories")
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 REPLY = "Draw it.<|image_gen|><|im_end|>"
 
 

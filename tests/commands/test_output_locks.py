@@ -11,8 +11,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.locks import LOCK, locked, locked_output, new_directory
 from clvr_jax.training.recipes import load_recipe, train
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
+from tests.commands.test_cli import RECIPE
 from tests.providers.server import png
-from tests.test_cli import RECIPE
 
 METADATA = evaluation_prompts("eval")[::200]
 BENCHMARK = ["--prompts", "few.jsonl", "--model", "m", "--pictures", "made"]

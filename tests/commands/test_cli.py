@@ -13,12 +13,12 @@ from PIL import Image
 
 from clvr_jax.cli import COMMANDS, main, parse
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
-from tests.command_line import PROMPT, complaint
+from tests.commands.command_line import PROMPT, complaint
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop
 from tests.reasoning.test_verified_loop import ScriptedVerifier
 
 pytestmark = pytest.mark.usefixtures("own_directories")
-LINE = str(Path(__file__).parent / "training" / "line_recipe.py")
+LINE = str(Path(__file__).parents[1] / "training" / "line_recipe.py")
 RECIPE = '''
 """Learns a vector. Second sentence."""
 
@@ -233,7 +233,7 @@ def test_an_unexpected_error_is_one_line_too(monkeypatch, capsys):
     def fail(prompt, model):
         raise ValueError("first\nsecond")
 
-    monkeypatch.setattr("clvr_jax.commands.prompts.check_request", fail)
+    monkeypatch.setattr("clvr_jax.commands.generation.prompts.check_request", fail)
     assert main(["sample", PROMPT]) == 1
     assert complaint(capsys) == "clvr: ValueError: first second; --debug prints the traceback"
 
@@ -265,7 +265,7 @@ def test_interrupting_exits_with_130(monkeypatch, capsys):
     def interrupt(prompt, model):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("clvr_jax.commands.prompts.check_request", interrupt)
+    monkeypatch.setattr("clvr_jax.commands.generation.prompts.check_request", interrupt)
     assert main(["generate", PROMPT]) == 130
     assert complaint(capsys) == "clvr: interrupted"
 
@@ -300,7 +300,7 @@ def test_the_help_of_a_recipe_lists_its_options(recipe, capsys):
 
 
 def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp_path, capsys):
-    from clvr_jax.commands import memory_check
+    from clvr_jax.commands.generation import memory_check
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
     script = ["no action token here", generate("Plan: it. Draw it."), again(1), stop(), again(2)]
@@ -357,7 +357,7 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
 
 
 def test_unseen_words_are_a_warning_for_shapes_models_only(model, capsys):
-    from clvr_jax.commands.prompts import check_request
+    from clvr_jax.commands.generation.prompts import check_request
 
     assert check_request("a red dragon, a RED Circle and a wyvern", str(model)) == ["dragon", "wyvern"]
     assert "dragon, wyvern" in capsys.readouterr().err

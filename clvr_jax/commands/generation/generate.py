@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from clvr_jax.arguments import at_least_one
-from clvr_jax.commands.budget import BudgetOptions, Limits
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
-from clvr_jax.commands.loop_events import show_event
-from clvr_jax.commands.model_options import (
+from clvr_jax.commands.generation.budget import BudgetOptions, Limits
+from clvr_jax.commands.generation.loop_events import show_event
+from clvr_jax.commands.generation.model_options import (
     Control,
     ControllerOptions,
     ImageOptions,
@@ -19,7 +19,7 @@ from clvr_jax.commands.model_options import (
     Loading,
     LoadOptions,
 )
-from clvr_jax.commands.prompts import (
+from clvr_jax.commands.generation.prompts import (
     ImageTask,
     OnePrompt,
     PromptFile,
@@ -118,7 +118,7 @@ class Generate:
 
     def _load(self, given: "list[np.ndarray]") -> "ClosedLoopPipeline":
         prepare_jax()
-        from clvr_jax.commands.memory_check import check_memory
+        from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
         controller = None if self.control.controller_url else self.control.controller or self.model

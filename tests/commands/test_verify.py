@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.cli import main, parse
-from clvr_jax.commands.verifying import Verify
+from clvr_jax.commands.generation.verifying import Verify
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ChatResponse, ProviderError, Token, Usage
 from clvr_jax.pipelines.qwen3_vl.verifier import Verifier
@@ -72,7 +72,7 @@ def scripted(monkeypatch):
         return ModelVerifier(model, mode or "describe", is_instructed=False)
 
     monkeypatch.setattr(Verifier, "from_pretrained", load)
-    monkeypatch.setattr("clvr_jax.commands.verifying.prepare_jax", lambda: None)
+    monkeypatch.setattr("clvr_jax.commands.generation.verifying.prepare_jax", lambda: None)
     return model
 
 

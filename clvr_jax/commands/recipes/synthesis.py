@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax
-from clvr_jax.commands.recipe_command import RecipeCommand
+from clvr_jax.commands.recipes.recipe_command import RecipeCommand
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ import tyro
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
-from clvr_jax.commands.model_options import Control, ControllerOptions, Loading, LoadOptions
+from clvr_jax.commands.generation.model_options import Control, ControllerOptions, Loading, LoadOptions
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
 
@@ -142,7 +142,7 @@ class Serve:
 
     def _load(self) -> Any:
         prepare_jax()
-        from clvr_jax.commands.memory_check import check_memory
+        from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
         controller = None if self.control.controller_url else self.control.controller or self.model

@@ -10,8 +10,8 @@ import tyro
 
 from clvr_jax.arguments import at_least_one, check_guidance
 from clvr_jax.commands.common import Common, Count, Flags, Guidance, Result, prepare_jax
-from clvr_jax.commands.model_options import ImageOptions, Images, Loading, LoadOptions
-from clvr_jax.commands.prompts import (
+from clvr_jax.commands.generation.model_options import ImageOptions, Images, Loading, LoadOptions
+from clvr_jax.commands.generation.prompts import (
     ImageTask,
     OnePrompt,
     PromptFile,
@@ -95,7 +95,7 @@ class Sample:
 
     def _load(self, given: "list[np.ndarray]") -> Any:
         prepare_jax()
-        from clvr_jax.commands.memory_check import check_memory
+        from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.registry import load_pipeline
 
         check_memory(self.model, self.loading, self.images.height_and_width(), given)

@@ -1,0 +1,1 @@
+"""Commands that run models: generate, sample, verify and serve, with the options that they share."""

@@ -1,0 +1,1 @@
+"""Commands on recipes and their runs: train, plan, synth, launch and curves."""
