@@ -8,7 +8,7 @@ import torch
 from contest import arguments, contest, folder_of, show
 from transformers import Qwen3VLForConditionalGeneration
 
-from clvr_jax.data.conversations import IMAGE_PAD
+from clvr_jax.data.preprocessing.conversations import IMAGE_PAD
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations

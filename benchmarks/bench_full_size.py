@@ -101,7 +101,7 @@ def make(root: Path, blocks: int | None) -> None:
     """Writes both models; layers of the text encoder that are never read are holes in its files."""
     from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL
-    from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
+    from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
     from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
     from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
     from clvr_jax.pipelines.flux2.pipeline import KLEIN

@@ -15,7 +15,7 @@ from contest import arguments, contest, folder_of, show
 from flax import nnx
 from PIL import Image
 
-from clvr_jax.data.text import bucket_for, load_tokenizer
+from clvr_jax.data.preprocessing.text import bucket_for, load_tokenizer
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
 from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config

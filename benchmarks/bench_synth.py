@@ -29,7 +29,7 @@ from clvr_jax.data.engine.intake import item_to_json
 from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeWorkerContext, SynthConfig, WorkerContext, load_synth_recipe
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.providers.endpoint import Endpoint
 from tests.data.engine.cooperative_server import reply_to
 from tests.providers.server import KEY

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Literal
 
 from clvr_jax import rl
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig

@@ -19,8 +19,8 @@ import dataclasses
 from pathlib import Path
 
 from clvr_jax import rl
-from clvr_jax.data.proxy_steps import PAPER_MIXTURE, ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge

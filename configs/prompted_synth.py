@@ -18,9 +18,9 @@ from typing import Literal
 
 from clvr_jax.data.engine.intake import read_prompts
 from clvr_jax.data.engine.metering import UsageTracker
-from clvr_jax.data.engine.prompted_roles import make_prompted_roles
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
-from clvr_jax.data.engine.roles import PromptItem, Roles
+from clvr_jax.data.engine.roles.base import PromptItem, Roles
+from clvr_jax.data.engine.roles.prompted import make_prompted_roles
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import ChatModel, ImageModel
 from clvr_jax.providers.endpoint import Endpoint

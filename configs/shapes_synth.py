@@ -24,8 +24,8 @@ import numpy as np
 
 from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
-from clvr_jax.data.engine.roles import PromptItem, Roles
-from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
+from clvr_jax.data.engine.roles.base import PromptItem, Roles
+from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.providers.local import LocalImageModel
 from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt

@@ -86,7 +86,7 @@ EXCEPTIONS = {
     "clvr_jax/rewards/unified_reward.py": ("picture", "pictures"),
     # The templates of prompts.
     **{
-        f"clvr_jax/data/engine/templates/{name}.md": None
+        f"clvr_jax/data/engine/roles/templates/{name}.md": None
         for name in ("check", "checklist", "director", "judge", "proxies", "replies", "validate", "verdict")
     },
     "clvr_jax/data/shapes_verification.py": ("picture",),  # prompts of training chats
@@ -98,14 +98,14 @@ EXCEPTIONS = {
     "tests/data/engine/test_faults.py": ("picture", "pictures"),
     "tests/data/engine/test_intake.py": ("picture",),
     "tests/data/engine/test_prompted_roles.py": ("picture",),
-    "tests/data/test_conversations.py": ("painter",),
+    "tests/data/preprocessing/test_conversations.py": ("painter",),
     "tests/rewards/test_proxy_prompt_generator.py": ("picture", "pictures"),
     "tests/rewards/test_shapes.py": ("picture",),
     "tests/rewards/test_unified_reward.py": ("picture",),
     "tests/worlds/test_second_grammar.py": ("stands", "lies"),
     # The texts that models read: prompts, and the errors that are sent back to them.
     "clvr_jax/data/engine/actions.py": ("picture", "pictures"),
-    "clvr_jax/data/engine/prompted_roles.py": ("picture", "pictures", "drawing"),
+    "clvr_jax/data/engine/roles/prompted.py": ("picture", "pictures", "drawing"),
     "clvr_jax/commands/eval/benchmarks.py": ("pictures",),  # an option
     "clvr_jax/commands/eval/system.py": ("picture", "pictures"),  # options
     "clvr_jax/interfaces/usage.py": ("pictures",),  # a field in results on disk

@@ -82,7 +82,7 @@ def drawing_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline directory with random weights that generates images of 64 x 64 pixels; tests only read it."""
     from flax import nnx
 
-    from clvr_jax.data.text import load_tokenizer, train_tokenizer
+    from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
     from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
     from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
     from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config

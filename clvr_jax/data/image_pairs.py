@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from clvr_jax.atomic_io import located
-from clvr_jax.data.histories import token_count
+from clvr_jax.data.preprocessing.histories import token_count
+from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.data.sft_examples import Sample
-from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import listed_file
 from clvr_jax.image_io import read_image

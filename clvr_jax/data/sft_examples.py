@@ -14,12 +14,17 @@ import numpy as np
 
 from clvr_jax.console import console
 from clvr_jax.data.batch_plan import Bucket, length_bounds
-from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation, supervised_tokens
-from clvr_jax.data.histories import FittedHistory, fit_history
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.text import bucket_for, encode_prompts
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.preprocessing.conversations import (
+    IMAGE_PAD,
+    collate_conversations,
+    supervised_conversation,
+    supervised_tokens,
+)
+from clvr_jax.data.preprocessing.histories import FittedHistory, fit_history
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.text import bucket_for, encode_prompts
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Message

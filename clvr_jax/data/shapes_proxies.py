@@ -11,8 +11,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from clvr_jax.arguments import run_script
-from clvr_jax.data.trajectory_dataset import saved_trajectories, write_dataset
-from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
+from clvr_jax.data.trajectories.dataset import saved_trajectories, write_dataset
+from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.image_io import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.layout import PlannedObject

@@ -18,7 +18,7 @@ import numpy as np
 from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, Image, corrupted_canvas, simulate_trajectory
 from clvr_jax.data.shapes_augmentation import random_canvas
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import Message
 from clvr_jax.reasoning import verification

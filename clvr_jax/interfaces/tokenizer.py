@@ -27,7 +27,7 @@ class Tokenizer(Protocol):
 
     Attributes:
       chat_template: the Jinja template of conversations, None if there is none.
-      pad_token_id: id of the padding; `data.text.check_tokenizer` refuses a tokenizer without one.
+      pad_token_id: id of the padding; `preprocessing.text.check_tokenizer` refuses a tokenizer without one.
       eos_token_id: id of the token that ends a text.
       model_max_length: maximum number of tokens of a text.
     """

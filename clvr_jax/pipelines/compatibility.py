@@ -5,8 +5,8 @@ Components of different checkpoints often agree in shape: the images are then no
 
 from collections.abc import Sequence
 
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.text import TURN_TOKENS, check_tokenizer
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.text import TURN_TOKENS, check_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config

@@ -25,8 +25,8 @@ def conditioning_text(prompt: str, replies: Sequence[str], left_out: int = 0) ->
     Args:
       prompt: the user's request.
       replies: the t replies r_1 .. r_t of the context, with or without action token; images 1 .. t - 1 exist.
-      left_out: how many replies, the oldest, are left out, at most t - 1; see `data.histories.fit_history`. The marks
-        of their images stay, because the images still enter as references.
+      left_out: how many replies, the oldest, are left out, at most t - 1; see `preprocessing.histories.fit_history`.
+        The marks of their images stay, because the images still enter as references.
     Returns: "{prompt}\\n{r_1}<IMG_GEN_1>\\n ... \\n{r_t}", replies without action tokens.
     """
     if not replies:

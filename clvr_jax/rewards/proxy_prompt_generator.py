@@ -12,9 +12,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clvr_jax.atomic_io import open_lines
-from clvr_jax.data.engine.prompted_roles import write_proxy_prompts
-from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.engine.roles.prompted import write_proxy_prompts
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ChatModel, ProviderError
 from clvr_jax.json_input import parse_object, stream_lines

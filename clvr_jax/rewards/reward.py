@@ -12,7 +12,7 @@ from typing import Literal, Protocol
 import numpy as np
 from typing_extensions import override
 
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ProviderError

@@ -16,7 +16,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clvr_jax.data.proxy_steps import ProxyStep
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep
 from clvr_jax.errors import ClvrError
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache
 from clvr_jax.rewards.reward import Scores

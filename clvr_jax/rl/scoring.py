@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass, field
 import jax
 import numpy as np
 
-from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError
 from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptCache

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
-from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.rewards.proxy_prompt_generator import ProxyPromptGenerator
 from clvr_jax.rewards.reward import Reward
 from clvr_jax.rl.config import PPRLConfig

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.arguments import run_script
+from clvr_jax.data.preprocessing.text import train_tokenizer
 from clvr_jax.data.shapes import simulate_trajectory
-from clvr_jax.data.text import train_tokenizer
 from clvr_jax.output_paths import check_directory
 
 VOCABULARY = 640

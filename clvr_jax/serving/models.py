@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from clvr_jax.data.text import bucket_for
+from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message

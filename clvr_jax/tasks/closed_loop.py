@@ -14,7 +14,7 @@ from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.cost_model.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
 from clvr_jax.cost_model.flops_images import decoder_flops as image_decoder_flops
 from clvr_jax.cost_model.flops_images import encoder_flops
-from clvr_jax.data.text import bucket_for
+from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import CACHE_BUCKET

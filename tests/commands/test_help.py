@@ -26,7 +26,7 @@ RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if "\nCONFIG = " in 
 SCRIPTS = [
     *(f"clvr_jax.scripts.{path.stem}" for path in sorted(Path(scripts.__path__[0]).glob("[a-z]*.py"))),
     "clvr_jax.data.shapes_proxies",
-    "clvr_jax.data.trajectory_dataset",
+    "clvr_jax.data.trajectories.dataset",
 ]
 # Fields of `Prices` and `SynthConfig`, whose documentation tyro cannot read yet.
 WITHOUT_HELP = re.compile(r"--.*\bprices\.(input-tokens|output-tokens|picture)|--synth\.(max-turns|max-pictures)")

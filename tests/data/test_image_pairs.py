@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.data.image_pairs import PairExamples, read_pairs, training_size
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
 

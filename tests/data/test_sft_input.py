@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.text import load_tokenizer, prompt_tokens
 from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, padding_share
 from clvr_jax.data.sft_input import Batches, BatchLoader
-from clvr_jax.data.text import load_tokenizer, prompt_tokens
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import encode_png
 from clvr_jax.pipelines.registry import SHIPPED
@@ -267,7 +267,7 @@ def test_errors_of_unusable_data_name_the_cause(tmp_path, tokenizer):
 
 def test_an_image_that_cannot_be_decoded_stops_the_run_with_one_line(tmp_path, tokenizer, monkeypatch):
     """Truncates an image whose header, which is all that is read for lengths, is intact."""
-    monkeypatch.setattr("clvr_jax.data.trajectory_record.encode_png", lambda image: encode_png(image)[:-40])
+    monkeypatch.setattr("clvr_jax.data.trajectories.record.encode_png", lambda image: encode_png(image)[:-40])
     examples = GenerationExamples(small(tmp_path, rolled_back_once()), tokenizer)
     with pytest.raises(ClvrError) as stopped:
         next(Batches(BatchLoader(examples, 2)))

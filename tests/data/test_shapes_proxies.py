@@ -5,11 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from clvr_jax.data.proxy_steps import ProxySteps
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.data.shapes_proxies import main, with_exact_proxies
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from clvr_jax.data.text import load_tokenizer, train_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
 from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from clvr_jax.data.text import load_tokenizer, train_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
 from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
@@ -64,7 +64,7 @@ def test_the_text_of_an_empty_vocabulary_is_refused(tmp_path):
 
 
 def test_a_clip_tokenizer_ends_its_texts_where_the_encoder_pools():
-    from clvr_jax.data.clip_tokens import make_clip_tokenizer
+    from clvr_jax.data.preprocessing.clip_tokens import make_clip_tokenizer
 
     tokenizer = make_clip_tokenizer(["red", "star"], 8)
     check_clip(tokenizer, CLIPTextConfig(len(tokenizer), eos_token_id=tokenizer.eos_token_id))
@@ -89,7 +89,7 @@ def test_tokenizer_and_processor_of_a_controller_are_compared_with_its_model(cha
 
     from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures.qwen3_vl import config_from_dict
-    from clvr_jax.data.qwen3_vl_images import processor_from_dict
+    from clvr_jax.data.preprocessing.qwen3_vl_images import processor_from_dict
 
     folder = SHAPES / "controller"
     config: Qwen3VLConfig = config_from_dict(read_json(folder / "config.json"))

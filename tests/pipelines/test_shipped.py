@@ -6,7 +6,7 @@ import torch
 import transformers
 from PIL import Image
 
-from clvr_jax.data.text import encode_prompts, load_tokenizer
+from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline

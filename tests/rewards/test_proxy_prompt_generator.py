@@ -5,9 +5,9 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory

@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import pytest
 
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import ChatModel, ChatResponse, ProviderError
 from clvr_jax.rewards import (

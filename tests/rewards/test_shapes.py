@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clvr_jax.data.engine.shapes_roles import make_shapes_roles
+from clvr_jax.data.engine.roles.shapes import make_shapes_roles
 from clvr_jax.rewards import LastTextReward, ProxyReward, RewardInput, ShapesJudge
 from clvr_jax.rewards.shapes import parse_description
 from clvr_jax.worlds.shapes.layout import PlannedObject

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import ChatResponse, ProviderError
 from clvr_jax.providers.failures import NoReplyError

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.shapes_roles import make_shapes_roles
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.engine.roles.shapes import make_shapes_roles
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.diffusion import FlowProcess, euler_solve
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import read_image

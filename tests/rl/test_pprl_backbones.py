@@ -15,10 +15,10 @@ from clvr_jax import rl
 from clvr_jax.configs import pprl_flux2, pprl_shapes
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora.trees import load_lora
-from clvr_jax.data.histories import token_count
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.text import encode_prompts
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.preprocessing.histories import token_count
+from clvr_jax.data.preprocessing.text import encode_prompts
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.models.flux2.transformer import Flux2TransformerConfig

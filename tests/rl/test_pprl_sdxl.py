@@ -15,8 +15,8 @@ from clvr_jax import rl
 from clvr_jax.configs import pprl_sdxl
 from clvr_jax.convert.architectures import UNET
 from clvr_jax.convert.lora.trees import load_lora
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
 from clvr_jax.sharding import MeshConfig

@@ -27,7 +27,7 @@ from clvr_jax.data.engine.beam_pipeline import _Synthesize
 from clvr_jax.data.engine.intake import item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.imaginebench import ImagineBench
 from clvr_jax.evaluation.harness.images import BenchmarkImages, generate_images, load_generated

@@ -32,9 +32,9 @@ from clvr_jax.data.engine.intake import read_prompts
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import identity, load_synth_recipe
 from clvr_jax.data.engine.run import open_run
-from clvr_jax.data.qwen3_vl_images import load_processor
-from clvr_jax.data.text import load_tokenizer
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.preprocessing.qwen3_vl_images import load_processor
+from clvr_jax.data.preprocessing.text import load_tokenizer
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.questions import JudgeModel, ReplyFile
 from clvr_jax.pipelines.flux2.io import load_schedule

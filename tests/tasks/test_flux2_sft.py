@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from clvr_jax.configs import flux2_sft
-from clvr_jax.data.trajectory_dataset import write_dataset
+from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig

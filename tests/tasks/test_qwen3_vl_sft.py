@@ -11,10 +11,10 @@ from flax import nnx
 
 from clvr_jax.configs import qwen3_vl_sft
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.shapes_roles import make_shapes_roles
+from clvr_jax.data.engine.roles.shapes import make_shapes_roles
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import record_conversation
-from clvr_jax.data.text import load_tokenizer
-from clvr_jax.data.trajectory_dataset import write_dataset
+from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.cli import main
-from clvr_jax.data.trajectory_dataset import write_dataset
+from clvr_jax.data.trajectories.dataset import write_dataset
 from tests.data.simulated import TWO_IMAGES, simulated
 from tests.training.test_interruptions import ROOT, losses, run
 

@@ -11,10 +11,10 @@ from flax import nnx
 from safetensors.numpy import load_file
 
 from clvr_jax.configs import shapes_base, shapes_controller, shapes_sft, shapes_text_encoder
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.shapes import planned_example, simulate_trajectory
-from clvr_jax.data.text import load_tokenizer
-from clvr_jax.data.trajectory_dataset import write_dataset
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.trajectories.dataset import write_dataset
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline

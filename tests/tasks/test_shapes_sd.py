@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from clvr_jax.configs import shapes_sd
-from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
+from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline

@@ -94,7 +94,7 @@ def digest_of(command: object, tasks: Sequence[ImageTask], images: "Sequence[np.
 
 def check_request(prompt: str, model: str) -> list[str]:
     """Checks a prompt without a model; warns of words that the model never saw, and returns them."""
-    from clvr_jax.data.text import check_prompt
+    from clvr_jax.data.preprocessing.text import check_prompt
     from clvr_jax.pipelines.world import unseen_words
 
     try:

@@ -113,7 +113,7 @@ class Verify:
 
     def run(self) -> Result:
         """Reads and verifies the images, and returns the report."""
-        from clvr_jax.data.text import check_prompt
+        from clvr_jax.data.preprocessing.text import check_prompt
         from clvr_jax.image_io import read_image
 
         check_prompt(self.prompt)
@@ -161,7 +161,7 @@ def _check_sizes(model: str, directory: Path, paths: Sequence[Path], images: "Se
     """Raises ClvrError for an image that the model cannot read; warns if one is resized to the only trained size."""
     from math import isqrt
 
-    from clvr_jax.data.qwen3_vl_images import load_processor
+    from clvr_jax.data.preprocessing.qwen3_vl_images import load_processor
 
     processor = load_processor(directory)
     has_one_size = processor.min_pixels == processor.max_pixels

@@ -21,7 +21,7 @@ from clvr_jax.data.engine.intake import item_from_json
 from clvr_jax.data.engine.metering import StoppedError, UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ProviderError
 

@@ -23,9 +23,9 @@ from typing import Literal
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, ResultValidation, Turn, read_turn
 from clvr_jax.data.engine.records import RecordWriter, Retry, TranslationError, failed, wrong_images
-from clvr_jax.data.engine.roles import Check, Event, History, PromptItem, Roles
+from clvr_jax.data.engine.roles.base import Check, Event, History, PromptItem, Roles
 from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName, check_machine
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JsonObject, check_unicode, parse_object, shown, stream_lines
 

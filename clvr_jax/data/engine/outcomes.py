@@ -25,8 +25,8 @@ from etils import epath
 
 from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, to_json
 from clvr_jax.data.engine.engine import Outcome
-from clvr_jax.data.engine.roles import Event, History
-from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
+from clvr_jax.data.engine.roles.base import Event, History
+from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import Fault
 from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, parse_object

@@ -21,9 +21,9 @@ from typing import Protocol
 from clvr_jax.data.engine.engine import Settings
 from clvr_jax.data.engine.intake import MAX_CHARACTERS
 from clvr_jax.data.engine.metering import UsageTracker
-from clvr_jax.data.engine.prompted_roles import TEMPLATES_VERSION
-from clvr_jax.data.engine.roles import PromptItem, Roles
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.engine.roles.base import PromptItem, Roles
+from clvr_jax.data.engine.roles.prompted import TEMPLATES_VERSION
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces import ImageModel
 from clvr_jax.json_input import JSON

@@ -10,8 +10,8 @@ A verification example is a history, its latest image, and the verdict on that i
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from clvr_jax.data.engine.roles import Check, Event, History, Translator
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.engine.roles.base import Check, Event, History, Translator
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ImageResponse

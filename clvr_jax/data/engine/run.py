@@ -19,13 +19,13 @@ from typing import Any
 
 from clvr_jax.atomic_io import read_json, write_atomically, write_json, write_text
 from clvr_jax.console import console, progress
-from clvr_jax.data.engine.card import dataset_card, statistics_page
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeConfig, RecipeWorkerContext, SynthRecipe, comparable, identity
-from clvr_jax.data.engine.statistics import Statistics
-from clvr_jax.data.trajectory_dataset import write_dataset
-from clvr_jax.data.trajectory_record import TrajectoryRecord
+from clvr_jax.data.engine.reporting.card import dataset_card, statistics_page
+from clvr_jax.data.engine.reporting.statistics import Statistics
+from clvr_jax.data.trajectories.dataset import write_dataset
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.locks import locked_output

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.merging.deltas import delta
 from clvr_jax.merging.diagnostics import over_noise_levels, over_scales

@@ -219,7 +219,7 @@ class Qwen3VLVision(nnx.Module):
 
         Args:
           pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalized; the images of a
-            row are concatenated, each in merge-block order (see `clvr_jax.data.qwen3_vl_images`).
+            row are concatenated, each in merge-block order (see `clvr_jax.data.preprocessing.qwen3_vl_images`).
           grid_thw: static (frames, rows, columns) of patches for each image of a row.
           return_hidden: whether to return the output of every block too.
         Raises: ClvrError if grids and pixel_values disagree.

@@ -18,8 +18,8 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.atomic_io import located
-from clvr_jax.data.histories import FittedHistory, fit_history, token_count
-from clvr_jax.data.text import bucket_for, check_prompt, encode_prompts
+from clvr_jax.data.preprocessing.histories import FittedHistory, fit_history, token_count
+from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer

@@ -18,9 +18,9 @@ from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.data.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces import Token
 from clvr_jax.interfaces.tokenizer import Tokenizer

@@ -16,7 +16,7 @@ from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer

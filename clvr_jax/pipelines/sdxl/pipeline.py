@@ -16,8 +16,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.atomic_io import located
-from clvr_jax.data.clip_tokens import encode_clip
-from clvr_jax.data.text import check_prompt
+from clvr_jax.data.preprocessing.clip_tokens import encode_clip
+from clvr_jax.data.preprocessing.text import check_prompt
 from clvr_jax.diffusion import NoiseSchedule, classifier_free_guidance, ddim_solve, euler_noise_solve, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer

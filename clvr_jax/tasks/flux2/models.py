@@ -15,10 +15,10 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, qwen3_h
 from clvr_jax.cost_model.flops import Flops, flux2_flops, qwen3_flops
 from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.image_pairs import PairExamples
+from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
-from clvr_jax.data.text import encode_prompts
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
 from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3.model import Qwen3Config

@@ -14,9 +14,9 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.lora.trees import save_lora
 from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops
 from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
-from clvr_jax.data.histories import fit_history
-from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
-from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.preprocessing.histories import fit_history
+from clvr_jax.data.preprocessing.text import encode_prompts
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.diffusion import FlowProcess, classifier_free_guidance, euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline

@@ -12,7 +12,7 @@ from flax import nnx
 from clvr_jax.cost_model.flops import Flops, qwen3_vl_flops, qwen3_vl_vision_flops
 from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader
-from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset
 from clvr_jax.errors import UsageError
 from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig
 from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline

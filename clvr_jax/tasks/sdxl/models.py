@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
-from clvr_jax.data.clip_tokens import encode_clip
+from clvr_jax.data.preprocessing.clip_tokens import encode_clip
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig

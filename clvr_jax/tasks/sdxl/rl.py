@@ -13,7 +13,7 @@ from flax import nnx
 from clvr_jax.convert.architectures import UNET
 from clvr_jax.convert.lora.trees import save_lora
 from clvr_jax.cost_model.flops_images import decoder_flops, unet_flops
-from clvr_jax.data.proxy_steps import ProxyStep, ProxySteps
+from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.diffusion import VariancePreservingProcess, classifier_free_guidance, ddim_solve
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.sdxl.pipeline import Conditions, SDXLPipeline, decode, encode_text

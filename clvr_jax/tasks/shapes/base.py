@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.models.qwen3.model import Qwen3

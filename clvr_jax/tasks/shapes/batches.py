@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.shapes import Example, continued_example, editing_example, generation_example, planned_example
-from clvr_jax.data.text import encode_prompts
 from clvr_jax.tasks.shapes.sizes import SETTINGS
 
 SIMPLE = {"single_object": 0.08, "two_object": 0.2, "counting": 0.2, "colors": 0.12, "position": 0.2, "color_attr": 0.2}

@@ -14,9 +14,9 @@ from jaxtyping import Array, Float
 from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
-from clvr_jax.data.conversations import IMAGE_PAD
-from clvr_jax.data.qwen3_vl_images import processor_to_dict
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.conversations import IMAGE_PAD
+from clvr_jax.data.preprocessing.qwen3_vl_images import processor_to_dict
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.models.common.attention import attention
 from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig

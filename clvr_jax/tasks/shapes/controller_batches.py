@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from clvr_jax.data.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.conversations import IMAGE_PAD, collate_conversations, supervised_conversation
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.shapes_augmentation import (
     add_noise,
     blur_cells,

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from flax import nnx
 
-from clvr_jax.data.histories import fit_history
+from clvr_jax.data.preprocessing.histories import fit_history
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
-from clvr_jax.data.text import load_tokenizer
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from clvr_jax.data.clip_tokens import encode_clip, make_clip_tokenizer
+from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig

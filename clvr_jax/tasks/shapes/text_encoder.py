@@ -12,8 +12,8 @@ from flax import nnx
 
 from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
+from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.data.shapes import Image, generation_example, planned_example
-from clvr_jax.data.text import encode_prompts, load_tokenizer
 from clvr_jax.models.common.attention import attention
 from clvr_jax.models.qwen3.model import Qwen3
 from clvr_jax.tasks.shapes.batches import COMPLEX, SIMPLE, Kind, examples

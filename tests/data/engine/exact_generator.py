@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.oracle import apply_edits, parse_edits

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.data.engine.recipes import SynthConfig
-from clvr_jax.data.engine.roles import PromptItem
-from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
+from clvr_jax.data.engine.roles.base import PromptItem
+from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.worlds.shapes.prompts import train_prompt
 from tests.data.engine.exact_generator import ExactGenerator

@@ -9,8 +9,8 @@ from clvr_jax import cli
 from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.engine import synthesize
 from clvr_jax.data.engine.metering import UsageTracker
-from clvr_jax.data.engine.roles import PromptItem
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
+from clvr_jax.data.engine.roles.base import PromptItem
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.providers.endpoint import Prices
 from tests.data.engine.cooperative_server import LIGHT, answer

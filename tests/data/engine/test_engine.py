@@ -6,8 +6,8 @@ import pytest
 
 from clvr_jax.data.engine.actions import EndTrajectory, ImageEdit, read_turn, to_json
 from clvr_jax.data.engine.engine import STAGES, Settings, synthesize
-from clvr_jax.data.engine.roles import PromptItem, Roles, Validation
-from clvr_jax.data.engine.shapes_roles import make_shapes_roles
+from clvr_jax.data.engine.roles.base import PromptItem, Roles, Validation
+from clvr_jax.data.engine.roles.shapes import make_shapes_roles
 from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ImageResponse, ProviderError

@@ -13,7 +13,7 @@ from clvr_jax.data.engine.intake import item_to_json
 from clvr_jax.data.engine.metering import StoppedError, UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import SynthConfig, load_synth_recipe
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.data.engine.run import _forget_failures, open_run
 from clvr_jax.errors import ClvrError, UsageError
 from tests.data.engine.cooperative_server import answer

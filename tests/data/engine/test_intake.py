@@ -5,7 +5,7 @@ import json
 import pytest
 
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, prompt_id, read_prompts
-from clvr_jax.data.engine.roles import PromptItem
+from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import MAX_LINE_BYTES
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

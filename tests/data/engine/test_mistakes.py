@@ -5,14 +5,14 @@ import pytest
 
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
-from clvr_jax.data.engine.sharegpt import sharegpt_entry
+from clvr_jax.data.engine.reporting.sharegpt import sharegpt_entry
+from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.data.engine.states import MACHINE
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples, record_conversation
-from clvr_jax.data.text import load_tokenizer
-from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ImageResponse

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from clvr_jax.data.engine import outcomes
-from clvr_jax.data.engine.card import dataset_card, headline, statistics_page, warning
 from clvr_jax.data.engine.engine import Settings, synthesize
 from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.engine.shapes_roles import correct_images, make_shapes_roles, needed_corrections
-from clvr_jax.data.engine.sharegpt import sharegpt_entry, write_sharegpt
-from clvr_jax.data.engine.statistics import Statistics
+from clvr_jax.data.engine.reporting.card import dataset_card, headline, statistics_page, warning
+from clvr_jax.data.engine.reporting.sharegpt import sharegpt_entry, write_sharegpt
+from clvr_jax.data.engine.reporting.statistics import Statistics
+from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles, needed_corrections
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import pixels, read_image
 from clvr_jax.interfaces import ProviderError, Usage

@@ -8,15 +8,15 @@ import pytest
 
 from clvr_jax.data.engine.actions import ImageEdit, InitialGeneration, Turn
 from clvr_jax.data.engine.engine import synthesize
-from clvr_jax.data.engine.prompted_roles import (
+from clvr_jax.data.engine.roles.base import Check, Event, History, PromptItem, Roles
+from clvr_jax.data.engine.roles.prompted import (
     PromptedJudge,
     PromptedPlanner,
     PromptedTranslator,
     PromptedVerifier,
     template,
 )
-from clvr_jax.data.engine.roles import Check, Event, History, PromptItem, Roles
-from clvr_jax.data.engine.shapes_roles import make_shapes_roles
+from clvr_jax.data.engine.roles.shapes import make_shapes_roles
 from clvr_jax.interfaces import ChatResponse
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.answers import AnswerError

@@ -11,7 +11,7 @@ import pytest
 
 from clvr_jax import cli
 from clvr_jax.data.engine.outcomes import OutcomeStore
-from clvr_jax.data.trajectory_dataset import VERIFICATION, TrajectoryDataset
+from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset
 
 ROOT = Path(__file__).parents[3]
 RECIPE = "tests/data/engine/synth_recipe.py"

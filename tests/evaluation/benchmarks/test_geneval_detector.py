@@ -9,7 +9,7 @@ import torch
 import transformers
 from PIL import Image
 
-from clvr_jax.data.clip_tokens import make_clip_tokenizer
+from clvr_jax.data.preprocessing.clip_tokens import make_clip_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval import DetectorScorer, GenEval
 from clvr_jax.evaluation.benchmarks.geneval_detector import (

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import save_model
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.flux2.transformer import Flux2Transformer
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator

@@ -5,8 +5,8 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.shapes import Canvas
-from clvr_jax.data.text import load_tokenizer
 from clvr_jax.evaluation.verifier.cases import control_cases, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.metrics import roc_auc
 from clvr_jax.evaluation.verifier.run import check_cases

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from clvr_jax.configs import flux2_distill
-from clvr_jax.data.text import encode_prompts
+from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict, processor_to_dict
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, processor_from_dict, processor_to_dict
 from clvr_jax.errors import ClvrError
 
 

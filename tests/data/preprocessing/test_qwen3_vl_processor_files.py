@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.errors import ClvrError
 
 OURS = Qwen3VLImageProcessor(patch_size=8, min_pixels=4096, max_pixels=65_536, image_mean=(0.1, 0.2, 0.3))

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from clvr_jax.data.trajectory_dataset import (
+from clvr_jax.data.trajectories.dataset import (
     VERIFICATION,
     CorruptRecordError,
     TrajectoryDataset,
@@ -15,7 +15,7 @@ from clvr_jax.data.trajectory_dataset import (
     saved_trajectories,
     write_dataset,
 )
-from clvr_jax.data.trajectory_record import SCHEMA, ProxyPrompts, TrajectoryRecord, record_to_example
+from clvr_jax.data.trajectories.record import SCHEMA, ProxyPrompts, TrajectoryRecord, record_to_example
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import pixels
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
@@ -101,8 +101,8 @@ def test_tfds_reads_the_directory_and_nothing_imports_tensorflow(tmp_path):
     script = """if True:
         import sys
         from pathlib import Path
-        from tests.data.test_trajectory_dataset import full_record, trajectory
-        from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
+        from tests.data.trajectories.test_dataset import full_record, trajectory
+        from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
         directory = Path(sys.argv[1])
         write_dataset(directory, [full_record(), trajectory(5)])
         import tensorflow_datasets as tfds
@@ -119,7 +119,7 @@ def test_tfds_reads_the_directory_and_nothing_imports_tensorflow(tmp_path):
 
 
 def test_a_dataset_of_the_first_schema_has_no_mistakes(tmp_path, monkeypatch):
-    module = "clvr_jax.data.trajectory_dataset"
+    module = "clvr_jax.data.trajectories.dataset"
 
     def example_of_old(record):
         """As schema 1.0.0 wrote it."""
@@ -181,8 +181,8 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
     script = """if True:
         import resource, sys
         from pathlib import Path
-        from tests.data.test_trajectory_dataset import trajectory
-        from clvr_jax.data.trajectory_dataset import write_dataset
+        from tests.data.trajectories.test_dataset import trajectory
+        from clvr_jax.data.trajectories.dataset import write_dataset
         from clvr_jax.errors import ClvrError
         import tensorflow_datasets
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

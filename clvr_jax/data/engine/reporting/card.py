@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-from clvr_jax.data.engine.statistics import STAGE_NAMES
-from clvr_jax.data.trajectory_record import SCHEMA
+from clvr_jax.data.engine.reporting.statistics import STAGE_NAMES
+from clvr_jax.data.trajectories.record import SCHEMA
 from clvr_jax.html_pages import render_page
 from clvr_jax.json_input import UncheckedJSON
 
@@ -77,7 +77,7 @@ def dataset_card(found: UncheckedJSON) -> str:
         'builder = tfds.builder_from_directory("dataset")\n'
         'trajectories = builder.as_data_source("train")\n'
         'examples = builder.as_data_source("verification")  # if there are any\n'
-        "```\n\nor `clvr_jax.data.trajectory_dataset.TrajectoryDataset`. "
+        "```\n\nor `clvr_jax.data.trajectories.dataset.TrajectoryDataset`. "
         f"Schema {SCHEMA}; images are PNG files. `clvr train` reads the directory directly.",
         "## Stages that prompts reached\n\n" + _table([("", "prompts", "share"), *stages]),
         "## Reasons for discarded prompts\n\n" + _table([("", "prompts", "share"), *discarded, *refused]),

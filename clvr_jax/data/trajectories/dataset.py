@@ -1,6 +1,6 @@
 """Trajectory datasets in TFDS format: a directory of array_record shards with TFDS metadata, without TensorFlow.
 
-    python -m clvr_jax.data.trajectory_dataset --source runs/shapes_rollouts --out data/trajectories
+    python -m clvr_jax.data.trajectories.dataset --source runs/shapes_rollouts --out data/trajectories
 
 `tfds.builder_from_directory(directory).as_data_source("train")` reads the same directory. The split "train" has the
 trajectories; the split "verification", if there is one, has histories with a verdict on their latest image.
@@ -14,7 +14,7 @@ from typing import Any
 from clvr_jax.arguments import run_script
 from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.console import console, progress
-from clvr_jax.data.trajectory_record import (
+from clvr_jax.data.trajectories.record import (
     READABLE_SCHEMAS,
     SCHEMA,
     TrajectoryRecord,
@@ -164,7 +164,7 @@ class TrajectoryDataset:
         if not description.exists():
             raise ClvrError(
                 f"{directory}: no trajectory dataset here; make one of saved trajectories with "
-                f"python -m clvr_jax.data.trajectory_dataset --source DIR --out {directory}"
+                f"python -m clvr_jax.data.trajectories.dataset --source DIR --out {directory}"
             )
         info = read_object(description)
         name, version = (info.content.get(key) for key in ("name", "version"))

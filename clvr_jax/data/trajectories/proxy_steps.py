@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.reasoning.context import conditioning_text

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from clvr_jax.data.qwen3_vl_images import ImageLike, Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.qwen3_vl_images import ImageLike, Qwen3VLImageProcessor
 from clvr_jax.errors import UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations

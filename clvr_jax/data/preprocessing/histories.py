@@ -7,7 +7,7 @@ inference agree.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clvr_jax.data.text import prompt_tokens
+from clvr_jax.data.preprocessing.text import prompt_tokens
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.reasoning.context import conditioning_text

@@ -1,7 +1,7 @@
 """The protocols of the roles of the data engine, and the data that they exchange.
 
-A call concerns one prompt. `prompted_roles` implements the roles with vision-language models and prompt templates,
-`shapes_roles` with exact programs for the shapes world. A role that cannot answer raises ClvrError, which discards the
+A call concerns one prompt. `prompted` implements the roles with vision-language models and prompt templates,
+`shapes` with exact programs for the shapes world. A role that cannot answer raises ClvrError, which discards the
 trajectory.
 """
 
@@ -10,7 +10,7 @@ from typing import Literal, Protocol
 
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.states import StateName
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.image_io import ImageLike
 from clvr_jax.json_input import UncheckedJSON
 

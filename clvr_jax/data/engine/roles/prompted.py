@@ -13,9 +13,19 @@ from typing import Literal, TypeVar
 from typing_extensions import override
 
 from clvr_jax.data.engine.actions import ActionName, ImageEdit, InitialGeneration, Turn
-from clvr_jax.data.engine.roles import Check, Event, History, Judge, Planner, Roles, Translator, Validation, Verifier
+from clvr_jax.data.engine.roles.base import (
+    Check,
+    Event,
+    History,
+    Judge,
+    Planner,
+    Roles,
+    Translator,
+    Validation,
+    Verifier,
+)
 from clvr_jax.data.engine.states import StateName
-from clvr_jax.data.trajectory_record import ProxyPrompts
+from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, Message
 from clvr_jax.json_input import JSON, UncheckedJSON

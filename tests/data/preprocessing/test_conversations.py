@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from clvr_jax.data.conversations import collate_conversations, read_conversation, supervised_conversation
-from clvr_jax.data.qwen3_vl_images import Qwen3VLImageProcessor
-from clvr_jax.data.text import load_tokenizer
+from clvr_jax.data.preprocessing.conversations import collate_conversations, read_conversation, supervised_conversation
+from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
+from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.context import chat_messages

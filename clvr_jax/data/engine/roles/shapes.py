@@ -13,10 +13,10 @@ from typing import Literal
 import numpy as np
 
 from clvr_jax.data.engine.actions import ActionName, Turn
-from clvr_jax.data.engine.roles import Check, History, PromptItem, Roles, Validation
+from clvr_jax.data.engine.roles.base import Check, History, PromptItem, Roles, Validation
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.shapes_proxies import exact_proxies
-from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
+from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, pixels
 from clvr_jax.json_input import UncheckedJSON

@@ -5,9 +5,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from clvr_jax.data.proxy_steps import ProxySteps
-from clvr_jax.data.trajectory_dataset import TrajectoryDataset, write_dataset
-from clvr_jax.data.trajectory_record import ProxyPrompts, TrajectoryRecord
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
+from clvr_jax.data.trajectories.proxy_steps import ProxySteps
+from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from clvr_jax.data.histories import fit_history, token_count
-from clvr_jax.data.text import encode_prompts, load_tokenizer
+from clvr_jax.data.preprocessing.histories import fit_history, token_count
+from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.context import conditioning_text

@@ -1,0 +1,1 @@
+"""What a run of the data engine reports: statistics, its page, the dataset card, and ShareGPT records."""

@@ -1,0 +1,1 @@
+"""Preprocessing of text, images and conversations for the models."""
