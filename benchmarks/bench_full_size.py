@@ -102,9 +102,9 @@ def make(root: Path, blocks: int | None) -> None:
     from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL
     from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
-    from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-    from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-    from clvr_jax.pipelines.flux2.pipeline import KLEIN
+    from clvr_jax.models.flux2 import AutoencoderKLFlux2Config
+    from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+    from clvr_jax.pipelines.flux2 import KLEIN
     from clvr_jax.pipelines.registry import SHIPPED
 
     transformer, encoder = KLEIN["klein-4b"]
@@ -218,7 +218,7 @@ def _load(options: argparse.Namespace) -> dict[str, Any]:
 def _generate(options: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
-    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
     began = time.perf_counter()
     pipeline = Flux2Pipeline.from_pretrained(str(options.directory / "klein"), "bfloat16", quantize=options.quantize)
@@ -237,7 +237,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
 def _reply(options: argparse.Namespace) -> dict[str, Any]:
     from PIL import Image
 
-    from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+    from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 
     began = time.perf_counter()
     pipeline = Qwen3VLPipeline.from_pretrained(options.directory / "qwen3_vl", "bfloat16", quantize=options.quantize)

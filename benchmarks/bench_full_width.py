@@ -29,9 +29,9 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, QWEN3_VL
 from clvr_jax.convert.models import load_model
 from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.common.layers import read_only_weights
+from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 
 SIDE, TEXT = 16, 512  # tokens of a side of the image, and of the text
 

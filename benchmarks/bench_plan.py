@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.cost_model.flops import flux2_flops
+from clvr_jax.models.flux2 import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives.losses import flow_matching_loss
 from clvr_jax.training.optimization.step import TrainState, make_train_step

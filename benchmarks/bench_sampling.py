@@ -16,10 +16,9 @@ from flax import nnx
 from PIL import Image
 
 from clvr_jax.data.preprocessing.text import bucket_for, load_tokenizer
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline, Flux2Settings
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline, Flux2Settings
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.tasks.shapes.sizes import VAE
 

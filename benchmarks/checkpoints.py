@@ -11,7 +11,7 @@ import numpy as np
 
 from clvr_jax.checkpoint_io.tensors import FLOATS, SHARD_BYTES, TensorSpec, preallocate_files, write_tensor
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
+from clvr_jax.models.flux2 import Flux2TransformerConfig
 
 
 def klein_4b(blocks: int | None = None) -> Flux2TransformerConfig:

@@ -25,8 +25,8 @@ from clvr_jax.configs import flux2_lora, flux2_sample, flux2_sft, pprl_flux2
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.pipelines.flux2.pipeline import KLEIN
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.pipelines.flux2 import KLEIN
 from clvr_jax.tasks.flux2 import LORA_TARGETS
 from clvr_jax.training.optimization.step import TrainState, make_train_step
 

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from clvr_jax.merging.deltas import apply_delta, delta, dswm
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-    from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
-    from clvr_jax.pipelines.qwen3_vl.verifier import Verifier
-    from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline, Verifier
+    from clvr_jax.pipelines.sdxl import SDXLPipeline
 
 __all__ = [
     "ClosedLoopPipeline",
@@ -27,10 +26,10 @@ __all__ = [
 
 _MODULES = {
     "ClosedLoopPipeline": "clvr_jax.pipelines.closed_loop",
-    "Flux2Pipeline": "clvr_jax.pipelines.flux2.pipeline",
-    "Qwen3VLPipeline": "clvr_jax.pipelines.qwen3_vl.pipeline",
-    "SDXLPipeline": "clvr_jax.pipelines.sdxl.pipeline",
-    "Verifier": "clvr_jax.pipelines.qwen3_vl.verifier",
+    "Flux2Pipeline": "clvr_jax.pipelines.flux2",
+    "Qwen3VLPipeline": "clvr_jax.pipelines.qwen3_vl",
+    "SDXLPipeline": "clvr_jax.pipelines.sdxl",
+    "Verifier": "clvr_jax.pipelines.qwen3_vl",
     "apply_delta": "clvr_jax.merging.deltas",
     "delta": "clvr_jax.merging.deltas",
     "dswm": "clvr_jax.merging.deltas",

@@ -14,7 +14,7 @@ from pathlib import Path
 from clvr_jax.convert.lora.writing import LoRANames
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2
 from clvr_jax.tasks.bundles import check_model_given, no_export

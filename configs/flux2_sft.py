@@ -10,7 +10,7 @@ trace the step of the full sizes. Every 9B variant of FLUX.2 klein is for non-co
 import dataclasses
 from pathlib import Path
 
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2
 from clvr_jax.tasks.bundles import check_model_given, no_export

@@ -19,7 +19,7 @@ from clvr_jax import rl
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import flux2, reward_options
 from clvr_jax.tasks.bundles import check_model_given

@@ -17,7 +17,7 @@ from clvr_jax import rl
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks import reward_options, sdxl
 from clvr_jax.tasks.bundles import check_model_given

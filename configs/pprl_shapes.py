@@ -22,7 +22,7 @@ from clvr_jax import rl
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import PAPER_MIXTURE, ProxySteps
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.rewards import LastTextReward, ProxyReward, ShapesJudge
 from clvr_jax.rl import PPRLConfig
 from clvr_jax.tasks import flux2

@@ -102,7 +102,7 @@ def worker_context(config: Config) -> WorkerContext:
     """Connections to the endpoints, and models that are loaded here."""
     image_model = _image_tool(config)
     if config.local_vlm:
-        from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+        from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
         from clvr_jax.providers.local import LocalChatModel
 
         local = LocalChatModel(Qwen3VLPipeline.from_pretrained(config.local_vlm), config.local_vlm)
@@ -118,7 +118,7 @@ def worker_context(config: Config) -> WorkerContext:
 
 def _image_tool(config: Config) -> ImageModel:
     if config.local_images:
-        from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+        from clvr_jax.pipelines.flux2 import Flux2Pipeline
         from clvr_jax.providers.local import LocalImageModel
 
         return LocalImageModel(Flux2Pipeline.from_pretrained(config.local_images), config.local_images)

@@ -14,7 +14,7 @@ processes, with everything compiled before); its loss was .021 then.
 import dataclasses
 from functools import partial
 
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.tasks import flux2
 from clvr_jax.tasks.shapes import BASE_KINDS, SETTINGS, SFT_KINDS, Kind, batch
 from clvr_jax.training.checkpoint import CheckpointConfig

@@ -26,7 +26,7 @@ from clvr_jax.data.engine.metering import UsageTracker
 from clvr_jax.data.engine.recipes import SynthConfig, WorkerContext
 from clvr_jax.data.engine.roles.base import PromptItem, Roles
 from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles, needed_corrections
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.providers.local import LocalImageModel
 from clvr_jax.worlds.shapes.prompts import EVALUATION_SETS, train_prompt
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts as shapes_evaluation_prompts

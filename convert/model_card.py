@@ -26,11 +26,10 @@ from clvr_jax.convert.architectures import (
     torch_class,
 )
 from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 from clvr_jax.tables import Table
 
 Format = Literal["jax", "torch"]

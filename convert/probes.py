@@ -23,14 +23,12 @@ from clvr_jax.convert.architectures import (
     ModelConfig,
 )
 from clvr_jax.models.common.autoencoder_blocks import Autoencoder, AutoencoderConfig
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations, merged_tokens
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import CLIPText, CLIPTextConfig, UNet2DConditionConfig
 
 if TYPE_CHECKING:
     import jax

@@ -30,16 +30,25 @@ if __name__ == "__main__":
         from clvr_jax.models.common.lora import LoRAConfig
         from clvr_jax.models.common.quantization import quantize_layers
         from clvr_jax.models.common.sampling import Sampling
-        from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+        from clvr_jax.models.flux2 import (
+            AutoencoderKLFlux2,
+            AutoencoderKLFlux2Config,
+            Flux2Transformer,
+            Flux2TransformerConfig,
+        )
         from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
-        from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
+        from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
         from clvr_jax.models.qwen3.layers import empty_cache
-        from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-        from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig
+        from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
         from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
-        from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-        from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
-        from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+        from clvr_jax.models.stable_diffusion import (
+            AutoencoderKL,
+            AutoencoderKLConfig,
+            CLIPText,
+            CLIPTextConfig,
+            UNet2DCondition,
+            UNet2DConditionConfig,
+        )
         from clvr_jax.rl import DiffusionNFT, DiffusionPolicy, FlowGRPO, GRPOConfig, NFTConfig, group_advantages
         from clvr_jax.rl.algorithms import Predictors
         from clvr_jax.training.objectives import losses as objectives

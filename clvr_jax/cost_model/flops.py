@@ -9,12 +9,11 @@ Source: PaLM (Chowdhery et al., 2022), appendix B, model and hardware FLOPs.
 from dataclasses import dataclass, fields
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
+from clvr_jax.models.flux2 import Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.qwen3.layers import DecoderConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLVisionConfig
 from clvr_jax.models.qwen3_vl.positions import Grids, merged_tokens
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
 
 
 @dataclass(frozen=True)

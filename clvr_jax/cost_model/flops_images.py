@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from clvr_jax.cost_model.flops import Flops, attention_flops
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 
 WINDOW = 9
 """Positions in the window of a 3 x 3 convolution; all other convolutions are 1 x 1."""

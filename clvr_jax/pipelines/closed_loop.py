@@ -12,8 +12,8 @@ from PIL import Image
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import flux2_heads
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
@@ -26,8 +26,9 @@ from clvr_jax.pipelines.loading import (
     quantization_of,
 )
 from clvr_jax.pipelines.offload import Offload, offloader_of
-from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer, Qwen3VLPipeline, qwen3_vl_heads
-from clvr_jax.pipelines.qwen3_vl.verifier import Verifier as LoadedVerifier
+from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Verifier as LoadedVerifier
+from clvr_jax.pipelines.qwen3_vl.pipeline import qwen3_vl_heads
 from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory, load_controller
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.processes import broadcast_seconds

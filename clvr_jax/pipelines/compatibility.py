@@ -9,11 +9,10 @@ from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.preprocessing.text import TURN_TOKENS, check_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
+from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.stable_diffusion import CLIPTextConfig
 
 _LEGACY_EOS = 2
 """In a CLIP configuration: the pooled token is the one with the largest id, whatever its meaning."""

@@ -35,10 +35,10 @@ FLUX2 = "Flux2KleinPipeline"
 """diffusers' class of the pipelines that take images and run in the closed loop."""
 
 PIPELINES = {
-    FLUX2: "clvr_jax.pipelines.flux2.pipeline.Flux2Pipeline",
-    "StableDiffusionXLPipeline": "clvr_jax.pipelines.sdxl.pipeline.SDXLPipeline",
-    "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.pipeline.SDXLPipeline",
-    "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.pipeline.SDXLPipeline",
+    FLUX2: "clvr_jax.pipelines.flux2.Flux2Pipeline",
+    "StableDiffusionXLPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
+    "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
+    "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
 }
 """diffusers' class in model_index.json -> our class of the same pipeline."""
 

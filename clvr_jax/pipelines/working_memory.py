@@ -14,7 +14,8 @@ import numpy as np
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, UNET
 from clvr_jax.convert.configs import from_known_fields
-from clvr_jax.pipelines.flux2.pipeline import MAX_REFERENCE_PIXELS, Flux2Settings
+from clvr_jax.pipelines.flux2 import Flux2Settings
+from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.registry import FLUX2, class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
 

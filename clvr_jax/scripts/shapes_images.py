@@ -21,7 +21,7 @@ from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.image_io import pixels, read_image_arrays
 from clvr_jax.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.budget import Budget

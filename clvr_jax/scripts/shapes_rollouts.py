@@ -20,7 +20,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems.models import Oracle
 from clvr_jax.output_paths import check_directory
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.worlds.shapes.prompts import train_prompt

@@ -12,7 +12,7 @@ from PIL import Image
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.interfaces import Message, Token
-from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer
+from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.trajectory import CANCELED
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.jobs import ChatJob

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from clvr_jax.image_io import ImageLike
-from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer
+from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified

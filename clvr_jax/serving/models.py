@@ -11,7 +11,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator, VLMController
-from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer, Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.protocols import GeneratedImage
 from clvr_jax.reasoning.work import (
     GenerationWork,

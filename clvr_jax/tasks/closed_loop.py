@@ -18,7 +18,8 @@ from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import CACHE_BUCKET
-from clvr_jax.models.qwen3_vl.model import DecodeCache, Qwen3VLConfig
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl.model import DecodeCache
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate, with_logical_constraint
 from clvr_jax.tasks.bundles import ModelBundle

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.providers.openai_chat import OpenAIChatModel

@@ -9,7 +9,7 @@ from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig
+from clvr_jax.models.stable_diffusion import AutoencoderKLConfig
 
 Tensor = TypeVar("Tensor")
 

@@ -7,7 +7,7 @@ from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.qwen3.model import Qwen3Config
+from clvr_jax.models.qwen3 import Qwen3Config
 
 KEY_MAPPING = KeyMapping(stacked=("model.layers",))
 

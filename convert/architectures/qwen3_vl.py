@@ -8,8 +8,7 @@ from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig, Qwen3VLTextConfig
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 KEY_MAPPING = KeyMapping(
     stacked=("model.visual.blocks", "model.visual.deepstack_merger_list", "model.language_model.layers"),

@@ -27,13 +27,10 @@ from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.common.quantization import quantize_layers
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
 from clvr_jax.trees import Params
 
 ModelConfig: TypeAlias = Any

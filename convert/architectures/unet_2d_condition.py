@@ -5,7 +5,7 @@ import dataclasses
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 
 # Fields of diffusers' config that our UNet does not have, and the only values that it supports.
 _FIXED = {

@@ -15,9 +15,9 @@ from PIL import Image
 
 from clvr_jax.cli import main
 from clvr_jax.commands.generation.model_options import parse_lora, parse_quantize
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
+from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.reasoning import Trajectory
 from tests.commands.command_line import PROMPT, complaint
 from tests.providers.server import Reply, failure

@@ -17,13 +17,11 @@ from clvr_jax.convert.model_card import (
     license_of_all,
     model_card,
 )
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, UNet2DConditionConfig
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 MADE = Provenance("/models/flux", "clvr convert /models/flux out --to jax", "0.1.0", "jax")

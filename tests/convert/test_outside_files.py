@@ -24,7 +24,7 @@ from clvr_jax.convert.architectures import (
 from clvr_jax.convert.configs import section
 from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Settings
+from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline, read_settings
 
 SHAPES = SHIPPED / "shapes-tiny"

@@ -10,13 +10,11 @@ from flax import nnx
 from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops, qwen3_vl_flops
 from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops, unet_flops
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
+from clvr_jax.models.stable_diffusion import UNet2DCondition, UNet2DConditionConfig
 
 FLUX = Flux2TransformerConfig(
     num_layers=1, num_single_layers=2, num_attention_heads=8, joint_attention_dim=512, guidance_embeds=False

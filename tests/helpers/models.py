@@ -5,10 +5,10 @@ from pathlib import Path
 
 from flax import nnx
 
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.models.flux2 import Flux2Transformer
+from clvr_jax.models.qwen3_vl import Qwen3VL
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 

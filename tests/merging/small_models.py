@@ -8,7 +8,7 @@ import numpy as np
 
 from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
+from clvr_jax.models.flux2 import Flux2TransformerConfig
 
 CONFIG = Flux2TransformerConfig(
     in_channels=12,

@@ -6,10 +6,9 @@ import pytest
 from flax import nnx
 
 from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from tests.pipelines.flux2.settings import SETTINGS
 from tests.pipelines.sdxl.models import components
 

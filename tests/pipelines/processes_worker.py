@@ -7,9 +7,9 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.errors import UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.processes import check_same, is_host0, run_on_all
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.distributed import Cluster

@@ -8,11 +8,11 @@ import pytest
 
 from clvr_jax.data.preprocessing.text import load_tokenizer, train_tokenizer
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.stable_diffusion import CLIPTextConfig
 from clvr_jax.pipelines.compatibility import check_clip, check_qwen3_vl
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_schedule
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 SHAPES = SHIPPED / "shapes-tiny"

@@ -17,9 +17,9 @@ from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.common.lora import init_lora, is_pair
 from clvr_jax.pipelines import loading
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 
 MESHES = {

@@ -13,7 +13,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.quantization import weight_bytes
 from clvr_jax.pipelines import memory
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import decode
 from clvr_jax.pipelines.loading import layout_of
 from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, needed, parts_of
@@ -120,8 +120,8 @@ def test_commands_say_it_before_they_load(command, monkeypatch, capsys, tmp_path
 def test_klein_4b_needs_13_gib_in_bfloat16_and_half_of_it_in_int8(tmp_path):
     """The published configuration, without weights."""
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3
-    from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-    from clvr_jax.pipelines.flux2.pipeline import KLEIN
+    from clvr_jax.models.flux2 import AutoencoderKLFlux2Config
+    from clvr_jax.pipelines.flux2 import KLEIN
 
     transformer, encoder = KLEIN["klein-4b"]
     for name, family, config in (

@@ -8,10 +8,10 @@ from flax import nnx
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.quantization import weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.offload import HOST, Offloader
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 
 OPTIONS = {"height": 32, "width": 64, "num_inference_steps": 2, "guidance_scale": 1.0, "output_type": "np"}

@@ -14,11 +14,11 @@ from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.quantization import quantize, quantize_layers, weight_bytes
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.loading import computing_on, layout_of, quantization_of
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.worlds.shapes.prompts import train_prompt

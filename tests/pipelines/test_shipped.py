@@ -7,9 +7,9 @@ import transformers
 from PIL import Image
 
 from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_vae
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, SHIPPED
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.worlds.shapes.detect import detect

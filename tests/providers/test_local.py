@@ -218,7 +218,7 @@ def test_a_closed_tool_says_so():
 
 @pytest.mark.slow
 def test_the_shipped_model_draws_for_many_threads_what_it_draws_alone():
-    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
     pipeline = Flux2Pipeline.from_pretrained("shapes-tiny")
     tool = LocalImageModel(pipeline, "shapes-tiny", steps=2, max_batch=4, wait=0.5)
@@ -243,7 +243,7 @@ def test_the_shipped_model_draws_for_many_threads_what_it_draws_alone():
 
 @pytest.mark.slow
 def test_the_shipped_controller_answers_many_threads_as_it_answers_alone():
-    from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+    from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
     from clvr_jax.pipelines.registry import resolve
 
     pipeline = Qwen3VLPipeline.from_pretrained(resolve("shapes-tiny")[0] / "controller")

@@ -13,7 +13,7 @@ from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.diffusion import FlowProcess, euler_solve
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
 from clvr_jax.rewards import MeshReward, Reward, Score, Scores, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rewards.unified_reward import JudgePrompt

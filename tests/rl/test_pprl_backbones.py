@@ -21,9 +21,9 @@ from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.pipelines.flux2.pipeline import KLEIN, Flux2Pipeline
+from clvr_jax.models.flux2 import Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline
 from clvr_jax.rewards import ProxyReward, ShapesJudge, WeightedReward
 from clvr_jax.tasks.flux2 import LORA_TARGETS, Sampler, pprl_task
 from clvr_jax.training.optimization.optimizer import AdamWConfig

@@ -18,7 +18,7 @@ from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.sdxl import LORA_TARGETS, Sampler, pprl_task
 from tests.pipelines.sdxl.models import components

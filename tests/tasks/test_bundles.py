@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.pipelines.flux2.pipeline import KLEIN
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.flux2 import KLEIN
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.tasks import flux2, qwen3_vl
 from clvr_jax.tasks.bundles import ModelBundle, no_export

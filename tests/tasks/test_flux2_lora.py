@@ -17,7 +17,7 @@ from clvr_jax.convert.rules import state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import LORA_FILES
 from clvr_jax.training.optimization.step import TrainState, make_train_step

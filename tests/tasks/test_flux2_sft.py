@@ -10,7 +10,7 @@ from flax import nnx
 from clvr_jax.configs import flux2_sft
 from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.trainer import fit

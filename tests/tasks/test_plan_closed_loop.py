@@ -12,7 +12,7 @@ from clvr_jax.configs import closed_loop
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.cost_model.hardware import GIB
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import models

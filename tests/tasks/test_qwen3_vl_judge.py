@@ -11,7 +11,7 @@ from flax import nnx
 from clvr_jax.configs import pprl_flux2, qwen3_vl_judge
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import generate
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
+from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.tasks.qwen3_vl import PRESETS
 from tests.models.qwen3_vl.reference import SMALL, conversation

@@ -16,7 +16,7 @@ from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import record_conversation
 from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.objectives.losses import next_token_loss

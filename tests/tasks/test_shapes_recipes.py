@@ -16,8 +16,8 @@ from clvr_jax.data.shapes import planned_example, simulate_trajectory
 from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.context import chat_messages, conditioning_text
 from clvr_jax.reasoning.trajectory import Step, Trajectory

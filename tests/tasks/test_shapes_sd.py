@@ -10,7 +10,7 @@ from clvr_jax.configs import shapes_sd
 from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.pipelines.flux2.io import load_vae
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline
+from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
 from clvr_jax.tasks.shapes.stable_diffusion import LENGTH, SETTINGS, text_image_batch, without_batch_norm
 from clvr_jax.training.optimization.step import TrainState, make_train_step

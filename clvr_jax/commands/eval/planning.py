@@ -61,8 +61,8 @@ class EvalPlanning:
         """Plans all prompts; returns the content of results.json."""
         from clvr_jax.evaluation import planning
         from clvr_jax.pipelines.closed_loop import VLMController
-        from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
-        from clvr_jax.pipelines.qwen3_vl.verifier import Verifier, controller_directory
+        from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline, Verifier
+        from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
         from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 
         directory, is_trained = controller_directory(self.model)

@@ -136,7 +136,8 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             verifier = ModelVerifier(OpenAIChatModel(endpoint), mode, max_tokens=self.judge_tokens or 512)
             return verifier, {"model": endpoint.name, "revision": self.judge_revision, "mode": mode}
         from clvr_jax.merging.digests import Digests
-        from clvr_jax.pipelines.qwen3_vl.verifier import Verifier, controller_directory
+        from clvr_jax.pipelines.qwen3_vl import Verifier
+        from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
 
         directory, _ = controller_directory(self.model)
         loaded = Verifier.from_pretrained(self.model, mode=self.mode)

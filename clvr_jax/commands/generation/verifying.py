@@ -141,7 +141,8 @@ class Verify:
         """Loads the verifier, after all checks that do not need it."""
         if self.endpoint.url:
             return self.endpoint.verifier(self.mode or "ask")
-        from clvr_jax.pipelines.qwen3_vl.verifier import Verifier, controller_directory
+        from clvr_jax.pipelines.qwen3_vl import Verifier
+        from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
 
         directory, _ = controller_directory(self.model)
         _check_sizes(self.model, directory, self.images, images)

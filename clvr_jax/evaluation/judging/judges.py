@@ -58,7 +58,7 @@ def local_judge(model: str, *, in_flight: int = 64, max_tokens: int | None = Non
     Raises: ClvrError that names what is missing or does not match.
     """
     from clvr_jax.merging.digests import Digests
-    from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+    from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
     from clvr_jax.providers.local import LocalChatModel
 
     directory = check_local(model)

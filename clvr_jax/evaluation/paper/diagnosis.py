@@ -15,7 +15,7 @@ from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.merging.deltas import delta
 from clvr_jax.merging.diagnostics import over_noise_levels, over_scales
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, velocity_field
 from clvr_jax.worlds.shapes.grammar import scene_for
 from clvr_jax.worlds.shapes.metadata import Metadata

@@ -14,8 +14,8 @@ from clvr_jax.merging.planning import Merge, plan_merge
 from clvr_jax.merging.provenance import write_provenance
 from clvr_jax.merging.report import write_report
 from clvr_jax.merging.streaming import merge
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import copy_component
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.registry import resolve
 
 MERGES = {"merged": Settings(), **{method: Settings(method) for method in ("linear", "ties", "dare")}}

@@ -27,7 +27,7 @@ from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
 
 if TYPE_CHECKING:
-    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
@@ -52,7 +52,7 @@ def one_shot(
       size: height and width in pixels; the model's default if None.
       loading: arguments of `Flux2Pipeline.from_pretrained`, such as dtype, mesh and lora.
     """
-    from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
 
     pipeline = Flux2Pipeline.from_pretrained(model, **loading)
     height, width = size or (None, None)

@@ -21,9 +21,8 @@ from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.quantization import Quantization, is_quantized
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
     LoRA,

@@ -5,7 +5,6 @@ shapes few, text is padded to a bucket and the batch to a power of two, and refe
 Source: diffusers `Flux2KleinPipeline`.
 """
 
-import dataclasses
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -21,65 +20,20 @@ from clvr_jax.atomic_io import located
 from clvr_jax.data.preprocessing.histories import FittedHistory, fit_history, token_count
 from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
-from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.errors import UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
+from clvr_jax.pipelines.flux2.batching import common_sizes, split_rows
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, Flux2Output, Flux2Settings
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
 from clvr_jax.sharding import process_allgather
-
-MAX_REFERENCE_PIXELS = 1024 * 1024
-"""Larger references are scaled down to this number of pixels."""
-
-KLEIN = {
-    "klein-4b": (Flux2TransformerConfig.klein_4b(), Qwen3Config.qwen3_4b()),
-    "klein-9b": (Flux2TransformerConfig.klein_9b(), Qwen3Config.qwen3_8b()),
-}
-"""Configurations of transformer and text encoder of the published models."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flux2Settings:
-    """Settings of a pipeline in `clvr.json` and `model_index.json`; the defaults are those of FLUX.2 klein.
-
-    text_encoder_out_layers: hidden states that condition the transformer. text_buckets: numbers of tokens that texts
-    are padded to (padding is attended to, so these belong to the model); a history that is longer than all of them
-    loses its oldest replies. sample_size: height and width in pixels if none are given. is_distilled: guidance is never
-    used. num_inference_steps, guidance_scale: the model's defaults. world: the only world whose language a small model
-    knows, "" for other models.
-    """
-
-    text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
-    text_buckets: tuple[int, ...] = (512, 1024, 1536, 2048)
-    sample_size: int = 1024
-    is_distilled: bool = False
-    num_inference_steps: int = 28
-    guidance_scale: float = 4.0
-    world: str = ""
-
-    def __post_init__(self) -> None:
-        if not self.text_buckets or not 1 <= min(self.text_buckets) <= max(self.text_buckets) <= 2**17:
-            raise ClvrError(f"text_buckets {self.text_buckets}: give numbers of tokens from 1 to {2**17}")
-        if not 1 <= self.num_inference_steps <= 1000 or not 1 <= self.sample_size <= 2**15:
-            raise ClvrError("num_inference_steps must be from 1 to 1000, and sample_size from 1 to 32768")
-
-
-@dataclasses.dataclass(frozen=True)
-class Flux2Output:
-    """Generated images.
-
-    images: PIL images, or float32 (b, h, w, 3) in [0, 1]. nfe: number of transformer evaluations for each image.
-    """
-
-    images: Any
-    nfe: int
 
 
 class Flux2Pipeline(JittedPipeline):
@@ -237,7 +191,7 @@ class Flux2Pipeline(JittedPipeline):
         use_guidance = guidance > 1 and not self.settings.is_distilled
         token = self.vae.config.token_pixels
         pixels = [[prepare_reference(image, token, MAX_REFERENCE_PIXELS) for image in row] for row in references]
-        sizes = _common_sizes(pixels)
+        sizes = common_sizes(pixels)
         height = height or (sizes[0][0] if sizes else self.settings.sample_size)
         width = width or (sizes[0][1] if sizes else self.settings.sample_size)
         check_size(height, width, token)
@@ -295,7 +249,7 @@ class Flux2Pipeline(JittedPipeline):
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
         generated: dict[int, Any] = {}
         nfe = 0
-        for rows in [part for group in groups.values() for part in _parts(group, rows_per_call)]:
+        for rows in [part for group in groups.values() for part in split_rows(group, rows_per_call)]:
             filled = [*rows, *rows[-1:] * ((rows_per_call or 0) - len(rows))]
             output = self.generate(
                 [prompts[index] for index in filled],
@@ -396,37 +350,6 @@ class Flux2Pipeline(JittedPipeline):
                 f"latents have shape {latents.shape}; expected {expected} (batch, channels, height, width)"
             )
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
-
-
-def _parts(rows: list[int], rows_per_call: int | None) -> list[list[int]]:
-    """Splits rows into the calls that compute them; see `Flux2Pipeline.generate_each`."""
-    if rows_per_call is None:
-        return _powers_of_two(rows)
-    if rows_per_call < 1 or rows_per_call & (rows_per_call - 1):
-        raise UsageError(f"rows_per_call must be a power of two, got {rows_per_call}")
-    return [rows[start : start + rows_per_call] for start in range(0, len(rows), rows_per_call)]
-
-
-def _powers_of_two(rows: list[int]) -> list[list[int]]:
-    """Splits rows into the fewest parts of 1, 2, 4, ... rows, which are the batch sizes that are compiled.
-
-    No part is padded: a few images use a device fully, so a padded row would cost as much as another image.
-    """
-    parts = []
-    while rows:
-        size = 1 << (len(rows).bit_length() - 1)
-        parts.append(rows[:size])
-        rows = rows[size:]
-    return parts
-
-
-def _common_sizes(pixels: list[list[np.ndarray]]) -> list[tuple[int, int]]:
-    sizes = [[image.shape[:2] for image in row] for row in pixels]
-    if any(row != sizes[0] for row in sizes):
-        raise UsageError(
-            "rows of one batch must have references of the same number and sizes; generate the others in another batch"
-        )
-    return [(int(h), int(w)) for h, w in sizes[0]]
 
 
 @partial(jax.jit, static_argnums=1)

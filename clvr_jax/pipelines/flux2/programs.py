@@ -13,10 +13,9 @@ from jax.typing import DTypeLike
 
 from clvr_jax.diffusion import classifier_free_guidance, euler_solve
 from clvr_jax.models.common.layers import read_only_weights
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3
+from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.trees import Params
 
 

@@ -26,7 +26,7 @@ from clvr_jax.interfaces import Token
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.decoding import Generation, generate
 from clvr_jax.models.common.quantization import Quantization
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
+from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.pipelines.compatibility import check_qwen3_vl
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype

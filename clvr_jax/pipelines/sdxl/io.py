@@ -21,9 +21,7 @@ from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition
+from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout

@@ -22,9 +22,7 @@ from clvr_jax.diffusion import NoiseSchedule, classifier_free_guidance, ddim_sol
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition
+from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
 from clvr_jax.pipelines.compatibility import check_clip
 from clvr_jax.pipelines.images import check_size, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module

@@ -10,7 +10,7 @@ from flax import nnx
 from clvr_jax.cost_model.flops import Flops
 from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.errors import ClvrError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, velocity_field
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.bundles import Export, cast_weights

@@ -19,10 +19,9 @@ from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.pipelines.flux2.pipeline import KLEIN, Flux2Pipeline, Flux2Settings
+from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.tasks.bundles import Export, ModelBundle, Quantized, allgathered
 from clvr_jax.trees import Params
 

@@ -19,7 +19,7 @@ from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.diffusion import FlowProcess, classifier_free_guidance, euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import decode, encode_references, encode_text, velocity_field
 from clvr_jax.rewards import Reward
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask, Predictor

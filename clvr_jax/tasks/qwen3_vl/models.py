@@ -3,9 +3,8 @@
 from pathlib import Path
 
 from clvr_jax.convert.hub import local_directory
-from clvr_jax.models.qwen3_vl.model import Qwen3VLConfig
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLVisionConfig
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, resolve
 
 PRESETS = {

@@ -14,8 +14,8 @@ from clvr_jax.data.sft_examples import ConversationExamples, StaticGrids
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset
 from clvr_jax.errors import UsageError
-from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.sharding import process_allgather
 from clvr_jax.tasks.bundles import Export, ModelBundle, cast_weights, no_export
 from clvr_jax.tasks.qwen3_vl.models import token_side

@@ -14,10 +14,8 @@ from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_
 from clvr_jax.data.preprocessing.clip_tokens import encode_clip
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig
-from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline, SDXLSettings
+from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, CLIPTextConfig, UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import Export, ModelBundle, allgathered
 from clvr_jax.trees import Params
 

@@ -16,7 +16,8 @@ from clvr_jax.cost_model.flops_images import decoder_flops, unet_flops
 from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.diffusion import VariancePreservingProcess, classifier_free_guidance, ddim_solve
 from clvr_jax.errors import UsageError
-from clvr_jax.pipelines.sdxl.pipeline import Conditions, SDXLPipeline, decode, encode_text
+from clvr_jax.pipelines.sdxl import SDXLPipeline
+from clvr_jax.pipelines.sdxl.pipeline import Conditions, decode, encode_text
 from clvr_jax.rewards import Reward
 from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask, Predictor
 from clvr_jax.sharding import replicate

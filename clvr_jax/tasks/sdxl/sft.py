@@ -7,9 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.diffusion import NoiseSchedule
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKLConfig
-from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, CLIPTextConfig, UNet2DConditionConfig
 from clvr_jax.tasks.bundles import Export, ModelBundle
 from clvr_jax.training.objectives.losses import noise_prediction_loss
 from clvr_jax.training.prefetch import Batches

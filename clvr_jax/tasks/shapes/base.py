@@ -9,11 +9,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from clvr_jax.data.preprocessing.text import load_tokenizer
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_vae
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.tasks.shapes.batches import batch
 from clvr_jax.tasks.shapes.sizes import GRID, SETTINGS, TRANSFORMER, TRANSFORMER_START, VAE

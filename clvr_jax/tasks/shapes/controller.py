@@ -18,10 +18,8 @@ from clvr_jax.data.preprocessing.conversations import IMAGE_PAD
 from clvr_jax.data.preprocessing.qwen3_vl_images import processor_to_dict
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.models.common.attention import attention
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
-from clvr_jax.models.qwen3_vl.model import Qwen3VLTextConfig
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
+from clvr_jax.models.flux2 import AutoencoderKLFlux2
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.qwen3_vl.verifier import TRAINED_FOR_LOOP
 from clvr_jax.tasks.shapes.controller_batches import (

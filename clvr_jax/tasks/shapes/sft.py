@@ -18,8 +18,8 @@ from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
 from clvr_jax.tasks.shapes.base import drawing_loss
 from clvr_jax.tasks.shapes.batches import Kind, batch
 from clvr_jax.tasks.shapes.sizes import SETTINGS

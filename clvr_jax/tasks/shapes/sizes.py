@@ -1,9 +1,8 @@
 """Sizes, settings and initial scales of the small FLUX.2 of the shapes world."""
 
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2TransformerConfig
-from clvr_jax.models.qwen3.model import Qwen3Config
-from clvr_jax.pipelines.flux2.pipeline import Flux2Settings
+from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.pipelines.flux2 import Flux2Settings
 
 # 32 pixels to a transformer's 32 latent channels would be FLUX.2's own ratio; an image here needs far fewer.
 VAE = AutoencoderKLFlux2Config(

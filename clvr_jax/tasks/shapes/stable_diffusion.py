@@ -13,12 +13,17 @@ from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_token
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.models.flux2 import AutoencoderKLFlux2
+from clvr_jax.models.stable_diffusion import (
+    AutoencoderKL,
+    AutoencoderKLConfig,
+    CLIPText,
+    CLIPTextConfig,
+    UNet2DCondition,
+    UNet2DConditionConfig,
+)
 from clvr_jax.pipelines.flux2.io import load_vae
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline, SDXLSettings
+from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.sdxl import noise_prediction_task
 from clvr_jax.training.optimization.initialization import scaled

@@ -15,7 +15,7 @@ from clvr_jax.convert.models import save_model
 from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.data.shapes import Image, generation_example, planned_example
 from clvr_jax.models.common.attention import attention
-from clvr_jax.models.qwen3.model import Qwen3
+from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.tasks.shapes.batches import COMPLEX, SIMPLE, Kind, examples
 from clvr_jax.tasks.shapes.sizes import SETTINGS, TEXT_ENCODER, TEXT_START
 from clvr_jax.training.optimization.initialization import scaled

@@ -11,7 +11,8 @@ from flax import nnx
 
 from clvr_jax.convert.architectures import FLUX2_VAE
 from clvr_jax.convert.models import save_model
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, patchify
+from clvr_jax.models.flux2 import AutoencoderKLFlux2
+from clvr_jax.models.flux2.autoencoder_kl import patchify
 from clvr_jax.tasks.shapes.sizes import VAE
 from clvr_jax.training.objectives.losses import autoencoder_loss
 from clvr_jax.training.trainer import Task

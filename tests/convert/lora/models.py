@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from clvr_jax.convert.architectures import flux2_transformer, unet_2d_condition
 from clvr_jax.convert.rules import KeyMapping, entries
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition
+from clvr_jax.models.flux2 import Flux2Transformer
+from clvr_jax.models.stable_diffusion import UNet2DCondition
 from tests.models.flux2 import test_transformer as flux2
 from tests.models.parity import load_state, randomize
 from tests.models.stable_diffusion import test_unet_2d_condition as unet

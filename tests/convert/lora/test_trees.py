@@ -16,7 +16,7 @@ from clvr_jax.convert.lora.files import FILE_NAME
 from clvr_jax.convert.lora.names import key_aliases
 from clvr_jax.convert.lora.trees import load_lora, save_lora
 from clvr_jax.models.common.lora import init_lora, is_pair
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 from clvr_jax.trees import leaves_by_path
 from tests.convert.lora.models import (
     KINDS,

@@ -19,8 +19,7 @@ from clvr_jax.convert.architectures import autoencoder_kl_flux2, flux2_transform
 from clvr_jax.convert.rules import state_from_torch
 from clvr_jax.convert.single_file.flux2 import config_of, diffusers_tensors, is_bfl
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.pipelines.registry import SHIPPED
 from tests.models.parity import TOLERANCE, relative_error
 

@@ -22,7 +22,7 @@ from clvr_jax.convert.streaming import conversion as module
 from clvr_jax.convert.streaming.conversion import convert
 from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 SHAPES = SHIPPED / "shapes-tiny"

@@ -10,7 +10,7 @@ from flax import nnx
 
 from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.scripts import paper
 
 ROWS = ("base-one-shot", "sft-loop", "merged-loop")

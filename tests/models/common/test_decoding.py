@@ -12,7 +12,7 @@ from flax import nnx
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common import decoding
 from clvr_jax.models.common.decoding import generate
-from clvr_jax.models.qwen3_vl.model import Qwen3VL
+from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from tests.models.parity import TOLERANCE, relative_error
 from tests.models.qwen3_vl.reference import SMALL, compiled, conversation, make_pair, pad, reference_inputs

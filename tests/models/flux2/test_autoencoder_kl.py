@@ -9,7 +9,8 @@ from flax import nnx
 from clvr_jax.convert.architectures.autoencoder_kl_flux2 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2.autoencoder_kl import AutoencoderKLFlux2, AutoencoderKLFlux2Config, patchify, unpatchify
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config
+from clvr_jax.models.flux2.autoencoder_kl import patchify, unpatchify
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = AutoencoderKLFlux2Config(

@@ -9,8 +9,8 @@ from flax import nnx
 from clvr_jax.convert.architectures.flux2_transformer import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.flux2 import Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
-from clvr_jax.models.flux2.transformer import Flux2Transformer, Flux2TransformerConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = Flux2TransformerConfig(

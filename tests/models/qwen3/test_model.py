@@ -11,8 +11,8 @@ from flax import nnx
 from clvr_jax.convert.architectures.qwen3 import KEY_MAPPING, config_from_dict, config_to_dict
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3.layers import empty_cache, inverse_frequencies
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
 from tests.models.parity import TOLERANCE, load_state, load_tensors, randomize, relative_error
 
 SMALL = Qwen3Config(

@@ -11,9 +11,8 @@ from transformers import Qwen3VLConfig as ReferenceConfig
 from transformers import Qwen3VLForConditionalGeneration
 
 from clvr_jax.convert.architectures.qwen3_vl import KEY_MAPPING, config_to_dict
-from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.models.qwen3_vl.positions import Grids, merged_tokens
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVisionConfig
 from tests.models.parity import load_tensors, randomize
 
 SMALL = Qwen3VLConfig(

@@ -15,7 +15,7 @@ from clvr_jax.convert.architectures.qwen3_vl import KEY_MAPPING, config_from_dic
 from clvr_jax.convert.rules import check_keys, entries, leaves_of, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3.layers import inverse_frequencies
-from clvr_jax.models.qwen3_vl.model import Qwen3VL, Qwen3VLConfig
+from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.positions import (
     Conversation,
     as_grids,

@@ -16,7 +16,7 @@ from clvr_jax.convert.architectures.autoencoder_kl import (
 )
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.stable_diffusion.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
+from clvr_jax.models.stable_diffusion import AutoencoderKL, AutoencoderKLConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SMALL = AutoencoderKLConfig(block_out_channels=(16, 32, 48), latent_channels=6, norm_num_groups=8)

@@ -11,7 +11,7 @@ from clvr_jax.convert.architectures.clip_text import KEY_MAPPING, canonicalize_k
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.stable_diffusion.clip_text import CLIPText, CLIPTextConfig
+from clvr_jax.models.stable_diffusion import CLIPText, CLIPTextConfig
 from tests.models.parity import TOLERANCE, load_tensors, randomize, relative_error
 
 EOS = 90

@@ -13,7 +13,7 @@ from flax import nnx
 from clvr_jax.convert.architectures.unet_2d_condition import config_from_dict, config_to_dict, key_mapping
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import UNet2DCondition, UNet2DConditionConfig
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SDXL = dataclasses.replace(

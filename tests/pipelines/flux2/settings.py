@@ -1,6 +1,6 @@
 """Settings of the small FLUX.2 pipeline of the tests."""
 
-from clvr_jax.pipelines.flux2.pipeline import Flux2Settings
+from clvr_jax.pipelines.flux2 import Flux2Settings
 
 LENGTH = 64
 SETTINGS = Flux2Settings(

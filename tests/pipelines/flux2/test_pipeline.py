@@ -14,9 +14,9 @@ from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import save_model
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.flux2.transformer import Flux2Transformer
+from clvr_jax.models.flux2 import Flux2Transformer
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator
-from clvr_jax.pipelines.flux2.pipeline import Flux2Output, Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Output, Flux2Pipeline
 from clvr_jax.reasoning import GenerationRequest
 from tests.pipelines.flux2.settings import LENGTH, SETTINGS
 from tests.reasoning.scripted import ScriptedController

@@ -14,7 +14,7 @@ from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.pipelines.flux2.io import load_text_encoder, save_text_encoder
 
 CONFIG = Qwen3Config(64, 16, 24, 5, 2, 1, 8)

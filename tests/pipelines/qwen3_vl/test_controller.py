@@ -3,7 +3,7 @@
 import pytest
 
 from clvr_jax.pipelines.closed_loop import VLMController
-from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer
+from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning import Budget, Conversation, run
 from clvr_jax.reasoning.trajectory import UNPARSEABLE
 from tests.reasoning.scripted import CountingDrawer

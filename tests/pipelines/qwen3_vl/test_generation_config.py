@@ -7,8 +7,8 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.sampling import Sampling
+from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
-from clvr_jax.pipelines.qwen3_vl.pipeline import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 
 QWEN3_VL = {

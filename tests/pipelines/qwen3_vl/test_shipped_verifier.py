@@ -10,7 +10,8 @@ from clvr_jax.data.shapes import Canvas
 from clvr_jax.evaluation.verifier.cases import control_cases, rendered_cases, sample_prompts
 from clvr_jax.evaluation.verifier.metrics import roc_auc
 from clvr_jax.evaluation.verifier.run import check_cases
-from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS, Verifier
+from clvr_jax.pipelines.qwen3_vl import Verifier
+from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.verification import comparison_reply
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement

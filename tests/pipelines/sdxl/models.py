@@ -6,8 +6,7 @@ import transformers
 from clvr_jax.convert.architectures.clip_text import config_to_dict as clip_dict
 from clvr_jax.convert.architectures.unet_2d_condition import config_to_dict as unet_dict
 from clvr_jax.data.preprocessing.clip_tokens import make_clip_tokenizer
-from clvr_jax.models.stable_diffusion.clip_text import CLIPTextConfig
-from clvr_jax.models.stable_diffusion.unet_2d_condition import UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion import CLIPTextConfig, UNet2DConditionConfig
 from tests.models.parity import randomize
 
 LENGTH = 12

@@ -14,9 +14,10 @@ from PIL import Image
 
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import load_pipeline
-from clvr_jax.pipelines.sdxl.pipeline import SDXLPipeline, SDXLSettings, guidance_embedding, step_noise
+from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
+from clvr_jax.pipelines.sdxl.pipeline import guidance_embedding, step_noise
 from tests.models.parity import TOLERANCE, relative_error
 
 # The last has more tokens than CLIP reads, the first has padding.

@@ -14,7 +14,7 @@ from clvr_jax.configs import flux2_distill
 from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.diffusion import euler_solve, flow_sigmas
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.pipelines.flux2.pipeline import Flux2Pipeline
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import velocity_field
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.flux2 import pipeline_distill_task

@@ -5,8 +5,8 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3
+from clvr_jax.models.flux2 import Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.tasks.shapes import sizes
 from clvr_jax.training.optimization.initialization import scaled
 

@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.models.flux2.transformer import Flux2Transformer
-from clvr_jax.models.qwen3.model import Qwen3, Qwen3Config
+from clvr_jax.models.flux2 import Flux2Transformer
+from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.sharding import MeshConfig, MeshLayout, Rules, parameter_axes
 from clvr_jax.training.objectives.losses import next_token_loss
 from clvr_jax.training.trainer import Task, TrainConfig, fit
