@@ -11,7 +11,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.locks import LOCK, locked, locked_output, new_directory
 from clvr_jax.training.recipes import load_recipe, train
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
-from tests.commands.test_cli import RECIPE
+from tests.commands.command_line import RECIPE
 from tests.providers.server import png
 
 METADATA = evaluation_prompts("eval")[::200]

@@ -14,7 +14,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.locks import LOCK
 from clvr_jax.training.checkpoint import Checkpoints, restore_part
 from clvr_jax.training.recipes import RECIPE, load_recipe, train
-from tests.commands.test_cli import RECIPE as TEXT
+from tests.commands.command_line import RECIPE as TEXT
 
 
 @pytest.fixture
