@@ -20,7 +20,7 @@ from rich.console import Console
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.checkpoints.conversion import Convert
 from clvr_jax.commands.checkpoints.merging import Merge
-from clvr_jax.commands.common import CommandGroup, Result
+from clvr_jax.commands.common import Command, CommandGroup, Result
 from clvr_jax.commands.eval.group import Eval
 from clvr_jax.commands.generation.generate import Generate
 from clvr_jax.commands.generation.sample import Sample
@@ -35,7 +35,7 @@ from clvr_jax.console import escape_control_characters, print_error
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted
 
-COMMANDS: dict[str, type[Any]] = {
+COMMANDS: Mapping[str, type[Command | CommandGroup]] = {
     "generate": Generate,
     "sample": Sample,
     "verify": Verify,
@@ -129,8 +129,8 @@ def _drop_stdout() -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def parse(arguments: Sequence[str]) -> Any:
-    """Parses a command line to a command, a dataclass with `common` and `run()`.
+def parse(arguments: Sequence[str]) -> Command:
+    """Parses a command line to a command.
 
     Raises: UsageError, one line, for an invalid command line; SystemExit(0) after --help.
     """
@@ -138,16 +138,21 @@ def parse(arguments: Sequence[str]) -> Any:
 
 
 def _parse(
-    arguments: Sequence[str], commands: Mapping[str, type[Any]], prog: str, description: str | None, example: str
-) -> Any:
+    arguments: Sequence[str],
+    commands: Mapping[str, type[Command | CommandGroup]],
+    prog: str,
+    description: str | None,
+    example: str,
+) -> Command:
     """Parses a command line that begins with the name of one of `commands`."""
     arguments = _move_common_flags(arguments)
     if not arguments or arguments[0] not in commands:
         known = tuple(Annotated[kind, tyro.conf.subcommand(name)] for name, kind in commands.items())
         union: Any = Union[known]  # noqa: UP007 - built from a table
-        return read_arguments(union, arguments, prog, description, example)
+        command: Command = read_arguments(union, arguments, prog, description, example)
+        return command
     name, rest = arguments[0], arguments[1:]
-    kind: Any = commands[name]
+    kind = commands[name]
     if issubclass(kind, CommandGroup):
         return _parse(rest, kind.COMMANDS, f"{prog} {name}", kind.__doc__, kind.EXAMPLE)
     if issubclass(kind, RecipeCommand):

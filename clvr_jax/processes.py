@@ -4,18 +4,23 @@ import json
 import sys
 import time
 from collections.abc import Callable
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
 
+Value = TypeVar("Value")
+
 
 def is_distributed() -> bool:
     """Returns whether this process has joined others. A process that has not imported JAX has not."""
-    jax: Any = sys.modules.get("jax")  # commands check their arguments before they import JAX, which takes a second
+    jax: ModuleType | None = sys.modules.get(
+        "jax"
+    )  # commands check their arguments before they import JAX, which takes a second
     # `process_count` would look for the devices of a process that has not joined others.
-    return jax is not None and jax.distributed.is_initialized() and jax.process_count() > 1
+    return jax is not None and bool(jax.distributed.is_initialized() and jax.process_count() > 1)
 
 
 def is_host0() -> bool:
@@ -27,7 +32,7 @@ def is_host0() -> bool:
     return jax.process_index() == 0
 
 
-def broadcast_from_host0(make: Callable[[], Any]) -> Any:
+def broadcast_from_host0(make: Callable[[], Value]) -> Value:
     """Returns a JSON value that process 0 makes on every process; all processes must call it.
 
     Raises: ClvrError or UsageError on every process, if it was raised in process 0.
@@ -39,7 +44,8 @@ def broadcast_from_host0(make: Callable[[], Any]) -> Any:
     message = _outcome(make) if is_host0() else b""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(message))))
     bytes_n = multihost_utils.broadcast_one_to_all(np.frombuffer(message or bytes(size), np.uint8))
-    return _result(np.asarray(bytes_n).tobytes())
+    made: Value = _result(np.asarray(bytes_n).tobytes())
+    return made
 
 
 def broadcast_decision(decision: bool) -> bool:
@@ -56,7 +62,7 @@ def broadcast_seconds() -> float:
     return float(broadcast_from_host0(time.monotonic))
 
 
-def run_on_all(run: Callable[[], Any]) -> Any:
+def run_on_all(run: Callable[[], Value]) -> Value:
     """Returns `run()` of this process; an error of one process is raised on all of them, which would wait for it.
 
     All processes must call it, and `run` must not wait for other processes.
@@ -66,7 +72,7 @@ def run_on_all(run: Callable[[], Any]) -> Any:
         return run()
     from jax.experimental import multihost_utils
 
-    made: list[Any] = []
+    made: list[Value] = []
     message = _outcome(lambda: made.append(run()))
     sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(message)))).reshape(-1)
     padded = np.zeros(int(sizes.max()), np.uint8)
@@ -100,10 +106,10 @@ def check_same(what: str, digest: str) -> None:
     run_on_all(compare)
 
 
-def _outcome(make: Callable[[], Any]) -> bytes:
+def _outcome(make: Callable[[], object]) -> bytes:
     """Returns the JSON value that a function makes, or its error, as bytes."""
     try:
-        found = {"made": make()}
+        found: dict[str, object] = {"made": make()}
     except UsageError as error:
         found = {"usage": str(error)}
     except ClvrError as error:

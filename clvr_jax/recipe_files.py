@@ -44,7 +44,7 @@ def config_from_json(template: Config, values: UncheckedJSON) -> Config:
     return config
 
 
-def _from_json(template: Any, values: Any, declared: object, name: str) -> Any:
+def _from_json(template: object, values: Any, declared: object, name: str) -> Any:
     """Returns a configuration, or the value of one of its fields, whose declared type is used if its own is None."""
     _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):

@@ -1,12 +1,12 @@
 """Packages of the extra `train`, imported on first use: sampling does not need them, and they are slow to import."""
 
 import importlib
-from typing import Any
+from types import ModuleType
 
 from clvr_jax.errors import ClvrError
 
 
-def training_package(name: str) -> Any:
+def training_package(name: str) -> ModuleType:
     """Imports a module of Grain, TensorFlow Datasets or array_record.
 
     Raises: ClvrError if it is not installed.

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar, Protocol
 
 import tyro
 from rich.console import RenderableType
@@ -29,12 +29,27 @@ class Common:
     """Print the traceback of an error."""
 
 
+class Command(Protocol):
+    """A command: a dataclass of its options. EXAMPLE: a command line that --help shows."""
+
+    EXAMPLE: ClassVar[str]
+
+    @property
+    def common(self) -> Common:
+        """The options of every command."""
+        ...
+
+    def run(self) -> Result:
+        """Runs the command."""
+        ...
+
+
 @dataclass(frozen=True)
 class CommandGroup:
     """Commands that share a first word, such as `clvr eval shapes`; its docstring is the description in --help."""
 
     EXAMPLE: ClassVar[str]
-    COMMANDS: ClassVar[dict[str, type[Any]]]
+    COMMANDS: ClassVar[Mapping[str, "type[Command]"]]
 
 
 Flags = Annotated[Common, tyro.conf.arg(name="")]

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar, get_args
+from typing import Concatenate, ParamSpec, Protocol, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -55,16 +55,25 @@ def layout_of(mesh: Mesh) -> MeshLayout | None:
     return MeshLayout(mesh.make()) if isinstance(mesh, MeshConfig) else mesh
 
 
-def computing_on(layout: MeshLayout | None) -> AbstractContextManager[Any]:
+class _OnMesh(Protocol):
+    """A pipeline with the layout that it computes on, None for one device."""
+
+    layout: MeshLayout | None
+
+
+Pipeline = TypeVar("Pipeline", bound=_OnMesh)
+
+
+def computing_on(layout: MeshLayout | None) -> AbstractContextManager[object]:
     """Returns a context in which models are loaded and programs are traced for `layout`; None changes nothing."""
     return contextlib.nullcontext() if layout is None else layout.active()
 
 
-def on_mesh(method: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+def on_mesh(method: Callable[Concatenate[Pipeline, P], T]) -> Callable[Concatenate[Pipeline, P], T]:
     """Decorates a method of a pipeline so that it computes on the mesh of its attribute `layout`."""
 
     @functools.wraps(method)
-    def run(self: Any, *args: P.args, **options: P.kwargs) -> T:
+    def run(self: Pipeline, *args: P.args, **options: P.kwargs) -> T:
         with computing_on(self.layout):
             return method(self, *args, **options)
 

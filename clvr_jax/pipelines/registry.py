@@ -3,7 +3,7 @@
 import dataclasses
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from jax.typing import DTypeLike
 
@@ -11,6 +11,10 @@ from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import JSON, shown
+
+if TYPE_CHECKING:
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.sdxl import SDXLPipeline
 
 SHIPPED = Path(__file__).resolve().parent.parent / "shipped"
 
@@ -43,7 +47,7 @@ PIPELINES = {
 """diffusers' class in model_index.json -> our class of the same pipeline."""
 
 
-def load_pipeline(model: str, dtype: DTypeLike | None = "float32", **options: Any) -> Any:
+def load_pipeline(model: str, dtype: DTypeLike | None = "float32", **options: object) -> "Flux2Pipeline | SDXLPipeline":
     """Loads the pipeline of a shipped name, a directory or a Hugging Face id.
 
     Args: of the class's `from_pretrained`.
@@ -54,7 +58,10 @@ def load_pipeline(model: str, dtype: DTypeLike | None = "float32", **options: An
     if kind not in PIPELINES:
         raise ClvrError(f"{path}: a {kind}, which is not supported; the supported pipelines are {', '.join(PIPELINES)}")
     module, _, name = PIPELINES[kind].rpartition(".")
-    return getattr(importlib.import_module(module), name).from_pretrained(model, dtype, **options)
+    loaded: Flux2Pipeline | SDXLPipeline = getattr(importlib.import_module(module), name).from_pretrained(
+        model, dtype, **options
+    )
+    return loaded
 
 
 def size_multiple(path: Path) -> int:

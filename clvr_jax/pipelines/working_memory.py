@@ -7,13 +7,15 @@ to decode it and 0.61 GiB to denoise it, where these bounds are 1.25 GiB and 0.2
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, UNET
 from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
+from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.registry import FLUX2, class_of, read_settings, resolve
@@ -29,8 +31,8 @@ class ImageCall(NamedTuple):
 
     height: int
     width: int
-    vae: Any
-    transformer: Any = None
+    vae: AutoencoderConfig
+    transformer: Flux2TransformerConfig | None = None
     tokens: int = 0
 
 

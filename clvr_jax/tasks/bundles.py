@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from clvr_jax.convert.architectures import Architecture, quantized
 from clvr_jax.errors import ClvrError
 from clvr_jax.sharding import process_allgather
-from clvr_jax.trees import Params
+from clvr_jax.trees import Leaf, Params
 
 Config = TypeVar("Config")
 Module = TypeVar("Module", bound=nnx.Module)
@@ -24,12 +24,18 @@ Export = Callable[[Params, Path], None]
 """(trained parameters, directory) -> None, writes the trained model."""
 
 
+class _Configured(Protocol[Config]):
+    """A module with its configuration."""
+
+    config: Config
+
+
 @dataclass(frozen=True)
 class ModelBundle(Generic[Config]):
     """A model as its configuration, graph definition and weights, which are arrays or `jax.ShapeDtypeStruct`."""
 
     config: Config
-    graphdef: Any
+    graphdef: nnx.GraphDef[Any]
     weights: Params
 
     @classmethod
@@ -48,7 +54,7 @@ class ModelBundle(Generic[Config]):
         return cls(config, *stored.split(fields, jnp.dtype(dtype)))
 
     @classmethod
-    def of(cls, model: Any) -> "ModelBundle[Any]":
+    def of(cls, model: "_Configured[Config]") -> "ModelBundle[Config]":
         """Returns the bundle of a loaded module, which has its configuration as `config`."""
         return cls(model.config, *nnx.split(model))
 
@@ -56,7 +62,7 @@ class ModelBundle(Generic[Config]):
 def cast_weights(weights: Params, dtype: DTypeLike) -> Params:
     """Returns weights, or their shapes, in another dtype."""
 
-    def cast(leaf: Any) -> Any:
+    def cast(leaf: Leaf) -> Leaf:
         if isinstance(leaf, jax.ShapeDtypeStruct):
             return jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype))
         return leaf.astype(dtype)

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ from clvr_jax.rl import (
     loss_and_grads,
 )
 from clvr_jax.training.plan import Program
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 _SHAPE = jax.ShapeDtypeStruct
 
@@ -40,7 +39,7 @@ class PlannedPolicy:
     steps: int
     base: Params
     frozen: Mapping[str, Params]
-    data: Any
+    data: Batch
     reads: Mapping[str, int]
     evaluation: Flops
     other_flops: Sequence[float]

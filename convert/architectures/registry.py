@@ -82,7 +82,7 @@ class Architecture:
         """Returns the module of a config.json with random weights from seed 0."""
         return self.module(self.config_from_dict(config), rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype)
 
-    def split(self, config: UncheckedJSON, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[Any], Params]:
+    def split(self, config: UncheckedJSON, dtype: DTypeLike = jnp.float32) -> tuple[nnx.GraphDef[nnx.Module], Params]:
         """Returns graph and abstract state (shapes and dtypes) of a config.json's model; allocates no weights."""
         graphdef, state = _split(self, self.config_from_dict(config), jnp.dtype(dtype))
         return graphdef, jax.tree.map(lambda leaf: leaf, state)  # a copy: states are changed in place
@@ -95,7 +95,7 @@ class Architecture:
 
 # Tracing a UNet takes seconds, and a conversion needs the result several times.
 @functools.lru_cache(maxsize=16)
-def _split(architecture: Architecture, made: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[Any], Params]:
+def _split(architecture: Architecture, made: ModelConfig, dtype: jnp.dtype) -> tuple[nnx.GraphDef[nnx.Module], Params]:
     try:
         graphdef, state = nnx.split(
             nnx.eval_shape(lambda: architecture.module(made, rngs=nnx.Rngs(0), dtype=dtype, param_dtype=dtype))

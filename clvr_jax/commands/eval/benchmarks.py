@@ -10,7 +10,7 @@ import tyro
 from typing_extensions import override
 
 from clvr_jax.arguments import at_least_one
-from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
+from clvr_jax.commands.common import Command, Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.eval.judge_options import JudgeOptions
 from clvr_jax.commands.eval.run_progress import progress_on_first_report
 from clvr_jax.commands.eval.system import SystemOptions
@@ -35,6 +35,8 @@ class _OptionalSystem(SystemOptions):
 @dataclass(frozen=True, kw_only=True)
 class _EvalBenchmark(abc.ABC):
     """Base of the benchmarks: generates the missing images, and scores all of them."""
+
+    EXAMPLE: ClassVar[str]
 
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")]
     """Write the images in the official layout, their scores and results.json to this directory."""
@@ -352,7 +354,7 @@ class EvalDPG(_EvalJudged):
         return DPG(self.rules)
 
 
-PUBLISHED_BENCHMARKS: dict[str, type[_EvalBenchmark]] = {
+PUBLISHED_BENCHMARKS: dict[str, type[Command]] = {
     "geneval": EvalGenEval,
     "genevalpp": EvalGenEvalPP,
     "imaginebench": EvalImagineBench,

@@ -1,9 +1,10 @@
 """`clvr eval ...`: the table of its commands."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-from clvr_jax.commands.common import CommandGroup
+from clvr_jax.commands.common import Command, CommandGroup
 from clvr_jax.commands.eval.benchmarks import PUBLISHED_BENCHMARKS
 from clvr_jax.commands.eval.compare import EvalCompare
 from clvr_jax.commands.eval.planning import EvalPlanning
@@ -17,7 +18,7 @@ class Eval(CommandGroup):
     """Generates and scores the images of a benchmark, or compares systems that were scored."""
 
     EXAMPLE: ClassVar = EvalShapes.EXAMPLE
-    COMMANDS: ClassVar[dict[str, type[Any]]] = {
+    COMMANDS: ClassVar[Mapping[str, type[Command]]] = {
         "shapes": EvalShapes,
         **PUBLISHED_BENCHMARKS,
         "compare": EvalCompare,

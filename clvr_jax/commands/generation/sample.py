@@ -4,7 +4,7 @@ import dataclasses
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -25,6 +25,9 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.sdxl import SDXLPipeline
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class Sample:
         files = [out / f"{task.name}.png" for task in tasks] if self._is_directory else [out]
         return tasks, files, self.images.check(self.model)
 
-    def _load(self, given: "list[np.ndarray]") -> Any:
+    def _load(self, given: "list[np.ndarray]") -> "Flux2Pipeline | SDXLPipeline":
         prepare_jax()
         from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.registry import load_pipeline
@@ -101,7 +104,9 @@ class Sample:
         check_memory(self.model, self.loading, self.images.height_and_width(), given)
         return load_pipeline(self.model, **self.loading.arguments())
 
-    def _sample(self, pipe: Any, task: ImageTask, given: "list[np.ndarray]", file: Path) -> dict[str, object]:
+    def _sample(
+        self, pipe: "Flux2Pipeline | SDXLPipeline", task: ImageTask, given: "list[np.ndarray]", file: Path
+    ) -> dict[str, object]:
         """Generates and writes one image; returns the result."""
         from clvr_jax.atomic_io import write_atomically
         from clvr_jax.image_io import encode_png

@@ -4,7 +4,7 @@ import ipaddress
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
 
@@ -15,6 +15,7 @@ from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
+    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
     from clvr_jax.serving.limits import Limits
 
 WARM_UP_PROMPT = "a red circle left of a blue star"
@@ -140,7 +141,7 @@ class Serve:
             port = serve(service, self.host, self.port, key, on_start=self._show)
         return Result({"host": self.host, "port": port, "out": str(self.out)}, "the server has ended")
 
-    def _load(self) -> Any:
+    def _load(self) -> "ClosedLoopPipeline":
         prepare_jax()
         from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline

@@ -2,8 +2,8 @@
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import numpy as np
 from tokenizers import pre_tokenizers
@@ -50,12 +50,9 @@ def make_clip_tokenizer(words: Iterable[str], length: int) -> Tokenizer:
 
     from transformers import CLIPTokenizer  # slow to import
 
-    # The annotations of transformers are wider than what its tokenizers do.
-    tokenizer: Any = CLIPTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=length
-    )
-    made: Tokenizer = tokenizer
-    return made
+    # The annotations of transformers do not say what its tokenizers take and do.
+    make = cast("Callable[..., Tokenizer]", CLIPTokenizer)
+    return make(vocab={token: index for index, token in enumerate(tokens)}, merges=merges, model_max_length=length)
 
 
 def _merges(words: Iterable[str]) -> list[tuple[str, str]]:

@@ -9,7 +9,8 @@ Source: the arithmetic of PEFT and of LyCORIS (arXiv 2309.14859), which give the
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, TypeAlias
+from types import ModuleType
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jaxtyping import Array, Float32
 from clvr_jax.models.common.lora import LoRAPair
 
 NumPyOrJax: TypeAlias = np.ndarray | jax.Array
-ArrayModule: TypeAlias = Any
+ArrayModule: TypeAlias = ModuleType
 """`numpy` or `jax.numpy`, two modules without a common type."""
 
 MAGNITUDE = "dora_scale"

@@ -7,13 +7,13 @@ the frequencies of the rotary embedding.
 Source: `Qwen3VLForConditionalGeneration` (transformers); attribute names are its keys.
 """
 
-from typing import Any, Literal, NamedTuple, Unpack
+from typing import Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
+from jaxtyping import Array, Bool, Float, Float32, Int, PyTree, Shaped
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.dtypes import Dtypes
@@ -288,7 +288,7 @@ class Qwen3VL(nnx.Module):
         injection: _Injection | None,
         *,
         keep: Literal["nothing", "hidden", "past"] = "nothing",
-    ) -> tuple[jax.Array, Any]:
+    ) -> tuple[jax.Array, PyTree]:
         """Applies the language layers to prompts.
 
         Returns: the output before the final norm, and for `keep` the outputs of all layers (layers, b, t, d), or a
@@ -296,7 +296,7 @@ class Qwen3VL(nnx.Module):
         """
         config, (b, t, _) = self.config.text, x_btd.shape
 
-        def step(layer: DecoderLayer, x_btd: jax.Array, index: jax.Array) -> tuple[jax.Array, Any]:
+        def step(layer: DecoderLayer, x_btd: jax.Array, index: jax.Array) -> tuple[jax.Array, PyTree]:
             empty = jnp.zeros((b, t, config.num_key_value_heads, config.head_dim), x_btd.dtype)
             x_btd, past = layer(x_btd, rotary, mask, KVCache(empty, empty) if keep == "past" else None)
             if injection is not None:

@@ -244,10 +244,10 @@ class Flux2Pipeline(JittedPipeline):
         `rows_per_call`, a power of two, every call computes exactly that many rows, filled up with copies of the last,
         so that an image has the same bytes in any batch.
         """
-        groups: dict[tuple[Any, ...], list[int]] = {}
+        groups: dict[tuple[object, ...], list[int]] = {}
         for index, (length, images) in enumerate(zip(self._lengths(prompts), references, strict=True)):
             groups.setdefault((length, *(image.size for image in images)), []).append(index)
-        generated: dict[int, Any] = {}
+        generated: dict[int, Image.Image | np.ndarray] = {}
         nfe = 0
         for rows in [part for group in groups.values() for part in split_rows(group, rows_per_call)]:
             filled = [*rows, *rows[-1:] * ((rows_per_call or 0) - len(rows))]

@@ -1,11 +1,11 @@
 """Few-step distillation of FLUX.2's transformer with its own parameters."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import ArrayLike
 
 from clvr_jax.cost_model.flops import Flops
 from clvr_jax.diffusion import flow_sigmas
@@ -18,6 +18,7 @@ from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
 from clvr_jax.training.objectives.distillation import DistillConfig, Field, distillation_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
+from clvr_jax.trees import Batch, Params
 
 
 def pipeline_distill_task(
@@ -74,17 +75,17 @@ def distill_task(
     text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
     channels, empty_text = models.transformer.config.in_channels, models.empty_text
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         rows, grid = len(data["ids"]), tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
 
-        def read(ids: Any, mask: Any) -> jax.Array:
+        def read(ids: ArrayLike, mask: ArrayLike) -> jax.Array:
             return encode_text(text_encoder_def, frozen["text_encoder"], jnp.asarray(ids), jnp.asarray(mask), layers)
 
-        def network(weights: Any) -> Field:
+        def network(weights: Params) -> Field:
             model = nnx.merge(graphdef, weights)
 
-            def field(x: jax.Array, t: jax.Array, condition: Any) -> jax.Array:
+            def field(x: jax.Array, t: jax.Array, condition: Params) -> jax.Array:
                 return velocity_field(model, condition["references"], grid, [grid] * count)(x, t, condition["text"])
 
             return field
@@ -106,18 +107,18 @@ def distill_task(
             loss_key,
         )
 
-    def flops_of(evaluation: Flops, trained: float, batch: Any) -> float:
+    def flops_of(evaluation: Flops, trained: float, batch: Batch) -> float:
         """Returns the FLOPs of a step in which each of the student's steps takes `trained` to learn from."""
         # In all windows: the teacher's evaluations, and one of the student, which samples.
         sampled = evaluation.forward * distill.steps * (distill.substeps * distill.passes + 1)
         encoders = counts.encoders(batch, images=batch["references"].shape[1])
         return distill.steps * trained + sampled + encoders.forward
 
-    def flops(batch: Any) -> float:
+    def flops(batch: Batch) -> float:
         evaluation = counts.evaluation(batch)
         return flops_of(evaluation, evaluation.training, batch)
 
-    def hardware_flops(batch: Any) -> float:
+    def hardware_flops(batch: Batch) -> float:
         evaluation = counts.evaluation(batch)
         return flops_of(evaluation, evaluation.hardware(remat, flash=True), batch)
 

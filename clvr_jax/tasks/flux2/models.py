@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +18,12 @@ from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.pipelines.flux2 import KLEIN, Flux2Pipeline, Flux2Settings
 from clvr_jax.tasks.bundles import Export, ModelBundle, Quantized, allgathered
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Flux2Models:
     transformer: ModelBundle[Flux2TransformerConfig]
     text_encoder: ModelBundle[Qwen3Config]
     vae: ModelBundle[AutoencoderKLFlux2Config]
-    tokenizer: Any = None
+    tokenizer: Tokenizer | None = None
 
     @classmethod
     def of(cls, pipe: Flux2Pipeline) -> "Flux2Models":
@@ -74,7 +74,9 @@ class Flux2Models:
             return lambda length: (np.zeros((1, length), np.int32), np.ones((1, length), np.int32))
         return lambda length: encode_prompts(tokenizer, [""], (length,))
 
-    def abstract_batches(self, rows: int, side: int, references: int) -> Callable[[int], dict[str, Any]]:
+    def abstract_batches(
+        self, rows: int, side: int, references: int
+    ) -> Callable[[int], dict[str, jax.ShapeDtypeStruct]]:
         """Returns the shapes of batches as a function of the step; texts have the length of the first bucket.
 
         Args:
@@ -89,7 +91,7 @@ class Flux2Models:
         }
         return lambda step: batch
 
-    def training_graphdef(self, dtype: DTypeLike, remat: str) -> Any:
+    def training_graphdef(self, dtype: DTypeLike, remat: str) -> nnx.GraphDef[Flux2Transformer]:
         """Returns the transformer's graph definition with a compute dtype and a rematerialization policy."""
         config = self.transformer.config
         graphdef, _ = nnx.split(
@@ -116,23 +118,23 @@ class BatchCounts:
     vae: AutoencoderKLFlux2Config
     layers: int
 
-    def image_tokens(self, batch: Any) -> int:
+    def image_tokens(self, batch: Batch) -> int:
         """Returns the number of tokens of one image."""
         side: int = batch["target"].shape[1]
         return (side // self.vae.token_pixels) ** 2
 
-    def tokens(self, batch: Any) -> int:
+    def tokens(self, batch: Batch) -> int:
         """Returns the number of tokens of text, target and references of all rows."""
         rows, references = batch["references"].shape[:2]
         return int(rows * (batch["ids"].shape[1] + (1 + references) * self.image_tokens(batch)))
 
-    def evaluation(self, batch: Any) -> Flops:
+    def evaluation(self, batch: Batch) -> Flops:
         """Returns the FLOPs of one evaluation of the transformer for each row."""
         (rows, references), image = batch["references"].shape[:2], self.image_tokens(batch)
         text = batch["ids"].shape[1]
         return flux2_flops(self.transformer, rows, text=text, image=image, references=references * image)
 
-    def encoders(self, batch: Any, images: int) -> Flops:
+    def encoders(self, batch: Batch, images: int) -> Flops:
         """Returns the FLOPs of the text encoder and of the VAE's encoder for `images` images of each row."""
         rows, side = batch["target"].shape[:2]
         text = qwen3_flops(self.text_encoder, rows, batch["ids"].shape[1], layers=self.layers, logits=0)

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask, Predictor
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.flux2.models import Flux2Models, pipeline_export
 from clvr_jax.tasks.rl_programs import PlannedPolicy
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 LORA_TARGETS = (r"attn\.(to|add)_", r"ff\w*\.linear")
 """All products of the blocks: attention, MLPs, and where both are one."""
@@ -122,7 +121,7 @@ def flux2_policy(models: Flux2Models, sampler: Sampler, remat: str) -> Diffusion
     grid, tokens = (side, side), side * side
     sigmas = flow_sigmas(sampler.steps, tokens)
 
-    def encode_conditions(frozen: Any, data: Any) -> dict[str, jax.Array]:
+    def encode_conditions(frozen: Params, data: Batch) -> dict[str, jax.Array]:
         groups = len(data["ids"])
 
         def read(ids: jax.Array, mask: jax.Array) -> jax.Array:
@@ -137,7 +136,7 @@ def flux2_policy(models: Flux2Models, sampler: Sampler, remat: str) -> Diffusion
             found["empty"] = jnp.repeat(read(data["empty_ids"][:1], data["empty_mask"][:1]), groups, axis=0)
         return found
 
-    def predictor(weights: Any, conditions: dict[str, jax.Array]) -> Predictor:
+    def predictor(weights: Params, conditions: dict[str, jax.Array]) -> Predictor:
         references = conditions["references"]
         count = references.shape[1] // tokens
         field = velocity_field(nnx.merge(graphdef, weights), references, grid, [grid] * count)
@@ -152,7 +151,7 @@ def flux2_policy(models: Flux2Models, sampler: Sampler, remat: str) -> Diffusion
     def solve(predictor: Predictor, noise: jax.Array) -> jax.Array:
         return euler_solve(lambda x, sigma: predictor(x, jnp.full(len(x), sigma)), noise, jnp.asarray(sigmas))
 
-    def decode_images(frozen: Any, latents: jax.Array) -> jax.Array:
+    def decode_images(frozen: Params, latents: jax.Array) -> jax.Array:
         return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype).reshape(len(latents), *grid, -1))
 
     shape = (tokens, models.transformer.config.in_channels)

@@ -1,7 +1,5 @@
 """Sampling with FLUX.2 as one program for the planner."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
@@ -10,9 +8,9 @@ from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate
-from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.flux2.models import Flux2Models
 from clvr_jax.training.plan import Program
+from clvr_jax.trees import Batch, Params
 
 
 def sampling_program(
@@ -30,17 +28,13 @@ def sampling_program(
       guided: whether each step takes two network evaluations, for classifier-free guidance.
     """
     settings, sizes, vae = models.settings, models.transformer.config, models.vae.config
-    bundles: dict[str, ModelBundle[Any]] = {
-        "transformer": models.transformer,
-        "text_encoder": models.text_encoder,
-        "vae": models.vae,
-    }
-    graphs = {name: bundle.graphdef for name, bundle in bundles.items()}
+    bundles = (("transformer", models.transformer), ("text_encoder", models.text_encoder), ("vae", models.vae))
+    graphs = {name: bundle.graphdef for name, bundle in bundles}
     b, text, passes = batch_size, settings.text_buckets[0], 1 + guided
     grid = (size // vae.token_pixels, size // vae.token_pixels)
     image = grid[0] * grid[1]
 
-    def sample(weights: Any, data: Any) -> jax.Array:
+    def sample(weights: Params, data: Batch) -> jax.Array:
         vae_weights = replicate(weights["vae"])
         conditions = encode_text(
             graphs["text_encoder"], weights["text_encoder"], data["ids"], data["mask"], settings.text_encoder_out_layers
@@ -76,7 +70,7 @@ def sampling_program(
     return Program(
         name=f"{title}, {steps} steps{' with guidance' * guided}, {b} of {size} x {size}",
         function=sample,
-        weights={name: bundle.weights for name, bundle in bundles.items()},
+        weights={name: bundle.weights for name, bundle in bundles},
         data=data,
         reads={"transformer": steps, "text_encoder": 1, "vae": 1 + references},
         flops=steps * evaluation.forward + read.forward + vae_flops.forward,

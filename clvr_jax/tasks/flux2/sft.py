@@ -1,7 +1,7 @@
 """Supervised fine-tuning of FLUX.2's transformer by flow matching."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from clvr_jax.tasks.flux2.models import Flux2Models
 from clvr_jax.training.objectives.sft import drawing_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def flow_matching_task(
     transformer_def = models.training_graphdef(dtype, config.remat)
     text_encoder_def, vae_def, counts = models.text_encoder.graphdef, models.vae.graphdef, models.counts
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         grid = tuple(side // token for side in data["target"].shape[1:3])
         count = data["references"].shape[1]
         text_encoder = nnx.merge(text_encoder_def, frozen["text_encoder"])
@@ -92,7 +92,7 @@ def flow_matching_task(
         )
         return value, {f"loss_{count}_references": value}
 
-    def encoders_forward(batch: Any) -> float:
+    def encoders_forward(batch: Batch) -> float:
         return counts.encoders(batch, images=batch["references"].shape[1] + 1).forward
 
     blocks = f"{models.transformer.config.num_layers} + {models.transformer.config.num_single_layers} blocks"

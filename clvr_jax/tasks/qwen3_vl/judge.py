@@ -1,7 +1,7 @@
 """Judging with a Qwen3-VL as one program for the planner: images and a question to the tokens of an answer."""
 
 import dataclasses
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +10,11 @@ from flax import nnx
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.cost_model.flops import Flops, decoder_flops, qwen3_vl_flops
 from clvr_jax.errors import UsageError
+from clvr_jax.models.qwen3_vl.model import DecodeCache
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.qwen3_vl.models import PRESETS, token_side
 from clvr_jax.training.plan import Program
+from clvr_jax.trees import Batch, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,14 +52,14 @@ def judging_program(config: JudgingConfig) -> Program:
     b, read = config.batch_size, config.text + config.images * (config.size // side) ** 2
     bundle = ModelBundle.abstract(QWEN3_VL, sizes, jnp.bfloat16)
 
-    def judge(weights: Any, data: Any) -> jax.Array:
+    def judge(weights: Params, data: Batch) -> jax.Array:
         model = nnx.merge(bundle.graphdef, weights["judge"])
         positions_3bt = data["positions_b3t"].swapaxes(0, 1)
         logits_bv, cache = model.prefill(
             data["ids"], data["patches"], grids, positions_3bt, data["mask"], cache_length=read + config.answer
         )
 
-        def step(carry: tuple[jax.Array, Any], _: None) -> tuple[tuple[jax.Array, Any], jax.Array]:
+        def step(carry: tuple[jax.Array, DecodeCache], _: None) -> tuple[tuple[jax.Array, DecodeCache], jax.Array]:
             token_b = jnp.argmax(carry[0], axis=-1).astype(jnp.int32)
             return model.decode_step(carry[1], token_b), token_b
 

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from clvr_jax.tasks.qwen3_vl.models import token_side
 from clvr_jax.training import prefetch
 from clvr_jax.training.objectives.sft import conversation_loss
 from clvr_jax.training.trainer import Task, TrainConfig
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, KeyPath, Params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +77,7 @@ def sft_task(
     model_config, graphdef = model.config, _training_graphdef(model.config, config.remat, train.compute_dtype)
     params, frozen = _trained_and_frozen(model.weights, config.train_vision, train.compute_dtype)
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, params, *frozen)
         states_btd = model.final_states(
             data["input_ids_bt"],
@@ -88,18 +88,18 @@ def sft_task(
         )
         return conversation_loss(states_btd, model.head_dv, data, config.loss_block)
 
-    def counted(batch: Any) -> tuple[Flops, Flops, Flops]:
+    def counted(batch: Batch) -> tuple[Flops, Flops, Flops]:
         """Returns the FLOPs of the language model's blocks, of the logits, and of the vision tower."""
         (rows, length), learned = batch["input_ids_bt"].shape, batch["learned_bk"].shape[1]
         head = Flops(outside=2.0 * rows * learned * model_config.text.hidden_size * model_config.text.vocab_size)
         vision = qwen3_vl_vision_flops(model_config.vision, batch.get("grid_thw", ())) * rows
         return qwen3_vl_flops(model_config, rows, length, logits=0), head, vision
 
-    def flops(batch: Any) -> float:
+    def flops(batch: Batch) -> float:
         language, head, vision = counted(batch)
         return (language + head).training + (vision.training if config.train_vision else vision.forward)
 
-    def hardware_flops(batch: Any) -> float:
+    def hardware_flops(batch: Batch) -> float:
         language, head, vision = counted(batch)
         seen = vision.hardware(config.remat, flash=True) if config.train_vision else vision.forward
         # The logits are computed again in the backward pass, whatever is kept of the blocks.
@@ -142,7 +142,13 @@ def conversation_batches(
     return Batches(BatchLoader(examples, batch_size, seed=seed))
 
 
-def abstract_conversations(model_config: Qwen3VLConfig, config: ConversationConfig) -> Callable[[int], dict[str, Any]]:
+AbstractConversations = dict[str, jax.ShapeDtypeStruct | StaticGrids]
+"""The shapes of a batch of conversations, and the grids of its images."""
+
+
+def abstract_conversations(
+    model_config: Qwen3VLConfig, config: ConversationConfig
+) -> Callable[[int], AbstractConversations]:
     """Returns the shapes of batches as a function of the step.
 
     Raises: UsageError for a size that is no whole number of tokens.
@@ -153,7 +159,7 @@ def abstract_conversations(model_config: Qwen3VLConfig, config: ConversationConf
         raise UsageError(f"qwen3_vl_sft: size {config.size} must be a multiple of {side} pixels, a token's side")
     grids = StaticGrids(((1, config.size // vision.patch_size, config.size // vision.patch_size),) * config.images)
     b, t = config.batch_size, config.text + config.images * (config.size // side) ** 2
-    batch: dict[str, Any] = {
+    batch: AbstractConversations = {
         "input_ids_bt": jax.ShapeDtypeStruct((b, t), jnp.int32),
         "attention_mask_bt": jax.ShapeDtypeStruct((b, t), jnp.bool),
         "positions_b3t": jax.ShapeDtypeStruct((b, 3, t), jnp.int32),
@@ -169,14 +175,14 @@ def abstract_conversations(model_config: Qwen3VLConfig, config: ConversationConf
     return lambda step: batch
 
 
-def _training_graphdef(model_config: Qwen3VLConfig, remat: str, dtype: str) -> Any:
+def _training_graphdef(model_config: Qwen3VLConfig, remat: str, dtype: str) -> nnx.GraphDef[Qwen3VL]:
     graphdef, _ = nnx.split(
         nnx.eval_shape(lambda: Qwen3VL(model_config, rngs=nnx.Rngs(0), dtype=jnp.dtype(dtype), remat=remat))
     )
     return graphdef
 
 
-def _is_vision(path: tuple[Any, ...], leaf: Any) -> bool:
+def _is_vision(path: KeyPath, leaf: object) -> bool:
     return path[:2] == ("model", "visual")
 
 
@@ -188,7 +194,7 @@ def _trained_and_frozen(weights: Params, train_vision: bool, dtype: str) -> tupl
     return language, (cast_weights(vision, dtype),)
 
 
-def _pipeline_export(pipe: Qwen3VLPipeline, graphdef: Any, frozen: tuple[Params, ...]) -> Export:
+def _pipeline_export(pipe: Qwen3VLPipeline, graphdef: nnx.GraphDef[Qwen3VL], frozen: tuple[Params, ...]) -> Export:
     tokenizer, image_processor, generation = pipe.tokenizer, pipe.image_processor, pipe.generation
 
     def export(params: Params, directory: Path) -> None:

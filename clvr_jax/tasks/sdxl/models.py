@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_
 from clvr_jax.data.preprocessing.clip_tokens import encode_clip
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, CLIPTextConfig, UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.sdxl import SDXLPipeline, SDXLSettings
 from clvr_jax.tasks.bundles import Export, ModelBundle, allgathered
@@ -29,7 +29,7 @@ class SDXLModels:
     unet: ModelBundle[UNet2DConditionConfig]
     vae: ModelBundle[AutoencoderKLConfig]
     text_encoders: tuple[ModelBundle[CLIPTextConfig], ...]
-    tokenizers: tuple[Any, ...] = ()
+    tokenizers: tuple[Tokenizer, ...] = ()
 
     @classmethod
     def of(cls, pipe: SDXLPipeline) -> "SDXLModels":
@@ -74,7 +74,7 @@ class SDXLModels:
             for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True)
         )
 
-    def training_graphdef(self, dtype: DTypeLike, remat: str) -> Any:
+    def training_graphdef(self, dtype: DTypeLike, remat: str) -> nnx.GraphDef[UNet2DCondition]:
         """Returns the UNet's graph definition with a compute dtype and a rematerialization policy."""
         config = self.unet.config
         graphdef, _ = nnx.split(

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,7 @@ from clvr_jax.rl import DiffusionPolicy, PPRLConfig, PPRLTask, Predictor
 from clvr_jax.sharding import replicate
 from clvr_jax.tasks.rl_programs import PlannedPolicy
 from clvr_jax.tasks.sdxl.models import SDXLModels, pipeline_export
-from clvr_jax.trees import Params
+from clvr_jax.trees import Batch, Params
 
 LORA_TARGETS = (r"attn\d\.to_", r"ff\.net")
 """All products of the transformer blocks: self-attention, cross-attention and MLPs."""
@@ -108,13 +107,13 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
     takes_sizes = config.addition_embed_type is not None
     timesteps = schedule.ddim_timesteps(sampler.steps)
 
-    def encode_conditions(frozen: Any, data: Any) -> dict[str, Conditions]:
+    def encode_conditions(frozen: Params, data: Batch) -> dict[str, Conditions]:
         rows = len(data["ids"][0])
         # Original size and target size are equal, and nothing was cropped.
         sizes = [sampler.size, sampler.size, 0, 0, sampler.size, sampler.size]
         time_ids = jnp.tile(jnp.asarray(sizes, jnp.float32), (rows, 1)) if takes_sizes else None
 
-        def read(ids: Any) -> Conditions:
+        def read(ids: tuple[jax.Array, ...]) -> Conditions:
             return Conditions(*encode_text(text_defs, frozen["text_encoders"], ids))
 
         text = read(data["ids"])
@@ -127,7 +126,7 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
             found["unconditional"] = empty._replace(time_ids_b6=time_ids)
         return found
 
-    def predictor(weights: Any, conditions: dict[str, Conditions]) -> Predictor:
+    def predictor(weights: Params, conditions: dict[str, Conditions]) -> Predictor:
         # Copied and merged for each evaluation: Flax refuses to rematerialize a module whose variables are of an outer
         # trace, such as that around the loop of the solver.
         def predict(x: jax.Array, t_b: jax.Array, texts: Conditions) -> jax.Array:
@@ -147,7 +146,7 @@ def sdxl_policy(models: SDXLModels, sampler: Sampler, remat: str) -> DiffusionPo
     def solve(predictor: Predictor, noise: jax.Array) -> jax.Array:
         return ddim_solve(lambda x, t: predictor(x, jnp.full(len(x), t)), noise, schedule, jnp.asarray(timesteps))
 
-    def decode_images(frozen: Any, latents: jax.Array) -> jax.Array:
+    def decode_images(frozen: Params, latents: jax.Array) -> jax.Array:
         return decode(vae_def, replicate(frozen["vae"]), latents.astype(dtype))
 
     process = VariancePreservingProcess(schedule)

@@ -1,7 +1,5 @@
 """Training of a UNet and its text encoder together by noise prediction, as Stable Diffusion is trained."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -12,6 +10,7 @@ from clvr_jax.tasks.bundles import Export, ModelBundle
 from clvr_jax.training.objectives.losses import noise_prediction_loss
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Batch, Params
 
 
 def noise_prediction_task(
@@ -34,7 +33,7 @@ def noise_prediction_task(
     """
     unet_def, text_encoder_def, vae_def = unet.graphdef, text_encoder.graphdef, vae.graphdef
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(unet_def, params["unet"])
         text = nnx.merge(text_encoder_def, params["text_encoder"])(data["ids"]).last_hidden_state_btd
         images = data["pictures"].astype(jnp.float32) / 127.5 - 1

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from clvr_jax.tasks.shapes.sizes import GRID, SETTINGS, TRANSFORMER, TRANSFORMER
 from clvr_jax.training.objectives import sft
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Batch, Params
 
 
 def drawing_loss(
@@ -61,7 +61,7 @@ def base_task(vae: Path, tokenizer: Path, text_encoder: Path, *, dropout: float,
     encoder_def, encoder = nnx.split(load_text_encoder(text_encoder))
     vae_def, vae_state = nnx.split(autoencoder)
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = drawing_loss(
             nnx.merge(transformer_def, params["transformer"]),
             nnx.merge(encoder_def, params["text_encoder"]),
@@ -73,7 +73,7 @@ def base_task(vae: Path, tokenizer: Path, text_encoder: Path, *, dropout: float,
         kind = "edit" if data["references"].shape[1] else "draw"
         return value, {f"loss_{kind}": value}
 
-    def export(ema: Any, directory: Path) -> None:
+    def export(ema: Params, directory: Path) -> None:
         pipeline = Flux2Pipeline(
             nnx.merge(transformer_def, ema["transformer"]),
             autoencoder,

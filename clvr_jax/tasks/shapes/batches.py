@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
 
 from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.shapes import Example, continued_example, editing_example, generation_example, planned_example
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.tasks.shapes.sizes import SETTINGS
 
 SIMPLE = {"single_object": 0.08, "two_object": 0.2, "counting": 0.2, "colors": 0.12, "position": 0.2, "color_attr": 0.2}
@@ -34,7 +34,7 @@ BASE_KINDS = (
 
 
 def batch(
-    step: int, seed: int, tokenizer: Any, dropout: float, kinds: tuple[Kind, ...] = BASE_KINDS
+    step: int, seed: int, tokenizer: Tokenizer, dropout: float, kinds: tuple[Kind, ...] = BASE_KINDS
 ) -> dict[str, np.ndarray]:
     """Returns the batch of a step: ids and mask (b, t); references (b, r, 64, 64, 3), target (b, 64, 64, 3), uint8."""
     rng = np.random.default_rng((seed, step))
@@ -49,7 +49,7 @@ def examples(rng: np.random.Generator, kinds: tuple[Kind, ...]) -> list[Example]
     return [kind.example(rng) for _ in range(kind.batch_size)]
 
 
-def collate(examples: list[Example], tokenizer: Any, dropped: np.ndarray) -> dict[str, np.ndarray]:
+def collate(examples: list[Example], tokenizer: Tokenizer, dropped: np.ndarray) -> dict[str, np.ndarray]:
     """Makes a batch of examples with equally many references; the texts that are `dropped` become the empty one.
 
     Unlike the pipeline and `GenerationExamples`, which pad every text to its own bucket, all are padded to the bucket

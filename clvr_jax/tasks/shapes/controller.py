@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ from clvr_jax.training.expansion import with_identity_blocks
 from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Batch, Params
 from clvr_jax.worlds.shapes.scene import CELLS
 
 TEXT = Qwen3VLTextConfig(
@@ -68,7 +69,7 @@ def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Reconstruct:
     graphdef, state = nnx.split(vae)
 
     @jax.jit
-    def decode(state: Any, images: jax.Array, key: jax.Array) -> jax.Array:
+    def decode(state: Params, images: jax.Array, key: jax.Array) -> jax.Array:
         vae = nnx.merge(graphdef, state)
         tokens = vae.encode_tokens(images.astype(jnp.float32) / 127.5 - 1)
         decoded = vae.decode_tokens(tokens + noise * jax.random.normal(key, tokens.shape))
@@ -188,7 +189,7 @@ def controller_task(
     tokens = GRID[1] * GRID[2] // model.config.vision.spatial_merge_size**2
     reader_def, reader = nnx.split(ClarityReader(model.config.vision.out_hidden_size, tokens, rngs=nnx.Rngs(seed)))
 
-    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         model = nnx.merge(graphdef, params["model"], frozen)
         pixel_values = batch.get("pixel_values")
         if "clarity_b93" in batch:
@@ -206,7 +207,7 @@ def controller_task(
         kind = "text" if pixel_values is None else "image" if count == 1 else "conversation"
         return mean, {**metrics, f"{kind}_loss": mean}
 
-    def export(ema: Any, directory: Path) -> None:
+    def export(ema: Params, directory: Path) -> None:
         model = nnx.merge(graphdef, ema["model"], fixed)
         save_model(directory, model, QWEN3_VL, "float16")
         words.save_pretrained(str(directory))

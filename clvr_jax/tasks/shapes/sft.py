@@ -6,7 +6,6 @@ Source: arXiv 2605.14876, trajectory-accumulative conditioning.
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
@@ -18,12 +17,14 @@ from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.image_io import pixels
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae
 from clvr_jax.tasks.shapes.base import drawing_loss
 from clvr_jax.tasks.shapes.batches import Kind, batch
 from clvr_jax.tasks.shapes.sizes import SETTINGS
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Batch, Params
 
 
 def step_example(rng: np.random.Generator, step: int) -> Example:
@@ -59,7 +60,7 @@ def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
     return tuple(kinds)
 
 
-def recorded_examples(dataset: Path, tokenizer: Any) -> list[Example]:
+def recorded_examples(dataset: Path, tokenizer: Tokenizer) -> list[Example]:
     """Returns the right images of a dataset that `clvr synth` made, each under everything that came before it.
 
     Histories that are too long for the generator lose their oldest replies, as when it is used.
@@ -94,7 +95,7 @@ def sft_task(base: Path, dataset: Path | None, *, dropout: float, shift: float, 
     transformer_def, transformer = nnx.split(load_transformer(base / "transformer"))
     (encoder_def, encoder_state), (vae_def, vae_state) = nnx.split(encoder), nnx.split(vae)
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         value = drawing_loss(
             nnx.merge(transformer_def, params),
             nnx.merge(encoder_def, frozen["text_encoder"]),
@@ -105,7 +106,7 @@ def sft_task(base: Path, dataset: Path | None, *, dropout: float, shift: float, 
         )
         return value, {f"loss_{data['references'].shape[1]}_references": value}
 
-    def export(ema: Any, directory: Path) -> None:
+    def export(ema: Params, directory: Path) -> None:
         pipeline = Flux2Pipeline(nnx.merge(transformer_def, ema), vae, encoder, tokenizer, SETTINGS)
         pipeline.save_pretrained(str(directory), dtype="float16")
 

@@ -3,7 +3,6 @@
 import dataclasses
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +11,7 @@ from flax import nnx
 from clvr_jax.data.preprocessing.clip_tokens import encode_clip, make_clip_tokenizer
 from clvr_jax.data.shapes import generation_example
 from clvr_jax.diffusion import NoiseSchedule
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.flux2 import AutoencoderKLFlux2
 from clvr_jax.models.stable_diffusion import (
@@ -28,6 +28,7 @@ from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.sdxl import noise_prediction_task
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Params
 from clvr_jax.worlds.shapes.grammar import vocabulary
 
 LENGTH = 24
@@ -64,7 +65,7 @@ def without_batch_norm(vae: AutoencoderKLFlux2) -> AutoencoderKL:
     return plain
 
 
-def initial_models(seed: int) -> tuple[UNet2DCondition, CLIPText, Any]:
+def initial_models(seed: int) -> tuple[UNet2DCondition, CLIPText, Tokenizer]:
     """Returns UNet and text encoder with random weights, and the tokenizer."""
     tokenizer = make_clip_tokenizer(vocabulary(), LENGTH)
     rngs = nnx.Rngs(seed)
@@ -99,7 +100,9 @@ def initial_models(seed: int) -> tuple[UNet2DCondition, CLIPText, Any]:
     return unet, encoder, tokenizer
 
 
-def text_image_batch(step: int, seed: int, batch_size: int, dropout: float, tokenizer: Any) -> dict[str, np.ndarray]:
+def text_image_batch(
+    step: int, seed: int, batch_size: int, dropout: float, tokenizer: Tokenizer
+) -> dict[str, np.ndarray]:
     """Returns the batch of a step: ids (b, LENGTH) and "pictures" (b, 64, 64, 3) as uint8."""
     rng = np.random.default_rng((seed, step))
     chosen = [generation_example(rng, PROMPTS) for _ in range(batch_size)]
@@ -121,7 +124,7 @@ def stable_diffusion_task(vae: Path, *, batch_size: int, dropout: float, seed: i
     unet_bundle, encoder_bundle = ModelBundle.of(unet), ModelBundle.of(encoder)
     unet_def, encoder_def = unet_bundle.graphdef, encoder_bundle.graphdef
 
-    def export(ema: Any, directory: Path) -> None:
+    def export(ema: Params, directory: Path) -> None:
         trained = nnx.merge(unet_def, ema["unet"]), autoencoder, [nnx.merge(encoder_def, ema["text_encoder"])]
         SDXLPipeline(*trained, [tokenizer], SCHEDULER, SETTINGS).save_pretrained(str(directory))
 

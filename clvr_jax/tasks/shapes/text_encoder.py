@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +13,14 @@ from clvr_jax.convert.architectures import QWEN3
 from clvr_jax.convert.models import save_model
 from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.data.shapes import Image, generation_example, planned_example
+from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.attention import attention
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.tasks.shapes.batches import COMPLEX, SIMPLE, Kind, examples
 from clvr_jax.tasks.shapes.sizes import SETTINGS, TEXT_ENCODER, TEXT_START
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Batch, Params
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 
@@ -65,7 +66,7 @@ def contents(image: Image) -> np.ndarray:
     return cells
 
 
-def text_batch(step: int, seed: int, tokenizer: Any, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
+def text_batch(step: int, seed: int, tokenizer: Tokenizer, kinds: tuple[Kind, ...] = KINDS) -> dict[str, np.ndarray]:
     """Returns the texts of a base batch, ids and mask (b, t), and the contents of their images, cells (b, 9, 2)."""
     chosen = examples(np.random.default_rng((seed, step)), kinds)
     ids, mask = encode_prompts(tokenizer, [example.text for example in chosen], SETTINGS.text_buckets)
@@ -85,7 +86,7 @@ def text_encoder_task(tokenizer: Path, *, seed: int) -> Task:
     features = len(SETTINGS.text_encoder_out_layers) * TEXT_ENCODER.hidden_size
     reader_def, reader = nnx.split(CellReader(features, rngs=rngs))
 
-    def loss(params: Any, frozen: Any, data: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         encoder = nnx.merge(encoder_def, params["text_encoder"])
         hidden = encoder.hidden_states(data["ids"], data["mask"], SETTINGS.text_encoder_out_layers)
         logits = nnx.merge(reader_def, params["reader"])(jnp.concatenate(hidden, axis=-1), data["mask"])

@@ -2,7 +2,6 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +15,7 @@ from clvr_jax.models.flux2.autoencoder_kl import patchify
 from clvr_jax.tasks.shapes.sizes import VAE
 from clvr_jax.training.objectives.losses import autoencoder_loss
 from clvr_jax.training.trainer import Task
+from clvr_jax.trees import Params
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import sample_scene_random
 
@@ -40,11 +40,13 @@ def vae_task(*, batch_size: int, kl_weight: float, statistics: int, seed: int) -
     graphdef, params, *rest = nnx.split(model, nnx.Param, nnx.BatchStat)
     (batch_statistics,) = rest
 
-    def loss(params: Any, frozen: Any, batch: jax.Array, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+    def loss(
+        params: Params, frozen: Params, batch: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         vae = nnx.merge(graphdef, params, frozen)
         return autoencoder_loss(vae.moments, vae.decode, batch, key, kl_weight)
 
-    def export(ema: Any, directory: Path) -> None:
+    def export(ema: Params, directory: Path) -> None:
         vae = nnx.merge(graphdef, ema, batch_statistics)
         encode = jax.jit(lambda images: patchify(vae.encode(images)))
         chunks = range(0, statistics, 64)
