@@ -70,6 +70,13 @@ class Tokenizer(Protocol):
         """Returns token -> id."""
         ...
 
+    def get_chat_template(self) -> str:
+        """Returns the chat template, the one with the name "default" of several. Raises: ValueError without any."""
+        ...
+
+    @property
+    def special_tokens_map(self) -> Mapping[str, object]: ...  # noqa: D102 - an attribute: role -> token
+
     def apply_chat_template(self, conversation: Sequence[Mapping[str, object]], **options: bool) -> str:
         """Returns a conversation as text, if the option `tokenize` is False."""
         ...

@@ -1,4 +1,4 @@
-"""Text preprocessing: chat template, length buckets, and the small tokenizer of the shipped models."""
+"""Text preprocessing: prompts as tokens, length buckets, and the small tokenizer of the shipped models."""
 
 import json
 from collections.abc import Iterable, Sequence
@@ -9,6 +9,8 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
+from clvr_jax.atomic_io import located
+from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, check_chat_template, render_chats
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 
@@ -31,22 +33,6 @@ TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-
-# The parts of Qwen3's template that are used here: turns, images in a turn, and the empty thought that disables
-# thinking.
-CHAT_TEMPLATE = """{%- for message in messages -%}
-{{- '<|im_start|>' + message.role + '\\n' -}}
-{%- if message.content is string -%}{{- message.content -}}
-{%- else -%}{%- for part in message.content -%}
-{%- if part.type == 'image' -%}{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
-{%- else -%}{{- part.text -}}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- if enable_thinking is defined and enable_thinking is false -%}{{- '<think>\\n\\n</think>\\n\\n' -}}{%- endif -%}
-{%- endif -%}"""
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> None:
@@ -93,7 +79,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, directory: Path) -> N
 def load_tokenizer(directory: Path) -> Tokenizer:
     """Returns the transformers tokenizer in `directory`, which holds tokenizer.json, or vocab.json and merges.txt.
 
-    Raises: ClvrError, one line, if these are missing or cannot be read, or if the tokenizer knows no text.
+    Raises: ClvrError, one line, if these are missing or cannot be read, if the tokenizer knows no text, or if its chat
+      template cannot render a short conversation.
     """
     # transformers makes up an empty tokenizer where the vocabulary is missing: every prompt would become no tokens.
     if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
@@ -119,6 +106,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             f"{directory}: the tokenizer has no token for any text; its vocabulary is damaged, copy it again"
         )
     found: Tokenizer = tokenizer
+    if found.chat_template is not None:
+        with located(directory):
+            check_chat_template(found)
     return found
 
 
@@ -163,12 +153,8 @@ def bucket_for(length: int, buckets: Sequence[int]) -> int:
 
 def prompt_tokens(tokenizer: Tokenizer, prompts: Sequence[str]) -> list[list[int]]:
     """Returns the token ids of each prompt for the FLUX.2 text encoder: one user turn, thinking disabled."""
-    texts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True, enable_thinking=False
-        )
-        for prompt in prompts
-    ]
+    conversations = [[{"role": "user", "content": prompt}] for prompt in prompts]
+    texts = render_chats(tokenizer, conversations, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(texts)["input_ids"]
 
 
