@@ -108,6 +108,7 @@ def test_after_ctrl_c_a_reply_is_not_taken_for_that_of_the_next_request(process)
     assert process.render("3", CHATS[:1], {}) == ["3"]
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # the child does nothing that could wait for a lock
 def test_a_forked_process_has_one_of_its_own(process):
     assert process.render("1", CHATS[:1], {}) == ["1"]
     reading, writing = os.pipe()
