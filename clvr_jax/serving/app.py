@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from clvr_jax.serving.bodies import bounded_receive, too_large
 from clvr_jax.serving.chat import chat_routes
 from clvr_jax.serving.errors import ApiError, error_body, of_validation
 from clvr_jax.serving.images import image_routes
@@ -28,6 +29,7 @@ from clvr_jax.serving.service import Service
 
 _OPEN_PATHS = ("/health", "/ready")
 """Paths without a key, for load balancers."""
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS")
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}")
 _log = logging.getLogger("clvr.serving")
 
@@ -126,18 +128,22 @@ class _Gate:
             if refusal is not None:
                 await refusal(scope, receive, send_with_id)
             else:
-                await self._app(scope, self._bounded(receive), send_with_id)
+                limits = self._service.limits
+                bounded = bounded_receive(receive, limits.max_body_bytes, limits.max_body_seconds)
+                await self._app(scope, bounded, send_with_id)
         except Exception:
-            _log.exception("%s %s %s", request_id, scope["method"], scope["path"])
+            _log.exception("%s %.20r %.200r", request_id, scope["method"], scope["path"])
             if has_begun:
                 raise  # the connection is closed, which is all that can still be said
             body = error_body(500, "internal error; the server's log has the details", code="internal_error")
             await JSONResponse(body, 500)(scope, receive, send_with_id)
         finally:
             route = getattr(scope.get("route"), "path", "other")
-            self._service.metrics.requests.labels(route, scope["method"], str(status)).inc()
+            # Each name is a time series of its own, and a client may send any.
+            method = scope["method"] if scope["method"] in _METHODS else "other"
+            self._service.metrics.requests.labels(route, method, str(status)).inc()
             if status >= 500 or _log.isEnabledFor(logging.DEBUG):
-                _log.info("%s %s %s %d %.3f s", request_id, scope["method"], route, status, time.monotonic() - began)
+                _log.info("%s %s %s %d %.3f s", request_id, method, route, status, time.monotonic() - began)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
         """Returns the response to a request without the key or with a body that is too large, else None."""
@@ -147,28 +153,11 @@ class _Gate:
                 body = error_body(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")
                 return JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
-        if length.isdigit() and int(length) > self._service.limits.max_body_bytes:
-            error = self._too_large()
+        limit = self._service.limits.max_body_bytes
+        if length.isdigit() and (len(length) > 18 or int(length) > limit):
+            error = too_large(limit)
             return JSONResponse(error.body, error.status_code, {"Connection": "close"})
         return None
-
-    def _bounded(self, receive: Receive) -> Receive:
-        """Returns `receive` with the limit on the body, whatever length its header announced."""
-        received = 0
-
-        async def bounded() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._service.limits.max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return bounded
-
-    def _too_large(self) -> ApiError:
-        limit = self._service.limits.max_body_bytes
-        return ApiError(413, f"the body has more than {limit:,} bytes, the limit of this server", code="body_too_large")
 
 
 def _version() -> str:

@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from clvr_jax.interfaces import Message, Token
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.trajectory import CANCELED
+from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.jobs import ChatJob
 from clvr_jax.serving.models import ChatWork
@@ -28,7 +29,7 @@ _TOKEN_BUCKETS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 def chat_routes(service: Service) -> APIRouter:
     """Returns the endpoint."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.post("/v1/chat/completions")
     async def completions(body: ChatRequest, request: Request) -> Response:

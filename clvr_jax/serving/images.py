@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from clvr_jax.image_io import as_pil
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
+from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError, of_validation
 from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.requests import UNSUPPORTED, EditRequest, ImageRequest
@@ -34,7 +35,7 @@ _MULTIPART = {
 
 def image_routes(service: Service) -> APIRouter:
     """Returns the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.post("/v1/images/generations")
     async def generations(body: ImageRequest, request: Request) -> Response:

@@ -21,6 +21,7 @@ class Limits:
       window_seconds: how long a work waits for others that could share its batch.
       image_rows: rows in each call of the diffusion model, see `Flux2Pipeline.generate_each`.
       max_body_bytes: size of the body of a request.
+      max_body_seconds: time until the body of a request is complete.
       max_pixels: of one generated image, and of one image of a user.
       max_images: images of a user in one request.
       max_inference_steps: steps of the solver for one image.
@@ -39,6 +40,7 @@ class Limits:
     window_seconds: float = 0.005
     image_rows: int = 1
     max_body_bytes: int = 64 << 20
+    max_body_seconds: float = 300.0
     max_pixels: int = 4 << 20
     max_images: int = 16
     max_inference_steps: int = 100
@@ -48,7 +50,7 @@ class Limits:
     keepalive_seconds: float = 15.0
     drain_seconds: float = 30.0
     keep_days: float = 30.0
-    keep_bytes: int = 10 << 30
+    keep_bytes: float = 10 << 30
 
     def __post_init__(self) -> None:
         if not 1 <= self.max_batch <= MAX_BATCH:
@@ -57,17 +59,17 @@ class Limits:
             raise UsageError(f"limits: the window must be from 0 to 0.02 seconds, got {self.window_seconds}")
         if self.image_rows not in (1, 2, 4, 8, 16):
             raise UsageError(f"limits: image_rows must be 1, 2, 4, 8 or 16, got {self.image_rows}")
-        for name in (
-            "max_running",
-            "max_queue",
-            "max_body_bytes",
-            "max_pixels",
-            "max_images",
-            "max_loop_steps",
-            "max_seconds",
-        ):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"limits: {name} must be above 0, got {getattr(self, name)}")
+        for name in ("max_running", "max_queue", "max_body_bytes", "max_body_seconds", "max_pixels", "max_images",
+                     "max_loop_steps", "max_seconds"):  # fmt: skip
+            if not 0 < getattr(self, name) <= _most(name):
+                raise UsageError(
+                    f"limits: {name} must be above 0 and at most {_most(name):g}, got {getattr(self, name)}"
+                )
         for name in ("drain_seconds", "keep_days", "keep_bytes"):
-            if getattr(self, name) < 0:
-                raise UsageError(f"limits: {name} must be 0 or more, got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) <= _most(name):
+                raise UsageError(f"limits: {name} must be from 0 to {_most(name):g}, got {getattr(self, name)}")
+
+
+def _most(name: str) -> float:
+    """Returns the largest value of a limit: clocks of the system end at some hundred years."""
+    return 1e8 if name.endswith("seconds") else 1e15

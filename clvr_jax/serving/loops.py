@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
+from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.jobs import LoopJob
@@ -23,7 +24,7 @@ _MAX_PAGE = 100
 
 def loop_routes(service: Service) -> APIRouter:
     """Returns the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.post("/v1/loops", status_code=202)
     async def start(body: LoopRequest, request: Request) -> Response:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from clvr_jax.serving.jobs import Mode
 
 MAX_PROMPT_CHARACTERS = 32_000
+MAX_MESSAGE_CHARACTERS = 2**20
 
 UNSUPPORTED = {
     "mask": "the model edits whole images; describe the change in the prompt",
@@ -46,10 +47,10 @@ class LoopFields(StrictModel):
     size: str | None = None
     mode: Mode | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    num_inference_steps: Annotated[int, Field(ge=1)] | None = None
+    num_inference_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     guidance_scale: Annotated[float, Field(ge=0, lt=1000)] | None = None
-    max_steps: Annotated[int, Field(ge=1)] | None = None
-    max_nfe: Annotated[int, Field(ge=1)] | None = None
+    max_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_nfe: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     stop_when: Literal["controller", "drawn"] | None = None
     candidates: Annotated[int, Field(ge=1, le=8)] | None = None
@@ -180,7 +181,7 @@ class TextPart(StrictModel):
     """Text in a message."""
 
     type: Literal["text"]
-    text: str
+    text: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)]
 
 
 class ImagePart(StrictModel):
@@ -194,7 +195,7 @@ class ChatMessage(StrictModel):
     """A message of a conversation."""
 
     role: Literal["system", "user", "assistant"]
-    content: Annotated[str, Field(max_length=2**20)] | list[TextPart | ImagePart]
+    content: Annotated[str, Field(max_length=MAX_MESSAGE_CHARACTERS)] | list[TextPart | ImagePart]
 
     @model_validator(mode="after")
     def _check_images(self) -> ChatMessage:
@@ -215,8 +216,8 @@ class ChatRequest(StrictModel):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
     model: Annotated[str, Field(max_length=300)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     n: Literal[1] | None = None

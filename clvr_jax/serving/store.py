@@ -28,6 +28,15 @@ from clvr_jax.reasoning.trajectory import Trajectory
 
 RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED = "running", "finished", "failed", "canceled", "interrupted"
 _ID = re.compile(r"loop_[0-9a-f]{24}")
+_DAMAGED = """
+SELECT id FROM loops WHERE typeof(id) <> 'text' OR length(id) <> 29 OR id NOT GLOB 'loop_*'
+    OR id GLOB 'loop_*[^0-9a-f]*'
+    OR typeof(created) <> 'real' OR typeof(finished) NOT IN ('real', 'null') OR typeof(status) <> 'text'
+    OR typeof(mode) <> 'text' OR typeof(prompt) <> 'text' OR typeof(model) <> 'text' OR typeof(seed) <> 'integer'
+    OR typeof(best) NOT IN ('integer', 'null') OR typeof(images) NOT IN ('integer', 'null')
+    OR typeof(bytes) <> 'integer' OR NOT json_valid(request) LIMIT 1
+"""
+"""Finds an entry that this program has not written; an id becomes a path of what is deleted."""
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS loops (
     id TEXT PRIMARY KEY,
@@ -64,15 +73,18 @@ class LoopStore:
     Raises: ClvrError if the directory or the index cannot be written, or is of another version.
     """
 
-    def __init__(self, directory: Path, keep_seconds: float, keep_bytes: int):
+    def __init__(self, directory: Path, keep_seconds: float, keep_bytes: float):
         refuse_url(directory)
         self._directory, self._keep_seconds, self._keep_bytes = directory, keep_seconds, keep_bytes
         self._lock = threading.RLock()
         path = directory / "index.sqlite3"
         try:
             directory.mkdir(parents=True, exist_ok=True)
+            if path.exists() and not path.is_file():  # SQLite would wait for a pipe
+                raise ClvrError(f"{path}: is not a file; choose another --out")
             self._index = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._index.row_factory = sqlite3.Row
+            self._index.text_factory = lambda content: content.decode(errors="replace")
             version = self._index.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise ClvrError(f"{path}: has version {version}, this program reads version {_VERSION}")
@@ -81,6 +93,8 @@ class LoopStore:
             self._index.execute("PRAGMA synchronous = NORMAL")
             self._index.executescript(_SCHEMA)
             self._index.execute(f"PRAGMA user_version = {_VERSION}")
+            for row in self._index.execute(_DAMAGED):
+                raise ClvrError(f"{path}: the entry of loop {row['id']!r:.60} is damaged; choose another --out")
             self._recover()
         except (OSError, sqlite3.Error) as error:
             raise ClvrError(f"{path}: cannot be written ({error}); choose another --out") from error

@@ -67,6 +67,10 @@ def test_nothing_that_was_finished_is_lost(tmp_path):
         (["--port", "70000"], "--port must be from 0"),
         (["--image-rows", "3"], "image_rows must be 1, 2, 4, 8 or 16"),
         (["--window-ms", "30"], "window must be from 0 to 0.02"),
+        (["--keep-gb", "inf"], "keep_bytes must be from 0 to 1e+15"),
+        (["--keep-days", "nan"], "keep_days must be from 0 to 1e+15"),
+        (["--drain-seconds", "1e300"], "drain_seconds must be from 0 to 1e+08"),
+        (["--max-loop-seconds", "inf"], "max_seconds must be above 0 and at most 1e+08"),
         (["--warm-up", "0"], "--warm-up must be at least 1"),
     ],
 )

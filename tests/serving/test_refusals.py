@@ -1,5 +1,6 @@
 """Malformed, unsupported and excessive requests: one shape of error, never a 500."""
 
+import asyncio
 import base64
 import io
 import json
@@ -7,6 +8,8 @@ import json
 import pytest
 from PIL import Image
 
+from clvr_jax.serving.bodies import bounded_receive
+from clvr_jax.serving.errors import ApiError
 from tests.serving.conftest import PROMPT
 
 GENERATE, EDIT, CHAT, LOOPS = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/loops"
@@ -47,6 +50,9 @@ REFUSED = [
     (GENERATE, {"prompt": PROMPT, "guidance_scale": 3.0}, 422, "guidance_scale"),  # of a distilled model
     (GENERATE, {"prompt": PROMPT, "num_inference_steps": 101}, 422, "num_inference_steps"),
     (GENERATE, {"prompt": PROMPT, "max_steps": 17}, 422, "max_steps"),
+    *((GENERATE, {"prompt": PROMPT, name: 10**400}, 422, name) for name in ("max_steps", "max_nfe", "seed", "n")),
+    (GENERATE, {"prompt": PROMPT, "num_inference_steps": 10**400}, 422, "num_inference_steps"),
+    (GENERATE, {"prompt": PROMPT, "max_seconds": 10**400}, 422, "max_seconds"),
     (GENERATE, {"prompt": PROMPT, "partial_images": 2}, 422, None),
     (GENERATE, {"prompt": PROMPT, "stream": True, "n": 2}, 422, None),
     (GENERATE, {"prompt": PROMPT, "mode": "one-shot", "max_steps": 2}, 422, None),
@@ -59,8 +65,10 @@ REFUSED = [
     (CHAT, chat(tools=[]), 422, "tools"),
     (CHAT, chat(top_p=0.5), 422, "top_p"),
     (CHAT, chat(max_tokens=2000), 422, "max_tokens"),
+    (CHAT, chat(max_completion_tokens=10**400), 422, "max_completion_tokens"),
     (CHAT, chat(temperature=3), 422, "temperature"),
     (CHAT, chat(messages=[]), 422, "messages"),
+    (CHAT, chat(messages=[{}] * 100_000), 400, None),  # more values than are read
     (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), 422, "messages.0.role"),
     (CHAT, chat(model="shapes-tiny"), 404, "model"),
     (CHAT, chat(messages=url_message("https://example.com/a.png")), 400, "image_url"),
@@ -120,6 +128,34 @@ def test_a_body_above_the_limit_is_refused_whatever_its_header_says(http):
     assert error_of(http.post(GENERATE, content=parts, headers=json_type), 413)["code"] == "body_too_large"
 
 
+def test_a_body_that_drips_is_refused_after_the_deadline():
+    async def drip():
+        await asyncio.sleep(0.02)
+        return {"type": "http.request", "body": b"x", "more_body": True}
+
+    async def read(receive, pieces):
+        return [await receive() for _ in range(pieces)]
+
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read(bounded_receive(drip, 10**6, 0.3), 1000))
+    assert (caught.value.status_code, caught.value.code) == (408, "body_too_slow")
+    with pytest.raises(ApiError) as caught:
+        asyncio.run(read(bounded_receive(drip, 5, 60), 6))
+    assert caught.value.status_code == 413
+
+    async def wait_for_images():
+        bounded = bounded_receive(slow_second, 10**6, 0.05)
+        return [(await bounded())["type"], (await bounded())["type"]]
+
+    async def slow_second():
+        if len(messages) == 1:
+            await asyncio.sleep(0.2)
+        return messages.pop()
+
+    messages = [{"type": "http.disconnect"}, {"type": "http.request", "body": b"x"}]
+    assert asyncio.run(wait_for_images()) == ["http.request", "http.disconnect"]  # the deadline was that of the body
+
+
 def test_everything_but_the_state_needs_the_key(server):
     with server.client(key=None) as client:
         assert client.get("/health").json() == {"status": "ok"}
@@ -145,6 +181,12 @@ def test_unknown_paths_and_methods_have_the_same_form(http):
 def test_the_request_id_of_a_client_is_repeated_if_it_is_harmless(http):
     assert http.get("/health", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert http.get("/health", headers={"x-request-id": "a b"}).headers["x-request-id"].startswith("req_")
+
+
+def test_methods_of_a_client_make_no_metrics_of_their_own(http):
+    for number in range(3):
+        error_of(http.request(f"BREW{number}", "/v1/nowhere"), 404)
+    assert "BREW" not in http.get("/metrics").text
 
 
 def test_metrics_and_schema_are_readable(http):

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 
 from clvr_jax.errors import ClvrError
@@ -82,6 +84,46 @@ def test_no_path_leads_out_of_the_directory(tmp_path):
         with pytest.raises(ClvrError, match="no such"):
             store.image(name, 0)
         assert store.events(name) == []
+
+
+DAMAGE = [
+    "id = '../../etc'", "id = '*'", "id = ''", "id = 'loop_' || upper(hex(zeroblob(12))) || 'g'", "id = x'6c'",
+    "bytes = 'x'", "request = '{'", "request = x'ff'", "created = 'x'", "finished = 'x'", "seed = 'x'", "images = 'x'",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_an_index_that_names_a_path_or_other_types_deletes_nothing(tmp_path, damage):
+    store = LoopStore(tmp_path / "a", 1e9, 1 << 30)
+    add(store, 1, finish=False)
+    store._index.execute("DROP INDEX loops_by_age")
+    store._index.execute("ALTER TABLE loops RENAME TO old")
+    store._index.execute("CREATE TABLE loops AS SELECT * FROM old")
+    store._index.execute(f"UPDATE loops SET {damage}")
+    store.close()
+    trajectory().save(tmp_path / "a" / loop_id(9))
+    before = sorted(tmp_path.rglob("*.png"))
+    with pytest.raises(ClvrError, match=r"index.sqlite3: the entry of loop .* is damaged"):
+        LoopStore(tmp_path / "a", -1.0, 0)
+    assert sorted(tmp_path.rglob("*.png")) == before
+
+
+def test_a_text_that_is_not_utf8_is_shown_with_marks(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    add(store, 1, finish=False)
+    store._index.execute("UPDATE loops SET prompt = CAST(x'61ff' AS TEXT)")
+    assert [entry["prompt"] for entry in store.entries(9)] == ["a\ufffd"]
+
+
+def test_what_is_no_index_is_one_line(tmp_path):
+    index = tmp_path / "index.sqlite3"
+    os.mkfifo(index)
+    with pytest.raises(ClvrError, match="is not a file"):
+        LoopStore(tmp_path, 1e9, 1 << 30)
+    index.unlink()
+    index.write_bytes(b"x" * 5000)
+    with pytest.raises(ClvrError, match="file is not a database"):
+        LoopStore(tmp_path, 1e9, 1 << 30)
 
 
 def test_an_index_of_another_version_is_refused(tmp_path):

@@ -73,7 +73,7 @@ class LimitOptions:
             max_seconds=self.max_loop_seconds,
             drain_seconds=self.drain_seconds,
             keep_days=self.keep_days,
-            keep_bytes=int(self.keep_gb * 2**30),
+            keep_bytes=self.keep_gb * 2**30,
         )
 
 
