@@ -59,7 +59,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _escape_unencodable_characters()
     with interruptible():
         try:
-            command = parse(arguments)
+            command = _parse_or_print_help(arguments)
+            if command is None:
+                return 1
             result = command.run()
             check_interrupt()
             return _print_result(result, command.common.json)
@@ -89,6 +91,25 @@ def _report_error(error: BaseException) -> int:
         return 1
     print_error(f"{type(error).__name__}: {error}; --debug prints the traceback")
     return 1
+
+
+def _parse_or_print_help(arguments: Sequence[str]) -> Any:
+    """Returns the command of a command line; None if stdout cannot take the help. Raises: as `parse`."""
+    try:
+        try:
+            return parse(arguments)
+        except SystemExit:
+            if sys.stdout is not None:
+                sys.stdout.flush()
+            raise
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        _drop_stdout()
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(0) from error
+        print_error(f"standard output cannot be written ({error.strerror or error})")
+        return None
 
 
 def _print_result(result: Result, as_json: bool) -> int:

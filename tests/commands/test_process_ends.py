@@ -77,6 +77,28 @@ def test_a_full_stdout_is_one_line_after_the_work(as_json, run, monkeypatch, cap
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("words", [["--help"], ["verify", "--help"], ["plan", "shapes_vae", "--help"], ["eval"]])
+def test_a_help_that_stdout_cannot_take_is_one_line(words, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        code = cli.main(words)
+    (line,) = capsys.readouterr().err.splitlines()
+    if "--help" in words:
+        assert (code, line) == (1, "clvr: standard output cannot be written (No space left on device)")
+
+
+def test_a_help_whose_reader_has_gone_ends_well(monkeypatch, capsys):
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        with pytest.raises(SystemExit) as ended:
+            cli.main(["--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_progress_that_cannot_be_shown_does_not_end_the_work(run, monkeypatch, capsys):
     done = []
 
