@@ -123,10 +123,9 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint):
         try:
-            import httpx2
             import openai  # noqa: F401
 
-            from clvr_jax.providers.http_client import BoundedClient
+            from clvr_jax.providers.http_client import BoundedClient, certificates
         except ImportError:
             raise ClvrError(
                 f"{endpoint.name}: the openai package is not installed; pip install 'clvr-jax[endpoints]'"
@@ -135,9 +134,8 @@ class Connection:
         self.endpoint = endpoint
         self._key = _read_key(endpoint)
         self._secrets = Secrets(self._key, endpoint.base_url)
-        # Loading all certificates takes a while, so it is done once.
         self._new_http_client = partial(
-            BoundedClient, seconds=endpoint.max_seconds, verify=httpx2.create_ssl_context(), timeout=endpoint.timeout
+            BoundedClient, seconds=endpoint.max_seconds, verify=certificates(), timeout=endpoint.timeout
         )
         self._turns = threading.BoundedSemaphore(endpoint.max_in_flight)
         # One client for each concurrent request, the most recently used first. A shared client searches all of its
