@@ -77,6 +77,15 @@ def is_regular_file(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def has_entry(path: Path) -> bool:
+    """Returns whether there is anything at `path`, a broken link or a named pipe included.
+
+    An optional file is absent only if this is False: reading anything else is an error, while a broken link to a file,
+    as caches of downloads and git-annex leave them, would be taken for an absent file and change results.
+    """
+    return os.path.lexists(path)
+
+
 def _parts(name: str) -> list[str]:
     return re.split(r"[/\\]", name)
 

@@ -20,7 +20,7 @@ from clvr_jax.data.preprocessing.histories import token_count
 from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.data.sft_examples import Sample
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import listed_file
+from clvr_jax.file_names import has_entry, listed_file
 from clvr_jax.image_io import read_image
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.json_input import parse_object, read_lines, read_text
@@ -58,7 +58,7 @@ def read_pairs(directory: Path) -> tuple[ImagePair, ...]:
     """
     if not directory.is_dir():
         raise ClvrError(f"{directory}: no such directory of image-caption pairs")
-    pairs = tuple(_listed(directory) if (directory / METADATA).exists() else _beside_captions(directory))
+    pairs = tuple(_listed(directory) if has_entry(directory / METADATA) else _beside_captions(directory))
     if not pairs:
         raise ClvrError(
             f"{directory}: contains neither {METADATA} nor images ({', '.join(IMAGE_SUFFIXES)}) with captions (.txt)"

@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, shown
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def read_settings(path: Path, *sections: str) -> dict[str, dict[str, JSON]]:
     Raises: ClvrError for a section of another name, which would be ignored, or one that is no object.
     """
     file = path / "clvr.json"
-    given = read_json(file) if file.exists() else {}
+    given = read_json(file) if has_entry(file) else {}
     if unknown := sorted(given.keys() - set(sections)):
         raise ClvrError(f"{file}: unknown {', '.join(unknown)[:80]}; it may contain {' and '.join(sections)}")
     if wrong := [name for name, section in given.items() if not isinstance(section, dict)]:

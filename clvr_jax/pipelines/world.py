@@ -1,6 +1,7 @@
 """The vocabulary of small models that were trained for one world."""
 
 from clvr_jax.atomic_io import read_json
+from clvr_jax.file_names import has_entry
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.worlds.shapes.grammar import vocabulary, words
 
@@ -14,7 +15,7 @@ def unseen_words(model: str, prompt: str) -> list[str]:
     """
     path, _ = resolve(model)
     settings = path / "clvr.json"
-    sections = read_json(settings).values() if settings.exists() else ()
+    sections = read_json(settings).values() if has_entry(settings) else ()
     if not any(isinstance(section, dict) and section.get("world") == "shapes" for section in sections):
         return []
     known = vocabulary()

@@ -15,6 +15,7 @@ from typing import Any
 from safetensors import safe_open
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import UncheckedJSON, parse_object, read_object, shown
 
 PEFT_NAME = "adapter_model.safetensors"
@@ -76,7 +77,7 @@ class AdapterConfig:
         where = f"{file}: its metadata cannot be read"
         if text is not None:
             fields: UncheckedJSON = parse_object(text, where).content
-        elif file.name == PEFT_NAME and beside.exists():
+        elif file.name == PEFT_NAME and has_entry(beside):
             where = str(beside)
             fields = read_object(beside).content
         else:

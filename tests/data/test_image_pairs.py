@@ -134,6 +134,7 @@ def edited(directory, **fields):
         (lambda d: edited(d, instruction=3), r"metadata\.jsonl:1: .*instruction"),
         (lambda d: edited(d, instruction=""), r"metadata\.jsonl:1: the text is empty"),
         (lambda d: (d / "metadata.jsonl").write_text("[1]"), r"metadata\.jsonl:1: expected a JSON object"),
+        (lambda d: (d / "metadata.jsonl").symlink_to("nowhere"), r"metadata\.jsonl: no such file"),
         (lambda d: (d / "metadata.jsonl").write_text("{"), r"metadata\.jsonl:1: not JSON"),
         (lambda d: (d / "metadata.jsonl").write_text('{"text": "x"}'), r"metadata\.jsonl:1: .*file_name"),
         (lambda d: (d / "metadata.jsonl").write_text(""), "contains neither metadata.jsonl nor images"),

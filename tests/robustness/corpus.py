@@ -3,6 +3,7 @@
 import copy
 import io
 import json
+import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,6 +20,10 @@ HOSTILE_VALUES: tuple[Any, ...] = (
     "../../../../etc/passwd", "/etc/passwd", [], {}, [[]], [None], {"": None}, ["x"] * 50,
 )  # fmt: skip
 """What a field may hold instead of what it should."""
+
+
+NO_FILES = ("a directory", "a named pipe", "a broken link", "a circle of links")
+"""Names of cases in which there is something other than a file."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ def json_texts(valid: bytes) -> Iterator[Case]:
     for name, text in texts.items():
         yield _bytes(f"text: {name}", text)
     yield Case("a directory", lambda path: path.mkdir())
+    yield Case("a named pipe", os.mkfifo)
     yield Case("a broken link", lambda path: path.symlink_to("nowhere"))
     yield Case("a circle of links", lambda path: path.symlink_to(path.name))
 
@@ -96,6 +102,7 @@ def images(count: int, seed: int = 0) -> Iterator[Case]:
     for name, content in fixed.items():
         yield _bytes(f"image: {name}", content)
     yield Case("image: a directory", lambda path: path.mkdir())
+    yield Case("image: a named pipe", os.mkfifo)
     yield Case("image: a broken link", lambda path: path.symlink_to("nowhere"))
     for number in range(count):
         kind = ("PNG", "JPEG", "WEBP")[number % 3]

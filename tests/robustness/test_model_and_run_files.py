@@ -46,7 +46,7 @@ from clvr_jax.providers.openai_chat import OpenAIChatModel
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.training.curves import curves
 from tests.data.engine.test_outcomes import made
-from tests.robustness.corpus import Case, json_texts, json_values
+from tests.robustness.corpus import NO_FILES, Case, json_texts, json_values
 from tests.robustness.test_malformed_input import NUMBER_OF_INPUTS
 
 EVERY = 1 if os.environ.get("ALL_INPUTS") else 3
@@ -352,6 +352,8 @@ def test_one_line_that_names_the_file(name, case, tmp_path, capsys):
     assert "\n" not in message
     assert "Traceback" not in message
     assert len(message) < 2000
+    if case.name in NO_FILES:  # nor is one of these an absent optional file
+        assert message not in ("", FINE)
 
 
 def _loads_a_pipeline(name: str) -> bool:

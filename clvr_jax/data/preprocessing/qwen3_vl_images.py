@@ -14,6 +14,7 @@ from PIL import Image
 
 from clvr_jax.atomic_io import located, read_json
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, shown
 
 MAX_ASPECT_RATIO = 200
@@ -126,7 +127,7 @@ def load_processor(directory: Path) -> Qwen3VLImageProcessor:
     Raises: ClvrError if there is neither, or the processor has steps that are not supported.
     """
     nested = directory / NESTED_NAME
-    if nested.exists() and (found := read_json(nested).get("image_processor")) is not None:
+    if has_entry(nested) and (found := read_json(nested).get("image_processor")) is not None:
         if not isinstance(found, Mapping):
             raise ClvrError(f"{nested}: image_processor is {shown(found)}; it must be an object")
         with located(nested):

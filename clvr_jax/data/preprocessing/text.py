@@ -88,6 +88,9 @@ def load_tokenizer(directory: Path) -> Tokenizer:
             f"{directory}: no tokenizer, it holds neither tokenizer.json nor vocab.json and merges.txt; "
             "copy them from the model that it belongs to"
         )
+    for path in directory.iterdir():
+        if not path.is_file() and not path.is_dir():  # transformers would take it for an absent file
+            raise ClvrError(f"{path}: a broken link, or no file; fetch the tokenizer again, or remove it")
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.models.common.sampling import UNCHANGED, Sampling
 
@@ -58,7 +59,7 @@ class GenerationConfig:
         Raises: ClvrError for fields of a wrong type or range, and for a field that is not supported and not neutral.
         """
         file = directory / FILE
-        if not file.is_file():
+        if not has_entry(file):
             return cls()
         entry = read_object(file)
         for name, neutral in _NEUTRAL.items():

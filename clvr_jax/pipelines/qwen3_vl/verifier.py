@@ -11,6 +11,7 @@ from jax.typing import DTypeLike
 from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.models.common.quantization import Quantization
@@ -164,7 +165,7 @@ def controller_directory(model: str) -> tuple[Path, bool]:
     if kind != "qwen3_vl":
         raise ClvrError(f"{path}: a {kind}, not a qwen3_vl; a controller or verifier must be a Qwen3-VL")
     settings = path / "clvr.json"
-    if settings.exists():
+    if has_entry(settings):
         given = read_json(settings)
         if given != {"contract": TRAINED_FOR_LOOP}:
             raise ClvrError(

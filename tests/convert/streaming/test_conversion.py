@@ -57,6 +57,16 @@ def test_every_model_returns_bit_for_bit_with_all_files_beside_it(converted, tmp
     assert others(tmp_path / "torch") == others(SHAPES)
 
 
+def test_a_broken_link_or_a_pipe_beside_the_weights_is_named(tmp_path):
+    shutil.copytree(SHAPES / "vae", tmp_path / "vae")
+    beside = tmp_path / "vae" / "generation_config.json"
+    for make in (lambda: beside.symlink_to("nowhere"), lambda: os.mkfifo(beside)):
+        make()
+        with pytest.raises(ClvrError, match=r"generation_config.json: a broken link, or no file"):
+            plan(tmp_path / "vae", "jax")
+        beside.unlink()
+
+
 def test_orbax_restores_what_was_written(converted):
     architecture = architecture_of(SHAPES / "transformer")
     config = json.loads((SHAPES / "transformer" / "config.json").read_text())

@@ -36,14 +36,14 @@ HOSTILE = {
     "a long range": ("{% for i in range(10**9) %}a{% endfor %}", "Range too big"),
     "loops in loops": (
         "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
-        "more than 1 s of processor time",
+        "more than 0.5 s of processor time",
     ),
     "a text of 10 GB": ("{{ 'a' * 10**10 }}", "more than 1 GiB of memory"),
     "a wide field": ("{{ '%9999999999d' % 1 }}", "more than 1 GiB of memory"),
-    "a number of a billion bits": ("{{ (2 ** (10**10)) % 7 }}", "more than 1"),
+    "a number of a billion bits": ("{{ (2 ** (10**10)) % 7 }}", "takes more than"),
     "doubled again and again": (
         "{% set ns = namespace(s='ab') %}{% for i in range(99) %}{% set ns.s = ns.s ~ ns.s %}{% endfor %}",
-        "more than 1",
+        "takes more than",
     ),
     "a macro without end": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself without end"),
     "a long text": ("{{ 'a' * 20000000 }}", "more than 16,777,216 characters"),
@@ -60,7 +60,7 @@ def tokenizer():
 
 @pytest.fixture
 def process(monkeypatch):
-    made = TemplateProcess(seconds=1.0)
+    made = TemplateProcess(seconds=0.5)
     monkeypatch.setattr(chat_templates, "_PROCESS", made)
     yield made
     made._end()
