@@ -251,7 +251,7 @@ def _is_copied(path: Path, source: Path, models: Sequence[Path]) -> bool:
     if any(part.startswith(".") for part in parts) or path.is_dir():
         return False
     if not path.is_file():
-        raise ClvrError(f"{path}: a broken link, or no file; fetch the model again, or remove it")
+        raise ClvrError(f"{path}: a broken link, or no file; fetch it again, or remove it")
     owner = next((directory for directory in reversed(models) if path.is_relative_to(directory)), None)
     if owner is None:
         return True

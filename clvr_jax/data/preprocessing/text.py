@@ -90,7 +90,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         )
     for path in directory.iterdir():
         if not path.is_file() and not path.is_dir():  # transformers would take it for an absent file
-            raise ClvrError(f"{path}: a broken link, or no file; fetch the tokenizer again, or remove it")
+            raise ClvrError(f"{path}: a broken link, or no file; fetch it again, or remove it")
     from transformers import AutoTokenizer  # slow to import, and only pipelines need it
 
     try:
