@@ -13,7 +13,7 @@ import numpy as np
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import is_regular_file
+from clvr_jax.file_names import has_entry, is_regular_file
 from clvr_jax.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
 from clvr_jax.plots import can_plot, new_figure
 from clvr_jax.training.recipes import RECIPE
@@ -103,7 +103,7 @@ def curves(runs: Sequence[Path], metrics: Sequence[str] = (), smooth: int = 1) -
 
 def _kind(run: Path) -> str:
     """Returns a text that is equal for runs that differ only in the seed."""
-    if not (run / RECIPE).exists():
+    if not has_entry(run / RECIPE):
         return str(run.absolute())
     recipe = read_object(run / RECIPE)
     config = recipe.nested("config", JsonObject({}, ""))

@@ -15,6 +15,7 @@ import jax
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.cost_model.hardware import CHIPS
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, parse_object, stream_lines
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.trees import Batch
@@ -95,7 +96,7 @@ def _summary_writer(directory: Path, start: int) -> "SummaryWriter":
 
 def _lines_up_to(start: int, path: Path) -> Iterator[bytes]:
     """Yields the lines of earlier steps, none if there is no file."""
-    for where, line in stream_lines(path) if path.exists() else ():
+    for where, line in stream_lines(path) if has_entry(path) else ():
         try:
             is_kept = parse_object(line, where).integer("step") <= start
         except ClvrError:

@@ -285,6 +285,12 @@ def _array_file() -> str:
     return str(next(_converted().rglob(".zarray")).relative_to(_converted()))
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _transformers_is_imported():
+    """Importing it takes seconds, which are not those of the first malformed tokenizer."""
+    load_tokenizer(TINY / "tokenizer")
+
+
 @pytest.fixture(autouse=True)
 def _no_weights_are_read(monkeypatch):
     for name in ("load_transformer", "load_vae", "load_text_encoder"):

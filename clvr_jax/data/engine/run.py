@@ -27,6 +27,7 @@ from clvr_jax.data.engine.reporting.statistics import Statistics
 from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.locks import locked_output
 from clvr_jax.output_paths import check_directory
@@ -94,7 +95,7 @@ def open_run(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> OutcomeSto
     Raises: UsageError if there are outcomes of another config.
     """
     check_directory(out)
-    if (out / _RUN).exists() and _has_outcomes(out):
+    if has_entry(out / _RUN) and _has_outcomes(out):
         expected, defaults = identity(recipe, config), identity(recipe, recipe.config)
         found = _with_defaults(comparable(read_json(out / _RUN)), defaults)
         if differ := sorted(_differences(found, expected)):
@@ -106,7 +107,7 @@ def open_run(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> OutcomeSto
 
 def _has_outcomes(out: Path) -> bool:
     """Returns whether the run in a directory has any outcome, wherever they are stored."""
-    if not (out / _RUN).exists():
+    if not has_entry(out / _RUN):
         return False
     empty = JsonObject({}, str(out / _RUN))
     synth = read_object(out / _RUN).nested("config", empty).nested("synth", empty)

@@ -29,6 +29,7 @@ from clvr_jax.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.cost import COSTS
 from clvr_jax.evaluation.systems.system import SystemOutput
+from clvr_jax.file_names import has_entry
 from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
 from clvr_jax.reasoning.trajectory import Trajectory
@@ -190,7 +191,7 @@ class RunDirectory:
         identity = json.loads(json.dumps({**identity, **_fingerprint(metadata)}))
         path = self.root / _IDENTITY
         try:
-            exists = path.exists()
+            exists = has_entry(path)
             unidentified = not exists and self.root.is_dir() and any(map(_has_images, self.root.iterdir()))
         except OSError as error:
             raise ClvrError(f"{self.root}: cannot be read ({error.strerror or error})") from error
@@ -210,7 +211,7 @@ class RunDirectory:
         for index, entry in enumerate(metadata):
             line = json.dumps(entry, ensure_ascii=False) + "\n"
             path = self.prompt_dir(index) / "metadata.jsonl"
-            if not path.exists():
+            if not has_entry(path):
                 write_text(path, line)
 
     def identity(self) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from clvr_jax.atomic_io import open_lines
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.benchmark import JudgeQuestion
+from clvr_jax.file_names import has_entry
 from clvr_jax.image_io import EncodedImage
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
 from clvr_jax.json_input import JsonObject, parse_object, shown, stream_lines
@@ -98,7 +99,7 @@ class ReplyFile:
 
     def __init__(self, directory: Path, judge: JudgeModel):
         self._path = directory / f"{output_name(judge.model.name, judge.revision)}.jsonl"
-        self._replies = dict(_read_lines(self._path)) if self._path.exists() else {}
+        self._replies = dict(_read_lines(self._path)) if has_entry(self._path) else {}
         self._lock = threading.Lock()
         try:
             directory.mkdir(parents=True, exist_ok=True)
