@@ -59,7 +59,8 @@ references and not pictures of the painter's: do not judge them. Say which of th
 """
 """Follows `SYSTEM_PROMPT` in a loop that starts from images of the user's own."""
 
-_END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
+END_OF_TURN = ("<|im_end|>", "<|endoftext|>")
+"""Tokens after which a model's turn ends; they are no part of a reply."""
 _BOLD = r"\*{0,2}"
 _SENTENCE_END = r"(?:\.(?=\s|$)|\n|$)"
 _UNMET = re.compile(rf"(?<![\w<]){_BOLD}Unmet{_BOLD}:{_BOLD}[ \t]*(?P<items>.*?){_SENTENCE_END}")
@@ -105,7 +106,7 @@ def parse(text: str, has_image: bool) -> Reply:
     Raises: ParseError for no action token or more than one, text after it, no instruction, and, when an
       image exists, for no verdict, two verdicts, an empty one, or one that says "nothing" next to other items.
     """
-    for token in _END_OF_TURN:
+    for token in END_OF_TURN:
         text = text.replace(token, "")
     found = re.findall("|".join(map(re.escape, ACTIONS)), text)
     if not found:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clvr_jax.reasoning.edits import Edit
 from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.reasoning.verification import Verification
 
@@ -35,7 +36,7 @@ class Generated:
 
 @dataclass(frozen=True)
 class RolledBack:
-    """Step `number` was worse than step `to`, which the loop returns to."""
+    """The loop returns to step `to`, because step `number` was worse or because the user asked for it."""
 
     index: int
     number: int
@@ -70,6 +71,14 @@ class PlanVerified:
 
 
 @dataclass(frozen=True)
+class Edited:
+    """The user changed the loop."""
+
+    index: int
+    edit: Edit
+
+
+@dataclass(frozen=True)
 class Finished:
     """The loop has ended for this prompt."""
 
@@ -77,4 +86,4 @@ class Finished:
     trajectory: Trajectory
 
 
-Event = Replied | Generated | Verified | PlanVerified | Selected | RolledBack | Finished
+Event = Replied | Generated | Verified | PlanVerified | Selected | RolledBack | Edited | Finished

@@ -13,6 +13,7 @@ from typing import Any
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
+from clvr_jax.reasoning.edits import Edit, Parent
 from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import Conversation, GeneratedImage, GenerationRequest
 from clvr_jax.reasoning.seeds import derive_seed
@@ -26,6 +27,7 @@ from clvr_jax.reasoning.trajectory import (
     Trajectory,
     Verdict,
     best_step,
+    result_step,
 )
 from clvr_jax.reasoning.verification import Verification, VerificationMode, plan_text
 from clvr_jax.reasoning.work import (
@@ -41,13 +43,12 @@ ROLLBACK_MARGIN = 0.5
 """Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
 changes of probabilities do not cause a roll-back."""
 
-
-_NO_IMAGE = -1
+NO_IMAGE = -1
 """The step number of the first reply, which judges no image."""
 
 
 @dataclass(frozen=True)
-class _PendingReply:
+class PendingReply:
     """A reply whose images are still to be generated.
 
     Attributes:
@@ -66,7 +67,8 @@ class PromptState:
 
     `_history` holds the numbers of the steps that form the current history, oldest first. `_candidates` maps the images
     that were generated from the latest reply, numbered from `_first_candidate` on, to the controller's reply to each;
-    None where the reply is still due. `_is_selection_due` says that the candidates wait for a separate verifier.
+    None where the reply is still due. `_is_selection_due` says that images wait for a separate verifier: the
+    candidates, and after an edit also the history; see `reasoning.editable`, which uses `_earlier_attempts` too.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class PromptState:
         self._required: tuple[str, ...] | None = None if mode == "separate" else ()
         self._is_selection_due = False
         self._mode = mode
-        self._plans: list[tuple[float, int, _PendingReply]] = []
+        self._plans: list[tuple[float, int, PendingReply]] = []
         self._is_plan_settled = False
         self._prompt = prompt
         self._seed = seed
@@ -93,10 +95,13 @@ class PromptState:
         self._notify = notify
         self._steps: list[Step] = []
         self._history: list[int] = []
-        self._candidates: dict[int, _PendingReply | None] = {_NO_IMAGE: None}
+        self._candidates: dict[int, PendingReply | None] = {NO_IMAGE: None}
         self._first_candidate = 0
         self._attempts: dict[int, int] = {}
-        self._pending: _PendingReply | None = None
+        self._earlier_attempts: dict[int, int] = {}
+        self._edits: list[Edit] = []
+        self._parent: Parent | None = None
+        self._pending: PendingReply | None = None
         self._num_wanted = 0
         self._rollbacks: dict[int, int] = {}
         self._seconds = 0.0
@@ -113,6 +118,11 @@ class PromptState:
     def steps(self) -> tuple[Step, ...]:
         """All steps so far."""
         return tuple(self._steps)
+
+    @property
+    def best(self) -> int | None:
+        """The number of the step with the best image so far; None if there is no image."""
+        return result_step(self._steps, self._edits, self._parent)
 
     def next_work(self, elapsed: float) -> Sequence[Work]:
         """Returns the works that the prompt needs next, all of one kind; none once the loop has ended.
@@ -172,27 +182,27 @@ class PromptState:
         self._seconds += seconds
         attempt = self._attempts.get(number, 0)
         try:
-            reply = parse(text, has_image=number != _NO_IMAGE)
+            reply = parse(text, has_image=number != NO_IMAGE)
         except ParseError as error:
             self._notify(Replied(self.index, attempt, text, str(error)))
             self._attempts[number] = attempt + 1
             if attempt < self._budget.max_parse_retries:
                 return
-            if number == _NO_IMAGE and self._plans:  # a plan that misses a requirement is better than none
+            if number == NO_IMAGE and self._plans:  # a plan that misses a requirement is better than none
                 self._settle_plan()
                 return
             self._error = str(error)
             del self._candidates[number]
             return
         self._notify(Replied(self.index, attempt, text, None))
-        self._candidates[number] = _PendingReply(reply, attempts=attempt + 1)
-        if number != _NO_IMAGE and self._mode == "controller":
+        self._candidates[number] = PendingReply(reply, attempts=attempt + 1)
+        if number != NO_IMAGE and self._mode == "controller":
             verdict = Verdict(reply.unmet or (), reply.reasoning)
             self._steps[number] = replace(self._steps[number], verdict=verdict)
 
     def _unverified_plan(self) -> str | None:
         """Returns the plan of the first reply if the verifier still has to check it, else None."""
-        first = self._candidates.get(_NO_IMAGE)
+        first = self._candidates.get(NO_IMAGE)
         if first is None or not self._required or first.reply.action == TERMINATE or self._is_plan_settled:
             return None
         return plan_text(plan_items(first.reply.reasoning))
@@ -200,7 +210,7 @@ class PromptState:
     def _receive_plan_verification(self, verification: Verification, seconds: float) -> None:
         """Stores a verified plan; requests another one if it misses a requirement and retries are left."""
         self._seconds += seconds
-        first, attempt = self._candidates[_NO_IMAGE], self._attempts.get(_NO_IMAGE, 0)
+        first, attempt = self._candidates[NO_IMAGE], self._attempts.get(NO_IMAGE, 0)
         assert first is not None
         self._notify(PlanVerified(self.index, attempt, verification))
         # Among equal scores the earliest wins: the first plan is greedy, later ones are sampled.
@@ -208,18 +218,19 @@ class PromptState:
         if verification.accepted or len(self._plans) > self._budget.max_plan_retries:
             self._settle_plan()
         else:
-            self._candidates[_NO_IMAGE] = None
-            self._attempts[_NO_IMAGE] = attempt + 1
+            self._candidates[NO_IMAGE] = None
+            self._attempts[NO_IMAGE] = attempt + 1
 
     def _settle_plan(self) -> None:
         """Carries out the plan with the best score."""
-        self._candidates[_NO_IMAGE] = max(self._plans, key=lambda plan: plan[:2])[2]
+        self._candidates[NO_IMAGE] = max(self._plans, key=lambda plan: plan[:2])[2]
         self._is_plan_settled = True
 
     def _unverified_images(self) -> list[int]:
-        """Returns the numbers of the candidates that the verifier has not checked."""
-        images = [number for number in self._candidates if number != _NO_IMAGE]
-        return [number for number in images if self._steps[number].verification is None]
+        """Returns the numbers of the images that the verifier has not checked."""
+        return [
+            number for number, step in enumerate(self._steps) if step.image is not None and step.verification is None
+        ]
 
     def _image(self, number: int) -> ImageLike:
         """Returns the image of a step."""
@@ -234,22 +245,33 @@ class PromptState:
         self._notify(Verified(self.index, number, verification))
 
     def _select(self, elapsed: float) -> None:
-        """Accepts the best verified candidate, rolls back, or passes it on to the controller."""
+        """Accepts the best verified candidate, rolls back, or passes it on to the controller.
+
+        After an edit there may be no new candidate; then the loop continues from the latest image, if none is accepted.
+        """
         self._is_selection_due = False
-        chosen = self._select_best()
+        has_candidates = bool(self._candidates)
+        chosen = self._select_best() if has_candidates else self._history[-1]
         self._candidates = {chosen: None}
-        verification = self._steps[chosen].verification
-        assert verification is not None
-        if verification.accepted:
+        if self._is_accepted():
             self._finish(ACCEPTED)
             return
         limit = self._account.spent(elapsed)
         if limit is not None:
             self._finish(limit)
             return
-        target = self._rollback_target()
+        target = self._rollback_target() if has_candidates else None
         if target is not None:
             self._start(self._roll_back(target))
+
+    def _is_accepted(self) -> bool:
+        """Whether the loop may end, because an image meets all requirements; without edits only the latest one can."""
+        return self._is_any_accepted(self._history)
+
+    def _is_any_accepted(self, numbers: Sequence[int]) -> bool:
+        """Whether one of these images meets all requirements."""
+        verifications = [self._steps[number].verification for number in numbers]
+        return any(verification is not None and verification.accepted for verification in verifications)
 
     def _decide(self, elapsed: float) -> None:
         """Ends the loop, or starts what the controller asked for, once every candidate has its reply."""
@@ -258,8 +280,8 @@ class PromptState:
             self._finish(UNPARSEABLE)
             return
         self._error = None  # another candidate could be read
-        if _NO_IMAGE in replies:
-            pending = replies[_NO_IMAGE]
+        if NO_IMAGE in replies:
+            pending = replies[NO_IMAGE]
         else:  # a separate verifier has already selected one
             pending = replies[self._history[-1] if self._mode == "separate" else self._select_best()]
         reply = pending.reply
@@ -333,13 +355,15 @@ class PromptState:
             self._seconds,
             self._error,
             self._user_images,
+            tuple(self._edits),
+            self._parent,
         )
 
     def _conversation(self, number: int) -> Conversation:
-        replies, images = self._replies_and_images(self._history if number == _NO_IMAGE else [*self._history, number])
-        attempt = self._attempts.get(number, 0)
+        replies, images = self._replies_and_images(self._history if number == NO_IMAGE else [*self._history, number])
+        attempt = self._earlier_attempts.get(number, 0) + self._attempts.get(number, 0)
         seed = derive_seed(self._seed, "reply", number + 1, attempt)
-        verification = None if number == _NO_IMAGE else self._steps[number].verification
+        verification = None if number == NO_IMAGE else self._steps[number].verification
         report = "" if verification is None else verification.report
         return Conversation(self._prompt, replies, images, seed, attempt, report, self.required, len(self._user_images))
 
@@ -349,7 +373,7 @@ class PromptState:
         generated = tuple(step.image for step in steps if step.image is not None)
         return tuple(step.reasoning + step.action for step in steps), (*self._user_images, *generated)
 
-    def _start(self, pending: _PendingReply) -> None:
+    def _start(self, pending: PendingReply) -> None:
         """Starts the generation that a reply asks for."""
         self._candidates, self._attempts, self._first_candidate = {}, {}, len(self._steps)
         self._pending, self._num_wanted = pending, self._budget.candidates
@@ -382,8 +406,9 @@ class PromptState:
         """Returns the best earlier step if the latest is worse and the loop may return there once more, else None."""
         if not self._history:
             return None
-        last = self._history[-1]
-        best, latest = best_step(self._steps[:last]), self._steps[last].score
+        *earlier, last = self._history
+        dropped = set(range(last)).difference(earlier)  # after an edit a dropped image may be better than all others
+        best, latest = best_step(self._steps[:last], dropped), self._steps[last].score
         if best is None or latest is None:
             return None
         best_score = self._steps[best].score
@@ -391,7 +416,7 @@ class PromptState:
             return None
         return best if self._rollbacks.get(best, 0) < self._budget.max_rollbacks else None
 
-    def _roll_back(self, target: int) -> _PendingReply:
+    def _roll_back(self, target: int) -> PendingReply:
         """Drops the history after step `target`; returns the reply that followed it, to be carried out again."""
         # A step is dropped as soon as it is worse than an earlier one, so the best image is always in the history.
         length = self._history.index(target) + 1
@@ -404,7 +429,7 @@ class PromptState:
         self._rollbacks[target] = self._rollbacks.get(target, 0) + 1
         same = (again.references, again.reasoning)
         redraws = [step.redraw for step in self._steps if (step.references, step.reasoning) == same]
-        return _PendingReply(Reply(again.reasoning, again.action), again.attempts, max(redraws) + 1)
+        return PendingReply(Reply(again.reasoning, again.action), again.attempts, max(redraws) + 1)
 
     def _unbooked_seconds(self) -> float:
         """Returns the time since the last call, which the next step is charged for."""

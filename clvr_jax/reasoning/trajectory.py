@@ -10,8 +10,8 @@ import json
 import os
 import platform
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from clvr_jax.file_names import is_regular_file
 from clvr_jax.image_io import ImageLike, encode_png, read_image
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
+from clvr_jax.reasoning.edits import Edit, Parent, dropped_by_user
 from clvr_jax.reasoning.trajectory_files import run_from_json, step_run_from_json, write_directory
 from clvr_jax.reasoning.verification import Verification
 
@@ -63,9 +64,9 @@ class Step:
       verdict: the controller's own judgment of that image, from its next reply; None without one.
       nfe: forward passes of the diffusion network.
       seconds: wall time of the calls that led here, each divided by the number of prompts it served.
-      rolled_back: whether the image was dropped from the history, because it was worse than an earlier one or because
-        another candidate of the step was better.
-      attempts: replies requested until one could be parsed; 1 if the first could.
+      rolled_back: whether the image was dropped from the history, because it was worse than an earlier one, because
+        another candidate of the step was better, or by the user.
+      attempts: replies requested until one could be parsed; 1 if the first could, 0 if the user wrote the instruction.
       redraw: how many images had been generated from the same reply and history before.
       seed: seed of the generation; None for a stop.
       verification: the verifier's result for the image, requirement by requirement; None without a verifier.
@@ -127,6 +128,8 @@ class Trajectory:
       seconds: wall time of all calls for this prompt, each divided by the number of prompts it served.
       error: for UNPARSEABLE, what was wrong with the last reply.
       given_images: the user's own images, references of every step before those that it names.
+      edits: what the user changed while the loop ran, in order.
+      parent: the loop that this one branched off from; None if it began with the prompt.
     """
 
     prompt: str
@@ -138,6 +141,8 @@ class Trajectory:
     seconds: float = 0.0
     error: str | None = None
     given_images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
+    edits: tuple[Edit, ...] = ()
+    parent: Parent | None = None
 
     def __post_init__(self) -> None:
         if self.outcome not in OUTCOMES:
@@ -150,7 +155,7 @@ class Trajectory:
     @property
     def best(self) -> int | None:
         """Index of the step whose image is the result; None if there is no image."""
-        return best_step(self.steps)
+        return result_step(self.steps, self.edits, self.parent)
 
     @property
     def image(self) -> ImageLike | None:
@@ -228,7 +233,18 @@ class Trajectory:
         steps = tuple(_step_from_json(step, path.parent) for step in entry.objects("steps"))
         try:
             given = tuple(read_image(path.parent / name) for name in _given_from_json(entry))
-            return cls(entry.text("prompt"), steps, entry.text("outcome"), **run_from_json(entry), given_images=given)
+            # Trajectories of earlier versions have neither "edits" nor "parent".
+            edits = tuple(map(Edit.from_json, entry.objects("edits"))) if "edits" in entry.content else ()
+            parent = entry.optional("parent", entry.nested) if "parent" in entry.content else None
+            return cls(
+                entry.text("prompt"),
+                steps,
+                entry.text("outcome"),
+                **run_from_json(entry),
+                given_images=given,
+                edits=edits,
+                parent=None if parent is None else Parent.from_json(parent),
+            )
         except ClvrError as error:
             raise error if str(error).startswith(str(path)) else ClvrError(f"{path}: {error}") from error
 
@@ -248,22 +264,37 @@ class Trajectory:
             "seed": self.seed,
             "versions": dict(self.versions),
             "given_images": _given_names(len(self.given_images)),
+            "edits": [edit.to_dict() for edit in self.edits],
+            "parent": None if self.parent is None else asdict(self.parent),
             "steps": [_step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
         }
 
 
-def best_step(steps: Sequence[Step]) -> int | None:
+def best_step(steps: Sequence[Step], excluded: Collection[int] = ()) -> int | None:
     """Returns the index of the step whose image has the best score, the latest among equals; see `Step.score`.
 
-    If no image was judged, it is the latest image; None if there is no image.
+    Args:
+      steps: of a loop.
+      excluded: numbers of steps that are not considered.
+    Returns: the latest image if no image was judged; None if there is no image.
     """
-    judged = [
-        (step.score, number) for number, step in enumerate(steps) if step.score is not None and step.image is not None
+    generated = [
+        (number, step) for number, step in enumerate(steps) if step.image is not None and number not in excluded
     ]
+    judged = [(step.score, number) for number, step in generated if step.score is not None]
     if judged:
         return max(judged)[1]
-    drawn = [number for number, step in enumerate(steps) if step.image is not None]
-    return drawn[-1] if drawn else None
+    return generated[-1][0] if generated else None
+
+
+def result_step(steps: Sequence[Step], edits: Sequence[Edit] = (), parent: Parent | None = None) -> int | None:
+    """Returns the index of the step whose image is the result of a loop: the best one, see `best_step`.
+
+    Images that the user rolled back are no result, and those of a parent only while there is no other.
+    """
+    dropped = dropped_by_user(edits)
+    own = best_step(steps, dropped.union(range(parent.inherited if parent else 0)))
+    return best_step(steps, dropped) if own is None else own
 
 
 def package_versions(*packages: str) -> dict[str, str]:

@@ -9,15 +9,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.protocols import Controller, Conversation, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
-
-if TYPE_CHECKING:
-    from clvr_jax.reasoning.prompt_state import PromptState
 
 
 @dataclass(frozen=True)
@@ -62,6 +59,14 @@ class VerificationWork:
 Work = RequirementsWork | ReplyWork | PlanWork | GenerationWork | VerificationWork
 
 
+class Receiver(Protocol):
+    """What works belong to: the state of a prompt, or a job that has one."""
+
+    def receive(self, work: Any, result: Any, seconds: float) -> None:
+        """Stores the result of a work that took `seconds`."""
+        ...
+
+
 @dataclass(frozen=True)
 class Roles:
     """The models that perform works. verifier: None if no separate verifier takes part."""
@@ -71,9 +76,7 @@ class Roles:
     verifier: Verifier | None = None
 
 
-def perform(
-    batch: Sequence[tuple[PromptState, Work]], roles: Roles, clock: Callable[[], float] = time.monotonic
-) -> None:
+def perform(batch: Sequence[tuple[Receiver, Work]], roles: Roles, clock: Callable[[], float] = time.monotonic) -> None:
     """Performs works of one kind in one batched call, and hands each state its result.
 
     Args:

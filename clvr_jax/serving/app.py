@@ -21,6 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clvr_jax.serving.bodies import bounded_receive, too_large
 from clvr_jax.serving.chat import chat_routes
+from clvr_jax.serving.edits import edit_routes
 from clvr_jax.serving.errors import ApiError, error_body, of_validation
 from clvr_jax.serving.images import image_routes
 from clvr_jax.serving.loops import loop_routes
@@ -51,6 +52,7 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     app = FastAPI(title="clvr", version=_version(), lifespan=lifespan, docs_url=None, redoc_url=None)
     app.include_router(image_routes(service))
     app.include_router(loop_routes(service))
+    app.include_router(edit_routes(service))
     app.include_router(chat_routes(service))
     _add_state_routes(app, service)
     app.add_exception_handler(RequestValidationError, _validation_response)

@@ -13,10 +13,10 @@ from clvr_jax.image_io import ImageLike
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
-from clvr_jax.reasoning.prompt_state import PromptState
+from clvr_jax.reasoning.editable import Branch, EditablePromptState
+from clvr_jax.reasoning.events import Edited, Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import GeneratedImage
-from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, best_step, package_versions
+from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
@@ -37,6 +37,7 @@ class LoopSpec:
       budget: limits of the loop.
       sampling: how its images are generated.
       request: the fields of the HTTP request that are stored with the loop, as JSON values.
+      branch: what the loop takes over from another one.
     """
 
     prompt: str
@@ -46,6 +47,7 @@ class LoopSpec:
     sampling: Sampling = Sampling()
     images: tuple[ImageLike, ...] = field(default=(), repr=False, compare=False)
     request: Mapping[str, Any] = field(default_factory=dict)
+    branch: Branch | None = field(default=None, repr=False)
 
 
 class OneShotState:
@@ -55,26 +57,25 @@ class OneShotState:
         self._spec, self._notify = spec, notify
         self._step: Step | None = None
         self._outcome: str | None = None
-        self._began: float | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
         """The step of the image once it is generated."""
         return () if self._step is None else (self._step,)
 
+    @property
+    def best(self) -> int | None:
+        """0 once there is an image."""
+        return None if self._step is None else 0
+
     def next_work(self, elapsed: float) -> Sequence[OneShotWork]:
         """Returns the generation; [] once it is done."""
-        self._began = self._began or time.monotonic()
         spec = self._spec
         return [] if self._outcome is not None else [OneShotWork(spec.prompt, spec.images, spec.seed)]
 
-    def receive_image(self, generated: GeneratedImage) -> None:
-        """Stores the image."""
-        assert self._began is not None
-        seconds = time.monotonic() - self._began
-        self._step = Step(
-            "", IMAGE_GEN, image=generated.image, nfe=generated.nfe, seconds=seconds, seed=self._spec.seed
-        )
+    def receive(self, work: OneShotWork, result: GeneratedImage, seconds: float) -> None:
+        """Stores the image, which took `seconds`."""
+        self._step = Step("", IMAGE_GEN, image=result.image, nfe=result.nfe, seconds=seconds, seed=work.seed)
         self._outcome = UNVERIFIED
         self._notify(Generated(0, 0, self._step))
 
@@ -122,26 +123,32 @@ class LoopJob:
         self.result: Future[Trajectory] = Future()
         self.is_interrupted = False
         self._best: int | None = None
-        self._has_requirements = False
-        self.state: PromptState | OneShotState
+        self._requirements: tuple[str, ...] = ()
+        self.state: EditablePromptState | OneShotState
         if spec.mode == "one-shot":
             self.state = OneShotState(spec, self._notify)
         else:
-            self.state = PromptState(0, spec.prompt, spec.seed, spec.budget, self._notify, "separate", spec.images)
+            self.state = EditablePromptState(
+                0, spec.prompt, spec.seed, spec.budget, self._notify, spec.images, spec.branch
+            )
 
     @property
     def best(self) -> int | None:
         """The number of the step with the best image so far; None if there is no image."""
-        return best_step(self.state.steps)
+        return self.state.best
 
     def tasks(self, elapsed: float) -> list[Task]:
         """Returns the next works with their keys."""
         if self.started is None:
             self.started = time.time()
             self.log.append("started")
+            if self.spec.branch is not None:
+                parent = self.spec.branch.parent
+                self.log.append("branched", parent=parent.id, step=parent.step, images=parent.inherited,
+                                instruction=self.spec.branch.instruction)  # fmt: skip
         works: Sequence[Any] = self.state.next_work(elapsed)
-        if isinstance(self.state, PromptState) and self.state.required and not self._has_requirements:
-            self._has_requirements = True
+        if isinstance(self.state, EditablePromptState) and self.state.required != self._requirements:
+            self._requirements = self.state.required
             self.log.append("requirements", requirements=list(self.state.required))
         if (best := self.best) is not None and best != self._best:
             self._best = best
@@ -150,6 +157,10 @@ class LoopJob:
             steps = self.spec.sampling.steps or self._models.flux.settings.num_inference_steps
             self.log.append("generation_started", images=len(works), num_inference_steps=steps)
         return [Task(self._models.key(work, self.spec.sampling), self, work) for work in works]
+
+    def receive(self, work: Any, result: Any, seconds: float) -> None:
+        """Passes the result of a work on to the loop."""
+        self.state.receive(work, result, seconds)
 
     def stop(self, outcome: str) -> None:
         """Ends the loop with its best image so far."""
@@ -178,8 +189,9 @@ class LoopJob:
             step = event.step
             self.log.append("image", step=event.number, image_id=f"{self.id}_{event.number}", nfe=step.nfe,
                             seconds=round(step.seconds, 4), redraw=step.redraw, left_out=step.left_out)  # fmt: skip
-            nfe = sum(each.nfe for each in self.state.steps)
-            images = sum(each.image is not None for each in self.state.steps)
+            inherited = self.spec.branch.parent.inherited if self.spec.branch else 0
+            own = self.state.steps[inherited:]
+            nfe, images = sum(each.nfe for each in own), sum(each.image is not None for each in own)
             self.log.append("budget", images=images, max_steps=self.spec.budget.max_steps, nfe=nfe,
                             max_nfe=self.spec.budget.max_nfe, max_seconds=self.spec.budget.max_seconds)  # fmt: skip
         elif isinstance(event, Verified):
@@ -189,6 +201,9 @@ class LoopJob:
             self.log.append("selected", step=event.number, among=list(event.among))
         elif isinstance(event, RolledBack):
             self.log.append("rolled_back", step=event.number, to=event.to)
+        elif isinstance(event, Edited):
+            given = {name: value for name, value in event.edit.to_dict().items() if value not in (None, [])}
+            self.log.append("edited", **given)
 
 
 class ChatJob:
@@ -208,9 +223,9 @@ class ChatJob:
             return []
         return [Task(self._models.key(self._work, Sampling()), self, self._work)]
 
-    def receive(self, answer: ChatAnswer) -> None:
+    def receive(self, work: ChatWork, result: ChatAnswer, seconds: float) -> None:
         """Stores the reply."""
-        self._answer = answer
+        self._answer = result
 
     def stop(self, outcome: str) -> None:
         """Ends without a reply."""

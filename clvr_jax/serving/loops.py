@@ -34,7 +34,7 @@ def loop_routes(service: Service) -> APIRouter:
             raise ApiError(422, f"images: at most {service.limits.max_images}", "images", "invalid_value")
         images = [await asyncio.to_thread(service.decode_image, text, "images") for text in texts]
         (job,) = service.submit(await asyncio.to_thread(service.specs, body, images))
-        return JSONResponse(_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
+        return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
 
     @router.get("/v1/loops")
     async def listing(
@@ -43,7 +43,7 @@ def loop_routes(service: Service) -> APIRouter:
     ) -> Response:
         """Lists loops, newest first; `before` is the id after which the next page begins."""
         if before is not None:
-            _entry_of(service, before)
+            entry_of(service, before)
         entries = service.store.entries(limit + 1, before)
         page = [_shown(service, entry) for entry in entries[:limit]]
         return JSONResponse({"object": "list", "data": page, "has_more": len(entries) > limit})
@@ -51,7 +51,7 @@ def loop_routes(service: Service) -> APIRouter:
     @router.get("/v1/loops/{loop_id}")
     async def item(loop_id: str) -> Response:
         """Returns a loop, with its steps once it is finished."""
-        return JSONResponse(await asyncio.to_thread(_item, service, loop_id, True))
+        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id, True))
 
     @router.get("/v1/loops/{loop_id}/events")
     async def events(
@@ -66,24 +66,24 @@ def loop_routes(service: Service) -> APIRouter:
         job = service.jobs.get(loop_id)
         log = EventLog(None, service.store.events(loop_id)) if job is None else job.log
         if job is None and not log.events:
-            entry = _entry_of(service, loop_id)
+            entry = entry_of(service, loop_id)
             log = EventLog(None, [{"id": 0, "type": "done", "status": entry["status"], "error": entry["error"]}])
         return stream_response(_encoded(service, log, after))
 
     @router.post("/v1/loops/{loop_id}/accept")
     async def accept(loop_id: str) -> Response:
         """Ends a loop before its next work; its best image so far is the result."""
-        job = _running(service, loop_id)
+        job = running_job(service, loop_id)
         if job.best is None:
             raise ApiError(400, "the loop has no image yet; wait for the event image, or cancel it", code="no_image")
         service.scheduler.stop(job, STOPPED)
-        return JSONResponse(_item(service, loop_id), 202)
+        return JSONResponse(loop_item(service, loop_id), 202)
 
     @router.post("/v1/loops/{loop_id}/cancel")
     async def cancel(loop_id: str) -> Response:
         """Cancels a loop before its next work; what it has is stored."""
-        service.scheduler.stop(_running(service, loop_id), CANCELED)
-        return JSONResponse(_item(service, loop_id), 202)
+        service.scheduler.stop(running_job(service, loop_id), CANCELED)
+        return JSONResponse(loop_item(service, loop_id), 202)
 
     @router.delete("/v1/loops/{loop_id}")
     async def delete(loop_id: str) -> Response:
@@ -102,16 +102,17 @@ async def _encoded(service: Service, log: EventLog, after: int) -> AsyncIterator
         yield KEEPALIVE if event is None else event_bytes(event, event["type"], event["id"])
 
 
-def _running(service: Service, loop_id: str) -> LoopJob:
+def running_job(service: Service, loop_id: str) -> LoopJob:
     """Returns a loop that has not ended. Raises: ApiError, 404 for an unknown one, 400 for one that has."""
     job = service.jobs.get(loop_id)
     if job is None:
-        entry = _entry_of(service, loop_id)
+        entry = entry_of(service, loop_id)
         raise ApiError(400, f"the loop has ended already ({entry['status']})", code="not_running")
     return job
 
 
-def _entry_of(service: Service, loop_id: str) -> dict[str, Any]:
+def entry_of(service: Service, loop_id: str) -> dict[str, Any]:
+    """Returns what the index has about a loop. Raises: ApiError, 404, for an unknown one."""
     entry = service.store.entry(loop_id)
     if entry is None:
         raise _unknown()
@@ -122,20 +123,22 @@ def _unknown() -> ApiError:
     return ApiError(404, "no such loop; it may have been deleted", "id", "not_found")
 
 
-def _item(service: Service, loop_id: str, with_steps: bool = False) -> dict[str, Any]:
-    entry = _entry_of(service, loop_id)
+def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[str, Any]:
+    """Returns a loop as the API shows it. Raises: ApiError, 404, for an unknown one."""
+    entry = entry_of(service, loop_id)
     shown = _shown(service, entry)
     if with_steps and entry["images"] is not None:
         content: UncheckedJSON = service.store.trajectory(loop_id).to_dict()
         for number, step in enumerate(content["steps"]):
             step["image_id"] = None if step.pop("image") is None else f"{loop_id}_{number}"
-        shown["steps"] = content["steps"]
+        shown |= {"steps": content["steps"], "edits": content["edits"]}
     return shown
 
 
 def _shown(service: Service, entry: dict[str, Any]) -> dict[str, Any]:
     """Returns an entry of the index as the API shows it, with what only a running loop knows."""
-    shown = {"object": "loop", **entry, "image_id": None}
+    request = dict(entry["request"])
+    shown = {"object": "loop", **entry, "image_id": None, "parent": request.pop("parent", None), "request": request}
     best = entry["best"]
     job = service.jobs.get(entry["id"])
     if job is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -143,23 +144,22 @@ class ServedModels:
 
     def perform(self, key: Any, tasks: Sequence[Task]) -> None:
         """Performs the works of tasks with this key in one call, and hands each job its result."""
-        if key.stage == "chat":
-            answers = self._chat([task.work for task in tasks])
-            for task, answer in zip(tasks, answers, strict=True):
-                task.job.receive(answer)  # type: ignore[attr-defined]
-            return
-        batch: list[Any] = [(task.job.state, task.work) for task in tasks]  # type: ignore[attr-defined]
-        if key.stage == "one-shot":
-            images = self._one_shot([work for _, work in batch], key.sampling)
-            for (state, _), image in zip(batch, images, strict=True):
-                state.receive_image(image)
+        if key.stage in ("chat", "one-shot"):
+            began, works = time.monotonic(), [task.work for task in tasks]
+            results: Sequence[Any] = self._chat(works) if key.stage == "chat" else self._one_shot(works, key.sampling)
+            share = (time.monotonic() - began) / len(tasks)
+            for task, result in zip(tasks, results, strict=True):
+                task.job.receive(task.work, result, share)
             return
         sampling = key.sampling if isinstance(key, GenerationKey) else Sampling()
         assert self._pipeline.controller is not None
         generator = Flux2ImageGenerator(
             self.flux, sampling.steps, sampling.guidance, sampling.size, rows_per_call=self._image_rows
         )
-        perform(batch, Roles(self._pipeline.controller, generator, self._pipeline.verifier))
+        perform(
+            [(task.job, task.work) for task in tasks],
+            Roles(self._pipeline.controller, generator, self._pipeline.verifier),
+        )
 
     def _one_shot(self, works: Sequence[OneShotWork], sampling: Sampling) -> list[GeneratedImage]:
         size = sampling.size or (None, None)

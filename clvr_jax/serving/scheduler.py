@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ class QueueFullError(ClvrError):
     def __init__(self, waiting: int, seconds: int):
         super().__init__(f"{waiting} requests are waiting already, the limit of this server; try again in {seconds} s")
         self.seconds = seconds
+
+
+class EndedError(ClvrError):
+    """A job that has ended cannot be changed any more."""
 
 
 class DrainingError(ClvrError):
@@ -51,6 +56,10 @@ class Job(Protocol):
 
     def tasks(self, elapsed: float) -> Sequence[Task]:
         """Returns the next tasks, `elapsed` seconds after the job started; none once it has ended."""
+        ...
+
+    def receive(self, work: Any, result: Any, seconds: float) -> None:
+        """Stores the result of one of its works, which took `seconds`."""
         ...
 
     def stop(self, outcome: str) -> None:
@@ -97,6 +106,7 @@ class Scheduler:
         self._running: dict[str, _Running] = {}
         self._queues: FairQueues[Task] = FairQueues(limits.max_batch, limits.window_seconds)
         self._stops: dict[str, tuple[Job, str]] = {}
+        self._changes: deque[tuple[Job, Callable[[], None], Future[None]]] = deque()
         self._is_draining = self._is_ending = False
         self._average_seconds = 1.0
         self.is_ready = False
@@ -135,6 +145,23 @@ class Scheduler:
         with self._changed:
             self._stops[job.id] = job, outcome
             self._changed.notify_all()
+
+    def change(self, job: Job, function: Callable[[], None]) -> Future[None]:
+        """Requests that the device thread changes a job between two works, and asks it for its next tasks then.
+
+        Args:
+          job: that was submitted.
+          function: changes it. If it raises, it must have changed nothing.
+        Returns: done when the change is made; with the exception of the function, or EndedError if the job has ended.
+        """
+        done: Future[None] = Future()
+        with self._changed:
+            if self.is_alive and not self._is_ending:
+                self._changes.append((job, function, done))
+                self._changed.notify_all()
+            else:
+                done.set_exception(EndedError("the server is shutting down"))
+        return done
 
     def position(self, job: Job) -> int | None:
         """Returns the number of jobs that wait before this one; None if it does not wait."""
@@ -186,6 +213,8 @@ class Scheduler:
                 stops, self._stops = self._stops, {}
                 for job, outcome in stops.values():
                     self._stop(job, outcome)
+                while self._changes:
+                    self._change(*self._changes.popleft())
                 while self._waiting and len(self._running) < self._limits.max_running:
                     self._start(*self._waiting.popleft())
                 self._metrics.waiting.set(len(self._waiting))
@@ -194,7 +223,7 @@ class Scheduler:
                     return batch
                 if self._is_ending and not self._running and not self._waiting:
                     return None
-                if not self._stops:
+                if not self._stops and not self._changes:
                     self._changed.wait(self._queues.seconds_until_ready(now))
 
     def _start(self, job: Job, arrived: float) -> None:
@@ -217,6 +246,23 @@ class Scheduler:
         run.remaining = 0
         job.stop(outcome)
         self._advance(run)
+
+    def _change(self, job: Job, function: Callable[[], None], done: Future[None]) -> None:
+        """Changes a job; the tasks that it has not begun are replaced by those that it asks for then."""
+        run = self._running.get(job.id)
+        if run is None and not any(each is job for each, _ in self._waiting):
+            done.set_exception(EndedError("the loop has ended already"))
+            return
+        try:
+            function()
+        except Exception as error:  # noqa: BLE001 - of the one who asked for the change
+            done.set_exception(error)
+            return
+        if run is not None:
+            self._queues.remove(lambda task: task.job is job)
+            run.remaining = 0
+            self._advance(run)
+        done.set_result(None)
 
     def _advance(self, run: _Running) -> None:
         """Queues the next tasks of a job, or ends it."""
@@ -274,11 +320,13 @@ class Scheduler:
     def _fail_all(self) -> None:
         """Fails the jobs that are left when the device thread ends, so that no client waits forever."""
         with self._changed:
-            self._is_draining = True
+            self._is_draining = self._is_ending = True
             error = self.failure or ClvrError("the server is shutting down")
             jobs = [run.job for run in self._running.values()] + [job for job, _ in self._waiting]
             self._running.clear()
             self._waiting.clear()
             for job in jobs:
                 job.fail(error)
+            while self._changes:
+                self._changes.popleft()[2].set_exception(EndedError(str(error)))
             self._changed.notify_all()

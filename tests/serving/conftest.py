@@ -62,3 +62,35 @@ def server(tmp_path_factory) -> Iterator[RunningServer]:
 def http(server) -> Iterator[httpx2.Client]:
     with server.client() as client:
         yield client
+
+
+class Gate:
+    """Holds the device thread before each batch. done: number of batches that were performed."""
+
+    def __init__(self):
+        self.is_open, self.done, self._passes = False, 0, threading.Semaphore(0)
+
+    def wait(self):
+        while not self.is_open and not self._passes.acquire(timeout=0.01):
+            pass
+
+    def let_one(self):
+        done = self.done
+        self._passes.release()
+        wait_until(lambda: self.done > done)
+
+
+@pytest.fixture
+def gate(server, monkeypatch):
+    """A closed gate before the device; open after the test."""
+    gate, perform = Gate(), server.service.scheduler._perform
+
+    def through_gate(key, tasks):
+        gate.wait()
+        perform(key, tasks)
+        gate.done += 1
+
+    monkeypatch.setattr(server.service.scheduler, "_perform", through_gate)
+    yield gate
+    gate.is_open = True
+    wait_until(lambda: not server.service.jobs)

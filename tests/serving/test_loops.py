@@ -2,7 +2,6 @@
 
 import json
 import random
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx2
@@ -54,38 +53,6 @@ def test_a_loop_reports_all_that_happens_and_is_stored(http, server):
     assert http.delete(f"/v1/loops/{loop_id}").json()["deleted"]
     assert http.get(f"/v1/loops/{loop_id}").status_code == 404
     assert http.get(f"/v1/images/{item['image_id']}/content").status_code == 404
-
-
-class Gate:
-    """Holds the device thread before each batch. done: number of batches that were performed."""
-
-    def __init__(self):
-        self.is_open, self.done, self._passes = False, 0, threading.Semaphore(0)
-
-    def wait(self):
-        while not self.is_open and not self._passes.acquire(timeout=0.01):
-            pass
-
-    def let_one(self):
-        done = self.done
-        self._passes.release()
-        wait_until(lambda: self.done > done)
-
-
-@pytest.fixture
-def gate(server, monkeypatch):
-    """A closed gate before the device; open after the test."""
-    gate, perform = Gate(), server.service.scheduler._perform
-
-    def through_gate(key, tasks):
-        gate.wait()
-        perform(key, tasks)
-        gate.done += 1
-
-    monkeypatch.setattr(server.service.scheduler, "_perform", through_gate)
-    yield gate
-    gate.is_open = True
-    wait_until(lambda: not server.service.jobs)
 
 
 def test_a_full_queue_answers_429_and_cancel_frees_it(http, gate, server):

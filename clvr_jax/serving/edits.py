@@ -1,0 +1,122 @@
+"""/v1/loops/{id}/plan, /rollback and /branch: a user changes a running loop, or starts another one from its images."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter
+from starlette.responses import JSONResponse, Response
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.image_io import ImageLike
+from clvr_jax.reasoning.editable import EditablePromptState, branch_off
+from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
+from clvr_jax.reasoning.trajectory import Step
+from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.jobs import LoopJob, LoopSpec
+from clvr_jax.serving.loops import entry_of, loop_item, running_job
+from clvr_jax.serving.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
+from clvr_jax.serving.scheduler import EndedError
+from clvr_jax.serving.service import Service
+
+
+def edit_routes(service: Service) -> APIRouter:
+    """Returns the endpoints."""
+    router = APIRouter()
+
+    @router.post("/v1/loops/{loop_id}/plan")
+    async def plan(loop_id: str, body: PlanRequest) -> Response:
+        """Changes the requirements of a running loop, or gives the instruction for its next image."""
+        job, state = _editable(service, loop_id)
+        await asyncio.to_thread(_check, service, job.spec.prompt, body.instruction, body.requirements)
+        await _change(service, job, lambda: state.edit_plan(body.requirements, body.instruction))
+        return JSONResponse(loop_item(service, loop_id))
+
+    @router.post("/v1/loops/{loop_id}/rollback")
+    async def rollback(loop_id: str, body: RollbackRequest) -> Response:
+        """Returns to an earlier image of a running loop."""
+        job, state = _editable(service, loop_id)
+        await _change(service, job, lambda: state.roll_back_to(body.step))
+        return JSONResponse(loop_item(service, loop_id))
+
+    @router.post("/v1/loops/{loop_id}/branch", status_code=202)
+    async def branch(loop_id: str, body: BranchRequest) -> Response:
+        """Starts another loop from an image of a running or finished one."""
+        (job,) = service.submit([await asyncio.to_thread(_branch, service, loop_id, body)])
+        return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
+
+    return router
+
+
+async def _change(service: Service, job: LoopJob, function: Callable[[], None]) -> None:
+    """Changes a job between its works.
+
+    Raises: ApiError, 400 if the job has ended by then, 422 if it cannot be changed so.
+    """
+    try:
+        await asyncio.wrap_future(service.scheduler.change(job, function))
+    except EndedError as error:
+        raise ApiError(400, str(error), code="not_running") from error
+    except EditError as error:
+        raise _refusal(error) from error
+
+
+def _branch(service: Service, loop_id: str, body: BranchRequest) -> LoopSpec:
+    entry = entry_of(service, loop_id)
+    if entry["mode"] == "one-shot":
+        raise _one_shot("send its image to POST /v1/loops to start a loop from it")
+    job = service.jobs.get(loop_id)
+    steps: Sequence[Step]
+    images: Sequence[ImageLike]
+    if job is not None:
+        steps, images = job.state.steps, job.spec.images
+    elif entry["images"]:
+        trajectory = service.store.trajectory(loop_id)
+        steps, images = trajectory.steps, trajectory.given_images
+    else:
+        raise ApiError(409, "the loop has no image to branch off from", code="no_image")
+    prompt = entry["prompt"] if body.prompt is None else body.prompt
+    _check(service, prompt, body.instruction)
+    # The limits and the sampling of the other loop, whichever endpoint it came from.
+    fields: dict[str, Any] = {**entry["request"], "prompt": prompt, "seed": body.seed}
+    fields.pop("parent", None)
+    (spec,) = service.specs(EditRequest.model_validate(fields), images)
+    has_new_prompt = prompt != entry["prompt"]
+    try:
+        branch = branch_off(loop_id, steps, body.step, has_new_prompt=has_new_prompt, instruction=body.instruction)
+    except EditError as error:
+        raise _refusal(error) from error
+    return replace(spec, branch=branch, request={**spec.request, "parent": {"id": loop_id, "step": body.step}})
+
+
+def _editable(service: Service, loop_id: str) -> tuple[LoopJob, EditablePromptState]:
+    """Returns a running loop. Raises: ApiError: 404, 400 if it has ended, 409 for a one-shot image."""
+    job = running_job(service, loop_id)
+    if not isinstance(job.state, EditablePromptState):
+        raise _one_shot("start a loop to change its plan")
+    return job, job.state
+
+
+def _check(service: Service, prompt: str, instruction: str | None, requirements: Sequence[str] | None = None) -> None:
+    """Raises ApiError, 422, for texts that the models cannot read."""
+    try:
+        if requirements is not None:
+            check_requirements(requirements)
+        if instruction is not None:
+            marks = [""] * service.limits.max_loop_steps  # of the images before it
+            service.models.flux.fit_history(prompt, [*marks, check_instruction(instruction)])
+    except EditError as error:
+        raise _refusal(error) from error
+    except ClvrError as error:
+        raise ApiError(422, str(error), "instruction", "invalid_value") from error
+
+
+def _refusal(error: EditError) -> ApiError:
+    return ApiError(422, str(error), error.param, "invalid_value")
+
+
+def _one_shot(advice: str) -> ApiError:
+    return ApiError(409, f"a one-shot image has no plan; {advice}", code="one_shot")
