@@ -26,6 +26,7 @@ from clvr_jax.serving.errors import ApiError, error_body, of_validation
 from clvr_jax.serving.images import image_routes
 from clvr_jax.serving.loops import loop_routes
 from clvr_jax.serving.requests import UNSUPPORTED
+from clvr_jax.serving.responses import response_routes
 from clvr_jax.serving.service import Service
 
 _OPEN_PATHS = ("/health", "/ready")
@@ -53,6 +54,7 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     app.include_router(image_routes(service))
     app.include_router(loop_routes(service))
     app.include_router(edit_routes(service))
+    app.include_router(response_routes(service))
     app.include_router(chat_routes(service))
     _add_state_routes(app, service)
     app.add_exception_handler(RequestValidationError, _validation_response)

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: the controller alone, as a vision-language model."""
+"""POST /v1/chat/completions: the controller alone, as a vision-language model; see `image_chat` for the image model."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.trajectory import CANCELED
 from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.image_chat import answer_with_image
 from clvr_jax.serving.jobs import ChatJob
 from clvr_jax.serving.models import ChatWork
-from clvr_jax.serving.requests import ChatRequest, TextPart
+from clvr_jax.serving.requests import ONLY_IMAGES, ChatRequest, TextPart
 from clvr_jax.serving.service import Service, api_error
 from clvr_jax.serving.streams import event_bytes, result_of, stream_response, with_keepalive
 
@@ -33,10 +34,15 @@ def chat_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def completions(body: ChatRequest, request: Request) -> Response:
-        """Continues a conversation, which may have images, by one reply."""
+        """Continues a conversation, which may have images, by one reply, or by an image."""
+        if body.model == service.models.name:
+            return await answer_with_image(service, body, request)
         if service.models.chat_name is None:
             raise ApiError(404, "this server has no vision-language model of its own", "model", "model_not_found")
         service.check_model(body.model, service.models.chat_name)
+        if given := [name for name in ONLY_IMAGES if getattr(body, name) is not None and name != "model"]:
+            message = f"{given[0]} is not supported by the vision-language model"
+            raise ApiError(422, message, given[0], "unsupported_parameter")
         limit = body.max_completion_tokens or body.max_tokens or DEFAULT_TOKENS
         if limit > service.limits.max_chat_tokens:
             message = f"max_tokens: at most {service.limits.max_chat_tokens} on this server, got {limit}"
@@ -70,6 +76,8 @@ def _conversation(service: Service, body: ChatRequest) -> tuple[list[Message], l
         if isinstance(message.content, str):
             messages.append({"role": message.role, "content": message.content})
             continue
+        if message.role == "assistant" and any(not isinstance(part, TextPart) for part in message.content):
+            raise ApiError(422, "a message of the role assistant has no images", "messages", "invalid_value")
         parts: list[dict[str, Any]] = []
         for part in message.content:
             if isinstance(part, TextPart):

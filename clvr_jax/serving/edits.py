@@ -17,7 +17,7 @@ from clvr_jax.reasoning.edits import EditError, check_instruction, check_require
 from clvr_jax.reasoning.trajectory import Step
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
-from clvr_jax.serving.loops import entry_of, loop_item, running_job
+from clvr_jax.serving.loops import OWN_FIELDS, entry_of, loop_item, running_job
 from clvr_jax.serving.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
 from clvr_jax.serving.scheduler import EndedError
 from clvr_jax.serving.service import Service
@@ -82,7 +82,8 @@ def _branch(service: Service, loop_id: str, body: BranchRequest) -> LoopSpec:
     _check(service, prompt, body.instruction)
     # The limits and the sampling of the other loop, whichever endpoint it came from.
     fields: dict[str, Any] = {**entry["request"], "prompt": prompt, "seed": body.seed}
-    fields.pop("parent", None)
+    for name in OWN_FIELDS:
+        fields.pop(name, None)
     (spec,) = service.specs(EditRequest.model_validate(fields), images)
     has_new_prompt = prompt != entry["prompt"]
     try:

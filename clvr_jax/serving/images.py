@@ -15,9 +15,9 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
-from clvr_jax.image_io import as_pil
+from clvr_jax.image_io import ImageLike, as_pil
 from clvr_jax.reasoning.context import conditioning_text
-from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
+from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError, of_validation
 from clvr_jax.serving.jobs import LoopJob
@@ -105,15 +105,15 @@ async def _answer(
     try:
         trajectories = [await result_of(job.result, request, leave) for job in jobs]
         entries = [
-            await asyncio.to_thread(_entry, body, job, trajectory, str(request.base_url))
+            await asyncio.to_thread(entry_for, body, job, trajectory, str(request.base_url))
             for job, trajectory in zip(jobs, trajectories, strict=True)
         ]
     except ApiError:
         leave()  # the other images of a request that failed
         raise
-    usage = _usage(service, list(zip(jobs, trajectories, strict=True)))
-    size = _size_of(trajectories[0])
-    return JSONResponse({"created": int(time.time()), "data": entries, **_format(body, size), "usage": usage})
+    usage = usage_of(service, trajectories)
+    size = size_of(trajectories[0].image)
+    return JSONResponse({"created": int(time.time()), "data": entries, **format_fields(body, size), "usage": usage})
 
 
 async def _stream(service: Service, body: ImageRequest, job: LoopJob, kind: str) -> AsyncIterator[bytes]:
@@ -126,22 +126,23 @@ async def _stream(service: Service, body: ImageRequest, job: LoopJob, kind: str)
             image = job.state.steps[event["step"]].image
             assert image is not None
             encoded = await asyncio.to_thread(encode, image, body.kind, body.output_compression)
-            size = f"{as_pil(image).width}x{as_pil(image).height}"
+            size = size_of(image)
             data = {"type": f"{kind}.partial_image", "b64_json": base64.b64encode(encoded).decode(),
-                    "partial_image_index": sent, "created_at": int(time.time()), **_format(body, size)}  # fmt: skip
+                    "partial_image_index": sent, "created_at": int(time.time()),
+                    **format_fields(body, size)}  # fmt: skip
             yield event_bytes(data, data["type"])
             sent += 1
     try:
         trajectory = job.result.result(timeout=5)  # the log is complete, so it is there
     except Exception as error:
         raise api_error(error) from error
-    entry = await asyncio.to_thread(_entry, body, job, trajectory, "")
+    entry = await asyncio.to_thread(entry_for, body, job, trajectory, "")
     data = {"type": f"{kind}.completed", **entry, "created_at": int(time.time()),
-            **_format(body, _size_of(trajectory)), "usage": _usage(service, [(job, trajectory)])}  # fmt: skip
+            **format_fields(body, size_of(trajectory.image)), "usage": usage_of(service, [trajectory])}  # fmt: skip
     yield event_bytes(data, data["type"])
 
 
-def _entry(body: ImageRequest, job: LoopJob, trajectory: Trajectory, base_url: str) -> dict[str, Any]:
+def entry_for(body: ImageRequest, job: LoopJob, trajectory: Trajectory, base_url: str) -> dict[str, Any]:
     """Returns one image of a response. Raises: ApiError if the loop has no image."""
     if job.is_interrupted:
         raise ApiError(
@@ -157,7 +158,7 @@ def _entry(body: ImageRequest, job: LoopJob, trajectory: Trajectory, base_url: s
         content = {"b64_json": base64.b64encode(encode(image, body.kind, body.output_compression)).decode()}
     return {
         **content,
-        "revised_prompt": _conditioning(trajectory, best),
+        "revised_prompt": conditioning_of(trajectory.prompt, trajectory.steps, best),
         "seed": trajectory.seed,
         "loop_id": job.id,
         "outcome": trajectory.outcome,
@@ -165,30 +166,31 @@ def _entry(body: ImageRequest, job: LoopJob, trajectory: Trajectory, base_url: s
     }
 
 
-def _conditioning(trajectory: Trajectory, step: int) -> str:
+def conditioning_of(prompt: str, steps: Sequence[Step], step: int) -> str:
     """Returns the text that the image of a step was generated from, with all replies."""
-    own = trajectory.steps[step]
+    own = steps[step]
     if not own.reasoning:
-        return trajectory.prompt
-    replies = [trajectory.steps[number].reasoning for number in own.references]
-    return conditioning_text(trajectory.prompt, [*replies, own.reasoning])
+        return prompt
+    replies = [steps[number].reasoning for number in own.references]
+    return conditioning_text(prompt, [*replies, own.reasoning])
 
 
-def _format(body: ImageRequest, size: str) -> dict[str, Any]:
-    """Fields that say how the image was made. An automatic quality is high: a loop with all its steps."""
+def format_fields(body: ImageRequest, size: str) -> dict[str, Any]:
+    """Returns fields that say how the image was made. An automatic quality is high: a loop with all its steps."""
     quality = "high" if body.level == "auto" and body.mode != "one-shot" else body.level
     quality = "low" if quality == "auto" else quality
     return {"background": "opaque", "output_format": body.kind, "quality": quality, "size": size}
 
 
-def _size_of(trajectory: Trajectory) -> str:
-    if trajectory.image is None:
+def size_of(image: ImageLike | None) -> str:
+    """Returns the size of an image as WIDTHxHEIGHT; "auto" without one."""
+    if image is None:
         return "auto"
-    image = as_pil(trajectory.image)
-    return f"{image.width}x{image.height}"
+    pillow = as_pil(image)
+    return f"{pillow.width}x{pillow.height}"
 
 
-def _usage(service: Service, results: Sequence[tuple[LoopJob, Trajectory]]) -> dict[str, Any]:
+def usage_of(service: Service, trajectories: Sequence[Trajectory]) -> dict[str, Any]:
     """Counts tokens: of the prompts and the users' images as input, of all generated images as output."""
     token = service.models.token_pixels
 
@@ -196,14 +198,14 @@ def _usage(service: Service, results: Sequence[tuple[LoopJob, Trajectory]]) -> d
         pil = as_pil(image)
         return (pil.width // token) * (pil.height // token)
 
-    text = sum(service.models.flux.prompt_length(job.spec.prompt) for job, _ in results)
-    given = sum(tokens(image) for job, _ in results for image in job.spec.images)
-    made = sum(tokens(step.image) for _, trajectory in results for step in trajectory.generated)
+    text = sum(service.models.flux.prompt_length(each.prompt) for each in trajectories)
+    given = sum(tokens(image) for each in trajectories for image in each.given_images)
+    made = sum(tokens(step.image) for each in trajectories for step in each.generated)
     return {
         "input_tokens": text + given,
         "output_tokens": made,
         "total_tokens": text + given + made,
         "input_tokens_details": {"text_tokens": text, "image_tokens": given},
-        "generations": sum(len(trajectory.generated) for _, trajectory in results),
-        "nfe": sum(trajectory.nfe for _, trajectory in results),
+        "generations": sum(len(each.generated) for each in trajectories),
+        "nfe": sum(each.nfe for each in trajectories),
     }

@@ -17,6 +17,7 @@ from clvr_jax.reasoning.editable import Branch, EditablePromptState
 from clvr_jax.reasoning.events import Edited, Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import GeneratedImage
 from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions
+from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
@@ -155,7 +156,8 @@ class LoopJob:
             self.log.append("best", step=best)
         if works and isinstance(works[0], GenerationWork | OneShotWork):
             steps = self.spec.sampling.steps or self._models.flux.settings.num_inference_steps
-            self.log.append("generation_started", images=len(works), num_inference_steps=steps)
+            self.log.append("generation_started", step=len(self.state.steps), images=len(works),
+                            num_inference_steps=steps)  # fmt: skip
         return [Task(self._models.key(work, self.spec.sampling), self, work) for work in works]
 
     def receive(self, work: Any, result: Any, seconds: float) -> None:
@@ -184,7 +186,7 @@ class LoopJob:
             kind = "plan" if is_plan else "decision"
             self.log.append(kind, text=event.text, attempt=event.attempt, error=event.error)
         elif isinstance(event, PlanVerified):
-            self.log.append("plan_verification", attempt=event.attempt, **_shown(event.verification.to_dict()))
+            self.log.append("plan_verification", attempt=event.attempt, **_shown(event.verification))
         elif isinstance(event, Generated):
             step = event.step
             self.log.append("image", step=event.number, image_id=f"{self.id}_{event.number}", nfe=step.nfe,
@@ -196,7 +198,7 @@ class LoopJob:
                             max_nfe=self.spec.budget.max_nfe, max_seconds=self.spec.budget.max_seconds)  # fmt: skip
         elif isinstance(event, Verified):
             self.log.append("verification", step=event.number, accepted=event.verification.accepted,
-                            **_shown(event.verification.to_dict()))  # fmt: skip
+                            **_shown(event.verification))  # fmt: skip
         elif isinstance(event, Selected):
             self.log.append("selected", step=event.number, among=list(event.among))
         elif isinstance(event, RolledBack):
@@ -243,5 +245,6 @@ class ChatJob:
         self.result.set_exception(error)
 
 
-def _shown(verification: dict[str, Any]) -> dict[str, Any]:
-    return {"description": verification["description"], "requirements": verification["requirements"]}
+def _shown(verification: Verification) -> dict[str, Any]:
+    shown = {"description": verification.description, "report": verification.report}
+    return {**shown, "requirements": verification.to_dict()["requirements"]}

@@ -20,6 +20,8 @@ from clvr_jax.serving.service import Service
 from clvr_jax.serving.streams import KEEPALIVE, event_bytes, stream_response
 
 _MAX_PAGE = 100
+OWN_FIELDS = ("parent", "response")
+"""What is stored in the request of a loop, but is no field of it: see `edits` and `responses`."""
 
 
 def loop_routes(service: Service) -> APIRouter:
@@ -137,8 +139,8 @@ def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[
 
 def _shown(service: Service, entry: dict[str, Any]) -> dict[str, Any]:
     """Returns an entry of the index as the API shows it, with what only a running loop knows."""
-    request = dict(entry["request"])
-    shown = {"object": "loop", **entry, "image_id": None, "parent": request.pop("parent", None), "request": request}
+    request = {name: value for name, value in entry["request"].items() if name not in OWN_FIELDS}
+    shown = {"object": "loop", **entry, "image_id": None, "parent": entry["request"].get("parent"), "request": request}
     best = entry["best"]
     job = service.jobs.get(entry["id"])
     if job is not None:

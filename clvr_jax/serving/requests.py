@@ -28,6 +28,15 @@ UNSUPPORTED = {
     "logit_bias": "logits cannot be biased",
     "audio": "the models read and write text and images",
     "modalities": "the models read and write text and images",
+    "instructions": "the controller follows the instructions that it was trained on; put your wishes into the input",
+    "reasoning": "the loop's effort is set by quality, max_steps, max_nfe and max_seconds",
+    "max_output_tokens": "the loop is limited by max_steps, max_nfe and max_seconds",
+    "text": "the output is images",
+    "temperature": "the image model has no temperature; seed sets what is random",
+    "include": "the output always has everything",
+    "conversation": "give previous_response_id",
+    "parallel_tool_calls": "there is one tool, which is called for each image",
+    "input_image_mask": "the model edits whole images; describe the change in the input",
     "verification": "this server always verifies with a separate verifier",
 }
 """Fields of OpenAI's API and of our command line that the server knows and refuses, each with the reason."""
@@ -49,12 +58,19 @@ Prompt = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT_CHARACTERS), A
 Seed = Annotated[int, Field(ge=0, lt=2**31)]
 
 
-class LoopFields(StrictModel):
-    """Fields that both the images endpoints and POST /v1/loops take. None takes the default."""
+def _check_size(value: str) -> str:
+    if value != "auto" and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value):
+        raise ValueError("give auto or WIDTHxHEIGHT in pixels, such as 1024x768")
+    return value
 
-    prompt: Prompt
+
+SizeText = Annotated[str, AfterValidator(_check_size)]
+
+
+class LoopOptions(StrictModel):
+    """How images are generated: the fields that all endpoints with images take. None takes the default."""
+
     model: Annotated[str, Field(max_length=300)] | None = None
-    size: str | None = None
     mode: Mode | None = None
     seed: Seed | None = None
     num_inference_steps: Annotated[int, Field(ge=1, lt=2**31)] | None = None
@@ -72,23 +88,8 @@ class LoopFields(StrictModel):
             raise ValueError("must be a finite number")
         return value
 
-    @field_validator("size")
-    @classmethod
-    def _is_size(cls, value: str | None) -> str | None:
-        if value not in (None, "auto") and not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", value or ""):
-            raise ValueError("give auto or WIDTHxHEIGHT in pixels, such as 1024x768")
-        return value
-
-    @property
-    def height_and_width(self) -> tuple[int, int] | None:
-        """The size in pixels; None for auto."""
-        if self.size in (None, "auto"):
-            return None
-        width, height = map(int, str(self.size).split("x"))
-        return height, width
-
     @model_validator(mode="after")
-    def _check_one_shot(self) -> LoopFields:
+    def _check_one_shot(self) -> LoopOptions:
         if self.chosen_mode == "one-shot":
             names = ("max_steps", "max_nfe", "max_seconds", "stop_when", "candidates")
             if given := [name for name in names if getattr(self, name) is not None]:
@@ -103,7 +104,23 @@ class LoopFields(StrictModel):
         return self.mode
 
 
+class LoopFields(LoopOptions):
+    """Fields that both the images endpoints and POST /v1/loops take."""
+
+    prompt: Prompt
+    size: SizeText | None = None
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """The size in pixels; None for auto."""
+        if self.size in (None, "auto"):
+            return None
+        width, height = map(int, str(self.size).split("x"))
+        return height, width
+
+
 Quality = Literal["auto", "low", "medium", "high", "standard", "hd"]
+OutputFormat = Literal["png", "jpeg", "webp"]
 MEDIUM_STEPS = 4
 """Limit on the images of a loop with quality medium."""
 
@@ -113,7 +130,7 @@ class ImageRequest(LoopFields):
 
     n: Annotated[int, Field(ge=1, le=10)] | None = None
     quality: Quality | None = None
-    output_format: Literal["png", "jpeg", "webp"] | None = None
+    output_format: OutputFormat | None = None
     output_compression: Annotated[int, Field(ge=0, le=100)] | None = None
     background: Literal["auto", "opaque"] | None = None
     moderation: Literal["auto", "low"] | None = None
@@ -245,8 +262,8 @@ class ChatMessage(StrictModel):
     @model_validator(mode="after")
     def _check_images(self) -> ChatMessage:
         parts = [] if isinstance(self.content, str) else self.content
-        if self.role != "user" and any(isinstance(part, ImagePart) for part in parts):
-            raise ValueError(f"a message of the role {self.role} has no images")
+        if self.role == "system" and any(isinstance(part, ImagePart) for part in parts):
+            raise ValueError("a message of the role system has no images")
         return self
 
 
@@ -256,15 +273,23 @@ class StreamOptions(StrictModel):
     include_usage: bool | None = None
 
 
-class ChatRequest(StrictModel):
-    """The body of POST /v1/chat/completions."""
+ONLY_TEXT = ("max_tokens", "max_completion_tokens", "temperature", "logprobs", "top_logprobs")
+"""Fields of a chat that only the vision-language model takes."""
+ONLY_IMAGES = ("size", "quality", "output_format", *(name for name in LoopOptions.model_fields if name != "seed"))
+"""Fields of a chat that only the image model takes, `model` apart."""
+
+
+class ChatRequest(LoopOptions):
+    """The body of POST /v1/chat/completions, for the vision-language model or for the image model."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=256)]
-    model: Annotated[str, Field(max_length=300)]
+    model: Annotated[str, Field(max_length=300)] | None  # required, and null is refused
+    size: SizeText | None = None
+    quality: Quality | None = None
+    output_format: OutputFormat | None = None
     max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    seed: Seed | None = None
     n: Literal[1] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -274,6 +299,8 @@ class ChatRequest(StrictModel):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> ChatRequest:
+        if self.model is None:
+            raise ValueError("name the model; GET /v1/models lists them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs")
         if self.stream_options is not None and not self.stream:

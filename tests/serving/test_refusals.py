@@ -70,7 +70,7 @@ REFUSED = [
     (CHAT, chat(messages=[]), 422, "messages"),
     (CHAT, chat(messages=[{}] * 100_000), 400, None),  # more values than are read
     (CHAT, chat(messages=[{"role": "tool", "content": "x"}]), 422, "messages.0.role"),
-    (CHAT, chat(model="shapes-tiny"), 404, "model"),
+    (CHAT, chat(model="gpt-5"), 404, "model"),
     (CHAT, chat(messages=url_message("https://example.com/a.png")), 400, "image_url"),
     (CHAT, chat(messages=url_message("file:///etc/passwd")), 400, "image_url"),
 ]
