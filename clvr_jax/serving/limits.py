@@ -18,7 +18,7 @@ class Limits:
       max_running: prompts whose loops run at the same time.
       max_queue: prompts and chats that wait; further ones are refused with status 429.
       max_batch: works in one batch, at most `MAX_BATCH`.
-      window_seconds: how long a work waits for others that could share its batch.
+      window_seconds: how long the first work of a request waits for others that could share its batch.
       image_rows: rows in each call of the diffusion model, see `Flux2Pipeline.generate_each`.
       max_body_bytes: size of the body of a request.
       max_body_seconds: time until the body of a request is complete.

@@ -1,51 +1,56 @@
-"""Fair queues: works of one key share a batch, and device time is divided among the keys.
+"""Queues by key: works of one key share a batch, and the largest group goes first.
 
-Deficit round robin over seconds: each visit of a key adds `QUANTUM_SECONDS` to its deficit; its next batch runs as soon
-as the deficit covers the seconds that a batch of this key took so far. A key with expensive batches is therefore
-visited more often before it runs, and none waits forever.
-Source: Shreedhar and Varghese, "Efficient Fair Queuing using Deficit Round Robin" (1995), with seconds for bytes.
+Loops that wait at the same stage form a group. The largest group moves through the stages together and takes along
+those that it meets, so loops get into step and their batches grow. If each key had its turn in a round, small groups
+would be performed as soon as they form, and loops would stay out of step. A key that was passed over `MAX_PASSES` times
+is next, whatever its size, so none waits forever.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import deque
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
-QUANTUM_SECONDS = 0.05
-_SMOOTHING = 0.3
-"""Weight of the latest batch in the average seconds of a key."""
-_MAX_KNOWN = 4096
-"""Maximum number of keys whose average seconds are kept."""
+MAX_PASSES = 12
+"""How many batches of other keys a key that is ready lets pass. A loop has about six stages, so a group that moves
+through them comes by earlier."""
 
 
 @dataclass
 class _Queue(Generic[Item]):
+    """Items with the time from which each may be performed alone, and how often others were performed meanwhile."""
+
     items: deque[tuple[float, Item]] = field(default_factory=deque)
-    deficit: float = 0.0
+    passes: int = 0
 
 
-class FairQueues(Generic[Item]):
+class GroupQueues(Generic[Item]):
     """Queues by key. Not safe for several threads; the scheduler holds its lock.
 
     Args:
       max_batch: maximum number of items in a batch.
-      window: seconds that the oldest item of a key waits for others, if the batch is not full.
     """
 
-    def __init__(self, max_batch: int, window: float):
-        self._max_batch, self._window = max_batch, window
-        self._queues: OrderedDict[Hashable, _Queue[Item]] = OrderedDict()
-        self._seconds: OrderedDict[Hashable, float] = OrderedDict()
+    def __init__(self, max_batch: int):
+        self._max_batch = max_batch
+        self._queues: dict[Hashable, _Queue[Item]] = {}
 
     def __len__(self) -> int:
         return sum(len(queue.items) for queue in self._queues.values())
 
-    def add(self, key: Hashable, item: Item, now: float) -> None:
-        """Appends an item that arrived at `now`, in seconds of a monotonic clock."""
-        self._queues.setdefault(key, _Queue()).items.append((now, item))
+    def add(self, key: Hashable, item: Item, ready: float) -> None:
+        """Appends an item.
+
+        Args:
+          key: items with equal keys share a batch.
+          item: what is performed.
+          ready: the time, in seconds of a monotonic clock, until which it waits for others to share its batch, unless
+            the batch is full or one of its items is ready.
+        """
+        self._queues.setdefault(key, _Queue()).items.append((ready, item))
 
     def remove(self, is_removed: Callable[[Item], bool]) -> list[Item]:
         """Removes and returns the items for which the function is true."""
@@ -59,38 +64,31 @@ class FairQueues(Generic[Item]):
 
     def next_batch(self, now: float) -> tuple[Any, list[Item]] | None:
         """Removes and returns the next batch with its key; None if no key is ready."""
-        while any(self._ready_at(key) <= now for key in self._queues):
-            for key, queue in list(self._queues.items()):
-                if self._ready_at(key) > now:
-                    continue
-                # Before the key's first batch its cost is unknown, and it may run at once.
-                if queue.deficit >= self._seconds.get(key, 0.0):
-                    return key, self._take(key)
-                queue.deficit += QUANTUM_SECONDS
-                self._queues.move_to_end(key)  # the end of its turn
-        return None
+        ready = [key for key in self._queues if self._ready_at(key) <= now]
+        if not ready:
+            return None
+        chosen = max(ready, key=self._priority)
+        for key in ready:
+            self._queues[key].passes += 1
+        return chosen, self._take(chosen)
 
     def seconds_until_ready(self, now: float) -> float | None:
         """Returns the seconds until a key is ready, 0 if one is; None if there are no items."""
         return max(0.0, min(map(self._ready_at, self._queues)) - now) if self._queues else None
 
-    def charge(self, key: Hashable, seconds: float) -> None:
-        """Adds the seconds that a batch of this key took; they are subtracted from the key's deficit."""
-        known = self._seconds.pop(key, seconds)
-        self._seconds[key] = (1 - _SMOOTHING) * known + _SMOOTHING * seconds
-        if len(self._seconds) > _MAX_KNOWN:
-            self._seconds.popitem(last=False)
-        if key in self._queues:
-            self._queues[key].deficit -= seconds
+    def _priority(self, key: Hashable) -> tuple[bool, int, int]:
+        """Returns what is compared: a key that waited too long, the larger batch, the longer wait."""
+        queue = self._queues[key]
+        return queue.passes >= MAX_PASSES, min(len(queue.items), self._max_batch), queue.passes
 
     def _ready_at(self, key: Hashable) -> float:
         items = self._queues[key].items
-        return items[0][0] + (0.0 if len(items) >= self._max_batch else self._window)
+        return float("-inf") if len(items) >= self._max_batch else min(ready for ready, _ in items)
 
     def _take(self, key: Hashable) -> list[Item]:
-        """Removes a batch of a key, whose turn continues while its deficit covers a further batch."""
-        items = self._queues[key].items
-        batch = [items.popleft()[1] for _ in range(min(self._max_batch, len(items)))]
-        if not items:
-            del self._queues[key]  # an idle key saves up no device time
+        queue = self._queues[key]
+        batch = [queue.items.popleft()[1] for _ in range(min(self._max_batch, len(queue.items)))]
+        queue.passes = 0
+        if not queue.items:
+            del self._queues[key]
         return batch

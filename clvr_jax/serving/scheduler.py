@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from clvr_jax.errors import ClvrError
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.metrics import Metrics
-from clvr_jax.serving.queues import FairQueues
+from clvr_jax.serving.queues import GroupQueues
 
 _log = logging.getLogger("clvr.serving")
 
@@ -104,7 +104,7 @@ class Scheduler:
         self._changed = threading.Condition()
         self._waiting: deque[tuple[Job, float]] = deque()
         self._running: dict[str, _Running] = {}
-        self._queues: FairQueues[Task] = FairQueues(limits.max_batch, limits.window_seconds)
+        self._queues: GroupQueues[Task] = GroupQueues(limits.max_batch)
         self._stops: dict[str, tuple[Job, str]] = {}
         self._changes: deque[tuple[Job, Callable[[], None], Future[None]]] = deque()
         self._is_draining = self._is_ending = False
@@ -197,8 +197,6 @@ class Scheduler:
                 self._perform_safely(key, tasks)
                 seconds = time.monotonic() - began
                 self._metrics.observe_batch(key, len(tasks), seconds)
-                with self._changed:
-                    self._queues.charge(key, seconds)
         except BaseException as error:
             self.failure = error
             _log.exception("the device thread failed")
@@ -231,7 +229,7 @@ class Scheduler:
         self._metrics.queue_seconds.observe(now - arrived)
         self._running[job.id] = _Running(job, now)
         self._metrics.running.set(len(self._running))
-        self._advance(self._running[job.id])
+        self._advance(self._running[job.id], self._limits.window_seconds)
 
     def _stop(self, job: Job, outcome: str) -> None:
         run = self._running.get(job.id)
@@ -264,8 +262,14 @@ class Scheduler:
             self._advance(run)
         done.set_result(None)
 
-    def _advance(self, run: _Running) -> None:
-        """Queues the next tasks of a job, or ends it."""
+    def _advance(self, run: _Running, window: float = 0.0) -> None:
+        """Queues the next tasks of a job, or ends it.
+
+        Args:
+          run: the job.
+          window: seconds that its tasks wait for others. Only new jobs wait, because others arrive with them; while a
+            job runs, all others that run are queued whenever the device is free.
+        """
         now = time.monotonic()
         try:
             tasks = run.job.tasks(now - run.started)
@@ -278,7 +282,7 @@ class Scheduler:
             self._end(run)
         run.remaining = len(tasks)
         for task in tasks:
-            self._queues.add(task.key, task, now)
+            self._queues.add(task.key, task, now + window)
 
     def _end(self, run: _Running, error: BaseException | None = None) -> None:
         if error is not None:

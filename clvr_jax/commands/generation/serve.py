@@ -32,7 +32,7 @@ class LimitOptions:
     max_batch: int = 16
     """Perform at most this many works (replies, generations, verifications) in one batch, up to 16."""
     window_ms: float = 5.0
-    """Let a work wait this many milliseconds, up to 20, for others that can share its batch."""
+    """Let the first work of a request wait this many milliseconds, up to 20, for others that can share its batch."""
     image_rows: int = 1
     """Generate this many images in every call of the diffusion model: 1, 2, 4, 8 or 16. A call with fewer images is
     filled up, so that an image has the same bytes in any batch. With 1 it also has those of clvr generate."""
