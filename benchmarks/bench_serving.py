@@ -3,9 +3,12 @@
 python benchmarks/bench_serving.py --requests 40 --equality-requests 8
 
 Starts `clvr serve` as a process of its own, on loopback. `--requests` are sent 50 at a time, a tenth of them canceled
-and a twentieth malformed; `--equality-requests` are made alone and then all at once, and must give the same bytes.
+and a twentieth malformed; each must be answered once. Then more loops than the queue holds are sent, and the process is
+killed and started again. `--equality-requests` are made alone and then all at once, and must give the same bytes.
+`--batch-clients` run loops at the same time, for the mean number of works in a batch.
 """
 
+import os
 import random
 import re
 import resource
@@ -26,30 +29,32 @@ import tyro
 
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
+MAX_QUEUE = 64
 _MALFORMED = [{}, {"prompt": ""}, {"prompt": "x", "n": 99}, {"prompt": "x", "unknown": 1}, {"prompt": "x", "size": "a"}]
 
 
 @contextmanager
-def serving(model: str, image_rows: int, max_queue: int) -> Iterator[tuple[str, int]]:
-    """Starts a server; yields its address and its process id."""
-    with tempfile.TemporaryDirectory() as out:
-        began = time.monotonic()
-        command = [sys.executable, "-m", "clvr_jax.cli", "serve", "--model", model, "--port", "0", "--out", out]
-        command += ["--image-rows", str(image_rows), "--max-queue", str(max_queue)]
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        try:
-            line = process.stderr.readline()
-            found = re.search(r"http://[\d.]+:\d+", line)
-            assert found is not None, line + process.stderr.read()
-            threading.Thread(target=process.stderr.read, daemon=True).start()
-            while httpx2.get(f"{found[0]}/health").status_code != 200:
-                time.sleep(0.1)
-            print(f"ready after {time.monotonic() - began:.1f} s")
-            yield found[0], process.pid
-        finally:
-            process.terminate()
-            process.wait(120)
+def serving(model: str, image_rows: int, out: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Starts a server; yields its address and its process."""
+    began = time.monotonic()
+    command = [sys.executable, "-m", "clvr_jax.cli", "serve", "--model", model, "--port", "0", "--out", out]
+    command += ["--image-rows", str(image_rows), "--max-queue", str(MAX_QUEUE)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    try:
+        line = process.stderr.readline()
+        found = re.search(r"http://[\d.]+:\d+", line)
+        assert found is not None, line + process.stderr.read()
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        while httpx2.get(f"{found[0]}/health").status_code != 200:
+            time.sleep(0.1)
+        used = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
+        cpu = used / os.sysconf("SC_CLK_TCK")
+        print(f"ready after {time.monotonic() - began:.1f} s, {cpu:.1f} CPU s", flush=True)
+        yield found[0], process
+    finally:
+        process.terminate()
+        process.wait(120)
 
 
 def prompt_of(number: int) -> str:
@@ -57,9 +62,9 @@ def prompt_of(number: int) -> str:
     return str(train_prompt(np.random.default_rng((11, number)))["prompt"])
 
 
-def generate(client: httpx2.Client, number: int, mode: str) -> httpx2.Response:
+def generate(client: httpx2.Client, number: int, mode: str, user: str = "bench") -> httpx2.Response:
     """Requests one image."""
-    body = {"prompt": prompt_of(number), "seed": number, "mode": mode}
+    body = {"prompt": prompt_of(number), "seed": number, "mode": mode, "user": user}
     return client.post("/v1/images/generations", json=body)
 
 
@@ -95,14 +100,15 @@ def endurance(url: str, count: int) -> Counter[str]:
                 answer = client.post("/v1/images/generations", json=_MALFORMED[number % len(_MALFORMED)])
                 return "malformed: refused" if answer.status_code == 422 else f"malformed: {answer.status_code}"
             if kind < 0.15:
-                answer = client.post("/v1/loops", json={"prompt": prompt_of(number % 32)})
-                if answer.status_code != 202:
-                    return f"canceled: {answer.status_code}"
+                body = {"prompt": prompt_of(number % 32), "user": f"request {number}"}
+                while (answer := client.post("/v1/loops", json=body)).status_code == 429:
+                    refused.append(number)
+                    time.sleep(float(answer.headers["retry-after"]))
                 loop_id = answer.json()["id"]
                 client.post(f"/v1/loops/{loop_id}/cancel")
                 events = client.get(f"/v1/loops/{loop_id}/events").text
                 return f"canceled: {events.count('event: done')} end"
-            while (answer := generate(client, number % 32, "one-shot")).status_code == 429:
+            while (answer := generate(client, number % 32, "one-shot", f"request {number}")).status_code == 429:
                 refused.append(number)
                 time.sleep(float(answer.headers["retry-after"]))
             return f"image: {answer.status_code}"
@@ -112,7 +118,31 @@ def endurance(url: str, count: int) -> Counter[str]:
     refused: list[int] = []
     with httpx2.Client(base_url=url, timeout=600, limits=limits) as client, ThreadPoolExecutor(50) as pool:
         ended = Counter(pool.map(one, range(count)))
-    return ended + Counter({"429 and tried again": len(refused)})
+        users = Counter(entry["user"] for entry in history(client))
+    twice = sum(number > 1 for user, number in users.items() if user.startswith("request "))
+    expected = sum(number for kind, number in ended.items() if not kind.startswith("malformed"))
+    listed = sum(user.startswith("request ") for user in users)
+    ended |= {"stored once": listed - twice, "stored twice": twice, "not stored": expected - listed}
+    return Counter(ended) + Counter({"429 and tried again": len(refused)})
+
+
+def history(client: httpx2.Client) -> Iterator[dict[str, str]]:
+    """All stored loops, newest first: id, status, user."""
+    page = client.get("/v1/loops", params={"limit": 100}).json()
+    while True:
+        for entry in page["data"]:
+            yield {"id": entry["id"], "status": entry["status"], "user": entry["request"].get("user", "")}
+        if not page["has_more"]:
+            return
+        page = client.get("/v1/loops", params={"limit": 100, "before": page["data"][-1]["id"]}).json()
+
+
+def overload(url: str) -> tuple[Counter[int], list[str]]:
+    """Statuses of more loops than run and wait at the same time, and the ids of those that were accepted."""
+    with httpx2.Client(base_url=url, timeout=600) as client:
+        answers = [client.post("/v1/loops", json={"prompt": prompt_of(number)}) for number in range(MAX_QUEUE + 64)]
+    accepted = [answer.json()["id"] for answer in answers if answer.status_code == 202]
+    return Counter(answer.status_code for answer in answers), accepted
 
 
 def resident_mib(process: int) -> float:
@@ -129,30 +159,59 @@ def mean_batches(url: str) -> dict[str, float]:
     return {stage: round(float(sums[stage]) / float(counts[stage]), 2) for stage in sums}
 
 
+def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
+    """How many loops have which status after the process was killed, by their status before."""
+    with httpx2.Client(base_url=url, timeout=600) as client:
+        now = {entry["id"]: entry["status"] for entry in history(client)}
+    return Counter(f"{status} -> {now.get(loop, 'lost')}" for loop, status in before.items())
+
+
 def main(
-    model: str = "shapes-tiny", images: int = 16, requests: int = 40, equality_requests: int = 8, image_rows: int = 1
+    model: str = "shapes-tiny",
+    images: int = 16,
+    requests: int = 40,
+    equality_requests: int = 8,
+    batch_clients: int = 0,
+    image_rows: int = 1,
 ) -> None:
     """Measures a server.
 
     Args:
       model: to serve.
-      images: per measurement of throughput.
-      requests: of the endurance test; 0 leaves it out.
+      images: per measurement of throughput; 0 leaves it out.
+      requests: of the endurance test; 0 leaves it out, and the restart.
       equality_requests: made alone and in a crowd; 0 leaves them out.
+      batch_clients: loops that run at the same time, two for each client; 0 leaves them out.
       image_rows: of the server.
     """
-    with serving(model, image_rows, max_queue=32) as (url, process):
-        for mode in ("one-shot", "loop"):
-            throughput(url, 8, min(images, 8), mode)  # compiles
-            single, eight = throughput(url, 1, images, mode), throughput(url, 8, images, mode)
-            print(f"{mode}: 1 client {single:.2f} images/s, 8 clients {eight:.2f}, {eight / single:.2f}x")
-        print("mean batch:", mean_batches(url))
-        if equality_requests:
-            print(f"equality: {equality(url, equality_requests)} of {equality_requests} images differ in a crowd")
+    load = Path("/proc/loadavg").read_text().split()[0]
+    print(f"load of the machine before: {load}, {os.cpu_count()} CPUs", flush=True)
+    with tempfile.TemporaryDirectory() as out:
+        before: dict[str, str] = {}
+        with serving(model, image_rows, out) as (url, process):
+            for mode in ("one-shot", "loop") if images else ():
+                throughput(url, 8, min(images, 8), mode)  # compiles
+                single, eight = throughput(url, 1, images, mode), throughput(url, 8, images, mode)
+                print(f"{mode}: 1 client {single:.2f} images/s, 8 clients {eight:.2f}, {eight / single:.2f}x")
+            if batch_clients:
+                throughput(url, batch_clients, 2 * batch_clients, "loop")
+                print(f"mean batch, {batch_clients} clients:", mean_batches(url), flush=True)
+            if equality_requests:
+                differ = equality(url, equality_requests)
+                print(f"equality: {differ} of {equality_requests} images differ in a crowd", flush=True)
+            if requests:
+                memory = resident_mib(process.pid)
+                print(f"endurance, {requests} requests:", dict(endurance(url, requests)))
+                print(f"resident memory {memory:.0f} -> {resident_mib(process.pid):.0f} MiB")
+                statuses, accepted = overload(url)
+                print(f"{sum(statuses.values())} loops above the queue: {dict(statuses)}", flush=True)
+                with httpx2.Client(base_url=url, timeout=600) as client:
+                    before = {entry["id"]: entry["status"] for entry in history(client)}
+                assert set(accepted) <= set(before)
+                process.kill()
         if requests:
-            before = resident_mib(process)
-            print(f"endurance, {requests} requests:", dict(endurance(url, requests)))
-            print(f"resident memory {before:.0f} -> {resident_mib(process):.0f} MiB")
+            with serving(model, image_rows, out) as (url, _):
+                print("killed and started again:", dict(after_restart(url, before)))
 
 
 if __name__ == "__main__":

@@ -68,6 +68,10 @@ _PLAN = re.compile(rf"(?<![\w<]){_BOLD}Plan{_BOLD}:{_BOLD}[ \t]*(?P<items>.*?){_
 _NOTHING = frozenset({"nothing", "none"})
 
 
+NO_IMAGE = -1
+"""The step number of the first reply, which judges no image."""
+
+
 class ParseError(ClvrError):
     """A reply that breaks the contract; the message says how."""
 
@@ -94,6 +98,21 @@ class Reply:
     def text(self) -> str:
         """The reply in a conversation: reasoning and action token."""
         return self.reasoning + self.action
+
+
+@dataclass(frozen=True)
+class PendingReply:
+    """A reply whose images are still to be generated.
+
+    Attributes:
+      reply: what the controller replied.
+      attempts: how many replies were sampled until one could be parsed; 0 if the user wrote it.
+      redraw: how many images were generated from this reply before.
+    """
+
+    reply: Reply
+    attempts: int = 1
+    redraw: int = 0
 
 
 def parse(text: str, has_image: bool) -> Reply:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from clvr_jax.image_io import ImageLike
-from clvr_jax.reasoning.actions import IMAGE_GEN, Reply
+from clvr_jax.reasoning.actions import IMAGE_GEN, NO_IMAGE, PendingReply, Reply
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.edits import Edit, EditError, Parent, check_instruction, check_requirements
 from clvr_jax.reasoning.events import Edited, Event, RolledBack
-from clvr_jax.reasoning.prompt_state import NO_IMAGE, PendingReply, PromptState
+from clvr_jax.reasoning.prompt_state import PromptState
 from clvr_jax.reasoning.protocols import Conversation
 from clvr_jax.reasoning.trajectory import Step
 

@@ -7,11 +7,11 @@ and hands the results back. Nothing in a state depends on other prompts of the b
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from clvr_jax.image_io import ImageLike
-from clvr_jax.reasoning.actions import TERMINATE, ParseError, Reply, parse, plan_items
+from clvr_jax.reasoning.actions import NO_IMAGE, TERMINATE, ParseError, PendingReply, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
 from clvr_jax.reasoning.edits import Edit, Parent
 from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
@@ -42,24 +42,6 @@ from clvr_jax.reasoning.work import (
 ROLLBACK_MARGIN = 0.5
 """Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
 changes of probabilities do not cause a roll-back."""
-
-NO_IMAGE = -1
-"""The step number of the first reply, which judges no image."""
-
-
-@dataclass(frozen=True)
-class PendingReply:
-    """A reply whose images are still to be generated.
-
-    Attributes:
-      reply: what the controller replied.
-      attempts: how many replies were sampled until one could be parsed.
-      redraw: how many images were generated from this reply before.
-    """
-
-    reply: Reply
-    attempts: int = 1
-    redraw: int = 0
 
 
 class PromptState:

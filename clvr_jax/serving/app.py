@@ -16,6 +16,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -135,6 +136,8 @@ class _Gate:
                 limits = self._service.limits
                 bounded = bounded_receive(receive, limits.max_body_bytes, limits.max_body_seconds)
                 await self._app(scope, bounded, send_with_id)
+        except ClientDisconnect:
+            status = 499  # the client left before its body was complete; nobody reads an answer
         except Exception:
             _log.exception("%s %.20r %.200r", request_id, scope["method"], scope["path"])
             if has_begun:

@@ -25,12 +25,14 @@ from clvr_jax.serving.requests import UNSUPPORTED, EditRequest, ImageRequest
 from clvr_jax.serving.service import Service, api_error, encode
 from clvr_jax.serving.streams import KEEPALIVE, event_bytes, result_of, stream_response
 
-_MULTIPART = {
-    "requestBody": {
-        "required": True,
-        "content": {"multipart/form-data": {"schema": {"type": "object", "required": ["image", "prompt"]}}},
-    }
-}
+
+def _multipart() -> dict[str, Any]:
+    """Returns the description of the body of an edit in the OpenAPI schema."""
+    fields = EditRequest.model_json_schema()
+    images = {"type": "array", "items": {"type": "string", "format": "binary"}, "minItems": 1}
+    properties = {"image": images, **fields["properties"]}
+    schema = {"type": "object", "required": ["image", "prompt"], "properties": properties}
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def image_routes(service: Service) -> APIRouter:
@@ -42,7 +44,7 @@ def image_routes(service: Service) -> APIRouter:
         """Generates images from a prompt."""
         return await _answer(service, body, [], request, "image_generation")
 
-    @router.post("/v1/images/edits", openapi_extra=_MULTIPART)
+    @router.post("/v1/images/edits", openapi_extra=_multipart())
     async def edits(request: Request) -> Response:
         """Edits or combines images."""
         body, images = await _read_edit(service, request)
