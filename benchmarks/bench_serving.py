@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -166,6 +166,40 @@ def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
     return Counter(f"{status} -> {now.get(loop, 'lost')}" for loop, status in before.items())
 
 
+def device_bound(model: str, rows: int = 8) -> None:
+    """Prints processor seconds of the models called directly, as a batch and one by one: what batches can gain."""
+    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
+    from clvr_jax.reasoning.protocols import Conversation
+
+    pipe = ClosedLoopPipeline.from_pretrained(model)
+    verifier, controller = pipe.verifier, pipe.controller
+    assert verifier is not None
+    assert controller is not None
+    prompts = [prompt_of(number) for number in range(rows)]
+    required = verifier.derive(prompts)
+    chats = [Conversation(text, seed=n, requirements=required[n]) for n, text in enumerate(prompts)]
+    images = pipe.flux.generate_each(prompts, [[]] * rows, list(range(rows)), rows_per_call=1).images
+    stages: dict[str, Callable[[list[int]], object]] = {
+        "requirements": lambda part: verifier.derive([prompts[n] for n in part]),
+        "reply": lambda part: controller.reply([chats[n] for n in part]),
+        "verify": lambda part: verifier.check([required[n] for n in part], [images[n] for n in part]),
+        "one-shot": lambda part: pipe.flux.generate_each([prompts[n] for n in part], [[]] * len(part), part),
+    }
+    for name, call in stages.items():
+        seconds = []
+        for parts in ([list(range(rows))], [[n] for n in range(rows)]):
+            for _ in range(2):  # the first time compiles
+                began = time.process_time()
+                for part in parts:
+                    call(part)
+                taken = time.process_time() - began
+            seconds.append(taken)
+        together, alone = seconds
+        print(
+            f"{name}: batch of {rows} {together:.2f} s, one by one {alone:.2f} s, {alone / together:.2f}x", flush=True
+        )
+
+
 def main(
     model: str = "shapes-tiny",
     images: int = 16,
@@ -173,6 +207,7 @@ def main(
     equality_requests: int = 8,
     batch_clients: int = 0,
     image_rows: int = 1,
+    bound: bool = False,
 ) -> None:
     """Measures a server.
 
@@ -183,9 +218,13 @@ def main(
       equality_requests: made alone and in a crowd; 0 leaves them out.
       batch_clients: loops that run at the same time, two for each client; 0 leaves them out.
       image_rows: of the server.
+      bound: call the models directly instead, with batches of 8 and of 1.
     """
     load = Path("/proc/loadavg").read_text().split()[0]
     print(f"load of the machine before: {load}, {os.cpu_count()} CPUs", flush=True)
+    if bound:
+        device_bound(model)
+        return
     with tempfile.TemporaryDirectory() as out:
         before: dict[str, str] = {}
         with serving(model, image_rows, out) as (url, process):
