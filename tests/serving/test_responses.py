@@ -112,6 +112,9 @@ def test_a_canceled_loop_is_an_incomplete_response(client, gate, server):
         events = iter(stream)
         loop_id = next(events).response.loop_id
         job = server.service.jobs[loop_id]
+        # An image that is accepted ends the loop before the cancel; this one will not be.
+        required = ["one blue star", "nine green squares"]
+        server.service.scheduler.change(job, lambda: job.state.edit_plan(required))
         while not job.state.steps:
             gate.let_one()
         server.service.scheduler.stop(job, "canceled")
