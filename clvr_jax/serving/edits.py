@@ -15,6 +15,7 @@ from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.editable import EditablePromptState, branch_off
 from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
 from clvr_jax.reasoning.trajectory import Step
+from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.loops import OWN_FIELDS, entry_of, loop_item, running_job
@@ -25,7 +26,7 @@ from clvr_jax.serving.service import Service
 
 def edit_routes(service: Service) -> APIRouter:
     """Returns the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.post("/v1/loops/{loop_id}/plan")
     async def plan(loop_id: str, body: PlanRequest) -> Response:

@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse, Response
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import as_pil
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
+from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError, of_validation
 from clvr_jax.serving.images import conditioning_of, format_fields, size_of, usage_of
 from clvr_jax.serving.jobs import LoopJob
@@ -37,7 +38,7 @@ _CALL_ID = re.compile(r"ig_([0-9a-f]{24}_\d{1,4})")
 
 def response_routes(service: Service) -> APIRouter:
     """Returns the endpoints."""
-    router = APIRouter()
+    router = APIRouter(route_class=BoundedRoute)
 
     @router.post("/v1/responses")
     async def create(body: ResponseRequest, request: Request) -> Response:
