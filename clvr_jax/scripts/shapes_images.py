@@ -8,7 +8,7 @@ the file already holds are kept, so that an interrupted run resumes.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -73,15 +73,15 @@ def main(
         "merged_one_shot": (merged, None, count // 2, _one_shot),
         "base_one_shot": (base, steps, count // 4, _one_shot),
         "sft_one_shot": (sft, steps, count // 4, _one_shot),
-        "merged_loop": (merged, None, count // 5, _in_the_loop),
-        "distilled_loop": (distilled, None, count // 8, _in_the_loop),
+        "merged_loop": (merged, None, count // 5, images_in_the_loop),
+        "distilled_loop": (distilled, None, count // 8, images_in_the_loop),
     }
     with progress("shapes images", len(runs)) as advance:
         for number, (name, (model, sampler_steps, wanted, make)) in enumerate(runs.items(), start=1):
             if name not in arrays:
                 pipeline = Flux2Pipeline.from_pretrained(model)
                 arrays[name] = np.stack(make(pipeline, sampler_steps, wanted, seed + number))
-                _write(out, arrays)
+                write_images(out, arrays)
             advance(number)
 
 
@@ -92,7 +92,7 @@ def _one_shot(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: int)
     while len(images) < count:
         texts = []
         for _ in range(BATCH):
-            metadata = _metadata(rng)
+            metadata = training_prompt(rng)
             reply = strip_action(first_reply(plan(metadata), limit=len(plan(metadata))))
             texts.append(f"{metadata['prompt']}\n{reply}" if rng.random() < PLANNED_SHARE else metadata["prompt"])
         seeds = [int(value) for value in rng.integers(2**31, size=BATCH)]
@@ -101,12 +101,27 @@ def _one_shot(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: int)
     return images[:count]
 
 
-def _in_the_loop(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: int) -> list[np.ndarray]:
-    """All images of loops with the oracle as controller."""
+def images_in_the_loop(
+    pipeline: Flux2Pipeline,
+    steps: int | None,
+    count: int,
+    seed: int,
+    sample: Callable[[np.random.Generator], Metadata] | None = None,
+) -> list[np.ndarray]:
+    """Returns all images of loops with the oracle as controller.
+
+    Args:
+      pipeline: generator.
+      steps: number of sampler steps; the model's own if None.
+      count: number of loops, rounded up to whole batches.
+      seed: of the prompts and the noise.
+      sample: samples a prompt; `training_prompt` if None.
+    """
+    sample = sample or training_prompt
     rng = np.random.default_rng(seed)
     images: list[np.ndarray] = []
     for _ in range(0, count, BATCH):
-        metadata = list({entry["prompt"]: entry for entry in (_metadata(rng) for _ in range(BATCH))}.values())
+        metadata = list({entry["prompt"]: entry for entry in (sample(rng) for _ in range(BATCH))}.values())
         seeds = [int(value) for value in rng.integers(2**31, size=len(metadata))]
         budget = Budget(max_steps=7, max_rollbacks=0)
         generator = Flux2ImageGenerator(pipeline, steps)
@@ -115,11 +130,13 @@ def _in_the_loop(pipeline: Flux2Pipeline, steps: int | None, count: int, seed: i
     return images
 
 
-def _metadata(rng: np.random.Generator) -> Metadata:
+def training_prompt(rng: np.random.Generator) -> Metadata:
+    """Samples a training prompt, mostly with many objects."""
     return train_prompt(rng, {"complex": 0.8, "counting": 0.12, "two_object": 0.08}, TIERS + DENSE_TIERS)
 
 
-def _write(out: Path, arrays: dict[str, np.ndarray]) -> None:
+def write_images(out: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays of images to a compressed file of NumPy."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, allow_pickle=False, **arrays)
     write_atomically(out, buffer.getvalue())
