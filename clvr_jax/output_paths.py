@@ -10,6 +10,9 @@ from pathlib import Path
 from clvr_jax.atomic_io import refuse_url
 from clvr_jax.errors import ClvrError, UsageError
 
+_MODEL_FILES = ("model_index.json", "config.json", "adapter_config.json")
+"""Files in the directories of pipelines, models and LoRAs, and in no directory that holds images or a run."""
+
 
 def check_directory(directory: Path) -> Path:
     """Checks that files can be written to a directory, which need not exist yet and is not created.
@@ -28,6 +31,17 @@ def check_directory(directory: Path) -> Path:
     except (OSError, ValueError) as error:  # ValueError: a NUL character in the name
         reason = getattr(error, "strerror", None) or error
         raise ClvrError(f"{str(directory)[:400]}: cannot be written ({reason}); choose another --out") from error
+    return directory
+
+
+def check_output_directory(directory: Path) -> Path:
+    """Checks that images, results or a run can be written to a directory, which may hold earlier ones.
+
+    Raises: ClvrError as `check_directory`; UsageError if it holds a model, whose files would be mixed with them.
+    """
+    check_directory(directory)
+    if found := next((name for name in _MODEL_FILES if (directory / name).exists()), None):
+        raise UsageError(f"{directory}: holds a model ({found}); choose another --out")
     return directory
 
 

@@ -75,9 +75,9 @@ def results_directory(out: Path | None, benchmark: str) -> Iterator[None]:
     from clvr_jax.atomic_io import read_json
     from clvr_jax.errors import ClvrError
     from clvr_jax.locks import locked_output
-    from clvr_jax.output_paths import check_directory
+    from clvr_jax.output_paths import check_output_directory
 
-    check_directory(out)
+    check_output_directory(out)
     path = out / "results.json"
     if path.exists() and (found := read_json(path).get("benchmark")) != benchmark:
         raise ClvrError(f"{path}: has results of the benchmark {found!r}; choose another --out")

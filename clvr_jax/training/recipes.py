@@ -19,7 +19,7 @@ from clvr_jax.atomic_io import located, write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import read_object
 from clvr_jax.locks import locked_output, new_directory
-from clvr_jax.output_paths import check_directory
+from clvr_jax.output_paths import check_output_directory
 from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.recipe_files import Configuration, config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
@@ -122,7 +122,7 @@ def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = Fal
       out: directory of the run, see `fit`; checked before anything is built.
       resume: continue from the newest checkpoint in `out`.
     """
-    check_directory(out)
+    check_output_directory(out)
 
     def on_begin() -> None:
         if jax.process_index() == 0:

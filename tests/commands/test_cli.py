@@ -117,6 +117,14 @@ def test_out_is_checked_before_the_model_is_loaded(model, tmp_path, capsys):
     assert "is a directory" in complaint(capsys)
 
 
+@pytest.mark.parametrize("command", [["generate", "a red star"], ["eval", "shapes"]])
+def test_nothing_is_written_into_the_directory_of_a_model(command, model, capsys):
+    before = sorted(Path(model).rglob("*"))
+    assert main([*command, "--model", str(model), "--out", str(model)]) == 2
+    assert capsys.readouterr().err == f"clvr: {model}: holds a model (model_index.json); choose another --out\n"
+    assert sorted(Path(model).rglob("*")) == before
+
+
 def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
     from clvr_jax.output_paths import check_directory
 

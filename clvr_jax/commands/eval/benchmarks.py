@@ -98,10 +98,10 @@ class _EvalBenchmark(abc.ABC):
         """Generates and scores the images, and writes results.json."""
         prepare_jax()
         from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
 
         benchmark = self.benchmark()
-        check_directory(self.out)
+        check_output_directory(self.out)
         if self.scorer:
             self.check_scorer()
         share = (0, 1) if self.images or self.score_only else self._share()

@@ -28,11 +28,11 @@ class EvalCompare:
         from clvr_jax.evaluation.comparison.systems import compare_systems, load_systems
         from clvr_jax.evaluation.reporting.comparison import systems_table, write_comparison
         from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
         from clvr_jax.plots import can_plot
 
         systems = load_systems(self.results)
-        check_directory(self.out)
+        check_output_directory(self.out)
         comparison = compare_systems(systems)
         with locked_output(self.out):
             files = write_comparison(comparison, self.out)

@@ -70,13 +70,13 @@ class EvalScaling:
         from clvr_jax.evaluation.harness.run_directory import RunDirectory
         from clvr_jax.evaluation.reporting.scaling import scaling_table
         from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
         from clvr_jax.plots import can_plot
 
         given = {name: RunDirectory(path) for name, path in map(parse_named_path, self.results)}
         for directory in given.values():
             directory.identity()
-        check_directory(self.out)
+        check_output_directory(self.out)
         with locked_output(self.out):
             scaling, files = self._report(given)
         if not can_plot():

@@ -44,12 +44,12 @@ class EvalShapes:
         from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
         from clvr_jax.evaluation.reporting.run import rich_results
         from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
 
         other = load_results(self.against) if self.against else None  # before generation, which takes minutes
         self.system.check()
         metadata = shapes_prompts(self.split, self.prompts, self.limit)
-        check_directory(self.out)
+        check_output_directory(self.out)
         prompts = self.prompts.name if self.prompts else self.split
         title = f"shapes {prompts}, {self.system.title}"
         with locked_output(self.out):

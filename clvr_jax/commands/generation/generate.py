@@ -106,12 +106,12 @@ class Generate:
 
     def _check(self) -> "tuple[list[ImageTask], list[np.ndarray]]":
         """Returns the images to generate and the given images, after all checks that need no weights."""
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
         from clvr_jax.processes import is_host0
 
         tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
         if is_host0():
-            check_directory(self.out or Path("out") / self._name(tasks))
+            check_output_directory(self.out or Path("out") / self._name(tasks))
         given = self.images.check(self.model)
         self.control.check(self.model)
         return tasks, given

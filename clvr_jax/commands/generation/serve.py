@@ -120,9 +120,9 @@ class Serve:
         key = self._key()
         _check_packages()
         from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_directory
+        from clvr_jax.output_paths import check_output_directory
 
-        check_directory(self.out)
+        check_output_directory(self.out)
         self.control.check(self.model)
         with locked_output(self.out):
             with console.status(f"loading {self.model}"):

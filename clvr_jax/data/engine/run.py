@@ -30,7 +30,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.file_names import has_entry
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.locks import locked_output
-from clvr_jax.output_paths import check_directory
+from clvr_jax.output_paths import check_output_directory
 
 _PROMPTS, _REFUSED, _RUN = "prompts.jsonl", "refused.json", "synth.json"
 DATASET, STATISTICS, PAGE, CARD = "dataset", "statistics.json", "statistics.html", "dataset_card.md"
@@ -50,7 +50,7 @@ def synthesize_dataset(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> 
       there is no prompt or no trajectory, too many consecutive prompts fail, Apache Beam is not installed, or a file
       cannot be written.
     """
-    check_directory(out)
+    check_output_directory(out)
     with locked_output(out):
         return _synthesize(recipe, config, out)
 
@@ -94,7 +94,7 @@ def open_run(recipe: SynthRecipe, config: RecipeConfig, out: Path) -> OutcomeSto
 
     Raises: UsageError if there are outcomes of another config.
     """
-    check_directory(out)
+    check_output_directory(out)
     if has_entry(out / _RUN) and _has_outcomes(out):
         expected, defaults = identity(recipe, config), identity(recipe, recipe.config)
         found = _with_defaults(comparable(read_json(out / _RUN)), defaults)
