@@ -20,8 +20,14 @@ def render_page(package: str, name: str, **values: object) -> str:
 
 
 @cache
+def read_text(package: str, name: str) -> str:
+    """Returns a text file of a package."""
+    return resources.files(package).joinpath(name).read_text(encoding="utf-8")
+
+
+@cache
 def _template(package: str, name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.from_string(resources.files(package).joinpath(name).read_text(encoding="utf-8"))
+    return environment.from_string(read_text(package, name))

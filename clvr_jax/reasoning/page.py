@@ -1,6 +1,7 @@
 """A trajectory as one self-contained HTML page: inline style, embedded images, no script, no network.
 
-This module computes the values that the page shows; the template page.html lays them out and escapes them.
+This module computes the values that the page shows; the template page.html lays them out and escapes them. The page of
+`clvr serve` shows verifications in the same form and with the same style, page.css.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clvr_jax.html_pages import render_page
+from clvr_jax.html_pages import read_text, render_page
 from clvr_jax.image_io import ImageLike, encode_png, pixels
 from clvr_jax.reasoning.actions import plan_items, unmet_span
+from clvr_jax.reasoning.verification import DOUBT_NOTE
 
 if TYPE_CHECKING:
     from clvr_jax.reasoning.trajectory import Step, Trajectory
@@ -30,6 +32,7 @@ _OUTCOME_NOTES = {
 }
 _ACCEPTED_BY_CONTROLLER = "The controller judged the last image and found nothing unmet."
 """The note of an accepted trajectory without a separate verification."""
+_SIGNS = {"met": "✓", "doubt": "◐", "unmet": "○", "no answer": "?"}
 _SMALL = 128  # images up to this side are enlarged by whole pixels
 _STEP_WIDTH, _RESULT_WIDTH = 220, 380
 _LONG_PROMPT = 140
@@ -42,6 +45,7 @@ def render(trajectory: Trajectory) -> str:
     return render_page(
         "clvr_jax.reasoning",
         "page.html",
+        style=style_sheet(),
         title=_shorten(trajectory.prompt, 70),
         outcome=trajectory.outcome,
         outcome_class="good" if trajectory.outcome == "accepted" else "open",
@@ -58,6 +62,11 @@ def render(trajectory: Trajectory) -> str:
         steps=[_step(trajectory, number, items) for number in range(len(steps))],
         footer=", ".join(f"{name} {version}" for name, version in trajectory.versions.items()),
     )
+
+
+def style_sheet() -> str:
+    """Returns the style of the page, which `clvr serve` uses for its own page as well."""
+    return read_text("clvr_jax.reasoning", "page.css")
 
 
 def _note(trajectory: Trajectory) -> str:
@@ -163,15 +172,16 @@ def _requirement_mark(step: Step, item: str, _: bool) -> dict[str, object]:
         return {"style": "none", "title": "not verified", "sign": "·", "probability": None}
     (state, sign), requirement = _state(found[0]), found[0]
     tip = f"{state}; {_probability(requirement)}" + (f"; {requirement.evidence}" if requirement.evidence else "")
-    style = "met" if requirement.met else "unmet"
-    return {"style": style, "title": tip, "sign": sign, "probability": _bar(requirement)}
+    return {"style": _style(requirement), "title": tip, "sign": sign, "probability": _bar(requirement)}
 
 
 def _state(requirement: Requirement) -> tuple[str, str]:
     """What was found out about a requirement: in words, and as a sign."""
-    if requirement.met is None:
-        return "no answer", "?"
-    return ("met", "✓") if requirement.met else ("unmet", "○")
+    return requirement.state, _SIGNS[requirement.state]
+
+
+def _style(requirement: Requirement) -> str:
+    return "unmet" if requirement.met is None else requirement.state
 
 
 def _probability(requirement: Requirement) -> str:
@@ -263,11 +273,12 @@ def _verification(steps: Sequence[Step], number: int, verification: Verification
     for requirement in verification.requirements:
         state, sign = _state(requirement)
         gained = requirement.met and (unmet_before is None or requirement.text in unmet_before)
-        style = ("met" if requirement.met else "unmet") + (" just" if gained else "")
+        style = _style(requirement) + (" just" if gained else "")
         found = {"text": requirement.text, "evidence": requirement.evidence, "probability": _bar(requirement)}
         rows.append({"style": style, "state": state, "sign": sign, **found})
     verifier = verification.verifier or "not recorded"
-    return {"rows": rows, "description": verification.description, "verifier": verifier}
+    note = DOUBT_NOTE if any(each.is_doubtful for each in verification.requirements) else ""
+    return {"rows": rows, "note": note, "description": verification.description, "verifier": verifier}
 
 
 def _attempts(step: Step) -> list[dict[str, str]]:

@@ -95,6 +95,9 @@ def _chat(content: object, system: str | None) -> list[Message]:
 
 # --- what is found out ------------------------------------------------------------------------------------------------
 
+DOUBT_NOTE = "Doubt: more probably met than not, but not sure enough to count as met."
+"""Explains the state "doubt" of a requirement where one is shown."""
+
 
 @dataclass(frozen=True)
 class Requirement:
@@ -116,6 +119,18 @@ class Requirement:
     def expectation(self) -> float:
         """The probability, or 1 or 0 where there is none."""
         return float(self.met is True) if self.probability is None else self.probability
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether it counts as unmet although it is more probably met than not: what it rests on is not sure enough."""
+        return self.met is False and self.probability is not None and self.probability > 0.5
+
+    @property
+    def state(self) -> str:
+        """What was found out, in words: "met", "doubt", "unmet" or "no answer"."""
+        if self.met is None:
+            return "no answer"
+        return "met" if self.met else "doubt" if self.is_doubtful else "unmet"
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ class ScriptedModel:
     def __init__(self, with_probabilities=True):
         self._with_probabilities = with_probabilities
         self.images = []
+        self.clause_probability = 1.0
 
     def chat_all(self, questions):
         return [self._answer(question) for question in questions]
@@ -40,7 +41,9 @@ class ScriptedModel:
             self.images.append(np.asarray(image))
             sees_red = image[0, 0].tolist() == [255, 0, 0]
             if content[-1]["type"] == "image":
-                return ChatResponse("I see red circle." if sees_red else "I see nothing.", Usage(calls=1))
+                seen = "I see red circle." if sees_red else "I see nothing."
+                tokens = (Token(seen, math.log(self.clause_probability)),) if self._with_probabilities else None
+                return ChatResponse(seen, Usage(calls=1), tokens)
             content = f"{'I see red circle' if sees_red else 'nothing'}\n{content[-1]['text']}"
         elif content.startswith("Required of:"):
             items = [] if "hello" in content else re.findall(r"\b(?:red|blue|green) \w+", content)
@@ -137,6 +140,18 @@ def test_requirement_by_requirement_for_people(scripted, capsys):
     assert lines[-1] == "verified by scripted, describe"
     _, out, _ = verify(capsys, "a red circle", "red.png")
     assert "red.png  accepted: yes" in out
+
+
+def test_an_unmet_requirement_that_is_probably_met_is_a_doubt(scripted, capsys):
+    note = "Doubt: more probably met than not, but not sure enough to count as met."
+    _, out, _ = verify(capsys, "a red circle", save("red.png"))
+    assert note not in out
+    scripted.clause_probability = 0.7
+    _, out, _ = verify(capsys, "a red circle", "red.png")
+    lines = [" ".join(line.split()) for line in out.splitlines()]
+    assert "red.png accepted: no, 1 of 1 requirements unmet" in lines
+    assert "doubt 0.645 red circle red circle" in lines
+    assert note in lines
 
 
 def test_the_same_as_json(scripted, capsys):

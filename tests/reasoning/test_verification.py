@@ -141,6 +141,23 @@ def test_a_yes_rests_on_no_clause_that_a_trained_model_doubts(is_instructed, quo
     assert found.probability > 0.5
 
 
+@pytest.mark.parametrize(
+    ("met", "probability", "state"),
+    [
+        (True, 0.9, "met"),
+        (True, 0.4, "met"),  # a threshold below one half
+        (False, 0.67, "doubt"),
+        (False, 0.5, "unmet"),
+        (False, None, "unmet"),
+        (None, 0.9, "no answer"),
+    ],
+)
+def test_a_requirement_in_doubt_is_unmet_though_probably_met(met, probability, state):
+    requirement = Requirement("red star", met, probability)
+    assert (requirement.state, requirement.is_doubtful) == (state, state == "doubt")
+    assert Verification((requirement,)).unmet == (() if met else ("red star",))
+
+
 def test_evidence_that_a_trained_model_invents_is_no_evidence():
     def reply(question):
         if question.images:

@@ -53,9 +53,9 @@ def _verification_text(verification: "Verification") -> Text:
     """Returns one line for each requirement: whether it is met, its probability, and the evidence."""
     text = Text(f"  {verification.description}" if verification.description else "")
     for each in verification.requirements:
-        mark, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "red")}[each.met]
+        style = {True: "green", False: "yellow", None: "red"}[each.met]
         sure = "" if each.probability is None else f" {each.probability:.2f}"
-        text.append(f"\n    {mark:>5}{sure}  ", style)
+        text.append(f"\n    {each.state:>5}{sure}  ", style)
         text.append(each.text, "bold")
         if each.evidence:
             text.append(f"  ({each.evidence})", "dim")

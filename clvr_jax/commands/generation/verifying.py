@@ -215,6 +215,8 @@ def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -
 
 def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, adapted: Sequence[str]) -> RenderableType:
     """Returns the result for a terminal, with a block for each image."""
+    from clvr_jax.reasoning.verification import DOUBT_NOTE
+
     parts: list[RenderableType] = []
     for path, verification in zip(paths, found, strict=True):
         parts.append(_heading(path, verification))
@@ -229,6 +231,8 @@ def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, ada
     checked = [each for verification in found for each in verification.requirements if each.met is not None]
     if checked and all(each.probability is None for each in checked):
         parts.append(Text("No probabilities: the model gives no probabilities of its tokens.", "dim"))
+    if any(each.is_doubtful for each in checked):
+        parts.append(Text(DOUBT_NOTE, "dim"))
     if adapted:
         parts.append(Text(f"Changes to requests that the server required: {_printable('; '.join(adapted))}.", "dim"))
     parts.append(Text(f"verified by {_printable(name)}", "dim", overflow="fold"))
@@ -248,10 +252,10 @@ def _heading(path: Path, verification: "Verification") -> Text:
 
 
 def _cells(requirement: "Requirement") -> list[Text]:
-    state, style = {True: ("met", "green"), False: ("unmet", "yellow"), None: ("no answer", "yellow")}[requirement.met]
+    style = "green" if requirement.met else "yellow"
     probability = "no probability" if requirement.probability is None else f"{requirement.probability:.3f}"
     texts = Text(_printable(requirement.text)), Text(_printable(requirement.evidence), "dim")
-    return [Text(state, style), Text(probability), *texts]
+    return [Text(requirement.state, style), Text(probability), *texts]
 
 
 def _printable(text: str) -> str:
