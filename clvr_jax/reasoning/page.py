@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from clvr_jax.html_pages import read_text, render_page
 from clvr_jax.image_io import ImageLike, encode_png, pixels
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.actions import plan_items, unmet_span
 from clvr_jax.reasoning.verification import DOUBT_NOTE
 
@@ -62,6 +63,11 @@ def render(trajectory: Trajectory) -> str:
         steps=[_step(trajectory, number, items) for number in range(len(steps))],
         footer=", ".join(f"{name} {version}" for name, version in trajectory.versions.items()),
     )
+
+
+def shared_texts() -> dict[str, JSON]:
+    """Returns the texts that the page of `clvr serve` has in common with this one."""
+    return {"outcomes": dict(_OUTCOME_NOTES), "signs": dict(_SIGNS), "doubt": DOUBT_NOTE}
 
 
 def style_sheet() -> str:
@@ -235,7 +241,7 @@ def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
     if is_result:
         badges.append({"style": "", "text": "result"})
     if step.redraw:
-        badges.append({"style": "", "text": f"drawn again ({step.redraw})"})
+        badges.append({"style": "", "text": f"generated again ({step.redraw})"})
     if step.left_out:
         badges.append({"style": "", "text": f"generated without the oldest replies ({step.left_out})"})
     if step.rolled_back:

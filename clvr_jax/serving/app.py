@@ -1,4 +1,4 @@
-"""The application: all endpoints, errors in one form, the key, the limit on bodies, and request ids."""
+"""The application: all endpoints and the page, errors in one form, the key, the limit on bodies, and request ids."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from clvr_jax.serving.edits import edit_routes
 from clvr_jax.serving.errors import ApiError, error_body, of_validation
 from clvr_jax.serving.images import image_routes
 from clvr_jax.serving.loops import loop_routes
+from clvr_jax.serving.page_routes import is_page, page_routes
 from clvr_jax.serving.requests import UNSUPPORTED
 from clvr_jax.serving.responses import response_routes
 from clvr_jax.serving.service import Service
@@ -57,6 +58,7 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     app.include_router(edit_routes(service))
     app.include_router(response_routes(service))
     app.include_router(chat_routes(service))
+    app.include_router(page_routes(service, key is not None))
     _add_state_routes(app, service)
     app.add_exception_handler(RequestValidationError, _validation_response)
     app.add_exception_handler(HTTPException, _http_response)
@@ -154,7 +156,7 @@ class _Gate:
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> Response | None:
         """Returns the response to a request without the key or with a body that is too large, else None."""
-        if self._key is not None and scope["path"] not in _OPEN_PATHS:
+        if self._key is not None and scope["path"] not in _OPEN_PATHS and not is_page(scope["path"]):
             given = headers.get(b"authorization", b"")
             if not hmac.compare_digest(given, self._key):  # in constant time, so that a key cannot be guessed by bytes
                 body = error_body(401, "a valid key is needed: Authorization: Bearer KEY", code="invalid_api_key")

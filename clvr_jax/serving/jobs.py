@@ -246,5 +246,5 @@ class ChatJob:
 
 
 def _shown(verification: Verification) -> dict[str, Any]:
-    shown = {"description": verification.description, "report": verification.report}
+    shown = {"description": verification.description, "report": verification.report, "verifier": verification.verifier}
     return {**shown, "requirements": verification.to_dict()["requirements"]}

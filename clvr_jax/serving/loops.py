@@ -42,11 +42,15 @@ def loop_routes(service: Service) -> APIRouter:
     async def listing(
         limit: Annotated[int, Query(ge=1, le=_MAX_PAGE)] = 20,
         before: Annotated[str | None, Query(max_length=64)] = None,
+        query: Annotated[str, Query(max_length=200)] = "",
     ) -> Response:
-        """Lists loops, newest first; `before` is the id after which the next page begins."""
+        """Lists loops, newest first.
+
+        `before` is the id after which the next page begins; `query` has words that must all be in the prompt.
+        """
         if before is not None:
             entry_of(service, before)
-        entries = service.store.entries(limit + 1, before)
+        entries = service.store.entries(limit + 1, before, query)
         page = [_shown(service, entry) for entry in entries[:limit]]
         return JSONResponse({"object": "list", "data": page, "has_more": len(entries) > limit})
 

@@ -12,6 +12,7 @@ from clvr_jax.serving.jobs import Mode
 
 MAX_PROMPT_CHARACTERS = 32_000
 MAX_MESSAGE_CHARACTERS = 2**20
+MAX_CANDIDATES = 8
 
 UNSUPPORTED = {
     "mask": "the model edits whole images; describe the change in the prompt",
@@ -79,7 +80,7 @@ class LoopOptions(StrictModel):
     max_nfe: Annotated[int, Field(ge=1, lt=2**31)] | None = None
     max_seconds: Annotated[float, Field(gt=0)] | None = None
     stop_when: Literal["controller", "drawn"] | None = None
-    candidates: Annotated[int, Field(ge=1, le=8)] | None = None
+    candidates: Annotated[int, Field(ge=1, le=MAX_CANDIDATES)] | None = None
 
     @field_validator("guidance_scale", "max_seconds")
     @classmethod

@@ -85,6 +85,7 @@ class LoopStore:
             self._index = sqlite3.connect(path, check_same_thread=False, isolation_level=None)
             self._index.row_factory = sqlite3.Row
             self._index.text_factory = lambda content: content.decode(errors="replace")
+            self._index.create_function("casefold", 1, str.casefold, deterministic=True)  # SQLite knows ASCII only
             version = self._index.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, _VERSION):
                 raise ClvrError(f"{path}: has version {version}, this program reads version {_VERSION}")
@@ -141,18 +142,21 @@ class LoopStore:
             row = self._index.execute(f"SELECT {_SHOWN} FROM loops WHERE id = ?", (loop_id,)).fetchone()  # noqa: S608
         return None if row is None else _entry(row)
 
-    def entries(self, limit: int, before: str | None = None) -> list[dict[str, Any]]:
+    def entries(self, limit: int, before: str | None = None, query: str = "") -> list[dict[str, Any]]:
         """Returns the latest loops, newest first.
 
         Args:
           limit: maximum number.
           before: id of a loop; only older ones are returned.
+          query: words; only loops whose prompts contain all of them are returned, whatever their case.
         """
         with self._lock:
-            where, values = "", []
+            values = [word.casefold() for word in query.split()]
+            conditions = ["instr(casefold(prompt), ?)" for _ in values]
             if before is not None:
-                where = "WHERE (created, id) < (SELECT created, id FROM loops WHERE id = ?)"
-                values = [before]
+                conditions.append("(created, id) < (SELECT created, id FROM loops WHERE id = ?)")
+                values.append(before)
+            where = f"WHERE {' AND '.join(conditions)}" if conditions else ""
             rows = self._index.execute(
                 f"SELECT {_SHOWN} FROM loops {where} ORDER BY created DESC, id DESC LIMIT ?",  # noqa: S608 - constants
                 (*values, limit),
@@ -164,6 +168,12 @@ class LoopStore:
         if not _ID.fullmatch(loop_id):
             raise ClvrError("no such image")
         return read_image(self._directory / loop_id / f"step_{step:02d}.png")
+
+    def directory(self, loop_id: str) -> Path:
+        """Returns the directory of a stored loop. Raises: ClvrError for what is no id."""
+        if not _ID.fullmatch(loop_id):
+            raise ClvrError("no such loop")
+        return self._directory / loop_id
 
     def trajectory(self, loop_id: str) -> Trajectory:
         """Reads a stored trajectory. Raises: ClvrError if there is none."""

@@ -100,7 +100,7 @@ def test_page_tells_the_story():
     assert "4 NFE" in page.text
     assert "1.25 s" in page.text
     assert "readable at attempt 2" in page.text
-    assert "drawn again (1)" in page.text
+    assert "generated again (1)" in page.text
     assert [each.get("class") for each in page.all("li") if each.get("class") in ("kept", "rolled")] == [
         "kept",
         "rolled",

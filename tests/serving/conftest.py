@@ -65,14 +65,19 @@ def http(server) -> Iterator[httpx2.Client]:
 
 
 class Gate:
-    """Holds the device thread before each batch. done: number of batches that were performed."""
+    """Holds the device thread before each batch.
+
+    done: number of batches that were performed. is_holding: whether a batch waits now.
+    """
 
     def __init__(self):
-        self.is_open, self.done, self._passes = False, 0, threading.Semaphore(0)
+        self.is_open, self.is_holding, self.done, self._passes = False, False, 0, threading.Semaphore(0)
 
     def wait(self):
+        self.is_holding = True
         while not self.is_open and not self._passes.acquire(timeout=0.01):
             pass
+        self.is_holding = False
 
     def let_one(self):
         done = self.done

@@ -79,7 +79,7 @@ class LimitOptions:
 
 @dataclass(frozen=True)
 class Serve:
-    """Serves the closed loop over HTTP, behind an API that clients of OpenAI's API can call."""
+    """Serves the closed loop over HTTP: a page that shows it live, and an API that clients of OpenAI's API can call."""
 
     EXAMPLE: ClassVar = "clvr serve --model shapes-tiny --port 8000 --out out/serve"
 
@@ -163,7 +163,8 @@ class Serve:
 
     def _show(self, port: int) -> None:
         host = f"[{self.host}]" if ":" in self.host else self.host
-        console.print(f"listening on http://{host}:{port}/v1, loops are stored in {self.out}", highlight=False)
+        address = f"http://{host}:{port}"
+        console.print(f"page at {address}/, API at {address}/v1, loops are stored in {self.out}", highlight=False)
 
 
 def _check_packages() -> None:
