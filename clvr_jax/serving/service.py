@@ -34,6 +34,7 @@ from clvr_jax.serving.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.scheduler import DrainingError, QueueFullError, Scheduler
 from clvr_jax.serving.store import LoopStore
 
+_NOT_STORED = "the result cannot be stored"
 _log = logging.getLogger("clvr.serving")
 _IMAGE_ID = re.compile(r"(loop_[0-9a-f]{24})_(\d{1,4})(?:\.(png|jpeg|webp))?")
 
@@ -228,13 +229,21 @@ class Service:
                 job.result.set_exception(error)
         except Exception as problem:  # noqa: BLE001 - the client must get an answer even if the disk is full
             _log.exception("%s cannot be stored", job.id)
-            job.log.append("done", status=states.FAILED, error="the result cannot be stored")
+            self._list_as_lost(job)
+            job.log.append("done", status=states.FAILED, error=_NOT_STORED)
             if not job.result.done():
                 job.result.set_exception(problem)
         finally:
             self.metrics.job_seconds.observe(time.time() - job.created)
             job.log.complete()
             self.jobs.pop(job.id, None)
+
+    def _list_as_lost(self, job: LoopJob) -> None:
+        """Lists a loop as failed that would else be listed as running; without a disk that waits for a restart."""
+        try:
+            self.store.fail(job.id, _NOT_STORED)
+        except Exception:  # noqa: BLE001 - the client must get an answer all the same
+            _log.exception("%s cannot be listed as failed", job.id)
 
     def _count(self, trajectory: Trajectory) -> None:
         self.metrics.outcomes.labels(trajectory.outcome).inc()

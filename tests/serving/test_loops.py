@@ -55,6 +55,19 @@ def test_a_loop_reports_all_that_happens_and_is_stored(http, server):
     assert http.get(f"/v1/images/{item['image_id']}/content").status_code == 404
 
 
+def test_a_loop_that_cannot_be_stored_is_listed_as_failed(http, server, monkeypatch):
+    def full_disk(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(server.service.store, "finish", full_disk)
+    loop_id = http.post("/v1/loops", json={**BODY, "max_steps": 1}).json()["id"]
+    events, _ = events_of(http, loop_id)
+    assert (events[-1]["type"], events[-1]["status"]) == ("done", "failed")
+    item = http.get(f"/v1/loops/{loop_id}").json()
+    assert (item["status"], item["error"]) == ("failed", "the result cannot be stored")
+    assert http.delete(f"/v1/loops/{loop_id}").json()["deleted"]
+
+
 def test_a_full_queue_answers_429_and_cancel_frees_it(http, gate, server):
     while (answer := http.post("/v1/loops", json=BODY)).status_code == 202:
         pass
