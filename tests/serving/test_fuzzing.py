@@ -24,6 +24,8 @@ ENDPOINTS = [
     "GET /v1/loops",
     "GET /v1/loops/{loop_id}",
     "GET /v1/loops/{loop_id}/events",
+    "GET /v1/loops/{loop_id}/archive",
+    "GET /v1/loops/{loop_id}/input_images",
     "POST /v1/loops/{loop_id}/accept",
     "POST /v1/loops/{loop_id}/cancel",
     "POST /v1/loops/{loop_id}/plan",
@@ -32,12 +34,13 @@ ENDPOINTS = [
     "DELETE /v1/loops/{loop_id}",
     "GET /v1/models",
     "GET /v1/models/{name}",
+    "GET /v1/server",
     "GET /health",
     "GET /ready",
     "GET /version",
     "GET /metrics",
 ]
-NO_JSON = ("/metrics", "/events", "/content", "/", ".js", ".css", ".html")
+NO_JSON = ("/metrics", "/events", "/archive", "/content", "/", ".js", ".css", ".html")
 
 
 @pytest.fixture(scope="module")
