@@ -181,7 +181,9 @@ def test_accept_takes_the_best_image(open_page, gate, http, server):
 
 
 def test_cancel_keeps_the_best_image_and_places_in_the_queue_are_shown(open_page, gate, http, server):
-    others = [http.post("/v1/loops", json=BODY).json()["id"] for _ in range(2)]  # the first one holds the device
+    others = [http.post("/v1/loops", json=BODY).json()["id"]]
+    wait_until(lambda: gate.is_holding)  # the first one has the device; together, both would start
+    others.append(http.post("/v1/loops", json=BODY).json()["id"])
     page = open_page()
     page.fill("#prompt", UNMET)
     page.click("#generate")
