@@ -55,6 +55,8 @@ def test_nothing_that_was_finished_is_lost(tmp_path):
         assert (another.returncode, another.stderr.count("\n")) == (1, 1)
         assert f"process {process.pid}" in another.stderr
         drained = client.post("/v1/loops", json=LOOP).json()["id"]
+        # What still waits is stopped at once.
+        wait_until(lambda: client.get(f"/v1/loops/{drained}").json()["queue_position"] is None)
         process.send_signal(signal.SIGTERM)
         assert process.wait(600) == 0
     assert LoopStore(tmp_path, 3600, 1 << 30).entry(drained)["status"] == "finished"
