@@ -20,6 +20,7 @@ from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory
 from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.futures import deliver, deliver_error
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
 from clvr_jax.serving.scheduler import Task
 
@@ -238,11 +239,11 @@ class ChatJob:
         if self._answer is None:
             self.result.cancel()
         else:
-            self.result.set_result(self._answer)
+            deliver(self.result, self._answer)
 
     def fail(self, error: BaseException) -> None:
         """Passes an error on."""
-        self.result.set_exception(error)
+        deliver_error(self.result, error)
 
 
 def _shown(verification: Verification) -> dict[str, Any]:

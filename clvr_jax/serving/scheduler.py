@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.serving.futures import deliver, deliver_error
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.metrics import Metrics
 from clvr_jax.serving.queues import GroupQueues
@@ -160,7 +161,7 @@ class Scheduler:
                 self._changes.append((job, function, done))
                 self._changed.notify_all()
             else:
-                done.set_exception(EndedError("the server is shutting down"))
+                deliver_error(done, EndedError("the server is shutting down"))
         return done
 
     def position(self, job: Job) -> int | None:
@@ -249,18 +250,18 @@ class Scheduler:
         """Changes a job; the tasks that it has not begun are replaced by those that it asks for then."""
         run = self._running.get(job.id)
         if run is None and not any(each is job for each, _ in self._waiting):
-            done.set_exception(EndedError("the loop has ended already"))
+            deliver_error(done, EndedError("the loop has ended already"))
             return
         try:
             function()
         except Exception as error:  # noqa: BLE001 - of the one who asked for the change
-            done.set_exception(error)
+            deliver_error(done, error)
             return
         if run is not None:
             self._queues.remove(lambda task: task.job is job)
             run.remaining = 0
             self._advance(run)
-        done.set_result(None)
+        deliver(done, None)
 
     def _advance(self, run: _Running, window: float = 0.0) -> None:
         """Queues the next tasks of a job, or ends it.
@@ -332,5 +333,5 @@ class Scheduler:
             for job in jobs:
                 job.fail(error)
             while self._changes:
-                self._changes.popleft()[2].set_exception(EndedError(str(error)))
+                deliver_error(self._changes.popleft()[2], EndedError(str(error)))
             self._changed.notify_all()

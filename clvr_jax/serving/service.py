@@ -26,6 +26,7 @@ from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
 from clvr_jax.serving import store as states
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.futures import deliver, deliver_error
 from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.metrics import Metrics
@@ -220,19 +221,18 @@ class Service:
                 events = job.log.events
                 self.store.finish(job.id, status, trajectory, [*events, {"id": len(events), "type": "done", **done}])
                 job.log.append("done", **done)
-                job.result.set_result(trajectory)
+                deliver(job.result, trajectory)
             else:
                 assert error is not None
                 self.store.fail(job.id, message_of(error))
                 self.metrics.outcomes.labels("failed").inc()
                 job.log.append("done", status=states.FAILED, error=message_of(error))
-                job.result.set_exception(error)
+                deliver_error(job.result, error)
         except Exception as problem:  # noqa: BLE001 - the client must get an answer even if the disk is full
             _log.exception("%s cannot be stored", job.id)
             self._list_as_lost(job)
             job.log.append("done", status=states.FAILED, error=_NOT_STORED)
-            if not job.result.done():
-                job.result.set_exception(problem)
+            deliver_error(job.result, problem)
         finally:
             self.metrics.job_seconds.observe(time.time() - job.created)
             job.log.complete()
