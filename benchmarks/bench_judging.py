@@ -3,7 +3,7 @@
 PYTHONPATH=. python benchmarks/bench_judging.py
 
 Images in GenEval++'s layout are scored by an endpoint on loopback that answers after a second, as soon as a model can
-have looked at a picture and written its verdict, 64 questions at a time; then once more, with every answer on disk. The
+have looked at an image and written its verdict, 64 questions at a time; then once more, with every answer on disk. The
 target is 30 % of one core. The server is a process of its own. What a call costs is mostly the openai package's,
 whatever the delay, so the share grows as that falls: try --delay 0.2.
 """
@@ -47,7 +47,7 @@ def main() -> None:
             seconds, busy = time.monotonic() - began, time.process_time() - busy
             print(
                 f"{options.images} images of {options.size} x {options.size}, {name}: {seconds:.1f} s "
-                f"(the judge alone {ideal:.1f} s), {busy / options.images * 1e3:.2f} ms of processor time a picture, "
+                f"(the judge alone {ideal:.1f} s), {busy / options.images * 1e3:.2f} ms of processor time per image, "
                 f"{busy / seconds:.0%} of one core"
             )
             ideal = 0.0

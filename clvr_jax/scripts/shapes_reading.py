@@ -82,13 +82,18 @@ def main(
             ChatRequest(description_messages(None), [image], MAX_TRAINED_TOKENS, top_logprobs=5) for image in pixels
         ]
         responses = chat.chat_all(request)
-        objects = [
-            item
-            for image, response in zip(pixels, responses, strict=True)
-            for item in read_objects(detect(image), response)
-        ]
+        readings = [detect(image) for image in pixels]
         print(f"{name.replace('_', '-')}: {len(pixels)} images\n")
-        print("\n".join(summary(objects).markdown()), end="\n\n")
+        print("\n".join(summary(_read_all(readings, responses)).markdown()), end="\n\n")
+        # A verifier that looks must fail on these: what it says is of another image.
+        control = _read_all(readings, [*responses[1:], *responses[:1]])
+        rejected = np.array([item.probability == 0 for item in control if item.is_clear])
+        print(f"Control, descriptions of other images: clear objects rejected {_share(rejected)}.\n")
+
+
+def _read_all(readings: Sequence[Reading], descriptions: Sequence[ChatResponse]) -> list[ReadObject]:
+    pairs = zip(readings, descriptions, strict=True)
+    return [item for reading, description in pairs for item in read_objects(reading, description)]
 
 
 def held_out_prompt(rng: np.random.Generator) -> Metadata:

@@ -26,7 +26,7 @@ from clvr_jax.serving.images import conditioning_of, format_fields, size_of, usa
 from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.loops import entry_of
 from clvr_jax.serving.requests import UNSUPPORTED, EditRequest
-from clvr_jax.serving.response_requests import InputImageCall, ResponseRequest
+from clvr_jax.serving.response_requests import InputImageCall, ResponseRequest, ToolChoice
 from clvr_jax.serving.service import Service, encode, message_of
 from clvr_jax.serving.streams import KEEPALIVE, event_bytes, result_of, stream_response
 
@@ -74,7 +74,7 @@ class _View:
 
     Attributes:
       body: the request in the words of the images endpoints.
-      own: the fields that are repeated in the response: previous_response_id, metadata, tools.
+      own: the fields that are repeated in the response: previous_response_id, metadata, tools, tool_choice.
       action: "generate" or "edit".
       model: name of the image model.
       key: what its ids have in common.
@@ -93,7 +93,7 @@ class _View:
         return {
             "id": f"resp_{self.key}", "object": "response", "created_at": int(self.created), "status": status,
             "model": self.model, "output": [], "error": None, "incomplete_details": None, "instructions": None,
-            "parallel_tool_calls": False, "tool_choice": "auto", "temperature": None, "top_p": None,
+            "parallel_tool_calls": False, "temperature": None, "top_p": None,
             "loop_id": f"loop_{self.key}", **self.own,
         }  # fmt: skip
 
@@ -248,7 +248,13 @@ def _spec(service: Service, body: ResponseRequest) -> tuple[Any, _View]:
         raise of_validation(error, UNSUPPORTED) from error
     (spec,) = service.specs(request, images)
     tools = [each.model_dump(exclude_none=True) for each in body.tools]
-    own = {"previous_response_id": body.previous_response_id, "metadata": body.metadata or {}, "tools": tools}
+    choice = body.tool_choice.model_dump() if isinstance(body.tool_choice, ToolChoice) else body.tool_choice or "auto"
+    own = {
+        "previous_response_id": body.previous_response_id,
+        "metadata": body.metadata or {},
+        "tools": tools,
+        "tool_choice": choice,
+    }
     action = "edit" if images else "generate"
     stored = {**spec.request, STORED: {**own, "action": action}}
     return replace(spec, request=stored), _View(request, own, action, service.models.name)

@@ -108,7 +108,7 @@ def test_sample_and_one_shot_eval_draw_the_same_picture_from_the_same_seed(drawi
     assert main([*sample, "--out", "one.png"]) == 0
     assert capsys.readouterr().out == "one.png\n"
     drawn = [Image.open(tmp_path / name) for name in ("one.png", "scores/00001/samples/0000.png")]
-    # Two pictures a batch is another program than one: the last bits may differ.
+    # Two images in a batch are another program than one: the last bits may differ.
     assert np.abs(np.subtract(*(np.asarray(image, np.int16) for image in drawn))).max() <= 1
 
     unguided = [*evaluate[:-2], "unguided", "--guidance", "1", "--against", "scores"]
@@ -117,7 +117,7 @@ def test_sample_and_one_shot_eval_draw_the_same_picture_from_the_same_seed(drawi
     assert main([*unguided, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["comparison"]["overall"]["prompts"] == 2
 
-    assert main([*evaluate, "--guidance", "1"]) == 1  # other settings never mix with pictures that are there
+    assert main([*evaluate, "--guidance", "1"]) == 1  # other settings never mix with images that are there
     assert "guidance" in complaint(capsys)
 
 

@@ -24,6 +24,7 @@ from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.scripts import shapes_assemble, shapes_rollouts
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.shapes import SETTINGS, Kind, recorded_examples, recorded_kinds
+from clvr_jax.tasks.shapes.controller import clarity_loss
 from clvr_jax.tasks.shapes.controller_batches import KINDS, ControllerBatches, labeled_images
 from clvr_jax.tasks.shapes.sft import STEPS, step_example
 from clvr_jax.tasks.shapes.text_encoder import contents, text_batch
@@ -148,6 +149,44 @@ def test_a_deepened_vision_tower_learns_alone(tmp_path, generated_images):
     assert not np.array_equal(
         after["model.visual.patch_embed.proj.weight"], before["model.visual.patch_embed.proj.weight"]
     )
+
+
+@pytest.mark.slow
+def test_the_vision_tower_learns_how_clear_objects_are(tmp_path, generated_images):
+    train = dataclasses.replace(ONE, steps=8, learning_rate=3e-3)
+    config = dataclasses.replace(
+        shapes_controller.CONFIG,
+        train=train,
+        images=generated_images,
+        start=SHIPPED / "shapes-tiny" / "controller",
+        trained="vision",
+        kinds=("clarity",),
+        clarity_batch=4,
+        **SMALL,
+        **PARTS,
+    )
+    task = shapes_controller.task(config)
+    batch = task.batches(0)
+    fit(dataclasses.replace(task, batches=lambda step: batch), train, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").open()]
+    assert losses[-1] < 0.7 * losses[0]  # the same batch eight times
+
+
+def test_the_loss_of_clarity_is_of_present_objects_and_its_metric_of_their_border():
+    wanted = jnp.asarray([[[1.0, 2.0, 0.5], [1.0, 2.0, -0.5], [0.0, 0.0, 0.0]]])
+    right = jnp.asarray([[[20.0, 2.0, 0.5], [20.0, 2.0, -0.5], [-20.0, 3.0, 3.0]]])
+    loss, metrics = clarity_loss(right, wanted)
+    assert loss < 1e-6  # nothing is asked of the margins of an empty cell
+    assert metrics["clarity_accuracy"] == 1
+    swapped, metrics = clarity_loss(right[:, jnp.asarray([1, 0, 2])], wanted)
+    assert swapped > 0.4
+    assert metrics["clarity_accuracy"] == 0
+
+
+def test_texts_cannot_train_the_vision_tower_alone():
+    config = dataclasses.replace(shapes_controller.CONFIG, trained="vision", **PARTS)
+    with pytest.raises(UsageError, match="batches of comparison and prompt have no images"):
+        shapes_controller.task(config)
 
 
 def controller_batches(**changes):

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
+from clvr_jax.data.shapes_augmentation import blur_cells, random_canvas
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect, examine
 from clvr_jax.worlds.shapes.render import coverage, render
 from clvr_jax.worlds.shapes.scene import (
     BACKGROUND,
@@ -14,6 +15,7 @@ from clvr_jax.worlds.shapes.scene import (
     Scene,
     SceneObject,
     cell_center,
+    place,
     reading_order,
     sample_scene_random,
 )
@@ -217,3 +219,28 @@ def test_invalid_input_is_an_error() -> None:
         Reading((thing,), ("top",))
     with pytest.raises(ClvrError, match="reading order"):
         Reading((), tuple(reversed(reading_order(["top", "bottom"]))))
+
+
+def test_margins_are_negative_exactly_for_what_is_read_as_unclear():
+    rng = np.random.default_rng(7)
+    unclear = 0
+    for _ in range(60):
+        image = blur_cells(random_canvas(rng).render(), rng)
+        reading, _, clarity = examine(image)
+        assert reading == detect(image)
+        cells = {cell: row for cell, row in zip(CELLS, clarity, strict=True) if row[0]}
+        assert set(cells) == {item.cell for item in reading.objects} | set(reading.unclear)
+        assert {cell for cell, row in cells.items() if row[1:].min() < 0} == set(reading.unclear)
+        assert np.abs(clarity[:, 1:]).max() <= 3
+        unclear += len(reading.unclear)
+    assert unclear > 20
+
+
+def test_a_larger_difference_from_the_palette_has_a_smaller_margin():
+    clear = render(Scene((place("red", "circle", "center", np.random.default_rng(0)),)))
+    margins = []
+    for change in (0, 20, 40, 60):
+        tinted = np.where(clear[..., 1:2] < 200, np.clip(clear + np.array([0, change, 0]), 0, 255), clear)
+        margins.append(examine(tinted.astype(np.uint8)).clarity[CELLS.index("center"), 1])
+    assert margins == sorted(margins, reverse=True)
+    assert margins[0] > 0 > margins[-1]

@@ -45,7 +45,7 @@ def main() -> None:
     """Replies to requests until stdin ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the other process's; this one ends with its stdin
     signal.signal(signal.SIGPROF, signal.SIG_DFL)
-    # Not at the top: `chat_templates` imports this module for its limits, and transformers is slow to import.
+    # Not at the top: it takes a second, in which Ctrl-C must not end this process either.
     from transformers.utils.chat_template_utils import render_jinja_template
 
     with contextlib.suppress(ValueError, OSError):  # a lower limit is set already

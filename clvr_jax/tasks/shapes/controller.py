@@ -17,11 +17,12 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.conversations import IMAGE_PAD
 from clvr_jax.data.preprocessing.qwen3_vl_images import processor_to_dict
 from clvr_jax.data.preprocessing.text import load_tokenizer
-from clvr_jax.models.common.attention import attention
+from clvr_jax.errors import UsageError
 from clvr_jax.models.flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.qwen3_vl.verifier import TRAINED_FOR_LOOP
+from clvr_jax.tasks.shapes.cell_queries import CellQueries
 from clvr_jax.tasks.shapes.controller_batches import (
     PROCESSOR,
     ROWS_DECODED,
@@ -35,7 +36,6 @@ from clvr_jax.training.objectives import next_token_loss
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 from clvr_jax.trees import Batch, Params
-from clvr_jax.worlds.shapes.scene import CELLS
 
 TEXT = Qwen3VLTextConfig(
     vocab_size=640,
@@ -98,33 +98,22 @@ def with_deeper_vision(model: Qwen3VL) -> Qwen3VL:
     return deepened
 
 
-class ClarityReader(nnx.Module):
+class ClarityReader(CellQueries):
     """A prediction head: nine queries, one for each cell, attend to the image tokens and predict the cell's clarity.
 
     The border between clear and unclear objects is a matter of a few pixels. One word for each object teaches it
     slowly; this head tells the vision tower by how much an object misses it. It is not exported.
     """
 
-    heads, head_dim = 4, 32
-
     def __init__(self, features: int, tokens: int, *, rngs: nnx.Rngs):
-        width = self.heads * self.head_dim
-        self.queries = nnx.Param(jax.random.normal(rngs.params(), (len(CELLS), self.heads, self.head_dim)))
-        self.positions = nnx.Param(jax.random.normal(rngs.params(), (tokens, width)))
-        self.norm = nnx.RMSNorm(features, rngs=rngs)
-        self.key = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.hidden = nnx.Linear(width, width, rngs=rngs)
-        self.out = nnx.Linear(width, 3, rngs=rngs)
+        super().__init__(features, rngs=rngs)
+        self.positions = nnx.Param(jax.random.normal(rngs.params(), (tokens, self.width)))
+        self.hidden = nnx.Linear(self.width, self.width, rngs=rngs)
+        self.out = nnx.Linear(self.width, 3, rngs=rngs)
 
     def __call__(self, tokens_bnd: Float[Array, "b n d"]) -> Float[Array, "b 9 3"]:
         """Maps image tokens to the logit of presence and the margins of color and shape, see `detect.Examination`."""
-        tokens = self.norm(tokens_bnd)
-        shape = (*tokens.shape[:2], self.heads, self.head_dim)
-        key, value = (self.key(tokens) + self.positions[...]).reshape(shape), self.value(tokens).reshape(shape)
-        queries = jnp.broadcast_to(self.queries[...], (len(tokens), *self.queries.shape))
-        read = attention(queries, key, value).reshape(len(tokens), len(CELLS), -1)
-        return self.out(nnx.gelu(self.hidden(read)))
+        return self.out(nnx.gelu(self.hidden(self.read(tokens_bnd, positions_tk=self.positions[...]))))
 
 
 def clarity_loss(
@@ -162,9 +151,10 @@ def controller_task(
       data: what the batches contain.
       vae_noise: noise added to the latents, whose scale is 1.
       start: controller to continue from; None trains from random weights.
-      trained: "vision" trains the vision tower alone.
+      trained: "vision" trains the vision tower alone, from batches with images.
       deepen_vision: insert a block after each block of the vision tower.
       seed: of the initial weights and of the batches.
+    Raises: UsageError if the vision tower alone is trained from texts.
     """
     words = load_tokenizer(tokenizer)
     model_config = Qwen3VLConfig(
@@ -176,6 +166,11 @@ def controller_task(
         vision_start_token_id=words.convert_tokens_to_ids("<|vision_start|>"),
         vision_end_token_id=words.convert_tokens_to_ids("<|vision_end|>"),
     )
+    if trained == "vision" and (blind := sorted({"prompt", "comparison"} & set(data.kinds))):
+        raise UsageError(
+            f"--trained vision: batches of {' and '.join(blind)} have no images, so nothing would learn from them; "
+            "give --kinds of image, clarity and conversation"
+        )
     if start is None:
         graphdef, all_params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(seed)))
         model = nnx.merge(graphdef, scaled(all_params, TEXT_START))

@@ -125,7 +125,9 @@ class ControllerBatches:
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
 
     def __call__(self, step: int) -> dict[str, Any]:
-        """Returns the batch of a step, as `collate_conversations` makes it, with `target_ids_bt` beside the inputs."""
+        """Returns the batch of a step: of clarity as `_clarity_batch` makes it, of all other kinds as
+        `collate_conversations` does, with `target_ids_bt` beside the inputs.
+        """
         kinds = self._config.kinds
         kind = kinds[step % len(kinds)]
         turn = step // len(kinds) * kinds.count(kind) + kinds[: step % len(kinds)].count(kind)

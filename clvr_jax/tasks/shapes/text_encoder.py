@@ -14,9 +14,9 @@ from clvr_jax.convert.models import save_model
 from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.data.shapes import Image, generation_example, planned_example
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.common.attention import attention
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.tasks.shapes.batches import COMPLEX, SIMPLE, Kind, examples
+from clvr_jax.tasks.shapes.cell_queries import CellQueries
 from clvr_jax.tasks.shapes.sizes import SETTINGS, TEXT_ENCODER, TEXT_START
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
@@ -32,29 +32,17 @@ KINDS = (
 """Texts that name all objects of their image, half of them with places; an instruction to edit names fewer."""
 
 
-class CellReader(nnx.Module):
+class CellReader(CellQueries):
     """A prediction head: nine queries, one for each cell, attend to a text and predict color and shape, or nothing."""
 
-    heads, head_dim = 4, 32
-
     def __init__(self, features: int, *, rngs: nnx.Rngs):
-        width = self.heads * self.head_dim
-        queries = jax.random.normal(rngs.params(), (len(CELLS), self.heads, self.head_dim))
-        self.queries = nnx.Param(3 * queries)  # so that a query can look at a single token from the start
-        self.norm = nnx.RMSNorm(features, rngs=rngs)
-        self.key = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.value = nnx.Linear(features, width, use_bias=False, rngs=rngs)
-        self.color = nnx.Linear(width, 1 + len(COLORS), rngs=rngs)
-        self.shape = nnx.Linear(width, 1 + len(SHAPES), rngs=rngs)
+        super().__init__(features, rngs=rngs)
+        self.color = nnx.Linear(self.width, 1 + len(COLORS), rngs=rngs)
+        self.shape = nnx.Linear(self.width, 1 + len(SHAPES), rngs=rngs)
 
     def __call__(self, text_btd: jax.Array, mask_bt: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Maps (b, t, features) and (b, t) to logits of color (b, 9, 9) and shape (b, 9, 6); class 0 is nothing."""
-        batch, length = mask_bt.shape
-        text = self.norm(text_btd)
-        key, value = (part(text).reshape(batch, length, self.heads, -1) for part in (self.key, self.value))
-        queries = jnp.broadcast_to(self.queries[...], (batch, *self.queries.shape))
-        read = attention(queries, key, value, mask=mask_bt[:, None, None, :].astype(bool))
-        read = read.reshape(batch, len(CELLS), -1)
+        read = self.read(text_btd, mask_bt)
         return self.color(read), self.shape(read)
 
 
