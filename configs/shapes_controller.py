@@ -51,7 +51,8 @@ class Config(ControllerData):
     start: Path | None = None
     """A controller to continue from; new weights if not given."""
     trained: Trained = "all"
-    """Train all weights, or those of the vision tower alone: then plans, comparisons and replies stay as they are."""
+    """Train all weights, those of the vision tower alone (plans, comparisons and replies stay as they are), or all but
+    those of the vision tower."""
     deepen_vision: bool = False
     """Insert a block after each block of the vision tower of `start`; the new ones change nothing at first."""
 

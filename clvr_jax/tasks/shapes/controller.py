@@ -59,9 +59,13 @@ VISION = Qwen3VLVisionConfig(
     num_position_embeddings=64,
     deepstack_visual_indexes=(1, 2),
 )
+Trained = Literal["all", "vision", "language"]
+TRAINED_WEIGHTS: dict[Trained, nnx.filterlib.Filter] = {
+    "all": nnx.Everything(),
+    "vision": nnx.PathContains("visual"),
+    "language": nnx.Not(nnx.PathContains("visual")),
+}
 GRID = (1, 64 // PROCESSOR.patch_size, 64 // PROCESSOR.patch_size)
-
-Trained = Literal["all", "vision"]
 
 
 def reconstruction(vae: AutoencoderKLFlux2, noise: float) -> Reconstruct:
@@ -151,10 +155,10 @@ def controller_task(
       data: what the batches contain.
       vae_noise: noise added to the latents, whose scale is 1.
       start: controller to continue from; None trains from random weights.
-      trained: "vision" trains the vision tower alone, from batches with images.
+      trained: "vision" trains the vision tower alone, from batches with images; "language" trains all but the tower.
       deepen_vision: insert a block after each block of the vision tower.
       seed: of the initial weights and of the batches.
-    Raises: UsageError if the vision tower alone is trained from texts.
+    Raises: UsageError if a kind of batches would teach nothing to the weights that are trained.
     """
     words = load_tokenizer(tokenizer)
     model_config = Qwen3VLConfig(
@@ -171,6 +175,8 @@ def controller_task(
             f"--trained vision: batches of {' and '.join(blind)} have no images, so nothing would learn from them; "
             "give --kinds of image, clarity and conversation"
         )
+    if trained == "language" and "clarity" in data.kinds:
+        raise UsageError("--trained language: batches of clarity teach the vision tower alone; leave them out of --kinds")
     if start is None:
         graphdef, all_params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(seed)))
         model = nnx.merge(graphdef, scaled(all_params, TEXT_START))
@@ -178,7 +184,7 @@ def controller_task(
         model = load_model(start, QWEN3_VL, jnp.float32)
     if deepen_vision:
         model = with_deeper_vision(model)
-    is_trained = nnx.PathContains("visual") if trained == "vision" else nnx.Everything()
+    is_trained = TRAINED_WEIGHTS[trained]
     graphdef, params, *others = nnx.split(model, is_trained, ...)
     (fixed,) = others
     tokens = GRID[1] * GRID[2] // model.config.vision.spatial_merge_size**2
