@@ -176,7 +176,9 @@ def controller_task(
             "give --kinds of image, clarity and conversation"
         )
     if trained == "language" and "clarity" in data.kinds:
-        raise UsageError("--trained language: batches of clarity teach the vision tower alone; leave them out of --kinds")
+        raise UsageError(
+            "--trained language: batches of clarity teach the vision tower alone; leave them out of --kinds"
+        )
     if start is None:
         graphdef, all_params = nnx.split(Qwen3VL(model_config, rngs=nnx.Rngs(seed)))
         model = nnx.merge(graphdef, scaled(all_params, TEXT_START))
