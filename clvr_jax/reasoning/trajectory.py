@@ -102,6 +102,11 @@ class Step:
         return None if self.verdict is None else self.verdict.unmet
 
     @property
+    def is_accepted(self) -> bool:
+        """Whether a verification accepted the image."""
+        return self.verification is not None and self.verification.accepted is True
+
+    @property
     def score(self) -> float | None:
         """The quality of the image, higher is better; None if the image was not judged.
 
@@ -271,7 +276,10 @@ class Trajectory:
 
 
 def best_step(steps: Sequence[Step], excluded: Collection[int] = ()) -> int | None:
-    """Returns the index of the step whose image has the best score, the latest among equals; see `Step.score`.
+    """Returns the index of the step with the best image, the latest among equals.
+
+    An accepted image is better than all others, since an expected number of met requirements (`Step.score`) may be
+    higher where one of them is not met.
 
     Args:
       steps: of a loop.
@@ -281,9 +289,9 @@ def best_step(steps: Sequence[Step], excluded: Collection[int] = ()) -> int | No
     generated = [
         (number, step) for number, step in enumerate(steps) if step.image is not None and number not in excluded
     ]
-    judged = [(step.score, number) for number, step in generated if step.score is not None]
+    judged = [(step.is_accepted, step.score, number) for number, step in generated if step.score is not None]
     if judged:
-        return max(judged)[1]
+        return max(judged)[-1]
     return generated[-1][0] if generated else None
 
 

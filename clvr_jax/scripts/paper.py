@@ -17,8 +17,11 @@ from clvr_jax.arguments import at_least_one, check_seed, run_script
 from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.compilation import enable_compilation_cache
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.benchmarks.shapes import shapes_checker
 from clvr_jax.evaluation.comparison.scaling import from_trajectories
+from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
+from clvr_jax.evaluation.paper.corrections import Corrections, count_corrections
 from clvr_jax.evaluation.paper.diagnosis import interactions
 from clvr_jax.evaluation.paper.models import Sources, model_directories
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
@@ -35,46 +38,54 @@ BEST_OF = Budget(candidates=8)
 ROWS = {
     "base-one-shot": Row("base, one shot", "base", "one-shot"),
     "distilled-one-shot": Row("distilled, one shot", "distilled", "one-shot"),
-    "base-open-loop": Row("base, plan drawn at once", "base", "open-loop"),
-    "aligned-open-loop": Row("aligned, plan drawn at once", "aligned", "open-loop"),
-    "merged-open-loop": Row("merged, plan drawn at once", "merged", "open-loop"),
+    "base-open-loop": Row("base, open loop", "base", "open-loop"),
+    "aligned-open-loop": Row("aligned, open loop", "aligned", "open-loop"),
+    "merged-open-loop": Row("merged, open loop", "merged", "open-loop"),
     "base-loop": Row("base, loop", "base"),
     "sft-loop": Row("SFT, loop", "sft"),
     "pprl-loop": Row("SFT + PPRL, loop", "pprl"),
     "distilled-loop": Row("distilled only, loop", "distilled"),
-    "few-loop": Row("aligned in as few steps, loop", "aligned in few steps"),
     "merged-loop": Row("merged (DSWM), loop", "merged"),
     "merged-blind": Row("merged (DSWM), blind loop", "merged", is_blind=True),
     "merged-controller": Row("merged (DSWM), controller accepts", "merged", verification="controller"),
     "merged-unverified": Row("merged (DSWM), no verification", "merged", verification="none"),
     "distilled-blind": Row("distilled only, blind loop", "distilled", is_blind=True),
-    "linear-loop": Row("average of the two, loop", "linear"),
-    "ties-loop": Row("TIES, loop", "ties"),
-    "dare-loop": Row("DARE, loop", "dare"),
+    "merged-dense": Row("merged (DSWM), loop", "merged", splits=("dense",)),
     "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=BEST_OF, splits=("complex",)),
     "merged-best-of": Row("merged, best of 8", "merged", "best-of", budget=BEST_OF, splits=("complex",)),
     "distilled-oracle": Row("distilled only, oracle", "distilled", controller="oracle"),
     "aligned-oracle": Row("aligned, oracle", "aligned", controller="oracle"),
+    "few-oracle": Row("aligned in as few steps, oracle", "aligned in few steps", controller="oracle"),
     "merged-oracle": Row("merged (DSWM), oracle", "merged", controller="oracle"),
+    "linear-oracle": Row("average of the two, oracle", "linear", controller="oracle"),
+    "ties-oracle": Row("TIES, oracle", "ties", controller="oracle"),
+    "dare-oracle": Row("DARE, oracle", "dare", controller="oracle"),
 }
-MERGING = ("distilled-loop", "aligned-loop", "few-loop", "merged-loop", "linear-loop", "ties-loop", "dare-loop")
+MERGING = tuple(name for name in ROWS if name.endswith("-oracle"))
+SCALED = {
+    "complex": ("base-one-shot", "aligned-best-of", "merged-best-of", "distilled-loop", "merged-loop"),
+    "dense": ("merged-dense",),
+}
+"""Split -> rows whose accuracy is shown by the number of images."""
+CORRECTED = ("merged-loop", "distilled-loop", "merged-blind", "distilled-blind")
+"""Rows whose corrections are counted."""
 
 
 def sections(aligned: str) -> tuple[Section, ...]:
     """Tables of systems; `aligned` is the name of the row of the model that is merged."""
-    merging = tuple(aligned if name == "aligned-loop" else name for name in MERGING)
     return (
         Section(
             "The method, part by part",
-            "One shot of the base, the loop with a generator that knows histories, and the loop in few steps.",
-            ("base-one-shot", "base-loop", "sft-loop", "pprl-loop", "merged-loop"),
+            "One shot of the base model, the loop with a generator that knows histories, the loop in few steps, and "
+            "that loop with blank canvases in place of images (blind).",
+            ("base-one-shot", "base-loop", "sft-loop", "pprl-loop", "merged-loop", "merged-blind"),
             "base-one-shot",
             "method.png",
         ),
         Section(
-            "What looking adds",
-            "The same models, with blank canvases in place of images (blind); with the controller as the one who "
-            "accepts, in its conversation; and with nobody who looks.",
+            "What verification adds",
+            "The same models with blank canvases in place of images (blind), with the controller as the verifier, in "
+            "its conversation, and without verification.",
             (
                 "merged-blind",
                 "merged-unverified",
@@ -87,20 +98,15 @@ def sections(aligned: str) -> tuple[Section, ...]:
         ),
         Section(
             "What merging adds",
-            "Either change alone, both, and other ways to merge the same two models.",
-            merging,
-            "merged-loop",
+            "Either delta alone, both, and other ways to merge the same two models. The oracle plans and verifies, so "
+            "the mistakes are those of the generator.",
+            MERGING,
+            "merged-oracle",
             "merging.png",
         ),
         Section(
-            "The same with exact eyes",
-            "The oracle plans and reads images exactly: what is left are the mistakes of the generator.",
-            ("distilled-oracle", "aligned-oracle", "merged-oracle"),
-            "merged-oracle",
-        ),
-        Section(
-            "Planning without looking",
-            "The controller plans the whole image, and the plan is generated once (open-loop rewriting).",
+            "Open loop",
+            "The controller plans the whole image, and the plan is generated once, without verification.",
             ("base-one-shot", "base-open-loop", "aligned-open-loop", "merged-open-loop", aligned, "merged-loop"),
             "base-one-shot",
         ),
@@ -151,30 +157,43 @@ def main(
     looped = f"{sources.merged}-loop"
     directories = model_directories(sources, stages)
     rows = {name: row for name, row in ROWS.items() if row.model in directories}
-    prompts = [Prompts(split, limit, seeds) for split in SPLITS]
+    prompts = [Prompts(split, limit, seeds) for split in dict.fromkeys((*SPLITS, *SCALED))]
     found = {
         name: {p.split: results(name, row, directories[row.model], p, stages) for p in prompts if p.split in row.splits}
         for name, row in rows.items()
     }
     some = Prompts("complex", min(timed, limit or timed)).metadata
-    scaled = ("base-one-shot", "aligned-best-of", "merged-best-of", looped, "merged-loop")
+    scaled = {
+        split: [name for name in dict.fromkeys((*names, looped)) if name in rows and split in rows[name].splits]
+        for split, names in SCALED.items()
+    }
     measured = Measured(
         command=" ".join(("python -m clvr_jax.scripts.paper", *sys.argv[1:])),
         rows=rows,
         found=found,
-        metadata={each.split: each.metadata for each in prompts},
+        metadata={each.split: each.metadata for each in prompts if each.split in SPLITS},
         aligned=looped,
         merged="merged-loop",
         times={name: _times(name, directories[rows[name].model], some, stages) for name in (looped, "merged-loop")},
         interactions=_changes([directories[name] for name in ("base", "distilled", "aligned")], some, stages),
         norms=read_json(directories["merged"] / REPORT)["whole"],
-        scaling=from_trajectories(
-            {rows[name].label: RunDirectory(found[name]["complex"].directories[0]) for name in scaled if name in rows}
-        ),
+        scaling={
+            split: from_trajectories(
+                {rows[name].label: RunDirectory(found[name][split].directories[0]) for name in names}
+            )
+            for split, names in scaled.items()
+            if names
+        },
+        corrections={name: _corrections(found[name]["complex"]) for name in CORRECTED if name in rows},
         seconds=stages.seconds,
     )
     tiers = ("base-one-shot", "aligned-open-loop", looped, "merged-loop", "aligned-oracle", "merged-oracle")
     write_page(page, measured, sections(looped), tiers)
+
+
+def _corrections(results: SystemResults) -> Corrections:
+    directory, run = RunDirectory(results.directories[0]), results.runs[0]
+    return count_corrections(directory, run["pictures"], shapes_checker())
 
 
 def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, dict[str, float]]:
@@ -184,7 +203,7 @@ def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages)
         write_json(directory / "times.json", {"prompts": loop_times(model, prompts)})
 
     directory = stages.directory(
-        f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "drawing, diffusion"}, measure
+        f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "generation, diffusion"}, measure
     )
     return times_by_image_count(read_json(directory / "times.json")["prompts"])
 

@@ -15,6 +15,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 from clvr_jax.reasoning.page import render
 from clvr_jax.reasoning.trajectory import best_step, package_versions
+from clvr_jax.reasoning.verification import Requirement, Verification
 from tests.reasoning.scripted import picture
 
 
@@ -217,6 +218,18 @@ def test_best_is_fewest_unmet_then_latest_and_never_an_unjudged_one():
     assert best_step(steps(3, None)) == 0
     assert best_step(steps(None, None)) == 1
     assert best_step([]) is None
+
+
+def test_an_accepted_image_is_better_than_one_whose_expected_number_of_met_requirements_is_higher():
+    def verified(*requirements):
+        checked = tuple(Requirement("x", met, probability) for met, probability in requirements)
+        return Step("r", IMAGE_GEN, image=picture(0), verification=Verification(checked))
+
+    doubtful = verified((True, 0.99), (True, 0.99), (False, 0.7))
+    accepted = verified((True, 0.85), (True, 0.85), (True, 0.85))
+    assert doubtful.score > accepted.score
+    assert best_step([doubtful, accepted, doubtful]) == 1
+    assert best_step([accepted, doubtful]) == 0
 
 
 def test_steps_and_trajectories_are_validated():

@@ -9,7 +9,7 @@ Seconds are those of the steps in the recorded run, and an image counts from the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.shapes import ImageChecker, shapes_checker
 from clvr_jax.evaluation.harness.generation import complete_samples
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
-from clvr_jax.evaluation.statistics import clustered_interval
+from clvr_jax.evaluation.statistics import clustered_interval, paired_bootstrap, sign_test
 from clvr_jax.image_io import pixels
 from clvr_jax.reasoning.trajectory import Trajectory, best_step
 
@@ -34,12 +34,14 @@ class BudgetCurve:
       nfe: network evaluations until the end of each generation.
       seconds: wall time until the end of each generation.
       correct: whether the best image so far, by the loop's verdicts, is correct.
+      found: whether any image so far is correct, so that a perfect choice would return a correct one.
     """
 
     index: int
     nfe: tuple[int, ...]
     seconds: tuple[float, ...]
     correct: tuple[bool, ...]
+    found: tuple[bool, ...]
 
     def correct_after(self, images: int) -> bool:
         """Returns whether the result is correct under a budget of this number of images, at least 1."""
@@ -71,8 +73,9 @@ def from_trajectories(
     Args:
       directories: name of a system -> directory of its run.
       on_progress: called with the number of systems that are done.
-    Returns: {"benchmark", "judge", "prompts", "systems": [{"name", "folder", "settings", "curves"}]}, for JSON;
-      "curves" is the content of `curves`.
+    Returns: {"benchmark", "judge", "prompts", "systems": [{"name", "folder", "settings", "curves", "perfect_choice",
+      "gain"}]}, for JSON; "curves" is the content of `curves`, "perfect_choice" that of its "drawings" if the judge
+      chose the best image, and "gain" that of `gain` from 3 images to 8.
     Raises: ClvrError for a run of another benchmark, on other prompts, or that is not finished.
     """
     checker, first = shapes_checker(), next(iter(directories.values())).identity()
@@ -88,9 +91,17 @@ def from_trajectories(
             raise ClvrError(
                 f"{directory.root}: other prompts than {next(iter(directories))}; give runs on the same ones"
             )
-        points = curves(budget_curves(directory, checker))
-        entry = {"name": name, "folder": str(directory.root), "settings": identity["settings"], "curves": points}
-        systems.append(entry)
+        found = budget_curves(directory, checker)
+        systems.append(
+            {
+                "name": name,
+                "folder": str(directory.root),
+                "settings": identity["settings"],
+                "curves": curves(found),
+                "perfect_choice": curves([replace(curve, correct=curve.found) for curve in found])["drawings"],
+                "gain": gain(found, 3, 8),
+            }
+        )
         if on_progress:
             on_progress(number)
     return {
@@ -117,34 +128,60 @@ def budget_curves(directory: RunDirectory, checker: ImageChecker) -> list[Budget
         if trajectory is None:
             record = directory.record(index, sample)
             if not record.has_image:
-                all_curves.append(BudgetCurve(index, (), (), ()))
+                all_curves.append(BudgetCurve(index, (), (), (), ()))
             else:
                 correct = checker.is_correct(directory.image(index, sample), entries[index])
-                all_curves.append(BudgetCurve(index, (record.nfe or 0,), (record.seconds or 0.0,), (correct,)))
+                all_curves.append(
+                    BudgetCurve(index, (record.nfe or 0,), (record.seconds or 0.0,), (correct,), (correct,))
+                )
         else:
             all_curves.append(budget_curve(index, trajectory, entries[index], checker))
     return all_curves
 
 
 def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], checker: ImageChecker) -> BudgetCurve:
-    """Returns the curve of one trajectory; each image is judged at most once."""
+    """Returns the curve of one trajectory."""
     verdicts: dict[int, bool] = {}
-    nfe, seconds, correct = [], [], []
+    nfe, seconds, correct, found = [], [], [], []
     total_nfe, total_seconds = 0, 0.0
     for number, step in enumerate(trajectory.steps):
         total_nfe += step.nfe
         total_seconds += step.seconds
         if step.image is None:
             continue
+        verdicts[number] = checker.is_correct(pixels(step.image), metadata)
         best = best_step(trajectory.steps[: number + 1])
         assert best is not None
-        image = trajectory.steps[best].image
-        if best not in verdicts and image is not None:
-            verdicts[best] = checker.is_correct(pixels(image), metadata)
         nfe.append(total_nfe)
         seconds.append(total_seconds)
         correct.append(verdicts[best])
-    return BudgetCurve(index, tuple(nfe), tuple(seconds), tuple(correct))
+        found.append(any(verdicts.values()))
+    return BudgetCurve(index, tuple(nfe), tuple(seconds), tuple(correct), tuple(found))
+
+
+def gain(all_curves: Sequence[BudgetCurve], few: int, many: int) -> dict[str, Any]:
+    """Compares the results under two budgets of images, prompt by prompt.
+
+    Returns: {"few", "many"} the budgets, {"difference", "interval"} of accuracy with its 95 % interval (bootstrap over
+      prompts), {"won", "lost"} prompts, and "p_value" of the exact sign test.
+    """
+    prompts: dict[int, list[BudgetCurve]] = {}
+    for curve in all_curves:
+        prompts.setdefault(curve.index, []).append(curve)
+    first, second = (
+        [float(np.mean([curve.correct_after(limit) for curve in each])) for each in prompts.values()]
+        for limit in (few, many)
+    )
+    difference, test = paired_bootstrap(first, second), sign_test(first, second)
+    return {
+        "few": few,
+        "many": many,
+        "difference": difference.estimate,
+        "interval": [difference.low, difference.high],
+        "won": test.second_wins,
+        "lost": test.first_wins,
+        "p_value": test.p_value,
+    }
 
 
 def curves(all_curves: Sequence[BudgetCurve]) -> dict[str, list[dict[str, float]]]:

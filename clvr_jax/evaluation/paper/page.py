@@ -10,11 +10,13 @@ from clvr_jax.atomic_io import write_atomically
 from clvr_jax.evaluation.comparison.pairs import compare
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper import plots
+from clvr_jax.evaluation.paper.corrections import Corrections
 from clvr_jax.evaluation.paper.rows import Row, concatenate_splits
 from clvr_jax.evaluation.paper.tables import (
     Found,
     by_phrasing,
     format_difference,
+    format_interval,
     format_score,
     groups_table,
     significant,
@@ -22,6 +24,7 @@ from clvr_jax.evaluation.paper.tables import (
     tiers_table,
 )
 from clvr_jax.evaluation.reporting.scaling import MARKDOWN, PLOT, write_scaling
+from clvr_jax.evaluation.statistics import wilson_interval
 from clvr_jax.tables import Table, plain
 
 Lines = Iterator[str]
@@ -58,7 +61,8 @@ class Measured:
       times: name of a row -> the result of `timing.times_by_image_count`.
       interactions: the result of `diagnosis.interactions`.
       norms: the norms over all weights, of the report of the merge.
-      scaling: the result of `scaling.from_trajectories`.
+      scaling: split -> the result of `scaling.from_trajectories`.
+      corrections: name of a row -> the result of `count_corrections` on `complex`.
       seconds: seconds of each stage.
     """
 
@@ -71,7 +75,8 @@ class Measured:
     times: Mapping[str, Mapping[int, Mapping[str, float]]]
     interactions: Mapping[str, Any]
     norms: Mapping[str, Any]
-    scaling: Mapping[str, Any]
+    scaling: Mapping[str, Mapping[str, Any]]
+    corrections: Mapping[str, Corrections]
     seconds: Mapping[str, float]
 
     def labels(self, names: Sequence[str]) -> dict[str, str]:
@@ -93,6 +98,7 @@ def write_page(page: Path, measured: Measured, sections: Sequence[Section], tier
     parts = [
         _head(measured),
         *(_section(measured, section, plot_dir) for section in sections),
+        _corrections(measured),
         _tiers(measured, tiers, plot_dir),
         _times(measured, plot_dir),
         _changes(measured, plot_dir),
@@ -188,20 +194,67 @@ def _changes(measured: Measured, plot_dir: Path) -> Lines:
     yield f"![Additivity and angle]({plot_dir.name}/changes.png)\n"
 
 
+def _corrections(measured: Measured) -> Lines:
+    if not measured.corrections:
+        return
+    yield "\n## Corrections\n"
+    yield (
+        "Runs on `complex` (first seed): those whose image was wrong after the last planned step, and of these the\n"
+        "ones that ended with a right image; those that were accepted, and of these the wrong ones; and right images\n"
+        "that were not accepted before the budget was spent.\n"
+    )
+    rows = [
+        (
+            measured.rows[name].label,
+            str(each.wrong),
+            _share(each.recovered, each.wrong),
+            str(each.accepted),
+            _share(each.wrongly_accepted, each.accepted),
+            _share(each.unaccepted_right, each.runs),
+        )
+        for name, each in measured.corrections.items()
+    ]
+    header = ("", "wrong after the plan", "ended right", "accepted", "of these wrong", "right, not accepted")
+    yield from Table(header, [rows], is_markdown=True).markdown()
+
+
+def _share(count: int, of: int) -> str:
+    return f"{format_interval(wilson_interval(count, of))} of {of}" if of else ""
+
+
 def _scaling(measured: Measured, plot_dir: Path) -> Lines:
-    write_scaling(measured.scaling, plot_dir)
     yield "\n## Accuracy by budget of images\n"
     yield (
-        "Accuracy on `complex` by the largest number of images, from runs with at most 8 (first seed); best-of-n has\n"
-        f"the same verifier. Network evaluations and seconds: [scaling.md]({plot_dir.name}/{MARKDOWN}).\n"
+        "Accuracy by the largest number of images, from runs with at most 8 (first seed). Best-of-n has the same\n"
+        "verifier; below it, the accuracy if the detector chose. The last column is a paired difference.\n"
     )
-    limits = sorted({point["limit"] for each in measured.scaling["systems"] for point in each["curves"]["drawings"]})
-    rows = []
-    for system in measured.scaling["systems"]:
-        points = {point["limit"]: format_score(point["accuracy"]) for point in system["curves"]["drawings"]}
-        rows.append((system["name"], *(points.get(limit, "") for limit in limits)))
-    yield from Table(("", *map(str, limits)), [rows], is_markdown=True).markdown()
-    yield f"\n![Accuracy by budget of images, NFE and seconds]({plot_dir.name}/{PLOT})\n"
+    for split, scaling in measured.scaling.items():
+        directory = plot_dir / split
+        write_scaling(scaling, directory)
+        systems = scaling["systems"]
+        limits = sorted({point["limit"] for each in systems for point in each["curves"]["drawings"]})
+        rows = []
+        for system in systems:
+            rows.append((system["name"], *_by_limit(system["curves"]["drawings"], limits), _gain(system["gain"])))
+            if system["settings"].get("mode") == "best-of":
+                name = f"{system['name']}, chosen by the detector"
+                rows.append((name, *_by_limit(system["perfect_choice"], limits), ""))
+        yield f"\n`{split}`, {scaling['prompts']} prompts; network evaluations and seconds: "
+        yield f"[scaling.md]({plot_dir.name}/{split}/{MARKDOWN}).\n"
+        yield from Table((f"`{split}`", *map(str, limits), "8 minus 3"), [rows], is_markdown=True).markdown()
+        yield f"\n![Accuracy on {split} by budget of images, NFE and seconds]({plot_dir.name}/{split}/{PLOT})\n"
+
+
+def _by_limit(points: Sequence[Mapping[str, float]], limits: Sequence[float]) -> tuple[str, ...]:
+    accuracies = {point["limit"]: format_score(point["accuracy"]) for point in points}
+    return tuple(accuracies.get(limit, "") for limit in limits)
+
+
+def _gain(gain: Mapping[str, Any]) -> str:
+    """Formats the result of `scaling.gain`; nothing if no prompt differs."""
+    if not gain["won"] + gain["lost"]:
+        return ""
+    return f"{format_difference(gain)}, p = {gain['p_value']:.2g}"
 
 
 def _robustness(measured: Measured) -> Lines:

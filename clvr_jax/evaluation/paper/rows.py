@@ -90,8 +90,10 @@ def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) 
       prompts: prompts and seeds.
       stages: stores the results.
     """
+    # Another controller changes nothing where none is used.
+    without_controller = row.mode == "one-shot" or row.controller == "oracle"
     inputs = {
-        "model": digest(model),
+        "model": digest(model, ("controller",) if without_controller else ()),
         "mode": row.mode,
         "controller": row.controller,
         "budget": asdict(row.budget),

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +49,17 @@ class Stages:
         return directory
 
 
-def digest(directory: Path) -> str:
-    """Returns a hash of all files in a directory and of their names, without README.md, which has no weights."""
+def digest(directory: Path, without: Collection[str] = ()) -> str:
+    """Returns a hash of all files in a directory and of their names.
+
+    Args:
+      directory: of a model.
+      without: names of subdirectories that are left out, as README.md is, which has no weights.
+    """
     found = hashlib.blake2b(digest_size=8)
     for file in sorted(path for path in directory.rglob("*") if path.is_file() and path.name != "README.md"):
+        if file.relative_to(directory).parts[0] in without:
+            continue
         found.update(f"{file.relative_to(directory).as_posix()} {file.stat().st_size} ".encode())
         with file.open("rb") as stream:
             found.update(hashlib.file_digest(stream, "sha256").digest())

@@ -9,7 +9,7 @@ from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import ImageChecker, Score, shapes_checker
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
-from clvr_jax.evaluation.comparison.scaling import BudgetCurve, budget_curve, curves, from_trajectories
+from clvr_jax.evaluation.comparison.scaling import BudgetCurve, budget_curve, curves, from_trajectories, gain
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.reporting.scaling import scaling_markdown, write_scaling
 from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
@@ -45,9 +45,9 @@ def test_what_is_read_off_is_what_a_smaller_budget_gives(candidates):
 
 def test_points_of_a_curve_by_hand():
     all_curves = [
-        BudgetCurve(0, (4, 8), (1.0, 3.0), (False, True)),
-        BudgetCurve(1, (4,), (2.0,), (True,)),
-        BudgetCurve(2, (), (), ()),  # no picture at all
+        BudgetCurve(0, (4, 8), (1.0, 3.0), (False, True), (False, True)),
+        BudgetCurve(1, (4,), (2.0,), (True,), (True,)),
+        BudgetCurve(2, (), (), (), ()),  # no picture at all
     ]
     found = curves(all_curves)
     assert [(point["limit"], point["accuracy"]) for point in found["drawings"]] == [(1, 1 / 3), (2, 2 / 3)]
@@ -61,6 +61,19 @@ def test_points_of_a_curve_by_hand():
     assert at_two["low"] < 1 / 3 < at_two["high"]
     with pytest.raises(ClvrError, match="no image was generated"):
         curves(all_curves[2:])
+
+
+def test_the_gain_of_a_larger_budget_is_paired_by_prompt():
+    won, lost, same = (False, False, False, True), (True, True, True, False), (True,)
+    all_curves = [
+        BudgetCurve(index, (4,) * len(correct), (1.0,) * len(correct), correct, correct)
+        for index, correct in enumerate([won] * 6 + [lost] + [same] * 3)
+    ]
+    found = gain(all_curves, 3, 4)
+    assert (found["won"], found["lost"]) == (6, 1)
+    assert found["difference"] == pytest.approx(0.5)
+    assert found["interval"][0] < 0.5 < found["interval"][1]
+    assert found["p_value"] == pytest.approx(2 * (1 + 7) / 2**7)
 
 
 def black(prompts, seeds):
@@ -93,6 +106,8 @@ def test_finished_runs_become_a_report(tmp_path):
     assert best[-1]["accuracy"] >= best[0]["accuracy"]
     assert loop[-1]["accuracy"] > loop[1]["accuracy"]
     assert np.all(np.diff([point["nfe"] for point in loop]) >= 0)
+    perfect = [point["accuracy"] for point in scaling["systems"][1]["perfect_choice"]]
+    assert perfect == [point["accuracy"] for point in best]  # the oracle chooses perfectly
 
     assert write_scaling(scaling, tmp_path / "report") == ["scaling.json", "scaling.md", "scaling.png"]
     assert read_json(tmp_path / "report" / "scaling.json") == scaling

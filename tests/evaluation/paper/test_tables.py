@@ -9,6 +9,7 @@ from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.harness.cost import mean_cost
 from clvr_jax.evaluation.harness.run_directory import Record
 from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
+from clvr_jax.evaluation.paper.corrections import Corrections
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import Row
 from clvr_jax.evaluation.paper.tables import (
@@ -152,11 +153,22 @@ def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
         interactions={"levels": {"0.5": one}, "scales": {"1.0": one}, "scales_at": 0.7},
         norms={"distill": 0.03, "align": 0.16, "cosine": -0.01},
         scaling={
-            "benchmark": "shapes",
-            "judge": {"name": "shapes detector", "version": "1"},
-            "prompts": 24,
-            "systems": [{"name": "SFT", "curves": {kind: [point] for kind in ("drawings", "nfe", "seconds")}}],
+            "complex": {
+                "benchmark": "shapes",
+                "judge": {"name": "shapes detector", "version": "1"},
+                "prompts": 24,
+                "systems": [
+                    {
+                        "name": "best of 8",
+                        "settings": {"mode": "best-of"},
+                        "curves": {kind: [point] for kind in ("drawings", "nfe", "seconds")},
+                        "perfect_choice": [{**point, "accuracy": 0.75}],
+                        "gain": {"difference": 0.25, "interval": [0.125, 0.5], "won": 6, "lost": 0, "p_value": 0.03125},
+                    }
+                ],
+            }
         },
+        corrections={"merged-loop": Corrections(24, 10, 5, 18, 2, 3)},
         seconds={"a": 1800.0},
     )
     sections = [
@@ -169,7 +181,9 @@ def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
     assert "(number of images): 12.5 (1);\nof its diffusion: 15.0 (1)." in text
     assert "distillation 3.00%, alignment 16.00%" in text
     assert "took 0.5 hours" in text
-    assert "| SFT | .625 |" in text
-    for name in ("a.png", "tiers.png", "seconds.png", "changes.png", "scaling.png"):
+    assert "| best of 8 | .625 | +.250 [+.125; +.500], p = 0.031 |" in text
+    assert "| best of 8, chosen by the detector | .750 |  |" in text
+    assert "| merged | 10 | .500 [.237; .763] of 10 | 18 | .111 [.031; .328] of 18 | .125 [.043; .310] of 24 |" in text
+    for name in ("a.png", "tiers.png", "seconds.png", "changes.png", "complex/scaling.png"):
         assert f"(results/{name})" in text
         assert (tmp_path / "results" / name).read_bytes().startswith(b"\x89PNG")
