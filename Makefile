@@ -76,8 +76,7 @@ reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into
 
 # Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.
 paper: $(VENV)/.plots  ## the paper's tables in miniature, into docs/results.md
-	$(BIN)/clvr train configs/shapes_distill.py --out runs/shapes_distill --resume
-	$(BIN)/python -m clvr_jax.scripts.paper $(if $(PPRL),--pprl $(PPRL))
+	$(BIN)/python -m clvr_jax.scripts.paper $(if $(DISTILLED),--distilled $(DISTILLED)) $(if $(PPRL),--pprl $(PPRL))
 
 clean:  ## remove the environment and what was built; runs/ and out/ stay
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

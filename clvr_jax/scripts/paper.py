@@ -117,7 +117,7 @@ def main(
     out: Path = Path("runs/paper"),
     page: Path = Path("docs/results.md"),
     base: str = "shapes-tiny-base",
-    distilled: str = "runs/shapes_distill/export",
+    distilled: str | None = None,
     sft: str = "shapes-tiny-sft",
     pprl: str | None = None,
     aligned: Literal["sft", "pprl"] | None = None,
@@ -132,7 +132,8 @@ def main(
       out: Write models and images to this directory.
       page: Write the tables to this Markdown file, and its plots to a directory of the same name beside it.
       base: Base model, a shipped name or a pipeline directory; the four models differ in their transformer only.
-      distilled: Distilled model, a shipped name or a pipeline directory.
+      distilled: Distilled model, a shipped name or a pipeline directory; recovered from the shipped models, by
+        subtraction of their deltas, if it is not given.
       sft: Fine-tuned model, a shipped name or a pipeline directory.
       pprl: Model trained by PPRL, a shipped name or a pipeline directory; its rows are left out if it is not given.
       aligned: Merge this model with the distilled one; the model trained by PPRL if there is one, else the fine-tuned.

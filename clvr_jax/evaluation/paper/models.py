@@ -30,7 +30,7 @@ class Sources:
 
     Attributes:
       base: the base model.
-      distilled: generates in few steps.
+      distilled: generates in few steps; if None, it is recovered from the shipped models, see `recover_distilled`.
       sft: fine-tuned on trajectories.
       pprl: the fine-tuned model after RL; None if there is none.
       controller: a model with a controller/ in its directory.
@@ -38,7 +38,7 @@ class Sources:
     """
 
     base: str
-    distilled: str
+    distilled: str | None
     sft: str
     pprl: str | None
     controller: str
@@ -59,7 +59,8 @@ def model_directories(sources: Sources, stages: Stages) -> dict[str, Path]:
       "aligned in few steps", the same model with the sampling settings of the distilled one.
     Raises: ClvrError if a model is missing, or models differ in more than the transformer.
     """
-    given = {"base": sources.base, "distilled": sources.distilled, "sft": sources.sft}
+    distilled = sources.distilled or str(recover_distilled(stages))
+    given = {"base": sources.base, "distilled": distilled, "sft": sources.sft}
     if sources.pprl is not None:
         given["pprl"] = sources.pprl
     controller = resolve(sources.controller)[0] / "controller"
@@ -96,6 +97,22 @@ def model_directories(sources: Sources, stages: Stages) -> dict[str, Path]:
     return directories
 
 
+def recover_distilled(stages: Stages) -> Path:
+    """Writes the distilled model that the shipped merged one was made from: merged - fine-tuned + base.
+
+    Equal to it up to the rounding of the shipped weights to float16, since DSWM is a sum.
+
+    Returns: its pipeline directory.
+    """
+    directories = {}
+    for name in ("sft", "merged", "base"):
+        shipped = "shapes-tiny" if name == "merged" else f"shapes-tiny-{name}"
+        directories[name] = stages.directory(f"shipped-{name}", _digests(shipped), _pipeline_writer(shipped))
+    plan = plan_merge(directories["sft"], directories["merged"], directories["base"], force=True)
+    inputs = {"models": [digest(directory) for directory in directories.values()]}
+    return stages.directory("recovered-distilled", inputs, _merger(plan))
+
+
 def _digests(model: str) -> dict[str, Any]:
     """Returns the digests of a pipeline's components, and the content of its model_index.json and clvr.json."""
     path, transformer = resolve(model)
@@ -103,11 +120,18 @@ def _digests(model: str) -> dict[str, Any]:
     return {"transformer": digest(path / transformer), **{part: digest(path / part) for part in _SHARED}, **indices}
 
 
-def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
+def _pipeline_writer(model: str, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         pipeline = Flux2Pipeline.from_pretrained(model)
         pipeline.settings = replace(pipeline.settings, **(sampling or {}))
         pipeline.save_pretrained(str(directory), dtype="float32")
+
+    return write
+
+
+def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
+    def write(directory: Path) -> None:
+        _pipeline_writer(model, sampling)(directory)
         copy_component(controller, directory / "controller")
 
     return write

@@ -10,7 +10,10 @@ from flax import nnx
 
 from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.evaluation.paper.models import recover_distilled
+from clvr_jax.evaluation.paper.stages import Stages
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
+from clvr_jax.pipelines.registry import resolve
 from clvr_jax.scripts import paper
 
 ROWS = ("base-one-shot", "sft-loop", "merged-loop")
@@ -59,6 +62,16 @@ def test_a_small_run_writes_the_page_and_a_second_one_draws_nothing(models, tmp_
     paper.main(**options, limit=1, timed=1, seeds=(0,))
     assert options["page"].read_text() == text
     assert {path: path.stat().st_mtime_ns for path in options["out"].rglob("*.png")} == drawn
+
+
+def test_the_recovered_distilled_model_merges_into_the_shipped_one(tmp_path):
+    recovered = stored_tensors(recover_distilled(Stages(tmp_path)) / "transformer")
+    shipped = resolve("shapes-tiny")[0]
+    merged, sft, base = (stored_tensors(shipped / f"transformer{name}") for name in ("", "_sft", "_base"))
+    for key, stored in merged.items():
+        again = base[key].open().astype(np.float32) + (recovered[key].open() - base[key].open())
+        again += sft[key].open().astype(np.float32) - base[key].open()
+        np.testing.assert_allclose(again, stored.open(), atol=1e-6)
 
 
 def test_what_is_missing_is_told_before_anything_is_drawn(tmp_path):
