@@ -49,6 +49,7 @@ ROWS = {
     "merged-blind": Row("merged (DSWM), blind loop", "merged", is_blind=True),
     "merged-controller": Row("merged (DSWM), controller accepts", "merged", verification="controller"),
     "merged-unverified": Row("merged (DSWM), no verification", "merged", verification="none"),
+    "merged-exact": Row("merged (DSWM), detector describes", "merged", has_exact_descriptions=True),
     "distilled-blind": Row("distilled only, blind loop", "distilled", is_blind=True),
     "merged-dense": Row("merged (DSWM), loop", "merged", splits=("dense",)),
     "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=BEST_OF, splits=("complex",)),
@@ -84,13 +85,15 @@ def sections(aligned: str) -> tuple[Section, ...]:
         ),
         Section(
             "What verification adds",
-            "The same models with blank canvases in place of images (blind), with the controller as the verifier, in "
-            "its conversation, and without verification.",
+            "The same models with blank canvases in place of images (blind), without verification, with the controller "
+            "as the verifier, in its conversation, and, as an upper bound, with the detector's descriptions of images "
+            "in place of the verifier's.",
             (
                 "merged-blind",
                 "merged-unverified",
                 "merged-controller",
                 "merged-loop",
+                "merged-exact",
                 "distilled-blind",
                 "distilled-loop",
             ),

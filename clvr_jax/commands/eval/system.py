@@ -46,6 +46,8 @@ class SystemOptions:
     Qwen3-VL. If not given, the model's own controller verifies, in a new conversation for each image."""
     blind: bool = False
     """Ablation: give controller and verifier a blank canvas in place of every image."""
+    descriptions: Literal["model", "detector"] = "model"
+    """Ablation in the shapes world. detector: a program describes images for the verifier."""
     budget: Limits = field(default_factory=BudgetOptions)
     steps: Count = None
     """With --mode one-shot: number of sampler steps; the model's own number if not given."""
@@ -108,9 +110,15 @@ class SystemOptions:
             raise UsageError("--max-steps, --candidates and other limits are for the loop, not for --mode one-shot")
         if self.mode != "one-shot" and (self.steps is not None or self.guidance is not None):
             raise UsageError("--steps and --guidance are for --mode one-shot; other modes use the model's own")
-        verifies = self.verification is not None or self.verifier is not None or self.blind
+        is_exact = self.descriptions == "detector"
+        verifies = self.verification is not None or self.verifier is not None or self.blind or is_exact
         if verifies and (self.mode not in ("closed-loop", "best-of") or self.endpoint or self.pictures):
-            raise UsageError("--verification, --verifier and --blind are for our own models in the loop or best-of")
+            raise UsageError(
+                "--verification, --verifier, --blind and --descriptions are for our own models in the loop or best-of"
+            )
+        accepts = self.verification or ("separate" if self.controller == "vlm" else "controller")
+        if is_exact and (self.blind or accepts != "separate"):
+            raise UsageError("--descriptions detector is for a separate verifier that is not blind")
         if self.verifier and self.verification not in (None, "separate"):
             raise UsageError(f"--verifier is not used with --verification {self.verification}; leave one of them out")
         if self.verification == "none" and self.mode == "best-of":
@@ -183,6 +191,10 @@ class SystemOptions:
 
         if self.mode == "one-shot":
             return one_shot(self.model, self.steps, self.guidance, size=self._size, **self.loading.arguments())
+        if self.descriptions == "detector" and not metadata:
+            raise UsageError(
+                "--descriptions detector reads images of the shapes world only; it is for clvr eval shapes"
+            )
         given, name = self._controller(metadata)
         return planned(
             self.model,
@@ -193,6 +205,7 @@ class SystemOptions:
             verification=self.verification,
             verifier=self.verifier,
             is_blind=self.blind,
+            has_exact_descriptions=self.descriptions == "detector",
             size=self._size,
             **self.loading.arguments(),
         )

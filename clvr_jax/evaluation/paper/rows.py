@@ -32,6 +32,7 @@ class Row:
       verification: which component accepts an image, as in `reasoning.loop.run`; if None, the oracle accepts its own
         images, and other systems have a separate verifier.
       is_blind: whether controller and verifier see a blank canvas in place of every image, as an ablation.
+      has_exact_descriptions: whether the detector describes images for the verifier, as an ablation.
       splits: evaluation sets.
     """
 
@@ -42,6 +43,7 @@ class Row:
     budget: Budget = Budget()
     verification: VerificationMode | None = None
     is_blind: bool = False
+    has_exact_descriptions: bool = False
     splits: tuple[str, ...] = SPLITS
 
     def system(self, model: Path, metadata: list[dict[str, Any]]) -> System:
@@ -57,6 +59,7 @@ class Row:
             self.controller,
             verification=self.verification,
             is_blind=self.is_blind,
+            has_exact_descriptions=self.has_exact_descriptions,
         )
 
 
@@ -99,6 +102,7 @@ def results(name: str, row: Row, model: Path, prompts: Prompts, stages: Stages) 
         "budget": asdict(row.budget),
         "verification": row.verification,
         "blind": row.is_blind,
+        **({"descriptions": "detector"} if row.has_exact_descriptions else {}),
         "judge": SHAPES_JUDGE_VERSION,
         "split": prompts.split,
         "limit": prompts.limit,

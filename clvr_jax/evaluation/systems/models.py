@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.systems.blind import BlindController, BlindVerifier
+from clvr_jax.evaluation.systems.exact import ExactDescriptions
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import pixels
@@ -89,6 +90,7 @@ def planned(
     verification: VerificationMode | None = None,
     verifier: str | None = None,
     is_blind: bool = False,
+    has_exact_descriptions: bool = False,
     size: tuple[int, int] | None = None,
     **loading: Any,
 ) -> System:
@@ -106,6 +108,8 @@ def planned(
         separate verifier.
       verifier: the model that verifies; the model's own controller in fresh conversations if None.
       is_blind: whether controller and verifier see a blank canvas in place of every image, as an ablation.
+      has_exact_descriptions: whether the detector of the shapes world describes images for a separate verifier, as an
+        ablation.
       size: height and width in pixels; the model's default if None.
       loading: arguments of `ClosedLoopPipeline.from_pretrained`, such as dtype, mesh and lora.
     Raises: ClvrError if the model has no controller and none is given.
@@ -123,6 +127,8 @@ def planned(
     limits = budget_for_mode(mode, budget)
     used = chosen if mode == "closed-loop" else OpenLoopController(chosen)
     checks = pipeline.verifier if accepts == "separate" else None
+    if has_exact_descriptions and checks is not None:
+        checks = ExactDescriptions(checks)
     if is_blind:
         used, checks = BlindController(used), None if checks is None else BlindVerifier(checks)
 
@@ -144,6 +150,7 @@ def planned(
         **({} if mode == "open-loop" else {"verification": accepts}),
         **({} if verifier is None else {"verifier": _identity_of_verifier(verifier)}),
         **({"blind": True} if is_blind else {}),
+        **({"descriptions": "detector"} if has_exact_descriptions else {}),
         **_loaded(pipeline.flux, size, loading),
         **non_default_fields(limits),
     }

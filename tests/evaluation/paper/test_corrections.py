@@ -1,6 +1,5 @@
 """Corrections are counted from the images of trajectories."""
 
-
 from clvr_jax.evaluation.benchmarks.shapes import ImageChecker
 from clvr_jax.evaluation.harness.benchmark import Score
 from clvr_jax.evaluation.harness.run_directory import RunDirectory

@@ -1,4 +1,4 @@
-"""The blind ablation replaces images and nothing else."""
+"""The ablations of the verifier: blank images, which replace nothing else, and exact descriptions."""
 
 import io
 
@@ -6,12 +6,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.systems.blind import BlindController, BlindVerifier, blank_image
+from clvr_jax.evaluation.systems.exact import ExactDescriptions
 from clvr_jax.image_io import EncodedImage, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Conversation
 from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.render import render
+from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import Scene, sample_scene_random
 
 
@@ -75,3 +79,17 @@ def test_a_blind_controller_sees_blank_images_and_the_same_texts():
     assert inner.seen == [conversation, Conversation("another")]  # images are not compared
     assert [np.array_equal(pixels(each), render(Scene())) for each in inner.seen[0].images] == [True, True]
     assert blind.usage == Usage(calls=3)
+
+
+def test_exact_descriptions_are_compared_in_place_of_the_models_own():
+    inner = Recording()
+    exact = ExactDescriptions(inner)
+    scene = sample_scene_random(np.random.default_rng(1), 3)
+    (found,) = exact.check([("a",)], [Image.fromarray(render(scene))])
+    assert inner.seen == ([("a",)], [describe(detect(render(scene)))])
+    assert found.verifier == "recording, exact descriptions"
+    exact.check_plans([("a",)], ["Plan: a."])
+    assert inner.seen == ([("a",)], ["Plan: a."])
+    assert exact.derive(["a"]) == [("a", "one object")]
+    with pytest.raises(ClvrError):
+        exact.check([("a",)], [np.zeros((128, 128, 3), np.uint8)])
