@@ -77,10 +77,10 @@ EXCEPTIONS = {
         )
     },
     # The texts that models read: the grammars of prompts, and a reply of the oracle.
-    "clvr_jax/worlds/shapes/grammar.py": ("picture", "drawing"),
+    "clvr_jax/worlds/shapes/language/grammar.py": ("picture", "drawing"),
     "clvr_jax/worlds/shapes/oracle.py": ("picture",),
-    "clvr_jax/worlds/shapes/second_grammar.py": ("stands", "lies", "drawing"),
-    "clvr_jax/worlds/shapes/training_words.py": ("picture", "drawing"),
+    "clvr_jax/worlds/shapes/language/second_grammar.py": ("stands", "lies", "drawing"),
+    "clvr_jax/worlds/shapes/language/training_words.py": ("picture", "drawing"),
     # The texts that models read: the questions of judges.
     "clvr_jax/rewards/proxy_prompt_generator.py": ("picture",),
     "clvr_jax/rewards/unified_reward.py": ("picture", "pictures"),

@@ -24,7 +24,8 @@ from clvr_jax.interfaces import Message
 from clvr_jax.reasoning import verification
 from clvr_jax.reasoning.context import chat_messages, prompt_with_requirements, requirements_line
 from clvr_jax.worlds.shapes.detect import Reading, detect
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS
+from clvr_jax.worlds.shapes.language.training_phrasings import wide_metadata
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, Metadata, parse_metadata
 from clvr_jax.worlds.shapes.oracle import first_reply, next_reply, parse_plan
@@ -44,7 +45,6 @@ from clvr_jax.worlds.shapes.scene import (
     place,
     sample_pair,
 )
-from clvr_jax.worlds.shapes.training_phrasings import wide_metadata
 
 EMPTY_REQUESTS = (
     *("", "hello", "a picture", "an empty canvas", "a plain background", "draw", "an image on white", "thanks"),

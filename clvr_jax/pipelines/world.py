@@ -3,7 +3,7 @@
 from clvr_jax.atomic_io import read_json
 from clvr_jax.file_names import has_entry
 from clvr_jax.pipelines.registry import resolve
-from clvr_jax.worlds.shapes.grammar import vocabulary, words
+from clvr_jax.worlds.shapes.language.grammar import vocabulary, words
 
 
 def unseen_words(model: str, prompt: str) -> list[str]:

@@ -25,7 +25,7 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.budget import Budget
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import first_reply

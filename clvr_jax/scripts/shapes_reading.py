@@ -27,7 +27,7 @@ from clvr_jax.reasoning.verification import description_messages
 from clvr_jax.scripts.shapes_images import images_in_the_loop, training_prompt, write_images
 from clvr_jax.tables import Table
 from clvr_jax.worlds.shapes.detect import Reading, detect
-from clvr_jax.worlds.shapes.grammar import TIERS, sample_metadata
+from clvr_jax.worlds.shapes.language.grammar import TIERS, sample_metadata
 from clvr_jax.worlds.shapes.metadata import Metadata, has_held_out_pair
 from clvr_jax.worlds.shapes.prompts import is_reserved
 from clvr_jax.worlds.shapes.scene import HELD_OUT_PAIRS

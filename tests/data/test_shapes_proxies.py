@@ -15,7 +15,7 @@ from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory
 from clvr_jax.rewards import ProxyReward, RewardInput, ShapesJudge
 from clvr_jax.worlds.shapes.detect import detect
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
 

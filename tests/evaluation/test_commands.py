@@ -11,7 +11,7 @@ from clvr_jax.commands.eval.system import SystemOptions
 from clvr_jax.errors import UsageError
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
-from clvr_jax.worlds.shapes.grammar import scene_for
+from clvr_jax.worlds.shapes.language.grammar import scene_for
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from clvr_jax.worlds.shapes.render import render
 from tests.providers.server import completion, failure, pictures, png

@@ -13,7 +13,7 @@ from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, SHIPPED
 from clvr_jax.reasoning.context import chat_messages
 from clvr_jax.worlds.shapes.detect import detect
-from clvr_jax.worlds.shapes.grammar import vocabulary
+from clvr_jax.worlds.shapes.language.grammar import vocabulary
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import Scene, place, sample_scene_random
 from tests.conftest import OPTIMIZED

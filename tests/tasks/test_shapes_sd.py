@@ -14,7 +14,7 @@ from clvr_jax.pipelines.sdxl import SDXLPipeline
 from clvr_jax.pipelines.world import unseen_words
 from clvr_jax.tasks.shapes.stable_diffusion import LENGTH, SETTINGS, text_image_batch, without_batch_norm
 from clvr_jax.training.optimization.step import TrainState, make_train_step
-from clvr_jax.worlds.shapes.grammar import vocabulary
+from clvr_jax.worlds.shapes.language.grammar import vocabulary
 
 
 @pytest.fixture(scope="module")

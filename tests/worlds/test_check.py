@@ -5,7 +5,7 @@ import pytest
 
 from clvr_jax.worlds.shapes.check import check, relations
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
-from clvr_jax.worlds.shapes.grammar import sample_metadata, scene_for
+from clvr_jax.worlds.shapes.language.grammar import sample_metadata, scene_for
 from clvr_jax.worlds.shapes.layout import counts, holds, plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS
 from clvr_jax.worlds.shapes.render import render

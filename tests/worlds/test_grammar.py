@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import PHRASINGS, phrase, sample_metadata, scene_for, vocabulary, words
+from clvr_jax.worlds.shapes.language.grammar import PHRASINGS, phrase, sample_metadata, scene_for, vocabulary, words
 from clvr_jax.worlds.shapes.layout import holds, plan
 from clvr_jax.worlds.shapes.metadata import RELATIONS, TAGS, canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.scene import CELLS, SHAPES

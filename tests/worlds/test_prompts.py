@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, words
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, PHRASINGS, words
+from clvr_jax.worlds.shapes.language.second_grammar import NUM_STYLES
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.prompts import (
     EVAL_COUNTS,
@@ -19,7 +20,6 @@ from clvr_jax.worlds.shapes.prompts import (
     train_prompt,
     write_prompts,
 )
-from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES
 
 
 def test_evaluation_sets_have_genevals_proportions_and_no_duplicates() -> None:

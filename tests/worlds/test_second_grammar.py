@@ -9,12 +9,12 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
-from clvr_jax.worlds.shapes.grammar import words
+from clvr_jax.worlds.shapes.language.grammar import words
+from clvr_jax.worlds.shapes.language.second_grammar import NUM_STYLES, second_phrase
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, train_prompt
 from clvr_jax.worlds.shapes.scene import cell_center
-from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES, second_phrase
 
 SECOND = evaluation_prompts("second")
 TREE = [

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes import training_words
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
+from clvr_jax.worlds.shapes.language import training_words
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS, sample_complex
+from clvr_jax.worlds.shapes.language.training_clauses import TextBuilder
+from clvr_jax.worlds.shapes.language.training_phrasings import STYLES, _anchors_first, rephrase, wide_metadata
 from clvr_jax.worlds.shapes.metadata import canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS
-from clvr_jax.worlds.shapes.training_clauses import TextBuilder
-from clvr_jax.worlds.shapes.training_phrasings import STYLES, _anchors_first, rephrase, wide_metadata
 
 SEED = 5
 NUMBERS = {number: [word, str(number)] for number, word in enumerate(training_words.NUMBERS, 1)}

@@ -35,18 +35,18 @@ class Corrections:
 
 
 def count_corrections(
-    directory: RunDirectory, pictures: Sequence[Mapping[str, Any]], checker: ImageChecker
+    directory: RunDirectory, entries: Sequence[Mapping[str, Any]], checker: ImageChecker
 ) -> Corrections:
     """Counts corrections in the trajectories of a run.
 
     Args:
       directory: of a closed loop on prompts of the shapes world.
-      pictures: the entries of its results, with "index", "sample" and "correct".
+      entries: the images of its results, with "index", "sample" and "correct".
       checker: decides whether an image is right.
     """
     metadata = directory.metadata()
     after_plan, right, accepted = [], [], []
-    for entry in pictures:
+    for entry in entries:
         trajectory = directory.trajectory(entry["index"], entry["sample"])
         if trajectory is None:
             continue

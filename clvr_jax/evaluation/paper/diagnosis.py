@@ -17,7 +17,7 @@ from clvr_jax.merging.deltas import delta
 from clvr_jax.merging.diagnostics import over_noise_levels, over_scales
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, velocity_field
-from clvr_jax.worlds.shapes.grammar import scene_for
+from clvr_jax.worlds.shapes.language.grammar import scene_for
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.render import render
 

@@ -29,7 +29,7 @@ from clvr_jax.tasks.sdxl import noise_prediction_task
 from clvr_jax.training.optimization.initialization import scaled
 from clvr_jax.training.trainer import Task
 from clvr_jax.trees import Params
-from clvr_jax.worlds.shapes.grammar import vocabulary
+from clvr_jax.worlds.shapes.language.grammar import vocabulary
 
 LENGTH = 24
 """Tokens of a text; the longest of its prompts has 20."""

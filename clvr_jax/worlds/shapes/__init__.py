@@ -2,7 +2,7 @@
 
 from clvr_jax.worlds.shapes.check import Verdict, check
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
-from clvr_jax.worlds.shapes.grammar import PHRASINGS, phrase, sample_metadata, scene_for, vocabulary
+from clvr_jax.worlds.shapes.language.grammar import PHRASINGS, phrase, sample_metadata, scene_for, vocabulary
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata, canonical_key, has_held_out_pair, parse_metadata
 from clvr_jax.worlds.shapes.oracle import (

@@ -15,7 +15,7 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
-from clvr_jax.worlds.shapes.grammar import article
+from clvr_jax.worlds.shapes.language.grammar import article
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES, Scene, SceneObject, cell_index, place

@@ -13,9 +13,16 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.json_input import check_unicode, parse_object, read_lines
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, PHRASINGS, TIERS, sample_complex, sample_metadata, words
+from clvr_jax.worlds.shapes.language.grammar import (
+    DENSE_TIERS,
+    PHRASINGS,
+    TIERS,
+    sample_complex,
+    sample_metadata,
+    words,
+)
+from clvr_jax.worlds.shapes.language.second_grammar import NUM_STYLES, second_phrase
 from clvr_jax.worlds.shapes.metadata import TAGS, Metadata, canonical_key, has_held_out_pair, parse_metadata
-from clvr_jax.worlds.shapes.second_grammar import NUM_STYLES, second_phrase
 
 EVALUATION_SETS = ("eval", "complex", "dense", "second")
 EVAL_COUNTS = {
@@ -52,7 +59,7 @@ def evaluation_prompts(name: str) -> list[Metadata]:
     Args:
       name: "eval" (553 prompts, GenEval's tags in GenEval's proportions), "complex" (300: 75 for each of 3, 4, 5 and
         6 objects, with "tier"), "dense" (300: 100 for each of 7, 8 and 9 objects, which fill the canvas) or "second"
-        (300: 75 for each of 3, 4, 5 and 6 objects, worded by `second_grammar`, which is not used for training;
+        (300: 75 for each of 3, 4, 5 and 6 objects, worded by `language.second_grammar`, which is not used for training;
         "phrasing" is the style).
     Returns: a new list, the same in every process. All prompts differ; in "complex", "dense" and "second" all requests
       differ too, see `canonical_key`.

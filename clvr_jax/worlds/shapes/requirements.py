@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from clvr_jax.worlds.shapes.detect import Reading
-from clvr_jax.worlds.shapes.grammar import counted
+from clvr_jax.worlds.shapes.language.grammar import counted
 from clvr_jax.worlds.shapes.layout import counts
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.scene import CELLS

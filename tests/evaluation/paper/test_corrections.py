@@ -27,8 +27,8 @@ def test_runs_are_counted_by_the_image_of_their_last_planned_step_and_by_their_e
     ]
     checker = ImageChecker("odd", "1", lambda image, metadata: Score.binary(value_of(image) % 2 == 1))
     run_function(metadata, lambda prompts, seeds: trajectories, tmp_path, checker, settings={})
-    pictures = [
+    entries = [
         {"index": number, "sample": 0, "correct": bool(values[-1] % 2)} for number, (values, _) in enumerate(runs)
     ]
-    found = count_corrections(RunDirectory(tmp_path), pictures, checker)
+    found = count_corrections(RunDirectory(tmp_path), entries, checker)
     assert found == Corrections(runs=5, wrong=4, recovered=2, accepted=3, wrongly_accepted=1, unaccepted_right=1)

@@ -24,7 +24,7 @@ from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import Reading, detect
-from clvr_jax.worlds.shapes.grammar import article
+from clvr_jax.worlds.shapes.language.grammar import article
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import parse_metadata
 from clvr_jax.worlds.shapes.oracle import apply_edits, first_reply, next_reply, parse_edits, parse_plan

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 
-from clvr_jax.worlds.shapes import training_words as words
-from clvr_jax.worlds.shapes.training_clauses import TextBuilder
-from clvr_jax.worlds.shapes.training_lists import (
+from clvr_jax.worlds.shapes.language import training_words as words
+from clvr_jax.worlds.shapes.language.training_clauses import TextBuilder
+from clvr_jax.worlds.shapes.language.training_lists import (
     capital,
     ending,
     inline,

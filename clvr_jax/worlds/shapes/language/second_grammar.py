@@ -16,9 +16,8 @@ from collections.abc import Callable
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes.grammar import TIERS
-from clvr_jax.worlds.shapes.metadata import Metadata
-from clvr_jax.worlds.shapes.second_wording import (
+from clvr_jax.worlds.shapes.language.grammar import TIERS
+from clvr_jax.worlds.shapes.language.second_wording import (
     PLACE_NAMES,
     RELATIONS,
     Wording,
@@ -27,6 +26,7 @@ from clvr_jax.worlds.shapes.second_wording import (
     one_sentence,
     sentences,
 )
+from clvr_jax.worlds.shapes.metadata import Metadata
 
 
 def _where_first(words: Wording) -> str:

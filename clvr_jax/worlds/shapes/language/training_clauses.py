@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from clvr_jax.worlds.shapes import training_words as words
+from clvr_jax.worlds.shapes.language import training_words as words
 from clvr_jax.worlds.shapes.metadata import Item
 
 _T = TypeVar("_T")

@@ -20,12 +20,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.worlds.shapes import training_words as words
-from clvr_jax.worlds.shapes.grammar import DENSE_TIERS, TIERS, sample_complex
+from clvr_jax.worlds.shapes.language import training_words as words
+from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS, sample_complex
+from clvr_jax.worlds.shapes.language.training_clauses import TextBuilder
+from clvr_jax.worlds.shapes.language.training_lists import capital
+from clvr_jax.worlds.shapes.language.training_styles import STYLES
 from clvr_jax.worlds.shapes.metadata import Item, Metadata
-from clvr_jax.worlds.shapes.training_clauses import TextBuilder
-from clvr_jax.worlds.shapes.training_lists import capital
-from clvr_jax.worlds.shapes.training_styles import STYLES
 
 _LONG = 370
 """Length in characters above which another style is tried: small models read about 150 tokens."""

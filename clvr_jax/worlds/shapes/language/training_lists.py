@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from clvr_jax.worlds.shapes import training_words as words
-from clvr_jax.worlds.shapes.training_clauses import TextBuilder
+from clvr_jax.worlds.shapes.language import training_words as words
+from clvr_jax.worlds.shapes.language.training_clauses import TextBuilder
 
 
 def capital(text: str) -> str:
