@@ -74,7 +74,8 @@ reproduce: $(VENV)/.synth  ## train the shipped models again, from nothing, into
 	$(BIN)/clvr train configs/shapes_controller.py --out runs/shapes_controller --resume
 	$(BIN)/python -m clvr_jax.scripts.shapes_assemble --out runs/shapes-tiny
 
-# Goes on where it was stopped. PPRL=FOLDER names what reinforcement learning exported, if it was run.
+# Resumes where it was stopped. PPRL=DIR is the export of reinforcement learning, if it was run; DISTILLED=DIR that of
+# distillation, which is recovered from the shipped models otherwise.
 paper: $(VENV)/.plots  ## the paper's tables in miniature, into docs/results.md
 	$(BIN)/python -m clvr_jax.scripts.paper $(if $(DISTILLED),--distilled $(DISTILLED)) $(if $(PPRL),--pprl $(PPRL))
 

@@ -50,6 +50,9 @@ def right(entry):
         (["--mode", "closed-loop", "--max-seconds", "0"], "--max-seconds"),
         (["--mode", "closed-loop", "--stop-when", "drawn", "--candidates", "2"], "verifies nothing"),
         (["--in-flight", "0"], "--in-flight"),
+        (["--descriptions", "detector"], "in the loop or best-of"),
+        (["--mode", "closed-loop", "--blind", "--descriptions", "detector"], "that is not blind"),
+        (["--mode", "closed-loop", "--controller", "oracle", "--descriptions", "detector"], "a separate verifier"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(given, said, capsys):
@@ -57,9 +60,11 @@ def test_options_that_contradict_each_other_are_refused(given, said, capsys):
     assert said in capsys.readouterr().err
 
 
-def test_the_oracle_is_for_the_shapes_world():
+def test_oracle_and_detector_are_for_the_shapes_world():
     with pytest.raises(UsageError, match="clvr eval shapes"):
         SystemOptions("shapes-tiny", "closed-loop", "oracle").build()
+    with pytest.raises(UsageError, match="clvr eval shapes"):
+        SystemOptions("shapes-tiny", "closed-loop", descriptions="detector").build()
 
 
 def test_pictures_made_elsewhere_are_scored_compared_and_scaled(tmp_path, capsys):
