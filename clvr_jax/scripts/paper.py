@@ -52,7 +52,6 @@ ROWS = {
     "merged-exact": Row("merged (DSWM), detector describes", "merged", has_exact_descriptions=True),
     "distilled-blind": Row("distilled only, blind loop", "distilled", is_blind=True),
     "merged-dense": Row("merged (DSWM), loop", "merged", splits=("dense",)),
-    "aligned-best-of": Row("aligned, best of 8", "aligned", "best-of", budget=BEST_OF, splits=("complex",)),
     "merged-best-of": Row("merged, best of 8", "merged", "best-of", budget=BEST_OF, splits=("complex",)),
     "distilled-oracle": Row("distilled only, oracle", "distilled", controller="oracle"),
     "aligned-oracle": Row("aligned, oracle", "aligned", controller="oracle"),
@@ -64,7 +63,7 @@ ROWS = {
 }
 MERGING = tuple(name for name in ROWS if name.endswith("-oracle"))
 SCALED = {
-    "complex": ("base-one-shot", "aligned-best-of", "merged-best-of", "distilled-loop", "merged-loop"),
+    "complex": ("base-one-shot", "merged-best-of", "distilled-loop", "merged-loop"),
     "dense": ("merged-dense",),
 }
 """Split -> rows whose accuracy is shown by the number of images."""
