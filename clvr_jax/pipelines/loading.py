@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Concatenate, ParamSpec, Protocol, TypeVar, get_args
+from typing import Concatenate, Literal, ParamSpec, Protocol, TypedDict, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,18 @@ QUANTIZED_PARTS = ("transformer", "text_encoder", "controller")
 
 QUANTIZED_GENERATOR_PARTS = ("transformer", "text_encoder")
 """The models of an image generator that can be quantized."""
+
+
+class LoadArguments(TypedDict, total=False):
+    """Arguments of the pipelines' `from_pretrained` that all pipelines have, see `Flux2Pipeline.from_pretrained`."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None
+    mesh: Mesh
+    lora: Sequence[LoRA]
+    ignore_text_encoder: bool
+    quantize: Quantize
+    offload: Literal["components"] | None
+
 
 SMALL = 10**8
 """Models with fewer parameters are loaded in float32 unless a dtype is given: they are stored in half precision to be
@@ -170,13 +182,17 @@ def read_loras(
     _, state = architecture.split(config)
     table = architecture.key_mapping(architecture.config_from_dict(config))
     trees = []
-    for lora in loras:
-        name, weight = (lora, 1.0) if isinstance(lora, str) else lora
+    for name, weight in weighted(loras):
         if not math.isfinite(weight):
             raise UsageError(f"{name}: the weight of a LoRA must be a finite number, got {weight}")
         tree = load_lora(lora_path(name), table, state, ignore_text_encoder=ignore_text_encoder)
         trees.append((tree, float(weight)))
     return trees
+
+
+def weighted(loras: Sequence[LoRA]) -> list[tuple[str, float]]:
+    """Returns each LoRA with its weight."""
+    return [(lora, 1.0) if isinstance(lora, str) else lora for lora in loras]
 
 
 def lora_path(name: str) -> Path:

@@ -4,7 +4,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import tyro
 
@@ -16,13 +16,23 @@ if TYPE_CHECKING:
     import numpy as np
 
     from clvr_jax.models.common.quantization import Quantization
-    from clvr_jax.pipelines.loading import Quantize
+    from clvr_jax.pipelines.loading import LoadArguments, Quantize
+    from clvr_jax.reasoning.protocols import Controller
+    from clvr_jax.reasoning.verification import Verifier
     from clvr_jax.sharding import MeshConfig
 
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]
 
 _MAX_SIDE = 2**15
+
+
+class RoleArguments(TypedDict, total=False):
+    """Arguments of `ClosedLoopPipeline.from_pretrained` that name the models of the loop."""
+
+    controller: "str | Controller"
+    verifier: "str | Verifier | None"
+    max_reply_tokens: int
 
 
 @dataclass(frozen=True)
@@ -85,7 +95,7 @@ class LoadOptions:
         """Returns each LoRA with its weight."""
         return tuple(parse_lora(word) for word in self.lora)
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self) -> "LoadArguments":
         """Returns the arguments of `from_pretrained`."""
         return {
             "dtype": self.dtype,
@@ -244,7 +254,7 @@ class ControllerOptions:
 
             controller_directory(self.controller or model)
 
-    def arguments(self, verifier: str | None, is_verified: bool) -> dict[str, Any]:
+    def arguments(self, verifier: str | None, is_verified: bool) -> "RoleArguments":
         """Returns the arguments of `ClosedLoopPipeline.from_pretrained`.
 
         Args:
@@ -253,8 +263,12 @@ class ControllerOptions:
         Raises: ClvrError if the key of the endpoint or the openai package is missing.
         """
         if not self.controller_url:
-            chosen = {"controller": self.controller, "max_reply_tokens": self.controller_tokens}
-            return {**{name: value for name, value in chosen.items() if value is not None}, "verifier": verifier}
+            roles: RoleArguments = {"verifier": verifier}
+            if self.controller is not None:
+                roles["controller"] = self.controller
+            if self.controller_tokens is not None:
+                roles["max_reply_tokens"] = self.controller_tokens
+            return roles
         from clvr_jax.providers.endpoint import Endpoint
         from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, ChatModelController
         from clvr_jax.providers.one_host import Host0ChatModel, Host0Controller
@@ -270,7 +284,7 @@ class ControllerOptions:
             )
         )
         tokens = self.controller_tokens or MAX_REPLY_TOKENS
-        chosen_verifier: Any = verifier
+        chosen_verifier: str | Verifier | None = verifier
         if is_verified and verifier is None:
             chosen_verifier = ModelVerifier(Host0ChatModel(model), "ask", max_tokens=tokens)
         controller = Host0Controller(ChatModelController(model, max_tokens=tokens))

@@ -7,10 +7,10 @@ take 170 MiB.
 import hashlib
 import os
 import platform
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 from typing_extensions import override
 
@@ -21,6 +21,7 @@ from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import pixels
 from clvr_jax.interfaces import Usage
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage
 from clvr_jax.reasoning.verification import VerificationMode
@@ -29,6 +30,7 @@ from clvr_jax.worlds.shapes.oracle import OracleController
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline
+    from clvr_jax.pipelines.loading import LoadArguments
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
 PlannedMode = Literal["open-loop", "best-of", "closed-loop"]
@@ -42,7 +44,7 @@ def one_shot(
     guidance: float | None = None,
     *,
     size: tuple[int, int] | None = None,
-    **loading: Any,
+    **loading: "Unpack[LoadArguments]",
 ) -> System:
     """Returns a system that generates one image from each prompt as it is.
 
@@ -57,7 +59,7 @@ def one_shot(
 
     pipeline = Flux2Pipeline.from_pretrained(model, **loading)
     height, width = size or (None, None)
-    settings = {
+    settings: dict[str, JSON] = {
         "mode": "one-shot",
         **_identity(model),
         "steps": steps or pipeline.settings.num_inference_steps,
@@ -92,7 +94,7 @@ def planned(
     is_blind: bool = False,
     has_exact_descriptions: bool = False,
     size: tuple[int, int] | None = None,
-    **loading: Any,
+    **loading: "Unpack[LoadArguments]",
 ) -> System:
     """Returns a system whose controller plans each image; all prompts of a batch advance together.
 
@@ -143,7 +145,7 @@ def planned(
             for trajectory, usage in zip(trajectories, shares, strict=True)
         ]
 
-    settings = {
+    settings: dict[str, JSON] = {
         "mode": mode,
         **_identity(model, *([] if controller else ["controller"])),
         "controller": controller_name,
@@ -173,7 +175,7 @@ def budget_for_mode(mode: PlannedMode, budget: Budget | None) -> Budget:
     return budget
 
 
-def non_default_fields(budget: Budget) -> dict[str, Any]:
+def non_default_fields(budget: Budget) -> dict[str, JSON]:
     """Returns max_steps and the fields of a budget that differ from their default, for the settings of a system."""
     defaults = asdict(Budget())
     return {key: value for key, value in asdict(budget).items() if key == "max_steps" or value != defaults[key]}
@@ -235,17 +237,17 @@ def _identity(model: str, *more_parts: str) -> dict[str, str]:
     return {"model": model, "weights": _digest(path, {transformer, "vae", "text_encoder", "tokenizer", *more_parts})}
 
 
-def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: Mapping[str, Any]) -> dict[str, Any]:
+def _loaded(pipeline: "Flux2Pipeline", size: tuple[int, int] | None, loading: "LoadArguments") -> dict[str, JSON]:
     """Returns the settings that change images and are not the defaults: size, dtype and LoRAs.
 
     The mesh is not among them: it changes only rounding.
     """
-    from clvr_jax.pipelines.loading import lora_path, quantization_of
+    from clvr_jax.pipelines.loading import lora_path, quantization_of, weighted
 
     dtype = str(pipeline.transformer.x_embedder.kernel.dtype)
-    loras = [
+    loras: list[JSON] = [
         {"name": name, "weight": weight, "weights": _digest_of_lora(lora_path(name))}
-        for name, weight in loading.get("lora", ())
+        for name, weight in weighted(loading.get("lora", ()))
     ]
     return {
         **({} if size is None else {"size": list(size)}),
