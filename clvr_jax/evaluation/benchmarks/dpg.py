@@ -13,7 +13,7 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from PIL import Image
 from typing_extensions import override
@@ -35,6 +35,13 @@ _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "questio
 _GRID = 2
 
 
+class _Question(TypedDict):
+    id: int
+    text: str
+    parents: list[int]
+    category: str
+
+
 @dataclass(frozen=True)
 class _SamplesByPrompt(FileLayout):
     """A layout with single images in the directories of their prompts, from which `finish` makes grids."""
@@ -49,7 +56,7 @@ class _SamplesByPrompt(FileLayout):
 
 
 @dataclass(frozen=True)
-class DPG(JudgedBenchmark):
+class DPG(JudgedBenchmark[bool]):
     """DPG-Bench: the share of questions answered with yes, averaged over images, times 100.
 
     rules: "official" leaves out the questions that the official script leaves out; "fixed" asks every question.
@@ -88,7 +95,7 @@ class DPG(JudgedBenchmark):
         for location, row in _rows(path):
             try:
                 parents = [int(one) for one in row["dependency"].split(",")]
-                question = {
+                question: _Question = {
                     "id": int(row["proposition_id"]),
                     "text": row["question_natural_language"],
                     "parents": [one for one in parents if one],
@@ -149,7 +156,7 @@ class DPG(JudgedBenchmark):
         return _grid_path(directory, items[index])
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[bool]]:
         """Returns one question at a time, as the official judge is asked."""
         text = rubric("dpg")
         return [
@@ -158,7 +165,7 @@ class DPG(JudgedBenchmark):
         ]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, bool | None]) -> Score:
         """Returns the score of an image; its parts are shares of yes by category, regardless of parents."""
         questions = self._counted(item)
         answered_yes = {question["id"]: bool(answers[str(question["id"])]) for question in questions}
@@ -175,16 +182,16 @@ class DPG(JudgedBenchmark):
             readable=None not in answers.values(),
         )
 
-    def _counted(self, item: Item) -> list[dict[str, Any]]:
+    def _counted(self, item: Item) -> list[_Question]:
         """Returns the questions that count by the rules."""
-        questions: list[dict[str, Any]] = item.record["questions"]
+        questions: list[_Question] = item.record["questions"]
         if self.rules == "fixed" or not item.record["is_first"]:
             return questions
         # The official script fails on a missing parent and skips the image.
         return [] if _orphans(questions[1:]) else questions[1:]
 
 
-def _orphans(questions: Sequence[Mapping[str, Any]]) -> list[int]:
+def _orphans(questions: Sequence[_Question]) -> list[int]:
     """Returns the ids of questions with a parent that is not among the questions."""
     known = {question["id"] for question in questions}
     return [question["id"] for question in questions if not known.issuperset(question["parents"])]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -17,6 +17,7 @@ from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import json_score
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.answers import read_json_object
 
 ECHO_4O = ("yejy53/Echo-4o", "28f36d76558e5f53b9deceda78bf025ef0d0ea24")
@@ -24,7 +25,7 @@ _FILES = {"test_scripts/Geneval++.jsonl": "6e9a53358cb78d21add55fe5b238cbd99828b
 _WHERE = {"above": "upper", "below": "lower"}
 
 
-class GenEvalPP(JudgedBenchmark):
+class GenEvalPP(JudgedBenchmark[tuple[bool, str]]):
     """GenEval++: each image is correct or not by one judge; a reply without a verdict counts as not correct."""
 
     name: ClassVar = "genevalpp"
@@ -50,19 +51,20 @@ class GenEvalPP(JudgedBenchmark):
         return items
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[tuple[bool, str]]]:
         text = rubric("genevalpp").format(prompt=item.prompt, checklist="\n".join(checklist(item.record)))
         return [JudgeQuestion("verdict", text, _verdict, 200, is_json=True)]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
-        if answers["verdict"] is None:
+    def score(self, item: Item, answers: Mapping[str, tuple[bool, str] | None]) -> Score:
+        verdict = answers["verdict"]
+        if verdict is None:
             return Score.binary(False, ("the judge gave no verdict",), readable=False)
-        correct, reason = answers["verdict"]
+        correct, reason = verdict
         return Score.binary(correct, () if correct else (reason,))
 
 
-def checklist(metadata: Mapping[str, Any]) -> list[str]:
+def checklist(metadata: UncheckedJSON) -> list[str]:
     """Returns the requirements of the metadata, one line each: classes, counts, colors, sizes, regions and limits."""
     lines = []
     include, exclude = metadata["include"], metadata.get("exclude", [])

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from typing_extensions import override
 
@@ -43,7 +43,7 @@ _WEIGHTS = {"Attribute shift": 3.0, "Hybridization": 2.0, "Spatiotemporal": 2.0,
 
 
 @dataclass(frozen=True)
-class ImagineBench(JudgedBenchmark):
+class ImagineBench(JudgedBenchmark[dict[str, float]]):
     """ImagineBench: .8 min(fantasy, identity) + .2 aesthetics, with weights 3 : 2 : 2 : 2 of the groups.
 
     rules: "official" parses replies and averages as the official script does, including its faults; "fixed" parses
@@ -93,12 +93,12 @@ class ImagineBench(JudgedBenchmark):
         return check_unique_ids(items)
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[dict[str, float]]]:
         text = rubric("imaginebench").format(prompt=item.prompt, explanation=item.record["note"])
         return [JudgeQuestion("scores", text, official_reply if self.rules == "official" else fixed_scores, 1024)]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, dict[str, float] | None]) -> Score:
         scores = answers["scores"]
         if scores is None:
             reasons = ("the judge gave no readable scores",)

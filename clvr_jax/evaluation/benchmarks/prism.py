@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -32,7 +32,7 @@ _FOCUS = {
 }
 
 
-class Prism(JudgedBenchmark):
+class Prism(JudgedBenchmark[float]):
     """PRISM-Bench: the mean of alignment and aesthetics over all images, times 10."""
 
     name: ClassVar = "prism"
@@ -60,7 +60,7 @@ class Prism(JudgedBenchmark):
         return f"{file_name(track)}/{file_name(number)}"
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[float]]:
         alignment = rubric("prism_alignment").format(prompt=item.prompt, focus=_FOCUS[item.tag])
         aesthetic = rubric("prism_aesthetic").format(prompt=item.prompt)
         return [
@@ -69,7 +69,7 @@ class Prism(JudgedBenchmark):
         ]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, float | None]) -> Score:
         unread = [name for name, score in answers.items() if score is None]
         parts = {name: score or 0.0 for name, score in answers.items()}
         reasons = tuple(f"the judge gave no readable score for {name}" for name in unread)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from typing_extensions import override
 
@@ -18,7 +18,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.prompt_files import benchmark_files, check_unique_ids, read_entries
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.sources import Source, github
-from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
+from clvr_jax.evaluation.judging.benchmark import Answer, JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import labeled_scores
 
 LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
@@ -32,7 +32,7 @@ _VERIFIED_FILES = {"data_verified/merge.json": "b8506419ab24e836585a74f335934111
 _FIELDS = ("prompt_id", "Prompt", "Explanation")
 
 
-class _Wise(JudgedBenchmark):
+class _Wise(JudgedBenchmark[Answer]):
     """The common part of both editions. last_ids: the last id of each category, in order. shares: their weights."""
 
     files: ClassVar[tuple[str, ...]]
@@ -60,7 +60,7 @@ class _Wise(JudgedBenchmark):
         return rubric(self.rubrics[0]).format(prompt=item.prompt, explanation=item.record["Explanation"])
 
 
-class WiseLegacy(_Wise):
+class WiseLegacy(_Wise[dict[str, float]]):
     """WISE legacy: (.7 consistency + .2 realism + .1 aesthetics) / 2."""
 
     name: ClassVar = "wise-legacy"
@@ -73,11 +73,11 @@ class WiseLegacy(_Wise):
     shares: ClassVar = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1, "CHEMISTRY": 0.1}
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[dict[str, float]]]:
         return [JudgeQuestion("scores", self._text(item), legacy_scores, 2000)]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, dict[str, float] | None]) -> Score:
         scores = answers["scores"]
         if scores is None:
             return Score(0.0, reasons=("the judge gave no readable scores",), readable=False)
@@ -85,7 +85,7 @@ class WiseLegacy(_Wise):
         return Score((0.7 * consistency + 0.2 * realism + 0.1 * aesthetics) / 2, parts=scores)
 
 
-class WiseVerified(_Wise):
+class WiseVerified(_Wise[float]):
     """WISE verified: each image is correct or not."""
 
     name: ClassVar = "wise-verified"
@@ -106,11 +106,11 @@ class WiseVerified(_Wise):
     }
 
     @override
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[float]]:
         return [JudgeQuestion("score", self._text(item), verified_score, 2000)]
 
     @override
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, float | None]) -> Score:
         score = answers["score"]
         if score is None:
             return Score.binary(False, ("the judge gave no readable score",), readable=False)

@@ -7,14 +7,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
 from clvr_jax.image_io import EncodedImage, read_encoded
 
+Answer = TypeVar("Answer")
+"""The type of a parsed reply."""
+
 
 @dataclass(frozen=True)
-class JudgeQuestion:
+class JudgeQuestion(Generic[Answer]):
     """A question to a judge about one image.
 
     Attributes:
@@ -27,12 +30,12 @@ class JudgeQuestion:
 
     name: str
     text: str
-    read: Callable[[str], Any]
+    read: Callable[[str], Answer]
     max_tokens: int
     is_json: bool = False
 
 
-class JudgedBenchmark(Benchmark):
+class JudgedBenchmark(Benchmark, Generic[Answer]):
     """A benchmark whose images a vision-language model judges. rubrics: names of the judge's prompt templates."""
 
     rubrics: ClassVar[tuple[str, ...]]
@@ -43,11 +46,11 @@ class JudgedBenchmark(Benchmark):
         return 3
 
     @abc.abstractmethod
-    def questions(self, item: Item) -> list[JudgeQuestion]:
+    def questions(self, item: Item) -> list[JudgeQuestion[Answer]]:
         """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
 
     @abc.abstractmethod
-    def score(self, item: Item, answers: Mapping[str, Any]) -> Score:
+    def score(self, item: Item, answers: Mapping[str, Answer | None]) -> Score:
         """Returns the score of an image. answers: name of a question -> parsed reply, None if it has no valid reply."""
 
     def judge_image(self, path: Path, sample: int, samples: int) -> EncodedImage:

@@ -10,15 +10,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Generic, Literal
 
 from clvr_jax.atomic_io import open_lines
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.judging.benchmark import JudgeQuestion
+from clvr_jax.evaluation.judging.benchmark import Answer, JudgeQuestion
 from clvr_jax.file_names import has_entry
 from clvr_jax.image_io import EncodedImage
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
-from clvr_jax.json_input import JsonObject, parse_object, shown, stream_lines
+from clvr_jax.json_input import JSON, JsonObject, parse_object, shown, stream_lines
 from clvr_jax.output_paths import output_name
 from clvr_jax.reasoning.answers import AnswerError
 
@@ -38,7 +38,7 @@ class JudgeModel:
 
 
 @dataclass(frozen=True)
-class JudgeTask:
+class JudgeTask(Generic[Answer]):
     """An image and the questions about it.
 
     name: in the file of replies. load: reads the image. questions: asked one after the other.
@@ -46,7 +46,7 @@ class JudgeTask:
 
     name: str
     load: Callable[[], EncodedImage]
-    questions: Sequence[JudgeQuestion]
+    questions: Sequence[JudgeQuestion[Answer]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class JudgeReply:
 
 
 @dataclass(frozen=True)
-class Judged:
+class Judged(Generic[Answer]):
     """The judgment of one image.
 
     Attributes:
@@ -75,12 +75,13 @@ class Judged:
       adapted: as in `JudgeReply`, of all replies.
     """
 
-    found: Mapping[str, Any]
+    found: Mapping[str, Answer | None]
     usage: Usage
     is_refused: bool
     adapted: frozenset[str]
 
 
+_FAULTS: Mapping[str, Literal["refused", "malformed"]] = {"refused": "refused", "malformed": "malformed"}
 _MAX_LINE_BYTES = 64 << 20
 """Maximum size of a line: that of a response."""
 
@@ -114,7 +115,7 @@ class ReplyFile:
     def add(self, key: str, image: str, question: str, reply: JudgeReply) -> None:
         """Appends a reply to the file. Raises: ClvrError if it cannot be written."""
         usage = {name: value for name, value in dataclasses.asdict(reply.usage).items() if value}
-        entry: dict[str, Any] = {
+        entry: dict[str, JSON] = {
             "key": key,
             "picture": image,
             "question": question,
@@ -155,11 +156,11 @@ class ReplyFile:
 
 def judge_images(
     judge: JudgeModel,
-    tasks: Sequence[JudgeTask],
+    tasks: Sequence[JudgeTask[Answer]],
     replies: ReplyFile,
     attempts: int,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[Judged]:
+) -> list[Judged[Answer]]:
     """Asks every question about every image.
 
     If a reply cannot be parsed, the question is asked again with the parser's error, up to `attempts` times in all. The
@@ -178,14 +179,17 @@ def judge_images(
     """
     done, lock, first_reply = 0, threading.Lock(), ""
 
-    def judge_image(task: JudgeTask) -> Judged:
+    def judge_image(task: JudgeTask[Answer]) -> Judged[Answer]:
         nonlocal done, first_reply
         image = task.load()
-        found, given, is_refused = {}, [], False
+        found: dict[str, Answer | None] = {}
+        given: list[JudgeReply] = []
+        is_refused = False
         for question in task.questions:
-            found[question.name], own = _ask(judge, task.name, image, question, replies, attempts)
-            is_refused |= found[question.name] is None and own[-1].fault == "refused"
-            given += own
+            asked = _ask(judge, task.name, image, question, replies, attempts)
+            found[question.name] = asked.answer
+            is_refused |= asked.answer is None and asked.replies[-1].fault == "refused"
+            given += asked.replies
         with lock:
             done += 1
             first_reply = first_reply or given[-1].text or ""
@@ -217,15 +221,28 @@ def judge_images(
     return judged
 
 
-def _is_parsed(value: Any) -> bool:
+def _is_parsed(value: object) -> bool:
     return value is not None
 
 
+@dataclass(frozen=True)
+class _Asked(Generic[Answer]):
+    """The parsed reply to a question, None if no reply could be parsed, and all replies, at least one."""
+
+    answer: Answer | None
+    replies: list[JudgeReply]
+
+
 def _ask(
-    judge: JudgeModel, name: str, image: EncodedImage, question: JudgeQuestion, replies: ReplyFile, attempts: int
-) -> tuple[Any, list[JudgeReply]]:
-    """Asks one question; returns the parsed reply, None if no reply could be parsed, and all replies, at least one."""
-    complaint, given = "", []
+    judge: JudgeModel,
+    name: str,
+    image: EncodedImage,
+    question: JudgeQuestion[Answer],
+    replies: ReplyFile,
+    attempts: int,
+) -> _Asked[Answer]:
+    """Asks one question until its reply can be parsed."""
+    complaint, given = "", list[JudgeReply]()
     for attempt in range(attempts):
         text = question.text + complaint
         key = _key(image, text, attempt)
@@ -237,13 +254,13 @@ def _ask(
         if reply.text is None:
             continue
         try:
-            return question.read(reply.text), given
+            return _Asked(question.read(reply.text), given)
         except AnswerError as error:
             complaint = f"\nYour last answer could not be used: {error}\n"
-    return None, given
+    return _Asked(None, given)
 
 
-def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQuestion) -> JudgeReply:
+def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQuestion[Answer]) -> JudgeReply:
     content = [{"type": "image"}, {"type": "text", "text": text}]
     request = ChatRequest(
         [{"role": "user", "content": content}],
@@ -288,19 +305,33 @@ def _read_lines(path: Path) -> Iterator[tuple[str, JudgeReply]]:
             raise ClvrError(f"{where}: not a reply of a judge ({error}); remove the line") from error
 
 
+def _usage(stored: JsonObject) -> Usage:
+    """Reads a usage; fields that are 0 are not stored. Raises: ClvrError for a wrong type, and for an unknown field."""
+    if unknown := stored.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
+        raise ClvrError(f"usage has unknown fields {', '.join(sorted(unknown)):.100}")
+    return Usage(
+        calls=stored.integer("calls", 0, low=0),
+        input_tokens=stored.integer("input_tokens", 0, low=0),
+        output_tokens=stored.integer("output_tokens", 0, low=0),
+        pictures=stored.integer("pictures", 0, low=0),
+        nfe=stored.integer("nfe", 0, low=0),
+        seconds=stored.number("seconds", 0.0, low=0),
+        dollars=stored.number("dollars", 0.0, low=0),
+        retries=stored.integer("retries", 0, low=0),
+    )
+
+
 def _stored(entry: JsonObject) -> JudgeReply:
     """Returns a reply that `ReplyFile.add` wrote."""
-    usage = entry.nested("usage")
-    if unknown := usage.content.keys() - {each.name for each in dataclasses.fields(Usage)}:
-        raise ClvrError(f"usage has unknown fields {', '.join(sorted(unknown)):.100}")
-    fault: Any = entry.text("fault", None)
-    if fault not in (None, "refused", "malformed"):
-        raise ClvrError(f"fault must be refused or malformed, got {shown(fault)}")
-    numbers: dict[str, Any] = {name: usage.number(name, low=0) for name in usage.content}
+    usage = _usage(entry.nested("usage"))
+    given = entry.text("fault", None)
+    fault = None if given is None else _FAULTS.get(given)
+    if given is not None and fault is None:
+        raise ClvrError(f"fault must be refused or malformed, got {shown(given)}")
     return JudgeReply(
         entry.optional("reply", entry.text),
         entry.optional("error", entry.text),
-        Usage(**numbers),
+        usage,
         fault,
         entry.texts("adapted") if "adapted" in entry.content else (),
     )

@@ -32,7 +32,7 @@ class JudgeScorer(Scorer):
         benchmark = images.benchmark
         if not isinstance(benchmark, JudgedBenchmark):
             raise UsageError(f"{benchmark.title}: a judge does not score it")
-        tasks: list[JudgeTask] = []
+        tasks: list[JudgeTask[object]] = []
         indices: list[SampleIndex] = []
         for (index, sample), path in images.existing.items():
             item = images.items[index]
