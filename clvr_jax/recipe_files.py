@@ -8,10 +8,10 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any, ClassVar, Protocol, TypeVar, get_args, get_type_hints
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import UncheckedJSON, shown
+from clvr_jax.json_input import JSON, UncheckedJSON, shown
 
 
 class Configuration(Protocol):
@@ -23,9 +23,9 @@ class Configuration(Protocol):
 Config = TypeVar("Config", bound=Configuration)
 
 
-def config_to_json(config: Configuration) -> dict[str, Any]:
+def config_to_json(config: Configuration) -> dict[str, JSON]:
     """Returns a configuration as plain values that JSON can hold."""
-    values: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    values: dict[str, JSON] = json.loads(json.dumps(dataclasses.asdict(config), default=str))
     return values
 
 
@@ -40,14 +40,14 @@ def config_from_json(template: Config, values: UncheckedJSON) -> Config:
     A configuration class whose fields were renamed has a table RENAMED, old name -> new name; "lora.rank" is the field
     `rank` of the configuration that the field `lora` contains.
     """
-    config: Config = _from_json(template, values, None, "the configuration")
-    return config
+    return cast(Config, _from_json(template, values, None, "the configuration"))
 
 
-def _from_json(template: object, values: Any, declared: object, name: str) -> Any:
+def _from_json(template: object, values: object, declared: object, name: str) -> object:
     """Returns a configuration, or the value of one of its fields, whose declared type is used if its own is None."""
     _check_type(template, values, name)
     if dataclasses.is_dataclass(template) and not isinstance(template, type):
+        assert isinstance(values, Mapping)  # checked
         hints = get_type_hints(type(template))
         values = _with_new_names(values, getattr(template, "RENAMED", {}))
         fields = {
@@ -58,7 +58,7 @@ def _from_json(template: object, values: Any, declared: object, name: str) -> An
         return dataclasses.replace(template, **fields)
     if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
         return Path(values)
-    return tuple(values) if isinstance(template, tuple) else values
+    return tuple(values) if isinstance(template, tuple) and isinstance(values, list) else values
 
 
 def _check_type(template: object, values: object, name: str) -> None:
@@ -79,7 +79,7 @@ def _check_type(template: object, values: object, name: str) -> None:
         raise ClvrError(f"{name} must be {expected}, got {shown(values)}")
 
 
-def _with_new_names(values: UncheckedJSON, renamed: Mapping[str, str]) -> dict[str, Any]:
+def _with_new_names(values: UncheckedJSON, renamed: Mapping[str, str]) -> dict[str, JSON]:
     """Returns the plain values of a configuration with old names replaced; values under new names take precedence."""
     found = {name: value for name, value in values.items() if name not in renamed}
     for old, new in renamed.items():

@@ -177,7 +177,7 @@ def identity(recipe: SynthRecipe, config: RecipeConfig) -> dict[str, JSON]:
     may be changed. Credentials in URLs are redacted, since the result is stored.
     """
     values = {name: value for name, value in config_to_json(config).items() if name not in _COUNT_FIELDS}
-    values["synth"] = {name: value for name, value in values["synth"].items() if name not in _SPEED_FIELDS}
+    values["synth"] = {name: value for name, value in config_to_json(config.synth).items() if name not in _SPEED_FIELDS}
     return _comparable_object({"recipe": recipe.name, "config": values, "templates": TEMPLATES_VERSION})
 
 

@@ -7,9 +7,9 @@ trajectories; the split "verification", if there is one, has histories with a ve
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from clvr_jax.arguments import run_script
 from clvr_jax.atomic_io import atomic_directory
@@ -23,7 +23,7 @@ from clvr_jax.data.trajectories.record import (
     record_to_example,
 )
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject, read_object, shown
+from clvr_jax.json_input import JSON, JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.training_packages import training_package
 
@@ -79,6 +79,22 @@ def write_dataset(
     return sum(splits[SPLIT].lengths)
 
 
+class _RecordWriter(Protocol):
+    """A writer of array_record files."""
+
+    def write(self, record: bytes, /) -> object: ...
+
+    def close(self) -> None: ...
+
+
+class _DataSource(Protocol):
+    """The records of a split, as TFDS decodes them."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Mapping[str, object]: ...
+
+
 class _Shards:
     """A writer of the serialized records of a split to files of limited size.
 
@@ -87,7 +103,7 @@ class _Shards:
 
     def __init__(self, directory: Path, temporary: Path, split: str, shard_bytes: int):
         self._directory, self._temporary, self._split, self._shard_bytes = directory, temporary, split, shard_bytes
-        self._writer: Any = None
+        self._writer: _RecordWriter | None = None
         self._written = 0
         self.lengths: list[int] = []
         self.num_bytes = 0
@@ -121,7 +137,7 @@ class _Shards:
         except RuntimeError as error:
             raise self._unwritable(error) from error
 
-    def finalize(self) -> Any:
+    def finalize(self) -> object:
         """Renames the closed shards to their final names and returns the split info for TFDS."""
         tfds = training_package("tensorflow_datasets")
 
@@ -185,7 +201,7 @@ class TrajectoryDataset:
         _check_features(directory / "features.json")
         self._source = self._open()
 
-    def _open(self) -> Any:
+    def _open(self) -> _DataSource:
         tfds = training_package("tensorflow_datasets")
 
         try:
@@ -194,7 +210,7 @@ class TrajectoryDataset:
             # array_record takes a file that is missing for an empty one.
             absent = [path for path in paths if not path.exists()]
             outside = [path for path in paths if path.parent.resolve() != self.directory.resolve()]
-            source = None if absent or outside else builder.as_data_source(self.split)
+            source: _DataSource | None = None if absent or outside else builder.as_data_source(self.split)
         # A damaged description ends in whatever exception the place raises at which TFDS notices it.
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0][:160]
@@ -203,6 +219,7 @@ class TrajectoryDataset:
             raise ClvrError(f"{self.directory}: its description names shards elsewhere ({shown(str(outside[0]))})")
         if absent:
             raise ClvrError(f"{absent[0]}: this shard of the dataset is missing; copy or write the dataset again")
+        assert source is not None
         return source
 
     def __reduce__(self) -> tuple[type["TrajectoryDataset"], tuple[Path, str]]:
@@ -246,7 +263,7 @@ class TrajectoryDataset:
 
 def _check_features(path: Path) -> None:
     """Raises ClvrError if the description names a Python class that is not of TFDS, which would import its module."""
-    entries: list[Any] = [read_object(path).content]
+    entries: list[JSON] = [read_object(path).content]
     while entries:
         entry = entries.pop()
         if isinstance(entry, dict):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from clvr_jax.data.shapes_verification import (
 )
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import read_image_arrays
+from clvr_jax.interfaces.tokenizer import Tokenizer
+from clvr_jax.models.qwen3_vl.positions import Conversation
 from clvr_jax.worlds.shapes.detect import Examination, Reading, detect, examine
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import COLORS, HELD_OUT_PAIRS
@@ -39,6 +41,8 @@ from clvr_jax.worlds.shapes.scene import COLORS, HELD_OUT_PAIRS
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 Reconstruct = Callable[[np.ndarray, int], np.ndarray]
 """(images uint8 (n, 64, 64, 3), seed) -> the images after the autoencoder."""
+Example = tuple[Conversation, np.ndarray, bool]
+"""A conversation, the loss weights of its tokens, and whether color words in it may be replaced, see `Chat`."""
 BatchKind = Literal["prompt", "comparison", "image", "conversation", "clarity"]
 KINDS: tuple[BatchKind, ...] = (
     *("prompt", "comparison", "image", "prompt", "comparison", "image"),
@@ -110,7 +114,7 @@ class Shape:
 class ControllerBatches:
     """The batches of a run: a pure function of the step."""
 
-    def __init__(self, config: ControllerData, seed: int, tokenizer: Any, reconstruct: Reconstruct):
+    def __init__(self, config: ControllerData, seed: int, tokenizer: Tokenizer, reconstruct: Reconstruct):
         self._config, self._seed, self._tokenizer, self._reconstruct = config, seed, tokenizer, reconstruct
         self._colors = np.array([tokenizer.encode(f" {color}")[0] for color in COLORS])
         self._answers = np.array([tokenizer.encode(f" {word}")[0] for word in ("yes", "no")])
@@ -123,8 +127,9 @@ class ControllerBatches:
             "conversation": Shape(config.conversation_batch, 96, 672, image_slots=6),
         }
         self._pool = functools.lru_cache(maxsize=2 * len(self._shapes))(self._make_pool)
+        self._clarity_pool = functools.lru_cache(maxsize=2)(self._make_clarity_pool)
 
-    def __call__(self, step: int) -> dict[str, Any]:
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
         """Returns the batch of a step: of clarity as `_clarity_batch` makes it, of all other kinds as
         `collate_conversations` does, with `target_ids_bt` beside the inputs.
         """
@@ -135,18 +140,23 @@ class ControllerBatches:
         order = np.random.default_rng((self._seed, number)).permutation(PARTS)
         rows = self._shapes[kind].rows
         rng = np.random.default_rng((self._seed, 1, step))
-        chosen = self._pool(kind, number)[order[part] * rows :][:rows]
-        return _clarity_batch(chosen) if kind == "clarity" else self._collate(chosen, kind, rng)
-
-    def _make_pool(self, kind: str, number: int) -> list[Any]:
-        shape = self._shapes[kind]
-        rng = np.random.default_rng((self._seed, 2, list(self._shapes).index(kind), number))
+        chosen = slice(order[part] * rows, (order[part] + 1) * rows)
         if kind == "clarity":
-            return self._examined_images(rng, PARTS * shape.rows)
+            return _clarity_batch(self._clarity_pool(number)[chosen])
+        return self._collate(self._pool(kind, number)[chosen], kind, rng)
+
+    def _rng(self, kind: str, number: int) -> np.random.Generator:
+        return np.random.default_rng((self._seed, 2, list(self._shapes).index(kind), number))
+
+    def _make_clarity_pool(self, number: int) -> list[tuple[np.ndarray, Examination]]:
+        return self._examined_images(self._rng("clarity", number), PARTS * self._shapes["clarity"].rows)
+
+    def _make_pool(self, kind: str, number: int) -> list[Example]:
+        shape, rng = self._shapes[kind], self._rng(kind, number)
         make = {"image": self._images, "comparison": self._comparisons, "prompt": self._prompts}.get(
             kind, self._conversations
         )
-        examples: list[Any] = []
+        examples: list[Example] = []
         while len(examples) < PARTS * shape.rows:
             for chat in make(rng, PARTS * shape.rows - len(examples)):
                 # The reply before may be wrong, and comparisons share a description: see `shapes_verification`.
@@ -159,7 +169,7 @@ class ControllerBatches:
                     examples.append((*example, chat.is_corruptible))
         return examples if kind == "image" else sorted(examples, key=lambda example: len(example[0].input_ids))
 
-    def _weigh_answers(self, conversation: Any, weights: np.ndarray) -> None:
+    def _weigh_answers(self, conversation: Conversation, weights: np.ndarray) -> None:
         """Weighs up the first token of yes and no, which follows the period of the evidence."""
         ids = np.asarray(conversation.input_ids)
         is_answer = (ids[:-1] == self._period) & np.isin(ids[1:], self._answers) & (weights[1:] > 0)
@@ -235,7 +245,7 @@ class ControllerBatches:
             for (metadata, replies, images), end in zip(chosen, ends, strict=True)
         ]
 
-    def _collate(self, rows: list[Any], kind: str, rng: np.random.Generator) -> dict[str, Any]:
+    def _collate(self, rows: list[Example], kind: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
         shape = self._shapes[kind]
         batch = collate_conversations(
             [(conversation, weights) for conversation, weights, _ in rows],
