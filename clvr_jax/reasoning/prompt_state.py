@@ -13,16 +13,15 @@ from typing import Any
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.actions import NO_IMAGE, TERMINATE, ParseError, PendingReply, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
+from clvr_jax.reasoning.decisions import outcome_of_stop, rollback_target
 from clvr_jax.reasoning.edits import Edit, Parent
 from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import Conversation, GeneratedImage, GenerationRequest
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectory import (
     ACCEPTED,
-    GAVE_UP,
     STEP_LIMIT,
     UNPARSEABLE,
-    UNVERIFIED,
     Step,
     Trajectory,
     Verdict,
@@ -30,18 +29,7 @@ from clvr_jax.reasoning.trajectory import (
     result_step,
 )
 from clvr_jax.reasoning.verification import Verification, VerificationMode, plan_text
-from clvr_jax.reasoning.work import (
-    GenerationWork,
-    PlanWork,
-    ReplyWork,
-    RequirementsWork,
-    VerificationWork,
-    Work,
-)
-
-ROLLBACK_MARGIN = 0.5
-"""Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
-changes of probabilities do not cause a roll-back."""
+from clvr_jax.reasoning.work import GenerationWork, PlanWork, ReplyWork, RequirementsWork, VerificationWork, Work
 
 
 class PromptState:
@@ -271,7 +259,7 @@ class PromptState:
         if reply.action == TERMINATE or verified:
             last = Step(reply.reasoning, TERMINATE, seconds=self._unbooked_seconds(), attempts=pending.attempts)
             self._steps.append(last)
-            self._finish(self._outcome_of_stop(reply))
+            self._finish(outcome_of_stop(reply, self._mode, bool(self._history), self.required))
             return
         if self._mode == "controller":
             target = self._rollback_target()
@@ -361,15 +349,6 @@ class PromptState:
         self._pending, self._num_wanted = pending, self._budget.candidates
         self._is_selection_due = self._mode == "separate"
 
-    def _outcome_of_stop(self, reply: Reply) -> str:
-        """Returns the outcome of a loop that the controller ends."""
-        if not self._history:
-            return GAVE_UP
-        if self._mode == "controller":
-            return GAVE_UP if reply.unmet else ACCEPTED
-        # If there was something to verify, the image was not accepted: the loop would have ended before.
-        return GAVE_UP if self.required else UNVERIFIED
-
     def _select_best(self) -> int:
         """Appends the best candidate to the history, drops the others, and returns its number."""
         numbers = range(self._first_candidate, len(self._steps))  # including those whose verdict could not be read
@@ -385,18 +364,9 @@ class PromptState:
         return chosen
 
     def _rollback_target(self) -> int | None:
-        """Returns the best earlier step if the latest is worse and the loop may return there once more, else None."""
-        if not self._history:
-            return None
-        *earlier, last = self._history
-        dropped = set(range(last)).difference(earlier)  # after an edit a dropped image may be better than all others
-        best, latest = best_step(self._steps[:last], dropped), self._steps[last].score
-        if best is None or latest is None:
-            return None
-        best_score = self._steps[best].score
-        if best_score is None or latest > best_score - ROLLBACK_MARGIN:
-            return None
-        return best if self._rollbacks.get(best, 0) < self._budget.max_rollbacks else None
+        """Returns the step that the loop returns to if it may do so once more, else None."""
+        target = rollback_target(self._steps, self._history)
+        return target if target is not None and self._rollbacks.get(target, 0) < self._budget.max_rollbacks else None
 
     def _roll_back(self, target: int) -> PendingReply:
         """Drops the history after step `target`; returns the reply that followed it, to be carried out again."""
