@@ -8,16 +8,17 @@ high there says nothing about planning.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from clvr_jax.console import progress
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.statistics import Rate, wilson_interval
+from clvr_jax.evaluation.statistics import Rate, RateResult, wilson_interval
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
@@ -61,6 +62,26 @@ class PlannedPrompt:
     is_exact: bool
     is_right: bool
     meets_requirements: bool
+
+
+class PlanRates(TypedDict):
+    """The rates of a group of prompts; see the fields of `PlannedPrompt`."""
+
+    requirements_exact: RateResult
+    right: RateResult
+    meets_requirements: RateResult
+
+
+class PlanningResults(TypedDict):
+    """The content of results.json; `plans` has the fields of `PlannedPrompt`."""
+
+    benchmark: str
+    model: str
+    prompts: str
+    seed: int
+    retries: int
+    summary: dict[str, PlanRates]
+    plans: list[dict[str, JSON]]
 
 
 class BlankCanvas(ImageGenerator):
@@ -159,7 +180,7 @@ def shifted(planned: Sequence[PlannedPrompt], prompts: Sequence[Metadata]) -> li
     return found
 
 
-def summarize(planned: Sequence[PlannedPrompt], control: Sequence[PlannedPrompt]) -> dict[str, Any]:
+def summarize(planned: Sequence[PlannedPrompt], control: Sequence[PlannedPrompt]) -> dict[str, PlanRates]:
     """Rates with Wilson 95 % intervals: of all prompts, by number of objects, by held-out pairs, and of the control."""
     groups: dict[str, list[PlannedPrompt]] = {"all": list(planned)}
     for number in sorted({each.objects for each in planned}):
@@ -170,8 +191,8 @@ def summarize(planned: Sequence[PlannedPrompt], control: Sequence[PlannedPrompt]
     return {name: _rates(rows) for name, rows in groups.items() if rows}
 
 
-def _rates(rows: Sequence[PlannedPrompt]) -> dict[str, Any]:
-    def rate(flags: Iterable[bool]) -> dict[str, Any]:
+def _rates(rows: Sequence[PlannedPrompt]) -> PlanRates:
+    def rate(flags: Iterable[bool]) -> RateResult:
         count = sum(flags)
         return Rate(count, len(rows), wilson_interval(count, len(rows))).to_json()
 
@@ -182,19 +203,21 @@ def _rates(rows: Sequence[PlannedPrompt]) -> dict[str, Any]:
     }
 
 
-def planning_table(results: Mapping[str, Any]) -> Table:
+def planning_table(results: PlanningResults) -> Table:
     """Returns the summary of results as a table."""
-    keys = ("requirements_exact", "right", "meets_requirements")
-    rows = [(name, *(_cell(rates[key]) for key in keys)) for name, rates in results["summary"].items()]
+    rows = [
+        (name, *map(_cell, (rates["requirements_exact"], rates["right"], rates["meets_requirements"])))
+        for name, rates in results["summary"].items()
+    ]
     return Table(COLUMNS, [rows], title=f"Planning benchmark: {results['model']}")
 
 
-def _cell(rate: dict[str, Any]) -> str:
+def _cell(rate: RateResult) -> str:
     low, high = rate["interval"]
     return f"{rate['rate']:.3f} [{low:.3f}, {high:.3f}] of {rate['of']}"
 
 
-def markdown(results: dict[str, Any]) -> str:
+def markdown(results: PlanningResults) -> str:
     """Returns the results as Markdown."""
     lines = [
         f"# Planning benchmark: {plain(results['model'])}",
@@ -216,7 +239,7 @@ def results(
     prompts: str,
     seed: int,
     retries: int,
-) -> dict[str, Any]:
+) -> PlanningResults:
     """Returns the content of results.json."""
     return {
         "benchmark": BENCHMARK,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any, TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
@@ -26,17 +26,26 @@ class Interval:
     high: float
 
 
-@dataclass(frozen=True)
-class Rate:
-    """The share of cases in which something occurs, with its interval, None if it was not computed."""
+class RateResult(TypedDict):
+    """The JSON value of a rate; its interval is [low, high]."""
 
     count: int
     of: int
-    interval: Interval | None = None
+    rate: float
+    interval: list[float]
 
-    def to_json(self) -> dict[str, Any]:
-        """Returns {"count", "of", "rate", "interval": [low, high] or None}."""
-        bounds = None if self.interval is None else [self.interval.low, self.interval.high]
+
+@dataclass(frozen=True)
+class Rate:
+    """The share of cases in which something occurs, with its interval."""
+
+    count: int
+    of: int
+    interval: Interval
+
+    def to_json(self) -> RateResult:
+        """Returns {"count", "of", "rate", "interval": [low, high]}."""
+        bounds = [self.interval.low, self.interval.high]
         return {"count": self.count, "of": self.of, "rate": self.count / self.of, "interval": bounds}
 
 

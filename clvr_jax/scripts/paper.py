@@ -11,7 +11,7 @@ model trained by PPRL is merged if there is one, else the fine-tuned model; `--a
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, cast
 
 from clvr_jax.arguments import at_least_one, check_seed, run_script
 from clvr_jax.atomic_io import read_json, write_json
@@ -22,12 +22,12 @@ from clvr_jax.evaluation.comparison.scaling import from_trajectories
 from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper.corrections import Corrections, count_corrections
-from clvr_jax.evaluation.paper.diagnosis import interactions
+from clvr_jax.evaluation.paper.diagnosis import Interactions, interactions
 from clvr_jax.evaluation.paper.models import Sources, model_directories
 from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import SPLITS, Prompts, Row, results
 from clvr_jax.evaluation.paper.stages import Stages, digest
-from clvr_jax.evaluation.paper.timing import loop_times, times_by_image_count
+from clvr_jax.evaluation.paper.timing import GroupTime, loop_times, times_by_image_count
 from clvr_jax.merging.planning import REPORT
 from clvr_jax.output_paths import check_directory, check_file
 from clvr_jax.plots import can_plot
@@ -199,7 +199,7 @@ def _corrections(results: SystemResults) -> Corrections:
     return count_corrections(directory, run["pictures"], shapes_checker())
 
 
-def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, dict[str, float]]:
+def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages) -> dict[int, GroupTime]:
     prompts = [entry["prompt"] for entry in metadata]
 
     def measure(directory: Path) -> None:
@@ -211,7 +211,7 @@ def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages)
     return times_by_image_count(read_json(directory / "times.json")["prompts"])
 
 
-def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stages) -> dict[str, Any]:
+def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stages) -> Interactions:
     base, distilled, aligned = models
 
     def measure(directory: Path) -> None:
@@ -219,7 +219,7 @@ def _changes(models: Sequence[Path], metadata: Sequence[Metadata], stages: Stage
 
     prompts = [entry["prompt"] for entry in metadata]
     inputs = {"models": [digest(model) for model in models], "prompts": prompts}
-    return read_json(stages.directory("changes", inputs, measure) / "changes.json")
+    return cast(Interactions, read_json(stages.directory("changes", inputs, measure) / "changes.json"))
 
 
 if __name__ == "__main__":

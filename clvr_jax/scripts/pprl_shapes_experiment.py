@@ -13,7 +13,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from clvr_jax.atomic_io import write_atomically, write_json
 from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
+from clvr_jax.evaluation.comparison.pairs import Comparison, compare, comparison_table, load_results
+from clvr_jax.evaluation.harness.results import PooledResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
@@ -98,20 +99,27 @@ def evaluation(model: str, split: str, seed: int, max_steps: int, out: Path) -> 
     return ("eval", "shapes", "--model", model, *loop, "--split", split, "--seed", str(seed), "--out", str(out))
 
 
-def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequence[int]) -> tuple[dict[str, Any], str]:
+SplitReport = dict[str, dict[str, dict[str, float]] | Comparison]
+"""The scores of single steps of each system under "steps", and comparisons of two systems under their names."""
+
+
+def report(
+    out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequence[int]
+) -> tuple[dict[str, SplitReport], str]:
     """Compares every other system with the first arm, over prompts, and measures single generation steps.
 
     The score of a prompt is the mean over the seeds, so that seeds are not counted as independent prompts.
 
     Returns: for JSON, and as Markdown.
     """
-    comparisons: dict[str, Any] = {}
+    comparisons: dict[str, SplitReport] = {}
     lines = []
     for split in splits:
         results = {name: _over_seeds(out, name, split, seeds) for name in names}
-        own: dict[str, Any] = {"steps": {name: _steps(out, name, split, seeds) for name in names}}
+        steps = {name: _steps(out, name, split, seeds) for name in names}
+        own: SplitReport = {"steps": steps}
         rows = []
-        for name, marks in own["steps"].items():
+        for name, marks in steps.items():
             shares = ", ".join(f"{share:.3f}" for share in _by_seed(out, name, split, seeds))
             rows.append((name, shares, f"{marks['success']:.4f}", f"{marks['preservation']:.4f}"))
         table = Table(("", "right by seed", "edits made", "all else left alone"), [rows])
@@ -119,8 +127,9 @@ def report(out: Path, names: Sequence[str], splits: Sequence[str], seeds: Sequen
         best = names[1]
         for name in names:
             if name != best:
-                own[f"{name} and {best}"] = compare(results[name], results[best])
-                lines += ["", *comparison_table(own[f"{name} and {best}"], name, best).markdown()]
+                comparison = compare(results[name], results[best])
+                own[f"{name} and {best}"] = comparison
+                lines += ["", *comparison_table(comparison, name, best).markdown()]
         comparisons[split] = own
         lines.append("")
     return comparisons, "\n".join(lines)
@@ -165,10 +174,11 @@ def _steps(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, 
     }
 
 
-def _over_seeds(out: Path, name: str, split: str, seeds: Sequence[int]) -> dict[str, Any]:
+def _over_seeds(out: Path, name: str, split: str, seeds: Sequence[int]) -> PooledResults:
     """Merges the results of all seeds into one, with several images for each prompt."""
     found = [load_results(_evaluation_directory(out, name, split, seed)) for seed in seeds]
-    return {**found[0], "pictures": [image for one in found for image in one["pictures"]]}
+    images = [image for one in found for image in one["pictures"]]
+    return {"benchmark": found[0]["benchmark"], "judge": found[0]["judge"], "pictures": images}
 
 
 def _by_seed(out: Path, name: str, split: str, seeds: Sequence[int]) -> list[float]:

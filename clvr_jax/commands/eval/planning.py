@@ -1,13 +1,14 @@
 """`clvr eval planning`."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax, results_directory
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
+    from clvr_jax.evaluation.planning import PlanningResults
     from clvr_jax.worlds.shapes.metadata import Metadata
 
 
@@ -57,7 +58,7 @@ class EvalPlanning:
         table = planning.planning_table(found).rich()
         return Result(data if self.out is None else {**data, "out": str(self.out)}, table)
 
-    def _planned(self) -> dict[str, Any]:
+    def _planned(self) -> "PlanningResults":
         """Plans all prompts; returns the content of results.json."""
         from clvr_jax.evaluation import planning
         from clvr_jax.pipelines.closed_loop import VLMController

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -14,6 +14,7 @@ from clvr_jax.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
+    from clvr_jax.evaluation.comparison.scaling import Scaling
     from clvr_jax.evaluation.harness.run_directory import RunDirectory
 
 Mode = Literal["one-shot", "open-loop", "best-of", "closed-loop"]
@@ -83,7 +84,7 @@ class EvalScaling:
             console.print("[yellow]note:[/] no plot: matplotlib is not installed (pip install 'clvr-jax[plots]')")
         return Result({**scaling, "out": str(self.out), "files": files}, scaling_table(scaling).rich())
 
-    def _report(self, given: "dict[str, RunDirectory]") -> tuple[dict[str, Any], list[str]]:
+    def _report(self, given: "dict[str, RunDirectory]") -> "tuple[Scaling, list[str]]":
         """Generates missing images; returns the curves, and the names of the files that were written."""
         from clvr_jax.evaluation.comparison.scaling import from_trajectories
         from clvr_jax.evaluation.reporting.scaling import write_scaling

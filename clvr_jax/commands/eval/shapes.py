@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 from rich.console import Group
@@ -11,6 +11,10 @@ from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Directory, Flags, Result, prepare_jax
 from clvr_jax.commands.eval.run_progress import progress_on_first_report
 from clvr_jax.commands.eval.system import Systems
+
+if TYPE_CHECKING:
+    from clvr_jax.evaluation.harness.results import Results
+    from clvr_jax.worlds.shapes.metadata import Metadata
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class EvalShapes:
         both = Group(table, comparison_table(comparison, title=f"{self.against} and {self.out}").rich())
         return Result({**data, "out": str(self.out), "comparison": comparison}, both)
 
-    def _run(self, metadata: list[dict[str, Any]], prompts: str, title: str) -> dict[str, Any]:
+    def _run(self, metadata: "list[Metadata]", prompts: str, title: str) -> "Results":
         """Generates and scores missing images; returns the content of results.json."""
         from clvr_jax.evaluation.benchmarks.shapes import run_shapes
 

@@ -1,7 +1,7 @@
 """`clvr eval verifier`."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import tyro
 
@@ -12,6 +12,8 @@ from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.verifier.cases import Case
+    from clvr_jax.evaluation.verifier.report import VerifierResults
+    from clvr_jax.json_input import JSON
     from clvr_jax.reasoning.model_verifier import ModelVerifier
 
 _DEFAULT_MODEL = "shapes-tiny"
@@ -97,7 +99,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         data = {key: value for key, value in results.items() if key != "cases"}
         return Result(data if self.out is None else {**data, "out": str(self.out)}, rich_results(results))
 
-    def _evaluate(self, images: "list[Case]") -> dict[str, Any]:
+    def _evaluate(self, images: "list[Case]") -> "VerifierResults":
         """Verifies the images; returns the content of results.json."""
         from functools import partial
 
@@ -117,7 +119,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
             exact_requirements=self.requirements == "exact",
         )
 
-    def _verifier(self) -> "tuple[ModelVerifier, dict[str, Any]]":
+    def _verifier(self) -> "tuple[ModelVerifier, dict[str, JSON]]":
         """Returns the verifier and its identity."""
         if self.judge:
             from clvr_jax.providers.endpoint import Endpoint, Prices

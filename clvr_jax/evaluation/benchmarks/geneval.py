@@ -9,7 +9,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from typing_extensions import override
 
@@ -24,7 +24,7 @@ from clvr_jax.evaluation.harness.run_directory import FileLayout, GenEvalLayout
 from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.image_io import EncodedImage, read_encoded
-from clvr_jax.json_input import JsonObject
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
 
@@ -51,12 +51,12 @@ class GenEvalFormat(Benchmark):
                 raise ClvrError(f"{path}: has the prompt {found!r}, but prompt {item.id} is {item.prompt!r}")
 
     @override
-    def metadata(self, item: Item) -> dict[str, Any]:
+    def metadata(self, item: Item) -> dict[str, JSON]:
         """Returns the record that the official scorer reads."""
         return dict(item.record)
 
     @override
-    def item(self, metadata: Mapping[str, Any], index: int) -> Item:
+    def item(self, metadata: UncheckedJSON, index: int) -> Item:
         entry = JsonObject(metadata, f"prompt {index}")
         tier = entry.optional("tier", entry.integer) if "tier" in metadata else None
         return Item(f"{index:05d}", entry.text("prompt"), entry.text("tag"), metadata, tier)
@@ -98,7 +98,7 @@ class Detector(Protocol):
         """The digest of the models' weights."""
         ...
 
-    def find(self, image: EncodedImage, metadata: Mapping[str, Any]) -> dict[str, list[Detection]]:
+    def find(self, image: EncodedImage, metadata: UncheckedJSON) -> dict[str, list[Detection]]:
         """Returns the detected objects by class, with colors for the classes whose color the metadata names."""
         ...
 
@@ -150,7 +150,7 @@ def score_detections(found: Mapping[str, Sequence[Detection]], item: Item) -> Sc
     return Score.binary(correct, reasons)
 
 
-def _found(path: Path, record: Mapping[str, Any]) -> dict[str, list[Detection]]:
+def _found(path: Path, record: UncheckedJSON) -> dict[str, list[Detection]]:
     try:
         return {
             name: [Detection(tuple(one["box"]), one["confidence"], one["color"]) for one in each]

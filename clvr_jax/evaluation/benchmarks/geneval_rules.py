@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.json_input import UncheckedJSON
 
 _OBJECTS = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "
@@ -66,7 +67,7 @@ def keep_confident(found: Objects, tag: str) -> dict[str, list[Detection]]:
     return objects
 
 
-def objects_to_color(objects: Objects, metadata: Mapping[str, Any]) -> dict[str, int]:
+def objects_to_color(objects: Objects, metadata: UncheckedJSON) -> dict[str, int]:
     """Returns the number of objects of each class whose color is needed, most confident first.
 
     A class with fewer objects than its clause requires is left out, because that clause fails without colors.
@@ -78,7 +79,7 @@ def objects_to_color(objects: Objects, metadata: Mapping[str, Any]) -> dict[str,
     }
 
 
-def check(objects: Objects, metadata: Mapping[str, Any]) -> tuple[bool, tuple[str, ...]]:
+def check(objects: Objects, metadata: UncheckedJSON) -> tuple[bool, tuple[str, ...]]:
     """Checks an image by its metadata: every "include" clause must hold, and no "exclude" clause may hold.
 
     Colors and positions are those of the most confident objects, as many as the clause counts. A position refers to the
@@ -134,7 +135,7 @@ def relations(box: Sequence[float], other: Sequence[float]) -> set[str]:
     return {name for name, holds in found.items() if holds}
 
 
-def check_metadata(metadata: Mapping[str, Any]) -> None:
+def check_metadata(metadata: UncheckedJSON) -> None:
     """Raises ClvrError, one line, for metadata to which the rules do not apply."""
     tag, include = metadata.get("tag"), metadata.get("include")
     if not isinstance(tag, str) or not tag or not isinstance(include, list) or not include:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 from typing_extensions import override
@@ -15,13 +15,14 @@ from clvr_jax.evaluation.benchmarks.geneval import GenEvalFormat
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
+from clvr_jax.evaluation.harness.results import Results
 from clvr_jax.evaluation.harness.run import run
 from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.evaluation.systems.system import System
 from clvr_jax.image_io import read_image
-
-Metadata = Mapping[str, Any]
+from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.worlds.shapes.metadata import Metadata
 
 SHAPES_JUDGE_VERSION = "1"
 """Version of the checker: increase it when the detector or the rules of the shapes world change a verdict."""
@@ -39,7 +40,7 @@ class Shapes(GenEvalFormat):
     def read(self, path: Path) -> list[Item]:
         return self.items(shapes_prompts(path=path))
 
-    def items(self, metadata: Sequence[Metadata]) -> list[Item]:
+    def items(self, metadata: Sequence[UncheckedJSON]) -> list[Item]:
         """Returns the prompts of metadata in GenEval's format."""
         return [self.item(entry, index) for index, entry in enumerate(metadata)]
 
@@ -55,14 +56,14 @@ class ImageChecker(Scorer):
 
     name: str
     version: str
-    check: Callable[[np.ndarray, Metadata], Score]
+    check: Callable[[np.ndarray, UncheckedJSON], Score]
 
     @property
     def identity(self) -> dict[str, str]:
         """The JSON value that identifies the checker in results."""
         return {"name": self.name, "version": self.version}
 
-    def is_correct(self, image: np.ndarray, metadata: Metadata) -> bool:
+    def is_correct(self, image: np.ndarray, metadata: UncheckedJSON) -> bool:
         """Returns whether an image, uint8 (height, width, 3), is correct."""
         return bool(self.check(image, metadata).correct)
 
@@ -82,7 +83,7 @@ def shapes_checker() -> ImageChecker:
     from clvr_jax.worlds.shapes.detect import detect
     from clvr_jax.worlds.shapes.metadata import parse_metadata
 
-    def check_image(image: np.ndarray, metadata: Metadata) -> Score:
+    def check_image(image: np.ndarray, metadata: UncheckedJSON) -> Score:
         # The metadata come from the directory of a run, which any program may have written.
         verdict = check(detect(image), parse_metadata(metadata))
         return Score.binary(verdict.correct, verdict.reasons)
@@ -90,7 +91,7 @@ def shapes_checker() -> ImageChecker:
     return ImageChecker("shapes detector", SHAPES_JUDGE_VERSION, check_image)
 
 
-def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | None = None) -> list[dict[str, Any]]:
+def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | None = None) -> list[Metadata]:
     """Returns the metadata of the prompts of the shapes world's benchmark.
 
     Args:
@@ -106,14 +107,14 @@ def shapes_prompts(split: str = "eval", path: Path | None = None, limit: int | N
 
 def run_shapes(
     system: System,
-    metadata: Sequence[Metadata],
+    metadata: Sequence[UncheckedJSON],
     out: str | os.PathLike[str],
     *,
     prompts: str,
     limit: int | None = None,
     seed: int = 0,
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Runs the shapes world's benchmark with a system, one image for each prompt.
 
     Args:
@@ -125,7 +126,7 @@ def run_shapes(
     Returns: the content of results.json.
     Raises: ClvrError, one line.
     """
-    benchmark, settings = Shapes(), {"prompts": prompts, "limit": limit}
+    benchmark, settings = Shapes(), dict[str, JSON](prompts=prompts, limit=limit)
     items = benchmark.items(metadata)
     scorer = shapes_checker()
     return run(benchmark, items, system, out, scorer, settings=settings, seed=seed, on_progress=on_progress)

@@ -12,14 +12,15 @@ rule, relative to a system without failures, times 100; the two power laws.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypedDict
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import clustered_interval
+from clvr_jax.json_input import UncheckedJSON
 
 TIERS = 10
 
@@ -61,7 +62,7 @@ class Task:
         )
 
 
-def task_from_metadata(metadata: Mapping[str, Any]) -> Task:
+def task_from_metadata(metadata: UncheckedJSON) -> Task:
     """Counts objects, edges and words of metadata in GenEval's form, or in that of the shapes world.
 
     An include item has an edge for each of the keys color, position and place, and one for a count other than 1. Each
@@ -83,6 +84,16 @@ def task_from_metadata(metadata: Mapping[str, Any]) -> Task:
     )
 
 
+class TierResult(TypedDict):
+    """The JSON value of a `Tier`."""
+
+    complexity: float
+    prompts: int
+    passed: float
+    low: float
+    high: float
+
+
 @dataclass(frozen=True)
 class Tier:
     """A tier of prompts: mean complexity, number of prompts, and pass rate with its 95 % interval."""
@@ -92,6 +103,16 @@ class Tier:
     passed: float
     low: float
     high: float
+
+    def to_json(self) -> TierResult:
+        """Returns the JSON value."""
+        return {
+            "complexity": self.complexity,
+            "prompts": self.prompts,
+            "passed": self.passed,
+            "low": self.low,
+            "high": self.high,
+        }
 
 
 def assign_tiers(complexities: Sequence[float], count: int = TIERS) -> list[int]:
@@ -132,6 +153,14 @@ def area(curve: Sequence[Tier]) -> float:
     return float(100 * np.trapezoid(y, x) / (x[-1] - x[0]))
 
 
+class PowerLawResult(TypedDict):
+    """The JSON value of a `PowerLaw`."""
+
+    factor: float
+    exponent: float
+    r_squared: float
+
+
 @dataclass(frozen=True)
 class PowerLaw:
     """A power law y = factor x^exponent, and the share of the variance of log y that it explains."""
@@ -139,6 +168,10 @@ class PowerLaw:
     factor: float
     exponent: float
     r_squared: float
+
+    def to_json(self) -> PowerLawResult:
+        """Returns the JSON value."""
+        return {"factor": self.factor, "exponent": self.exponent, "r_squared": self.r_squared}
 
 
 def power_law(x: Sequence[float], y: Sequence[float]) -> PowerLaw | None:
@@ -163,7 +196,16 @@ def failure_law(curve: Sequence[Tier]) -> PowerLaw | None:
     return power_law([tier.complexity for tier in curve], odds)
 
 
-def probe(complexities: Sequence[float], scores: Sequence[Sequence[float]]) -> dict[str, Any]:
+class Probe(TypedDict):
+    """The complexity probe of one system; see `probe`."""
+
+    area: float
+    tiers: list[TierResult]
+    failure_law: PowerLawResult | None
+    half_fails_at: float | None
+
+
+def probe(complexities: Sequence[float], scores: Sequence[Sequence[float]]) -> Probe:
     """Computes the complexity probe of one system, for JSON.
 
     Args:
@@ -177,7 +219,7 @@ def probe(complexities: Sequence[float], scores: Sequence[Sequence[float]]) -> d
     half = law.factor ** (-1 / law.exponent) if law and law.exponent > 0 else math.inf
     return {
         "area": area(curve),
-        "tiers": [asdict(tier) for tier in curve],
-        "failure_law": asdict(law) if law else None,
+        "tiers": [tier.to_json() for tier in curve],
+        "failure_law": law.to_json() if law else None,
         "half_fails_at": half if curve[0].complexity <= half <= curve[-1].complexity else None,
     }

@@ -4,23 +4,76 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.cost import COSTS
+from clvr_jax.evaluation.harness.results import ImageResult, PooledResults, StoredResults
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
 from clvr_jax.json_input import JsonObject, check_unicode, read_object
 from clvr_jax.tables import Table
 
-Results = Mapping[str, Any]
+PromptKey = tuple[int, str]
+"""The index and the text of a prompt."""
 _COST_TEXTS = {"outcome", "device"}
 _COST_NUMBERS = set(COSTS) - _COST_TEXTS
 
 
-def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class PromptScores:
+    """The tag and the tier of a prompt, and the scores of its images."""
+
+    tag: str
+    tier: int | None
+    scores: list[float]
+
+    @property
+    def mean(self) -> float:
+        """The score of the prompt."""
+        return sum(self.scores) / len(self.scores)
+
+
+@dataclass(frozen=True)
+class PairedPrompt:
+    """The scores of two systems on one prompt."""
+
+    tag: str
+    tier: int | None
+    first: float
+    second: float
+
+
+class Difference(TypedDict):
+    """A difference of mean scores, positive if the second system is better, and its 95 % bootstrap interval."""
+
+    difference: float
+    interval: list[float]
+
+
+class Part(Difference):
+    """The comparison of two systems on a group of prompts: means, difference, and a paired test."""
+
+    prompts: int
+    first: float
+    second: float
+    first_wins: int
+    second_wins: int
+    p_value: float
+
+
+class Comparison(TypedDict):
+    """The comparison of two systems, over all prompts and by tag and tier."""
+
+    overall: Part
+    mean_of_tags: Difference
+    tags: dict[str, Part]
+    tiers: dict[str, Part]
+
+
+def load_results(path: str | os.PathLike[str]) -> StoredResults:
     """Reads results.json, given the file or its directory. Raises: ClvrError if it is not a benchmark result."""
     path = Path(path)
     path = path / "results.json" if path.is_dir() else path
@@ -29,7 +82,7 @@ def load_results(path: str | os.PathLike[str]) -> dict[str, Any]:
     if lacking:
         raise ClvrError(f"{path}: not a benchmark result, lacks {', '.join(lacking)}")
     _check_results(found)
-    return dict(found.content)
+    return cast(StoredResults, dict(found.content))
 
 
 def _check_results(found: JsonObject) -> None:
@@ -70,7 +123,7 @@ def parse_named_path(word: str) -> tuple[str, Path]:
     return name or (path if path.is_dir() else path.parent).resolve().name, path
 
 
-def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
+def compare(first: PooledResults, second: PooledResults, seed: int = 0) -> Comparison:
     """Compares two results; a positive difference means that the second is better.
 
     The unit is the prompt: the score of a prompt with several images is their mean, because they are not independent.
@@ -85,24 +138,27 @@ def compare(first: Results, second: Results, seed: int = 0) -> dict[str, Any]:
       P-values are not corrected for the number of tags and tiers.
     Raises: ClvrError if benchmark, judge or prompts differ.
     """
-    for key in ("benchmark", "judge"):
-        if first[key] != second[key]:
-            raise ClvrError(f"compare: {key} differs ({first[key]} and {second[key]}); such scores cannot be compared")
+    for key, own, other in (
+        ("benchmark", first["benchmark"], second["benchmark"]),
+        ("judge", first["judge"], second["judge"]),
+    ):
+        if own != other:
+            raise ClvrError(f"compare: {key} differs ({own} and {other}); such scores cannot be compared")
     rows = _pair(by_prompt(first), by_prompt(second))
-    a, b = [row["first"] for row in rows], [row["second"] for row in rows]
-    mean = paired_bootstrap(a, b, [row["tag"] for row in rows], seed)
-    tags = list(dict.fromkeys(row["tag"] for row in rows))
-    tiers = sorted({row["tier"] for row in rows if row["tier"] is not None})
+    a, b = [row.first for row in rows], [row.second for row in rows]
+    mean = paired_bootstrap(a, b, [row.tag for row in rows], seed)
+    tags = list(dict.fromkeys(row.tag for row in rows))
+    tiers = sorted({row.tier for row in rows if row.tier is not None})
     return {
         "overall": _part(rows, seed),
         "mean_of_tags": {"difference": mean.estimate, "interval": [mean.low, mean.high]},
-        "tags": {tag: _part([row for row in rows if row["tag"] == tag], seed) for tag in tags},
-        "tiers": {str(tier): _part([row for row in rows if row["tier"] == tier], seed) for tier in tiers},
+        "tags": {tag: _part([row for row in rows if row.tag == tag], seed) for tag in tags},
+        "tiers": {str(tier): _part([row for row in rows if row.tier == tier], seed) for tier in tiers},
     }
 
 
 def comparison_table(
-    comparison: Mapping[str, Any], first_name: str = "first", second_name: str = "second", title: str = ""
+    comparison: Comparison, first_name: str = "first", second_name: str = "second", title: str = ""
 ) -> Table:
     """Returns a comparison as a table, whose columns have the names of the two systems."""
     header = ("", first_name, second_name, *_COLUMNS)
@@ -112,38 +168,37 @@ def comparison_table(
 _COLUMNS = ("difference", "95 %", "wins", "p")
 
 
-def _rows(comparison: Mapping[str, Any]) -> list[list[str]]:
+def _rows(comparison: Comparison) -> list[list[str]]:
     parts = [*comparison["tags"].items(), *((f"tier {tier}", part) for tier, part in comparison["tiers"].items())]
     rows = []
     for name, part in [*parts, ("all prompts", comparison["overall"])]:
         wins = f"{part['first_wins']} : {part['second_wins']}"
-        means = [f"{part[side]:.3f}" for side in ("first", "second")]
+        means = [f"{part['first']:.3f}", f"{part['second']:.3f}"]
         rows.append([name, *means, *_difference(part), wins, f"{part['p_value']:.2g}"])
     return [*rows, ["mean of tags", "", "", *_difference(comparison["mean_of_tags"]), "", ""]]
 
 
-def _difference(part: Mapping[str, Any]) -> list[str]:
+def _difference(part: Difference) -> list[str]:
     low, high = part["interval"]
     return [f"{part['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"]
 
 
-def score_of(entry: Mapping[str, Any]) -> float:
+def score_of(entry: ImageResult) -> float:
     """Returns the score of an image: in the unit of its benchmark, or 1 if it is correct and 0 if not."""
-    return float(entry["correct"] if entry.get("score") is None else entry["score"])
+    score = entry.get("score")
+    return float(bool(entry["correct"]) if score is None else score)
 
 
-def by_prompt(results: Results) -> dict[tuple[int, str], dict[str, Any]]:
+def by_prompt(results: PooledResults) -> dict[PromptKey, PromptScores]:
     """Groups images by prompt: (index, prompt) -> tag, tier and the scores of the prompt's images."""
-    prompts: dict[tuple[int, str], dict[str, Any]] = {}
+    prompts: dict[PromptKey, PromptScores] = {}
     for entry in results["pictures"]:
-        row = prompts.setdefault(
-            (entry["index"], entry["prompt"]), {"tag": entry["tag"], "tier": entry["tier"], "scores": []}
-        )
-        row["scores"].append(score_of(entry))
+        row = prompts.setdefault((entry["index"], entry["prompt"]), PromptScores(entry["tag"], entry["tier"], []))
+        row.scores.append(score_of(entry))
     return prompts
 
 
-def _pair(first: Mapping[tuple[int, str], Any], second: Mapping[tuple[int, str], Any]) -> list[dict[str, Any]]:
+def _pair(first: Mapping[PromptKey, PromptScores], second: Mapping[PromptKey, PromptScores]) -> list[PairedPrompt]:
     only = [("first", first.keys() - second.keys()), ("second", second.keys() - first.keys())]
     if any(keys for _, keys in only):
         example = next(f"{min(keys)} in the {side} only" for side, keys in only if keys)
@@ -151,19 +206,12 @@ def _pair(first: Mapping[tuple[int, str], Any], second: Mapping[tuple[int, str],
         raise ClvrError(
             f"compare: {counts} prompts are in one result only ({example}); give two results on the same prompts"
         )
-    return [
-        {
-            "tag": row["tag"],
-            "tier": row["tier"],
-            "first": sum(row["scores"]) / len(row["scores"]),
-            "second": sum(second[key]["scores"]) / len(second[key]["scores"]),
-        }
-        for key, row in sorted(first.items())
-    ]
+    return [PairedPrompt(first[key].tag, first[key].tier, first[key].mean, second[key].mean) for key in sorted(first)]
 
 
-def _part(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
-    a, b = [row["first"] for row in rows], [row["second"] for row in rows]
+def _part(rows: Sequence[PairedPrompt], seed: int) -> Part:
+    a, b = [row.first for row in rows], [row.second for row in rows]
+    test = sign_test(a, b)
     difference = paired_bootstrap(a, b, seed=seed)
     return {
         "prompts": len(rows),
@@ -171,5 +219,7 @@ def _part(rows: Sequence[Mapping[str, Any]], seed: int) -> dict[str, Any]:
         "second": sum(b) / len(b),
         "difference": difference.estimate,
         "interval": [difference.low, difference.high],
-        **asdict(sign_test(a, b)),
+        "first_wins": test.first_wins,
+        "second_wins": test.second_wins,
+        "p_value": test.p_value,
     }

@@ -9,8 +9,8 @@ Seconds are those of the steps in the recorded run, and an image counts from the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from clvr_jax.evaluation.harness.generation import complete_samples
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import clustered_interval, paired_bootstrap, sign_test
 from clvr_jax.image_io import pixels
+from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.trajectory import Trajectory, best_step
 
 TIME_POINTS = 16
@@ -53,8 +54,7 @@ class BudgetCurve:
         return images > 0 and self.correct_after(images)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(TypedDict):
     """The accuracy under a limit, with its 95 % interval over prompts, and the mean cost per image under that limit."""
 
     limit: float
@@ -65,9 +65,49 @@ class Point:
     seconds: float
 
 
+class Curves(TypedDict):
+    """The points of one system for each kind of budget; "drawings" are generated images."""
+
+    drawings: list[Point]
+    nfe: list[Point]
+    seconds: list[Point]
+
+
+class Gain(TypedDict):
+    """The comparison of the results under two budgets of images; see `gain`."""
+
+    few: int
+    many: int
+    difference: float
+    interval: list[float]
+    won: int
+    lost: int
+    p_value: float
+
+
+class SystemCurves(TypedDict):
+    """The name, the run directory, the settings and the curves of one system; see `from_trajectories`."""
+
+    name: str
+    folder: str
+    settings: Mapping[str, JSON]
+    curves: Curves
+    perfect_choice: list[Point]
+    gain: Gain
+
+
+class Scaling(TypedDict):
+    """The curves of all systems, which is the content of scaling.json."""
+
+    benchmark: str
+    judge: Mapping[str, str]
+    prompts: int
+    systems: list[SystemCurves]
+
+
 def from_trajectories(
     directories: Mapping[str, RunDirectory], on_progress: Callable[[int], None] | None = None
-) -> dict[str, Any]:
+) -> Scaling:
     """Computes the curves of finished runs of the shapes world, in which a program judges every intermediate image.
 
     Args:
@@ -79,7 +119,7 @@ def from_trajectories(
     Raises: ClvrError for a run of another benchmark, on other prompts, or that is not finished.
     """
     checker, first = shapes_checker(), next(iter(directories.values())).identity()
-    systems = []
+    systems: list[SystemCurves] = []
     for number, (name, directory) in enumerate(directories.items(), start=1):
         identity = directory.identity()
         if identity["benchmark"] != "shapes":
@@ -139,7 +179,7 @@ def budget_curves(directory: RunDirectory, checker: ImageChecker) -> list[Budget
     return all_curves
 
 
-def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any], checker: ImageChecker) -> BudgetCurve:
+def budget_curve(index: int, trajectory: Trajectory, metadata: UncheckedJSON, checker: ImageChecker) -> BudgetCurve:
     """Returns the curve of one trajectory."""
     verdicts: dict[int, bool] = {}
     nfe, seconds, correct, found = [], [], [], []
@@ -159,7 +199,7 @@ def budget_curve(index: int, trajectory: Trajectory, metadata: Mapping[str, Any]
     return BudgetCurve(index, tuple(nfe), tuple(seconds), tuple(correct), tuple(found))
 
 
-def gain(all_curves: Sequence[BudgetCurve], few: int, many: int) -> dict[str, Any]:
+def gain(all_curves: Sequence[BudgetCurve], few: int, many: int) -> Gain:
     """Compares the results under two budgets of images, prompt by prompt.
 
     Returns: {"few", "many"} the budgets, {"difference", "interval"} of accuracy with its 95 % interval (bootstrap over
@@ -184,7 +224,7 @@ def gain(all_curves: Sequence[BudgetCurve], few: int, many: int) -> dict[str, An
     }
 
 
-def curves(all_curves: Sequence[BudgetCurve]) -> dict[str, list[dict[str, float]]]:
+def curves(all_curves: Sequence[BudgetCurve]) -> Curves:
     """Computes the accuracy under each limit: {"drawings", "nfe", "seconds"} -> points, for JSON.
 
     Limits are every number of images that occurs ("drawings"); every sum of network evaluations that occurs, none if
@@ -214,15 +254,13 @@ def curves(all_curves: Sequence[BudgetCurve]) -> dict[str, list[dict[str, float]
     }
 
 
-def _under(all_curves: Sequence[BudgetCurve], limit: float, kind: str) -> dict[str, float]:
+def _under(all_curves: Sequence[BudgetCurve], limit: float, kind: Literal["nfe", "seconds"]) -> Point:
     correct = [curve.correct_within(getattr(curve, kind), limit) for curve in all_curves]
     counts = [int(np.searchsorted(getattr(curve, kind), limit, side="right")) for curve in all_curves]
     return _point(all_curves, limit, correct, counts)
 
 
-def _point(
-    all_curves: Sequence[BudgetCurve], limit: float, correct: Sequence[bool], counts: Sequence[int]
-) -> dict[str, float]:
+def _point(all_curves: Sequence[BudgetCurve], limit: float, correct: Sequence[bool], counts: Sequence[int]) -> Point:
     prompts: dict[int, list[float]] = {}
     for curve, is_correct in zip(all_curves, correct, strict=True):
         prompts.setdefault(curve.index, []).append(float(is_correct))
@@ -232,4 +270,11 @@ def _point(
         for curve, count in zip(all_curves, counts, strict=True)
     ]
     nfe, seconds = (float(np.mean(column)) for column in zip(*spent, strict=True))
-    return asdict(Point(limit, interval.estimate, interval.low, interval.high, nfe, seconds))
+    return {
+        "limit": limit,
+        "accuracy": interval.estimate,
+        "low": interval.low,
+        "high": interval.high,
+        "nfe": nfe,
+        "seconds": seconds,
+    }

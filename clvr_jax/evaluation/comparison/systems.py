@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.comparison.complexity import power_law, probe, task_from_metadata
-from clvr_jax.evaluation.comparison.pairs import by_prompt, compare, load_results, parse_named_path
+from clvr_jax.evaluation.comparison.complexity import PowerLawResult, Probe, power_law, probe, task_from_metadata
+from clvr_jax.evaluation.comparison.pairs import (
+    Comparison,
+    PromptKey,
+    PromptScores,
+    by_prompt,
+    compare,
+    load_results,
+    parse_named_path,
+)
 from clvr_jax.evaluation.harness.cost import mean_cost
+from clvr_jax.evaluation.harness.results import CostSummary, GroupResult, PooledResults, StoredResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.harness.summary import GroupScore, tags_in_order
 from clvr_jax.evaluation.statistics import holm
+from clvr_jax.json_input import JSON, UncheckedJSON
 
 
 @dataclass(frozen=True)
@@ -31,13 +41,54 @@ class SystemResults:
 
     name: str
     directories: tuple[Path, ...]
-    runs: tuple[Mapping[str, Any], ...]
+    runs: tuple[StoredResults, ...]
 
     @property
-    def pooled(self) -> dict[str, Any]:
+    def pooled(self) -> PooledResults:
         """All runs as one result, with the images of every run."""
         images = [entry for run in self.runs for entry in run["pictures"]]
         return {"benchmark": self.runs[0]["benchmark"], "judge": self.runs[0]["judge"], "pictures": images}
+
+
+class SystemSummary(TypedDict):
+    """The scores and the cost of one system; `reported` is the benchmark's own overall score."""
+
+    name: str
+    folders: list[str]
+    seeds: list[int | None]
+    settings: Mapping[str, JSON] | None
+    overall: GroupResult
+    mean_of_tags: float
+    reported: float | None
+    tags: dict[str, GroupResult]
+    cost: CostSummary
+
+
+class ComparisonWithFirst(Comparison):
+    """The comparison of a system with the first one; `holm` is the corrected p-value over all prompts."""
+
+    name: str
+    holm: float
+
+
+class ComplexityProbes(TypedDict):
+    """The complexity probe of each system, and the power law over the systems."""
+
+    systems: dict[str, Probe]
+    law: PowerLawResult | None
+
+
+class SystemsComparison(TypedDict):
+    """The comparison of all systems, which is the content of comparison.json."""
+
+    benchmark: str
+    judge: Mapping[str, str | None]
+    unit: str
+    prompts: int
+    tags: list[str]
+    systems: list[SystemSummary]
+    against_first: list[ComparisonWithFirst]
+    complexity: ComplexityProbes | None
 
 
 def load_systems(words: Sequence[str]) -> list[SystemResults]:
@@ -47,7 +98,7 @@ def load_systems(words: Sequence[str]) -> list[SystemResults]:
       words: directories (or files results.json), as PATH or NAME=PATH; the default name is that of the directory.
     Raises: UsageError for fewer than two systems, or the same run duplicates; ClvrError for a file that cannot be read.
     """
-    groups: dict[str, list[tuple[str, Path, dict[str, Any]]]] = {}
+    groups: dict[str, list[tuple[str, Path, StoredResults]]] = {}
     for word in words:
         name, path = parse_named_path(word)
         results = load_results(path)
@@ -69,7 +120,7 @@ def load_systems(words: Sequence[str]) -> list[SystemResults]:
     return systems
 
 
-def compare_systems(systems: Sequence[SystemResults], seed: int = 0) -> dict[str, Any]:
+def compare_systems(systems: Sequence[SystemResults], seed: int = 0) -> SystemsComparison:
     """Compares each system with the first one, paired by prompt.
 
     Args:
@@ -102,7 +153,7 @@ def compare_systems(systems: Sequence[SystemResults], seed: int = 0) -> dict[str
     }
 
 
-def compare_complexity(systems: Sequence[SystemResults]) -> dict[str, Any] | None:
+def compare_complexity(systems: Sequence[SystemResults]) -> ComplexityProbes | None:
     """Returns the complexity probe of all systems; None if the prompts' metadata are missing or not in GenEval's form.
 
     Returns: {"systems": {name: `complexity.probe`}, "law": the power law, over the systems, of 100 - area against
@@ -111,22 +162,22 @@ def compare_complexity(systems: Sequence[SystemResults]) -> dict[str, Any] | Non
     if systems[0].runs[0].get("unit", "0 to 1") != "0 to 1":
         return None
     complexities = _complexities(systems[0].directories[0])
-    probes: dict[str, Any] = {}
+    probes: dict[str, Probe] = {}
     nfe_per_image, failures = [], []
     for system in systems:
         rows = by_prompt(system.pooled)
         if complexities is None or any(key not in complexities for key in rows):
             return None
-        probes[system.name] = probe([complexities[key] for key in rows], [row["scores"] for row in rows.values()])
+        probes[system.name] = probe([complexities[key] for key in rows], [row.scores for row in rows.values()])
         nfe = _cost(system)["nfe_per_picture"]
         if nfe and probes[system.name]["area"] < 100:
             nfe_per_image.append(nfe)
             failures.append(100 - probes[system.name]["area"])
     law = power_law(nfe_per_image, failures)
-    return {"systems": probes, "law": asdict(law) if law else None}
+    return {"systems": probes, "law": law.to_json() if law else None}
 
 
-def _complexities(directory: Path) -> dict[tuple[int, str], float] | None:
+def _complexities(directory: Path) -> dict[PromptKey, float] | None:
     """Returns (index, prompt) -> complexity; None if the metadata are missing or not in GenEval's form."""
     try:
         entries = RunDirectory(directory).metadata()
@@ -137,20 +188,20 @@ def _complexities(directory: Path) -> dict[tuple[int, str], float] | None:
     return {(index, entry["prompt"]): task_from_metadata(entry).complexity() for index, entry in enumerate(entries)}
 
 
-def _has_clauses(entry: Mapping[str, Any]) -> bool:
+def _has_clauses(entry: UncheckedJSON) -> bool:
     include = entry.get("include")
     return isinstance(include, list) and all(
         isinstance(item, dict) and type(item.get("count")) is int and item["count"] > 0 for item in include
     )
 
 
-def _system(system: SystemResults, tags: Sequence[str], seed: int) -> dict[str, Any]:
+def _system(system: SystemResults, tags: Sequence[str], seed: int) -> SystemSummary:
     rows = list(by_prompt(system.pooled).values())
 
-    def group(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return GroupScore.from_scores([row["scores"] for row in own], seed=seed).to_json()
+    def group(own: Sequence[PromptScores]) -> GroupResult:
+        return GroupScore.from_scores([row.scores for row in own], seed=seed).to_json()
 
-    groups = {tag: group([row for row in rows if row["tag"] == tag]) for tag in tags}
+    groups = {tag: group([row for row in rows if row.tag == tag]) for tag in tags}
     return {
         "name": system.name,
         "folders": [str(directory) for directory in system.directories],
@@ -166,10 +217,14 @@ def _system(system: SystemResults, tags: Sequence[str], seed: int) -> dict[str, 
 
 def _reported(system: SystemResults) -> float | None:
     """Returns the benchmark's own overall score, which may weight tags; None if a run has none."""
-    overall = [run.get("summary", {}).get("overall", {}) for run in system.runs]
-    scores = [part.get("mean_of_tags", part.get("score")) for part in overall]
-    return None if any(score is None for score in scores) else float(np.mean(scores))
+    scores = [score for run in system.runs if (score := _overall_score(run)) is not None]
+    return float(np.mean(scores)) if len(scores) == len(system.runs) else None
 
 
-def _cost(system: SystemResults) -> dict[str, Any]:
+def _overall_score(run: StoredResults) -> float | None:
+    overall = run["summary"].get("overall") if "summary" in run else None
+    return None if overall is None else overall.get("mean_of_tags", overall.get("score"))
+
+
+def _cost(system: SystemResults) -> CostSummary:
     return mean_cost(system.pooled["pictures"])

@@ -6,12 +6,12 @@ import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import ClassVar, Self
 
 from clvr_jax.evaluation.harness.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.evaluation.harness.sources import Source
 from clvr_jax.file_names import file_name
-from clvr_jax.json_input import JsonObject
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Item:
     id: str
     prompt: str
     tag: str
-    record: Mapping[str, Any] = field(repr=False)
+    record: UncheckedJSON = field(repr=False)
     tier: int | None = None
 
 
@@ -129,11 +129,11 @@ class Benchmark(abc.ABC):
         """Writes further files of the official layout, after all images are generated."""
         return
 
-    def metadata(self, item: Item) -> dict[str, Any]:
+    def metadata(self, item: Item) -> dict[str, JSON]:
         """Converts an item to the JSON value that is stored in the run directory."""
         return {"id": item.id, "prompt": item.prompt, "tag": item.tag, "record": dict(item.record)}
 
-    def item(self, metadata: Mapping[str, Any], index: int) -> Item:
+    def item(self, metadata: UncheckedJSON, index: int) -> Item:
         """Converts the stored JSON value of a prompt back to its item."""
         entry = JsonObject(metadata, f"prompt {index}")
         return Item(entry.text("id"), entry.text("prompt"), entry.text("tag"), entry.nested("record").content)

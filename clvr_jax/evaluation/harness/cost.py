@@ -3,35 +3,39 @@
 from __future__ import annotations
 
 import statistics as descriptive
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeVar
+
+from clvr_jax.evaluation.harness.results import CostSummary, ImageCost
+
+T = TypeVar("T")
+K = TypeVar("K", int, str)
 
 COSTS = ("nfe", "seconds", "steps", "outcome", "input_tokens", "output_tokens", "dollars", "device")
 """The fields of `Record.cost`, and of the images in results.json."""
 
 
-def mean_cost(costs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def mean_cost(costs: Sequence[ImageCost]) -> CostSummary:
     """Returns means per image and total dollars. The mean time includes compilation, the median time hardly does.
 
     costs: for each image the fields of COSTS; those that are missing or None were not recorded.
     """
-    seconds = _recorded(costs, "seconds")
-    means = {
-        f"{name}_per_picture": descriptive.fmean(values) if (values := _recorded(costs, name)) else None
-        for name in ("nfe", "seconds", "input_tokens", "output_tokens")
-    }
-    dollars = _recorded(costs, "dollars")
+    seconds = _recorded(cost.get("seconds") for cost in costs)
+    dollars = _recorded(cost.get("dollars") for cost in costs)
     return {
-        **means,
+        "nfe_per_picture": _mean(costs, "nfe"),
+        "seconds_per_picture": _mean(costs, "seconds"),
+        "input_tokens_per_picture": _mean(costs, "input_tokens"),
+        "output_tokens_per_picture": _mean(costs, "output_tokens"),
         "median_seconds_per_picture": descriptive.median(seconds) if seconds else None,
         "dollars": sum(dollars) if dollars else None,
-        "steps": _counts(costs, "steps"),
-        "outcomes": _counts(costs, "outcome"),
-        "devices": _counts(costs, "device"),
+        "steps": _counts(_recorded(cost.get("steps") for cost in costs)),
+        "outcomes": _counts(_recorded(cost.get("outcome") for cost in costs)),
+        "devices": _counts(_recorded(cost.get("device") for cost in costs)),
     }
 
 
-def cost_line(cost: Mapping[str, Any]) -> str:
+def cost_line(cost: CostSummary) -> str:
     """Returns one line on network evaluations, time, tokens, dollars, steps, outcomes and devices."""
     parts = []
     if cost["nfe_per_picture"] is not None:
@@ -40,21 +44,29 @@ def cost_line(cost: Mapping[str, Any]) -> str:
         parts.append(
             f"{cost['seconds_per_picture']:.2f} s per image (median {cost['median_seconds_per_picture']:.2f} s)"
         )
-    tokens = [cost.get(f"{side}_tokens_per_picture") for side in ("input", "output")]
+    tokens = [cost.get("input_tokens_per_picture"), cost.get("output_tokens_per_picture")]
     if any(tokens):
         parts.append(" + ".join(f"{count or 0:.0f}" for count in tokens) + " tokens per image (input + output)")
-    if cost.get("dollars"):
-        parts.append(f"${cost['dollars']:.2f} in total")
-    for name in ("steps", "outcomes", "devices"):
-        if cost.get(name):
-            parts.append(f"{name}: " + ", ".join(f"{key} x {count}" for key, count in cost[name].items()))
+    if dollars := cost.get("dollars"):
+        parts.append(f"${dollars:.2f} in total")
+    for name, counts in (
+        ("steps", cost.get("steps")),
+        ("outcomes", cost.get("outcomes")),
+        ("devices", cost.get("devices")),
+    ):
+        if counts:
+            parts.append(f"{name}: " + ", ".join(f"{key} x {count}" for key, count in counts.items()))
     return "; ".join(parts) or "cost not recorded"
 
 
-def _recorded(costs: Sequence[Mapping[str, Any]], name: str) -> list[Any]:
-    return [value for cost in costs if (value := cost.get(name)) is not None]
+def _mean(costs: Sequence[ImageCost], name: Literal["nfe", "seconds", "input_tokens", "output_tokens"]) -> float | None:
+    values = _recorded(cost.get(name) for cost in costs)
+    return descriptive.fmean(values) if values else None
 
 
-def _counts(costs: Sequence[Mapping[str, Any]], name: str) -> dict[str, int]:
-    values = _recorded(costs, name)
+def _recorded(values: Iterable[T | None]) -> list[T]:
+    return [value for value in values if value is not None]
+
+
+def _counts(values: Sequence[K]) -> dict[str, int]:
     return {str(value): values.count(value) for value in sorted(set(values))}

@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
 from clvr_jax.evaluation.harness.generation import LISTED, Progress, complete_samples, generate_missing
+from clvr_jax.evaluation.harness.results import Provenance
 from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems.system import System
 from clvr_jax.image_io import check_image
+from clvr_jax.json_input import JSON, UncheckedJSON
 
 SampleIndex = tuple[int, int]
 """Index of the prompt and of the sample, both from 0."""
@@ -38,7 +39,7 @@ class BenchmarkImages:
     directory: RunDirectory
     files: Mapping[SampleIndex, Path | None]
     records: Mapping[SampleIndex, Record]
-    provenance: Mapping[str, Any]
+    provenance: Provenance
 
     @property
     def existing(self) -> dict[SampleIndex, Path]:
@@ -62,7 +63,7 @@ def generate_images(
     system: System,
     out: Path,
     *,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, JSON],
     seed: int = 0,
     samples: int,
     share: tuple[int, int] = (0, 1),
@@ -87,7 +88,7 @@ def generate_images(
         )
     benchmark.check_samples(samples)
     directory = RunDirectory(out, benchmark.layout(items))
-    identity = {
+    identity: dict[str, JSON] = {
         "benchmark": benchmark.name,
         "settings": {**system.settings, **settings},
         "seed": seed,
@@ -119,11 +120,11 @@ def load_generated(benchmark: Benchmark, out: Path) -> BenchmarkImages:
         index: benchmark.scored_file(directory, items, *index) if records[index].has_image else None
         for index in indices
     }
-    provenance = {"settings": identity["settings"], "seed": identity["seed"]}
+    provenance: Provenance = {"settings": identity["settings"], "seed": identity["seed"]}
     return BenchmarkImages(benchmark, items, samples, directory, files, records, provenance)
 
 
-def _stored_item(benchmark: Benchmark, directory: RunDirectory, index: int, metadata: Mapping[str, Any]) -> Item:
+def _stored_item(benchmark: Benchmark, directory: RunDirectory, index: int, metadata: UncheckedJSON) -> Item:
     try:
         return benchmark.item(metadata, index)
     except ClvrError as error:
@@ -161,7 +162,7 @@ def load_external(
             f"{', '.join(dict.fromkeys(missing[:LISTED]))}{more}"
         )
     benchmark.check_external(images, items)
-    provenance = {"settings": {"pictures": str(images)}, "seed": None}
+    provenance: Provenance = {"settings": {"pictures": str(images)}, "seed": None}
     return BenchmarkImages(benchmark, items, samples, RunDirectory(out, benchmark.layout(items)), files, {}, provenance)
 
 

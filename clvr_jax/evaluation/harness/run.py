@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item
 from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
+from clvr_jax.evaluation.harness.results import Results
 from clvr_jax.evaluation.harness.scoring import Scorer, score_images
 from clvr_jax.evaluation.systems.system import System
+from clvr_jax.json_input import JSON
 
 
 def run(
@@ -21,11 +22,11 @@ def run(
     out: str | os.PathLike[str],
     scorer: Scorer,
     *,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, JSON] | None = None,
     seed: int = 0,
     samples: int | None = None,
     on_progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> Results:
     """Generates the images that are missing in `out`, scores all images and writes results.json.
 
     Args:

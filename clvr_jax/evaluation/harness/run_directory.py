@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Protocol, Self, TypeVar, cast
 
 import numpy as np
 from PIL import Image
@@ -27,12 +27,14 @@ from typing_extensions import override
 
 from clvr_jax.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.harness.cost import COSTS
+from clvr_jax.evaluation.harness.results import Identity, ImageCost
 from clvr_jax.evaluation.systems.system import SystemOutput
 from clvr_jax.file_names import has_entry
 from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
-from clvr_jax.json_input import JsonObject, check_unicode, read_object
+from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, check_unicode, read_object
 from clvr_jax.reasoning.trajectory import Trajectory
+
+T = TypeVar("T")
 
 _IDENTITY = "benchmark.json"
 _KEYS = {"has_image": "has_picture"}
@@ -137,30 +139,40 @@ class Record:
         """Reads a record file. Raises: ClvrError for a missing or unknown field, or a value of wrong type or range."""
         if unknown := sorted(entry.content.keys() - {_KEYS.get(each.name, each.name) for each in fields(cls)}):
             raise ClvrError(f"{entry.where}: malformed, has unknown fields {', '.join(unknown):.200}")
-        found: dict[str, Any] = {
-            "prompt": entry.text("prompt"),
-            "seed": entry.integer("seed"),
-            "has_image": entry.boolean(_KEYS["has_image"]),
-        }
-        for name in ("nfe", "steps", "input_tokens", "output_tokens"):
-            found[name] = _optional(entry, name, partial(entry.integer, low=0))
-        for name in ("seconds", "dollars"):
-            found[name] = _optional(entry, name, partial(entry.number, low=0))
-        for name in ("outcome", "device"):
-            found[name] = _optional(entry, name, entry.text)
-        if "adapted" in entry.content:
-            found["adapted"] = entry.texts("adapted")
-        return cls(**found)
+        count, amount = partial(entry.integer, low=0), partial(entry.number, low=0)
+        return cls(
+            prompt=entry.text("prompt"),
+            seed=entry.integer("seed"),
+            has_image=entry.boolean(_KEYS["has_image"]),
+            nfe=_optional(entry, "nfe", count),
+            seconds=_optional(entry, "seconds", amount),
+            steps=_optional(entry, "steps", count),
+            outcome=_optional(entry, "outcome", entry.text),
+            input_tokens=_optional(entry, "input_tokens", count),
+            output_tokens=_optional(entry, "output_tokens", count),
+            dollars=_optional(entry, "dollars", amount),
+            device=_optional(entry, "device", entry.text),
+            adapted=entry.texts("adapted") if "adapted" in entry.content else (),
+        )
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, JSON]:
         """Returns the content of the record file."""
         content = {_KEYS.get(name, name): value for name, value in asdict(self).items()}
         adapted = content.pop("adapted")
         return {**content, "adapted": list(adapted)} if adapted else content
 
-    def cost(self) -> dict[str, Any]:
+    def cost(self) -> ImageCost:
         """Returns the cost of the image: the fields of `cost.COSTS`."""
-        return {name: getattr(self, name) for name in COSTS}
+        return {
+            "nfe": self.nfe,
+            "seconds": self.seconds,
+            "steps": self.steps,
+            "outcome": self.outcome,
+            "input_tokens": self.input_tokens,
+            "output_tokens": self.output_tokens,
+            "dollars": self.dollars,
+            "device": self.device,
+        }
 
 
 def adapted_requests(records: Iterable[Record]) -> list[str]:
@@ -180,7 +192,7 @@ class RunDirectory:
     root: Path
     layout: FileLayout = GenEvalLayout()
 
-    def prepare(self, identity: Mapping[str, Any], metadata: Sequence[Mapping[str, Any]]) -> None:
+    def prepare(self, identity: Mapping[str, JSON], metadata: Sequence[UncheckedJSON]) -> None:
         """Starts a run, or checks that the directory can resume it.
 
         Args:
@@ -214,7 +226,7 @@ class RunDirectory:
             if not has_entry(path):
                 write_text(path, line)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """Returns the content of benchmark.json. Raises: ClvrError if it is missing or malformed."""
         found = read_object(self.root / _IDENTITY)
         lacking = [key for key in ("benchmark", "settings", "seed", "samples", "prompts") if key not in found.content]
@@ -226,9 +238,9 @@ class RunDirectory:
         found.integer("seed")
         found.integer("samples", low=1, high=_MAX_SAMPLES)
         found.integer("prompts", low=1, high=_MAX_PROMPTS)
-        return dict(found.content)
+        return cast(Identity, dict(found.content))
 
-    def metadata(self) -> list[dict[str, Any]]:
+    def metadata(self) -> list[UncheckedJSON]:
         """Returns the metadata of all prompts, in order."""
         return [_metadata(self.prompt_dir(index) / "metadata.jsonl") for index in range(self.identity()["prompts"])]
 
@@ -284,16 +296,16 @@ class RunDirectory:
         return self.prompt_dir(index) / kind / f"{sample:04d}{suffix}"
 
 
-def _optional(entry: JsonObject, name: str, read: Callable[[str], Any]) -> Any:
+def _optional(entry: JsonObject, name: str, read: Callable[[str], T]) -> T | None:
     """Reads a field that earlier versions did not write, or wrote as null."""
     return entry.optional(name, read) if name in entry.content else None
 
 
-def _metadata(path: Path) -> dict[str, Any]:
+def _metadata(path: Path) -> UncheckedJSON:
     entry = read_object(path)
     check_unicode(entry.content, entry.where)
     entry.text("prompt")
-    return dict(entry.content)
+    return entry.content
 
 
 def _has_images(entry: Path) -> bool:
@@ -308,12 +320,12 @@ def _encode(image: ImageLike, suffix: str) -> bytes:
     return buffer.getvalue()
 
 
-def _fingerprint(metadata: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _fingerprint(metadata: Sequence[UncheckedJSON]) -> dict[str, JSON]:
     text = "\n".join(json.dumps(entry, sort_keys=True) for entry in metadata)
     return {"prompts": len(metadata), "metadata_sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def _differences(found: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+def _differences(found: Mapping[str, object], asked: Mapping[str, object], prefix: str = "") -> list[str]:
     """Lists every key in which two nested objects differ, with both values."""
     lines = []
     for key in sorted({*found, *asked}):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import abc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.evaluation.harness.benchmark import Score
 from clvr_jax.evaluation.harness.cost import mean_cost
 from clvr_jax.evaluation.harness.generation import Progress
 from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
+from clvr_jax.evaluation.harness.results import Results
 from clvr_jax.evaluation.harness.run_directory import adapted_requests
 from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
 from clvr_jax.interfaces import Usage
@@ -46,7 +46,7 @@ class Scorer(abc.ABC):
         """
 
 
-def score_images(images: BenchmarkImages, scorer: Scorer, on_progress: Progress | None = None) -> dict[str, Any]:
+def score_images(images: BenchmarkImages, scorer: Scorer, on_progress: Progress | None = None) -> Results:
     """Scores the images of a run and writes results.json; it can score a run again with another scorer.
 
     Args:
@@ -69,7 +69,7 @@ def score_images(images: BenchmarkImages, scorer: Scorer, on_progress: Progress 
             left_out.add(item.id)
         else:
             scored.append(ScoredImage(index, sample, item, score, record))
-    content = {
+    content: Results = {
         "benchmark": benchmark.scored_as,
         "judge": dict(scores.judge),
         "adapted": list(scores.adapted),

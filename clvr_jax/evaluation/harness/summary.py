@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import statistics as descriptive
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Self
+from dataclasses import dataclass
+from typing import Self, TypeVar
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.harness.results import GroupResult, ImageCost, ImageResult, OverallResult, ScoreSummary
 from clvr_jax.evaluation.harness.run_directory import Record
 from clvr_jax.evaluation.statistics import Interval, clustered_interval, weighted_mean
+
+K = TypeVar("K", str, int)
 
 TAG_ORDER = ("single_object", "two_object", "counting", "colors", "position", "color_attr", "complex")
 
@@ -38,8 +41,9 @@ class ScoredImage:
         """The name of the image in lists."""
         return f"{self.item.id}/{self.sample}"
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> ImageResult:
         """Returns the entry of results.json."""
+        cost: ImageCost = {} if self.record is None else self.record.cost()
         return {
             "index": self.index,
             "sample": self.sample,
@@ -47,9 +51,13 @@ class ScoredImage:
             "prompt": self.item.prompt,
             "tag": self.item.tag,
             "tier": self.item.tier,
-            **asdict(self.score),
+            "score": self.score.score,
+            "correct": self.score.correct,
+            "parts": dict(self.score.parts),
             "reasons": list(self.score.reasons),
-            **({} if self.record is None else self.record.cost()),
+            "readable": self.score.readable,
+            "refused": self.score.refused,
+            **cost,
         }
 
 
@@ -84,19 +92,18 @@ class GroupScore:
             correct += bool(image.score.correct)
         return cls.from_scores(list(prompts.values()), correct)
 
-    def to_json(self, counts_images: bool = False) -> dict[str, Any]:
+    def to_json(self, counts_images: bool = False) -> GroupResult:
         """Returns the JSON value in summaries. counts_images: as in `Benchmark`."""
-        counted = {"correct": self.correct, "accuracy": self.interval.estimate} if counts_images else {}
-        return {
-            **counted,
+        group: GroupResult = {
             "score": self.interval.estimate,
             "interval": [self.interval.low, self.interval.high],
             "prompts": self.prompts,
             "pictures": self.images,
         }
+        return {"correct": self.correct, "accuracy": self.interval.estimate, **group} if counts_images else group
 
 
-def summarize(benchmark: Benchmark, images: Sequence[ScoredImage]) -> dict[str, Any]:
+def summarize(benchmark: Benchmark, images: Sequence[ScoredImage]) -> ScoreSummary:
     """Computes the scores of tags and tiers, and the overall score.
 
     Args:
@@ -114,7 +121,9 @@ def summarize(benchmark: Benchmark, images: Sequence[ScoredImage]) -> dict[str, 
             f"{benchmark.title}: there are no scored images; choose prompts that the rules do not leave out"
         )
     tags = _groups(images, lambda image: image.item.tag, tags_in_order(image.item.tag for image in images))
-    tiers = _groups(images, lambda image: image.item.tier, sorted({i.item.tier for i in images} - {None}))
+    tiers = _groups(
+        images, lambda image: image.item.tier, sorted({i.item.tier for i in images if i.item.tier is not None})
+    )
     overall = _overall(benchmark, tags)
     if benchmark.counts_images:
         everything = GroupScore.from_images(images).to_json(counts_images=True)
@@ -140,12 +149,12 @@ def tags_in_order(tags: Iterable[str]) -> list[str]:
 
 
 def _groups(
-    images: Sequence[ScoredImage], key: Callable[[ScoredImage], Any], keys: Iterable[Any]
-) -> dict[Any, GroupScore]:
+    images: Sequence[ScoredImage], key: Callable[[ScoredImage], K | None], keys: Iterable[K]
+) -> dict[K, GroupScore]:
     return {name: GroupScore.from_images(image for image in images if key(image) == name) for name in keys}
 
 
-def _overall(benchmark: Benchmark, tags: Mapping[str, GroupScore]) -> dict[str, Any]:
+def _overall(benchmark: Benchmark, tags: Mapping[str, GroupScore]) -> OverallResult:
     weights = benchmark.weights({tag: group.prompts for tag, group in tags.items()})
     if missing := [tag for tag in weights if tag not in tags]:
         return {"score": None, "reason": f"no prompt of {', '.join(missing)}"}

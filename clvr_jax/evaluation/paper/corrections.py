@@ -1,12 +1,15 @@
 """What a loop does with wrong images: whether it rejects them, and whether it ends with a right one."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+
+import numpy as np
 
 from clvr_jax.evaluation.benchmarks.shapes import ImageChecker
+from clvr_jax.evaluation.harness.results import ImageResult
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.image_io import pixels
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import ACCEPTED, Trajectory
 
 OBJECTS_PER_STEP = 2
@@ -34,9 +37,7 @@ class Corrections:
     unaccepted_right: int
 
 
-def count_corrections(
-    directory: RunDirectory, entries: Sequence[Mapping[str, Any]], checker: ImageChecker
-) -> Corrections:
+def count_corrections(directory: RunDirectory, entries: Sequence[ImageResult], checker: ImageChecker) -> Corrections:
     """Counts corrections in the trajectories of a run.
 
     Args:
@@ -65,7 +66,7 @@ def count_corrections(
     )
 
 
-def _image_after_plan(trajectory: Trajectory, metadata: Mapping[str, Any]) -> Any:
+def _image_after_plan(trajectory: Trajectory, metadata: UncheckedJSON) -> np.ndarray | None:
     """Returns the image of the last planned step, or the last one of a run that was shorter; None without an image."""
     objects = sum(clause.get("count", 1) for clause in metadata["include"])
     steps = trajectory.generated[: -(-objects // OBJECTS_PER_STEP)]

@@ -2,9 +2,8 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +13,10 @@ from flax import nnx
 from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.diffusion import flow_sigmas
 from clvr_jax.merging.deltas import delta
-from clvr_jax.merging.diagnostics import over_noise_levels, over_scales
+from clvr_jax.merging.diagnostics import Interaction, over_noise_levels, over_scales
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import encode_references, encode_text, velocity_field
+from clvr_jax.trees import Params
 from clvr_jax.worlds.shapes.language.grammar import scene_for
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.render import render
@@ -25,7 +25,25 @@ _LEVELS = (0.95, 0.85, 0.7, 0.5, 0.3, 0.1)
 _SCALES = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 
 
-def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[Metadata]) -> dict[str, Any]:
+class InteractionResult(TypedDict):
+    """The JSON value of a `merging.diagnostics.Interaction`."""
+
+    scale: float
+    additivity_error: float
+    angle: float
+    distill: float
+    align: float
+
+
+class Interactions(TypedDict):
+    """Interactions by noise level and, at the noise level `scales_at`, by scale of both deltas; see `interactions`."""
+
+    levels: dict[str, InteractionResult]
+    scales: dict[str, InteractionResult]
+    scales_at: float
+
+
+def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[Metadata]) -> Interactions:
     """Measures the interaction of both deltas on noised images that satisfy prompts.
 
     Args:
@@ -50,7 +68,7 @@ def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[
     token = pipe.vae.config.token_pixels
     grid = (images.shape[1] // token, images.shape[2] // token)
 
-    def predict(params: Any, sigma: Any) -> jax.Array:
+    def predict(params: Params, sigma: jax.Array | float) -> jax.Array:
         field = velocity_field(nnx.merge(graphdef, params), x0[:, :0], grid, [])
         return field((1 - sigma) * x0 + sigma * noise, jnp.full(len(x0), sigma), text)
 
@@ -60,9 +78,19 @@ def interactions(base: Path, distilled: Path, aligned: Path, metadata: Sequence[
     levels = over_noise_levels(predict, weights, distill_delta, align_delta, _LEVELS)
     scales = over_scales(lambda params: predict(params, last), weights, distill_delta, align_delta, _SCALES)
     return {
-        "levels": {str(sigma): asdict(found) for sigma, found in levels.items()},
-        "scales": {str(scale): asdict(found) for scale, found in scales.items()},
+        "levels": {str(sigma): _to_json(found) for sigma, found in levels.items()},
+        "scales": {str(scale): _to_json(found) for scale, found in scales.items()},
         "scales_at": last,
+    }
+
+
+def _to_json(found: Interaction) -> InteractionResult:
+    return {
+        "scale": found.scale,
+        "additivity_error": found.additivity_error,
+        "angle": found.angle,
+        "distill": found.distill,
+        "align": found.align,
     }
 
 

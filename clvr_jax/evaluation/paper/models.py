@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal, TypedDict
 
 from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError, UsageError
@@ -22,6 +22,11 @@ MERGES = {"merged": Settings(), **{method: Settings(method) for method in ("line
 """Name -> settings with which the distilled and the aligned model are merged."""
 
 _SHARED = ("vae", "text_encoder", "tokenizer")
+
+
+class _Sampling(TypedDict):
+    num_inference_steps: int
+    guidance_scale: float
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,7 @@ def model_directories(sources: Sources, stages: Stages) -> dict[str, Path]:
             )
     aligned = sources.merged
     settings = Flux2Pipeline.from_pretrained(str(directories["distilled"])).settings
-    few = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
+    few: _Sampling = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": 1.0}
     directories["aligned in few steps"] = stages.directory(
         "model-few",
         {**parts[aligned], "controller": controller_digest, **few},
@@ -113,23 +118,23 @@ def recover_distilled(stages: Stages) -> Path:
     return stages.directory("recovered-distilled", inputs, _merger(plan))
 
 
-def _digests(model: str) -> dict[str, Any]:
+def _digests(model: str) -> dict[str, object]:
     """Returns the digests of a pipeline's components, and the content of its model_index.json and clvr.json."""
     path, transformer = resolve(model)
     indices = {name: read_json(path / name) for name in ("model_index.json", "clvr.json") if (path / name).exists()}
     return {"transformer": digest(path / transformer), **{part: digest(path / part) for part in _SHARED}, **indices}
 
 
-def _pipeline_writer(model: str, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
+def _pipeline_writer(model: str, sampling: _Sampling | None = None) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         pipeline = Flux2Pipeline.from_pretrained(model)
-        pipeline.settings = replace(pipeline.settings, **(sampling or {}))
+        pipeline.settings = pipeline.settings if sampling is None else replace(pipeline.settings, **sampling)
         pipeline.save_pretrained(str(directory), dtype="float32")
 
     return write
 
 
-def _writer(model: str, controller: Path, sampling: Mapping[str, Any] | None = None) -> Callable[[Path], None]:
+def _writer(model: str, controller: Path, sampling: _Sampling | None = None) -> Callable[[Path], None]:
     def write(directory: Path) -> None:
         _pipeline_writer(model, sampling)(directory)
         copy_component(controller, directory / "controller")

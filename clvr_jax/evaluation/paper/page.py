@@ -4,13 +4,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.evaluation.comparison.pairs import compare
+from clvr_jax.evaluation.comparison.scaling import Gain, Point, Scaling
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper import plots
 from clvr_jax.evaluation.paper.corrections import Corrections
+from clvr_jax.evaluation.paper.diagnosis import Interactions
 from clvr_jax.evaluation.paper.rows import Row, concatenate_splits
 from clvr_jax.evaluation.paper.tables import (
     Found,
@@ -23,8 +24,10 @@ from clvr_jax.evaluation.paper.tables import (
     systems_table,
     tiers_table,
 )
+from clvr_jax.evaluation.paper.timing import GroupTime
 from clvr_jax.evaluation.reporting.scaling import MARKDOWN, PLOT, write_scaling
 from clvr_jax.evaluation.statistics import wilson_interval
+from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.tables import Table, plain
 
 Lines = Iterator[str]
@@ -69,13 +72,13 @@ class Measured:
     command: str
     rows: Mapping[str, Row]
     found: Found
-    metadata: Mapping[str, Sequence[Mapping[str, Any]]]
+    metadata: Mapping[str, Sequence[UncheckedJSON]]
     aligned: str
     merged: str
-    times: Mapping[str, Mapping[int, Mapping[str, float]]]
-    interactions: Mapping[str, Any]
-    norms: Mapping[str, Any]
-    scaling: Mapping[str, Mapping[str, Any]]
+    times: Mapping[str, Mapping[int, GroupTime]]
+    interactions: Interactions
+    norms: Mapping[str, float | None]
+    scaling: Mapping[str, Scaling]
     corrections: Mapping[str, Corrections]
     seconds: Mapping[str, float]
 
@@ -183,11 +186,8 @@ def _changes(measured: Measured, plot_dir: Path) -> Lines:
         "over |f(W + d + a) - f(W)|, and angle between df_d and df_a, over noise levels and, at noise level\n"
         f"{measured.interactions['scales_at']:.2f}, with both deltas scaled:\n"
     )
-    for key, name in (("levels", "noise level"), ("scales", "scale")):
-        rows = [
-            (place, f"{each['additivity_error']:.3f}", f"{each['angle']:.0f}°")
-            for place, each in measured.interactions[key].items()
-        ]
+    for found, name in ((measured.interactions["levels"], "noise level"), (measured.interactions["scales"], "scale")):
+        rows = [(place, f"{each['additivity_error']:.3f}", f"{each['angle']:.0f}°") for place, each in found.items()]
         yield from Table((name, "additivity error", "angle"), [rows]).markdown()
         yield ""
     plots.interaction_lines(plot_dir / "changes.png", measured.interactions)
@@ -245,12 +245,12 @@ def _scaling(measured: Measured, plot_dir: Path) -> Lines:
         yield f"\n![Accuracy on {split} by budget of images, NFE and seconds]({plot_dir.name}/{split}/{PLOT})\n"
 
 
-def _by_limit(points: Sequence[Mapping[str, float]], limits: Sequence[float]) -> tuple[str, ...]:
+def _by_limit(points: Sequence[Point], limits: Sequence[float]) -> tuple[str, ...]:
     accuracies = {point["limit"]: format_score(point["accuracy"]) for point in points}
     return tuple(accuracies.get(limit, "") for limit in limits)
 
 
-def _gain(gain: Mapping[str, Any]) -> str:
+def _gain(gain: Gain) -> str:
     """Formats the result of `scaling.gain`; nothing if no prompt differs."""
     if not gain["won"] + gain["lost"]:
         return ""
@@ -297,7 +297,7 @@ def _strip(measured: Measured, plot_dir: Path) -> Lines:
     trajectory = RunDirectory(loop.directories[0]).trajectory(looped["index"], looped["sample"])
     if trajectory is None:
         return
-    steps = [step.image for step in trajectory.generated if not step.rolled_back]
+    steps = [step.image for step in trajectory.generated if step.image is not None and not step.rolled_back]
     plots.image_strip(plot_dir / "strip.png", [first, *steps])
     yield "\n## One prompt\n"
     yield f"*{plain(looped['prompt'])}*: the base in one shot, and the images of the merged model's loop in order.\n"

@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from clvr_jax.evaluation.paper.diagnosis import Interactions
 from clvr_jax.evaluation.paper.tables import Found, accuracy, by_tier
+from clvr_jax.evaluation.paper.timing import GroupTime
 from clvr_jax.evaluation.statistics import Interval
-from clvr_jax.image_io import as_pil
+from clvr_jax.image_io import ImageLike, as_pil
 from clvr_jax.plots import new_figure
 
 
@@ -44,7 +45,7 @@ def tier_lines(path: Path, labels: Mapping[str, str], found: Found) -> None:
     figure.savefig(path, dpi=120)
 
 
-def time_lines(path: Path, times: Mapping[str, Mapping[int, Mapping[str, float]]]) -> None:
+def time_lines(path: Path, times: Mapping[str, Mapping[int, GroupTime]]) -> None:
     """Plots total and generation seconds of a prompt against its number of images.
 
     times: label -> the result of `timing.times_by_image_count`.
@@ -61,14 +62,17 @@ def time_lines(path: Path, times: Mapping[str, Mapping[int, Mapping[str, float]]
     figure.savefig(path, dpi=120)
 
 
-def interaction_lines(path: Path, found: Mapping[str, Any]) -> None:
+def interaction_lines(path: Path, found: Interactions) -> None:
     """Plots additivity error and angle of both deltas over noise levels and scales. found: of `diagnosis`."""
     figure = new_figure(12.8, 4)
     of_levels, of_scales = figure.subplots(1, 2)
-    for axes, key, label in ((of_levels, "levels", "noise level"), (of_scales, "scales", "scale of both deltas")):
-        places = [float(place) for place in found[key]]
-        errors = [each["additivity_error"] for each in found[key].values()]
-        angles = [each["angle"] for each in found[key].values()]
+    for axes, measured, label in (
+        (of_levels, found["levels"], "noise level"),
+        (of_scales, found["scales"], "scale of both deltas"),
+    ):
+        places = [float(place) for place in measured]
+        errors = [each["additivity_error"] for each in measured.values()]
+        angles = [each["angle"] for each in measured.values()]
         axes.plot(places, errors, "o-", color="C0")
         axes.set(xlabel=label, ylim=(0, None))
         axes.set_ylabel("additivity error", color="C0")
@@ -79,7 +83,7 @@ def interaction_lines(path: Path, found: Mapping[str, Any]) -> None:
     figure.savefig(path, dpi=120)
 
 
-def image_strip(path: Path, images: Sequence[Any], side: int = 192, gap: int = 8) -> None:
+def image_strip(path: Path, images: Sequence[ImageLike], side: int = 192, gap: int = 8) -> None:
     """Writes images side by side, enlarged without smoothing. side, gap: of and between images, in pixels."""
     strip = Image.new("RGB", (len(images) * (side + gap) - gap, side), "white")
     for number, image in enumerate(images):

@@ -4,17 +4,19 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from clvr_jax.console import progress
 from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run_shapes, shapes_prompts
 from clvr_jax.evaluation.comparison.pairs import load_results
 from clvr_jax.evaluation.comparison.systems import SystemResults
+from clvr_jax.evaluation.harness.results import ImageResult, PooledResults
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.systems.models import Mode, Oracle, one_shot, planned
 from clvr_jax.evaluation.systems.system import System
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.verification import VerificationMode
+from clvr_jax.worlds.shapes.metadata import Metadata
 
 SPLITS = ("eval", "complex")
 
@@ -46,7 +48,7 @@ class Row:
     has_exact_descriptions: bool = False
     splits: tuple[str, ...] = SPLITS
 
-    def system(self, model: Path, metadata: list[dict[str, Any]]) -> System:
+    def system(self, model: Path, metadata: list[Metadata]) -> System:
         """Loads the models and returns the system."""
         if self.mode == "one-shot":
             return one_shot(str(model))
@@ -78,7 +80,7 @@ class Prompts:
     seeds: tuple[int, ...] = (0,)
 
     @property
-    def metadata(self) -> list[dict[str, Any]]:
+    def metadata(self) -> list[Metadata]:
         """The metadata of the prompts, in order."""
         return shapes_prompts(self.split, None, self.limit)
 
@@ -129,9 +131,9 @@ def _generate(directory: Path, row: Row, model: Path, prompts: Prompts, seed: in
         )
 
 
-def concatenate_splits(parts: Mapping[str, SystemResults]) -> dict[str, Any]:
+def concatenate_splits(parts: Mapping[str, SystemResults]) -> PooledResults:
     """Concatenates the results on several splits for comparisons; prompt indices continue from split to split."""
-    images: list[dict[str, Any]] = []
+    images: list[ImageResult] = []
     for part in parts.values():
         first = 1 + max((entry["index"] for entry in images), default=-1)
         images += [{**entry, "index": first + entry["index"]} for entry in part.pooled["pictures"]]

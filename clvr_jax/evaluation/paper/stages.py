@@ -5,7 +5,6 @@ import json
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.atomic_io import write_json
 from clvr_jax.console import console
@@ -27,7 +26,7 @@ class Stages:
         self.seconds: dict[str, float] = {}
         """Seconds of each requested stage, as recorded when the stage ran."""
 
-    def directory(self, name: str, inputs: Mapping[str, Any], run_stage: Callable[[Path], object]) -> Path:
+    def directory(self, name: str, inputs: Mapping[str, object], run_stage: Callable[[Path], object]) -> Path:
         """Returns the directory of a stage, and runs the stage if it is not complete.
 
         Args:

@@ -3,9 +3,9 @@
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import jax
 from typing_extensions import override
@@ -15,6 +15,28 @@ from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerat
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.protocols import GeneratedImage, GenerationRequest, ImageGenerator
+
+
+class LoopTime(TypedDict):
+    """The cost of the closed loop for one prompt; "drawings" are generated images, seconds are wall time."""
+
+    prompt: str
+    drawings: int
+    nfe: int
+    seconds: float
+    drawing_seconds: float
+    diffusion_seconds: float
+
+
+class GroupTime(TypedDict):
+    """Medians over the prompts with the same number of images; see `times_by_image_count`."""
+
+    prompts: int
+    nfe: float
+    seconds: float
+    drawing_seconds: float
+    per_drawing: float
+    diffusion: float
 
 
 class _TimedGenerator(ImageGenerator):
@@ -33,7 +55,7 @@ class _TimedGenerator(ImageGenerator):
         self.seconds += time.perf_counter() - began
         return images
 
-    def _timed_denoise(self, *arguments: Any) -> jax.Array:
+    def _timed_denoise(self, *arguments: object) -> jax.Array:
         jax.block_until_ready(arguments[1:5])  # earlier programs may still compute weights, noise, text and references
         began = time.perf_counter()
         latents: jax.Array = jax.block_until_ready(self._denoise(*arguments))
@@ -41,7 +63,7 @@ class _TimedGenerator(ImageGenerator):
         return latents
 
 
-def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
+def loop_times(model: Path, prompts: Sequence[str]) -> list[LoopTime]:
     """Runs the closed loop twice for one prompt after the other: the first run compiles, the second is timed.
 
     Args:
@@ -54,7 +76,7 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     pipeline = ClosedLoopPipeline.from_pretrained(str(model))
     if pipeline.controller is None or pipeline.verifier is None:
         raise ClvrError(f"{model}: the directory has no controller/, which plans and verifies")
-    found = []
+    found: list[LoopTime] = []
     for is_timed in (False, True):
         for prompt in prompts:
             generator = _TimedGenerator(pipeline.flux)
@@ -70,20 +92,22 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[dict[str, Any]]:
     return found
 
 
-def times_by_image_count(times: Sequence[Mapping[str, Any]]) -> dict[int, dict[str, float]]:
+def times_by_image_count(times: Sequence[LoopTime]) -> dict[int, GroupTime]:
     """Groups times by number of images, with medians over prompts.
 
     Returns: number of images -> {"prompts", "nfe", "seconds", "drawing_seconds", "per_drawing", "diffusion"}; the last
       two are seconds per image, from text to pixels and of diffusion.
     """
-    groups: dict[int, list[Mapping[str, Any]]] = {}
+    groups: dict[int, list[LoopTime]] = {}
     for each in times:
         if each["drawings"]:
             groups.setdefault(each["drawings"], []).append(each)
     return {
         count: {
             "prompts": len(group),
-            **{name: statistics.median(each[name] for each in group) for name in ("nfe", "seconds", "drawing_seconds")},
+            "nfe": statistics.median(each["nfe"] for each in group),
+            "seconds": statistics.median(each["seconds"] for each in group),
+            "drawing_seconds": statistics.median(each["drawing_seconds"] for each in group),
             "per_drawing": statistics.median(each["drawing_seconds"] / count for each in group),
             "diffusion": statistics.median(each["diffusion_seconds"] / count for each in group),
         }

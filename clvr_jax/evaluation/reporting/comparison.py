@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from clvr_jax.atomic_io import write_json, write_text
+from clvr_jax.evaluation.comparison.pairs import Difference
+from clvr_jax.evaluation.comparison.systems import ComplexityProbes, SystemsComparison
 from clvr_jax.evaluation.harness.cost import cost_line
+from clvr_jax.evaluation.harness.results import CostKey, GroupResult
 from clvr_jax.plots import can_plot, literal, new_figure
 from clvr_jax.tables import Row, Table, plain
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 PLOTS = {"scores": "scores.png", "cost": "cost.png", "complexity": "complexity.png"}
-_COST_AXES = {"nfe_per_picture": "NFE per image", "seconds_per_picture": "seconds per image"}
+_COST_AXES: dict[CostKey, str] = {"nfe_per_picture": "NFE per image", "seconds_per_picture": "seconds per image"}
 
 
-def write_comparison(comparison: Mapping[str, Any], out: Path) -> list[str]:
+def write_comparison(comparison: SystemsComparison, out: Path) -> list[str]:
     """Writes a comparison, as `comparison.compare_systems` returns it, to a directory.
 
     Returns: the names of the files; plots are among them if matplotlib is installed.
@@ -28,7 +30,7 @@ def write_comparison(comparison: Mapping[str, Any], out: Path) -> list[str]:
     return [JSON, MARKDOWN, *plots]
 
 
-def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()) -> str:
+def comparison_markdown(comparison: SystemsComparison, plots: Sequence[str] = ()) -> str:
     """Returns a comparison as Markdown. plots: names of image files in the same directory."""
     first = comparison["systems"][0]["name"]
     lines = [
@@ -60,7 +62,7 @@ def comparison_markdown(comparison: Mapping[str, Any], plots: Sequence[str] = ()
     return "\n".join(lines).rstrip() + "\n"
 
 
-def systems_table(comparison: Mapping[str, Any]) -> Table:
+def systems_table(comparison: SystemsComparison) -> Table:
     """Returns the scores and differences of all systems, for the terminal."""
     first = comparison["systems"][0]["name"]
     pairs = {pair["name"]: pair for pair in comparison["against_first"]}
@@ -78,7 +80,7 @@ def systems_table(comparison: Mapping[str, Any]) -> Table:
     )
 
 
-def _score_table(comparison: Mapping[str, Any]) -> Table:
+def _score_table(comparison: SystemsComparison) -> Table:
     systems = comparison["systems"]
     rows: list[Row] = []
     for tag in comparison["tags"]:
@@ -92,7 +94,7 @@ def _score_table(comparison: Mapping[str, Any]) -> Table:
     return Table(("", *(system["name"] for system in systems)), [rows])
 
 
-def _pair_table(comparison: Mapping[str, Any]) -> Table:
+def _pair_table(comparison: SystemsComparison) -> Table:
     rows = []
     for pair in comparison["against_first"]:
         part = pair["overall"]
@@ -102,7 +104,7 @@ def _pair_table(comparison: Mapping[str, Any]) -> Table:
     return Table(("", "difference", "95 %", "mean of tags", "95 %", "wins", "p", "p (Holm)"), [rows])
 
 
-def _tag_sections(comparison: Mapping[str, Any]) -> list[str]:
+def _tag_sections(comparison: SystemsComparison) -> list[str]:
     """Returns differences by tag and tier, one table for each system; p-values are not corrected."""
     lines = []
     for pair in comparison["against_first"]:
@@ -119,7 +121,7 @@ def _tag_sections(comparison: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
+def _complexity_lines(complexity: ComplexityProbes) -> list[str]:
     rows = []
     for name, probe in complexity["systems"].items():
         law = probe["failure_law"]
@@ -133,7 +135,7 @@ def _complexity_lines(complexity: Mapping[str, Any]) -> list[str]:
     return [*lines, "", f"100 - area, over the systems: {fit}"]
 
 
-def _scored(group: Mapping[str, Any]) -> str:
+def _scored(group: GroupResult) -> str:
     return f"{group['score']:.3f} [{_interval(group['interval'])}]"
 
 
@@ -141,7 +143,7 @@ def _interval(bounds: Sequence[float]) -> str:
     return f"{bounds[0]:.3f} .. {bounds[1]:.3f}"
 
 
-def _difference(part: Mapping[str, Any]) -> tuple[str, str]:
+def _difference(part: Difference) -> tuple[str, str]:
     low, high = part["interval"]
     return f"{part['difference']:+.3f}", f"{low:+.3f} .. {high:+.3f}"
 
@@ -150,7 +152,7 @@ def _number(value: float | None, digits: int = 3) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
-def _plot(comparison: Mapping[str, Any], out: Path) -> list[str]:
+def _plot(comparison: SystemsComparison, out: Path) -> list[str]:
     out.mkdir(parents=True, exist_ok=True)
     systems = comparison["systems"]
     rows = [*comparison["tags"], "all prompts"]
@@ -175,10 +177,10 @@ def _plot(comparison: Mapping[str, Any], out: Path) -> list[str]:
         for number, (key, label) in enumerate(shown.items(), start=1):
             axes = figure.add_subplot(1, len(shown), number)
             for system in systems:
-                if system["cost"][key]:
+                if cost := system["cost"][key]:
                     bars = _bars([system["overall"]])
                     axes.errorbar(
-                        system["cost"][key],
+                        cost,
                         system["overall"]["score"],
                         yerr=bars,
                         fmt="o",
@@ -207,7 +209,7 @@ def _plot(comparison: Mapping[str, Any], out: Path) -> list[str]:
     return names
 
 
-def _bars(groups: Sequence[Mapping[str, Any]]) -> list[list[float]]:
+def _bars(groups: Sequence[GroupResult]) -> list[list[float]]:
     """Returns the lengths of error bars, below and above."""
     return [
         [max(0.0, group["score"] - group["interval"][0]) for group in groups],

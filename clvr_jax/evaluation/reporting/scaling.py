@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
 from clvr_jax.atomic_io import write_json, write_text
+from clvr_jax.evaluation.comparison.scaling import Scaling
 from clvr_jax.plots import can_plot, literal, new_figure
 from clvr_jax.tables import Row, Table, plain
 
+T = TypeVar("T")
+Kind = Literal["drawings", "nfe", "seconds"]
+"""A kind of budget."""
+
 JSON, MARKDOWN, PLOT = "scaling.json", "scaling.md", "scaling.png"
-_AXES = {"drawings": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
+_AXES: dict[Kind, str] = {"drawings": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
 _SHOWN = 8
 
 
-def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
+def write_scaling(scaling: Scaling, out: Path) -> list[str]:
     """Writes the curves to a directory.
 
     Args:
@@ -32,7 +37,7 @@ def write_scaling(scaling: Mapping[str, Any], out: Path) -> list[str]:
     return files
 
 
-def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str:
+def scaling_markdown(scaling: Scaling, with_plot: bool = False) -> str:
     """Returns the curves as Markdown, with one table of all systems for each kind of budget."""
     lines = [
         f"# {plain(scaling['benchmark'])}: accuracy against budget",
@@ -51,7 +56,7 @@ def scaling_markdown(scaling: Mapping[str, Any], with_plot: bool = False) -> str
     return "\n".join(lines).rstrip() + "\n"
 
 
-def scaling_table(scaling: Mapping[str, Any], kind: str = "drawings") -> Table:
+def scaling_table(scaling: Scaling, kind: Kind = "drawings") -> Table:
     """Returns the accuracy against one kind of budget; of a system with over 8 limits, 8 with both ends."""
     rows: list[Row] = []
     for system in scaling["systems"]:
@@ -64,13 +69,13 @@ def scaling_table(scaling: Mapping[str, Any], kind: str = "drawings") -> Table:
     return Table(("system", _AXES[kind], "accuracy", "95 %", "NFE", "seconds"), [rows], title=title)
 
 
-def _some(points: Sequence[Any]) -> list[Any]:
+def _some(points: Sequence[T]) -> list[T]:
     if len(points) <= _SHOWN:
         return list(points)
     return [points[round(number * (len(points) - 1) / (_SHOWN - 1))] for number in range(_SHOWN)]
 
 
-def _plot(scaling: Mapping[str, Any], out: Path) -> None:
+def _plot(scaling: Scaling, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     figure = new_figure(14, 4.2)
     for number, (kind, label) in enumerate(_AXES.items(), start=1):

@@ -7,12 +7,12 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems.models import Mode, budget_for_mode, non_default_fields
 from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.interfaces import ChatModel, ImageModel, ImageRequest, ProviderError, Usage
+from clvr_jax.json_input import JSON
 from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController, ImageModelGenerator
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run
@@ -43,7 +43,7 @@ def endpoint_system(
         loop if None.
     Raises: UsageError if the mode needs a controller and there is none.
     """
-    settings: dict[str, Any] = {"mode": mode, "model": tool.name}
+    settings: dict[str, JSON] = {"mode": mode, "model": tool.name}
     if mode == "one-shot":
         return _concurrent(lambda prompt, seed: _one_shot(tool, prompt, seed), settings, [tool], in_flight)
     if controller is None:
@@ -83,7 +83,7 @@ def _refused(error: ProviderError, usage: Usage) -> SystemOutput:
 
 def _concurrent(
     generate_one: Callable[[str, int], SystemOutput],
-    settings: dict[str, Any],
+    settings: dict[str, JSON],
     providers: Sequence[ImageModel | ChatModel],
     in_flight: int,
 ) -> System:

@@ -9,6 +9,7 @@ from typing import Any
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import Usage
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectory import Trajectory
 
@@ -69,7 +70,7 @@ class System:
     """
 
     generate: GenerateFn
-    settings: Mapping[str, Any]
+    settings: Mapping[str, JSON]
     device: str | None = None
     batch_size: int = 16
 

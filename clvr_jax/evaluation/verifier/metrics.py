@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from scipy.stats import rankdata
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.evaluation.statistics import Interval, Rate, wilson_interval
+from clvr_jax.evaluation.statistics import Interval, Rate, RateResult, wilson_interval
 from clvr_jax.evaluation.verifier.cases import Case
 from clvr_jax.evaluation.verifier.reading import agreement
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.verification import Verification
 
 CALIBRATION_BINS = 10
@@ -48,7 +49,7 @@ class CheckedCase:
         """Probability of meeting the prompt; None if the verifier gives none."""
         return None if self.verification is None else self.verification.probability
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, JSON]:
         """Returns the case and the answer as JSON values, without the image."""
         case = {each.name: getattr(self.case, each.name) for each in dataclasses.fields(Case) if each.name != "image"}
         answer = None if self.verification is None else self.verification.to_dict()
@@ -97,10 +98,56 @@ def calibration_error(
     return float(np.abs(gaps).sum() / len(right))
 
 
+class ShareResult(TypedDict):
+    """The JSON value of a share without an interval."""
+
+    count: int
+    of: int
+    rate: float
+    interval: None
+
+
+class Metrics(TypedDict):
+    """The metrics of a set of cases; None where nothing is counted."""
+
+    images: int
+    without_verdict: int
+    false_accept: RateResult | None
+    false_reject: RateResult | None
+    read_exactly: RateResult | None
+    cells_read: ShareResult | None
+    roc_auc: float | None
+    calibration_error: float | None
+    with_probability: int
+
+
+class GroupMetrics(Metrics):
+    """The metrics of a group, also by kind, by number of objects, and for held-out and other pairs."""
+
+    kinds: dict[str, Metrics]
+    objects: dict[str, Metrics]
+    held_out: dict[str, Metrics]
+
+
+class RequirementMetrics(TypedDict):
+    """How many prompts have exactly the right derived requirements, and for how many none could be derived."""
+
+    exact: RateResult | None
+    not_derived: int
+
+
+class Summary(TypedDict):
+    """The summary of results.json."""
+
+    groups: dict[str, GroupMetrics]
+    all: Metrics
+    requirements: RequirementMetrics | None
+
+
 # --- summary ----------------------------------------------------------------------------------------------------------
 
 
-def summarize(checked: Sequence[CheckedCase], derived: Sequence[tuple[Case, Sequence[str] | None]]) -> dict[str, Any]:
+def summarize(checked: Sequence[CheckedCase], derived: Sequence[tuple[Case, Sequence[str] | None]]) -> Summary:
     """Computes the summary of results.json, ready for JSON.
 
     Args:
@@ -122,7 +169,7 @@ def summarize(checked: Sequence[CheckedCase], derived: Sequence[tuple[Case, Sequ
     }
 
 
-def _group(checked: Sequence[CheckedCase]) -> dict[str, Any]:
+def _group(checked: Sequence[CheckedCase]) -> GroupMetrics:
     shapes = [each for each in checked if each.case.tier is not None]
     held_out = _by(shapes, lambda each: "held_out" if each.case.has_held_out else "others")
     objects = _by(sorted(shapes, key=lambda each: each.case.tier or 0), lambda each: str(each.case.tier))
@@ -134,11 +181,11 @@ def _group(checked: Sequence[CheckedCase]) -> dict[str, Any]:
     }
 
 
-def _each(groups: dict[str, list[CheckedCase]]) -> dict[str, Any]:
+def _each(groups: dict[str, list[CheckedCase]]) -> dict[str, Metrics]:
     return {name: _metrics(members) for name, members in groups.items()}
 
 
-def _metrics(checked: Sequence[CheckedCase]) -> dict[str, Any]:
+def _metrics(checked: Sequence[CheckedCase]) -> Metrics:
     right = [each for each in checked if each.case.label]
     wrong = [each for each in checked if not each.case.label]
     known = [(each.case.label, each.probability) for each in checked if each.probability is not None]
@@ -161,14 +208,14 @@ def _metrics(checked: Sequence[CheckedCase]) -> dict[str, Any]:
     }
 
 
-def _requirements(derived: Sequence[tuple[Case, Sequence[str] | None]]) -> dict[str, Any] | None:
+def _requirements(derived: Sequence[tuple[Case, Sequence[str] | None]]) -> RequirementMetrics | None:
     exact = [(case.prompt, found is not None and set(found) == set(case.requirements or ())) for case, found in derived]
     if not exact:
         return None
     return {"exact": _rate(exact), "not_derived": sum(found is None for _, found in derived)}
 
 
-def _rate(outcomes: Iterable[tuple[str, bool]]) -> dict[str, Any] | None:
+def _rate(outcomes: Iterable[tuple[str, bool]]) -> RateResult | None:
     """Returns the share of outcomes (prompt, whether it occurred), with an interval over prompts."""
     prompts: dict[str, list[float]] = {}
     for prompt, occurred in outcomes:
@@ -195,8 +242,8 @@ def _interval(prompts: Sequence[Sequence[float]]) -> Interval:
     return wilson_interval(share * images / effect, images / effect)
 
 
-def _share(count: int, total: int) -> dict[str, Any] | None:
-    return Rate(count, total).to_json() if total else None
+def _share(count: int, total: int) -> ShareResult | None:
+    return {"count": count, "of": total, "rate": count / total, "interval": None} if total else None
 
 
 def _by(checked: Sequence[CheckedCase], key: Callable[[CheckedCase], str]) -> dict[str, list[CheckedCase]]:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
+from clvr_jax.evaluation.statistics import RateResult
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
+from clvr_jax.evaluation.verifier.metrics import Metrics, ShareResult, Summary
+from clvr_jax.json_input import JSON
 from clvr_jax.tables import Table, plain
 
 if TYPE_CHECKING:
@@ -16,21 +19,35 @@ _KIND_GROUPS = ("renderings", CONTROLS_GROUP, "images")
 _HELD_OUT = {"held_out": "held-out pairs", "others": "other pairs"}
 
 
-def markdown(results: Mapping[str, Any]) -> str:
+class VerifierResults(TypedDict):
+    """The content of results.json; `cases` has an entry for each image, as `CheckedCase.to_dict` returns it."""
+
+    benchmark: str
+    verifier: str
+    settings: Mapping[str, JSON]
+    seed: int
+    adapted: list[str]
+    summary: Summary
+    usage: Mapping[str, float]
+    versions: dict[str, str]
+    cases: list[dict[str, JSON]]
+
+
+def markdown(results: VerifierResults) -> str:
     """Returns the results as Markdown."""
     lines = [f"# Verifier benchmark: {plain(results['verifier'])}", "", f"Seed {results['seed']}. {explanation()}", ""]
     lines += verifier_table(results).markdown()
     return "\n".join([*lines, "", *(f"- {note}" for note in notes(results["summary"]))]) + "\n"
 
 
-def rich_results(results: Mapping[str, Any]) -> Group:
+def rich_results(results: VerifierResults) -> Group:
     """Returns the results for the terminal: a table, and sentences below it."""
     from rich.console import Group
 
     return Group(verifier_table(results).rich(), *notes(results["summary"]))
 
 
-def verifier_table(results: Mapping[str, Any]) -> Table:
+def verifier_table(results: VerifierResults) -> Table:
     """Returns the rates by group of images."""
     sections = [[(name, *cells) for name, cells in section] for section in _sections(results["summary"])]
     title = f"Verifier benchmark: {results['verifier']}"
@@ -47,7 +64,7 @@ def explanation() -> str:
     )
 
 
-def _sections(summary: Mapping[str, Any]) -> Iterator[list[tuple[str, tuple[str, str, str]]]]:
+def _sections(summary: Summary) -> Iterator[list[tuple[str, tuple[str, str, str]]]]:
     """Yields (name, cells) for each group: all of it, its kinds, and its numbers of objects and held-out pairs."""
     for group, metrics in summary["groups"].items():
         kinds = metrics["kinds"] if group in _KIND_GROUPS else {}
@@ -58,7 +75,7 @@ def _sections(summary: Mapping[str, Any]) -> Iterator[list[tuple[str, tuple[str,
         yield [(group, _cells(metrics)), *((name, _cells(part)) for name, part in parts)]
 
 
-def notes(summary: Mapping[str, Any]) -> list[str]:
+def notes(summary: Summary) -> list[str]:
     """Sentences on ROC AUC, calibration, requirements, and images without a verdict."""
     found = []
     for name, metrics in [*summary["groups"].items(), ("all images", summary["all"])]:
@@ -80,13 +97,14 @@ def notes(summary: Mapping[str, Any]) -> list[str]:
     if summary["requirements"] is not None:
         exact, missing = summary["requirements"]["exact"], summary["requirements"]["not_derived"]
         failed = f"; no requirements could be derived from {missing}" if missing else ""
-        found.append(f"Prompts whose derived requirements are the exact ones: {_share(exact)}{failed}.")
+        if exact is not None:
+            found.append(f"Prompts whose derived requirements are the exact ones: {_share(exact)}{failed}.")
     if total["without_verdict"]:
         found.append(f"{total['without_verdict']} of {total['images']} images have no verdict and are not accepted.")
     return found
 
 
-def _cells(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
+def _cells(metrics: Metrics) -> tuple[str, str, str]:
     read = metrics["read_exactly"]
     return (
         _rate(metrics["false_accept"]),
@@ -95,7 +113,7 @@ def _cells(metrics: Mapping[str, Any]) -> tuple[str, str, str]:
     )
 
 
-def _rate(rate: Mapping[str, Any] | None) -> str:
+def _rate(rate: RateResult | None) -> str:
     """Rate, interval and number of images, ".560 [.417, .693] of 84"; "" without images."""
     if rate is None:
         return ""
@@ -109,5 +127,5 @@ def _short(value: float) -> str:
     return text.removeprefix("0") if value < 1 else text
 
 
-def _share(rate: Mapping[str, Any]) -> str:
+def _share(rate: RateResult | ShareResult) -> str:
     return f"{rate['rate']:.3f} ({rate['count']} of {rate['of']})"

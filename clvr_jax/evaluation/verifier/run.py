@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from clvr_jax.atomic_io import write_json, write_text
 from clvr_jax.console import progress
@@ -16,8 +16,9 @@ from clvr_jax.evaluation.verifier.cases import Case, control_cases, rendered_cas
 from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
-from clvr_jax.evaluation.verifier.report import markdown
+from clvr_jax.evaluation.verifier.report import VerifierResults, markdown
 from clvr_jax.interfaces import ProviderError, Usage
+from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.protocols import ImageGenerator
 from clvr_jax.reasoning.trajectory import package_versions
 from clvr_jax.reasoning.verification import Verification, Verifier
@@ -40,10 +41,10 @@ def evaluate(
     seed: int = 0,
     generators: Mapping[str, Callable[[], ImageGenerator]] | None = None,
     images: Sequence[Case] = (),
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, JSON] | None = None,
     batch_size: int = BATCH_SIZE,
     exact_requirements: bool = False,
-) -> dict[str, Any]:
+) -> VerifierResults:
     """Runs the benchmark and writes its results; a run that fails writes none.
 
     Args:
@@ -65,7 +66,7 @@ def evaluate(
         raise ClvrError("verifier benchmark: nothing to check; give a count above 0, or labeled images")
     checked, derived = check_cases(verifier, cases, batch_size, exact_requirements)
     summary = summarize(checked, derived)
-    results = {
+    results: VerifierResults = {
         "benchmark": BENCHMARK,
         "verifier": verifier.name,
         "settings": {
