@@ -121,6 +121,18 @@ class Flux2ImageGenerator(ImageGenerator):
 
     def generate(self, requests: Sequence[GenerationRequest]) -> list[GeneratedImage]:
         """Returns an image for each request."""
+        return [image for image in self.generate_wanted(requests) if image is not None]
+
+    def generate_wanted(
+        self, requests: Sequence[GenerationRequest], on_step: Callable[[int, int, int], bool] | None = None
+    ) -> list[GeneratedImage | None]:
+        """Returns an image for each request, None for those that are abandoned.
+
+        Args:
+          requests: the histories.
+          on_step: called for each step of each request; it returns whether the image is still wanted, see
+            `Flux2Pipeline.generate_each`. None: all images are.
+        """
         histories = [self._pipeline.fit_history(request.prompt, request.replies) for request in requests]
         output = self._pipeline.generate_each(
             [history.text for history in histories],
@@ -131,9 +143,10 @@ class Flux2ImageGenerator(ImageGenerator):
             height=self._height,
             width=self._width,
             rows_per_call=self._rows_per_call,
+            on_step=on_step,
         )
         return [
-            GeneratedImage(image, output.nfe, history.left_out)
+            None if image is None else GeneratedImage(image, output.nfe, history.left_out)
             for image, history in zip(output.images, histories, strict=True)
         ]
 

@@ -1,5 +1,7 @@
 """The rows that are generated in one call: how many, and with references of which sizes."""
 
+from collections.abc import Callable
+
 import numpy as np
 
 from clvr_jax.errors import UsageError
@@ -12,6 +14,15 @@ def split_rows(rows: list[int], rows_per_call: int | None) -> list[list[int]]:
     if rows_per_call < 1 or rows_per_call & (rows_per_call - 1):
         raise UsageError(f"rows_per_call must be a power of two, got {rows_per_call}")
     return [rows[start : start + rows_per_call] for start in range(0, len(rows), rows_per_call)]
+
+
+def any_row(rows: list[int], on_step: Callable[[int, int, int], bool]) -> Callable[[int, int], bool]:
+    """Returns a function of (steps done, all steps): it calls `on_step` for each row; whether any is still wanted."""
+
+    def called(done: int, steps: int) -> bool:
+        return any([on_step(row, done, steps) for row in rows])
+
+    return called
 
 
 def _powers_of_two(rows: list[int]) -> list[list[int]]:

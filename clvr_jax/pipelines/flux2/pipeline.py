@@ -5,7 +5,7 @@ shapes few, text is padded to a bucket and the batch to a power of two, and refe
 Source: diffusers `Flux2KleinPipeline`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -26,9 +26,9 @@ from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
-from clvr_jax.pipelines.flux2.batching import common_sizes, split_rows
+from clvr_jax.pipelines.flux2.batching import any_row, common_sizes, split_rows
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
-from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, Flux2Output, Flux2Settings
+from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, AbandonedError, Flux2Output, Flux2Settings
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
@@ -164,6 +164,7 @@ class Flux2Pipeline(JittedPipeline):
         height: int | None = None,
         width: int | None = None,
         output_type: Literal["pil", "np"] = "pil",
+        on_step: Callable[[int, int], bool] | None = None,
     ) -> Flux2Output:
         """Generates images like `__call__`, with references and noise for each row.
 
@@ -172,6 +173,9 @@ class Flux2Pipeline(JittedPipeline):
           references: of each row; all rows have references of the same number and sizes.
           noise: (b,) random keys, or latents (b, c, h, w).
           num_inference_steps, guidance_scale, height, width, output_type: as in `__call__`.
+          on_step: called before each step and after the last, with the numbers of steps done and of all steps; False
+            abandons the images. The program is that of a generation without it, so the images are the same.
+        Raises: AbandonedError if `on_step` says so.
         """
         if len(set(lengths := self._lengths(prompts))) > 1:
             # Padding is attended to: in the bucket of a longer row, a text would give another image than alone.
@@ -185,6 +189,7 @@ class Flux2Pipeline(JittedPipeline):
                 height=height,
                 width=width,
                 output_type=output_type,
+                on_step=on_step,
             )
         steps = num_inference_steps or self.settings.num_inference_steps
         guidance = self.settings.guidance_scale if guidance_scale is None else guidance_scale
@@ -195,6 +200,8 @@ class Flux2Pipeline(JittedPipeline):
         height = height or (sizes[0][0] if sizes else self.settings.sample_size)
         width = width or (sizes[0][1] if sizes else self.settings.sample_size)
         check_size(height, width, token)
+        if on_step is not None and not on_step(0, steps):
+            raise AbandonedError("the generation was abandoned before its first step")
         grid = (height // token, width // token)
 
         batch = len(prompts)
@@ -206,17 +213,19 @@ class Flux2Pipeline(JittedPipeline):
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
         tokens = self._references([pixels[i] for i in rows], sizes)
-        final = self._denoise(
-            *self._split("transformer"),
-            latents,
-            conditions,
-            tokens,
-            jnp.asarray(self.schedule.sigmas(steps, grid[0] * grid[1])),
-            jnp.asarray(guidance, jnp.float32),
-            grid,
-            tuple((h // token, w // token) for h, w in sizes),
-        )
-        final = self._wait_if_offloaded(final)
+        sigmas = jnp.asarray(self.schedule.sigmas(steps, grid[0] * grid[1]))
+        model = self._split("transformer")
+        fixed = (conditions, tokens, sigmas, jnp.asarray(guidance, jnp.float32), grid)
+        reference_sizes = tuple((h // token, w // token) for h, w in sizes)
+        for first, last in [(0, steps)] if on_step is None else [(done, done + 1) for done in range(steps)]:
+            latents = self._denoise(*model, latents, *fixed, reference_sizes, (first, last))
+            if on_step is not None:
+                # Through host memory: a result is committed to its devices, unlike the noise, and the program would be
+                # compiled a second time for it.
+                latents = jnp.asarray(np.asarray(process_allgather(latents)))
+                if not on_step(last, steps):
+                    raise AbandonedError(f"the generation was abandoned after step {last} of {steps}")
+        final = self._wait_if_offloaded(latents)
         decoded = self._decode(*self._split("vae"), final.reshape(padded, *grid, -1))[:batch]
         images = np.asarray(process_allgather(decoded), np.float32)
         nfe = steps * (2 if use_guidance else 1)
@@ -233,6 +242,7 @@ class Flux2Pipeline(JittedPipeline):
         height: int | None = None,
         width: int | None = None,
         rows_per_call: int | None = None,
+        on_step: Callable[[int, int, int], bool] | None = None,
     ) -> Flux2Output:
         """Generates an image for each of several independent rows; a batch does not change an image.
 
@@ -243,6 +253,10 @@ class Flux2Pipeline(JittedPipeline):
         Programs for different numbers of rows round differently, which changes single bytes of an image. With
         `rows_per_call`, a power of two, every call computes exactly that many rows, filled up with copies of the last,
         so that an image has the same bytes in any batch.
+
+        `on_step` is called for each row before and after each of its steps, with the number of the row and those of
+        `generate`; it returns whether the row is still wanted. A call whose rows are all not wanted is abandoned; their
+        images are None.
         """
         groups: dict[tuple[object, ...], list[int]] = {}
         for index, (length, images) in enumerate(zip(self._lengths(prompts), references, strict=True)):
@@ -251,18 +265,22 @@ class Flux2Pipeline(JittedPipeline):
         nfe = 0
         for rows in [part for group in groups.values() for part in split_rows(group, rows_per_call)]:
             filled = [*rows, *rows[-1:] * ((rows_per_call or 0) - len(rows))]
-            output = self.generate(
-                [prompts[index] for index in filled],
-                [references[index] for index in filled],
-                jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in filled]),
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                height=height,
-                width=width,
-            )
+            try:
+                output = self.generate(
+                    [prompts[index] for index in filled],
+                    [references[index] for index in filled],
+                    jnp.stack([jax.random.fold_in(jax.random.key(seeds[index]), 0) for index in filled]),
+                    num_inference_steps=num_inference_steps,
+                    guidance_scale=guidance_scale,
+                    height=height,
+                    width=width,
+                    on_step=None if on_step is None else any_row(rows, on_step),
+                )
+            except AbandonedError:
+                continue
             nfe = output.nfe
             generated.update(zip(rows, output.images, strict=False))
-        return Flux2Output([generated[index] for index in range(len(prompts))], nfe)
+        return Flux2Output([generated.get(index) for index in range(len(prompts))], nfe)
 
     def fit_history(self, prompt: str, replies: Sequence[str]) -> FittedHistory:
         """Returns the text of a history, without its oldest replies if it is too long (`histories.fit_history`)."""

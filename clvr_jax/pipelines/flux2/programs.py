@@ -92,18 +92,20 @@ def denoise(
     guidance: jax.Array,
     grid: tuple[int, int],
     reference_sizes: tuple[tuple[int, int], ...],
+    bounds: tuple[jax.Array, jax.Array] | None = None,
 ) -> jax.Array:
     """Integrates the flow from noise to images.
 
     Args:
       graphdef, state: of the transformer.
-      latents_btc: noise.
+      latents_btc: noise, or the result of earlier steps.
       text_btd: conditions (b, ...), or (2 b, ...) with the unconditional ones first, for guidance.
       references_btc: tokens of all references.
       sigmas: (steps + 1,) noise levels, from 1 to 0.
       guidance: scalar, the guidance scale; not used without unconditional rows.
       grid, reference_sizes: see `velocity_field`.
-    Returns: (b, t, c) clean latents.
+      bounds: the steps to take, see `euler_solve`; all of them if None.
+    Returns: (b, t, c) latents, clean ones after the last step.
     """
     field = velocity_field(nnx.merge(graphdef, state), references_btc, grid, reference_sizes)
 
@@ -112,8 +114,8 @@ def denoise(
 
     with read_only_weights():
         if text_btd.shape[0] == latents_btc.shape[0]:
-            return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas)
+            return euler_solve(lambda x, sigma: velocity(x, sigma, text_btd), latents_btc, sigmas, bounds)
         unconditional, conditional = jnp.split(text_btd, 2)
         return euler_solve(
-            classifier_free_guidance(velocity, conditional, unconditional, guidance), latents_btc, sigmas
+            classifier_free_guidance(velocity, conditional, unconditional, guidance), latents_btc, sigmas, bounds
         )

@@ -43,11 +43,16 @@ class Flux2Settings:
             raise ClvrError("num_inference_steps must be from 1 to 1000, and sample_size from 1 to 32768")
 
 
+class AbandonedError(ClvrError):
+    """The caller abandoned a generation between two steps."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Flux2Output:
     """Generated images.
 
-    images: PIL images, or float32 (b, h, w, 3) in [0, 1]. nfe: number of transformer evaluations for each image.
+    images: PIL images, or float32 (b, h, w, 3) in [0, 1]; None for one that was abandoned. nfe: number of transformer
+    evaluations for each image.
     """
 
     images: Any

@@ -189,6 +189,46 @@ def test_a_second_call_of_the_same_shape_compiles_nothing(folder):
     assert pipeline._denoise._cache_size() == compiled
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_steps_one_by_one_give_the_same_image(shared, guidance):
+    """The caller looks between two steps; the image has the same bytes as that of a single call."""
+    told = []
+    options = {"num_inference_steps": 3, "guidance_scale": guidance}
+    rows = ["a red circle", "a blue star"], [[], [picture(0, 16, 16)]], [4, 5]
+    whole = shared.generate_each(*rows, **options)
+    compiled = shared._denoise._cache_size()
+    stepwise = shared.generate_each(*rows, **options, on_step=lambda *step: told.append(step) or True)
+    assert shared._denoise._cache_size() == compiled, "one program takes all steps or one of them"
+    assert told == [(row, done, 3) for row in (0, 1) for done in range(4)]
+    for one, other in zip(whole.images, stepwise.images, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert stepwise.nfe == whole.nfe
+
+
+def test_a_generation_is_abandoned_between_steps(shared):
+    told = []
+
+    def on_step(row, done, steps):
+        told.append((row, done))
+        return (row, done) not in {(0, 2), (1, 0)}
+
+    prompts = ["a red circle", "a red star", "a red cross"]
+    output = shared.generate_each(prompts, [[]] * 3, [1, 2, 3], num_inference_steps=4, rows_per_call=1, on_step=on_step)
+    assert told == [(0, 0), (0, 1), (0, 2), (1, 0), *[(2, done) for done in range(5)]]
+    assert output.images[:2] == [None, None]
+    alone = shared.generate_each(prompts[2:], [[]], [3], num_inference_steps=4, rows_per_call=1)
+    np.testing.assert_array_equal(output.images[2], alone.images[0])
+    assert output.nfe == alone.nfe
+
+    # Rows of one call are computed together: it goes on while one of them is wanted.
+    told.clear()
+    output = shared.generate_each(
+        prompts[:2], [[]] * 2, [1, 2], num_inference_steps=4, rows_per_call=2, on_step=on_step
+    )
+    assert told == [(row, done) for done in range(5) for row in (0, 1)]
+    assert None not in output.images
+
+
 def test_bad_input_is_named(shared, tmp_path):
     with pytest.raises(ClvrError, match="prompt is empty"):
         shared("  ")
