@@ -271,7 +271,7 @@ class Trajectory:
             "given_images": _given_names(len(self.given_images)),
             "edits": [edit.to_dict() for edit in self.edits],
             "parent": None if self.parent is None else asdict(self.parent),
-            "steps": [_step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
+            "steps": [step_to_dict(step, name) for step, name in zip(self.steps, names, strict=True)],
         }
 
 
@@ -332,7 +332,8 @@ def _given_from_json(entry: JsonObject) -> tuple[str, ...]:
     return names
 
 
-def _step_to_dict(step: Step, image_name: str | None) -> dict[str, JSON]:
+def step_to_dict(step: Step, image_name: str | None) -> dict[str, JSON]:
+    """Returns a step as in trajectory.json, with the file name of its image."""
     verdict = step.verdict
     return {
         "reasoning": step.reasoning,

@@ -16,7 +16,7 @@ from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.editable import Branch, EditablePromptState
 from clvr_jax.reasoning.events import Edited, Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import GeneratedImage
-from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions
+from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions, step_to_dict
 from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
@@ -126,6 +126,7 @@ class LoopJob:
         self.is_interrupted = False
         self._best: int | None = None
         self._requirements: tuple[str, ...] = ()
+        self._generations: tuple[int, Sequence[Any]] = 0, ()
         self.state: EditablePromptState | OneShotState
         if spec.mode == "one-shot":
             self.state = OneShotState(spec, self._notify)
@@ -147,7 +148,7 @@ class LoopJob:
             if self.spec.branch is not None:
                 parent = self.spec.branch.parent
                 self.log.append("branched", parent=parent.id, step=parent.step, images=parent.inherited,
-                                instruction=self.spec.branch.instruction)  # fmt: skip
+                                instruction=self.spec.branch.instruction, steps=self._inherited_steps())  # fmt: skip
         works: Sequence[Any] = self.state.next_work(elapsed)
         if isinstance(self.state, EditablePromptState) and self.state.required != self._requirements:
             self._requirements = self.state.required
@@ -157,13 +158,22 @@ class LoopJob:
             self.log.append("best", step=best)
         if works and isinstance(works[0], GenerationWork | OneShotWork):
             steps = self.spec.sampling.steps or self._models.flux.settings.num_inference_steps
+            replies = works[0].request.replies if isinstance(works[0], GenerationWork) else ("",)
             self.log.append("generation_started", step=len(self.state.steps), images=len(works),
-                            num_inference_steps=steps)  # fmt: skip
+                            num_inference_steps=steps, text=replies[-1])  # fmt: skip
+            self._generations = len(self.state.steps), works
         return [Task(self._models.key(work, self.spec.sampling), self, work) for work in works]
 
     def receive(self, work: Any, result: Any, seconds: float) -> None:
         """Passes the result of a work on to the loop."""
         self.state.receive(work, result, seconds)
+
+    def progress(self, work: Any, done: int, steps: int) -> None:
+        """Reports a denoising step that is done."""
+        first, works = self._generations
+        number = next(index for index, each in enumerate(works) if each is work)
+        if done:
+            self.log.append("denoising_step", step=first + number, done=done, num_inference_steps=steps)
 
     def stop(self, outcome: str) -> None:
         """Ends the loop with its best image so far."""
@@ -179,6 +189,14 @@ class LoopJob:
     def fail(self, error: BaseException) -> None:
         """Passes an error on."""
         self._on_end(self, None, error)
+
+    def _inherited_steps(self) -> list[dict[str, Any]]:
+        """Returns the steps that a branch begins with, as GET /v1/loops/{id} shows them."""
+        found = []
+        for number, step in enumerate(self.state.steps):
+            shown = step_to_dict(step, f"{self.id}_{number}")
+            found.append({**shown, "image_id": shown.pop("image")})
+        return found
 
     def _notify(self, event: Event) -> None:
         """Translates an event of the loop for those who follow it."""
@@ -229,6 +247,9 @@ class ChatJob:
     def receive(self, work: ChatWork, result: ChatAnswer, seconds: float) -> None:
         """Stores the reply."""
         self._answer = result
+
+    def progress(self, work: ChatWork, done: int, steps: int) -> None:
+        """Is not called: a reply has no denoising steps."""
 
     def stop(self, outcome: str) -> None:
         """Ends without a reply."""

@@ -78,7 +78,7 @@ def loop_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/loops/{loop_id}/accept")
     async def accept(loop_id: str) -> Response:
-        """Ends a loop before its next work; its best image so far is the result."""
+        """Ends a loop before its next work or denoising step; its best image so far is the result."""
         job = running_job(service, loop_id)
         if job.best is None:
             raise ApiError(400, "the loop has no image yet; wait for the event image, or cancel it", code="no_image")
@@ -87,7 +87,7 @@ def loop_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/loops/{loop_id}/cancel")
     async def cancel(loop_id: str) -> Response:
-        """Cancels a loop before its next work; what it has is stored."""
+        """Cancels a loop before its next work or denoising step; what it has is stored."""
         service.scheduler.stop(running_job(service, loop_id), CANCELED)
         return JSONResponse(loop_item(service, loop_id), 202)
 

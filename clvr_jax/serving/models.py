@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,7 @@ from clvr_jax.reasoning.work import (
     Work,
     perform,
 )
-from clvr_jax.serving.scheduler import Task
+from clvr_jax.serving.scheduler import Job, Task
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -55,13 +55,14 @@ class StageKey(NamedTuple):
 class GenerationKey(NamedTuple):
     """The key of image generations.
 
-    stage: "generate" in a loop, "one-shot" without. text_bucket: in tokens. references: their sizes.
+    stage: "generate" in a loop, "one-shot" without. shape: what images of one call have in common: the text bucket in
+    tokens, and the sizes of the references; None if each image has a call of its own. Loops then get into step whatever
+    the number of their references.
     """
 
     stage: str
     sampling: Sampling
-    text_bucket: int
-    references: tuple[Size, ...]
+    shape: tuple[int, tuple[Size, ...]] | None
 
 
 @dataclass(frozen=True)
@@ -128,11 +129,15 @@ class ServedModels:
         """Returns the key of a work; works with equal keys share a batch."""
         if isinstance(work, GenerationWork):
             request = work.request
+            if self._image_rows == 1:
+                return GenerationKey("generate", sampling, None)
             length = self.flux.fit_history(request.prompt, request.replies).length
-            return GenerationKey("generate", sampling, self._bucket(length), _sizes(request.images))
+            return GenerationKey("generate", sampling, (self._bucket(length), _sizes(request.images)))
         if isinstance(work, OneShotWork):
+            if self._image_rows == 1:
+                return GenerationKey("one-shot", sampling, None)
             length = self.flux.prompt_length(work.prompt)
-            return GenerationKey("one-shot", sampling, self._bucket(length), _sizes(work.images))
+            return GenerationKey("one-shot", sampling, (self._bucket(length), _sizes(work.images)))
         if isinstance(work, ReplyWork):
             # A batch of conversations is compiled for an even number of images.
             number = len(work.conversation.images)
@@ -142,38 +147,80 @@ class ServedModels:
         names = {RequirementsWork: "requirements", PlanWork: "plan", VerificationWork: "verify"}
         return StageKey(names[type(work)])
 
-    def perform(self, key: Any, tasks: Sequence[Task]) -> None:
-        """Performs the works of tasks with this key in one call, and hands each job its result."""
-        if key.stage in ("chat", "one-shot"):
-            began, works = time.monotonic(), [task.work for task in tasks]
-            results: Sequence[Any] = self._chat(works) if key.stage == "chat" else self._one_shot(works, key.sampling)
-            share = (time.monotonic() - began) / len(tasks)
-            for task, result in zip(tasks, results, strict=True):
-                task.job.receive(task.work, result, share)
-            return
-        sampling = key.sampling if isinstance(key, GenerationKey) else Sampling()
-        assert self._pipeline.controller is not None
-        generator = Flux2ImageGenerator(
-            self.flux, sampling.steps, sampling.guidance, sampling.size, rows_per_call=self._image_rows
-        )
-        perform(
-            [(task.job, task.work) for task in tasks],
-            Roles(self._pipeline.controller, generator, self._pipeline.verifier),
-        )
+    def perform(
+        self, key: Any, tasks: Sequence[Task], is_stopping: Callable[[Job], bool] = lambda job: False
+    ) -> list[Task]:
+        """Performs the works of tasks with this key, and hands each job its result.
 
-    def _one_shot(self, works: Sequence[OneShotWork], sampling: Sampling) -> list[GeneratedImage]:
-        size = sampling.size or (None, None)
+        Args:
+          key: of all tasks.
+          tasks: at least one.
+          is_stopping: whether a job is to be stopped, so that its image is not wanted any more. It is asked between
+            denoising steps.
+        Returns: the tasks that were not performed: those of jobs that are to be stopped, and those from the first one
+          on that failed after others had succeeded. If the first one fails, the error is raised.
+        """
+        if isinstance(key, GenerationKey):
+            return self._generate(key, tasks, is_stopping)
+        if key.stage == "chat":
+            began = time.monotonic()
+            answers = self._chat([task.work for task in tasks])
+            share = (time.monotonic() - began) / len(tasks)
+            for task, answer in zip(tasks, answers, strict=True):
+                task.job.receive(task.work, answer, share)
+            return []
+        assert self._pipeline.controller is not None
+        roles = Roles(self._pipeline.controller, Flux2ImageGenerator(self.flux), self._pipeline.verifier)
+        perform([(task.job, task.work) for task in tasks], roles)
+        return []
+
+    def _generate(self, key: GenerationKey, tasks: Sequence[Task], is_stopping: Callable[[Job], bool]) -> list[Task]:
+        """Generates images call by call, so that each image is there as soon as its own call is done."""
+        size = self._image_rows if key.shape is None else len(tasks)
+        calls = [tasks[start : start + size] for start in range(0, len(tasks), size)]
+        undone: list[Task] = []
+        for number, call in enumerate(calls):
+
+            def on_step(row: int, done: int, steps: int, call: Sequence[Task] = call) -> bool:
+                call[row].job.progress(call[row].work, done, steps)
+                return not is_stopping(call[row].job)
+
+            began = time.monotonic()
+            try:
+                images = self._images(key, [task.work for task in call], on_step)
+            except Exception:
+                if number == 0:
+                    raise
+                return [*undone, *(task for rest in calls[number:] for task in rest)]
+            share = (time.monotonic() - began) / len(call)
+            for task, image in zip(call, images, strict=True):
+                if image is None:
+                    undone.append(task)
+                else:
+                    task.job.receive(task.work, image, share)
+        return undone
+
+    def _images(
+        self, key: GenerationKey, works: Sequence[Any], on_step: Callable[[int, int, int], bool]
+    ) -> list[GeneratedImage | None]:
+        """Generates one image for each work, None for those that are not wanted any more."""
+        sampling, rows = key.sampling, self._image_rows
+        if key.stage == "generate":
+            generator = Flux2ImageGenerator(self.flux, sampling.steps, sampling.guidance, sampling.size, rows)
+            return generator.generate_wanted([work.request for work in works], on_step)
+        height, width = sampling.size or (None, None)
         output = self.flux.generate_each(
             [work.prompt for work in works],
             [[as_pil(image) for image in work.images] for work in works],
             [work.seed for work in works],
             num_inference_steps=sampling.steps,
             guidance_scale=sampling.guidance,
-            height=size[0],
-            width=size[1],
-            rows_per_call=self._image_rows,
+            height=height,
+            width=width,
+            rows_per_call=rows,
+            on_step=on_step,
         )
-        return [GeneratedImage(image, output.nfe) for image in output.images]
+        return [None if image is None else GeneratedImage(image, output.nfe) for image in output.images]
 
     def _chat(self, works: Sequence[ChatWork]) -> list[ChatAnswer]:
         first = works[0]

@@ -63,6 +63,10 @@ class Job(Protocol):
         """Stores the result of one of its works, which took `seconds`."""
         ...
 
+    def progress(self, work: Any, done: int, steps: int) -> None:
+        """Receives the number of denoising steps that are done while one of its generations is performed."""
+        ...
+
     def stop(self, outcome: str) -> None:
         """Ends the job early; `tasks` returns none afterwards."""
         ...
@@ -87,8 +91,9 @@ class Scheduler:
     """Runs jobs on its own thread.
 
     Args:
-      perform: (key, tasks) performs the tasks, all of this key, in one call; it may raise, and then must have changed
-        no job.
+      perform: (key, tasks, is_stopping) performs the tasks, all of this key; it may raise, and then must have changed
+        no job. It returns the tasks that it did not perform, because is_stopping(job) became true or for another
+        reason; their jobs are stopped, or asked for their tasks again.
       limits: of running and waiting jobs, and of batches.
       metrics: to count in.
       prepare: called by the device thread before the first job, to compile programs.
@@ -96,7 +101,7 @@ class Scheduler:
 
     def __init__(
         self,
-        perform: Callable[[Any, Sequence[Task]], None],
+        perform: Callable[[Any, Sequence[Task], Callable[[Job], bool]], Sequence[Task]],
         limits: Limits,
         metrics: Metrics,
         prepare: Callable[[], None] = lambda: None,
@@ -142,10 +147,14 @@ class Scheduler:
             self._changed.notify_all()
 
     def stop(self, job: Job, outcome: str) -> None:
-        """Requests that a job ends before its next work; does nothing if it has ended."""
+        """Requests that a job ends before its next work or denoising step; does nothing if it has ended."""
         with self._changed:
             self._stops[job.id] = job, outcome
             self._changed.notify_all()
+
+    def is_stopping(self, job: Job) -> bool:
+        """Whether a stop of this job was requested and has not taken effect yet."""
+        return job.id in self._stops
 
     def change(self, job: Job, function: Callable[[], None]) -> Future[None]:
         """Requests that the device thread changes a job between two works, and asks it for its next tasks then.
@@ -297,7 +306,7 @@ class Scheduler:
     def _perform_safely(self, key: Any, tasks: Sequence[Task]) -> None:
         """Performs a batch; if it fails, each task by itself, so that one request does not spoil the others."""
         try:
-            self._perform(key, tasks)
+            undone = self._perform(key, tasks, self.is_stopping)
         except Exception as error:  # noqa: BLE001 - of one request, which the others must survive
             if len(tasks) > 1:
                 for task in tasks:
@@ -311,9 +320,12 @@ class Scheduler:
                     self._end(run, error)
             return
         with self._changed:
+            for task in undone:
+                if task.job.id in self._stops:  # only once for several tasks of one job
+                    self._stop(*self._stops.pop(task.job.id))
             for task in tasks:
                 run = self._running.get(task.job.id)
-                if run is not None:  # None if another task of the same job failed
+                if run is not None:  # None if it was stopped, or if another task of the same job failed
                     run.remaining -= 1
                     if run.remaining == 0:
                         self._advance(run)

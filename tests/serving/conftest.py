@@ -13,6 +13,7 @@ import uvicorn
 
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.serving.app import make_app
+from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.models import ServedModels
 from clvr_jax.serving.service import Service
@@ -90,12 +91,40 @@ def gate(server, monkeypatch):
     """A closed gate before the device; open after the test."""
     gate, perform = Gate(), server.service.scheduler._perform
 
-    def through_gate(key, tasks):
+    def through_gate(key, tasks, is_stopping):
         gate.wait()
-        perform(key, tasks)
+        undone = perform(key, tasks, is_stopping)
         gate.done += 1
+        return undone
 
     monkeypatch.setattr(server.service.scheduler, "_perform", through_gate)
     yield gate
     gate.is_open = True
+    wait_until(lambda: not server.service.jobs)
+
+
+class HeldStep:
+    """Holds the device thread in the middle of an image: after its second denoising step.
+
+    reached: is set when it holds. released: lets it continue.
+    """
+
+    def __init__(self):
+        self.reached, self.released = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def held_step(server, monkeypatch):
+    """Holds the second image of a loop, or the first of a one-shot, whichever has two steps first."""
+    held, progress = HeldStep(), LoopJob.progress
+
+    def hold(job, work, done, steps):
+        progress(job, work, done, steps)
+        if done == 2 and (job.state.steps or job.spec.mode == "one-shot") and not held.reached.is_set():
+            held.reached.set()
+            held.released.wait(300)
+
+    monkeypatch.setattr(LoopJob, "progress", hold)
+    yield held
+    held.released.set()
     wait_until(lambda: not server.service.jobs)
