@@ -151,12 +151,34 @@ def resident_mib(process: int) -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def mean_batches(url: str) -> dict[str, float]:
-    """Mean number of works in a batch, by stage."""
+def batches(url: str) -> dict[str, tuple[float, float]]:
+    """Number of works and of batches so far, by stage."""
     text = httpx2.get(f"{url}/metrics").text
     sums = dict(re.findall(r'^clvr_batch_size_sum{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
     counts = dict(re.findall(r'^clvr_batch_size_count{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
-    return {stage: round(float(sums[stage]) / float(counts[stage]), 2) for stage in sums}
+    return {stage: (float(sums[stage]), float(counts[stage])) for stage in sums}
+
+
+def mean_batches(url: str, clients: int, count: int) -> dict[str, float]:
+    """Mean number of works in a batch, by stage and of all, while every client has a loop.
+
+    What is performed after the last request was sent does not count: there are fewer loops than clients then.
+    """
+    before, at_last = batches(url), dict[str, tuple[float, float]]()
+
+    def one(number: int) -> int:
+        if number == count - 1:
+            at_last.update(batches(url))
+        return generate(client, number, "loop").status_code
+
+    with httpx2.Client(base_url=url, timeout=3600) as client, ThreadPoolExecutor(clients) as pool:
+        statuses = Counter(pool.map(one, range(count)))
+    assert set(statuses) == {200}, statuses
+    new = {stage: (works - before.get(stage, (0, 0))[0], number - before.get(stage, (0, 0))[1])
+           for stage, (works, number) in at_last.items()}  # fmt: skip
+    new = {stage: (works, number) for stage, (works, number) in new.items() if number}
+    new["all"] = (sum(works for works, _ in new.values()), sum(number for _, number in new.values()))
+    return {stage: round(works / number, 2) for stage, (works, number) in new.items()}
 
 
 def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
@@ -206,6 +228,7 @@ def main(
     requests: int = 40,
     equality_requests: int = 8,
     batch_clients: int = 0,
+    batch_loops: int = 4,
     image_rows: int = 1,
     bound: bool = False,
 ) -> None:
@@ -216,7 +239,8 @@ def main(
       images: per measurement of throughput; 0 leaves it out.
       requests: of the endurance test; 0 leaves it out, and the restart.
       equality_requests: made alone and in a crowd; 0 leaves them out.
-      batch_clients: loops that run at the same time, two for each client; 0 leaves them out.
+      batch_clients: loops that run at the same time, for the mean number of works in a batch; 0 leaves them out.
+      batch_loops: loops of each of these clients, one after the other.
       image_rows: of the server.
       bound: call the models directly instead, with batches of 8 and of 1.
     """
@@ -233,8 +257,8 @@ def main(
                 single, eight = throughput(url, 1, images, mode), throughput(url, 8, images, mode)
                 print(f"{mode}: 1 client {single:.2f} images/s, 8 clients {eight:.2f}, {eight / single:.2f}x")
             if batch_clients:
-                throughput(url, batch_clients, 2 * batch_clients, "loop")
-                print(f"mean batch, {batch_clients} clients:", mean_batches(url), flush=True)
+                found = mean_batches(url, batch_clients, batch_loops * batch_clients)
+                print(f"mean batch, {batch_clients} clients:", found, flush=True)
             if equality_requests:
                 differ = equality(url, equality_requests)
                 print(f"equality: {differ} of {equality_requests} images differ in a crowd", flush=True)
