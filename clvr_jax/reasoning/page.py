@@ -33,7 +33,20 @@ _OUTCOME_NOTES = {
 }
 _ACCEPTED_BY_CONTROLLER = "The controller judged the last image and found nothing unmet."
 """The note of an accepted trajectory without a separate verification."""
-_SIGNS = {"met": "✓", "doubt": "◐", "unmet": "○", "no answer": "?"}
+_SIGNS = {"met": "✓", "doubt": "◐", "unmet": "○", "no answer": "?", "edit": "✎"}
+_EDITS = {
+    "plan": "Plan changed",
+    "rollback": "Returned to image",
+    "by_user": "by the user",
+    "requirements": "Requirements",
+    "instruction": "Instruction",
+    "dropped": "Dropped images",
+    "branch": "Branch of",
+    "from_image": "from image",
+    "inherited": "of the loop before",
+    "own_instruction": "instruction of the user",
+}
+"""What the user changed, in words."""
 _SMALL = 128  # images up to this side are enlarged by whole pixels
 _STEP_WIDTH, _RESULT_WIDTH = 220, 380
 _LONG_PROMPT = 140
@@ -60,14 +73,18 @@ def render(trajectory: Trajectory) -> str:
         ],
         result=_result(trajectory),
         board=_board(trajectory, items),
+        texts=_EDITS,
+        edit_sign=_SIGNS["edit"],
+        parent=trajectory.parent,
         steps=[_step(trajectory, number, items) for number in range(len(steps))],
+        edits=[_edits_before(trajectory, number) for number in range(len(steps) + 1)],
         footer=", ".join(f"{name} {version}" for name, version in trajectory.versions.items()),
     )
 
 
 def shared_texts() -> dict[str, JSON]:
     """Returns the texts that the page of `clvr serve` has in common with this one."""
-    return {"outcomes": dict(_OUTCOME_NOTES), "signs": dict(_SIGNS), "doubt": DOUBT_NOTE}
+    return {"outcomes": dict(_OUTCOME_NOTES), "signs": dict(_SIGNS), "doubt": DOUBT_NOTE, "edits": dict(_EDITS)}
 
 
 def style_sheet() -> str:
@@ -108,7 +125,10 @@ def _is_verified(steps: Sequence[Step]) -> bool:
 
 def _facts(trajectory: Trajectory) -> dict[str, str]:
     dropped = sum(step.rolled_back for step in trajectory.generated)
-    images = str(len(trajectory.generated)) + (f" ({dropped} rolled back)" if dropped else "")
+    notes = [f"{dropped} rolled back"] if dropped else []
+    if trajectory.parent is not None:
+        notes.append(f"{trajectory.parent.inherited} of the loop before")
+    images = str(len(trajectory.generated)) + (f" ({', '.join(notes)})" if notes else "")
     return {
         "Model": trajectory.model or "not recorded",
         "Images": images,
@@ -209,6 +229,23 @@ def _bar(requirement: Requirement) -> dict[str, str] | None:
     return None if value is None else {"number": _number(value), "percent": f"{100 * value:.0f}"}
 
 
+def _edits_before(trajectory: Trajectory, number: int) -> list[dict[str, object]]:
+    """The user's changes after which the step with this number was made."""
+    shown: list[dict[str, object]] = []
+    for edit in trajectory.edits:
+        target = edit.rollback_to
+        title = _EDITS["plan"] if target is None else f"{_EDITS['rollback']} {target + 1}"
+        dropped = ", ".join(str(image + 1) for image in edit.dropped)
+        fields: dict[str, object] = {
+            "requirements": edit.requirements or (),
+            "instruction": edit.instruction,
+            "dropped": dropped,
+        }
+        if edit.step == number:
+            shown.append({"title": title, **fields})
+    return shown
+
+
 def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[str, object]:
     """One step: its number, image, badges, reasoning, what was found out about the image, and its price."""
     step = trajectory.steps[number]
@@ -220,19 +257,19 @@ def _step(trajectory: Trajectory, number: int, items: dict[str, int]) -> dict[st
         return {**shown, "end": end, "sign": sign, "style": style, "badges": _attempts(step)}
     count = _unmet_count(step)
     alt = f"Image {number + 1}" + (f", {count}" if count is not None else "")
-    is_verified = _is_verified(trajectory.steps)
+    is_verified, parent = _is_verified(trajectory.steps), trajectory.parent
     return {
         **shown,
         "image": _embedded(step.image, _STEP_WIDTH, alt),
         "sign": str(number + 1),
         "style": "rolled" if step.rolled_back else "kept",
-        "badges": _badges(step, number == trajectory.best),
+        "badges": _badges(step, number == trajectory.best, parent is not None and number < parent.inherited),
         "verification": step.verification and _verification(trajectory.steps, number, step.verification),
         "checklist": [] if is_verified else _checklist(trajectory.steps, number, items),
     }
 
 
-def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
+def _badges(step: Step, is_result: bool, is_inherited: bool) -> list[dict[str, str]]:
     badges = _attempts(step)
     count = _unmet_count(step)
     if count is not None:
@@ -240,6 +277,8 @@ def _badges(step: Step, is_result: bool) -> list[dict[str, str]]:
         badges.insert(0, {"style": "open" if is_open else "good", "text": count})
     if is_result:
         badges.append({"style": "", "text": "result"})
+    if is_inherited:
+        badges.append({"style": "", "text": _EDITS["inherited"]})
     if step.redraw:
         badges.append({"style": "", "text": f"generated again ({step.redraw})"})
     if step.left_out:
@@ -288,7 +327,10 @@ def _verification(steps: Sequence[Step], number: int, verification: Verification
 
 
 def _attempts(step: Step) -> list[dict[str, str]]:
-    return [] if step.attempts == 1 else [{"style": "", "text": f"readable at attempt {step.attempts}"}]
+    if step.attempts == 1:
+        return []
+    text = f"readable at attempt {step.attempts}" if step.attempts else _EDITS["own_instruction"]
+    return [{"style": "", "text": text}]
 
 
 def _price(step: Step) -> list[str]:

@@ -1,4 +1,5 @@
 import base64
+import dataclasses
 import io
 import re
 from html.parser import HTMLParser
@@ -8,6 +9,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
+from clvr_jax.reasoning.edits import Edit, Parent
 from clvr_jax.reasoning.page import render
 from clvr_jax.reasoning.trajectory import OUTCOMES
 from clvr_jax.reasoning.verification import Requirement, Verification
@@ -253,3 +255,35 @@ def test_an_unmet_requirement_that_is_probably_met_is_in_doubt():
     assert "doubt; probability of being met 0.67; the dot is red" in [each.get("title") for each in page.all("span")]
     assert [each["class"] for each in page.all("tr") if "class" in each] == ["doubt", "unmet"]
     assert "Doubt:" not in Page(render(verified())).text
+
+
+# --- what the user changed --------------------------------------------------------------------------------------------
+
+
+def test_edits_stand_where_they_were_made():
+    edits = (
+        Edit(0, ("red dot", "blue dot"), "Draw a red dot."),
+        Edit(2, rollback_to=0, dropped=(1,)),
+        Edit(4, instruction="Add a <b>dot</b>."),
+    )
+    first, *others = make().steps
+    steps = (dataclasses.replace(first, reasoning="Draw a red dot.", attempts=0), *others)
+    page = Page(render(make(steps=steps, edits=edits)))
+    assert not page.open
+    entries = [each.get("class") for each in page.all("li")]
+    expected = ["edit", "kept", "rolled", "edit", "kept", "stop accepted", "edit"]
+    assert [each for each in entries if each in expected] == expected
+    assert "Plan changed by the user Requirements red dot blue dot Instruction Draw a red dot. 1" in page.text
+    assert "✎ Returned to image 1 by the user Dropped images 2 3" in page.text
+    assert page.text.endswith("✎ Plan changed by the user Instruction Add a <b>dot</b>.")
+    assert page.text.count("instruction of the user") == 1, "at the first image"
+    assert "attempt 0" not in page.text
+
+
+def test_a_branch_names_its_parent():
+    page = Page(render(make(parent=Parent("loop_<b>", 4, 2))))
+    assert not page.open
+    assert "Branch of loop_<b> from image 5" in page.text
+    assert page.text.count("of the loop before") == 3, "two images, and their number at the top"
+    assert "3 (1 rolled back, 2 of the loop before)" in page.text
+    assert "Branch of" not in Page(render(make())).text
