@@ -1,4 +1,4 @@
-"""Takes the screenshots of docs/serving.md: a finished loop, a running one on a phone, and a comparison in dark mode.
+"""Takes the screenshots of docs/serving.md: a finished loop, a running one, a branch, and a comparison in dark mode.
 
     clvr serve --model shapes-tiny --port 8000 --out out/serve
     python scripts/page_screenshots.py --url http://127.0.0.1:8000/ --out docs/serving
@@ -16,7 +16,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from tests.serving.browser import chromium
+from tests.serving.page.browser import chromium
 
 PROMPT = (
     "a red star at the top left, a blue circle at the top right, a green square in the center, "
@@ -27,7 +27,7 @@ _MINUTES = 10 * 60_000
 
 
 def main() -> None:
-    """Writes page.webp, page-narrow.webp and page-dark.webp."""
+    """Writes page.webp, page-narrow.webp, page-branch.webp and page-dark.webp."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000/", help="Address of the page.")
     parser.add_argument("--out", type=Path, default=Path("docs/serving"), help="Directory for the images.")
@@ -48,6 +48,9 @@ def main() -> None:
         wide = _opened(browser, address, 1360, 1180, "light", 1.5)
         _wait_for_end(wide)
         _save(wide, arguments.out / "page.webp")
+        wide.locator("text=Branch from image").first.click()
+        wide.fill("#edit-instruction", "Add a small orange star below the green square.")
+        _save(wide, arguments.out / "page-branch.webp")
 
         dark = _opened(browser, address, 1360, 900, "dark", 1.5)
         _wait_for_end(dark)

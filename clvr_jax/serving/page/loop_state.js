@@ -7,6 +7,7 @@ export function initialState(item) {
     created: item.created, status: item.status, position: item.queue_position ?? null, outcome: item.outcome,
     error: item.error, requirements: null, plans: [], steps: [], history: [], best: null, budget: null, seconds: 0,
     activity: { kind: "queued" }, round: { first: 0, wanted: 0 }, reply: null, inferenceSteps: null, parent: item.parent ?? null,
+    inherited: 0, edits: [],
   };
 }
 
@@ -25,6 +26,7 @@ export function complete(state, item) {
     activity: { kind: "ended" }, seconds: item.seconds ?? state.seconds,
   });
   if (item.steps) state.steps = item.steps.map((step, number) => fromTrajectory(step, number));
+  if (item.edits) state.edits = item.edits;
   return state;
 }
 
@@ -39,7 +41,7 @@ const handlers = {
   },
   requirements: (state, event) => {
     state.requirements = event.requirements;
-    state.activity = { kind: "planning" };
+    if (!state.steps.length) state.activity = { kind: "planning" };
   },
   plan: (state, event) => {
     const reasoning = withoutAction(event.text);
@@ -53,13 +55,17 @@ const handlers = {
     state.activity = { kind: "planning", attempt: event.attempt + 1 };
   },
   generation_started: (state, event) => {
-    if (state.steps.length === 0 && state.plans.length) {
-      const plan = chosenPlan(state.plans);
-      if (plan) state.reply = { reasoning: plan.reasoning, attempts: plan.attempt + 1 };
-    }
+    const reasoning = withoutAction(event.text ?? "");
+    const plan = state.steps.length === 0 ? state.plans.find((each) => each.reasoning === reasoning) : null;
+    const isOfUser = state.edits.some((edit) => edit.instruction === reasoning);
+    const attempts = plan ? plan.attempt + 1 : isOfUser ? 0 : state.reply?.attempts ?? 1;
+    state.reply = { reasoning, attempts };
     state.inferenceSteps = event.num_inference_steps;
     state.round = { first: state.steps.length, wanted: event.images };
     state.activity = { kind: "generating", number: state.steps.length, images: event.images };
+  },
+  denoising_step: (state, event) => {
+    state.activity = { kind: "generating", number: event.step, images: 1, done: event.done };
   },
   image: (state, event) => {
     state.steps[event.step] = {
@@ -79,23 +85,27 @@ const handlers = {
     const step = state.steps[event.step];
     if (!step) return;
     step.verification = event;
-    const open = state.steps.find((each) => each.number >= state.round.first && each.verification === null);
+    const open = state.steps.find((each) => each.imageId && each.verification === null);
     if (open) {
       state.activity = { kind: "verifying", number: open.number };
       return;
     }
-    if (state.round.wanted === 1) state.history.push(event.step);
-    state.activity = { kind: isAccepted(event) ? "ending" : "deciding" };
+    // After an edit, images that are in the history already are verified again.
+    if (state.round.wanted === 1 && event.step >= state.round.first && !state.history.includes(event.step)) {
+      state.history.push(event.step);
+    }
+    state.activity = { kind: isAccepted(event) && !step.rolledBack ? "ending" : "deciding" };
   },
   selected: (state, event) => {
     for (const number of event.among) if (number !== event.step) state.steps[number].rolledBack = true;
-    state.history.push(event.step);
+    state.history = [...state.history.filter((number) => !event.among.includes(number)), event.step];
     const { verification } = state.steps[event.step];
     state.activity = { kind: verification && isAccepted(verification) ? "ending" : "deciding" };
   },
   rolled_back: (state, event) => {
     const length = state.history.indexOf(event.to) + 1;
     const dropped = state.history.slice(length);
+    if (!dropped.length) return; // the user's rollback, which the event before it reports
     for (const number of dropped) state.steps[number].rolledBack = true;
     const again = state.steps[dropped[0]];
     if (again) state.reply = { reasoning: again.reasoning, attempts: again.attempts };
@@ -106,6 +116,32 @@ const handlers = {
     if (event.error === null) state.reply = { reasoning: withoutAction(event.text), attempts: event.attempt + 1 };
     state.activity = { kind: event.error === null ? "ending" : "deciding" };
   },
+  edited: (state, event) => {
+    state.edits.push(event);
+    if (event.rollback_to !== undefined) {
+      const target = state.steps[event.rollback_to];
+      for (const step of state.steps) step.rolledBack = (event.dropped ?? []).includes(step.number);
+      state.history = [...target.references, target.number];
+      state.round = { first: state.steps.length, wanted: 0 };
+      state.activity = { kind: "deciding" };
+      return;
+    }
+    if (event.requirements) {
+      state.requirements = event.requirements;
+      for (const step of state.steps) step.verification = null;
+      if (!state.steps.length) state.plans = [];
+    }
+    const open = state.steps.find((each) => each.imageId && each.verification === null);
+    state.activity = open ? { kind: "verifying", number: open.number } : { kind: state.steps.length ? "deciding" : "planning" };
+  },
+  branched: (state, event) => {
+    Object.assign(state, {
+      parent: { id: event.parent, step: event.step }, inherited: event.images,
+      steps: event.steps.map((step, number) => fromTrajectory(step, number)), history: event.steps.map((_, number) => number),
+      edits: event.instruction ? [{ step: event.images, instruction: event.instruction }] : [],
+      activity: { kind: "deciding" },
+    });
+  },
   best: (state, event) => {
     state.best = event.step;
   },
@@ -115,15 +151,6 @@ const handlers = {
     state.activity = { kind: "ended" };
   },
 };
-
-/** The plan that is carried out: the first accepted one, else the first of those with the best score. */
-function chosenPlan(plans) {
-  const readable = plans.filter((plan) => plan.error === null);
-  const accepted = readable.find((plan) => plan.verification && isAccepted(plan.verification));
-  if (accepted || !readable.some((plan) => plan.verification)) return accepted ?? readable.at(-1);
-  const score = (plan) => (plan.verification ? expectation(plan.verification) : -1);
-  return readable.reduce((best, plan) => (score(plan) > score(best) ? plan : best));
-}
 
 /** Expected number of met requirements. */
 export function expectation(verification) {

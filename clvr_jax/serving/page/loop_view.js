@@ -3,7 +3,9 @@
 import { fill, find, h, plural, secondsText } from "./dom.js";
 import { apply, complete, initialState, isAccepted, isEnded, unmetTexts } from "./loop_state.js";
 import { Compare } from "./compare.js";
+import { Controls } from "./controls.js";
 import { downloadArchive, downloadImage } from "./downloads.js";
+import { parentNote } from "./edits.js";
 import { confirmButton } from "./history.js";
 import { loopImage } from "./image.js";
 import { showTimeline } from "./timeline.js";
@@ -15,10 +17,12 @@ const LONG_PROMPT = 140;
 const POLL_MS = 1000;
 
 export class LoopView {
-  /** actions: {runAgain, edit, copy, remove}(item) and changed(), which is called when the loop starts or ends. */
+  /** actions: {runAgain, edit, copy, remove}(item), open(id), and changed(), which is called when the loop starts or
+   *  ends. */
   constructor(api, server, actions) {
-    Object.assign(this, { api, server, actions, state: null, stopping: null, oneShot: null, isConnected: true });
+    Object.assign(this, { api, server, actions, state: null, stopping: null, waiting: null, oneShot: null, isConnected: true });
     this.compare = new Compare(api);
+    this.controls = new Controls(api, actions.open, (text) => { this.waiting = text; this.#show(); });
     setInterval(() => this.#showElapsed(), 1000);
   }
 
@@ -36,7 +40,7 @@ export class LoopView {
     const abort = this.abort = new AbortController();
     const { signal } = abort;
     this.compare.close();
-    Object.assign(this, { stopping: null, oneShot: null, isConnected: true });
+    Object.assign(this, { stopping: null, waiting: null, oneShot: null, isConnected: true });
     find("loop-error").textContent = "";
     let item;
     try {
@@ -64,10 +68,10 @@ export class LoopView {
     const wasEnded = isEnded(this.state);
     const { state } = this;
     await this.api.follow(id, (event) => {
-      const before = JSON.stringify(state.activity);
+      const { kind, number } = state.activity;
       apply(state, event);
       state.lastEvent = event.id;
-      if (JSON.stringify(state.activity) !== before) this.since = Date.now();
+      if (state.activity.kind !== kind || state.activity.number !== number) this.since = Date.now();
       if (!wasEnded) this.#announce(event);
       this.#show();
     }, (isConnected) => { this.isConnected = isConnected; this.#show(); }, signal);
@@ -120,12 +124,14 @@ export class LoopView {
     title.textContent = state.prompt;
     title.classList.toggle("long", state.prompt.length > LONG_PROMPT);
     find("activity").hidden = isEnded(state);
-    find("activity-text").textContent = this.isConnected ? this.stopping ?? activityText(state) : "Connection lost; trying again";
+    find("activity-text").textContent = this.isConnected ? this.stopping ?? this.waiting ?? activityText(state) : "Connection lost; trying again";
+    find("parent").hidden = !state.parent;
+    fill(find("parent"), state.parent && [state.parent.id, state.parent.step], () => (state.parent ? parentNote(state.parent) : []));
     this.#showElapsed();
     this.#renderFacts();
     this.#renderToolbar();
     this.#renderResult();
-    showTimeline(find("steps"), this.api, state, (step) => this.actions.stepControls(state, step));
+    showTimeline(find("steps"), this.api, state, (step) => this.controls.ofStep(state, step));
     find("timeline").hidden = !find("steps").children.length;
     this.#updateCompare();
   }
@@ -139,7 +145,7 @@ export class LoopView {
 
   #renderFacts() {
     const { state } = this;
-    const images = state.steps.filter((step) => step.imageId);
+    const images = state.steps.filter((step) => step.imageId && step.number >= state.inherited);
     const nfe = images.reduce((sum, step) => sum + step.nfe, 0);
     const dropped = images.filter((step) => step.rolledBack).length;
     const limits = { ...state.request, ...(state.budget ?? {}) };
@@ -179,6 +185,7 @@ export class LoopView {
         return [
           button("Accept now", () => this.#stop("accept"), { class: "primary", disabled: !hasBest || isStopping }),
           button("Cancel", () => this.#stop("cancel"), { disabled: isStopping }),
+          this.controls.canEdit(state) && button("Edit plan", () => this.controls.editPlan(state), { disabled: isStopping }),
           compare, save,
         ];
       }
@@ -225,7 +232,8 @@ export class LoopView {
         return isAccepted(event) ? `Image ${event.step + 1} meets everything.`
           : `Image ${event.step + 1} meets ${all - open.length} of ${plural(all, "requirement")}. Unmet: ${open.join("; ") || "nothing"}.`;
       },
-      rolled_back: () => `Image ${event.step + 1} is worse than image ${event.to + 1}, which is taken up again.`,
+      edited: () => (event.rollback_to === undefined ? "The plan is changed." : `The loop has returned to image ${event.rollback_to + 1}.`),
+      rolled_back: () => state.edits.at(-1)?.id === event.id - 1 ? find("announcer").textContent : `Image ${event.step + 1} is worse than image ${event.to + 1}, which is taken up again.`,
       done: () => `The loop has ended: ${statusOf(state)[0]}.`,
     }[event.type];
     if (said) find("announcer").textContent = said();
@@ -350,7 +358,7 @@ function activityText(state) {
     requirements: "Deriving the requirements from the prompt",
     planning: `Planning${again}`,
     "checking plan": "Verifying the plan",
-    generating: `Generating ${images}${steps ? `, ${plural(steps, "denoising step")}` : ""}`,
+    generating: `Generating ${images}${activity.done ? `, denoising step ${activity.done} of ${steps}` : steps ? `, ${plural(steps, "denoising step")}` : ""}`,
     verifying: `Verifying image ${number}`,
     deciding: "Deciding what to change",
     ending: "Finishing the step",

@@ -76,7 +76,10 @@ const actions = {
     await history.refresh(true);
   },
   changed: () => history.refresh(),
-  stepControls: () => [],
+  open(id) {
+    history.refresh();
+    location.hash = id;
+  },
 };
 
 /** The clipboard, which pages of insecure origins do not have; a field that is selected does as well. */

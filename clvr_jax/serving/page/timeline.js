@@ -1,32 +1,53 @@
 // The timeline of a loop: one entry for each image, one for what happens now, one for the end.
 
 import { fillList, h, secondsText } from "./dom.js";
+import { editEntry } from "./edits.js";
 import { isAccepted, isEnded, unmetTexts } from "./loop_state.js";
 import { loopImage } from "./image.js";
 import { checks, unmetCount } from "./verification.js";
+import { texts } from "./texts.js";
 
 const WIDTH = 220;
 const UNMET = /(?<![\p{L}\p{N}_<])\*{0,2}Unmet\*{0,2}:\*{0,2}[ \t]*.*?(?:\.(?=\s|$)|\n|$)/u;
 
 /** Fills the list with the steps of a loop. controls(step): further buttons of a step; [] if there are none. */
 export function showTimeline(list, api, state, controls) {
-  const entries = state.steps.map((step) => {
+  const entries = state.steps.flatMap((step) => {
     const before = state.steps[step.references.at(-1)]?.verification ?? null;
     const plans = step.number === 0 ? state.plans : [];
     const best = step.number !== state.best ? null : isEnded(state) ? "result" : "best so far";
     const buttons = controls(step);
-    const signature = [step, before, plans, best, buttons.map((each) => each.name)];
-    const build = step.imageId ? () => imageEntry(api, step, before, plans, best, buttons) : () => stopEntry(step, state);
-    return { key: `step ${step.number}`, signature, build };
+    const isInherited = step.number < state.inherited;
+    const signature = [step, before, plans, best, buttons.map((each) => each.name), isInherited];
+    const build = step.imageId ? () => imageEntry(api, step, before, plans, best, buttons, isInherited) : () => stopEntry(step, state);
+    return [...editsBefore(state, step.number), { key: `step ${step.number}`, signature, build }];
   });
+  entries.push(...editsBefore(state, state.steps.length));
   if (!isEnded(state) && ["planning", "checking plan", "generating", "deciding"].includes(state.activity.kind)) {
     const now = { ...state.activity, reply: state.reply, plans: state.steps.length ? [] : state.plans };
-    entries.push({ key: "now", signature: [now, state.steps.length], build: () => pendingEntry(now, state.steps.length) });
+    const { done, ...rest } = now;
+    entries.push({ key: "now", signature: [rest, state.steps.length, state.inferenceSteps],
+      build: () => pendingEntry(now, state.steps.length, state.inferenceSteps) });
   }
   fillList(list, entries);
+  const bar = list.querySelector(".pending [role=progressbar]");
+  if (bar) showProgress(bar, state.activity.done ?? 0, state.inferenceSteps);
 }
 
-function imageEntry(api, step, before, plans, best, buttons) {
+/** The user's changes after which the step with this number was made. */
+function editsBefore(state, number) {
+  return state.edits.map((edit, index) => ({ key: `edit ${index}`, signature: edit, step: edit.step, build: () => editEntry(edit) }))
+    .filter((entry) => entry.step === number);
+}
+
+/** Moves the denoising bar without building it anew. */
+function showProgress(bar, done, steps) {
+  bar.firstChild.style.width = `${(100 * done) / steps}%`;
+  bar.setAttribute("aria-valuenow", done);
+  bar.setAttribute("aria-valuetext", `step ${done} of ${steps}`);
+}
+
+function imageEntry(api, step, before, plans, best, buttons, isInherited) {
   const { verification } = step;
   const alt = `Image ${step.number + 1}${verification ? `, ${unmetCount(verification)}` : ""}`;
   const item = h("li", { class: step.rolledBack ? "rolled" : "kept" },
@@ -34,7 +55,7 @@ function imageEntry(api, step, before, plans, best, buttons) {
     h("div", { class: "step" },
       h("div", { class: "mat" }, loopImage(api, step.imageId, alt, WIDTH)),
       h("div", {},
-        h("div", { class: "head" }, badges(step, best)),
+        h("div", { class: "head" }, badges(step, best, isInherited)),
         rejectedPlans(plans, step.attempts),
         says(step.reasoning),
         verification ? checks(verification, before) : null,
@@ -52,7 +73,7 @@ function stopEntry(step, state) {
 }
 
 /** What happens now, before there is an image: the plan or the next instruction, and a place for the image. */
-function pendingEntry(now, number) {
+function pendingEntry(now, number, steps) {
   const isGenerating = now.kind === "generating";
   const text = isGenerating || now.kind === "checking plan" ? now.reply?.reasoning : null;
   return h("li", { class: "pending" },
@@ -61,6 +82,8 @@ function pendingEntry(now, number) {
       h("div", { class: "mat empty", "aria-hidden": "true" }, isGenerating ? h("span", { class: "shimmer" }) : null),
       h("div", {},
         h("div", { class: "head" }, h("span", { class: "badge" }, PENDING[now.kind])),
+        isGenerating && steps ? h("div", { class: "bar denoising", role: "progressbar", "aria-label": "Denoising",
+          "aria-valuemin": 0, "aria-valuemax": steps }, h("span")) : null,
         rejectedPlans(now.plans, isGenerating ? now.reply?.attempts : null),
         text ? says(text) : null)));
 }
@@ -80,13 +103,14 @@ function rejectedPlans(plans, carriedOut) {
   return h("details", { class: "plans" }, h("summary", {}, summary), h("ol", {}, items));
 }
 
-function badges(step, best) {
+function badges(step, best, isInherited) {
   const { verification } = step;
   const found = attempts(step);
   if (verification) {
     found.unshift(h("span", { class: isAccepted(verification) ? "badge good" : "badge open" }, unmetCount(verification)));
   }
   if (best) found.push(badge(best));
+  if (isInherited) found.push(badge(texts.edits.inherited));
   if (step.redraw) found.push(badge(`generated again (${step.redraw})`));
   if (step.leftOut) found.push(badge(`generated without the oldest replies (${step.leftOut})`));
   if (step.rolledBack) found.push(badge("rolled back"));
@@ -94,7 +118,8 @@ function badges(step, best) {
 }
 
 const badge = (text) => h("span", { class: "badge" }, text);
-const attempts = (step) => (step.attempts > 1 ? [badge(`readable at attempt ${step.attempts}`)] : []);
+const attempts = (step) => (step.attempts === 1 ? []
+  : [badge(step.attempts ? `readable at attempt ${step.attempts}` : texts.edits.own_instruction)]);
 
 /** The controller's reply; what comes before the instruction is set back. */
 function says(text) {
