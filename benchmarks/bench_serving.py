@@ -222,6 +222,29 @@ def device_bound(model: str, rows: int = 8) -> None:
         )
 
 
+def step_cost(model: str, repeats: int = 20) -> None:
+    """Prints processor seconds of an image with all denoising steps in one call, and with a call for each step."""
+    from clvr_jax.pipelines.flux2 import Flux2Pipeline
+
+    pipe = Flux2Pipeline.from_pretrained(model, None)
+    ways: dict[str, Callable[[int, int, int], bool] | None] = {"one call": None, "a call each": lambda *_: True}
+    for steps in (4, 28):
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        images = []
+        for repeat in range(repeats + 1):  # the first time compiles
+            for way, on_step in ways.items():
+                began = time.process_time()
+                output = pipe.generate_each(
+                    [prompt_of(0)], [[]], [0], num_inference_steps=steps, rows_per_call=1, on_step=on_step
+                )
+                if repeat:
+                    seconds[way].append(time.process_time() - began)
+                images.append(np.asarray(output.images[0]))
+        means = ", ".join(f"{way} {1000 * np.mean(taken):.1f} ms" for way, taken in seconds.items())
+        equal = all(np.array_equal(image, images[0]) for image in images)
+        print(f"{steps} denoising steps: {means}, {'equal' if equal else 'OTHER'} bytes", flush=True)
+
+
 def main(
     model: str = "shapes-tiny",
     images: int = 16,
@@ -242,12 +265,14 @@ def main(
       batch_clients: loops that run at the same time, for the mean number of works in a batch; 0 leaves them out.
       batch_loops: loops of each of these clients, one after the other.
       image_rows: of the server.
-      bound: call the models directly instead, with batches of 8 and of 1.
+      bound: call the models directly instead, with batches of 8 and of 1, and with the denoising steps of an image in
+        one call and in a call each.
     """
     load = Path("/proc/loadavg").read_text().split()[0]
     print(f"load of the machine before: {load}, {os.cpu_count()} CPUs", flush=True)
     if bound:
         device_bound(model)
+        step_cost(model)
         return
     with tempfile.TemporaryDirectory() as out:
         before: dict[str, str] = {}
