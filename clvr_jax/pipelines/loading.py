@@ -139,17 +139,20 @@ def quantization_of(quantize: Quantize, parts: Sequence[str] = QUANTIZED_PARTS) 
     return chosen
 
 
-def check_heads(layout: MeshLayout | None, heads: Mapping[str, int]) -> None:
+def check_heads(layout: MeshLayout | None, heads: Mapping[str, int], *, is_causal: bool = True) -> None:
     """Checks that a mesh shards the heads of attention evenly: else some devices would wait for the others.
 
     Args:
       layout: of the mesh; None is always fine.
       heads: model -> number of its attention heads.
+      is_causal: whether the attention is causal or shares a mesh with one that is; if not, the axes that shard tokens
+        need not divide the heads, because `attention` can shard the queries along them.
     Raises: UsageError that names the model and what would divide all heads.
     """
     if layout is None:
         return
-    sizes = {axis: layout.mesh.shape[axis] for axis in layout.rules.heads}
+    axes = [axis for axis in layout.rules.heads if is_causal or axis not in layout.rules.tokens]
+    sizes = {axis: layout.mesh.shape[axis] for axis in axes}
     ways = math.prod(sizes.values())
     wrong = next((name for name, count in heads.items() if count % ways), None)
     if wrong is not None:

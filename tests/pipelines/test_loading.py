@@ -68,16 +68,28 @@ def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(small_qwen3_vl, answered_al
     np.testing.assert_allclose(logprobs, answered_alone[1], atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def sdxl_alone(folders):
+    return latents_of(SDXLPipeline.from_pretrained(str(folders(True, "euler"))))
+
+
+def latents_of(pipeline):
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    return pipeline(["a red circle", "a blue star"], **options).images
+
+
 @pytest.mark.slow
-def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders):
-    path = str(folders(True, "euler"))
-    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "output_type": "np"}
-    alone = SDXLPipeline.from_pretrained(path)("a red circle", **options).images
-    mesh = SDXLPipeline.from_pretrained(path, mesh=MeshConfig(fsdp=2, tensor=2, devices=4))
-    np.testing.assert_allclose(mesh("a red circle", **options).images, alone, atol=1e-5)
+@pytest.mark.parametrize("name", MESHES)
+def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders, sdxl_alone, name):
+    """Its attention has 2 heads: a tensor axis of 4 is too large, a sequence axis is not."""
+    mesh = MeshConfig(fsdp=1, tensor=2, devices=2) if name == "tensor" else MESHES[name]
+    pipeline = SDXLPipeline.from_pretrained(str(folders(True, "euler")), mesh=mesh)
+    np.testing.assert_allclose(latents_of(pipeline), sdxl_alone, atol=1e-5)
 
 
-def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, small_qwen3_vl):
+def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, folders, small_qwen3_vl):
+    with pytest.raises(UsageError, match=r"mesh: tensor 4 shards heads 4 ways.* 2 heads of block 1 of unet; .* 1, 2"):
+        SDXLPipeline.from_pretrained(str(folders(True, "euler")), mesh=MeshConfig(sequence=2, tensor=4))
     with pytest.raises(UsageError, match=r"tensor 8 shards heads 8 ways.* 4 heads of transformer; .* one of 1, 2, 4"):
         Flux2Pipeline.from_pretrained(str(folder), mesh=MeshConfig(tensor=8))
     with pytest.raises(UsageError, match=r"sequence 2 x tensor 4|tensor 4 x sequence 2"):

@@ -36,7 +36,8 @@ def attention(
 ) -> Float[Array, "b q n h"]:
     """Computes scaled dot-product attention, with the softmax in float32.
 
-    Under a layout that shards tokens, heads are sharded instead during attention.
+    Under a layout that shards tokens, heads are sharded instead during attention. If there are too few heads for that,
+    each device computes its own queries, with all keys.
 
     Args:
       query_bqnh: (batch, queries, heads, head_dim).
@@ -53,9 +54,9 @@ def attention(
     """
     layout = active_layout()
     scale = query_bqnh.shape[-1] ** -0.5 if scale is None else scale
-    query_bqnh, key_bknh, value_bknh = (
-        with_logical_constraint(x, "batch", None, "heads", None) for x in (query_bqnh, key_bknh, value_bknh)
-    )
+    query_axes = ("batch", _query_axis(layout, query_bqnh.shape, is_causal), "heads", None)
+    query_bqnh = with_logical_constraint(query_bqnh, *query_axes)
+    key_bknh, value_bknh = (with_logical_constraint(x, "batch", None, "heads", None) for x in (key_bknh, value_bknh))
     kind = implementation or _choose_implementation(layout, query_bqnh, key_bknh, mask)
     if kind == "xla":
         out = _xla_attention(query_bqnh, key_bknh, value_bknh, mask, key_mask_bk, is_causal, scale)
@@ -69,8 +70,19 @@ def attention(
             query_bqnh, key_bknh, value_bknh, scale=scale, is_causal=is_causal,
             key_value_seq_lengths=lengths, implementation="cudnn",
         )  # fmt: skip
-    result: jax.Array = checkpoint_name(with_logical_constraint(out, "batch", None, "heads", None), ATTENTION_OUTPUT)
+    result: jax.Array = checkpoint_name(with_logical_constraint(out, *query_axes), ATTENTION_OUTPUT)
     return result
+
+
+def _query_axis(layout: MeshLayout | None, shape: tuple[int, ...], is_causal: bool) -> str | None:
+    """Returns the logical axis of the queries: "tokens" if the heads are not sharded along its mesh axes, else None.
+
+    Causal queries are never sharded, because the kernels take a query's position from its place in the array.
+    """
+    if layout is None or is_causal:
+        return None
+    used = layout.spec(("heads",), shape[2:3])[0] or ()
+    return None if set(layout.rules.tokens) & {*((used,) if isinstance(used, str) else used)} else "tokens"
 
 
 def _choose_implementation(
@@ -132,38 +144,46 @@ def _splash(
     keys = key_bknh.shape[1]
     valid_mask_bk = jnp.ones((b, keys), bool) if key_mask_bk is None else key_mask_bk != 0
     parts = 1
+    query_parts = 1
     specs: dict[str, str | tuple[str, ...] | None] = {}
     if layout is not None:
-        spec = layout.spec(("batch", None, "heads", None), query_bqnh.shape)
-        head_axes = (spec[2],) if isinstance(spec[2], str) else spec[2] or ()  # JAX unpacks a tuple of one
-        parts = math.prod(layout.mesh.shape[axis] for axis in head_axes)
-        specs = {"rows": spec[0], "heads": spec[2]}
+        axis = _query_axis(layout, query_bqnh.shape, is_causal)
+        spec = layout.spec(("batch", axis, "heads", None), query_bqnh.shape)
+        parts, query_parts = (_shards(layout, spec[dimension]) for dimension in (2, 1))
+        specs = {"rows": spec[0], "heads": spec[2], "queries": spec[1]}
     if key_bknh.shape[2] % parts:  # fewer key heads than devices: each device needs the key heads of its queries
         repeats = heads // key_bknh.shape[2]
         key_bknh, value_bknh = (jnp.repeat(x, repeats, axis=2) for x in (key_bknh, value_bknh))
 
-    def padded(x: jax.Array) -> jax.Array:
-        rows, channels = -x.shape[1] % _SPLASH_BLOCK, -x.shape[3] % _LANES
+    def padded(x: jax.Array, block: int = _SPLASH_BLOCK) -> jax.Array:
+        rows, channels = -x.shape[1] % block, -x.shape[3] % _LANES
         return jnp.pad(x, ((0, 0), (0, rows), (0, 0), (0, channels))).swapaxes(1, 2)
 
-    operands = (padded(query_bqnh * scale), padded(key_bknh), padded(value_bknh))
+    query_block = _SPLASH_BLOCK * query_parts  # each device has full blocks
+    operands = (padded(query_bqnh * scale, query_block), padded(key_bknh), padded(value_bknh))
     # Tokens of segment 1 attend to each other; padding is in segment 0.
-    query_segments = jnp.pad(jnp.ones((b, queries), jnp.int32), ((0, 0), (0, -queries % _SPLASH_BLOCK)))
+    query_segments = jnp.pad(jnp.ones((b, queries), jnp.int32), ((0, 0), (0, -queries % query_block)))
     key_segments = jnp.pad(valid_mask_bk.astype(jnp.int32), ((0, 0), (0, -keys % _SPLASH_BLOCK)))
     run = functools.partial(_splash_local, is_causal=is_causal, interpret=interpret)
     if layout is not None and layout.mesh.size > 1:
-        rows_heads = jax.sharding.PartitionSpec(specs["rows"], specs["heads"])
-        rows = jax.sharding.PartitionSpec(specs["rows"])
+        spec_queries = jax.sharding.PartitionSpec(specs["rows"], specs["heads"], specs["queries"])
+        spec_keys = jax.sharding.PartitionSpec(specs["rows"], specs["heads"])
+        spec_segments = jax.sharding.PartitionSpec(specs["rows"], specs["queries"])
         # The kernel is a program for one device, which XLA cannot shard.
         run = jax.shard_map(
             run,
             mesh=layout.mesh,
-            in_specs=(rows_heads, rows_heads, rows_heads, rows, rows),
-            out_specs=rows_heads,
+            in_specs=(spec_queries, spec_keys, spec_keys, spec_segments, jax.sharding.PartitionSpec(specs["rows"])),
+            out_specs=spec_queries,
             check_vma=False,
         )
     out_bnqh = run(*operands, query_segments, key_segments)
     return out_bnqh.swapaxes(1, 2)[:, :queries, :, :head_dim].astype(query_bqnh.dtype)
+
+
+def _shards(layout: MeshLayout, axes: str | tuple[str, ...] | None) -> int:
+    """Returns the number of shards of a dimension from its entry in a partition; JAX unpacks a tuple of one axis."""
+    return math.prod(layout.mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
 
 
 def _splash_local(

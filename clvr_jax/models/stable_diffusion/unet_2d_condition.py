@@ -20,7 +20,14 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.dtypes import Dtypes
 from clvr_jax.models.common.layers import sinusoidal_embedding
 from clvr_jax.models.common.torch_numerics import Conv, Linear, silu
-from clvr_jax.models.stable_diffusion.unet_blocks import DownBlock, MidBlock, StageOptions, TransformerOptions, UpBlock
+from clvr_jax.models.stable_diffusion.unet_blocks import (
+    DownBlock,
+    MidBlock,
+    StageOptions,
+    TransformerOptions,
+    UpBlock,
+    with_batch_sharded,
+)
 
 _DOWN = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 _UP = {"UpBlock2D": False, "CrossAttnUpBlock2D": True}
@@ -245,7 +252,7 @@ class UNet2DCondition(nnx.Module):
             added = jnp.concatenate([text_embeds_bd, sizes.reshape(len(text_embeds_bd), -1)], axis=-1)
             embedding_be += self.add_embedding(added.astype(self.dtype))
 
-        x_bhwc = self.conv_in(latents_bhwc)
+        x_bhwc = self.conv_in(with_batch_sharded(latents_bhwc))
         skips = [x_bhwc]
         for down in self.down_blocks:
             skips += down(skips[-1], embedding_be, text_bsd)

@@ -19,6 +19,16 @@ from clvr_jax.models.common.autoencoder_blocks import Downsample, Upsample
 from clvr_jax.models.common.dtypes import Dtypes
 from clvr_jax.models.common.layers import scan_blocks, stack_blocks
 from clvr_jax.models.common.torch_numerics import Linear, gelu, silu
+from clvr_jax.sharding import with_logical_constraint
+
+
+def with_batch_sharded(x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Returns the same image features; a layout shards their batch only.
+
+    Only transformers shard tokens. XLA's partition of convolutions by rows gives wrong results on meshes that shard the
+    batch and the kernels as well.
+    """
+    return with_logical_constraint(x_bhwc, "batch", None, None, None)
 
 
 class Resnet(autoencoder_blocks.Resnet):
@@ -142,12 +152,13 @@ class Transformer(nnx.Module):
         """Maps (b, h, w, features) and (b, s, text_features) to (b, h, w, features)."""
 
         def step(block: TransformerBlock, x_btd: jax.Array, _: None) -> tuple[jax.Array, None]:
-            return block(x_btd, text_bsd), None
+            return with_logical_constraint(block(x_btd, text_bsd), "batch", "tokens", None), None
 
         b, h, w, c = x_bhwc.shape
         tokens_btd = self.proj_in(self.norm(x_bhwc)).reshape(b, h * w, c)
+        tokens_btd = with_logical_constraint(tokens_btd, "batch", "tokens", None)
         tokens_btd, _ = scan_blocks(self.transformer_blocks, step, tokens_btd, remat=self.remat)
-        return x_bhwc + self.proj_out(tokens_btd.reshape(b, h, w, c))
+        return x_bhwc + with_batch_sharded(self.proj_out(tokens_btd.reshape(b, h, w, c)))
 
 
 class TransformerOptions(TypedDict):
@@ -214,7 +225,7 @@ class Stage(nnx.Module):
     ) -> Float[Array, "b h w c2"]:
         """Applies resnet `i` and its transformer, if it has one."""
         resnet = nnx.remat(Resnet.__call__) if self.remat != "dots" else Resnet.__call__
-        x_bhwc = resnet(self.resnets[i], x_bhwc, embedding_be)
+        x_bhwc = with_batch_sharded(resnet(self.resnets[i], with_batch_sharded(x_bhwc), embedding_be))
         return self.attentions[i](x_bhwc, text_bsd) if i < len(self.attentions) else x_bhwc
 
 

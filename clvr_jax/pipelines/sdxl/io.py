@@ -21,7 +21,7 @@ from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.json_input import JSON, UncheckedJSON
-from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
+from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
@@ -77,7 +77,8 @@ def load_sdxl(
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
     if kind != XL:  # as diffusers reads the old files of Stable Diffusion 1
         scheduler = {**scheduler, "steps_offset": 1, "clip_sample": False}
-    check_heads(layout, _heads(path / "unet"))
+    heads = unet_heads(UNET.config_from_dict(read_json(path / "unet" / "config.json")))
+    check_heads(layout, heads, is_causal=False)
     dtype = resolve_dtype(dtype, path / "unet")
     loras = read_loras(path / "unet", UNET, lora, ignore_text_encoder)
     unet = load_model(path / "unet", UNET, dtype, loras=loras)
@@ -97,9 +98,8 @@ def load_sdxl(
     )
 
 
-def _heads(unet: Path) -> dict[str, int]:
+def unet_heads(config: UNet2DConditionConfig) -> dict[str, int]:
     """Returns the attention heads of the UNet's blocks; the small text encoders need not be sharded evenly."""
-    config = UNET.config_from_dict(read_json(unet / "config.json"))
     kinds = enumerate(zip(config.down_block_types, config.heads, strict=True))
     heads = {f"block {number} of unet": own for number, (kind, own) in kinds if kind == "CrossAttnDownBlock2D"}
     return heads or {"unet": config.heads[-1]}

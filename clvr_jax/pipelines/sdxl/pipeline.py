@@ -115,7 +115,8 @@ class SDXLPipeline(JittedPipeline):
             `LatentConsistencyModelPipeline`. A safety checker in it is not used.
           dtype: of weights and computation; noise levels and latents stay in float32. None is the checkpoint's own on
             an accelerator, and float32 on a CPU.
-          mesh: shards parameters and computation by the rules of `clvr_jax.sharding`.
+          mesh: shards parameters and computation by the rules of `clvr_jax.sharding`; its sequence axis shards the
+            tokens of the UNet's transformers.
           lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
             to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.

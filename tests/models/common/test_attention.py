@@ -85,6 +85,29 @@ def test_on_a_mesh_heads_are_cut_while_attention_lasts():
     assert "all-gather" not in program.as_text()  # nobody holds all tokens of all heads
 
 
+def test_with_too_few_heads_for_the_mesh_queries_are_sharded():
+    query, key, value = make(batch=1, queries=16, keys=12, heads=2, kv_heads=2)
+    alone = attention(query, key, value)
+    with MeshLayout(MeshConfig(fsdp=1, sequence=4, tensor=2).make()).active():
+        together = jax.jit(attention)(query, key, value)
+        causal = jax.jit(attention, static_argnames="is_causal")(query, query, query, is_causal=True)
+    assert relative_error(together, alone) < TOLERANCE
+    assert together.addressable_shards[0].data.shape == (1, 4, 1, 8)
+    assert relative_error(causal, attention(query, query, query, is_causal=True)) < TOLERANCE
+
+
+def test_the_kernel_of_the_tpu_computes_its_shard_of_the_queries():
+    """Interpreted; each of four devices pads its 130 queries to full blocks, and has all keys."""
+    query, key, value = make(batch=1, queries=520, keys=40, heads=1, kv_heads=1)
+    with MeshLayout(MeshConfig(fsdp=1, sequence=4, devices=4).make()).active() as layout:
+
+        def splash(q, k, v):
+            return module._splash(q, k, v, None, False, 0.2, layout, interpret=True)
+
+        together = jax.jit(splash)(query, key, value)
+    assert relative_error(together, attention(query, key, value, scale=0.2)) < TOLERANCE
+
+
 def test_a_whole_mask_and_a_kernel_do_not_go_together():
     query, key, value = make()
     with pytest.raises(ClvrError, match="splash supports key_mask_bk and is_causal"):

@@ -14,6 +14,8 @@ from clvr_jax.convert.architectures.unet_2d_condition import config_from_dict, c
 from clvr_jax.convert.rules import check_keys, entries, state_to_torch
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.stable_diffusion import UNet2DCondition, UNet2DConditionConfig
+from clvr_jax.models.stable_diffusion.unet_blocks import Transformer
+from clvr_jax.sharding import MeshConfig, MeshLayout
 from tests.models.parity import TOLERANCE, load_state, randomize, relative_error
 
 SDXL = dataclasses.replace(
@@ -222,3 +224,22 @@ def test_wrong_calls_are_refused_in_one_line():
     for message, change in wrong.items():
         with pytest.raises(ClvrError, match=message):
             model(**{**inputs, **change})
+
+
+def test_a_sequence_axis_shards_the_tokens_of_transformers():
+    """Each of four devices computes a quarter, although 2 heads are too few for them."""
+    options = {"groups": 4, "heads": 2, "depth": 2, "linear": True, "remat": "dots"}
+    model = Transformer(16, 20, **options, rngs=nnx.Rngs(0), dtype=jnp.float32, param_dtype=jnp.float32)
+    graphdef, state = nnx.split(model)
+    random = np.random.default_rng(0)
+    x, text = (random.normal(size=shape).astype(np.float32) for shape in ((1, 16, 12, 16), (1, 7, 20)))
+
+    def compiled():
+        return jax.jit(lambda state, *inputs: nnx.merge(graphdef, state)(*inputs)).lower(state, x, text).compile()
+
+    alone = compiled()
+    with MeshLayout(MeshConfig(fsdp=1, sequence=4, devices=4).make()).active():
+        sharded = compiled()
+        together = sharded(state, x, text)
+    assert relative_error(together, alone(state, x, text)) < TOLERANCE
+    assert sharded.cost_analysis()["flops"] < 0.35 * alone.cost_analysis()["flops"]
