@@ -45,10 +45,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16, help="number of tokens of a reply")
     parser.add_argument("--width", type=float, default=1.0, help="part of the heads and of the vocabulary")
     parser.add_argument("--rounds", type=int, default=5, help="number of measured runs")
+    parser.add_argument("--only", choices=("nfe", "tokens"), help="measure only this part; both by default")
     options = parser.parse_args()
-    _nfe(options)
-    gc.collect()
-    _tokens(options)
+    if options.only != "tokens":
+        _nfe(options)
+        gc.collect()
+    if options.only != "nfe":
+        _tokens(options)
 
 
 def _nfe(options: argparse.Namespace) -> None:
