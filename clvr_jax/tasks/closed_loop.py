@@ -19,7 +19,9 @@ from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import CACHE_BUCKET
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.qwen3_vl.image_buckets import TOKENS, BucketedImages, bucket_of, image_slots, patch_bucket
 from clvr_jax.models.qwen3_vl.model import DecodeCache
+from clvr_jax.models.qwen3_vl.positions import Grids
 from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
 from clvr_jax.sharding import replicate, with_logical_constraint
 from clvr_jax.tasks.bundles import ModelBundle
@@ -28,7 +30,6 @@ from clvr_jax.tasks.qwen3_vl import PRESETS
 from clvr_jax.training.plan import Program
 from clvr_jax.trees import Params
 
-_LENGTH_MULTIPLE = 32  # prompts of Qwen3-VL are padded to a multiple of it
 _SHAPE = jax.ShapeDtypeStruct
 Config = TypeVar("Config")
 Weights = Mapping[str, Params]
@@ -204,16 +205,17 @@ def _controller_programs(loop: LoopConfig) -> list[Program]:
     return programs
 
 
-def _grids(config: Qwen3VLConfig, loop: LoopConfig, images: int) -> tuple[tuple[int, int, int], ...]:
+def _grids(config: Qwen3VLConfig, loop: LoopConfig, images: int) -> Grids:
+    """Returns the grids of the images of one conversation, padding included."""
     patches = loop.size // config.vision.patch_size
-    return ((1, patches, patches),) * (images + images % 2)  # pipelines pad to an even number of images
+    return ((1, patches, patches),) * image_slots(images, 1)
 
 
 def _tokens(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: int) -> int:
     """Returns the number of tokens of a conversation, padding included."""
     patches = loop.size // config.vision.patch_size
     length = text + images * (patches // config.vision.spatial_merge_size) ** 2
-    return -(-length // _LENGTH_MULTIPLE) * _LENGTH_MULTIPLE
+    return bucket_of(length, TOKENS)
 
 
 def _cache_length(config: Qwen3VLConfig, loop: LoopConfig, images: int, text: int, new_tokens: int) -> int:
@@ -232,22 +234,24 @@ def _prefill(
         module = nnx.merge(model.graphdef, weights["controller"])
         logits, cache = module.prefill(
             data["ids"],
-            data.get("pixels"),
-            grids,
+            data.get("images"),
+            (),
             data["positions"].swapaxes(0, 1),
             data["mask"],
             cache_length=cache_length,
         )
         return logits, _sharded(cache)
 
-    data = {
+    data: dict[str, PyTree] = {
         "ids": _SHAPE((b, tokens), jnp.int32),
         "mask": _SHAPE((b, tokens), jnp.bool_),
         "positions": _SHAPE((b, 3, tokens), jnp.int32),
     }
     if grids:
-        patches = sum(t * h * w for t, h, w in grids)
-        data["pixels"] = _SHAPE((b, patches, config.vision.patch_features), jnp.float32)
+        number, patches = b * len(grids), patch_bucket(grids, config.vision.spatial_merge_size)
+        pixels = _SHAPE((number, patches, config.vision.patch_features), jnp.float32)
+        places = _SHAPE((number,), jnp.int32)
+        data["images"] = BucketedImages((pixels,), (_SHAPE((number, 3), jnp.int32),), places, places)
     return Program(
         name=name,
         function=prefill,
@@ -255,6 +259,7 @@ def _prefill(
         data=data,
         reads={"controller": 1},
         flops=qwen3_vl_flops(config, b, tokens, grids, logits=1).forward,
+        rows=b,
     )
 
 

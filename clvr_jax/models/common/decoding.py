@@ -65,7 +65,7 @@ class Logprobs(NamedTuple):
 
 def generate(
     model: nnx.Module,
-    prompts: Mapping[str, jax.Array | np.ndarray | Hashable],
+    prompts: Mapping[str, PyTree | Hashable],
     *,
     max_new_tokens: int,
     stop_tokens: tuple[int, ...] = (),
@@ -82,8 +82,8 @@ def generate(
 
     Args:
       model: an NNX module that is a `Decoder`.
-      prompts: arguments of `model.prefill`, with `input_ids_bt`. Arrays are traced; all else (image grids) is static
-        and must be hashable.
+      prompts: arguments of `model.prefill`, with `input_ids_bt`. Arrays and trees of arrays are traced; all else
+        (static image grids) must be hashable.
       max_new_tokens: maximum number of tokens of a row.
       stop_tokens: the first of these ends a row.
       pad_token: fills rows that have ended.
@@ -103,7 +103,7 @@ def generate(
         raise ClvrError(f"decoding: temperature {temperature} must not be negative")
     if temperature > 0 and key is None:
         raise ClvrError(f"decoding: temperature {temperature} samples tokens; pass a key")
-    traced = {name: value for name, value in prompts.items() if isinstance(value, jax.Array | np.ndarray)}
+    traced = {name: value for name, value in prompts.items() if _is_traced(value)}
     static = tuple(sorted((name, value) for name, value in prompts.items() if name not in traced and value is not None))
     graphdef, state = nnx.split(model)
     found: Generation = _generate(
@@ -121,13 +121,18 @@ def generate(
     return found
 
 
+def _is_traced(prompt: object) -> bool:
+    leaves = jax.tree.leaves(prompt)
+    return bool(leaves) and all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+
+
 @functools.partial(
     jax.jit,
     static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
 )
 def _generate(
     state: Params,
-    traced: dict[str, jax.Array],
+    traced: dict[str, PyTree],
     temperature_and_key: tuple[jax.Array, jax.Array] | None,
     *,
     graphdef: nnx.GraphDef[Any],

@@ -21,8 +21,12 @@ from clvr_jax.models.common.layers import embed_tokens, scan_blocks, stack_block
 from clvr_jax.models.common.quantization import QuantizedEmbed, QuantizedLinear, scaled_product
 from clvr_jax.models.qwen3.layers import DecoderLayer, KVCache, Rotary, attend_past, inverse_frequencies
 from clvr_jax.models.qwen3_vl.config import Qwen3VLConfig, Qwen3VLTextConfig
+from clvr_jax.models.qwen3_vl.image_buckets import BucketedImages, feature_indices
 from clvr_jax.models.qwen3_vl.positions import Grids, mrope_axes
-from clvr_jax.models.qwen3_vl.vision import Qwen3VLVision, VisionFeatures
+from clvr_jax.models.qwen3_vl.vision import Qwen3VLVision, VisionFeatures, concatenated
+
+Pixels = Float[Array, "b n p"] | Float[Array, "n p"] | BucketedImages
+"""Patches of images in one of the three formats of `Qwen3VL`."""
 
 
 class DecodeCache(NamedTuple):
@@ -67,9 +71,10 @@ class Qwen3VL(nnx.Module):
     """The vision-language model.
 
     All shapes are static. Prompts of a batch may have different lengths, with padding on either side, which
-    attention_mask_bt excludes. There are two formats of images:
-      pixel_values (b, patches, features): every conversation has images of the same grids, `grid_thw`;
-      pixel_values (patches, features): the images of all conversations one after another, `grid_thw` lists them all.
+    attention_mask_bt excludes. There are three formats of images:
+      pixel_values (b, patches, features): every conversation has images of the same static grids, `grid_thw`;
+      pixel_values (patches, features): the images of all conversations one after another, `grid_thw` lists them all;
+      pixel_values `BucketedImages`: the images of all conversations with traced grids, without `grid_thw`.
     In the first format a conversation with fewer images does not use the last ones.
 
     Args:
@@ -102,7 +107,7 @@ class Qwen3VL(nnx.Module):
     def __call__(
         self,
         input_ids_bt: Int[Array, "b t"],
-        pixel_values: Float[Array, "b n p"] | Float[Array, "n p"] | None = None,
+        pixel_values: Pixels | None = None,
         grid_thw: Grids = (),
         positions_3bt: Int[Array, "3 b t"] | None = None,
         attention_mask_bt: Shaped[Array, "b t"] | None = None,
@@ -123,7 +128,7 @@ class Qwen3VL(nnx.Module):
     def final_states(
         self,
         input_ids_bt: Int[Array, "b t"],
-        pixel_values: Float[Array, "b n p"] | Float[Array, "n p"] | None = None,
+        pixel_values: Pixels | None = None,
         grid_thw: Grids = (),
         positions_3bt: Int[Array, "3 b t"] | None = None,
         attention_mask_bt: Shaped[Array, "b t"] | None = None,
@@ -154,7 +159,7 @@ class Qwen3VL(nnx.Module):
     def hidden_states(
         self,
         input_ids_bt: Int[Array, "b t"],
-        pixel_values: Float[Array, "b n p"] | Float[Array, "n p"] | None = None,
+        pixel_values: Pixels | None = None,
         grid_thw: Grids = (),
         positions_3bt: Int[Array, "3 b t"] | None = None,
         attention_mask_bt: Shaped[Array, "b t"] | None = None,
@@ -169,17 +174,19 @@ class Qwen3VL(nnx.Module):
         _, hidden_lbtd = self._layers(x_btd, self._rotary(positions_3bt), attention_mask_bt, injection, keep="hidden")
         return jnp.concatenate([x_btd[None], hidden_lbtd])
 
-    def encode_images(
-        self, pixel_values: Float[Array, "b n p"] | Float[Array, "n p"], grid_thw: Grids
-    ) -> VisionFeatures:
-        """Runs the vision tower. pixel_values: see the class; packed images are one row."""
-        packed = pixel_values.ndim == 2
-        return self.model.visual(pixel_values[None] if packed else pixel_values, grid_thw)
+    def encode_images(self, pixel_values: Pixels, grid_thw: Grids = ()) -> VisionFeatures:
+        """Runs the vision tower. pixel_values: see the class; packed images are one row, and so are all classes."""
+        visual = self.model.visual
+        if isinstance(pixel_values, BucketedImages):
+            classes = zip(pixel_values.pixel_values, pixel_values.grid_thw, strict=True)
+            features = [visual(jnp.asarray(values), jnp.asarray(grids)).packed() for values, grids in classes]
+            return features[0] if len(features) == 1 else concatenated(features)
+        return visual(pixel_values[None] if pixel_values.ndim == 2 else pixel_values, grid_thw)
 
     def prefill(
         self,
         input_ids_bt: Int[Array, "b t"],
-        pixel_values: Float[Array, "b n p"] | Float[Array, "n p"] | None = None,
+        pixel_values: Pixels | None = None,
         grid_thw: Grids = (),
         positions_3bt: Int[Array, "3 b t"] | None = None,
         attention_mask_bt: Shaped[Array, "b t"] | None = None,
@@ -251,10 +258,11 @@ class Qwen3VL(nnx.Module):
         return self._logits(language.norm(x_b1d))[:, 0], cache
 
     def _embed(
-        self, input_ids_bt: jax.Array, pixel_values: jax.Array | None, grid_thw: Grids
+        self, input_ids_bt: jax.Array, pixel_values: Pixels | None, grid_thw: Grids
     ) -> tuple[jax.Array, _Injection | None]:
         x_btd = self.model.language_model.embed_tokens(input_ids_bt)
-        if (pixel_values is None) != (not grid_thw):
+        is_bucketed = isinstance(pixel_values, BucketedImages)
+        if (pixel_values is None or is_bucketed) != (not grid_thw):
             raise ClvrError("Qwen3-VL: pixel_values and grid_thw must both be given, or neither")
         if pixel_values is None:
             return x_btd, None
@@ -267,8 +275,10 @@ class Qwen3VL(nnx.Module):
             )
         # The i-th placeholder of a row (of the batch, if images are packed) gets the i-th image token.
         is_image_bt = input_ids_bt == self.config.image_token_id
-        order_gt = jnp.cumsum(is_image_bt.reshape(groups, -1), axis=1) - 1
-        index_bt = jnp.clip(order_gt, 0, tokens - 1).reshape(b, t)
+        index_bt = (jnp.cumsum(is_image_bt.reshape(groups, -1), axis=1) - 1).reshape(b, t)
+        if isinstance(pixel_values, BucketedImages):
+            index_bt = feature_indices(pixel_values, index_bt)
+        index_bt = jnp.clip(index_bt, 0, tokens - 1)
         injection = _Injection(features.deepstack_kbnd, index_bt, is_image_bt)
         return jnp.where(is_image_bt[:, :, None], _take(features.tokens_bnd, index_bt), x_btd), injection
 

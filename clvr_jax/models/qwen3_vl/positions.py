@@ -1,7 +1,7 @@
 """Positions of patches and tokens of Qwen3-VL conversations, computed with NumPy on the host.
 
-Image grids are static under jit, so the positions of patches are constants of the program. The positions of tokens
-depend on the token ids and are an input of the model.
+Static image grids make the positions of patches constants of the program; `image_buckets` computes them from traced
+grids. The positions of tokens depend on the token ids and are an input of the model.
 
 Patches are in merge-block order: the merge x merge patches of one token are adjacent in the sequence.
 
@@ -178,7 +178,8 @@ def batch_conversations(
 
     To compile few programs, prompts are padded on the right to a multiple of `length_multiple`. If the grids of every
     conversation are the first ones of the conversation with the most images, all rows get the same number of images,
-    with zeros for missing ones. Otherwise images are packed, and every combination of grids needs another program.
+    with zeros for missing ones. Otherwise images are packed, and every combination of grids needs another program;
+    `bucket_conversations` gives all sizes of images the same programs.
 
     Args:
       conversations: at least one.
@@ -195,7 +196,16 @@ def batch_conversations(
     if not conversations:
         raise ClvrError("Qwen3-VL: no conversations given")
     longest = max(len(conversation.input_ids) for conversation in conversations)
-    shape = (len(conversations), max(1, -(-longest // length_multiple)) * length_multiple)
+    length = max(1, -(-longest // length_multiple)) * length_multiple
+    batch = batch_tokens(conversations, length, image_token_id=image_token_id, merge=merge, pad_token=pad_token)
+    return {**batch, **_batch_images(conversations, image_slots)}
+
+
+def batch_tokens(
+    conversations: Sequence[Conversation], length: int, *, image_token_id: int, merge: int, pad_token: int
+) -> dict[str, Any]:
+    """Returns input_ids_bt, attention_mask_bt and positions_3bt of `batch_conversations`, padded to `length` tokens."""
+    shape = (len(conversations), length)
     ids, valid_mask = np.full(shape, pad_token, np.int32), np.zeros(shape, bool)
     for row, conversation in enumerate(conversations):
         ids[row, : len(conversation.input_ids)] = conversation.input_ids
@@ -207,8 +217,7 @@ def batch_conversations(
         merge=merge,
         attention_mask_bt=valid_mask,
     )
-    batch = {"input_ids_bt": ids, "attention_mask_bt": valid_mask, "positions_3bt": positions_3bt}
-    return {**batch, **_batch_images(conversations, image_slots)}
+    return {"input_ids_bt": ids, "attention_mask_bt": valid_mask, "positions_3bt": positions_3bt}
 
 
 def _batch_images(conversations: Sequence[Conversation], image_slots: int) -> dict[str, Any]:

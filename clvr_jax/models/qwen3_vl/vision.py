@@ -5,6 +5,7 @@ Source: `Qwen3VLVisionModel` (transformers); attribute names are its keys.
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import NamedTuple, Unpack
 
 import jax
@@ -13,12 +14,13 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.attention import attention
 from clvr_jax.models.common.dtypes import Dtypes
 from clvr_jax.models.common.layers import scan_blocks, stack_blocks
+from clvr_jax.models.qwen3_vl.image_buckets import patch_positions
 from clvr_jax.models.qwen3_vl.positions import Grids, interpolation_taps, vision_rotary
 
 NORM_EPS = 1e-6
@@ -89,6 +91,33 @@ class VisionFeatures(NamedTuple):
     deepstack_kbnd: Float[Array, "k b n d"]
     hidden_lbnd: Float[Array, "l b m e"] | None = None
 
+    def packed(self) -> "VisionFeatures":
+        """Returns the features of all rows, one after another in one row, without those of the blocks."""
+        tokens_1nd = self.tokens_bnd.reshape(1, -1, self.tokens_bnd.shape[-1])
+        return VisionFeatures(tokens_1nd, self.deepstack_kbnd.reshape(-1, *tokens_1nd.shape))
+
+
+def concatenated(rows: Sequence[VisionFeatures]) -> VisionFeatures:
+    """Returns the features of several rows of images, each packed, in one row."""
+    tokens_1nd = jnp.concatenate([row.tokens_bnd for row in rows], axis=1)
+    return VisionFeatures(tokens_1nd, jnp.concatenate([row.deepstack_kbnd for row in rows], axis=2))
+
+
+class _Patches(NamedTuple):
+    """Positions of the n patches of each row, and which of them attend to each other.
+
+    cos, sin: rotary table, (n, head_dim), or (b, n, head_dim) if it differs between rows. taps, weights: of the learned
+    positions, (..., n, 4). runs: (number, patches) of consecutive frames of equal size; patches attend to those of
+    their frame. valid_mask_bn: (b, n), False at padding; None without padding.
+    """
+
+    cos: jax.Array
+    sin: jax.Array
+    taps: jax.Array
+    weights: jax.Array
+    runs: tuple[tuple[int, int], ...]
+    valid_mask_bn: jax.Array | None = None
+
 
 class _PatchEmbed(nnx.Module):
     def __init__(self, config: Qwen3VLVisionConfig, *, rngs: nnx.Rngs, **dtypes: Unpack[Dtypes]):
@@ -111,27 +140,25 @@ class _Attention(nnx.Module):
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs, **dtypes)
         self.proj = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs, **dtypes)
 
-    def __call__(
-        self, x_bnd: jax.Array, rotary: tuple[jax.Array, jax.Array], runs: tuple[tuple[int, int], ...]
-    ) -> jax.Array:
+    def __call__(self, x_bnd: jax.Array, patches: "_Patches") -> jax.Array:
         b, n, d = x_bnd.shape
         qkv = self.qkv(x_bnd).reshape(b, n, 3, self.num_heads, d // self.num_heads)
         query, key, value = (qkv[:, :, i] for i in range(3))
-        query, key = _rotate(query, *rotary), _rotate(key, *rotary)
+        query, key = (_rotate(part, patches.cos, patches.sin) for part in (query, key))
         outs, start = [], 0
-        for frames, length in runs:
+        for frames, length in patches.runs:
             stop = start + frames * length
             frame_shape = (b * frames, length, *query.shape[2:])
             parts = (part[:, start:stop].reshape(frame_shape) for part in (query, key, value))
-            outs.append(attention(*parts).reshape(b, frames * length, d))
+            outs.append(attention(*parts, key_mask_bk=patches.valid_mask_bn).reshape(b, frames * length, d))
             start = stop
         return self.proj(outs[0] if len(outs) == 1 else jnp.concatenate(outs, axis=1))
 
 
-def _rotate(x_bnhk: jax.Array, cos_nk: jax.Array, sin_nk: jax.Array) -> jax.Array:
+def _rotate(x_bnhk: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     x = x_bnhk.astype(jnp.float32)
     low, high = jnp.split(x, 2, axis=-1)
-    rotated = x * cos_nk[:, None] + jnp.concatenate([-high, low], axis=-1) * sin_nk[:, None]
+    rotated = x * cos[..., None, :] + jnp.concatenate([-high, low], axis=-1) * sin[..., None, :]
     return rotated.astype(x_bnhk.dtype)
 
 
@@ -156,10 +183,8 @@ class _Block(nnx.Module):
         self.attn = _Attention(config, rngs=rngs, **dtypes)
         self.mlp = _MLP(config, rngs=rngs, **dtypes)
 
-    def __call__(
-        self, x_bnd: jax.Array, rotary: tuple[jax.Array, jax.Array], runs: tuple[tuple[int, int], ...]
-    ) -> jax.Array:
-        x_bnd = x_bnd + self.attn(self.norm1(x_bnd), rotary, runs)
+    def __call__(self, x_bnd: jax.Array, patches: "_Patches") -> jax.Array:
+        x_bnd = x_bnd + self.attn(self.norm1(x_bnd), patches)
         return x_bnd + self.mlp(self.norm2(x_bnd))
 
 
@@ -213,24 +238,27 @@ class Qwen3VLVision(nnx.Module):
         )
 
     def __call__(
-        self, pixel_values_bnp: Float[Array, "b n p"], grid_thw: Grids, *, return_hidden: bool = False
+        self,
+        pixel_values_bnp: Float[Array, "b n p"],
+        grid_thw: Grids | Int[Array, "b 3"],
+        *,
+        return_hidden: bool = False,
     ) -> VisionFeatures:
-        """Encodes the images of b rows with the same grids.
+        """Encodes the images of b rows with the same grids, or b images of any size.
 
         Args:
           pixel_values_bnp: (b, patches, channels * frames * patch height * patch width), normalized; the images of a
             row are concatenated, each in merge-block order (see `clvr_jax.data.preprocessing.qwen3_vl_images`).
-          grid_thw: static (frames, rows, columns) of patches for each image of a row.
+          grid_thw: static (frames, rows, columns) of patches for each image of a row; or traced (b, 3), the grid of the
+            one image of each row, which has one frame and padding behind its patches.
           return_hidden: whether to return the output of every block too.
         Raises: ClvrError if grids and pixel_values disagree.
         """
         config = self.config
-        _check_patches(pixel_values_bnp.shape, grid_thw, config)
-        cos, sin = vision_rotary(grid_thw, config.spatial_merge_size, config.head_dim, config.rope_theta)
-        rotary = (jnp.asarray(cos), jnp.asarray(sin))
-        frames = [h * w for t, h, w in grid_thw for _ in range(t)]
-        runs = tuple((len(list(equal)), length) for length, equal in itertools.groupby(frames))
-        hidden_bnd = self.patch_embed(pixel_values_bnp) + self._learned_positions(grid_thw)
+        patches = self._patches(pixel_values_bnp.shape, grid_thw)
+        taps_n4d = self.pos_embed(patches.taps)
+        learned = (taps_n4d * patches.weights[..., None]).sum(axis=-2).astype(taps_n4d.dtype)
+        hidden_bnd = self.patch_embed(pixel_values_bnp) + learned
 
         # DeepStack blocks write into their slots of a buffer, all others into one more slot, which is not used. So one
         # scan is enough; slices of the stacked weights would be copies.
@@ -243,7 +271,7 @@ class Qwen3VLVision(nnx.Module):
             block: _Block, carry: tuple[jax.Array, jax.Array], slot: jax.Array
         ) -> tuple[tuple[jax.Array, jax.Array], jax.Array | None]:
             hidden, buffer = carry
-            hidden = block(hidden, rotary, runs)
+            hidden = block(hidden, patches)
             buffer = jax.lax.dynamic_update_index_in_dim(buffer, hidden, slot, 0)
             return (hidden, buffer), hidden if return_hidden else None
 
@@ -254,12 +282,23 @@ class Qwen3VLVision(nnx.Module):
         deepstack_kbnd = jax.vmap(lambda weights, x: nnx.merge(graphdef, weights)(x))(state, buffer_kbnd[:kept])
         return VisionFeatures(self.merger(hidden_bnd), deepstack_kbnd, hidden_lbnd)
 
-    def _learned_positions(self, grid_thw: Grids) -> jax.Array:
-        """Returns the learned positions, interpolated to the grid of each image, (patches, hidden_size)."""
-        config = self.config
-        indices_n4, weights_n4 = interpolation_taps(grid_thw, config.positions_per_side, config.spatial_merge_size)
-        taps_n4d = self.pos_embed(jnp.asarray(indices_n4))
-        return (taps_n4d * jnp.asarray(weights_n4)[:, :, None]).sum(axis=1).astype(taps_n4d.dtype)
+    def _patches(self, shape: tuple[int, ...], grid_thw: Grids | jax.Array) -> _Patches:
+        config, merge = self.config, self.config.spatial_merge_size
+        side, head_dim, theta = config.positions_per_side, config.head_dim, config.rope_theta
+        if isinstance(grid_thw, tuple):
+            _check_patches(shape, grid_thw, config)
+            frames = [h * w for t, h, w in grid_thw for _ in range(t)]
+            runs = tuple((len(list(equal)), length) for length, equal in itertools.groupby(frames))
+            cos, sin = map(jnp.asarray, vision_rotary(grid_thw, merge, head_dim, theta))
+            taps, weights = map(jnp.asarray, interpolation_taps(grid_thw, side, merge))
+            return _Patches(cos, sin, taps, weights, runs)
+        if len(shape) != 3 or grid_thw.shape != (shape[0], 3) or shape[1] % merge**2:
+            raise ClvrError(
+                f"Qwen3-VL vision: pixel_values have shape {shape}, grids {grid_thw.shape}; traced grids need (b, n, "
+                f"features) and (b, 3), where n is a multiple of {merge**2}"
+            )
+        found = patch_positions(grid_thw, shape[1], side=side, merge=merge, head_dim=head_dim, theta=theta)
+        return _Patches(found.cos, found.sin, found.taps, found.weights, ((1, shape[1]),), found.valid_mask)
 
 
 def _check_patches(shape: tuple[int, ...], grid_thw: Grids, config: Qwen3VLVisionConfig) -> None:

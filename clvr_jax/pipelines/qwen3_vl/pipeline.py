@@ -27,7 +27,8 @@ from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.decoding import Generation, generate
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
-from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
+from clvr_jax.models.qwen3_vl.image_buckets import bucket_conversations
+from clvr_jax.models.qwen3_vl.positions import Conversation
 from clvr_jax.pipelines.compatibility import check_qwen3_vl
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
@@ -161,13 +162,10 @@ class Qwen3VLPipeline:
         rows = [self.prepare(messages, own) for messages, own in zip(conversations, images, strict=True)]
         # Each batch size is compiled: few sizes are used, and a batch is padded with copies of the last row.
         padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
-        vision = self.model.config.vision
-        most = max(len(row.grid_thw) for row in padded)
-        batch = batch_conversations(
+        batch = bucket_conversations(
             padded,
-            image_slots=most + most % 2,  # a growing conversation is compiled for every second image only
             image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
-            merge=vision.spatial_merge_size,
+            merge=self.model.config.vision.spatial_merge_size,
             pad_token=self.tokenizer.pad_token_id,
         )
         answer = process_allgather(
