@@ -23,8 +23,13 @@ from clvr_jax.convert.architectures import (
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.quantization import SCALE
+from clvr_jax.models.flux2 import Flux2TransformerConfig
+from clvr_jax.models.qwen3 import Qwen3Config
+from clvr_jax.models.qwen3_vl import Qwen3VLConfig
+from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 from clvr_jax.pipelines.loading import Quantize, quantization_of, resolve_dtype
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
+from clvr_jax.pipelines.sdxl.io import unet_heads
 from clvr_jax.pipelines.working_memory import ImageCall, flux2_settings, working_bytes
 from clvr_jax.sharding import MeshConfig, MeshLayout
 
@@ -184,6 +189,50 @@ def check_memory(
         f"which has {_gib(device.free)} free, and the image at least {_gib(working)} more; choose a smaller --size; "
         f"{options}"
     )
+
+
+def mesh_that_fits(
+    parts: list[Part],
+    dtype: str | None,
+    quantize: Quantize,
+    offload: str | None,
+    device: DeviceMemory | None = None,
+    call: ImageCall | None = None,
+) -> MeshConfig | None:
+    """Returns a mesh of all devices for models that do not fit one of them, by the figures of `check_memory`.
+
+    The tensor axis is the largest one that divides the devices and all attention heads, because it divides memory and
+    time; the rest is fsdp.
+
+    Args: those of `check_memory`.
+    Returns: None if everything fits one device, no such mesh would help, or the devices share their memory (CPUs).
+    """
+    device = device or device_memory()
+    if device.free is None or device.is_host or device.num_devices == 1:
+        return None
+    chosen = resolve_dtype(dtype, parts[0].directory)
+    common = math.gcd(*(count for part in parts for count in _heads(part)))
+
+    def fits(layout: MeshLayout | None) -> bool:
+        weights = needed(parts, bytes_per_device(parts, chosen, quantize, layout), bool(offload))
+        return weights + (0 if call is None else working_bytes(call, chosen, layout)) <= (device.free or 0)
+
+    if fits(None):
+        return None
+    axes = [n for n in range(device.num_devices, 0, -1) if device.num_devices % n == common % n == 0]
+    meshes = [MeshConfig(fsdp=device.num_devices // tensor, tensor=tensor) for tensor in axes]
+    return next((mesh for mesh in meshes if fits(MeshLayout(mesh.make()))), None)
+
+
+def _heads(part: Part) -> tuple[int, ...]:
+    """Returns the numbers of attention heads of a model that a tensor axis must divide; 0 divides by all."""
+    config = part.architecture.config_from_dict(read_json(part.directory / "config.json"))
+    if isinstance(config, Qwen3VLConfig):
+        return config.text.num_attention_heads, config.vision.num_heads
+    if isinstance(config, UNet2DConditionConfig):
+        return tuple(unet_heads(config).values())
+    # The small text encoders of Stable Diffusion need not be sharded evenly.
+    return (config.num_attention_heads,) if isinstance(config, Flux2TransformerConfig | Qwen3Config) else (0,)
 
 
 def _options_that_fit(

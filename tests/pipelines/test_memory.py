@@ -16,7 +16,7 @@ from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.programs import decode
 from clvr_jax.pipelines.loading import layout_of
-from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, needed, parts_of
+from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, mesh_that_fits, needed, parts_of
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.working_memory import image_call, working_bytes
 from clvr_jax.sharding import MeshConfig
@@ -138,3 +138,24 @@ def test_klein_4b_needs_13_gib_in_bfloat16_and_half_of_it_in_int8(tmp_path):
     quantized = bytes_per_device(parts_of(str(tmp_path)), np.dtype(jnp.bfloat16), "int8")
     for name in ("transformer", "text_encoder"):
         assert quantized[name] < 0.51 * sizes[name]
+
+
+def test_models_that_do_not_fit_one_device_get_a_mesh_of_all():
+    """Its 4 heads allow a tensor axis of 4; the rest is fsdp."""
+    parts = parts_of("shapes-tiny", {"controller": CONTROLLER})
+    call = image_call("shapes-tiny")
+    weights = needed(parts, bytes_per_device(parts, np.dtype(np.float32)), False)
+    working = working_bytes(call, np.dtype(np.float32))
+
+    def chosen(free, count=8, is_host=False):
+        device = DeviceMemory(int(free), is_host, count)
+        mesh = mesh_that_fits(parts, "float32", None, None, device, call)
+        if mesh is not None:
+            check_memory(parts, "float32", None, layout_of(mesh), None, device, call)
+        return mesh
+
+    assert chosen(weights + working) is None
+    assert chosen(0.4 * weights + working) == MeshConfig(fsdp=2, tensor=4)
+    assert chosen(0.01 * weights) is None
+    assert chosen(0.4 * weights + working, count=1) is None
+    assert chosen(0.4 * weights + working, is_host=True) is None  # virtual devices share the memory

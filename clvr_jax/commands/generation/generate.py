@@ -123,9 +123,9 @@ class Generate:
 
         controller = None if self.control.controller_url else self.control.controller or self.model
         size = self.images.height_and_width()
-        check_memory(self.model, self.loading, size, given, controller, self.verifier)
+        loading = check_memory(self.model, self.loading, size, given, controller, self.verifier)
         roles = self.control.arguments(self.verifier, self.verification == "separate")
-        return ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
+        return ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
 
     def _generate(
         self, pipe: "ClosedLoopPipeline", task: ImageTask, given: "list[np.ndarray]", out: Path

@@ -37,8 +37,9 @@ class RoleArguments(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class MeshOptions:
-    """Options for the mesh of devices that all models are placed on. Without any of them one device is used, and with
-    `clvr launch` all devices of all processes, which shard the parameters."""
+    """Options for the mesh of devices that all models are placed on. Without any of them one device is used, or all
+    devices if the models do not fit one, and with `clvr launch` all devices of all processes, which shard the
+    parameters."""
 
     data: Count = None
     """Shard a batch over this many copies of the parameters; 1 if not given, and -1 takes the devices that are left."""

@@ -101,8 +101,8 @@ class Sample:
         from clvr_jax.commands.generation.memory_check import check_memory
         from clvr_jax.pipelines.registry import load_pipeline
 
-        check_memory(self.model, self.loading, self.images.height_and_width(), given)
-        return load_pipeline(self.model, **self.loading.arguments())
+        loading = check_memory(self.model, self.loading, self.images.height_and_width(), given)
+        return load_pipeline(self.model, **loading.arguments())
 
     def _sample(
         self, pipe: "Flux2Pipeline | SDXLPipeline", task: ImageTask, given: "list[np.ndarray]", file: Path

@@ -147,9 +147,9 @@ class Serve:
         from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 
         controller = None if self.control.controller_url else self.control.controller or self.model
-        check_memory(self.model, self.loading, controller=controller, verifier=self.verifier)
+        loading = check_memory(self.model, self.loading, controller=controller, verifier=self.verifier)
         roles = self.control.arguments(self.verifier, is_verified=True)
-        return ClosedLoopPipeline.from_pretrained(self.model, **self.loading.arguments(), **roles)
+        return ClosedLoopPipeline.from_pretrained(self.model, **loading.arguments(), **roles)
 
     def _key(self) -> str | None:
         """Returns the key that clients must send. Raises: UsageError if there must be one and there is none."""
