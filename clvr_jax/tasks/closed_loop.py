@@ -251,7 +251,8 @@ def _prefill(
         number, patches = b * len(grids), patch_bucket(grids, config.vision.spatial_merge_size)
         pixels = _SHAPE((number, patches, config.vision.patch_features), jnp.float32)
         places = _SHAPE((number,), jnp.int32)
-        data["images"] = BucketedImages((pixels,), (_SHAPE((number, 3), jnp.int32),), places, places)
+        arrays: PyTree = ((pixels,), (_SHAPE((number, 3), jnp.int32),), places, places)
+        data["images"] = BucketedImages(*arrays)
     return Program(
         name=name,
         function=prefill,
