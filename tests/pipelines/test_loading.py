@@ -68,14 +68,14 @@ def test_qwen3_vl_on_a_mesh_answers_as_on_one_device(small_qwen3_vl, answered_al
     np.testing.assert_allclose(logprobs, answered_alone[1], atol=1e-5)
 
 
+def latents_of(directory, mesh=None):
+    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
+    return SDXLPipeline.from_pretrained(str(directory), mesh=mesh)(["a red circle", "a blue star"], **options).images
+
+
 @pytest.fixture(scope="module")
 def sdxl_alone(folders):
-    return latents_of(SDXLPipeline.from_pretrained(str(folders(True, "euler"))))
-
-
-def latents_of(pipeline):
-    options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "latent"}
-    return pipeline(["a red circle", "a blue star"], **options).images
+    return latents_of(folders(True, "euler"))
 
 
 @pytest.mark.slow
@@ -83,8 +83,14 @@ def latents_of(pipeline):
 def test_sdxl_on_a_mesh_generates_what_one_device_generates(folders, sdxl_alone, name):
     """Its attention has 2 heads: a tensor axis of 4 is too large, a sequence axis is not."""
     mesh = MeshConfig(fsdp=1, tensor=2, devices=2) if name == "tensor" else MESHES[name]
-    pipeline = SDXLPipeline.from_pretrained(str(folders(True, "euler")), mesh=mesh)
-    np.testing.assert_allclose(latents_of(pipeline), sdxl_alone, atol=1e-5)
+    np.testing.assert_allclose(latents_of(folders(True, "euler"), mesh), sdxl_alone, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_stable_diffusion_1_on_a_mesh_generates_what_one_device_generates(folders):
+    """Its transformers have convolutions at both ends."""
+    directory = folders(False, "pndm")
+    np.testing.assert_allclose(latents_of(directory, MESHES["mixed"]), latents_of(directory), atol=1e-5)
 
 
 def test_a_mesh_that_does_not_divide_the_heads_is_refused_before_weights_are_read(folder, folders, small_qwen3_vl):

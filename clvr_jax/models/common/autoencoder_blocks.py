@@ -19,6 +19,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.models.common.attention import attention
 from clvr_jax.models.common.dtypes import Dtypes
 from clvr_jax.models.common.torch_numerics import Linear, silu
+from clvr_jax.sharding import with_logical_constraint
 
 NORM_EPS = 1e-6
 
@@ -105,9 +106,12 @@ class Attention(nnx.Module):
     def __call__(self, x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
         """Maps (b, h, w, features) to the same shape."""
         b, h, w, c = x_bhwc.shape
+        # Attention may shard the queries, but the convolutions before and after it must not be partitioned by rows.
+        x_bhwc = with_logical_constraint(x_bhwc, "batch", None, None, None)
         normed_btc = self.group_norm(x_bhwc).reshape(b, h * w, 1, c)
         out = attention(self.to_q(normed_btc), self.to_k(normed_btc), self.to_v(normed_btc))
-        return x_bhwc + self.to_out[0](out.reshape(b, h, w, c))
+        out = with_logical_constraint(self.to_out[0](out.reshape(b, h, w, c)), "batch", None, None, None)
+        return x_bhwc + out
 
 
 class MidBlock(nnx.Module):

@@ -155,10 +155,13 @@ class Transformer(nnx.Module):
             return with_logical_constraint(block(x_btd, text_bsd), "batch", "tokens", None), None
 
         b, h, w, c = x_bhwc.shape
-        tokens_btd = self.proj_in(self.norm(x_bhwc)).reshape(b, h * w, c)
+        is_linear = isinstance(self.proj_in, Linear)
+        hidden_bhwc = self.proj_in(self.norm(x_bhwc))
+        tokens_btd = (hidden_bhwc if is_linear else with_batch_sharded(hidden_bhwc)).reshape(b, h * w, c)
         tokens_btd = with_logical_constraint(tokens_btd, "batch", "tokens", None)
         tokens_btd, _ = scan_blocks(self.transformer_blocks, step, tokens_btd, remat=self.remat)
-        return x_bhwc + with_batch_sharded(self.proj_out(tokens_btd.reshape(b, h, w, c)))
+        hidden_bhwc = tokens_btd.reshape(b, h, w, c)
+        return x_bhwc + with_batch_sharded(self.proj_out(hidden_bhwc if is_linear else with_batch_sharded(hidden_bhwc)))
 
 
 class TransformerOptions(TypedDict):
