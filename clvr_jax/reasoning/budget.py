@@ -72,13 +72,13 @@ class Account:
     budget: Budget
     steps: int = 0
     nfe: int = 0
-    _highest_nfe: int = 0
+    highest_nfe: int = 0
 
     def charge(self, nfe: int) -> None:
         """Adds the cost of one image."""
         self.steps += 1
         self.nfe += nfe
-        self._highest_nfe = max(self._highest_nfe, nfe)
+        self.highest_nfe = max(self.highest_nfe, nfe)
 
     def affordable(self, count: int) -> int:
         """Returns how many of `count` images may be generated now.
@@ -91,7 +91,7 @@ class Account:
             return count
         if not self.steps:
             return min(count, 1)
-        return min(count, max(0, budget.max_nfe - self.nfe) // self._highest_nfe) if self._highest_nfe else count
+        return min(count, max(0, budget.max_nfe - self.nfe) // self.highest_nfe) if self.highest_nfe else count
 
     def spent(self, seconds: float) -> str | None:
         """Returns the limit that forbids another image: "step limit", "nfe limit", "time limit", or None.
@@ -102,7 +102,7 @@ class Account:
         budget = self.budget
         if self.steps >= budget.max_steps:
             return "step limit"
-        if budget.max_nfe is not None and self.steps and self.nfe + self._highest_nfe > budget.max_nfe:
+        if budget.max_nfe is not None and self.steps and self.nfe + self.highest_nfe > budget.max_nfe:
             return "nfe limit"
         if budget.max_seconds is not None and self.steps and seconds >= budget.max_seconds:
             return "time limit"

@@ -312,16 +312,17 @@ class PromptState:
 
     def finished(self, model: str, versions: Mapping[str, str]) -> Trajectory | None:
         """Returns the trajectory once the loop has ended, None before."""
-        if self._outcome is None:
-            return None
-        steps = tuple(self._steps)
+        return None if self._outcome is None else self._trajectory(self._outcome, model, versions)
+
+    def _trajectory(self, outcome: str, model: str = "", versions: Mapping[str, str] | None = None) -> Trajectory:
+        """Returns all steps so far as a trajectory with this outcome."""
         return Trajectory(
             self._prompt,
-            steps,
-            self._outcome,
+            tuple(self._steps),
+            outcome,
             model,
             self._seed,
-            versions,
+            versions or {},
             self._seconds,
             self._error,
             self._user_images,

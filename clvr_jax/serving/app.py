@@ -25,11 +25,12 @@ from clvr_jax.serving.chat import chat_routes
 from clvr_jax.serving.edits import edit_routes
 from clvr_jax.serving.errors import ApiError, error_body, of_validation
 from clvr_jax.serving.images import image_routes
+from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.loops import loop_routes
 from clvr_jax.serving.page_routes import is_page, page_routes
 from clvr_jax.serving.requests import UNSUPPORTED
 from clvr_jax.serving.responses import response_routes
-from clvr_jax.serving.service import Service
+from clvr_jax.serving.service import Service, api_error
 
 _OPEN_PATHS = ("/health", "/ready")
 """Paths without a key, for load balancers."""
@@ -62,6 +63,7 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     _add_state_routes(app, service)
     app.add_exception_handler(RequestValidationError, _validation_response)
     app.add_exception_handler(HTTPException, _http_response)
+    app.add_exception_handler(IndexUnavailableError, _unavailable_response)
     app.add_middleware(_Gate, service=service, key=key)
     return app
 
@@ -94,6 +96,7 @@ def _add_state_routes(app: FastAPI, service: Service) -> None:
     async def ready() -> Response:
         """Says whether a further request would be accepted now."""
         is_ready = service.scheduler.is_ready and service.scheduler.is_alive and not service.scheduler.is_full
+        is_ready = is_ready and (service.replica is None or service.replica.is_connected)
         return JSONResponse({"ready": is_ready}, 200 if is_ready else 503)
 
     @app.get("/version")
@@ -176,6 +179,12 @@ def _version() -> str:
 async def _validation_response(_: Request, error: Any) -> Response:
     found = of_validation(error, UNSUPPORTED)
     return JSONResponse(found.body, found.status_code)
+
+
+async def _unavailable_response(_: Request, error: Any) -> Response:
+    found = api_error(error)
+    _log.error("%s", error)
+    return JSONResponse(found.body, found.status_code, found.headers)
 
 
 async def _http_response(request: Request, error: Any) -> Response:

@@ -14,11 +14,14 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.editable import EditablePromptState, branch_off
 from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
-from clvr_jax.reasoning.trajectory import Step
+from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.index.records import Run
+from clvr_jax.serving.index.remote import carry_out_elsewhere
+from clvr_jax.serving.index.shared import SharedStore
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
-from clvr_jax.serving.loops import OWN_FIELDS, entry_of, loop_item, running_job
+from clvr_jax.serving.loops import OWN_FIELDS, entry_of, loop_item, running_loop
 from clvr_jax.serving.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
 from clvr_jax.serving.scheduler import EndedError
 from clvr_jax.serving.service import Service
@@ -31,22 +34,30 @@ def edit_routes(service: Service) -> APIRouter:
     @router.post("/v1/loops/{loop_id}/plan")
     async def plan(loop_id: str, body: PlanRequest) -> Response:
         """Changes the requirements of a running loop, or gives the instruction for its next image."""
-        job, state = _editable(service, loop_id)
-        await asyncio.to_thread(_check, service, job.spec.prompt, body.instruction, body.requirements)
-        await _change(service, job, lambda: state.edit_plan(body.requirements, body.instruction))
-        return JSONResponse(loop_item(service, loop_id))
+        loop, prompt = await _editable(service, loop_id)
+        await asyncio.to_thread(_check, service, prompt, body.instruction, body.requirements)
+        if isinstance(loop, Run):
+            await carry_out_elsewhere(service, loop, "plan", body.model_dump())
+        else:
+            state = _state(loop)
+            await _change(service, loop, lambda: state.edit_plan(body.requirements, body.instruction))
+        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id))
 
     @router.post("/v1/loops/{loop_id}/rollback")
     async def rollback(loop_id: str, body: RollbackRequest) -> Response:
         """Returns to an earlier image of a running loop."""
-        job, state = _editable(service, loop_id)
-        await _change(service, job, lambda: state.roll_back_to(body.step))
-        return JSONResponse(loop_item(service, loop_id))
+        loop, _ = await _editable(service, loop_id)
+        if isinstance(loop, Run):
+            await carry_out_elsewhere(service, loop, "rollback", body.model_dump())
+        else:
+            state = _state(loop)
+            await _change(service, loop, lambda: state.roll_back_to(body.step))
+        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id))
 
     @router.post("/v1/loops/{loop_id}/branch", status_code=202)
     async def branch(loop_id: str, body: BranchRequest) -> Response:
         """Starts another loop from an image of a running or finished one."""
-        (job,) = service.submit([await asyncio.to_thread(_branch, service, loop_id, body)])
+        (job,) = await service.start_loops([await asyncio.to_thread(_branch, service, loop_id, body)])
         return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
 
     return router
@@ -74,6 +85,8 @@ def _branch(service: Service, loop_id: str, body: BranchRequest) -> LoopSpec:
     images: Sequence[ImageLike]
     if job is not None:
         steps, images = job.state.steps, job.spec.images
+    elif (running := _running_trajectory(service, loop_id)) is not None:
+        steps, images = running.steps, running.given_images
     elif entry["images"]:
         trajectory = service.store.trajectory(loop_id)
         steps, images = trajectory.steps, trajectory.given_images
@@ -94,12 +107,26 @@ def _branch(service: Service, loop_id: str, body: BranchRequest) -> LoopSpec:
     return replace(spec, branch=branch, request={**spec.request, "parent": {"id": loop_id, "step": body.step}})
 
 
-def _editable(service: Service, loop_id: str) -> tuple[LoopJob, EditablePromptState]:
-    """Returns a running loop. Raises: ApiError: 404, 400 if it has ended, 409 for a one-shot image."""
-    job = running_job(service, loop_id)
-    if not isinstance(job.state, EditablePromptState):
+def _running_trajectory(service: Service, loop_id: str) -> Trajectory | None:
+    """Returns what a loop of another replica has so far; None if no other one runs it."""
+    run = service.run_elsewhere(loop_id)
+    return None if run is None or not isinstance(service.store, SharedStore) else service.store.running_trajectory(run)
+
+
+async def _editable(service: Service, loop_id: str) -> tuple[LoopJob | Run, str]:
+    """Returns a running loop and its prompt. Raises: ApiError: 404, 400 if it has ended, 409 for a one-shot image."""
+    loop = await running_loop(service, loop_id)
+    mode, prompt = (
+        (loop.spec["mode"], loop.spec["prompt"]) if isinstance(loop, Run) else (loop.spec.mode, loop.spec.prompt)
+    )
+    if mode == "one-shot":
         raise _one_shot("start a loop to change its plan")
-    return job, job.state
+    return loop, prompt
+
+
+def _state(job: LoopJob) -> EditablePromptState:
+    assert isinstance(job.state, EditablePromptState)  # as its mode is loop
+    return job.state
 
 
 def _check(service: Service, prompt: str, instruction: str | None, requirements: Sequence[str] | None = None) -> None:

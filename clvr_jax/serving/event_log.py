@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 Event = dict[str, Any]
-"""{"id": number from 0, "type": text, and the event's own fields}."""
+"""{"id": number from 0, above those before it, "type": text, and the event's own fields}."""
 
 
 class EventLog:
@@ -21,6 +21,7 @@ class EventLog:
 
     def __init__(self, loop: asyncio.AbstractEventLoop | None, events: Sequence[Event] = ()):
         self._loop, self._events = loop, list(events)
+        self._next = max((event["id"] for event in self._events), default=-1) + 1
         self._is_complete = loop is None
         self._lock = threading.Lock()
         self._waiting: set[asyncio.Event] = set()
@@ -34,8 +35,19 @@ class EventLog:
     def append(self, kind: str, **fields: Any) -> None:
         """Appends an event; any thread may call it."""
         with self._lock:
-            self._events.append({"id": len(self._events), "type": kind, **fields})
+            self._events.append({"id": self._next, "type": kind, **fields})
+            self._next += 1
         self._wake()
+
+    def skip(self, count: int) -> None:
+        """Leaves out this many ids before the next event."""
+        with self._lock:
+            self._next += count
+
+    @property
+    def next_id(self) -> int:
+        """The id of the next event."""
+        return self._next
 
     def complete(self) -> None:
         """Ends the log: those who follow it get what is left, and then the end."""
@@ -49,7 +61,9 @@ class EventLog:
           after: id of the last event that the connection has; -1 for none.
           keepalive: seconds without an event after which None is yielded.
         """
-        position, changed = max(0, after + 1), asyncio.Event()
+        changed = asyncio.Event()
+        with self._lock:
+            position = sum(event["id"] <= after for event in self._events)
         self._waiting.add(changed)
         try:
             while True:

@@ -41,7 +41,7 @@ async def answer_with_image(service: Service, body: ChatRequest, request: Reques
         image_request = EditRequest.model_validate({**own, "prompt": prompt})
     except ValidationError as error:
         raise of_validation(error, UNSUPPORTED) from error
-    (job,) = service.submit(await asyncio.to_thread(service.specs, image_request, images))
+    (job,) = await service.start_loops(await asyncio.to_thread(service.specs, image_request, images))
 
     def leave() -> None:
         service.scheduler.stop(job, CANCELED)

@@ -96,7 +96,7 @@ async def _answer(
     service: Service, body: ImageRequest, images: Sequence[Image.Image], request: Request, kind: str
 ) -> Response:
     specs = await asyncio.to_thread(service.specs, body, images, body.n or 1)
-    jobs = service.submit(specs)
+    jobs = await service.start_loops(specs)
 
     def leave() -> None:
         for job in jobs:

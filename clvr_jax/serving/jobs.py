@@ -16,6 +16,7 @@ from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.editable import Branch, EditablePromptState
 from clvr_jax.reasoning.events import Edited, Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import GeneratedImage
+from clvr_jax.reasoning.resumable import ResumablePromptState
 from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions, step_to_dict
 from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
@@ -104,9 +105,12 @@ class LoopJob:
       models: of the server.
       log: receives the events.
       on_end: (job, trajectory, error) is called by the device thread at the end; one of the last two is None.
+      on_turn: called by the device thread with the job before each of its works.
 
     Attributes:
       state: the loop's own state, which only the device thread changes.
+      started: when its first work began, in seconds; None while it waits.
+      elapsed: seconds since then, without those between two replicas that ran it.
       result: the trajectory, once it is stored.
       is_interrupted: whether the end of the server stopped the loop.
     """
@@ -117,21 +121,23 @@ class LoopJob:
         models: ServedModels,
         log: EventLog,
         on_end: Callable[[LoopJob, Trajectory | None, BaseException | None], None],
+        on_turn: Callable[[LoopJob], None] = lambda _: None,
     ):
         self.id = f"loop_{secrets.token_hex(12)}"
-        self.spec, self.log, self._models, self._on_end = spec, log, models, on_end
+        self.spec, self.log, self._models, self._on_end, self._on_turn = spec, log, models, on_end, on_turn
         self.created = time.time()
         self.started: float | None = None
+        self.elapsed = self._earlier = 0.0
         self.result: Future[Trajectory] = Future()
         self.is_interrupted = False
         self._best: int | None = None
         self._requirements: tuple[str, ...] = ()
         self._generations: tuple[int, Sequence[Any]] = 0, ()
-        self.state: EditablePromptState | OneShotState
+        self.state: ResumablePromptState | OneShotState
         if spec.mode == "one-shot":
             self.state = OneShotState(spec, self._notify)
         else:
-            self.state = EditablePromptState(
+            self.state = ResumablePromptState(
                 0, spec.prompt, spec.seed, spec.budget, self._notify, spec.images, spec.branch
             )
 
@@ -142,6 +148,7 @@ class LoopJob:
 
     def tasks(self, elapsed: float) -> list[Task]:
         """Returns the next works with their keys."""
+        self.elapsed = self._earlier + elapsed
         if self.started is None:
             self.started = time.time()
             self.log.append("started")
@@ -149,7 +156,7 @@ class LoopJob:
                 parent = self.spec.branch.parent
                 self.log.append("branched", parent=parent.id, step=parent.step, images=parent.inherited,
                                 instruction=self.spec.branch.instruction, steps=self._inherited_steps())  # fmt: skip
-        works: Sequence[Any] = self.state.next_work(elapsed)
+        works: Sequence[Any] = self.state.next_work(self.elapsed)
         if isinstance(self.state, EditablePromptState) and self.state.required != self._requirements:
             self._requirements = self.state.required
             self.log.append("requirements", requirements=list(self.state.required))
@@ -162,7 +169,16 @@ class LoopJob:
             self.log.append("generation_started", step=len(self.state.steps), images=len(works),
                             num_inference_steps=steps, text=replies[-1])  # fmt: skip
             self._generations = len(self.state.steps), works
+        if works:
+            self._on_turn(self)
         return [Task(self._models.key(work, self.spec.sampling), self, work) for work in works]
+
+    def resume(self, loop_id: str, created: float, started: float | None, elapsed: float) -> None:
+        """Continues a loop of another replica, whose state was restored, under its id. Arguments: as the attributes."""
+        self.id, self.created, self.started, self._earlier = loop_id, created, started, elapsed
+        self._best = self.best
+        if isinstance(self.state, EditablePromptState):
+            self._requirements = self.state.required
 
     def receive(self, work: Any, result: Any, seconds: float) -> None:
         """Passes the result of a work on to the loop."""

@@ -13,7 +13,10 @@ from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.bodies import BoundedRoute
 from clvr_jax.serving.errors import ApiError
-from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.event_log import Event, EventLog
+from clvr_jax.serving.index.records import Run
+from clvr_jax.serving.index.remote import follow_elsewhere, send_command
+from clvr_jax.serving.index.store import RUNNING
 from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.requests import LoopRequest
 from clvr_jax.serving.service import Service
@@ -35,7 +38,7 @@ def loop_routes(service: Service) -> APIRouter:
         if len(texts) > service.limits.max_images:
             raise ApiError(422, f"images: at most {service.limits.max_images}", "images", "invalid_value")
         images = [await asyncio.to_thread(service.decode_image, text, "images") for text in texts]
-        (job,) = service.submit(await asyncio.to_thread(service.specs, body, images))
+        (job,) = await service.start_loops(await asyncio.to_thread(service.specs, body, images))
         return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
 
     @router.get("/v1/loops")
@@ -48,11 +51,7 @@ def loop_routes(service: Service) -> APIRouter:
 
         `before` is the id after which the next page begins; `query` has words that must all be in the prompt.
         """
-        if before is not None:
-            entry_of(service, before)
-        entries = service.store.entries(limit + 1, before, query)
-        page = [_shown(service, entry) for entry in entries[:limit]]
-        return JSONResponse({"object": "list", "data": page, "has_more": len(entries) > limit})
+        return JSONResponse(await asyncio.to_thread(_page, service, limit, before, query))
 
     @router.get("/v1/loops/{loop_id}")
     async def item(loop_id: str) -> Response:
@@ -69,32 +68,41 @@ def loop_routes(service: Service) -> APIRouter:
             if not last_event_id.isascii() or not last_event_id.isdigit():
                 raise ApiError(422, "Last-Event-ID must be the number of an event", "last-event-id", "invalid_value")
             after = int(last_event_id)
+        keepalive = service.limits.keepalive_seconds
         job = service.jobs.get(loop_id)
-        log = EventLog(None, service.store.events(loop_id)) if job is None else job.log
-        if job is None and not log.events:
-            entry = entry_of(service, loop_id)
-            log = EventLog(None, [{"id": 0, "type": "done", "status": entry["status"], "error": entry["error"]}])
-        return stream_response(_encoded(service, log, after))
+        if job is not None:
+            return stream_response(_encoded(job.log.follow(after, keepalive)))
+        if (run := await asyncio.to_thread(service.run_elsewhere, loop_id)) is not None:
+            return stream_response(_encoded(follow_elsewhere(service, run.loop_id, after)))
+        log = await asyncio.to_thread(_stored_log, service, loop_id)
+        return stream_response(_encoded(log.follow(after, keepalive)))
 
     @router.post("/v1/loops/{loop_id}/accept")
     async def accept(loop_id: str) -> Response:
         """Ends a loop before its next work or denoising step; its best image so far is the result."""
-        job = running_job(service, loop_id)
-        if job.best is None:
+        loop = await running_loop(service, loop_id)
+        if loop.best is None:
             raise ApiError(400, "the loop has no image yet; wait for the event image, or cancel it", code="no_image")
-        service.scheduler.stop(job, STOPPED)
-        return JSONResponse(loop_item(service, loop_id), 202)
+        if isinstance(loop, Run):
+            await send_command(service, loop, "accept", {})
+        else:
+            service.scheduler.stop(loop, STOPPED)
+        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id), 202)
 
     @router.post("/v1/loops/{loop_id}/cancel")
     async def cancel(loop_id: str) -> Response:
         """Cancels a loop before its next work or denoising step; what it has is stored."""
-        service.scheduler.stop(running_job(service, loop_id), CANCELED)
-        return JSONResponse(loop_item(service, loop_id), 202)
+        loop = await running_loop(service, loop_id)
+        if isinstance(loop, Run):
+            await send_command(service, loop, "cancel", {})
+        else:
+            service.scheduler.stop(loop, CANCELED)
+        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id), 202)
 
     @router.delete("/v1/loops/{loop_id}")
     async def delete(loop_id: str) -> Response:
         """Deletes a stored loop and its images."""
-        if loop_id in service.jobs:
+        if service.is_running(await asyncio.to_thread(entry_of, service, loop_id)):
             raise ApiError(400, "the loop is running; cancel it first", code="running")
         if not await asyncio.to_thread(service.store.forget, loop_id):
             raise _unknown()
@@ -103,18 +111,30 @@ def loop_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _encoded(service: Service, log: EventLog, after: int) -> AsyncIterator[bytes]:
-    async for event in log.follow(after, service.limits.keepalive_seconds):
+async def _encoded(events: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
+    async for event in events:
         yield KEEPALIVE if event is None else event_bytes(event, event["type"], event["id"])
 
 
-def running_job(service: Service, loop_id: str) -> LoopJob:
-    """Returns a loop that has not ended. Raises: ApiError, 404 for an unknown one, 400 for one that has."""
-    job = service.jobs.get(loop_id)
-    if job is None:
-        entry = entry_of(service, loop_id)
-        raise ApiError(400, f"the loop has ended already ({entry['status']})", code="not_running")
-    return job
+def _stored_log(service: Service, loop_id: str) -> EventLog:
+    """Returns the events of a loop that has ended."""
+    if events := service.store.events(loop_id):
+        return EventLog(None, events)
+    entry = entry_of(service, loop_id)
+    return EventLog(None, [{"id": 0, "type": "done", "status": entry["status"], "error": entry["error"]}])
+
+
+async def running_loop(service: Service, loop_id: str) -> LoopJob | Run:
+    """Returns a loop that has not ended; a Run if another replica runs it.
+
+    Raises: ApiError, 404 for an unknown one, 400 for one that has ended.
+    """
+    if (job := service.jobs.get(loop_id)) is not None:
+        return job
+    if (run := await asyncio.to_thread(service.run_elsewhere, loop_id)) is not None:
+        return run
+    entry = await asyncio.to_thread(entry_of, service, loop_id)
+    raise ApiError(400, f"the loop has ended already ({entry['status']})", code="not_running")
 
 
 def entry_of(service: Service, loop_id: str) -> dict[str, Any]:
@@ -132,7 +152,7 @@ def _unknown() -> ApiError:
 def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[str, Any]:
     """Returns a loop as the API shows it. Raises: ApiError, 404, for an unknown one."""
     entry = entry_of(service, loop_id)
-    shown = _shown(service, entry)
+    shown = _shown(service, entry, service.run_elsewhere(loop_id) if entry["status"] == RUNNING else None)
     if with_steps and entry["images"] is not None:
         content: UncheckedJSON = service.store.trajectory(loop_id).to_dict()
         for number, step in enumerate(content["steps"]):
@@ -141,8 +161,26 @@ def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[
     return shown
 
 
-def _shown(service: Service, entry: dict[str, Any]) -> dict[str, Any]:
-    """Returns an entry of the index as the API shows it, with what only a running loop knows."""
+def _page(service: Service, limit: int, before: str | None, query: str) -> dict[str, Any]:
+    """Returns a page of the history. Raises: ApiError, 404, if `before` is unknown."""
+    if before is not None:
+        entry_of(service, before)
+    entries = service.store.entries(limit + 1, before, query)
+    page = entries[:limit]
+    elsewhere = [each["id"] for each in page if each["status"] == RUNNING and each["id"] not in service.jobs]
+    runs = {run.loop_id: run for run in service.store.runs(elsewhere)} if elsewhere else {}
+    data = [_shown(service, entry, runs.get(entry["id"])) for entry in page]
+    return {"object": "list", "data": data, "has_more": len(entries) > limit}
+
+
+def _shown(service: Service, entry: dict[str, Any], run: Run | None) -> dict[str, Any]:
+    """Returns an entry of the index as the API shows it, with what is known of a running loop.
+
+    Args:
+      service: of this server.
+      entry: of the index.
+      run: the loop if another replica runs it.
+    """
     request = {name: value for name, value in entry["request"].items() if name not in OWN_FIELDS}
     shown = {"object": "loop", **entry, "image_id": None, "parent": entry["request"].get("parent"), "request": request}
     best = entry["best"]
@@ -152,6 +190,10 @@ def _shown(service: Service, entry: dict[str, Any]) -> dict[str, Any]:
         position = service.scheduler.position(job)
         shown |= {"queue_position": position, "images": len(job.state.steps) or None, "best": best}
         shown["status"] = "queued" if job.started is None else entry["status"]
+    elif run is not None:
+        best = run.best
+        shown |= {"images": run.images or None, "best": best}
+        shown["status"] = "queued" if run.started is None else entry["status"]
     if best is not None:
         shown["image_id"] = f"{entry['id']}_{best}"
     return shown

@@ -24,6 +24,7 @@ class Metrics:
       generations, nfe: per finished loop.
       verifications: verified images.
       outcomes: finished loops by outcome.
+      resumptions: loops that another replica began.
     """
 
     def __init__(self) -> None:
@@ -46,6 +47,7 @@ class Metrics:
         )
         self.verifications = Counter("clvr_verifications", "Verified images.", **here)
         self.outcomes = Counter("clvr_outcomes", "Finished loops.", ["outcome"], **here)
+        self.resumptions = Counter("clvr_resumptions", "Loops resumed after their replica died or stopped.", **here)
         self.compilations = Counter("clvr_compilations", "Programs that JAX compiled or read from its cache.", **here)
         self.image_rows = 1
         # JAX cannot remove a single listener; one server is made per process.

@@ -7,7 +7,7 @@ import base64
 import json
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import IO, Any
@@ -17,10 +17,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.html_pages import render_page
-from clvr_jax.image_io import encode_png
+from clvr_jax.image_io import ImageLike, encode_png
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.page import shared_texts, style_sheet
 from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.index.shared import SharedStore
 from clvr_jax.serving.requests import MAX_CANDIDATES, MAX_PROMPT_CHARACTERS
 from clvr_jax.serving.service import Service
 
@@ -74,9 +75,9 @@ def page_routes(service: Service, needs_key: bool) -> APIRouter:
     @router.get("/v1/loops/{loop_id}/archive")
     async def archive(loop_id: str) -> Response:
         """Returns the files of a stored loop as a ZIP archive: trajectory.json, images, index.html, events.json."""
-        _check_stored(service, loop_id)
+        await asyncio.to_thread(_check_stored, service, loop_id)
         try:
-            content = await asyncio.to_thread(_zip, service.store.directory(loop_id))
+            content = await asyncio.to_thread(_zip, service, loop_id)
         except (ClvrError, FileNotFoundError) as error:  # deleted in the meantime
             raise _unknown() from error
         headers = {"Content-Disposition": f'attachment; filename="{loop_id}.zip"'}
@@ -85,11 +86,8 @@ def page_routes(service: Service, needs_key: bool) -> APIRouter:
     @router.get("/v1/loops/{loop_id}/input_images")
     async def input_images(loop_id: str) -> Response:
         """Returns the user's own images that a loop started from, as base64 PNG."""
-        job = service.jobs.get(loop_id)
-        if job is None:
-            _check_stored(service, loop_id)
         try:
-            images = job.spec.images if job is not None else service.store.trajectory(loop_id).given_images
+            images = await asyncio.to_thread(_given_images, service, loop_id)
         except ClvrError as error:
             raise _unknown() from error
         encoded = [base64.b64encode(await asyncio.to_thread(encode_png, image)).decode() for image in images]
@@ -138,24 +136,37 @@ def _check_stored(service: Service, loop_id: str) -> None:
     entry = service.store.entry(loop_id)
     if entry is None:
         raise _unknown()
-    if loop_id in service.jobs:
+    if service.is_running(entry):
         raise ApiError(400, "the loop is running; its files are stored at its end", code="running")
     if entry["images"] is None:
         raise ApiError(404, f"the loop has no files ({entry['status']})", "id", "not_found")
+
+
+def _given_images(service: Service, loop_id: str) -> Sequence[ImageLike]:
+    """Returns the user's own images of a loop. Raises: ApiError as `_check_stored`; ClvrError if they were deleted."""
+    if (job := service.jobs.get(loop_id)) is not None:
+        return job.spec.images
+    if (run := service.run_elsewhere(loop_id)) is not None and isinstance(service.store, SharedStore):
+        return service.store.given_images(loop_id, run.spec["given"])
+    _check_stored(service, loop_id)
+    return service.store.trajectory(loop_id).given_images
 
 
 def _unknown() -> ApiError:
     return ApiError(404, "no such loop; it may have been deleted", "id", "not_found")
 
 
-def _zip(directory: Path) -> IO[bytes]:
-    """Returns a temporary file, which disappears when it is closed, with the files of a directory as a ZIP archive."""
+def _zip(service: Service, loop_id: str) -> IO[bytes]:
+    """Returns a temporary file, which disappears when it is closed, with the files of a loop as a ZIP archive."""
     content = tempfile.TemporaryFile()  # noqa: SIM115 - closed after it is sent
     try:
-        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        with (
+            service.store.local(loop_id) as directory,
+            zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive,
+        ):
             for path in sorted(directory.iterdir()):
                 kind = zipfile.ZIP_STORED if path.suffix == ".png" else zipfile.ZIP_DEFLATED
-                archive.write(path, f"{directory.name}/{path.name}", kind)
+                archive.write(path, f"{loop_id}/{path.name}", kind)
     except BaseException:
         content.close()
         raise

@@ -44,7 +44,7 @@ def response_routes(service: Service) -> APIRouter:
     async def create(body: ResponseRequest, request: Request) -> Response:
         """Generates or edits an image by a loop."""
         spec, view = await asyncio.to_thread(_spec, service, body)
-        (job,) = service.submit([spec])
+        (job,) = await service.start_loops([spec])
         view = replace(view, key=job.id.removeprefix("loop_"), created=job.created)
 
         def leave() -> None:
@@ -266,7 +266,7 @@ def _previous(service: Service, response_id: str) -> Image.Image:
     entry = service.store.entry(loop_id)
     if entry is None:
         raise ApiError(404, "no such response; it may have been deleted", "previous_response_id", "not_found")
-    if loop_id in service.jobs:
+    if service.is_running(entry):
         raise ApiError(409, "the previous response is not finished", "previous_response_id", "not_finished")
     if entry["best"] is None:
         raise ApiError(409, "the previous response has no image", "previous_response_id", "no_image")
@@ -302,7 +302,7 @@ def _stored(service: Service, response_id: str) -> dict[str, Any]:
     action = own.pop("action")
     body = EditRequest.model_validate({**request, "prompt": entry["prompt"]})
     view = _View(body, own, action, entry["model"], loop_id.removeprefix("loop_"), entry["created"])
-    if loop_id in service.jobs:
+    if service.is_running(entry):
         return view.head("in_progress")
     if entry["images"] is None:
         return view.failed(entry["error"] or f"the loop was {entry['status']}")

@@ -133,6 +133,13 @@ class Scheduler:
         """Whether a further job would be refused."""
         return self._is_draining or len(self._waiting) >= self._limits.max_queue
 
+    @property
+    def num_startable(self) -> int:
+        """Number of further jobs that would not have to wait."""
+        if not self.is_ready or self._is_draining:
+            return 0
+        return max(0, self._limits.max_running - len(self._running) - len(self._waiting))
+
     def submit(self, jobs: Sequence[Job]) -> None:
         """Adds jobs to the queue, all or none. Raises: QueueFullError; DrainingError."""
         with self._changed:

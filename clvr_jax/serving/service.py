@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import io
 import logging
 import re
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -23,17 +24,21 @@ from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
-from clvr_jax.serving import store as states
 from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.futures import deliver, deliver_error
+from clvr_jax.serving.index import store as states
+from clvr_jax.serving.index.records import Run
+from clvr_jax.serving.index.replica import Replica
+from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
+from clvr_jax.serving.index.store import LoopStore
+from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
 from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.metrics import Metrics
 from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
 from clvr_jax.serving.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.scheduler import DrainingError, QueueFullError, Scheduler
-from clvr_jax.serving.store import LoopStore
 
 _NOT_STORED = "the result cannot be stored"
 _log = logging.getLogger("clvr.serving")
@@ -58,21 +63,31 @@ class Service:
         self.scheduler = Scheduler(models.perform, limits, self.metrics, self._prepare)
         self.jobs: dict[str, LoopJob] = {}
         self._writer = ThreadPoolExecutor(1, "clvr-store")
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self.replica = Replica(self, store, self._writer) if isinstance(store, SharedStore) else None
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Starts the device thread; called in the event loop of the connections."""
-        self._loop = asyncio.get_running_loop()
+        self.loop = asyncio.get_running_loop()
         self.scheduler.start()
+        if self.replica is not None:
+            self.replica.start()
 
     def drain(self) -> None:
-        """Refuses further jobs; running loops get some time to end, the rest is stored as interrupted."""
+        """Refuses further jobs; running loops get some time to end, the rest is interrupted.
+
+        Interrupted loops are stored as such, or resumed by another replica if there are replicas.
+        """
+        if self.replica is not None:
+            self.replica.stop_taking()
         self.scheduler.drain(self.limits.drain_seconds, INTERRUPTED)
 
     def close(self) -> None:
         """Drains, writes what is left, and closes the store."""
         self.drain()
         self._writer.shutdown()
+        if self.replica is not None:
+            self.replica.close()  # only now: while loops run, their leases are renewed
         self.store.close()
 
     # --- requests -> jobs
@@ -166,24 +181,54 @@ class Service:
             raise ApiError(400, f"{param}: {error}; send base64 or a data URL", param, "invalid_image") from error
         return self.read_image(content, param)
 
+    async def start_loops(self, specs: Sequence[LoopSpec]) -> list[LoopJob]:
+        """Starts loops as `submit`, without blocking connections while an index elsewhere is written."""
+        return self.submit(specs) if self.replica is None else await asyncio.to_thread(self.submit, specs)
+
     def submit(self, specs: Sequence[LoopSpec]) -> list[LoopJob]:
         """Starts loops, all or none. Raises: ApiError, 429 or 503, if they cannot start now."""
         self.check_ready()
-        assert self._loop is not None
-        jobs = [LoopJob(spec, self.models, EventLog(self._loop), self._on_end) for spec in specs]
-        for job in jobs:
-            spec = job.spec
-            self.store.add(job.id, job.created, spec.mode, spec.prompt, self.models.name, spec.seed, spec.request)
-            job.log.append("queued")
-        self.jobs |= {job.id: job for job in jobs}
+        assert self.loop is not None
+        jobs = [self.make_job(spec, EventLog(self.loop)) for spec in specs]
         try:
-            self._submit(jobs)
-        except ApiError:
             for job in jobs:
-                del self.jobs[job.id]
-            self.store.withdraw([job.id for job in jobs])
+                job.log.append("queued")
+                self._list(job)
+                self.jobs[job.id] = job
+            self._submit(jobs)
+        except ClvrError as error:
+            self._withdraw(jobs)
+            raise api_error(error) from error
+        except ApiError:
+            self._withdraw(jobs)
             raise
         return jobs
+
+    def make_job(self, spec: LoopSpec, log: EventLog) -> LoopJob:
+        """Returns a job of this service that is not submitted yet."""
+        on_turn = (lambda _: None) if self.replica is None else self.replica.save
+        return LoopJob(spec, self.models, log, self._on_end, on_turn)
+
+    def run_elsewhere(self, loop_id: str) -> Run | None:
+        """Returns a loop that another replica runs, or will resume; None for any other."""
+        return None if self.replica is None or loop_id in self.jobs else self.store.run(loop_id)
+
+    def is_running(self, entry: Mapping[str, Any]) -> bool:
+        """Whether a loop of the index runs, here or at another replica."""
+        return entry["id"] in self.jobs or entry["status"] == states.RUNNING
+
+    def _list(self, job: LoopJob) -> None:
+        if self.replica is not None:
+            self.replica.accept(job)
+            return
+        spec = job.spec
+        self.store.add(job.id, job.created, spec.mode, spec.prompt, self.models.name, spec.seed, spec.request)
+
+    def _withdraw(self, jobs: Sequence[LoopJob]) -> None:
+        for job in jobs:
+            self.jobs.pop(job.id, None)
+        with contextlib.suppress(ClvrError):  # an index that cannot be reached has an error of its own
+            self.store.withdraw([job.id for job in jobs])
 
     def submit_chat(self, work: ChatWork) -> ChatJob:
         """Starts a reply. Raises: ApiError as `submit`."""
@@ -213,13 +258,15 @@ class Service:
 
     def _store(self, job: LoopJob, trajectory: Trajectory | None, error: BaseException | None) -> None:
         try:
+            if job.is_interrupted and self.replica is not None:
+                self.replica.hand_back(job)
+                raise LostLeaseError(f"{job.id}: is handed back")
             if trajectory is not None:
                 self._count(trajectory)
                 status = _status(job, trajectory)
                 done = {"status": status, "outcome": trajectory.outcome, "best": trajectory.best,
                         "nfe": trajectory.nfe, "seconds": round(trajectory.seconds, 4)}  # fmt: skip
-                events = job.log.events
-                self.store.finish(job.id, status, trajectory, [*events, {"id": len(events), "type": "done", **done}])
+                self._finish(job, status, trajectory, {"id": job.log.next_id, "type": "done", **done})
                 job.log.append("done", **done)
                 deliver(job.result, trajectory)
             else:
@@ -228,6 +275,10 @@ class Service:
                 self.metrics.outcomes.labels("failed").inc()
                 job.log.append("done", status=states.FAILED, error=message_of(error))
                 deliver_error(job.result, error)
+        except LostLeaseError:  # whoever follows the loop here is sent to another replica by the load balancer
+            advice = f"it is at /v1/loops/{job.id}"
+            message = f"this server stops, and another one continues the loop; {advice}"
+            deliver_error(job.result, ApiError(503, message, code="moved", retry_after=10))
         except Exception as problem:  # noqa: BLE001 - the client must get an answer even if the disk is full
             _log.exception("%s cannot be stored", job.id)
             self._list_as_lost(job)
@@ -237,6 +288,14 @@ class Service:
             self.metrics.job_seconds.observe(time.time() - job.created)
             job.log.complete()
             self.jobs.pop(job.id, None)
+            if self.replica is not None:
+                self.replica.forget(job)
+
+    def _finish(self, job: LoopJob, status: str, trajectory: Trajectory, done: dict[str, Any]) -> None:
+        def write() -> None:
+            self.store.finish(job.id, status, trajectory, [*job.log.events, done])
+
+        write() if self.replica is None else self.replica.patiently(write)
 
     def _list_as_lost(self, job: LoopJob) -> None:
         """Lists a loop as failed that would else be listed as running; without a disk that waits for a restart."""
@@ -306,6 +365,8 @@ def api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, CancelledError):
         return ApiError(503, "the server stopped this request", code="shutting_down", retry_after=10)
+    if isinstance(error, IndexUnavailableError):
+        return ApiError(503, message_of(error), code="index_unavailable", retry_after=10)
     if isinstance(error, ClvrError):
         return ApiError(422, message_of(error), code="model_failed")
     return ApiError(500, message_of(error), code="internal_error")

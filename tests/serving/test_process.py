@@ -11,7 +11,7 @@ import httpx2
 import pytest
 
 from clvr_jax.cli import main
-from clvr_jax.serving.store import LoopStore
+from clvr_jax.serving.index.store import LoopStore
 from tests.serving.conftest import PROMPT, wait_until
 
 LOOP = {"prompt": PROMPT, "seed": 1, "max_steps": 2}

@@ -2,6 +2,9 @@
 
 import ipaddress
 import os
+import secrets
+import socket
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
@@ -100,7 +103,12 @@ class Serve:
     """Environment variable with the key that clients send as a bearer token. Without a value in it no key is needed,
     which is refused for an address that other machines reach; "" serves without a key in any case."""
     out: Path = Path("out/serve")
-    """Store finished loops, and their index, in this directory."""
+    """Store finished loops, and their index, in this directory. Replicas share one directory, or a gs:// bucket."""
+    index_variable: str = "CLVR_INDEX_URL"
+    """Environment variable with the URL of a PostgreSQL database, postgresql://USER:PASSWORD@HOST/NAME, in which several
+    replicas share the index of loops. Without a value in it the index is an SQLite file in --out, for one server."""
+    lease_seconds: float = 15.0
+    """Let another replica resume the loops of this one when it has been silent for this long. No effect with SQLite."""
     warm_up: tuple[int, ...] = (1,)
     """Compile programs for batches of these sizes before the server is ready, by running loops; none if it is empty."""
     warm_up_prompt: str = WARM_UP_PROMPT
@@ -114,32 +122,47 @@ class Serve:
         for size in self.warm_up:
             at_least_one("--warm-up", size)
         self.limits.limits()
+        if not 1 <= self.lease_seconds <= 3600:
+            raise UsageError(f"--lease-seconds must be from 1 to 3600, got {self.lease_seconds}")
 
     def run(self) -> Result:
         """Serves until SIGTERM or Ctrl-C."""
         key = self._key()
         _check_packages()
+        url = os.environ.get(self.index_variable, "").strip() if self.index_variable else ""
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_output_directory
+        from clvr_jax.serving.index.files import bucket_url
 
-        check_output_directory(self.out)
+        if not (url and bucket_url(self.out)):
+            check_output_directory(self.out)
         self.control.check(self.model)
-        with locked_output(self.out):
-            with console.status(f"loading {self.model}"):
-                pipeline = self._load()
-            from clvr_jax.serving.jobs import LoopSpec
-            from clvr_jax.serving.models import ServedModels
-            from clvr_jax.serving.run import serve
-            from clvr_jax.serving.service import Service
-            from clvr_jax.serving.store import LoopStore
-
-            limits = self.limits.limits()
-            warm_up = [[LoopSpec(self.warm_up_prompt, number) for number in range(size)] for size in self.warm_up]
-            models = ServedModels(pipeline, self.name or self.model, limits.image_rows)
-            store = LoopStore(self.out, limits.keep_days * 86400, limits.keep_bytes)
-            service = Service(models, limits, store, warm_up)
-            port = serve(service, self.host, self.port, key, on_start=self._show)
+        # Replicas share the directory; what one of them may write is decided by the index.
+        with nullcontext() if url else locked_output(self.out):
+            port = self._serve(url, key)
         return Result({"host": self.host, "port": port, "out": str(self.out)}, "the server has ended")
+
+    def _serve(self, url: str, key: str | None) -> int:
+        """Serves with an index at a URL, or in SQLite if that is empty; returns the port."""
+        from clvr_jax.serving.index.shared import SharedStore
+        from clvr_jax.serving.index.store import LoopStore
+
+        limits = self.limits.limits()
+        keep = limits.keep_days * 86400, limits.keep_bytes
+        replica = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # in Kubernetes the host has the pod's name
+        # Before the models, which take long to load.
+        store = SharedStore(url, self.out, replica, self.lease_seconds, *keep) if url else LoopStore(self.out, *keep)
+        with console.status(f"loading {self.model}"):
+            pipeline = self._load()
+        from clvr_jax.serving.jobs import LoopSpec
+        from clvr_jax.serving.models import ServedModels
+        from clvr_jax.serving.run import serve
+        from clvr_jax.serving.service import Service
+
+        warm_up = [[LoopSpec(self.warm_up_prompt, number) for number in range(size)] for size in self.warm_up]
+        models = ServedModels(pipeline, self.name or self.model, limits.image_rows)
+        service = Service(models, limits, store, warm_up)
+        return serve(service, self.host, self.port, key, on_start=self._show)
 
     def _load(self) -> "ClosedLoopPipeline":
         prepare_jax()
@@ -173,6 +196,7 @@ def _check_packages() -> None:
         import fastapi  # noqa: F401
         import prometheus_client  # noqa: F401
         import python_multipart  # noqa: F401
+        import sqlalchemy  # noqa: F401
         import uvicorn  # noqa: F401
     except ModuleNotFoundError as error:
         raise ClvrError(f"clvr serve needs {error.name}: pip install 'clvr-jax[serve]'") from error

@@ -1,11 +1,12 @@
 import os
+import sqlite3
 
 import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Step, Trajectory
 from clvr_jax.reasoning.actions import IMAGE_GEN
-from clvr_jax.serving.store import LoopStore
+from clvr_jax.serving.index.store import LoopStore
 from tests.reasoning.scripted import picture
 
 
@@ -15,6 +16,15 @@ def loop_id(number: int) -> str:
 
 def trajectory(value: int = 7) -> Trajectory:
     return Trajectory("p", (Step("Draw.", IMAGE_GEN, image=picture(value), nfe=4),), "unverified")
+
+
+def alter(directory, *statements):
+    """Changes the index behind the store."""
+    with sqlite3.connect(directory / "index.sqlite3") as connection:
+        connection.create_function("casefold", 1, str.casefold)
+        for statement in statements:
+            connection.execute(statement)
+    connection.close()
 
 
 def add(store, number, finish=True):
@@ -96,11 +106,14 @@ DAMAGE = [
 def test_an_index_that_names_a_path_or_other_types_deletes_nothing(tmp_path, damage):
     store = LoopStore(tmp_path / "a", 1e9, 1 << 30)
     add(store, 1, finish=False)
-    store._index.execute("DROP INDEX loops_by_age")
-    store._index.execute("ALTER TABLE loops RENAME TO old")
-    store._index.execute("CREATE TABLE loops AS SELECT * FROM old")
-    store._index.execute(f"UPDATE loops SET {damage}")
     store.close()
+    alter(
+        tmp_path / "a",
+        "DROP INDEX loops_by_age",
+        "ALTER TABLE loops RENAME TO old",
+        "CREATE TABLE loops AS SELECT * FROM old",
+        f"UPDATE loops SET {damage}",
+    )
     trajectory().save(tmp_path / "a" / loop_id(9))
     before = sorted(tmp_path.rglob("*.png"))
     with pytest.raises(ClvrError, match=r"index.sqlite3: the entry of loop .* is damaged"):
@@ -111,7 +124,7 @@ def test_an_index_that_names_a_path_or_other_types_deletes_nothing(tmp_path, dam
 def test_a_text_that_is_not_utf8_is_shown_with_marks(tmp_path):
     store = LoopStore(tmp_path, 1e9, 1 << 30)
     add(store, 1, finish=False)
-    store._index.execute("UPDATE loops SET prompt = CAST(x'61ff' AS TEXT)")
+    alter(tmp_path, "UPDATE loops SET prompt = CAST(x'61ff' AS TEXT)")
     assert [entry["prompt"] for entry in store.entries(9)] == ["a\ufffd"]
 
 
@@ -128,7 +141,17 @@ def test_what_is_no_index_is_one_line(tmp_path):
 
 def test_an_index_of_another_version_is_refused(tmp_path):
     store = LoopStore(tmp_path, 1e9, 1 << 30)
-    store._index.execute("PRAGMA user_version = 9")
     store.close()
+    alter(tmp_path, "PRAGMA user_version = 9")
     with pytest.raises(ClvrError, match="has version 9"):
         LoopStore(tmp_path, 1e9, 1 << 30)
+
+
+def test_an_index_of_version_1_is_searched_like_a_new_one(tmp_path):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    store.add(loop_id(1), 1.0, "loop", "Ein GRÜNES Rechteck, 50% groß", "m", 0, {})
+    store.close()
+    alter(tmp_path, "ALTER TABLE loops DROP COLUMN folded", "PRAGMA user_version = 1")
+    again = LoopStore(tmp_path, 1e9, 1 << 30)
+    for query, found in [("grünes 50%", 1), ("GROSS", 1), ("5_%", 0), ("blau", 0)]:
+        assert len(again.entries(9, query=query)) == found

@@ -1,0 +1,71 @@
+"""Loops that another replica runs, as the endpoints of this one serve them: their events, and commands for them."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING, Any
+
+from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.event_log import Event
+from clvr_jax.serving.index.records import Command, Run
+from clvr_jax.serving.index.shared import SharedStore
+
+if TYPE_CHECKING:
+    from clvr_jax.serving.service import Service
+
+_POLL_SECONDS = 0.5
+_ANSWER_SECONDS = 60.0
+
+
+async def follow_elsewhere(service: Service, loop_id: str, after: int) -> AsyncIterator[Event | None]:
+    """Yields the events of a loop of any replica with an id above `after`, and None after each long silence."""
+    store, keepalive, heard = _store(service), service.limits.keepalive_seconds, time.monotonic()
+    while True:
+        events, is_running = await asyncio.to_thread(store.events_after, loop_id, after)
+        for event in events:
+            yield event
+            after, heard = event["id"], time.monotonic()
+        if not is_running and not events:
+            return
+        if time.monotonic() - heard >= keepalive:
+            yield None
+            heard = time.monotonic()
+        if is_running:
+            await asyncio.sleep(min(_POLL_SECONDS, keepalive))
+
+
+async def send_command(service: Service, run: Run, kind: str, content: dict[str, Any]) -> None:
+    """Sends a command to the replica that runs a loop; it is carried out before the next work there."""
+    await asyncio.to_thread(_store(service).send, Command(secrets.token_hex(12), run.loop_id, kind, content))
+
+
+async def carry_out_elsewhere(service: Service, run: Run, kind: str, content: dict[str, Any]) -> None:
+    """Sends a command and waits until it has taken effect.
+
+    Raises: ApiError: as the other replica answers; 400 if the loop ended before; 503, with the name of the other
+      replica, if it does not answer in time. The command is withdrawn then.
+    """
+    store, command = _store(service), Command(secrets.token_hex(12), run.loop_id, kind, content)
+    await asyncio.to_thread(store.send, command)
+    end = time.monotonic() + _ANSWER_SECONDS
+    while True:
+        outcome = await asyncio.to_thread(store.outcome, command.id)
+        if outcome is not None or time.monotonic() > end:
+            break
+        if await asyncio.to_thread(store.run, run.loop_id) is None:
+            raise ApiError(400, "the loop has ended already", code="not_running")
+        await asyncio.sleep(_POLL_SECONDS / 2)
+    await asyncio.to_thread(store.retract, command.id)
+    if outcome is None:
+        message = f"{run.owner or 'the next replica'}, which runs the loop, has not answered; try again later"
+        raise ApiError(503, message, code="replica_silent", retry_after=10)
+    if outcome["status"] >= 400:
+        raise ApiError(outcome["status"], outcome["message"], outcome.get("param"), outcome.get("code"))
+
+
+def _store(service: Service) -> SharedStore:
+    assert isinstance(service.store, SharedStore)  # only replicas have loops elsewhere
+    return service.store
