@@ -58,7 +58,8 @@ def edit_routes(service: Service) -> APIRouter:
     async def branch(loop_id: str, body: BranchRequest) -> Response:
         """Starts another loop from an image of a running or finished one."""
         (job,) = await service.start_loops([await asyncio.to_thread(_branch, service, loop_id, body)])
-        return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
+        item = await asyncio.to_thread(loop_item, service, job.id)
+        return JSONResponse(item, 202, {"Location": f"/v1/loops/{job.id}"})
 
     return router
 

@@ -39,7 +39,8 @@ def loop_routes(service: Service) -> APIRouter:
             raise ApiError(422, f"images: at most {service.limits.max_images}", "images", "invalid_value")
         images = [await asyncio.to_thread(service.decode_image, text, "images") for text in texts]
         (job,) = await service.start_loops(await asyncio.to_thread(service.specs, body, images))
-        return JSONResponse(loop_item(service, job.id), 202, {"Location": f"/v1/loops/{job.id}"})
+        item = await asyncio.to_thread(loop_item, service, job.id)
+        return JSONResponse(item, 202, {"Location": f"/v1/loops/{job.id}"})
 
     @router.get("/v1/loops")
     async def listing(

@@ -140,14 +140,19 @@ class Scheduler:
             return 0
         return max(0, self._limits.max_running - len(self._running) - len(self._waiting))
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Adds jobs to the queue, all or none. Raises: QueueFullError; DrainingError."""
+    def check_room(self, count: int) -> None:
+        """Raises QueueFullError or DrainingError if this many jobs would not be accepted now."""
         with self._changed:
             if self._is_draining or not self._thread.is_alive():
                 raise DrainingError("the server is shutting down; try again later")
             free = max(0, self._limits.max_running - len(self._running)) if self.is_ready else 0
-            if len(self._waiting) + len(jobs) > self._limits.max_queue + free:
+            if len(self._waiting) + count > self._limits.max_queue + free:
                 raise QueueFullError(len(self._waiting), self._retry_seconds())
+
+    def submit(self, jobs: Sequence[Job]) -> None:
+        """Adds jobs to the queue, all or none. Raises: QueueFullError; DrainingError."""
+        with self._changed:
+            self.check_room(len(jobs))
             now = time.monotonic()
             self._waiting.extend((job, now) for job in jobs)
             self._metrics.waiting.set(len(self._waiting))

@@ -9,7 +9,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from typing import Any
 
@@ -191,6 +191,8 @@ class Service:
         assert self.loop is not None
         jobs = [self.make_job(spec, EventLog(self.loop)) for spec in specs]
         try:
+            with _refusals():
+                self.scheduler.check_room(len(jobs))  # before anything is written
             for job in jobs:
                 job.log.append("queued")
                 self._list(job)
@@ -243,12 +245,8 @@ class Service:
             raise ApiError(503, "the server is not ready; try again later", code="not_ready", retry_after=5)
 
     def _submit(self, jobs: Sequence[Any]) -> None:
-        try:
+        with _refusals():
             self.scheduler.submit(jobs)
-        except QueueFullError as error:
-            raise ApiError(429, str(error), code="queue_full", retry_after=error.seconds) from error
-        except DrainingError as error:
-            raise ApiError(503, str(error), code="shutting_down", retry_after=10) from error
 
     # --- results
 
@@ -337,6 +335,17 @@ class Service:
             while tasks := [task for job in jobs for task in job.tasks(0.0)]:
                 for key in dict.fromkeys(task.key for task in tasks):
                     self.models.perform(key, [task for task in tasks if task.key == key])
+
+
+@contextlib.contextmanager
+def _refusals() -> Iterator[None]:
+    """Turns the refusals of the scheduler into errors of the API."""
+    try:
+        yield
+    except QueueFullError as error:
+        raise ApiError(429, str(error), code="queue_full", retry_after=error.seconds) from error
+    except DrainingError as error:
+        raise ApiError(503, str(error), code="shutting_down", retry_after=10) from error
 
 
 def encode(image: ImageLike, kind: str, compression: int | None = None) -> bytes:

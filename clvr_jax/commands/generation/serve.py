@@ -105,7 +105,7 @@ class Serve:
     out: Path = Path("out/serve")
     """Store finished loops, and their index, in this directory. Replicas share one directory, or a gs:// bucket."""
     index_variable: str = "CLVR_INDEX_URL"
-    """Environment variable with the URL of a PostgreSQL database, postgresql://USER:PASSWORD@HOST/NAME, in which several
+    """Environment variable with the URL of a PostgreSQL database, postgresql://USER:PASSWORD@HOST/NAME, in which
     replicas share the index of loops. Without a value in it the index is an SQLite file in --out, for one server."""
     lease_seconds: float = 15.0
     """Let another replica resume the loops of this one when it has been silent for this long. No effect with SQLite."""

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from clvr_jax.serving.service import Service
 
 MAX_RESUMPTIONS = 3
-"""A loop whose replicas died this many times, maybe because of it, is listed as failed."""
+"""A loop is listed as failed when more replicas than these died, maybe because of it, or could not resume it."""
 EVENT_GAP = 1000
 """Ids that the events of a resumed loop leave out. Clients of the replica that died may have received events that it
 had not stored yet; ids are above theirs from then on, so a client that reconnects misses nothing."""
@@ -166,7 +166,7 @@ class Replica:
         limit = self._service.scheduler.num_startable if self._is_taking else 0
         for run in self._store.take_over(limit) if limit else []:
             if run.resumptions > MAX_RESUMPTIONS:
-                self._store.fail(run.loop_id, f"its replica died {run.resumptions} times")
+                self._store.fail(run.loop_id, f"its replica died, or could not resume it, {run.resumptions} times")
                 continue
             try:
                 self._resume(run)
@@ -176,7 +176,7 @@ class Replica:
                 raise
             except ClvrError as error:
                 _log.warning("%s cannot be resumed: %s", run.loop_id, error)
-                self._store.fail(run.loop_id, f"it cannot be resumed: {error}")
+                self._store.postpone(run.loop_id)
 
     def _resume(self, run: Run) -> None:
         service = self._service

@@ -171,6 +171,12 @@ class SharedStore(LoopStore):
         with self._transaction() as connection:
             self._update_run(connection, loop_id, owner=None, expires=0.0)
 
+    def postpone(self, loop_id: str) -> None:
+        """Gives up a loop that cannot be resumed now; some replica tries again after a lease. It counts as a failure."""
+        with self._transaction() as connection:
+            later = _NOW + self.lease_seconds
+            self._update_run(connection, loop_id, owner=None, expires=later, resumptions=RUNS.c.resumptions + 1)
+
     # --- commands
 
     def send(self, command: Command) -> None:
@@ -250,7 +256,7 @@ def _columns(progress: Progress) -> dict[str, Any]:
     return {"started": progress.started, "images": progress.images, "best": progress.best, "snapshot": snapshot}
 
 
-def _run(row: sql.Row[Any]) -> Run:
+def _run(row: Any) -> Run:
     return Run(
         row.loop_id,
         row.created,

@@ -251,5 +251,5 @@ class LoopStore:
         self.delete_old()
 
 
-def _entry(row: sql.Row[Any]) -> dict[str, Any]:
+def _entry(row: Any) -> dict[str, Any]:
     return {**row._mapping, "request": json.loads(row.request)}

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sql
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from clvr_jax.errors import ClvrError, UsageError
@@ -158,7 +158,7 @@ def open_postgresql(url: str) -> sql.Engine:
     return engine
 
 
-def unavailable(error: DBAPIError) -> IndexUnavailableError:
+def unavailable(error: SQLAlchemyError) -> IndexUnavailableError:
     """Returns an error of the database as one of ours, in one line."""
     return IndexUnavailableError(f"the index of loops cannot be reached or written ({_one_line(error)})")
 
@@ -175,8 +175,8 @@ def _parsed(url: str) -> sql.URL:
     return parsed.set(drivername="postgresql+psycopg")
 
 
-def _one_line(error: DBAPIError) -> str:
-    return " ".join(str(error.orig).split())[:300]
+def _one_line(error: SQLAlchemyError) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
 
 
 def _prepare_sqlite(connection: Any, _: Any) -> None:
