@@ -256,8 +256,9 @@ class Service:
 
     def _store(self, job: LoopJob, trajectory: Trajectory | None, error: BaseException | None) -> None:
         try:
-            if job.is_interrupted and self.replica is not None:
-                self.replica.hand_back(job)
+            if self.replica is not None and (job.is_interrupted or (error and error is self.scheduler.failure)):
+                give_away = self.replica.hand_back if job.is_interrupted else self.replica.give_up
+                give_away(job)
                 raise LostLeaseError(f"{job.id}: is handed back")
             if trajectory is not None:
                 self._count(trajectory)

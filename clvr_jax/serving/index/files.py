@@ -102,7 +102,8 @@ class BucketFiles:
             self._root = epath.Path(url)
             self._root.exists()
         except ImportError as error:
-            raise ClvrError(f"{url}: a bucket needs {error.name or error}: pip install 'clvr-jax[replicas]'") from error
+            message = f"{url}: a package for buckets is missing ({_one_line(error)}): pip install 'clvr-jax[replicas]'"
+            raise ClvrError(message) from error
         except Exception as error:  # each kind of bucket has errors of its own
             raise ClvrError(f"{url}: cannot be reached ({_one_line(error)})") from error
 

@@ -113,6 +113,11 @@ class Replica:
         with contextlib.suppress(LostLeaseError):
             self.patiently(lambda: self._store.hand_back(job.id))
 
+    def give_up(self, job: LoopJob) -> None:
+        """Gives up a loop because the device thread failed; another replica resumes it."""
+        with contextlib.suppress(LostLeaseError):
+            self.patiently(lambda: self._store.postpone(job.id))
+
     def forget(self, job: LoopJob) -> None:
         """Forgets a loop that has ended here."""
         self._unstored.pop(job.id, None)

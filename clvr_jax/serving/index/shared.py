@@ -172,7 +172,7 @@ class SharedStore(LoopStore):
             self._update_run(connection, loop_id, owner=None, expires=0.0)
 
     def postpone(self, loop_id: str) -> None:
-        """Gives up a loop that cannot be resumed now; some replica tries again after a lease. It counts as a failure."""
+        """Gives up a loop that cannot be resumed now; a replica tries again after a lease. It counts as a failure."""
         with self._transaction() as connection:
             later = _NOW + self.lease_seconds
             self._update_run(connection, loop_id, owner=None, expires=later, resumptions=RUNS.c.resumptions + 1)

@@ -24,19 +24,21 @@ SPEC = LoopSpec("p", 1, budget=Budget(max_steps=6), images=GIVEN, request={"user
 
 
 class ScriptedModels:
-    """What a service asks of its models. gate: holds the device before each batch while it is closed."""
+    """What a service asks of its models. gate: holds the device before each batch. is_broken: whether its thread ends."""
 
     name, chat_name, has_loop = "scripted", None, True
     flux = SimpleNamespace(settings=SimpleNamespace(num_inference_steps=4))
 
     def __init__(self):
-        self.gate, self.num_batches = threading.Semaphore(0), 0
+        self.gate, self.num_batches, self.is_broken = threading.Semaphore(0), 0, False
 
     def key(self, work, sampling):
         return StageKey(type(work).__name__)
 
     def perform(self, key, tasks, *_):
         self.gate.acquire()
+        if self.is_broken:
+            raise SystemExit
         perform([(task.job, task.work) for task in tasks], Roles(NoisyController(), NoisyDrawer(), NoisyVerifier()))
         self.num_batches += 1
         return ()
@@ -171,6 +173,19 @@ def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replica
     replicas.execute('UPDATE runs SET expires = 0, spec = \'{"given": 0, "prompt": 3}\'')
     wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 60)
     assert caplog.text.count("cannot be resumed: ") == MAX_RESUMPTIONS
+
+
+def test_loops_of_a_replica_whose_device_fails_move_too(replicas, undisturbed):
+    a, b = replicas.start("a", lease_seconds=1), replicas.start("b")
+    (job,) = a.submit([SPEC])
+    a.models.let(4)
+    a.models.is_broken = True
+    a.models.open()
+    with pytest.raises(ApiError, match="another one continues"):
+        job.result.result(60)
+    b.models.open()
+    wait_until(lambda: is_finished(b, job.id), 60)
+    assert content(b.store.trajectory(job.id)) == undisturbed
 
 
 def test_lost_connections_to_the_database_lose_no_loop(replicas, undisturbed):

@@ -14,8 +14,8 @@ BODIES = [{"prompt": PROMPT, "seed": seed, "max_steps": 3} for seed in range(6)]
 STAYING = {"prompt": "a red circle above a blue square left of a green star", "max_steps": 16, "max_seconds": 600}
 
 
-def events_of(client, loop_id, after=-1):
-    with client.stream("GET", f"/v1/loops/{loop_id}/events", headers={"Last-Event-ID": str(max(after, 0))}) as response:
+def events_of(client, loop_id):
+    with client.stream("GET", f"/v1/loops/{loop_id}/events") as response:
         lines = [line for line in response.iter_lines() if line.startswith("data: ")]
     return [json.loads(line.removeprefix("data: ")) for line in lines]
 
