@@ -20,11 +20,11 @@ from tests.reasoning.scripted import NoisyController, NoisyDrawer
 from tests.reasoning.test_resumable import GIVEN, NoisyVerifier
 from tests.serving.conftest import wait_until
 
-SPEC = LoopSpec("p", 1, budget=Budget(max_steps=6), images=GIVEN, request={"user": "u"})
+SPEC = LoopSpec("p", 18, budget=Budget(max_steps=6), images=GIVEN, request={"user": "u"})
 
 
 class ScriptedModels:
-    """What a service asks of its models. gate: holds the device before each batch. is_broken: whether its thread ends."""
+    """What a service asks of its models. gate: holds the device before each batch. is_broken: its thread ends there."""
 
     name, chat_name, has_loop = "scripted", None, True
     flux = SimpleNamespace(settings=SimpleNamespace(num_inference_steps=4))
@@ -116,7 +116,7 @@ def is_finished(service, loop_id):
 def test_a_loop_whose_replica_is_silent_moves_and_only_its_new_owner_finishes_it(replicas, undisturbed):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
-    a.models.let(5)
+    a.models.let(7)
     images = len(job.state.steps)
     wait_until(lambda: a.store.run(job.id).images == images, 60)
     seen = job.log.events
