@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_RESUMPTIONS = 3
 """A loop is listed as failed when more replicas than these died, maybe because of it, or could not resume it."""
-EVENT_GAP = 1000
+EVENT_GAP = 100_000
 """Ids that the events of a resumed loop leave out. Clients of the replica that died may have received events that it
 had not stored yet; ids are above theirs from then on, so a client that reconnects misses nothing."""
 _POLL_SECONDS = 0.5

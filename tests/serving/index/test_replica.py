@@ -47,7 +47,7 @@ class ScriptedModels:
         """Lets this many batches pass, and waits for them."""
         end = self.num_batches + count
         self.gate.release(count)
-        wait_until(lambda: self.num_batches == end, 60)
+        wait_until(lambda: self.num_batches == end, 600)
 
     def open(self):
         self.gate.release(10**6)
@@ -68,8 +68,8 @@ class Replicas:
         async def start():
             service.start()
 
-        asyncio.run_coroutine_threadsafe(start(), self.loop).result(60)
-        wait_until(lambda: service.scheduler.is_ready, 60)
+        asyncio.run_coroutine_threadsafe(start(), self.loop).result(600)
+        wait_until(lambda: service.scheduler.is_ready, 600)
         self._opened.append(service)
         return service
 
@@ -98,7 +98,7 @@ def undisturbed(replicas):
     service = replicas.start("undisturbed")
     service.models.open()
     (job,) = service.submit([SPEC])
-    found = job.result.result(60)
+    found = job.result.result(600)
     service.replica.stop_taking()
     assert len(found.generated) > 2
     return content(found)
@@ -118,16 +118,16 @@ def test_a_loop_whose_replica_is_silent_moves_and_only_its_new_owner_finishes_it
     (job,) = a.submit([SPEC])
     a.models.let(7)
     images = len(job.state.steps)
-    wait_until(lambda: a.store.run(job.id).images == images, 60)
+    wait_until(lambda: a.store.run(job.id).images == images, 600)
     seen = job.log.events
     replicas.execute("UPDATE runs SET expires = 0")
-    wait_until(lambda: job.id in b.jobs, 60)
+    wait_until(lambda: job.id in b.jobs, 600)
     assert len(b.jobs[job.id].state.steps) == images
     b.models.open()
-    wait_until(lambda: is_finished(b, job.id), 60)
+    wait_until(lambda: is_finished(b, job.id), 600)
     a.models.open()  # it has not noticed anything yet
     with pytest.raises(ApiError, match="another one continues the loop") as caught:
-        job.result.result(60)
+        job.result.result(600)
     assert caught.value.status_code == 503
     assert content(b.store.trajectory(job.id)) == undisturbed
     events = b.store.events(job.id)
@@ -147,13 +147,13 @@ def test_a_replica_that_stops_hands_its_loops_back(replicas, undisturbed):
     stopping = threading.Thread(target=a.drain)
     stopping.start()
     a.models.open()  # a batch that runs cannot be interrupted
-    stopping.join(60)
+    stopping.join(600)
     b.models.open()
     for job in jobs:
         with pytest.raises(ApiError, match="another one continues"):
-            job.result.result(60)
+            job.result.result(600)
         assert [event["type"] for event in job.log.events][-1] != "done"
-        wait_until(lambda: is_finished(b, job.id), 60)  # noqa: B023 - called at once
+        wait_until(lambda: is_finished(b, job.id), 600)  # noqa: B023 - called at once
         assert content(b.store.trajectory(job.id)) == undisturbed
     assert [run.resumptions for run in b.store.runs([job.id for job in jobs])] == []
 
@@ -162,7 +162,7 @@ def test_a_loop_that_may_kill_replicas_is_given_up(replicas):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
     replicas.execute(f"UPDATE runs SET expires = 0, resumptions = {MAX_RESUMPTIONS}")
-    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 60)
+    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 600)
     times = MAX_RESUMPTIONS + 1
     assert b.store.entry(job.id)["error"] == f"its replica died, or could not resume it, {times} times"
 
@@ -171,7 +171,7 @@ def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replica
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
     replicas.execute('UPDATE runs SET expires = 0, spec = \'{"given": 0, "prompt": 3}\'')
-    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 60)
+    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 600)
     assert caplog.text.count("cannot be resumed: ") == MAX_RESUMPTIONS
 
 
@@ -182,9 +182,9 @@ def test_loops_of_a_replica_whose_device_fails_move_too(replicas, undisturbed):
     a.models.is_broken = True
     a.models.open()
     with pytest.raises(ApiError, match="another one continues"):
-        job.result.result(60)
+        job.result.result(600)
     b.models.open()
-    wait_until(lambda: is_finished(b, job.id), 60)
+    wait_until(lambda: is_finished(b, job.id), 600)
     assert content(b.store.trajectory(job.id)) == undisturbed
 
 
@@ -198,9 +198,9 @@ def test_lost_connections_to_the_database_lose_no_loop(replicas, undisturbed):
             " WHERE datname = current_database() AND pid <> pg_backend_pid()"
         )
     a.models.open()
-    assert content(job.result.result(60)) == undisturbed
+    assert content(job.result.result(600)) == undisturbed
     assert is_finished(a, job.id)
-    wait_until(lambda: a.replica.is_connected, 60)
+    wait_until(lambda: a.replica.is_connected, 600)
 
 
 def test_commands_of_another_replica_are_carried_out_between_two_works(replicas):
@@ -210,10 +210,10 @@ def test_commands_of_another_replica_are_carried_out_between_two_works(replicas)
     b.store.send(Command("2", edited, "rollback", {"step": 50}))
     b.store.send(Command("3", canceled, "cancel", {}))
     b.store.send(Command("4", accepted, "accept", {}))  # it has no image, which the other replica would have seen
-    wait_until(lambda: b.store.outcome("4") is not None, 60)
+    wait_until(lambda: b.store.outcome("4") is not None, 600)
     a.models.open()
-    wait_until(lambda: b.store.outcome("2") is not None or b.store.run(edited) is None, 60)
-    wait_until(lambda: not b.store.runs([edited, accepted, canceled]), 60)
+    wait_until(lambda: b.store.outcome("2") is not None or b.store.run(edited) is None, 600)
+    wait_until(lambda: not b.store.runs([edited, accepted, canceled]), 600)
     assert b.store.entry(canceled)["status"] == "canceled"
     assert b.store.entry(accepted)["status"] == "finished"
     assert b.store.trajectory(edited).edits[0].requirements == ("a dog",)
