@@ -173,6 +173,9 @@ class Replica:
             if run.resumptions > MAX_RESUMPTIONS:
                 self._store.fail(run.loop_id, f"its replica died, or could not resume it, {run.resumptions} times")
                 continue
+            if run.loop_id in self._service.jobs:  # it was lost to a replica that died, and its job here ends only now
+                self._store.hand_back(run.loop_id)
+                continue
             try:
                 self._resume(run)
             except (QueueFullError, DrainingError):

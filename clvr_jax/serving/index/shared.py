@@ -152,10 +152,14 @@ class SharedStore(LoopStore):
             return set(connection.execute(renewed).scalars())
 
     def take_over(self, limit: int) -> list[Run]:
-        """Takes over at most `limit` loops whose leases have expired, the oldest first; no two replicas take one."""
+        """Takes over at most `limit` loops of others whose leases have expired, the oldest first.
+
+        No two replicas take the same one. Those of this replica are renewed instead.
+        """
         with self._transaction() as connection:
             expired = sql.select(RUNS.c.loop_id).join(LOOPS, LOOPS.c.id == RUNS.c.loop_id)
-            expired = expired.where(RUNS.c.expires < _NOW).order_by(LOOPS.c.created).limit(limit)
+            expired = expired.where(RUNS.c.owner.is_distinct_from(self.replica), RUNS.c.expires < _NOW)
+            expired = expired.order_by(LOOPS.c.created).limit(limit)
             found = list(connection.execute(expired.with_for_update(of=RUNS, skip_locked=True)).scalars())
             if not found:
                 return []

@@ -129,6 +129,7 @@ def test_a_loop_is_taken_over_only_after_its_lease_and_its_old_owner_cannot_fini
     assert a.renew() == {loop_id(1), loop_id(2)}  # in time
     assert b.take_over(9) == []
     expire(a)
+    assert a.take_over(9) == []  # its own ones are renewed
     (run,) = b.take_over(1)
     assert (run.loop_id, run.owner, run.resumptions) == (loop_id(1), "b", 1)
     assert a.renew() == {loop_id(2)}
