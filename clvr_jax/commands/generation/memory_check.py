@@ -44,7 +44,7 @@ def check_memory(
     chat: dict[str, Path] = {part: controller_directory(name)[0] for part, name in names.items() if name is not None}
     call = image_call(model, size, [(image.shape[0], image.shape[1]) for image in images])
     parts, options = parts_of(model, chat), loading.arguments()
-    dtype, quantize, offload = (options[name] for name in ("dtype", "quantize", "offload"))
+    dtype, quantize, offload = options["dtype"], options["quantize"], options["offload"]
     if options["mesh"] is None and (mesh := mesh_that_fits(parts, dtype, quantize, offload, call=call)):
         sizes = {axis: size for axis in ("fsdp", "tensor") if (size := getattr(mesh, axis)) > 1}
         words = " ".join(f"--mesh.{axis} {size}" for axis, size in sizes.items())
