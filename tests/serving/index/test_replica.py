@@ -77,6 +77,15 @@ class Replicas:
         with self._opened[0].store._engine.begin() as connection:
             connection.exec_driver_sql(statement)
 
+    def expire(self, is_done, *changes):
+        """Lets the leases of the replica "a" expire, again and again, because it renews them once when it starts."""
+
+        def expired():
+            self.execute(f"UPDATE runs SET {', '.join(['expires = 0', *changes])} WHERE owner = 'a'")
+            return is_done()
+
+        wait_until(expired, 600)
+
     def close(self):
         for service in self._opened:
             service.models.open()
@@ -120,8 +129,7 @@ def test_a_loop_whose_replica_is_silent_moves_and_only_its_new_owner_finishes_it
     images = len(job.state.steps)
     wait_until(lambda: a.store.run(job.id).images == images, 600)
     seen = job.log.events
-    replicas.execute("UPDATE runs SET expires = 0")
-    wait_until(lambda: job.id in b.jobs, 600)
+    replicas.expire(lambda: job.id in b.jobs)
     assert len(b.jobs[job.id].state.steps) == images
     b.models.open()
     wait_until(lambda: is_finished(b, job.id), 600)
@@ -161,8 +169,7 @@ def test_a_replica_that_stops_hands_its_loops_back(replicas, undisturbed):
 def test_a_loop_that_may_kill_replicas_is_given_up(replicas):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
-    replicas.execute(f"UPDATE runs SET expires = 0, resumptions = {MAX_RESUMPTIONS}")
-    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 600)
+    replicas.expire(lambda: b.store.entry(job.id)["status"] == "failed", f"resumptions = {MAX_RESUMPTIONS}")
     times = MAX_RESUMPTIONS + 1
     assert b.store.entry(job.id)["error"] == f"its replica died, or could not resume it, {times} times"
 
@@ -170,8 +177,8 @@ def test_a_loop_that_may_kill_replicas_is_given_up(replicas):
 def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replicas, caplog):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
-    replicas.execute('UPDATE runs SET expires = 0, spec = \'{"given": 0, "prompt": 3}\'')
-    wait_until(lambda: b.store.entry(job.id)["status"] == "failed", 600)
+    spec = 'spec = \'{"given": 0, "prompt": 3}\''
+    replicas.expire(lambda: b.store.entry(job.id)["status"] == "failed", spec)
     assert caplog.text.count("cannot be resumed: ") == MAX_RESUMPTIONS
 
 

@@ -11,7 +11,12 @@ from tests.serving.conftest import PROMPT, wait_until
 from tests.serving.test_process import serving
 
 BODIES = [{"prompt": PROMPT, "seed": seed, "max_steps": 2} for seed in range(4)]
-STAYING = {"prompt": "a red circle above a blue square left of a green star", "max_steps": 16, "max_seconds": 600}
+STAYING = {
+    "prompt": "a red circle above a blue square left of a green star",
+    "max_steps": 16,
+    "max_seconds": 600,
+    "num_inference_steps": 300,  # long enough that a loop is still there when a command comes
+}
 
 
 def events_of(client, loop_id):
