@@ -15,7 +15,7 @@ STAYING = {
     "prompt": "a red circle above a blue square left of a green star",
     "max_steps": 16,
     "max_seconds": 600,
-    "num_inference_steps": 300,  # long enough that a loop is still there when a command comes
+    "num_inference_steps": 100,  # long enough that a loop is still there when a command comes
 }
 
 
