@@ -53,7 +53,9 @@ def test_generate_tells_the_steps_and_ends_with_the_page(model, monkeypatch, tmp
 
     images = []
     monkeypatch.setattr(ClosedLoopPipeline, "from_pretrained", lambda name, **options: Scripted(None, None))
-    monkeypatch.setattr(memory_check, "check_memory", lambda *parts: None)  # the model has no weights
+    monkeypatch.setattr(
+        memory_check, "check_memory", lambda model, loading, *parts: loading
+    )  # the model has no weights
     (model / "controller").mkdir()
     (model / "controller" / "config.json").write_text('{"model_type": "qwen3_vl"}')
     command = ["generate", PROMPT + " and a dragon", "--model", str(model), "--verification", "controller"]

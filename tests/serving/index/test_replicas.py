@@ -11,11 +11,13 @@ from tests.serving.conftest import PROMPT, wait_until
 from tests.serving.test_process import serving
 
 BODIES = [{"prompt": PROMPT, "seed": seed, "max_steps": 2} for seed in range(4)]
-STAYING = {
-    "prompt": "a red circle above a blue square left of a green star",
+STAYING = {  # loops of this prompt are rarely accepted, and last long enough for a command to find them
+    "prompt": "an orange cross in the center, a black triangle at the top left, a green circle at the bottom right, "
+    "three green squares, a cyan square over the green circle, a blue square to the left of the green circle, and a "
+    "black square to the left of the cyan square",
     "max_steps": 16,
     "max_seconds": 600,
-    "num_inference_steps": 100,  # long enough that a loop is still there when a command comes
+    "num_inference_steps": 100,
 }
 
 
@@ -83,12 +85,12 @@ def test_a_loop_is_controlled_through_any_replica_and_handed_back_at_the_end(tmp
     with ExitStack() as stack:
         first, a = stack.enter_context(serving(out, "--drain-seconds", "0"))
         _, b = stack.enter_context(serving(out))
-        changed, accepted, canceled = (a.post("/v1/loops", json=STAYING).json()["id"] for _ in range(3))
-
+        canceled = a.post("/v1/loops", json=STAYING).json()["id"]
         canceling = b.post(f"/v1/loops/{canceled}/cancel")
         assert canceling.status_code == 202
         wait_until(lambda: b.get(f"/v1/loops/{canceled}").json()["status"] == "canceled", 900)
         assert b.post(f"/v1/loops/{canceled}/cancel").json()["error"]["code"] == "not_running"
+        changed = a.post("/v1/loops", json=STAYING).json()["id"]
         edited = b.post(f"/v1/loops/{changed}/plan", json={"requirements": ["a dog", "a cat", "a bird"]})
         assert edited.status_code == 200, edited.text
         assert b.delete(f"/v1/loops/{changed}").json()["error"]["code"] == "running"
@@ -98,6 +100,8 @@ def test_a_loop_is_controlled_through_any_replica_and_handed_back_at_the_end(tmp
         assert b.post(f"/v1/loops/{changed}/rollback", json={"step": 0}).status_code == 200
         branched = b.post(f"/v1/loops/{changed}/branch", json={"step": 0, "instruction": "Add a star."})
         assert (branched.status_code, branched.json()["parent"]) == (202, {"id": changed, "step": 0})
+        assert b.post(f"/v1/loops/{branched.json()['id']}/cancel").status_code == 202
+        accepted = a.post("/v1/loops", json=STAYING).json()["id"]
         wait_until(lambda: b.get(f"/v1/loops/{accepted}").json()["images"], 900)
         assert b.post(f"/v1/loops/{accepted}/accept").status_code == 202
         wait_until(lambda: b.get(f"/v1/loops/{accepted}").json()["status"] == "finished", 900)
