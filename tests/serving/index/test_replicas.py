@@ -11,14 +11,6 @@ from tests.serving.conftest import PROMPT, wait_until
 from tests.serving.test_process import serving
 
 BODIES = [{"prompt": PROMPT, "seed": seed, "max_steps": 2} for seed in range(4)]
-STAYING = {  # loops of this prompt are rarely accepted, and last long enough for a command to find them
-    "prompt": "an orange cross in the center, a black triangle at the top left, a green circle at the bottom right, "
-    "three green squares, a cyan square over the green circle, a blue square to the left of the green circle, and a "
-    "black square to the left of the cyan square",
-    "max_steps": 16,
-    "max_seconds": 600,
-    "num_inference_steps": 100,
-}
 
 
 def events_of(client, loop_id):
@@ -76,46 +68,6 @@ def test_every_accepted_request_is_answered_once_when_a_replica_is_killed(tmp_pa
         one, other = saved[first], saved[second]
         assert [step.reasoning for step in one.steps] == [step.reasoning for step in other.steps]
         assert [step.image.tobytes() for step in one.generated] == [step.image.tobytes() for step in other.generated]
-
-
-@pytest.mark.slow
-def test_a_loop_is_controlled_through_any_replica_and_handed_back_at_the_end(tmp_path, postgres_url, monkeypatch):
-    monkeypatch.setenv("CLVR_INDEX_URL", postgres_url)
-    out = tmp_path / "shared"
-    with ExitStack() as stack:
-        first, a = stack.enter_context(serving(out, "--drain-seconds", "0"))
-        _, b = stack.enter_context(serving(out))
-        canceled = a.post("/v1/loops", json=STAYING).json()["id"]
-        canceling = b.post(f"/v1/loops/{canceled}/cancel")
-        assert canceling.status_code == 202
-        wait_until(lambda: b.get(f"/v1/loops/{canceled}").json()["status"] == "canceled", 900)
-        assert b.post(f"/v1/loops/{canceled}/cancel").json()["error"]["code"] == "not_running"
-        changed = a.post("/v1/loops", json=STAYING).json()["id"]
-        edited = b.post(f"/v1/loops/{changed}/plan", json={"requirements": ["a dog", "a cat", "a bird"]})
-        assert edited.status_code == 200, edited.text
-        assert b.delete(f"/v1/loops/{changed}").json()["error"]["code"] == "running"
-        wait_until(lambda: b.get(f"/v1/loops/{changed}").json()["images"], 900)
-        refused = b.post(f"/v1/loops/{changed}/rollback", json={"step": 99})
-        assert (refused.status_code, refused.json()["error"]["param"]) == (422, "step")
-        assert b.post(f"/v1/loops/{changed}/rollback", json={"step": 0}).status_code == 200
-        branched = b.post(f"/v1/loops/{changed}/branch", json={"step": 0, "instruction": "Add a star."})
-        assert (branched.status_code, branched.json()["parent"]) == (202, {"id": changed, "step": 0})
-        assert b.post(f"/v1/loops/{branched.json()['id']}/cancel").status_code == 202
-        accepted = a.post("/v1/loops", json=STAYING).json()["id"]
-        wait_until(lambda: b.get(f"/v1/loops/{accepted}").json()["images"], 900)
-        assert b.post(f"/v1/loops/{accepted}/accept").status_code == 202
-        wait_until(lambda: b.get(f"/v1/loops/{accepted}").json()["status"] == "finished", 900)
-
-        first.send_signal(signal.SIGTERM)
-        assert first.wait(300) == 0
-        # Replica b resumes it at once, without waiting for a lease to expire, and its edits are not lost.
-        wait_until(lambda: b.post(f"/v1/loops/{changed}/cancel").status_code == 202, 300)
-        kinds = [event["type"] for event in events_of(b, changed)]
-        assert "edited" in kinds
-        assert kinds[-1] == "done"
-        item = b.get(f"/v1/loops/{changed}").json()
-        assert {"requirements": ["a dog", "a cat", "a bird"]}.items() <= item["edits"][0].items()
-        assert item["edits"][1]["rollback_to"] == 0
 
 
 def test_a_replica_whose_database_is_absent_says_so_in_one_line(monkeypatch, capsys, tmp_path):
