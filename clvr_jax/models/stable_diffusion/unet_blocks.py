@@ -25,8 +25,9 @@ from clvr_jax.sharding import with_logical_constraint
 def with_batch_sharded(x_bhwc: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
     """Returns the same image features; a layout shards their batch only.
 
-    Only transformers shard tokens. With rows of images sharded through the convolutions, latents were right on a mesh of
-    sequence 4, and wrong by up to 3.3 on fsdp 2 x sequence 2 x tensor 2 (8 CPU devices, jax 0.10); why was not found.
+    Only transformers shard tokens. With rows of images sharded through the convolutions, latents were right on a mesh
+    of sequence 4, and wrong by up to 3.3 on fsdp 2 x sequence 2 x tensor 2 (8 CPU devices, jax 0.10). The cause is not
+    known.
     """
     return with_logical_constraint(x_bhwc, "batch", None, None, None)
 
