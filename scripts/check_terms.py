@@ -110,11 +110,10 @@ EXCEPTIONS = {
     "clvr_jax/commands/eval/system.py": ("picture", "pictures"),  # options
     "clvr_jax/interfaces/usage.py": ("pictures",),  # a field in results on disk
     # The types of results on disk, whose keys are fields there.
-    "clvr_jax/evaluation/comparison/scaling.py": ("drawings", "folder"),
+    "clvr_jax/evaluation/comparison/scaling.py": ("folder",),
     "clvr_jax/evaluation/comparison/systems.py": ("folders",),
     "clvr_jax/evaluation/harness/results.py": ("pictures",),
     "clvr_jax/evaluation/judging/questions.py": ("pictures",),
-    "clvr_jax/evaluation/paper/timing.py": ("drawings",),
     "clvr_jax/providers/endpoint.py": ("picture", "pictures"),  # an option of recipes, and the same field
     "clvr_jax/providers/local.py": ("pictures",),  # the same field
     "clvr_jax/providers/loop_roles.py": ("picture", "painter"),  # a prompt

@@ -206,7 +206,7 @@ def _times(name: str, model: Path, metadata: Sequence[Metadata], stages: Stages)
         write_json(directory / "times.json", {"prompts": loop_times(model, prompts)})
 
     directory = stages.directory(
-        f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "generation, diffusion"}, measure
+        f"times-{name}", {"model": digest(model), "prompts": prompts, "of": "images, generation, diffusion"}, measure
     )
     return times_by_image_count(read_json(directory / "times.json")["prompts"])
 

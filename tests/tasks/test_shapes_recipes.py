@@ -183,10 +183,34 @@ def test_the_loss_of_clarity_is_of_present_objects_and_its_metric_of_their_borde
     assert metrics["clarity_accuracy"] == 0
 
 
-def test_texts_cannot_train_the_vision_tower_alone():
-    config = dataclasses.replace(shapes_controller.CONFIG, trained="vision", **PARTS)
-    with pytest.raises(UsageError, match="batches of comparison and prompt have no images"):
+@pytest.mark.parametrize(
+    ("trained", "kinds", "said"),
+    [
+        ("vision", KINDS, "batches of comparison and prompt have no images"),
+        ("language", ("prompt", "clarity"), "batches of clarity teach the vision tower alone"),
+    ],
+)
+def test_batches_that_would_teach_nothing_are_refused(trained, kinds, said):
+    config = dataclasses.replace(shapes_controller.CONFIG, trained=trained, kinds=kinds, **PARTS)
+    with pytest.raises(UsageError, match=said):
         shapes_controller.task(config)
+
+
+def test_vision_and_language_are_two_parts_of_all_weights():
+    config = dataclasses.replace(shapes_controller.CONFIG, kinds=("image",), **PARTS)
+    names = {
+        trained: {
+            jax.tree_util.keystr(path)
+            for path, _ in jax.tree.leaves_with_path(
+                shapes_controller.task(dataclasses.replace(config, trained=trained)).params["model"]
+            )
+        }
+        for trained in ("all", "vision", "language")
+    }
+    assert names["vision"]
+    assert names["language"]
+    assert not names["vision"] & names["language"]
+    assert names["vision"] | names["language"] == names["all"]
 
 
 def controller_batches(**changes):

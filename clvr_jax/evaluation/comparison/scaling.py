@@ -66,9 +66,9 @@ class Point(TypedDict):
 
 
 class Curves(TypedDict):
-    """The points of one system for each kind of budget; "drawings" are generated images."""
+    """The points of one system for each kind of budget."""
 
-    drawings: list[Point]
+    images: list[Point]
     nfe: list[Point]
     seconds: list[Point]
 
@@ -114,7 +114,7 @@ def from_trajectories(
       directories: name of a system -> directory of its run.
       on_progress: called with the number of systems that are done.
     Returns: {"benchmark", "judge", "prompts", "systems": [{"name", "folder", "settings", "curves", "perfect_choice",
-      "gain"}]}, for JSON; "curves" is the content of `curves`, "perfect_choice" that of its "drawings" if the judge
+      "gain"}]}, for JSON; "curves" is the content of `curves`, "perfect_choice" that of its "images" if the judge
       chose the best image, and "gain" that of `gain` from 3 images to 8.
     Raises: ClvrError for a run of another benchmark, on other prompts, or that is not finished.
     """
@@ -138,7 +138,7 @@ def from_trajectories(
                 "folder": str(directory.root),
                 "settings": identity["settings"],
                 "curves": curves(found),
-                "perfect_choice": curves([replace(curve, correct=curve.found) for curve in found])["drawings"],
+                "perfect_choice": curves([replace(curve, correct=curve.found) for curve in found])["images"],
                 "gain": gain(found, 3, 8),
             }
         )
@@ -225,9 +225,9 @@ def gain(all_curves: Sequence[BudgetCurve], few: int, many: int) -> Gain:
 
 
 def curves(all_curves: Sequence[BudgetCurve]) -> Curves:
-    """Computes the accuracy under each limit: {"drawings", "nfe", "seconds"} -> points, for JSON.
+    """Computes the accuracy under each limit: {"images", "nfe", "seconds"} -> points, for JSON.
 
-    Limits are every number of images that occurs ("drawings"); every sum of network evaluations that occurs, none if
+    Limits are every number of images that occurs ("images"); every sum of network evaluations that occurs, none if
     they were not recorded; and 16 times, evenly spaced in their logarithm, from the first image to the last.
 
     Raises: ClvrError if no prompt has an image.
@@ -240,7 +240,7 @@ def curves(all_curves: Sequence[BudgetCurve]) -> Curves:
     sums = sorted({spent for curve in nonempty for spent in curve.nfe})
     times = np.geomspace(max(bounds[0], 1e-3), max(bounds[1], 1e-3) * (1 + 1e-9), TIME_POINTS)
     return {
-        "drawings": [
+        "images": [
             _point(
                 all_curves,
                 limit,

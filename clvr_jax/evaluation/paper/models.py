@@ -113,6 +113,7 @@ def recover_distilled(stages: Stages) -> Path:
     for name in ("sft", "merged", "base"):
         shipped = "shapes-tiny" if name == "merged" else f"shapes-tiny-{name}"
         directories[name] = stages.directory(f"shipped-{name}", _digests(shipped), _pipeline_writer(shipped))
+    # Forced: their bases differ for the check of a merge, which expects deltas from one base.
     plan = plan_merge(directories["sft"], directories["merged"], directories["base"], force=True)
     inputs = {"models": [digest(directory) for directory in directories.values()]}
     return stages.directory("recovered-distilled", inputs, _merger(plan))

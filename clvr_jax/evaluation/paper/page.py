@@ -156,7 +156,7 @@ def _times(measured: Measured, plot_dir: Path) -> Lines:
     yield "evaluations of the transformer in a generation.\n"
     rows = [
         (labels[name], str(count), str(each["prompts"]), f"{each['nfe']:.0f}", f"{each['seconds']:.2f}",
-         f"{each['drawing_seconds']:.2f}", f"{1000 * each['per_drawing']:.0f}",
+         f"{each['generation_seconds']:.2f}", f"{1000 * each['per_generation']:.0f}",
          f"{1000 * each['diffusion']:.0f}")
         for name, groups in measured.times.items()
         for count, each in groups.items()
@@ -167,7 +167,7 @@ def _times(measured: Measured, plot_dir: Path) -> Lines:
     if shared := sorted(slow.keys() & fast.keys()):
         generation, diffusion = (
             ", ".join(f"{slow[count][part] / fast[count][part]:.1f} ({count})" for count in shared)
-            for part in ("per_drawing", "diffusion")
+            for part in ("per_generation", "diffusion")
         )
         yield f"\nTime per generation, aligned over merged (number of images): {generation};"
         yield f"of its diffusion: {diffusion}.\n"
@@ -232,14 +232,14 @@ def _scaling(measured: Measured, plot_dir: Path) -> Lines:
         directory = plot_dir / split
         write_scaling(scaling, directory)
         systems = scaling["systems"]
-        limits = sorted({point["limit"] for each in systems for point in each["curves"]["drawings"]})
+        limits = sorted({point["limit"] for each in systems for point in each["curves"]["images"]})
         rows = []
         for system in systems:
-            rows.append((system["name"], *_by_limit(system["curves"]["drawings"], limits), _gain(system["gain"])))
+            rows.append((system["name"], *_by_limit(system["curves"]["images"], limits), _gain(system["gain"])))
             if system["settings"].get("mode") == "best-of":
                 name = f"{system['name']}, chosen by the detector"
                 rows.append((name, *_by_limit(system["perfect_choice"], limits), ""))
-        yield f"\n`{split}`, {scaling['prompts']} prompts; network evaluations and seconds: "
+        yield f"\n`{split}`, {scaling['prompts']} prompts; network evaluations and seconds:"
         yield f"[scaling.md]({plot_dir.name}/{split}/{MARKDOWN}).\n"
         yield from Table((f"`{split}`", *map(str, limits), "8 minus 3"), [rows], is_markdown=True).markdown()
         yield f"\n![Accuracy on {split} by budget of images, NFE and seconds]({plot_dir.name}/{split}/{PLOT})\n"

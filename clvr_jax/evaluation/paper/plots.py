@@ -54,7 +54,7 @@ def time_lines(path: Path, times: Mapping[str, Mapping[int, GroupTime]]) -> None
     axes = figure.add_subplot()
     for label, groups in times.items():
         (line,) = axes.plot(list(groups), [each["seconds"] for each in groups.values()], "o-", label=f"{label}, total")
-        generation = [each["drawing_seconds"] for each in groups.values()]
+        generation = [each["generation_seconds"] for each in groups.values()]
         axes.plot(list(groups), generation, "o--", color=line.get_color(), label=f"{label}, generation")
     axes.set_xticks(sorted({count for groups in times.values() for count in groups}))
     axes.set(xlabel="images", ylabel="seconds", yscale="log")

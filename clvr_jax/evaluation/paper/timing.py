@@ -18,13 +18,13 @@ from clvr_jax.reasoning.protocols import GeneratedImage, GenerationRequest, Imag
 
 
 class LoopTime(TypedDict):
-    """The cost of the closed loop for one prompt; "drawings" are generated images, seconds are wall time."""
+    """The cost of the closed loop for one prompt; seconds are wall time."""
 
     prompt: str
-    drawings: int
+    images: int
     nfe: int
     seconds: float
-    drawing_seconds: float
+    generation_seconds: float
     diffusion_seconds: float
 
 
@@ -34,8 +34,8 @@ class GroupTime(TypedDict):
     prompts: int
     nfe: float
     seconds: float
-    drawing_seconds: float
-    per_drawing: float
+    generation_seconds: float
+    per_generation: float
     diffusion: float
 
 
@@ -69,7 +69,7 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[LoopTime]:
     Args:
       model: directory with a controller.
       prompts: the prompts.
-    Returns: for each prompt {"prompt", "drawings": number of images, "nfe", "seconds", "drawing_seconds": seconds of
+    Returns: for each prompt {"prompt", "images": their number, "nfe", "seconds", "generation_seconds": seconds of
       generation, "diffusion_seconds"}.
     Raises: ClvrError if the model has no controller.
     """
@@ -86,8 +86,8 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[LoopTime]:
             )
             seconds = time.perf_counter() - began
             if is_timed:
-                found.append({"prompt": prompt, "drawings": len(trajectory.generated), "nfe": trajectory.nfe,
-                              "seconds": seconds, "drawing_seconds": generator.seconds,
+                found.append({"prompt": prompt, "images": len(trajectory.generated), "nfe": trajectory.nfe,
+                              "seconds": seconds, "generation_seconds": generator.seconds,
                               "diffusion_seconds": generator.diffusion_seconds})  # fmt: skip
     return found
 
@@ -95,20 +95,20 @@ def loop_times(model: Path, prompts: Sequence[str]) -> list[LoopTime]:
 def times_by_image_count(times: Sequence[LoopTime]) -> dict[int, GroupTime]:
     """Groups times by number of images, with medians over prompts.
 
-    Returns: number of images -> {"prompts", "nfe", "seconds", "drawing_seconds", "per_drawing", "diffusion"}; the last
-      two are seconds per image, from text to pixels and of diffusion.
+    Returns: number of images -> {"prompts", "nfe", "seconds", "generation_seconds", "per_generation", "diffusion"}; the
+      last two are seconds per image, from text to pixels and of diffusion.
     """
     groups: dict[int, list[LoopTime]] = {}
     for each in times:
-        if each["drawings"]:
-            groups.setdefault(each["drawings"], []).append(each)
+        if each["images"]:
+            groups.setdefault(each["images"], []).append(each)
     return {
         count: {
             "prompts": len(group),
             "nfe": statistics.median(each["nfe"] for each in group),
             "seconds": statistics.median(each["seconds"] for each in group),
-            "drawing_seconds": statistics.median(each["drawing_seconds"] for each in group),
-            "per_drawing": statistics.median(each["drawing_seconds"] / count for each in group),
+            "generation_seconds": statistics.median(each["generation_seconds"] for each in group),
+            "per_generation": statistics.median(each["generation_seconds"] / count for each in group),
             "diffusion": statistics.median(each["diffusion_seconds"] / count for each in group),
         }
         for count, group in sorted(groups.items())

@@ -12,11 +12,11 @@ from clvr_jax.plots import can_plot, literal, new_figure
 from clvr_jax.tables import Row, Table, plain
 
 T = TypeVar("T")
-Kind = Literal["drawings", "nfe", "seconds"]
+Kind = Literal["images", "nfe", "seconds"]
 """A kind of budget."""
 
 JSON, MARKDOWN, PLOT = "scaling.json", "scaling.md", "scaling.png"
-_AXES: dict[Kind, str] = {"drawings": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
+_AXES: dict[Kind, str] = {"images": "budget in images", "nfe": "budget in NFE", "seconds": "budget in seconds"}
 _SHOWN = 8
 
 
@@ -56,7 +56,7 @@ def scaling_markdown(scaling: Scaling, with_plot: bool = False) -> str:
     return "\n".join(lines).rstrip() + "\n"
 
 
-def scaling_table(scaling: Scaling, kind: Kind = "drawings") -> Table:
+def scaling_table(scaling: Scaling, kind: Kind = "images") -> Table:
     """Returns the accuracy against one kind of budget; of a system with over 8 limits, 8 with both ends."""
     rows: list[Row] = []
     for system in scaling["systems"]:
@@ -88,7 +88,7 @@ def _plot(scaling: Scaling, out: Path) -> None:
             low, high = [point["low"] for point in points], [point["high"] for point in points]
             axes.fill_between(x, low, high, step="post", color=line.get_color(), alpha=0.15)
         axes.set(xlabel=label, ylabel="accuracy", ylim=(-0.02, 1.02))
-        if kind != "drawings" and any(system["curves"][kind] for system in scaling["systems"]):
+        if kind != "images" and any(system["curves"][kind] for system in scaling["systems"]):
             axes.set_xscale("log")
         axes.grid(alpha=0.3)
         axes.legend()

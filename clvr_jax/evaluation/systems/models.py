@@ -15,8 +15,7 @@ from typing import TYPE_CHECKING, Literal, Unpack
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.evaluation.systems.blind import BlindController, BlindVerifier
-from clvr_jax.evaluation.systems.exact import ExactDescriptions
+from clvr_jax.evaluation.systems.ablations import BlindController, BlindVerifier, ExactDescriptions
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.image_io import pixels

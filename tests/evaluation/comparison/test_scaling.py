@@ -50,8 +50,8 @@ def test_points_of_a_curve_by_hand():
         BudgetCurve(2, (), (), (), ()),  # no picture at all
     ]
     found = curves(all_curves)
-    assert [(point["limit"], point["accuracy"]) for point in found["drawings"]] == [(1, 1 / 3), (2, 2 / 3)]
-    assert [point["nfe"] for point in found["drawings"]] == [8 / 3, 4.0]
+    assert [(point["limit"], point["accuracy"]) for point in found["images"]] == [(1, 1 / 3), (2, 2 / 3)]
+    assert [point["nfe"] for point in found["images"]] == [8 / 3, 4.0]
     assert [(point["limit"], point["accuracy"]) for point in found["nfe"]] == [(4, 1 / 3), (8, 2 / 3)]
     seconds = found["seconds"]
     assert (seconds[0]["limit"], seconds[0]["accuracy"]) == (pytest.approx(1.0), 0.0)
@@ -100,7 +100,7 @@ def test_finished_runs_become_a_report(tmp_path):
         "best of 4": finished(tmp_path / "best", "best-of", candidates=4),
     }
     scaling = from_trajectories(folders)
-    loop, best = (system["curves"]["drawings"] for system in scaling["systems"])
+    loop, best = (system["curves"]["images"] for system in scaling["systems"])
     assert [point["limit"] for point in best] == [1, 2, 3, 4]
     assert loop[-1]["accuracy"] == read_json(tmp_path / "loop" / "results.json")["summary"]["overall"]["mean_of_tags"]
     assert best[-1]["accuracy"] >= best[0]["accuracy"]
@@ -142,5 +142,5 @@ def test_a_drawing_in_one_go_is_a_curve_of_one_point(tmp_path):
         settings={},
     )
     (system,) = from_trajectories({"once": RunDirectory(tmp_path)})["systems"]
-    assert [point["accuracy"] for point in system["curves"]["drawings"]] == [0.0]
+    assert [point["accuracy"] for point in system["curves"]["images"]] == [0.0]
     assert system["curves"]["nfe"] == []  # not recorded

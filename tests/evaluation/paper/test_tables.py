@@ -112,25 +112,39 @@ def test_phrasings_are_compared_apart(found):
 def test_times_are_medians_by_number_of_drawings():
     times = [
         {
-            "drawings": generated,
+            "images": generated,
             "nfe": 4 * generated,
             "seconds": seconds,
-            "drawing_seconds": seconds / 2,
+            "generation_seconds": seconds / 2,
             "diffusion_seconds": seconds / 4,
         }
         for generated, seconds in ((1, 1.0), (2, 3.0), (2, 5.0), (2, 40.0), (0, 9.0))
     ]
     groups = times_by_image_count(times)
     assert list(groups) == [1, 2]
-    expected = {"prompts": 3, "nfe": 8, "seconds": 5.0, "drawing_seconds": 2.5, "per_drawing": 1.25, "diffusion": 0.625}
+    expected = {
+        "prompts": 3,
+        "nfe": 8,
+        "seconds": 5.0,
+        "generation_seconds": 2.5,
+        "per_generation": 1.25,
+        "diffusion": 0.625,
+    }
     assert groups[2] == expected
 
 
 def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
     times = {
-        1: {"prompts": 3, "nfe": 56.0, "seconds": 2.0, "drawing_seconds": 1.0, "per_drawing": 1.0, "diffusion": 0.9}
+        1: {
+            "prompts": 3,
+            "nfe": 56.0,
+            "seconds": 2.0,
+            "generation_seconds": 1.0,
+            "per_generation": 1.0,
+            "diffusion": 0.9,
+        }
     }
-    fast = {1: {**times[1], "nfe": 4.0, "per_drawing": 0.08, "diffusion": 0.06}}
+    fast = {1: {**times[1], "nfe": 4.0, "per_generation": 0.08, "diffusion": 0.06}}
     one = {"additivity_error": 0.25, "angle": 80.0}
     point = {"limit": 1, "accuracy": 0.625, "low": 0.4, "high": 0.8, "nfe": 56.0, "seconds": 0.5}
     rows = {
@@ -161,7 +175,7 @@ def test_the_page_says_what_was_measured_and_shows_its_plots(found, tmp_path):
                     {
                         "name": "best of 8",
                         "settings": {"mode": "best-of"},
-                        "curves": {kind: [point] for kind in ("drawings", "nfe", "seconds")},
+                        "curves": {kind: [point] for kind in ("images", "nfe", "seconds")},
                         "perfect_choice": [{**point, "accuracy": 0.75}],
                         "gain": {"difference": 0.25, "interval": [0.125, 0.5], "won": 6, "lost": 0, "p_value": 0.03125},
                     }
