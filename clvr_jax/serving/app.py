@@ -20,16 +20,16 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clvr_jax.serving.bodies import bounded_receive, too_large
-from clvr_jax.serving.chat import chat_routes
-from clvr_jax.serving.edits import edit_routes
-from clvr_jax.serving.errors import ApiError, error_body, of_validation
-from clvr_jax.serving.images import image_routes
+from clvr_jax.serving.api.bodies import bounded_receive, too_large
+from clvr_jax.serving.api.chat import chat_routes
+from clvr_jax.serving.api.edits import edit_routes
+from clvr_jax.serving.api.errors import ApiError, error_body, of_validation
+from clvr_jax.serving.api.images import image_routes
+from clvr_jax.serving.api.loops import loop_routes
+from clvr_jax.serving.api.requests import UNSUPPORTED
+from clvr_jax.serving.api.responses import response_routes
 from clvr_jax.serving.index.tables import IndexUnavailableError
-from clvr_jax.serving.loops import loop_routes
 from clvr_jax.serving.page_routes import is_page, page_routes
-from clvr_jax.serving.requests import UNSUPPORTED
-from clvr_jax.serving.responses import response_routes
 from clvr_jax.serving.service import Service, api_error
 
 _OPEN_PATHS = ("/health", "/ready")

@@ -21,9 +21,9 @@ from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory
 from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
-from clvr_jax.serving.futures import deliver, deliver_error
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
-from clvr_jax.serving.scheduler import Task
+from clvr_jax.serving.scheduling.futures import deliver, deliver_error
+from clvr_jax.serving.scheduling.scheduler import Task
 
 Mode = Literal["loop", "one-shot"]
 INTERRUPTED = "interrupted"

@@ -24,7 +24,7 @@ from clvr_jax.reasoning.work import (
     Work,
     perform,
 )
-from clvr_jax.serving.scheduler import Job, Task
+from clvr_jax.serving.scheduling.scheduler import Job, Task
 
 Size = tuple[int, int]
 """(height, width) in pixels."""

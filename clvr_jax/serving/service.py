@@ -24,9 +24,9 @@ from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.api.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.event_log import EventLog
-from clvr_jax.serving.futures import deliver, deliver_error
 from clvr_jax.serving.index import store as states
 from clvr_jax.serving.index.records import Run
 from clvr_jax.serving.index.replica import Replica
@@ -34,11 +34,11 @@ from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.store import LoopStore
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
-from clvr_jax.serving.limits import Limits
-from clvr_jax.serving.metrics import Metrics
 from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
-from clvr_jax.serving.requests import MEDIUM_STEPS, ImageRequest, LoopFields
-from clvr_jax.serving.scheduler import DrainingError, QueueFullError, Scheduler
+from clvr_jax.serving.scheduling.futures import deliver, deliver_error
+from clvr_jax.serving.scheduling.limits import Limits
+from clvr_jax.serving.scheduling.metrics import Metrics
+from clvr_jax.serving.scheduling.scheduler import DrainingError, QueueFullError, Scheduler
 
 _NOT_STORED = "the result cannot be stored"
 _log = logging.getLogger("clvr.serving")

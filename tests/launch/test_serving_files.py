@@ -95,7 +95,7 @@ def test_the_manifests_belong_together(manifests, container):
 
 def test_probes_ask_paths_without_a_key_and_scaling_follows_a_metric_that_there_is(manifests, container):
     from clvr_jax.serving.app import _OPEN_PATHS
-    from clvr_jax.serving.metrics import Metrics
+    from clvr_jax.serving.scheduling.metrics import Metrics
 
     paths = [container[each]["httpGet"]["path"] for each in ("startupProbe", "livenessProbe", "readinessProbe")]
     assert paths == ["/health", "/health", "/ready"]

@@ -15,8 +15,8 @@ from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.serving.app import make_app
 from clvr_jax.serving.index.store import LoopStore
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.models import ServedModels
+from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
 
 KEY = "sk-test-of-the-server"

@@ -3,8 +3,8 @@
 import pytest
 
 from clvr_jax.reasoning.trajectory import Trajectory
+from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import PROMPT, wait_until
-from tests.serving.test_loops import events_of
 
 # With a limit on NFE the first candidate shows what one costs, and the second is generated in a work of its own.
 TWO_CANDIDATES = {"prompt": PROMPT, "seed": 1, "num_inference_steps": 50, "candidates": 2, "max_nfe": 500}

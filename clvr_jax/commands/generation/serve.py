@@ -19,7 +19,7 @@ from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-    from clvr_jax.serving.limits import Limits
+    from clvr_jax.serving.scheduling.limits import Limits
 
 WARM_UP_PROMPT = "a red circle left of a blue star"
 
@@ -60,7 +60,7 @@ class LimitOptions:
 
     def limits(self) -> "Limits":
         """Returns the limits as the server takes them. Raises: UsageError for invalid ones."""
-        from clvr_jax.serving.limits import Limits
+        from clvr_jax.serving.scheduling.limits import Limits
 
         return Limits(
             max_running=self.max_running,

@@ -21,7 +21,7 @@ from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.jobs import INTERRUPTED, LoopJob, LoopSpec
-from clvr_jax.serving.scheduler import DrainingError, EndedError, QueueFullError
+from clvr_jax.serving.scheduling.scheduler import DrainingError, EndedError, QueueFullError
 
 if TYPE_CHECKING:
     from clvr_jax.serving.service import Service

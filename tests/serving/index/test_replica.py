@@ -8,13 +8,13 @@ import pytest
 
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning.work import Roles, perform
-from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.index.records import Command
 from clvr_jax.serving.index.replica import EVENT_GAP, MAX_RESUMPTIONS
 from clvr_jax.serving.index.shared import SharedStore
 from clvr_jax.serving.jobs import LoopSpec
-from clvr_jax.serving.limits import Limits
 from clvr_jax.serving.models import StageKey
+from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
 from tests.reasoning.scripted import NoisyController, NoisyDrawer
 from tests.reasoning.test_resumable import GIVEN, NoisyVerifier

@@ -2,10 +2,10 @@
 
 import pytest
 
+from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import KEY
 from tests.serving.page.browser import chromium
 from tests.serving.page.helpers import SIZES, UNMET
-from tests.serving.test_loops import events_of
 
 
 @pytest.fixture(scope="module")

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.image_io import encode_png
+from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import LIMITS, PROMPT
 from tests.serving.page.helpers import UNMET, ended, until
-from tests.serving.test_loops import events_of
 
 
 def test_one_shot_beside_the_loop_at_equal_nfe(open_page, http, loop_id):

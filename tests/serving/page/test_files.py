@@ -14,8 +14,8 @@ from PIL import Image
 
 from clvr_jax.image_io import encode_png
 from clvr_jax.serving.app import make_app
+from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import KEY, PROMPT
-from tests.serving.test_loops import events_of
 
 LOOP = {"prompt": PROMPT, "seed": 1, "max_steps": 1}
 

@@ -3,9 +3,9 @@
 import json
 import re
 
+from tests.serving.api.test_loops import BODY, events_of
 from tests.serving.conftest import KEY, PROMPT, wait_until
 from tests.serving.page.helpers import UNMET, advance, ended, until
-from tests.serving.test_loops import BODY, events_of
 
 
 def test_a_prompt_becomes_a_finished_loop(open_page, http, server):

@@ -4,7 +4,7 @@ from concurrent.futures import CancelledError, Future
 
 import pytest
 
-from clvr_jax.serving.futures import deliver, deliver_error
+from clvr_jax.serving.scheduling.futures import deliver, deliver_error
 
 
 def test_a_canceled_future_takes_neither_result_nor_error():

@@ -6,10 +6,10 @@ from concurrent.futures import Future
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.serving.limits import Limits
-from clvr_jax.serving.metrics import Metrics
 from clvr_jax.serving.models import StageKey
-from clvr_jax.serving.scheduler import Scheduler, Task
+from clvr_jax.serving.scheduling.limits import Limits
+from clvr_jax.serving.scheduling.metrics import Metrics
+from clvr_jax.serving.scheduling.scheduler import Scheduler, Task
 
 
 class OneWork:

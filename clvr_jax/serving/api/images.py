@@ -18,12 +18,12 @@ from starlette.responses import JSONResponse, Response
 from clvr_jax.image_io import ImageLike, as_pil
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
-from clvr_jax.serving.bodies import BoundedRoute
-from clvr_jax.serving.errors import ApiError, of_validation
+from clvr_jax.serving.api.bodies import BoundedRoute
+from clvr_jax.serving.api.errors import ApiError, of_validation
+from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest, ImageRequest
+from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, result_of, stream_response
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.requests import UNSUPPORTED, EditRequest, ImageRequest
 from clvr_jax.serving.service import Service, api_error, encode
-from clvr_jax.serving.streams import KEEPALIVE, event_bytes, result_of, stream_response
 
 
 def _multipart() -> dict[str, Any]:

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from clvr_jax.reasoning import Trajectory
+from tests.serving.api.test_loops import BODY, events_of
 from tests.serving.conftest import PROMPT, wait_until
-from tests.serving.test_loops import BODY, events_of
 
 UNKNOWN = f"loop_{'0' * 24}"
 

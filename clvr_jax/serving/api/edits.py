@@ -15,15 +15,15 @@ from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.editable import EditablePromptState, branch_off
 from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
 from clvr_jax.reasoning.trajectory import Step, Trajectory
-from clvr_jax.serving.bodies import BoundedRoute
-from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.api.bodies import BoundedRoute
+from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.api.loops import OWN_FIELDS, entry_of, loop_item, running_loop
+from clvr_jax.serving.api.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
 from clvr_jax.serving.index.records import Run
 from clvr_jax.serving.index.remote import carry_out_elsewhere
 from clvr_jax.serving.index.shared import SharedStore
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
-from clvr_jax.serving.loops import OWN_FIELDS, entry_of, loop_item, running_loop
-from clvr_jax.serving.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
-from clvr_jax.serving.scheduler import EndedError
+from clvr_jax.serving.scheduling.scheduler import EndedError
 from clvr_jax.serving.service import Service
 
 

@@ -12,10 +12,9 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.errors import ApiError, of_validation
-from clvr_jax.serving.images import entry_for, usage_of
-from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.requests import (
+from clvr_jax.serving.api.errors import ApiError, of_validation
+from clvr_jax.serving.api.images import entry_for, usage_of
+from clvr_jax.serving.api.requests import (
     ONLY_TEXT,
     UNSUPPORTED,
     ChatMessage,
@@ -25,8 +24,9 @@ from clvr_jax.serving.requests import (
     LoopOptions,
     TextPart,
 )
+from clvr_jax.serving.api.streams import event_bytes, result_of, stream_response, with_keepalive
+from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.service import Service, api_error
-from clvr_jax.serving.streams import event_bytes, result_of, stream_response, with_keepalive
 
 
 async def answer_with_image(service: Service, body: ChatRequest, request: Request) -> Response:

@@ -20,15 +20,15 @@ from starlette.responses import JSONResponse, Response
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import as_pil
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
-from clvr_jax.serving.bodies import BoundedRoute
-from clvr_jax.serving.errors import ApiError, of_validation
-from clvr_jax.serving.images import conditioning_of, format_fields, size_of, usage_of
+from clvr_jax.serving.api.bodies import BoundedRoute
+from clvr_jax.serving.api.errors import ApiError, of_validation
+from clvr_jax.serving.api.images import conditioning_of, format_fields, size_of, usage_of
+from clvr_jax.serving.api.loops import entry_of
+from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest
+from clvr_jax.serving.api.response_requests import InputImageCall, ResponseRequest, ToolChoice
+from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, result_of, stream_response
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.loops import entry_of
-from clvr_jax.serving.requests import UNSUPPORTED, EditRequest
-from clvr_jax.serving.response_requests import InputImageCall, ResponseRequest, ToolChoice
 from clvr_jax.serving.service import Service, encode, message_of
-from clvr_jax.serving.streams import KEEPALIVE, event_bytes, result_of, stream_response
 
 STORED = "response"
 """Where the request of a loop keeps what only responses have."""

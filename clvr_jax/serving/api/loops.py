@@ -11,16 +11,16 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
-from clvr_jax.serving.bodies import BoundedRoute
-from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.api.bodies import BoundedRoute
+from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.api.requests import LoopRequest
+from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, stream_response
 from clvr_jax.serving.event_log import Event, EventLog
 from clvr_jax.serving.index.records import Run
 from clvr_jax.serving.index.remote import follow_elsewhere, send_command
 from clvr_jax.serving.index.store import RUNNING
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.requests import LoopRequest
 from clvr_jax.serving.service import Service
-from clvr_jax.serving.streams import KEEPALIVE, event_bytes, stream_response
 
 _MAX_PAGE = 100
 OWN_FIELDS = ("parent", "response")

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.serving.futures import deliver, deliver_error
-from clvr_jax.serving.limits import Limits
-from clvr_jax.serving.metrics import Metrics
-from clvr_jax.serving.queues import GroupQueues
+from clvr_jax.serving.scheduling.futures import deliver, deliver_error
+from clvr_jax.serving.scheduling.limits import Limits
+from clvr_jax.serving.scheduling.metrics import Metrics
+from clvr_jax.serving.scheduling.queues import GroupQueues
 
 _log = logging.getLogger("clvr.serving")
 

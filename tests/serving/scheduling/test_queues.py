@@ -3,8 +3,8 @@ import random
 import pytest
 
 from clvr_jax.errors import UsageError
-from clvr_jax.serving.limits import Limits
-from clvr_jax.serving.queues import MAX_PASSES, GroupQueues
+from clvr_jax.serving.scheduling.limits import Limits
+from clvr_jax.serving.scheduling.queues import MAX_PASSES, GroupQueues
 
 
 def test_a_batch_has_one_key_and_waits_for_others():
