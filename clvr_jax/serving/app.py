@@ -23,14 +23,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clvr_jax.serving.api.bodies import bounded_receive, too_large
 from clvr_jax.serving.api.chat import chat_routes
 from clvr_jax.serving.api.edits import edit_routes
-from clvr_jax.serving.api.errors import ApiError, error_body, of_validation
+from clvr_jax.serving.api.errors import ApiError, api_error, error_body, of_validation
 from clvr_jax.serving.api.images import image_routes
 from clvr_jax.serving.api.loops import loop_routes
 from clvr_jax.serving.api.requests import UNSUPPORTED
 from clvr_jax.serving.api.responses import response_routes
+from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.page_routes import is_page, page_routes
-from clvr_jax.serving.service import Service, api_error
+from clvr_jax.serving.service import Service
 
 _OPEN_PATHS = ("/health", "/ready")
 """Paths without a key, for load balancers."""
@@ -63,7 +64,8 @@ def make_app(service: Service, key: str | None = None) -> FastAPI:
     _add_state_routes(app, service)
     app.add_exception_handler(RequestValidationError, _validation_response)
     app.add_exception_handler(HTTPException, _http_response)
-    app.add_exception_handler(IndexUnavailableError, _unavailable_response)
+    app.add_exception_handler(IndexUnavailableError, _index_response)
+    app.add_exception_handler(DamagedRowError, _index_response)
     app.add_middleware(_Gate, service=service, key=key)
     return app
 
@@ -181,7 +183,7 @@ async def _validation_response(_: Request, error: Any) -> Response:
     return JSONResponse(found.body, found.status_code)
 
 
-async def _unavailable_response(_: Request, error: Any) -> Response:
+async def _index_response(_: Request, error: Any) -> Response:
     found = api_error(error)
     _log.error("%s", error)
     return JSONResponse(found.body, found.status_code, found.headers)

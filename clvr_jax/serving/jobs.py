@@ -21,6 +21,7 @@ from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory
 from clvr_jax.reasoning.verification import Verification
 from clvr_jax.reasoning.work import GenerationWork
 from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.index.records import NewLoop
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels
 from clvr_jax.serving.scheduling.futures import deliver, deliver_error
 from clvr_jax.serving.scheduling.scheduler import Task
@@ -145,6 +146,11 @@ class LoopJob:
     def best(self) -> int | None:
         """The number of the step with the best image so far; None if there is no image."""
         return self.state.best
+
+    def listing(self) -> NewLoop:
+        """Returns what the index has about a loop that was just accepted."""
+        spec = self.spec
+        return NewLoop(self.id, self.created, spec.mode, spec.prompt, self._models.name, spec.seed, spec.request)
 
     def tasks(self, elapsed: float) -> list[Task]:
         """Returns the next works with their keys."""

@@ -10,7 +10,7 @@ import re
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -24,15 +24,14 @@ from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.api.errors import ApiError, api_error, message_of
 from clvr_jax.serving.api.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.event_log import EventLog
-from clvr_jax.serving.index import store as states
+from clvr_jax.serving.index import records as states
 from clvr_jax.serving.index.records import Run
 from clvr_jax.serving.index.replica import Replica
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.store import LoopStore
-from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
 from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
 from clvr_jax.serving.scheduling.futures import deliver, deliver_error
@@ -212,8 +211,9 @@ class Service:
         return LoopJob(spec, self.models, log, self._on_end, on_turn)
 
     def run_elsewhere(self, loop_id: str) -> Run | None:
-        """Returns a loop that another replica runs, or will resume; None for any other."""
-        return None if self.replica is None or loop_id in self.jobs else self.store.run(loop_id)
+        """Returns a loop that another replica runs, or will resume; None for any other, and if its row is damaged."""
+        run = None if self.replica is None or loop_id in self.jobs else self.store.run(loop_id)
+        return None if run is None or run.damage is not None else run
 
     def is_running(self, entry: Mapping[str, Any]) -> bool:
         """Whether a loop of the index runs, here or at another replica."""
@@ -222,9 +222,8 @@ class Service:
     def _list(self, job: LoopJob) -> None:
         if self.replica is not None:
             self.replica.accept(job)
-            return
-        spec = job.spec
-        self.store.add(job.id, job.created, spec.mode, spec.prompt, self.models.name, spec.seed, spec.request)
+        else:
+            self.store.add(job.listing())
 
     def _withdraw(self, jobs: Sequence[LoopJob]) -> None:
         for job in jobs:
@@ -362,24 +361,6 @@ def encode(image: ImageLike, kind: str, compression: int | None = None) -> bytes
     options = {} if kind == "png" else {"quality": 100 if compression is None else compression}
     pillow.save(buffer, format=kind.upper(), **options)
     return buffer.getvalue()
-
-
-def message_of(error: BaseException) -> str:
-    """Returns what a client may know of an error: the message of our own errors, nothing of others."""
-    return str(error) if isinstance(error, ClvrError) else "internal error; the server's log has the details"
-
-
-def api_error(error: BaseException) -> ApiError:
-    """Returns the error of a job as one of the API."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, CancelledError):
-        return ApiError(503, "the server stopped this request", code="shutting_down", retry_after=10)
-    if isinstance(error, IndexUnavailableError):
-        return ApiError(503, message_of(error), code="index_unavailable", retry_after=10)
-    if isinstance(error, ClvrError):
-        return ApiError(422, message_of(error), code="model_failed")
-    return ApiError(500, message_of(error), code="internal_error")
 
 
 def _pixel_count(size: tuple[int, int] | None, images: Sequence[ImageLike]) -> int:

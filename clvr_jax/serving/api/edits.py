@@ -18,7 +18,7 @@ from clvr_jax.reasoning.trajectory import Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.api.loops import OWN_FIELDS, entry_of, loop_item, running_loop
-from clvr_jax.serving.api.requests import BranchRequest, EditRequest, PlanRequest, RollbackRequest
+from clvr_jax.serving.api.requests import BranchRequest, PlanRequest, RollbackRequest, stored_request
 from clvr_jax.serving.index.records import Run
 from clvr_jax.serving.index.remote import carry_out_elsewhere
 from clvr_jax.serving.index.shared import SharedStore
@@ -99,7 +99,7 @@ def _branch(service: Service, loop_id: str, body: BranchRequest) -> LoopSpec:
     fields: dict[str, Any] = {**entry["request"], "prompt": prompt, "seed": body.seed}
     for name in OWN_FIELDS:
         fields.pop(name, None)
-    (spec,) = service.specs(EditRequest.model_validate(fields), images)
+    (spec,) = service.specs(stored_request(fields, loop_id), images)
     has_new_prompt = prompt != entry["prompt"]
     try:
         branch = branch_off(loop_id, steps, body.step, has_new_prompt=has_new_prompt, instruction=body.instruction)

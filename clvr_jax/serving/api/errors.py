@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from concurrent.futures import CancelledError
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
+from clvr_jax.errors import ClvrError
+from clvr_jax.serving.index.rows import DamagedRowError
+from clvr_jax.serving.index.tables import IndexUnavailableError
+
+NO_IMAGE = "the loop has no image yet; wait for the event image, or cancel it"
+"""Why a loop cannot be accepted."""
 _TYPES = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
 
@@ -66,3 +73,23 @@ def of_validation(error: ValidationError | RequestValidationError, unsupported: 
     if first["type"] == "missing":
         return ApiError(422, f"the field {param} is required" if param else "a body is required", param, "missing")
     return ApiError(422, f"{param or 'body'}: {message}"[:500], param, "invalid_value")
+
+
+def message_of(error: BaseException) -> str:
+    """Returns what a client may know of an error: the message of our own errors, nothing of others."""
+    return str(error) if isinstance(error, ClvrError) else "internal error; the server's log has the details"
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Returns the error of a job as one of the API."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, CancelledError):
+        return ApiError(503, "the server stopped this request", code="shutting_down", retry_after=10)
+    if isinstance(error, IndexUnavailableError):
+        return ApiError(503, message_of(error), code="index_unavailable", retry_after=10)
+    if isinstance(error, DamagedRowError):
+        return ApiError(500, message_of(error), code="damaged")
+    if isinstance(error, ClvrError):
+        return ApiError(422, message_of(error), code="model_failed")
+    return ApiError(500, message_of(error), code="internal_error")

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.api.errors import ApiError, of_validation
+from clvr_jax.serving.api.errors import ApiError, api_error, of_validation
 from clvr_jax.serving.api.images import entry_for, usage_of
 from clvr_jax.serving.api.requests import (
     ONLY_TEXT,
@@ -26,7 +26,7 @@ from clvr_jax.serving.api.requests import (
 )
 from clvr_jax.serving.api.streams import event_bytes, result_of, stream_response, with_keepalive
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.service import Service, api_error
+from clvr_jax.serving.service import Service
 
 
 async def answer_with_image(service: Service, body: ChatRequest, request: Request) -> Response:

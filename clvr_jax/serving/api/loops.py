@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
@@ -12,13 +12,12 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.api.errors import NO_IMAGE, ApiError
 from clvr_jax.serving.api.requests import LoopRequest
 from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, stream_response
 from clvr_jax.serving.event_log import Event, EventLog
-from clvr_jax.serving.index.records import Run
-from clvr_jax.serving.index.remote import follow_elsewhere, send_command
-from clvr_jax.serving.index.store import RUNNING
+from clvr_jax.serving.index.records import FAILED, RUNNING, Run
+from clvr_jax.serving.index.remote import follow_elsewhere, stop_elsewhere
 from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.service import Service
 
@@ -83,22 +82,13 @@ def loop_routes(service: Service) -> APIRouter:
         """Ends a loop before its next work or denoising step; its best image so far is the result."""
         loop = await running_loop(service, loop_id)
         if loop.best is None:
-            raise ApiError(400, "the loop has no image yet; wait for the event image, or cancel it", code="no_image")
-        if isinstance(loop, Run):
-            await send_command(service, loop, "accept", {})
-        else:
-            service.scheduler.stop(loop, STOPPED)
-        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id), 202)
+            raise ApiError(400, NO_IMAGE, code="no_image")
+        return await _stop(service, loop, loop_id, "accept", STOPPED)
 
     @router.post("/v1/loops/{loop_id}/cancel")
     async def cancel(loop_id: str) -> Response:
         """Cancels a loop before its next work or denoising step; what it has is stored."""
-        loop = await running_loop(service, loop_id)
-        if isinstance(loop, Run):
-            await send_command(service, loop, "cancel", {})
-        else:
-            service.scheduler.stop(loop, CANCELED)
-        return JSONResponse(await asyncio.to_thread(loop_item, service, loop_id), 202)
+        return await _stop(service, await running_loop(service, loop_id), loop_id, "cancel", CANCELED)
 
     @router.delete("/v1/loops/{loop_id}")
     async def delete(loop_id: str) -> Response:
@@ -106,10 +96,22 @@ def loop_routes(service: Service) -> APIRouter:
         if service.is_running(await asyncio.to_thread(entry_of, service, loop_id)):
             raise ApiError(400, "the loop is running; cancel it first", code="running")
         if not await asyncio.to_thread(service.store.forget, loop_id):
-            raise _unknown()
+            await asyncio.to_thread(entry_of, service, loop_id)  # another request may have deleted it
+            raise ApiError(400, "the loop is running, and its entry is damaged; try again later", code="running")
         return JSONResponse({"id": loop_id, "object": "loop.deleted", "deleted": True})
 
     return router
+
+
+async def _stop(service: Service, loop: LoopJob | Run, loop_id: str, kind: str, outcome: str) -> Response:
+    """Ends a loop, and answers once the replica that runs it knows of it; with the state "sent" if that takes long."""
+    state = "received"
+    if isinstance(loop, LoopJob):
+        service.scheduler.stop(loop, outcome)
+    elif not await stop_elsewhere(service, loop, kind):
+        state = "sent"
+    item = await asyncio.to_thread(loop_item, service, loop_id)
+    return JSONResponse({**item, "command": {"kind": kind, "state": state}}, 202)
 
 
 async def _encoded(events: AsyncIterator[Event | None]) -> AsyncIterator[bytes]:
@@ -121,8 +123,8 @@ def _stored_log(service: Service, loop_id: str) -> EventLog:
     """Returns the events of a loop that has ended."""
     if events := service.store.events(loop_id):
         return EventLog(None, events)
-    entry = entry_of(service, loop_id)
-    return EventLog(None, [{"id": 0, "type": "done", "status": entry["status"], "error": entry["error"]}])
+    item = loop_item(service, loop_id)
+    return EventLog(None, [{"id": 0, "type": "done", "status": item["status"], "error": item["error"]}])
 
 
 async def running_loop(service: Service, loop_id: str) -> LoopJob | Run:
@@ -134,8 +136,8 @@ async def running_loop(service: Service, loop_id: str) -> LoopJob | Run:
         return job
     if (run := await asyncio.to_thread(service.run_elsewhere, loop_id)) is not None:
         return run
-    entry = await asyncio.to_thread(entry_of, service, loop_id)
-    raise ApiError(400, f"the loop has ended already ({entry['status']})", code="not_running")
+    item = await asyncio.to_thread(loop_item, service, loop_id)
+    raise ApiError(400, f"the loop has ended already ({item['status']})", code="not_running")
 
 
 def entry_of(service: Service, loop_id: str) -> dict[str, Any]:
@@ -153,7 +155,7 @@ def _unknown() -> ApiError:
 def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[str, Any]:
     """Returns a loop as the API shows it. Raises: ApiError, 404, for an unknown one."""
     entry = entry_of(service, loop_id)
-    shown = _shown(service, entry, service.run_elsewhere(loop_id) if entry["status"] == RUNNING else None)
+    shown = _shown(service, entry, _runs_elsewhere(service, [entry]).get(loop_id))
     if with_steps and entry["images"] is not None:
         content: UncheckedJSON = service.store.trajectory(loop_id).to_dict()
         for number, step in enumerate(content["steps"]):
@@ -162,14 +164,19 @@ def loop_item(service: Service, loop_id: str, with_steps: bool = False) -> dict[
     return shown
 
 
+def _runs_elsewhere(service: Service, entries: Sequence[dict[str, Any]]) -> dict[str, Run]:
+    """Returns those loops that other replicas run, by their ids."""
+    ids = [each["id"] for each in entries if each["status"] == RUNNING and each["id"] not in service.jobs]
+    return {run.loop_id: run for run in service.store.runs(ids)} if ids else {}
+
+
 def _page(service: Service, limit: int, before: str | None, query: str) -> dict[str, Any]:
     """Returns a page of the history. Raises: ApiError, 404, if `before` is unknown."""
     if before is not None:
         entry_of(service, before)
     entries = service.store.entries(limit + 1, before, query)
     page = entries[:limit]
-    elsewhere = [each["id"] for each in page if each["status"] == RUNNING and each["id"] not in service.jobs]
-    runs = {run.loop_id: run for run in service.store.runs(elsewhere)} if elsewhere else {}
+    runs = _runs_elsewhere(service, page)
     data = [_shown(service, entry, runs.get(entry["id"])) for entry in page]
     return {"object": "list", "data": data, "has_more": len(entries) > limit}
 
@@ -191,6 +198,8 @@ def _shown(service: Service, entry: dict[str, Any], run: Run | None) -> dict[str
         position = service.scheduler.position(job)
         shown |= {"queue_position": position, "images": len(job.state.steps) or None, "best": best}
         shown["status"] = "queued" if job.started is None else entry["status"]
+    elif run is not None and run.damage is not None:
+        shown |= {"status": FAILED, "error": run.damage}
     elif run is not None:
         best = run.best
         shown |= {"images": run.images or None, "best": best}

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.jobs import Mode
 
 MAX_PROMPT_CHARACTERS = 32_000
@@ -179,6 +181,18 @@ class EditRequest(ImageRequest):
     """The fields of POST /v1/images/edits beside its images."""
 
     input_fidelity: Literal["high"] | None = None
+
+
+def stored_request(fields: Mapping[str, Any], loop_id: str) -> EditRequest:
+    """Reads the request that is stored with a loop. Raises: DamagedRowError."""
+    try:
+        return EditRequest.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or "the request"
+        raise DamagedRowError(
+            f"the entry of loop {loop_id}: request: {place}: {first['msg']}; delete the loop"
+        ) from error
 
 
 class LoopRequest(LoopFields):

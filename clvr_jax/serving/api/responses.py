@@ -21,14 +21,15 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import as_pil
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError, of_validation
+from clvr_jax.serving.api.errors import ApiError, message_of, of_validation
 from clvr_jax.serving.api.images import conditioning_of, format_fields, size_of, usage_of
 from clvr_jax.serving.api.loops import entry_of
-from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest
+from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest, stored_request
 from clvr_jax.serving.api.response_requests import InputImageCall, ResponseRequest, ToolChoice
 from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, result_of, stream_response
+from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.jobs import LoopJob
-from clvr_jax.serving.service import Service, encode, message_of
+from clvr_jax.serving.service import Service, encode
 
 STORED = "response"
 """Where the request of a loop keeps what only responses have."""
@@ -299,8 +300,10 @@ def _stored(service: Service, response_id: str) -> dict[str, Any]:
     own = request.pop(STORED, None)
     if own is None:
         raise ApiError(404, "no such response; GET /v1/loops has this loop", "response_id", "not_found")
+    if not isinstance(own, dict) or own.get("action") not in ("edit", "generate"):
+        raise DamagedRowError(f"the entry of loop {loop_id}: request: {STORED} is damaged; delete the loop")
     action = own.pop("action")
-    body = EditRequest.model_validate({**request, "prompt": entry["prompt"]})
+    body = stored_request({**request, "prompt": entry["prompt"]}, loop_id)
     view = _View(body, own, action, entry["model"], loop_id.removeprefix("loop_"), entry["created"])
     if service.is_running(entry):
         return view.head("in_progress")

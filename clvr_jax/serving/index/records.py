@@ -1,10 +1,34 @@
-"""What the index has about the running loops of replicas."""
+"""What the index has about loops, and what it is given."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED = "running", "finished", "failed", "canceled", "interrupted"
+STATES = (RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED)
+"""Of a loop in the index."""
+
+
+@dataclass(frozen=True)
+class NewLoop:
+    """A loop that was just accepted.
+
+    Attributes:
+      id: "loop_" and 24 hexadecimal digits.
+      created: seconds since 1970.
+      mode, prompt, seed, request: see `LoopSpec`.
+      model: name of the image model.
+    """
+
+    id: str
+    created: float
+    mode: str
+    prompt: str
+    model: str
+    seed: int
+    request: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -20,6 +44,7 @@ class Run:
       snapshot: its latest state, see `ResumablePromptState.snapshot`; None for a one-shot image.
       request: the request that is stored with the loop.
       resumptions: how often it was taken over from a replica that died.
+      damage: what is wrong with its row, in one line; all but `loop_id` and `owner` mean nothing then.
     """
 
     loop_id: str
@@ -32,6 +57,7 @@ class Run:
     snapshot: dict[str, Any] | None
     request: dict[str, Any]
     resumptions: int
+    damage: str | None = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 0.5
 _ANSWER_SECONDS = 60.0
+STOP_SECONDS = 10.0
+"""How long an accept or cancel waits for the replica that runs the loop."""
 
 
 async def follow_elsewhere(service: Service, loop_id: str, after: int) -> AsyncIterator[Event | None]:
@@ -37,9 +39,22 @@ async def follow_elsewhere(service: Service, loop_id: str, after: int) -> AsyncI
             await asyncio.sleep(min(_POLL_SECONDS, keepalive))
 
 
-async def send_command(service: Service, run: Run, kind: str, content: dict[str, Any]) -> None:
-    """Sends a command to the replica that runs a loop; it is carried out before the next work there."""
-    await asyncio.to_thread(_store(service).send, Command(secrets.token_hex(12), run.loop_id, kind, content))
+async def stop_elsewhere(service: Service, run: Run, kind: str) -> bool:
+    """Sends "accept" or "cancel" to the replica that runs a loop, and waits for some seconds until that has it.
+
+    Returns: whether it has it, or the loop has ended meanwhile; else the command is carried out later, by the next
+      replica if need be.
+    Raises: ApiError as the other replica answers.
+    """
+    store, command = _store(service), Command(secrets.token_hex(12), run.loop_id, kind, {})
+    try:
+        outcome = await _outcome(store, command, STOP_SECONDS)
+    except _EndedError:
+        return True
+    if outcome is not None:
+        await asyncio.to_thread(store.retract, command.id)
+        _raise_refusal(outcome)
+    return outcome is not None
 
 
 async def carry_out_elsewhere(service: Service, run: Run, kind: str, content: dict[str, Any]) -> None:
@@ -49,21 +64,38 @@ async def carry_out_elsewhere(service: Service, run: Run, kind: str, content: di
       replica, if it does not answer in time. The command is withdrawn then.
     """
     store, command = _store(service), Command(secrets.token_hex(12), run.loop_id, kind, content)
-    await asyncio.to_thread(store.send, command)
-    end = time.monotonic() + _ANSWER_SECONDS
-    while True:
-        outcome = await asyncio.to_thread(store.outcome, command.id)
-        if outcome is not None or time.monotonic() > end:
-            break
-        if await asyncio.to_thread(store.run, run.loop_id) is None:
-            raise ApiError(400, "the loop has ended already", code="not_running")
-        await asyncio.sleep(_POLL_SECONDS / 2)
+    try:
+        outcome = await _outcome(store, command, _ANSWER_SECONDS)
+    except _EndedError as error:
+        raise ApiError(400, "the loop has ended already", code="not_running") from error
     await asyncio.to_thread(store.retract, command.id)
     if outcome is None:
         message = f"{run.owner or 'the next replica'}, which runs the loop, has not answered; try again later"
         raise ApiError(503, message, code="replica_silent", retry_after=10)
+    _raise_refusal(outcome)
+
+
+class _EndedError(Exception):
+    """The loop has ended before the command was carried out."""
+
+
+async def _outcome(store: SharedStore, command: Command, seconds: float) -> dict[str, Any] | None:
+    """Sends a command and returns what it has led to; None if that is not known after some seconds."""
+    await asyncio.to_thread(store.send, command)
+    end = time.monotonic() + seconds
+    while True:
+        outcome = await asyncio.to_thread(store.outcome, command.id)
+        if outcome is not None or time.monotonic() > end:
+            return outcome
+        if not await asyncio.to_thread(store.owners, [command.loop_id]):
+            raise _EndedError
+        await asyncio.sleep(_POLL_SECONDS / 2)
+
+
+def _raise_refusal(outcome: dict[str, Any]) -> None:
     if outcome["status"] >= 400:
-        raise ApiError(outcome["status"], outcome["message"], outcome.get("param"), outcome.get("code"))
+        message = outcome.get("message") or "the other replica has refused it"
+        raise ApiError(outcome["status"], message, outcome.get("param"), outcome.get("code"))
 
 
 def _store(service: Service) -> SharedStore:

@@ -15,8 +15,10 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.editable import EditablePromptState
 from clvr_jax.reasoning.edits import EditError
 from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
+from clvr_jax.serving.api.errors import NO_IMAGE, message_of
 from clvr_jax.serving.event_log import Event, EventLog
 from clvr_jax.serving.index.records import Command, Progress, Run
+from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.index.tables import IndexUnavailableError
@@ -77,11 +79,10 @@ class Replica:
 
     def accept(self, job: LoopJob) -> None:
         """Lists a new loop with all that another replica needs to run it. Raises: ClvrError."""
-        spec, progress = job.spec, capture(job)(0, 0)
-        files = {**given_files(spec), **progress.files}
+        progress = capture(job)(0, 0)
+        files = {**given_files(job.spec), **progress.files}
         first = Progress(None, progress.images, progress.best, progress.snapshot, progress.events, files)
-        self._store.accept(job.id, job.created, spec.mode, spec.prompt, self._service.models.name, spec.seed,
-                           spec.request, spec_to_json(spec), first)  # fmt: skip
+        self._store.accept(job.listing(), spec_to_json(job.spec), first)
         self._unstored[job.id] = job.log.next_id, len(job.state.steps)
 
     def save(self, job: LoopJob) -> None:
@@ -116,7 +117,7 @@ class Replica:
     def give_up(self, job: LoopJob) -> None:
         """Gives up a loop because the device thread failed; another replica resumes it."""
         with contextlib.suppress(LostLeaseError):
-            self.patiently(lambda: self._store.postpone(job.id))
+            self.patiently(lambda: self._store.postpone(job.id, "the device of its replica failed"))
 
     def forget(self, job: LoopJob) -> None:
         """Forgets a loop that has ended here."""
@@ -154,10 +155,9 @@ class Replica:
     def _renew(self) -> None:
         jobs = dict(self._service.jobs)
         owned = self._store.renew()
-        for loop_id in set(jobs).difference(owned):
-            run = self._store.run(loop_id)
-            if run is not None and run.owner != self._store.replica:
-                _log.warning("%s: %s has taken it over", loop_id, run.owner)
+        for loop_id, owner in self._store.owners(list(set(jobs).difference(owned))).items():
+            if owner != self._store.replica:
+                _log.warning("%s: %s has taken it over", loop_id, owner)
                 self._service.scheduler.stop(jobs[loop_id], INTERRUPTED)
         # The end of a loop could not be written, and nothing here runs it: a loop that was just accepted is in `jobs`
         # at the next time.
@@ -171,7 +171,7 @@ class Replica:
         limit = self._service.scheduler.num_startable if self._is_taking else 0
         for run in self._store.take_over(limit) if limit else []:
             if run.resumptions > MAX_RESUMPTIONS:
-                self._store.fail(run.loop_id, f"its replica died, or could not resume it, {run.resumptions} times")
+                self._give_up(run)
                 continue
             if run.loop_id in self._service.jobs:  # it was lost to a replica that died, and its job here ends only now
                 self._store.hand_back(run.loop_id)
@@ -182,9 +182,18 @@ class Replica:
                 self._store.hand_back(run.loop_id)
             except IndexUnavailableError:
                 raise
-            except ClvrError as error:
-                _log.warning("%s cannot be resumed: %s", run.loop_id, error)
-                self._store.postpone(run.loop_id)
+            except DamagedRowError as error:
+                _log.warning("%s", error)
+                self._store.fail(run.loop_id, str(error))
+            except Exception as error:  # noqa: BLE001 - of one loop, which must not keep others from being resumed
+                _log.warning("%s cannot be resumed: %s", run.loop_id, error, exc_info=not isinstance(error, ClvrError))
+                self._store.postpone(run.loop_id, message_of(error))
+
+    def _give_up(self, run: Run) -> None:
+        entry = self._store.entry(run.loop_id)
+        reason = "" if entry is None or not entry["error"] else f"; at last: {entry['error']}"
+        message = f"its replica died, or could not resume it, {run.resumptions} times{reason}"
+        self._store.fail(run.loop_id, message)
 
     def _resume(self, run: Run) -> None:
         service = self._service
@@ -192,7 +201,7 @@ class Replica:
         def make_job(spec: LoopSpec, events: list[Event]) -> LoopJob:
             return service.make_job(spec, EventLog(service.loop, events))
 
-        job = restore(run, self._store, make_job)
+        job = restore(run, self._store, service.limits, make_job)
         self._unstored[job.id] = job.log.next_id, len(job.state.steps)
         job.log.skip(EVENT_GAP)
         job.log.append("resumed", replica=self._store.replica, images=run.images)
@@ -219,9 +228,10 @@ class Replica:
 
     def _begin(self, command: Command, job: LoopJob) -> None:
         scheduler, state, content = self._service.scheduler, job.state, command.content
-        if command.kind in ("accept", "cancel"):
-            if command.kind == "cancel" or job.best is not None:
-                scheduler.stop(job, STOPPED if command.kind == "accept" else CANCELED)
+        if command.kind == "accept" and job.best is None:  # rolled back since the other replica has seen its image
+            self._store.answer(command.id, {"status": 400, "message": NO_IMAGE, "code": "no_image"})
+        elif command.kind in ("accept", "cancel"):
+            scheduler.stop(job, STOPPED if command.kind == "accept" else CANCELED)
             self._store.answer(command.id, {"status": 202})
         elif not isinstance(state, EditablePromptState):
             self._store.answer(command.id, {"status": 409, "message": "a one-shot image has no plan"})
@@ -247,4 +257,4 @@ def _outcome(error: BaseException | None) -> Mapping[str, Any]:
     if isinstance(error, EndedError):
         return {"status": 400, "message": str(error), "code": "not_running"}
     _log.error("a command failed", exc_info=error)
-    return {"status": 500, "message": "internal error; the server's log has the details", "code": "internal_error"}
+    return {"status": 500, "message": message_of(error), "code": "internal_error"}

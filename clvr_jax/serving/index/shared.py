@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -20,14 +21,18 @@ import sqlalchemy as sql
 from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike, decode_image
+from clvr_jax.json_input import JsonObject
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.serving.index.files import open_files
-from clvr_jax.serving.index.records import Command, Progress, Run
+from clvr_jax.serving.index.records import Command, NewLoop, Progress, Run
+from clvr_jax.serving.index.rows import DamagedRowError, bounded, command_from, event_from, outcome_from, run_from
 from clvr_jax.serving.index.store import LoopStore
 from clvr_jax.serving.index.tables import COMMANDS, EVENTS, LOOPS, RUNS, open_postgresql
 
 _NOW = sql.func.date_part("epoch", sql.func.clock_timestamp())
 """Seconds of the database's clock, which all replicas share."""
+
+_log = logging.getLogger("clvr.serving")
 
 
 class LostLeaseError(ClvrError):
@@ -60,29 +65,18 @@ class SharedStore(LoopStore):
 
     # --- loops
 
-    def accept(
-        self,
-        loop_id: str,
-        created: float,
-        mode: str,
-        prompt: str,
-        model: str,
-        seed: int,
-        request: Mapping[str, Any],
-        spec: Mapping[str, Any],
-        progress: Progress,
-    ) -> None:
+    def accept(self, loop: NewLoop, spec: Mapping[str, Any], progress: Progress) -> None:
         """Lists a loop as running here, with all that another replica needs to run it."""
         for name, content in progress.files.items():
-            self._files.add(loop_id, name, content)
+            self._files.add(loop.id, name, content)
         with self._transaction() as connection:
-            self._insert(connection, loop_id, created, mode, prompt, model, seed, request)
+            self._insert(connection, loop)
             run = {
-                "loop_id": loop_id, "owner": self.replica, "expires": _NOW + self.lease_seconds,
+                "loop_id": loop.id, "owner": self.replica, "expires": _NOW + self.lease_seconds,
                 "spec": json.dumps(spec), **_columns(progress),
             }  # fmt: skip
             connection.execute(sql.insert(RUNS).values(run))
-            self._add_events(connection, loop_id, progress.events)
+            self._add_events(connection, loop.id, progress.events)
 
     def save(self, loop_id: str, progress: Progress) -> None:
         """Stores the state of a loop of this replica. Raises: LostLeaseError."""
@@ -110,16 +104,20 @@ class SharedStore(LoopStore):
     def runs(self, loop_ids: Sequence[str]) -> list[Run]:
         """See `LoopStore`."""
         with self._transaction() as connection:
-            found = sql.select(*RUNS.c, LOOPS.c.created, LOOPS.c.request)
+            columns = [bounded(each) if each.name in ("spec", "snapshot") else each for each in RUNS.c]
+            found = sql.select(*columns, LOOPS.c.created, bounded(LOOPS.c.request))
             found = found.join(LOOPS, LOOPS.c.id == RUNS.c.loop_id).where(RUNS.c.loop_id.in_(loop_ids))
-            return [_run(row) for row in connection.execute(found)]
+            return [run_from(row) for row in connection.execute(found)]
 
     def running_trajectory(self, run: Run) -> Trajectory | None:
-        """Returns the steps so far of a running loop, with an outcome that means nothing; None if it has none."""
+        """Returns the steps so far of a running loop, with an outcome that means nothing; None if it has none.
+
+        Raises: ClvrError if they are damaged, or an image is missing.
+        """
         if run.snapshot is None:
             return None
         with self.local(run.loop_id) as directory:
-            return load_snapshot(run.snapshot, directory)
+            return load_snapshot(JsonObject(run.snapshot, f"{run.loop_id}: the snapshot"), directory)
 
     def given_images(self, loop_id: str, count: int) -> tuple[ImageLike, ...]:
         """Returns the user's own images of a running loop. Raises: ClvrError if one is missing."""
@@ -133,16 +131,26 @@ class SharedStore(LoopStore):
         return tuple(images)
 
     def events_after(self, loop_id: str, after: int) -> tuple[list[dict[str, Any]], bool]:
-        """Returns the events of a loop with an id above `after`, and whether it runs on some replica."""
+        """Returns the events of a loop with an id above `after`, and whether it runs on some replica.
+
+        Raises: ClvrError if one is damaged.
+        """
         with self._transaction() as connection:
             is_running = connection.execute(sql.select(RUNS.c.loop_id).where(RUNS.c.loop_id == loop_id)).first()
-            found = sql.select(EVENTS.c.content).where(EVENTS.c.loop_id == loop_id, EVENTS.c.id > after)
-            events = [json.loads(text) for text in connection.execute(found.order_by(EVENTS.c.id)).scalars()]
+            found = sql.select(bounded(EVENTS.c.content)).where(EVENTS.c.loop_id == loop_id, EVENTS.c.id > after)
+            texts = list(connection.execute(found.order_by(EVENTS.c.id)).scalars())
+        events = [event_from(text, f"{loop_id}: a stored event") for text in texts]
         if is_running is None and not events:
-            events = [event for event in self.events(loop_id) if event.get("id", -1) > after]
+            events = [event for event in self.events(loop_id) if event["id"] > after]
         return events, is_running is not None
 
     # --- leases
+
+    def owners(self, loop_ids: Sequence[str]) -> dict[str, str | None]:
+        """Returns the replicas that run loops, None where none does now; loops that have ended are not in it."""
+        with self._transaction() as connection:
+            found = sql.select(RUNS.c.loop_id, RUNS.c.owner).where(RUNS.c.loop_id.in_(loop_ids))
+            return {row.loop_id: row.owner for row in connection.execute(found)}
 
     def renew(self) -> set[str]:
         """Renews the leases of this replica; returns the loops that it owns."""
@@ -154,7 +162,8 @@ class SharedStore(LoopStore):
     def take_over(self, limit: int) -> list[Run]:
         """Takes over at most `limit` loops of others whose leases have expired, the oldest first.
 
-        No two replicas take the same one. Those of this replica are renewed instead.
+        No two replicas take the same one. Those of this replica are renewed instead. A loop whose row is damaged is
+        listed as failed.
         """
         with self._transaction() as connection:
             expired = sql.select(RUNS.c.loop_id).join(LOOPS, LOOPS.c.id == RUNS.c.loop_id)
@@ -168,16 +177,22 @@ class SharedStore(LoopStore):
             # What was handed back is resumed by plan; a loop whose owners died one after the other may be the reason.
             times = sql.case((RUNS.c.owner.is_(None), RUNS.c.resumptions), else_=RUNS.c.resumptions + 1)
             connection.execute(taken.values({**values, "resumptions": times}))
-        return sorted(self.runs(found), key=lambda run: run.created)
+        runs = self.runs(found)
+        for run in runs:
+            if run.damage is not None:
+                _log.warning("%s", run.damage)
+                self.fail(run.loop_id, run.damage)
+        return sorted((run for run in runs if run.damage is None), key=lambda run: run.created)
 
     def hand_back(self, loop_id: str) -> None:
         """Gives up the lease of a loop of this replica, so that another one resumes it at once."""
         with self._transaction() as connection:
             self._update_run(connection, loop_id, owner=None, expires=0.0)
 
-    def postpone(self, loop_id: str) -> None:
+    def postpone(self, loop_id: str, error: str) -> None:
         """Gives up a loop that cannot be resumed now; a replica tries again after a lease. It counts as a failure."""
         with self._transaction() as connection:
+            self._update(connection, loop_id, {"error": self._text(error)})
             later = _NOW + self.lease_seconds
             self._update_run(connection, loop_id, owner=None, expires=later, resumptions=RUNS.c.resumptions + 1)
 
@@ -191,14 +206,23 @@ class SharedStore(LoopStore):
             connection.execute(sql.insert(COMMANDS).values(values))
 
     def commands(self) -> list[Command]:
-        """Returns the commands, oldest first, for loops of this replica that were not carried out."""
+        """Returns the commands, oldest first, for loops of this replica that were not carried out.
+
+        A damaged one is answered with that.
+        """
+        commands, damaged = [], {}
         with self._transaction() as connection:
-            found = sql.select(COMMANDS).join(RUNS, RUNS.c.loop_id == COMMANDS.c.loop_id)
+            columns = [bounded(each) if each is COMMANDS.c.content else each for each in COMMANDS.c]
+            found = sql.select(*columns).join(RUNS, RUNS.c.loop_id == COMMANDS.c.loop_id)
             found = found.where(RUNS.c.owner == self.replica, COMMANDS.c.outcome.is_(None))
-            return [
-                Command(row.id, row.loop_id, row.kind, json.loads(row.content))
-                for row in connection.execute(found.order_by(COMMANDS.c.created))
-            ]
+            for row in connection.execute(found.order_by(COMMANDS.c.created)):
+                try:
+                    commands.append(command_from(row))
+                except DamagedRowError as error:
+                    damaged[row.id] = str(error)
+        for command_id, error in damaged.items():
+            self.answer(command_id, {"status": 500, "message": error, "code": "damaged"})
+        return commands
 
     def answer(self, command_id: str, outcome: Mapping[str, Any]) -> None:
         """Stores what a command has led to."""
@@ -207,10 +231,11 @@ class SharedStore(LoopStore):
             connection.execute(found.values(outcome=json.dumps(outcome)))
 
     def outcome(self, command_id: str) -> dict[str, Any] | None:
-        """Returns what a command has led to; None if it was not carried out."""
+        """Returns what a command has led to; None if it was not carried out. Raises: ClvrError if that is damaged."""
         with self._transaction() as connection:
-            found = connection.execute(sql.select(COMMANDS.c.outcome).where(COMMANDS.c.id == command_id)).scalar()
-        return None if found is None else dict(json.loads(found))
+            found = sql.select(COMMANDS.c.loop_id, bounded(COMMANDS.c.outcome)).where(COMMANDS.c.id == command_id)
+            row = connection.execute(found).one_or_none()
+        return None if row is None or row.outcome is None else outcome_from(row.outcome, row.loop_id)
 
     def retract(self, command_id: str) -> None:
         """Deletes a command."""
@@ -246,30 +271,18 @@ class SharedStore(LoopStore):
             connection.execute(sql.insert(EVENTS), rows)
 
 
-def load_snapshot(snapshot: Mapping[str, Any], directory: Path) -> Trajectory:
+def load_snapshot(snapshot: JsonObject, directory: Path) -> Trajectory:
     """Reads the steps of a snapshot, whose images are in a directory. Raises: ClvrError."""
     with tempfile.TemporaryDirectory(prefix="clvr-snapshot-") as place:
         for path in directory.glob("*.png"):
             (Path(place) / path.name).write_bytes(path.read_bytes())
-        write_json(Path(place) / "trajectory.json", snapshot["trajectory"])
-        return Trajectory.load(place)
+        write_json(Path(place) / "trajectory.json", snapshot.nested("trajectory").content)
+        try:
+            return Trajectory.load(place)
+        except ClvrError as error:  # names a temporary file
+            raise ClvrError(f"{snapshot.where}: {str(error).replace(f'{place}/', '')}") from error
 
 
 def _columns(progress: Progress) -> dict[str, Any]:
     snapshot = None if progress.snapshot is None else json.dumps(progress.snapshot)
     return {"started": progress.started, "images": progress.images, "best": progress.best, "snapshot": snapshot}
-
-
-def _run(row: Any) -> Run:
-    return Run(
-        row.loop_id,
-        row.created,
-        row.owner,
-        row.started,
-        row.images,
-        row.best,
-        json.loads(row.spec),
-        None if row.snapshot is None else json.loads(row.snapshot),
-        json.loads(row.request),
-        row.resumptions,
-    )

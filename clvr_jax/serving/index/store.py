@@ -11,6 +11,7 @@ know are left alone. `SharedStore` of `shared.py` is the store of several replic
 from __future__ import annotations
 
 import json
+import logging
 import re
 import threading
 import time
@@ -28,12 +29,17 @@ from clvr_jax.image_io import decode_image
 from clvr_jax.json_input import parse_json
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.serving.index.files import DirectoryFiles, LoopFiles
-from clvr_jax.serving.index.records import Run
+from clvr_jax.serving.index.records import CANCELED, FAILED, FINISHED, INTERRUPTED, RUNNING, NewLoop, Run
+from clvr_jax.serving.index.rows import DamagedRowError, bounded, entry_from, event_from
 from clvr_jax.serving.index.tables import LOOPS, open_sqlite, unavailable
 
-RUNNING, FINISHED, FAILED, CANCELED, INTERRUPTED = "running", "finished", "failed", "canceled", "interrupted"
 _ID = re.compile(r"loop_[0-9a-f]{24}")
-_SHOWN = [column for column in LOOPS.c if column.name not in ("bytes", "folded")]
+_SHOWN = [
+    bounded(column) if column is LOOPS.c.request else column
+    for column in LOOPS.c
+    if column.name not in ("bytes", "folded")
+]
+_log = logging.getLogger("clvr.serving")
 
 
 class LoopStore:
@@ -70,28 +76,16 @@ class LoopStore:
         except (DBAPIError, sql.exc.TimeoutError) as error:
             raise unavailable(error) from error
 
-    def add(
-        self, loop_id: str, created: float, mode: str, prompt: str, model: str, seed: int, request: Mapping[str, Any]
-    ) -> None:
+    def add(self, loop: NewLoop) -> None:
         """Lists a loop as running."""
         with self._transaction() as connection:
-            self._insert(connection, loop_id, created, mode, prompt, model, seed, request)
+            self._insert(connection, loop)
 
-    def _insert(
-        self,
-        connection: sql.Connection,
-        loop_id: str,
-        created: float,
-        mode: str,
-        prompt: str,
-        model: str,
-        seed: int,
-        request: Mapping[str, Any],
-    ) -> None:
+    def _insert(self, connection: sql.Connection, loop: NewLoop) -> None:
         values = {
-            "id": loop_id, "created": created, "status": RUNNING, "mode": mode, "prompt": self._text(prompt),
-            "model": model, "seed": seed, "request": json.dumps(dict(request)),
-            "folded": self._text(prompt.casefold()),
+            "id": loop.id, "created": loop.created, "status": RUNNING, "mode": loop.mode,
+            "prompt": self._text(loop.prompt), "model": loop.model, "seed": loop.seed,
+            "request": json.dumps(dict(loop.request)), "folded": self._text(loop.prompt.casefold()),
         }  # fmt: skip
         connection.execute(sql.insert(LOOPS).values(values))
 
@@ -104,7 +98,10 @@ class LoopStore:
         content = json.dumps(list(events), indent=2, ensure_ascii=False).encode(errors="backslashreplace")
         size = self._files.write(loop_id, {"events.json": content, **trajectory.files()})
         self._list(loop_id, status, trajectory, size)
-        self.delete_old()
+        try:
+            self.delete_old()
+        except ClvrError as error:  # of another loop, whose files or entry are damaged; this one is stored
+            _log.warning("old loops cannot be deleted: %s", error)
 
     def fail(self, loop_id: str, error: str) -> None:
         """Lists a loop as failed."""
@@ -113,8 +110,9 @@ class LoopStore:
     def forget(self, loop_id: str) -> bool:
         """Deletes a loop that does not run; returns whether there was one."""
         with self._lock:
-            row = self.entry(loop_id)
-            if row is None or row["status"] == RUNNING:
+            with self._transaction() as connection:
+                status = connection.execute(sql.select(LOOPS.c.status).where(LOOPS.c.id == loop_id)).scalar()
+            if status is None or status == RUNNING:  # whatever else may be damaged
                 return False
             self._delete(loop_id)
             return True
@@ -130,7 +128,7 @@ class LoopStore:
             return None
         with self._transaction() as connection:
             row = connection.execute(sql.select(*_SHOWN).where(LOOPS.c.id == loop_id)).one_or_none()
-        return None if row is None else _entry(row)
+        return None if row is None else entry_from(row)
 
     def entries(self, limit: int, before: str | None = None, query: str = "") -> list[dict[str, Any]]:
         """Returns the latest loops, newest first.
@@ -150,7 +148,7 @@ class LoopStore:
                     return []
                 at_border = sql.and_(LOOPS.c.created == border, LOOPS.c.id < before)
                 found = found.where(sql.or_(LOOPS.c.created < border, at_border))
-            return [_entry(row) for row in connection.execute(found)]
+            return [entry_from(row) for row in connection.execute(found)]
 
     def run(self, loop_id: str) -> Run | None:
         """Returns a running loop of any replica; None if it does not run, and if there are no replicas."""
@@ -181,15 +179,15 @@ class LoopStore:
             return Trajectory.load(directory)
 
     def events(self, loop_id: str) -> list[dict[str, Any]]:
-        """Returns the events of a finished loop; [] if it has none."""
+        """Returns the events of a finished loop; [] if it has none. Raises: ClvrError if they are damaged."""
         content = self._files.read(loop_id, "events.json") if _ID.fullmatch(loop_id) else None
         if content is None:
             return []
         where = f"{loop_id}/events.json"
         found = parse_json(content, where)
-        if not isinstance(found, list) or not all(isinstance(event, dict) and "type" in event for event in found):
-            raise ClvrError(f"{where}: is no list of events; the file is damaged, delete the loop")
-        return [dict(event) for event in found]
+        if not isinstance(found, list):
+            raise DamagedRowError(f"{where}: is no list of events; delete the loop")
+        return [event_from(event, where) for event in found]
 
     def delete_old(self) -> None:
         """Deletes loops by age, and the oldest ones while all together are too large."""
@@ -249,7 +247,3 @@ class LoopStore:
                     size = sum(path.stat().st_size for path in directory.iterdir())
                 self._list(loop_id, CANCELED if trajectory.outcome == CANCELED else FINISHED, trajectory, size)
         self.delete_old()
-
-
-def _entry(row: Any) -> dict[str, Any]:
-    return {**row._mapping, "request": json.loads(row.request)}

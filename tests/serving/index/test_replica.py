@@ -9,10 +9,14 @@ import pytest
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning.work import Roles, perform
 from clvr_jax.serving.api.errors import ApiError
-from clvr_jax.serving.index.records import Command
+from clvr_jax.serving.event_log import EventLog
+from clvr_jax.serving.index import remote
+from clvr_jax.serving.index.records import Command, Progress
+from clvr_jax.serving.index.remote import stop_elsewhere
 from clvr_jax.serving.index.replica import EVENT_GAP, MAX_RESUMPTIONS
 from clvr_jax.serving.index.shared import SharedStore
-from clvr_jax.serving.jobs import LoopSpec
+from clvr_jax.serving.index.specs import given_files, spec_to_json
+from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.models import StageKey
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
@@ -174,12 +178,65 @@ def test_a_loop_that_may_kill_replicas_is_given_up(replicas):
     assert b.store.entry(job.id)["error"] == f"its replica died, or could not resume it, {times} times"
 
 
-def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replicas, caplog):
+def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replicas, tmp_path, caplog):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     (job,) = a.submit([SPEC])
-    spec = 'spec = \'{"given": 0, "prompt": 3}\''
-    replicas.expire(lambda: b.store.entry(job.id)["status"] == "failed", spec)
+    (tmp_path / "shared" / job.id / "given_00.png").unlink()
+    replicas.expire(lambda: b.store.entry(job.id)["status"] == "failed")
     assert caplog.text.count("cannot be resumed: ") == MAX_RESUMPTIONS
+    error = b.store.entry(job.id)["error"]
+    assert error.endswith(f"; at last: {job.id}: lacks the image given_00.png that it starts from")
+
+
+@pytest.mark.parametrize(
+    ("column", "path", "value", "said"),
+    [
+        ("spec", "{sampling,size}", "[64]", "size must be height and width"),
+        ("spec", "{sampling,steps}", '"4"', "steps must be an integer"),
+        ("spec", "{sampling,scale}", "2", "unknown field"),
+        ("spec", "{budget,max_steps}", "0", "max_steps must be at least 1"),
+        ("spec", "{seed}", "null", "seed must be an integer"),
+        ("snapshot", "{plans}", '"x"', "snapshot: is damaged"),
+        ("snapshot", "{elapsed}", "-1", "elapsed must be a number"),
+    ],
+)
+def test_a_loop_whose_row_is_damaged_fails_at_once_and_disturbs_no_other(replicas, column, path, value, said):
+    a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
+    damaged, whole = (job.id for job in a.submit([SPEC] * 2))
+    replicas.execute(
+        f"UPDATE runs SET {column} = jsonb_set({column}::jsonb, '{path}', '{value}')::text WHERE loop_id = '{damaged}'"
+    )
+    replicas.expire(lambda: whole in b.jobs)
+    wait_until(lambda: b.store.entry(damaged)["status"] == "failed", 600)
+    assert said in b.store.entry(damaged)["error"]
+    b.models.open()
+    wait_until(lambda: is_finished(b, whole), 600)
+    assert b.scheduler.is_alive
+
+
+def test_accept_and_cancel_wait_until_the_other_replica_has_them(replicas, monkeypatch):
+    a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
+    ghost = SharedStore(replicas._url, replicas._place, "ghost", 600, 1e9, 1 << 30)  # a replica that reads nothing
+
+    def stop(loop_id, kind):
+        stopping = stop_elsewhere(b, b.store.run(loop_id), kind)
+        return asyncio.run_coroutine_threadsafe(stopping, b.loop).result(600)
+
+    without_image, canceled = (job.id for job in a.submit([SPEC] * 2))
+    with pytest.raises(ApiError, match="no image yet"):
+        stop(without_image, "accept")
+    assert stop(canceled, "cancel")
+    assert canceled in a.scheduler._stops or canceled not in a.jobs
+    silent = LoopJob(SPEC, a.models, EventLog(None), lambda *_: None)
+    ghost.accept(silent.listing(), spec_to_json(SPEC), Progress(None, 0, None, None, [], given_files(SPEC)))
+    monkeypatch.setattr(remote, "STOP_SECONDS", 0.3)
+    assert not stop(silent.id, "cancel")
+    assert [command.kind for command in ghost.commands()] == ["cancel"]  # it is there when the replica is back
+    ended = threading.Timer(0.2, lambda: ghost.withdraw([silent.id]))
+    monkeypatch.setattr(remote, "STOP_SECONDS", 600)
+    ended.start()
+    assert stop(silent.id, "cancel")
+    ghost.close()
 
 
 def test_loops_of_a_replica_whose_device_fails_move_too(replicas, undisturbed):

@@ -15,7 +15,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import encode_png
 from clvr_jax.reasoning import Step, Trajectory
 from clvr_jax.reasoning.actions import IMAGE_GEN
-from clvr_jax.serving.index.records import Command, Progress
+from clvr_jax.serving.index.records import Command, NewLoop, Progress
+from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from tests.reasoning.scripted import picture
@@ -50,9 +51,8 @@ def progress(*events, images=0, snapshot=None, files=None):
 
 
 def accept(store, number, prompt="p", **fields):
-    request = {"user": "u"}
-    store.accept(loop_id(number), float(number), "loop", prompt, "m", 0, request, {"prompt": prompt},
-                 progress((0, "queued"), **fields))  # fmt: skip
+    loop = NewLoop(loop_id(number), float(number), "loop", prompt, "m", 0, {"user": "u"})
+    store.accept(loop, {"prompt": prompt, "mode": "loop", "given": 0}, progress((0, "queued"), **fields))
 
 
 def execute(store, statement):
@@ -170,13 +170,13 @@ def test_no_two_replicas_take_the_same_loop(stores):
 def test_a_command_reaches_the_owner_also_the_next_one(stores):
     a, b = stores
     accept(a, 1)
-    b.send(Command("c1", loop_id(1), "plan", {"instruction": "x"}))
+    b.send(Command("c1", loop_id(1), "plan", {"requirements": None, "instruction": "x"}))
     b.send(Command("c2", loop_id(1), "cancel", {}))
     assert b.commands() == []
     assert [command.id for command in a.commands()] == ["c1", "c2"]
     assert b.outcome("c1") is None
-    a.answer("c1", {"error": None})
-    assert b.outcome("c1") == {"error": None}
+    a.answer("c1", {"status": 200})
+    assert b.outcome("c1") == {"status": 200}
     expire(a)
     assert len(b.take_over(1)) == 1
     assert (a.commands(), [command.kind for command in b.commands()]) == ([], ["cancel"])
@@ -240,3 +240,68 @@ def test_an_entry_that_names_a_path_deletes_nothing(postgres_url, tmp_path):
     with store._engine.connect() as connection:
         assert connection.execute(sql.text("SELECT count(*) FROM loops")).scalar() == 1
     store.close()
+
+
+DAMAGE = [  # table, what is wrong, and what is said of it
+    ("runs", "spec = '{'", "spec: not JSON"),
+    ("runs", "spec = '{}'", "spec: lacks prompt"),
+    ("runs", "spec = '[]'", "spec: expected a JSON object"),
+    ("runs", "spec = repeat('x', 17000000)", "spec has 16,777,217 characters"),
+    ("runs", "snapshot = repeat('[', 100000)", "snapshot: JSON with more than 64 levels"),
+    ("runs", "images = -1", "images must be an integer"),
+    ("runs", "started = 'NaN'", "started must be a finite number"),
+    ("loops", "request = 'x'", "request: not JSON"),
+    ("loops", "created = 'Infinity'", "created must be a finite number"),
+]
+
+
+def test_a_damaged_loop_is_listed_as_failed_when_its_replica_is_silent_and_others_are_taken_over(
+    postgres_url, tmp_path
+):
+    a, b = (SharedStore(postgres_url, tmp_path, name, 60, 1e9, KEPT) for name in ("a", "b"))
+    for number, (table, damage, _) in enumerate(DAMAGE):
+        accept(a, number)
+        execute(a, f"UPDATE {table} SET {damage} WHERE {'loop_id' if table == 'runs' else 'id'} = '{loop_id(number)}'")
+    accept(a, 99)
+    ids = [loop_id(number) for number in range(len(DAMAGE))]
+    damage = {run.loop_id: run.damage for run in b.runs([*ids, loop_id(99)])}  # a may still run them
+    assert damage.pop(loop_id(99)) is None
+    expire(a)
+    assert [run.loop_id for run in b.take_over(99)] == [loop_id(99)]
+    entries = {entry["id"]: entry for entry in b.entries(99)}
+    for each, (_, _, said) in zip(ids, DAMAGE, strict=True):
+        assert said in damage[each]
+        assert "\n" not in damage[each]
+        assert entries[each]["status"] == "failed"
+        assert said in entries[each]["error"]
+    assert b.owners([*ids, loop_id(99)]) == {loop_id(99): "b"}
+    for store in (a, b):
+        store.close()
+
+
+def test_damaged_events_and_commands_are_named_and_others_are_read(postgres_url, tmp_path):
+    a, b = (SharedStore(postgres_url, tmp_path, name, 60, 1e9, KEPT) for name in ("a", "b"))
+    for number in (1, 2):
+        accept(a, number)
+    execute(a, f"UPDATE events SET content = '[]' WHERE loop_id = '{loop_id(1)}'")
+    with pytest.raises(DamagedRowError, match=f"{loop_id(1)}: a stored event: event: expected a JSON object"):
+        b.events_after(loop_id(1), -1)
+    assert b.events_after(loop_id(2), -1) == ([{"id": 0, "type": "queued"}], True)
+    for name, kind, content in (
+        ("unknown", "delete", "{}"),
+        ("text", "plan", "x"),
+        ("type", "plan", '{"requirements": "all", "instruction": null}'),
+        ("range", "rollback", '{"step": -1}'),
+    ):
+        b.send(Command(name, loop_id(1), kind, {}))
+        execute(a, f"UPDATE commands SET content = '{content}' WHERE id = '{name}'")
+    b.send(Command("good", loop_id(1), "rollback", {"step": 0}))
+    assert [command.id for command in a.commands()] == ["good"]
+    for name in ("unknown", "text", "type", "range"):
+        outcome = b.outcome(name)
+        assert (outcome["status"], outcome["code"]) == (500, "damaged")
+    execute(a, "UPDATE commands SET outcome = '{\"status\": 1}' WHERE id = 'good'")
+    with pytest.raises(DamagedRowError, match="status must be an integer from 200 to 599"):
+        b.outcome("good")
+    for store in (a, b):
+        store.close()

@@ -1,3 +1,4 @@
+import json
 import os
 import sqlite3
 
@@ -6,6 +7,7 @@ import pytest
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Step, Trajectory
 from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.serving.index.records import NewLoop
 from clvr_jax.serving.index.store import LoopStore
 from tests.reasoning.scripted import picture
 
@@ -28,7 +30,7 @@ def alter(directory, *statements):
 
 
 def add(store, number, finish=True):
-    store.add(loop_id(number), float(number), "loop", "p", "m", 0, {"user": "u"})
+    store.add(NewLoop(loop_id(number), float(number), "loop", "p", "m", 0, {"user": "u"}))
     if finish:
         store.finish(loop_id(number), "finished", trajectory(number), [{"id": 0, "type": "done"}])
 
@@ -121,6 +123,57 @@ def test_an_index_that_names_a_path_or_other_types_deletes_nothing(tmp_path, dam
     assert sorted(tmp_path.rglob("*.png")) == before
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ("request = '{'", "request: not JSON"),
+        ("request = '[]'", "request: expected a JSON object"),
+        ("request = '{\"seed\": NaN}'", "request: has a number that is not finite"),
+        ('request = \'{"user": "\\ud800"}\'', "lone surrogate"),
+        ("request = printf('\"%*c\"', 17000000, 'x')", "request has 16,777,217 characters"),
+        ("created = 9e999", "created must be a finite number"),
+        ("status = 'done'", "status must be one of"),
+        ("best = -1", "best must be an integer"),
+        ("seed = 'x'", "seed must be an integer"),
+    ],
+)
+def test_an_entry_that_is_damaged_later_is_listed_as_failed_beside_others(tmp_path, damage, said):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    for number in (1, 2):
+        add(store, number)
+    alter(tmp_path, f"UPDATE loops SET {damage} WHERE id = '{loop_id(1)}'")
+    found = {entry["id"]: entry for entry in store.entries(9)}
+    assert (found[loop_id(2)]["status"], found[loop_id(2)]["error"]) == ("finished", None)
+    damaged = store.entry(loop_id(1))
+    assert damaged == found[loop_id(1)]
+    assert (damaged["status"], damaged["prompt"], damaged["nfe"]) == ("failed", "p", 4)
+    assert said in damaged["error"]
+    assert damaged["error"].startswith(f"the entry of loop {loop_id(1)}: ")
+    assert damaged["error"].endswith("; delete the loop")
+    assert "\n" not in damaged["error"]
+    json.dumps(found, allow_nan=False, ensure_ascii=False).encode()
+    assert store.forget(loop_id(1))
+    assert list(states(store)) == [loop_id(2)]
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[5]", '[{"id": "0", "type": "done"}]', '[{"id": 0}]'])
+def test_events_that_are_damaged_are_one_line(tmp_path, content):
+    store = LoopStore(tmp_path, 1e9, 1 << 30)
+    add(store, 1)
+    (tmp_path / loop_id(1) / "events.json").write_text(content)
+    with pytest.raises(ClvrError, match=r"^loop_\w+/events.json: [^\n]+$"):
+        store.events(loop_id(1))
+
+
+def test_an_old_loop_that_cannot_be_deleted_does_not_keep_another_one_from_being_stored(tmp_path, caplog):
+    store = LoopStore(tmp_path, 1e9, 0)
+    add(store, 1, finish=False)
+    alter(tmp_path, "UPDATE loops SET id = '../x', bytes = 1, status = 'finished'")
+    add(store, 2)
+    assert states(store)[loop_id(2)] == "finished"
+    assert "old loops cannot be deleted: '../x': is no id of a loop" in caplog.text
+
+
 def test_a_text_that_is_not_utf8_is_shown_with_marks(tmp_path):
     store = LoopStore(tmp_path, 1e9, 1 << 30)
     add(store, 1, finish=False)
@@ -149,7 +202,7 @@ def test_an_index_of_another_version_is_refused(tmp_path):
 
 def test_an_index_of_version_1_is_searched_like_a_new_one(tmp_path):
     store = LoopStore(tmp_path, 1e9, 1 << 30)
-    store.add(loop_id(1), 1.0, "loop", "Ein GRÜNES Rechteck, 50% groß", "m", 0, {})
+    store.add(NewLoop(loop_id(1), 1.0, "loop", "Ein GRÜNES Rechteck, 50% groß", "m", 0, {}))
     store.close()
     alter(tmp_path, "ALTER TABLE loops DROP COLUMN folded", "PRAGMA user_version = 1")
     again = LoopStore(tmp_path, 1e9, 1 << 30)
