@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import shutil
 import tempfile
 import uuid
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import refuse_url
 from clvr_jax.json_input import read_object
 
 
@@ -30,12 +30,6 @@ def located(where: Path | str) -> Iterator[None]:
         if str(where) in str(error):
             raise
         raise type(error)(f"{where}: {error}") from error
-
-
-def refuse_url(path: Path) -> None:
-    """Raises: ClvrError for a URL such as gs://bucket/name, which would become a directory with the name `gs:`."""
-    if re.match(r"[a-z]\w+:/", str(path)):
-        raise ClvrError(f"{path}: a URL, not a directory; mount the bucket and give the directory where it is mounted")
 
 
 def write_json(path: Path, content: object) -> None:

@@ -1,4 +1,4 @@
-"""Safe file names for ids in external data, and checks of file names that such data contains."""
+"""Safe file names for ids in external data, checks of file names that such data contains, and URLs given as paths."""
 
 import hashlib
 import os
@@ -11,6 +11,8 @@ MAX_NAME_BYTES = 160
 """Longest id that is used unchanged; most file systems allow 255 bytes, and a suffix is added."""
 
 _FORBIDDEN = '/\\:*?"<>|'
+_URL = re.compile(r"\A([a-z][a-z0-9+.-]+):/{1,2}")
+"""Begins a URL, also one of which `Path` has dropped a slash; a drive of Windows has one letter."""
 _ENCODED = re.compile(r".*~[0-9a-f]{16}")
 
 
@@ -67,6 +69,24 @@ def listed_file(directory: Path, name: str, where: str) -> Path:
     if not is_file:
         raise ClvrError(f"{where}: no such image, {name!r:.200}")
     return path
+
+
+def shown_path(path: str | os.PathLike[str]) -> str:
+    """Returns a path for messages. `Path` keeps one of the two slashes of a URL; a message has both."""
+    return _URL.sub(r"\1://", os.fspath(path), count=1)
+
+
+def refuse_url(path: str | os.PathLike[str]) -> None:
+    """Raises: ClvrError for a URL such as gs://bucket/name, which would become a directory with the name `gs:`."""
+    if _URL.match(os.fspath(path)):
+        advice = "mount the bucket and give the path where it is mounted"
+        raise ClvrError(f"{shown_path(path)}: a URL, not a file or directory of this machine; {advice}")
+
+
+def local_path(text: str) -> Path:
+    """Returns a path that a user has written. Raises: ClvrError for a URL."""
+    refuse_url(text)
+    return Path(text)
 
 
 def is_regular_file(path: str | os.PathLike[str]) -> bool:

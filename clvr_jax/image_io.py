@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import is_regular_file
+from clvr_jax.file_names import is_regular_file, shown_path
 
 MAX_PIXELS = 2**26
 """Maximum pixels of an image file: 8192 x 8192."""
@@ -245,7 +245,7 @@ def _array(image: Image.Image, where: str) -> np.ndarray:
 
 def _named(path: str | os.PathLike[str]) -> str:
     """Returns a path for messages, on one line of limited length."""
-    text = os.fspath(path)
+    text = shown_path(path)
     return text if len(text) <= 400 and text.isprintable() else f"{text:.400}".encode("unicode_escape").decode()
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import refuse_url
 
 MAX_BYTES = 256 << 20
 """Maximum size of a JSON file in bytes."""
@@ -205,6 +206,7 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES, advice: str = "") -> str:
     """
     try:
         if not path.is_file():  # a pipe would block
+            refuse_url(path)
             what = "not a file" if path.exists() else "no such file"
             raise ClvrError(f"{path}: {what}{f'; {advice}' if advice else ''}")
         if (size := path.stat().st_size) > max_bytes:
@@ -240,6 +242,7 @@ def stream_lines(path: Path, max_bytes: int = MAX_LINE_BYTES, advice: str = "") 
     """
     try:
         if not path.is_file():  # a pipe would block
+            refuse_url(path)
             what = "not a file" if path.exists() else "no such file"
             raise ClvrError(f"{path}: {what}{f'; {advice}' if advice else ''}")
         with path.open("rb") as file:

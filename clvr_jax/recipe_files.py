@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import local_path
 from clvr_jax.json_input import JSON, UncheckedJSON, shown
 
 
@@ -57,7 +58,7 @@ def _from_json(template: object, values: object, declared: object, name: str) ->
         }
         return dataclasses.replace(template, **fields)
     if isinstance(values, str) and (isinstance(template, Path) or Path in get_args(declared)):
-        return Path(values)
+        return local_path(values)
     return tuple(values) if isinstance(template, tuple) and isinstance(values, list) else values
 
 

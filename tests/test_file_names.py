@@ -1,11 +1,17 @@
 """Names from data are never paths."""
 
 import re
+from pathlib import Path
 
 import pytest
 
+from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import file_name, is_regular_file, listed_file
+from clvr_jax.file_names import file_name, is_regular_file, listed_file, local_path, refuse_url, shown_path
+from clvr_jax.image_io import read_image
+from clvr_jax.json_input import read_text, stream_lines
+from clvr_jax.output_paths import check_output_directory
+from clvr_jax.reasoning.trajectory import Trajectory
 
 HOSTILE = [
     "", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:x", "~/x", ".hidden", "-rf", "x" * 300,
@@ -71,3 +77,42 @@ def test_links_of_a_hugging_face_cache_lead_to_its_blobs(tmp_path):
     (blobs / "0f").write_text("")
     (snapshot / "a.png").symlink_to("../../blobs/0f")
     assert listed_file(snapshot, "a.png", "list:1") == snapshot / "a.png"
+
+
+@pytest.mark.parametrize("url", ["gs://bucket/name", "s3://b", "https://host/a//b", "file:///etc", "a+b-c.d://x"])
+def test_a_url_is_refused_and_shown_as_it_was_given(url):
+    for given in (url, Path(url)):
+        with pytest.raises(ClvrError) as caught:
+            refuse_url(given)
+        whole = url if isinstance(given, str) else url.replace("a//b", "a/b").replace(":///", "://")
+        assert str(caught.value).startswith(f"{whole}: a URL, not a file or directory of this machine")
+    assert shown_path(Path("gs://bucket/x y")) == "gs://bucket/x y"
+
+
+@pytest.mark.parametrize("name", ["a/b", "/tmp/gs:/x", "c:/models", "./gs:x", "gs:x", ".", "A:/x"])
+def test_other_names_are_paths(name):
+    assert local_path(name) == Path(name)
+    assert shown_path(name) == name
+
+
+@pytest.mark.parametrize(
+    "read", [read_text, lambda path: list(stream_lines(path)), read_image, Trajectory.load, check_output_directory]
+)
+def test_readers_and_writers_name_a_url_with_both_slashes(read):
+    with pytest.raises(ClvrError, match=r"^gs://bucket/a\.png: "):
+        read(Path("gs://bucket/a.png"))
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "a red circle", "--out", "gs://bucket/out"],
+        ["verify", "a red circle", "gs://bucket/a.png"],
+        ["train", "flux2_sft", "--dataset", "gs://bucket/data"],
+        ["serve", "--out", "gs://bucket/loops"],
+    ],
+)
+def test_a_url_in_a_command_line_is_one_line_with_both_slashes(command, capsys):
+    assert main(command) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert command[-1] in line

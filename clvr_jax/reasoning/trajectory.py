@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import is_regular_file
+from clvr_jax.file_names import is_regular_file, shown_path
 from clvr_jax.image_io import ImageLike, encode_png, read_image
 from clvr_jax.json_input import JSON, JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
@@ -230,7 +230,7 @@ class Trajectory:
         path = Path(directory) / "trajectory.json"
         if not is_regular_file(path):
             raise ClvrError(
-                f"{directory}: no trajectory.json here; not a trajectory, or one whose saving was cut short"
+                f"{shown_path(directory)}: no trajectory.json here; not a trajectory, or one whose saving was cut short"
             )
         entry = read_object(path)
         if entry.content.get("format") != FORMAT:

@@ -6,7 +6,6 @@ import secrets
 import socket
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
@@ -16,6 +15,7 @@ from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.commands.generation.model_options import Control, ControllerOptions, Loading, LoadOptions
 from clvr_jax.console import console
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.file_names import local_path
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
@@ -102,7 +102,7 @@ class Serve:
     key_variable: str = "CLVR_API_KEY"
     """Environment variable with the key that clients send as a bearer token. Without a value in it no key is needed,
     which is refused for an address that other machines reach; "" serves without a key in any case."""
-    out: Path = Path("out/serve")
+    out: Annotated[str, tyro.conf.arg(metavar="DIR|gs://BUCKET")] = "out/serve"
     """Store finished loops, and their index, in this directory. Replicas share one directory, or a gs:// bucket."""
     index_variable: str = "CLVR_INDEX_URL"
     """Environment variable with the URL of a PostgreSQL database, postgresql://USER:PASSWORD@HOST/NAME, in which
@@ -132,15 +132,18 @@ class Serve:
         url = os.environ.get(self.index_variable, "").strip() if self.index_variable else ""
         from clvr_jax.locks import locked_output
         from clvr_jax.output_paths import check_output_directory
-        from clvr_jax.serving.index.files import bucket_url
+        from clvr_jax.serving.index.files import is_bucket
 
-        if not (url and bucket_url(self.out)):
-            check_output_directory(self.out)
+        if not url and is_bucket(self.out):
+            variable = self.index_variable or "--index-variable"
+            raise UsageError(f"--out {self.out}: a bucket needs an index in PostgreSQL; give its URL in {variable}")
+        if not is_bucket(self.out):
+            check_output_directory(local_path(self.out))
         self.control.check(self.model)
         # Replicas share the directory; what one of them may write is decided by the index.
-        with nullcontext() if url else locked_output(self.out):
+        with nullcontext() if url else locked_output(local_path(self.out)):
             port = self._serve(url, key)
-        return Result({"host": self.host, "port": port, "out": str(self.out)}, "the server has ended")
+        return Result({"host": self.host, "port": port, "out": self.out}, "the server has ended")
 
     def _serve(self, url: str, key: str | None) -> int:
         """Serves with an index at a URL, or in SQLite if that is empty; returns the port."""
@@ -151,7 +154,11 @@ class Serve:
         keep = limits.keep_days * 86400, limits.keep_bytes
         replica = f"{socket.gethostname()}-{secrets.token_hex(4)}"  # in Kubernetes the host has the pod's name
         # Before the models, which take long to load.
-        store = SharedStore(url, self.out, replica, self.lease_seconds, *keep) if url else LoopStore(self.out, *keep)
+        store = (
+            SharedStore(url, self.out, replica, self.lease_seconds, *keep)
+            if url
+            else LoopStore(local_path(self.out), *keep)
+        )
         with console.status(f"loading {self.model}"):
             pipeline = self._load()
         from clvr_jax.serving.jobs import LoopSpec

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import local_path
 from clvr_jax.image_io import MAX_FILE_BYTES
 from clvr_jax.reasoning.trajectory_files import write_directory
 
@@ -168,16 +169,19 @@ class BucketFiles:
             raise ClvrError(f"{self._root / loop_id}: cannot be read or written ({_one_line(error)})") from error
 
 
-def open_files(place: Path) -> LoopFiles:
-    """Opens a directory, or a bucket by its URL. Raises: ClvrError; OSError."""
-    url = bucket_url(place)
-    return DirectoryFiles(place) if url is None else BucketFiles(url)
+def open_files(place: str) -> LoopFiles:
+    """Opens a directory, or a bucket by its URL. Raises: ClvrError if it cannot be used."""
+    if is_bucket(place):
+        return BucketFiles(place)
+    try:
+        return DirectoryFiles(local_path(place))
+    except OSError as error:
+        raise ClvrError(f"{place}: cannot be written ({error.strerror}); choose another --out") from error
 
 
-def bucket_url(place: Path) -> str | None:
-    """Returns the URL of a bucket, of whose two slashes `Path` keeps one; None for a directory."""
-    found = re.fullmatch(r"gs:/{1,2}([^/].*)", str(place))
-    return None if found is None else f"gs://{found[1]}"
+def is_bucket(place: str) -> bool:
+    """Whether loops are stored in a bucket, gs://NAME or gs://NAME/PREFIX, and not in a directory."""
+    return re.match(r"gs://[^/]", place) is not None
 
 
 def _one_line(error: Exception) -> str:

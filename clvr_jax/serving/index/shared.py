@@ -44,7 +44,7 @@ class SharedStore(LoopStore):
 
     Args:
       url: of the database, see `open_postgresql`.
-      place: a directory that all replicas have, or a bucket.
+      place: a directory that all replicas have, or the URL of a bucket.
       replica: name of this replica, unlike those of all others.
       lease_seconds: after which a loop whose owner is silent is taken over.
       keep_seconds, keep_bytes: see `LoopStore`.
@@ -52,12 +52,9 @@ class SharedStore(LoopStore):
     """
 
     def __init__(
-        self, url: str, place: Path, replica: str, lease_seconds: float, keep_seconds: float, keep_bytes: float
+        self, url: str, place: str, replica: str, lease_seconds: float, keep_seconds: float, keep_bytes: float
     ):
-        try:
-            files = open_files(place)
-        except OSError as error:
-            raise ClvrError(f"{place}: cannot be written ({error.strerror}); choose another --out") from error
+        files = open_files(place)
         self.replica, self.lease_seconds = replica, lease_seconds
         self._set_up(open_postgresql(url), files, keep_seconds, keep_bytes)
         self._lock = contextlib.nullcontext()  # the database orders what happens

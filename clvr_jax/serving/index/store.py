@@ -23,8 +23,8 @@ from typing import Any
 import sqlalchemy as sql
 from sqlalchemy.exc import DBAPIError
 
-from clvr_jax.atomic_io import refuse_url
 from clvr_jax.errors import ClvrError
+from clvr_jax.file_names import refuse_url
 from clvr_jax.image_io import decode_image
 from clvr_jax.json_input import parse_json
 from clvr_jax.reasoning.trajectory import Trajectory

@@ -100,7 +100,7 @@ class Replicas:
 
 @pytest.fixture
 def replicas(postgres_url, tmp_path):
-    replicas = Replicas(postgres_url, tmp_path / "shared")
+    replicas = Replicas(postgres_url, str(tmp_path / "shared"))
     yield replicas
     replicas.close()
 

@@ -3,7 +3,6 @@
 import importlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import ClassVar
 
 import fsspec
@@ -67,12 +66,12 @@ def expire(store):
 @pytest.fixture(params=["directory", "bucket"])
 def stores(request, postgres_url, tmp_path, monkeypatch):
     """Two replicas."""
-    place = tmp_path / "files"
+    place = str(tmp_path / "files")
     if request.param == "bucket":
         monkeypatch.setattr(Bucket, "store", {})
         monkeypatch.setattr(Bucket, "pseudo_dirs", [""])
         fsspec.register_implementation("gcs", Bucket, clobber=True)
-        place = Path("gs://bucket/loops")
+        place = "gs://bucket/loops"
     opened = [SharedStore(postgres_url, place, name, 60, 1e9, KEPT) for name in ("a", "b")]
     yield opened
     for store in opened:
@@ -198,7 +197,7 @@ def test_old_loops_are_deleted_with_their_files(stores, postgres_url):
 
 def test_replicas_may_start_at_the_same_time(postgres_url, tmp_path):
     def start(number):
-        store = SharedStore(postgres_url, tmp_path, f"r{number}", 60, 1e9, KEPT)
+        store = SharedStore(postgres_url, str(tmp_path), f"r{number}", 60, 1e9, KEPT)
         store.close()
 
     with ThreadPoolExecutor(6) as pool:
@@ -206,7 +205,7 @@ def test_replicas_may_start_at_the_same_time(postgres_url, tmp_path):
 
 
 def test_an_index_that_cannot_be_used_is_one_line_without_the_password(postgres_url, tmp_path):
-    store = SharedStore(postgres_url, tmp_path, "a", 60, 1e9, KEPT)
+    store = SharedStore(postgres_url, str(tmp_path), "a", 60, 1e9, KEPT)
     execute(store, "UPDATE clvr_index SET version = 9")
     wrong_password = postgres_url.replace(PASSWORD, "another-secret")
     for url, kind, message in [
@@ -218,7 +217,7 @@ def test_an_index_that_cannot_be_used_is_one_line_without_the_password(postgres_
         ("postgresql://u:secret@h:port/x", UsageError, "cannot be read"),
     ]:
         with pytest.raises(kind, match=message) as caught:
-            SharedStore(url, tmp_path, "b", 60, 1e9, KEPT)
+            SharedStore(url, str(tmp_path), "b", 60, 1e9, KEPT)
         said = str(caught.value)
         assert "\n" not in said
         assert PASSWORD not in said
@@ -230,7 +229,7 @@ def test_an_index_that_cannot_be_used_is_one_line_without_the_password(postgres_
 
 
 def test_an_entry_that_names_a_path_deletes_nothing(postgres_url, tmp_path):
-    store = SharedStore(postgres_url, tmp_path / "a", "a", 60, -1.0, KEPT)
+    store = SharedStore(postgres_url, str(tmp_path / "a"), "a", 60, -1.0, KEPT)
     accept(store, 1)
     trajectory().save(tmp_path / "secret")
     execute(store, "UPDATE loops SET id = '../secret', finished = 1, status = 'finished'")
@@ -258,7 +257,7 @@ DAMAGE = [  # table, what is wrong, and what is said of it
 def test_a_damaged_loop_is_listed_as_failed_when_its_replica_is_silent_and_others_are_taken_over(
     postgres_url, tmp_path
 ):
-    a, b = (SharedStore(postgres_url, tmp_path, name, 60, 1e9, KEPT) for name in ("a", "b"))
+    a, b = (SharedStore(postgres_url, str(tmp_path), name, 60, 1e9, KEPT) for name in ("a", "b"))
     for number, (table, damage, _) in enumerate(DAMAGE):
         accept(a, number)
         execute(a, f"UPDATE {table} SET {damage} WHERE {'loop_id' if table == 'runs' else 'id'} = '{loop_id(number)}'")
@@ -280,7 +279,7 @@ def test_a_damaged_loop_is_listed_as_failed_when_its_replica_is_silent_and_other
 
 
 def test_damaged_events_and_commands_are_named_and_others_are_read(postgres_url, tmp_path):
-    a, b = (SharedStore(postgres_url, tmp_path, name, 60, 1e9, KEPT) for name in ("a", "b"))
+    a, b = (SharedStore(postgres_url, str(tmp_path), name, 60, 1e9, KEPT) for name in ("a", "b"))
     for number in (1, 2):
         accept(a, number)
     execute(a, f"UPDATE events SET content = '[]' WHERE loop_id = '{loop_id(1)}'")
