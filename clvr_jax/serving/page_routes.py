@@ -117,6 +117,7 @@ def _description(service: Service) -> dict[str, Any]:
         "default_size": f"{width}x{height}",
         "size_multiple": models.token_pixels,
         "num_inference_steps": models.flux.settings.num_inference_steps,
+        "nfe_per_step": models.flux.nfe_per_step,
         "max_steps": min(Budget.max_steps, limits.max_loop_steps),
         "limits": {
             "max_prompt_characters": MAX_PROMPT_CHARACTERS,

@@ -294,12 +294,17 @@ class Flux2Pipeline(JittedPipeline):
         """Raises ClvrError for a prompt that is empty, or longer than the largest bucket."""
         self._lengths(prompts)
 
+    @property
+    def nfe_per_step(self) -> int:
+        """Network evaluations of a solver step under the model's own guidance."""
+        return 2 if self.settings.guidance_scale > 1 and not self.settings.is_distilled else 1
+
     def steps_for(self, nfe: int) -> int:
         """Returns the number of solver steps with `nfe` network evaluations under the model's own guidance.
 
         Raises: UsageError if there is no such number.
         """
-        per_step = 2 if self.settings.guidance_scale > 1 and not self.settings.is_distilled else 1
+        per_step = self.nfe_per_step
         if nfe < per_step or nfe % per_step:
             raise UsageError(f"nfe must be a positive multiple of {per_step} (with guidance, two a step), got {nfe}")
         return nfe // per_step

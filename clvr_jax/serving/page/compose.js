@@ -32,8 +32,8 @@ export class Compose {
     this.form.elements.mode.value = fields.mode ?? server.modes[0];
     find("max_steps").value = fields.max_steps ?? server.max_steps;
     find("candidates").value = fields.candidates ?? 1;
-    find("max_nfe").value = fields.max_nfe ? Math.round(fields.max_nfe / server.num_inference_steps) : find("max_nfe").max;
     for (const name of ["seed", "size", "num_inference_steps", "max_seconds"]) find(name).value = fields[name] ?? "";
+    find("max_nfe").value = fields.max_nfe ? Math.round(fields.max_nfe / this.#nfePerImage()) : find("max_nfe").max;
     this.images = images.map((text, index) => ({ name: `image ${index + 1}`, url: text }));
     this.#showImages();
     this.#showValues();
@@ -49,7 +49,7 @@ export class Compose {
     if (value("model")) body.model = value("model");
     body.max_steps = Number(value("max_steps"));
     body.candidates = Number(value("candidates"));
-    if (value("max_nfe") !== find("max_nfe").max) body.max_nfe = Number(value("max_nfe")) * this.server.num_inference_steps;
+    if (value("max_nfe") !== find("max_nfe").max) body.max_nfe = Number(value("max_nfe")) * this.#nfePerImage();
     if (body.mode === "one-shot") for (const name of LOOP_FIELDS) delete body[name];
     if (this.images.length) body.images = this.images.map((image) => image.url);
     return body;
@@ -118,12 +118,17 @@ export class Compose {
     if (!modes.includes("loop")) this.form.elements.mode.value = "one-shot";
   }
 
+  /** Network evaluations of an image with the chosen number of steps. */
+  #nfePerImage() {
+    const { server } = this;
+    return (Number(find("num_inference_steps").value) || server.num_inference_steps) * server.nfe_per_step;
+  }
+
   #showValues() {
     const isLoop = this.form.elements.mode.value === "loop";
     find("loop-fields").hidden = find("seconds-field").hidden = !isLoop;
     const nfe = find("max_nfe");
-    const steps = this.server.num_inference_steps;
-    const limit = nfe.value === nfe.max ? "no limit" : `${Number(nfe.value) * steps}`;
+    const limit = nfe.value === nfe.max ? "no limit" : `${Number(nfe.value) * this.#nfePerImage()}`;
     nfe.setAttribute("aria-valuetext", limit === "no limit" ? limit : `${limit} NFE`);
     find("max_steps-value").value = find("max_steps").value;
     find("candidates-value").value = find("candidates").value;

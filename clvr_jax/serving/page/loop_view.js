@@ -255,10 +255,15 @@ export class LoopView {
   }
 
   async #stop(how) {
+    const { state } = this;
     this.stopping = how === "accept" ? "Accepting the best image so far" : "Canceling; the best image is kept";
     this.#show();
     try {
-      await this.api.request(`/v1/loops/${this.state.id}/${how}`, { method: "POST" });
+      const { command } = await this.api.json(`/v1/loops/${state.id}/${how}`, { method: "POST" });
+      if (command.state === "sent" && this.state === state && this.stopping !== null) {
+        this.stopping += "; the server that runs this loop has not answered yet";
+        this.#show();
+      }
     } catch (error) {
       this.stopping = null;
       this.#show();

@@ -171,3 +171,19 @@ def test_the_denoising_bar_moves_and_the_loop_ends_in_the_middle(open_page, http
     item = http.get(f"/v1/loops/{loop_id}").json()
     assert (item["images"], item["best"], item["outcome"]) == (1, 0, outcome)
     assert page.locator("#steps .mat img").count() == 1
+
+
+def test_the_limit_of_network_evaluations_counts_with_the_chosen_steps(open_page, gate, http):
+    page = open_page()
+    assert page.inner_text("#max_nfe-value") == "no limit"
+    page.locator("#max_nfe").fill("3")
+    assert page.inner_text("#max_nfe-value") == "12"  # 4 steps are the model's own
+    page.fill("#num_inference_steps", "10")
+    assert page.inner_text("#max_nfe-value") == "30"
+    assert page.get_attribute("#max_nfe", "aria-valuetext") == "30 NFE"
+    loop_id = started(page)
+    assert http.get(f"/v1/loops/{loop_id}").json()["request"]["max_nfe"] == 30
+    page.click("#toolbar >> text=Cancel")
+    gate.is_open = True
+    page.click("text=Edit settings")
+    assert (page.input_value("#num_inference_steps"), page.inner_text("#max_nfe-value")) == ("10", "30")

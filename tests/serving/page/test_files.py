@@ -83,7 +83,7 @@ def test_no_module_makes_markup_of_text():
 def test_the_server_describes_itself(http, server):
     found = http.get("/v1/server").json()
     assert (found["model"], found["modes"], found["default_size"]) == ("shapes-tiny", ["loop", "one-shot"], "64x64")
-    assert found["num_inference_steps"] == server.pipeline.flux.settings.num_inference_steps
+    assert (found["num_inference_steps"], found["nfe_per_step"]) == (4, 1)
     assert found["limits"]["max_body_bytes"] == server.service.limits.max_body_bytes
     for name, value in (("max_steps", found["limits"]["max_steps"]), ("candidates", found["limits"]["max_candidates"])):
         answer = http.post("/v1/loops", json={"prompt": PROMPT, name: value + 1})
