@@ -203,6 +203,8 @@ def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replica
 def test_a_loop_whose_row_is_damaged_fails_at_once_and_disturbs_no_other(replicas, column, path, value, said):
     a, b = replicas.start("a", lease_seconds=600), replicas.start("b")
     damaged, whole = (job.id for job in a.submit([SPEC] * 2))
+    # What it saves when they start would repair the row.
+    wait_until(lambda: all(run.started for run in a.store.runs([damaged, whole])), 600)
     replicas.execute(
         f"UPDATE runs SET {column} = jsonb_set({column}::jsonb, '{path}', '{value}')::text WHERE loop_id = '{damaged}'"
     )
