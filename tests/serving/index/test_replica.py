@@ -197,7 +197,7 @@ def test_a_loop_that_cannot_be_restored_is_tried_again_and_then_given_up(replica
         ("spec", "{budget,max_steps}", "0", "max_steps must be at least 1"),
         ("spec", "{seed}", "null", "seed must be an integer"),
         ("snapshot", "{plans}", '"x"', "snapshot: is damaged"),
-        ("snapshot", "{elapsed}", "-1", "elapsed must be a number"),
+        ("snapshot", "{elapsed}", "-1", "elapsed must be a finite number"),
     ],
 )
 def test_a_loop_whose_row_is_damaged_fails_at_once_and_disturbs_no_other(replicas, column, path, value, said):
