@@ -217,8 +217,8 @@ class SharedStore(LoopStore):
                     commands.append(command_from(row))
                 except DamagedRowError as error:
                     damaged[row.id] = str(error)
-        for command_id, error in damaged.items():
-            self.answer(command_id, {"status": 500, "message": error, "code": "damaged"})
+        for command_id, message in damaged.items():
+            self.answer(command_id, {"status": 500, "message": message, "code": "damaged"})
         return commands
 
     def answer(self, command_id: str, outcome: Mapping[str, Any]) -> None:
