@@ -84,10 +84,13 @@ async def _outcome(store: SharedStore, command: Command, seconds: float) -> dict
     await asyncio.to_thread(store.send, command)
     end = time.monotonic() + seconds
     while True:
+        # In this order: what is answered before the loop ends is found.
+        is_running = bool(await asyncio.to_thread(store.owners, [command.loop_id]))
         outcome = await asyncio.to_thread(store.outcome, command.id)
-        if outcome is not None or time.monotonic() > end:
+        if outcome is not None or (is_running and time.monotonic() > end):
             return outcome
-        if not await asyncio.to_thread(store.owners, [command.loop_id]):
+        if not is_running:
+            await asyncio.to_thread(store.retract, command.id)  # the loop may have ended before it was sent
             raise _EndedError
         await asyncio.sleep(_POLL_SECONDS / 2)
 

@@ -32,6 +32,7 @@ from clvr_jax.serving.index.tables import COMMANDS, EVENTS, LOOPS, RUNS, open_po
 _NOW = sql.func.date_part("epoch", sql.func.clock_timestamp())
 """Seconds of the database's clock, which all replicas share."""
 
+_KEEP_COMMANDS_SECONDS = 3600.0
 _log = logging.getLogger("clvr.serving")
 
 
@@ -140,6 +141,12 @@ class SharedStore(LoopStore):
         if is_running is None and not events:
             events = [event for event in self.events(loop_id) if event["id"] > after]
         return events, is_running is not None
+
+    def delete_old(self) -> None:
+        """See `LoopStore`; also deletes answers to commands that nobody waits for any more."""
+        super().delete_old()
+        with self._transaction() as connection:
+            connection.execute(sql.delete(COMMANDS).where(COMMANDS.c.created < time.time() - _KEEP_COMMANDS_SECONDS))
 
     # --- leases
 
@@ -260,7 +267,9 @@ class SharedStore(LoopStore):
     def _remove_run(self, connection: sql.Connection, loop_id: str) -> None:
         connection.execute(sql.delete(RUNS).where(RUNS.c.loop_id == loop_id))
         connection.execute(sql.delete(EVENTS).where(EVENTS.c.loop_id == loop_id))
-        connection.execute(sql.delete(COMMANDS).where(COMMANDS.c.loop_id == loop_id))
+        # What was answered is deleted by the replica that waits for it, or by age.
+        unanswered = sql.delete(COMMANDS).where(COMMANDS.c.loop_id == loop_id, COMMANDS.c.outcome.is_(None))
+        connection.execute(unanswered)
 
     def _add_events(self, connection: sql.Connection, loop_id: str, events: Sequence[Mapping[str, Any]]) -> None:
         rows = [{"loop_id": loop_id, "id": event["id"], "content": json.dumps(event)} for event in events]
