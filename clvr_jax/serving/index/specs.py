@@ -21,6 +21,9 @@ from clvr_jax.serving.jobs import LoopJob, LoopSpec, Mode
 from clvr_jax.serving.models import Sampling
 from clvr_jax.serving.scheduling.limits import Limits
 
+_MAX_COUNT = 1000
+"""Of images, candidates and retries in a stored budget."""
+
 
 def spec_to_json(spec: LoopSpec) -> dict[str, Any]:
     """Returns a spec without its request, its images, and its branch, whose steps are in the first snapshot."""
@@ -125,7 +128,7 @@ def _budget(content: JsonObject) -> Budget:
         elif name == "max_nfe":
             fields[name] = content.optional(name, content.integer)
         else:
-            fields[name] = content.integer(name, low=0)
+            fields[name] = content.integer(name, low=0, high=_MAX_COUNT)
     _refuse_others(content, fields)
     try:
         return Budget(**fields)
