@@ -197,13 +197,16 @@ def _shown(service: Service, entry: dict[str, Any], run: Run | None) -> dict[str
         best = job.best
         position = service.scheduler.position(job)
         shown |= {"queue_position": position, "images": len(job.state.steps) or None, "best": best}
-        shown["status"] = "queued" if job.started is None else entry["status"]
+        if entry["status"] == RUNNING:  # else the entry is damaged
+            shown |= {"status": "queued" if job.started is None else RUNNING, "error": None}
     elif run is not None and run.damage is not None:
         shown |= {"status": FAILED, "error": run.damage}
     elif run is not None:
         best = run.best
         shown |= {"images": run.images or None, "best": best}
-        shown["status"] = "queued" if run.started is None else entry["status"]
+        shown["status"] = "queued" if run.started is None else RUNNING
+        if run.owner is not None:  # else why it could not be resumed at last
+            shown["error"] = None
     if best is not None:
         shown["image_id"] = f"{entry['id']}_{best}"
     return shown
