@@ -178,6 +178,7 @@ def test_the_limit_of_network_evaluations_counts_with_the_chosen_steps(open_page
     assert page.inner_text("#max_nfe-value") == "no limit"
     page.locator("#max_nfe").fill("3")
     assert page.inner_text("#max_nfe-value") == "12"  # 4 steps are the model's own
+    page.click("text=More settings")
     page.fill("#num_inference_steps", "10")
     assert page.inner_text("#max_nfe-value") == "30"
     assert page.get_attribute("#max_nfe", "aria-valuetext") == "30 NFE"
