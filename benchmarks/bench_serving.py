@@ -30,6 +30,8 @@ import tyro
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
 MAX_QUEUE = 64
+_TIMEOUT = 600
+"""Seconds for one answer; a server that loads or compiles on a busy machine is silent for a while."""
 _MALFORMED = [{}, {"prompt": ""}, {"prompt": "x", "n": 99}, {"prompt": "x", "unknown": 1}, {"prompt": "x", "size": "a"}]
 
 
@@ -46,7 +48,7 @@ def serving(model: str, image_rows: int, out: str) -> Iterator[tuple[str, subpro
         found = re.search(r"http://[\d.]+:\d+", line)
         assert found is not None, line + process.stderr.read()
         threading.Thread(target=process.stderr.read, daemon=True).start()
-        while httpx2.get(f"{found[0]}/health").status_code != 200:
+        while httpx2.get(f"{found[0]}/health", timeout=_TIMEOUT).status_code != 200:
             time.sleep(0.1)
         used = sum(map(int, Path(f"/proc/{process.pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]))
         cpu = used / os.sysconf("SC_CLK_TCK")
@@ -70,7 +72,7 @@ def generate(client: httpx2.Client, number: int, mode: str, user: str = "bench")
 
 def throughput(url: str, clients: int, count: int, mode: str) -> float:
     """Images per second of some clients, each of which sends its next request when the one before is answered."""
-    with httpx2.Client(base_url=url, timeout=600) as client, ThreadPoolExecutor(clients) as pool:
+    with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client, ThreadPoolExecutor(clients) as pool:
         began = time.monotonic()
         answers = list(pool.map(lambda number: generate(client, number, mode), range(count)))
         seconds = time.monotonic() - began
@@ -81,7 +83,7 @@ def throughput(url: str, clients: int, count: int, mode: str) -> float:
 def equality(url: str, count: int) -> int:
     """How many of the images have other bytes in a crowd than alone."""
     order = list(range(count))
-    with httpx2.Client(base_url=url, timeout=600) as client:
+    with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
         alone = [generate(client, number, "one-shot").json()["data"][0]["b64_json"] for number in order]
         random.Random(0).shuffle(order)
         with ThreadPoolExecutor(16) as pool:
@@ -116,7 +118,7 @@ def endurance(url: str, count: int) -> Counter[str]:
             return f"lost: {type(error).__name__}"
 
     refused: list[int] = []
-    with httpx2.Client(base_url=url, timeout=600, limits=limits) as client, ThreadPoolExecutor(50) as pool:
+    with httpx2.Client(base_url=url, timeout=_TIMEOUT, limits=limits) as client, ThreadPoolExecutor(50) as pool:
         ended = Counter(pool.map(one, range(count)))
         users = Counter(entry["user"] for entry in history(client))
     twice = sum(number > 1 for user, number in users.items() if user.startswith("request "))
@@ -139,7 +141,7 @@ def history(client: httpx2.Client) -> Iterator[dict[str, str]]:
 
 def overload(url: str) -> tuple[Counter[int], list[str]]:
     """Statuses of more loops than run and wait at the same time, and the ids of those that were accepted."""
-    with httpx2.Client(base_url=url, timeout=600) as client:
+    with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
         answers = [client.post("/v1/loops", json={"prompt": prompt_of(number)}) for number in range(MAX_QUEUE + 64)]
     accepted = [answer.json()["id"] for answer in answers if answer.status_code == 202]
     return Counter(answer.status_code for answer in answers), accepted
@@ -153,7 +155,7 @@ def resident_mib(process: int) -> float:
 
 def batches(url: str) -> dict[str, tuple[float, float]]:
     """Number of works and of batches so far, by stage."""
-    text = httpx2.get(f"{url}/metrics").text
+    text = httpx2.get(f"{url}/metrics", timeout=_TIMEOUT).text
     sums = dict(re.findall(r'^clvr_batch_size_sum{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
     counts = dict(re.findall(r'^clvr_batch_size_count{stage="([\w-]+)"} ([\d.]+)', text, re.MULTILINE))
     return {stage: (float(sums[stage]), float(counts[stage])) for stage in sums}
@@ -183,7 +185,7 @@ def mean_batches(url: str, clients: int, count: int) -> dict[str, float]:
 
 def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
     """How many loops have which status after the process was killed, by their status before."""
-    with httpx2.Client(base_url=url, timeout=600) as client:
+    with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
         now = {entry["id"]: entry["status"] for entry in history(client)}
     return Counter(f"{status} -> {now.get(loop, 'lost')}" for loop, status in before.items())
 
@@ -293,7 +295,7 @@ def main(
                 print(f"resident memory {memory:.0f} -> {resident_mib(process.pid):.0f} MiB")
                 statuses, accepted = overload(url)
                 print(f"{sum(statuses.values())} loops above the queue: {dict(statuses)}", flush=True)
-                with httpx2.Client(base_url=url, timeout=600) as client:
+                with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
                     before = {entry["id"]: entry["status"] for entry in history(client)}
                 assert set(accepted) <= set(before)
                 process.kill()
