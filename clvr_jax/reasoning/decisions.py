@@ -6,11 +6,20 @@ from collections.abc import Sequence
 
 from clvr_jax.reasoning.actions import Reply
 from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, UNVERIFIED, Step, best_step
-from clvr_jax.reasoning.verification import VerificationMode
+from clvr_jax.reasoning.verification import Verification, VerificationMode
 
 ROLLBACK_MARGIN = 0.5
 """Least difference of scores at which the loop returns to an earlier, better image. Scores count requirements, so small
 changes of probabilities do not cause a roll-back."""
+
+PLAN_CERTAINTY = 0.9
+"""Least probability of every requirement at which no further plan is requested. A further plan costs no generation, and
+a wrong one all of them."""
+
+
+def is_settled(plan: Verification) -> bool:
+    """Whether a plan is carried out at once: all requirements are met, and surely so if probabilities are known."""
+    return plan.accepted is True and (plan.probability is None or plan.probability >= PLAN_CERTAINTY)
 
 
 def rollback_target(steps: Sequence[Step], history: Sequence[int]) -> int | None:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from clvr_jax.interfaces import ChatResponse
+from clvr_jax.reasoning.places import PLACE_WORDS, place_of
 
 ANSWER = re.compile(r"\b(yes|no)\b\W*$", re.IGNORECASE)
 """The last word of an answer."""
@@ -24,7 +25,6 @@ _RELATION = re.compile(
 )
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ENUMERATED = re.compile(rf"^(?:{'|'.join(_NUMBERS)}): ")
-_PLACES = frozenset(("top", "bottom", "left", "right", "center", "middle", "upper", "lower", "corner"))
 _FUNCTION_WORDS = frozenset(
     ("a", "an", "the", "of", "to", "in", "on", "at", "and", "with", "object", "objects", *_NUMBERS)
 )
@@ -68,26 +68,35 @@ def evidence_probability(description: ChatResponse, evidence: str) -> float:
 
     Returns: the product of the probabilities of their tokens; 1 if the description has no token probabilities.
     """
-    return math.exp(sum(_quoted_logprobs(description, evidence)))
+    return math.exp(sum(_quoted_logprobs(description, evidence).values()))
 
 
 def least_clause_probability(description: ChatResponse, evidence: str) -> float:
     """Returns the probability of the least probable of these clauses; 1 without token probabilities."""
-    return math.exp(min(_quoted_logprobs(description, evidence), default=0.0))
+    return math.exp(min(_quoted_logprobs(description, evidence).values(), default=0.0))
 
 
-def _quoted_logprobs(description: ChatResponse, evidence: str) -> list[float]:
-    """Returns the log probability of each clause that evidence quotes; of all if it quotes none, or others too."""
+def least_probable_clause(description: ChatResponse, evidence: str) -> str:
+    """Returns the least probable of these clauses; "" without clauses or without token probabilities."""
+    quoted = _quoted_logprobs(description, evidence) if description.tokens else {}
+    return min(quoted, key=quoted.__getitem__, default="")
+
+
+def _quoted_logprobs(description: ChatResponse, evidence: str) -> dict[str, float]:
+    """Returns the log probability of each clause that evidence quotes; of all if it quotes none, or others too.
+
+    A clause that the description repeats counts with all its tokens.
+    """
     quoted = {_ENUMERATED.sub("", clause) for clause, _, _ in _clause_spans(evidence)}
     spans = _clause_spans(description.text)
     known = {clause for clause, _, _ in spans}
     relevant = [span for span in spans if span[0] in quoted] if quoted and quoted <= known else spans
-    logprobs, begin = [0.0] * len(relevant), 0
+    logprobs, begin = dict.fromkeys((clause for clause, _, _ in relevant), 0.0), 0
     for token in description.tokens or ():
         end = begin + len(token.text)
-        for index, (_, first, last) in enumerate(relevant):
+        for clause, first, last in relevant:
             if begin < last and end > first:
-                logprobs[index] += token.logprob
+                logprobs[clause] += token.logprob
                 break  # a token that reaches into the next clause is counted once
         begin = end
     return logprobs
@@ -98,7 +107,7 @@ def is_consistent(description: str, requirement: str, answer: str) -> bool:
 
     A yes must be supported, see `supports`. A no must not deny what the description says ("no red star" although it
     has "red star top"), nor quote or count what it does not say. Both must quote all objects that the requirement
-    names, unless it names a place.
+    names, or, if it names a place, what the description has there.
     """
     match = ANSWER.search(answer)
     if match is None:
@@ -117,6 +126,7 @@ def is_consistent(description: str, requirement: str, answer: str) -> bool:
         _quotes_unknown(description, requirement, quoted)
         or any(_is_shown(description, clause) for clause in denied)
         or omits(description, requirement, evidence)
+        or _looks_elsewhere(description, requirement, quoted)
     )
 
 
@@ -139,12 +149,19 @@ def invents(description: str, requirement: str, evidence: str) -> bool:
 def omits(description: str, requirement: str, evidence: str) -> bool:
     """Whether evidence leaves out an object of the description that a requirement without a place names."""
     sides = [_WORD.findall(side) for side in _RELATION.split(requirement.lower())]
-    if any(_PLACES & set(words) for words in sides):
+    if any(PLACE_WORDS & set(words) for words in sides):
         return False
     pairs = [pair for words in sides for pair in itertools.pairwise(words)]
     named = {f"{first} {form}" for first, second in pairs for form in _singular_forms(second)}
     quoted = {_ENUMERATED.sub("", clause) for clause in _clauses(evidence)}
     return any(" ".join(clause.lower().split()[:2]) in named and clause not in quoted for clause in _known(description))
+
+
+def _looks_elsewhere(description: str, requirement: str, quoted: Sequence[str]) -> bool:
+    """Whether evidence quotes other places than the one that a requirement without a relation names."""
+    place = "" if _RELATION.search(requirement) else place_of(requirement)
+    there = [clause for clause in _known(description) if place and place_of(clause) == place]
+    return bool(there and quoted) and not set(there) & set(quoted)
 
 
 def names_required(requirement: str, evidence: str) -> bool:

@@ -6,22 +6,25 @@ the description enters the probability, is here; what is asked is in `verificati
 
 from __future__ import annotations
 
-import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import get_args
 
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
+from clvr_jax.reasoning.actions import plan_items
 from clvr_jax.reasoning.evidence import (
     ANSWER,
     answer_probability,
     evidence_probability,
     is_consistent,
     least_clause_probability,
+    least_probable_clause,
     supports,
 )
+from clvr_jax.reasoning.places import claimed_twice, in_reading_order, place_of
 from clvr_jax.reasoning.verification import (
     COMPARISON_PROMPT,
     DESCRIPTION_PROMPT,
@@ -33,6 +36,7 @@ from clvr_jax.reasoning.verification import (
     Verifier,
     comparison_messages,
     description_messages,
+    plan_text,
     question_messages,
     requirements_messages,
 )
@@ -177,9 +181,21 @@ class ModelVerifier(Verifier):
         return self._gathered(requirements, checked, [""] * len(images))
 
     def check_plans(self, requirements: Sequence[Sequence[str]], plans: Sequence[str]) -> list[Verification]:
-        """Checks plans in words, each as if it were a description that is certain."""
+        """Checks plans in words, each as if it were a description that is certain.
+
+        A model that was trained to describe compares a plan in the order in which it describes, row by row. Nothing is
+        met by a plan that puts two things in one place.
+        """
         _same_number(len(requirements), len(plans), "plans")
-        return self._compare(requirements, [ChatResponse(plan) for plan in plans])
+        if self._is_instructed:
+            return self._compare(requirements, [ChatResponse(plan) for plan in plans])
+        items = [plan_items(plan) for plan in plans]
+        texts = [plan_text(in_reading_order(each)) or plan for each, plan in zip(items, plans, strict=True)]
+        checked = self._compare(requirements, [ChatResponse(text) for text in texts])
+        return [
+            _impossible(verification, twice) if (twice := claimed_twice(each)) else verification
+            for verification, each in zip(checked, items, strict=True)
+        ]
 
     def _compare(self, requirements: Sequence[Sequence[str]], described: Sequence[ChatResponse]) -> list[Verification]:
         system = self._system(COMPARISON_PROMPT)
@@ -199,7 +215,14 @@ class ModelVerifier(Verifier):
         checked = [
             self._checked(text, answer, described[row]) for (row, text), answer in zip(pairs, answers, strict=True)
         ]
-        return self._gathered(requirements, checked, descriptions)
+        doubts: list[list[str]] = [[] for _ in described]
+        if not self._is_instructed:
+            for (row, _), answer, each in zip(pairs, answers, checked, strict=True):
+                doubts[row] += _doubts(each, answer, described[row])
+        found = self._gathered(requirements, checked, descriptions)
+        return [
+            replace(each, doubtful=tuple(dict.fromkeys(clauses))) for each, clauses in zip(found, doubts, strict=True)
+        ]
 
     def _ask_again(
         self, requests: Sequence[ChatRequest], answers: list[ChatResponse], pairs: Sequence[tuple[str, str]]
@@ -218,10 +241,7 @@ class ModelVerifier(Verifier):
         remaining = [index for index, answer in enumerate(answers) if is_contradictory(index, answer)]
         for attempt in range(self._comparison_retries):
             sampled = self._chat(
-                [
-                    dataclasses.replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt)
-                    for index in remaining
-                ]
+                [replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt) for index in remaining]
             )
             for index, answer in zip(remaining, sampled, strict=True):
                 if ANSWER.search(answer.text) and not is_contradictory(index, answer):
@@ -235,12 +255,14 @@ class ModelVerifier(Verifier):
             return Requirement(requirement, None, None, f"no answer in {text[:120]!r}")
         is_yes = match[1].lower() == "yes"
         evidence = text[: match.start()].strip().rstrip(".")
-        # A model that was trained to quote supports its yes by a quotation that names what is required.
-        is_unsupported = is_doubtful = False
-        if is_yes and description is not None and not self._is_instructed:
-            is_unsupported = not supports(description.text, requirement, evidence)
-            is_doubtful = least_clause_probability(description, evidence) < self._clause_threshold
         probability = answer_probability(answer)
+        # A model that was trained to quote supports its yes by a quotation that names what is required. A sampled "no"
+        # may stand where a yes is more probable.
+        is_unsupported = is_doubtful = False
+        if description is not None and not self._is_instructed:
+            is_probable = is_yes or (probability or 0.0) >= self._threshold
+            is_unsupported = is_probable and not supports(description.text, requirement, evidence)
+            is_doubtful = is_yes and least_clause_probability(description, evidence) < self._clause_threshold
         if probability is None:
             return Requirement(requirement, is_yes and not (is_unsupported or is_doubtful), None, evidence)
         certainty = 1.0
@@ -280,6 +302,24 @@ def read_requirements(reply: str) -> tuple[str, ...] | None:
     if not items:
         return None
     return () if len(items) == 1 and items[0].lower() in _NOTHING else tuple(items)
+
+
+def _doubts(checked: Requirement, answer: ChatResponse, description: ChatResponse) -> list[str]:
+    """Returns the least probable clause of the evidence if the answer is a supported yes and yet counts as unmet."""
+    match = ANSWER.search(answer.text.strip())
+    if checked.met is not False or match is None or match[1].lower() == "no":
+        return []
+    if not supports(description.text, checked.text, checked.evidence):
+        return []
+    clause = least_probable_clause(description, checked.evidence)
+    return [clause] if place_of(clause) else []
+
+
+def _impossible(verification: Verification, places: Set[str]) -> Verification:
+    """Returns the verification of a plan that puts two things in each of these places: nothing is met."""
+    reason = f"two things in one place: {', '.join(sorted(places))}"
+    unmet = tuple(Requirement(each.text, False, 0.0, reason) for each in verification.requirements)
+    return replace(verification, requirements=unmet)
 
 
 def _same_number(requirements: int, others: int, what: str) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from clvr_jax.image_io import ImageLike
 from clvr_jax.reasoning.actions import NO_IMAGE, TERMINATE, ParseError, PendingReply, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
-from clvr_jax.reasoning.decisions import outcome_of_stop, rollback_target
+from clvr_jax.reasoning.decisions import is_settled, outcome_of_stop, rollback_target
 from clvr_jax.reasoning.edits import Edit, Parent
 from clvr_jax.reasoning.events import Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
 from clvr_jax.reasoning.protocols import Conversation, GeneratedImage, GenerationRequest
@@ -185,7 +185,7 @@ class PromptState:
         self._notify(PlanVerified(self.index, attempt, verification))
         # Among equal scores the earliest wins: the first plan is greedy, later ones are sampled.
         self._plans.append((verification.score, -len(self._plans), first))
-        if verification.accepted or len(self._plans) > self._budget.max_plan_retries:
+        if is_settled(verification) or len(self._plans) > self._budget.max_plan_retries:
             self._settle_plan()
         else:
             self._candidates[NO_IMAGE] = None

@@ -22,6 +22,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.image_io import ImageLike
 from clvr_jax.interfaces import Message
 from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.reasoning.places import place_of
 
 Mode = Literal["describe", "ask"]
 VerificationMode = Literal["separate", "controller", "none"]
@@ -76,6 +77,10 @@ def question_messages(requirement: str, system: str | None = None) -> list[Messa
 def comparison_reply(evidence: str, met: bool) -> str:
     """A reply to a comparison or a question, as models are trained to write it."""
     return f"{evidence}. {'yes' if met else 'no'}"
+
+
+UNCLEAR = "something unclear"
+"""How a model that was trained to describe says that it cannot tell what stands in a place."""
 
 
 def report(description: str, unmet: Sequence[str]) -> str:
@@ -142,12 +147,14 @@ class Verification:
       description: the image in the verifier's words; "" in the mode "ask".
       mode: how it was checked.
       verifier: the model that checked.
+      doubtful: clauses of the description for which a requirement is unmet although it would be met if they are true.
     """
 
     requirements: tuple[Requirement, ...]
     description: str = ""
     mode: str = "describe"
     verifier: str = ""
+    doubtful: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool | None:
@@ -172,8 +179,11 @@ class Verification:
 
     @property
     def report(self) -> str:
-        """What the controller reads beside the image."""
-        return report(self.description, self.unmet)
+        """What the controller reads beside the image. Things that are in doubt are unclear, as what is unmet says."""
+        description = self.description
+        for clause in self.doubtful:
+            description = description.replace(clause, f"{UNCLEAR} {place_of(clause)}")
+        return report(description, self.unmet)
 
     def to_dict(self) -> dict[str, JSON]:
         """The content as JSON values."""
@@ -184,11 +194,11 @@ class Verification:
         """Reads what `to_dict` wrote. Raises: ClvrError for missing or unknown fields and wrong types."""
         try:
             requirements = tuple(Requirement(**entry) for entry in data["requirements"])
-            found = cls(**{**data, "requirements": requirements})
+            found = cls(**{**data, "requirements": requirements, "doubtful": tuple(data.get("doubtful", ()))})
         except (KeyError, TypeError) as error:
             raise ClvrError(f"verification: malformed ({error})") from error
         texts = [found.description, found.mode, found.verifier, *(r.text for r in requirements)]
-        texts += [each.evidence for each in requirements]
+        texts += [*found.doubtful, *(each.evidence for each in requirements)]
         if not all(isinstance(text, str) for text in texts):
             raise ClvrError("verification: malformed (a text is no text)")
         for each in requirements:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from clvr_jax.reasoning.verification import UNCLEAR
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 
-UNCLEAR = "something unclear"
 _NOTHING = "nothing"
 # Longer names first, so that "top left" is not read as "left".
 _CELLS_BY_LENGTH = sorted(CELLS, key=len, reverse=True)
