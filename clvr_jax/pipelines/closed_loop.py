@@ -37,6 +37,8 @@ from clvr_jax.reasoning.actions import SYSTEM_PROMPT
 from clvr_jax.reasoning.budget import Budget, StopWhen
 from clvr_jax.reasoning.events import Event
 from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
+from clvr_jax.reasoning.reply_check import agrees_with_report
+from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.thoughts import strip_thoughts
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.reasoning.verification import VerificationMode, Verifier
@@ -55,13 +57,22 @@ class VLMController(Controller):
       vlm: the model.
       system: system prompt, for models that were not trained for the loop (`reasoning.actions.SYSTEM_PROMPT`).
       max_new_tokens: maximum length of a reply.
+      agreement_retries: how often a reply that disagrees with the verifier's report is sampled again, if the model was
+        trained for the loop; see `agrees_with_report`. The first reply counts if none agrees.
 
     Attributes:
       usage: cost of all replies so far.
     """
 
-    def __init__(self, vlm: Qwen3VLPipeline, system: str | None = None, max_new_tokens: int = MAX_REPLY_TOKENS):
+    def __init__(
+        self,
+        vlm: Qwen3VLPipeline,
+        system: str | None = None,
+        max_new_tokens: int = MAX_REPLY_TOKENS,
+        agreement_retries: int = 8,
+    ):
         self._vlm, self._system, self._max_new_tokens = vlm, system, max_new_tokens
+        self._agreement_retries = agreement_retries if system is None else 0
         self.usage = Usage()
 
     @property
@@ -74,14 +85,35 @@ class VLMController(Controller):
 
         Thoughts are removed; a thought without a reply becomes "", which is then retried because it cannot be parsed.
         """
-        answers: dict[int, ChatAnswer] = {}
+        replies: dict[int, str] = {}
         for is_retry in (False, True):
             rows = [index for index, each in enumerate(conversations) if bool(each.attempt) == is_retry]
             if rows:
                 temperature = RETRY_TEMPERATURE if is_retry else 0.0
-                answers.update(zip(rows, self._answers([conversations[i] for i in rows], temperature), strict=True))
+                replies.update(zip(rows, self._replies([conversations[i] for i in rows], temperature), strict=True))
+        self._ask_again(conversations, replies)
+        return [replies[index] for index in range(len(conversations))]
+
+    def _ask_again(self, conversations: Sequence[Conversation], replies: dict[int, str]) -> None:
+        """Samples replies that disagree with their reports again, in place."""
+        rows = list(replies)
+        for attempt in range(self._agreement_retries):
+            rows = [index for index in rows if not agrees_with_report(conversations[index], replies[index])]
+            if not rows:
+                return
+            again = [
+                dataclasses.replace(
+                    conversations[index], seed=derive_seed(conversations[index].seed, "agreement", attempt)
+                )
+                for index in rows
+            ]
+            for index, each, reply in zip(rows, again, self._replies(again, RETRY_TEMPERATURE), strict=True):
+                if agrees_with_report(each, reply):
+                    replies[index] = reply
+
+    def _replies(self, conversations: Sequence[Conversation], temperature: float) -> list[str]:
         # Drafts in a thought look like actions and must not be executed.
-        return [strip_thoughts(answers[index].text) or "" for index in range(len(conversations))]
+        return [strip_thoughts(answer.text) or "" for answer in self._answers(conversations, temperature)]
 
     def _answers(self, conversations: Sequence[Conversation], temperature: float) -> list[ChatAnswer]:
         answers = self._vlm.answer_all(

@@ -115,7 +115,7 @@ def is_consistent(description: str, requirement: str, answer: str) -> bool:
     evidence = answer[: match.start()].strip().rstrip(".")
     if match[1].lower() == "yes":
         return supports(description, requirement, evidence) and not omits(description, requirement, evidence)
-    clauses = _clauses(evidence)
+    clauses = clauses_of(evidence)
     if any(_ENUMERATED.match(clause) for clause in clauses):
         is_required_number = _counts_to(requirement, clauses)
         has_uncounted = not all(_ENUMERATED.match(clause) for clause in clauses)
@@ -132,7 +132,7 @@ def is_consistent(description: str, requirement: str, answer: str) -> bool:
 
 def supports(description: str, requirement: str, evidence: str) -> bool:
     """Whether evidence for a yes is in the description and names what is required."""
-    clauses = _clauses(evidence)
+    clauses = clauses_of(evidence)
     if any(_ENUMERATED.match(clause) for clause in clauses) and not _counts_to(requirement, clauses):
         return False
     return not invents(description, requirement, evidence) and names_required(requirement, evidence)
@@ -140,7 +140,7 @@ def supports(description: str, requirement: str, evidence: str) -> bool:
 
 def invents(description: str, requirement: str, evidence: str) -> bool:
     """Whether evidence holds a clause that the description does not, or counts its clauses wrongly one by one."""
-    quoted = [clause for clause in _clauses(evidence) if not _COUNTED.fullmatch(clause)]
+    quoted = [clause for clause in clauses_of(evidence) if not _COUNTED.fullmatch(clause)]
     if any(_ENUMERATED.match(clause) for clause in quoted):
         return not (_counts_all(description, quoted) and all(_ENUMERATED.match(clause) for clause in quoted))
     return _quotes_unknown(description, requirement, quoted)
@@ -153,7 +153,7 @@ def omits(description: str, requirement: str, evidence: str) -> bool:
         return False
     pairs = [pair for words in sides for pair in itertools.pairwise(words)]
     named = {f"{first} {form}" for first, second in pairs for form in _singular_forms(second)}
-    quoted = {_ENUMERATED.sub("", clause) for clause in _clauses(evidence)}
+    quoted = {_ENUMERATED.sub("", clause) for clause in clauses_of(evidence)}
     return any(" ".join(clause.lower().split()[:2]) in named and clause not in quoted for clause in _known(description))
 
 
@@ -199,10 +199,11 @@ def _is_shown(description: str, denial: str) -> bool:
 
 
 def _known(description: str) -> list[str]:
-    return [clause.removeprefix("Plan:").strip() for clause in _clauses(description)]
+    return [clause.removeprefix("Plan:").strip() for clause in clauses_of(description)]
 
 
-def _clauses(text: str) -> list[str]:
+def clauses_of(text: str) -> list[str]:
+    """Returns the clauses of a description or of evidence, without "I see"."""
     return [clause for clause, _, _ in _clause_spans(text)]
 
 

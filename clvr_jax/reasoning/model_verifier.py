@@ -215,14 +215,7 @@ class ModelVerifier(Verifier):
         checked = [
             self._checked(text, answer, described[row]) for (row, text), answer in zip(pairs, answers, strict=True)
         ]
-        doubts: list[list[str]] = [[] for _ in described]
-        if not self._is_instructed:
-            for (row, _), answer, each in zip(pairs, answers, checked, strict=True):
-                doubts[row] += _doubts(each, answer, described[row])
-        found = self._gathered(requirements, checked, descriptions)
-        return [
-            replace(each, doubtful=tuple(dict.fromkeys(clauses))) for each, clauses in zip(found, doubts, strict=True)
-        ]
+        return self._gathered(requirements, checked, descriptions)
 
     def _ask_again(
         self, requests: Sequence[ChatRequest], answers: list[ChatResponse], pairs: Sequence[tuple[str, str]]
@@ -259,21 +252,25 @@ class ModelVerifier(Verifier):
         # A model that was trained to quote supports its yes by a quotation that names what is required. A sampled "no"
         # may stand where a yes is more probable.
         is_unsupported = is_doubtful = False
+        doubt = ""
         if description is not None and not self._is_instructed:
             is_probable = is_yes or (probability or 0.0) >= self._threshold
             is_unsupported = is_probable and not supports(description.text, requirement, evidence)
-            is_doubtful = is_yes and least_clause_probability(description, evidence) < self._clause_threshold
-        if probability is None:
-            return Requirement(requirement, is_yes and not (is_unsupported or is_doubtful), None, evidence)
-        certainty = 1.0
-        if description is not None:
-            certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
-        # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
-        supported = certainty * probability
-        probability = supported + (1 - certainty) * (1 - probability) / 2
-        # Doubt about the description never turns a no into a yes.
-        is_met = probability >= self._threshold and (is_yes or supported >= self._threshold)
-        return Requirement(requirement, is_met and not is_doubtful, probability, evidence)
+            if is_yes and not is_unsupported:
+                is_doubtful = least_clause_probability(description, evidence) < self._clause_threshold
+                clause = least_probable_clause(description, evidence)
+                doubt = clause if place_of(clause) else ""
+        is_met = is_yes and not (is_unsupported or is_doubtful)
+        if probability is not None:
+            certainty = 1.0
+            if description is not None:
+                certainty = 0.0 if is_unsupported else evidence_probability(description, evidence)
+            # If the description is wrong where it matters, a yes is lost, and a no is anybody's guess.
+            supported = certainty * probability
+            probability = supported + (1 - certainty) * (1 - probability) / 2
+            # Doubt about the description never turns a no into a yes.
+            is_met = probability >= self._threshold and (is_yes or supported >= self._threshold) and not is_doubtful
+        return Requirement(requirement, is_met, probability, evidence, "" if is_met else doubt)
 
     def _gathered(
         self, requirements: Sequence[Sequence[str]], checked: Sequence[Requirement], descriptions: Sequence[str]
@@ -302,17 +299,6 @@ def read_requirements(reply: str) -> tuple[str, ...] | None:
     if not items:
         return None
     return () if len(items) == 1 and items[0].lower() in _NOTHING else tuple(items)
-
-
-def _doubts(checked: Requirement, answer: ChatResponse, description: ChatResponse) -> list[str]:
-    """Returns the least probable clause of the evidence if the answer is a supported yes and yet counts as unmet."""
-    match = ANSWER.search(answer.text.strip())
-    if checked.met is not False or match is None or match[1].lower() == "no":
-        return []
-    if not supports(description.text, checked.text, checked.evidence):
-        return []
-    clause = least_probable_clause(description, checked.evidence)
-    return [clause] if place_of(clause) else []
 
 
 def _impossible(verification: Verification, places: Set[str]) -> Verification:

@@ -113,12 +113,15 @@ class Requirement:
       met: whether the image meets it; None if the model answered neither yes nor no.
       probability: of being met, in [0, 1], from the model's token probabilities; None if it has none to give.
       evidence: what the answer rests on, in the model's words.
+      doubt: the clause of the description that a yes rests on and that is not sure enough to count as met; "" unless
+        this alone makes the requirement unmet.
     """
 
     text: str
     met: bool | None
     probability: float | None = None
     evidence: str = ""
+    doubt: str = ""
 
     @property
     def expectation(self) -> float:
@@ -147,14 +150,12 @@ class Verification:
       description: the image in the verifier's words; "" in the mode "ask".
       mode: how it was checked.
       verifier: the model that checked.
-      doubtful: clauses of the description for which a requirement is unmet although it would be met if they are true.
     """
 
     requirements: tuple[Requirement, ...]
     description: str = ""
     mode: str = "describe"
     verifier: str = ""
-    doubtful: tuple[str, ...] = ()
 
     @property
     def accepted(self) -> bool | None:
@@ -179,9 +180,17 @@ class Verification:
 
     @property
     def report(self) -> str:
-        """What the controller reads beside the image. Things that are in doubt are unclear, as what is unmet says."""
+        """What the controller reads beside the image: a description, and what is unmet according to it.
+
+        While something is missing, doubts can wait: what is redrawn without need may be spoiled. If nothing else keeps
+        the image from being accepted, the things in doubt are described as unclear.
+        """
+        unmet = [each for each in self.requirements if each.met is not True]
+        certain = tuple(each.text for each in unmet if not each.doubt)
+        if certain or not unmet:
+            return report(self.description, certain)
         description = self.description
-        for clause in self.doubtful:
+        for clause in dict.fromkeys(each.doubt for each in unmet):
             description = description.replace(clause, f"{UNCLEAR} {place_of(clause)}")
         return report(description, self.unmet)
 
@@ -194,11 +203,11 @@ class Verification:
         """Reads what `to_dict` wrote. Raises: ClvrError for missing or unknown fields and wrong types."""
         try:
             requirements = tuple(Requirement(**entry) for entry in data["requirements"])
-            found = cls(**{**data, "requirements": requirements, "doubtful": tuple(data.get("doubtful", ()))})
+            found = cls(**{**data, "requirements": requirements})
         except (KeyError, TypeError) as error:
             raise ClvrError(f"verification: malformed ({error})") from error
         texts = [found.description, found.mode, found.verifier, *(r.text for r in requirements)]
-        texts += [*found.doubtful, *(each.evidence for each in requirements)]
+        texts += [text for each in requirements for text in (each.evidence, each.doubt)]
         if not all(isinstance(text, str) for text in texts):
             raise ClvrError("verification: malformed (a text is no text)")
         for each in requirements:

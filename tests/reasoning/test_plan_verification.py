@@ -1,4 +1,3 @@
-import numpy as np
 import pytest
 
 from clvr_jax.reasoning.decisions import is_settled
@@ -74,29 +73,45 @@ def test_a_sampled_no_is_no_yes_where_a_yes_would_be_more_probable():
     assert found.requirements[0].probability == pytest.approx(0.05)
 
 
+def described_with_a_doubt(question):
+    """The star is sure, the cross is not; requirements that name neither are answered with a sure no."""
+    if question.images:
+        return answer(("I see", 1.0), (" red star top", 0.99), (";", 1.0), (" blue cross left", 0.6), (".", 1.0))
+    required = text_of(question).split("Required:")[1]
+    if "green" in required:
+        return answer(("no green dog.", 1.0), (" no", 1.0), no=1.0)
+    return answer(("blue cross left." if "blue" in required else "red star top.", 1.0), (" yes", 1.0), yes=1.0)
+
+
 def test_the_controller_reads_that_things_in_doubt_are_unclear():
     """What is unmet by doubt has a cause in the description that the controller reads; the verifier's words stay."""
-
-    def reply(question):
-        if question.images:
-            return answer(("I see", 1.0), (" red star top", 0.99), (";", 1.0), (" blue cross left", 0.6), (".", 1.0))
-        quoted = "blue cross left" if "blue cross" in text_of(question).split("Required:")[1] else "red star top"
-        return answer((f"{quoted}.", 1.0), (" yes", 1.0), yes=1.0)
-
-    (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([("red star", "blue cross")], [IMAGE])
-    assert found.doubtful == ("blue cross left",)
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False)
+    (found,) = verifier.check([("red star", "blue cross")], [IMAGE])
+    assert [each.doubt for each in found.requirements] == ["", "blue cross left"]
     assert found.description == "I see red star top; blue cross left."
     assert found.report == "I see red star top; something unclear left. Unmet: blue cross."
-    (large,) = ModelVerifier(ScriptedModel(reply)).check([("red star", "blue cross")], [IMAGE])
-    assert large.doubtful == (), "the rule on doubt holds for models that were trained to describe"
+    assert Verification.from_dict(found.to_dict()) == found
+
+
+def test_doubts_wait_while_something_is_missing():
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False)
+    (found,) = verifier.check([("red star", "blue cross", "green dog")], [IMAGE])
+    assert found.unmet == ("blue cross", "green dog")
+    assert found.report == "I see red star top; blue cross left. Unmet: green dog."
+
+
+def test_the_rule_on_doubt_holds_for_models_that_were_trained_to_describe():
+    (found,) = ModelVerifier(ScriptedModel(described_with_a_doubt)).check([("blue cross",)], [IMAGE])
+    assert (found.accepted, found.requirements[0].doubt) == (True, "")
 
 
 def test_a_sure_no_leaves_no_doubt():
     def reply(question):
         if question.images:
-            return answer(("I see", 1.0), (" red star top", 0.99), (";", 1.0), (" blue cross left", 0.6), (".", 1.0))
+            return described_with_a_doubt(question)
         return answer(("red star top; blue cross left.", 1.0), (" no", 1.0), no=1.0)
 
     required = ("red star left of blue cross",)
-    (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([required], [np.copy(IMAGE)])
-    assert (found.accepted, found.doubtful) == (False, ())
+    (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([required], [IMAGE])
+    assert (found.accepted, found.requirements[0].doubt) == (False, "")
+    assert found.report == "I see red star top; blue cross left. Unmet: red star left of blue cross."

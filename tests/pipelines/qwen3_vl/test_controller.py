@@ -1,5 +1,6 @@
 """The loop's own controller, over a model that thinks before it replies."""
 
+import numpy as np
 import pytest
 
 from clvr_jax.pipelines.closed_loop import VLMController
@@ -40,3 +41,35 @@ def test_a_draft_in_an_unfinished_thought_is_never_carried_out():
     (trajectory,) = run(["a cat"], controller, image_generator, Budget(max_parse_retries=1), verification="controller")
     assert trajectory.outcome == UNPARSEABLE
     assert not image_generator.calls
+
+
+class Sampler:
+    """A chat pipeline that says its texts one after the other, and the last one from then on."""
+
+    def __init__(self, *texts):
+        self.texts, self.calls = list(texts), []
+
+    def answer_all(self, conversations, images, max_new_tokens, temperature, seeds):
+        self.calls.append((temperature, tuple(seeds)))
+        return [ChatAnswer(self.texts.pop(0) if len(self.texts) > 1 else self.texts[0], 10, 20) for _ in conversations]
+
+
+WRONG = "I see red star top. Unmet: red star top. Add a red star at the top.<|image_gen|>"
+RIGHT = "I see red star top. Unmet: blue cross left. Add a blue cross at the left.<|image_gen|>"
+
+
+def test_a_reply_that_disagrees_with_the_report_is_sampled_again():
+    plan = "Plan: red star top; blue cross left. Draw a red star at the top.<|image_gen|>"
+    report = "I see red star top. Unmet: blue cross."
+    due = Conversation("p", (plan,), (np.zeros((4, 4, 3), np.uint8),), report=report, seed=7)
+    model = Sampler(WRONG, "no reply at all", WRONG, RIGHT)
+    assert VLMController(model).reply([due]) == [RIGHT]
+    temperatures, seeds = zip(*model.calls, strict=True)
+    assert temperatures[0] == 0 < min(temperatures[1:])
+    assert len(set(seeds)) == len(seeds) == 4
+    stubborn = Sampler(WRONG)
+    assert VLMController(stubborn, agreement_retries=2).reply([due]) == [WRONG]
+    assert len(stubborn.calls) == 3
+    instructed = Sampler(WRONG)
+    VLMController(instructed, "You are a controller.").reply([due])
+    assert len(instructed.calls) == 1, "a model that was not trained to may say it in other words"

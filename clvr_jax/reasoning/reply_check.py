@@ -1,0 +1,44 @@
+"""Checks the reply of a controller against the report that it answers, in the words of its own plan.
+
+A controller that was trained on the contract lists as unmet exactly those items of its plan that the description lacks,
+and denies what the plan does not have ("no blue cross left"). That is a comparison of two lists in fixed words, which a
+program can check; what the reply asks for follows from it.
+"""
+
+from __future__ import annotations
+
+from clvr_jax.errors import ClvrError
+from clvr_jax.reasoning.actions import parse, plan_items
+from clvr_jax.reasoning.evidence import clauses_of
+from clvr_jax.reasoning.places import place_of
+from clvr_jax.reasoning.protocols import Conversation
+from clvr_jax.reasoning.verification import UNCLEAR
+
+_DENIALS = ("no ", "nothing ")
+
+
+def agrees_with_report(conversation: Conversation, reply: str) -> bool:
+    """Whether a reply lists as unmet what its plan and the verifier's description differ in.
+
+    Returns: False for a reply that breaks the contract; True if there is nothing to hold the reply against: no report,
+      no plan, or an image that shows the whole plan and is yet unmet, since then the plan is at fault.
+    """
+    plan = next((items for each in conversation.replies if (items := plan_items(each))), ())
+    if not conversation.report or not plan:
+        return True
+    try:
+        unmet = parse(reply, has_image=True).unmet or ()
+    except ClvrError:
+        return False
+    seen = clauses_of(conversation.report.partition(" Unmet:")[0])
+    missing = {item for item in plan if item not in seen}
+    if not missing:
+        return True
+    denied = [item for item in unmet if item.startswith(_DENIALS)]
+    planned_places = {place_of(item) for item in plan}
+    extra = [clause for clause in seen if clause not in plan and place_of(clause) not in planned_places]
+    allowed = {
+        f"nothing {clause.removeprefix('something ')}" if clause.startswith(UNCLEAR) else f"no {clause}"
+        for clause in extra
+    }
+    return {item for item in unmet if item not in denied} == missing and set(denied) <= allowed
