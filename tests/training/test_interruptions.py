@@ -17,6 +17,7 @@ import pytest
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
 from clvr_jax.sharding import MeshConfig
+from clvr_jax.training.distributed import virtual_devices
 from clvr_jax.training.recipes import export_run, load_recipe, train
 from clvr_jax.training.trainer import fit
 
@@ -103,7 +104,7 @@ def test_a_run_is_exported_as_its_recipe_does_it_before_it_is_finished(tmp_path)
     assert export_run(out, tmp_path / "export") == 9
     assert np.load(tmp_path / "export" / "w.npy").shape == (8,)
     command = [sys.executable, "-m", "clvr_jax.cli", "convert", str(out), str(tmp_path / "again"), "--to", "torch"]
-    one_device = {**os.environ, "XLA_FLAGS": ""}  # and not the eight of the run
+    one_device = {**os.environ, **virtual_devices(1)}  # and not the eight of the run
     assert subprocess.run(command, timeout=200, env=one_device).returncode == 0
     assert (tmp_path / "again" / "w.npy").read_bytes() == (tmp_path / "export" / "w.npy").read_bytes()
     with pytest.raises(ClvrError, match="not the directory of a run"):
