@@ -27,6 +27,8 @@ FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codeg
 os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ.update(virtual_devices(8))
 os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
+# PyTorch's threads wait for one another in a loop; its models are too small to gain from a second one.
+os.environ["OMP_NUM_THREADS"] = "1"
 # Many files, both workers and the commands in subprocesses compile the same programs, most of them small: operations of
 # models that are made and called outside of jit. Reading one from the cache takes a fraction of compiling it.
 PROGRAMS = os.environ.setdefault(
