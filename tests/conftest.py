@@ -1,5 +1,6 @@
 """Eight virtual devices for every test, so that meshes are real; what names no device runs on the first."""
 
+import gc
 import os
 import signal
 import tempfile
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from tests.providers.server import LoopbackServer
 
 pytest_plugins = ["tests.helpers.cpu_time"]
+
+# Collection imports libraries with millions of objects, of which none is garbage: `pytest_collection_finish`.
+gc.disable()
 
 # A program for a TPU may be compiled, but none is here to be looked for.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -95,6 +99,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """Turns the garbage collector on; it never reads what was imported, and seldom what the tests make."""
+    gc.freeze()
+    gc.set_threshold(10_000)
+    gc.enable()
 
 
 @pytest.fixture
