@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 from flax import nnx
 
@@ -45,6 +46,7 @@ CONFIG = Config()
 def task(config: Config) -> Task:
     """The run as the trainer takes it."""
     graphdef, params = nnx.split(Flux2Transformer(config.sizes, rngs=nnx.Rngs(0), remat=config.remat))
+    params = jax.device_get(params)  # a mesh takes its parts of NumPy's without a program for each shape
     tokens, side = config.side**2, config.side
 
     def loss(params, frozen, batch, key):

@@ -38,6 +38,7 @@ ONE = MeshConfig(devices=1)
 
 def talking_task():
     graphdef, params = nnx.split(Qwen3(QWEN3, rngs=nnx.Rngs(0)))
+    params = jax.device_get(params)  # as in `drawing_recipe`
 
     def loss(params, frozen, batch, key):
         logits = nnx.merge(graphdef, params)(batch["ids"], batch["mask"])
