@@ -47,12 +47,15 @@ OPTIMIZED = {
     "xla_cpu_use_fusion_emitters": True,
     "xla_cpu_parallel_codegen_split_count": 32,
 }
-"""Options of the compiler for a program that runs often."""
+"""Options of the compiler for a program that runs often: what users have."""
 
 
 @contextmanager
 def optimized() -> Iterator[None]:
-    """Compiles with XLA's optimizations, as for users; for models that decode or sample for more than some seconds."""
+    """Compiles with LLVM's optimizations; for models that decode or sample for more than some seconds.
+
+    The emitters stay those of the tests: no option changes them for all programs once JAX has begun.
+    """
     import jax
 
     jax.config.update(DISABLE_OPTIMIZATIONS, False)
