@@ -162,8 +162,8 @@ def test_the_same_as_json(scripted, capsys):
     assert (image["accepted"], image["unmet"], image["note"]) == (False, ["blue star"], None)
     assert (image["description"], image["mode"]) == ("I see red circle.", "describe")
     assert image["requirements"] == [
-        {"text": "red circle", "met": True, "probability": pytest.approx(0.9), "evidence": "red circle"},
-        {"text": "blue star", "met": False, "probability": pytest.approx(0.1), "evidence": "red circle"},
+        {"text": "red circle", "met": True, "probability": pytest.approx(0.9), "evidence": "red circle", "doubt": ""},
+        {"text": "blue star", "met": False, "probability": pytest.approx(0.1), "evidence": "red circle", "doubt": ""},
     ]
     assert image["probability"] == pytest.approx(0.1)
     assert data["usage"]["calls"] == 4
