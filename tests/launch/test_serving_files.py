@@ -45,7 +45,7 @@ def container(manifests):
 def test_the_image_serves_what_other_machines_reach_and_only_with_a_key(monkeypatch):
     command, stage = entry_point()
     serve = parse(command)
-    assert (serve.host, serve.out, f"EXPOSE {serve.port}" in stage) == ("0.0.0.0", Path("/data"), True)
+    assert (serve.host, serve.out, f"EXPOSE {serve.port}" in stage) == ("0.0.0.0", "/data", True)
     assert {serve.key_variable, serve.index_variable} == SETTINGS
     monkeypatch.delenv("CLVR_API_KEY", raising=False)
     with pytest.raises(Exception, match="set a key in CLVR_API_KEY"):
