@@ -7,18 +7,20 @@ generators themselves, labeled by the detector (`clvr_jax.scripts.shapes_images`
 
     clvr train configs/shapes_controller.py --out runs/shapes_controller
 
-The shipped controller continues earlier ones (earlier versions of this file say how the first was made). Its vision tower
-was deepened and trained alone for 2,933 steps; then the language model was trained alone for 4,100 steps, 2,600 of them by
+The shipped controller continues earlier ones (earlier versions of this file say how the first was made). Its vision
+tower was deepened and trained alone for 2,933 steps; then the language model was trained alone for 4,100 steps, 2,600
+of them by
 
-    clvr train configs/shapes_controller.py --start EARLIER --trained language --kinds prompt comparison prompt comparison
-        image prompt comparison prompt conversation --plan-share 0.35 --distractor-share 0.2 --recolored-share 0.3
-        --generated-share 0.6 --assembled-share 0.4 --train.steps 2600 --train.learning-rate 1e-3
-        --train.muon-learning-rate 4e-3 --train.final-learning-rate 0.02 --train.warmup 0.02 --train.ema-decay 0.998
-        --train.seed 5 --out runs/shapes_controller
+    clvr train configs/shapes_controller.py --start EARLIER --trained language --kinds prompt comparison prompt
+        comparison image prompt comparison prompt conversation --plan-share 0.35 --distractor-share 0.2
+        --recolored-share 0.3 --generated-share 0.6 --assembled-share 0.4 --train.steps 2600
+        --train.learning-rate 1e-3 --train.muon-learning-rate 4e-3 --train.final-learning-rate 0.02
+        --train.warmup 0.02 --train.ema-decay 0.998 --train.seed 5 --out runs/shapes_controller
 
-on two cores that were shared with other work, with the data of commit b41ed44. The shipped weights are the average of the
-result (.75) and of the controller before the language model was trained (.25) (`scripts/average_weights.py`): it compares
-texts better than the result, and reads prompts better than the controller before. docs/verification.md says what it reaches.
+on two cores that were shared with other work, with the data of commit b41ed44. The shipped weights are the average of
+the result (.75) and of the controller before the language model was trained (.25) (`scripts/average_weights.py`): it
+compares texts better than the result, and reads prompts better than the controller before. docs/verification.md says
+what it reaches.
 """
 
 import dataclasses
