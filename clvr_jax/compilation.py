@@ -1,7 +1,9 @@
-"""JAX's persistent compilation cache, so that the second run of a command starts at once."""
+"""Compiled programs: kept on disk, so that the second run of a command starts at once, and bounded in memory."""
 
 import os
 from pathlib import Path
+
+_MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
 
 
 def enable_compilation_cache() -> Path | None:
@@ -26,6 +28,31 @@ def enable_compilation_cache() -> Path | None:
         # JAX's default, 1 second, leaves out most programs of small models: about half of those of `clvr generate`.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
+
+
+def release_programs(share: float = 0.7, maps: Path = _MAPS, limit: Path = _MAX_MAPS) -> bool:
+    """Drops all compiled programs if they take most of the memory maps that Linux allows a process.
+
+    A program for a CPU takes about 60 maps. A loop over many prompts compiles hundreds of programs, for batches and
+    histories of many sizes, and beyond the limit LLVM ends the process. Programs that are used again are compiled
+    again, or read from the cache on disk.
+
+    Args:
+      share: of the limit, at which programs are dropped.
+      maps, limit: files of the kernel; without them nothing is dropped.
+    Returns: whether programs were dropped.
+    """
+    import jax
+
+    try:
+        with maps.open("rb") as lines:
+            count = sum(1 for _ in lines)
+        if count < share * int(limit.read_text()):
+            return False
+    except (OSError, ValueError):
+        return False
+    jax.clear_caches()
+    return True
 
 
 def user_cache() -> Path:

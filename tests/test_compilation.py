@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from clvr_jax.compilation import release_programs
 from tests.commands.command_line import PROMPT
 
 COUNTING = """
@@ -43,3 +44,16 @@ def test_a_second_start_of_a_command_compiles_nothing(tmp_path):
     assert requests > 5
     assert hits < requests
     assert start("second") == (requests, requests)
+
+
+def test_programs_are_dropped_before_the_maps_of_a_process_run_out(tmp_path, monkeypatch):
+    dropped = []
+    monkeypatch.setattr("jax.clear_caches", lambda: dropped.append(True))
+    maps, limit = tmp_path / "maps", tmp_path / "max_map_count"
+    limit.write_text("100\n")
+    maps.write_text("7f00-7f01 r--p\n" * 69)
+    assert not release_programs(maps=maps, limit=limit)
+    maps.write_text("7f00-7f01 r--p\n" * 70)
+    assert release_programs(maps=maps, limit=limit)
+    assert len(dropped) == 1
+    assert not release_programs(maps=tmp_path / "none", limit=limit), "other systems have no such file"

@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.atomic_io import atomic_directory, read_json, write_json
+from clvr_jax.compilation import release_programs
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.convert.models import load_model, save_model
@@ -159,6 +160,7 @@ class Qwen3VLPipeline:
         """
         if len(conversations) != len(images):
             raise UsageError(f"chat: {len(conversations)} conversations but images for {len(images)}")
+        release_programs()  # every size of a batch, a text and a set of images has its own
         rows = [self.prepare(messages, own) for messages, own in zip(conversations, images, strict=True)]
         # Each batch size is compiled: few sizes are used, and a batch is padded with copies of the last row.
         padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
