@@ -26,7 +26,7 @@ gc.disable()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 # Most of the time goes into compiling small programs, which run once or twice; `optimized` is for the others. XLA's
-# older emitters take about a third of the time of those that generate MLIR, if the program is one LLVM module.
+# older emitters of code for CPUs compile in about a third of the time, if the program is one LLVM module.
 FAST_COMPILATION = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 os.environ["XLA_FLAGS"] = FAST_COMPILATION
 os.environ.update(virtual_devices(8))

@@ -20,17 +20,21 @@ _DENIALS = ("no ", "nothing ")
 def agrees_with_report(conversation: Conversation, reply: str) -> bool:
     """Whether a reply lists as unmet what its plan and the verifier's description differ in.
 
-    Returns: False for a reply that breaks the contract; True if there is nothing to hold the reply against: no report,
-      no plan, or an image that shows the whole plan and is yet unmet, since then the plan is at fault.
+    Returns: False for a reply that breaks the contract; True if there is nothing to hold the reply against: no plan, no
+      description, a plan or a description in free words (as of an independent verifier), or an image that shows the
+      whole plan and is yet unmet, since then the plan is at fault.
     """
     plan = next((items for each in conversation.replies if (items := plan_items(each))), ())
-    if not conversation.report or not plan:
+    description, found, _ = conversation.report.partition(" Unmet:")
+    seen = clauses_of(description)
+    if not (found and plan and description.startswith("I see ")):
+        return True
+    if not all(place_of(clause) for clause in (*plan, *seen) if clause != "nothing"):
         return True
     try:
         unmet = parse(reply, has_image=True).unmet or ()
     except ClvrError:
         return False
-    seen = clauses_of(conversation.report.partition(" Unmet:")[0])
     missing = {item for item in plan if item not in seen}
     if not missing:
         return True

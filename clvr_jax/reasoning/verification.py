@@ -14,6 +14,7 @@ Source: arXiv 2605.14876, verification by checklists; the two modes and the prob
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
@@ -80,7 +81,7 @@ def comparison_reply(evidence: str, met: bool) -> str:
 
 
 UNCLEAR = "something unclear"
-"""How a model that was trained to describe says that it cannot tell what stands in a place."""
+"""How a model that was trained to describe says that it cannot tell what is in a place."""
 
 
 def report(description: str, unmet: Sequence[str]) -> str:
@@ -180,7 +181,7 @@ class Verification:
 
     @property
     def report(self) -> str:
-        """What the controller reads beside the image: a description, and what is unmet according to it.
+        """The text that the controller reads beside the image: a description, and what is unmet according to it.
 
         While something is missing, doubts can wait: what is redrawn without need may be spoiled. If nothing else keeps
         the image from being accepted, the things in doubt are described as unclear.
@@ -191,7 +192,9 @@ class Verification:
             return report(self.description, certain)
         description = self.description
         for clause in dict.fromkeys(each.doubt for each in unmet):
-            description = description.replace(clause, f"{UNCLEAR} {place_of(clause)}")
+            # The whole clause: "red star top" is also the beginning of "red star top left".
+            whole = rf"(?:^|(?<=; )|(?<=I see )){re.escape(clause)}(?=[;.]|$)"
+            description = re.sub(whole, f"{UNCLEAR} {place_of(clause)}", description)
         return report(description, self.unmet)
 
     def to_dict(self) -> dict[str, JSON]:

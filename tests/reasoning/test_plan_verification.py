@@ -115,3 +115,10 @@ def test_a_sure_no_leaves_no_doubt():
     (found,) = ModelVerifier(ScriptedModel(reply), is_instructed=False).check([required], [IMAGE])
     assert (found.accepted, found.requirements[0].doubt) == (False, "")
     assert found.report == "I see red star top; blue cross left. Unmet: red star left of blue cross."
+
+
+def test_only_the_clause_in_doubt_is_called_unclear():
+    """Its words may begin another clause."""
+    requirement = Requirement("two red stars", False, 0.4, "red star top left; red star top", "red star top")
+    described = Verification((requirement,), "I see red star top left; red star top.")
+    assert described.report == "I see red star top left; something unclear top. Unmet: two red stars."

@@ -47,6 +47,9 @@ def test_an_unclear_thing_nobody_asked_for_may_be_denied():
     "known",
     [
         conversation(""),  # no verifier
+        conversation("Unmet: blue cross; three objects."),  # a verifier that does not describe
+        conversation("I see a red star at the top of a white page. Unmet: blue cross."),  # one in free words
+        conversation(SEEN, "Plan: a red star above a blue cross. Draw them.<|image_gen|>"),
         conversation(SEEN, "Draw a red star at the top.<|image_gen|>"),  # no plan
         conversation("I see red star top; blue cross left; green circle right. Unmet: red star bottom."),  # wrong plan
         Conversation("p"),  # the first reply
@@ -58,3 +61,9 @@ def test_without_anything_to_hold_it_against_a_reply_agrees(known):
 
 def test_a_reply_that_breaks_the_contract_does_not_agree():
     assert not agrees_with_report(conversation(SEEN), "I see it. Mend it.<|image_gen|>")
+
+
+def test_an_empty_image_lacks_the_whole_plan():
+    empty = conversation("I see nothing. Unmet: red star; blue cross; three objects.")
+    assert agrees_with_report(empty, reply("red star top", "blue cross left", "green circle right"))
+    assert not agrees_with_report(empty, reply("red star top"))

@@ -6,8 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
-
+from clvr_jax.compilation import release_programs
 from clvr_jax.console import progress
 from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run_shapes, shapes_prompts
 from clvr_jax.evaluation.comparison.pairs import load_results
@@ -131,9 +130,7 @@ def _generate(directory: Path, row: Row, model: Path, prompts: Prompts, seed: in
             seed=seed,
             on_progress=lambda done, total: advance(done),
         )
-    # Each row compiles the programs of its own pipeline. On a CPU every program maps memory, and a process that keeps
-    # those of some 15 rows exceeds Linux's limit of maps (vm.max_map_count): "Unable to allocate section memory".
-    jax.clear_caches()
+    release_programs()  # each row compiles those of its own pipeline
 
 
 def concatenate_splits(parts: Mapping[str, SystemResults]) -> PooledResults:
