@@ -185,7 +185,7 @@ class Replica:
             except DamagedRowError as error:
                 _log.warning("%s", error)
                 self._store.fail(run.loop_id, str(error))
-            except Exception as error:  # noqa: BLE001 - of one loop, which must not keep others from being resumed
+            except Exception as error:  # noqa: BLE001 - a fault of one loop must not keep others from being resumed
                 _log.warning("%s cannot be resumed: %s", run.loop_id, error, exc_info=not isinstance(error, ClvrError))
                 self._store.postpone(run.loop_id, message_of(error))
 
