@@ -99,9 +99,9 @@ def _measured(root: Path, options: argparse.Namespace, part: str) -> dict[str, A
 
 def make(root: Path, blocks: int | None) -> None:
     """Writes both models; layers of the text encoder that are never read are holes in its files."""
-    from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, QWEN3_VL
     from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, processor_to_dict
+    from clvr_jax.files.atomic_io import read_json
     from clvr_jax.models.flux2 import AutoencoderKLFlux2Config
     from clvr_jax.models.qwen3_vl import Qwen3VLConfig
     from clvr_jax.pipelines.flux2 import KLEIN
@@ -165,9 +165,9 @@ def _write_model(directory: Path, architecture: Any, config: Any, skip: range = 
 
 def _stored(options: argparse.Namespace) -> tuple[Path, Any, list[Any]]:
     """Returns the directory of a model, its architecture and the tensors that are used."""
-    from clvr_jax.atomic_io import read_json
     from clvr_jax.checkpoint_io.tensors import stored_tensors
     from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, QWEN3_VL, qwen3_hidden_states
+    from clvr_jax.files.atomic_io import read_json
 
     part = options.part.split(":")[1]
     config = read_json(options.directory / "klein" / "clvr.json")["flux2"]

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from clvr_jax.data.shapes import Example, editing_example, planned_example, simulate_trajectory
-from clvr_jax.image_io import as_pil
+from clvr_jax.files.image_io import as_pil
 from clvr_jax.models.common.quantization import Quantization, weight_bytes
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline

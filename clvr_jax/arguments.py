@@ -12,7 +12,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import local_path
+from clvr_jax.files.file_names import local_path
 
 Parsed = TypeVar("Parsed")
 

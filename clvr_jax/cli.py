@@ -31,7 +31,7 @@ from clvr_jax.commands.recipes.launch import Launch
 from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe_command
 from clvr_jax.commands.recipes.synthesis import Synth
 from clvr_jax.commands.recipes.training import Plan, Train
-from clvr_jax.console import escape_control_characters, print_error
+from clvr_jax.display.console import escape_control_characters, print_error
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.interrupts import check_interrupt, interruptible, is_interrupted
 

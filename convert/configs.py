@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import TypeVar, Union, get_args, get_origin, get_type_hints
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON, shown
+from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
 
 MOST_LAYERS = 1000
 """Largest number of layers, blocks or list members: each is a module to build, so a larger number would not finish."""

@@ -14,7 +14,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal
 
-from clvr_jax.atomic_io import read_json, write_atomically
 from clvr_jax.convert.architectures import (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
@@ -25,12 +24,13 @@ from clvr_jax.convert.architectures import (
     find_architecture,
     torch_class,
 )
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.display.tables import Table
+from clvr_jax.files.atomic_io import read_json, write_atomically
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
-from clvr_jax.tables import Table
 
 Format = Literal["jax", "torch"]
 Models = Mapping[str, tuple[str, UncheckedJSON]]

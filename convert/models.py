@@ -15,7 +15,6 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
 from jaxtyping import PyTree
 
-from clvr_jax.atomic_io import atomic_directory, located, read_json
 from clvr_jax.checkpoint_io.orbax_tree import PARAMS, is_tree, nested
 from clvr_jax.checkpoint_io.tensors import FLOATS, StoredTensor, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import Architecture, quantized
@@ -23,6 +22,7 @@ from clvr_jax.convert.lora.trees import Adapter, adapters_by_path
 from clvr_jax.convert.rules import AS_IS, Entry, check_dtypes, check_keys, check_tree, leaves_of, state_to_torch
 from clvr_jax.convert.shards import Adapters, Index, read_part, read_quantized, scale_index, scaled_axis
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import atomic_directory, located, read_json
 from clvr_jax.models.common.adapters import kernel_delta
 from clvr_jax.models.common.quantization import Quantization, is_quantized, scale_path
 from clvr_jax.models.common.quantization import quantize as quantize_array

@@ -20,14 +20,14 @@ from flax import nnx
 from jax.sharding import SingleDeviceSharding
 from rich.table import Table
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, FLOATS, model_file
 from clvr_jax.convert.architectures import Architecture
 from clvr_jax.convert.models import load_model
 from clvr_jax.convert.probes import PROBES, Inputs
 from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.json_input import JSON
 
 TOLERANCE = 2e-5
 """Largest relative difference that results from float32 and another order of summation."""

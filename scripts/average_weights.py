@@ -15,9 +15,9 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.output_paths import check_destination
+from clvr_jax.files.atomic_io import atomic_directory
+from clvr_jax.files.output_paths import check_destination
 
 WEIGHTS = "model.safetensors"
 

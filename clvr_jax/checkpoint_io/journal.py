@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import parse_json
-from clvr_jax.locks import LOCK, locked
+from clvr_jax.files.json_input import parse_json
+from clvr_jax.files.locks import LOCK, locked
 
 _NAME = ".journal"
 _EDGE = 1 << 16

@@ -19,11 +19,11 @@ import numpy as np
 import tensorstore as ts
 from jaxtyping import PyTree
 
-from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.checkpoint_io.disk import put
 from clvr_jax.checkpoint_io.tensors import is_file_name
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.atomic_io import read_json, write_json
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 
 PARAMS = "params"
 """Name of the directory of a model's parameters, beside its config.json."""

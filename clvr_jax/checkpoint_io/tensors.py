@@ -16,9 +16,9 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.disk import PAGE, put
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import read_json
 
 DIFFUSERS_NAME = "diffusion_pytorch_model"
 TRANSFORMERS_NAME = "model"

@@ -72,10 +72,10 @@ def results_directory(out: Path | None, benchmark: str) -> Iterator[None]:
     if out is None:
         yield
         return
-    from clvr_jax.atomic_io import read_json
     from clvr_jax.errors import ClvrError
-    from clvr_jax.locks import locked_output
-    from clvr_jax.output_paths import check_output_directory
+    from clvr_jax.files.atomic_io import read_json
+    from clvr_jax.files.locks import locked_output
+    from clvr_jax.files.output_paths import check_output_directory
 
     check_output_directory(out)
     path = out / "results.json"

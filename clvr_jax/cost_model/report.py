@@ -12,7 +12,7 @@ from clvr_jax.cost_model.hardware import GIB, Topology
 from clvr_jax.cost_model.hlo import Collective, collectives, merged, sent_by_axis
 from clvr_jax.cost_model.roofline import Cost, Roofline, fits, interconnect_seconds, roofline, run_cost, total_bytes
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.trees import Leaf, Params
 
 _SHOWN_COLLECTIVES = 6

@@ -15,15 +15,15 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
-from clvr_jax.atomic_io import located
 from clvr_jax.data.preprocessing.histories import token_count
 from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.data.sft_examples import Sample
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import has_entry, listed_file
-from clvr_jax.image_io import read_image
+from clvr_jax.files.atomic_io import located
+from clvr_jax.files.file_names import has_entry, listed_file
+from clvr_jax.files.image_io import read_image
+from clvr_jax.files.json_input import parse_object, read_lines, read_text
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.json_input import parse_object, read_lines, read_text
 
 METADATA = "metadata.jsonl"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

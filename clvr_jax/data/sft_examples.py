@@ -12,7 +12,6 @@ from typing import Protocol
 import jax
 import numpy as np
 
-from clvr_jax.console import console
 from clvr_jax.data.batch_plan import Bucket, length_bounds
 from clvr_jax.data.preprocessing.chat_templates import render_chats
 from clvr_jax.data.preprocessing.conversations import (
@@ -26,8 +25,9 @@ from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.preprocessing.text import bucket_for, encode_prompts
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.record import TrajectoryRecord
+from clvr_jax.display.console import console
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Message
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE

@@ -16,7 +16,7 @@ import numpy as np
 from clvr_jax.data.batch_plan import BatchPlan
 from clvr_jax.data.sft_examples import Examples
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON, JsonObject
+from clvr_jax.files.json_input import JSON, JsonObject
 from clvr_jax.training_packages import training_package
 from clvr_jax.trees import Batch
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from clvr_jax.arguments import run_script
 from clvr_jax.data.trajectories.dataset import saved_trajectories, write_dataset
 from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
 from clvr_jax.worlds.shapes.oracle import Edit, apply_edits, canvas_text, edit_text, parse_edits

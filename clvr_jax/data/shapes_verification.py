@@ -19,7 +19,7 @@ from clvr_jax.data.sft_examples import conversation
 from clvr_jax.data.shapes import Canvas, Image, corrupted_canvas, simulate_trajectory
 from clvr_jax.data.shapes_augmentation import random_canvas
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import Message
 from clvr_jax.reasoning import verification
 from clvr_jax.reasoning.context import chat_messages, prompt_with_requirements, requirements_line

@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Float32, Int32
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON, UncheckedJSON, shown
+from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
 
 _CHOICES = {
     "beta_schedule": ("scaled_linear", "linear"),

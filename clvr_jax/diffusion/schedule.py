@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 
 SCHEDULER_CLASS = "FlowMatchEulerDiscreteScheduler"
 # Fields of diffusers' class of which the solver supports one value.

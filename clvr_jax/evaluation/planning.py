@@ -14,16 +14,16 @@ from typing import TypedDict
 
 import numpy as np
 
-from clvr_jax.console import progress
 from clvr_jax.data.shapes import Canvas
+from clvr_jax.display.console import progress
+from clvr_jax.display.tables import Table, plain
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import Rate, RateResult, wilson_interval
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.reasoning import loop
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
-from clvr_jax.tables import Table, plain
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject

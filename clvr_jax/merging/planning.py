@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.streaming.planning import TensorSlice, files_beside
-from clvr_jax.json_input import JSON
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.json_input import JSON
 from clvr_jax.merging.methods import DSWM, Settings
 from clvr_jax.merging.sources import LoRADelta, Origin, Weights, is_weight, open_align, open_tuned, open_weights
 

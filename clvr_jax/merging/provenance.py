@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from clvr_jax.atomic_io import read_json, write_json, write_text
 from clvr_jax.convert.architectures import torch_class
 from clvr_jax.convert.model_card import (
     FORMATS,
@@ -27,11 +26,12 @@ from clvr_jax.convert.model_card import (
     models_and_license,
     titles,
 )
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.display.tables import Table
+from clvr_jax.files.atomic_io import read_json, write_json, write_text
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.merging.norms import DeltaStatistics, total
 from clvr_jax.merging.planning import MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights
-from clvr_jax.tables import Table
 
 _INPUT_COLUMNS = ("Input", "From", "Kind", "Weight", "License as its card states it")
 

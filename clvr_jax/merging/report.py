@@ -6,13 +6,13 @@ from typing import TypedDict
 
 from rich.table import Table
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.streaming.report import readable_size
-from clvr_jax.json_input import JSON
+from clvr_jax.display.plots import can_plot, new_figure
+from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.json_input import JSON
 from clvr_jax.merging.norms import DeltaStatistics, by_layer, total
 from clvr_jax.merging.planning import PLOTS, REPORT, Merge
 from clvr_jax.merging.sources import is_weight
-from clvr_jax.plots import can_plot, new_figure
 
 
 class Report(TypedDict):

@@ -17,7 +17,6 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.blocks import Buffers
 from clvr_jax.checkpoint_io.journal import resumable, states
 from clvr_jax.checkpoint_io.tensors import bits
@@ -25,13 +24,14 @@ from clvr_jax.convert.lora.config import PEFT_CONFIG, initial_adapters
 from clvr_jax.convert.streaming.conversion import copy_file, shape_in, writer
 from clvr_jax.convert.streaming.planning import TensorSlice
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.json_input import UncheckedJSON
+from clvr_jax.files.output_paths import check_destination
 from clvr_jax.merging.deltas import delta_of
 from clvr_jax.merging.methods import magnitude_threshold, merge_block, random_key
 from clvr_jax.merging.norms import DeltaStatistics, layer_of, total
 from clvr_jax.merging.planning import MERGE, OLD_MERGE, Merge
 from clvr_jax.merging.sources import LoRADelta, Weights, is_weight
-from clvr_jax.output_paths import check_destination
 
 MAX_RELATIVE_DISTANCE = 1.0
 """Largest |delta| / |base| of a layer that was tuned from this base; for two random layers it is 1.4."""

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import flux2_heads

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.orbax_tree import PARAMS, is_tree, open_tree
 from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors
 from clvr_jax.convert.architectures import Architecture
@@ -23,6 +22,7 @@ from clvr_jax.convert.lora.config import PEFT_CONFIG, PEFT_NAME
 from clvr_jax.convert.lora.files import FILE_NAME
 from clvr_jax.convert.lora.trees import load_lora
 from clvr_jax.errors import UsageError
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout
 from clvr_jax.trees import Params

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import (
     FLUX2_TRANSFORMER,
     FLUX2_VAE,
@@ -22,6 +21,7 @@ from clvr_jax.convert.architectures import (
 )
 from clvr_jax.convert.rules import leaves_of
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.models.common.quantization import SCALE
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config

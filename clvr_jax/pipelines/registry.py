@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import JSON, shown
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import JSON, shown
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.flux2 import Flux2Pipeline

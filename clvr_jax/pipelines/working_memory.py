@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, UNET
 from clvr_jax.convert.configs import from_known_fields
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.pipelines.flux2 import Flux2Settings

@@ -1,7 +1,7 @@
 """The vocabulary of small models that were trained for one world."""
 
-from clvr_jax.atomic_io import read_json
-from clvr_jax.file_names import has_entry
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.file_names import has_entry
 from clvr_jax.pipelines.registry import resolve
 from clvr_jax.worlds.shapes.language.grammar import vocabulary, words
 

@@ -7,8 +7,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from clvr_jax.console import console
-from clvr_jax.json_input import JSON
+from clvr_jax.display.console import console
+from clvr_jax.files.json_input import JSON
 
 _REJECTION = re.compile(
     r"unsupported|not support|unknown|unrecognized|unrecognised|unexpected|not permitted|not allowed|not accept|extra"

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.json_input import UncheckedJSON
+from clvr_jax.files.redaction import Secrets, redact_url
 from clvr_jax.interfaces import Fault, ProviderError, Usage
-from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.providers.bounded import MAX_VALUES, count, read_object, return_large_blocks
 from clvr_jax.providers.failures import SHOWN, Failure, NoReplyError, retry_after, status_failure
-from clvr_jax.redaction import Secrets, redact_url
 
 if TYPE_CHECKING:
     import openai

@@ -8,8 +8,8 @@ import re
 from collections.abc import Mapping
 from typing import Self
 
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.interfaces import Fault, ProviderError, Usage
-from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError
 
 SHOWN = 300

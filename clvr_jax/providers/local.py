@@ -13,7 +13,7 @@ from PIL import Image
 
 from clvr_jax.data.preprocessing.text import check_prompt
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import as_pil, pixels
+from clvr_jax.files.image_io import as_pil, pixels
 from clvr_jax.interfaces import (
     ChatModel,
     ChatRequest,

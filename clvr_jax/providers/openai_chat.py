@@ -10,9 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Literal
 
 from clvr_jax.errors import UsageError
-from clvr_jax.image_io import EncodedImage, ImageLike, encode_png
+from clvr_jax.files.image_io import EncodedImage, ImageLike, encode_png
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Message, ProviderError, Token, Usage
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import MAX_VALUES, count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices

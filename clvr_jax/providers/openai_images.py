@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import decode_image, encode_png, lazy_image
+from clvr_jax.files.image_io import decode_image, encode_png, lazy_image
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError, Usage
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.bounded import count

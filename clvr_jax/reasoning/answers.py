@@ -4,7 +4,7 @@ import json
 import re
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 
 
 class AnswerError(ClvrError):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.reasoning.actions import IMAGE_GEN, NO_IMAGE, PendingReply, Reply
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.edits import Edit, EditError, Parent, check_instruction, check_requirements

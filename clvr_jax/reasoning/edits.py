@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, JsonObject
+from clvr_jax.files.json_input import JSON, JsonObject
 from clvr_jax.reasoning.actions import ACTIONS, END_OF_TURN
 
 MAX_REQUIREMENTS = 64

@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.events import Event, Finished
 from clvr_jax.reasoning.prompt_state import PromptState

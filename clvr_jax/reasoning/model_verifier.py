@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import get_args
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.reasoning.actions import plan_items
 from clvr_jax.reasoning.evidence import (

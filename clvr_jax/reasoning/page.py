@@ -10,9 +10,9 @@ import base64
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from clvr_jax.html_pages import read_text, render_page
-from clvr_jax.image_io import ImageLike, encode_png, pixels
-from clvr_jax.json_input import JSON
+from clvr_jax.display.html_pages import read_text, render_page
+from clvr_jax.files.image_io import ImageLike, encode_png, pixels
+from clvr_jax.files.json_input import JSON
 from clvr_jax.reasoning.actions import plan_items, unmet_span
 from clvr_jax.reasoning.verification import DOUBT_NOTE
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.reasoning.actions import NO_IMAGE, TERMINATE, ParseError, PendingReply, Reply, parse, plan_items
 from clvr_jax.reasoning.budget import Account, Budget
 from clvr_jax.reasoning.decisions import is_settled, outcome_of_stop, rollback_target

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import Message
 from clvr_jax.reasoning.actions import GIVEN_IMAGES_PROMPT
 from clvr_jax.reasoning.context import chat_messages, conditioning_text

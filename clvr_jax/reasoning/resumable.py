@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, JsonObject
+from clvr_jax.files.json_input import JSON, JsonObject
 from clvr_jax.reasoning.actions import PendingReply, Reply
 from clvr_jax.reasoning.budget import Account
 from clvr_jax.reasoning.editable import EditablePromptState

@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import is_regular_file, shown_path
-from clvr_jax.image_io import ImageLike, encode_png, read_image
-from clvr_jax.json_input import JSON, JsonObject, read_object
+from clvr_jax.files.file_names import is_regular_file, shown_path
+from clvr_jax.files.image_io import ImageLike, encode_png, read_image
+from clvr_jax.files.json_input import JSON, JsonObject, read_object
 from clvr_jax.reasoning.actions import ACTIONS, SYSTEM_PROMPT_VERSION, TERMINATE
 from clvr_jax.reasoning.edits import Edit, Parent, dropped_by_user
 from clvr_jax.reasoning.trajectory_files import run_from_json, step_run_from_json, write_directory

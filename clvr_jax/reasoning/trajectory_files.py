@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject
+from clvr_jax.files.json_input import JsonObject
 
 
 class RunFields(TypedDict):

@@ -20,9 +20,9 @@ from dataclasses import asdict, dataclass
 from typing import Literal, Protocol
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import Message
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.places import place_of
 
 Mode = Literal["describe", "ask"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.reasoning.protocols import Controller, Conversation, GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.verification import Verifier
 

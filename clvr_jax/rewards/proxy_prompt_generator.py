@@ -11,13 +11,13 @@ from concurrent.futures import Executor, Future
 from dataclasses import asdict
 from pathlib import Path
 
-from clvr_jax.atomic_io import open_lines
 from clvr_jax.data.engine.roles.prompted import write_proxy_prompts
 from clvr_jax.data.trajectories.proxy_steps import ProxyStep, ProxySteps
 from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import open_lines
+from clvr_jax.files.json_input import parse_object, stream_lines
 from clvr_jax.interfaces import ChatModel, ProviderError
-from clvr_jax.json_input import parse_object, stream_lines
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards.reward import is_single_reply_error
 

@@ -14,9 +14,9 @@ from typing_extensions import override
 
 from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ProviderError
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError
 
 

@@ -6,7 +6,7 @@ p_I2I and in the replies of controllers. Any other text has no score.
 
 from collections.abc import Iterable, Sequence
 
-from clvr_jax.image_io import ImageLike, pixels
+from clvr_jax.files.image_io import ImageLike, pixels
 from clvr_jax.rewards.reward import UNREADABLE, EditJudge, ImageJudge, Score
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.layout import PlannedObject

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from clvr_jax.errors import UsageError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.merging.deltas import apply_delta
 from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.rl.algorithms import DiffusionNFT, FlowGRPO, GRPOConfig, NFTConfig, RLAlgorithm

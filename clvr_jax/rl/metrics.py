@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.data.trajectories.proxy_steps import LATE
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.image_io import encode_png
 from clvr_jax.rewards.reward import Scores
 from clvr_jax.rl.advantages import Advantages
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.rl.config import PPRLConfig
 from clvr_jax.rl.epoch import EpochRunner
 from clvr_jax.rl.state import PPRLState

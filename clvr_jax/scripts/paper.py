@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Literal, cast
 
 from clvr_jax.arguments import at_least_one, check_seed, run_script
-from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.compilation import enable_compilation_cache
+from clvr_jax.display.plots import can_plot
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.shapes import shapes_checker
 from clvr_jax.evaluation.comparison.scaling import from_trajectories
@@ -28,9 +28,9 @@ from clvr_jax.evaluation.paper.page import Measured, Section, write_page
 from clvr_jax.evaluation.paper.rows import SPLITS, Prompts, Row, results
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.paper.timing import GroupTime, loop_times, times_by_image_count
+from clvr_jax.files.atomic_io import read_json, write_json
+from clvr_jax.files.output_paths import check_directory, check_file
 from clvr_jax.merging.planning import REPORT
-from clvr_jax.output_paths import check_directory, check_file
-from clvr_jax.plots import can_plot
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.worlds.shapes.metadata import Metadata
 

@@ -19,17 +19,17 @@ import numpy as np
 
 from clvr_jax import cli
 from clvr_jax.arguments import run_script
-from clvr_jax.atomic_io import write_atomically, write_json
-from clvr_jax.console import console
 from clvr_jax.data import shapes_proxies
+from clvr_jax.display.console import console
+from clvr_jax.display.tables import Table
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.comparison.pairs import Comparison, compare, comparison_table, load_results
 from clvr_jax.evaluation.harness.results import PooledResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
+from clvr_jax.files.atomic_io import write_atomically, write_json
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
 from clvr_jax.scripts import shapes_rollouts
-from clvr_jax.tables import Table
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits
 
 ARMS = {"pprl": (), "simple": ("--simple",), "grpo": ("--train.algorithm", "grpo")}

@@ -7,10 +7,10 @@ import shutil
 from pathlib import Path
 
 from clvr_jax.arguments import run_script
-from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import atomic_directory, read_json, write_json
 
 SAMPLING = ("num_inference_steps", "guidance_scale")
 

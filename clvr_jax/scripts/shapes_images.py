@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.arguments import run_script
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.compilation import enable_compilation_cache
-from clvr_jax.console import progress
+from clvr_jax.display.console import progress
 from clvr_jax.evaluation.systems.models import Oracle
-from clvr_jax.image_io import pixels, read_image_arrays
-from clvr_jax.output_paths import check_file
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.image_io import pixels, read_image_arrays
+from clvr_jax.files.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop

@@ -16,16 +16,16 @@ import numpy as np
 
 from clvr_jax.arguments import run_script
 from clvr_jax.compilation import enable_compilation_cache
+from clvr_jax.display.tables import Table
 from clvr_jax.errors import UsageError
-from clvr_jax.image_io import read_image_arrays
+from clvr_jax.files.image_io import read_image_arrays
+from clvr_jax.files.output_paths import check_file
 from clvr_jax.interfaces import ChatRequest, ChatResponse
-from clvr_jax.output_paths import check_file
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS, PipelineModel, load_controller
 from clvr_jax.reasoning.evidence import least_clause_probability
 from clvr_jax.reasoning.verification import description_messages
 from clvr_jax.scripts.shapes_images import images_in_the_loop, training_prompt, write_images
-from clvr_jax.tables import Table
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import TIERS, sample_metadata
 from clvr_jax.worlds.shapes.metadata import Metadata, has_held_out_pair

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.arguments import run_script
-from clvr_jax.atomic_io import read_json, write_json
-from clvr_jax.console import progress
+from clvr_jax.display.console import progress
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems.models import Oracle
-from clvr_jax.output_paths import check_directory
+from clvr_jax.files.atomic_io import read_json, write_json
+from clvr_jax.files.output_paths import check_directory
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.reasoning import loop

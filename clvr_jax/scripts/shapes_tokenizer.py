@@ -11,7 +11,7 @@ import numpy as np
 from clvr_jax.arguments import run_script
 from clvr_jax.data.preprocessing.text import train_tokenizer
 from clvr_jax.data.shapes import simulate_trajectory
-from clvr_jax.output_paths import check_directory
+from clvr_jax.files.output_paths import check_directory
 
 VOCABULARY = 640
 """Room for bytes, special tokens and about 350 merges; the language of the world needs fewer."""

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.budget import Budget

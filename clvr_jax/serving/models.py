@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike, as_pil
+from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator, VLMController
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline

@@ -15,9 +15,9 @@ from typing import IO, Any
 from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from clvr_jax.display.html_pages import render_page
 from clvr_jax.errors import ClvrError
-from clvr_jax.html_pages import render_page
-from clvr_jax.image_io import ImageLike, encode_png
+from clvr_jax.files.image_io import ImageLike, encode_png
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.page import shared_texts, style_sheet
 from clvr_jax.serving.api.errors import ApiError

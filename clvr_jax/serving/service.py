@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import ImageLike, as_pil, lazy_image, pixels
+from clvr_jax.files.image_io import ImageLike, as_pil, lazy_image, pixels
 from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.providers.base64_text import decode_base64, read_data_url

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 
-from clvr_jax.atomic_io import write_atomically
+from clvr_jax.display.plots import can_plot, new_figure
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import has_entry, is_regular_file
-from clvr_jax.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
-from clvr_jax.plots import can_plot, new_figure
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.file_names import has_entry, is_regular_file
+from clvr_jax.files.json_input import JSON, JsonObject, parse_object, read_object, stream_lines
 from clvr_jax.training.recipes import RECIPE
 from clvr_jax.trees import some
 

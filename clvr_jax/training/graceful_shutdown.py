@@ -11,7 +11,7 @@ from types import FrameType
 import jax
 from jax.experimental import multihost_utils
 
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 
 SignalHandler = Callable[[int, FrameType | None], object]
 

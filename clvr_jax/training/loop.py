@@ -23,9 +23,9 @@ from typing import ClassVar, Generic, Protocol
 import jax
 from jaxtyping import PyTree
 
-from clvr_jax.console import Advance, progress
+from clvr_jax.display.console import Advance, progress
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.processes import broadcast_decision
 from clvr_jax.sharding import MeshConfig, MeshLayout, active_layout, process_allgather, without_layout
 from clvr_jax.training.checkpoint import CheckpointConfig, Checkpoints

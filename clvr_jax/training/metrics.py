@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Self
 
 import jax
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.cost_model.hardware import CHIPS
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import JSON, parse_object, stream_lines
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import JSON, parse_object, stream_lines
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.trees import Batch
 

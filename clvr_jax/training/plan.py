@@ -22,7 +22,7 @@ from clvr_jax.cost_model.hardware import Topology, parse_topology, planning_devi
 from clvr_jax.cost_model.report import JointReport, Report, Stage, elements_per_chip, measure
 from clvr_jax.cost_model.roofline import training_hbm_bytes
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.sharding import MESH_AXES, MeshConfig, MeshLayout
 from clvr_jax.training.optimization.step import TrainState, make_train_step
 from clvr_jax.training.prefetch import DataIterator, check_batch

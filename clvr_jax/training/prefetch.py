@@ -9,7 +9,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from clvr_jax.errors import UsageError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 from clvr_jax.sharding import MeshLayout
 from clvr_jax.trees import Batch
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Protocol, TypedDict
 
 import jax
 
-from clvr_jax.atomic_io import located, write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import read_object
-from clvr_jax.locks import locked_output, new_directory
-from clvr_jax.output_paths import check_output_directory
+from clvr_jax.files.atomic_io import located, write_json
+from clvr_jax.files.json_input import read_object
+from clvr_jax.files.locks import locked_output, new_directory
+from clvr_jax.files.output_paths import check_output_directory
+from clvr_jax.files.recipe_files import Configuration, config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.processes import broadcast_from_host0
-from clvr_jax.recipe_files import Configuration, config_from_json, config_to_json, exits_refused, import_recipe
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
 from clvr_jax.training.loop import mesh_of

@@ -4,7 +4,7 @@ import dataclasses
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping, Rule
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config
 
 KEY_MAPPING = KeyMapping(special=(Rule(r"bn\.num_batches_tracked", dtype="int64"),))

@@ -8,7 +8,7 @@ from typing import TypeVar
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.stable_diffusion import CLIPTextConfig
 
 Tensor = TypeVar("Tensor")

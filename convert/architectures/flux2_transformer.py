@@ -4,7 +4,7 @@ import dataclasses
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 
 KEY_MAPPING = KeyMapping(stacked=("transformer_blocks", "single_transformer_blocks"))

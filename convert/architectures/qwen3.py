@@ -6,7 +6,7 @@ from clvr_jax.checkpoint_io.tensors import Tensors, without_tied_head
 from clvr_jax.convert.configs import from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3 import Qwen3Config
 
 KEY_MAPPING = KeyMapping(stacked=("model.layers",))

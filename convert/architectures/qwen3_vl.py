@@ -7,7 +7,7 @@ from clvr_jax.checkpoint_io.tensors import Tensors, without_tied_head
 from clvr_jax.convert.configs import MOST, from_known_fields, section
 from clvr_jax.convert.rules import KeyMapping
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 
 KEY_MAPPING = KeyMapping(

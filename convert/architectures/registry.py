@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.tensors import DIFFUSERS_NAME, TRANSFORMERS_NAME, Tensors
 from clvr_jax.convert.architectures import (
     autoencoder_kl,
@@ -25,7 +24,8 @@ from clvr_jax.convert.architectures import (
 )
 from clvr_jax.convert.rules import Entry, KeyMapping, entries
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.common.quantization import quantize_layers
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config

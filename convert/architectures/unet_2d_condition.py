@@ -4,7 +4,7 @@ import dataclasses
 
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.rules import KeyMapping
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 
 # Fields of diffusers' config that our UNet does not have, and the only values that it supports.

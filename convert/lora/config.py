@@ -15,8 +15,8 @@ from typing import Any
 from safetensors import safe_open
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import UncheckedJSON, parse_object, read_object, shown
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import UncheckedJSON, parse_object, read_object, shown
 
 PEFT_NAME = "adapter_model.safetensors"
 PEFT_CONFIG = "adapter_config.json"

@@ -9,11 +9,11 @@ from typing import Literal
 import numpy as np
 from safetensors.numpy import save
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.convert.lora.config import METADATA
 from clvr_jax.convert.lora.files import FILE_NAME, Factors
 from clvr_jax.convert.lora.names import KeyAlias, component, original_names
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import write_atomically
 
 LoRANames = Literal["diffusers", "comfyui", "kohya"]
 """The tools whose names the tensors of a file can have."""

@@ -20,7 +20,7 @@ from clvr_jax.checkpoint_io.tensors import StoredTensor, TensorSpec
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE
 from clvr_jax.convert.rules import check_keys
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2TransformerConfig
 
 _TRANSFORMER_MARKS = ("double_blocks.", "single_blocks.")

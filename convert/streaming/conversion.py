@@ -25,7 +25,7 @@ from clvr_jax.checkpoint_io.orbax_tree import PARAMS, TreeWriter
 from clvr_jax.checkpoint_io.tensors import FLOATS, preallocate_files, write_tensor
 from clvr_jax.convert.model_card import add_model_card
 from clvr_jax.convert.streaming.planning import Conversion, Format, PipelineComponent, TensorSlice
-from clvr_jax.output_paths import check_destination
+from clvr_jax.files.output_paths import check_destination
 
 _LARGE_BYTES = 256 * 2**20
 _WORKERS = 3

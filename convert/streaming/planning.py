@@ -8,14 +8,14 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from clvr_jax.atomic_io import located, read_json
 from clvr_jax.checkpoint_io.orbax_tree import PARAMS, Block, Memory, is_tree, open_tree
 from clvr_jax.checkpoint_io.tensors import FLOATS, PICKLES, StoredTensor, TensorSpec, read_header, stored_tensors
 from clvr_jax.convert.architectures import WITHOUT_MODULE, Architecture, architecture_of, find_architecture, torch_class
 from clvr_jax.convert.rules import Entry, check_dtypes, check_keys, check_tree
 from clvr_jax.convert.single_file import flux2 as flux2_single_file
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.atomic_io import located, read_json
+from clvr_jax.files.json_input import UncheckedJSON
 
 Format = Literal["jax", "torch"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rich.table import Table
 
 from clvr_jax.convert.streaming.planning import Conversion
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 
 def conversion_table(conversion: Conversion) -> Table:

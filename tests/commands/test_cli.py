@@ -126,7 +126,7 @@ def test_nothing_is_written_into_the_directory_of_a_model(command, model, capsys
 
 
 def test_a_check_of_the_out_folder_leaves_nothing_behind(tmp_path):
-    from clvr_jax.output_paths import check_directory
+    from clvr_jax.files.output_paths import check_directory
 
     check_directory(tmp_path / "a" / "b")
     assert list(tmp_path.iterdir()) == []

@@ -19,7 +19,7 @@ from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe
 from clvr_jax.commands.recipes.synthesis import Synth
 from clvr_jax.commands.recipes.training import Plan, Train
 from clvr_jax.errors import ClvrError
-from clvr_jax.recipe_files import find_recipe, import_recipe
+from clvr_jax.files.recipe_files import find_recipe, import_recipe
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 RECIPES = sorted(path.stem for path in CONFIGS.glob("*.py") if "\nCONFIG = " in path.read_text())

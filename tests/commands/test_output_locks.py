@@ -8,7 +8,7 @@ import pytest
 
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.locks import LOCK, locked, locked_output, new_directory
+from clvr_jax.files.locks import LOCK, locked, locked_output, new_directory
 from clvr_jax.training.recipes import load_recipe, train
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.commands.command_line import RECIPE

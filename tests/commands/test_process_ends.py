@@ -12,7 +12,7 @@ from rich.table import Table
 
 from clvr_jax import cli
 from clvr_jax.commands.common import Common, Result
-from clvr_jax.console import console, print_error, progress
+from clvr_jax.display.console import console, print_error, progress
 from clvr_jax.interrupts import check_interrupt
 
 WORDS = "naïve 猫 ✓ …"

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.orbax_tree import open_tree
 from clvr_jax.checkpoint_io.tensors import read_header, stored_tensors, write_tensors
 from clvr_jax.convert.architectures import (
@@ -24,6 +23,7 @@ from clvr_jax.convert.architectures import (
 from clvr_jax.convert.configs import section
 from clvr_jax.convert.streaming.planning import plan
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline, read_settings
 

@@ -11,7 +11,7 @@ from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples,
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.image_io import encode_png
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
 from tests.data.simulated import simulated

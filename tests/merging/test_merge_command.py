@@ -4,9 +4,9 @@ import json
 import pytest
 from huggingface_hub import ModelCard
 
-from clvr_jax import plots
 from clvr_jax.cli import main
 from clvr_jax.commands.checkpoints.merging import parse_weight
+from clvr_jax.display import plots
 from clvr_jax.errors import UsageError
 from clvr_jax.merging import report as module
 from tests.merging.small_models import KEY, ROLES, bits, edit, tensors_of, three_models

@@ -87,9 +87,9 @@ def test_a_clip_tokenizer_ends_its_texts_where_the_encoder_pools():
 def test_tokenizer_and_processor_of_a_controller_are_compared_with_its_model(change, message):
     import dataclasses
 
-    from clvr_jax.atomic_io import read_json
     from clvr_jax.convert.architectures.qwen3_vl import config_from_dict
     from clvr_jax.data.preprocessing.qwen3_vl_images import processor_from_dict
+    from clvr_jax.files.atomic_io import read_json
 
     folder = SHAPES / "controller"
     config: Qwen3VLConfig = config_from_dict(read_json(folder / "config.json"))

@@ -1,6 +1,6 @@
 """Keys and passwords are in nothing that is written down."""
 
-from clvr_jax.redaction import redact_url, redact_urls
+from clvr_jax.files.redaction import redact_url, redact_urls
 from tests.providers.asking import ask, error_of
 from tests.providers.server import KEY, completion, failure
 

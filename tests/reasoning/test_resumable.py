@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject
+from clvr_jax.files.json_input import JsonObject
 from clvr_jax.reasoning import Budget, Trajectory
 from clvr_jax.reasoning.editable import branch_off
 from clvr_jax.reasoning.edits import EditError

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from clvr_jax.errors import UsageError
+from clvr_jax.files.recipe_files import config_from_json, config_to_json
 from clvr_jax.models.common.lora import LoRAConfig
-from clvr_jax.recipe_files import config_from_json, config_to_json
 from clvr_jax.rl import GRPOConfig, PPRLConfig, PPRLState
 from clvr_jax.sharding import MeshConfig, MeshLayout
 from clvr_jax.training.checkpoint import CheckpointConfig

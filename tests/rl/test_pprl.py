@@ -16,7 +16,7 @@ import pytest
 from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import read_image
+from clvr_jax.files.image_io import read_image
 from clvr_jax.interfaces import ProviderError
 from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads

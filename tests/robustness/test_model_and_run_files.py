@@ -19,7 +19,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.checkpoint_io.orbax_tree import open_tree
 from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.cli import main
@@ -37,6 +36,7 @@ from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset, write_dataset
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.questions import JudgeModel, ReplyFile
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.pipelines.flux2.io import load_schedule
 from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
 from clvr_jax.pipelines.registry import SHIPPED, load_pipeline

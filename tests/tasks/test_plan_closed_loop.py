@@ -6,12 +6,12 @@ import json
 import jax
 import pytest
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.cli import main
 from clvr_jax.configs import closed_loop
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.cost_model.hardware import GIB
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.sharding import MeshConfig

@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import read_image
+from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.image_io import read_image
 from clvr_jax.training.curves import curves, write_plot
 
 

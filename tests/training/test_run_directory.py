@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.locks import LOCK
+from clvr_jax.files.locks import LOCK
 from clvr_jax.training.checkpoint import Checkpoints, restore_part
 from clvr_jax.training.recipes import RECIPE, load_recipe, train
 from tests.commands.command_line import RECIPE as TEXT

@@ -6,7 +6,7 @@ import pytest
 
 from clvr_jax.configs import pprl_flux2
 from clvr_jax.errors import UsageError
-from clvr_jax.recipe_files import config_from_json, config_to_json
+from clvr_jax.files.recipe_files import config_from_json, config_to_json
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.training.checkpoint import CheckpointConfig
 from clvr_jax.training.trainer import TrainConfig

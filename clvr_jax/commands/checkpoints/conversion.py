@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 import tyro
 
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
-from clvr_jax.console import console, progress
+from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.output_paths import check_directory
+from clvr_jax.files.output_paths import check_directory
 
 if TYPE_CHECKING:
     from clvr_jax.convert.streaming.planning import Conversion

@@ -10,9 +10,9 @@ import tyro
 
 from clvr_jax.arguments import check_seed
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
-from clvr_jax.console import console, progress
+from clvr_jax.display.console import console, progress
 from clvr_jax.errors import UsageError
-from clvr_jax.output_paths import check_directory
+from clvr_jax.files.output_paths import check_directory
 
 if TYPE_CHECKING:
     from clvr_jax.merging.norms import DeltaStatistics
@@ -195,7 +195,7 @@ def _origin(source: str, also: tuple[str, ...] | None = None) -> "Origin":
 
 
 def _note_missing_plots() -> None:
-    from clvr_jax.plots import can_plot
+    from clvr_jax.display.plots import can_plot
 
     if not can_plot():
         console.print(

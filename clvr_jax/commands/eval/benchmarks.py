@@ -14,7 +14,7 @@ from clvr_jax.commands.common import Command, Common, Count, Directory, Flags, R
 from clvr_jax.commands.eval.judge_options import JudgeOptions
 from clvr_jax.commands.eval.run_progress import progress_on_first_report
 from clvr_jax.commands.eval.system import SystemOptions
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ class _EvalBenchmark(abc.ABC):
     def run(self) -> Result:
         """Generates and scores the images, and writes results.json."""
         prepare_jax()
-        from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_output_directory
+        from clvr_jax.files.locks import locked_output
+        from clvr_jax.files.output_paths import check_output_directory
 
         benchmark = self.benchmark()
         check_output_directory(self.out)

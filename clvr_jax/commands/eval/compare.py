@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar
 import tyro
 
 from clvr_jax.commands.common import Common, Flags, Result
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,11 @@ class EvalCompare:
 
     def run(self) -> Result:
         """Compares and writes the report."""
+        from clvr_jax.display.plots import can_plot
         from clvr_jax.evaluation.comparison.systems import compare_systems, load_systems
         from clvr_jax.evaluation.reporting.comparison import systems_table, write_comparison
-        from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_output_directory
-        from clvr_jax.plots import can_plot
+        from clvr_jax.files.locks import locked_output
+        from clvr_jax.files.output_paths import check_output_directory
 
         systems = load_systems(self.results)
         check_output_directory(self.out)

@@ -46,8 +46,8 @@ class EvalPlanning:
     def run(self) -> Result:
         """Plans all prompts, and writes the results if there is a directory for them."""
         prepare_jax()
-        from clvr_jax.atomic_io import write_json, write_text
         from clvr_jax.evaluation import planning
+        from clvr_jax.files.atomic_io import write_json, write_text
 
         with results_directory(self.out, planning.BENCHMARK):
             found = self._planned()

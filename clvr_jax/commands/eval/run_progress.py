@@ -3,7 +3,7 @@
 import contextlib
 from collections.abc import Callable, Iterator
 
-from clvr_jax.console import Advance, progress
+from clvr_jax.display.console import Advance, progress
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.common import Common, Count, Flags, Result, prepare_jax
 from clvr_jax.commands.eval.system import SystemOptions
 from clvr_jax.commands.generation.budget import BudgetOptions
-from clvr_jax.console import Advance, console, progress
+from clvr_jax.display.console import Advance, console, progress
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -67,12 +67,12 @@ class EvalScaling:
 
     def run(self) -> Result:
         """Generates missing images, computes the curves, and writes the report."""
+        from clvr_jax.display.plots import can_plot
         from clvr_jax.evaluation.comparison.pairs import parse_named_path
         from clvr_jax.evaluation.harness.run_directory import RunDirectory
         from clvr_jax.evaluation.reporting.scaling import scaling_table
-        from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_output_directory
-        from clvr_jax.plots import can_plot
+        from clvr_jax.files.locks import locked_output
+        from clvr_jax.files.output_paths import check_output_directory
 
         given = {name: RunDirectory(path) for name, path in map(parse_named_path, self.results)}
         for directory in given.values():

@@ -47,8 +47,8 @@ class EvalShapes:
         from clvr_jax.evaluation.benchmarks.shapes import shapes_prompts
         from clvr_jax.evaluation.comparison.pairs import compare, comparison_table, load_results
         from clvr_jax.evaluation.reporting.run import rich_results
-        from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_output_directory
+        from clvr_jax.files.locks import locked_output
+        from clvr_jax.files.output_paths import check_output_directory
 
         other = load_results(self.against) if self.against else None  # before generation, which takes minutes
         self.system.check()

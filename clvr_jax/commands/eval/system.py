@@ -12,7 +12,7 @@ from clvr_jax.commands.common import Count, Directory, Guidance
 from clvr_jax.commands.generation.budget import BudgetOptions, Limits
 from clvr_jax.commands.generation.model_options import Loading, LoadOptions, check_model_size, parse_size
 from clvr_jax.errors import UsageError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 
 if TYPE_CHECKING:
     from clvr_jax.evaluation.systems.system import System

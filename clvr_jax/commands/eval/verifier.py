@@ -13,7 +13,7 @@ from clvr_jax.errors import UsageError
 if TYPE_CHECKING:
     from clvr_jax.evaluation.verifier.cases import Case
     from clvr_jax.evaluation.verifier.report import VerifierResults
-    from clvr_jax.json_input import JSON
+    from clvr_jax.files.json_input import JSON
     from clvr_jax.reasoning.model_verifier import ModelVerifier
 
 _DEFAULT_MODEL = "shapes-tiny"

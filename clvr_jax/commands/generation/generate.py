@@ -28,7 +28,7 @@ from clvr_jax.commands.generation.prompts import (
     image_tasks,
     read_prompts,
 )
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ class Generate:
 
     def _check(self) -> "tuple[list[ImageTask], list[np.ndarray]]":
         """Returns the images to generate and the given images, after all checks that need no weights."""
-        from clvr_jax.output_paths import check_output_directory
+        from clvr_jax.files.output_paths import check_output_directory
         from clvr_jax.processes import is_host0
 
         tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
@@ -169,7 +169,7 @@ class Generate:
 
     def _name(self, tasks: list[ImageTask]) -> str:
         """Returns the default name of the output directory, which depends on all options that affect the images."""
-        from clvr_jax.output_paths import output_name
+        from clvr_jax.files.output_paths import output_name
 
         settings = [self.model, self.seed, self.budget, self.nfe, self.verification, self.verifier]
         more = (self.control, self.images, self.loading, [(task.prompt, task.seed) for task in tasks[1:]])

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.text import Text
 
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 
 if TYPE_CHECKING:
     from clvr_jax.reasoning.events import Event

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 
 if TYPE_CHECKING:
     import numpy as np

@@ -196,13 +196,13 @@ class ImageOptions:
             if (kind := class_of(path)) != FLUX2:
                 raise UsageError(f"--image: {model} is a {kind}, which takes no images; FLUX.2 models do")
         check_model_size(self.height_and_width(), model)
-        from clvr_jax.image_io import read_image
+        from clvr_jax.files.image_io import read_image
 
         return [read_image(path) for path in self.image]
 
     def arguments(self, images: "list[np.ndarray]") -> dict[str, Any]:
         """Returns the arguments of a pipeline's call; only given ones, because not all pipelines take all of them."""
-        from clvr_jax.image_io import as_pil
+        from clvr_jax.files.image_io import as_pil
 
         size = self.height_and_width()
         given: dict[str, Any] = {} if size is None else {"height": size[0], "width": size[1]}

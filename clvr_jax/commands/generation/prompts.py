@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 
 from clvr_jax.arguments import at_least_one, check_seed
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import read_text
+from clvr_jax.files.json_input import read_text
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,7 +74,7 @@ def read_prompts(prompt: tuple[str, ...], prompts: Path | None, model: str) -> l
 
 def image_tasks(prompts: Sequence[str], num_images: int, seed: int) -> list[ImageTask]:
     """Returns all images to generate: those of a prompt have the seeds `seed`, `seed` + 1 and so on."""
-    from clvr_jax.output_paths import output_name
+    from clvr_jax.files.output_paths import output_name
 
     pairs = [(prompt, seed + number) for prompt in prompts for number in range(num_images)]
     digits = max(3, len(str(len(pairs) - 1)))

@@ -20,7 +20,7 @@ from clvr_jax.commands.generation.prompts import (
     image_tasks,
     read_prompts,
 )
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
@@ -84,7 +84,7 @@ class Sample:
 
     def _check(self) -> "tuple[list[ImageTask], list[Path], list[np.ndarray]]":
         """Returns the images to generate, their files and the given images, after all checks that need no weights."""
-        from clvr_jax.output_paths import check_directory, check_file
+        from clvr_jax.files.output_paths import check_directory, check_file
         from clvr_jax.processes import is_host0
 
         tasks = image_tasks(read_prompts(self.prompt, self.prompts, self.model), self.num_images, self.seed)
@@ -108,8 +108,8 @@ class Sample:
         self, pipe: "Flux2Pipeline | SDXLPipeline", task: ImageTask, given: "list[np.ndarray]", file: Path
     ) -> dict[str, object]:
         """Generates and writes one image; returns the result."""
-        from clvr_jax.atomic_io import write_atomically
-        from clvr_jax.image_io import encode_png
+        from clvr_jax.files.atomic_io import write_atomically
+        from clvr_jax.files.image_io import encode_png
         from clvr_jax.pipelines.world import unseen_words
         from clvr_jax.processes import broadcast_from_host0
 
@@ -135,7 +135,7 @@ class Sample:
 
     def _name(self, tasks: list[ImageTask]) -> str:
         """Returns the default name of the output, which depends on all options that affect the images."""
-        from clvr_jax.output_paths import output_name
+        from clvr_jax.files.output_paths import output_name
 
         settings = [self.model, self.seed, self.steps, self.guidance]
         more = (self.images, self.loading, [(task.prompt, task.seed) for task in tasks[1:]])

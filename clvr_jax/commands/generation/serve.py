@@ -13,9 +13,9 @@ import tyro
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Flags, Result, prepare_jax
 from clvr_jax.commands.generation.model_options import Control, ControllerOptions, Loading, LoadOptions
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import local_path
+from clvr_jax.files.file_names import local_path
 
 if TYPE_CHECKING:
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
@@ -130,8 +130,8 @@ class Serve:
         key = self._key()
         _check_packages()
         url = os.environ.get(self.index_variable, "").strip() if self.index_variable else ""
-        from clvr_jax.locks import locked_output
-        from clvr_jax.output_paths import check_output_directory
+        from clvr_jax.files.locks import locked_output
+        from clvr_jax.files.output_paths import check_output_directory
         from clvr_jax.serving.index.files import is_bucket
 
         if not url and is_bucket(self.out):

@@ -14,9 +14,9 @@ from rich.text import Text
 
 from clvr_jax.arguments import at_least_one
 from clvr_jax.commands.common import Common, Count, Flags, Prompt, Result, prepare_jax
-from clvr_jax.console import console
+from clvr_jax.display.console import console
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -114,7 +114,7 @@ class Verify:
     def run(self) -> Result:
         """Reads and verifies the images, and returns the report."""
         from clvr_jax.data.preprocessing.text import check_prompt
-        from clvr_jax.image_io import read_image
+        from clvr_jax.files.image_io import read_image
 
         check_prompt(self.prompt)
         images = [read_image(path) for path in self.images]

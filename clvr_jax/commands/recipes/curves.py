@@ -35,7 +35,7 @@ class Curves:
 
     def run(self) -> Result:
         """Writes the plot, and returns the last values of the curves."""
-        from clvr_jax.tables import Table
+        from clvr_jax.display.tables import Table
         from clvr_jax.training.curves import curves, summary, write_plot
 
         found = curves(self.runs, self.metrics, self.smooth)

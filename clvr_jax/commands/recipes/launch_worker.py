@@ -45,7 +45,7 @@ def _run(arguments: list[str]) -> int:
 
 def _prepare_generating() -> None:
     """Makes SIGTERM end the process, and leaves progress and results to process 0."""
-    from clvr_jax.console import console
+    from clvr_jax.display.console import console
     from clvr_jax.processes import is_host0
 
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # JAX has caught it, for runs that save first

@@ -11,7 +11,7 @@ import tyro
 
 from clvr_jax.arguments import read_arguments
 from clvr_jax.commands.common import Result, prepare_jax
-from clvr_jax.recipe_files import Configuration, find_recipe
+from clvr_jax.files.recipe_files import Configuration, find_recipe
 
 
 class LoadedRecipe(Protocol):

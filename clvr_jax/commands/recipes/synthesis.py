@@ -42,11 +42,11 @@ class Synth(RecipeCommand):
 
     def run_recipe(self, recipe: "SynthRecipe", config: "RecipeConfig") -> Result:
         """Synthesizes the trajectories, or opens the page of one."""
-        from clvr_jax.console import console
         from clvr_jax.data.engine.reporting.card import headline, warning
         from clvr_jax.data.engine.reporting.sharegpt import write_sharegpt
         from clvr_jax.data.engine.run import DATASET, PAGE, synthesize_dataset
         from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+        from clvr_jax.display.console import console
 
         out = self.out or Path("runs") / recipe.name
         if self.inspect:

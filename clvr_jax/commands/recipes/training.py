@@ -10,7 +10,7 @@ import tyro
 
 from clvr_jax.commands.common import Common, Directory, Flags, Result
 from clvr_jax.commands.recipes.recipe_command import RecipeCommand
-from clvr_jax.console import progress
+from clvr_jax.display.console import progress
 from clvr_jax.errors import ClvrError, UsageError
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class Plan(RecipeCommand):
 
     def run_recipe(self, recipe: "Recipe", config: "RecipeConfig") -> Result:
         """Compiles the recipe and returns its report."""
-        from clvr_jax.atomic_io import write_json
+        from clvr_jax.files.atomic_io import write_json
         from clvr_jax.training.plan import plan
 
         if not self.topology:

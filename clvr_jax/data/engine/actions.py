@@ -10,7 +10,7 @@ Source of the toolkit: arXiv 2605.14876, trajectory synthesis.
 from dataclasses import dataclass
 from typing import Literal
 
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 
 ActionName = Literal["INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY"]

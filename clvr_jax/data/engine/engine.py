@@ -27,7 +27,7 @@ from clvr_jax.data.engine.roles.base import Check, Event, History, PromptItem, R
 from clvr_jax.data.engine.states import END, MACHINE, START, State, StateName, check_machine
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError
 from clvr_jax.reasoning.actions import ParseError
 from clvr_jax.reasoning.answers import AnswerError

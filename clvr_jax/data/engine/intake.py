@@ -15,7 +15,7 @@ from pathlib import Path
 
 from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject, check_unicode, parse_object, shown, stream_lines
+from clvr_jax.files.json_input import JsonObject, check_unicode, parse_object, shown, stream_lines
 
 MAX_CHARACTERS = 8000
 """Maximum length of a prompt in characters; longer ones are refused, because image models do not take them."""

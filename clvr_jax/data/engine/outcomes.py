@@ -28,8 +28,8 @@ from clvr_jax.data.engine.engine import Outcome
 from clvr_jax.data.engine.roles.base import Event, History
 from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, parse_object
 from clvr_jax.interfaces import Fault
-from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, parse_object
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
 

@@ -25,10 +25,10 @@ from clvr_jax.data.engine.roles.base import PromptItem, Roles
 from clvr_jax.data.engine.roles.prompted import TEMPLATES_VERSION
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.json_input import JSON
+from clvr_jax.files.recipe_files import Configuration, config_from_json, config_to_json, import_recipe
+from clvr_jax.files.redaction import redact_urls
 from clvr_jax.interfaces import ImageModel
-from clvr_jax.json_input import JSON
-from clvr_jax.recipe_files import Configuration, config_from_json, config_to_json, import_recipe
-from clvr_jax.redaction import redact_urls
 
 _COUNT_FIELDS = ("count", "prompts")
 _SPEED_FIELDS = ("in_flight", "beam", "max_failures")

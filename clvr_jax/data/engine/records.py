@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from clvr_jax.data.engine.roles.base import Check, Event, History, Translator
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ImageResponse
-from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, Reply, parse
 from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
 

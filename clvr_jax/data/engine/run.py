@@ -17,8 +17,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clvr_jax.atomic_io import read_json, write_atomically, write_json, write_text
-from clvr_jax.console import console, progress
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, item_to_json
 from clvr_jax.data.engine.outcomes import OutcomeStore
 from clvr_jax.data.engine.recipes import RecipeConfig, RecipeWorkerContext, SynthRecipe, comparable, identity
@@ -26,11 +24,13 @@ from clvr_jax.data.engine.reporting.card import dataset_card, statistics_page
 from clvr_jax.data.engine.reporting.statistics import Statistics
 from clvr_jax.data.trajectories.dataset import write_dataset
 from clvr_jax.data.trajectories.record import TrajectoryRecord
+from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import JSON, JsonObject, read_object
-from clvr_jax.locks import locked_output
-from clvr_jax.output_paths import check_output_directory
+from clvr_jax.files.atomic_io import read_json, write_atomically, write_json, write_text
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import JSON, JsonObject, read_object
+from clvr_jax.files.locks import locked_output
+from clvr_jax.files.output_paths import check_output_directory
 
 _PROMPTS, _REFUSED, _RUN = "prompts.jsonl", "refused.json", "synth.json"
 DATASET, STATISTICS, PAGE, CARD = "dataset", "statistics.json", "statistics.html", "dataset_card.md"

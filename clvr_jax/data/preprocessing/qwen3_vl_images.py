@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from clvr_jax.atomic_io import located, read_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, shown
+from clvr_jax.files.atomic_io import located, read_json
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, shown
 
 MAX_ASPECT_RATIO = 200
 

@@ -9,9 +9,9 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
-from clvr_jax.atomic_io import located
 from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, check_chat_template, render_chats
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import located
 from clvr_jax.interfaces.tokenizer import Tokenizer
 
 MAX_PROMPT_CHARACTERS = 20_000

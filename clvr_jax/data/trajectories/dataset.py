@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Protocol
 
 from clvr_jax.arguments import run_script
-from clvr_jax.atomic_io import atomic_directory
-from clvr_jax.console import console, progress
 from clvr_jax.data.trajectories.record import (
     READABLE_SCHEMAS,
     SCHEMA,
@@ -22,8 +20,10 @@ from clvr_jax.data.trajectories.record import (
     record_from_example,
     record_to_example,
 )
+from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, JsonObject, read_object, shown
+from clvr_jax.files.atomic_io import atomic_directory
+from clvr_jax.files.json_input import JSON, JsonObject, read_object, shown
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.training_packages import training_package
 

@@ -18,7 +18,6 @@ from typing import ClassVar, TypedDict
 from PIL import Image
 from typing_extensions import override
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.imaginebench import Rules
 from clvr_jax.evaluation.harness.benchmark import Item, Score
@@ -26,9 +25,10 @@ from clvr_jax.evaluation.harness.run_directory import FileLayout, RunDirectory
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import yes_or_no
-from clvr_jax.file_names import file_name
-from clvr_jax.image_io import EncodedImage, as_pil, encode_png, read_encoded, read_image
-from clvr_jax.json_input import read_text
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.file_names import file_name
+from clvr_jax.files.image_io import EncodedImage, as_pil, encode_png, read_encoded, read_image
+from clvr_jax.files.json_input import read_text
 
 _FILES = {"dpg_bench/dpg_bench.csv": "98457fc9901943f51ff9a30367250fc292533bed"}
 _COLUMNS = ("item_id", "text", "proposition_id", "dependency", "tuple", "question_natural_language")

@@ -13,7 +13,6 @@ from typing import ClassVar, Protocol
 
 from typing_extensions import override
 
-from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.geneval_rules import Detection, check, check_metadata, keep_confident
 from clvr_jax.evaluation.benchmarks.prompt_files import read_entries
@@ -23,8 +22,9 @@ from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.run_directory import FileLayout, GenEvalLayout
 from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.harness.sources import Source, github
-from clvr_jax.image_io import EncodedImage, read_encoded
-from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON
+from clvr_jax.files.atomic_io import read_json, write_json
+from clvr_jax.files.image_io import EncodedImage, read_encoded
+from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON
 
 _FILES = {"prompts/evaluation_metadata.jsonl": "efc21c7e639cd45554a1e44fac87157211f16d51"}
 

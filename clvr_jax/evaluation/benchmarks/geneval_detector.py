@@ -29,8 +29,8 @@ from clvr_jax.evaluation.benchmarks.geneval_rules import (
     keep_confident,
     objects_to_color,
 )
-from clvr_jax.image_io import EncodedImage, as_pil
-from clvr_jax.json_input import JsonObject, read_object
+from clvr_jax.files.image_io import EncodedImage, as_pil
+from clvr_jax.files.json_input import JsonObject, read_object
 from clvr_jax.merging.digests import Digests
 
 MULTIPLE = 32

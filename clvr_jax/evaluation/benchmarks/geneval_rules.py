@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 
 _OBJECTS = (
     "person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant, stop sign, "

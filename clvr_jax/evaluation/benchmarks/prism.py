@@ -18,7 +18,7 @@ from clvr_jax.evaluation.benchmarks.prompt_files import benchmark_files, read_en
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import json_score
-from clvr_jax.file_names import file_name
+from clvr_jax.files.file_names import file_name
 
 TRACKS = ("imagination", "entity", "text_rendering", "style", "affection", "composition", "long_text")
 _FOCUS = {

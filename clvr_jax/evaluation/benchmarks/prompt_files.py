@@ -8,7 +8,7 @@ from typing import Any
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.benchmark import Item
-from clvr_jax.json_input import check_unicode, parse_json, read_text
+from clvr_jax.files.json_input import check_unicode, parse_json, read_text
 
 _TEXTS = ("prompt", "Prompt", "instruction", "tag", "note", "Explanation", "type")
 """Fields that are strings in the official formats; they become prompts, tags, and questions to a judge."""

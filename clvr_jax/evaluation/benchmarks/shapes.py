@@ -20,8 +20,8 @@ from clvr_jax.evaluation.harness.run import run
 from clvr_jax.evaluation.harness.scoring import Scorer, Scores
 from clvr_jax.evaluation.statistics import spread
 from clvr_jax.evaluation.systems.system import System
-from clvr_jax.image_io import read_image
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.image_io import read_image
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.worlds.shapes.metadata import Metadata
 
 SHAPES_JUDGE_VERSION = "1"

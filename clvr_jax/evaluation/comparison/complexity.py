@@ -20,7 +20,7 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import clustered_interval
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 
 TIERS = 10
 

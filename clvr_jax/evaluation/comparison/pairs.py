@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 from typing import TypedDict, cast
 
+from clvr_jax.display.tables import Table
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.cost import COSTS
 from clvr_jax.evaluation.harness.results import ImageResult, PooledResults, StoredResults
 from clvr_jax.evaluation.statistics import paired_bootstrap, sign_test
-from clvr_jax.json_input import JsonObject, check_unicode, read_object
-from clvr_jax.tables import Table
+from clvr_jax.files.json_input import JsonObject, check_unicode, read_object
 
 PromptKey = tuple[int, str]
 """The index and the text of a prompt."""

@@ -26,7 +26,7 @@ from clvr_jax.evaluation.harness.results import CostSummary, GroupResult, Pooled
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.harness.summary import GroupScore, tags_in_order
 from clvr_jax.evaluation.statistics import holm
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import ClassVar, Self
 
 from clvr_jax.evaluation.harness.run_directory import FileLayout, FlatLayout, RunDirectory
 from clvr_jax.evaluation.harness.sources import Source
-from clvr_jax.file_names import file_name
-from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON
+from clvr_jax.files.file_names import file_name
+from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from clvr_jax.evaluation.harness.generation import LISTED, Progress, complete_sa
 from clvr_jax.evaluation.harness.results import Provenance
 from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems.system import System
-from clvr_jax.image_io import check_image
-from clvr_jax.json_input import JSON, UncheckedJSON
+from clvr_jax.files.image_io import check_image
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 
 SampleIndex = tuple[int, int]
 """Index of the prompt and of the sample, both from 0."""

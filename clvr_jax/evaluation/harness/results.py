@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Literal, NotRequired, TypedDict
 
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 CostKey = Literal[
     "nfe_per_picture",

@@ -12,7 +12,7 @@ from clvr_jax.evaluation.harness.images import generate_images, load_generated
 from clvr_jax.evaluation.harness.results import Results
 from clvr_jax.evaluation.harness.scoring import Scorer, score_images
 from clvr_jax.evaluation.systems.system import System
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 
 def run(

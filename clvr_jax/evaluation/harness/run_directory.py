@@ -25,13 +25,13 @@ import numpy as np
 from PIL import Image
 from typing_extensions import override
 
-from clvr_jax.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.results import Identity, ImageCost
 from clvr_jax.evaluation.systems.system import SystemOutput
-from clvr_jax.file_names import has_entry
-from clvr_jax.image_io import ImageLike, encode_png, pixels, read_image
-from clvr_jax.json_input import JSON, JsonObject, UncheckedJSON, check_unicode, read_object
+from clvr_jax.files.atomic_io import write_atomically, write_json, write_text
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.image_io import ImageLike, encode_png, pixels, read_image
+from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, check_unicode, read_object
 from clvr_jax.reasoning.trajectory import Trajectory
 
 T = TypeVar("T")

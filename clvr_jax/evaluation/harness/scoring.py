@@ -6,7 +6,6 @@ import abc
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.evaluation.harness.benchmark import Score
 from clvr_jax.evaluation.harness.cost import mean_cost
 from clvr_jax.evaluation.harness.generation import Progress
@@ -14,6 +13,7 @@ from clvr_jax.evaluation.harness.images import BenchmarkImages, SampleIndex
 from clvr_jax.evaluation.harness.results import Results
 from clvr_jax.evaluation.harness.run_directory import adapted_requests
 from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
+from clvr_jax.files.atomic_io import write_json
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.trajectory import package_versions
 

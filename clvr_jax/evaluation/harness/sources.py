@@ -12,9 +12,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.compilation import user_cache
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import write_atomically
 
 _TIMEOUT, _MOST_SECONDS = 10, 300
 _MOST_BYTES = 64 * 2**20

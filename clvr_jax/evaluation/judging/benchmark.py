@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
-from clvr_jax.image_io import EncodedImage, read_encoded
+from clvr_jax.files.image_io import EncodedImage, read_encoded
 
 Answer = TypeVar("Answer")
 """The type of a parsed reply."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.questions import JudgeModel
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.providers.endpoint import Endpoint, Prices
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal
 
-from clvr_jax.atomic_io import open_lines
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.judging.benchmark import Answer, JudgeQuestion
-from clvr_jax.file_names import has_entry
-from clvr_jax.image_io import EncodedImage
+from clvr_jax.files.atomic_io import open_lines
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.image_io import EncodedImage
+from clvr_jax.files.json_input import JSON, JsonObject, parse_object, shown, stream_lines
+from clvr_jax.files.output_paths import output_name
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
-from clvr_jax.json_input import JSON, JsonObject, parse_object, shown, stream_lines
-from clvr_jax.output_paths import output_name
 from clvr_jax.reasoning.answers import AnswerError
 
 

@@ -8,8 +8,8 @@ import numpy as np
 from clvr_jax.evaluation.benchmarks.shapes import ImageChecker
 from clvr_jax.evaluation.harness.results import ImageResult
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
-from clvr_jax.image_io import pixels
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.image_io import pixels
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectory import ACCEPTED, Trajectory
 
 OBJECTS_PER_STEP = 2

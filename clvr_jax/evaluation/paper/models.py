@@ -5,9 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypedDict
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.paper.stages import Stages, digest
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.merging.methods import Settings
 from clvr_jax.merging.norms import DeltaStatistics
 from clvr_jax.merging.planning import Merge, plan_merge

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from clvr_jax.atomic_io import write_atomically
+from clvr_jax.display.tables import Table, plain
 from clvr_jax.evaluation.comparison.pairs import compare
 from clvr_jax.evaluation.comparison.scaling import Gain, Point, Scaling
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
@@ -27,8 +27,8 @@ from clvr_jax.evaluation.paper.tables import (
 from clvr_jax.evaluation.paper.timing import GroupTime
 from clvr_jax.evaluation.reporting.scaling import MARKDOWN, PLOT, write_scaling
 from clvr_jax.evaluation.statistics import wilson_interval
-from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.tables import Table, plain
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.json_input import UncheckedJSON
 
 Lines = Iterator[str]
 

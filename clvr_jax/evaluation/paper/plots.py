@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from clvr_jax.display.plots import new_figure
 from clvr_jax.evaluation.paper.diagnosis import Interactions
 from clvr_jax.evaluation.paper.tables import Found, accuracy, by_tier
 from clvr_jax.evaluation.paper.timing import GroupTime
 from clvr_jax.evaluation.statistics import Interval
-from clvr_jax.image_io import ImageLike, as_pil
-from clvr_jax.plots import new_figure
+from clvr_jax.files.image_io import ImageLike, as_pil
 
 
 def accuracy_bars(path: Path, labels: Mapping[str, str], found: Found) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from clvr_jax.compilation import release_programs
-from clvr_jax.console import progress
+from clvr_jax.display.console import progress
 from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION, run_shapes, shapes_prompts
 from clvr_jax.evaluation.comparison.pairs import load_results
 from clvr_jax.evaluation.comparison.systems import SystemResults

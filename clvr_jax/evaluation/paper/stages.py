@@ -6,9 +6,9 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-from clvr_jax.atomic_io import write_json
-from clvr_jax.console import console
-from clvr_jax.json_input import read_object
+from clvr_jax.display.console import console
+from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.json_input import read_object
 
 _RECORDS = "stages"
 

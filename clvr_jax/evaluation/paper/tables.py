@@ -5,14 +5,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from clvr_jax.display.tables import Table
 from clvr_jax.evaluation.comparison.complexity import probe, task_from_metadata
 from clvr_jax.evaluation.comparison.pairs import Difference, Part, by_prompt, compare
 from clvr_jax.evaluation.comparison.systems import SystemResults
 from clvr_jax.evaluation.harness.results import CostKey, ImageResult, PooledResults
 from clvr_jax.evaluation.paper.rows import concatenate_splits
 from clvr_jax.evaluation.statistics import Interval, clustered_interval, holm
-from clvr_jax.json_input import UncheckedJSON
-from clvr_jax.tables import Table
+from clvr_jax.files.json_input import UncheckedJSON
 
 Found = Mapping[str, Mapping[str, SystemResults]]
 """Name of a row -> split -> its results."""

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from clvr_jax.atomic_io import write_json, write_text
+from clvr_jax.display.plots import can_plot, literal, new_figure
+from clvr_jax.display.tables import Row, Table, plain
 from clvr_jax.evaluation.comparison.pairs import Difference
 from clvr_jax.evaluation.comparison.systems import ComplexityProbes, SystemsComparison
 from clvr_jax.evaluation.harness.cost import cost_line
 from clvr_jax.evaluation.harness.results import CostKey, GroupResult
-from clvr_jax.plots import can_plot, literal, new_figure
-from clvr_jax.tables import Row, Table, plain
+from clvr_jax.files.atomic_io import write_json, write_text
 
 JSON, MARKDOWN = "comparison.json", "comparison.md"
 PLOTS = {"scores": "scores.png", "cost": "cost.png", "complexity": "complexity.png"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from clvr_jax.display.tables import Row, Table
 from clvr_jax.evaluation.harness.cost import cost_line
 from clvr_jax.evaluation.harness.results import GroupResult, OverallResult, Results
-from clvr_jax.tables import Row, Table
 
 if TYPE_CHECKING:
     from rich.console import Group

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from clvr_jax.atomic_io import write_json, write_text
+from clvr_jax.display.plots import can_plot, literal, new_figure
+from clvr_jax.display.tables import Row, Table, plain
 from clvr_jax.evaluation.comparison.scaling import Scaling
-from clvr_jax.plots import can_plot, literal, new_figure
-from clvr_jax.tables import Row, Table, plain
+from clvr_jax.files.atomic_io import write_json, write_text
 
 T = TypeVar("T")
 Kind = Literal["images", "nfe", "seconds"]

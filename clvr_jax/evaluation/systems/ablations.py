@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from clvr_jax.image_io import ImageLike, as_pil, pixels
+from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Controller, Conversation
 from clvr_jax.reasoning.verification import Verification, Verifier

@@ -11,8 +11,8 @@ from dataclasses import replace
 from clvr_jax.errors import UsageError
 from clvr_jax.evaluation.systems.models import Mode, budget_for_mode, non_default_fields
 from clvr_jax.evaluation.systems.system import System, SystemOutput
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ChatModel, ImageModel, ImageRequest, ProviderError, Usage
-from clvr_jax.json_input import JSON
 from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController, ImageModelGenerator
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.loop import run

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.systems.system import System, SystemOutput, image_seed
-from clvr_jax.file_names import is_regular_file, listed_file
-from clvr_jax.image_io import read_image
-from clvr_jax.json_input import parse_object, read_lines, read_object
+from clvr_jax.files.file_names import is_regular_file, listed_file
+from clvr_jax.files.image_io import read_image
+from clvr_jax.files.json_input import parse_object, read_lines, read_object
 
 _PROMPT_KEYS = ("prompt", "text", "caption")
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")

@@ -18,9 +18,9 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.systems.ablations import BlindController, BlindVerifier, ExactDescriptions
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController
 from clvr_jax.evaluation.systems.system import System, SystemOutput
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import Usage
-from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage
 from clvr_jax.reasoning.verification import VerificationMode

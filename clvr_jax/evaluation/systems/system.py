@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import Usage
-from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectory import Trajectory
 

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from clvr_jax.data.shapes import Canvas
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import TIERS, sample_metadata, scene_for
 from clvr_jax.worlds.shapes.metadata import Metadata, canonical_key, has_held_out_pair

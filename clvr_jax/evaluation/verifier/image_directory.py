@@ -13,9 +13,9 @@ import numpy as np
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import RIGHT, Case
-from clvr_jax.file_names import listed_file
-from clvr_jax.image_io import image_size, pixels, read_image
-from clvr_jax.json_input import JsonObject, parse_object, read_lines, shown
+from clvr_jax.files.file_names import listed_file
+from clvr_jax.files.image_io import image_size, pixels, read_image
+from clvr_jax.files.json_input import JsonObject, parse_object, read_lines, shown
 
 LABELS = "labels.jsonl"
 GROUP = "images"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, TypedDict
 
+from clvr_jax.display.tables import Table, plain
 from clvr_jax.evaluation.statistics import RateResult
 from clvr_jax.evaluation.verifier.cases import CONTROLS_GROUP
 from clvr_jax.evaluation.verifier.metrics import Metrics, ShareResult, Summary
-from clvr_jax.json_input import JSON
-from clvr_jax.tables import Table, plain
+from clvr_jax.files.json_input import JSON
 
 if TYPE_CHECKING:
     from rich.console import Group

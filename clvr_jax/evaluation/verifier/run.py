@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar
 
-from clvr_jax.atomic_io import write_json, write_text
-from clvr_jax.console import progress
+from clvr_jax.display.console import progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.benchmarks.shapes import SHAPES_JUDGE_VERSION
 from clvr_jax.evaluation.verifier.cases import Case, control_cases, rendered_cases, sample_prompts
@@ -17,8 +16,9 @@ from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.image_directory import load_image
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, summarize
 from clvr_jax.evaluation.verifier.report import VerifierResults, markdown
+from clvr_jax.files.atomic_io import write_json, write_text
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ProviderError, Usage
-from clvr_jax.json_input import JSON
 from clvr_jax.reasoning.protocols import ImageGenerator
 from clvr_jax.reasoning.trajectory import package_versions
 from clvr_jax.reasoning.verification import Verification, Verifier

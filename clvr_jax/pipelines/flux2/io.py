@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import atomic_directory, located, read_json, write_json
 from clvr_jax.checkpoint_io.orbax_tree import PARAMS, is_tree
 from clvr_jax.checkpoint_io.tensors import stored_tensors
 from clvr_jax.convert.architectures import FLUX2_TRANSFORMER, FLUX2_VAE, QWEN3, qwen3_hidden_states
@@ -19,6 +18,7 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import atomic_directory, located, read_json, write_json
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.quantization import Quantization, is_quantized
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer

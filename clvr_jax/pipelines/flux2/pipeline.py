@@ -16,11 +16,11 @@ import numpy as np
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.atomic_io import located
 from clvr_jax.data.preprocessing.histories import FittedHistory, fit_history, token_count
 from clvr_jax.data.preprocessing.text import bucket_for, check_prompt, encode_prompts
 from clvr_jax.diffusion import KLEIN_SCHEDULE, FlowSchedule
 from clvr_jax.errors import UsageError
+from clvr_jax.files.atomic_io import located
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
 from clvr_jax.models.qwen3 import Qwen3

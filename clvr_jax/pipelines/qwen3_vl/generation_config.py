@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.json_input import JSON, JsonObject, read_object
+from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.json_input import JSON, JsonObject, read_object
 from clvr_jax.models.common.sampling import UNCHANGED, Sampling
 
 FILE = "generation_config.json"

@@ -14,7 +14,6 @@ from flax import nnx
 from jax.typing import DTypeLike
 from PIL import Image
 
-from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.compilation import release_programs
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
@@ -23,6 +22,7 @@ from clvr_jax.data.preprocessing.conversations import END_TOKENS, IMAGE_PAD, Mes
 from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
+from clvr_jax.files.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.interfaces import Token
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.decoding import Generation, generate

@@ -8,11 +8,11 @@ from typing import Self
 
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.convert.hub import local_directory
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import has_entry
-from clvr_jax.image_io import pixels
+from clvr_jax.files.atomic_io import read_json
+from clvr_jax.files.file_names import has_entry
+from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.pipelines.loading import Mesh

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Literal, TypeVar
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.convert.architectures import AUTOENCODER_KL, CLIP_TEXT, CLIP_TEXT_PROJECTED, UNET
 from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.convert.model_card import card_of_pipeline
@@ -19,8 +18,9 @@ from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.diffusion import NoiseSchedule
 from clvr_jax.errors import ClvrError
+from clvr_jax.files.atomic_io import atomic_directory, read_json, write_json
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition, UNet2DConditionConfig
 from clvr_jax.pipelines.loading import LoRA, check_heads, read_loras, resolve_dtype
 from clvr_jax.pipelines.registry import class_of, read_settings, resolve

@@ -15,13 +15,13 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
-from clvr_jax.atomic_io import located
 from clvr_jax.data.preprocessing.clip_tokens import encode_clip
 from clvr_jax.data.preprocessing.text import check_prompt
 from clvr_jax.diffusion import NoiseSchedule, classifier_free_guidance, ddim_solve, euler_noise_solve, lcm_solve
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.atomic_io import located
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.json_input import UncheckedJSON
 from clvr_jax.models.stable_diffusion import AutoencoderKL, CLIPText, UNet2DCondition
 from clvr_jax.pipelines.compatibility import check_clip
 from clvr_jax.pipelines.images import check_size, to_pil

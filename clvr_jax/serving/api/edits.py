@@ -11,7 +11,7 @@ from fastapi import APIRouter
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
 from clvr_jax.reasoning.editable import EditablePromptState, branch_off
 from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
 from clvr_jax.reasoning.trajectory import Step, Trajectory

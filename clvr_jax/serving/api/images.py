@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
-from clvr_jax.image_io import ImageLike, as_pil
+from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import as_pil
+from clvr_jax.files.image_io import as_pil
 from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError, message_of, of_validation

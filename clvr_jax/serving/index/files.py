@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from clvr_jax.atomic_io import write_atomically
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import local_path
-from clvr_jax.image_io import MAX_FILE_BYTES
+from clvr_jax.files.atomic_io import write_atomically
+from clvr_jax.files.file_names import local_path
+from clvr_jax.files.image_io import MAX_FILE_BYTES
 from clvr_jax.reasoning.trajectory_files import write_directory
 
 _NAME = re.compile(r"(step|given)_\d{2,9}\.png|trajectory\.json|events\.json|index\.html")

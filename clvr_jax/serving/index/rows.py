@@ -13,7 +13,7 @@ from typing import Any
 import sqlalchemy as sql
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JsonObject, check_unicode, parse_object
+from clvr_jax.files.json_input import JsonObject, check_unicode, parse_object
 from clvr_jax.serving.index.records import FAILED, STATES, Command, Run
 
 MAX_CHARACTERS = 16 << 20

@@ -18,10 +18,10 @@ from typing import Any
 
 import sqlalchemy as sql
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike, decode_image
-from clvr_jax.json_input import JsonObject
+from clvr_jax.files.atomic_io import write_json
+from clvr_jax.files.image_io import ImageLike, decode_image
+from clvr_jax.files.json_input import JsonObject
 from clvr_jax.reasoning.trajectory import Trajectory
 from clvr_jax.serving.index.files import open_files
 from clvr_jax.serving.index.records import Command, NewLoop, Progress, Run

@@ -8,8 +8,8 @@ from dataclasses import asdict
 from typing import Any
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import encode_png
-from clvr_jax.json_input import JsonObject
+from clvr_jax.files.image_io import encode_png
+from clvr_jax.files.json_input import JsonObject
 from clvr_jax.reasoning.budget import Budget
 from clvr_jax.reasoning.editable import Branch
 from clvr_jax.reasoning.resumable import SNAPSHOT_FORMAT, ResumablePromptState

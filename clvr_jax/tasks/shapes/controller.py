@@ -11,13 +11,13 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.conversations import IMAGE_PAD
 from clvr_jax.data.preprocessing.qwen3_vl_images import processor_to_dict
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
+from clvr_jax.files.atomic_io import write_json
 from clvr_jax.models.flux2 import AutoencoderKLFlux2
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.pipelines.flux2.io import load_vae

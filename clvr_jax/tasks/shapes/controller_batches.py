@@ -31,7 +31,7 @@ from clvr_jax.data.shapes_verification import (
     requirements_chat,
 )
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import read_image_arrays
+from clvr_jax.files.image_io import read_image_arrays
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.qwen3_vl.positions import Conversation
 from clvr_jax.worlds.shapes.detect import Examination, Reading, detect, examine

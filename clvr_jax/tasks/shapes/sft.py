@@ -16,7 +16,7 @@ from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NotRequired, TypedDict
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import JSON, UncheckedJSON, shown
+from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, HELD_OUT_PAIRS, SHAPES
 
 Item = TypedDict(

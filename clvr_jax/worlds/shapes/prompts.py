@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import check_unicode, parse_object, read_lines
+from clvr_jax.files.json_input import check_unicode, parse_object, read_lines
 from clvr_jax.worlds.shapes.language.grammar import (
     DENSE_TIERS,
     PHRASINGS,

@@ -6,7 +6,6 @@ import threading
 
 import pytest
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.configs import prompted_synth
 from clvr_jax.data.engine.beam_pipeline import _Synthesize
 from clvr_jax.data.engine.intake import item_to_json
@@ -16,6 +15,7 @@ from clvr_jax.data.engine.recipes import SynthConfig, load_synth_recipe
 from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.data.engine.run import _forget_failures, open_run
 from clvr_jax.errors import ClvrError, UsageError
+from clvr_jax.files.atomic_io import write_json
 from tests.data.engine.cooperative_server import answer
 from tests.providers.server import Reply, completion, failure, picture, pictures, png
 

@@ -7,7 +7,7 @@ import pytest
 from clvr_jax.data.engine.intake import EvaluationPrompts, Refused, filter_prompts, prompt_id, read_prompts
 from clvr_jax.data.engine.roles.base import PromptItem
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import MAX_LINE_BYTES
+from clvr_jax.files.json_input import MAX_LINE_BYTES
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 
 DENSE = "A red circle is above a blue square, and three green stars are to the left of a yellow triangle."

@@ -14,7 +14,7 @@ from clvr_jax.data.sft_examples import ConversationExamples, GenerationExamples,
 from clvr_jax.data.trajectories.dataset import VERIFICATION, TrajectoryDataset, write_dataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import ImageResponse
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, parse

@@ -17,7 +17,7 @@ from clvr_jax.data.trajectories.dataset import (
 )
 from clvr_jax.data.trajectories.record import SCHEMA, ProxyPrompts, TrajectoryRecord, record_to_example
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
 
 

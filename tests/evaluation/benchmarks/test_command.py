@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.cli import main
+from clvr_jax.files.atomic_io import read_json
 from tests.evaluation.benchmarks.samples import GENEVAL, IMAGINE, write_lines
 from tests.providers.server import completion
 

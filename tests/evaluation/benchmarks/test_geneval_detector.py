@@ -23,7 +23,7 @@ from clvr_jax.evaluation.benchmarks.geneval_detector import (
 from clvr_jax.evaluation.benchmarks.geneval_rules import COLORS, OBJECTS
 from clvr_jax.evaluation.harness.images import generate_images, load_generated
 from clvr_jax.evaluation.harness.scoring import score_images
-from clvr_jax.image_io import EncodedImage, encode_png
+from clvr_jax.files.image_io import EncodedImage, encode_png
 from tests.evaluation.benchmarks.samples import GENEVAL, ColorGenerator, write_lines
 
 DOG = OBJECTS.index("dog")

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from clvr_jax.atomic_io import read_json, write_json
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation import ImageChecker, Score, compare, load_results
 from clvr_jax.evaluation.comparison.systems import SystemResults, compare_systems, load_systems
 from clvr_jax.evaluation.reporting.comparison import comparison_markdown
+from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.interfaces import ImageResponse, Usage
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from tests.evaluation.runs import run_function

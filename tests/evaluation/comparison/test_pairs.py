@@ -4,11 +4,11 @@ import json
 import numpy as np
 import pytest
 
-from clvr_jax.atomic_io import write_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import compare, load_results
 from clvr_jax.evaluation.comparison.pairs import comparison_table
 from clvr_jax.evaluation.statistics import sign_test
+from clvr_jax.files.atomic_io import write_json
 
 
 def result(verdicts, tags=None, samples=1):

@@ -5,7 +5,6 @@ import re
 import numpy as np
 import pytest
 
-from clvr_jax.atomic_io import read_json
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation import ImageChecker, Score, shapes_checker
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
@@ -14,6 +13,7 @@ from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.reporting.scaling import scaling_markdown, write_scaling
 from clvr_jax.evaluation.systems.models import Oracle, budget_for_mode
 from clvr_jax.evaluation.systems.open_loop import OpenLoopController
+from clvr_jax.files.atomic_io import read_json
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning import run as run_loop
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts

@@ -17,7 +17,7 @@ from clvr_jax.evaluation.benchmarks.prism import Prism
 from clvr_jax.evaluation.benchmarks.wise import WiseLegacy, WiseVerified
 from clvr_jax.evaluation.harness.images import generate_images, load_external, load_generated
 from clvr_jax.evaluation.systems.system import System, SystemOutput
-from clvr_jax.image_io import as_pil
+from clvr_jax.files.image_io import as_pil
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
 from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, ColorGenerator, write_lines
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.systems.ablations import BlindController, BlindVerifier, ExactDescriptions, blank_image
-from clvr_jax.image_io import EncodedImage, pixels
+from clvr_jax.files.image_io import EncodedImage, pixels
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.protocols import Conversation
 from clvr_jax.reasoning.verification import Requirement, Verification

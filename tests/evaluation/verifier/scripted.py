@@ -3,7 +3,7 @@
 import math
 
 from clvr_jax.evaluation.verifier.cases import ShapesPrompt
-from clvr_jax.image_io import pixels
+from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatResponse, Token
 from clvr_jax.reasoning.verification import Requirement, Verification
 from clvr_jax.worlds.shapes.detect import Reading, detect

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax import image_io
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.image_directory import labeled_images, load_image
+from clvr_jax.files import image_io
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.image_io import encode_png
 from tests.serving.conftest import LIMITS, PROMPT, wait_until
 
 BODY = {"prompt": PROMPT, "seed": 1, "max_steps": 2}

@@ -11,7 +11,7 @@ import sqlalchemy as sql
 from fsspec.implementations.memory import MemoryFileSystem
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.image_io import encode_png
 from clvr_jax.reasoning import Step, Trajectory
 from clvr_jax.reasoning.actions import IMAGE_GEN
 from clvr_jax.serving.index.records import Command, NewLoop, Progress

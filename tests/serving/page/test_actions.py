@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.image_io import encode_png
 from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import LIMITS, PROMPT
 from tests.serving.page.helpers import UNMET, ended, until

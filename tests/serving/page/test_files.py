@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.image_io import encode_png
 from clvr_jax.serving.app import make_app
 from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import KEY, PROMPT

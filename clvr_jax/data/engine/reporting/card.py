@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from clvr_jax.data.engine.reporting.statistics import STAGE_NAMES
 from clvr_jax.data.trajectories.record import SCHEMA
-from clvr_jax.html_pages import render_page
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.display.html_pages import render_page
+from clvr_jax.files.json_input import UncheckedJSON
 
 Row = tuple[str, ...]
 _VERDICTS = (("latest image right", "right"), ("latest image wrong", "wrong"))

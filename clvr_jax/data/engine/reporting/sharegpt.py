@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TypedDict
 
-from clvr_jax.atomic_io import atomic_directory
 from clvr_jax.data.trajectories.record import TrajectoryRecord
-from clvr_jax.image_io import encode_png
+from clvr_jax.files.atomic_io import atomic_directory
+from clvr_jax.files.image_io import encode_png
 from clvr_jax.reasoning.context import image_mark
 
 RECORDS, IMAGES = "sharegpt.jsonl", "images"

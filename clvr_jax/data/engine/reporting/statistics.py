@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from clvr_jax.data.engine.engine import STAGES
 from clvr_jax.data.engine.outcomes import FailedPrompt, FinishedPrompt
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 _EXAMPLES = 3
 STAGE_NAMES = {

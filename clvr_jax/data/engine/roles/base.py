@@ -11,8 +11,8 @@ from typing import Literal, Protocol
 from clvr_jax.data.engine.actions import ActionName, Turn
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectories.record import ProxyPrompts
-from clvr_jax.image_io import ImageLike
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import UncheckedJSON
 
 
 @dataclass(frozen=True)

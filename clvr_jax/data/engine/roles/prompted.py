@@ -26,9 +26,9 @@ from clvr_jax.data.engine.roles.base import (
 )
 from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.trajectories.record import ProxyPrompts
-from clvr_jax.image_io import ImageLike
+from clvr_jax.files.image_io import ImageLike
+from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ChatModel, ChatRequest, Message
-from clvr_jax.json_input import JSON, UncheckedJSON
 from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.answers import AnswerError, read_json_object
 from clvr_jax.reasoning.seeds import derive_seed

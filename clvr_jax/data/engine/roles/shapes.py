@@ -18,8 +18,8 @@ from clvr_jax.data.engine.states import StateName
 from clvr_jax.data.shapes_proxies import exact_proxies
 from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import ImageLike, pixels
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.image_io import ImageLike, pixels
+from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.reasoning.actions import strip_action
 from clvr_jax.reasoning.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check

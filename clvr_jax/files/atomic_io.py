@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import refuse_url
-from clvr_jax.json_input import read_object
+from clvr_jax.files.file_names import refuse_url
+from clvr_jax.files.json_input import read_object
 
 
 def read_json(path: Path) -> dict[str, Any]:

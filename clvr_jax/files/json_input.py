@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import refuse_url
+from clvr_jax.files.file_names import refuse_url
 
 MAX_BYTES = 256 << 20
 """Maximum size of a JSON file in bytes."""

@@ -23,7 +23,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import is_regular_file, shown_path
+from clvr_jax.files.file_names import is_regular_file, shown_path
 
 MAX_PIXELS = 2**26
 """Maximum pixels of an image file: 8192 x 8192."""

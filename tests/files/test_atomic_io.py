@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from clvr_jax.atomic_io import write_json, write_text
+from clvr_jax.files.atomic_io import write_json, write_text
 
 SAID = {"reply": "naïve 猫 \ud800 \x00", "nested": [{"\udfff": "é"}]}
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from urllib.parse import quote, unquote, urlsplit
 
-from clvr_jax.json_input import JSON
+from clvr_jax.files.json_input import JSON
 
 HIDDEN = "***"
 """The replacement of a secret."""

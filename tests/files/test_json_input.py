@@ -5,7 +5,7 @@ import os
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.json_input import (
+from clvr_jax.files.json_input import (
     MAX_DEPTH,
     JsonObject,
     check_unicode,
@@ -44,7 +44,7 @@ def test_what_is_no_readable_json(text, said):
 
 
 def test_many_values_are_refused_before_they_are_made(monkeypatch):
-    monkeypatch.setattr("clvr_jax.json_input.MAX_VALUES", 1000)
+    monkeypatch.setattr("clvr_jax.files.json_input.MAX_VALUES", 1000)
     assert "more than 1,000 values" in complaint(parse_json, "[" + "{}," * 600 + "0]", "file:3")
     assert parse_json('["' + "a b" * 2000 + '"]', "x") == ["a b" * 2000]
 

@@ -7,10 +7,10 @@ import pytest
 
 from clvr_jax.cli import main
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import file_name, is_regular_file, listed_file, local_path, refuse_url, shown_path
-from clvr_jax.image_io import read_image
-from clvr_jax.json_input import read_text, stream_lines
-from clvr_jax.output_paths import check_output_directory
+from clvr_jax.files.file_names import file_name, is_regular_file, listed_file, local_path, refuse_url, shown_path
+from clvr_jax.files.image_io import read_image
+from clvr_jax.files.json_input import read_text, stream_lines
+from clvr_jax.files.output_paths import check_output_directory
 from clvr_jax.reasoning.trajectory import Trajectory
 
 HOSTILE = [

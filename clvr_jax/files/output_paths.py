@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.file_names import refuse_url
+from clvr_jax.files.file_names import refuse_url
 
 _MODEL_FILES = ("model_index.json", "config.json", "adapter_config.json")
 """Files in the directories of pipelines, models and LoRAs, and in no directory that holds images or a run."""

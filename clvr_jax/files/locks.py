@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from clvr_jax.errors import ClvrError, UsageError
-from clvr_jax.json_input import UncheckedJSON
+from clvr_jax.files.json_input import UncheckedJSON
 
 LOCK = ".lock"
 """Name of the file in the directory; for a share, its numbers are appended."""

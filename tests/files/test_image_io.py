@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from clvr_jax import image_io
 from clvr_jax.errors import ClvrError
-from clvr_jax.image_io import as_pil, pixels, read_encoded, read_image, read_image_arrays
+from clvr_jax.files import image_io
+from clvr_jax.files.image_io import as_pil, pixels, read_encoded, read_image, read_image_arrays
 
 RED, WHITE = (250, 10, 10), (255, 255, 255)
 
@@ -268,7 +268,7 @@ def test_a_file_of_image_arrays_is_read_or_refused_in_one_line(tmp_path, monkeyp
         with pytest.raises(ClvrError, match=said):
             read_image_arrays(path)
     path.write_bytes(good)
-    monkeypatch.setattr("clvr_jax.image_io.MAX_ARRAY_BYTES", 200)
+    monkeypatch.setattr("clvr_jax.files.image_io.MAX_ARRAY_BYTES", 200)
     with pytest.raises(ClvrError, match="at most 0 are read"):
         read_image_arrays(path)
     path.unlink()

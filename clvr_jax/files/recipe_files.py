@@ -11,8 +11,8 @@ from types import ModuleType
 from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args, get_type_hints
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.file_names import local_path
-from clvr_jax.json_input import JSON, UncheckedJSON, shown
+from clvr_jax.files.file_names import local_path
+from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
 
 
 class Configuration(Protocol):

@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from clvr_jax import locks
 from clvr_jax.errors import ClvrError
-from clvr_jax.locks import LOCK, locked
+from clvr_jax.files import locks
+from clvr_jax.files.locks import LOCK, locked
 
 
 def hold(folder, begun, end):

@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from clvr_jax.plots import can_plot, literal, new_figure
-from clvr_jax.tables import Table, plain
+from clvr_jax.display.plots import can_plot, literal, new_figure
+from clvr_jax.display.tables import Table, plain
 
 
 def test_what_a_name_says_is_text():

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.recipe_files import config_from_json, config_to_json
+from clvr_jax.files.recipe_files import config_from_json, config_to_json
 
 
 @dataclasses.dataclass(frozen=True)
