@@ -13,7 +13,7 @@ from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.models.common.decoding import generate
 from clvr_jax.models.qwen3_vl.positions import Conversation, batch_conversations
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.conversation.context import chat_messages
 
 NEW_TOKENS = 96
 

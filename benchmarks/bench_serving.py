@@ -193,7 +193,7 @@ def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
 def device_bound(model: str, rows: int = 8) -> None:
     """Prints processor seconds of the models called directly, as a batch and one by one: what batches can gain."""
     from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-    from clvr_jax.reasoning.protocols import Conversation
+    from clvr_jax.reasoning.conversation.protocols import Conversation
 
     pipe = ClosedLoopPipeline.from_pretrained(model)
     verifier, controller = pipe.verifier, pipe.controller

@@ -22,7 +22,7 @@ from clvr_jax.models.common.quantization import Quantization, weight_bytes
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import resolve
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.conversation.context import chat_messages
 
 MODEL = "shapes-tiny"
 MIN_IDENTICAL, MAX_DIFFERENCE, MAX_MEMORY = 0.95, 2.0, 0.55

@@ -117,8 +117,12 @@ EXCEPTIONS = {
     "clvr_jax/providers/endpoint.py": ("picture", "pictures"),  # an option of recipes, and the same field
     "clvr_jax/providers/local.py": ("pictures",),  # the same field
     "clvr_jax/providers/loop_roles.py": ("picture", "painter"),  # a prompt
-    "clvr_jax/reasoning/verification.py": ("stands",),  # a prompt
-    "clvr_jax/reasoning/actions.py": ("picture", "pictures", "painter"),  # the prompt that controllers read
+    "clvr_jax/reasoning/verification/verification.py": ("stands",),  # a prompt
+    "clvr_jax/reasoning/conversation/actions.py": (
+        "picture",
+        "pictures",
+        "painter",
+    ),  # a prompt
 }
 """File -> the banned words that are right there, such as names in a file format; None for all."""
 IGNORED = re.compile(r"""["'](?:pictures?|folders?|drawings?)["']""")

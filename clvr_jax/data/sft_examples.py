@@ -30,9 +30,9 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Message
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
-from clvr_jax.reasoning.context import chat_messages
-from clvr_jax.reasoning.trajectory import Trajectory, Verdict
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.conversation.context import chat_messages
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory, Verdict
 from clvr_jax.trees import Batch
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.metadata import Metadata

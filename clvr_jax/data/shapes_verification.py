@@ -21,8 +21,8 @@ from clvr_jax.data.shapes_augmentation import random_canvas
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import Message
-from clvr_jax.reasoning import verification
-from clvr_jax.reasoning.context import chat_messages, prompt_with_requirements, requirements_line
+from clvr_jax.reasoning.conversation.context import chat_messages, prompt_with_requirements, requirements_line
+from clvr_jax.reasoning.verification import verification
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.language.training_phrasings import wide_metadata

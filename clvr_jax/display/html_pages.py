@@ -10,7 +10,7 @@ def render_page(package: str, name: str, **values: object) -> str:
     """Renders a template of a package.
 
     Args:
-      package: contains the template, such as "clvr_jax.reasoning".
+      package: contains the template, such as "clvr_jax.reasoning.trajectories".
       name: file name of the template.
       values: for the template. All values are escaped, so that no text of a model, a user or a file becomes markup or a
         script.

@@ -20,10 +20,10 @@ from clvr_jax.display.tables import Table, plain
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.statistics import Rate, RateResult, wilson_interval
 from clvr_jax.files.json_input import JSON
-from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
-from clvr_jax.reasoning.verification import Verifier
+from clvr_jax.reasoning.conversation.protocols import Controller, GeneratedImage, GenerationRequest, ImageGenerator
+from clvr_jax.reasoning.loop import loop
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.verification.verification import Verifier
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject

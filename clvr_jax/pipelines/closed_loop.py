@@ -12,6 +12,7 @@ from PIL import Image
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
+from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import flux2_heads
 from clvr_jax.pipelines.images import check_size
@@ -32,16 +33,21 @@ from clvr_jax.pipelines.qwen3_vl.pipeline import qwen3_vl_heads
 from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory, load_controller
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.processes import broadcast_seconds
-from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.actions import SYSTEM_PROMPT
-from clvr_jax.reasoning.budget import Budget, StopWhen
-from clvr_jax.reasoning.events import Event
-from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
-from clvr_jax.reasoning.reply_check import agrees_with_report
+from clvr_jax.reasoning.conversation.actions import SYSTEM_PROMPT
+from clvr_jax.reasoning.conversation.protocols import (
+    Controller,
+    Conversation,
+    GeneratedImage,
+    GenerationRequest,
+    ImageGenerator,
+)
+from clvr_jax.reasoning.loop import loop
+from clvr_jax.reasoning.loop.budget import Budget, StopWhen
+from clvr_jax.reasoning.loop.events import Event
 from clvr_jax.reasoning.seeds import derive_seed
-from clvr_jax.reasoning.thoughts import strip_thoughts
-from clvr_jax.reasoning.trajectory import Trajectory
-from clvr_jax.reasoning.verification import VerificationMode, Verifier
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
+from clvr_jax.reasoning.verification.reply_check import agrees_with_report
+from clvr_jax.reasoning.verification.verification import VerificationMode, Verifier
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 384

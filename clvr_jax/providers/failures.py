@@ -10,7 +10,7 @@ from typing import Self
 
 from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.interfaces import Fault, ProviderError, Usage
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 
 SHOWN = 300
 """Maximum characters of a failure's message in an error."""

@@ -26,10 +26,10 @@ from clvr_jax.interfaces import (
     Token,
     Usage,
 )
+from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.providers.batching import DynamicBatcher
 from clvr_jax.providers.failures import NoReplyError
-from clvr_jax.reasoning.thoughts import strip_thoughts
 
 
 class Answer(Protocol):

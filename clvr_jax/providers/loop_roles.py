@@ -7,8 +7,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from clvr_jax.interfaces import ChatModel, ChatRequest, ImageModel, ImageRequest, ProviderError, Usage
-from clvr_jax.reasoning.actions import IMAGE_GEN, SYSTEM_PROMPT, strip_action
-from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, SYSTEM_PROMPT, strip_action
+from clvr_jax.reasoning.conversation.protocols import (
+    Controller,
+    Conversation,
+    GeneratedImage,
+    GenerationRequest,
+    ImageGenerator,
+)
 
 RETRY_TEMPERATURE = 0.7
 MAX_REPLY_TOKENS = 1024

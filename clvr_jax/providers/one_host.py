@@ -6,7 +6,7 @@ from typing import Any
 
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Token, Usage
 from clvr_jax.processes import broadcast_from_host0
-from clvr_jax.reasoning.protocols import Controller, Conversation
+from clvr_jax.reasoning.conversation.protocols import Controller, Conversation
 
 
 class Host0Controller(Controller):

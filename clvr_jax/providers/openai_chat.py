@@ -13,11 +13,11 @@ from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import EncodedImage, ImageLike, encode_png
 from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Message, ProviderError, Token, Usage
+from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.providers.adaptation import Adaptation, OptionalFields
 from clvr_jax.providers.bounded import MAX_VALUES, count
 from clvr_jax.providers.endpoint import Connection, Endpoint, Prices
 from clvr_jax.providers.failures import Failure
-from clvr_jax.reasoning.thoughts import strip_thoughts
 
 MAX_TOP_LOGPROBS = 20
 """Maximum number of alternatives to a token that the API accepts."""

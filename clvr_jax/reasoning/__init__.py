@@ -1,11 +1,17 @@
 """The closed loop without models: actions, context, protocols, budget, loop and saved trajectories."""
 
-from clvr_jax.reasoning.actions import IMAGE_GEN, SYSTEM_PROMPT, TERMINATE, ParseError, Reply, parse
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.context import chat_messages, conditioning_text
-from clvr_jax.reasoning.loop import run
-from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage, GenerationRequest, ImageGenerator
-from clvr_jax.reasoning.trajectory import Step, Trajectory, Verdict
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, SYSTEM_PROMPT, TERMINATE, ParseError, Reply, parse
+from clvr_jax.reasoning.conversation.context import chat_messages, conditioning_text
+from clvr_jax.reasoning.conversation.protocols import (
+    Controller,
+    Conversation,
+    GeneratedImage,
+    GenerationRequest,
+    ImageGenerator,
+)
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.loop.loop import run
+from clvr_jax.reasoning.trajectories.trajectory import Step, Trajectory, Verdict
 
 __all__ = [
     "IMAGE_GEN",

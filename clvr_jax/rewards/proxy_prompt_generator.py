@@ -18,7 +18,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import open_lines
 from clvr_jax.files.json_input import parse_object, stream_lines
 from clvr_jax.interfaces import ChatModel, ProviderError
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 from clvr_jax.rewards.reward import is_single_reply_error
 
 ProxyPromptGenerator = Callable[[ProxyStep], ProxyPrompts]

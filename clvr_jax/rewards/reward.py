@@ -17,7 +17,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ProviderError
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 
 
 @dataclass(frozen=True)

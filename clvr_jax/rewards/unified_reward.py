@@ -18,7 +18,7 @@ from typing_extensions import override
 from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError
-from clvr_jax.reasoning.answers import AnswerError, read_json_object
+from clvr_jax.interfaces.answers import AnswerError, read_json_object
 from clvr_jax.rewards.reward import EditJudge, ImageJudge, Score, is_single_reply_error, problem_from_error
 
 AXES = ("Alignment", "Coherence", "Style")

@@ -31,7 +31,7 @@ from clvr_jax.evaluation.paper.timing import GroupTime, loop_times, times_by_ima
 from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.files.output_paths import check_directory, check_file
 from clvr_jax.merging.planning import REPORT
-from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.worlds.shapes.metadata import Metadata
 
 BEST_OF = Budget(candidates=8)

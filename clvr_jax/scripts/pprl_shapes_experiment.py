@@ -27,7 +27,7 @@ from clvr_jax.evaluation.comparison.pairs import Comparison, compare, comparison
 from clvr_jax.evaluation.harness.results import PooledResults
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.files.atomic_io import write_atomically, write_json
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.rewards import ShapesJudge
 from clvr_jax.scripts import shapes_rollouts
 from clvr_jax.worlds.shapes.oracle import apply_edits, canvas_text, edit_text, parse_edits

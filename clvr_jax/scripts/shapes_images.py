@@ -22,9 +22,9 @@ from clvr_jax.files.image_io import pixels, read_image_arrays
 from clvr_jax.files.output_paths import check_file
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.conversation.actions import strip_action
+from clvr_jax.reasoning.loop import loop
+from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS, TIERS
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.metadata import Metadata

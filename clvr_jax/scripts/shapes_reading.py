@@ -23,8 +23,8 @@ from clvr_jax.files.output_paths import check_file
 from clvr_jax.interfaces import ChatRequest, ChatResponse
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS, PipelineModel, load_controller
-from clvr_jax.reasoning.evidence import least_clause_probability
-from clvr_jax.reasoning.verification import description_messages
+from clvr_jax.reasoning.verification.evidence import least_clause_probability
+from clvr_jax.reasoning.verification.verification import description_messages
 from clvr_jax.scripts.shapes_images import images_in_the_loop, training_prompt, write_images
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import TIERS, sample_metadata

@@ -21,8 +21,8 @@ from clvr_jax.files.atomic_io import read_json, write_json
 from clvr_jax.files.output_paths import check_directory
 from clvr_jax.pipelines.closed_loop import Flux2ImageGenerator
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.reasoning import loop
-from clvr_jax.reasoning.budget import Budget
+from clvr_jax.reasoning.loop import loop
+from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
 

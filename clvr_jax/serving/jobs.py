@@ -11,15 +11,31 @@ from typing import Any, Literal
 
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
-from clvr_jax.reasoning.actions import IMAGE_GEN
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.editable import Branch, EditablePromptState
-from clvr_jax.reasoning.events import Edited, Event, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
-from clvr_jax.reasoning.protocols import GeneratedImage
-from clvr_jax.reasoning.resumable import ResumablePromptState
-from clvr_jax.reasoning.trajectory import CANCELED, UNVERIFIED, Step, Trajectory, package_versions, step_to_dict
-from clvr_jax.reasoning.verification import Verification
-from clvr_jax.reasoning.work import GenerationWork
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN
+from clvr_jax.reasoning.conversation.protocols import GeneratedImage
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.loop.editable import Branch, EditablePromptState
+from clvr_jax.reasoning.loop.events import (
+    Edited,
+    Event,
+    Generated,
+    PlanVerified,
+    Replied,
+    RolledBack,
+    Selected,
+    Verified,
+)
+from clvr_jax.reasoning.loop.resumable import ResumablePromptState
+from clvr_jax.reasoning.loop.work import GenerationWork
+from clvr_jax.reasoning.trajectories.trajectory import (
+    CANCELED,
+    UNVERIFIED,
+    Step,
+    Trajectory,
+    package_versions,
+    step_to_dict,
+)
+from clvr_jax.reasoning.verification.verification import Verification
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.index.records import NewLoop
 from clvr_jax.serving.models import ChatWork, OneShotWork, Sampling, ServedModels

@@ -13,8 +13,8 @@ from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator, VLMController
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline
-from clvr_jax.reasoning.protocols import GeneratedImage
-from clvr_jax.reasoning.work import (
+from clvr_jax.reasoning.conversation.protocols import GeneratedImage
+from clvr_jax.reasoning.loop.work import (
     GenerationWork,
     PlanWork,
     ReplyWork,

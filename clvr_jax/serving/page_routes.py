@@ -18,8 +18,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from clvr_jax.display.html_pages import render_page
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike, encode_png
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.page import shared_texts, style_sheet
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.trajectories.page import shared_texts, style_sheet
 from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.api.requests import MAX_CANDIDATES, MAX_PROMPT_CHARACTERS
 from clvr_jax.serving.index.shared import SharedStore

@@ -22,8 +22,8 @@ from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.failures import Failure
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Trajectory
 from clvr_jax.serving.api.errors import ApiError, api_error, message_of
 from clvr_jax.serving.api.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.event_log import EventLog

@@ -1,8 +1,8 @@
 """What `clvr generate` prints while the loop runs."""
 
 from clvr_jax.commands.generation.loop_events import show_event
-from clvr_jax.reasoning.events import Verified
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.loop.events import Verified
+from clvr_jax.reasoning.verification.verification import Requirement, Verification
 
 
 def test_a_verification_has_a_line_for_each_requirement(capsys):

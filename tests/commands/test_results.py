@@ -10,8 +10,8 @@ from PIL import Image
 from clvr_jax.cli import main
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts, write_prompts
 from tests.commands.command_line import PROMPT, complaint
+from tests.reasoning.loop.test_verified_loop import ScriptedVerifier
 from tests.reasoning.scripted import CountingDrawer, ScriptedController, again, generate, stop
-from tests.reasoning.test_verified_loop import ScriptedVerifier
 
 pytestmark = pytest.mark.usefixtures("own_directories")
 

@@ -15,7 +15,7 @@ from clvr_jax.commands.generation.verifying import Verify
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ChatResponse, ProviderError, Token, Usage
 from clvr_jax.pipelines.qwen3_vl import Verifier
-from clvr_jax.reasoning.model_verifier import ModelVerifier
+from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 from tests.providers.server import KEY, LoopbackServer, completion, failure
 
 PROMPT = "a red circle and a blue star"

@@ -4,7 +4,7 @@ import numpy as np
 
 from clvr_jax.data.shapes import simulate_trajectory
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory
-from clvr_jax.reasoning.actions import strip_action
+from clvr_jax.reasoning.conversation.actions import strip_action
 
 TWO_IMAGES = (10, 23, 31, 52)
 """Seeds of trajectories with two images and texts of similar lengths, to compile few programs."""

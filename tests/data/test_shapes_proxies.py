@@ -11,8 +11,8 @@ from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.proxy_steps import ProxySteps
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory
+from clvr_jax.reasoning.conversation.actions import strip_action
+from clvr_jax.reasoning.trajectories.trajectory import GAVE_UP, Step, Trajectory
 from clvr_jax.rewards import ProxyReward, RewardInput, ShapesJudge
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.language.grammar import DENSE_TIERS

@@ -19,7 +19,7 @@ from clvr_jax.data.shapes_verification import (
     requirements_chat,
     training_metadata,
 )
-from clvr_jax.reasoning.model_verifier import read_requirements
+from clvr_jax.reasoning.verification.model_verifier import read_requirements
 from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import next_reply, parse_plan

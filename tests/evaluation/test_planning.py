@@ -6,7 +6,7 @@ import numpy as np
 
 from clvr_jax.evaluation import planning
 from clvr_jax.evaluation.verifier.cases import sample_prompts
-from clvr_jax.reasoning.protocols import Controller
+from clvr_jax.reasoning.conversation.protocols import Controller
 from clvr_jax.worlds.shapes.layout import PlannedObject, plan
 from clvr_jax.worlds.shapes.oracle import first_reply
 from tests.evaluation.verifier.scripted import ExactVerifier

@@ -11,7 +11,7 @@ from clvr_jax.files.file_names import file_name, is_regular_file, listed_file, l
 from clvr_jax.files.image_io import read_image
 from clvr_jax.files.json_input import read_text, stream_lines
 from clvr_jax.files.output_paths import check_output_directory
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 
 HOSTILE = [
     "", ".", "..", "../../x", "/etc/passwd", "a/b", "a\\b", "..\\x", "C:x", "~/x", ".hidden", "-rf", "x" * 300,

@@ -19,7 +19,7 @@ from clvr_jax.pipelines.loading import computing_on, layout_of, quantization_of
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.sdxl import SDXLPipeline
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.conversation.context import chat_messages
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.worlds.shapes.prompts import train_prompt
 

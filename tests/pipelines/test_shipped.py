@@ -11,7 +11,7 @@ from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_vae
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, SHIPPED
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.conversation.context import chat_messages
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.language.grammar import vocabulary
 from clvr_jax.worlds.shapes.render import render

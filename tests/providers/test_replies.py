@@ -6,11 +6,11 @@ from itertools import repeat
 import pytest
 
 from clvr_jax.interfaces import ProviderError
+from clvr_jax.interfaces.answers import AnswerError
+from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.providers.bounded import read_object
 from clvr_jax.providers.failures import Failure, NoReplyError
 from clvr_jax.providers.openai_chat import OpenAIChatModel
-from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.thoughts import strip_thoughts
 from tests.providers.asking import QUESTION, ask, error_of
 from tests.providers.server import Reply, completion
 

@@ -18,7 +18,7 @@ from clvr_jax.diffusion import FlowProcess
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import read_image
 from clvr_jax.interfaces import ProviderError
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 from clvr_jax.rl import NFTConfig, RandomSource, RolloutBatch, UpdateBatch, collect_rollout, fit, loss_and_grads
 from clvr_jax.rl.algorithms.diffusion_nft import old_decay
 from clvr_jax.sharding import MeshConfig, MeshLayout

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.interfaces.answers import AnswerError
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.providers.local import MeshChatModel
-from clvr_jax.reasoning.answers import AnswerError
 from clvr_jax.rewards import MeshReward, UnifiedReward, UnifiedRewardEdit
 from clvr_jax.rl import fit
 from clvr_jax.sharding import MeshConfig, MeshLayout

@@ -19,7 +19,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.harness.run_directory import Record, RunDirectory
 from clvr_jax.evaluation.systems.system import SystemOutput, image_seed
 from clvr_jax.reasoning import IMAGE_GEN, TERMINATE, Step, Trajectory, Verdict
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.verification.verification import Requirement, Verification
 from tests.robustness.corpus import Case, images, json_texts, json_values
 
 EVERY = 1 if os.environ.get("ALL_INPUTS") else 3

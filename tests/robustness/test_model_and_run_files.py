@@ -43,7 +43,7 @@ from clvr_jax.pipelines.registry import SHIPPED, load_pipeline
 from clvr_jax.pipelines.sdxl.io import read_scheduler
 from clvr_jax.providers.endpoint import Endpoint
 from clvr_jax.providers.openai_chat import OpenAIChatModel
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.training.curves import curves
 from tests.data.engine.test_outcomes import made
 from tests.robustness.corpus import NO_FILES, Case, json_texts, json_values

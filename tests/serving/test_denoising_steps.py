@@ -2,7 +2,7 @@
 
 import pytest
 
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from tests.serving.api.test_loops import events_of
 from tests.serving.conftest import PROMPT, wait_until
 

@@ -19,8 +19,8 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.context import chat_messages, conditioning_text
-from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.reasoning.conversation.context import chat_messages, conditioning_text
+from clvr_jax.reasoning.trajectories.trajectory import Step, Trajectory
 from clvr_jax.scripts import shapes_assemble, shapes_rollouts
 from clvr_jax.sharding import MeshConfig
 from clvr_jax.tasks.shapes import SETTINGS, Kind, recorded_examples, recorded_kinds

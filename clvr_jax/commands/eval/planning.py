@@ -64,7 +64,7 @@ class EvalPlanning:
         from clvr_jax.pipelines.closed_loop import VLMController
         from clvr_jax.pipelines.qwen3_vl import Qwen3VLPipeline, Verifier
         from clvr_jax.pipelines.qwen3_vl.verifier import controller_directory
-        from clvr_jax.reasoning.actions import SYSTEM_PROMPT
+        from clvr_jax.reasoning.conversation.actions import SYSTEM_PROMPT
 
         directory, is_trained = controller_directory(self.model)
         vlm = Qwen3VLPipeline.from_pretrained(directory)

@@ -17,7 +17,7 @@ from clvr_jax.files.json_input import UncheckedJSON
 if TYPE_CHECKING:
     from clvr_jax.evaluation.systems.system import System
     from clvr_jax.interfaces import ChatModel, ImageModel
-    from clvr_jax.reasoning.protocols import Controller
+    from clvr_jax.reasoning.conversation.protocols import Controller
 
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
 Name = Annotated[str | None, tyro.conf.arg(metavar="NAME")]

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from clvr_jax.evaluation.verifier.cases import Case
     from clvr_jax.evaluation.verifier.report import VerifierResults
     from clvr_jax.files.json_input import JSON
-    from clvr_jax.reasoning.model_verifier import ModelVerifier
+    from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 
 _DEFAULT_MODEL = "shapes-tiny"
 
@@ -124,7 +124,7 @@ class EvalVerifier(JudgeOptions, _VerifierOptions):
         if self.judge:
             from clvr_jax.providers.endpoint import Endpoint, Prices
             from clvr_jax.providers.openai_chat import OpenAIChatModel
-            from clvr_jax.reasoning.model_verifier import ModelVerifier
+            from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 
             endpoint = Endpoint(
                 self.judge,

@@ -10,7 +10,7 @@ from clvr_jax.commands.common import Count
 from clvr_jax.errors import UsageError
 
 if TYPE_CHECKING:
-    from clvr_jax.reasoning.budget import Budget
+    from clvr_jax.reasoning.loop.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class BudgetOptions:
 
     def budget(self) -> "Budget":
         """Returns the limits as the loop takes them."""
-        from clvr_jax.reasoning.budget import Budget
+        from clvr_jax.reasoning.loop.budget import Budget
 
         return Budget(
             max_steps=self.max_steps,

@@ -8,14 +8,22 @@ from rich.text import Text
 from clvr_jax.display.console import console
 
 if TYPE_CHECKING:
-    from clvr_jax.reasoning.events import Event
-    from clvr_jax.reasoning.verification import Verification
+    from clvr_jax.reasoning.loop.events import Event
+    from clvr_jax.reasoning.verification.verification import Verification
 
 
 def show_event(event: "Event") -> None:
     """Prints an event of the loop."""
-    from clvr_jax.reasoning.actions import parse, strip_action, unmet_span
-    from clvr_jax.reasoning.events import Finished, Generated, PlanVerified, Replied, RolledBack, Selected, Verified
+    from clvr_jax.reasoning.conversation.actions import parse, strip_action, unmet_span
+    from clvr_jax.reasoning.loop.events import (
+        Finished,
+        Generated,
+        PlanVerified,
+        Replied,
+        RolledBack,
+        Selected,
+        Verified,
+    )
 
     if isinstance(event, Replied) and event.error:
         console.print(f"[yellow]  cannot be parsed:[/] {escape(event.error)}")

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
     from clvr_jax.models.common.quantization import Quantization
     from clvr_jax.pipelines.loading import LoadArguments, Quantize
-    from clvr_jax.reasoning.protocols import Controller
-    from clvr_jax.reasoning.verification import Verifier
+    from clvr_jax.reasoning.conversation.protocols import Controller
+    from clvr_jax.reasoning.verification.verification import Verifier
     from clvr_jax.sharding import MeshConfig
 
 Url = Annotated[str | None, tyro.conf.arg(metavar="URL")]
@@ -274,7 +274,7 @@ class ControllerOptions:
         from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, ChatModelController
         from clvr_jax.providers.one_host import Host0ChatModel, Host0Controller
         from clvr_jax.providers.openai_chat import OpenAIChatModel
-        from clvr_jax.reasoning.model_verifier import ModelVerifier
+        from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 
         model = OpenAIChatModel(
             Endpoint(

@@ -21,8 +21,8 @@ from clvr_jax.files.json_input import JSON
 if TYPE_CHECKING:
     import numpy as np
 
-    from clvr_jax.reasoning.model_verifier import ModelVerifier
-    from clvr_jax.reasoning.verification import Requirement, Verification
+    from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
+    from clvr_jax.reasoning.verification.verification import Requirement, Verification
 
 _DEFAULT_MODEL = "shapes-tiny"
 _NOTHING_TO_CHECK = "The prompt asks for nothing that can be checked in an image."
@@ -63,7 +63,7 @@ class EndpointOptions:
         """Connects to the server. Raises: ClvrError if the key or the openai package is missing."""
         from clvr_jax.providers.endpoint import Endpoint, Prices
         from clvr_jax.providers.openai_chat import OpenAIChatModel
-        from clvr_jax.reasoning.model_verifier import ModelVerifier
+        from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 
         endpoint = Endpoint(
             self.endpoint_model or "",
@@ -215,7 +215,7 @@ def _image_data(path: Path, image: "np.ndarray", verification: "Verification") -
 
 def _text(paths: Sequence[Path], found: "Sequence[Verification]", name: str, adapted: Sequence[str]) -> RenderableType:
     """Returns the result for a terminal, with a block for each image."""
-    from clvr_jax.reasoning.verification import DOUBT_NOTE
+    from clvr_jax.reasoning.verification.verification import DOUBT_NOTE
 
     parts: list[RenderableType] = []
     for path, verification in zip(paths, found, strict=True):

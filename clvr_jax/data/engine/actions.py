@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clvr_jax.files.json_input import JSON, UncheckedJSON
-from clvr_jax.reasoning.answers import AnswerError, read_json_object
+from clvr_jax.interfaces.answers import AnswerError, read_json_object
 
 ActionName = Literal["INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY"]
 ACTIONS: tuple[ActionName, ...] = ("INITIAL_GENERATION", "IMAGE_EDIT", "RESULT_VALIDATION", "END_TRAJECTORY")

@@ -29,8 +29,8 @@ from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ImageModel, ImageRequest, ImageResponse, ProviderError
-from clvr_jax.reasoning.actions import ParseError
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
+from clvr_jax.reasoning.conversation.actions import ParseError
 from clvr_jax.reasoning.seeds import derive_seed
 
 Stage = Literal["drawn", "verified", "accepted", "preferred", "kept"]

@@ -30,8 +30,8 @@ from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, parse_object
 from clvr_jax.interfaces import Fault
-from clvr_jax.reasoning.actions import IMAGE_GEN
-from clvr_jax.reasoning.trajectory import GAVE_UP, Step, Trajectory, Verdict
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN
+from clvr_jax.reasoning.trajectories.trajectory import GAVE_UP, Step, Trajectory, Verdict
 
 _FORMAT = 1
 _MAX_BYTES = 1 << 30

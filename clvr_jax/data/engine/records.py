@@ -16,8 +16,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ImageResponse
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, Reply, parse
-from clvr_jax.reasoning.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, TERMINATE, Reply, parse
+from clvr_jax.reasoning.trajectories.trajectory import ACCEPTED, GAVE_UP, Step, Trajectory, Verdict, package_versions
 
 
 class TranslationError(ClvrError):

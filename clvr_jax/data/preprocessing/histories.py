@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from clvr_jax.data.preprocessing.text import prompt_tokens
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.context import conditioning_text
 
 
 @dataclass(frozen=True)

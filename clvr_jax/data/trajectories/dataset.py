@@ -24,7 +24,7 @@ from clvr_jax.display.console import console, progress
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import atomic_directory
 from clvr_jax.files.json_input import JSON, JsonObject, read_object, shown
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.training_packages import training_package
 
 NAME = "trajectories"

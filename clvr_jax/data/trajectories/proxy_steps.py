@@ -17,7 +17,7 @@ from clvr_jax.data.trajectories.dataset import TrajectoryDataset
 from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil, pixels
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.context import conditioning_text
 
 LATE = 4
 """The kind of this step and of all later ones."""

@@ -13,8 +13,8 @@ import numpy as np
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike, encode_png, lazy_image
 from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, parse_json, parse_object
-from clvr_jax.reasoning.trajectory import Step, Trajectory, verdict_from_json
-from clvr_jax.reasoning.trajectory_files import run_from_json, step_run_from_json
+from clvr_jax.reasoning.trajectories.trajectory import Step, Trajectory, verdict_from_json
+from clvr_jax.reasoning.trajectories.trajectory_files import run_from_json, step_run_from_json
 from clvr_jax.training_packages import training_package
 
 SCHEMA = "1.1.0"

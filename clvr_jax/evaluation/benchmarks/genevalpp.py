@@ -18,7 +18,7 @@ from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import json_score
 from clvr_jax.files.json_input import UncheckedJSON
-from clvr_jax.reasoning.answers import read_json_object
+from clvr_jax.interfaces.answers import read_json_object
 
 ECHO_4O = ("yejy53/Echo-4o", "28f36d76558e5f53b9deceda78bf025ef0d0ea24")
 _FILES = {"test_scripts/Geneval++.jsonl": "6e9a53358cb78d21add55fe5b238cbd99828b86e"}

@@ -21,7 +21,7 @@ from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
 from clvr_jax.evaluation.judging.replies import labeled_scores
 from clvr_jax.files.json_input import shown
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 
 Rules = Literal["official", "fixed"]
 

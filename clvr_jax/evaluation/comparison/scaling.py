@@ -21,7 +21,7 @@ from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.statistics import clustered_interval, paired_bootstrap, sign_test
 from clvr_jax.files.image_io import pixels
 from clvr_jax.files.json_input import JSON, UncheckedJSON
-from clvr_jax.reasoning.trajectory import Trajectory, best_step
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory, best_step
 
 TIME_POINTS = 16
 

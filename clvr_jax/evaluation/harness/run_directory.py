@@ -32,7 +32,7 @@ from clvr_jax.files.atomic_io import write_atomically, write_json, write_text
 from clvr_jax.files.file_names import has_entry
 from clvr_jax.files.image_io import ImageLike, encode_png, pixels, read_image
 from clvr_jax.files.json_input import JSON, JsonObject, UncheckedJSON, check_unicode, read_object
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 
 T = TypeVar("T")
 

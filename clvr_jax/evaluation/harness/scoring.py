@@ -15,7 +15,7 @@ from clvr_jax.evaluation.harness.run_directory import adapted_requests
 from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
 from clvr_jax.files.atomic_io import write_json
 from clvr_jax.interfaces import Usage
-from clvr_jax.reasoning.trajectory import package_versions
+from clvr_jax.reasoning.trajectories.trajectory import package_versions
 
 
 @dataclass(frozen=True)

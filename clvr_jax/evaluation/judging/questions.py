@@ -20,7 +20,7 @@ from clvr_jax.files.image_io import EncodedImage
 from clvr_jax.files.json_input import JSON, JsonObject, parse_object, shown, stream_lines
 from clvr_jax.files.output_paths import output_name
 from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 
 
 @dataclass(frozen=True)

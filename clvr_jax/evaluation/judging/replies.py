@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from clvr_jax.reasoning.answers import AnswerError, read_json_object
+from clvr_jax.interfaces.answers import AnswerError, read_json_object
 
 _NUMBER = r"(-?\d+(?:\.\d+)?)"
 _DECORATION = r"[ \t*_`#>]*"

@@ -10,7 +10,7 @@ from clvr_jax.evaluation.harness.results import ImageResult
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.files.image_io import pixels
 from clvr_jax.files.json_input import UncheckedJSON
-from clvr_jax.reasoning.trajectory import ACCEPTED, Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import ACCEPTED, Trajectory
 
 OBJECTS_PER_STEP = 2
 """Objects that the controllers of the shapes world generate in one planned step."""

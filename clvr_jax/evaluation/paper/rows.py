@@ -15,8 +15,8 @@ from clvr_jax.evaluation.harness.results import ImageResult, PooledResults
 from clvr_jax.evaluation.paper.stages import Stages, digest
 from clvr_jax.evaluation.systems.models import Mode, Oracle, one_shot, planned
 from clvr_jax.evaluation.systems.system import System
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.verification import VerificationMode
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.verification.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 
 SPLITS = ("eval", "complex")

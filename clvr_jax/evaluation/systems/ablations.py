@@ -14,8 +14,8 @@ import numpy as np
 
 from clvr_jax.files.image_io import ImageLike, as_pil, pixels
 from clvr_jax.interfaces import Usage
-from clvr_jax.reasoning.protocols import Controller, Conversation
-from clvr_jax.reasoning.verification import Verification, Verifier
+from clvr_jax.reasoning.conversation.protocols import Controller, Conversation
+from clvr_jax.reasoning.verification.verification import Verification, Verifier
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.requirements import describe
 from clvr_jax.worlds.shapes.scene import BACKGROUND, CANVAS

@@ -14,8 +14,8 @@ from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ChatModel, ImageModel, ImageRequest, ProviderError, Usage
 from clvr_jax.providers.loop_roles import MAX_REPLY_TOKENS, REWRITE_PROMPT, ChatModelController, ImageModelGenerator
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.loop import run
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.loop.loop import run
 
 _WAVES, _AHEAD = 8, 2
 

@@ -21,9 +21,9 @@ from clvr_jax.evaluation.systems.system import System, SystemOutput
 from clvr_jax.files.image_io import pixels
 from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import Usage
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.protocols import Controller, Conversation, GeneratedImage
-from clvr_jax.reasoning.verification import VerificationMode
+from clvr_jax.reasoning.conversation.protocols import Controller, Conversation, GeneratedImage
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.verification.verification import VerificationMode
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import OracleController
 

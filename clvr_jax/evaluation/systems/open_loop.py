@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing_extensions import override
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.protocols import Controller, Conversation
+from clvr_jax.reasoning.conversation.protocols import Controller, Conversation
 from clvr_jax.worlds.shapes.oracle import IMAGE_GEN, first_reply, parse_plan
 
 

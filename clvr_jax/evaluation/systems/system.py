@@ -11,7 +11,7 @@ from clvr_jax.files.image_io import ImageLike
 from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import Usage
 from clvr_jax.reasoning.seeds import derive_seed
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 
 GenerateFn = Callable[[list[str], list[int]], Iterable[object]]
 """A function (prompts, seeds) -> one result per prompt, in order. A result is a SystemOutput, or anything that

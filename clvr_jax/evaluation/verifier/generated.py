@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import RIGHT, Case, ShapesPrompt
 from clvr_jax.files.image_io import pixels
-from clvr_jax.reasoning.protocols import GenerationRequest, ImageGenerator
+from clvr_jax.reasoning.conversation.protocols import GenerationRequest, ImageGenerator
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.worlds.shapes.layout import plan
 from clvr_jax.worlds.shapes.oracle import first_reply

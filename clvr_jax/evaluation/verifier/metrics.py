@@ -15,7 +15,7 @@ from clvr_jax.evaluation.statistics import Interval, Rate, RateResult, wilson_in
 from clvr_jax.evaluation.verifier.cases import Case
 from clvr_jax.evaluation.verifier.reading import agreement
 from clvr_jax.files.json_input import JSON
-from clvr_jax.reasoning.verification import Verification
+from clvr_jax.reasoning.verification.verification import Verification
 
 CALIBRATION_BINS = 10
 

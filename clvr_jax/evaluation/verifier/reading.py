@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from clvr_jax.reasoning.verification import UNCLEAR
+from clvr_jax.reasoning.verification.verification import UNCLEAR
 from clvr_jax.worlds.shapes.scene import CELLS, COLORS, SHAPES
 
 _NOTHING = "nothing"

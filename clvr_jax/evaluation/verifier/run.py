@@ -19,9 +19,9 @@ from clvr_jax.evaluation.verifier.report import VerifierResults, markdown
 from clvr_jax.files.atomic_io import write_json, write_text
 from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces import ProviderError, Usage
-from clvr_jax.reasoning.protocols import ImageGenerator
-from clvr_jax.reasoning.trajectory import package_versions
-from clvr_jax.reasoning.verification import Verification, Verifier
+from clvr_jax.reasoning.conversation.protocols import ImageGenerator
+from clvr_jax.reasoning.trajectories.trajectory import package_versions
+from clvr_jax.reasoning.verification.verification import Verification, Verifier
 
 BENCHMARK = "verifier"
 RESULTS, TABLE = "results.json", "verifier.md"

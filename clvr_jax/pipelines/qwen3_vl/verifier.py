@@ -19,8 +19,8 @@ from clvr_jax.pipelines.loading import Mesh
 from clvr_jax.pipelines.offload import Offload
 from clvr_jax.pipelines.qwen3_vl.pipeline import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.pipelines.registry import MODELS, SHIPPED, resolve
-from clvr_jax.reasoning.model_verifier import ModelVerifier
-from clvr_jax.reasoning.verification import Mode
+from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
+from clvr_jax.reasoning.verification.verification import Mode
 
 TRAINED_FOR_LOOP = "loop"
 """Value of "contract" in the clvr.json of a Qwen3-VL that was trained for the loop and needs no system prompts."""

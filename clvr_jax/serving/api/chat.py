@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 
 from clvr_jax.interfaces import Message, Token
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
-from clvr_jax.reasoning.trajectory import CANCELED
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError, api_error
 from clvr_jax.serving.api.image_chat import answer_with_image

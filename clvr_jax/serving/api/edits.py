@@ -12,9 +12,9 @@ from starlette.responses import JSONResponse, Response
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike
-from clvr_jax.reasoning.editable import EditablePromptState, branch_off
-from clvr_jax.reasoning.edits import EditError, check_instruction, check_requirements
-from clvr_jax.reasoning.trajectory import Step, Trajectory
+from clvr_jax.reasoning.loop.editable import EditablePromptState, branch_off
+from clvr_jax.reasoning.trajectories.edits import EditError, check_instruction, check_requirements
+from clvr_jax.reasoning.trajectories.trajectory import Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.api.loops import OWN_FIELDS, entry_of, loop_item, running_loop

@@ -11,7 +11,7 @@ from PIL import Image
 from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
-from clvr_jax.reasoning.trajectory import CANCELED, Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Trajectory
 from clvr_jax.serving.api.errors import ApiError, api_error, of_validation
 from clvr_jax.serving.api.images import entry_for, usage_of
 from clvr_jax.serving.api.requests import (

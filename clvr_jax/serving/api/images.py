@@ -16,8 +16,8 @@ from starlette.datastructures import UploadFile
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.files.image_io import ImageLike, as_pil
-from clvr_jax.reasoning.context import conditioning_text
-from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
+from clvr_jax.reasoning.conversation.context import conditioning_text
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError, api_error, of_validation
 from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest, ImageRequest

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from clvr_jax.files.json_input import UncheckedJSON
-from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import NO_IMAGE, ApiError
 from clvr_jax.serving.api.requests import LoopRequest

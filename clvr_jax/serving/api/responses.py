@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import as_pil
-from clvr_jax.reasoning.trajectory import CANCELED, Step, Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
 from clvr_jax.serving.api.errors import ApiError, message_of, of_validation
 from clvr_jax.serving.api.images import conditioning_of, format_fields, size_of, usage_of

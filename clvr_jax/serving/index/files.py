@@ -14,7 +14,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import write_atomically
 from clvr_jax.files.file_names import local_path
 from clvr_jax.files.image_io import MAX_FILE_BYTES
-from clvr_jax.reasoning.trajectory_files import write_directory
+from clvr_jax.reasoning.trajectories.trajectory_files import write_directory
 
 _NAME = re.compile(r"(step|given)_\d{2,9}\.png|trajectory\.json|events\.json|index\.html")
 """Names that loops have; nothing else is fetched from a bucket."""

@@ -12,9 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from clvr_jax.errors import ClvrError
-from clvr_jax.reasoning.editable import EditablePromptState
-from clvr_jax.reasoning.edits import EditError
-from clvr_jax.reasoning.trajectory import CANCELED, STOPPED
+from clvr_jax.reasoning.loop.editable import EditablePromptState
+from clvr_jax.reasoning.trajectories.edits import EditError
+from clvr_jax.reasoning.trajectories.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.api.errors import NO_IMAGE, message_of
 from clvr_jax.serving.event_log import Event, EventLog
 from clvr_jax.serving.index.records import Command, Progress, Run

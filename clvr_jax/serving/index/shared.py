@@ -22,7 +22,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import write_json
 from clvr_jax.files.image_io import ImageLike, decode_image
 from clvr_jax.files.json_input import JsonObject
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.serving.index.files import open_files
 from clvr_jax.serving.index.records import Command, NewLoop, Progress, Run
 from clvr_jax.serving.index.rows import DamagedRowError, bounded, command_from, event_from, outcome_from, run_from

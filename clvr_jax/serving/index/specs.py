@@ -10,9 +10,9 @@ from typing import Any
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import encode_png
 from clvr_jax.files.json_input import JsonObject
-from clvr_jax.reasoning.budget import Budget
-from clvr_jax.reasoning.editable import Branch
-from clvr_jax.reasoning.resumable import SNAPSHOT_FORMAT, ResumablePromptState
+from clvr_jax.reasoning.loop.budget import Budget
+from clvr_jax.reasoning.loop.editable import Branch
+from clvr_jax.reasoning.loop.resumable import SNAPSHOT_FORMAT, ResumablePromptState
 from clvr_jax.serving.event_log import Event
 from clvr_jax.serving.index.records import Progress, Run
 from clvr_jax.serving.index.rows import DamagedRowError

@@ -27,7 +27,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.file_names import refuse_url
 from clvr_jax.files.image_io import decode_image
 from clvr_jax.files.json_input import parse_json
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.serving.index.files import DirectoryFiles, LoopFiles
 from clvr_jax.serving.index.records import CANCELED, FAILED, FINISHED, INTERRUPTED, RUNNING, NewLoop, Run
 from clvr_jax.serving.index.rows import DamagedRowError, bounded, entry_from, event_from

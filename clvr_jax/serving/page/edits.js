@@ -1,4 +1,4 @@
-// What the user changed, in the form and style of the saved page (clvr_jax/reasoning/page.html); a test compares the two.
+// What the user changed, in the form and style of reasoning/trajectories/page.html; a test compares the two.
 
 import { h } from "./dom.js";
 import { texts } from "./texts.js";

@@ -1,4 +1,4 @@
-// Verifications, in the form and style of the saved page (clvr_jax/reasoning/page.html); a test compares the two.
+// Verifications, in the form and style of reasoning/trajectories/page.html; a test compares the two.
 
 import { h, probabilityText } from "./dom.js";
 import { expectation, unmetTexts } from "./loop_state.js";

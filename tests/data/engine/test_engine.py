@@ -11,9 +11,9 @@ from clvr_jax.data.engine.roles.shapes import make_shapes_roles
 from clvr_jax.data.engine.states import END, MACHINE, START, State, check_machine
 from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces import ImageResponse, ProviderError
-from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.answers import AnswerError
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.interfaces.answers import AnswerError
+from clvr_jax.reasoning.conversation.actions import strip_action
+from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.metadata import parse_metadata

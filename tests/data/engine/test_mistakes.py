@@ -17,7 +17,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import ImageResponse
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, parse
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, TERMINATE, parse
 from clvr_jax.tasks.shapes import recorded_examples
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import detect

@@ -18,7 +18,7 @@ from clvr_jax.data.engine.roles.shapes import correct_images, make_shapes_roles,
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import pixels, read_image
 from clvr_jax.interfaces import ProviderError, Usage
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, TERMINATE
 from tests.data.engine.exact_generator import ExactGenerator, item
 
 

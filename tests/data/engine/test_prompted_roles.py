@@ -18,8 +18,8 @@ from clvr_jax.data.engine.roles.prompted import (
 )
 from clvr_jax.data.engine.roles.shapes import make_shapes_roles
 from clvr_jax.interfaces import ChatResponse
-from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
+from clvr_jax.reasoning.conversation.actions import strip_action
 from tests.data.engine.exact_generator import MistakesAt, item
 
 IMAGES = tuple(np.full((8, 8, 3), value, np.uint8) for value in (0, 100, 200))

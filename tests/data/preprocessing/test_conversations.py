@@ -6,7 +6,7 @@ from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.errors import UsageError
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.context import chat_messages
+from clvr_jax.reasoning.conversation.context import chat_messages
 
 PROCESSOR = Qwen3VLImageProcessor(patch_size=8, min_pixels=64 * 64, max_pixels=64 * 64)
 PROMPT = "a red circle and a blue star"

@@ -6,7 +6,7 @@ from clvr_jax.data.preprocessing.histories import fit_history, token_count
 from clvr_jax.data.preprocessing.text import encode_prompts, load_tokenizer
 from clvr_jax.errors import ClvrError
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.context import conditioning_text
 
 PROMPT = "a red star above a blue circle"
 REPLIES = [f"Unmet: a {color} cross at the top. Add it. <|image_gen|>" for color in ("red", "blue", "green", "cyan")]

@@ -3,7 +3,7 @@ import pytest
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, official_scores
 from clvr_jax.evaluation.benchmarks.wise import legacy_scores, verified_score
 from clvr_jax.evaluation.judging.replies import json_score, labeled_scores, yes_or_no
-from clvr_jax.reasoning.answers import AnswerError
+from clvr_jax.interfaces.answers import AnswerError
 
 PLAIN = "Fantasy Fulfillment: 8\nReason: a\n\nIdentity Preservation: 9\nReason: b\n\nAesthetic Quality: 7\nReason: c"
 

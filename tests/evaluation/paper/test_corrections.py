@@ -5,7 +5,7 @@ from clvr_jax.evaluation.harness.benchmark import Score
 from clvr_jax.evaluation.harness.run_directory import RunDirectory
 from clvr_jax.evaluation.paper.corrections import Corrections, count_corrections
 from clvr_jax.reasoning import IMAGE_GEN, Step, Trajectory
-from clvr_jax.reasoning.trajectory import ACCEPTED, STEP_LIMIT
+from clvr_jax.reasoning.trajectories.trajectory import ACCEPTED, STEP_LIMIT
 from clvr_jax.worlds.shapes.prompts import evaluation_prompts
 from tests.evaluation.runs import run_function
 from tests.reasoning.scripted import picture, value_of

@@ -10,8 +10,8 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.systems.ablations import BlindController, BlindVerifier, ExactDescriptions, blank_image
 from clvr_jax.files.image_io import EncodedImage, pixels
 from clvr_jax.interfaces import Usage
-from clvr_jax.reasoning.protocols import Conversation
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.conversation.protocols import Conversation
+from clvr_jax.reasoning.verification.verification import Requirement, Verification
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.requirements import describe

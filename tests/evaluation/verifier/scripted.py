@@ -5,7 +5,7 @@ import math
 from clvr_jax.evaluation.verifier.cases import ShapesPrompt
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces import ChatModel, ChatResponse, Token
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.verification.verification import Requirement, Verification
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.oracle import parse_plan
 from clvr_jax.worlds.shapes.requirements import check_requirement, describe

@@ -11,7 +11,7 @@ from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, ShapesPrompt,
 from clvr_jax.evaluation.verifier.cases import sample_prompts as sample
 from clvr_jax.evaluation.verifier.generated import generated_cases
 from clvr_jax.evaluation.verifier.reading import read_description
-from clvr_jax.reasoning.protocols import GeneratedImage
+from clvr_jax.reasoning.conversation.protocols import GeneratedImage
 from clvr_jax.worlds.shapes.metadata import has_held_out_pair
 from clvr_jax.worlds.shapes.oracle import parse_edits, parse_plan
 from clvr_jax.worlds.shapes.prompts import is_reserved

@@ -8,7 +8,7 @@ from clvr_jax.evaluation.statistics import clustered_interval, wilson_interval
 from clvr_jax.evaluation.verifier.cases import Case
 from clvr_jax.evaluation.verifier.metrics import CheckedCase, calibration_error, roc_auc, summarize
 from clvr_jax.evaluation.verifier.reading import Agreement, agreement, read_description
-from clvr_jax.reasoning.verification import Requirement, Verification
+from clvr_jax.reasoning.verification.verification import Requirement, Verification
 
 
 def checked(prompt, label, accepted, probability=None, **case):

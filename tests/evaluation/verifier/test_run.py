@@ -17,7 +17,7 @@ from clvr_jax.evaluation.verifier.image_directory import labeled_images
 from clvr_jax.evaluation.verifier.report import rich_results
 from clvr_jax.evaluation.verifier.run import check_cases, evaluate
 from clvr_jax.interfaces import ChatResponse, ProviderError
-from clvr_jax.reasoning.model_verifier import ModelVerifier
+from clvr_jax.reasoning.verification.model_verifier import ModelVerifier
 from tests.evaluation.verifier.scripted import ExactVerifier, YesModel
 from tests.evaluation.verifier.test_cases import Forgetful
 

@@ -6,7 +6,7 @@ import pytest
 from clvr_jax.pipelines.closed_loop import VLMController
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning import Budget, Conversation, run
-from clvr_jax.reasoning.trajectory import UNPARSEABLE
+from clvr_jax.reasoning.trajectories.trajectory import UNPARSEABLE
 from tests.reasoning.scripted import CountingDrawer
 
 

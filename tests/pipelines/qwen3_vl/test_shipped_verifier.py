@@ -13,7 +13,7 @@ from clvr_jax.evaluation.verifier.run import check_cases
 from clvr_jax.pipelines.qwen3_vl import Verifier
 from clvr_jax.pipelines.qwen3_vl.verifier import MAX_TRAINED_TOKENS
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.verification import comparison_reply
+from clvr_jax.reasoning.verification.verification import comparison_reply
 from clvr_jax.worlds.shapes.requirements import ShapesRequirement, check_requirement
 from clvr_jax.worlds.shapes.scene import sample_scene_random
 from tests.conftest import optimized

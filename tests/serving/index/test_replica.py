@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from clvr_jax.reasoning import Budget
-from clvr_jax.reasoning.work import Roles, perform
+from clvr_jax.reasoning.loop.work import Roles, perform
 from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.index import remote
@@ -20,8 +20,8 @@ from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.models import StageKey
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
+from tests.reasoning.loop.test_resumable import GIVEN, NoisyVerifier
 from tests.reasoning.scripted import NoisyController, NoisyDrawer
-from tests.reasoning.test_resumable import GIVEN, NoisyVerifier
 from tests.serving.conftest import wait_until
 
 SPEC = LoopSpec("p", 18, budget=Budget(max_steps=6), images=GIVEN, request={"user": "u"})

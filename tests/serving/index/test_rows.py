@@ -7,7 +7,7 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Budget
-from clvr_jax.reasoning.work import Roles, perform
+from clvr_jax.reasoning.loop.work import Roles, perform
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.index.files import DirectoryFiles
 from clvr_jax.serving.index.rows import event_from, run_from
@@ -16,8 +16,8 @@ from clvr_jax.serving.index.specs import capture, given_files, restore, spec_to_
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.models import StageKey
 from clvr_jax.serving.scheduling.limits import Limits
+from tests.reasoning.loop.test_resumable import GIVEN, NoisyVerifier
 from tests.reasoning.scripted import NoisyController, NoisyDrawer
-from tests.reasoning.test_resumable import GIVEN, NoisyVerifier
 from tests.robustness.corpus import NO_FILES, json_texts, json_values
 
 SPEC = LoopSpec("p", 18, budget=Budget(max_steps=6), images=GIVEN, request={"user": "u", "parent": {"step": 0}})

@@ -13,7 +13,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import encode_png
 from clvr_jax.reasoning import Step, Trajectory
-from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN
 from clvr_jax.serving.index.records import Command, NewLoop, Progress
 from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore

@@ -6,7 +6,7 @@ import pytest
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning import Step, Trajectory
-from clvr_jax.reasoning.actions import IMAGE_GEN
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN
 from clvr_jax.serving.index.records import NewLoop
 from clvr_jax.serving.index.store import LoopStore
 from tests.reasoning.scripted import picture

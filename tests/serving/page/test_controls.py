@@ -2,7 +2,7 @@
 
 import pytest
 
-from clvr_jax.reasoning.trajectory import Trajectory
+from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from tests.serving.conftest import wait_until
 from tests.serving.page.browser import violations
 from tests.serving.page.helpers import TREE, UNMET, advance, ended, until

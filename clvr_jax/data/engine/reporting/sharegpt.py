@@ -18,7 +18,7 @@ from typing import TypedDict
 from clvr_jax.data.trajectories.record import TrajectoryRecord
 from clvr_jax.files.atomic_io import atomic_directory
 from clvr_jax.files.image_io import encode_png
-from clvr_jax.reasoning.context import image_mark
+from clvr_jax.reasoning.conversation.context import image_mark
 
 RECORDS, IMAGES = "sharegpt.jsonl", "images"
 

@@ -29,8 +29,8 @@ from clvr_jax.data.trajectories.record import ProxyPrompts
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.interfaces import ChatModel, ChatRequest, Message
-from clvr_jax.reasoning.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
-from clvr_jax.reasoning.answers import AnswerError, read_json_object
+from clvr_jax.interfaces.answers import AnswerError, read_json_object
+from clvr_jax.reasoning.conversation.actions import IMAGE_GEN, TERMINATE, ParseError, parse, strip_action
 from clvr_jax.reasoning.seeds import derive_seed
 
 TEMPLATES_VERSION = 2

@@ -20,8 +20,8 @@ from clvr_jax.data.trajectories.record import ProxyPrompts, TrajectoryRecord
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike, pixels
 from clvr_jax.files.json_input import UncheckedJSON
-from clvr_jax.reasoning.actions import strip_action
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.actions import strip_action
+from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.worlds.shapes.check import check
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.language.grammar import article

@@ -1,0 +1,1 @@
+"""Verification of images, plans and replies against the requirements of a prompt."""
