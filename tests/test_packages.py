@@ -1,0 +1,66 @@
+"""The packages depend on each other as the tables of CONTRIBUTING.md say."""
+
+import ast
+import re
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+REASONING = ["conversation", "verification", "trajectories", "loop"]
+"""The packages of clvr_jax.reasoning, each below the next."""
+
+
+def layers() -> dict[str, int]:
+    """Package or module of clvr_jax -> its layer; 0 for modules that it does not name."""
+    found = {}
+    rows = re.findall(r"^\| (`.+?) \| (\d) \|", (ROOT / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    for names, layer in rows:
+        for name in re.findall(r"`([^`]+)`", names):
+            found[name.strip("/").removeprefix("clvr_jax/").removesuffix(".py")] = int(layer)
+    return found
+
+
+def imports(package: str) -> dict[str, set[str]]:
+    """Part of a package -> the other parts of it that are imported there, inside functions included."""
+    depth = package.count(".") + 1
+    paths = [(path, path.relative_to(ROOT).parts) for path in (ROOT / package.replace(".", "/")).rglob("*.py")]
+    if package == "clvr_jax":
+        paths += [(path, ("clvr_jax", "convert")) for path in (ROOT / "convert").rglob("*.py")]
+    found: dict[str, set[str]] = {}
+    for path, parts in paths:
+        own = parts[depth].removesuffix(".py")
+        if own == "__init__" or (own == "configs" and depth == 1):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            modules: list[str] = []
+            if isinstance(node, ast.ImportFrom) and node.module is not None:
+                modules = [f"{node.module}.{name.name}" for name in node.names]
+            elif isinstance(node, ast.Import):
+                modules = [name.name for name in node.names]
+            imported = {module.split(".")[depth] for module in modules if module.startswith(f"{package}.")}
+            found.setdefault(own, set()).update(imported - {own})
+    return found
+
+
+def test_no_import_runs_to_a_higher_layer():
+    layer, found = layers(), imports("clvr_jax")
+    packages = {path.parent.name for path in (ROOT / "clvr_jax").glob("*/__init__.py")} - {"configs"}
+    assert packages <= set(layer)
+    assert set(found) >= {"reasoning", "rl", "convert", "errors"}
+    upward = {(own, name) for own, names in found.items() for name in names if layer.get(name, 0) > layer.get(own, 0)}
+    assert not upward
+
+
+def test_packages_do_not_import_each_other_in_a_cycle():
+    found = imports("clvr_jax")
+    found["commands"].remove("cli")  # one row of the table: the workers of `clvr launch` run `clvr`
+    assert {"errors", "files", "reasoning", "rl", "tasks"} <= set(found)
+    TopologicalSorter(found).prepare()
+
+
+def test_packages_of_reasoning_import_only_from_those_below():
+    found = imports("clvr_jax.reasoning")
+    assert set(found) == {*REASONING, "seeds"}
+    for own, names in found.items():
+        below = [] if own == "seeds" else REASONING[: REASONING.index(own)]
+        assert names <= {*below, "seeds"}
