@@ -9,6 +9,12 @@ The text encoder is frozen.
 With `--dataset runs/synth/dataset` the trajectories are verified ones of `clvr synth`. Their wrong images, which were
 corrected, are references of later steps, never targets.
 
+Simulated references are renderings; those of a loop are the generator's own images. With `--rollouts` a trained model
+continues on the latter, most of them with a long history, and on targets that are rendered as requested:
+
+    python -m clvr_jax.scripts.shapes_rollouts --model shapes-tiny --tiers 4 5 6 7 8 9 --out runs/rollouts
+    clvr train configs/shapes_sft.py --base shapes-tiny-sft --rollouts runs/rollouts --out runs/shapes_sft_late
+
 Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts are right,
 and .13 of the base in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
 
@@ -36,11 +42,15 @@ class Config:
         checkpoint=CheckpointConfig(save_interval_minutes=5),
     )
     """Configuration of the training."""
-    base: Path = Path("runs/shapes_base/export")
-    """Start from this pipeline directory."""
+    base: str = "runs/shapes_base/export"
+    """Start from this model: a shipped name or a pipeline directory."""
     dataset: Path | None = None
     """Train on this dataset of verified trajectories, a directory that `clvr synth` wrote; trajectories are simulated
     if it is not given."""
+    rollouts: Path | None = None
+    """Mix simulated trajectories with those of this directory, which `shapes_rollouts` wrote."""
+    rollout_share: float = 0.5
+    """Take this share of the examples from `--rollouts`, between 0 and 1."""
     dropout: float = 0.1
     """Replace this fraction of the texts by the empty text, so that the model can be sampled with classifier-free
     guidance."""
@@ -54,4 +64,12 @@ CONFIG = Config()
 
 def task(config: Config) -> Task:
     """Returns the task for the trainer."""
-    return sft_task(config.base, config.dataset, dropout=config.dropout, shift=config.shift, seed=config.train.seed)
+    return sft_task(
+        config.base,
+        config.dataset,
+        config.rollouts,
+        rollout_share=config.rollout_share,
+        dropout=config.dropout,
+        shift=config.shift,
+        seed=config.train.seed,
+    )

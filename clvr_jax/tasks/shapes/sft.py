@@ -15,11 +15,14 @@ from clvr_jax.data.preprocessing.histories import fit_history
 from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.data.sft_examples import conversation, target_indices
 from clvr_jax.data.shapes import Example, generation_example, simulate_trajectory
-from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.data.shapes_corrections import rollout_examples
+from clvr_jax.data.trajectories.dataset import TrajectoryDataset, saved_trajectories
+from clvr_jax.errors import UsageError
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import load_text_encoder, load_transformer, load_vae
+from clvr_jax.pipelines.registry import resolve
 from clvr_jax.tasks.shapes.base import drawing_loss
 from clvr_jax.tasks.shapes.batches import Kind, batch
 from clvr_jax.tasks.shapes.sizes import SETTINGS
@@ -47,12 +50,39 @@ SFT_KINDS = (
 )
 
 
+# Shares for fine-tuning on the generator's own images, most of them with a long history: after three references and
+# more, models that were trained with the shares above leave fewer of the other objects unchanged.
+LATE_STEPS = ((0.10, 24), (0.12, 20), (0.14, 16), (0.17, 12), (0.16, 8), (0.13, 8), (0.10, 6), (0.08, 6))
+
+
+def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
+    """Samples one of the examples."""
+    return among[int(rng.integers(len(among)))]
+
+
+def rollout_kinds(examples: Sequence[Example], share: float) -> tuple[Kind, ...]:
+    """Returns kinds by number of references that mix examples of roll-outs with simulated ones.
+
+    Args:
+      examples: examples of roll-outs; numbers of references that they lack are simulated.
+      share: share of the examples that are from roll-outs, in [0, 1].
+    """
+
+    def sample(rng: np.random.Generator, step: int, among: Sequence[Example]) -> Example:
+        return one_of(rng, among) if among and rng.random() < share else step_example(rng, step)
+
+    by_step = [[each for each in examples if len(each.references) == step] for step in range(len(LATE_STEPS))]
+    return (
+        PLAIN,
+        *(
+            Kind(frequency, size, partial(sample, step=step, among=by_step[step]))
+            for step, (frequency, size) in enumerate(LATE_STEPS)
+        ),
+    )
+
+
 def recorded_kinds(examples: Sequence[Example]) -> tuple[Kind, ...]:
     """Returns kinds like `SFT_KINDS` that choose from the given examples by their number of references."""
-
-    def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
-        return among[int(rng.integers(len(among)))]
-
     kinds = [PLAIN]
     for step, (share, size) in enumerate(STEPS):
         if among := [example for example in examples if len(example.references) == step]:
@@ -78,21 +108,45 @@ def recorded_examples(dataset: Path, tokenizer: Tokenizer) -> list[Example]:
     return examples
 
 
-def sft_task(base: Path, dataset: Path | None, *, dropout: float, shift: float, seed: int) -> Task:
+def sft_task(
+    base: str,
+    dataset: Path | None,
+    rollouts: Path | None = None,
+    *,
+    rollout_share: float = 0.5,
+    dropout: float,
+    shift: float,
+    seed: int,
+) -> Task:
     """Returns the task of training the transformer on images of trajectories under everything before them.
 
     Args:
-      base: pipeline directory of the initial model; its text encoder and autoencoder are frozen.
+      base: initial model, a shipped name or a pipeline directory; its text encoder and autoencoder are frozen.
       dataset: of trajectories, that `clvr synth` wrote; None simulates them.
+      rollouts: directory of trajectories of the oracle with this generator, mixed with simulated ones; not together
+        with `dataset`.
+      rollout_share: see `rollout_kinds`.
       dropout: fraction of texts that are replaced by the empty text.
       shift: see `sample_timesteps`.
       seed: of the batches.
+    Raises: UsageError for both `dataset` and `rollouts`, or a share outside of [0, 1]; ClvrError for a directory
+      without trajectories.
     """
-    tokenizer = load_tokenizer(base / "tokenizer")
-    kinds = SFT_KINDS if dataset is None else recorded_kinds(recorded_examples(dataset, tokenizer))
-    vae = load_vae(base / "vae")
-    encoder = load_text_encoder(base / "text_encoder")
-    transformer_def, transformer = nnx.split(load_transformer(base / "transformer"))
+    if dataset is not None and rollouts is not None:
+        raise UsageError("--dataset and --rollouts: give one of them; both say where the references come from")
+    if not 0 <= rollout_share <= 1:
+        raise UsageError(f"--rollout-share must be between 0 and 1, got {rollout_share}")
+    directory, name = resolve(base)
+    tokenizer = load_tokenizer(directory / "tokenizer")
+    kinds = SFT_KINDS
+    if dataset is not None:
+        kinds = recorded_kinds(recorded_examples(dataset, tokenizer))
+    elif rollouts is not None:
+        records = saved_trajectories(rollouts)
+        kinds = rollout_kinds(rollout_examples(records, tokenizer, max(SETTINGS.text_buckets)), rollout_share)
+    vae = load_vae(directory / "vae")
+    encoder = load_text_encoder(directory / "text_encoder")
+    transformer_def, transformer = nnx.split(load_transformer(directory / name))
     (encoder_def, encoder_state), (vae_def, vae_state) = nnx.split(encoder), nnx.split(vae)
 
     def loss(params: Params, frozen: Params, data: Batch, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
