@@ -82,7 +82,7 @@ def test_the_contents_of_a_picture_are_those_of_its_scene():
 
 @pytest.mark.slow
 def test_sft_changes_the_transformer_and_nothing_else(base, tmp_path):
-    fit(shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, train=ONE, base=base)), ONE, tmp_path / "run")
+    fit(shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, train=ONE, base=str(base))), ONE, tmp_path / "run")
     before, after = (Flux2Pipeline.from_pretrained(str(folder)) for folder in (base, tmp_path / "run" / "export"))
     assert after.settings == before.settings == SETTINGS
     for part in ("vae/diffusion_pytorch_model", "text_encoder/model"):
