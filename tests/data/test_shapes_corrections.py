@@ -11,7 +11,7 @@ from clvr_jax.data.shapes import Canvas
 from clvr_jax.data.shapes_corrections import requested_image, rollout_examples
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.pipelines.registry import SHIPPED
-from clvr_jax.reasoning.context import conditioning_text
+from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.tasks.shapes.sft import LATE_STEPS, rollout_kinds
 from clvr_jax.worlds.shapes.detect import detect
 from clvr_jax.worlds.shapes.layout import PlannedObject
