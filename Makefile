@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-PROMPT ?= a red star at the top left, a blue circle at the top right, a green square in the center, a yellow triangle at the bottom left, and a purple cross at the bottom right
+PROMPT ?= a red star at the top left, a blue circle at the top, an orange star in the center, a green square at the left, a yellow triangle at the bottom left, and a purple cross at the bottom right
 # bench_full_size.py needs 20 GB of disk and 16 GB of memory, bench_full_width.py 8 GB of memory: run them by themselves.
 BENCHMARKS := $(filter-out benchmarks/bench_full_%.py, $(sort $(wildcard benchmarks/bench_*.py)))
 
