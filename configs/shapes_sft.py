@@ -18,7 +18,7 @@ continues on the latter, most of them with a long history, and on targets that a
 Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts are right,
 and .13 of the base in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
 
-With 512 roll-outs and 560 steps at `--rollout-share 0.6` and half of the learning rates (about 40 minutes on two cores),
+With 512 rollouts and 560 steps at `--rollout-share 0.6` and half of the learning rates (about 40 minutes on two cores),
 and merged as before, 128 loops of the oracle on training prompts (3 to 9 objects, the same prompts and noise) give: of
 the objects that are added under three references .91 of 89 (before .83 of 84), under more .88 of 25 (.68 of 31); of the
 unclear ones that are replaced under more than three .55 of 49 (.49 of 80); and of the images with more than three .21

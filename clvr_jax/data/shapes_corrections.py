@@ -2,7 +2,7 @@
 
 Simulated trajectories have rendered references. What a generator makes of a request differs from them: edges are soft,
 objects are blurred, and deviations add up from image to image. After four such references, a model that was trained on
-renderings alone changes objects that no edit names. Here the references are images of roll-outs
+renderings alone changes objects that no edit names. Here the references are images of rollouts
 (`scripts/shapes_rollouts.py`), and the target shows what the reply requested: the mistakes are context, never targets.
 """
 

@@ -61,11 +61,11 @@ def one_of(rng: np.random.Generator, among: Sequence[Example]) -> Example:
 
 
 def rollout_kinds(examples: Sequence[Example], share: float) -> tuple[Kind, ...]:
-    """Returns kinds by number of references that mix examples of roll-outs with simulated ones.
+    """Returns kinds by number of references that mix examples of rollouts with simulated ones.
 
     Args:
-      examples: examples of roll-outs; numbers of references that they lack are simulated.
-      share: share of the examples that are from roll-outs, in [0, 1].
+      examples: examples of rollouts; numbers of references that they lack are simulated.
+      share: share of the examples that are from rollouts, in [0, 1].
     """
 
     def sample(rng: np.random.Generator, step: int, among: Sequence[Example]) -> Example:
