@@ -15,7 +15,7 @@ continues on the latter, most of them with a long history, and on targets that a
     python -m clvr_jax.scripts.shapes_rollouts --model shapes-tiny --tiers 4 5 6 7 8 9 --out runs/rollouts
     clvr train configs/shapes_sft.py --base shapes-tiny-sft --rollouts runs/rollouts --out runs/shapes_sft_late
 
-Measured for the shipped `shapes-tiny-sft`: with the oracle as controller .98 of the `complex` prompts are right,
+Measured for `shapes-tiny-sft` before that: with the oracle as controller .98 of the `complex` prompts are right,
 and .13 of the base in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
 
 With 512 rollouts and 560 steps at `--rollout-share 0.6` and half of the learning rates (about 40 minutes on two cores),
