@@ -22,11 +22,11 @@ from clvr_jax.worlds.shapes.oracle import (
 from clvr_jax.worlds.shapes.prompts import train_prompt
 from clvr_jax.worlds.shapes.render import render
 from clvr_jax.worlds.shapes.scene import (
-    CELL_SIZE,
     CELLS,
     Scene,
     SceneObject,
     cell_center,
+    cell_pixels,
     place,
     reading_order,
     sample_pair,
@@ -106,9 +106,6 @@ def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
         pairs[1] = sample_pair(rng)
     first, second = (render(Scene((place(*pair, cell, rng),))) for pair in pairs)
     x, y = cell_center(cell)
-    half = CELL_SIZE / 2
-    rows = slice(max(round(y - half), 0), round(y + half))
-    columns = slice(max(round(x - half), 0), round(x + half))
     kind = rng.random()
     if kind < 0.5:
         mixed = first.copy()
@@ -119,7 +116,8 @@ def _smudged(image: Image, cell: str, rng: np.random.Generator) -> Image:
     else:
         share = rng.uniform(0.3, 0.7)
         mixed = np.round(share * first + (1 - share) * second).astype(np.uint8)
-    image[rows, columns] = mixed[rows, columns]
+    pixels = cell_pixels(cell)
+    image[pixels] = mixed[pixels]
     return image
 
 

@@ -13,12 +13,13 @@ import numpy as np
 from clvr_jax.data.preprocessing.histories import fit_history
 from clvr_jax.data.shapes import Example, Image
 from clvr_jax.data.trajectories.record import TrajectoryRecord
+from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import pixels
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.worlds.shapes.detect import Reading, detect
 from clvr_jax.worlds.shapes.oracle import Edit, edited_scene, parse_edits
 from clvr_jax.worlds.shapes.render import render
-from clvr_jax.worlds.shapes.scene import CELL_SIZE, Scene, SceneObject, cell_center
+from clvr_jax.worlds.shapes.scene import CANVAS, Scene, SceneObject, cell_pixels
 
 
 def requested_image(before: Image | None, edits: Sequence[Edit], rng: np.random.Generator) -> Image:
@@ -40,9 +41,7 @@ def requested_image(before: Image | None, edits: Sequence[Edit], rng: np.random.
     image = render(edited_scene(scene, edits, rng))
     if before is not None:
         for cell in set(reading.unclear) - {edit.cell for edit in edits}:
-            x, y = cell_center(cell)
-            rows, columns = (slice(max(round(at - CELL_SIZE / 2), 0), round(at + CELL_SIZE / 2)) for at in (y, x))
-            image[rows, columns] = before[rows, columns]
+            image[cell_pixels(cell)] = before[cell_pixels(cell)]
     return image
 
 
@@ -56,6 +55,7 @@ def rollout_examples(records: Iterable[TrajectoryRecord], tokenizer: Tokenizer, 
       records: trajectories of the oracle; steps that were rolled back are left out.
       tokenizer: tokenizer of the text encoder.
       max_tokens: number of tokens that the generator reads at most.
+    Raises: ClvrError, one line, for an image of another size, and if no reply requests edits.
     """
     examples = []
     for number, record in enumerate(records):
@@ -70,5 +70,16 @@ def rollout_examples(records: Iterable[TrajectoryRecord], tokenizer: Tokenizer, 
                 rng = np.random.default_rng((number, len(images)))
                 target = requested_image(images[-1] if images else None, edits, rng)
                 examples.append(Example(text, tuple(images), target))
-            images.append(pixels(step.image))
+            image = pixels(step.image)
+            if image.shape != (CANVAS, CANVAS, 3):
+                height, width = image.shape[:2]
+                raise ClvrError(
+                    f"trajectory {record.id}: an image of {width} x {height} pixels, not of {CANVAS} x {CANVAS}; "
+                    "make the trajectories with clvr_jax.scripts.shapes_rollouts"
+                )
+            images.append(image)
+    if not examples:
+        raise ClvrError(
+            "the trajectories request no edit of the shapes world; make them with clvr_jax.scripts.shapes_rollouts"
+        )
     return examples

@@ -130,3 +130,17 @@ def test_sources_that_exclude_each_other_and_shares_beyond_one_are_refused(chang
 def test_a_directory_without_trajectories_is_an_error(tmp_path):
     with pytest.raises(ClvrError, match="no saved trajectories"):
         shapes_sft.task(dataclasses.replace(shapes_sft.CONFIG, base="shapes-tiny-sft", rollouts=tmp_path))
+
+
+def test_images_of_another_size_and_replies_without_edits_are_errors():
+    record, _ = simulated(2)
+    tokenizer = load_tokenizer(TOKENIZER)
+
+    def changed(**changes):
+        steps = tuple(dataclasses.replace(step, **changes) for step in record.trajectory.steps)
+        return dataclasses.replace(record, trajectory=dataclasses.replace(record.trajectory, steps=steps))
+
+    with pytest.raises(ClvrError, match="trajectory 2: an image of 32 x 16 pixels, not of 64 x 64"):
+        rollout_examples([changed(image=np.zeros((16, 32, 3), np.uint8))], tokenizer, 1024)
+    with pytest.raises(ClvrError, match="request no edit of the shapes world"):
+        rollout_examples([changed(reasoning="A sunset.")], tokenizer, 1024)

@@ -64,7 +64,8 @@ def rollout_kinds(examples: Sequence[Example], share: float) -> tuple[Kind, ...]
     """Returns kinds by number of references that mix examples of rollouts with simulated ones.
 
     Args:
-      examples: examples of rollouts; numbers of references that they lack are simulated.
+      examples: examples of rollouts; numbers of references that they lack are simulated, and examples with more
+        references than `LATE_STEPS` has steps, which `shapes_rollouts` does not make, are left out.
       share: share of the examples that are from rollouts, in [0, 1].
     """
 

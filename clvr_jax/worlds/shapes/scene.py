@@ -91,6 +91,13 @@ def cell_center(cell: str) -> tuple[float, float]:
     return (column + 0.5) * CELL_SIZE, (row + 0.5) * CELL_SIZE
 
 
+def cell_pixels(cell: str) -> tuple[slice, slice]:
+    """Returns the rows and columns of an image that a cell covers."""
+    x, y = cell_center(cell)
+    half = CELL_SIZE / 2
+    return slice(max(round(y - half), 0), round(y + half)), slice(max(round(x - half), 0), round(x + half))
+
+
 def cell_at(x: float, y: float) -> str:
     """Returns the cell that contains a position in pixels, the nearest cell for positions outside the canvas."""
     row, column = (min(max(int(value / CELL_SIZE), 0), 2) for value in (y, x))
