@@ -16,6 +16,7 @@ from clvr_jax.data.shapes_augmentation import color_gradient, random_direction, 
 from clvr_jax.worlds.shapes.detect import (
     MAX_COLOR_DISTANCE,
     MIN_COLOR_MARGIN,
+    Examination,
     Reading,
     detect,
     foreground_components,
@@ -182,13 +183,63 @@ def recolor_objects(image: np.ndarray, reading: Reading, rng: np.random.Generato
         color, shift = _other_color(rng, name, None if item is None else item.shape)
         if not _keeps_clarity(rgb, shift, item is not None, color):
             continue
-        coverage = np.clip(difference @ rgb / (rgb @ rgb), 0, 1)
-        near = ndimage.binary_dilation(own, iterations=2) & (own | (labels == 0))
-        changed += (np.where(near, coverage, 0.0)[..., None] * shift).astype(np.float32)
+        changed += _color_change(difference, labels, label, rgb, shift)
         if item is not None:
             clauses[item.cell] = f"{color} {item.shape} {item.cell}"
     seen = [clauses[cell] for cell in CELLS if cell in clauses]
     return np.clip(np.round(changed), 0, 255).astype(np.uint8), f"I see {'; '.join(seen) or 'nothing'}."
+
+
+def random_colors(image: np.ndarray, examined: Examination, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Gives each object of an image a random color, which need not have a name, with the imperfections that it had.
+
+    How clear an outline is then depends on no pair of color and shape, and the colors all around the held-out ones are
+    seen.
+
+    Args:
+      image: uint8 (64, 64, 3).
+      examined: what the detector measures in it.
+      rng: numpy generator; the same state gives the same image.
+    Returns: the image, and its clarity as in `Examination`, float32 (9, 3), but NaN for the margins of colors. Nothing
+      is given a color like that of a held-out pair of its shape, and nothing unclear a color like that of any; an image
+      that shows such a pair all the same is returned as it was.
+    """
+    difference = image.astype(np.float32) - np.array(BACKGROUND, np.float32)
+    changed = image.astype(np.float32)
+    labels, number = foreground_components(difference)
+    shapes = {int(labels[int(item.y), int(item.x)]): item.shape for item in examined.reading.objects}
+    for label in range(1, number + 1):
+        if np.count_nonzero(labels == label) >= _LEAST_RECOLORED:
+            rgb = np.median(difference[labels == label], axis=0)
+            shift = _random_color(rng, shapes.get(label)) - np.array(BACKGROUND, np.float32) - rgb
+            changed += _color_change(difference, labels, label, rgb, shift)
+    recolored = np.clip(np.round(changed), 0, 255).astype(np.uint8)
+    # The color of an uneven object is not that of its median pixel.
+    if not HELD_OUT_PAIRS.isdisjoint((item.color, item.shape) for item in detect(recolored).objects):
+        return image, examined.clarity
+    clarity = examined.clarity.copy()
+    clarity[clarity[:, 0] > 0, 1] = np.nan
+    return recolored, clarity
+
+
+def _random_color(rng: np.random.Generator, shape: str | None) -> np.ndarray:
+    """Samples a color far from the background, and from those of the shape's held-out pairs; of all without a shape."""
+    avoided = [COLORS[color] for color, held_out in HELD_OUT_PAIRS if shape in (None, held_out)]
+    while True:
+        color = rng.uniform(0, 255, 3)
+        is_visible = np.linalg.norm(color - np.array(BACKGROUND)) >= _LEAST_CONTRAST
+        if is_visible and all(np.linalg.norm(color - other) >= MAX_COLOR_DISTANCE + _OFF_PALETTE for other in avoided):
+            return color.astype(np.float32)
+
+
+def _color_change(
+    difference: np.ndarray, labels: np.ndarray, label: int, rgb: np.ndarray, shift: np.ndarray
+) -> np.ndarray:
+    """Returns what is added to an image to shift the color of one component and of its soft edge."""
+    own = labels == label
+    coverage = np.clip(difference @ rgb / (rgb @ rgb), 0, 1)
+    near = ndimage.binary_dilation(own, iterations=2) & (own | (labels == 0))
+    return (np.where(near, coverage, 0.0)[..., None] * shift).astype(np.float32)
 
 
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
@@ -263,6 +314,8 @@ def _mixed(rng: np.random.Generator, patch: np.ndarray, shape: str, cell: str) -
 
 
 _COLORS = {**COLORS, **MORE_COLORS}
+_LEAST_CONTRAST = 120.0
+"""Least distance of a random color from the background, in levels of the channels."""
 _LEAST_RECOLORED = 24
 """Least number of pixels of an object that is recolored."""
 _COLOR_NAMES = tuple(_COLORS)

@@ -10,7 +10,13 @@ from clvr_jax.data.shapes_augmentation import (
     resembles_held_out_pair,
     vary_appearance,
 )
-from clvr_jax.data.shapes_distractors import MORE_COLORS, MORE_SHAPES, distractor_image, recolor_objects
+from clvr_jax.data.shapes_distractors import (
+    MORE_COLORS,
+    MORE_SHAPES,
+    distractor_image,
+    random_colors,
+    recolor_objects,
+)
 from clvr_jax.data.shapes_verification import (
     CHECKLIST_MISSING,
     comparisons_chat,
@@ -20,7 +26,7 @@ from clvr_jax.data.shapes_verification import (
     training_metadata,
 )
 from clvr_jax.reasoning.verification.model_verifier import read_requirements
-from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect
+from clvr_jax.worlds.shapes.detect import DetectedObject, Reading, detect, examine
 from clvr_jax.worlds.shapes.metadata import Metadata
 from clvr_jax.worlds.shapes.oracle import next_reply, parse_plan
 from clvr_jax.worlds.shapes.prompts import has_held_out_pair
@@ -136,6 +142,26 @@ def test_recolored_objects_stay_as_clear_as_they_were():
         assert has_held_out_object(detect(recolored)) is False
     assert min(checked, more) > 200
     assert unequal <= 0.03 * checked, "pixels are rounded and clipped, which few objects on the border notice"
+
+
+def test_outlines_stay_as_clear_as_they_were_in_random_colors():
+    rng = np.random.default_rng(SEED)
+    present = unequal = 0
+    for _ in range(100):
+        canvas = random_canvas(rng)
+        cells = [item.cell for item in canvas.scene.objects]
+        image = blur_cells(vary_appearance(canvas, rng), rng, cells) if cells else canvas.render()
+        examined = examine(image)
+        recolored, clarity = random_colors(image, examined, rng)
+        if has_held_out_object(examined.reading):
+            continue
+        assert has_held_out_object(detect(recolored)) is False
+        shown = (clarity[:, 0] > 0) & np.isnan(clarity[:, 1])
+        assert not np.isnan(clarity[clarity[:, 0] == 0]).any()
+        present += shown.sum()
+        unequal += ((clarity[:, 2] >= 0) != (examine(recolored).clarity[:, 2] >= 0))[shown].sum()
+    assert present > 300
+    assert unequal <= 0.05 * present, "pixels are rounded and clipped, and light colors have less contrast"
 
 
 def test_no_unclear_object_looks_like_a_held_out_pair():

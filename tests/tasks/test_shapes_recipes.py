@@ -181,6 +181,8 @@ def test_the_loss_of_clarity_is_of_present_objects_and_its_metric_of_their_borde
     swapped, metrics = clarity_loss(right[:, jnp.asarray([1, 0, 2])], wanted)
     assert swapped > 0.4
     assert metrics["clarity_accuracy"] == 0
+    unknown, _ = clarity_loss(right.at[..., 1].add(2), wanted.at[..., 1].set(jnp.nan))
+    assert unknown < 1e-6  # nothing is asked of margins that are not known
 
 
 @pytest.mark.parametrize(

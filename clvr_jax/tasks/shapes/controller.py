@@ -123,15 +123,17 @@ class ClarityReader(CellQueries):
 def clarity_loss(
     read_b93: Float[Array, "b 9 3"], clarity_b93: Float[Array, "b 9 3"]
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
-    """Returns the loss of `ClarityReader`: presence, and the margins where something is present.
+    """Returns the loss of `ClarityReader`: presence, and the margins where something is present and they are not NaN.
 
     The metric is the share of present objects whose reading, clear or unclear, is right.
     """
     present = clarity_b93[..., 0]
+    is_known = jnp.isfinite(clarity_b93[..., 1:])
+    wanted = jnp.where(is_known, clarity_b93[..., 1:], read_b93[..., 1:])
     presence = optax.sigmoid_binary_cross_entropy(read_b93[..., 0], present).mean()
     count = jnp.maximum(present.sum(), 1)
-    margins = (optax.huber_loss(read_b93[..., 1:], clarity_b93[..., 1:]).sum(-1) * present).sum() / count
-    is_clear, is_read_clear = (values[..., 1:].min(-1) >= 0 for values in (clarity_b93, read_b93))
+    margins = (optax.huber_loss(read_b93[..., 1:], wanted).sum(-1) * present).sum() / count
+    is_clear, is_read_clear = (values.min(-1) >= 0 for values in (wanted, read_b93[..., 1:]))
     right = ((is_clear == is_read_clear) * present).sum() / count
     return presence + margins, {"clarity_loss": presence + margins, "clarity_accuracy": right}
 

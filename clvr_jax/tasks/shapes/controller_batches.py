@@ -17,7 +17,7 @@ from clvr_jax.data.shapes_augmentation import (
     resembles_held_out_pair,
     vary_appearance,
 )
-from clvr_jax.data.shapes_distractors import distractor_image, recolor_objects
+from clvr_jax.data.shapes_distractors import distractor_image, random_colors, recolor_objects
 from clvr_jax.data.shapes_patches import Patches, assembled_image, cut_patches
 from clvr_jax.data.shapes_verification import (
     Chat,
@@ -81,6 +81,8 @@ class ControllerData:
     """Share of described images whose objects have colors and shapes that no prompt names."""
     recolored_share: float = 0.0
     """Share of the other images whose objects are given other colors, also such as no prompt names."""
+    random_color_share: float = 0.0
+    """Share of images in batches of clarity whose objects are given random colors."""
     generated_share: float = 0.4
     """Share of the other images that a generator made; the rest are simulated."""
     assembled_share: float = 0.0
@@ -148,8 +150,15 @@ class ControllerBatches:
     def _rng(self, kind: str, number: int) -> np.random.Generator:
         return np.random.default_rng((self._seed, 2, list(self._shapes).index(kind), number))
 
-    def _make_clarity_pool(self, number: int) -> list[tuple[np.ndarray, Examination]]:
-        return self._examined_images(self._rng("clarity", number), PARTS * self._shapes["clarity"].rows)
+    def _make_clarity_pool(self, number: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        rng = self._rng("clarity", number)
+        examined = self._examined_images(rng, PARTS * self._shapes["clarity"].rows)
+        return [
+            random_colors(image, found, rng)
+            if rng.random() < self._config.random_color_share
+            else (image, found.clarity)
+            for image, found in examined
+        ]
 
     def _make_pool(self, kind: str, number: int) -> list[Example]:
         shape, rng = self._shapes[kind], self._rng(kind, number)
@@ -264,10 +273,10 @@ class ControllerBatches:
         return {**batch, "input_ids_bt": read, "target_ids_bt": ids}
 
 
-def _clarity_batch(examined: Sequence[tuple[np.ndarray, Examination]]) -> dict[str, np.ndarray]:
+def _clarity_batch(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, np.ndarray]:
     """Returns the patches of images, pixel_values (b, patches, values), and their clarity_b93, see `Examination`."""
-    patches = [PROCESSOR([image])[0] for image, _ in examined]
-    return {"pixel_values": np.stack(patches), "clarity_b93": np.stack([found.clarity for _, found in examined])}
+    patches = [PROCESSOR([image])[0] for image, _ in rows]
+    return {"pixel_values": np.stack(patches), "clarity_b93": np.stack([clarity for _, clarity in rows])}
 
 
 recorded = functools.cache(recorded_conversations)
