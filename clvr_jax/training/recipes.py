@@ -105,11 +105,13 @@ def _only_planned(config: RecipeConfig) -> Task:
 
 
 class TrainResult(TypedDict):
-    """The result of a run: name of the recipe, directory of the run and of the exported model, and number of steps."""
+    """The result of a run: name of the recipe, directory of the run, that of the exported model (None if the run was
+    asked to stop), and number of optimizer steps.
+    """
 
     recipe: str
     out: str
-    export: str
+    export: str | None
     steps: int
 
 
@@ -139,7 +141,10 @@ def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = Fal
             else:
                 on_begin()
                 state = recipe.fit(task, config.train, out, resume=resume)
-    return {"recipe": recipe.name, "out": str(out), "export": str(out / "export"), "steps": int(state.step)}
+    # A run that was asked to stop has exported nothing.
+    is_done = int(state.iteration) == config.train.loop(recipe.name).iterations
+    export = str(out / "export") if is_done else None
+    return {"recipe": recipe.name, "out": str(out), "export": export, "steps": int(state.step)}
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ def launch(out, *options):
         subprocess.Popen(
             [*joined, str(number), str(RECIPE), "--out", str(out), *options],
             env=environment,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -52,7 +53,9 @@ def wait_for_step(out, processes, step=6):
 
 def endings(processes):
     """Exit codes, and for each process the lines of our own that say how the run ended."""
-    said = [process.communicate(timeout=100)[1].splitlines() for process in processes]
+    outputs = [process.communicate(timeout=100) for process in processes]
+    assert not [printed for printed, _ in outputs if "export" in printed]  # what was not written is not announced
+    said = [errors.splitlines() for _, errors in outputs]
     ours = [[line for line in lines if "interrupted" in line or "asked to stop" in line] for lines in said]
     assert not [line for lines in said for line in lines if "Traceback" in line]
     return [process.returncode for process in processes], ours

@@ -40,7 +40,7 @@ class Train(RecipeCommand):
         from clvr_jax.training.recipes import train
 
         result = train(recipe, config, self.out or Path("runs") / recipe.name, resume=self.resume)
-        return Result(result, result["export"])
+        return Result(result, result["export"] or result["out"])
 
 
 @dataclass(frozen=True)
