@@ -239,7 +239,8 @@ def _color_change(
     own = labels == label
     coverage = np.clip(difference @ rgb / (rgb @ rgb), 0, 1)
     near = ndimage.binary_dilation(own, iterations=2) & (own | (labels == 0))
-    return (np.where(near, coverage, 0.0)[..., None] * shift).astype(np.float32)
+    change: np.ndarray = np.where(near, coverage, 0.0)[..., None] * shift
+    return change.astype(np.float32)
 
 
 def _other_color(rng: np.random.Generator, name: str, shape: str | None) -> tuple[str, np.ndarray]:
