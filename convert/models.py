@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from flax import nnx
 from jax.sharding import Sharding, SingleDeviceSharding
 from jax.typing import DTypeLike
@@ -183,6 +182,8 @@ def _restore(
             for entry in plan
         }
     )
+    import orbax.checkpoint as ocp  # slow to import, and only this function needs it
+
     with ocp.StandardCheckpointer() as checkpointer:
         restored = checkpointer.restore(directory.absolute(), wanted)
     return {entry.path: functools.reduce(lambda tree, name: tree[str(name)], entry.path, restored) for entry in plan}

@@ -5,10 +5,13 @@ import json
 import shutil
 
 import diffusers
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 import transformers
+from flax import nnx
 from safetensors.torch import load_file, save_file
 
 from clvr_jax.checkpoint_io.tensors import FLOATS, stored_tensors, write_tensors
@@ -100,6 +103,17 @@ def test_there_and_back_is_bit_for_bit_and_pytorch_loads_it(saved, tmp_path, nam
     )
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", ["flux2", "flux2 autoencoder", "qwen3-vl"])
+def test_an_abstract_model_has_the_structure_and_the_shapes_of_a_model_with_weights(saved, name):
+    architecture = architecture_of(saved / name)
+    config = json.loads((saved / name / "config.json").read_text())
+    graphdef, abstract = architecture.split(config, jnp.bfloat16)
+    expected_graphdef, expected = nnx.split(architecture.make(config, jnp.bfloat16))
+    assert graphdef == expected_graphdef
+    shapes = [jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree) for tree in (abstract, expected)]
+    assert shapes[0] == shapes[1]
 
 
 @pytest.mark.parametrize("name", ["flux2", "unet of sdxl", "qwen3 tied"])

@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from clvr_jax.data.preprocessing.chat_templates import CHAT_TEMPLATE, check_chat_template, render_chats
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import located
+from clvr_jax.files.json_input import read_object
 from clvr_jax.interfaces.tokenizer import Tokenizer
 
 MAX_PROMPT_CHARACTERS = 20_000
@@ -25,6 +26,10 @@ SPECIAL_TOKENS = (
 
 # Files with the vocabulary: of fast tokenizers, or of transformers 4.
 _VOCABULARIES = (("tokenizer.json",), ("vocab.json", "merges.txt"))
+
+_QWEN_TOKENIZERS = ("Qwen2Tokenizer", "Qwen2TokenizerFast")
+_QWEN_MODELS = ("qwen2", "qwen2_vl", "qwen2_5_vl", "qwen3", "qwen3_moe", "qwen3_vl", "qwen3_vl_moe")
+"""Models, as config.json names them, whose tokenizer transformers reads with its class for Qwen."""
 
 TURN_TOKENS = ("<|im_start|>", "<|im_end|>")
 """Start and end of a turn in Qwen's chat template."""
@@ -91,11 +96,8 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     for path in directory.iterdir():
         if not path.is_file() and not path.is_dir():  # transformers would take it for an absent file
             raise ClvrError(f"{path}: a broken link, or no file; fetch it again, or remove it")
-    from transformers import AutoTokenizer  # slow to import, and only pipelines need it
-
     try:
-        # Without `trust_remote_code` transformers asks on the terminal whether to run code of the directory.
-        tokenizer: Any = AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+        tokenizer: Any = _read_tokenizer(directory)
         knows_text = bool(tokenizer.tokenize("a"))
     # A damaged file ends in whatever exception the place raises at which transformers or tokenizers notice it. The
     # latter is written in Rust, whose panics are no `Exception`.
@@ -113,6 +115,33 @@ def load_tokenizer(directory: Path) -> Tokenizer:
         with located(directory):
             check_chat_template(found)
     return found
+
+
+def _read_tokenizer(directory: Path) -> object:
+    """Returns what `AutoTokenizer` reads, without it if the tokenizer is Qwen's.
+
+    The module of `AutoTokenizer` imports the configurations of all models, and PyTorch if it is installed: 2 seconds.
+    """
+    if _is_qwen(directory):
+        from transformers import Qwen2Tokenizer  # slow to import, and only pipelines need it
+
+        return Qwen2Tokenizer.from_pretrained(str(directory), local_files_only=True)
+    from transformers import AutoTokenizer
+
+    # Without `trust_remote_code` transformers asks on the terminal whether to run code of the directory.
+    return AutoTokenizer.from_pretrained(str(directory), local_files_only=True, trust_remote_code=False)
+
+
+def _is_qwen(directory: Path) -> bool:
+    """Whether the class of a tokenizer is certainly Qwen's; False for damaged files, which `AutoTokenizer` reports."""
+    try:
+        config = read_object(directory / "tokenizer_config.json").content
+        if config.get("tokenizer_class") not in _QWEN_TOKENIZERS or "auto_map" in config:
+            return False
+        model = directory / "config.json"
+        return not model.exists() or read_object(model).content.get("model_type") in _QWEN_MODELS
+    except (ClvrError, OSError):
+        return False
 
 
 def check_tokenizer(tokenizer: Tokenizer, embeddings: int, tokens: Iterable[str] = ()) -> None:

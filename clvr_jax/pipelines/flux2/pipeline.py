@@ -208,7 +208,7 @@ class Flux2Pipeline(JittedPipeline):
         padded = 1 << (batch - 1).bit_length()
         rows = [*range(batch), *[batch - 1] * (padded - batch)]
         if jnp.issubdtype(noise.dtype, jax.dtypes.prng_key):
-            latents = _noise(noise[jnp.asarray(rows)], (*grid, self.transformer.config.in_channels))
+            latents = _noise(noise, np.asarray(rows), (*grid, self.transformer.config.in_channels))
         else:
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
@@ -375,7 +375,8 @@ class Flux2Pipeline(JittedPipeline):
         return latents.transpose(0, 2, 3, 1).reshape(batch, grid[0] * grid[1], -1).astype(jnp.float32)
 
 
-@partial(jax.jit, static_argnums=1)
-def _noise(keys: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
-    rows = jax.vmap(lambda key: jax.random.normal(key, shape))(keys)
-    return rows.reshape(keys.shape[0], shape[0] * shape[1], shape[2])
+@partial(jax.jit, static_argnums=2)
+def _noise(keys: jax.Array, rows: np.ndarray, shape: tuple[int, int, int]) -> jax.Array:
+    """Returns noise (rows, h w, channels) from the keys of rows; to index outside would be eight more programs."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, shape))(keys[rows])
+    return noise.reshape(len(rows), shape[0] * shape[1], shape[2])
