@@ -55,5 +55,6 @@ def test_programs_are_dropped_before_the_maps_of_a_process_run_out(tmp_path, mon
     assert not release_programs(maps=maps, limit=limit)
     maps.write_text("7f00-7f01 r--p\n" * 70)
     assert release_programs(maps=maps, limit=limit)
+    assert not release_programs(maps=maps, limit=limit, interval_seconds=1000.0), "they were counted a moment ago"
     assert len(dropped) == 1
     assert not release_programs(maps=tmp_path / "none", limit=limit), "other systems have no such file"

@@ -44,6 +44,7 @@ from clvr_jax.reasoning.conversation.protocols import (
 from clvr_jax.reasoning.loop import loop
 from clvr_jax.reasoning.loop.budget import Budget, StopWhen
 from clvr_jax.reasoning.loop.events import Event
+from clvr_jax.reasoning.retries import retry_rounds
 from clvr_jax.reasoning.seeds import derive_seed
 from clvr_jax.reasoning.trajectories.trajectory import Trajectory
 from clvr_jax.reasoning.verification.reply_check import agrees_with_report
@@ -103,7 +104,7 @@ class VLMController(Controller):
     def _ask_again(self, conversations: Sequence[Conversation], replies: dict[int, str]) -> None:
         """Samples replies that disagree with their reports again, in place."""
         rows = list(replies)
-        for attempt in range(self._agreement_retries):
+        for attempts in retry_rounds(self._agreement_retries):
             rows = [index for index in rows if not agrees_with_report(conversations[index], replies[index])]
             if not rows:
                 return
@@ -112,10 +113,13 @@ class VLMController(Controller):
                     conversations[index], seed=derive_seed(conversations[index].seed, "agreement", attempt)
                 )
                 for index in rows
+                for attempt in attempts
             ]
-            for index, each, reply in zip(rows, again, self._replies(again, RETRY_TEMPERATURE), strict=True):
-                if agrees_with_report(each, reply):
-                    replies[index] = reply
+            sampled = iter(zip(again, self._replies(again, RETRY_TEMPERATURE), strict=True))
+            for index in rows:
+                own = [next(sampled) for _ in attempts]
+                good = (reply for conversation, reply in own if agrees_with_report(conversation, reply))
+                replies[index] = next(good, replies[index])
 
     def _replies(self, conversations: Sequence[Conversation], temperature: float) -> list[str]:
         # Drafts in a thought look like actions and must not be executed.

@@ -25,7 +25,7 @@ from clvr_jax.errors import UsageError
 from clvr_jax.files.atomic_io import atomic_directory, read_json, write_json
 from clvr_jax.interfaces import Token
 from clvr_jax.interfaces.tokenizer import Tokenizer
-from clvr_jax.models.common.decoding import Generation, generate
+from clvr_jax.models.common.decoding import Generation, SplitModel, generate
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
 from clvr_jax.models.qwen3_vl.image_buckets import bucket_conversations
@@ -35,7 +35,6 @@ from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_o
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
 from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
 from clvr_jax.sharding import MeshLayout, process_allgather
-from clvr_jax.trees import Params
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class Qwen3VLPipeline:
     ):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.generation = generation or GenerationConfig()
-        self._split: tuple[Qwen3VL, nnx.GraphDef[Qwen3VL], Params] | None = None
+        self._split: tuple[Qwen3VL, SplitModel] | None = None
         check_qwen3_vl(model.config, tokenizer, image_processor)
 
     @classmethod
@@ -160,7 +159,7 @@ class Qwen3VLPipeline:
         """
         if len(conversations) != len(images):
             raise UsageError(f"chat: {len(conversations)} conversations but images for {len(images)}")
-        release_programs()  # every size of a batch, a text and a set of images has its own
+        release_programs(interval_seconds=2.0)  # every size of a batch, a text and a set of images has its own
         rows = [self.prepare(messages, own) for messages, own in zip(conversations, images, strict=True)]
         # Each batch size is compiled: few sizes are used, and a batch is padded with copies of the last row.
         padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
@@ -172,13 +171,13 @@ class Qwen3VLPipeline:
         )
         answer = process_allgather(
             generate(
-                self._on_device(),
+                self._split_model(),
                 batch,
                 max_new_tokens=max_new_tokens,
                 stop_tokens=self.generation.stop_tokens or tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
                 pad_token=self.tokenizer.pad_token_id,
                 temperature=temperature,
-                key=jax.random.key(seed) if isinstance(seed, int) else _row_keys(seed, len(padded)),
+                key=_keys(seed, len(padded)) if temperature else None,
                 top_logprobs=top_logprobs,
                 sampling=self.generation.sampling,
             )
@@ -198,14 +197,12 @@ class Qwen3VLPipeline:
             for row in range(len(rows))
         ]
 
-    def _on_device(self) -> Qwen3VL:
-        """Returns the model with its weights on the devices."""
-        if self.offloader is None:
-            return self.model
+    def _split_model(self) -> SplitModel:
+        """Returns the model, split once, with its weights on the devices."""
         if self._split is None or self._split[0] is not self.model:
-            self._split = (self.model, *nnx.split(self.model))
-        _, graphdef, state = self._split
-        return nnx.merge(graphdef, self.offloader.on_device(state))
+            self._split = self.model, SplitModel(*nnx.split(self.model))
+        split = self._split[1]
+        return split if self.offloader is None else SplitModel(split.graphdef, self.offloader.on_device(split.state))
 
     def _opened_thought(self, input_ids: Sequence[int]) -> str:
         """Returns the opening tag of a thought if the chat template already put it into the prompt, else ""."""
@@ -272,7 +269,12 @@ def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
     return {name: config.text.num_attention_heads, f"{name}'s vision tower": config.vision.num_heads}
 
 
-def _row_keys(seeds: Sequence[int], rows: int) -> jax.Array:
-    """Returns (rows,) keys, each that of a single conversation with its seed; rows without a seed repeat the last."""
+def _keys(seeds: int | Sequence[int], rows: int) -> jax.Array:
+    """Returns the key of a seed, or (rows,) keys, each that of a single conversation with its seed.
+
+    Rows without a seed repeat the last.
+    """
+    if isinstance(seeds, int):
+        return jax.random.key(seeds)
     filled = [*seeds, *[seeds[-1]] * (rows - len(seeds))]
     return jnp.stack([jax.random.fold_in(jax.random.key(seed), 0) for seed in filled])

@@ -15,6 +15,7 @@ from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike
 from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, Usage
 from clvr_jax.reasoning.conversation.actions import plan_items
+from clvr_jax.reasoning.retries import retry_rounds
 from clvr_jax.reasoning.verification.evidence import (
     ANSWER,
     answer_probability,
@@ -232,13 +233,20 @@ class ModelVerifier(Verifier):
             return not is_consistent(*pairs[index], answer.text.strip())
 
         remaining = [index for index, answer in enumerate(answers) if is_contradictory(index, answer)]
-        for attempt in range(self._comparison_retries):
-            sampled = self._chat(
-                [replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt) for index in remaining]
+        for attempts in retry_rounds(self._comparison_retries):
+            sampled = iter(
+                self._chat(
+                    [
+                        replace(requests[index], temperature=_RETRY_TEMPERATURE, seed=attempt)
+                        for index in remaining
+                        for attempt in attempts
+                    ]
+                )
             )
-            for index, answer in zip(remaining, sampled, strict=True):
-                if ANSWER.search(answer.text) and not is_contradictory(index, answer):
-                    answers[index] = answer
+            for index in remaining:
+                own = [next(sampled) for _ in attempts]
+                good = (each for each in own if ANSWER.search(each.text) and not is_contradictory(index, each))
+                answers[index] = next(good, answers[index])
             remaining = [index for index in remaining if is_contradictory(index, answers[index])]
 
     def _checked(self, requirement: str, answer: ChatResponse, description: ChatResponse | None = None) -> Requirement:

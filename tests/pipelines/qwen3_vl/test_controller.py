@@ -62,11 +62,12 @@ def test_a_reply_that_disagrees_with_the_report_is_sampled_again():
     plan = "Plan: red star top; blue cross left. Draw a red star at the top.<|image_gen|>"
     report = "I see red star top. Unmet: blue cross."
     due = Conversation("p", (plan,), (np.zeros((4, 4, 3), np.uint8),), report=report, seed=7)
-    model = Sampler(WRONG, "no reply at all", WRONG, RIGHT)
+    model = Sampler(WRONG, "no reply at all", WRONG, RIGHT, RIGHT + " ")
     assert VLMController(model).reply([due]) == [RIGHT]
     temperatures, seeds = zip(*model.calls, strict=True)
     assert temperatures[0] == 0 < min(temperatures[1:])
-    assert len(set(seeds)) == len(seeds) == 4
+    assert [len(each) for each in seeds] == [1, 1, 1, 2]  # attempts 2 and 3 share a batch
+    assert len({seed for each in seeds for seed in each}) == 5
     stubborn = Sampler(WRONG)
     assert VLMController(stubborn, agreement_retries=2).reply([due]) == [WRONG]
     assert len(stubborn.calls) == 3

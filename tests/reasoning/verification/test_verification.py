@@ -251,11 +251,13 @@ def test_an_answer_that_contradicts_the_description_is_sampled_again():
     def reply(question):
         if question.images:
             return "I see red star top."
-        return "red star top. yes" if question.temperature and question.seed == 2 else "no red star. no"
+        good = {2: "red star top. yes", 3: "red star top. yes, surely"}
+        return good.get(question.seed, "no red star. no") if question.temperature else "no red star. no"
 
     model = ScriptedModel(reply)
     (found,) = ModelVerifier(model, is_instructed=False).check([("red star",)], [IMAGE])
-    assert (found.accepted, len(model.questions)) == (True, 1 + 1 + 3)
+    assert (found.accepted, len(model.questions)) == (True, 1 + 1 + 4)  # attempts 2 and 3 share a batch
+    assert [question.seed for question in model.questions if question.temperature] == [0, 1, 2, 3]
     stubborn = ScriptedModel(lambda question: "I see red star top." if question.images else "no red star. no")
     (found,) = ModelVerifier(stubborn, is_instructed=False, comparison_retries=2).check([("red star",)], [IMAGE])
     assert (found.accepted, len(stubborn.questions)) == (False, 1 + 1 + 2)
