@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import jax
+
 from clvr_jax.data.preprocessing.text import bucket_for
-from clvr_jax.errors import ClvrError
+from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.interfaces import Message
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline, Flux2ImageGenerator, VLMController
+from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer, Qwen3VLPipeline
 from clvr_jax.reasoning.conversation.protocols import GeneratedImage
 from clvr_jax.reasoning.loop.work import (
@@ -25,6 +29,9 @@ from clvr_jax.reasoning.loop.work import (
     perform,
 )
 from clvr_jax.serving.scheduling.scheduler import Job, Task
+
+_SMALL_BYTES = 256 << 20
+"""Weights of all models together up to which calls run at the same time."""
 
 Size = tuple[int, int]
 """(height, width) in pixels."""
@@ -235,6 +242,32 @@ class ServedModels:
 
     def _bucket(self, length: int) -> int:
         return bucket_for(length, self.flux.settings.text_buckets)
+
+
+def check_calls(pipeline: ClosedLoopPipeline, calls: int | None) -> int:
+    """Returns the number of calls in which a batch is computed at the same time.
+
+    On a CPU each program of a small model runs on one core, so there are as many calls as cores, up to 4. The programs
+    of larger models use all cores, and each call reads all weights: one call. So it is on an accelerator.
+
+    Args:
+      pipeline: the models.
+      calls: the requested number, None for the best one.
+    Raises: UsageError if more than one is requested and not possible.
+    """
+    parts: list[Flux2Pipeline | Qwen3VLPipeline] = [pipeline.flux]
+    if isinstance(pipeline.controller, VLMController):
+        parts.append(pipeline.controller.pipeline)
+    # Programs of several devices that run in another order on each would wait for each other forever.
+    is_possible = all(part.layout is None and part.offloader is None for part in parts)
+    if calls is not None:
+        if calls > 1 and not is_possible:
+            raise UsageError(f"--concurrent-calls {calls}: must be 1 with --mesh.* or --offload")
+        return calls
+    size = sum(array.nbytes for array in jax.live_arrays())
+    if not is_possible or jax.default_backend() != "cpu" or size > _SMALL_BYTES:
+        return 1
+    return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def _sizes(images: Sequence[ImageLike]) -> tuple[Size, ...]:

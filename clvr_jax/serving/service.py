@@ -37,7 +37,7 @@ from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
 from clvr_jax.serving.scheduling.futures import deliver, deliver_error
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.scheduling.metrics import Metrics
-from clvr_jax.serving.scheduling.scheduler import DrainingError, QueueFullError, Scheduler
+from clvr_jax.serving.scheduling.scheduler import DrainingError, QueueFullError, Scheduler, split_by_job
 
 _NOT_STORED = "the result cannot be stored"
 _log = logging.getLogger("clvr.serving")
@@ -334,7 +334,9 @@ class Service:
             jobs = [LoopJob(spec, self.models, EventLog(None), lambda *_: None) for spec in specs]
             while tasks := [task for job in jobs for task in job.tasks(0.0)]:
                 for key in dict.fromkeys(task.key for task in tasks):
-                    self.models.perform(key, [task for task in tasks if task.key == key])
+                    batch = [task for task in tasks if task.key == key]
+                    for part in split_by_job(batch, self.limits.concurrent_calls, self.limits.image_rows):
+                        self.models.perform(key, part)
 
 
 @contextlib.contextmanager

@@ -68,6 +68,7 @@ def test_nothing_that_was_finished_is_lost(tmp_path):
         (["--host", "0.0.0.0"], "set a key in CLVR_TEST_KEY"),
         (["--port", "70000"], "--port must be from 0"),
         (["--image-rows", "3"], "image_rows must be 1, 2, 4, 8 or 16"),
+        (["--concurrent-calls", "17"], "concurrent_calls must be from 1 to 16"),
         (["--window-ms", "30"], "window must be from 0 to 0.02"),
         (["--keep-gb", "inf"], "keep_bytes must be from 0 to 1e+15"),
         (["--keep-days", "nan"], "keep_days must be from 0 to 1e+15"),

@@ -5,7 +5,7 @@ import os
 import secrets
 import socket
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import tyro
@@ -36,6 +36,9 @@ class LimitOptions:
     """Perform at most this many works (replies, generations, verifications) in one batch, up to 16."""
     window_ms: float = 5.0
     """Let the first work of a request wait this many milliseconds, up to 20, for others that can share its batch."""
+    concurrent_calls: int | None = None
+    """Compute a batch as this many calls of the models at the same time, up to 16. If not given: on a CPU the number of
+    its cores, at most 4, for models of at most 256 MiB together, whose programs use one core each; else 1."""
     image_rows: int = 1
     """Generate this many images in every call of the diffusion model: 1, 2, 4, 8 or 16. A call with fewer images is
     filled up, so that an image has the same bytes in any batch. With 1 it also has those of clvr generate."""
@@ -67,6 +70,7 @@ class LimitOptions:
             max_queue=self.max_queue,
             max_batch=self.max_batch,
             window_seconds=self.window_ms / 1000,
+            concurrent_calls=1 if self.concurrent_calls is None else self.concurrent_calls,
             image_rows=self.image_rows,
             max_body_bytes=self.max_body_mb << 20,
             max_pixels=self.max_pixels,
@@ -162,12 +166,13 @@ class Serve:
         with console.status(f"loading {self.model}"):
             pipeline = self._load()
         from clvr_jax.serving.jobs import LoopSpec
-        from clvr_jax.serving.models import ServedModels
+        from clvr_jax.serving.models import ServedModels, check_calls
         from clvr_jax.serving.run import serve
         from clvr_jax.serving.service import Service
 
         warm_up = [[LoopSpec(self.warm_up_prompt, number) for number in range(size)] for size in self.warm_up]
         models = ServedModels(pipeline, self.name or self.model, limits.image_rows)
+        limits = replace(limits, concurrent_calls=check_calls(pipeline, self.limits.concurrent_calls))
         service = Service(models, limits, store, warm_up)
         return serve(service, self.host, self.port, key, on_start=self._show)
 

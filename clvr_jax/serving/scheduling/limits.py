@@ -19,6 +19,8 @@ class Limits:
       max_queue: prompts and chats that wait; further ones are refused with status 429.
       max_batch: works in one batch, at most `MAX_BATCH`.
       window_seconds: how long the first work of a request waits for others that could share its batch.
+      concurrent_calls: calls in which a batch is performed at the same time, from 1 to `MAX_BATCH`. A part of a batch
+        has at least `image_rows` works.
       image_rows: rows in each call of the diffusion model, see `Flux2Pipeline.generate_each`.
       max_body_bytes: size of the body of a request.
       max_body_seconds: time until the body of a request is complete.
@@ -38,6 +40,7 @@ class Limits:
     max_queue: int = 64
     max_batch: int = MAX_BATCH
     window_seconds: float = 0.005
+    concurrent_calls: int = 1
     image_rows: int = 1
     max_body_bytes: int = 64 << 20
     max_body_seconds: float = 300.0
@@ -57,6 +60,8 @@ class Limits:
             raise UsageError(f"limits: a batch has from 1 to {MAX_BATCH} works, got {self.max_batch}")
         if not 0 <= self.window_seconds <= 0.02:
             raise UsageError(f"limits: the window must be from 0 to 0.02 seconds, got {self.window_seconds}")
+        if not 1 <= self.concurrent_calls <= MAX_BATCH:
+            raise UsageError(f"limits: concurrent_calls must be from 1 to {MAX_BATCH}, got {self.concurrent_calls}")
         if self.image_rows not in (1, 2, 4, 8, 16):
             raise UsageError(f"limits: image_rows must be 1, 2, 4, 8 or 16, got {self.image_rows}")
         for name in ("max_running", "max_queue", "max_body_bytes", "max_body_seconds", "max_pixels", "max_images",

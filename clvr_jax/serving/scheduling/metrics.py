@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -53,16 +54,19 @@ class Metrics:
         # JAX cannot remove a single listener; one server is made per process.
         jax.monitoring.register_event_duration_secs_listener(self._count_compilation)
 
-    def observe_batch(self, key: Any, size: int, seconds: float) -> None:
-        """Counts a batch of a key, which has a `stage`."""
+    def observe_batch(self, key: Any, sizes: Sequence[int], seconds: float) -> None:
+        """Counts a batch of a key, which has a `stage`. sizes: works in each of its calls."""
         stage = key.stage
-        self.batch_size.labels(stage).observe(size)
+        self.batch_size.labels(stage).observe(sum(sizes))
         self.stage_seconds.labels(stage).observe(seconds)
         is_generation = stage in ("generate", "one-shot")
         # The diffusion model computes full calls, the others a power of two.
-        rows = -(-size // self.image_rows) * self.image_rows if is_generation else 1 << (size - 1).bit_length()
+        rows = sum(
+            -(-size // self.image_rows) * self.image_rows if is_generation else 1 << (size - 1).bit_length()
+            for size in sizes
+        )
         self.rows.labels(stage).inc(rows)
-        self.padding.labels(stage).inc(rows - size)
+        self.padding.labels(stage).inc(rows - sum(sizes))
 
     def text(self) -> bytes:
         """Returns all metrics as Prometheus reads them."""

@@ -2,6 +2,9 @@
 
 Threads of the server only submit jobs and request stops. The device thread asks each job for its next tasks, collects
 tasks of one key from all jobs, performs them in one call, and asks again. Only it calls models and changes jobs.
+
+A program of a small model uses one core of a CPU. There a batch can be performed as several calls at the same time, on
+threads for which the device thread waits. All tasks of a job are in one of them, so one thread at a time changes a job.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,8 +53,26 @@ class Task:
     work: Any
 
 
+def split_by_job(tasks: Sequence[Task], parts: int, least: int = 1) -> list[list[Task]]:
+    """Splits a batch into parts that are performed at the same time.
+
+    Args:
+      tasks: at least one; those of one job stay together.
+      parts: maximum number of parts.
+      least: tasks in a part, on average; fewer parts are made of a smaller batch.
+    Returns: parts of similar size, none of them empty.
+    """
+    by_job: dict[str, list[Task]] = {}
+    for task in tasks:
+        by_job.setdefault(task.job.id, []).append(task)
+    found: list[list[Task]] = [[] for _ in range(max(1, min(parts, len(by_job), len(tasks) // least)))]
+    for own in by_job.values():
+        min(found, key=len).extend(own)
+    return found
+
+
 class Job(Protocol):
-    """What the scheduler runs. All methods are called by the device thread."""
+    """What the scheduler runs. All methods are called by the device thread, or by one for which it waits."""
 
     id: str
 
@@ -118,6 +139,7 @@ class Scheduler:
         self.is_ready = False
         self.failure: BaseException | None = None
         self._thread = threading.Thread(target=self._main, name="clvr-device", daemon=True)
+        self._calls = ThreadPoolExecutor(limits.concurrent_calls, "clvr-call")  # starts no thread before it is used
 
     def start(self) -> None:
         """Starts the device thread."""
@@ -216,14 +238,16 @@ class Scheduler:
             while (batch := self._next_batch()) is not None:
                 key, tasks = batch
                 began = time.monotonic()
-                self._perform_safely(key, tasks)
+                parts = split_by_job(tasks, self._limits.concurrent_calls, self._limits.image_rows)
+                self._perform_parts(key, parts)
                 seconds = time.monotonic() - began
-                self._metrics.observe_batch(key, len(tasks), seconds)
+                self._metrics.observe_batch(key, [len(part) for part in parts], seconds)
         except BaseException as error:
             self.failure = error
             _log.exception("the device thread failed")
             raise
         finally:
+            self._calls.shutdown(wait=False)
             self._fail_all()
 
     def _next_batch(self) -> tuple[Any, list[Task]] | None:
@@ -314,6 +338,16 @@ class Scheduler:
         self._average_seconds = 0.8 * self._average_seconds + 0.2 * (time.monotonic() - run.started)
         self._metrics.running.set(len(self._running))
         self._changed.notify_all()
+
+    def _perform_parts(self, key: Any, parts: Sequence[Sequence[Task]]) -> None:
+        """Performs the parts of a batch at the same time."""
+        if len(parts) == 1:
+            self._perform_safely(key, parts[0])
+            return
+        calls = [self._calls.submit(self._perform_safely, key, part) for part in parts]
+        wait(calls)
+        for call in calls:
+            call.result()  # raises what is no error of a request
 
     def _perform_safely(self, key: Any, tasks: Sequence[Task]) -> None:
         """Performs a batch; if it fails, each task by itself, so that one request does not spoil the others."""

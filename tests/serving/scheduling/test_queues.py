@@ -90,7 +90,15 @@ def test_groups_of_loops_grow_more_than_in_a_round_robin():
 
 
 @pytest.mark.parametrize(
-    "fields", [{"max_batch": 17}, {"window_seconds": 0.03}, {"image_rows": 3}, {"max_queue": 0}, {"keep_days": -1}]
+    "fields",
+    [
+        {"max_batch": 17},
+        {"window_seconds": 0.03},
+        {"image_rows": 3},
+        {"max_queue": 0},
+        {"keep_days": -1},
+        {"concurrent_calls": 0},
+    ],
 )
 def test_limits_are_checked(fields):
     with pytest.raises(UsageError, match="limits: "):

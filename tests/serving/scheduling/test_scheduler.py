@@ -9,7 +9,7 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.serving.models import StageKey
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.scheduling.metrics import Metrics
-from clvr_jax.serving.scheduling.scheduler import Scheduler, Task
+from clvr_jax.serving.scheduling.scheduler import Scheduler, Task, split_by_job
 
 
 class OneWork:
@@ -40,8 +40,8 @@ def run():
     """Runs jobs, submitted together, on a device that performs batches by a function."""
     schedulers = []
 
-    def start(perform, *names):
-        scheduler = Scheduler(perform, Limits(window_seconds=0.02), Metrics())
+    def start(perform, *names, **limits):
+        scheduler = Scheduler(perform, Limits(window_seconds=0.02, **limits), Metrics())
         schedulers.append(scheduler)
         jobs = [OneWork(name) for name in names]
         scheduler.start()
@@ -105,3 +105,45 @@ def test_a_job_that_is_stopped_while_it_is_performed_is_not_asked_for_its_work_a
     assert (kept.result.result(60), unwanted.result.result(60)) == ("done", "canceled")
     assert unwanted.asked == 2, "at first, and once it was stopped"
     assert not scheduler.is_stopping(unwanted)
+
+
+def test_the_parts_of_a_batch_are_performed_at_the_same_time(run):
+    both, threads = threading.Barrier(2), {}
+
+    def perform(key, tasks, is_stopping):
+        both.wait(60)  # one call after the other would wait in vain
+        threads.update({task.work: threading.get_ident() for task in tasks})
+        for task in tasks:
+            done(task)
+        return []
+
+    scheduler, jobs = run(perform, *"abcde", concurrent_calls=2)
+    assert [job.result.result(60) for job in jobs] == ["done"] * 5
+    assert len(set(threads.values())) == 2
+    text = scheduler._metrics.text().decode()
+    assert 'clvr_batch_size_sum{stage="verify"} 5.0' in text
+    assert 'clvr_rows_total{stage="verify"} 6.0' in text, "calls of 3 and 2 works compute 4 and 2 rows"
+
+
+def test_a_part_that_fails_leaves_the_others_and_fails_its_bad_job_only(run):
+    def perform(key, tasks, is_stopping):
+        if any(task.work == "bad" for task in tasks):
+            raise ClvrError("bad")
+        for task in tasks:
+            done(task)
+        return []
+
+    _, (bad, *others) = run(perform, "bad", "b", "c", "d", concurrent_calls=2)
+    assert [job.result.result(60) for job in others] == ["done"] * 3
+    with pytest.raises(ClvrError, match="bad"):
+        bad.result.result(60)
+
+
+def test_a_job_stays_in_one_part_and_small_batches_are_not_split():
+    first, second, third = (OneWork(name) for name in "abc")
+    tasks = [Task(None, job, number) for number, job in enumerate((first, first, second, first, third))]
+    parts = split_by_job(tasks, 2)
+    assert [[task.job.id for task in part] for part in parts] == [["a", "a", "a"], ["b", "c"]]
+    assert len(split_by_job(tasks, 8)) == 3, "there are three jobs"
+    assert split_by_job(tasks, 2, least=4) == [[tasks[0], tasks[1], tasks[3], tasks[2], tasks[4]]]
+    assert split_by_job(tasks[:1], 4, least=8) == [tasks[:1]]
