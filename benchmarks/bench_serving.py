@@ -26,10 +26,13 @@ from pathlib import Path
 import httpx2
 import numpy as np
 import tyro
+from serving_bound import device_bound
 
+from clvr_jax.serving.jobs import LoopSpec, Mode
 from clvr_jax.worlds.shapes.prompts import train_prompt
 
 MAX_QUEUE = 64
+MODES: tuple[Mode, ...] = ("one-shot", "loop")
 _TIMEOUT = 600
 """Seconds for one answer; a server that loads or compiles on a busy machine is silent for a while."""
 _MALFORMED = [{}, {"prompt": ""}, {"prompt": "x", "n": 99}, {"prompt": "x", "unknown": 1}, {"prompt": "x", "size": "a"}]
@@ -183,6 +186,32 @@ def mean_batches(url: str, clients: int, count: int) -> dict[str, float]:
     return {stage: round(works / number, 2) for stage, (works, number) in new.items()}
 
 
+def shares(url: str, before: dict[str, float], seconds: float) -> str:
+    """What the device thread did since `before`: its share of the time, filled rows, and works in a batch by stage."""
+    new = {name: value - before.get(name, 0.0) for name, value in device_counters(url).items()}
+
+    def total(name: str) -> float:
+        return sum(value for key, value in new.items() if key.startswith(f"clvr_{name}{{"))
+
+    sizes = {
+        stage: round(new[f'clvr_batch_size_sum{{stage="{stage}"}}'] / count, 1)
+        for key, count in new.items()
+        if count and (stage := key.partition('"')[2][:-2]) and key.startswith("clvr_batch_size_count")
+    }
+    return (
+        f"device thread computes {total('stage_seconds_sum') / seconds:.0%} of the time, "
+        f"{total('padding_rows_total') / total('rows_total'):.0%} of rows are padding, works in a batch {sizes}"
+    )
+
+
+def device_counters(url: str) -> dict[str, float]:
+    """The counters of the device thread so far, by name and stage."""
+    text = httpx2.get(f"{url}/metrics", timeout=_TIMEOUT).text
+    names = "batch_size_sum|batch_size_count|stage_seconds_sum|rows_total|padding_rows_total"
+    found = re.findall(rf'^(clvr_(?:{names}){{stage="[\w-]+"}}) ([\d.e+-]+)', text, re.MULTILINE)
+    return {name: float(value) for name, value in found}
+
+
 def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
     """How many loops have which status after the process was killed, by their status before."""
     with httpx2.Client(base_url=url, timeout=_TIMEOUT) as client:
@@ -190,38 +219,11 @@ def after_restart(url: str, before: dict[str, str]) -> Counter[str]:
     return Counter(f"{status} -> {now.get(loop, 'lost')}" for loop, status in before.items())
 
 
-def device_bound(model: str, rows: int = 8) -> None:
-    """Prints processor seconds of the models called directly, as a batch and one by one: what batches can gain."""
-    from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
-    from clvr_jax.reasoning.conversation.protocols import Conversation
-
-    pipe = ClosedLoopPipeline.from_pretrained(model)
-    verifier, controller = pipe.verifier, pipe.controller
-    assert verifier is not None
-    assert controller is not None
-    prompts = [prompt_of(number) for number in range(rows)]
-    required = verifier.derive(prompts)
-    chats = [Conversation(text, seed=n, requirements=required[n]) for n, text in enumerate(prompts)]
-    images = pipe.flux.generate_each(prompts, [[]] * rows, list(range(rows)), rows_per_call=1).images
-    stages: dict[str, Callable[[list[int]], object]] = {
-        "requirements": lambda part: verifier.derive([prompts[n] for n in part]),
-        "reply": lambda part: controller.reply([chats[n] for n in part]),
-        "verify": lambda part: verifier.check([required[n] for n in part], [images[n] for n in part]),
-        "one-shot": lambda part: pipe.flux.generate_each([prompts[n] for n in part], [[]] * len(part), part),
-    }
-    for name, call in stages.items():
-        seconds = []
-        for parts in ([list(range(rows))], [[n] for n in range(rows)]):
-            for _ in range(2):  # the first time compiles
-                began = time.process_time()
-                for part in parts:
-                    call(part)
-                taken = time.process_time() - began
-            seconds.append(taken)
-        together, alone = seconds
-        print(
-            f"{name}: batch of {rows} {together:.2f} s, one by one {alone:.2f} s, {alone / together:.2f}x", flush=True
-        )
+def print_bound(model: str, images: int) -> None:
+    """Prints what the models alone reach in full batches: the bound of the server's images per second."""
+    for mode in MODES if images else ():
+        print(f"{mode}, the works of {images} prompts without a server:", flush=True)
+        device_bound(model, [LoopSpec(prompt_of(number), number, mode) for number in range(images)])
 
 
 def step_cost(model: str, repeats: int = 20) -> None:
@@ -261,28 +263,30 @@ def main(
 
     Args:
       model: to serve.
-      images: per measurement of throughput; 0 leaves it out.
+      images: per measurement of throughput, and of the bound that the models alone set; 0 leaves both out.
       requests: of the endurance test; 0 leaves it out, and the restart.
       equality_requests: made alone and in a crowd; 0 leaves them out.
       batch_clients: loops that run at the same time, for the mean number of works in a batch; 0 leaves them out.
       batch_loops: loops of each of these clients, one after the other.
       image_rows: of the server.
-      bound: call the models directly instead, with batches of 8 and of 1, and with the denoising steps of an image in
-        one call and in a call each.
+      bound: call the models directly instead, for the works of `--images` prompts, in batches of 1 and of 8: what
+        batches can gain. Then with the denoising steps of an image in one call and in a call each.
     """
     load = Path("/proc/loadavg").read_text().split()[0]
     print(f"load of the machine before: {load}, {os.cpu_count()} CPUs", flush=True)
     if bound:
-        device_bound(model)
+        print_bound(model, images)
         step_cost(model)
         return
     with tempfile.TemporaryDirectory() as out:
         before: dict[str, str] = {}
         with serving(model, image_rows, out) as (url, process):
-            for mode in ("one-shot", "loop") if images else ():
+            for mode in MODES if images else ():
                 throughput(url, 8, min(images, 8), mode)  # compiles
-                single, eight = throughput(url, 1, images, mode), throughput(url, 8, images, mode)
+                single, before_eight = throughput(url, 1, images, mode), device_counters(url)
+                eight = throughput(url, 8, images, mode)
                 print(f"{mode}: 1 client {single:.2f} images/s, 8 clients {eight:.2f}, {eight / single:.2f}x")
+                print(f"{mode}, 8 clients: {shares(url, before_eight, images / eight)}", flush=True)
             if batch_clients:
                 found = mean_batches(url, batch_clients, batch_loops * batch_clients)
                 print(f"mean batch, {batch_clients} clients:", found, flush=True)
@@ -302,6 +306,7 @@ def main(
         if requests:
             with serving(model, image_rows, out) as (url, _):
                 print("killed and started again:", dict(after_restart(url, before)))
+    print_bound(model, images)
 
 
 if __name__ == "__main__":
