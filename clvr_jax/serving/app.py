@@ -23,14 +23,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from clvr_jax.serving.api.bodies import bounded_receive, too_large
 from clvr_jax.serving.api.chat import chat_routes
 from clvr_jax.serving.api.edits import edit_routes
-from clvr_jax.serving.api.errors import ApiError, api_error, error_body, of_validation
 from clvr_jax.serving.api.images import image_routes
 from clvr_jax.serving.api.loops import loop_routes
-from clvr_jax.serving.api.requests import UNSUPPORTED
 from clvr_jax.serving.api.responses import response_routes
+from clvr_jax.serving.errors import ApiError, api_error, error_body, of_validation
 from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.page_routes import is_page, page_routes
+from clvr_jax.serving.requests import UNSUPPORTED
 from clvr_jax.serving.service import Service
 
 _OPEN_PATHS = ("/health", "/ready")

@@ -20,9 +20,9 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import ImageLike, encode_png
 from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.reasoning.trajectories.page import shared_texts, style_sheet
-from clvr_jax.serving.api.errors import ApiError
-from clvr_jax.serving.api.requests import MAX_CANDIDATES, MAX_PROMPT_CHARACTERS
+from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.index.shared import SharedStore
+from clvr_jax.serving.requests import MAX_CANDIDATES, MAX_PROMPT_CHARACTERS
 from clvr_jax.serving.service import Service
 
 _PATH = "/page/"

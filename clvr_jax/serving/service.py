@@ -24,16 +24,16 @@ from clvr_jax.providers.base64_text import decode_base64, read_data_url
 from clvr_jax.providers.failures import Failure
 from clvr_jax.reasoning.loop.budget import Budget
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.api.errors import ApiError, api_error, message_of
-from clvr_jax.serving.api.requests import MEDIUM_STEPS, ImageRequest, LoopFields
+from clvr_jax.serving.errors import ApiError, api_error, message_of
 from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.index import records as states
 from clvr_jax.serving.index.records import Run
-from clvr_jax.serving.index.replica import Replica
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
 from clvr_jax.serving.index.store import LoopStore
 from clvr_jax.serving.jobs import INTERRUPTED, ChatJob, LoopJob, LoopSpec
 from clvr_jax.serving.models import ChatWork, Sampling, ServedModels
+from clvr_jax.serving.replicas.replica import Replica
+from clvr_jax.serving.requests import MEDIUM_STEPS, ImageRequest, LoopFields
 from clvr_jax.serving.scheduling.futures import deliver, deliver_error
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.scheduling.metrics import Metrics

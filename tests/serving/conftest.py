@@ -1,6 +1,7 @@
-"""One real server for all tests: uvicorn in a thread, with the shipped model, on loopback."""
+"""One real server for all tests: uvicorn in a thread, with the shipped model, on loopback; and one PostgreSQL."""
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -9,7 +10,9 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import sqlalchemy as sql
 import uvicorn
+from sqlalchemy.exc import OperationalError
 
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.serving.app import make_app
@@ -18,10 +21,12 @@ from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.models import ServedModels
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
+from tests.serving.index.postgres import postgresql
 
 KEY = "sk-test-of-the-server"
 PROMPT = "a red circle"
 LIMITS = Limits(max_running=4, max_queue=4, max_body_bytes=1 << 20, max_pixels=128 * 128, keepalive_seconds=0.05)
+_databases = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -128,3 +133,31 @@ def held_step(server, monkeypatch):
     yield held
     held.released.set()
     wait_until(lambda: not server.service.jobs)
+
+
+@pytest.fixture(scope="session")
+def postgres_server():
+    """The URL of a PostgreSQL server that accepts connections."""
+    with postgresql() as url:
+        engine = sql.create_engine(url.replace("postgresql:", "postgresql+psycopg:") + "/postgres")
+        for _ in range(600):
+            try:
+                engine.connect().close()
+                break
+            except OperationalError:
+                time.sleep(0.1)
+        engine.dispose()
+        yield url
+
+
+@pytest.fixture
+def postgres_url(postgres_server):
+    """The URL of an empty database."""
+    name = f"test_{next(_databases)}"
+    engine = sql.create_engine(
+        postgres_server.replace("postgresql:", "postgresql+psycopg:") + "/postgres", isolation_level="AUTOCOMMIT"
+    )
+    with engine.connect() as connection:
+        connection.exec_driver_sql(f"CREATE DATABASE {name}")
+    engine.dispose()
+    return f"{postgres_server}/{name}"

@@ -11,7 +11,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import Message, Receive
 
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.errors import ApiError
 
 MAX_VALUES = 100_000
 """Maximum number of values in a JSON body; each takes up to 100 bytes, and reading many holds all other requests."""

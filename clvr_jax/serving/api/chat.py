@@ -15,12 +15,12 @@ from clvr_jax.interfaces import Message, Token
 from clvr_jax.pipelines.qwen3_vl import ChatAnswer
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError, api_error
 from clvr_jax.serving.api.image_chat import answer_with_image
-from clvr_jax.serving.api.requests import ONLY_IMAGES, ChatRequest, TextPart
 from clvr_jax.serving.api.streams import event_bytes, result_of, stream_response, with_keepalive
+from clvr_jax.serving.errors import ApiError, api_error
 from clvr_jax.serving.jobs import ChatJob
 from clvr_jax.serving.models import ChatWork
+from clvr_jax.serving.requests import ONLY_IMAGES, ChatRequest, TextPart
 from clvr_jax.serving.service import Service
 
 DEFAULT_TOKENS = 256

@@ -16,13 +16,13 @@ from clvr_jax.reasoning.loop.editable import EditablePromptState, branch_off
 from clvr_jax.reasoning.trajectories.edits import EditError, check_instruction, check_requirements
 from clvr_jax.reasoning.trajectories.trajectory import Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError
 from clvr_jax.serving.api.loops import OWN_FIELDS, entry_of, loop_item, running_loop
-from clvr_jax.serving.api.requests import BranchRequest, PlanRequest, RollbackRequest, stored_request
+from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.index.records import Run
-from clvr_jax.serving.index.remote import carry_out_elsewhere
 from clvr_jax.serving.index.shared import SharedStore
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
+from clvr_jax.serving.replicas.remote import carry_out_elsewhere
+from clvr_jax.serving.requests import BranchRequest, PlanRequest, RollbackRequest, stored_request
 from clvr_jax.serving.scheduling.scheduler import EndedError
 from clvr_jax.serving.service import Service
 

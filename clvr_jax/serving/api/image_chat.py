@@ -12,9 +12,11 @@ from pydantic import ValidationError
 from starlette.responses import JSONResponse, Response
 
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Trajectory
-from clvr_jax.serving.api.errors import ApiError, api_error, of_validation
 from clvr_jax.serving.api.images import entry_for, usage_of
-from clvr_jax.serving.api.requests import (
+from clvr_jax.serving.api.streams import event_bytes, result_of, stream_response, with_keepalive
+from clvr_jax.serving.errors import ApiError, api_error, of_validation
+from clvr_jax.serving.jobs import LoopJob
+from clvr_jax.serving.requests import (
     ONLY_TEXT,
     UNSUPPORTED,
     ChatMessage,
@@ -24,8 +26,6 @@ from clvr_jax.serving.api.requests import (
     LoopOptions,
     TextPart,
 )
-from clvr_jax.serving.api.streams import event_bytes, result_of, stream_response, with_keepalive
-from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.service import Service
 
 

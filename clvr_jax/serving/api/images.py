@@ -19,10 +19,10 @@ from clvr_jax.files.image_io import ImageLike, as_pil
 from clvr_jax.reasoning.conversation.context import conditioning_text
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError, api_error, of_validation
-from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest, ImageRequest
 from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, result_of, stream_response
+from clvr_jax.serving.errors import ApiError, api_error, of_validation
 from clvr_jax.serving.jobs import LoopJob
+from clvr_jax.serving.requests import UNSUPPORTED, EditRequest, ImageRequest
 from clvr_jax.serving.service import Service, encode
 
 

@@ -12,13 +12,13 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from clvr_jax.files.json_input import UncheckedJSON
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, STOPPED
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import NO_IMAGE, ApiError
-from clvr_jax.serving.api.requests import LoopRequest
 from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, stream_response
+from clvr_jax.serving.errors import NO_IMAGE, ApiError
 from clvr_jax.serving.event_log import Event, EventLog
 from clvr_jax.serving.index.records import FAILED, RUNNING, Run
-from clvr_jax.serving.index.remote import follow_elsewhere, stop_elsewhere
 from clvr_jax.serving.jobs import LoopJob
+from clvr_jax.serving.replicas.remote import follow_elsewhere, stop_elsewhere
+from clvr_jax.serving.requests import LoopRequest
 from clvr_jax.serving.service import Service
 
 _MAX_PAGE = 100

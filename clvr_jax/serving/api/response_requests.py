@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from clvr_jax.serving.api.errors import ApiError
-from clvr_jax.serving.api.requests import MAX_PROMPT_CHARACTERS, EditRequest, LoopOptions, StrictModel
+from clvr_jax.serving.errors import ApiError
+from clvr_jax.serving.requests import MAX_PROMPT_CHARACTERS, EditRequest, LoopOptions, StrictModel
 
 _MAX_ITEMS = 256
 _Text = Annotated[str, Field(max_length=MAX_PROMPT_CHARACTERS)]

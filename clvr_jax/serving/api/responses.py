@@ -21,14 +21,14 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.files.image_io import as_pil
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, Step, Trajectory
 from clvr_jax.serving.api.bodies import BoundedRoute
-from clvr_jax.serving.api.errors import ApiError, message_of, of_validation
 from clvr_jax.serving.api.images import conditioning_of, format_fields, size_of, usage_of
 from clvr_jax.serving.api.loops import entry_of
-from clvr_jax.serving.api.requests import UNSUPPORTED, EditRequest, stored_request
 from clvr_jax.serving.api.response_requests import InputImageCall, ResponseRequest, ToolChoice
 from clvr_jax.serving.api.streams import KEEPALIVE, event_bytes, result_of, stream_response
+from clvr_jax.serving.errors import ApiError, message_of, of_validation
 from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.jobs import LoopJob
+from clvr_jax.serving.requests import UNSUPPORTED, EditRequest, stored_request
 from clvr_jax.serving.service import Service, encode
 
 STORED = "response"

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from fastapi import Request
 from starlette.responses import StreamingResponse
 
-from clvr_jax.serving.api.errors import ApiError, api_error
+from clvr_jax.serving.errors import ApiError, api_error
 
 Result = TypeVar("Result")
 KEEPALIVE = b": keepalive\n\n"

@@ -1,1 +1,1 @@
-"""The index of loops, in SQLite or PostgreSQL, their files, in a directory or a bucket, and how replicas share both."""
+"""The index of loops, in SQLite or PostgreSQL, and their files, in a directory or a bucket; replicas share both."""

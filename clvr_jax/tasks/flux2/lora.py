@@ -13,7 +13,7 @@ from clvr_jax.models.common.lora import LoRAConfig
 from clvr_jax.tasks.bundles import Export
 from clvr_jax.tasks.flux2.models import Flux2Models
 from clvr_jax.tasks.flux2.sft import FlowMatchingConfig, flow_matching_task
-from clvr_jax.training.optimization.lora import lora_task
+from clvr_jax.training.lora import lora_task
 from clvr_jax.training.prefetch import Batches
 from clvr_jax.training.trainer import Task, TrainConfig
 from clvr_jax.trees import Params

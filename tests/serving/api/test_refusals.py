@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from clvr_jax.serving.api.bodies import bounded_receive
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.errors import ApiError
 from tests.serving.conftest import PROMPT
 
 GENERATE, EDIT, CHAT, LOOPS = "/v1/images/generations", "/v1/images/edits", "/v1/chat/completions", "/v1/loops"

@@ -12,9 +12,9 @@ from clvr_jax.serving.event_log import EventLog
 from clvr_jax.serving.index.files import DirectoryFiles
 from clvr_jax.serving.index.rows import event_from, run_from
 from clvr_jax.serving.index.shared import SharedStore
-from clvr_jax.serving.index.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.models import StageKey
+from clvr_jax.serving.replicas.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.scheduling.limits import Limits
 from tests.reasoning.loop.test_resumable import GIVEN, NoisyVerifier
 from tests.reasoning.scripted import NoisyController, NoisyDrawer

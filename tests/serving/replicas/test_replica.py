@@ -8,16 +8,16 @@ import pytest
 
 from clvr_jax.reasoning import Budget
 from clvr_jax.reasoning.loop.work import Roles, perform
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import EventLog
-from clvr_jax.serving.index import remote
 from clvr_jax.serving.index.records import Command, Progress
-from clvr_jax.serving.index.remote import stop_elsewhere
-from clvr_jax.serving.index.replica import EVENT_GAP, MAX_RESUMPTIONS
 from clvr_jax.serving.index.shared import SharedStore
-from clvr_jax.serving.index.specs import given_files, spec_to_json
 from clvr_jax.serving.jobs import LoopJob, LoopSpec
 from clvr_jax.serving.models import StageKey
+from clvr_jax.serving.replicas import remote
+from clvr_jax.serving.replicas.remote import stop_elsewhere
+from clvr_jax.serving.replicas.replica import EVENT_GAP, MAX_RESUMPTIONS
+from clvr_jax.serving.replicas.specs import given_files, spec_to_json
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
 from tests.reasoning.loop.test_resumable import GIVEN, NoisyVerifier

@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
-from clvr_jax.serving.api.errors import ApiError
+from clvr_jax.serving.errors import ApiError
 from clvr_jax.serving.event_log import Event
 from clvr_jax.serving.index.records import Command, Run
 from clvr_jax.serving.index.shared import SharedStore

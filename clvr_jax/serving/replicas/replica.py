@@ -15,14 +15,14 @@ from clvr_jax.errors import ClvrError
 from clvr_jax.reasoning.loop.editable import EditablePromptState
 from clvr_jax.reasoning.trajectories.edits import EditError
 from clvr_jax.reasoning.trajectories.trajectory import CANCELED, STOPPED
-from clvr_jax.serving.api.errors import NO_IMAGE, message_of
+from clvr_jax.serving.errors import NO_IMAGE, message_of
 from clvr_jax.serving.event_log import Event, EventLog
 from clvr_jax.serving.index.records import Command, Progress, Run
 from clvr_jax.serving.index.rows import DamagedRowError
 from clvr_jax.serving.index.shared import LostLeaseError, SharedStore
-from clvr_jax.serving.index.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.index.tables import IndexUnavailableError
 from clvr_jax.serving.jobs import INTERRUPTED, LoopJob, LoopSpec
+from clvr_jax.serving.replicas.specs import capture, given_files, restore, spec_to_json
 from clvr_jax.serving.scheduling.scheduler import DrainingError, EndedError, QueueFullError
 
 if TYPE_CHECKING:

@@ -1,0 +1,1 @@
+"""What servers that share one index do: leases, commands between them, and loops that one takes over from another."""
