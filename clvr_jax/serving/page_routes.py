@@ -59,7 +59,7 @@ def page_routes(service: Service, needs_key: bool) -> APIRouter:
         html = render_page("clvr_jax.serving", "page/index.html", needs_key=needs_key)
         return Response(html, headers=_HEADERS, media_type="text/html")
 
-    @router.get(_PATH + "{name}", include_in_schema=False)
+    @router.get(_PATH + "{name:path}", include_in_schema=False)
     async def file(name: str) -> Response:
         """Returns a file of the page."""
         if name not in files:
@@ -97,12 +97,14 @@ def page_routes(service: Service, needs_key: bool) -> APIRouter:
 
 
 def _page_files() -> dict[str, tuple[bytes, str]]:
-    """Returns name -> (content, media type) of all files of the page but index.html."""
+    """Returns path below /page/ -> (content, media type) of all files of the page but index.html."""
     texts = f"export const texts = {json.dumps(shared_texts())};\n"
     files = {"texts.js": (texts.encode(), "text/javascript"), "trajectory.css": (style_sheet().encode(), "text/css")}
-    for entry in resources.files("clvr_jax.serving").joinpath("page").iterdir():
-        if (kind := _TYPES.get(Path(entry.name).suffix)) is not None:
-            files[entry.name] = (entry.read_bytes(), kind)
+    page = resources.files("clvr_jax.serving").joinpath("page")
+    for prefix, directory in (("", page), ("loop/", page.joinpath("loop"))):
+        for entry in directory.iterdir():
+            if (kind := _TYPES.get(Path(entry.name).suffix)) is not None:
+                files[prefix + entry.name] = (entry.read_bytes(), kind)
     return files
 
 

@@ -4,7 +4,7 @@ import { Api } from "./api.js";
 import { Compose } from "./compose.js";
 import { find } from "./dom.js";
 import { History } from "./history.js";
-import { LoopView } from "./loop_view.js";
+import { LoopView } from "./loop/loop_view.js";
 
 const NARROW = matchMedia("(max-width: 62rem)");
 const LOOP_ID = /^#(loop_[0-9a-f]{24})$/;

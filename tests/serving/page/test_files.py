@@ -3,9 +3,11 @@
 import asyncio
 import base64
 import io
+import posixpath
 import re
 import zipfile
 from importlib import resources
+from pathlib import Path
 
 import httpx2
 import numpy as np
@@ -36,12 +38,17 @@ def test_the_page_needs_no_key_and_holds_none(server):
         assert 'data-needs-key="true"' in page.text
         names = re.findall(r'(?:src|href)="/page/([^"]+)"', page.text)
         assert {"main.js", "app.css", "trajectory.css", "icon.svg"} <= set(names)
-        modules = {"main.js"}
-        while new := {name for name in modules if name not in names}:
+        modules, read = {"main.js"}, set()
+        while new := modules - read:
             for name in new:
-                names.append(name)
-                modules |= set(re.findall(r'from "\./([^"]+)"', anybody.get(f"/page/{name}").text))
+                read.add(name)
+                text = anybody.get(f"/page/{name}").text
+                modules |= {
+                    posixpath.normpath(posixpath.join(posixpath.dirname(name), path))
+                    for path in re.findall(r'from "(\.[^"]+)"', text)
+                }
         texts = [anybody.get(f"/page/{name}") for name in {*names, *modules}]
+        assert {"dom.js", "texts.js", "loop/loop_view.js", "loop/verification.js"} <= modules
         for answer in (page, *texts):
             assert answer.status_code == 200, answer.url
             assert KEY not in answer.text
@@ -62,7 +69,7 @@ def test_nothing_of_another_origin_and_nothing_inline_is_allowed(http):
 
 
 @pytest.mark.parametrize(
-    "path", ["/page/", "/page/none.js", "/page/index.html", "/page/..%2f__init__.py", "/page/a/b.js"]
+    "path", ["/page/", "/page/none.js", "/page/index.html", "/page/..%2f__init__.py", "/page/loop", "/page/a/b.js"]
 )
 def test_no_other_file_is_sent(http, path):
     answer = http.get(path)
@@ -71,10 +78,8 @@ def test_no_other_file_is_sent(http, path):
 
 def test_no_module_makes_markup_of_text():
     """The page inserts texts as text nodes; a function that parses markup would open it to prompts and replies."""
-    modules = [
-        entry for entry in resources.files("clvr_jax.serving").joinpath("page").iterdir() if entry.name.endswith(".js")
-    ]
-    assert len(modules) > 5
+    modules = list(Path(str(resources.files("clvr_jax.serving").joinpath("page"))).rglob("*.js"))
+    assert len(modules) > 10
     for module in modules:
         banned = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|DOMParser|setHTML|\beval\(|new Function"
         assert not re.search(banned, module.read_text(encoding="utf-8")), module.name

@@ -31,8 +31,8 @@ def test_markup_of_models_stays_text_and_a_doubt_is_named(open_page):
     verification = {"requirements": requirements, "description": _MARKUP, "verifier": _MARKUP}
     page.evaluate(
         """async (verification) => {
-          const { checks, board } = await import("/page/verification.js");
-          const { showTimeline } = await import("/page/timeline.js");
+          const { checks, board } = await import("/page/loop/verification.js");
+          const { showTimeline } = await import("/page/loop/timeline.js");
           const step = { number: 0, imageId: null, verification, rolledBack: false, references: [], nfe: 4, seconds: 1,
             attempts: 1, reasoning: verification.description };
           const list = document.createElement("ol");

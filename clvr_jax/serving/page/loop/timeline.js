@@ -1,11 +1,11 @@
 // The timeline of a loop: one entry for each image, one for what happens now, one for the end.
 
-import { fillList, h, secondsText } from "./dom.js";
+import { fillList, h, secondsText } from "../dom.js";
 import { editEntry } from "./edits.js";
 import { isAccepted, isEnded, unmetTexts } from "./loop_state.js";
-import { loopImage } from "./image.js";
+import { loopImage } from "../image.js";
 import { checks, unmetCount } from "./verification.js";
-import { texts } from "./texts.js";
+import { texts } from "../texts.js";
 
 const WIDTH = 220;
 const UNMET = /(?<![\p{L}\p{N}_<])\*{0,2}Unmet\*{0,2}:\*{0,2}[ \t]*.*?(?:\.(?=\s|$)|\n|$)/u;

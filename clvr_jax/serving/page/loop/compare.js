@@ -1,6 +1,6 @@
 // Two images on top of each other, with a slider that moves the border between them.
 
-import { fill, find, h } from "./dom.js";
+import { fill, find, h } from "../dom.js";
 
 const WIDTH = 384;
 const SMALL = 128;

@@ -1,6 +1,6 @@
 // Changes of a loop by its user: plan, next instruction, rollback and branches.
 
-import { find, h } from "./dom.js";
+import { find, h } from "../dom.js";
 import { isEnded } from "./loop_state.js";
 
 const MAX_SEED = 2 ** 31 - 1;

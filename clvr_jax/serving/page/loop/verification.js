@@ -1,8 +1,8 @@
 // Verifications, in the form and style of reasoning/trajectories/page.html; a test compares the two.
 
-import { h, probabilityText } from "./dom.js";
+import { h, probabilityText } from "../dom.js";
 import { expectation, unmetTexts } from "./loop_state.js";
-import { texts } from "./texts.js";
+import { texts } from "../texts.js";
 
 /** "met", "doubt", "unmet" or "no answer". In doubt is what is unmet although it is more probably met than not. */
 export function stateOf(requirement) {

@@ -1,16 +1,16 @@
 // One loop: its events, what is known about it, and what can be done with it.
 
-import { fill, find, h, plural, secondsText } from "./dom.js";
+import { fill, find, h, plural, secondsText } from "../dom.js";
 import { apply, complete, initialState, isAccepted, isEnded, unmetTexts } from "./loop_state.js";
 import { Compare } from "./compare.js";
 import { Controls } from "./controls.js";
 import { downloadArchive, downloadImage } from "./downloads.js";
 import { parentNote } from "./edits.js";
-import { confirmButton } from "./history.js";
-import { loopImage } from "./image.js";
+import { confirmButton } from "../history.js";
+import { loopImage } from "../image.js";
 import { showTimeline } from "./timeline.js";
 import { board, unmetCount } from "./verification.js";
-import { texts } from "./texts.js";
+import { texts } from "../texts.js";
 
 const RESULT_WIDTH = 384;
 const LONG_PROMPT = 140;

@@ -1,7 +1,7 @@
 // What the user changed, in the form and style of reasoning/trajectories/page.html; a test compares the two.
 
-import { h } from "./dom.js";
-import { texts } from "./texts.js";
+import { h } from "../dom.js";
+import { texts } from "../texts.js";
 
 /** One change of a running loop, as an entry of the timeline. */
 export function editEntry(edit) {

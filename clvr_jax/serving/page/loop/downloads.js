@@ -1,6 +1,6 @@
 // Files: a PNG with its parameters in a text chunk, and the archive of a loop.
 
-import { fileName, save } from "./dom.js";
+import { fileName, save } from "../dom.js";
 
 /** Downloads the image of a step. Its parameters are in the PNG's text "parameters", as JSON. */
 export async function downloadImage(api, state, number) {
