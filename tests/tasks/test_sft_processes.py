@@ -7,6 +7,7 @@ import pytest
 
 from clvr_jax.cli import main
 from clvr_jax.data.trajectories.dataset import write_dataset
+from clvr_jax.data.trajectories.record import TrajectoryRecord
 from tests.data.simulated import TWO_IMAGES, simulated
 from tests.training.test_interruptions import ROOT, losses, run
 
@@ -21,8 +22,12 @@ OPTIONS = [
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory):
+    """The first of two images is a mistake, so all targets have one reference: one program for each number of devices.
+
+    That all processes read batches of one shape is tested by `tests/data/test_sft_input.py`.
+    """
     folder = tmp_path_factory.mktemp("data") / "trajectories"
-    write_dataset(folder, map(simulated, TWO_IMAGES))
+    write_dataset(folder, [TrajectoryRecord(str(seed), simulated(seed), mistakes=(0,)) for seed in TWO_IMAGES])
     return folder
 
 
