@@ -40,6 +40,9 @@ PROGRAMS = os.environ.setdefault(
 )
 MIN_COMPILE_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+ONE_WORKER = ("tests/serving/api/", "tests/serving/page/", "tests/serving/test_denoising_steps.py")
+"""Beginnings of the paths of the tests with the server of `tests/serving/conftest.py`, which share one worker."""
+
 DISABLE_OPTIMIZATIONS = "jax_disable_most_optimizations"
 OPTIMIZED = {
     "xla_backend_optimization_level": 3,
@@ -102,6 +105,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first, so that no worker is left alone with one at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `--dist loadfile`, the tests of `ONE_WORKER` share a worker: two would trace the server's programs twice."""
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return ONE_WORKER[0] if nodeid.startswith(ONE_WORKER) else str(super()._split_scope(nodeid))
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_finish() -> None:

@@ -46,6 +46,7 @@ def test_what_happens_is_shown_while_it_happens(open_page, gate, server):
     page = open_page()
     page.fill("#prompt", UNMET)  # the first image of this seed does not meet it
     page.fill("#seed", "1")
+    page.evaluate("document.getElementById('max_steps').value = 2")  # more images are more programs
     page.click("#generate")
     page.wait_for_url("**/#loop_*")
     activity = "document.getElementById('activity-text').textContent === "
