@@ -21,6 +21,7 @@ from clvr_jax.serving.jobs import LoopJob
 from clvr_jax.serving.models import ServedModels
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.service import Service
+from tests.conftest import optimized
 from tests.serving.index.postgres import postgresql
 
 KEY = "sk-test-of-the-server"
@@ -46,6 +47,13 @@ def wait_until(is_true, seconds=120.0):
     while not is_true():
         assert time.monotonic() < end, "waited in vain"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="package", autouse=True)
+def optimized_programs():
+    """Programs of the server run often: a loop of two images takes some 10 CPU seconds without optimizations."""
+    with optimized():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import pytest
 
 from clvr_jax.cli import main
 from clvr_jax.serving.index.store import LoopStore
+from tests.conftest import DISABLE_OPTIMIZATIONS
 from tests.serving.conftest import PROMPT, wait_until
 
 LOOP = {"prompt": PROMPT, "seed": 1, "max_steps": 2}
@@ -21,7 +22,9 @@ LOOP = {"prompt": PROMPT, "seed": 1, "max_steps": 2}
 def serving(out, *options):
     """Starts the command; yields the process and a client once it is healthy."""
     command = [sys.executable, "-m", "clvr_jax.cli", "serve", "--port", "0", "--out", str(out), "--warm-up", *options]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # What a loop saves by optimized programs is more than what it costs to compile them.
+    environment = {**os.environ, DISABLE_OPTIMIZATIONS.upper(): "0"}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
     try:
         line = process.stderr.readline()
         found = re.search(r"http://127\.0\.0\.1:\d+", line)

@@ -44,7 +44,7 @@ def open_page(browser, server):
     assert problems == opened.expected
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def loop_id(server):
     """A finished loop with several images."""
     with server.client() as client:
