@@ -40,7 +40,12 @@ PROGRAMS = os.environ.setdefault(
 )
 MIN_COMPILE_SECONDS = os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-ONE_WORKER = ("tests/serving/api/", "tests/serving/page/", "tests/serving/test_denoising_steps.py")
+ONE_WORKER = (
+    "tests/serving/api/",
+    "tests/serving/page/",
+    "tests/serving/test_concurrent_calls.py",
+    "tests/serving/test_denoising_steps.py",
+)
 """Beginnings of the paths of the tests with the server of `tests/serving/conftest.py`, which share one worker."""
 
 DISABLE_OPTIMIZATIONS = "jax_disable_most_optimizations"
