@@ -73,7 +73,7 @@ class ModelVerifier(Verifier):
         is_instructed: bool = True,
         max_tokens: int = 512,
         threshold: float = 0.5,
-        clause_threshold: float = 0.8,
+        clause_threshold: float = 0.7,
         retries: int = 2,
         comparison_retries: int = 8,
     ):
