@@ -1,9 +1,9 @@
-# Two images. A server (docs/serving.md), for CPUs, or with JAX_EXTRA for GPUs or TPUs:
+# Two images. A server (docs/how-to/serving.md), for CPUs, or with JAX_EXTRA for GPUs or TPUs:
 #
 #     docker build --target serve --build-arg JAX_EXTRA=gpu --tag clvr-jax:serve .
 #     docker run --rm --publish 127.0.0.1:8000:8000 --env CLVR_API_KEY --volume clvr:/data clvr-jax:serve
 #
-# One process of a training run (docs/training-on-tpu-pods.md), for TPU hosts (the default) or GPU nodes:
+# One process of a training run (docs/how-to/training-on-tpu-pods.md), for TPU hosts (the default) or GPU nodes:
 #
 #     docker build --build-arg JAX_EXTRA=tpu --tag clvr-jax:tpu .
 #     docker run --rm clvr-jax:tpu --help

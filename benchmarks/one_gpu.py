@@ -3,7 +3,7 @@
 python benchmarks/one_gpu.py --measure sampling --results runs/one_gpu.jsonl
 
 The programs are those that `clvr plan` compiles: FLUX.2 klein 4B and Qwen3-VL 8B in bfloat16. Nothing is read from the
-disk. `benchmarks/one_gpu.sh` runs each group in a process of its own, and writes the table of docs/gpus.md.
+disk. `benchmarks/one_gpu.sh` runs each group in a process of its own, and writes the table of docs/results/gpus.md.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures FLUX.2 klein 4B and Qwen3-VL 8B with random weights on one large GPU (H200, H100, A100 with 80 GB): images of
 # 1024 x 1024 with 0 to 7 references, replies, and training steps. It takes at most 10 minutes and writes the table of
-# docs/gpus.md.
+# docs/results/gpus.md.
 #
 #     benchmarks/one_gpu.sh            # needs a GPU; PYTHON=... chooses the interpreter
 #     benchmarks/one_gpu.sh --small    # small models on any device: tries the script, and changes no document
@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 results=${RESULTS:-$(mktemp -d)/results.jsonl}
 small=()
-write=(--write docs/gpus.md)
+write=(--write docs/results/gpus.md)
 if [[ ${1:-} == --small ]]; then
     small=(--small)
     write=()

@@ -8,9 +8,10 @@ trajectories with proxy prompts: of `clvr synth`, or of `clvr_jax.data.shapes_pr
 
 Measured, 25 epochs of `--train.group-size 16` for 3 seeds on rollouts with 6 to 9 objects: the share of images sampled
 in training in which nothing is wrong rises from .63 to .82. Closed loops in 28 steps do not improve: `complex` .973
-before, .966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594. docs/pprl.md has the
-curves, and what to try next. Where `zero_variance_groups` is near `--train.prompts-per-epoch`, the rollout is too easy:
-`--sampler.steps 4`, `--sampler.guidance 1`, later steps with `--mixture`.
+before, .966 after (p = .23), `dense` .586 before, .532 after (p = .001); simple RL .976 and .594.
+docs/explanation/pprl.md has the curves, and what to try next. Where `zero_variance_groups` is near
+`--train.prompts-per-epoch`, the rollout is too easy: `--sampler.steps 4`, `--sampler.guidance 1`, later steps with
+`--mixture`.
 
 Source: arXiv 2605.14876, Proxy Prompt RL.
 """

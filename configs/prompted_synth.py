@@ -1,7 +1,7 @@
 """Verified trajectories of your own prompts, with vision-language models and an image tool of your choice.
 
-Every role is a model behind an OpenAI-compatible endpoint or one of ours on this machine; docs/data-engine.md has the
-options for Gemini with Seedream as in the paper, for vLLM, and for our own Qwen3-VL and FLUX.2.
+Every role is a model behind an OpenAI-compatible endpoint or one of ours on this machine; docs/how-to/data-engine.md
+has the options for Gemini with Seedream as in the paper, for vLLM, and for our own Qwen3-VL and FLUX.2.
 
     clvr synth configs/prompted_synth.py --prompts prompts.txt --out runs/synth
 

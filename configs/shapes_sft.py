@@ -16,7 +16,7 @@ continues on the latter, most of them with a long history, and on targets that a
     clvr train configs/shapes_sft.py --base shapes-tiny-sft --rollouts runs/rollouts --out runs/shapes_sft_late
 
 Measured for `shapes-tiny-sft` before that: with the oracle as controller .98 of the `complex` prompts are right,
-and .13 of the base in one shot. Trained on verified trajectories, .88: docs/data-engine.md has both.
+and .13 of the base in one shot. Trained on verified trajectories, .88: docs/how-to/data-engine.md has both.
 
 With 512 rollouts and 560 steps at `--rollout-share 0.6` and half of the learning rates (about 40 minutes on two cores),
 and merged as before, 128 loops of the oracle on training prompts (3 to 9 objects, the same prompts and noise) give: of

@@ -2,7 +2,8 @@
 
     python launch/aot.py --out runs/plans
 
-is the table of docs/training-on-tpu-pods.md; each line of a file given with --runs is the arguments of one `clvr plan`:
+is the table of docs/how-to/training-on-tpu-pods.md; each line of a file given with --runs is the arguments of one
+`clvr plan`:
 
     python launch/aot.py --out runs/plans --runs my_runs.txt
 
@@ -53,7 +54,7 @@ def main() -> int:
         "--runs",
         type=Path,
         help="Plan the runs of this file, with the arguments of one `clvr plan` in each line; the runs of the table in "
-        "docs/training-on-tpu-pods.md if it is not given.",
+        "docs/how-to/training-on-tpu-pods.md if it is not given.",
     )
     options = parser.parse_args()
     text = options.runs.read_text(encoding="utf-8") if options.runs else RUNS

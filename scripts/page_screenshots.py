@@ -1,7 +1,7 @@
-"""Takes the screenshots of docs/serving.md: a finished loop, a running one, a branch, and a comparison in dark mode.
+"""Takes the screenshots of docs/how-to/serving.md: a finished loop, a running one, a branch, a comparison in dark mode.
 
     clvr serve --model shapes-tiny --port 8000 --out out/serve
-    python scripts/page_screenshots.py --url http://127.0.0.1:8000/ --out docs/serving
+    python scripts/page_screenshots.py --url http://127.0.0.1:8000/ --out docs/how-to/serving
 
 It needs Chromium and Playwright (extra `test`), and a server without a key.
 """
@@ -30,7 +30,7 @@ def main() -> None:
     """Writes page.webp, page-narrow.webp, page-branch.webp and page-dark.webp."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://127.0.0.1:8000/", help="Address of the page.")
-    parser.add_argument("--out", type=Path, default=Path("docs/serving"), help="Directory for the images.")
+    parser.add_argument("--out", type=Path, default=Path("docs/how-to/serving"), help="Directory for the images.")
     parser.add_argument("--seed", type=int, default=1, help="Seed of the loop.")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)

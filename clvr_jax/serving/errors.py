@@ -68,7 +68,8 @@ def of_validation(error: ValidationError | RequestValidationError, unsupported: 
         name = str(first["loc"][-1])[:100]
         if name in unsupported:
             return ApiError(422, f"{name} is not supported: {unsupported[name]}", param, "unsupported_parameter")
-        return ApiError(422, f"unknown field {name!r}; docs/serving.md lists the fields", param, "unknown_parameter")
+        message = f"unknown field {name!r}; docs/how-to/serving.md lists the fields"
+        return ApiError(422, message, param, "unknown_parameter")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return ApiError(422, f"the field {param} is required" if param else "a body is required", param, "missing")

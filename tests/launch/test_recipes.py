@@ -16,7 +16,7 @@ from clvr_jax.commands.recipes.training import Train
 from clvr_jax.errors import UsageError
 
 ROOT = Path(__file__).parents[2]
-GUIDE = ROOT / "docs" / "training-on-tpu-pods.md"
+GUIDE = ROOT / "docs" / "how-to" / "training-on-tpu-pods.md"
 SCRIPTS = [ROOT / "launch" / name for name in ("gcloud_tpu.sh", "slurm.sh", "xpk.sh")]
 SKYPILOT = ROOT / "launch" / "skypilot.yaml"
 RECIPE = "configs/shapes_vae.py"

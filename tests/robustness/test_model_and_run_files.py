@@ -395,5 +395,5 @@ def test_a_run_that_is_exported_names_its_damaged_recipe_file(tmp_path, capsys):
 
 def test_the_docs_say_how_many_inputs_there_are():
     count = NUMBER_OF_INPUTS + len(ALL_CASES) + len(RECIPE_CASES)
-    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "reference" / "faults.md").read_text()
     assert f"`make test-robustness` tries {count:,} malformed inputs" in " ".join(text.split())
