@@ -1,12 +1,14 @@
 """Command lines, parsed with tyro; an invalid one is reported in one line."""
 
+import argparse
 import contextlib
 import io
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
@@ -71,6 +73,15 @@ def read_arguments(
         if not stop.code:
             raise
     raise UsageError(f"{_one_line(complaint.getvalue())} (see {prog} --help)")
+
+
+def argument_parser(kind: type) -> argparse.ArgumentParser:
+    """Returns the arguments that `read_arguments` parses, with the sentences that --help prints, for documentation."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # no other function of tyro returns the parsed arguments
+        parser: Any = tyro.extras.get_parser(kind, config=OPTIONS, registry=REGISTRY)  # of a copy of argparse
+    found: argparse.ArgumentParser = parser
+    return found
 
 
 def _one_line(box: str) -> str:

@@ -11,7 +11,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, TextIO, Union
 
 import tyro
@@ -50,6 +50,17 @@ COMMANDS: Mapping[str, type[Command | CommandGroup]] = {
     "merge": Merge,
 }
 _DESCRIPTION = "Generates images from dense prompts by a loop of planning, generating, verifying and correcting."
+
+
+def leaf_commands(
+    commands: Mapping[str, type[Command | CommandGroup]] = COMMANDS, prog: str = "clvr"
+) -> Iterator[tuple[str, type[Command]]]:
+    """Yields every command with its words, such as "clvr eval shapes"; groups are replaced by what they contain."""
+    for name, kind in commands.items():
+        if issubclass(kind, CommandGroup):
+            yield from leaf_commands(kind.COMMANDS, f"{prog} {name}")
+        else:
+            yield f"{prog} {name}", kind
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -3,19 +3,16 @@
 import importlib
 import re
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
 from clvr_jax import scripts
-from clvr_jax.arguments import OPTIONS
-from clvr_jax.cli import COMMANDS, main, parse
-from clvr_jax.commands.common import CommandGroup
-from clvr_jax.commands.recipes import recipe_command
-from clvr_jax.commands.recipes.recipe_command import RecipeCommand, parse_recipe_command
+from clvr_jax.arguments import argument_parser
+from clvr_jax.cli import leaf_commands, main, parse
+from clvr_jax.commands.recipes.recipe_command import RecipeCommand, command_on_recipe
 from clvr_jax.commands.recipes.synthesis import Synth
 from clvr_jax.commands.recipes.training import Plan, Train
 from clvr_jax.errors import ClvrError
@@ -32,14 +29,6 @@ SCRIPTS = [
 WITHOUT_HELP = re.compile(r"--.*\bprices\.(input-tokens|output-tokens|picture)|--synth\.(max-turns|max-pictures)")
 
 
-def all_commands(commands: dict[str, type[Any]] = COMMANDS, prog: str = "clvr") -> Iterator[tuple[str, type[Any]]]:
-    for name, kind in commands.items():
-        if issubclass(kind, CommandGroup):
-            yield from all_commands(kind.COMMANDS, f"{prog} {name}")
-        else:
-            yield f"{prog} {name}", kind
-
-
 def commands_of(recipe: str) -> list[type[RecipeCommand]]:
     text = (CONFIGS / f"{recipe}.py").read_text()
     return [Synth] if "\ndef worker_context(" in text else [Train, Plan]
@@ -47,9 +36,8 @@ def commands_of(recipe: str) -> list[type[RecipeCommand]]:
 
 def without_sentence(parsed: Callable[..., Any]) -> list[str]:
     """Options whose help, without the default that tyro adds, does not end as a sentence does."""
-    parser = tyro.extras.get_parser(parsed, config=OPTIONS)
     found = []
-    for action in parser._actions:
+    for action in argument_parser(parsed)._actions:
         words = re.sub(r"\((default|required|optional|sets|repeatable)\b.*", "", action.help or "", flags=re.S).strip()
         if action.dest != "help" and not words.endswith("."):
             found.append(action.option_strings[-1] if action.option_strings else action.dest)
@@ -65,7 +53,7 @@ def printed_example(arguments: list[str], capsys: pytest.CaptureFixture[str]) ->
     return shlex.split(found[1])
 
 
-@pytest.mark.parametrize(("prog", "kind"), all_commands(), ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(("prog", "kind"), leaf_commands(), ids=lambda value: value if isinstance(value, str) else "")
 def test_every_option_of_a_command_has_a_sentence_and_its_example_parses(prog, kind, capsys):
     assert without_sentence(kind) == []
     command = parse(printed_example(prog.split()[1:], capsys))
@@ -73,11 +61,10 @@ def test_every_option_of_a_command_has_a_sentence_and_its_example_parses(prog, k
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_every_option_of_a_recipe_has_a_sentence_and_its_example_parses(name, monkeypatch, capsys):
+def test_every_option_of_a_recipe_has_a_sentence_and_its_example_parses(name, capsys):
     for kind in commands_of(name):
-        with monkeypatch.context() as patch:
-            patch.setattr(recipe_command, "read_arguments", lambda parsed, *rest: parsed)
-            lacking = without_sentence(parse_recipe_command(kind, [name]))
+        on_recipe, _, _ = command_on_recipe(kind, name)
+        lacking = without_sentence(on_recipe)
         assert [option for option in lacking if not WITHOUT_HELP.fullmatch(option)] == []
         command = parse(printed_example([kind.NAME, name], capsys))
         assert isinstance(command, kind)

@@ -72,6 +72,17 @@ def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
     path = next((argument for argument in arguments if not argument.startswith("-")), None)
     if path is None:
         return read_arguments(kind, arguments, prog, kind.__doc__, kind.EXAMPLE)
+    on_recipe, description, example = command_on_recipe(kind, path)
+    return read_arguments(on_recipe, arguments, prog, description, example)
+
+
+def command_on_recipe(kind: type[Kind], path: str) -> tuple[type[Kind], str, str]:
+    """Returns the command whose options are also the fields of a recipe, and the description and example in --help.
+
+    Args:
+      kind: the command.
+      path: name or file of the recipe.
+    """
     recipe = kind.load(find_recipe(path))
     options: Any = Annotated[type(recipe.config), tyro.conf.arg(name="")]
 
@@ -83,9 +94,8 @@ def parse_recipe_command(kind: type[Kind], arguments: Sequence[str]) -> Kind:
             found: Result = self.run_recipe(recipe, self.config_with_overrides)
             return found
 
-    description = f"{path}: {recipe.description}"
-    example = f"{prog} {path} {_example_options(kind, recipe.config)}"
-    return read_arguments(OnRecipe, arguments, prog, description, example)
+    example = f"clvr {kind.NAME} {path} {_example_options(kind, recipe.config)}"
+    return OnRecipe, f"{path}: {recipe.description}", example
 
 
 def _example_options(kind: type[RecipeCommand], config: Configuration) -> str:
