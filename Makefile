@@ -7,7 +7,7 @@ PROMPT ?= a red star at the top left, a blue circle at the top, an orange star i
 # bench_full_size.py needs 20 GB of disk and 16 GB of memory, bench_full_width.py 8 GB of memory: run them by themselves.
 BENCHMARKS := $(filter-out benchmarks/bench_full_%.py, $(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help demo test test-fast test-costs test-robustness check bench reproduce paper clean
+.PHONY: help demo test test-fast test-costs test-robustness check docs bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -26,6 +26,10 @@ $(VENV)/.test: $(VENV)/.core
 
 $(VENV)/.plots: $(VENV)/.core
 	$(BIN)/pip install --quiet --editable '.[plots,train]'
+	touch $@
+
+$(VENV)/.docs: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[docs]'
 	touch $@
 
 $(VENV)/.synth: $(VENV)/.core
@@ -55,6 +59,9 @@ check: $(VENV)/.test  ## format, lint (security included), types, spelling, term
 	$(BIN)/mypy
 	$(BIN)/codespell
 	$(BIN)/python scripts/check_terms.py
+
+docs: $(VENV)/.docs  ## the site, into build/docs/index.html; a warning, such as a dead link, is an error
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
 
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done
