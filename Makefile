@@ -7,7 +7,7 @@ PROMPT ?= a red star at the top left, a blue circle at the top, an orange star i
 # bench_full_size.py needs 20 GB of disk and 16 GB of memory, bench_full_width.py 8 GB of memory: run them by themselves.
 BENCHMARKS := $(filter-out benchmarks/bench_full_%.py, $(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help demo test test-fast test-costs test-robustness check docs bench reproduce paper clean
+.PHONY: help demo test test-fast test-costs test-robustness check docs notebooks bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -30,6 +30,11 @@ $(VENV)/.plots: $(VENV)/.core
 
 $(VENV)/.docs: $(VENV)/.core
 	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+$(VENV)/.notebooks: $(VENV)/.core
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[notebooks]'
 	touch $@
 
 $(VENV)/.synth: $(VENV)/.core
@@ -62,6 +67,9 @@ check: $(VENV)/.test  ## format, lint (security included), types, spelling, term
 
 docs: $(VENV)/.docs  ## the site, into build/docs/index.html; a warning, such as a dead link, is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -d build/doctrees docs build/docs
+
+notebooks: $(VENV)/.notebooks  ## run the tutorials, into build/notebooks/*.ipynb
+	$(BIN)/python scripts/run_notebooks.py --out build/notebooks
 
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done

@@ -78,7 +78,10 @@ def _paragraphs(text: str | None) -> str:
 
 
 def _docstring(text: str) -> str:
-    """Returns the docstring of a recipe, whose commands are indented blocks; dollars are no mathematics."""
+    """Returns the docstring of a recipe with its commands as blocks of code; dollars are no mathematics."""
+    text = re.sub(
+        r"(?m)^(?:clvr .*\n?)+", lambda lines: "\n" + re.sub(r"(?m)^", "    ", lines[0].rstrip()) + "\n\n", text
+    )
     return re.sub(r"(?m)^(?! {4})(.*)$", lambda line: re.sub(r"([$<*])", r"\\\1", line[0]), text)
 
 

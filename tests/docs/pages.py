@@ -48,5 +48,10 @@ def clvr_commands(text: str) -> Iterator[list[str]]:
 
 
 def programs(text: str) -> list[str]:
-    """The blocks of Python code."""
+    """The blocks of Python code, without the cells of notebooks."""
     return [code for _, kind, code in FENCE.findall(text) if kind == "python"]
+
+
+def cells(text: str) -> list[str]:
+    """The cells of a notebook."""
+    return [code for _, kind, code in FENCE.findall(text) if kind == "{code-cell}"]

@@ -3,13 +3,14 @@
 import ast
 import importlib
 import re
+from importlib.util import find_spec
 
 import pytest
 from PIL import Image
 
 from clvr_jax.cli import main, parse
 from tests.conftest import optimized
-from tests.docs.pages import GENERATED, PAGES, ROOT, anchors, clvr_commands, links, programs, shell_lines
+from tests.docs.pages import GENERATED, PAGES, ROOT, anchors, cells, clvr_commands, links, programs, shell_lines
 
 README = ROOT / "README.md"
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -45,11 +46,12 @@ def test_commands_parse(page, monkeypatch):
 
 @EACH_PAGE
 def test_programs_name_what_exists(page):
-    for program in programs(page.read_text()):
+    for program in programs(page.read_text()) + cells(page.read_text()):
         for node in ast.walk(ast.parse(program)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clvr_jax"):
                 module = importlib.import_module(node.module)
-                assert all(hasattr(module, name.name) for name in node.names), ast.unparse(node)
+                absent = [name.name for name in node.names if not hasattr(module, name.name)]
+                assert all(find_spec(f"{node.module}.{name}") for name in absent), ast.unparse(node)
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "clvr":
                 assert hasattr(importlib.import_module("clvr_jax"), node.attr), node.attr
 
@@ -65,6 +67,13 @@ def test_files_that_a_page_names_exist(page):
 @pytest.mark.parametrize("name", ["conditioning", "dswm", "loop", "sharding", "small-world"])
 def test_an_explanation_has_one_idea(name):
     assert len((ROOT / "docs" / "explanation" / f"{name}.md").read_text().split()) <= 700
+
+
+def test_tutorials_are_notebooks_without_outputs():
+    tutorials = [page for page in PAGES if page.parent.name == "tutorials" and page.stem != "index"]
+    assert len(tutorials) >= 4
+    assert all(page.read_text().startswith("---\njupytext:\n") and cells(page.read_text()) for page in tutorials)
+    assert not list((ROOT / "docs").rglob("*.ipynb"))
 
 
 def test_the_readme_is_short():
