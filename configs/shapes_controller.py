@@ -20,7 +20,7 @@ of them by
 on two cores that were shared with other work, with the data of commit b41ed44. The shipped weights are the average of
 the result (.75) and of the controller before the language model was trained (.25) (`scripts/average_weights.py`): it
 compares texts better than the result, and reads prompts better than the controller before.
-docs/explanation/verification.md says what it reaches.
+docs/results/verification.md says what it reaches.
 """
 
 import dataclasses
