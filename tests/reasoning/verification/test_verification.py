@@ -128,11 +128,11 @@ def test_evidence_is_as_certain_as_the_clauses_it_quotes():
     [(False, "red star top", True), (False, "red star top; blue cross left", False), (True, "blue cross left", True)],
 )
 def test_a_yes_rests_on_no_clause_that_a_trained_model_doubts(is_instructed, quoted, is_met):
-    """Each clause counts by itself: many clauses of .9 make no doubt, one of .7 does."""
+    """Each clause counts by itself: many clauses of .9 make no doubt, one of .6 does."""
 
     def reply(question):
         if question.images:
-            return answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.7), (".", 1.0))
+            return answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.6), (".", 1.0))
         return answer((f"{quoted}.", 1.0), (" yes", 1.0), yes=1.0)
 
     verifier = ModelVerifier(ScriptedModel(reply), is_instructed=is_instructed)

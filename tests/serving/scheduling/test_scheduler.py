@@ -10,6 +10,7 @@ from clvr_jax.serving.models import StageKey
 from clvr_jax.serving.scheduling.limits import Limits
 from clvr_jax.serving.scheduling.metrics import Metrics
 from clvr_jax.serving.scheduling.scheduler import Scheduler, Task, split_by_job
+from tests.serving.conftest import wait_until
 
 
 class OneWork:
@@ -120,9 +121,9 @@ def test_the_parts_of_a_batch_are_performed_at_the_same_time(run):
     scheduler, jobs = run(perform, *"abcde", concurrent_calls=2)
     assert [job.result.result(60) for job in jobs] == ["done"] * 5
     assert len(set(threads.values())) == 2
-    text = scheduler._metrics.text().decode()
-    assert 'clvr_batch_size_sum{stage="verify"} 5.0' in text
-    assert 'clvr_rows_total{stage="verify"} 6.0' in text, "calls of 3 and 2 works compute 4 and 2 rows"
+    # A batch is counted once all its jobs have their results. Calls of 3 and 2 works compute 4 and 2 rows.
+    wait_until(lambda: 'clvr_rows_total{stage="verify"} 6.0' in scheduler._metrics.text().decode())
+    assert 'clvr_batch_size_sum{stage="verify"} 5.0' in scheduler._metrics.text().decode()
 
 
 def test_a_part_that_fails_leaves_the_others_and_fails_its_bad_job_only(run):
