@@ -138,7 +138,7 @@ def test_the_downloaded_png_is_a_valid_file(open_page):
     png = encode_png(Image.fromarray(np.full((8, 8, 3), 7, np.uint8)))
     encoded = page.evaluate(
         """async (content) => {
-          const { withText } = await import("/page/downloads.js");
+          const { withText } = await import("/page/loop/downloads.js");
           const bytes = Uint8Array.from(atob(content), (each) => each.charCodeAt(0));
           return btoa(String.fromCharCode(...withText(bytes, "parameters", "красный ✓")));
         }""",
