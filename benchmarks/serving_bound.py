@@ -30,16 +30,28 @@ class Seconds(NamedTuple):
 
 
 class _Sink:
-    """A job of one work, whose result is dropped."""
+    """A job of one recorded work, whose result is dropped."""
 
     def __init__(self, name: str):
         self.id = name
+
+    def tasks(self, elapsed: float) -> Sequence[Task]:
+        return ()
 
     def receive(self, work: Any, result: Any, seconds: float) -> None:
         pass
 
     def progress(self, work: Any, done: int, steps: int) -> None:
         pass
+
+    def stop(self, outcome: str) -> None:
+        pass
+
+    def end(self) -> None:
+        pass
+
+    def fail(self, error: BaseException) -> None:
+        raise error
 
 
 def device_bound(model: str, specs: Sequence[LoopSpec], sizes: Sequence[int] = (1, 8)) -> None:
@@ -73,7 +85,7 @@ def _record(models: ServedModels, specs: Sequence[LoopSpec]) -> dict[Any, list[T
         job = LoopJob(spec, models, EventLog(None), lambda *_: None)
         while tasks := job.tasks(0.0):
             for task in tasks:
-                found[task.key].append(Task(task.key, _Sink(str(len(found[task.key]))), task.work))  # type: ignore[arg-type]
+                found[task.key].append(Task(task.key, _Sink(str(len(found[task.key]))), task.work))
                 models.perform(task.key, [task])
     return found
 
