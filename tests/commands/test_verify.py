@@ -30,6 +30,7 @@ class ScriptedModel:
         self._with_probabilities = with_probabilities
         self.images = []
         self.clause_probability = 1.0
+        self.place = ""
 
     def chat_all(self, questions):
         return [self._answer(question) for question in questions]
@@ -41,7 +42,7 @@ class ScriptedModel:
             self.images.append(np.asarray(image))
             sees_red = image[0, 0].tolist() == [255, 0, 0]
             if content[-1]["type"] == "image":
-                seen = "I see red circle." if sees_red else "I see nothing."
+                seen = f"I see red circle{self.place}." if sees_red else "I see nothing."
                 tokens = (Token(seen, math.log(self.clause_probability)),) if self._with_probabilities else None
                 return ChatResponse(seen, Usage(calls=1), tokens)
             content = f"{'I see red circle' if sees_red else 'nothing'}\n{content[-1]['text']}"
@@ -142,15 +143,16 @@ def test_requirement_by_requirement_for_people(scripted, capsys):
     assert "red.png  accepted: yes" in out
 
 
-def test_an_unmet_requirement_that_is_probably_met_is_a_doubt(scripted, capsys):
-    note = "Doubt: more probably met than not, but not sure enough to count as met."
+def test_a_requirement_that_rests_on_an_uncertain_description_is_a_doubt(scripted, capsys):
+    note = "Doubt: described as met, but the description is not sure enough to count."
+    scripted.place = " left"
     _, out, _ = verify(capsys, "a red circle", save("red.png"))
     assert note not in out
-    scripted.clause_probability = 0.6
+    scripted.clause_probability = 0.45
     _, out, _ = verify(capsys, "a red circle", "red.png")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert "red.png accepted: no, 1 of 1 requirements unmet" in lines
-    assert "doubt 0.560 red circle red circle" in lines
+    assert "doubt 0.432 red circle red circle left" in lines
     assert note in lines
 
 

@@ -58,8 +58,8 @@ class ModelVerifier(Verifier):
       max_tokens: of each answer. An answer may quote the whole description.
       threshold: the least probability at which a requirement counts as met.
       clause_threshold: the least probability of every clause of the description that a yes rests on, if the model was
-        trained to describe in fixed words; other models have many words for the same thing. Above one half, because an
-        image that is accepted by mistake ends the loop, and one that is rejected by mistake costs a generation.
+        trained to describe in fixed words; other models have many words for the same thing. A higher one accepts fewer
+        wrong images, which end the loop, and rejects more right ones, each of which costs a generation.
       retries: how often a list of requirements that cannot be read is asked for again, at a temperature.
       comparison_retries: how often an answer that contradicts the description is sampled again, if the model was
         trained to quote it.
@@ -73,7 +73,7 @@ class ModelVerifier(Verifier):
         is_instructed: bool = True,
         max_tokens: int = 512,
         threshold: float = 0.5,
-        clause_threshold: float = 0.7,
+        clause_threshold: float = 0.5,
         retries: int = 2,
         comparison_retries: int = 8,
     ):

@@ -101,7 +101,7 @@ def _chat(content: object, system: str | None) -> list[Message]:
 
 # --- what is found out ------------------------------------------------------------------------------------------------
 
-DOUBT_NOTE = "Doubt: more probably met than not, but not sure enough to count as met."
+DOUBT_NOTE = "Doubt: described as met, but the description is not sure enough to count."
 """Explains the state "doubt" of a requirement where one is shown."""
 
 
@@ -131,8 +131,8 @@ class Requirement:
 
     @property
     def is_doubtful(self) -> bool:
-        """Whether it counts as unmet although it is more probably met than not: what it rests on is not sure enough."""
-        return self.met is False and self.probability is not None and self.probability > 0.5
+        """Whether it is unmet only because what a yes rests on is not sure enough."""
+        return self.met is False and (bool(self.doubt) or (self.probability or 0.0) > 0.5)
 
     @property
     def state(self) -> str:

@@ -246,12 +246,12 @@ def test_what_is_not_quite_certain_is_not_shown_as_certain(probability, shown):
     assert re.search(rf"red dot [○✓] {shown} ", text)
 
 
-def test_an_unmet_requirement_that_is_probably_met_is_in_doubt():
+def test_an_unmet_requirement_that_is_described_as_met_is_in_doubt():
     checked = verification(Requirement("red dot", False, 0.67, "the dot is red"), Requirement("blue dot", False, 0.4))
     step = Step("Draw.", IMAGE_GEN, (), image(64), verification=checked)
     page = Page(render(make(steps=(step,), outcome="step limit")))
     assert "red dot ◐ 0.67 blue dot ○ 0.40 unmet 2" in board_of(page.text)
-    assert "◐ doubt red dot the dot is red 0.67 ○ unmet blue dot 0.40 Doubt: more probably met" in page.text
+    assert "◐ doubt red dot the dot is red 0.67 ○ unmet blue dot 0.40 Doubt: described as met" in page.text
     assert "doubt; probability of being met 0.67; the dot is red" in [each.get("title") for each in page.all("span")]
     assert [each["class"] for each in page.all("tr") if "class" in each] == ["doubt", "unmet"]
     assert "Doubt:" not in Page(render(verified())).text

@@ -85,7 +85,7 @@ def described_with_a_doubt(question):
 
 def test_the_controller_reads_that_things_in_doubt_are_unclear():
     """What is unmet by doubt has a cause in the description that the controller reads; the verifier's words stay."""
-    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False)
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False, clause_threshold=0.7)
     (found,) = verifier.check([("red star", "blue cross")], [IMAGE])
     assert [each.doubt for each in found.requirements] == ["", "blue cross left"]
     assert found.description == "I see red star top; blue cross left."
@@ -94,15 +94,23 @@ def test_the_controller_reads_that_things_in_doubt_are_unclear():
 
 
 def test_doubts_wait_while_something_is_missing():
-    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False)
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False, clause_threshold=0.7)
     (found,) = verifier.check([("red star", "blue cross", "green dog")], [IMAGE])
     assert found.unmet == ("blue cross", "green dog")
     assert found.report == "I see red star top; blue cross left. Unmet: green dog."
 
 
 def test_the_rule_on_doubt_holds_for_models_that_were_trained_to_describe():
-    (found,) = ModelVerifier(ScriptedModel(described_with_a_doubt)).check([("blue cross",)], [IMAGE])
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), clause_threshold=0.7)
+    (found,) = verifier.check([("blue cross",)], [IMAGE])
     assert (found.accepted, found.requirements[0].doubt) == (True, "")
+
+
+def test_what_is_more_probable_than_not_is_no_doubt_by_default():
+    verifier = ModelVerifier(ScriptedModel(described_with_a_doubt), is_instructed=False)
+    (found,) = verifier.check([("red star", "blue cross")], [IMAGE])
+    assert found.accepted
+    assert [each.probability for each in found.requirements] == pytest.approx([0.99, 0.6], abs=0.01)
 
 
 def test_a_sure_no_leaves_no_doubt():

@@ -135,25 +135,27 @@ def test_a_yes_rests_on_no_clause_that_a_trained_model_doubts(is_instructed, quo
             return answer(("I see", 1.0), (" red star top", 0.9), (";", 1.0), (" blue cross left", 0.6), (".", 1.0))
         return answer((f"{quoted}.", 1.0), (" yes", 1.0), yes=1.0)
 
-    verifier = ModelVerifier(ScriptedModel(reply), is_instructed=is_instructed)
+    verifier = ModelVerifier(ScriptedModel(reply), is_instructed=is_instructed, clause_threshold=0.7)
     ((found,),) = (checked.requirements for checked in verifier.check([(quoted.split("; ")[-1],)], [IMAGE]))
     assert found.met is is_met
     assert found.probability > 0.5
 
 
 @pytest.mark.parametrize(
-    ("met", "probability", "state"),
+    ("met", "probability", "doubt", "state"),
     [
-        (True, 0.9, "met"),
-        (True, 0.4, "met"),  # a threshold below one half
-        (False, 0.67, "doubt"),
-        (False, 0.5, "unmet"),
-        (False, None, "unmet"),
-        (None, 0.9, "no answer"),
+        (True, 0.9, "", "met"),
+        (True, 0.4, "", "met"),  # a threshold below one half
+        (False, 0.67, "", "doubt"),
+        (False, 0.4, "red star top", "doubt"),
+        (False, None, "red star top", "doubt"),
+        (False, 0.5, "", "unmet"),
+        (False, None, "", "unmet"),
+        (None, 0.9, "", "no answer"),
     ],
 )
-def test_a_requirement_in_doubt_is_unmet_though_probably_met(met, probability, state):
-    requirement = Requirement("red star", met, probability)
+def test_a_requirement_in_doubt_is_unmet(met, probability, doubt, state):
+    requirement = Requirement("red star", met, probability, doubt=doubt)
     assert (requirement.state, requirement.is_doubtful) == (state, state == "doubt")
     assert Verification((requirement,)).unmet == (() if met else ("red star",))
 

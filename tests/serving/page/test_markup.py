@@ -48,7 +48,7 @@ def test_markup_of_models_stays_text_and_a_doubt_is_named(open_page):
     assert rows[0].split()[:2] == ["◐", "doubt"]
     assert rows[1].split()[:2] == ["○", "unmet"]
     assert rows[2].split()[:3] == ["?", "no", "answer"]
-    assert page.inner_text("#main > .checks .legend").startswith("Doubt: more probably met than not")
+    assert page.inner_text("#main > .checks .legend").startswith("Doubt: described as met")
     assert page.locator("#main > .board tbody td span[title]").first.get_attribute("title").startswith("doubt; ")
     assert page.locator("#main").inner_text().count(_MARKUP) >= 6
     assert page.locator("img[src='x'], #main script").count() == 0

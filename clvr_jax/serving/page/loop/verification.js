@@ -4,11 +4,11 @@ import { h, probabilityText } from "../dom.js";
 import { expectation, unmetTexts } from "./loop_state.js";
 import { texts } from "../texts.js";
 
-/** "met", "doubt", "unmet" or "no answer". In doubt is what is unmet although it is more probably met than not. */
+/** "met", "doubt", "unmet" or "no answer". In doubt is what is unmet only because a description is not sure enough. */
 export function stateOf(requirement) {
   if (requirement.met === null) return "no answer";
   if (requirement.met) return "met";
-  return requirement.probability !== null && requirement.probability > 0.5 ? "doubt" : "unmet";
+  return requirement.doubt || requirement.probability > 0.5 ? "doubt" : "unmet";
 }
 
 const styleOf = (requirement) => (requirement.met === null ? "unmet" : stateOf(requirement));
