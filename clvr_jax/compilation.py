@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _MAPS, _MAX_MAPS = Path("/proc/self/maps"), Path("/proc/sys/vm/max_map_count")
@@ -31,6 +33,19 @@ def enable_compilation_cache() -> Path | None:
         # JAX's default, 1 second, leaves out most programs of small models: about half of those of `clvr generate`.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return directory
+
+
+@contextmanager
+def without_compilation_cache() -> Iterator[None]:
+    """Compiles without the persistent cache: it cannot read a program for devices that are not there."""
+    import jax
+
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 def release_programs(

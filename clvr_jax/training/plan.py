@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import PyTree
 from rich.table import Table
 
+from clvr_jax.compilation import without_compilation_cache
 from clvr_jax.cost_model.hardware import Topology, parse_topology, planning_devices
 from clvr_jax.cost_model.report import JointReport, Report, Stage, elements_per_chip, measure
 from clvr_jax.cost_model.roofline import training_hbm_bytes
@@ -300,7 +301,8 @@ def _compiled(function: Any, arguments: tuple[PyTree, ...], layout: MeshLayout) 
         is_tpu = layout.platform == "tpu"
         options = {"xla_dump_to": directory, "xla_dump_hlo_as_text": True} if is_tpu else {}
         try:
-            compiled = lowered.compile(compiler_options=options)
+            with without_compilation_cache():
+                compiled = lowered.compile(compiler_options=options)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise

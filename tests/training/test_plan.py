@@ -91,21 +91,32 @@ def test_search_ranks_what_fits_and_says_why_the_others_do_not():
     assert all("cannot be sharded into" in trial.reason for trial in trials[len(fitting) :])
 
 
-def test_what_does_not_fit_is_told_with_both_sizes():
-    """16 GiB of weights on a chip that has 15.75 GiB: the TPU's compiler itself says so."""
+def matrix_recipe(rows, columns):
+    """A recipe that trains one matrix."""
 
     def task(config):
-        w = jax.ShapeDtypeStruct((1024, 4 * 2**20), jnp.float32)
-        batch = jax.ShapeDtypeStruct((4, 1024), jnp.float32)
+        w = jax.ShapeDtypeStruct((rows, columns), jnp.float32)
+        batch = jax.ShapeDtypeStruct((4, rows), jnp.float32)
 
         def loss(params, frozen, x, key):
             return jnp.mean((x @ params["w"]) ** 2), {}
 
-        return Task("large", {"w": w}, {}, loss, lambda step: batch, lambda ema, folder: None)
+        return Task("matrix", {"w": w}, {}, loss, lambda step: batch, lambda ema, folder: None)
 
-    recipe = Recipe("large", drawing_recipe.CONFIG, task, abstract_task=task)
+    return Recipe("matrix", drawing_recipe.CONFIG, task, abstract_task=task)
+
+
+def test_what_does_not_fit_is_told_with_both_sizes():
+    """16 GiB of weights on a chip that has 15.75 GiB: the TPU's compiler itself says so."""
     with pytest.raises(DoesNotFitError, match=r"needs [\d.]+GiB of 15\.75GiB"):
-        plan(recipe, changed(mesh=MeshConfig(fsdp=1)), "v5e:1x1")
+        plan(matrix_recipe(1024, 4 * 2**20), changed(mesh=MeshConfig(fsdp=1)), "v5e:1x1")
+
+
+@pytest.mark.filterwarnings("error::UserWarning:jax")
+def test_a_second_plan_for_a_tpu_says_the_same_and_warns_of_nothing():
+    """Programs for chips that are not here can be written to JAX's cache, but not read from it."""
+    first, second = (plan(matrix_recipe(64, 64), changed(mesh=MeshConfig(fsdp=1)), "v5e:1x1") for _ in range(2))
+    assert second == first
 
 
 def test_meshes_and_batches_that_cannot_be_are_refused():
