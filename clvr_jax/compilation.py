@@ -40,7 +40,7 @@ def without_compilation_cache() -> Iterator[None]:
     """Compiles without the persistent cache: it cannot read a program for devices that are not there."""
     import jax
 
-    before = jax.config.jax_enable_compilation_cache
+    before: bool = getattr(jax.config, "jax_enable_compilation_cache")  # noqa: B009 - it declares no attributes
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

@@ -22,6 +22,7 @@ COMMANDS = {
     "a share": ["eval", "geneval", *BENCHMARK, "--samples", "1", "--share", "0/2", "--out", "out"],
     "verifier": ["eval", "verifier", "--count", "1", "--out", "out"],
     "planning": ["eval", "planning", "--limit", "1", "--out", "out"],
+    "steps": ["eval", "steps", "--states", "1", "--noises", "1", "--out", "out"],
     "compare": ["eval", "compare", "x=done", "y=other", "--out", "out"],
     "scaling": ["eval", "scaling", "x=done", "--out", "out"],
     "synth": ["synth", "shapes_synth", "--count", "2", "--out", "out"],

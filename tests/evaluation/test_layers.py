@@ -7,7 +7,7 @@ import clvr_jax.evaluation
 
 ROOT = Path(clvr_jax.evaluation.__file__).parent
 LAYERS = ["statistics", "systems", "harness", "judging", "benchmarks", "comparison", "reporting"]
-LAYERS += ["verifier", "planning", "paper"]
+LAYERS += ["verifier", "planning", "steps", "paper"]
 
 
 def imported(path):

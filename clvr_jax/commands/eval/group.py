@@ -10,6 +10,7 @@ from clvr_jax.commands.eval.compare import EvalCompare
 from clvr_jax.commands.eval.planning import EvalPlanning
 from clvr_jax.commands.eval.scaling import EvalScaling
 from clvr_jax.commands.eval.shapes import EvalShapes
+from clvr_jax.commands.eval.steps import EvalSteps
 from clvr_jax.commands.eval.verifier import EvalVerifier
 
 
@@ -25,4 +26,5 @@ class Eval(CommandGroup):
         "scaling": EvalScaling,
         "verifier": EvalVerifier,
         "planning": EvalPlanning,
+        "steps": EvalSteps,
     }

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from clvr_jax.cli import main
 from clvr_jax.commands.eval.planning import EvalPlanning
+from clvr_jax.commands.eval.steps import EvalSteps
 from clvr_jax.commands.eval.verifier import EvalVerifier
 from clvr_jax.errors import ClvrError
 from clvr_jax.evaluation.verifier.cases import CONTROLS, MISTAKES, rendered_cases, sample_prompts
@@ -135,7 +136,7 @@ def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("command", [EvalVerifier, EvalPlanning])
+@pytest.mark.parametrize("command", [EvalVerifier, EvalPlanning, EvalSteps])
 def test_results_of_another_benchmark_are_not_replaced(tmp_path, command):
     (tmp_path / "results.json").write_text('{"benchmark": "shapes"}')
     with pytest.raises(ClvrError, match="benchmark 'shapes'; choose another --out"):
