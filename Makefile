@@ -7,7 +7,7 @@ PROMPT ?= a red star at the top left, a blue circle at the top, an orange star i
 # bench_full_size.py needs 20 GB of disk and 16 GB of memory, bench_full_width.py 8 GB of memory: run them by themselves.
 BENCHMARKS := $(filter-out benchmarks/bench_full_%.py, $(sort $(wildcard benchmarks/bench_*.py)))
 
-.PHONY: help demo test test-fast test-costs test-robustness check docs notebooks bench reproduce paper clean
+.PHONY: help demo test test-fast test-costs test-robustness check docs notebooks dist bench reproduce paper clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | expand -t 12
@@ -35,6 +35,10 @@ $(VENV)/.docs: $(VENV)/.core
 $(VENV)/.notebooks: $(VENV)/.core
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[notebooks]'
+	touch $@
+
+$(VENV)/.dist: $(VENV)/.core
+	$(BIN)/pip install --quiet --editable '.[dist]'
 	touch $@
 
 $(VENV)/.synth: $(VENV)/.core
@@ -70,6 +74,13 @@ docs: $(VENV)/.docs  ## the site, into build/docs/index.html; a warning, such as
 
 notebooks: $(VENV)/.notebooks  ## run the tutorials, into build/notebooks/*.ipynb
 	$(BIN)/python scripts/run_notebooks.py --out build/notebooks
+
+dist: $(VENV)/.dist  ## wheel and sdist, tried in empty environments, with SBOM and checksums, into dist/
+	rm -rf dist
+	mkdir -p build
+	$(BIN)/python -m build > build/dist.log 2>&1 || { cat build/dist.log; exit 1; }
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist
 
 bench: $(VENV)/.test  ## speed beside PyTorch, on this machine
 	@for benchmark in $(BENCHMARKS); do PYTHONPATH=. $(BIN)/python $$benchmark || exit 1; done

@@ -12,6 +12,7 @@ import os
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.metadata import version
 from typing import Annotated, Any, TextIO, Union
 
 import tyro
@@ -49,7 +50,10 @@ COMMANDS: Mapping[str, type[Command | CommandGroup]] = {
     "convert": Convert,
     "merge": Merge,
 }
-_DESCRIPTION = "Generates images from dense prompts by a loop of planning, generating, verifying and correcting."
+_DESCRIPTION = (
+    "Generates images from dense prompts by a loop of planning, generating, verifying and correcting. "
+    "clvr --version prints the version."
+)
 
 
 def leaf_commands(
@@ -164,8 +168,11 @@ def _drop_stdout() -> None:
 def parse(arguments: Sequence[str]) -> Command:
     """Parses a command line to a command.
 
-    Raises: UsageError, one line, for an invalid command line; SystemExit(0) after --help.
+    Raises: UsageError, one line, for an invalid command line; SystemExit(0) after --help and --version.
     """
+    if list(arguments) == ["--version"]:
+        print(f"clvr-jax {version('clvr-jax')}")
+        raise SystemExit(0)
     return _parse(arguments, COMMANDS, "clvr", _DESCRIPTION, Generate.EXAMPLE)
 
 

@@ -1,0 +1,1 @@
+"""What a release needs: workflows, versions, the citation, and the packages that `make dist` builds."""
