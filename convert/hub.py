@@ -42,6 +42,12 @@ def model_files(variant: str | None = None) -> tuple[str, ...]:
 _ID = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>\S+))?")
 
 
+def repository_of(source: str) -> str | None:
+    """Returns `org/name` of a Hugging Face id, with or without a revision; None for a path or a shipped name."""
+    found = _ID.fullmatch(source)
+    return None if found is None or Path(source).expanduser().exists() else found["repository"]
+
+
 class _NoBars(tqdm):
     """A disabled progress bar: the library shows one of its bars even without a terminal."""
 

@@ -8,7 +8,7 @@ stable-diffusion-v1-5 and of stabilityai/stable-diffusion-xl-base-1.0. Front mat
 https://huggingface.co/docs/hub/model-cards.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,6 +33,8 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.stable_diffusion import UNet2DConditionConfig
 
 Format = Literal["jax", "torch"]
+Relation = Literal["finetune", "adapter", "merge"]
+"""How the Hub names the relation of a model to its base models."""
 Models = Mapping[str, tuple[str, UncheckedJSON]]
 """Component ("transformer", or "." for the directory itself) -> (PyTorch's class, config.json)."""
 
@@ -92,6 +94,14 @@ OF_SOURCE = License(
     "The license of the source holds.",
     "license-of-the-source",
 )
+OWN = License(
+    "other",
+    "not stated",
+    None,
+    None,
+    "The weights were trained from random ones; whoever trained them chooses the license.",
+    "not-stated",
+)
 
 # The size of an architecture by which its published models are recognized: other fields may change without the license.
 _SIZES: dict[str, Callable[[ModelConfig], tuple[Hashable, ...]]] = {
@@ -136,7 +146,8 @@ class Provenance:
 
     source: a path or a Hugging Face id. command: the command line or function that created it. version: of clvr-jax.
     format: of its models. revision: commit of a Hugging Face id, None for a path. dtype: of floating-point tensors,
-    None if as in the source. recipe: the recipe that clvr.json names.
+    None if as in the source. recipe: the recipe that trained the models. steps: optimizer steps of its run. base_model:
+    Hugging Face id of the model from which training started; `source` if that has a revision. relation: to it.
     """
 
     source: str
@@ -146,42 +157,47 @@ class Provenance:
     revision: str | None = None
     dtype: str | None = None
     recipe: str | None = None
+    steps: int | None = None
+    base_model: str | None = None
+    relation: Relation | None = None
 
 
-def license_of(torch_class: str, config: UncheckedJSON) -> License:
+def license_of(torch_class: str, config: UncheckedJSON, unrecognized: License = OF_SOURCE) -> License:
     """Returns the license of a published model, which is recognized by its size.
 
     Args:
       torch_class: PyTorch's class, `_class_name` or `architectures` in config.json.
       config: config.json.
-    Returns: the license; `OF_SOURCE` for a class or size that is not published.
+      unrecognized: the license of a class or size that is not published.
+    Returns: the license.
     Raises: ClvrError for a config.json that our module does not support.
     """
     architecture = find_architecture(torch_class)
     if architecture is None or torch_class not in _SIZES:
-        return OF_SOURCE
+        return unrecognized
     size = _SIZES[torch_class](architecture.config_from_dict(config))
-    return _LICENSES.get((torch_class, size), OF_SOURCE)
+    return _LICENSES.get((torch_class, size), unrecognized)
 
 
-def license_of_all(models: Models) -> License:
+def license_of_all(models: Models, unrecognized: License = OF_SOURCE) -> License:
     """Returns the license of several models: a non-commercial one if any is, else that of the image generator."""
-    terms = {component: license_of(*model) for component, model in models.items()}
+    terms = {component: license_of(*model, unrecognized) for component, model in models.items()}
     restricted = [found for found in terms.values() if found.commercial is False]
     generating = [terms[part] for part, (torch_class, _) in models.items() if torch_class in _IMAGE_GENERATORS]
     deciding = set(restricted or generating or terms.values())
-    return deciding.pop() if len(deciding) == 1 else OF_SOURCE
+    return deciding.pop() if len(deciding) == 1 else unrecognized
 
 
-def model_card(name: str, made: Provenance, models: Models) -> str:
+def model_card(name: str, made: Provenance, models: Models, unrecognized: License = OF_SOURCE) -> str:
     """Returns the text of README.md with its front matter.
 
     Args:
       name: the title.
       made: the origin of the directory.
       models: the models in the directory.
+      unrecognized: the license of models whose size is not published.
     """
-    binding = license_of_all(models)
+    binding = license_of_all(models, unrecognized)
     origin = [
         ("Source", f"`{made.source}`" + (f", revision `{made.revision}`" if made.revision else "")),
         ("Made by", f"`{made.command}`"),
@@ -189,14 +205,15 @@ def model_card(name: str, made: Provenance, models: Models) -> str:
         ("Layout", FORMATS[made.format]),
         ("Numbers", made.dtype or "as in the source, bit for bit"),
         *([("Recipe", f"`{made.recipe}`")] if made.recipe else []),
+        *([("Steps", f"{made.steps:,}")] if made.steps is not None else []),
     ]
-    base_models = [made.source.partition("@")[0]] if made.revision else []
+    base_model = made.base_model or (made.source.partition("@")[0] if made.revision else None)
     lines = [
-        *front_matter(made.format, models, binding, base_models),
+        *front_matter(made.format, models, binding, [base_model] if base_model else [], made.relation),
         f"\n# {name}\n",
         f"{', '.join(titles(models))}.\n",
         *Table(("", ""), [origin], is_markdown=True).markdown(),
-        *models_and_license(models, binding),
+        *models_and_license(models, binding, unrecognized),
     ]
     return "\n".join(lines) + "\n"
 
@@ -206,18 +223,27 @@ def titles(models: Models) -> list[str]:
     return list(dict.fromkeys(_title(torch_class) for torch_class, _ in models.values()))
 
 
-def models_and_license(models: Models, binding: License) -> list[str]:
+def models_and_license(models: Models, binding: License, unrecognized: License = OF_SOURCE) -> list[str]:
     """Returns the lines of a card with the models and their licenses; `binding` is the license of the directory."""
-    parts = [(f"`{component}`", _title(model[0]), license_of(*model).title) for component, model in models.items()]
+    licenses = {component: license_of(*model, unrecognized).title for component, model in models.items()}
+    parts = [(f"`{component}`", _title(model[0]), licenses[component]) for component, model in models.items()]
     notice = f"**{binding.notice}**" if binding.commercial is False else binding.notice
     table = Table(("Directory", "Model", "License"), [parts], is_markdown=True)
     lines = ["\n## Models\n", *table.markdown(), "\n## License\n", notice]
     if binding.link:
         lines.append(f"Its text: {binding.link}\n")
+    if binding.link and binding is not unrecognized:
         lines.append(
             "It was recognized by the sizes of the models; if their source states another license, that one applies."
         )
     return lines
+
+
+def models_in(directory: Path) -> dict[str, tuple[str, UncheckedJSON]]:
+    """Returns component -> (PyTorch's class, config.json) of a directory, for the model card."""
+    places = [directory] if torch_class(directory) else sorted(path for path in directory.iterdir() if path.is_dir())
+    found = {str(place.relative_to(directory)): (torch_class(place), place) for place in places}
+    return {name: (kind, read_json(place / "config.json")) for name, (kind, place) in found.items() if kind}
 
 
 def add_model_card(directory: Path, card: str) -> bool:
@@ -229,7 +255,7 @@ def add_model_card(directory: Path, card: str) -> bool:
 
 
 def card_of_pipeline(directory: Path, name: str, saved_by: str, dtype: str) -> None:
-    """Adds the model card of a pipeline that was saved from memory.
+    """Adds the model card of a pipeline or model that was saved from memory.
 
     Args:
       directory: contains the models.
@@ -237,14 +263,17 @@ def card_of_pipeline(directory: Path, name: str, saved_by: str, dtype: str) -> N
       saved_by: the function that saved it.
       dtype: of floating-point tensors.
     """
-    found = {path.name: torch_class(path) for path in sorted(directory.iterdir()) if path.is_dir()}
-    models = {part: (kind, read_json(directory / part / "config.json")) for part, kind in found.items() if kind}
     made = Provenance("weights in memory", saved_by, version("clvr-jax"), "torch", dtype=dtype)
-    add_model_card(directory, model_card(name, made, models))
+    add_model_card(directory, model_card(name, made, models_in(directory)))
 
 
 def front_matter(
-    form: Format, models: Models, binding: License, base_models: Sequence[str] = (), relation: str | None = None
+    form: Format,
+    models: Models,
+    binding: License,
+    base_models: Sequence[str] = (),
+    relation: Relation | None = None,
+    more_tags: Sequence[str] = (),
 ) -> list[str]:
     """Returns the lines at the beginning of a card that the Hub reads.
 
@@ -253,10 +282,12 @@ def front_matter(
       models: the models in the directory.
       binding: the license of the directory.
       base_models: Hugging Face ids of the models from which it was derived.
-      relation: to the base models, for example "merge"; None if the Hub can infer it.
+      relation: to the base models; None if the Hub can infer it.
+      more_tags: tags that do not follow from the models.
     """
     classes = {torch_class for torch_class, _ in models.values()}
     tags = ["clvr-jax", "text-to-image"] if classes & set(_IMAGE_GENERATORS) else ["clvr-jax"]
+    tags += more_tags
     if form == "jax":
         library = "clvr-jax"
         tags.append("jax")
@@ -272,7 +303,19 @@ def front_matter(
         fields += ["base_model:", *(f"- {name}" for name in base_models)]
     if base_models and relation:
         fields.append(f"base_model_relation: {relation}")
-    return ["---", *fields, f"library_name: {library}", "tags:", *(f"- {tag}" for tag in tags), "---"]
+    fields.append(f"library_name: {library}")
+    if task := _pipeline_tag(classes):
+        fields.append(f"pipeline_tag: {task}")
+    return ["---", *fields, "tags:", *(f"- {tag}" for tag in tags), "---"]
+
+
+def _pipeline_tag(classes: Set[str]) -> str | None:
+    """Returns the task by which the Hub lists models of these classes; None for parts, such as an autoencoder."""
+    if classes & set(_IMAGE_GENERATORS):
+        return "text-to-image"
+    if QWEN3_VL.torch_class in classes:
+        return "image-text-to-text"
+    return "text-generation" if classes == {QWEN3.torch_class} else None
 
 
 def _title(torch_class: str) -> str:

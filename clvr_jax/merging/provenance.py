@@ -17,17 +17,17 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 
-from clvr_jax.convert.architectures import torch_class
 from clvr_jax.convert.model_card import (
     FORMATS,
     Models,
     front_matter,
     license_of_all,
     models_and_license,
+    models_in,
     titles,
 )
 from clvr_jax.display.tables import Table
-from clvr_jax.files.atomic_io import read_json, write_json, write_text
+from clvr_jax.files.atomic_io import write_json, write_text
 from clvr_jax.files.json_input import JSON, UncheckedJSON
 from clvr_jax.merging.norms import DeltaStatistics, total
 from clvr_jax.merging.planning import MERGE, Merge
@@ -117,13 +117,6 @@ def card(plan: Merge, made: UncheckedJSON, models: Models, name: str, command: s
         "\nThe weights derive from all inputs: the license of each applies.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def models_in(directory: Path) -> dict[str, tuple[str, UncheckedJSON]]:
-    """Returns component -> (PyTorch's class, config.json) of a directory, for the model card."""
-    places = [directory] if torch_class(directory) else sorted(path for path in directory.iterdir() if path.is_dir())
-    found = {str(place.relative_to(directory)): (torch_class(place), place) for place in places}
-    return {name: (kind, read_json(place / "config.json")) for name, (kind, place) in found.items() if kind}
 
 
 _MAX_FRONT_MATTER = 1 << 16

@@ -24,6 +24,7 @@ from clvr_jax.files.recipe_files import Configuration, config_from_json, config_
 from clvr_jax.processes import broadcast_from_host0
 from clvr_jax.sharding import MeshConfig, MeshLayout, without_layout
 from clvr_jax.training.checkpoint import refuse_occupied, restore_part
+from clvr_jax.training.export_card import add_export_cards
 from clvr_jax.training.loop import mesh_of
 from clvr_jax.training.trainer import Task, TrainConfig, TrainState, fit
 
@@ -143,6 +144,8 @@ def train(recipe: Recipe, config: RecipeConfig, out: Path, *, resume: bool = Fal
                 state = recipe.fit(task, config.train, out, resume=resume)
     # A run that was asked to stop has exported nothing.
     is_done = int(state.iteration) == config.train.loop(recipe.name).iterations
+    if is_done and jax.process_index() == 0 and (out / "export").is_dir():
+        add_export_cards(out / "export", out.name, recipe.name, config, int(state.step))
     export = str(out / "export") if is_done else None
     return {"recipe": recipe.name, "out": str(out), "export": export, "steps": int(state.step)}
 
@@ -181,11 +184,11 @@ def export_run(run: Path, destination: Path, part: str = "ema") -> int:
     if not is_run(run):
         raise ClvrError(f"{run}: not the directory of a run, which holds {RECIPE} and checkpoints/")
     with new_directory(destination, "export") as directory:
-        return _export_part(run, directory, part)
+        return _export_part(run, directory, part, destination.name)
 
 
-def _export_part(run: Path, directory: Path, part: str) -> int:
-    """Writes a part of the newest checkpoint; returns its step."""
+def _export_part(run: Path, directory: Path, part: str, name: str) -> int:
+    """Writes a part of the newest checkpoint with a card of this title; returns its step."""
     made = read_object(run / RECIPE)
     recipe = load_recipe(made.text("recipe"))
     with located(run / RECIPE):
@@ -200,4 +203,5 @@ def _export_part(run: Path, directory: Path, part: str) -> int:
         params, step = restore_part(run / "checkpoints", part, wanted)
         with without_layout():
             task.export(params, directory)
+    add_export_cards(directory, name, recipe.name, config, step)
     return step

@@ -23,6 +23,7 @@ from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.stable_diffusion import AutoencoderKLConfig, UNet2DConditionConfig
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.registry import SHIPPED
+from clvr_jax.scripts.shapes_assemble import shipped_card
 
 MADE = Provenance("/models/flux", "clvr convert /models/flux out --to jax", "0.1.0", "jax")
 
@@ -37,6 +38,7 @@ KLEIN_9B = model(FLUX2_TRANSFORMER, Flux2TransformerConfig.klein_9b())
 SDXL = model(UNET, UNet2DConditionConfig.sdxl())
 VAE = model(FLUX2_VAE, AutoencoderKLFlux2Config())
 TEXT_ENCODER = model(QWEN3, Qwen3Config.qwen3_8b())
+CONTROLLER = model(QWEN3_VL, Qwen3VLConfig.qwen3_vl_2b())
 SHIPPED_TRANSFORMER = (
     FLUX2_TRANSFORMER.torch_class,
     json.loads((SHIPPED / "shapes-tiny" / "transformer" / "config.json").read_text()),
@@ -106,6 +108,7 @@ def test_a_card_says_what_the_hub_and_people_look_for():
         "license_link": FLUX_NON_COMMERCIAL.link,
         "base_model": "black-forest-labs/FLUX.2-klein-9B",
         "library_name": "diffusers",
+        "pipeline_tag": "text-to-image",
         "tags": ["clvr-jax", "text-to-image"],
     }
     assert "\n# my-9b\n\nFLUX.2 transformer, FLUX.2 autoencoder.\n" in text
@@ -126,6 +129,7 @@ def test_a_card_of_a_path_names_no_base_model_and_no_recipe_if_there_is_none():
         "license": "other",
         "license_name": "license-of-the-source",
         "library_name": "clvr-jax",
+        "pipeline_tag": "text-to-image",
         "tags": ["clvr-jax", "text-to-image", "jax"],
     }
     assert "Recipe" not in text
@@ -139,6 +143,52 @@ def test_the_library_is_that_which_reads_the_layout(models, library):
     data = ModelCard(model_card("x", dataclasses.replace(MADE, format="torch"), models)).data
     assert data.library_name == library
     assert data.license == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    ("models", "task"),
+    [
+        ({"transformer": KLEIN_4B, "vae": VAE, "controller": CONTROLLER}, "text-to-image"),
+        ({".": SDXL}, "text-to-image"),
+        ({".": CONTROLLER}, "image-text-to-text"),
+        ({".": TEXT_ENCODER}, "text-generation"),
+        ({"vae": VAE}, None),
+    ],
+)
+def test_the_hub_lists_a_model_by_its_task(models, task):
+    assert ModelCard(model_card("x", MADE, models)).data.pipeline_tag == task
+
+
+def test_training_from_a_model_of_the_hub_names_it_and_the_steps():
+    made = dataclasses.replace(
+        MADE, source="org/base@main", recipe="flux2_sft", steps=1500, base_model="org/base", relation="finetune"
+    )
+    text = model_card("x", made, {"transformer": KLEIN_4B})
+    data = ModelCard(text).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("org/base", "finetune")
+    assert "| Steps | 1,500 |" in text
+
+
+def test_models_that_are_not_published_may_have_a_license_of_their_own():
+    models = {"transformer": SHIPPED_TRANSFORMER}
+    text = model_card("x", MADE, models, APACHE)
+    assert ModelCard(text).data.license == "apache-2.0"
+    assert "| `transformer` | FLUX.2 transformer | Apache-2.0 |" in text
+    assert "It was recognized by the sizes" not in text
+    assert ModelCard(model_card("x", MADE, {**models, "other": KLEIN_9B}, APACHE)).data.license == "other"
+
+
+def test_the_shipped_directory_has_the_card_that_its_script_writes():
+    directory = SHIPPED / "shapes-tiny"
+    text = (directory / "README.md").read_text()
+    data = ModelCard(text).data
+    assert (data.license, data.library_name, data.pipeline_tag) == ("apache-2.0", "diffusers", "text-to-image")
+    parts = {path.parent.name for path in directory.glob("*/config.json")}
+    assert parts >= {"controller", "transformer", "transformer_base", "transformer_sft", "vae"}
+    assert all(f"| `{part}` | " in text for part in parts)
+    stated = next(line for line in text.splitlines() if line.startswith("| clvr-jax |"))
+    written = shipped_card(directory, "shapes-tiny").splitlines()
+    assert [stated if line.startswith("| clvr-jax |") else line for line in written] == text.splitlines()
 
 
 def test_a_readme_of_the_source_is_kept(tmp_path):

@@ -121,8 +121,8 @@ class Merge:
 
     def _finish(self, plan: "Planned", directory: Path, sums: Mapping[str, "DeltaStatistics"]) -> None:
         """Writes merge.json, model card and report; prints a warning for a non-commercial license."""
-        from clvr_jax.convert.model_card import license_of_all
-        from clvr_jax.merging.provenance import models_in, write_provenance
+        from clvr_jax.convert.model_card import license_of_all, models_in
+        from clvr_jax.merging.provenance import write_provenance
         from clvr_jax.merging.report import write_report
 
         terms = license_of_all(models_in(directory))

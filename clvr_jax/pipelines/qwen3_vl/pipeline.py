@@ -17,6 +17,7 @@ from PIL import Image
 from clvr_jax.compilation import release_programs
 from clvr_jax.convert.architectures import QWEN3_VL
 from clvr_jax.convert.hub import local_directory
+from clvr_jax.convert.model_card import card_of_pipeline
 from clvr_jax.convert.models import load_model, save_model
 from clvr_jax.data.preprocessing.conversations import END_TOKENS, IMAGE_PAD, Message, read_conversation
 from clvr_jax.data.preprocessing.qwen3_vl_images import Qwen3VLImageProcessor, load_processor, processor_to_dict
@@ -256,6 +257,7 @@ class Qwen3VLPipeline:
             self.tokenizer.save_pretrained(str(temporary))
             write_json(temporary / "preprocessor_config.json", processor_to_dict(self.image_processor))
             self.generation.write(temporary)
+            card_of_pipeline(temporary, Path(path).name, "Qwen3VLPipeline.save_pretrained", dtype)
 
 
 def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
