@@ -30,6 +30,7 @@ LISTED = {"file_name": "a.png", "prompt": PROMPT}
 IMAGINE = {"id": 1, "instruction": "A photo.", "note": "It is changed.", "type": "COLOR"}
 GENEVALPP = {"tag": "counting", "include": [{"class": "cup", "count": 5, "color": "red"}],
              "exclude": [{"class": "cup", "count": 6}], "prompt": "five cups"}  # fmt: skip
+GENEVAL2 = {"prompt": "a dog", "atom_count": 3, "vqa_list": [["Are there any dogs?", "Yes"]], "skills": ["object"]}
 WISE = {"Prompt": "A thing", "Explanation": "It shows it.", "prompt_id": 1}
 RESULTS = {
     "benchmark": "shapes", "judge": {"name": "d", "version": "1"}, "settings": {}, "seed": 0, "unit": "0 to 1",
@@ -156,6 +157,7 @@ def _cases() -> Iterator[tuple[str, object, Case]]:
         "labels": (_labels, LABEL), "file names": (_picture_list, LISTED),
         "shapes prompts": (_shapes_prompts, METADATA),
         "imaginebench": (_benchmark("imaginebench"), IMAGINE), "genevalpp": (_benchmark("genevalpp"), GENEVALPP),
+        "geneval2": (_benchmark("geneval2"), GENEVAL2),
         "wise": (_benchmark("wise", "--edition", "verified"), WISE), "results": (_results, RESULTS),
     }  # fmt: skip
     for name, (arguments, valid) in lists.items():
@@ -243,7 +245,8 @@ def test_inputs_that_are_fine_are_read(finished, tmp_path, capsys, monkeypatch):
 
     for number, (arguments, valid) in enumerate(
         ((_labels, LABEL), (_shapes_prompts, METADATA), (_benchmark("imaginebench"), IMAGINE),
-         (_benchmark("genevalpp"), GENEVALPP), (_benchmark("wise", "--edition", "verified"), WISE))
+         (_benchmark("genevalpp"), GENEVALPP), (_benchmark("geneval2"), GENEVAL2),
+         (_benchmark("wise", "--edition", "verified"), WISE))
     ):  # fmt: skip
         root = tmp_path / str(number) / "input"
         root.parent.mkdir()

@@ -354,8 +354,23 @@ class EvalDPG(_EvalJudged):
         return DPG(self.rules)
 
 
+@dataclass(frozen=True, kw_only=True)
+class EvalGenEval2(_EvalJudged):
+    """GenEval 2: 800 prompts with 3 to 10 atoms; a judge is asked about each atom, and the probability of the right
+    answer is its score."""
+
+    EXAMPLE: ClassVar = "clvr eval geneval2 --model DIR --out out/geneval2 --judge Qwen/Qwen3-VL-8B-Instruct"
+
+    @override
+    def benchmark(self) -> "Benchmark":
+        from clvr_jax.evaluation.benchmarks.geneval2 import GenEval2
+
+        return GenEval2()
+
+
 PUBLISHED_BENCHMARKS: dict[str, type[Command]] = {
     "geneval": EvalGenEval,
+    "geneval2": EvalGenEval2,
     "genevalpp": EvalGenEvalPP,
     "imaginebench": EvalImagineBench,
     "wise": EvalWise,

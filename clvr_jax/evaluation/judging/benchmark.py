@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.judging.replies import probability
 from clvr_jax.files.image_io import EncodedImage, read_encoded
 
 Answer = TypeVar("Answer")
@@ -26,6 +27,8 @@ class JudgeQuestion(Generic[Answer]):
       read: parses a reply; raises AnswerError for one that it cannot parse.
       max_tokens: of the reply.
       is_json: whether the reply must be one JSON object.
+      words: in lower case. If given, `read` gets the probability that the reply begins with one of them, as `repr`
+        writes it, in place of the reply.
     """
 
     name: str
@@ -33,6 +36,12 @@ class JudgeQuestion(Generic[Answer]):
     read: Callable[[str], Answer]
     max_tokens: int
     is_json: bool = False
+    words: tuple[str, ...] = ()
+
+
+def probability_question(name: str, text: str, words: tuple[str, ...]) -> JudgeQuestion[float]:
+    """Returns a question whose answer is the probability of a reply that begins with one of the words."""
+    return JudgeQuestion(name, text, probability, 16, words=words)
 
 
 class JudgedBenchmark(Benchmark, Generic[Answer]):

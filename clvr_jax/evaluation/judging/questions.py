@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -19,7 +20,7 @@ from clvr_jax.files.file_names import has_entry
 from clvr_jax.files.image_io import EncodedImage
 from clvr_jax.files.json_input import JSON, JsonObject, parse_object, shown, stream_lines
 from clvr_jax.files.output_paths import output_name
-from clvr_jax.interfaces import ChatModel, ChatRequest, ProviderError, Usage
+from clvr_jax.interfaces import ChatModel, ChatRequest, ChatResponse, ProviderError, Usage
 from clvr_jax.interfaces.answers import AnswerError
 
 
@@ -82,6 +83,8 @@ class Judged(Generic[Answer]):
 
 
 _FAULTS: Mapping[str, Literal["refused", "malformed"]] = {"refused": "refused", "malformed": "malformed"}
+_TOP_LOGPROBS = 20
+"""Number of probable first tokens that are requested, the most that endpoints allow."""
 _MAX_LINE_BYTES = 64 << 20
 """Maximum size of a line: that of a response."""
 
@@ -245,7 +248,7 @@ def _ask(
     complaint, given = "", list[JudgeReply]()
     for attempt in range(attempts):
         text = question.text + complaint
-        key = _key(image, text, attempt)
+        key = _key(image, "\0".join((text, *question.words)), attempt)
         reply = replies.get(key)
         if reply is None:
             reply = _reply(judge, image, text, question)
@@ -267,6 +270,7 @@ def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQue
         [image],
         judge.max_tokens or question.max_tokens,
         is_json=question.is_json,
+        top_logprobs=_TOP_LOGPROBS if question.words else 0,
     )
     try:
         response = judge.model.chat(request)
@@ -275,7 +279,30 @@ def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQue
         if error.fault in ("malformed", "refused"):
             return JudgeReply(None, str(error), error.usage, error.fault, _adapted(judge))
         raise
-    return JudgeReply(response.text, None, response.usage, adapted=_adapted(judge))
+    reply = response.text
+    if question.words:
+        probability = first_word_probability(response, question.words)
+        if probability is None:
+            raise ClvrError(
+                f"{judge.model.name}: gives no probabilities of tokens, of which this score is made; choose a judge "
+                "whose server returns logprobs, or a directory of a Qwen3-VL"
+            )
+        reply = repr(probability)
+    return JudgeReply(reply, None, response.usage, adapted=_adapted(judge))
+
+
+def first_word_probability(response: ChatResponse, words: Sequence[str]) -> float | None:
+    """Returns the probability that a reply begins with one of the words; None without probabilities of tokens.
+
+    Case and a space before the word do not count. If none of the most probable first tokens is one of the words, the
+    result is the probability of the last of them, which is an upper bound for each spelling.
+    """
+    if not response.tokens:
+        return None
+    first = response.tokens[0]
+    listed = {**first.top, first.text: first.logprob}
+    found = [math.exp(logprob) for text, logprob in listed.items() if text.strip().lower() in words]
+    return min(math.fsum(found), 1.0) if found else math.exp(min(listed.values()))
 
 
 def _adapted(judge: JudgeModel) -> tuple[str, ...]:

@@ -47,6 +47,15 @@ def yes_or_no(text: str) -> bool:
     return said == {"yes"}
 
 
+def probability(text: str) -> float:
+    """Parses a number from 0 to 1. Raises: AnswerError."""
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise AnswerError(f"the answer must be a number, got {text[:80]!r}") from error
+    return _bounded("the probability", value, 0, 1, False)
+
+
 def _labeled(text: str, label: str, low: float, high: float, whole: bool) -> float:
     start = rf"(?im)^{_DECORATION}{_BULLET}{re.escape(label)}{_DECORATION}(?:\([^)\n]*\))?"
     found = re.findall(rf"{start}{_DECORATION}{_COLON}{_DECORATION}{_NUMBER}([^\n]*)", text)

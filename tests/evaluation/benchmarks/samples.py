@@ -22,6 +22,29 @@ GENEVALPP = [
     {"tag": "size_spatial_attr", "include": [{"class": "dog", "count": 1, "size": "larger", "region": "above"},
      {"class": "cat", "count": 1, "size": "smaller", "region": "left", "color": "red"}], "prompt": "A photo of both"},
 ]  # fmt: skip
+GENEVAL2 = [
+    {
+        "prompt": "two blue cups on a box",
+        "atom_count": 4,
+        "vqa_list": [
+            ["How many cups are in the image?", "two"],
+            ["Are the cups blue?", "Yes"],
+            ["Are there any cups in the image?", "Yes"],
+            ["Are the cups on the box?", "Yes"],
+        ],
+        "skills": ["count", "attribute", "object", "position"],
+    },
+    {
+        "prompt": "a running dog",
+        "atom_count": 3,
+        "vqa_list": [
+            ["How many dogs are in the image?", "one"],
+            ["Are there any dogs in the image?", "Yes"],
+            ["Is the dog running?", "Yes"],
+        ],
+        "skills": ["count", "object", "verb"],
+    },
+]
 IMAGINE = [
     {"id": number, "instruction": f"A photo of {number}.", "note": "It is changed.", "type": kind}
     for number, kind in enumerate(("COLOR", "MATERIAL", "TIME", "Multi-Object"), start=1)

@@ -7,6 +7,7 @@ import pytest
 from clvr_jax.errors import ClvrError, UsageError
 from clvr_jax.evaluation.benchmarks.dpg import DPG
 from clvr_jax.evaluation.benchmarks.geneval import GenEval
+from clvr_jax.evaluation.benchmarks.geneval2 import GenEval2
 from clvr_jax.evaluation.benchmarks.genevalpp import GenEvalPP, checklist
 from clvr_jax.evaluation.benchmarks.imaginebench import AXES, ImagineBench
 from clvr_jax.evaluation.benchmarks.prism import TRACKS, Prism
@@ -16,10 +17,10 @@ from clvr_jax.evaluation.harness.summary import ScoredImage, summarize
 from clvr_jax.evaluation.judging.benchmark import rubric
 from clvr_jax.evaluation.statistics import spread
 from tests.evaluation.benchmarks.samples import DPG as DPG_CSV
-from tests.evaluation.benchmarks.samples import GENEVAL, GENEVALPP, IMAGINE, WISE, write_lines
+from tests.evaluation.benchmarks.samples import GENEVAL, GENEVAL2, GENEVALPP, IMAGINE, WISE, write_lines
 from tests.providers.server import Reply, dripping
 
-JUDGED = (GenEvalPP(), ImagineBench(), WiseLegacy(), WiseVerified(), Prism(), DPG())
+JUDGED = (GenEval2(), GenEvalPP(), ImagineBench(), WiseLegacy(), WiseVerified(), Prism(), DPG())
 
 
 def summary(benchmark, items, scores):
@@ -92,6 +93,7 @@ def test_rubrics_have_their_fields_and_show_the_prompt(tmp_path):
     write_lines(tmp_path / "style.jsonl", [{"prompt": "a {curly} prompt"}])
     (tmp_path / "w.json").write_text(json.dumps(WISE))
     files = {
+        "geneval2": write_lines(tmp_path / "g2.jsonl", GENEVAL2),
         "genevalpp": write_lines(tmp_path / "gpp.jsonl", GENEVALPP),
         "imaginebench": write_lines(tmp_path / "i.jsonl", IMAGINE),
         "wise-legacy": tmp_path / "w.json",
@@ -103,7 +105,11 @@ def test_rubrics_have_their_fields_and_show_the_prompt(tmp_path):
         item = benchmark.read(files[benchmark.name])[0]
         questions = benchmark.questions(item)
         assert all(rubric(name) for name in benchmark.rubrics)
-        shown = item.record["questions"][0]["text"] if benchmark.name == "dpg" else item.prompt
+        of_one = {
+            "dpg": lambda record: record["questions"][0]["text"],
+            "geneval2": lambda record: record["vqa_list"][0][0],
+        }
+        shown = of_one[benchmark.name](item.record) if benchmark.name in of_one else item.prompt
         assert all(shown in asked.text for asked in questions[:1])
         # No field is left open; JSON that is asked for has single braces.
         assert "{prompt}" not in questions[0].text
