@@ -228,6 +228,9 @@ class EvalGenEval(_EvalBenchmark):
 class _EvalJudged(JudgeOptions, _EvalBenchmark):
     """A benchmark whose images a vision-language model scores."""
 
+    rubric: Literal["ours", "official"] = "ours"
+    """Whose words the judge reads. ours: those of this package. official: the prompt of the benchmark's own script,
+    which is fetched at a pinned commit, so that published scores of the same judge can be compared."""
     scorer_option: ClassVar = "--judge MODEL"
 
     def __post_init__(self) -> None:
@@ -241,8 +244,13 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
 
     @override
     def check_scorer(self) -> None:
+        from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark
         from clvr_jax.evaluation.judging.judges import check_local
+        from clvr_jax.evaluation.judging.scorer import official_prompt
 
+        benchmark = self.benchmark()
+        if self.rubric == "official" and isinstance(benchmark, JudgedBenchmark):
+            official_prompt(benchmark)
         if self.judge_url is None:
             check_local(self.judge)
         else:
@@ -252,7 +260,7 @@ class _EvalJudged(JudgeOptions, _EvalBenchmark):
     def build_scorer(self) -> "Scorer":
         from clvr_jax.evaluation.judging.scorer import JudgeScorer
 
-        return JudgeScorer(self._judge())
+        return JudgeScorer(self._judge(), self.rubric)
 
     def _judge(self) -> "JudgeModel":
         from clvr_jax.evaluation.judging.judges import endpoint_judge, local_judge

@@ -22,10 +22,14 @@ from clvr_jax.evaluation.benchmarks.prompt_files import read_entries
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, probability_question, rubric
+from clvr_jax.evaluation.judging.official import OfficialPrompt
 from clvr_jax.files.json_input import UncheckedJSON
 
+_REPOSITORY = "facebookresearch/GenEval2"
 _COMMIT = "a6e82d2289e8d418f27f0adee77908b07060eea3"
 _FILES = {"geneval2_data.jsonl": "823f48414446157fe252f92e3c60c803c33c303c"}
+_SCRIPT = {"evaluation.py": "0932a1420aed08f28b7e385810337239264ed7c9"}
+_LICENSE = "CC BY-NC 4.0: for non-commercial use only"
 SKILLS = ("object", "attribute", "count", "position", "verb")
 _NUMBERS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _ATOMS = range(1, 101)
@@ -42,11 +46,12 @@ class GenEval2(JudgedBenchmark[float]):
     name: ClassVar = "geneval2"
     title: ClassVar = "GenEval 2"
     unit: ClassVar = "0 to 100"
-    source: ClassVar = Source(
-        github("facebookresearch/GenEval2", _COMMIT, _FILES), license="CC BY-NC 4.0: for non-commercial use only"
-    )
+    source: ClassVar = Source(github(_REPOSITORY, _COMMIT, _FILES), license=_LICENSE)
     rubrics: ClassVar = ("geneval2",)
     prompts_hint: ClassVar = "geneval2_data.jsonl of facebookresearch/GenEval2"
+    official: ClassVar = OfficialPrompt(
+        Source(github(_REPOSITORY, _COMMIT, _SCRIPT), license=_LICENSE), "soft_tifa", max_tokens=16
+    )
 
     @property
     @override
@@ -80,6 +85,10 @@ class GenEval2(JudgedBenchmark[float]):
             probability_question(str(number), text.format(question=question), accepted(question, answer))
             for number, (question, answer) in enumerate(item.record["vqa_list"])
         ]
+
+    @override
+    def official_names(self, item: Item, question: JudgeQuestion[float]) -> dict[str, object]:
+        return {"question": item.record["vqa_list"][int(question.name)][0]}
 
     @override
     def score(self, item: Item, answers: Mapping[str, float | None]) -> Score:

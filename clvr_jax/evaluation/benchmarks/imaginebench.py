@@ -19,6 +19,7 @@ from clvr_jax.evaluation.benchmarks.prompt_files import check_unique_ids, read_e
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import JudgedBenchmark, JudgeQuestion, rubric
+from clvr_jax.evaluation.judging.official import OfficialPrompt
 from clvr_jax.evaluation.judging.replies import labeled_scores
 from clvr_jax.files.json_input import shown
 from clvr_jax.interfaces.answers import AnswerError
@@ -29,6 +30,7 @@ AXES = ("Fantasy Fulfillment", "Identity Preservation", "Aesthetic Quality")
 _NO_SCORE = -1.0
 """The official script's score where a reply has none."""
 _FILES = {"test_scripts/Imagine.jsonl": "1ce2e29424077821b1820525224ca9d7f98e0331"}
+_SCRIPT = {"test_scripts/Eval-gpt-4.1-Imagine.py": "12414350233adad5cbcded819a0f561aa0493f94"}
 _GROUPS = {
     "COLOR": "Attribute shift",
     "SHAPE": "Attribute shift",
@@ -59,6 +61,9 @@ class ImagineBench(JudgedBenchmark[dict[str, float]]):
     source: ClassVar = Source(github(*ECHO_4O, _FILES), license="Apache-2.0")
     rubrics: ClassVar = ("imaginebench",)
     prompts_hint: ClassVar = "test_scripts/Imagine.jsonl of yejy53/Echo-4o"
+    official: ClassVar = OfficialPrompt(
+        Source(github(*ECHO_4O, _SCRIPT), license="Apache-2.0"), "build_messages", max_tokens=1024
+    )
 
     @property
     @override

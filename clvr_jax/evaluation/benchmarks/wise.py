@@ -19,6 +19,7 @@ from clvr_jax.evaluation.benchmarks.prompt_files import benchmark_files, check_u
 from clvr_jax.evaluation.harness.benchmark import Item, Score
 from clvr_jax.evaluation.harness.sources import Source, github
 from clvr_jax.evaluation.judging.benchmark import Answer, JudgedBenchmark, JudgeQuestion, rubric
+from clvr_jax.evaluation.judging.official import OfficialPrompt
 from clvr_jax.evaluation.judging.replies import labeled_scores
 
 LEGACY_AXES = ("Consistency", "Realism", "Aesthetic Quality")
@@ -29,6 +30,10 @@ _LEGACY_FILES = {
     "WISE_legacy/data/natural_science.json": "e2ea67e8fd9b58667dac4587a3103c725e714680",
 }
 _VERIFIED_FILES = {"data_verified/merge.json": "b8506419ab24e836585a74f3359341115e33a5ab"}
+_LEGACY_SCRIPT = {"WISE_legacy/gpt_eval.py": "56ee5937fff82d0253b70f76059602b6d2537862"}
+_VERIFIED_SCRIPT = {"vllm_eval.py": "82db1108f40bf21c5a5065dba8ee6ec169168fb6"}
+_FUNCTION = "build_evaluation_messages"
+"""Function of the scripts that contains the prompt of the judge."""
 _FIELDS = ("prompt_id", "Prompt", "Explanation")
 
 
@@ -68,6 +73,9 @@ class WiseLegacy(_Wise[dict[str, float]]):
     source: ClassVar = Source(github(*_REPOSITORY, _LEGACY_FILES), license=_Wise.license_note)
     prompts_hint: ClassVar = "the directory WISE_legacy/data of PKU-YuanGroup/WISE, or one of its files"
     rubrics: ClassVar = ("wise_legacy",)
+    official: ClassVar = OfficialPrompt(
+        Source(github(*_REPOSITORY, _LEGACY_SCRIPT), license=_Wise.license_note), _FUNCTION, max_tokens=2000
+    )
     files: ClassVar = tuple(path.rpartition("/")[2] for path in _LEGACY_FILES)
     last_ids: ClassVar = {"CULTURE": 400, "TIME": 567, "SPACE": 700, "BIOLOGY": 800, "PHYSICS": 900, "CHEMISTRY": 1000}
     shares: ClassVar = {"CULTURE": 0.4, "TIME": 0.167, "SPACE": 0.133, "BIOLOGY": 0.1, "PHYSICS": 0.1, "CHEMISTRY": 0.1}
@@ -94,6 +102,9 @@ class WiseVerified(_Wise[float]):
     source: ClassVar = Source(github(*_REPOSITORY, _VERIFIED_FILES), license=_Wise.license_note)
     prompts_hint: ClassVar = "data_verified/merge.json of PKU-YuanGroup/WISE"
     rubrics: ClassVar = ("wise_verified",)
+    official: ClassVar = OfficialPrompt(
+        Source(github(*_REPOSITORY, _VERIFIED_SCRIPT), license=_Wise.license_note), _FUNCTION, max_tokens=500
+    )
     files: ClassVar = tuple(path.rpartition("/")[2] for path in _VERIFIED_FILES)
     last_ids: ClassVar = {"CULTURE": 400, "TIME": 520, "SPACE": 640, "BIOLOGY": 760, "PHYSICS": 880, "CHEMISTRY": 1000}
     shares: ClassVar = {

@@ -40,8 +40,12 @@ class Source:
     files: tuple[Remote, ...]
     license: str
 
-    def fetch(self, benchmark: str) -> Path:
+    def fetch(self, benchmark: str, *, is_script: bool = False) -> Path:
         """Returns the file, or the directory of several files; files in the cache are not fetched again.
+
+        Args:
+          benchmark: name of the directory in the cache.
+          is_script: whether the file is a script in place of prompts, which --prompts would name.
 
         Raises: ClvrError, one line, if a file cannot be fetched or its content is not the pinned one.
         """
@@ -50,11 +54,12 @@ class Source:
             path = directory / remote.name
             if path.is_file() and blob_id(path.read_bytes()) == remote.blob:
                 continue
-            content = _download(remote.url, benchmark)
+            remedy = f"store the file as {path}" if is_script else "give the file with --prompts PATH"
+            content = _download(remote.url, benchmark, remedy)
             if (found := blob_id(content)) != remote.blob:
                 raise ClvrError(
                     f"{benchmark}: the content of {remote.url} is not the pinned one (git blob {found}, not "
-                    f"{remote.blob}); give the file with --prompts PATH"
+                    f"{remote.blob}); {remedy}"
                 )
             write_atomically(path, content)
         return directory / self.files[0].name if len(self.files) == 1 else directory
@@ -73,7 +78,7 @@ def blob_id(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 
 
-def _download(url: str, benchmark: str) -> bytes:
+def _download(url: str, benchmark: str, remedy: str) -> bytes:
     found: Future[bytes] = Future()
     # In a thread, which may be left behind: a server can drip the headers, which urllib reads without a deadline.
     threading.Thread(target=_fetch, args=(url, found), daemon=True).start()
@@ -83,7 +88,7 @@ def _download(url: str, benchmark: str) -> bytes:
         reason = " ".join(str(error.reason if isinstance(error, urllib.error.URLError) else error).split())[:200]
         reason = reason or f"not complete after {_MOST_SECONDS} s"  # of `Future.result`
         raise ClvrError(
-            f"{benchmark}: its prompts cannot be fetched ({reason}); download {url} elsewhere and give --prompts PATH"
+            f"{benchmark}: {url} cannot be fetched ({reason}); download it elsewhere and {remedy}"
         ) from error
 
 

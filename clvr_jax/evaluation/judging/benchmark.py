@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from clvr_jax.evaluation.harness.benchmark import Benchmark, Item, Score
+from clvr_jax.evaluation.judging.official import OfficialPrompt
 from clvr_jax.evaluation.judging.replies import probability
 from clvr_jax.files.image_io import EncodedImage, read_encoded
 
@@ -27,6 +28,8 @@ class JudgeQuestion(Generic[Answer]):
       read: parses a reply; raises AnswerError for one that it cannot parse.
       max_tokens: of the reply.
       is_json: whether the reply must be one JSON object.
+      system: system prompt; "" for none.
+      image_first: whether the image comes before the text.
       words: in lower case. If given, `read` gets the probability that the reply begins with one of them, as `repr`
         writes it, in place of the reply.
     """
@@ -36,6 +39,8 @@ class JudgeQuestion(Generic[Answer]):
     read: Callable[[str], Answer]
     max_tokens: int
     is_json: bool = False
+    system: str = ""
+    image_first: bool = True
     words: tuple[str, ...] = ()
 
 
@@ -45,9 +50,14 @@ def probability_question(name: str, text: str, words: tuple[str, ...]) -> JudgeQ
 
 
 class JudgedBenchmark(Benchmark, Generic[Answer]):
-    """A benchmark whose images a vision-language model judges. rubrics: names of the judge's prompt templates."""
+    """A benchmark whose images a vision-language model judges.
+
+    rubrics: names of our prompt templates for the judge. official: the prompt of the benchmark's own script; None if it
+    is computed by code, or if there is none.
+    """
 
     rubrics: ClassVar[tuple[str, ...]]
+    official: ClassVar[OfficialPrompt | None] = None
 
     @property
     def attempts(self) -> int:
@@ -57,6 +67,10 @@ class JudgedBenchmark(Benchmark, Generic[Answer]):
     @abc.abstractmethod
     def questions(self, item: Item) -> list[JudgeQuestion[Answer]]:
         """Returns the questions about each image of a prompt; none if the rules leave the prompt out."""
+
+    def official_names(self, item: Item, question: JudgeQuestion[Answer]) -> dict[str, object]:
+        """Returns the variables of the script from which its prompt about an image is made."""
+        return {"prompt_data": item.record}
 
     @abc.abstractmethod
     def score(self, item: Item, answers: Mapping[str, Answer | None]) -> Score:

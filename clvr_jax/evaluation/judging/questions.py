@@ -248,7 +248,7 @@ def _ask(
     complaint, given = "", list[JudgeReply]()
     for attempt in range(attempts):
         text = question.text + complaint
-        key = _key(image, "\0".join((text, *question.words)), attempt)
+        key = _key(image, _asked_text(question, text), attempt)
         reply = replies.get(key)
         if reply is None:
             reply = _reply(judge, image, text, question)
@@ -264,9 +264,10 @@ def _ask(
 
 
 def _reply(judge: JudgeModel, image: EncodedImage, text: str, question: JudgeQuestion[Answer]) -> JudgeReply:
-    content = [{"type": "image"}, {"type": "text", "text": text}]
+    content = [{"type": "image"}, {"type": "text", "text": text}][:: 1 if question.image_first else -1]
+    system = [{"role": "system", "content": question.system}] if question.system else []
     request = ChatRequest(
-        [{"role": "user", "content": content}],
+        [*system, {"role": "user", "content": content}],
         [image],
         judge.max_tokens or question.max_tokens,
         is_json=question.is_json,
@@ -308,6 +309,12 @@ def first_word_probability(response: ChatResponse, words: Sequence[str]) -> floa
 def _adapted(judge: JudgeModel) -> tuple[str, ...]:
     """Returns descriptions of the changes to requests that the judge's server required; () for our own models."""
     return tuple(getattr(judge.model, "adapted", ()))
+
+
+def _asked_text(question: JudgeQuestion[Answer], text: str) -> str:
+    """Returns all that the judge reads but the image, and the words that are looked for, as one text."""
+    order = () if question.image_first else ("text first",)
+    return "\0".join((text, *question.words, *filter(None, (question.system,)), *order))
 
 
 def _key(image: EncodedImage, text: str, attempt: int) -> str:

@@ -248,6 +248,6 @@ def test_prompts_are_fetched_once_and_checked(server, tmp_path, monkeypatch):
 def test_a_server_of_prompts_that_lies_or_drips_ends_in_one_line(head, monkeypatch):
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setattr("clvr_jax.evaluation.harness.sources._MOST_SECONDS", 0.3)
-    with dripping(head) as url, pytest.raises(ClvrError, match="its prompts cannot be fetched") as caught:
-        _download(f"{url}/prompts.jsonl", "geneval")
+    with dripping(head) as url, pytest.raises(ClvrError, match=r"jsonl cannot be fetched") as caught:
+        _download(f"{url}/prompts.jsonl", "geneval", "give the file with --prompts PATH")
     assert "\n" not in str(caught.value)
