@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 from collections.abc import Iterable, Mapping
-from typing import TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.json_input import JSON, UncheckedJSON, shown
@@ -75,6 +75,8 @@ def _is_of(value: JSON, kind: object, most: int) -> bool:
     """Returns whether a JSON value has an annotated type: finite numbers, sizes from 0 to `most`, bounded lists."""
     if get_origin(kind) in (Union, types.UnionType):
         return any(_is_of(value, member, most) for member in get_args(kind))
+    if get_origin(kind) is Literal:
+        return any(type(value) is type(member) and value == member for member in get_args(kind))
     if get_origin(kind) is tuple:
         members = get_args(kind)
         if not isinstance(value, list | tuple) or len(value) > MOST_LAYERS:
@@ -97,6 +99,8 @@ def _described(kind: object) -> str:
     """Returns a description of an annotated type for an error message."""
     if get_origin(kind) in (Union, types.UnionType):
         return " or ".join(map(_described, get_args(kind)))
+    if get_origin(kind) is Literal:
+        return f"one of {', '.join(map(str, get_args(kind)))}"
     if get_origin(kind) is tuple:
         return f"a list ({_described(get_args(kind)[0])} each)"
     words: dict[object, str] = {

@@ -263,7 +263,7 @@ class ClosedLoopPipeline:
         # Configurations are checked before weights are read, which takes minutes.
         names = {"controller": controller, "verifier": verifier}
         found = {part: controller_directory(name) for part, name in names.items() if isinstance(name, str)}
-        if layout is not None and class_of(path) == FLUX2:
+        if layout is not None and class_of(path) in FLUX2:
             heads = flux2_heads(model, transformer)
             check_heads(layout, {**heads, **_heads({part: directory for part, (directory, _) in found.items()})})
         # Without a Qwen3-VL to load, a format for the controller is an error, not ignored.

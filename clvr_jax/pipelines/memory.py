@@ -61,11 +61,11 @@ def parts_of(model: str, vision_language: Mapping[str, Path] | None = None) -> l
     path, chosen = resolve(model)
     further = {directory: name for name, directory in reversed(list((vision_language or {}).items()))}
     chat = [Part(name, directory, QWEN3_VL, "controller") for directory, name in further.items()]
-    if class_of(path) != FLUX2:
+    if class_of(path) not in FLUX2:
         found = [child for child in sorted(path.iterdir()) if (child / "config.json").exists()]
         known = [child for child in found if child.name in ("unet", "vae", "text_encoder", "text_encoder_2")]
         return [Part(child.name, child, architecture_of(child), is_offloaded=False) for child in known]
-    encoder = qwen3_hidden_states(flux2_settings(path).text_encoder_out_layers)
+    encoder = qwen3_hidden_states(flux2_settings(path, chosen).text_encoder_out_layers)
     return [
         Part("transformer", path / chosen, FLUX2_TRANSFORMER, "transformer"),
         Part("text_encoder", path / "text_encoder", encoder, "text_encoder"),

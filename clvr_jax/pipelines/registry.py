@@ -36,11 +36,13 @@ MODELS = {
     "shapes-tiny-sft": Shipped("shapes-tiny", transformer="transformer_sft"),
 }
 
-FLUX2 = "Flux2KleinPipeline"
-"""diffusers' class of the pipelines that take images and run in the closed loop."""
+FLUX2_CLASS, FLUX2_KV_CLASS = "Flux2KleinPipeline", "Flux2KleinKVPipeline"
+
+FLUX2 = (FLUX2_CLASS, FLUX2_KV_CLASS)
+"""diffusers' classes of the pipelines that take images and run in the closed loop."""
 
 PIPELINES = {
-    FLUX2: "clvr_jax.pipelines.flux2.Flux2Pipeline",
+    **dict.fromkeys(FLUX2, "clvr_jax.pipelines.flux2.Flux2Pipeline"),
     "StableDiffusionXLPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
     "StableDiffusionPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
     "LatentConsistencyModelPipeline": "clvr_jax.pipelines.sdxl.SDXLPipeline",
@@ -73,7 +75,7 @@ def size_multiple(path: Path) -> int:
     from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_VAE  # imports all models
 
     kind, config = class_of(path), read_json(path / "vae" / "config.json")
-    if kind == FLUX2:
+    if kind in FLUX2:
         return int(FLUX2_VAE.config_from_dict(config).token_pixels)
     return int(AUTOENCODER_KL.config_from_dict(config).downscale)
 

@@ -12,21 +12,22 @@ from typing import NamedTuple
 import numpy as np
 
 from clvr_jax.convert.architectures import AUTOENCODER_KL, FLUX2_TRANSFORMER, FLUX2_VAE, UNET
-from clvr_jax.convert.configs import from_known_fields
 from clvr_jax.files.atomic_io import read_json
 from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.pipelines.flux2 import Flux2Settings
+from clvr_jax.pipelines.flux2.io import read_flux2_settings
 from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
-from clvr_jax.pipelines.registry import FLUX2, class_of, read_settings, resolve
+from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.sharding import MeshLayout
 
 
 class ImageCall(NamedTuple):
     """The smallest call that a command makes: one image.
 
-    height, width: of the image in pixels. transformer: configuration of the FLUX.2 transformer, None for other models;
-    tokens: that it processes, text, image and references. vae: configuration of the autoencoder.
+    height, width: of the image in pixels. vae: configuration of the autoencoder. transformer: configuration of the
+    FLUX.2 transformer, None for other models; tokens: that it processes in a step. cached_tokens: of references whose
+    keys and values are cached, and which are no tokens of a step.
     """
 
     height: int
@@ -34,12 +35,12 @@ class ImageCall(NamedTuple):
     vae: AutoencoderConfig
     transformer: Flux2TransformerConfig | None = None
     tokens: int = 0
+    cached_tokens: int = 0
 
 
-def flux2_settings(path: Path) -> Flux2Settings:
-    """Returns the settings in the clvr.json of a FLUX.2 pipeline, which all of its transformers share."""
-    given = read_settings(path, "flux2", "transformers")
-    return from_known_fields(Flux2Settings, given.get("flux2", {}))
+def flux2_settings(path: Path, transformer: str = "transformer") -> Flux2Settings:
+    """Returns the settings of a FLUX.2 pipeline for one of its transformers."""
+    return read_flux2_settings(path, transformer, Flux2Settings)
 
 
 def image_call(
@@ -54,20 +55,21 @@ def image_call(
     Returns: None if neither the arguments nor the model have a size.
     """
     path, chosen = resolve(model)
-    if class_of(path) != FLUX2:
+    if class_of(path) not in FLUX2:
         vae = AUTOENCODER_KL.config_from_dict(read_json(path / "vae" / "config.json"))
         own = UNET.config_from_dict(read_json(path / "unet" / "config.json")).sample_size
         if size is None and own is None:
             return None
         height, width = size or (own * vae.downscale, own * vae.downscale)
         return ImageCall(height, width, vae)
-    settings = flux2_settings(path)
+    settings = flux2_settings(path, chosen)
     vae = FLUX2_VAE.config_from_dict(read_json(path / "vae" / "config.json"))
     transformer = FLUX2_TRANSFORMER.config_from_dict(read_json(path / chosen / "config.json"))
     height, width = size or next(iter(references), (settings.sample_size, settings.sample_size))
-    pixels = height * width + sum(min(h * w, MAX_REFERENCE_PIXELS) for h, w in references)
-    tokens = min(settings.text_buckets) + pixels // vae.token_pixels**2
-    return ImageCall(height, width, vae, transformer, tokens)
+    own, seen = height * width, sum(min(h * w, MAX_REFERENCE_PIXELS) for h, w in references)
+    cached = 0 if settings.reference_cache == "none" else seen
+    tokens = min(settings.text_buckets) + (own + seen - cached) // vae.token_pixels**2
+    return ImageCall(height, width, vae, transformer, tokens, cached // vae.token_pixels**2)
 
 
 def working_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None = None) -> int:
@@ -79,7 +81,8 @@ def working_bytes(call: ImageCall, dtype: np.dtype, layout: MeshLayout | None = 
       layout: of the mesh; None is one device.
     """
     axes: Mapping[str, int] = {} if layout is None else layout.mesh.shape
-    return dtype.itemsize * max(_decoding(call), _denoising(call) // axes.get("sequence", 1))
+    denoising = _denoising(call) // axes.get("sequence", 1) + _cache(call, layout)
+    return dtype.itemsize * max(_decoding(call), denoising)
 
 
 def _decoding(call: ImageCall) -> int:
@@ -93,4 +96,16 @@ def _denoising(call: ImageCall) -> int:
     """Returns the elements of the fused projection of a single-stream block: q, k, v, and both halves of its MLP."""
     if call.transformer is None:
         return 0
-    return call.tokens * int(3 * call.transformer.inner_dim + 2 * call.transformer.mlp_dim)
+    return max(call.tokens, call.cached_tokens) * int(3 * call.transformer.inner_dim + 2 * call.transformer.mlp_dim)
+
+
+def _cache(call: ImageCall, layout: MeshLayout | None) -> int:
+    """Returns the elements of the cached keys and values of all blocks that one device has: those of its heads."""
+    if call.transformer is None:
+        return 0
+    config = call.transformer
+    heads: tuple[int, ...] = (config.num_attention_heads,)
+    if layout is not None:
+        heads = layout.sharding(("heads",), heads).shard_shape(heads)
+    blocks = config.num_layers + config.num_single_layers
+    return 2 * blocks * call.cached_tokens * heads[0] * config.attention_head_dim

@@ -10,7 +10,7 @@ from clvr_jax.cli import parse
 from clvr_jax.convert.architectures import ARCHITECTURES
 from clvr_jax.merging.planning import plan_merge
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.registry import FLUX2, MODELS, PIPELINES, SHIPPED
+from clvr_jax.pipelines.registry import FLUX2_CLASS, MODELS, PIPELINES, SHIPPED
 from clvr_jax.pipelines.sdxl import SDXLPipeline
 from tests.docs.pages import ROOT
 
@@ -98,7 +98,9 @@ def test_only_a_pipeline_that_takes_images_edits_and_is_in_the_loop():
     assert takes == {"FLUX.2": True, "Stable Diffusion": False}
     for model, text in SECTIONS.items():
         if "Pipeline`" in text:
-            assert all((task in FOUND[model]) is (f"`{FLUX2}`" in text) for task in ("Edit", "Closed loop", "Serve"))
+            assert all(
+                (task in FOUND[model]) is (f"`{FLUX2_CLASS}`" in text) for task in ("Edit", "Closed loop", "Serve")
+            )
 
 
 @pytest.mark.parametrize("part", ["", "controller"])

@@ -14,12 +14,13 @@ from clvr_jax.models.common.quantization import weight_bytes
 from clvr_jax.pipelines import memory
 from clvr_jax.pipelines.closed_loop import ClosedLoopPipeline
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
-from clvr_jax.pipelines.flux2.programs import decode
+from clvr_jax.pipelines.flux2.programs import cache_references, decode
 from clvr_jax.pipelines.loading import layout_of
 from clvr_jax.pipelines.memory import DeviceMemory, bytes_per_device, check_memory, mesh_that_fits, needed, parts_of
 from clvr_jax.pipelines.registry import SHIPPED
 from clvr_jax.pipelines.working_memory import image_call, working_bytes
 from clvr_jax.sharding import MeshConfig
+from tests.helpers.models import small_flux2
 
 CONTROLLER = SHIPPED / "shapes-tiny" / "controller"
 
@@ -103,6 +104,30 @@ def test_images_that_do_not_fit_beside_the_weights_are_named():
     only_tokens = large._replace(height=16, width=16)
     alone, divided = (working_bytes(only_tokens, np.dtype(np.float32), layout) for layout in (None, sharded))
     assert divided == alone // 4
+
+
+def test_the_bound_counts_cached_references(tmp_path):
+    """The cache of the bound is that of the pipeline, of which each device has its heads."""
+    path = tmp_path / "model"
+    small_flux2("shapes-tiny").save_pretrained(str(path))
+    plain = image_call(str(path), (64, 64), [(64, 64), (32, 64)])
+    settings = json.loads((path / "clvr.json").read_text())
+    settings["flux2"]["reference_cache"] = "image"
+    (path / "clvr.json").write_text(json.dumps(settings))
+    call = image_call(str(path), (64, 64), [(64, 64), (32, 64)])
+    assert (call.tokens + call.cached_tokens, plain.cached_tokens) == (plain.tokens, 0)
+    pipe = Flux2Pipeline.from_pretrained(str(path))
+    channels = pipe.transformer.config.in_channels
+    grids = tuple((side // pipe.vae.config.token_pixels, 64 // pipe.vae.config.token_pixels) for side in (64, 32))
+    tokens = jax.ShapeDtypeStruct((1, call.cached_tokens, channels), jnp.float32)
+    cache = jax.eval_shape(lambda tokens: cache_references(*nnx.split(pipe.transformer), tokens, grids), tokens)
+    elements = sum(leaf.size for leaf in jax.tree.leaves(cache))
+    denoised = working_bytes(call._replace(height=16, width=16), np.dtype(np.float32))
+    without = working_bytes(call._replace(height=16, width=16, cached_tokens=0), np.dtype(np.float32))
+    assert denoised - without == 4 * elements
+    layout = layout_of(MeshConfig(fsdp=1, tensor=4, devices=4))
+    sharded = working_bytes(call._replace(height=16, width=16), np.dtype(np.float32), layout)
+    assert sharded - without == elements
 
 
 @pytest.mark.parametrize("command", ["sample", "generate"])

@@ -193,7 +193,7 @@ class ImageOptions:
             from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 
             path, _ = resolve(model)
-            if (kind := class_of(path)) != FLUX2:
+            if (kind := class_of(path)) not in FLUX2:
                 raise UsageError(f"--image: {model} is a {kind}, which takes no images; FLUX.2 models do")
         check_model_size(self.height_and_width(), model)
         from clvr_jax.files.image_io import read_image
@@ -245,7 +245,7 @@ class ControllerOptions:
         from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 
         path, _ = resolve(model)
-        if (kind := class_of(path)) != FLUX2:
+        if (kind := class_of(path)) not in FLUX2:
             raise UsageError(
                 f"--model {model}: a {kind}, which does not run in the closed loop; FLUX.2 models do (clvr sample "
                 "generates with it in one shot)"

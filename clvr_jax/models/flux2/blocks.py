@@ -6,6 +6,7 @@ process the concatenation of text and image; their attention and MLP share one i
 Source: `Flux2Transformer2DModel` (diffusers); attribute names are its keys.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -14,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from clvr_jax.models.common.attention import attention
 from clvr_jax.models.common.layers import sinusoidal_embedding
 from clvr_jax.models.flux2.config import Flux2TransformerConfig
+from clvr_jax.models.flux2.reference_cache import KeyValue, attend
 from clvr_jax.sharding import with_logical_constraint
 
 Rotary = tuple[Float[Array, "n f"], Float[Array, "n f"]]
@@ -146,12 +147,10 @@ class JointAttention(nnx.Module):
         text_btd: Float[Array, "b s d"],
         rotary: Rotary,
         mask_bt: Bool[Array, "b s+t"] | None,
+        cached: Sequence[KeyValue] = (),
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
-        """Returns the attention output of image and text, (b, t, d) each; mask_bt: `key_mask_bk` of `attention`."""
-
-        def heads(x_btd: jax.Array) -> jax.Array:
-            return x_btd.reshape(*x_btd.shape[:2], -1, self.head_dim)
-
+        """Returns the attention output of image and text, (b, t, d) each; mask_bt, cached: see `attend`."""
+        heads = self._heads
         query = self.norm_q(heads(self.to_q(image_btd)))
         key = self.norm_k(heads(self.to_k(image_btd)))
         text_query = self.norm_added_q(heads(self.add_q_proj(text_btd)))
@@ -159,10 +158,21 @@ class JointAttention(nnx.Module):
         value = heads(jnp.concatenate([self.add_v_proj(text_btd), self.to_v(image_btd)], axis=1))
         query = _rotate(jnp.concatenate([text_query, query], axis=1), rotary)
         key = _rotate(jnp.concatenate([text_key, key], axis=1), rotary)
-        out = attention(query, key, value, key_mask_bk=mask_bt)
-        out = out.reshape(*out.shape[:2], -1)
+        out = attend(query, KeyValue(key, value), cached, mask_bt)
         text = text_btd.shape[1]
         return self.to_out[0](out[:, text:]), self.to_add_out(out[:, :text])
+
+    def references(
+        self, x_btd: Float[Array, "b t d"], rotary: Rotary, earlier: Sequence[KeyValue]
+    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+        """Returns the attention output of reference tokens, which attend to earlier ones too, and their own cache."""
+        query = _rotate(self.norm_q(self._heads(self.to_q(x_btd))), rotary)
+        key = _rotate(self.norm_k(self._heads(self.to_k(x_btd))), rotary)
+        own = KeyValue(key, self._heads(self.to_v(x_btd)))
+        return self.to_out[0](attend(query, own, earlier)), own
+
+    def _heads(self, x_btd: jax.Array) -> jax.Array:
+        return x_btd.reshape(*x_btd.shape[:2], -1, self.head_dim)
 
 
 class TransformerBlock(nnx.Module):
@@ -182,8 +192,12 @@ class TransformerBlock(nnx.Module):
         text_modulation: Float[Array, "b #s 6*d"],
         rotary: Rotary,
         mask_bt: Bool[Array, "b s+t"] | None = None,
+        cached: Sequence[KeyValue] = (),
     ) -> tuple[Float[Array, "b t d"], Float[Array, "b s d"]]:
-        """Returns image and text. Modulations: (b, 1 or t, 6 d): shift, scale, gate of attention, then of the MLP."""
+        """Returns image and text. Modulations: (b, 1 or t, 6 d): shift, scale, gate of attention, then of the MLP.
+
+        mask_bt, cached: see `attend`.
+        """
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(image_modulation, 6, axis=-1)
         text_shift, text_scale, text_gate, text_mlp_shift, text_mlp_scale, text_mlp_gate = jnp.split(
             text_modulation, 6, axis=-1
@@ -193,12 +207,29 @@ class TransformerBlock(nnx.Module):
             _modulated_norm(text_btd, text_shift, text_scale, self.eps),
             rotary,
             mask_bt,
+            cached,
         )
         image_btd += gate * image_out
         image_btd += mlp_gate * self.ff(_modulated_norm(image_btd, mlp_shift, mlp_scale, self.eps))
         text_btd += text_gate * text_out
         text_btd += text_mlp_gate * self.ff_context(_modulated_norm(text_btd, text_mlp_shift, text_mlp_scale, self.eps))
         return image_btd, text_btd
+
+    def references(
+        self,
+        x_btd: Float[Array, "b t d"],
+        modulation: Float[Array, "b 1 6*d"],
+        rotary: Rotary,
+        earlier: Sequence[KeyValue],
+    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+        """Returns reference tokens after the block, with their keys and values; the text has no part in it.
+
+        modulation: of the image stream. earlier: keys and values of references that these attend to as well.
+        """
+        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = jnp.split(modulation, 6, axis=-1)
+        out, own = self.attn.references(_modulated_norm(x_btd, shift, scale, self.eps), rotary, earlier)
+        x_btd += gate * out
+        return x_btd + mlp_gate * self.ff(_modulated_norm(x_btd, mlp_shift, mlp_scale, self.eps)), own
 
 
 class ParallelSelfAttention(nnx.Module):
@@ -212,17 +243,20 @@ class ParallelSelfAttention(nnx.Module):
         self.to_out = linear(d + config.mlp_dim, d, precision, rngs)
 
     def __call__(
-        self, x_btd: Float[Array, "b t d"], rotary: Rotary, mask_bt: Bool[Array, "b t"] | None
-    ) -> Float[Array, "b t d"]:
-        """Maps (b, t, d) to (b, t, d); mask_bt: `key_mask_bk` of `attention`."""
+        self,
+        x_btd: Float[Array, "b t d"],
+        rotary: Rotary,
+        mask_bt: Bool[Array, "b t"] | None,
+        cached: Sequence[KeyValue] = (),
+    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+        """Returns the output, (b, t, d), and the tokens' own keys and values; mask_bt, cached: see `attend`."""
         b, t, d = x_btd.shape
         projected = self.to_qkv_mlp_proj(x_btd)
         query, key, value, hidden = jnp.split(projected, (d, 2 * d, 3 * d), axis=-1)
         query, key, value = (x.reshape(b, t, -1, self.head_dim) for x in (query, key, value))
-        query = _rotate(self.norm_q(query), rotary)
-        key = _rotate(self.norm_k(key), rotary)
-        out = attention(query, key, value, key_mask_bk=mask_bt).reshape(b, t, d)
-        return self.to_out(jnp.concatenate([out, _swiglu(hidden)], axis=-1))
+        own = KeyValue(_rotate(self.norm_k(key), rotary), value)
+        out = attend(_rotate(self.norm_q(query), rotary), own, cached, mask_bt)
+        return self.to_out(jnp.concatenate([out, _swiglu(hidden)], axis=-1)), own
 
 
 class SingleTransformerBlock(nnx.Module):
@@ -238,10 +272,15 @@ class SingleTransformerBlock(nnx.Module):
         modulation: Float[Array, "b #t 3*d"],
         rotary: Rotary,
         mask_bt: Bool[Array, "b t"] | None = None,
-    ) -> Float[Array, "b t d"]:
-        """Maps (b, t, d) to (b, t, d). Modulation: (b, 1 or t, 3 d), shift, scale and gate."""
+        cached: Sequence[KeyValue] = (),
+    ) -> tuple[Float[Array, "b t d"], KeyValue]:
+        """Returns the tokens after the block, (b, t, d), and their keys and values.
+
+        modulation: (b, 1 or t, 3 d), shift, scale and gate. mask_bt, cached: see `attend`.
+        """
         shift, scale, gate = jnp.split(modulation, 3, axis=-1)
-        return x_btd + gate * self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask_bt)
+        out, own = self.attn(_modulated_norm(x_btd, shift, scale, self.eps), rotary, mask_bt, cached)
+        return x_btd + gate * out, own
 
 
 class OutputNorm(nnx.Module):

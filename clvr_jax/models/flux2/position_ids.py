@@ -35,15 +35,18 @@ def latent_ids(height: int, width: int) -> Int32[np.ndarray, "t 4"]:
     return _grid(0, height, width, 1)
 
 
-def reference_ids(sizes: Sequence[tuple[int, int]]) -> Int32[np.ndarray, "t 4"]:
+def reference_ids(sizes: Sequence[tuple[int, int]], first: int = 0) -> Int32[np.ndarray, "t 4"]:
     """Returns the ids of reference images: reference i has T = 10 + 10 i and its own grid.
+
+    They do not depend on the references that follow, so what was computed for the first ones stays valid.
 
     Args:
       sizes: (height, width) of each reference in latent tokens; may be empty.
+      first: number of references before these.
     Returns: (sum of height * width, 4) int32.
     Source: Flux2KleinPipeline (diffusers), scale 10.
     """
-    blocks = [_grid(REFERENCE_STRIDE * (1 + i), height, width, 1) for i, (height, width) in enumerate(sizes)]
+    blocks = [_grid(REFERENCE_STRIDE * (1 + i), height, width, 1) for i, (height, width) in enumerate(sizes, first)]
     return np.concatenate(blocks) if blocks else np.zeros((0, 4), np.int32)
 
 

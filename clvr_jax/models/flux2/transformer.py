@@ -2,11 +2,12 @@
 
 Double-stream blocks (text and image side by side) come first, then single-stream blocks over both. Shift, scale and
 gate depend on the timestep and are shared by all blocks of one kind. Reference images are further image tokens with
-their own ids (`position_ids`).
+their own ids (`position_ids`), or are attended to through a cache of their keys and values (`reference_cache`).
 
 Source: FLUX.2 by Black Forest Labs, `Flux2Transformer2DModel` (diffusers); attribute names are its keys.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -30,6 +31,7 @@ from clvr_jax.models.flux2.blocks import (
 )
 from clvr_jax.models.flux2.config import Flux2TransformerConfig
 from clvr_jax.models.flux2.position_ids import host_ids, rotary_tables
+from clvr_jax.models.flux2.reference_cache import KeyValue, ReferenceCache
 from clvr_jax.sharding import with_logical_constraint
 
 
@@ -66,6 +68,7 @@ class Flux2Transformer(nnx.Module):
     ) -> None:
         precision = Precision(dtype, param_dtype)
         self.config = config
+        self.dtype = precision.dtype
         self.remat = remat
         self.time_guidance_embed = TimestepGuidanceEmbeddings(config, precision, rngs)
         self.double_stream_modulation_img = Modulation(config, 2, precision, rngs)
@@ -92,6 +95,7 @@ class Flux2Transformer(nnx.Module):
         guidance_b: Float[Array, " b"] | None = None,
         *,
         mask_bt: Bool[Array, "b s+t"] | None = None,
+        cached: Sequence[ReferenceCache] = (),
         return_hidden_states: bool = False,
     ) -> Float[Array, "b t p"] | tuple[Float[Array, "b t p"], Flux2HiddenStates]:
         """Predicts the velocity of every image token, references included (the caller drops those).
@@ -105,13 +109,16 @@ class Flux2Transformer(nnx.Module):
           guidance_b: (b,) guidance scale, required if the model embeds guidance and an error otherwise.
           mask_bt: (b, text + image tokens) boolean, False at padding that no token may attend to. The published models
             are run without it: they attend to all 512 text positions.
+          cached: references that text and image attend to, from `reference_cache`, instead of reference tokens.
           return_hidden_states: also return the residual stream after every block.
         Returns: (b, image tokens, patch_size ** 2 * out_channels) in the compute dtype, or that and the hidden states.
-        Raises: ClvrError if shapes disagree, ids are traced, or guidance is missing or not supported.
+        Raises: ClvrError if shapes disagree, ids are traced, a cache is of another model, dtype or batch, or guidance
+          is missing or not supported.
         """
-        self._check(hidden_states_btc, encoder_hidden_states_btd, guidance_b)
+        self._check(hidden_states_btc, guidance_b, cached)
+        _check_features("encoder_hidden_states", encoder_hidden_states_btd, self.config.joint_attention_dim)
         text = encoder_hidden_states_btd.shape[1]
-        rotary = self._rotary(hidden_states_btc.shape[1], text, img_ids, txt_ids)
+        rotary = self._rotary(("txt_ids", txt_ids, text), ("img_ids", img_ids, hidden_states_btc.shape[1]))
 
         embedding_bd = self.time_guidance_embed(timestep_b, guidance_b)
         image_modulation = self.double_stream_modulation_img(embedding_bd)
@@ -119,48 +126,116 @@ class Flux2Transformer(nnx.Module):
         modulation = self.single_stream_modulation(embedding_bd)
 
         def double(
-            block: TransformerBlock, carry: tuple[jax.Array, jax.Array], _: None
+            block: TransformerBlock, carry: tuple[jax.Array, jax.Array], references: tuple[KeyValue, ...]
         ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array] | None]:
-            image, text = block(*carry, image_modulation, text_modulation, rotary, mask_bt)
+            image, text = block(*carry, image_modulation, text_modulation, rotary, mask_bt, references)
             carry = (
                 with_logical_constraint(image, "batch", "tokens", None),
                 with_logical_constraint(text, "batch", "tokens", None),
             )
             return carry, carry if return_hidden_states else None
 
-        def single(block: SingleTransformerBlock, x_btd: jax.Array, _: None) -> tuple[jax.Array, jax.Array | None]:
-            x_btd = with_logical_constraint(block(x_btd, modulation, rotary, mask_bt), "batch", "tokens", None)
+        def single(
+            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
+        ) -> tuple[jax.Array, jax.Array | None]:
+            x_btd, _ = block(x_btd, modulation, rotary, mask_bt, references)
+            x_btd = with_logical_constraint(x_btd, "batch", "tokens", None)
             return x_btd, x_btd if return_hidden_states else None
 
         streams = self.x_embedder(hidden_states_btc), self.context_embedder(encoder_hidden_states_btd)
-        (image_btd, text_btd), double_states = scan_blocks(self.transformer_blocks, double, streams, remat=self.remat)
+        of_double, of_single = tuple(cache.double for cache in cached), tuple(cache.single for cache in cached)
+        (image_btd, text_btd), double_states = scan_blocks(
+            self.transformer_blocks, double, streams, of_double, remat=self.remat
+        )
         joint_btd = jnp.concatenate([text_btd, image_btd], axis=1)
-        joint_btd, joint_states = scan_blocks(self.single_transformer_blocks, single, joint_btd, remat=self.remat)
+        joint_btd, joint_states = scan_blocks(
+            self.single_transformer_blocks, single, joint_btd, of_single, remat=self.remat
+        )
         velocity = self.proj_out(self.norm_out(joint_btd[:, text:], embedding_bd))
         if double_states is None or joint_states is None:
             return velocity
         image_lbtd, text_lbtd = double_states
         return velocity, Flux2HiddenStates(image_lbtd, text_lbtd, joint_states)
 
-    def _rotary(self, image: int, text: int, img_ids: np.ndarray, txt_ids: np.ndarray) -> Rotary:
-        """Returns cosines and sines, each (text + image, head_dim / 2)."""
-        axes = self.config.axes_dims_rope
-        ids = [host_ids(txt_ids, len(axes), "txt_ids"), host_ids(img_ids, len(axes), "img_ids")]
-        if (len(ids[0]), len(ids[1])) != (text, image):
-            raise ClvrError(f"ids are for {len(ids[0])} text and {len(ids[1])} image tokens; got {text} and {image}")
-        cos, sin = rotary_tables(np.concatenate(ids), axes, self.config.rope_theta)
+    def reference_cache(
+        self,
+        hidden_states_btc: Float[Array, "b n c"],
+        img_ids: Int[np.ndarray, "... n axes"],
+        guidance_b: Float[Array, " b"] | None = None,
+        *,
+        earlier: Sequence[ReferenceCache] = (),
+    ) -> ReferenceCache:
+        """Returns the keys and values of reference tokens, which depend on nothing but the references.
+
+        The tokens attend to each other and to earlier references, not to text or image, and are modulated as at
+        timestep 0.
+
+        Args:
+          hidden_states_btc: (b, tokens, in_channels) latents of the references.
+          img_ids: (tokens, 4), see `position_ids.reference_ids`.
+          guidance_b: as in a call.
+          earlier: caches of earlier references, which these attend to as well.
+        Raises: ClvrError as a call does.
+        Source: the extraction at the first step of `Flux2KleinKVPipeline` (diffusers).
+        """
+        self._check(hidden_states_btc, guidance_b, earlier)
+        rotary = self._rotary(("img_ids", img_ids, hidden_states_btc.shape[1]))
+        embedding_bd = self.time_guidance_embed(jnp.zeros(len(hidden_states_btc)), guidance_b)
+        image_modulation = self.double_stream_modulation_img(embedding_bd)
+        modulation = self.single_stream_modulation(embedding_bd)
+
+        def double(
+            block: TransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
+        ) -> tuple[jax.Array, KeyValue]:
+            x_btd, own = block.references(x_btd, image_modulation, rotary, references)
+            return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
+
+        def single(
+            block: SingleTransformerBlock, x_btd: jax.Array, references: tuple[KeyValue, ...]
+        ) -> tuple[jax.Array, KeyValue]:
+            x_btd, own = block(x_btd, modulation, rotary, cached=references)
+            return with_logical_constraint(x_btd, "batch", "tokens", None), own.constrained()
+
+        of_double, of_single = tuple(cache.double for cache in earlier), tuple(cache.single for cache in earlier)
+        x_btd, double_cache = scan_blocks(
+            self.transformer_blocks, double, self.x_embedder(hidden_states_btc), of_double, remat=self.remat
+        )
+        _, single_cache = scan_blocks(self.single_transformer_blocks, single, x_btd, of_single, remat=self.remat)
+        return ReferenceCache(double_cache, single_cache)
+
+    def _rotary(self, *streams: tuple[str, np.ndarray, int]) -> Rotary:
+        """Returns cosines and sines, each (tokens of all streams, head_dim / 2).
+
+        streams: name of the ids, ids, and number of tokens of each stream, in the order of attention.
+        """
+        axes, checked = self.config.axes_dims_rope, []
+        for name, ids, tokens in streams:
+            checked.append(host_ids(ids, len(axes), name))
+            if len(checked[-1]) != tokens:
+                raise ClvrError(f"{name}: ids are for {len(checked[-1])} tokens; got {tokens}")
+        cos, sin = rotary_tables(np.concatenate(checked), axes, self.config.rope_theta)
         return jnp.asarray(cos), jnp.asarray(sin)
 
-    def _check(self, image: jax.Array, text: jax.Array, guidance_b: jax.Array | None) -> None:
-        for name, array, features in (
-            ("hidden_states", image, self.config.in_channels),
-            ("encoder_hidden_states", text, self.config.joint_attention_dim),
-        ):
-            if array.ndim != 3 or array.shape[-1] != features:
-                raise ClvrError(f"{name} has shape {array.shape}; expected (batch, tokens, {features})")
+    def _check(self, tokens: jax.Array, guidance_b: jax.Array | None, cached: Sequence[ReferenceCache]) -> None:
+        _check_features("hidden_states", tokens, self.config.in_channels)
         if self.config.guidance_embeds and guidance_b is None:
             raise ClvrError("this FLUX.2 model embeds a guidance scale; pass guidance_b")
         if not self.config.guidance_embeds and guidance_b is not None:
             raise ClvrError(
                 "this FLUX.2 model embeds no guidance scale; omit guidance_b and use classifier_free_guidance"
             )
+        rows, size = len(tokens), (self.config.num_attention_heads, self.config.attention_head_dim)
+        for cache in cached:
+            for name, depth in (("double", self.config.num_layers), ("single", self.config.num_single_layers)):
+                for array in getattr(cache, name):
+                    expected = (depth, rows, cache.tokens, *size)
+                    if array.shape != expected or array.dtype != self.dtype:
+                        raise ClvrError(
+                            f"reference cache: {name} is {array.dtype} {array.shape}; this model takes "
+                            f"{jnp.dtype(self.dtype)} {expected} (layers, rows, tokens, heads, head_dim)"
+                        )
+
+
+def _check_features(name: str, array: jax.Array, features: int) -> None:
+    if array.ndim != 3 or array.shape[-1] != features:
+        raise ClvrError(f"{name} has shape {array.shape}; expected (batch, tokens, {features})")

@@ -19,6 +19,7 @@ from clvr_jax.data.preprocessing.text import load_tokenizer
 from clvr_jax.diffusion import FlowSchedule
 from clvr_jax.errors import ClvrError
 from clvr_jax.files.atomic_io import atomic_directory, located, read_json, write_json
+from clvr_jax.files.json_input import JSON
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.quantization import Quantization, is_quantized
 from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
@@ -33,7 +34,7 @@ from clvr_jax.pipelines.loading import (
     resolve_dtype,
 )
 from clvr_jax.pipelines.offload import HOST
-from clvr_jax.pipelines.registry import class_of, read_settings, resolve
+from clvr_jax.pipelines.registry import FLUX2, FLUX2_CLASS, FLUX2_KV_CLASS, class_of, read_settings, resolve
 from clvr_jax.sharding import MeshLayout
 
 if TYPE_CHECKING:
@@ -55,6 +56,17 @@ _COMPONENTS = {
     "vae": ["diffusers", "AutoencoderKLFlux2"],
 }
 
+_OF_CLASS: dict[str, dict[str, JSON]] = {
+    FLUX2_CLASS: {},
+    FLUX2_KV_CLASS: {
+        "is_distilled": True,
+        "num_inference_steps": 4,
+        "guidance_scale": 1.0,
+        "reference_cache": "image",
+    },
+}
+"""The settings of a diffusers class that differ from the defaults of `Flux2Settings`, for directories of others."""
+
 
 def load_flux2(
     model: str,
@@ -74,18 +86,8 @@ def load_flux2(
     Returns: the components, and the directory of the text encoder.
     """
     path, default_transformer = resolve(model)
-    index = read_json(path / "model_index.json")
-    if (kind := class_of(path)) != "Flux2KleinPipeline":
-        raise ClvrError(f"{path}: a {kind}, not a Flux2KleinPipeline")
+    settings = read_flux2_settings(path, chosen := transformer or default_transformer, settings_class)
     schedule = load_schedule(path / "scheduler")
-    given = read_settings(path, "flux2", "transformers")
-    distilled = index.get("is_distilled") or False
-    chosen = transformer or default_transformer
-    # A directory may hold several transformers, each with its own sampling settings.
-    own = given.get("transformers", {}).get(chosen, {})
-    if not isinstance(own, dict):
-        raise ClvrError(f"{path / 'clvr.json'}: transformers: {chosen} must be an object")
-    settings = from_known_fields(settings_class, {"is_distilled": distilled, **given.get("flux2", {}), **own})
     check_heads(layout, flux2_heads(model, chosen))
     dtype = resolve_dtype(dtype, path / chosen)
     formats = quantization_of(quantize, QUANTIZED_GENERATOR_PARTS)
@@ -108,6 +110,23 @@ def load_flux2(
         schedule,
         path / "text_encoder",
     )
+
+
+def read_flux2_settings(path: Path, transformer: str, settings_class: type[Settings]) -> Settings:
+    """Returns the settings of a FLUX.2 pipeline for one of its transformers, each of which may have its own.
+
+    path: directory of the pipeline. Raises: ClvrError for another class, or a field that is unknown or invalid.
+    """
+    if (kind := class_of(path)) not in FLUX2:
+        raise ClvrError(f"{path}: a {kind}, not a {' or a '.join(FLUX2)}")
+    of_class = dict(_OF_CLASS[kind])
+    if (is_distilled := read_json(path / "model_index.json").get("is_distilled")) is not None:
+        of_class["is_distilled"] = is_distilled
+    given = read_settings(path, "flux2", "transformers")
+    own = given.get("transformers", {}).get(transformer, {})
+    if not isinstance(own, dict):
+        raise ClvrError(f"{path / 'clvr.json'}: transformers: {transformer} must be an object")
+    return from_known_fields(settings_class, {**of_class, **given.get("flux2", {}), **own})
 
 
 def flux2_heads(model: str, transformer: str | None = None) -> dict[str, int]:
@@ -188,7 +207,7 @@ def save_flux2(path: str | Path, pipeline: "Flux2Pipeline", dtype: str) -> None:
     target = Path(path)
     settings = dataclasses.asdict(pipeline.settings)
     index = {
-        "_class_name": "Flux2KleinPipeline",
+        "_class_name": FLUX2_CLASS if settings["reference_cache"] == "none" else FLUX2_KV_CLASS,
         "_diffusers_version": "0.37.0",
         "is_distilled": settings.pop("is_distilled"),
         **_COMPONENTS,

@@ -1,8 +1,9 @@
 """The pipeline of FLUX.2 klein: from a prompt and reference images to an image.
 
-Four jitted functions (encode text, encode references, denoise, decode) are compiled once for each shape. To keep the
-shapes few, text is padded to a bucket and the batch to a power of two, and references are grouped by number and size.
-Source: diffusers `Flux2KleinPipeline`.
+Jitted functions (encode text, encode and cache references, denoise, decode) are compiled once for each shape. To keep
+the shapes few, text is padded to a bucket and the batch to a power of two, and references are grouped by number and
+size.
+Source: diffusers `Flux2KleinPipeline` and `Flux2KleinKVPipeline`.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,7 +28,7 @@ from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
 from clvr_jax.pipelines.flux2.batching import any_row, common_sizes, split_rows
-from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2.programs import References, cache_references, decode, denoise, encode_images, encode_text
 from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, AbandonedError, Flux2Output, Flux2Settings
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
 from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
@@ -62,6 +63,7 @@ class Flux2Pipeline(JittedPipeline):
         self.text_encoder_source = text_encoder_source
         self._encode_text = jit_module(encode_text, static_argnums=(0, 4))
         self._encode_images = jit_module(encode_images, replicate_weights=True, static_argnums=0)
+        self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
         self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
         self._denoise = jit_module(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
@@ -212,13 +214,12 @@ class Flux2Pipeline(JittedPipeline):
         else:
             latents = self._given_latents(noise, batch, grid)[jnp.asarray(rows)]
         conditions = self._text([prompts[i] for i in rows], use_guidance)
-        tokens = self._references([pixels[i] for i in rows], sizes)
+        seen, seen_sizes = self._references([pixels[i] for i in rows], sizes)
         sigmas = jnp.asarray(self.schedule.sigmas(steps, grid[0] * grid[1]))
         model = self._split("transformer")
-        fixed = (conditions, tokens, sigmas, jnp.asarray(guidance, jnp.float32), grid)
-        reference_sizes = tuple((h // token, w // token) for h, w in sizes)
+        fixed = (conditions, seen, sigmas, jnp.asarray(guidance, jnp.float32), grid, seen_sizes)
         for first, last in [(0, steps)] if on_step is None else [(done, done + 1) for done in range(steps)]:
-            latents = self._denoise(*model, latents, *fixed, reference_sizes, (first, last))
+            latents = self._denoise(*model, latents, *fixed, (first, last))
             if on_step is not None:
                 # Through host memory: a result is committed to its devices, unlike the noise, and the program would be
                 # compiled a second time for it.
@@ -310,7 +311,11 @@ class Flux2Pipeline(JittedPipeline):
         return nfe // per_step
 
     def save_pretrained(self, path: str, dtype: str = "float32") -> None:
-        """Writes a directory in diffusers layout, which `Flux2KleinPipeline.from_pretrained` loads too."""
+        """Writes a directory in diffusers layout.
+
+        `Flux2KleinPipeline.from_pretrained` loads it too, or `Flux2KleinKVPipeline` if the model was trained with
+        cached references.
+        """
         flux2_io.save_flux2(path, self, dtype)
 
     def _generate_by_length(
@@ -355,16 +360,22 @@ class Flux2Pipeline(JittedPipeline):
             mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
         return self._wait_if_offloaded(self._encode_text(*self._split("text_encoder"), ids, mask, layers))
 
-    def _references(self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]) -> jax.Array:
-        """Returns the latent tokens of all references, (b, tokens, channels)."""
-        channels = self.transformer.config.in_channels
+    def _references(
+        self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]
+    ) -> tuple[References, tuple[tuple[int, int], ...]]:
+        """Returns what the images see of their references, and the sizes of those in tokens that enter as tokens."""
+        channels, token = self.transformer.config.in_channels, self.vae.config.token_pixels
         encoded = [
             self._encode_images(*self._split("vae"), np.stack([row[i] for row in pixels])).reshape(
                 len(pixels), -1, channels
             )
             for i in range(len(sizes))
         ]
-        return jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
+        grids = tuple((height // token, width // token) for height, width in sizes)
+        tokens = jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
+        if not grids or self.settings.reference_cache == "none":
+            return tokens, grids
+        return (self._cache_references(*self._split("transformer"), tokens, grids),), ()
 
     def _given_latents(self, latents: jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:
         expected = (batch, self.transformer.config.in_channels, *grid)

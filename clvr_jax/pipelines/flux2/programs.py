@@ -1,4 +1,4 @@
-"""The functions of FLUX.2 that are jitted: encode text, encode references, denoise, decode.
+"""The functions of FLUX.2 that are jitted: encode text, encode references, cache references, denoise, decode.
 
 Pipelines, training and the planner trace the same functions. Models are passed as graph definition and state.
 """
@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float
 
 from clvr_jax.diffusion import classifier_free_guidance, euler_solve
 from clvr_jax.models.common.layers import read_only_weights
-from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer
+from clvr_jax.models.flux2 import AutoencoderKLFlux2, Flux2Transformer, ReferenceCache
 from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
 from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.trees import Params
+
+References = Float[Array, "b n c"] | tuple[ReferenceCache, ...]
+"""What an image sees of its references: their latent tokens, or the caches of their keys and values."""
 
 
 def encode_text(
@@ -47,6 +51,28 @@ def encode_references(
     return out
 
 
+def cache_references(
+    graphdef: nnx.GraphDef[Flux2Transformer],
+    state: Params,
+    tokens_btc: jax.Array,
+    sizes: tuple[tuple[int, int], ...],
+    first: int = 0,
+    earlier: tuple[ReferenceCache, ...] = (),
+) -> ReferenceCache:
+    """Computes the keys and values of references, which attend to each other and to earlier ones.
+
+    Args:
+      graphdef, state: of the transformer.
+      tokens_btc: (b, tokens of these references, c).
+      sizes: (height, width) of each of them in tokens.
+      first: number of earlier references.
+      earlier: their caches, of b rows each.
+    """
+    with read_only_weights():
+        transformer = nnx.merge(graphdef, state)
+        return transformer.reference_cache(tokens_btc, reference_ids(sizes, first), earlier=earlier)
+
+
 def decode(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, tokens_bhwc: jax.Array) -> jax.Array:
     """Decodes latent tokens to images: (b, h / 16, w / 16, c) -> float32 (b, h, w, 3) in [0, 1]."""
     images = nnx.merge(graphdef, state).decode_tokens(tokens_bhwc)
@@ -55,7 +81,7 @@ def decode(graphdef: nnx.GraphDef[AutoencoderKLFlux2], state: Params, tokens_bhw
 
 def velocity_field(
     transformer: Flux2Transformer,
-    references_btc: jax.Array,
+    references: References,
     grid: tuple[int, int],
     reference_sizes: Sequence[tuple[int, int]],
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
@@ -63,19 +89,24 @@ def velocity_field(
 
     Args:
       transformer: the model.
-      references_btc: (b, tokens of all references, c), possibly none.
+      references: (b, tokens of all references, c), possibly none, or their caches, of b rows each.
       grid: (height, width) of the image in tokens.
-      reference_sizes: (height, width) of each reference in tokens.
+      reference_sizes: (height, width) of each reference in tokens; not used with caches, whose keys are rotated.
     Returns: (latents_btc, timesteps (b,), text_btd) -> (b, t, c). The number of rows may be a multiple of b; the
       references are repeated.
     """
-    image_ids = np.concatenate([latent_ids(*grid), reference_ids(list(reference_sizes))])
+    cached, tokens_btc = (references, None) if isinstance(references, tuple) else ((), references)
+    image_ids = latent_ids(*grid)
+    if tokens_btc is not None:
+        image_ids = np.concatenate([image_ids, reference_ids(list(reference_sizes))])
 
     def velocity(latents_btc: jax.Array, timestep_b: jax.Array, text_btd: jax.Array) -> jax.Array:
-        repeats = latents_btc.shape[0] // max(references_btc.shape[0], 1)
-        references = jnp.tile(references_btc, (repeats, 1, 1)).astype(latents_btc.dtype)
-        tokens = jnp.concatenate([latents_btc, references], axis=1)
-        out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]))
+        tokens, rows = latents_btc, latents_btc.shape[0]
+        if tokens_btc is not None:
+            repeated = jnp.tile(tokens_btc, (rows // max(tokens_btc.shape[0], 1), 1, 1)).astype(latents_btc.dtype)
+            tokens = jnp.concatenate([latents_btc, repeated], axis=1)
+        caches = tuple(cache.repeated(rows // cache.rows) for cache in cached)
+        out = transformer(tokens, text_btd, timestep_b, image_ids, text_ids(text_btd.shape[1]), cached=caches)
         assert isinstance(out, jax.Array)
         return out[:, : latents_btc.shape[1]]
 
@@ -87,7 +118,7 @@ def denoise(
     state: Params,
     latents_btc: jax.Array,
     text_btd: jax.Array,
-    references_btc: jax.Array,
+    references: References,
     sigmas: jax.Array,
     guidance: jax.Array,
     grid: tuple[int, int],
@@ -100,14 +131,14 @@ def denoise(
       graphdef, state: of the transformer.
       latents_btc: noise, or the result of earlier steps.
       text_btd: conditions (b, ...), or (2 b, ...) with the unconditional ones first, for guidance.
-      references_btc: tokens of all references.
+      references: see `velocity_field`.
       sigmas: (steps + 1,) noise levels, from 1 to 0.
       guidance: scalar, the guidance scale; not used without unconditional rows.
       grid, reference_sizes: see `velocity_field`.
       bounds: the steps to take, see `euler_solve`; all of them if None.
     Returns: (b, t, c) latents, clean ones after the last step.
     """
-    field = velocity_field(nnx.merge(graphdef, state), references_btc, grid, reference_sizes)
+    field = velocity_field(nnx.merge(graphdef, state), references, grid, reference_sizes)
 
     def velocity(x: jax.Array, sigma: jax.Array, text: jax.Array) -> jax.Array:
         return field(x, jnp.full(x.shape[0], sigma), text)

@@ -1,7 +1,7 @@
 """The settings and the output of a FLUX.2 pipeline, and the sizes of the published models."""
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.flux2 import Flux2TransformerConfig
@@ -17,6 +17,14 @@ KLEIN = {
 """Configurations of transformer and text encoder of the published models."""
 
 
+ReferenceMode = Literal["none", "image"]
+"""How an image attends to its references.
+
+"none": as tokens that are computed in every step, and that attend to text and image. "image": references attend to each
+other only, as at timestep 0, so that their keys and values are computed once for an image.
+"""
+
+
 @dataclasses.dataclass(frozen=True)
 class Flux2Settings:
     """Settings of a pipeline in `clvr.json` and `model_index.json`; the defaults are those of FLUX.2 klein.
@@ -24,8 +32,8 @@ class Flux2Settings:
     text_encoder_out_layers: hidden states that condition the transformer. text_buckets: numbers of tokens that texts
     are padded to (padding is attended to, so these belong to the model); a history that is longer than all of them
     loses its oldest replies. sample_size: height and width in pixels if none are given. is_distilled: guidance is never
-    used. num_inference_steps, guidance_scale: the model's defaults. world: the only world whose language a small model
-    knows, "" for other models.
+    used. num_inference_steps, guidance_scale: the model's defaults. reference_cache: how the model was trained to
+    attend to references, see `ReferenceMode`. world: the only world whose language a small model knows, "" for others.
     """
 
     text_encoder_out_layers: tuple[int, ...] = (9, 18, 27)
@@ -34,6 +42,7 @@ class Flux2Settings:
     is_distilled: bool = False
     num_inference_steps: int = 28
     guidance_scale: float = 4.0
+    reference_cache: ReferenceMode = "none"
     world: str = ""
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from clvr_jax.data.preprocessing.text import encode_prompts
 from clvr_jax.data.sft_examples import GenerationExamples
 from clvr_jax.data.sft_input import Batches, BatchLoader
 from clvr_jax.data.trajectories.dataset import TrajectoryDataset
+from clvr_jax.errors import ClvrError
 from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.flux2 import AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
 from clvr_jax.models.qwen3 import Qwen3Config
@@ -42,7 +43,12 @@ class Flux2Models:
 
     @classmethod
     def of(cls, pipe: Flux2Pipeline) -> "Flux2Models":
-        """Returns the models of a loaded pipeline."""
+        """Returns the models of a loaded pipeline. Raises: ClvrError for one whose references are cached."""
+        if pipe.settings.reference_cache != "none":
+            raise ClvrError(
+                f"references of the model are cached (reference_cache {pipe.settings.reference_cache}), which training "
+                "does not support; train a model with reference_cache none"
+            )
         return cls(
             pipe.settings,
             ModelBundle.of(pipe.transformer),
