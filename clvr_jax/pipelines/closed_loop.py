@@ -15,6 +15,7 @@ from clvr_jax.interfaces import Usage
 from clvr_jax.interfaces.thoughts import strip_thoughts
 from clvr_jax.pipelines.flux2 import Flux2Pipeline
 from clvr_jax.pipelines.flux2.io import flux2_heads
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.pipelines.images import check_size
 from clvr_jax.pipelines.loading import (
     QUANTIZED_GENERATOR_PARTS,
@@ -232,6 +233,7 @@ class ClosedLoopPipeline:
         ignore_text_encoder: bool = False,
         quantize: Quantize = None,
         offload: Offload = None,
+        reference_cache: ReferenceMode | None = None,
         max_reply_tokens: int | None = None,
     ) -> Self:
         """Loads the models of a loop.
@@ -251,6 +253,7 @@ class ClosedLoopPipeline:
             one of transformer, text_encoder and controller, which includes a verifier.
           offload: "components" holds all large models in host memory, and copies each to the devices while it computes;
             None leaves them on the devices.
+          reference_cache: see `Flux2Pipeline.from_pretrained`.
           max_reply_tokens: of a Qwen3-VL that is the controller; if None, 384 for one that was trained for the loop,
             and 1024 for others.
         Raises: ClvrError, before any weights are read, for a controller or a verifier that is no Qwen3-VL, and for a
@@ -271,7 +274,7 @@ class ClosedLoopPipeline:
         quantized = formats.pop("controller", None)
         options: dict[str, Any] = {"mesh": layout, "lora": lora, "ignore_text_encoder": ignore_text_encoder}
         offloader = offloader_of(offload)
-        options |= {"quantize": formats, "offload": offloader}
+        options |= {"quantize": formats, "offload": offloader, "reference_cache": reference_cache}
         flux = Flux2Pipeline.from_pretrained(model, dtype, **options)
         vlm = load_controller(controller, dtype, layout, quantized, offloader) if isinstance(controller, str) else None
         if isinstance(verifier, str) and verifier != controller:

@@ -69,8 +69,8 @@ class JittedPipeline:
     def __init__(self) -> None:
         self._cache: dict[str, tuple[nnx.Module, tuple[HashedGraphDef, Params]]] = {}
 
-    def _split(self, name: str) -> tuple[HashedGraphDef, Params]:
-        """Returns the module in the attribute `name` as arguments of a `jit_module` function.
+    def _held(self, name: str) -> tuple[HashedGraphDef, Params]:
+        """Returns the graph definition and the state of the module in the attribute `name`, where it is placed.
 
         The state holds the module's own variables, so that new values are used; a module that gets other variables must
         be assigned again.
@@ -81,7 +81,11 @@ class JittedPipeline:
             graphdef, state = nnx.split(module)
             split = HashedGraphDef(graphdef), state
             self._cache[name] = module, split
-        hashed, state = split
+        return split
+
+    def _split(self, name: str) -> tuple[HashedGraphDef, Params]:
+        """Returns the module in the attribute `name` as arguments of a `jit_module` function."""
+        hashed, state = self._held(name)
         return hashed, self.offloader.on_device(state) if self.offloader and in_host(state) else state
 
     def _wait_if_offloaded(self, result: Result) -> Result:

@@ -55,6 +55,7 @@ class LoadArguments(TypedDict, total=False):
     ignore_text_encoder: bool
     quantize: Quantize
     offload: Literal["components"] | None
+    reference_cache: Literal["none", "image", "loop"] | None
 
 
 SMALL = 10**8

@@ -17,7 +17,7 @@ from clvr_jax.models.common.autoencoder_blocks import AutoencoderConfig
 from clvr_jax.models.flux2 import Flux2TransformerConfig
 from clvr_jax.pipelines.flux2 import Flux2Settings
 from clvr_jax.pipelines.flux2.io import read_flux2_settings
-from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS
+from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, ReferenceMode
 from clvr_jax.pipelines.registry import FLUX2, class_of, resolve
 from clvr_jax.sharding import MeshLayout
 
@@ -44,7 +44,10 @@ def flux2_settings(path: Path, transformer: str = "transformer") -> Flux2Setting
 
 
 def image_call(
-    model: str, size: tuple[int, int] | None = None, references: Sequence[tuple[int, int]] = ()
+    model: str,
+    size: tuple[int, int] | None = None,
+    references: Sequence[tuple[int, int]] = (),
+    reference_cache: ReferenceMode | None = None,
 ) -> ImageCall | None:
     """Returns the smallest call that generates an image; reads configurations only.
 
@@ -52,6 +55,7 @@ def image_call(
       model: a shipped name or a directory in diffusers layout.
       size: height and width in pixels; those of the first reference, else the model's own, if None.
       references: height and width of each given image.
+      reference_cache: how a FLUX.2 model attends to references; its own setting if None.
     Returns: None if neither the arguments nor the model have a size.
     """
     path, chosen = resolve(model)
@@ -67,7 +71,7 @@ def image_call(
     transformer = FLUX2_TRANSFORMER.config_from_dict(read_json(path / chosen / "config.json"))
     height, width = size or next(iter(references), (settings.sample_size, settings.sample_size))
     own, seen = height * width, sum(min(h * w, MAX_REFERENCE_PIXELS) for h, w in references)
-    cached = 0 if settings.reference_cache == "none" else seen
+    cached = 0 if (reference_cache or settings.reference_cache) == "none" else seen
     tokens = min(settings.text_buckets) + (own + seen - cached) // vae.token_pixels**2
     return ImageCall(height, width, vae, transformer, tokens, cached // vae.token_pixels**2)
 

@@ -42,7 +42,7 @@ def check_memory(
 
     names = {"controller": controller, "verifier": verifier}
     chat: dict[str, Path] = {part: controller_directory(name)[0] for part, name in names.items() if name is not None}
-    call = image_call(model, size, [(image.shape[0], image.shape[1]) for image in images])
+    call = image_call(model, size, [(image.shape[0], image.shape[1]) for image in images], loading.reference_cache)
     parts, options = parts_of(model, chat), loading.arguments()
     dtype, quantize, offload = options["dtype"], options["quantize"], options["offload"]
     if options["mesh"] is None and (mesh := mesh_that_fits(parts, dtype, quantize, offload, call=call)):

@@ -84,6 +84,11 @@ class LoadOptions:
     offload: Literal["components"] | None = None
     """components: hold transformer, text encoder and controller in host memory, and copy each to the devices while it
     computes, for devices that cannot hold all of them. If not given, all stay on the devices."""
+    reference_cache: Literal["none", "image", "loop"] | None = None
+    """Attend to references in this way, with FLUX.2 models. none: as tokens of every step; image: to their keys and
+    values, which are computed once for an image; loop: each reference attends to those before it, and its keys and
+    values are kept for the next images of a loop. If not given, as the model was trained; another choice is an
+    approximation."""
     mesh: MeshOptions = field(default_factory=MeshOptions)
 
     def __post_init__(self) -> None:
@@ -105,6 +110,7 @@ class LoadOptions:
             "ignore_text_encoder": self.ignore_text_encoder,
             "quantize": parse_quantize(self.quantize),
             "offload": self.offload,
+            "reference_cache": self.reference_cache,
         }
 
 

@@ -28,16 +28,23 @@ from clvr_jax.models.qwen3 import Qwen3
 from clvr_jax.pipelines.compatibility import check_flux2
 from clvr_jax.pipelines.flux2 import io as flux2_io
 from clvr_jax.pipelines.flux2.batching import any_row, common_sizes, split_rows
-from clvr_jax.pipelines.flux2.programs import References, cache_references, decode, denoise, encode_images, encode_text
-from clvr_jax.pipelines.flux2.settings import MAX_REFERENCE_PIXELS, AbandonedError, Flux2Output, Flux2Settings
+from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_text
+from clvr_jax.pipelines.flux2.references import ReferencePipeline
+from clvr_jax.pipelines.flux2.settings import (
+    MAX_REFERENCE_PIXELS,
+    AbandonedError,
+    Flux2Output,
+    Flux2Settings,
+    ReferenceMode,
+)
 from clvr_jax.pipelines.images import check_size, prepare_reference, to_pil
-from clvr_jax.pipelines.jit_modules import JittedPipeline, jit_module
+from clvr_jax.pipelines.jit_modules import jit_module
 from clvr_jax.pipelines.loading import LoRA, Mesh, Quantize, computing_on, layout_of, on_mesh
 from clvr_jax.pipelines.offload import Offload, offloader_of
 from clvr_jax.sharding import process_allgather
 
 
-class Flux2Pipeline(JittedPipeline):
+class Flux2Pipeline(ReferencePipeline):
     """Generates images from text, and edits reference images.
 
     Components are public attributes: `transformer`, `vae`, `text_encoder`, `tokenizer`, `settings`, `schedule` (noise
@@ -60,10 +67,9 @@ class Flux2Pipeline(JittedPipeline):
         super().__init__()
         self.transformer, self.vae, self.text_encoder = transformer, vae, text_encoder
         self.tokenizer, self.settings, self.schedule = tokenizer, settings, schedule
+        self.reference_cache = settings.reference_cache
         self.text_encoder_source = text_encoder_source
         self._encode_text = jit_module(encode_text, static_argnums=(0, 4))
-        self._encode_images = jit_module(encode_images, replicate_weights=True, static_argnums=0)
-        self._cache_references = jit_module(cache_references, static_argnums=(0, 3, 4))
         self._decode = jit_module(decode, replicate_weights=True, static_argnums=0)
         self._denoise = jit_module(denoise, static_argnums=(0, 7, 8), donate_argnums=2)
 
@@ -79,6 +85,7 @@ class Flux2Pipeline(JittedPipeline):
         ignore_text_encoder: bool = False,
         quantize: Quantize = None,
         offload: Offload = None,
+        reference_cache: ReferenceMode | None = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -95,6 +102,8 @@ class Flux2Pipeline(JittedPipeline):
             saved.
           offload: "components" holds text encoder and transformer in host memory, and copies each to the devices while
             it computes; None leaves both on the devices.
+          reference_cache: how images attend to references, see `ReferenceMode`; the model's own setting if None.
+            Another one is an approximation, which is said in one line.
         Raises: ClvrError that names what is missing or does not match.
         """
         layout, offloader = layout_of(mesh), offloader_of(offload)
@@ -113,6 +122,7 @@ class Flux2Pipeline(JittedPipeline):
                 )
             )
         pipe.layout, pipe.offloader = layout, offloader
+        pipe.choose_reference_cache(reference_cache, model)
         return pipe
 
     def __call__(
@@ -359,23 +369,6 @@ class Flux2Pipeline(JittedPipeline):
             ids = np.concatenate([np.repeat(empty_ids, len(prompts), 0), ids])
             mask = np.concatenate([np.repeat(empty_mask, len(prompts), 0), mask])
         return self._wait_if_offloaded(self._encode_text(*self._split("text_encoder"), ids, mask, layers))
-
-    def _references(
-        self, pixels: list[list[np.ndarray]], sizes: list[tuple[int, int]]
-    ) -> tuple[References, tuple[tuple[int, int], ...]]:
-        """Returns what the images see of their references, and the sizes of those in tokens that enter as tokens."""
-        channels, token = self.transformer.config.in_channels, self.vae.config.token_pixels
-        encoded = [
-            self._encode_images(*self._split("vae"), np.stack([row[i] for row in pixels])).reshape(
-                len(pixels), -1, channels
-            )
-            for i in range(len(sizes))
-        ]
-        grids = tuple((height // token, width // token) for height, width in sizes)
-        tokens = jnp.concatenate(encoded, 1) if encoded else jnp.zeros((len(pixels), 0, channels))
-        if not grids or self.settings.reference_cache == "none":
-            return tokens, grids
-        return (self._cache_references(*self._split("transformer"), tokens, grids),), ()
 
     def _given_latents(self, latents: jax.Array, batch: int, grid: tuple[int, int]) -> jax.Array:
         expected = (batch, self.transformer.config.in_channels, *grid)

@@ -17,11 +17,12 @@ KLEIN = {
 """Configurations of transformer and text encoder of the published models."""
 
 
-ReferenceMode = Literal["none", "image"]
+ReferenceMode = Literal["none", "image", "loop"]
 """How an image attends to its references.
 
 "none": as tokens that are computed in every step, and that attend to text and image. "image": references attend to each
-other only, as at timestep 0, so that their keys and values are computed once for an image.
+other only, as at timestep 0, so that their keys and values are computed once for an image. "loop": reference k attends
+to references 1 to k, so that its keys and values also hold for the later images of a loop.
 """
 
 

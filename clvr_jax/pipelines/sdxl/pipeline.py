@@ -107,6 +107,7 @@ class SDXLPipeline(JittedPipeline):
         ignore_text_encoder: bool = False,
         quantize: Quantize = None,
         offload: Offload = None,
+        reference_cache: str | None = None,
     ) -> Self:
         """Loads a pipeline.
 
@@ -120,7 +121,7 @@ class SDXLPipeline(JittedPipeline):
           lora: LoRAs of the UNet, each a file, directory or Hugging Face id, alone or with its weight. They are added
             to the weights before these are placed.
           ignore_text_encoder: leave out the tensors of a LoRA that adapt a text encoder, which are an error otherwise.
-          quantize, offload: must be None; they are for FLUX.2 models.
+          quantize, offload, reference_cache: must be None; they are for FLUX.2 models.
         Raises: ClvrError that names what is missing, does not match or is not supported.
         """
         if quantize:
@@ -129,6 +130,8 @@ class SDXLPipeline(JittedPipeline):
             )
         if offload:
             raise UsageError(f"offload: {model} is a Stable Diffusion model, which stays on the devices; leave it out")
+        if reference_cache:
+            raise UsageError(f"reference_cache: {model} is a Stable Diffusion model, without references; leave it out")
         layout = layout_of(mesh)
         with located(model), computing_on(layout):
             pipe = cls(*sdxl_io.load_sdxl(model, dtype, SDXLSettings, layout, lora, ignore_text_encoder))
