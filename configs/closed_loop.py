@@ -36,6 +36,9 @@ class Config:
     """Generate images with sides of this many pixels."""
     steps: int = 4
     """Number of sampler steps, each of which is one network evaluation."""
+    reference_cache: Literal["none", "image", "loop"] = "none"
+    """Plan for this way to attend to earlier images: as tokens of every step, by keys and values that are computed once
+    for each image, or by those that are kept during the loop."""
     batch_size: int = 1
     """Number of loops that run together, over all devices."""
     prompt_tokens: int = 192
@@ -66,6 +69,7 @@ def program(config: Config) -> list[Program]:
             prompt_tokens=config.prompt_tokens,
             reply_tokens=config.reply_tokens,
             verification_tokens=config.verification_tokens,
+            reference_cache=config.reference_cache,
         ),
         config.stages,
     )

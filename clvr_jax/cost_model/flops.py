@@ -75,28 +75,74 @@ def attention_flops(queries: int, keys: int, width: int) -> float:
     return 4.0 * queries * keys * width
 
 
-def flux2_flops(config: Flux2TransformerConfig, batch: int, *, text: int, image: int, references: int = 0) -> Flops:
+def flux2_flops(
+    config: Flux2TransformerConfig, batch: int, *, text: int, image: int, references: int = 0, cached: int = 0
+) -> Flops:
     """Returns the FLOPs of one evaluation of the FLUX.2 transformer for a batch.
 
     Args:
       config: of the transformer.
       batch: number of images; classifier-free guidance doubles it.
       text, image, references: number of tokens for one image; 1024 x 1024 pixels are 4096 tokens.
+      cached: number of reference tokens whose keys and values are cached.
     """
-    d, mlp = config.inner_dim, config.mlp_dim
+    d = config.inner_dim
     image_tokens = image + references
     tokens = text + image_tokens
     embedder = (1 + config.guidance_embeds) * (config.timestep_guidance_channels * d + d * d)
     modulations = (2 * 6 + 3 + 2) * d * d  # two double-stream, one single-stream, the last norm
     ends = image_tokens * d * (config.in_channels + config.token_channels) + text * d * config.joint_attention_dim
-    double = 4 * d * d + 3 * d * mlp
-    single = d * (3 * d + 2 * mlp) + (d + mlp) * d
-    depth = config.num_layers + config.num_single_layers
     return Flops(
-        projections=2.0 * batch * tokens * (config.num_layers * double + config.num_single_layers * single),
-        attention=batch * depth * attention_flops(tokens, tokens, d),
+        projections=2.0 * batch * tokens * _flux2_block_weights(config),
+        attention=batch * (config.num_layers + config.num_single_layers) * attention_flops(tokens, tokens + cached, d),
         outside=2.0 * batch * (embedder + modulations + ends),
     )
+
+
+def reference_cache_flops(config: Flux2TransformerConfig, batch: int, *, references: int, earlier: int = 0) -> Flops:
+    """Returns the FLOPs of the keys and values of reference tokens, which are computed once.
+
+    Args:
+      config: of the FLUX.2 transformer.
+      batch: number of rows.
+      references: number of tokens of a row.
+      earlier: number of cached reference tokens that these attend to as well.
+    """
+    d = config.inner_dim
+    embedder = (1 + config.guidance_embeds) * (config.timestep_guidance_channels * d + d * d)
+    modulations = (6 + 3) * d * d  # of the image stream, and of the single-stream blocks
+    depth = config.num_layers + config.num_single_layers
+    return Flops(
+        projections=2.0 * batch * references * _flux2_block_weights(config),
+        attention=batch * depth * attention_flops(references, references + earlier, d),
+        outside=2.0 * batch * (embedder + modulations + references * d * config.in_channels),
+    )
+
+
+def token_passes(reference_cache: str, *, steps: int, text: int, image: int, references: int) -> int:
+    """Returns how many tokens pass through the FLUX.2 transformer for one image of a loop, over all steps.
+
+    Args:
+      reference_cache: how references are attended to, see `pipelines.flux2.settings.ReferenceMode`; with "loop", the
+        caches of all references but the last are kept from earlier images.
+      steps: number of network evaluations.
+      text, image: number of tokens of the text, and of an image.
+      references: number of earlier images.
+    """
+    tokens, cached = {
+        "none": (text + image * (1 + references), 0),
+        "image": (text + image, references * image),
+        "loop": (text + image, min(references, 1) * image),
+    }[reference_cache]
+    return steps * tokens + cached
+
+
+def _flux2_block_weights(config: Flux2TransformerConfig) -> int:
+    """Returns the number of weights in the blocks that one token meets."""
+    d, mlp = config.inner_dim, config.mlp_dim
+    double = 4 * d * d + 3 * d * mlp
+    single = d * (3 * d + 2 * mlp) + (d + mlp) * d
+    return config.num_layers * double + config.num_single_layers * single
 
 
 def decoder_flops(sizes: DecoderConfig, layers: int, batch: int, tokens: int, keys: int) -> Flops:

@@ -118,13 +118,14 @@ class Report:
 class Stage:
     """One of several programs whose models are in memory together.
 
-    report: memory and time of one call. calls: number of calls in a run. inputs: bytes of its arguments without the
-    weights, on one chip.
+    report: memory and time of one call. calls: number of calls in a run. inputs: bytes of its arguments on one chip,
+    without the weights and what stays in memory between programs. token_passes: see `training.plan.Program`.
     """
 
     report: Report
     calls: int
     inputs: int
+    token_passes: int = 0
 
     @property
     def code(self) -> int:
@@ -152,7 +153,8 @@ class Stage:
 class JointReport:
     """Several programs on a topology that run one after another, with all of their models in memory.
 
-    weights: bytes of each model on one chip. stages: the programs, in the order of their first call.
+    weights: bytes of each model on one chip. stages: the programs, in the order of their first call. kept: bytes on one
+    chip that stay in memory between programs, such as caches of references.
     """
 
     name: str
@@ -161,15 +163,21 @@ class JointReport:
     mesh: dict[str, int]
     weights: dict[str, int]
     stages: tuple[Stage, ...]
+    kept: int = 0
 
     @property
     def memory(self) -> Memory:
-        """Memory on one chip: weights of all models, code of all programs, and the largest working memory of one."""
+        """Memory on one chip: weights, what is kept, code of all programs, and the largest working memory of one."""
         largest = max(self.stages, key=lambda stage: stage.working)
-        weights, code = sum(self.weights.values()), sum(stage.code for stage in self.stages)
+        weights, code = sum(self.weights.values()) + self.kept, sum(stage.code for stage in self.stages)
         own, available = largest.report.memory, largest.report.memory.available
         total = weights + code + largest.working
         return Memory(weights + largest.inputs, own.temporaries, own.output, total, available, total <= available)
+
+    @property
+    def token_passes(self) -> int:
+        """Number of tokens that pass through the image transformer, over all images and steps."""
+        return sum(stage.token_passes for stage in self.stages)
 
     @property
     def overlapped(self) -> float:
@@ -189,6 +197,7 @@ class JointReport:
                 "calls": stage.calls,
                 "working": stage.working,
                 "code": stage.code,
+                "token_passes": stage.token_passes,
                 "overlapped": stage.overlapped,
                 "serial": stage.serial,
             }
@@ -200,6 +209,8 @@ class JointReport:
             "chips": self.chips,
             "mesh": self.mesh,
             "weights": self.weights,
+            "kept": self.kept,
+            "token_passes": self.token_passes,
             "memory": asdict(self.memory),
             "overlapped": self.overlapped,
             "serial": self.serial,
@@ -210,6 +221,8 @@ class JointReport:
         """The report for a terminal."""
         axes = " x ".join(f"{axis} {size}" for axis, size in self.mesh.items() if size > 1) or "one device"
         total = f"{_seconds(self.overlapped)} if all overlaps, {_seconds(self.serial)} if nothing does"
+        if self.token_passes:
+            total += f"; {self.token_passes:,} token passes"
         table = Table(
             *("one chip", "calls", "working memory", "a call", "all calls, overlapped", "not overlapped", "bound by"),
             title=f"{self.name} on {self.topology}, {axes} ({self.chips} chips)",
@@ -217,6 +230,8 @@ class JointReport:
         )
         for name, size in self.weights.items():
             table.add_row(f"weights of {name}", "", _gib(size))
+        if self.kept:
+            table.add_row("kept caches of references", "", _gib(self.kept))
         table.add_row("code of all programs", "", _gib(sum(stage.code for stage in self.stages)), end_section=True)
         for stage in self.stages:
             times = stage.report.roofline

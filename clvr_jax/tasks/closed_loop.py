@@ -11,18 +11,29 @@ from flax import nnx
 from jaxtyping import PyTree
 
 from clvr_jax.convert.architectures import QWEN3_VL
-from clvr_jax.cost_model.flops import Flops, decoder_flops, flux2_flops, qwen3_flops, qwen3_vl_flops
+from clvr_jax.cost_model.flops import (
+    Flops,
+    decoder_flops,
+    flux2_flops,
+    qwen3_flops,
+    qwen3_vl_flops,
+    reference_cache_flops,
+    token_passes,
+)
 from clvr_jax.cost_model.flops_images import decoder_flops as image_decoder_flops
 from clvr_jax.cost_model.flops_images import encoder_flops
 from clvr_jax.data.preprocessing.text import bucket_for
 from clvr_jax.diffusion.schedule import flow_sigmas
 from clvr_jax.errors import UsageError
 from clvr_jax.models.common.decoding import CACHE_BUCKET
+from clvr_jax.models.flux2 import Flux2TransformerConfig, ReferenceCache
+from clvr_jax.models.flux2.reference_cache import KeyValue
 from clvr_jax.models.qwen3_vl import Qwen3VLConfig
 from clvr_jax.models.qwen3_vl.image_buckets import TOKENS, BucketedImages, bucket_of, image_slots, patch_bucket
 from clvr_jax.models.qwen3_vl.model import DecodeCache
 from clvr_jax.models.qwen3_vl.positions import Grids
-from clvr_jax.pipelines.flux2.programs import decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2.programs import cache_references, decode, denoise, encode_images, encode_text
+from clvr_jax.pipelines.flux2.settings import ReferenceMode
 from clvr_jax.sharding import replicate, with_logical_constraint
 from clvr_jax.tasks.bundles import ModelBundle
 from clvr_jax.tasks.flux2.models import Flux2Models
@@ -45,7 +56,8 @@ class LoopConfig:
     generations: number of images, generated one after the other. size: height and width of an image in pixels. steps:
     number of sampler steps. batch: number of loops that run together. prompt_tokens, reply_tokens, verification_tokens:
     numbers of tokens of the prompt, of a reply of the controller, and of a reply of the verifier, which reads one image
-    at a time.
+    at a time. reference_cache: how references are attended to; with "loop", the caches of all references are in memory
+    during the whole loop.
     """
 
     preset: str
@@ -59,6 +71,7 @@ class LoopConfig:
     prompt_tokens: int = 192
     reply_tokens: int = 192
     verification_tokens: int = 96
+    reference_cache: ReferenceMode = "none"
 
     def __post_init__(self) -> None:
         counts = (self.generations, self.steps, self.batch, self.prompt_tokens, self.reply_tokens)
@@ -117,7 +130,7 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
                 weights["transformer"],
                 data["noise"],
                 data["text"],
-                data["references"],
+                data["cached"] or data["references"],
                 jnp.asarray(flow_sigmas(loop.steps, image)),
                 jnp.float32(settings.guidance_scale),
                 grid,
@@ -125,6 +138,22 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
             )
 
         return run
+
+    def cache(number: int, first: int) -> Callable[[Weights, Arrays], ReferenceCache]:
+        def run(weights: Weights, data: Arrays) -> ReferenceCache:
+            return cache_references(
+                transformer.graphdef,
+                weights["transformer"],
+                data["references"],
+                (grid,) * number,
+                first,
+                data["cached"],
+            )
+
+        return run
+
+    def caches(numbers: list[int]) -> tuple[ReferenceCache, ...]:
+        return tuple(_abstract_cache(transformer_config, b, number * image, dtype) for number in numbers)
 
     programs = []
     for text in sorted(set(buckets)):
@@ -153,8 +182,35 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
             )
         )
     for references, text in enumerate(buckets):
-        tokens = references * image
-        evaluation = flux2_flops(transformer_config, b, text=text, image=image, references=tokens)
+        is_kept = loop.reference_cache == "loop"
+        cached = 0 if loop.reference_cache == "none" else references
+        if cached:
+            # With "loop", the caches of all references but the last exist already.
+            number, earlier = (1, references - 1) if is_kept else (references, 0)
+            programs.append(
+                Program(
+                    name=f"cache reference {references}" if is_kept else f"cache {references} references",
+                    function=cache(number, earlier),
+                    weights={"transformer": transformer.weights},
+                    data={
+                        "references": _SHAPE((b, number * image, vae_config.token_channels), dtype),
+                        "cached": caches([1] * earlier),
+                    },
+                    reads={"transformer": 1},
+                    flops=reference_cache_flops(
+                        transformer_config, b, references=number * image, earlier=earlier * image
+                    ).forward,
+                    rows=b,
+                    logical_axes={5: _REFERENCE_AXES},
+                    other_bytes=_size(caches([1] * earlier)),
+                    kept="cached" if is_kept else "",
+                )
+            )
+        tokens = (references - cached) * image
+        evaluation = flux2_flops(
+            transformer_config, b, text=text, image=image, references=tokens, cached=cached * image
+        )
+        held = caches([1] * cached if is_kept else [cached] if cached else [])
         programs.append(
             Program(
                 name=f"denoise with {references} references",
@@ -164,9 +220,16 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
                     "noise": _SHAPE((b, image, transformer_config.in_channels), dtype),
                     "text": _SHAPE((b, text, transformer_config.joint_attention_dim), dtype),
                     "references": _SHAPE((b, tokens, vae_config.token_channels), dtype),
+                    "cached": held,
                 },
                 reads={"transformer": loop.steps},
                 flops=loop.steps * evaluation.forward,
+                rows=b,
+                logical_axes={5: _REFERENCE_AXES},
+                other_bytes=loop.steps * _size(held),
+                kept="cached" if is_kept else "",
+                token_passes=b
+                * token_passes(loop.reference_cache, steps=loop.steps, text=text, image=image, references=references),
             )
         )
     programs.append(
@@ -182,6 +245,24 @@ def _generation_programs(loop: LoopConfig) -> list[Program]:
         )
     )
     return programs
+
+
+_REFERENCE_AXES = (None, "batch", None, "heads", None)
+"""Logical axes of the keys and values of references: layer, row, token, head, head dimension."""
+
+
+def _abstract_cache(config: Flux2TransformerConfig, rows: int, tokens: int, dtype: jnp.dtype) -> ReferenceCache:
+    """Returns the shapes of a cache of references."""
+    heads, channels = config.num_attention_heads, config.attention_head_dim
+    shapes: list[PyTree] = [
+        _SHAPE((depth, rows, tokens, heads, channels), dtype) for depth in (config.num_layers, config.num_single_layers)
+    ]
+    return ReferenceCache(*(KeyValue(shape, shape) for shape in shapes))
+
+
+def _size(tree: PyTree) -> float:
+    """Returns the bytes of arrays, or of their shapes."""
+    return float(sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree)))
 
 
 def _controller_programs(loop: LoopConfig) -> list[Program]:

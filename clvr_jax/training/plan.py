@@ -47,6 +47,8 @@ class Program:
     is_replicated: whether only the batch is sharded, so that the tensor axis does not divide the FLOPs.
     logical_axes: number of axes -> logical axes, for arrays of `data` that are not sharded as a batch.
     other_bytes: read in a call besides the weights, all devices together. donates: whether `data` is donated.
+    kept: name of the part of `data` that stays in memory between the programs of a run, "" if none does. token_passes:
+    number of tokens that pass through the image transformer, over all steps, for the run.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Program:
     logical_axes: Mapping[int, tuple[str | None, ...]] = dataclasses.field(default_factory=dict)
     other_bytes: float = 0.0
     donates: bool = False
+    kept: str = ""
+    token_passes: int = 0
 
     def shardings(self, layout: MeshLayout) -> PyTree:
         """Returns the sharding of each array of `data`."""
@@ -278,14 +282,19 @@ def _plan_together(
 ) -> JointReport:
     """Compiles each program; a model that several of them read is counted once."""
     weights: dict[str, int] = {}
-    stages = []
+    kept, stages = 0, []
     for program in programs:
         weights |= {
             model: _bytes_per_chip(tree, layout.parameters(_shapes(tree))) for model, tree in program.weights.items()
         }
-        inputs = _bytes_per_chip(program.data, program.shardings(layout))
-        stages.append(Stage(_plan_program(program, layout, chips, price), program.calls, inputs))
-    return JointReport(name, chips.name, chips.devices, dict(layout.mesh.shape), weights, tuple(stages))
+        places = program.shardings(layout)
+        inputs = _bytes_per_chip(program.data, places)
+        if program.kept:
+            own = _bytes_per_chip(program.data[program.kept], places[program.kept])
+            inputs, kept = inputs - own, max(kept, own)
+        report = _plan_program(program, layout, chips, price)
+        stages.append(Stage(report, program.calls, inputs, program.token_passes))
+    return JointReport(name, chips.name, chips.devices, dict(layout.mesh.shape), weights, tuple(stages), kept)
 
 
 def _bytes_per_chip(tree: PyTree, shardings: PyTree) -> int:

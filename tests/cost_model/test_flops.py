@@ -7,11 +7,24 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from clvr_jax.cost_model.flops import flux2_flops, qwen3_flops, qwen3_vl_flops
+from clvr_jax.cost_model.flops import (
+    flux2_flops,
+    qwen3_flops,
+    qwen3_vl_flops,
+    reference_cache_flops,
+    token_passes,
+)
 from clvr_jax.cost_model.flops_images import decoder_flops, encoder_flops, unet_flops
 from clvr_jax.errors import ClvrError
-from clvr_jax.models.flux2 import AutoencoderKLFlux2, AutoencoderKLFlux2Config, Flux2Transformer, Flux2TransformerConfig
-from clvr_jax.models.flux2.position_ids import latent_ids, text_ids
+from clvr_jax.models.flux2 import (
+    AutoencoderKLFlux2,
+    AutoencoderKLFlux2Config,
+    Flux2Transformer,
+    Flux2TransformerConfig,
+    ReferenceCache,
+)
+from clvr_jax.models.flux2.position_ids import latent_ids, reference_ids, text_ids
+from clvr_jax.models.flux2.reference_cache import KeyValue
 from clvr_jax.models.qwen3 import Qwen3, Qwen3Config
 from clvr_jax.models.qwen3_vl import Qwen3VL, Qwen3VLConfig, Qwen3VLTextConfig, Qwen3VLVisionConfig
 from clvr_jax.models.stable_diffusion import UNet2DCondition, UNet2DConditionConfig
@@ -77,6 +90,45 @@ def test_flux2_training(remat):
     counted = flux2_flops(FLUX, BATCH, text=TEXT, image=SIDE * SIDE).hardware(remat)
     compiled = compiled_training_flops(velocity, functools.partial(flux, remat), *FLUX_INPUTS)
     assert compiled == pytest.approx(counted, rel=0.01)
+
+
+def cached(tokens):
+    def blocks(depth):
+        return KeyValue(*(array(depth, BATCH, tokens, FLUX.num_attention_heads, FLUX.attention_head_dim),) * 2)
+
+    return ReferenceCache(blocks(FLUX.num_layers), blocks(FLUX.num_single_layers))
+
+
+def test_flux2_with_cached_references():
+    def attend(model, latents, text, timestep, cache):
+        return model(latents, text, timestep, latent_ids(SIDE, SIDE), text_ids(TEXT), cached=(cache,))
+
+    counted = flux2_flops(FLUX, BATCH, text=TEXT, image=SIDE * SIDE, cached=3 * SIDE).forward
+    assert compiled_flops(attend, flux, *FLUX_INPUTS, cached(3 * SIDE)) == pytest.approx(counted, rel=0.01)
+
+
+def test_the_cache_of_a_reference_that_follows_another():
+    def cache(model, tokens, earlier):
+        return model.reference_cache(tokens, reference_ids([(SIDE, SIDE)], 1), earlier=(earlier,))
+
+    counted = reference_cache_flops(FLUX, BATCH, references=SIDE * SIDE, earlier=3 * SIDE).forward
+    # Of the last block, only keys and values are needed, and the compiler may leave out the rest.
+    d, tokens = FLUX.inner_dim, SIDE * SIDE
+    unused = 2 * d * (2 * d + 3 * FLUX.mlp_dim) * tokens + 4 * tokens * (tokens + 3 * SIDE) * d
+    compiled = compiled_flops(cache, flux, FLUX_INPUTS[0], cached(3 * SIDE))
+    assert 0.99 * (counted - BATCH * unused) < compiled < 1.01 * counted
+
+
+def test_token_passes_of_eight_images_of_1024_x_1024():
+    """Of a loop in 4 steps with a text of 512 tokens."""
+
+    def passes(mode):
+        counts = (token_passes(mode, steps=4, text=512, image=4096, references=number) for number in range(8))
+        return sum(counts)
+
+    assert passes("none") == 606_208
+    assert passes("image") == 262_144
+    assert passes("loop") == 176_128
 
 
 def test_klein_4b_with_four_references():

@@ -67,6 +67,35 @@ def test_the_models_are_in_memory_together_and_the_seconds_of_all_calls_add_up(s
     assert step.memory.output < step.memory.arguments / 10
 
 
+@pytest.mark.parametrize("mode", ["image", "loop"])
+def test_cached_references_are_planned(small, mode):
+    mesh = MeshConfig(fsdp=1, tensor=2, devices=2)
+    config = dataclasses.replace(small, mesh=mesh, reference_cache=mode, stages="cache|denoise with 2")
+    report = plan(load_recipe(RECIPE), config, "cpu:2")
+    stages = {stage.report.name: stage for stage in report.stages}
+    names = (
+        ["cache 1 references", "cache 2 references"] if mode == "image" else ["cache reference 1", "cache reference 2"]
+    )
+    assert list(stages) == [*names, "denoise with 2 references"]
+    transformer, _ = models.KLEIN["klein-4b"]
+    image = (64 // models.AutoencoderKLFlux2Config().token_pixels) ** 2
+    blocks = transformer.num_layers + transformer.num_single_layers
+    reference = 2 * blocks * transformer.inner_dim * image * 4  # bytes on all chips
+    denoised = stages["denoise with 2 references"]
+    assert report.kept == (2 * reference // 2 if mode == "loop" else 0)
+    assert report.memory.total == sum(report.weights.values()) + report.kept + sum(
+        stage.code for stage in report.stages
+    ) + max(stage.working for stage in report.stages)
+    output = stages[names[1]].report.memory.output
+    assert output == pytest.approx((1 if mode == "loop" else 2) * reference // 2, abs=64)  # and pointers
+    first, second = (stages[name].report.flops for name in names)
+    assert first < second < 1.2 * first if mode == "loop" else 1.9 * first < second < 2.4 * first
+    text, steps = 64, config.steps
+    assert denoised.token_passes == steps * (text + image) + (1 if mode == "loop" else 2) * image
+    assert report.token_passes == denoised.token_passes
+    assert report.to_json()["token_passes"] == report.token_passes
+
+
 def test_some_stages_are_planned_alone_and_written_as_json(small, tmp_path, capsys):
     out = tmp_path / "plan.json"
     options = ["--stages", "decode step", "--size", "64", "--prompt-tokens", "16", "--reply-tokens", "16"]
