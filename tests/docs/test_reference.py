@@ -34,7 +34,6 @@ WITHOUT_EXAMPLE = {
     "clvr_jax.interfaces.Fault",
     "clvr_jax.interfaces.Message",
     "clvr_jax.pipelines.sdxl.SDXLOutput",
-    "clvr_jax.reasoning.ImageGenerator",
     "clvr_jax.rewards.EditJudge",
     "clvr_jax.rewards.ImageJudge",
     *(f"clvr_jax.rl.{name}" for name in ("Advantages", "GradAccumulator", "Predictor", "Rollout")),

@@ -7,7 +7,8 @@ from clvr_jax.arguments import at_least_one, check_seed
 from clvr_jax.commands.common import Common, Directory, Flags, Result, prepare_jax, results_directory
 
 if TYPE_CHECKING:
-    from clvr_jax.evaluation.steps import State, StepResults
+    from clvr_jax.evaluation.steps import State
+    from clvr_jax.evaluation.steps.results import StepResults
     from clvr_jax.files.json_input import JSON
 
 _RENDERED = "rendered"

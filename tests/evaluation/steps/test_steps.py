@@ -63,9 +63,19 @@ def test_a_generator_that_does_what_is_requested_is_right_and_the_control_is_not
     found = results(Renderer())
     assert (rate(found, "all", "right"), rate(found, "all", "drawn_early")) == (1, 0)
     assert rate(found, CONTROL, "right") < 0.1
+    assert steps.steps_table(found).title == "Steps benchmark: scripted"
     text = steps.markdown(json.loads(json.dumps(found)))
     assert "| all | 1.000 [" in text
     assert "of 40 |" in text
+
+
+def test_one_image_is_scored_cell_by_cell():
+    state = next(state for state in STATES if state.kind == "edit 1" and len(_rest(state)) > 0)
+    wanted = apply_edits(detect(state.images[-1]), state.edits)
+    assert steps.score_step(rendered(wanted), state) == steps.StepScore(True, True, True, False)
+    assert steps.score_step(rendered(()), state) == steps.StepScore(False, False, False, False)
+    without_edit = [item for item in wanted if item.cell != state.edits[0].cell]
+    assert steps.score_step(rendered(without_edit), state) == steps.StepScore(False, False, True, False)
 
 
 def test_a_generator_that_copies_the_last_reference_makes_no_edit():
