@@ -45,7 +45,8 @@ def attention(
       mask: boolean with four axes, broadcastable to (batch, heads, queries, keys); True where a query may attend to a
         key. Only "xla" supports it.
       key_mask_bk: (batch, keys), nonzero at keys that all queries may attend to, 0 at padding.
-      is_causal: whether query i attends to keys 0..i only.
+      is_causal: whether a query attends to its own key and earlier ones only. The queries are those of the last keys:
+        query i attends to keys 0..i + keys - queries. With fewer queries than keys, "cudnn" does not support it.
       scale: factor on the logits, 1 / sqrt(head_dim) if None.
       implementation: "xla", "splash" (TPU) or "cudnn" (GPU, bfloat16 or float16); None chooses by platform, shapes and
         masks.
@@ -57,11 +58,14 @@ def attention(
     query_axes = ("batch", _query_axis(layout, query_bqnh.shape, is_causal), "heads", None)
     query_bqnh = with_logical_constraint(query_bqnh, *query_axes)
     key_bknh, value_bknh = (with_logical_constraint(x, "batch", None, "heads", None) for x in (key_bknh, value_bknh))
-    kind = implementation or _choose_implementation(layout, query_bqnh, key_bknh, mask)
+    continues = is_causal and query_bqnh.shape[1] != key_bknh.shape[1]
+    kind = implementation or _choose_implementation(layout, query_bqnh, key_bknh, mask, continues)
     if kind == "xla":
         out = _xla_attention(query_bqnh, key_bknh, value_bknh, mask, key_mask_bk, is_causal, scale)
     elif mask is not None:
         raise ClvrError(f'attention: {kind} supports key_mask_bk and is_causal, not mask; use implementation="xla"')
+    elif continues and kind == "cudnn":
+        raise ClvrError('attention: cudnn does not support causal queries after earlier keys; use implementation="xla"')
     elif kind == "splash":
         out = _splash(query_bqnh, key_bknh, value_bknh, key_mask_bk, is_causal, scale, layout)
     else:
@@ -86,13 +90,15 @@ def _query_axis(layout: MeshLayout | None, shape: tuple[int, ...], is_causal: bo
 
 
 def _choose_implementation(
-    layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None
+    layout: MeshLayout | None, query: jax.Array, key: jax.Array, mask: jax.Array | None, continues: bool
 ) -> Implementation:
     platform = layout.platform if layout else jax.default_backend()
     if mask is not None or platform == "cpu":
         return "xla"
     if platform == "tpu":
         return "splash" if min(query.shape[1], key.shape[1]) >= _SPLASH_MIN_TOKENS else "xla"
+    if continues:  # the mask of cuDNN aligns the first query with the first key
+        return "xla"
     return "cudnn" if query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 else "xla"
 
 
@@ -113,7 +119,7 @@ def _xla_attention(
     key_bmkh, value_bmkh = key_bknh.swapaxes(1, 2), value_bknh.swapaxes(1, 2)
     logits = jnp.einsum("bmgqh,bmkh->bmgqk", query_bmgqh, key_bmkh, preferred_element_type=jnp.float32) * scale
     if is_causal:
-        logits = jnp.where(jnp.tri(queries, keys, dtype=bool), logits, -jnp.inf)
+        logits = jnp.where(jnp.tri(queries, keys, keys - queries, dtype=bool), logits, -jnp.inf)
     # Finite, so that a row without any key to attend to (padding) gives an average and not NaN.
     masked = jnp.finfo(jnp.float32).min
     if key_mask_bk is not None:
@@ -164,7 +170,9 @@ def _splash(
     # Tokens of segment 1 attend to each other; padding is in segment 0.
     query_segments = jnp.pad(jnp.ones((b, queries), jnp.int32), ((0, 0), (0, -queries % query_block)))
     key_segments = jnp.pad(valid_mask_bk.astype(jnp.int32), ((0, 0), (0, -keys % _SPLASH_BLOCK)))
-    run = functools.partial(_splash_local, is_causal=is_causal, interpret=interpret)
+    run = functools.partial(
+        _splash_local, is_causal=is_causal, earlier_keys=keys - queries if is_causal else 0, interpret=interpret
+    )
     if layout is not None and layout.mesh.size > 1:
         spec_queries = jax.sharding.PartitionSpec(specs["rows"], specs["heads"], specs["queries"])
         spec_keys = jax.sharding.PartitionSpec(specs["rows"], specs["heads"])
@@ -194,6 +202,7 @@ def _splash_local(
     key_segments_bk: jax.Array,
     *,
     is_causal: bool,
+    earlier_keys: int,
     interpret: bool,
 ) -> jax.Array:
     # Pallas for TPU is slow to import, and only programs for TPUs need it.
@@ -202,7 +211,7 @@ def _splash_local(
 
     heads, queries, keys = query_bnqh.shape[1], query_bnqh.shape[2], key_bmkh.shape[2]
     shape, block = (queries, keys), _SPLASH_BLOCK
-    one = masks.CausalMask(shape) if is_causal else masks.FullMask(shape)
+    one = masks.CausalMask(shape, offset=earlier_keys) if is_causal else masks.FullMask(shape)
     sizes = kernels.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -37,6 +37,19 @@ class Decoder(Protocol):
         ...
 
 
+class Prefix(NamedTuple):
+    """Beginnings of prompts that a model has processed before, padded to p tokens; rows may have 0 tokens.
+
+    key (rotated), value: (layers, b, p, kv_heads, head_dim). valid_mask_bp: whether an entry has a token; padding is
+    after the tokens. input_ids_bp: token ids.
+    """
+
+    key: Float[Array, "l b p k h"]
+    value: Float[Array, "l b p k h"]
+    valid_mask_bp: Bool[Array, "b p"]
+    input_ids_bp: Int[Array, "b p"]
+
+
 class SplitModel(NamedTuple):
     """A module as `nnx.split` returns it. A caller that decodes often splits its model once, which takes some ms."""
 
@@ -49,13 +62,15 @@ class Generation(NamedTuple):
 
     tokens_bn: (b, max_new_tokens) int32, the pad token after the end of a row. length_b: number of tokens of each row,
     with its stop token. stopped_b: whether a stop token ended the row; otherwise max_new_tokens did. logprobs: of the
-    tokens; None unless requested.
+    tokens; None unless requested. cache: of the model after the last step, with every token of a row but its last one;
+    None unless requested.
     """
 
     tokens_bn: Int[Array, "b n"]
     length_b: Int[Array, " b"]
     stopped_b: Bool[Array, " b"]
     logprobs: "Logprobs | None" = None
+    cache: PyTree = None
 
 
 class Logprobs(NamedTuple):
@@ -81,6 +96,7 @@ def generate(
     key: PRNGKeyArray | Key[Array, " b"] | None = None,
     top_logprobs: int = 0,
     sampling: Sampling = UNCHANGED,
+    return_cache: bool = False,
 ) -> Generation:
     """Decodes the replies to a batch of prompts until all rows have stopped.
 
@@ -89,8 +105,8 @@ def generate(
 
     Args:
       model: an NNX module that is a `Decoder`, or its parts.
-      prompts: arguments of `model.prefill`, with `input_ids_bt`. Arrays and trees of arrays are traced; all else
-        (static image grids) must be hashable.
+      prompts: arguments of `model.prefill`, with `input_ids_bt`; with a `prefix`, those of the tokens after it. Arrays
+        and trees of arrays are traced; all else (static image grids) must be hashable.
       max_new_tokens: maximum number of tokens of a row.
       stop_tokens: the first of these ends a row.
       pad_token: fills rows that have ended.
@@ -101,6 +117,7 @@ def generate(
         log-probabilities.
       sampling: repetition penalty, top-k and top-p. The penalty counts the tokens of a row's prompt, without padding,
         and of its reply.
+      return_cache: whether the result has the cache.
     Returns: Generation.
     Raises: ClvrError for a max_new_tokens below 1, a negative temperature, or sampling without a key.
     """
@@ -124,6 +141,7 @@ def generate(
         pad_token=pad_token,
         top_logprobs=top_logprobs,
         sampling=sampling,
+        return_cache=return_cache,
     )
     return found
 
@@ -135,7 +153,10 @@ def _is_traced(prompt: object) -> bool:
 
 @functools.partial(
     jax.jit,
-    static_argnames=("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
+    static_argnames=(
+        *("graphdef", "static", "max_new_tokens", "stop_tokens", "pad_token", "top_logprobs", "sampling"),
+        "return_cache",
+    ),
 )
 def _generate(
     state: Params,
@@ -149,16 +170,20 @@ def _generate(
     pad_token: int,
     top_logprobs: int,
     sampling: Sampling,
+    return_cache: bool,
 ) -> Generation:
     model: Decoder = nnx.merge(graphdef, state)
-    needed = traced["input_ids_bt"].shape[1] + max_new_tokens
+    ids_bt: jax.Array = traced["input_ids_bt"]
+    valid_mask_bt = traced.get("attention_mask_bt", jnp.ones(ids_bt.shape, bool)).astype(bool)
+    if isinstance(prefix := traced.get("prefix"), Prefix):
+        ids_bt = jnp.concatenate([prefix.input_ids_bp, ids_bt], axis=1)
+        valid_mask_bt = jnp.concatenate([prefix.valid_mask_bp, valid_mask_bt], axis=1)
+    needed = ids_bt.shape[1] + max_new_tokens
     cache_length = -(-needed // CACHE_BUCKET) * CACHE_BUCKET
     with read_only_weights():
         logits_bv, cache = model.prefill(**traced, **dict(static), cache_length=cache_length)
     choose = _greedy if temperature_and_key is None else _sampler(*temperature_and_key, logits_bv.shape[0], sampling)
     if sampling.repetition_penalty != 1:
-        ids_bt = traced["input_ids_bt"]
-        valid_mask_bt = traced.get("attention_mask_bt", jnp.ones(ids_bt.shape, bool)).astype(bool)
         prompt_bv = occurrences(ids_bt, valid_mask_bt, logits_bv.shape[-1])
         choose = _penalized(choose, prompt_bv, sampling.repetition_penalty)
 
@@ -166,7 +191,7 @@ def _generate(
         with read_only_weights():
             return model.decode_step(cache, token_b)
 
-    return decode(
+    found = decode(
         step,
         logits_bv,
         cache,
@@ -176,6 +201,7 @@ def _generate(
         pad_token=pad_token,
         top_logprobs=top_logprobs,
     )
+    return found if return_cache else found._replace(cache=None)
 
 
 def decode(
@@ -197,7 +223,7 @@ def decode(
       cache: pytree that each step updates, with free slots for max_new_tokens - 1 tokens.
       choose: chooses the token of each row from its logits.
       max_new_tokens, stop_tokens, pad_token, top_logprobs: as in `generate`.
-    Returns: Generation.
+    Returns: Generation, with the cache.
     """
     b = logits_bv.shape[0]
     stops = jnp.asarray(stop_tokens, jnp.int32)
@@ -226,7 +252,8 @@ def decode(
     tokens_bn = jnp.full((b, max_new_tokens), pad_token, jnp.int32)
     empty = Generation(tokens_bn, jnp.zeros(b, jnp.int32), jnp.zeros(b, bool), logprobs)
     token_b, first = emit(jnp.int32(0), logits_bv, empty)
-    return jax.lax.while_loop(unfinished, body, (jnp.int32(1), token_b, cache, first))[-1]
+    _, _, cache, found = jax.lax.while_loop(unfinished, body, (jnp.int32(1), token_b, cache, first))
+    return found._replace(cache=cache)
 
 
 def _with_logprobs(logprobs: Logprobs, logits_bv: jax.Array, token_b: jax.Array, index: jax.Array) -> Logprobs:

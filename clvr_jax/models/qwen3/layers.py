@@ -193,7 +193,7 @@ class Attention(nnx.Module):
         self,
         x_btd: Float[Array, "b t d"],
         rotary: Rotary,
-        mask: Shaped[Array, "b t"] | Bool[Array, "#b _ t s"] | None,
+        mask: Shaped[Array, "b s"] | Bool[Array, "#b _ t s"] | None,
         cache: KVCache | None = None,
         start: Int[Array, ""] | Int[Array, " b"] | int = 0,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
@@ -253,7 +253,7 @@ class DecoderLayer(nnx.Module):
         self,
         x_btd: Float[Array, "b t d"],
         rotary: Rotary,
-        mask: Shaped[Array, "b t"] | Bool[Array, "#b _ t s"] | None = None,
+        mask: Shaped[Array, "b s"] | Bool[Array, "#b _ t s"] | None = None,
         cache: KVCache | None = None,
         start: Int[Array, ""] | Int[Array, " b"] | int = 0,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
@@ -262,9 +262,10 @@ class DecoderLayer(nnx.Module):
         Args:
           x_btd: (b, t, hidden_size).
           rotary: cosines and sines of the tokens' positions.
-          mask: None is causal; (b, t), nonzero at real tokens, is causal without padding; a boolean with four axes,
-            broadcastable to (b, heads, t, keys), is the full mask, see `causal_mask`. A cache with earlier tokens
-            requires the full mask.
+          mask: None is causal; (b, keys), nonzero at real tokens, is causal without padding, and the new tokens are
+            those of its last t keys; a boolean with four axes, broadcastable to (b, heads, t, keys), is the full mask,
+            see `causal_mask`. Without a cache of earlier tokens keys = t. A `start` that differs from keys - t requires
+            the full mask.
           cache: keys and values of this layer, each (b, max_len, kv_heads, head_dim). The new keys and values are
             written into it, and attention is over its first mask.shape[-1] entries.
           start: cache index of the first new token, one integer or (b,); start + t must not exceed max_len (XLA clamps

@@ -14,7 +14,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from clvr_jax.errors import ClvrError
 from clvr_jax.models.qwen3.layers import inverse_frequencies
-from clvr_jax.models.qwen3_vl.positions import Conversation, Grids, batch_tokens, merged_tokens
+from clvr_jax.models.qwen3_vl.positions import (
+    Conversation,
+    Grids,
+    batch_tokens,
+    merged_tokens,
+    mrope_positions,
+    part_of,
+)
 
 Grid = tuple[int, int, int]
 
@@ -84,6 +91,35 @@ def bucket_conversations(
         return batch
     grids = [grid for conversation in conversations for grid in conversation.grid_thw]
     return {**batch, "pixel_values": bucket_images(images, grids, merge=merge, conversations=len(conversations))}
+
+
+def bucket_suffixes(
+    conversations: Sequence[Conversation],
+    starts: Sequence[int],
+    *,
+    image_token_id: int,
+    merge: int,
+    pad_token: int = 0,
+) -> dict[str, Any]:
+    """Returns the arguments of `Qwen3VL.prefill`, but `prefix`, for the tokens after a prefix of each conversation.
+
+    Args:
+      conversations, image_token_id, merge, pad_token: see `batch_conversations`.
+      starts: number of tokens in the prefix of each conversation.
+    Returns: as `bucket_conversations`; positions are those in the whole conversation.
+    Raises: ClvrError if placeholders and images do not match, for a prefix that is the whole conversation, and for one
+      that ends inside an image.
+    """
+    places: dict[str, int] = {"image_token_id": image_token_id, "merge": merge}
+    suffixes = [
+        part_of(whole, start, len(whole.input_ids), **places)
+        for whole, start in zip(conversations, starts, strict=True)
+    ]
+    batch = bucket_conversations(suffixes, **places, pad_token=pad_token)
+    for row, (whole, start) in enumerate(zip(conversations, starts, strict=True)):
+        positions_31t, _ = mrope_positions(np.array([whole.input_ids]), [whole.grid_thw], **places)
+        batch["positions_3bt"][:, row, : len(whole.input_ids) - start] = positions_31t[:, 0, start:]
+    return batch
 
 
 def bucket_images(

@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Float32, Int, PyTree, Shaped
 
 from clvr_jax.errors import ClvrError
+from clvr_jax.models.common.decoding import Prefix
 from clvr_jax.models.common.dtypes import Dtypes
 from clvr_jax.models.common.layers import embed_tokens, scan_blocks, stack_blocks, vocabulary_logits
 from clvr_jax.models.common.quantization import QuantizedEmbed, QuantizedLinear, scaled_product
@@ -192,32 +193,46 @@ class Qwen3VL(nnx.Module):
         attention_mask_bt: Shaped[Array, "b t"] | None = None,
         *,
         cache_length: int,
+        prefix: Prefix | None = None,
     ) -> tuple[Float32[Array, "b v"], DecodeCache]:
         """Processes the prompts and returns a cache.
 
-        Args: see `final_states`; cache_length: static number of slots, for the prompts with padding and the replies.
+        Args: see `final_states`.
+          cache_length: static number of slots, for the prefix, the prompts with padding, and the replies.
+          prefix: tokens that precede the prompts, processed before. All other arguments are those of the tokens after
+            it, at least one of each row; their positions, which are required, are those in the whole conversation.
         Returns: logits (b, vocab_size) float32 of the token after each prompt, and the cache for `decode_step`.
-        Raises: ClvrError if the prompt does not fit into the cache.
+        Raises: ClvrError if the prompt does not fit into the cache, and for a prefix without positions.
         """
         b, t = input_ids_bt.shape
-        if t > cache_length:
-            raise ClvrError(f"Qwen3-VL: a prompt of {t} tokens does not fit into a cache of {cache_length} slots")
+        past_tokens = 0 if prefix is None else prefix.key.shape[2]
+        if past_tokens + t > cache_length:
+            raise ClvrError(
+                f"Qwen3-VL: a prompt of {past_tokens + t} tokens does not fit into a cache of {cache_length} slots"
+            )
+        if prefix is not None and positions_3bt is None:
+            raise ClvrError("Qwen3-VL: a prompt after a prefix needs the positions of its tokens in the conversation")
         valid_mask_bt = jnp.ones((b, t), bool) if attention_mask_bt is None else attention_mask_bt != 0
         positions_3bt = _positions(input_ids_bt, positions_3bt, valid_mask_bt)
         x_btd, injection = self._embed(input_ids_bt, pixel_values, grid_thw)
-        x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), valid_mask_bt, injection, keep="past")
+        filled_bs = valid_mask_bt
+        if prefix is not None:
+            filled_bs = jnp.concatenate([prefix.valid_mask_bp, valid_mask_bt], axis=1)
+        x_btd, past = self._layers(x_btd, self._rotary(positions_3bt), filled_bs, injection, keep="past", prefix=prefix)
         last_b = t - 1 - jnp.argmax(valid_mask_bt[:, ::-1], axis=1)
         last_b1d = self.model.language_model.norm(jnp.take_along_axis(x_btd, last_b[:, None, None], axis=1))
         logits_bv = self._logits(last_b1d)[:, 0]
 
-        def to_slots(past_lbtkh: jax.Array) -> jax.Array:
-            return jnp.pad(past_lbtkh.swapaxes(2, 3), [(0, 0)] * 3 + [(0, cache_length - t), (0, 0)])
+        free = cache_length - past_tokens - t
+
+        def to_slots(past_lbskh: jax.Array) -> jax.Array:
+            return jnp.pad(past_lbskh.swapaxes(2, 3), [(0, 0)] * 3 + [(0, free), (0, 0)])
 
         cache = DecodeCache(
             key=to_slots(past.key),
             value=to_slots(past.value),
-            filled_bs=jnp.pad(valid_mask_bt, ((0, 0), (0, cache_length - t))),
-            slot=jnp.asarray(t, jnp.int32),
+            filled_bs=jnp.pad(filled_bs, ((0, 0), (0, free))),
+            slot=jnp.asarray(past_tokens + t, jnp.int32),
             position_b=jnp.max(jnp.where(valid_mask_bt, positions_3bt, -1), axis=(0, 2)).astype(jnp.int32) + 1,
         )
         return logits_bv, cache
@@ -298,23 +313,33 @@ class Qwen3VL(nnx.Module):
         injection: _Injection | None,
         *,
         keep: Literal["nothing", "hidden", "past"] = "nothing",
+        prefix: Prefix | None = None,
     ) -> tuple[jax.Array, PyTree]:
         """Applies the language layers to prompts.
 
+        A `prefix` of p tokens requires keep="past" and a mask (b, p + t).
         Returns: the output before the final norm, and for `keep` the outputs of all layers (layers, b, t, d), or a
-        KVCache with the keys and values of the prompt, each (layers, b, t, kv_heads, head_dim).
+        KVCache with the keys and values of prefix and prompt, each (layers, b, p + t, kv_heads, head_dim).
         """
         config, (b, t, _) = self.config.text, x_btd.shape
+        past_tokens = 0 if prefix is None else prefix.key.shape[2]
 
-        def step(layer: DecoderLayer, x_btd: jax.Array, index: jax.Array) -> tuple[jax.Array, PyTree]:
+        def step(
+            layer: DecoderLayer, x_btd: jax.Array, own: tuple[jax.Array, KVCache | None]
+        ) -> tuple[jax.Array, PyTree]:
+            index, earlier = own
             empty = jnp.zeros((b, t, config.num_key_value_heads, config.head_dim), x_btd.dtype)
-            x_btd, past = layer(x_btd, rotary, mask, KVCache(empty, empty) if keep == "past" else None)
+            cache = KVCache(empty, empty) if keep == "past" else None
+            if earlier is not None:
+                cache = KVCache(*(jnp.concatenate([each.astype(empty.dtype), empty], axis=1) for each in earlier))
+            x_btd, past = layer(x_btd, rotary, mask, cache, past_tokens)
             if injection is not None:
                 x_btd = _inject(x_btd, index, injection)
             return x_btd, {"nothing": None, "hidden": x_btd, "past": past}[keep]
 
-        indices = jnp.arange(config.num_hidden_layers)
-        return scan_blocks(self.model.language_model.layers, step, x_btd, indices, remat=self.remat)
+        earlier = None if prefix is None else KVCache(prefix.key, prefix.value)
+        own = (jnp.arange(config.num_hidden_layers), earlier)
+        return scan_blocks(self.model.language_model.layers, step, x_btd, own, remat=self.remat)
 
     def _logits(self, x_btd: jax.Array) -> jax.Array:
         head = self.model.language_model.embed_tokens if self.lm_head is None else self.lm_head

@@ -165,6 +165,25 @@ class Conversation:
             raise ClvrError(f"Qwen3-VL: a conversation has {patches} patches, but image grids {self.grid_thw}")
 
 
+def part_of(conversation: Conversation, begin: int, end: int, *, image_token_id: int, merge: int) -> Conversation:
+    """Returns tokens begin..end - 1 of a conversation, with the patches of their images.
+
+    Raises: ClvrError for no tokens, and for a part that begins or ends inside an image.
+    """
+    if not 0 <= begin < end <= len(conversation.input_ids):
+        raise ClvrError(f"Qwen3-VL: a conversation of {len(conversation.input_ids)} tokens has no part {begin}:{end}")
+    is_image = np.asarray(conversation.input_ids) == image_token_id
+    ends = np.cumsum([0, *merged_tokens(conversation.grid_thw, merge)])
+    first, last = (int(np.searchsorted(ends, is_image[:place].sum())) for place in (begin, end))
+    if [ends[first], ends[last]] != [is_image[:begin].sum(), is_image[:end].sum()]:
+        raise ClvrError(f"Qwen3-VL: the part {begin}:{end} of a conversation begins or ends inside an image")
+    ids, grids = conversation.input_ids[begin:end], conversation.grid_thw[first:last]
+    if conversation.pixel_values is None or not grids:
+        return Conversation(ids)
+    patches = np.cumsum([0, *(t * h * w for t, h, w in conversation.grid_thw)])
+    return Conversation(ids, conversation.pixel_values[patches[first] : patches[last]], grids)
+
+
 def batch_conversations(
     conversations: Sequence[Conversation],
     *,
