@@ -96,7 +96,9 @@ def _choose_implementation(
     if mask is not None or platform == "cpu":
         return "xla"
     if platform == "tpu":
-        return "splash" if min(query.shape[1], key.shape[1]) >= _SPLASH_MIN_TOKENS else "xla"
+        queries, keys = query.shape[1], key.shape[1]
+        is_large = queries * keys >= _SPLASH_MIN_TOKENS**2 if continues else min(queries, keys) >= _SPLASH_MIN_TOKENS
+        return "splash" if is_large else "xla"
     if continues:  # the mask of cuDNN aligns the first query with the first key
         return "xla"
     return "cudnn" if query.dtype in (jnp.bfloat16, jnp.float16) and query.shape[-1] <= 128 else "xla"

@@ -46,8 +46,8 @@ class Prefix(NamedTuple):
 
     key: Float[Array, "l b p k h"]
     value: Float[Array, "l b p k h"]
-    valid_mask_bp: Bool[Array, "b p"]
-    input_ids_bp: Int[Array, "b p"]
+    valid_mask_bp: Bool[Array, "b p"] | Bool[np.ndarray, "b p"]
+    input_ids_bp: Int[Array, "b p"] | Int[np.ndarray, "b p"]
 
 
 class SplitModel(NamedTuple):

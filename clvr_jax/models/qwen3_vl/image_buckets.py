@@ -117,7 +117,9 @@ def bucket_suffixes(
     ]
     batch = bucket_conversations(suffixes, **places, pad_token=pad_token)
     for row, (whole, start) in enumerate(zip(conversations, starts, strict=True)):
-        positions_31t, _ = mrope_positions(np.array([whole.input_ids]), [whole.grid_thw], **places)
+        positions_31t, _ = mrope_positions(
+            np.array([whole.input_ids]), [whole.grid_thw], image_token_id=image_token_id, merge=merge
+        )
         batch["positions_3bt"][:, row, : len(whole.input_ids) - start] = positions_31t[:, 0, start:]
     return batch
 

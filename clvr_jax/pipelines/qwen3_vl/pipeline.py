@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,13 +29,16 @@ from clvr_jax.interfaces.tokenizer import Tokenizer
 from clvr_jax.models.common.decoding import Generation, SplitModel, generate
 from clvr_jax.models.common.quantization import Quantization
 from clvr_jax.models.qwen3_vl import Qwen3VL
-from clvr_jax.models.qwen3_vl.image_buckets import bucket_conversations
-from clvr_jax.models.qwen3_vl.positions import Conversation
+from clvr_jax.models.qwen3_vl.image_buckets import bucket_conversations, bucket_suffixes
+from clvr_jax.models.qwen3_vl.positions import Conversation, part_of
 from clvr_jax.pipelines.compatibility import check_qwen3_vl
 from clvr_jax.pipelines.loading import Mesh, check_heads, computing_on, layout_of, on_mesh, resolve_dtype
 from clvr_jax.pipelines.offload import HOST, Offload, Offloader, offloader_of
 from clvr_jax.pipelines.qwen3_vl.generation_config import GenerationConfig
+from clvr_jax.pipelines.qwen3_vl.prefix_cache import PrefixCache
 from clvr_jax.sharding import MeshLayout, process_allgather
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,13 @@ class ChatAnswer:
 
 
 class Qwen3VLPipeline:
-    """A vision-language model with its tokenizer and image processor, which are public attributes."""
+    """A vision-language model with its tokenizer and image processor, which are public attributes.
+
+    Args:
+      model, tokenizer, image_processor: the parts.
+      generation: decoding settings; neutral if None.
+      prefix_cache_gib: memory for a `PrefixCache` on each device, in GiB; 0 is without one.
+    """
 
     layout: MeshLayout | None = None
     """The layout that the model is placed on and programs are traced for; None: the active one, else one device."""
@@ -69,11 +78,14 @@ class Qwen3VLPipeline:
         tokenizer: Tokenizer,
         image_processor: Qwen3VLImageProcessor,
         generation: GenerationConfig | None = None,
+        prefix_cache_gib: float = 0.0,
     ):
         self.model, self.tokenizer, self.image_processor = model, tokenizer, image_processor
         self.generation = generation or GenerationConfig()
         self._split: tuple[Qwen3VL, SplitModel] | None = None
         check_qwen3_vl(model.config, tokenizer, image_processor)
+        dtype = model.model.language_model.norm.dtype or jnp.float32
+        self._prefixes = PrefixCache(model.config, dtype, prefix_cache_gib) if prefix_cache_gib else None
 
     @classmethod
     def from_pretrained(
@@ -84,6 +96,7 @@ class Qwen3VLPipeline:
         mesh: Mesh = None,
         quantize: Quantization | None = None,
         offload: Offload = None,
+        prefix_cache_gib: float = 0.0,
     ) -> Self:
         """Loads weights, tokenizer and image processor.
 
@@ -94,6 +107,9 @@ class Qwen3VLPipeline:
           quantize: "int8" stores the weights as 8-bit integers, see `models.common.quantization`.
           offload: "components", or an `Offloader` shared with other pipelines, holds the weights in host memory, and
             copies them to the devices while they are used; None leaves them on the devices.
+          prefix_cache_gib: keeps keys and values of earlier conversations in so much memory of each device, so that a
+            conversation is only processed from where it differs from them; 0 keeps none. Replies are the same, apart
+            from rounding. Replacing `model` empties it.
 
         Stop tokens, repetition penalty and, for sampling at a temperature, top-k and top-p are those of
         generation_config.json.
@@ -106,7 +122,7 @@ class Qwen3VLPipeline:
             dtype = resolve_dtype(dtype, directory)
             model = load_model(directory, QWEN3_VL, dtype, quantize=quantize, memory_kind=HOST if offloader else None)
             generation = GenerationConfig.read(directory, model.config.text.vocab_size)
-            pipe = cls(model, load_tokenizer(directory), load_processor(directory), generation)
+            pipe = cls(model, load_tokenizer(directory), load_processor(directory), generation, prefix_cache_gib)
         pipe.layout, pipe.offloader = layout, offloader
         return pipe
 
@@ -162,26 +178,14 @@ class Qwen3VLPipeline:
             raise UsageError(f"chat: {len(conversations)} conversations but images for {len(images)}")
         release_programs(interval_seconds=2.0)  # every size of a batch, a text and a set of images has its own
         rows = [self.prepare(messages, own) for messages, own in zip(conversations, images, strict=True)]
-        # Each batch size is compiled: few sizes are used, and a batch is padded with copies of the last row.
-        padded = rows + rows[-1:] * ((1 << (len(rows) - 1).bit_length()) - len(rows))
-        batch = bucket_conversations(
-            padded,
-            image_token_id=self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
-            merge=self.model.config.vision.spatial_merge_size,
-            pad_token=self.tokenizer.pad_token_id,
-        )
-        answer = process_allgather(
-            generate(
-                self._split_model(),
-                batch,
-                max_new_tokens=max_new_tokens,
-                stop_tokens=self.generation.stop_tokens or tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
-                pad_token=self.tokenizer.pad_token_id,
-                temperature=temperature,
-                key=_keys(seed, len(padded)) if temperature else None,
-                top_logprobs=top_logprobs,
-                sampling=self.generation.sampling,
-            )
+        answer = self._decode(
+            rows,
+            max_new_tokens=max_new_tokens,
+            stop_tokens=self.generation.stop_tokens or tuple(self.tokenizer.convert_tokens_to_ids(END_TOKENS)),
+            temperature=temperature,
+            key=_keys(seed, len(_padded(rows))) if temperature else None,
+            top_logprobs=top_logprobs,
+            sampling=self.generation.sampling,
         )
         tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
         stopped = np.asarray(answer.stopped_b)
@@ -198,9 +202,67 @@ class Qwen3VLPipeline:
             for row in range(len(rows))
         ]
 
+    def _decode(self, rows: Sequence[Conversation], **options: Any) -> Generation:
+        """Decodes a reply to each conversation. options: of `generate`. Returns: Generation, padded to more rows."""
+        model = self._split_model()
+        if self._prefixes is None:
+            batch = bucket_conversations(_padded(rows), **self._places, pad_token=self.tokenizer.pad_token_id)
+            return process_allgather(generate(model, batch, **options, pad_token=self.tokenizer.pad_token_id))
+        symbols = [self._prefixes.symbols(row) for row in rows]
+        self._prefixes.count(prompt=sum(map(len, symbols)))
+        if shared := self._prefixes.shared(symbols):
+            beginnings = [part_of(rows[row], 0, length, **self._places) for row, length in shared]
+            # One new token needs no step after the prompt.
+            self._decode_after_prefix(
+                model, self._prefixes, beginnings, [symbols[row][:length] for row, length in shared], max_new_tokens=1
+            )
+        return self._decode_after_prefix(model, self._prefixes, rows, symbols, **options)
+
+    def _decode_after_prefix(
+        self,
+        model: SplitModel,
+        prefixes: PrefixCache,
+        rows: Sequence[Conversation],
+        symbols: Sequence[Sequence[int]],
+        **options: Any,
+    ) -> Generation:
+        """Decodes a reply to each conversation after what is stored of it, and stores conversation and reply."""
+        padded = _padded(rows)
+        starts, prefix = prefixes.prefix(_padded(symbols), [row.input_ids for row in padded])
+        batch = bucket_suffixes(padded, starts, **self._places, pad_token=self.tokenizer.pad_token_id)
+        found = generate(
+            model,
+            {**batch, "prefix": prefix},
+            **options,
+            pad_token=self.tokenizer.pad_token_id,
+            return_cache=True,
+        )
+        answer = process_allgather(found._replace(cache=None))
+        # Slots of the cache: the prefix and padding, the rest of the prompt and padding, the reply.
+        prompt = 0 if prefix is None else prefix.key.shape[2]
+        reply = prompt + batch["input_ids_bt"].shape[1]
+        tokens, lengths = np.asarray(answer.tokens_bn), np.asarray(answer.length_b)
+        finished: list[tuple[Sequence[int], Sequence[int]]] = []
+        for row, (own, start) in enumerate(zip(symbols, starts, strict=False)):
+            said = tokens[row, : lengths[row] - 1].tolist()  # the last token is not in the cache
+            slots = [*range(start), *range(prompt, prompt + len(own) - start), *range(reply, reply + len(said))]
+            finished.append(([*own, *said], slots))
+        prefixes.store(found.cache, finished)
+        prefixes.count(computed=sum(len(own) - start for own, start in zip(symbols, starts, strict=False)))
+        return answer
+
+    @property
+    def _places(self) -> dict[str, int]:
+        return {
+            "image_token_id": self.tokenizer.convert_tokens_to_ids(IMAGE_PAD),
+            "merge": self.model.config.vision.spatial_merge_size,
+        }
+
     def _split_model(self) -> SplitModel:
         """Returns the model, split once, with its weights on the devices."""
         if self._split is None or self._split[0] is not self.model:
+            if self._prefixes is not None:
+                self._prefixes.clear()
             self._split = self.model, SplitModel(*nnx.split(self.model))
         split = self._split[1]
         return split if self.offloader is None else SplitModel(split.graphdef, self.offloader.on_device(split.state))
@@ -269,6 +331,11 @@ def qwen3_vl_heads(directory: Path, name: str = "controller") -> dict[str, int]:
     """
     config = QWEN3_VL.config_from_dict(read_json(directory / "config.json"))
     return {name: config.text.num_attention_heads, f"{name}'s vision tower": config.vision.num_heads}
+
+
+def _padded(rows: Sequence[T]) -> list[T]:
+    """Returns the rows of a batch, with copies of the last one: each batch size is compiled, so few sizes are used."""
+    return [*rows, *[rows[-1]] * ((1 << (len(rows) - 1).bit_length()) - len(rows))]
 
 
 def _keys(seeds: int | Sequence[int], rows: int) -> jax.Array:

@@ -93,6 +93,7 @@ class Verifier(ModelVerifier):
         mesh: Mesh = None,
         quantize: Quantization | None = None,
         offload: Offload = None,
+        prefix_cache_gib: float = 0.0,
     ) -> Self:
         """Loads a verifier.
 
@@ -102,11 +103,11 @@ class Verifier(ModelVerifier):
           mode: "describe" or "ask"; "describe" for models trained for the loop and "ask" for others, if None.
           mesh: shards parameters and computation.
           quantize: "int8" stores the weights as 8-bit integers, see `models.common.quantization`.
-          offload: see `Qwen3VLPipeline.from_pretrained`.
+          offload, prefix_cache_gib: see `Qwen3VLPipeline.from_pretrained`.
         Raises: ClvrError for a model without a controller.
         """
         _, is_trained = controller_directory(model)
-        pipeline = load_controller(model, dtype, mesh, quantize, offload)
+        pipeline = load_controller(model, dtype, mesh, quantize, offload, prefix_cache_gib)
         return cls.of_pipeline(pipeline, model, is_trained, mode)
 
     @classmethod
@@ -127,10 +128,13 @@ def load_controller(
     mesh: Mesh = None,
     quantize: Quantization | None = None,
     offload: Offload = None,
+    prefix_cache_gib: float = 0.0,
 ) -> Qwen3VLPipeline:
     """Loads the Qwen3-VL of a model; see `controller_directory` and `Qwen3VLPipeline.from_pretrained`."""
     path, _ = controller_directory(model)
-    return Qwen3VLPipeline.from_pretrained(path, dtype, mesh=mesh, quantize=quantize, offload=offload)
+    return Qwen3VLPipeline.from_pretrained(
+        path, dtype, mesh=mesh, quantize=quantize, offload=offload, prefix_cache_gib=prefix_cache_gib
+    )
 
 
 def controller_directory(model: str) -> tuple[Path, bool]:

@@ -43,6 +43,25 @@ def test_masks_say_who_sees_whom(is_causal, is_masked):
     assert relative_error(whole, expected(query, key, value, mask, 0.3)) < TOLERANCE
 
 
+def test_causal_queries_are_those_of_the_last_keys():
+    query, key, value = make()
+    key_mask = jnp.arange(10) < jnp.array([[10], [8]])
+    whole = attention(query, key, value, key_mask_bk=key_mask, is_causal=True)
+    last = attention(query[:, 7:], key, value, key_mask_bk=key_mask, is_causal=True)
+    assert relative_error(last, whole[:, 7:]) < TOLERANCE
+    with pytest.raises(ClvrError, match="cudnn does not support causal queries after earlier keys"):
+        attention(query[:, 7:], key, value, is_causal=True, implementation="cudnn")
+
+
+def test_the_kernel_of_the_tpu_has_earlier_keys():
+    """Interpreted; the numbers of queries and keys are no multiples of its blocks."""
+    query, key, value = make(batch=1, queries=40, keys=600, heads=2, kv_heads=2)
+    key_mask = jnp.arange(600) % 512 < 500
+    ours = module._splash(query, key, value, key_mask[None], True, 0.2, None, interpret=True)
+    theirs = attention(query, key, value, key_mask_bk=key_mask[None], is_causal=True, scale=0.2)
+    assert relative_error(ours, theirs) < TOLERANCE
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("is_causal", "kv_heads"), [(False, 4), (True, 2)])
 def test_the_kernel_of_the_tpu_computes_the_same(is_causal, kv_heads):
